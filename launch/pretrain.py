@@ -1,0 +1,41 @@
+"""Pretrains a Vision Transformer.
+
+deepspeed launch/pretrain.py --config configs/NAME.yaml [key=value ...]
+
+The same command again resumes. `python launch/pretrain.py ...` runs one rank; torchrun works too.
+"""
+
+import sys
+from pathlib import Path
+
+# This file's folder comes first on sys.path, where `pretrain` would be this file instead of the package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pretrain import cli
+from pretrain.config import config_to_yaml, load_config
+
+
+def main() -> None:
+    parser = cli.parser(
+        "Pretrains a Vision Transformer. The same command again resumes where the newest checkpoint is.",
+        "deepspeed launch/pretrain.py --config configs/tiny_imagenet_s8.yaml optim.lr=5e-4",
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML file that names what differs from the defaults"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the complete config and exit")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config, for example optim.lr=1e-3"
+    )
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(config_to_yaml(config), end="")
+        return
+    from pretrain.train import train  # torch and DeepSpeed take seconds to import; a wrong key is told at once
+
+    train(config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

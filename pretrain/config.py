@@ -1,0 +1,412 @@
+"""Every setting of a pretraining run, once: its name, type, unit and default.
+
+A YAML file names only what differs from the defaults; `key=value` overrides come last. `load_config` hands on one
+plain `Config`; no omegaconf type leaves this file. It imports nothing heavier, so that tools read a config without torch.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_type_hints
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain.errors import ConfigError
+
+
+class VitShape(NamedTuple):
+    """Width of a token, number of blocks, width of the MLP's hidden layer, attention heads."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    heads: int
+
+
+# ViT paper, Table 1; Ti, S, M, So400m, g, G from google-research/big_vision models/vit.py (Scaling ViT, Table 2).
+VIT_SHAPES = {
+    "Ti": VitShape(192, 12, 768, 3),
+    "S": VitShape(384, 12, 1536, 6),
+    "M": VitShape(512, 12, 2048, 8),
+    "B": VitShape(768, 12, 3072, 12),
+    "L": VitShape(1024, 24, 4096, 16),
+    "So400m": VitShape(1152, 27, 4304, 16),
+    "H": VitShape(1280, 32, 5120, 16),
+    "g": VitShape(1408, 40, 6144, 16),
+    "G": VitShape(1664, 48, 8192, 16),
+}
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING  # Ti S M B L So400m H g G, or timm:NAME for any model that timm can build
+    image_size: int = 224  # height and width of the model's input, pixels
+    patch_size: int = 16  # pixels per side of a patch; must divide image_size
+    width: int | None = None  # channels of a token; null: the named size's
+    depth: int | None = None  # number of blocks; null: the named size's
+    mlp_dim: int | None = None  # hidden channels of a block's MLP; null: the named size's
+    heads: int | None = None  # attention heads; must divide width; null: the named size's
+    pooling: Literal["token", "gap"] = "token"  # class token (the paper), or the mean of all tokens after the last norm
+    positions: Literal["learned", "sincos2d"] = "learned"  # learned: the paper; sincos2d: "Better plain ViT baselines"
+    gelu: Literal["tanh", "exact"] = "tanh"  # tanh: Google's code; exact: timm's default
+    num_classes: int | None = None  # outputs of the head; null: as many as the training manifest has classes
+    head_bias: float = 0.0  # initial bias of the head; -10 for ImageNet-21k and -6.9 for ImageNet with the sigmoid loss
+    dropout: float = 0.0  # after each dense layer but q, k, v, and after the positions (paper, B.1)
+    drop_path: float = 0.0  # stochastic depth: probability of the last block, rising linearly from 0
+
+    @property
+    def timm_name(self) -> str | None:
+        """NAME of `timm:NAME`, None for the ViT of this package."""
+        return self.name.removeprefix("timm:") if self.name.startswith("timm:") else None
+
+    @property
+    def shape(self) -> VitShape:
+        """The named size, with what width, depth, mlp_dim and heads override."""
+        named = VIT_SHAPES[self.name]
+        return VitShape(*(named[i] if own is None else own for i, own in enumerate(self._own_shape())))
+
+    def _own_shape(self) -> tuple[int | None, ...]:
+        return self.width, self.depth, self.mlp_dim, self.heads
+
+    def problems(self) -> Iterator[str]:
+        if self.timm_name is not None:
+            vit_only = ("patch_size", "width", "depth", "mlp_dim", "heads", "pooling", "positions", "gelu", "head_bias")
+            for name in vit_only:
+                if getattr(self, name) != getattr(ModelConfig, name):
+                    yield f"model.{name} has no effect on {self.name}; remove it"
+        elif self.name not in VIT_SHAPES:
+            hint = _hint(self.name, VIT_SHAPES)
+            yield f"model.name is {self.name!r}, expected one of {', '.join(VIT_SHAPES)} or timm:NAME.{hint}"
+        else:
+            if self.patch_size < 1 or self.image_size % self.patch_size:
+                yield f"model.image_size ({self.image_size}) is not a multiple of model.patch_size ({self.patch_size})"
+            if min(self.shape) < 1:
+                yield f"model: width, depth, mlp_dim and heads must be positive, they are {tuple(self.shape)}"
+            elif self.shape.width % self.shape.heads:
+                yield f"model.width ({self.shape.width}) is not a multiple of model.heads ({self.shape.heads})"
+            if self.positions == "sincos2d" and self.shape.width % 4:
+                yield f"model.width ({self.shape.width}) is not a multiple of 4, which positions=sincos2d needs"
+        yield from _outside(self, "model", dropout=(0, 0.99), drop_path=(0, 0.99), image_size=(1, 4096))
+
+
+@dataclass
+class DataConfig:
+    train: Path = MISSING  # manifest.json of the training shards, or the folder that holds it
+    val: Path | None = None  # manifest of validation shards; null: the held-out samples, if any
+    held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
+    global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
+    crop_area: tuple[float, float] = (0.08, 1.0)  # RandomResizedCrop: share of the image's area
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # RandomResizedCrop: width / height
+    flip: float = 0.5  # probability of a horizontal flip; 0 for characters and other things that are not symmetric
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops and of evaluation; antialiased
+    eval_crop: float = 0.875  # evaluation: side of the central crop / shorter side of the resized image
+    max_bad_fraction: float = 0.001  # stop when more of the samples seen cannot be used (from 10,000 seen, 100 bad)
+    workers: int = 4  # loader processes per rank; 0 reads in the training process
+    prefetch: int = 2  # steps that each loader process prepares ahead
+
+    def problems(self) -> Iterator[str]:
+        if self.val is not None and self.held_out:
+            yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
+        for name in ("crop_area", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                yield f"data.{name} is ({low}, {high}), expected 0 < low <= high"
+        if self.crop_area[1] > 1:
+            yield f"data.crop_area is ({self.crop_area[0]}, {self.crop_area[1]}); an image has no more than 1.0"
+        yield from _outside(
+            self, "data", global_batch=(1, 1 << 24), held_out=(0, 1 << 40), flip=(0, 1), eval_crop=(0.1, 1)
+        )
+        yield from _outside(self, "data", max_bad_fraction=(0, 1), workers=(0, 256), prefetch=(1, 256))
+
+
+@dataclass
+class OptimConfig:
+    name: Literal["adamw"] = "adamw"  # elementwise optimizers only: ZeRO flattens tensors
+    lr: float = MISSING  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam's two moments
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.0  # torch's convention (times lr), on kernels only; big_vision's wd / lr (docs/training.md)
+    clip_norm: float = 1.0  # global gradient norm is clipped to this; 0: no clipping
+    schedule: Literal["cosine", "linear", "rsqrt"] = "cosine"  # decay after the warm-up
+    warmup_steps: int = 0  # the rate rises linearly from 0 in this many steps
+    end_lr: float = 0.0  # linear: the rate at the last step (vision_transformer uses 1e-5)
+    timescale_steps: int = 10_000  # rsqrt: base / sqrt(1 + (step - warmup_steps) / timescale_steps)
+
+    def problems(self) -> Iterator[str]:
+        yield from _outside(self, "optim", lr=(0, 1e3), eps=(0, 1), weight_decay=(0, 1e3), clip_norm=(0, 1e9))
+        yield from _outside(self, "optim", warmup_steps=(0, 1 << 40), end_lr=(0, 1e3), timescale_steps=(1, 1 << 40))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield f"optim.betas is {tuple(self.betas)}, expected two numbers in 0 <= beta < 1"
+        if self.end_lr and self.schedule != "linear":
+            yield f"optim.end_lr ({self.end_lr}) is used by the linear schedule only, optim.schedule is {self.schedule}"
+
+
+@dataclass
+class EngineConfig:
+    zero_stage: int = 1  # 1: shards optimizer state; 2: and gradients; 3: and weights. 0 is refused (wrong in bf16)
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; master weights are always fp32
+    max_micro_batch_size: int = 256  # images per rank and forward pass, at most: what fits in memory
+    compile: bool = False  # torch.compile each block: faster on GPUs, minutes at the start
+    checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, about 30 % slower
+    timeout_s: int = 600  # a collective that takes longer fails the run instead of hanging it
+
+    def problems(self) -> Iterator[str]:
+        if self.zero_stage == 0:
+            yield (
+                "engine.zero_stage is 0: DeepSpeed's stage 0 decays weights before the first step in bf16 and lets "
+                "one NaN batch poison the weights; use 1, also on a single GPU"
+            )
+        elif self.zero_stage not in (1, 2, 3):
+            yield f"engine.zero_stage is {self.zero_stage}, expected 1, 2 or 3"
+        yield from _outside(self, "engine", max_micro_batch_size=(1, 1 << 20), timeout_s=(1, 86_400))
+
+
+@dataclass
+class EvalConfig:
+    every_steps: int = 1000  # evaluate on the validation set after this many steps, and at the end; 0: never
+    batch_size: int = 256  # images per rank and forward pass
+
+    def problems(self) -> Iterator[str]:
+        yield from _outside(self, "evaluation", every_steps=(0, 1 << 40), batch_size=(1, 1 << 20))
+
+
+@dataclass
+class LogConfig:
+    every_steps: int = 50  # steps between two lines of the console, metrics.jsonl and TensorBoard
+    samples: bool = False  # append the (epoch, index) of every sample to samples-RANK.jsonl: proof of order, 20 B each
+
+    def problems(self) -> Iterator[str]:
+        yield from _outside(self, "log", every_steps=(1, 1 << 40))
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 1000  # save after this many steps, at the end, and when asked to stop
+    keep_last: int = 2  # newest checkpoints kept; at least 2, so that one may turn out damaged
+    keep_every_steps: int = 0  # checkpoints of these steps are kept for ever; 0: none
+    keep_best: bool = False  # also keep the one with the best validation top-1, of those saved at an evaluation
+
+    def problems(self) -> Iterator[str]:
+        yield from _outside(self, "checkpoint", every_steps=(1, 1 << 40), keep_last=(2, 1 << 20))
+        yield from _outside(self, "checkpoint", keep_every_steps=(0, 1 << 40))
+
+
+@dataclass
+class Config:
+    name: str = MISSING  # of the run; its folder is output/name
+    output: Path = Path("runs")  # folder of all runs
+    seed: int = 0  # of initialisation, order of samples, augmentation and dropout
+    total_steps: int = MISSING  # optimizer steps of the whole run; a step is one global batch
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # cross-entropy; sigmoid: summed over classes (ImageNet-21k, JFT)
+    init_from: Path | None = None  # start from these weights: a converted folder, a checkpoint or a run
+    init_new_head: bool = False  # with init_from: leave the head at its initial zeros, e.g. for other classes
+    model: ModelConfig = field(default_factory=ModelConfig)  # what is trained
+    data: DataConfig = field(default_factory=DataConfig)  # on what
+    optim: OptimConfig = field(default_factory=OptimConfig)  # how
+    engine: EngineConfig = field(default_factory=EngineConfig)  # with which machinery
+    evaluation: EvalConfig = field(default_factory=EvalConfig)  # validation during training
+    log: LogConfig = field(default_factory=LogConfig)  # what is written down
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is kept
+
+    def __post_init__(self) -> None:
+        problems = [problem for part in _parts(self) for problem in part.problems()]
+        problems += _outside(self, "", total_steps=(1, 1 << 40), seed=(0, (1 << 63) - 1))
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            problems.append(f"name is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-'")
+        if self.optim.warmup_steps > self.total_steps:
+            problems.append(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) is larger than total_steps ({self.total_steps}); "
+                "the peak learning rate would never be reached"
+            )
+        if self.init_new_head and self.init_from is None:
+            problems.append("init_new_head needs init_from, which is null")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+# What a resumed run may change without becoming another run: where things lie, how often they are written, and how the
+# same global batch is computed on the machine at hand. A longer total_steps is judged by `resume_differences`.
+MAY_CHANGE = (
+    "output",
+    "init_from",
+    "data.train",
+    "data.val",
+    "data.max_bad_fraction",
+    "data.workers",
+    "data.prefetch",
+    "engine.zero_stage",
+    "engine.max_micro_batch_size",
+    "engine.compile",
+    "engine.checkpoint_activations",
+    "engine.timeout_s",
+    "evaluation.every_steps",
+    "evaluation.batch_size",
+    "log.every_steps",
+    "log.samples",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every_steps",
+    "checkpoint.keep_best",
+)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Returns the config of a YAML file, changed by `key=value` overrides.
+
+    Raises ConfigError, one line that names the file or the override at fault, the key and a suggestion.
+    """
+    merged = OmegaConf.structured(Config)
+    for source, values in [(str(path), _read_yaml(Path(path))), *((text, _read_override(text)) for text in overrides)]:
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{source}: {_first_line(error, values)}") from None
+    return _to_config(merged, str(path))
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> Config:
+    """Returns the config that `config_to_dict` wrote. Raises ConfigError when `values` is not one."""
+    try:
+        return _to_config(OmegaConf.merge(OmegaConf.structured(Config), values), source)
+    except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+        raise (
+            error if isinstance(error, ConfigError) else ConfigError(f"{source}: {_first_line(error, values)}")
+        ) from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Returns the config as nested dicts of JSON values."""
+    return _plain(asdict(config))
+
+
+def config_to_yaml(config: Config) -> str:
+    """Returns the complete config as YAML; loading it gives an equal config."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def resume_differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """Returns what forbids to resume a run of config `saved` with `config`, one "key: was A, is B" each."""
+    before, now = dict(_flatten(saved)), dict(_flatten(config_to_dict(config)))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in MAY_CHANGE]
+    if config.optim.schedule == "rsqrt" and config.total_steps >= before.get("total_steps", 0):
+        keys = [key for key in keys if key != "total_steps"]  # its rate does not depend on the end
+    return [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in keys]
+
+
+def _to_config(merged: Any, source: str) -> Config:
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(f"{source}: no value for {', '.join(missing)}; set it in the file or as KEY=VALUE")
+    try:
+        config = OmegaConf.to_object(merged)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {_first_line(error, None)}") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: cannot be read ({_reason(error)}){_hint(path.name, near)}") from None
+    _refuse_resolvers(str(path), text)
+    try:
+        values = OmegaConf.create(text)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(values):
+        raise ConfigError(
+            f"{path}: expected `key: value` lines, found a {type(OmegaConf.to_container(values)).__name__}"
+        )
+    return values
+
+
+def _read_override(text: str) -> Any:
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip() or key.startswith("-"):
+        raise ConfigError(f"{text!r} is not an override; write KEY=VALUE, for example optim.lr=1e-3")
+    _refuse_resolvers(text, text)
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{text}: not a valid value: {' '.join(str(error).split())}") from None
+
+
+def _refuse_resolvers(source: str, text: str) -> None:
+    # ${oc.env:NAME} would copy a secret into the saved config; plain ${key} references are fine.
+    if re.search(r"\$\{[^}]*:", text):
+        raise ConfigError(
+            f"{source}: ${{...:...}} resolvers are not allowed; give the value, or refer to a key as ${{key}}"
+        )
+
+
+def _first_line(error: Exception, values: Any) -> str:
+    """The complete key, what is wrong with it, and a suggestion, from omegaconf's several lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    known = [name for name, _ in _flatten(_schema())] + [
+        part for part in _schema() if isinstance(_schema()[part], dict)
+    ]
+    if "not in" in lines[0] and key:
+        near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        hint = _hint(key, known) or (f" Did you mean: '{near[0]}'?" if near else "")
+        section = key.rpartition(".")[0] or "the config"
+        return f"{key}: no such key in {section}.{hint}"
+    if not key and OmegaConf.is_config(values):  # a wrong tuple: omegaconf leaves the key out
+        key = ", ".join(name for name, _ in _flatten(OmegaConf.to_container(values)))
+    return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def _schema() -> dict[str, Any]:
+    """Every key of the config as nested dicts, with its type's name at the leaves."""
+
+    def describe(cls: type) -> dict[str, Any]:
+        hints = get_type_hints(cls)
+        return {f.name: describe(hints[f.name]) if is_dataclass(hints[f.name]) else str(f.type) for f in fields(cls)}
+
+    return describe(Config)
+
+
+def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _parts(config: Config) -> list[Any]:
+    return [getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name))]
+
+
+def _outside(part: Any, section: str, **limits: tuple[float, float]) -> Iterator[str]:
+    """Yields a sentence for each named number of `part` that lies outside its (lowest, highest)."""
+    for name, (low, high) in limits.items():
+        value = getattr(part, name)
+        if not low <= value <= high:
+            yield f"{section}.{name}".lstrip(".") + f" is {value}, expected {low} to {high}"
+
+
+def _hint(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean: '{near[0]}'?" if near else ""
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()

@@ -1,0 +1,1 @@
+"""From shards to batches: manifest -> order -> samples -> images -> batches."""

@@ -1,0 +1,344 @@
+"""Making a data set: sources -> shuffled shards, their indexes, and the manifest, which is written last.
+
+A source is a list of `Item`s: where an image is and what its label is. Existing tars are indexed as they are.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from webdataset.writer import TarWriter
+
+from pretrain.data.images import decode
+from pretrain.data.manifest import (
+    BLOCK,
+    IMAGE_ENDINGS,
+    LABEL_ENDING,
+    Manifest,
+    Shard,
+    ShardIndex,
+    load_index,
+    write_index,
+    write_manifest,
+)
+from pretrain.data.order import words
+from pretrain.data.reader import BadSample, parse_label, read_sample
+from pretrain.errors import UserError
+
+Progress = Callable[[int], None]  # told the number of samples just done
+
+
+class Item(NamedTuple):
+    """A sample to be written."""
+
+    read: Callable[[], bytes]  # the encoded image
+    ending: str  # jpg, png, webp
+    label: int
+    source: str  # where it came from, for error messages
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def folder_items(root: Path) -> tuple[list[Item], list[str]]:
+    """Returns the images of root/CLASS/**/*, and the class names: the folders' names in sorted order."""
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    items = [
+        Item(path.read_bytes, _ending(path.name), label, str(path))
+        for label, name in enumerate(classes)
+        for path in sorted((root / name).rglob("*"))
+        if path.is_file() and _ending(path.name) in IMAGE_ENDINGS
+    ]
+    if not items:
+        raise UserError(
+            f"{root}: no images found; expected {root}/CLASS/NAME.jpg (endings: {', '.join(IMAGE_ENDINGS)})"
+        )
+    return items, classes
+
+
+def npz_items(path: Path) -> tuple[list[Item], list[str]]:
+    """Returns the images of a CIFAR-style archive: arrays blob (encoded images end to end), offset, label, classes."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            blob, offset, label = arrays["blob"], arrays["offset"], arrays["label"]
+            classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else []
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not an archive of images (arrays blob, offset, label): {error}") from None
+    if len(offset) != len(label) + 1 or int(offset[-1]) != len(blob):
+        raise UserError(
+            f"{path}: {len(offset)} offsets up to {offset[-1]} for {len(label)} labels and {len(blob)} bytes"
+        )
+
+    def image(number: int) -> bytes:
+        return blob[offset[number] : offset[number + 1]].tobytes()
+
+    return [
+        Item(partial(image, i), _sniffed_ending(image(i)), int(label[i]), f"{path}[{i}]") for i in range(len(label))
+    ], classes
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _sniffed_ending(data: bytes) -> str:
+    return "webp" if data[8:12] == b"WEBP" else "png" if data[:4] == b"\x89PNG" else "jpg"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def build(
+    items: Sequence[Item],
+    classes: Sequence[str],
+    out: Path,
+    *,
+    samples_per_shard: int,
+    seed: int,
+    progress: Progress = lambda _: None,
+) -> Path:
+    """Writes the items, shuffled over all shards, and returns the manifest's path. The same items give the same bytes.
+
+    Each image is decoded once: one that cannot be is left out, counted by the caller through `progress`, and named in
+    provenance.json. Raises UserError when nothing is left or the folder holds another data set.
+    """
+    _start_folder(out)
+    plan = np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
+    shards, dropped = [], []
+    for number in range(-(-len(items) // samples_per_shard)):
+        chosen = plan[number * samples_per_shard : (number + 1) * samples_per_shard]
+        path = out / f"{out.name}-{number:06d}.tar"
+        temporary = path.with_name(f".tmp-{path.name}")
+        dropped += _write_tar(temporary, number, [items[i] for i in chosen], progress)
+        os.replace(temporary, path)
+        shard = index_tar(path)
+        if shard.num_samples:
+            shards.append(shard)
+    if not shards:
+        raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
+    num_classes = len(classes) or 1 + max(item.label for item in items)
+    return _finish(
+        out, shards, num_classes, classes, dropped, {"scope": "global", "seed": seed, "method": "permutation"}
+    )
+
+
+def write_samples(samples: Iterable[tuple[bytes, int]], ending: str, path: Path, number: int) -> Shard:
+    """Writes encoded images and labels as shard `number`, in the given order, and returns it with its index written."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    _write_tar(
+        temporary,
+        number,
+        (Item(partial(bytes, image), ending, label, "") for image, label in samples),
+        lambda _: None,
+        check=False,
+    )
+    os.replace(temporary, path)
+    return index_tar(path)
+
+
+def finish_manifest(out: Path, shards: list[Shard], classes: Sequence[str], seed: int) -> Path:
+    """Writes classes.json and the manifest of shards written by `write_samples`, in shuffled order."""
+    return _finish(out, shards, len(classes), classes, [], {"scope": "global", "seed": seed, "method": "permutation"})
+
+
+def _write_tar(path: Path, number: int, items: Iterable[Item], progress: Progress, check: bool = True) -> list[str]:
+    """Writes a tar and returns what was left out, with the reason."""
+    dropped = []
+    with path.open("wb") as stream:
+        writer = TarWriter(stream, mtime=0, encoder=False)
+        written = 0
+        for item in items:
+            data = item.read()
+            try:
+                if check:
+                    decode(data)
+            except BadSample as bad:
+                dropped.append(f"{item.source}: {bad}")
+                continue
+            finally:
+                progress(1)
+            writer.write(
+                {"__key__": f"{number:06d}{written:06d}", item.ending: data, LABEL_ENDING: str(item.label).encode()}
+            )
+            written += 1
+        writer.close()
+        stream.flush()
+        os.fsync(stream.fileno())
+    return dropped
+
+
+def index_existing(
+    tars: Sequence[Path], classes: Sequence[str], out: Path, *, progress: Progress = lambda _: None
+) -> Path:
+    """Indexes existing tars and returns the manifest's path. `.tar.gz` are decompressed; tars elsewhere are copied.
+
+    Raises UserError naming the shard, when one is damaged, holds a sample twice or without image or label.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    names = [path.name.removesuffix(".gz") for path in tars]
+    if len(set(names)) < len(names):
+        raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
+    shards, largest_label = [], -1
+    for path, name in zip(tars, names):
+        shard = index_tar(_brought(path, out / name))
+        if not shard.num_samples:
+            raise UserError(f"{path}: has no samples")
+        largest_label = max(largest_label, _largest_label(shard, len(classes)))
+        shards.append(shard)
+        progress(1)
+    num_classes = len(classes) or largest_label + 1
+    return _finish(out, shards, num_classes, classes, [], {"scope": "none"})
+
+
+def _brought(source: Path, target: Path) -> Path:
+    if source.resolve() == target.resolve():
+        return target
+    temporary = target.with_name(f".tmp-{target.name}")
+    try:
+        opened = gzip.open(source) if source.suffix == ".gz" else source.open("rb")
+        with opened as reader, temporary.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            writer.flush()
+            os.fsync(writer.fileno())
+    except (OSError, EOFError, zlib.error) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{source}: cannot be copied to {target} ({error})") from None
+    os.replace(temporary, target)
+    return target
+
+
+def _start_folder(out: Path) -> None:
+    if (out / "manifest.json").exists():
+        raise UserError(f"{out}: holds a data set already; remove it or choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _finish(
+    out: Path, shards: list[Shard], num_classes: int, classes: Sequence[str], dropped: list[str], shuffle: dict
+) -> Path:
+    if classes:
+        (out / "classes.json").write_text(
+            json.dumps(list(classes), ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
+        )
+    if dropped:
+        (out / "provenance.json").write_text(json.dumps({"dropped": dropped}, indent=1) + "\n", encoding="utf-8")
+    return write_manifest(out, out.name, shards, num_classes, has_names=bool(classes), shuffle=shuffle)
+
+
+# --- indexing and checking -------------------------------------------------------------------------------------------
+
+
+def index_tar(path: Path) -> Shard:
+    """Walks a tar's headers, writes its index beside it, and returns the shard.
+
+    Raises UserError when the tar ends early (plain tar reading would lose the rest without a word), when a sample comes
+    twice, or when a sample has no image or no label.
+    """
+    starts, keys, end = [], [], 0
+    endings: set[str] = set()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isreg() or member.issparse():
+                    raise UserError(f"{path}: {member.name} is not a plain file")
+                key, ending = _key_and_ending(member.name)
+                if not keys or key != keys[-1]:
+                    _check_members(path, keys, endings)
+                    starts.append(member.offset)
+                    keys.append(key)
+                    endings = set()
+                endings.add(ending)
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path}: not a readable tar ({error})") from None
+    _check_members(path, keys, endings)
+    _check_end(path, end)
+    if len(set(keys)) < len(keys):
+        raise UserError(f"{path}: key {_first_repeated(keys)} occurs twice; members of a sample must follow each other")
+    shard = Shard(path, len(keys), path.stat().st_size, _sha256(path))
+    offsets = np.array([*starts, end], dtype=np.uint64) // BLOCK
+    if int(offsets[-1]) >> 32:
+        raise UserError(f"{path}: larger than 2 TiB; use smaller shards")
+    crcs = np.array([zlib.crc32(key.encode()) for key in keys], dtype=np.uint32)
+    write_index(shard, ShardIndex(offsets.astype(np.uint32), crcs))
+    return shard
+
+
+def _key_and_ending(name: str) -> tuple[str, str]:
+    """webdataset's rule: the key ends at the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, ending = file.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _check_members(path: Path, keys: list[str], endings: set[str]) -> None:
+    if not keys:
+        return
+    for wanted, found in (("image", endings & set(IMAGE_ENDINGS)), ("label (.cls)", endings & {LABEL_ENDING})):
+        if not found:
+            raise UserError(f"{path}: sample {keys[-1]} has no {wanted}, only {', '.join(sorted(endings))}")
+
+
+def _check_end(path: Path, end: int) -> None:
+    with path.open("rb") as file:
+        file.seek(end)
+        while block := file.read(1 << 20):
+            if block.count(0) != len(block):
+                raise UserError(f"{path}: no tar header at byte {end}; the shard is damaged there")
+
+
+def _first_repeated(keys: list[str]) -> str:
+    seen: set[str] = set()
+    return next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+
+
+def _largest_label(shard: Shard, num_classes: int) -> int:
+    manifest = _alone(shard, num_classes or 10**9)
+    labels = []
+    for number in range(shard.num_samples):
+        try:
+            raw = read_sample(manifest, number)
+            labels.append(parse_label(raw.label, manifest.num_classes))
+        except BadSample as bad:
+            raise UserError(f"{shard.path}: sample {number}: {bad}") from None
+    return max(labels)
+
+
+def _alone(shard: Shard, num_classes: int) -> Manifest:
+    return Manifest(shard.path, "", "", shard.num_samples, num_classes, (), (shard,))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(manifest: Manifest, progress: Progress = lambda _: None) -> Iterator[str]:
+    """Yields what is wrong with a data set: digests, indexes, labels and images, every sample decoded."""
+    for shard in manifest.shards:
+        try:
+            if not shard.path.is_file() or _sha256(shard.path) != shard.sha256:
+                yield f"{shard.path}: is missing or is not the file that was indexed (SHA-256 differs)"
+                continue
+            load_index(shard)
+        except UserError as error:
+            yield str(error)
+            continue
+        alone = _alone(shard, manifest.num_classes)
+        for number in range(shard.num_samples):
+            try:
+                raw = read_sample(alone, number)
+                parse_label(raw.label, manifest.num_classes)
+                decode(raw.image)
+            except BadSample as bad:
+                yield f"{shard.path}: sample {number}: {bad}"
+            progress(1)

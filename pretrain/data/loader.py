@@ -1,0 +1,183 @@
+"""Batches of the order's steps, prepared ahead by worker processes; and the validation set.
+
+Each item is a rank's whole share of a step. Worker processes own no state: item `step` depends on the step alone.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain import distributed
+from pretrain.config import Config, DataConfig
+from pretrain.data.images import decode, eval_image, train_image
+from pretrain.data.manifest import Manifest
+from pretrain.data.order import BatchPlan, Order, share
+from pretrain.data.reader import BadSample, parse_label, read_sample
+from pretrain.errors import BadSamplesError
+
+
+class BadRecord(NamedTuple):
+    """A sample that was replaced by a masked slot."""
+
+    epoch: int
+    index: int
+    shard: str
+    reason: str  # tar, missing, decode or label
+    detail: str
+
+
+class Batch(NamedTuple):
+    """A rank's share of a step, or a micro-batch of it. Masked slots (valid is False) hold zeros."""
+
+    images: torch.Tensor  # uint8 [slots, 3, height, width]
+    labels: torch.Tensor  # int64 [slots]
+    valid: torch.Tensor  # bool [slots]
+    epoch: torch.Tensor  # int64 [slots]
+    index: torch.Tensor  # int64 [slots]; -1 where a slot only fills up the micro-batch
+    bad: list[BadRecord]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch with images, labels and mask on the device; epochs and indices stay on the host."""
+        images, labels, valid = (t.to(device, non_blocking=True) for t in self[:3])
+        return self._replace(images=images, labels=labels, valid=valid)
+
+    def split(self, micro_batch: int) -> Iterator["Batch"]:
+        """Yields its micro-batches, each of exactly `micro_batch` slots."""
+        for parts in zip(*(tensor.split(micro_batch) for tensor in self[:5])):
+            yield Batch(*parts, bad=[])
+
+
+class _TrainSteps(Dataset):
+    """Item `step` is this rank's share of that step."""
+
+    def __init__(self, manifest: Manifest, order: Order, plan: BatchPlan, config: Config) -> None:
+        self._manifest, self._order, self._plan, self._config = manifest, order, plan, config
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+
+    def __getitem__(self, step: int) -> Batch:
+        epochs, indices = self._order.samples(step)
+        mine = share(len(indices), self._rank, self._world_size)
+        batch = _empty_batch(self._plan.micro_batch * self._plan.accumulation, self._config.model.image_size)
+        for slot, (epoch, index) in enumerate(zip(epochs[mine].tolist(), indices[mine].tolist())):
+            key = (self._config.seed, self._manifest.name, epoch, index)
+            batch.epoch[slot], batch.index[slot] = epoch, index
+            self._fill(batch, slot, epoch, index, key)
+        return batch
+
+    def _fill(self, batch: Batch, slot: int, epoch: int, index: int, key: tuple) -> None:
+        try:
+            image, label = _read(self._manifest, index)
+        except BadSample as bad:
+            batch.bad.append(_record(self._manifest, epoch, index, bad))
+            return
+        batch.images[slot] = train_image(image, self._config.model.image_size, self._config.data, *key)
+        batch.labels[slot], batch.valid[slot] = label, True
+
+
+class _EvalBatches(Dataset):
+    """Item `number` is the number-th batch of this rank's samples of a fixed set."""
+
+    def __init__(
+        self, manifest: Manifest, indices: np.ndarray, batch_size: int, image_size: int, config: DataConfig
+    ) -> None:
+        self._manifest, self._image_size, self._config = manifest, image_size, config
+        mine = indices[distributed.rank() :: distributed.world_size()]
+        # Equal numbers of batches on all ranks: each forward pass is a collective under ZeRO-3.
+        self._num_batches = -(-len(indices) // (distributed.world_size() * batch_size))
+        self._parts = [mine[i * batch_size : (i + 1) * batch_size] for i in range(self._num_batches)]
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __getitem__(self, number: int) -> Batch:
+        batch = _empty_batch(self._batch_size, self._image_size)
+        for slot, index in enumerate(self._parts[number].tolist()):
+            batch.index[slot] = index
+            try:
+                image, label = _read(self._manifest, index)
+            except BadSample as bad:
+                batch.bad.append(_record(self._manifest, 0, index, bad))
+                continue
+            batch.images[slot] = eval_image(image, self._image_size, self._config)
+            batch.labels[slot], batch.valid[slot] = label, True
+        return batch
+
+
+def _empty_batch(slots: int, image_size: int) -> Batch:
+    images = torch.zeros(slots, 3, image_size, image_size, dtype=torch.uint8)
+    zeros, unused = torch.zeros(slots, dtype=torch.int64), torch.full((slots,), -1)
+    return Batch(images, zeros, torch.zeros(slots, dtype=torch.bool), zeros.clone(), unused, [])
+
+
+def _read(manifest: Manifest, index: int) -> tuple[torch.Tensor, int]:
+    """Returns a decoded image, uint8 [3, height, width], and its label."""
+    raw = read_sample(manifest, index)
+    return decode(raw.image), parse_label(raw.label, manifest.num_classes)
+
+
+def _record(manifest: Manifest, epoch: int, index: int, bad: BadSample) -> BadRecord:
+    return BadRecord(epoch, index, manifest.locate(index)[0].path.name, bad.reason, str(bad))
+
+
+def train_batches(
+    manifest: Manifest, order: Order, plan: BatchPlan, config: Config, start_step: int
+) -> Iterator[Batch]:
+    """Yields this rank's share, accumulation * micro_batch slots, of the steps start_step .. total_steps - 1."""
+    steps = _TrainSteps(manifest, order, plan, config)
+    return iter(_loader(steps, range(start_step, config.total_steps), config.data))
+
+
+def eval_batches(
+    manifest: Manifest, indices: np.ndarray, *, batch_size: int, image_size: int, config: DataConfig
+) -> Iterator[Batch]:
+    """Yields this rank's samples of `indices`, in evaluation's transform, the same number of batches on every rank.
+
+    The last batch, and ranks with fewer samples, are filled up with masked slots: each sample is seen exactly once.
+    """
+    batches = _EvalBatches(manifest, indices, batch_size, image_size, config)
+    return iter(_loader(batches, range(len(batches)), config))
+
+
+def _loader(dataset: Dataset, items: range, config: DataConfig) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items,
+        collate_fn=_as_is,
+        num_workers=config.workers,
+        prefetch_factor=config.prefetch if config.workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+    )
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    distributed.ignore_stop_signals()  # else SIGTERM to the group ends workers, and the final save is lost
+
+
+REASONS = ("tar", "missing", "decode", "label")
+_MIN_SEEN, _MIN_BAD = 10_000, 100  # before that, a fraction says little
+
+
+def count_reasons(records: list[BadRecord]) -> torch.Tensor:
+    """Returns how many records have each of REASONS, float64 [4]."""
+    return torch.tensor([float(sum(r.reason == reason for r in records)) for reason in REASONS], dtype=torch.float64)
+
+
+def check_bad_fraction(bad: dict[str, int], seen: int, max_fraction: float) -> None:
+    """Raises BadSamplesError when more than `max_fraction` of the samples seen over all ranks could not be used."""
+    total = sum(bad.values())
+    if seen >= _MIN_SEEN and total >= _MIN_BAD and total > max_fraction * seen:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items() if count)
+        raise BadSamplesError(
+            f"{total} of {seen} samples could not be used ({reasons}), more than data.max_bad_fraction "
+            f"({max_fraction}); bad_samples.jsonl in the run's folder names them"
+        )

@@ -1,0 +1,199 @@
+"""What a data set consists of: its shards in order, with counts, sizes and checksums, and each shard's sample offsets.
+
+`manifest.json` lists the shards; `NAME.idx` beside `NAME.tar` says where each sample begins. Both are checked when they
+are read, so that a changed or cut shard is found before it loses samples silently.
+"""
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.errors import UserError
+
+FORMAT, VERSION = "pretrain-shards", 1
+INDEX_FORMAT = "pretrain-index"
+BLOCK = 512  # bytes; every tar member begins at a multiple of it
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+LABEL_ENDING = "cls"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file of samples, as the manifest lists it."""
+
+    path: Path
+    num_samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set: its shards in index order. Sample `index` counts through them and never changes with the epoch."""
+
+    path: Path
+    name: str  # part of every augmentation's key
+    sha256: str  # of the file: identifies the data set
+    num_samples: int
+    num_classes: int
+    class_names: tuple[str, ...]  # empty when unknown
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def first_indices(self) -> np.ndarray:
+        """The index of each shard's first sample, and the end: int64 [shards + 1]."""
+        return np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards])]).astype(np.int64)
+
+    def locate(self, index: int) -> tuple[Shard, int]:
+        """Returns the shard that holds a sample, and the sample's number in it."""
+        shard = int(np.searchsorted(self.first_indices, index, side="right")) - 1
+        return self.shards[shard], index - int(self.first_indices[shard])
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Reads manifest.json, or the one in a folder. Raises UserError when it is missing, foreign or inconsistent."""
+    path = path / "manifest.json" if path.is_dir() else path
+    try:
+        text = path.read_bytes()
+        values = json.loads(text)
+        if (values["format"], values["version"]) != (FORMAT, VERSION):
+            raise UserError(
+                f"{path}: is {values['format']!r} version {values['version']}, expected {FORMAT!r} {VERSION}"
+            )
+        shards = tuple(
+            Shard(_inside(path, s["path"]), int(s["num_samples"]), int(s["num_bytes"]), s["sha256"])
+            for s in values["shards"]
+        )
+        names = values["label"]["names"]
+        manifest = Manifest(
+            path=path,
+            name=values["name"],
+            sha256=hashlib.sha256(text).hexdigest(),
+            num_samples=values["num_samples"],
+            num_classes=values["label"]["num_classes"],
+            class_names=tuple(json.loads(_inside(path, names).read_text(encoding="utf-8"))) if names else (),
+            shards=shards,
+        )
+        totals = (values["num_samples"], values["num_shards"], values["num_bytes"])
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: not found; make shards and manifest with tools/make_shards.py") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a manifest of shards ({type(error).__name__}: {error})") from None
+    listed = (sum(s.num_samples for s in shards), len(shards), sum(s.num_bytes for s in shards))
+    if totals != listed:
+        raise UserError(f"{path}: says {totals} samples, shards and bytes, its list adds up to {listed}")
+    if not manifest.num_samples:
+        raise UserError(f"{path}: lists no samples")
+    return manifest
+
+
+def check_shards(manifest: Manifest) -> None:
+    """Checks that every shard and index is there with the right size. Raises UserError naming the first that is not."""
+    for shard in manifest.shards:
+        for path in (shard.path, shard.path.with_suffix(".idx")):
+            if not path.is_file():
+                raise UserError(f"{path}: listed in {manifest.path} but not found")
+        if (found := shard.path.stat().st_size) != shard.num_bytes:
+            raise UserError(
+                f"{shard.path}: has {found} bytes, {manifest.path.name} says {shard.num_bytes}; index it again"
+            )
+
+
+def write_manifest(
+    folder: Path, name: str, shards: list[Shard], num_classes: int, *, has_names: bool, shuffle: Any
+) -> Path:
+    """Writes manifest.json as canonical JSON (the same shards give the same bytes) and returns its path."""
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "num_samples": sum(shard.num_samples for shard in shards),
+        "num_shards": len(shards),
+        "num_bytes": sum(shard.num_bytes for shard in shards),
+        "members": {"image": list(IMAGE_ENDINGS), "label": LABEL_ENDING},
+        "label": {"kind": "class", "num_classes": num_classes, "names": "classes.json" if has_names else None},
+        "keys": {"kind": "foreign"},
+        "shuffle": shuffle,
+        "image": None,
+        "shards": [
+            {"path": s.path.name, "num_samples": s.num_samples, "num_bytes": s.num_bytes, "sha256": s.sha256}
+            for s in shards
+        ],
+    }
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
+    temporary = folder / ".tmp-manifest.json"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(folder / "manifest.json")
+    return folder / "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where a shard's samples lie."""
+
+    offsets: np.ndarray  # uint32 [samples + 1], in blocks of 512 bytes: each sample's first header, then the end
+    key_crc32: np.ndarray  # uint32 [samples]: CRC-32 of each key
+
+    def byte_range(self, sample: int) -> tuple[int, int]:
+        """Returns the first byte of a sample and the first byte after it."""
+        return int(self.offsets[sample]) * BLOCK, int(self.offsets[sample + 1]) * BLOCK
+
+
+def write_index(shard: Shard, index: ShardIndex) -> None:
+    """Writes `NAME.idx` beside `NAME.tar`: one line of JSON, then the arrays as little-endian uint32."""
+    payload = index.offsets.astype("<u4").tobytes() + index.key_crc32.astype("<u4").tobytes()
+    header = {
+        "format": INDEX_FORMAT,
+        "version": VERSION,
+        "shard": shard.path.name,
+        "shard_bytes": shard.num_bytes,
+        "shard_sha256": shard.sha256,
+        "num_samples": shard.num_samples,
+        "unit_bytes": BLOCK,
+        "offsets": "<u4",
+        "keys": "crc32",
+        "payload_crc32": f"{zlib.crc32(payload):08x}",
+    }
+    path = shard.path.with_suffix(".idx")
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_bytes(json.dumps(header, sort_keys=True).encode() + b"\n" + payload)
+    temporary.replace(path)
+
+
+def load_index(shard: Shard) -> ShardIndex:
+    """Reads a shard's index. Raises UserError when it is damaged or belongs to another shard."""
+    path = shard.path.with_suffix(".idx")
+    try:
+        line, _, payload = path.read_bytes().partition(b"\n")
+        header = json.loads(line)
+        expected = {"format": INDEX_FORMAT, "version": VERSION, "keys": "crc32", "unit_bytes": BLOCK, "offsets": "<u4"}
+        expected |= {"shard_bytes": shard.num_bytes, "shard_sha256": shard.sha256, "num_samples": shard.num_samples}
+        expected |= {"payload_crc32": f"{zlib.crc32(payload):08x}"}
+        wrong = [
+            f"{key} is {header.get(key)!r}, expected {value!r}"
+            for key, value in expected.items()
+            if header.get(key) != value
+        ]
+        if wrong or len(payload) != 4 * (2 * shard.num_samples + 1):
+            raise ValueError("; ".join(wrong) or f"{len(payload)} bytes of offsets")
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; make it with tools/make_shards.py") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: does not fit its shard ({error}); index the shard again") from None
+    arrays = np.frombuffer(payload, "<u4")
+    return ShardIndex(arrays[: shard.num_samples + 1], arrays[shard.num_samples + 1 :])
+
+
+def _inside(manifest: Path, name: str) -> Path:
+    """A manifest names files below its own folder only: one from elsewhere must not make us read other files."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{manifest}: {name!r} lies outside the manifest's folder")
+    return manifest.parent / name

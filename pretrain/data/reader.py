@@ -1,0 +1,114 @@
+"""Raw samples by index, through webdataset's tar reader; every loss is told, none is silent.
+
+A sample is read by the byte range that the shard's index gives, so a damaged tar header costs that one sample and never
+the rest of the shard (plain tar reading ends there without a word).
+"""
+
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pretrain.data.manifest import BLOCK, IMAGE_ENDINGS, LABEL_ENDING, Manifest, Shard, ShardIndex, load_index
+from pretrain.errors import StorageError
+
+MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
+
+
+class BadSample(Exception):
+    """A sample cannot be used. `reason`: tar, missing, decode or label (docs/data.md)."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class RawSample(NamedTuple):
+    """A sample as stored."""
+
+    key: str
+    image: bytes  # an encoded image
+    label: bytes  # ASCII digits
+
+
+def read_sample(manifest: Manifest, index: int) -> RawSample:
+    """Returns sample `index` of the data set.
+
+    Raises BadSample when the bytes are not the indexed sample, StorageError when they cannot be read for now.
+    """
+    shard, number = manifest.locate(index)
+    descriptor, shard_index = _open_shard(shard)
+    start, end = shard_index.byte_range(number)
+    if end - start > MAX_SAMPLE_BYTES:
+        raise BadSample("tar", f"{end - start} bytes in one sample")
+    try:
+        data = os.pread(descriptor.number, end - start, start)
+    except OSError as error:
+        raise StorageError(f"{shard.path}: bytes {start} to {end} cannot be read ({error.strerror})") from None
+    if len(data) != end - start:
+        raise BadSample("tar", f"the shard ends at byte {start + len(data)}")
+    return _parse(data, int(shard_index.key_crc32[number]))
+
+
+def _parse(data: bytes, key_crc32: int) -> RawSample:
+    if any(kind == b"S" for kind in _member_kinds(data)):
+        raise BadSample("tar", "a sparse member")  # 10 kB can expand to gigabytes
+    try:
+        files = tar_file_expander([{"url": "", "stream": io.BytesIO(data)}], handler=_raise)
+        samples = list(group_by_keys(files, handler=_raise))
+    except Exception as error:  # tarfile and webdataset raise many types on damaged headers
+        raise BadSample("tar", str(error)) from None
+    if len(samples) != 1 or zlib.crc32(samples[0]["__key__"].encode()) != key_crc32:
+        raise BadSample("tar", "the members are not those of the index")
+    sample = samples[0]
+    image = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
+    if image is None or LABEL_ENDING not in sample:
+        raise BadSample("missing", "no image" if image is None else "no label")
+    return RawSample(sample["__key__"], image, sample[LABEL_ENDING])
+
+
+def parse_label(raw: bytes, num_classes: int) -> int:
+    """Returns the class of a `.cls` member. Raises BadSample unless it is an integer in 0..num_classes-1."""
+    text = raw.strip()
+    if not text.isdigit() or len(text) > 9 or int(text) >= num_classes:
+        raise BadSample("label", f"{raw[:20]!r} is not an integer in 0..{num_classes - 1}")
+    return int(text)
+
+
+def _member_kinds(data: bytes) -> Iterator[bytes]:
+    """Yields the type byte of each tar header; stops at the first that is not one."""
+    at = 0
+    while at + BLOCK <= len(data):
+        try:
+            num_bytes = int(data[at + 124 : at + 136].strip(b"\0 ") or b"0", 8)
+        except ValueError:
+            return
+        yield data[at + 156 : at + 157]
+        at += BLOCK + -(-num_bytes // BLOCK) * BLOCK
+
+
+def _raise(error: Exception) -> bool:
+    raise error
+
+
+class _Descriptor:
+    """An open file, closed when the cache below lets go of it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+@lru_cache(maxsize=128)  # per process; a limit of 1024 descriptors is common. 10k samples: 80 kB of index each
+def _open_shard(shard: Shard) -> tuple[_Descriptor, ShardIndex]:
+    try:
+        return _Descriptor(os.open(shard.path, os.O_RDONLY)), load_index(shard)
+    except OSError as error:
+        raise StorageError(f"{shard.path}: cannot be opened ({error.strerror})") from None

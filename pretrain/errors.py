@@ -1,0 +1,33 @@
+"""Errors whose message is written for the user. Everything else that is raised is a defect of ours.
+
+`exit_code` is what a command line exits with (see README, "Exit codes"). A message says where, what is wrong (the
+value), what is expected, and the way out, in one line.
+"""
+
+
+class UserError(ValueError):
+    """The user's input cannot be used: configuration, data set, weights, launch. Retrying cannot help."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key or a value of the configuration is wrong."""
+
+
+class StorageError(OSError):
+    """Reading or writing failed for now: the same command may succeed later."""
+
+    exit_code = 75
+
+
+class NonFiniteError(ArithmeticError):
+    """Loss or gradients were not finite for too many steps in a row."""
+
+    exit_code = 77
+
+
+class BadSamplesError(UserError):
+    """More samples than allowed could not be read or decoded."""
+
+    exit_code = 78

@@ -1,0 +1,1 @@
+"""Evaluators: each returns rows of (metric, value, n)."""

@@ -1,0 +1,133 @@
+"""What a run writes while it trains: the console, metrics.jsonl, TensorBoard. Rank 0 speaks.
+
+A disk that fills up must not end the training: a failing writer warns once and is then off.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.io import write_png
+
+from pretrain import distributed
+
+
+def say(message: str) -> None:
+    """Prints a line on rank 0."""
+    if distributed.is_main():
+        print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """Prints a warning from any rank, which it names unless it is rank 0."""
+    prefix = "" if distributed.is_main() else f"rank {distributed.rank()}: "
+    print(f"{prefix}warning: {message}", file=sys.stderr, flush=True)
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with its "step"; written through at once, so that a kill loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+        self._failed = False
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes one line."""
+        try:
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not self._failed:
+                warn(f"{self.path}: {error.strerror}; the training goes on without what it would have logged here")
+            self._failed = True
+
+    def sync(self) -> None:
+        """Brings what was written to the disk, so that it outlives a crash of the machine."""
+        if self._file is not None and not self._failed:
+            os.fsync(self._file.fileno())
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drops the lines of steps after `step` and a torn last line, so that a resumed run does not log a step twice."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
+
+
+class RunLog:
+    """The writers of one run, opened at `step`. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, folder: Path, step: int, total_steps: int) -> None:
+        self._folder, self._total_steps = folder, total_steps
+        self._start_step, self._start_time = step, time.monotonic()
+        self._metrics = JsonLines(folder / "metrics.jsonl")
+        self._board: Any = None
+        if distributed.is_main():
+            from torch.utils.tensorboard.writer import SummaryWriter  # 1 s to import: only where it writes
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs named numbers of `step` to all writers; the console's line ends with the time left."""
+        if not distributed.is_main():
+            return
+        self._metrics.append({"step": step, **values})
+        self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+        left = (time.monotonic() - self._start_time) / max(1, step - self._start_step) * (self._total_steps - step)
+        shown = "  ".join(f"{name.removeprefix('train/')} {_short(value)}" for name, value in values.items())
+        say(f"step {step}/{self._total_steps} ({step / self._total_steps:.1%})  {shown}  left {duration(left)}")
+
+    def image(self, name: str, image: torch.Tensor) -> None:
+        """Writes a uint8 [3, height, width] picture to NAME.png and to TensorBoard."""
+        if distributed.is_main():
+            self._to_board(lambda board: board.add_image(name, image))
+            try:
+                write_png(image, str(self._folder / f"{name}.png"))
+            except RuntimeError as error:  # torchvision's type for a full disk
+                warn(f"{name}.png: {error}")
+
+    def sync(self) -> None:
+        """Called before a checkpoint is published: what it covers must be on disk."""
+        self._metrics.sync()
+        self._to_board(lambda board: board.flush())
+
+    def close(self) -> None:
+        """Ends the TensorBoard file."""
+        self._to_board(lambda board: board.close())
+
+    def _to_board(self, write: Callable[[Any], Any]) -> None:
+        if self._board is None:
+            return
+        try:
+            write(self._board)
+        except OSError as error:  # its writer raises on a full disk, out of any call
+            warn(f"TensorBoard: {error.strerror or error}; off for the rest of this run")
+            self._board = None
+
+
+def duration(seconds: float) -> str:
+    """Returns 75 as "1m15s", 7260 as "2h01m"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

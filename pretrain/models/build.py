@@ -1,0 +1,56 @@
+"""From a model's config to an initialised `nn.Module`: the ViT of this package, or any model of timm."""
+
+import torch
+from torch import nn
+
+from pretrain.config import ModelConfig
+from pretrain.errors import ConfigError
+from pretrain.models.vit import VisionTransformer, init_weights
+
+
+def build_model(config: ModelConfig, num_classes: int, seed: int = 0) -> nn.Module:
+    """Returns the model in float32 on the CPU, the same weights on every rank for one seed.
+
+    Raises ConfigError when timm does not know `timm:NAME`.
+    """
+    if config.timm_name is not None:
+        return _build_timm(config, num_classes, seed)
+    model = VisionTransformer(config, num_classes)
+    init_weights(model, config, torch.Generator().manual_seed(seed))
+    return model
+
+
+def _build_timm(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
+    import timm  # 2 s to import: only where it is used
+
+    assert config.timm_name is not None
+    if config.timm_name not in timm.list_models():
+        near = timm.list_models(f"*{config.timm_name}*")[:3]
+        hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
+        raise ConfigError(f"model.name: timm has no model {config.timm_name!r}{hint}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(config.timm_name, num_classes=num_classes, **timm_options(config))
+    return model
+
+
+def timm_options(config: ModelConfig) -> dict:
+    """Returns the arguments, beyond the class count, with which timm builds `config`'s model."""
+    options = {"img_size": config.image_size} if _takes_image_size(config.timm_name or "") else {}
+    if config.dropout:
+        options["drop_rate"] = config.dropout
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    return options
+
+
+def _takes_image_size(name: str) -> bool:
+    # Transformers of timm fix their grid when built; convolutional networks take any size and refuse the argument.
+    return any(part in name for part in ("vit", "deit", "beit", "swin", "eva", "mixer", "cait"))
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles each block of a ViT on its own: seconds instead of minutes, and parameter names stay as they are."""
+    blocks = getattr(model, "blocks", None)
+    for module in blocks if isinstance(blocks, nn.Sequential) else [model]:
+        module.compile()

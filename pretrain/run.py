@@ -1,0 +1,143 @@
+"""A run's folder: who may write in it, what it records of each start, and when it is done.
+
+runs/NAME/
+  config.yaml  deepspeed.json    the complete config of the last start, and what DeepSpeed was given
+  starts.jsonl                   each start: step, versions, commit, ranks, command
+  metrics.jsonl  tensorboard/    the curves
+  batch.png                      one augmented batch
+  bad_samples.jsonl  skipped_steps.jsonl  samples-RANK.jsonl    what was left out; the order, when asked for
+  checkpoints/                   see pretrain/checkpoint.py
+  DONE                           proof of the end: the last step and its validation
+"""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from pretrain import distributed
+from pretrain.checkpoint import read_state
+from pretrain.config import Config, config_to_yaml, resume_differences
+from pretrain.data.manifest import Manifest
+from pretrain.errors import ConfigError, UserError
+from pretrain.log import JsonLines, rewind, say
+
+_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "timm", "omegaconf", "numpy", "pillow")
+_CLAIM_TRIES = 20  # half a second each: a killed run's last processes may need seconds to go
+
+
+def claim(folder: Path) -> TextIO | None:
+    """Makes the run's folder and takes its lock, which is held as long as the returned file is open (rank 0).
+
+    Raises UserError, on all ranks, when another process trains in it, or when it cannot be written.
+    """
+    held: list[TextIO] = []
+
+    def take() -> None:
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            file = (folder / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output=") from None
+        for _attempt in range(_CLAIM_TRIES):
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes, gone with a kill
+                held.append(file)
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another name=")
+
+    distributed.from_main(take)
+    return held[0] if held else None
+
+
+def is_done(folder: Path, config: Config) -> bool:
+    """Returns whether the run has reached config.total_steps, on every rank alike."""
+
+    def reached() -> bool:
+        try:
+            return json.loads((folder / "DONE").read_text(encoding="utf-8"))["step"] >= config.total_steps
+        except (OSError, ValueError, KeyError):
+            return False
+
+    return distributed.from_main(reached)
+
+
+def mark_done(folder: Path, step: int, metrics: dict[str, float]) -> None:
+    """Writes DONE, on rank 0: an exit status alone proves nothing, launchers have lost it."""
+    if distributed.is_main():
+        temporary = folder / ".tmp-DONE"
+        temporary.write_text(json.dumps({"step": step, **metrics}) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / "DONE")
+
+
+def fingerprint(config: Config, train_set: Manifest) -> dict[str, Any]:
+    """Returns what decides the order of samples and their pixels, as a checkpoint's state.json holds it."""
+    return {
+        "format": "pretrain-data-state",
+        "version": 1,
+        "order": {"name": "permuted", "version": "v1", "manifest_sha256": train_set.sha256},
+        "pixels": {name: metadata.version(name) for name in ("torchvision", "pillow")},
+    }
+
+
+def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest) -> None:
+    """Raises ConfigError, naming each difference, when `checkpoint` belongs to a run with other settings or data."""
+    saved, data = read_state(checkpoint), fingerprint(config, train_set)
+    differences = resume_differences(saved["config"], config)
+    for key, value in data["order"].items():
+        if saved["data"]["order"].get(key) != value:
+            differences.append(f"data {key}: was {saved['data']['order'].get(key)}, is {value}")
+    if differences:
+        raise ConfigError(
+            f"{checkpoint}: was written with other settings ({'; '.join(differences)}); "
+            "give them the old values, or start another run with name=..."
+        )
+    if saved["data"]["pixels"] != data["pixels"]:
+        say(
+            "warning: decoders changed since the checkpoint, pixels may differ: "
+            f"{saved['data']['pixels']} -> {data['pixels']}"
+        )
+
+
+def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any], step: int) -> None:
+    """Writes what this start runs with, and drops log lines after `step`, which will be written again. Rank 0."""
+    if not distributed.is_main():
+        return
+    for path in folder.glob("*.jsonl"):
+        rewind(path, step)
+    (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    (folder / "deepspeed.json").write_text(json.dumps(deepspeed_config, indent=2) + "\n", encoding="utf-8")
+    start = {
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "world_size": distributed.world_size(),
+        "command": sys.argv,
+        "commit": _commit(),
+        "versions": versions(),
+    }
+    JsonLines(folder / "starts.jsonl").append(start)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide numbers."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+
+
+def _commit() -> str | None:
+    """The checked-out commit, "+changes" when files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "") if head.returncode == 0 else None

@@ -1,0 +1,92 @@
+"""Makes WebDataset shards with their index and manifest, or checks existing ones.
+
+python tools/make_shards.py SOURCE... OUT [--classes FILE]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pretrain import cli
+from pretrain.errors import UserError
+
+
+def main() -> None:
+    parser = cli.parser(
+        "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg), a CIFAR-style\n"
+        ".npz, or existing WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.",
+        "python tools/make_shards.py tiny_imagenet_train-*.tar.gz data/tiny-train --classes tiny_imagenet_classes.json",
+    )
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="SOURCE... OUT", help="what to read, then the folder to write"
+    )
+    parser.add_argument("--classes", type=Path, help='class names: a JSON list, or an object with "names"')
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="of folders and .npz (default 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
+    parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
+    arguments = parser.parse_args()
+
+    from pretrain.data.build import build, folder_items, index_existing, npz_items
+    from pretrain.data.manifest import load_manifest
+
+    if arguments.verify:
+        return _verify(arguments.paths)
+    if len(arguments.paths) < 2:
+        raise UserError("give at least one SOURCE and then the folder OUT to write")
+    *sources, out = arguments.paths
+    classes = _class_names(arguments.classes)
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"{source}: not found")
+    if all(source.name.endswith((".tar", ".tar.gz")) for source in sources):
+        with cli.progress("indexing", len(sources), "shards") as advance:
+            path = index_existing(sources, classes, out, progress=advance)
+    elif len(sources) == 1 and (sources[0].is_dir() or sources[0].suffix == ".npz"):
+        items, found = folder_items(sources[0]) if sources[0].is_dir() else npz_items(sources[0])
+        if arguments.samples_per_shard < 1:
+            raise UserError(f"--samples-per-shard is {arguments.samples_per_shard}, expected at least 1")
+        with cli.progress("writing", len(items), "images") as advance:
+            options = {"samples_per_shard": arguments.samples_per_shard, "seed": arguments.seed}
+            path = build(items, classes or found, out, **options, progress=advance)
+    else:
+        raise UserError(f"{', '.join(map(str, sources))}: give one folder, one .npz, or any number of .tar and .tar.gz")
+    manifest = load_manifest(path)
+    dropped = (
+        len(json.loads((out / "provenance.json").read_text())["dropped"]) if (out / "provenance.json").exists() else 0
+    )
+    print(f"{path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.num_classes} classes")
+    if dropped:
+        print(f"warning: {dropped} images left out, {out / 'provenance.json'} names them", file=sys.stderr)
+
+
+def _verify(paths: list[Path]) -> None:
+    from pretrain.data.build import verify
+    from pretrain.data.manifest import load_manifest
+
+    problems = []
+    for path in paths:
+        manifest = load_manifest(path)
+        with cli.progress("checking", manifest.num_samples, "samples") as advance:
+            problems += list(verify(manifest, advance))
+        print(f"{manifest.path}: {manifest.num_samples} samples, {len(problems)} problems")
+    for problem in problems[:20]:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise UserError(f"{len(problems)} problems found")
+
+
+def _class_names(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        names = values["names"] if isinstance(values, dict) else values
+        return [name if isinstance(name, str) else ", ".join(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: expected a JSON list of names, or an object with "names" ({error})') from None
+
+
+if __name__ == "__main__":
+    cli.run(main)
