@@ -127,13 +127,20 @@ def _publish(
     files.append(_write_json(temporary / "index.json", tensors))
     files.append(_write_json(temporary / "state.json", state))
     manifest = {**header, "files": sorted(files, key=lambda entry: entry["path"])}
-    _write_json(temporary / ".MANIFEST.json", manifest)
+    (temporary / ".MANIFEST.json").write_text(_manifest_text(manifest), encoding="utf-8")
+    _fsync(temporary / ".MANIFEST.json")
     os.replace(temporary / ".MANIFEST.json", temporary / "MANIFEST.json")
     _fsync(temporary)
     if published.exists():  # a damaged one of the same step, which was not used
         os.replace(published, published.with_name(f".trash-{published.name}"))
     os.replace(temporary, published)
     _fsync(published.parent)
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    """The manifest as written: with its own checksum, so that a flipped bit in it does not accuse another file."""
+    checksum = google_crc32c.Checksum(json.dumps(manifest, sort_keys=True).encode()).hexdigest().decode()
+    return json.dumps({**manifest, "crc32c": checksum}, indent=1, sort_keys=True) + "\n"
 
 
 def _tensor_index(rows_of_ranks: list[list[tuple]], world: int) -> dict[str, Any]:
@@ -255,14 +262,10 @@ def validate(path: Path) -> None:
 def _damages(path: Path, share: bool = True) -> Iterator[str]:
     """Yields what is wrong, over this rank's share of the files."""
     try:
-        manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
-        files = [(entry["path"], entry["bytes"], entry["crc32c"]) for entry in manifest["files"]]
-        known = (manifest["format"], manifest["version"]) == (FORMAT, VERSION)
+        files = [(entry["path"], entry["bytes"], entry["crc32c"]) for entry in _read_manifest(path)["files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"MANIFEST.json cannot be read ({type(error).__name__}: {error})"
+        yield f"MANIFEST.json cannot be used ({error})"
         return
-    if not known:
-        yield f"MANIFEST.json is {manifest['format']!r} version {manifest['version']}, expected {FORMAT!r} {VERSION}"
     rank, world = (distributed.rank(), distributed.world_size()) if share else (0, 1)
     for name, num_bytes, checksum in files[rank::world]:
         file = path / Path(name).name
@@ -272,6 +275,17 @@ def _damages(path: Path, share: bool = True) -> Iterator[str]:
             yield f"{name} has {file.stat().st_size} bytes, MANIFEST.json says {num_bytes}"
         elif (found := crc32c(file)) != checksum:
             yield f"{name} has CRC {found}, MANIFEST.json says {checksum}"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    text = (path / "MANIFEST.json").read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    manifest.pop("crc32c")
+    if text != _manifest_text(manifest):
+        raise ValueError("its text does not have the checksum that it names")
+    if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+        raise ValueError(f"{manifest['format']!r} version {manifest['version']}, expected {FORMAT!r} {VERSION}")
+    return manifest
 
 
 def read_state(path: Path) -> dict[str, Any]:

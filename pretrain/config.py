@@ -1,7 +1,7 @@
 """Every setting of a pretraining run, once: its name, type, unit and default.
 
 A YAML file names only what differs from the defaults; `key=value` overrides come last. `load_config` hands on one
-plain `Config`; no omegaconf type leaves this file. It imports nothing heavier, so that tools read a config without torch.
+plain `Config`; no omegaconf type leaves this file. It imports nothing heavier: tools read configs without torch.
 """
 
 import difflib
@@ -90,7 +90,10 @@ class ModelConfig:
                 yield f"model.width ({self.shape.width}) is not a multiple of model.heads ({self.shape.heads})"
             if self.positions == "sincos2d" and self.shape.width % 4:
                 yield f"model.width ({self.shape.width}) is not a multiple of 4, which positions=sincos2d needs"
+        if self.num_classes is not None and self.num_classes < 1:
+            yield f"model.num_classes is {self.num_classes}, expected at least 1"
         yield from _outside(self, "model", dropout=(0, 0.99), drop_path=(0, 0.99), image_size=(1, 4096))
+        yield from _outside(self, "model", head_bias=(-1e3, 1e3))
 
 
 @dataclass
@@ -113,7 +116,7 @@ class DataConfig:
             yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
         for name in ("crop_area", "crop_ratio"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
+            if not 0 < low <= high < float("inf"):
                 yield f"data.{name} is ({low}, {high}), expected 0 < low <= high"
         if self.crop_area[1] > 1:
             yield f"data.crop_area is ({self.crop_area[0]}, {self.crop_area[1]}); an image has no more than 1.0"
@@ -261,21 +264,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     merged = OmegaConf.structured(Config)
     for source, values in [(str(path), _read_yaml(Path(path))), *((text, _read_override(text)) for text in overrides)]:
-        try:
-            merged = OmegaConf.merge(merged, values)
-        except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{source}: {_first_line(error, values)}") from None
+        merged = _merge(merged, values, source)
     return _to_config(merged, str(path))
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
     """Returns the config that `config_to_dict` wrote. Raises ConfigError when `values` is not one."""
-    try:
-        return _to_config(OmegaConf.merge(OmegaConf.structured(Config), values), source)
-    except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
-        raise (
-            error if isinstance(error, ConfigError) else ConfigError(f"{source}: {_first_line(error, values)}")
-        ) from None
+    return _to_config(_merge(OmegaConf.structured(Config), values, source), source)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -297,16 +292,42 @@ def resume_differences(saved: dict[str, Any], config: Config) -> list[str]:
     return [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in keys]
 
 
-def _to_config(merged: Any, source: str) -> Config:
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError(f"{source}: no value for {', '.join(missing)}; set it in the file or as KEY=VALUE")
+def _merge(merged: Any, values: Any, source: str) -> Any:
+    """Returns `merged` changed by `values`, which may be of any shape. Raises ConfigError."""
     try:
+        values = OmegaConf.create(values)
+        if wrong := "; ".join(_wrong_shapes(OmegaConf.to_container(values), _schema())):
+            raise ConfigError(f"{source}: {wrong}")
+        return OmegaConf.merge(merged, values)
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{source}: {_first_line(error)}") from None
+
+
+def _wrong_shapes(values: Any, schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields what omegaconf refuses without naming the key or the value, or lets pass: sections and pairs."""
+    for key, value in values.items():
+        expected = schema.get(key)
+        if isinstance(expected, dict):
+            if isinstance(value, dict):
+                yield from _wrong_shapes(value, expected, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key} is {value}, expected a section with {', '.join(expected)}"
+        elif expected == "tuple[float, float]" and not isinstance(value, str):  # a string may refer to another key
+            if not isinstance(value, list) or [type(item) in (int, float) for item in value] != [True, True]:
+                yield f"{prefix}{key} is {value}, expected two numbers, for example [0.5, 1.0]"
+
+
+def _to_config(merged: Any, source: str) -> Config:
+    try:
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"no value for {', '.join(missing)}; set it in the file or as KEY=VALUE")
         config = OmegaConf.to_object(merged)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_first_line(error, None)}") from None
+        raise ConfigError(f"{source}: {_first_line(error)}") from None
     assert isinstance(config, Config)
     return config
 
@@ -317,38 +338,41 @@ def _read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"{path}: cannot be read ({_reason(error)}){_hint(path.name, near)}") from None
-    _refuse_resolvers(str(path), text)
     try:
         values = OmegaConf.create(text)
+    except AssertionError:  # omegaconf's answer to a file that holds one number
+        values = None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(values):
-        raise ConfigError(
-            f"{path}: expected `key: value` lines, found a {type(OmegaConf.to_container(values)).__name__}"
-        )
+        raise ConfigError(f"{path}: expected `key: value` lines")
+    _refuse_resolvers(str(path), OmegaConf.to_container(values))
     return values
 
 
 def _read_override(text: str) -> Any:
     key, equals, _ = text.partition("=")
-    if not equals or not key.strip() or key.startswith("-"):
+    if not equals or not all(part.strip() for part in key.split(".")) or key.startswith("-"):
         raise ConfigError(f"{text!r} is not an override; write KEY=VALUE, for example optim.lr=1e-3")
-    _refuse_resolvers(text, text)
     try:
-        return OmegaConf.from_dotlist([text])
+        values = OmegaConf.from_dotlist([text])
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{text}: not a valid value: {' '.join(str(error).split())}") from None
+    _refuse_resolvers(text, OmegaConf.to_container(values))
+    return values
 
 
-def _refuse_resolvers(source: str, text: str) -> None:
-    # ${oc.env:NAME} would copy a secret into the saved config; plain ${key} references are fine.
-    if re.search(r"\$\{[^}]*:", text):
-        raise ConfigError(
-            f"{source}: ${{...:...}} resolvers are not allowed; give the value, or refer to a key as ${{key}}"
-        )
+def _refuse_resolvers(source: str, value: Any) -> None:
+    # ${oc.env:NAME} would copy a secret into the saved config; plain ${key} references are fine. Parsed values are
+    # searched: YAML has several ways to write a "$".
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_resolvers(source, item)
+    elif isinstance(value, str) and "${" in re.sub(r"\$\{[\w.]+\}", "", value):
+        raise ConfigError(f"{source}: {value!r}: ${{...:...}} resolvers are not allowed, only ${{key}}; give the value")
 
 
-def _first_line(error: Exception, values: Any) -> str:
+def _first_line(error: Exception) -> str:
     """The complete key, what is wrong with it, and a suggestion, from omegaconf's several lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
@@ -357,11 +381,9 @@ def _first_line(error: Exception, values: Any) -> str:
     ]
     if "not in" in lines[0] and key:
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        hint = _hint(key, known) or (f" Did you mean: '{near[0]}'?" if near else "")
+        hint = f" Did you mean: '{near[0]}'?" if near else _hint(key, known)
         section = key.rpartition(".")[0] or "the config"
         return f"{key}: no such key in {section}.{hint}"
-    if not key and OmegaConf.is_config(values):  # a wrong tuple: omegaconf leaves the key out
-        key = ", ".join(name for name, _ in _flatten(OmegaConf.to_container(values)))
     return f"{key}: {lines[0]}" if key else lines[0]
 
 

@@ -116,10 +116,13 @@ class Engine:
         optimizer = build_optimizer(config.optim, model)
         self.deepspeed_config = deepspeed_config(config, plan, distributed.world_size())
         _without_compiler()
-        self._engine, self._zero, _, _ = deepspeed.initialize(
+        # Any: what this file uses of them is DeepSpeed's inside, which its types do not tell.
+        engine, zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, dist_init_required=False
         )
-        self._optimizer = self._zero.optimizer
+        self._engine: Any = engine
+        self._zero: Any = zero
+        self._optimizer: Any = self._zero.optimizer
         self._moments = MOMENTS[type(self._optimizer)]
         distributed.set_timeouts(config.engine.timeout_s)  # DeepSpeed has made groups of its own
         self._set_optimizer_state(step=0)

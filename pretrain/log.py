@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.io import write_png
+from PIL import Image
 
 from pretrain import distributed
 
@@ -99,9 +99,9 @@ class RunLog:
         if distributed.is_main():
             self._to_board(lambda board: board.add_image(name, image))
             try:
-                write_png(image, str(self._folder / f"{name}.png"))
-            except RuntimeError as error:  # torchvision's type for a full disk
-                warn(f"{name}.png: {error}")
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(self._folder / f"{name}.png")
+            except OSError as error:
+                warn(f"{name}.png: {error.strerror}")
 
     def sync(self) -> None:
         """Called before a checkpoint is published: what it covers must be on disk."""

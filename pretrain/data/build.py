@@ -26,6 +26,7 @@ from pretrain.data.manifest import (
     Manifest,
     Shard,
     ShardIndex,
+    key_crc32,
     load_index,
     write_index,
     write_manifest,
@@ -112,6 +113,9 @@ def build(
     provenance.json. Raises UserError when nothing is left or the folder holds another data set.
     """
     _start_folder(out)
+    for item in items:
+        if not 0 <= item.label < (len(classes) or item.label + 1):
+            raise UserError(f"{item.source}: label {item.label} is not one of the {len(classes)} classes")
     plan = np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
     shards, dropped = [], []
     for number in range(-(-len(items) // samples_per_shard)):
@@ -183,7 +187,8 @@ def index_existing(
 
     Raises UserError naming the shard, when one is damaged, holds a sample twice or without image or label.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    if not all(path.resolve().parent == out.resolve() for path in tars):
+        _start_folder(out)  # else: indexed again, where they lie
     names = [path.name.removesuffix(".gz") for path in tars]
     if len(set(names)) < len(names):
         raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
@@ -268,7 +273,7 @@ def index_tar(path: Path) -> Shard:
     offsets = np.array([*starts, end], dtype=np.uint64) // BLOCK
     if int(offsets[-1]) >> 32:
         raise UserError(f"{path}: larger than 2 TiB; use smaller shards")
-    crcs = np.array([zlib.crc32(key.encode()) for key in keys], dtype=np.uint32)
+    crcs = np.array([key_crc32(key) for key in keys], dtype=np.uint32)
     write_index(shard, ShardIndex(offsets.astype(np.uint32), crcs))
     return shard
 
@@ -290,6 +295,9 @@ def _check_members(path: Path, keys: list[str], endings: set[str]) -> None:
 
 def _check_end(path: Path, end: int) -> None:
     with path.open("rb") as file:
+        file.seek(end)
+        if not file.read(1):
+            raise UserError(f"{path}: ends without the empty block that ends a tar; it may have been cut there")
         file.seek(end)
         while block := file.read(1 << 20):
             if block.count(0) != len(block):
@@ -318,8 +326,11 @@ def _alone(shard: Shard, num_classes: int) -> Manifest:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def verify(manifest: Manifest, progress: Progress = lambda _: None) -> Iterator[str]:

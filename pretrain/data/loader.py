@@ -3,8 +3,8 @@
 Each item is a rank's whole share of a step. Worker processes own no state: item `step` depends on the step alone.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import BatchPlan, Order, share
 from pretrain.data.reader import BadSample, parse_label, read_sample
-from pretrain.errors import BadSamplesError
+from pretrain.errors import BadSamplesError, StorageError, UserError
 
 
 class BadRecord(NamedTuple):
@@ -57,7 +57,10 @@ class _TrainSteps(Dataset):
         self._manifest, self._order, self._plan, self._config = manifest, order, plan, config
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | Exception:
+        return _batch_or_error(self._batch, step)
+
+    def _batch(self, step: int) -> Batch:
         epochs, indices = self._order.samples(step)
         mine = share(len(indices), self._rank, self._world_size)
         batch = _empty_batch(self._plan.micro_batch * self._plan.accumulation, self._config.model.image_size)
@@ -93,7 +96,10 @@ class _EvalBatches(Dataset):
     def __len__(self) -> int:
         return self._num_batches
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> Batch | Exception:
+        return _batch_or_error(self._batch, number)
+
+    def _batch(self, number: int) -> Batch:
         batch = _empty_batch(self._batch_size, self._image_size)
         for slot, index in enumerate(self._parts[number].tolist()):
             batch.index[slot] = index
@@ -105,6 +111,14 @@ class _EvalBatches(Dataset):
             batch.images[slot] = eval_image(image, self._image_size, self._config)
             batch.labels[slot], batch.valid[slot] = label, True
         return batch
+
+
+def _batch_or_error(make_batch: Callable[[int], Batch], number: int) -> Batch | Exception:
+    """Returns a batch, or the error whose message is for the user: DataLoader would wrap it in a worker's traceback."""
+    try:
+        return make_batch(number)
+    except (StorageError, UserError) as error:
+        return error
 
 
 def _empty_batch(slots: int, image_size: int) -> Batch:
@@ -128,7 +142,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields this rank's share, accumulation * micro_batch slots, of the steps start_step .. total_steps - 1."""
     steps = _TrainSteps(manifest, order, plan, config)
-    return iter(_loader(steps, range(start_step, config.total_steps), config.data))
+    return _batches(iter(_loader(steps, range(start_step, config.total_steps), config.data)))
 
 
 def eval_batches(
@@ -139,7 +153,14 @@ def eval_batches(
     The last batch, and ranks with fewer samples, are filled up with masked slots: each sample is seen exactly once.
     """
     batches = _EvalBatches(manifest, indices, batch_size, image_size, config)
-    return iter(_loader(batches, range(len(batches)), config))
+    return _batches(iter(_loader(batches, range(len(batches)), config)))
+
+
+def _batches(items: Iterator[Batch | Exception]) -> Iterator[Batch]:
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
 
 
 def _loader(dataset: Dataset, items: range, config: DataConfig) -> DataLoader:
@@ -152,11 +173,14 @@ def _loader(dataset: Dataset, items: range, config: DataConfig) -> DataLoader:
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
+        # Not the default from Python 3.14 on, which imports torch anew for each iterator; workers never touch the GPU.
+        multiprocessing_context="fork" if config.workers else None,
+        generator=torch.Generator(),  # the loader draws a seed; from the global generator it would shift dropout's
     )
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+def _as_is(item: Any) -> Any:
+    return item
 
 
 def _start_worker(worker: int) -> None:

@@ -76,7 +76,7 @@ def load_manifest(path: Path) -> Manifest:
             name=values["name"],
             sha256=hashlib.sha256(text).hexdigest(),
             num_samples=values["num_samples"],
-            num_classes=values["label"]["num_classes"],
+            num_classes=int(values["label"]["num_classes"]),
             class_names=tuple(json.loads(_inside(path, names).read_text(encoding="utf-8"))) if names else (),
             shards=shards,
         )
@@ -145,6 +145,11 @@ class ShardIndex:
     def byte_range(self, sample: int) -> tuple[int, int]:
         """Returns the first byte of a sample and the first byte after it."""
         return int(self.offsets[sample]) * BLOCK, int(self.offsets[sample + 1]) * BLOCK
+
+
+def key_crc32(key: str) -> int:
+    """Returns the checksum of a sample's key. A key need not be UTF-8: it is a file's name."""
+    return zlib.crc32(key.encode("utf-8", "surrogateescape"))
 
 
 def write_index(shard: Shard, index: ShardIndex) -> None:

@@ -6,15 +6,14 @@ the rest of the shard (plain tar reading ends there without a word).
 
 import io
 import os
-import zlib
-from collections.abc import Iterator
+import tarfile
 from functools import lru_cache
 from typing import NamedTuple
 
 os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pretrain.data.manifest import BLOCK, IMAGE_ENDINGS, LABEL_ENDING, Manifest, Shard, ShardIndex, load_index
+from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING, Manifest, Shard, ShardIndex, key_crc32, load_index
 from pretrain.errors import StorageError
 
 MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
@@ -55,15 +54,15 @@ def read_sample(manifest: Manifest, index: int) -> RawSample:
     return _parse(data, int(shard_index.key_crc32[number]))
 
 
-def _parse(data: bytes, key_crc32: int) -> RawSample:
-    if any(kind == b"S" for kind in _member_kinds(data)):
-        raise BadSample("tar", "a sparse member")  # 10 kB can expand to gigabytes
+def _parse(data: bytes, wanted_key: int) -> RawSample:
+    if _expands(data):
+        raise BadSample("tar", "a sparse member or a compressed tar")
     try:
         files = tar_file_expander([{"url": "", "stream": io.BytesIO(data)}], handler=_raise)
         samples = list(group_by_keys(files, handler=_raise))
     except Exception as error:  # tarfile and webdataset raise many types on damaged headers
         raise BadSample("tar", str(error)) from None
-    if len(samples) != 1 or zlib.crc32(samples[0]["__key__"].encode()) != key_crc32:
+    if len(samples) != 1 or key_crc32(samples[0]["__key__"]) != wanted_key:
         raise BadSample("tar", "the members are not those of the index")
     sample = samples[0]
     image = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
@@ -80,16 +79,15 @@ def parse_label(raw: bytes, num_classes: int) -> int:
     return int(text)
 
 
-def _member_kinds(data: bytes) -> Iterator[bytes]:
-    """Yields the type byte of each tar header; stops at the first that is not one."""
-    at = 0
-    while at + BLOCK <= len(data):
-        try:
-            num_bytes = int(data[at + 124 : at + 136].strip(b"\0 ") or b"0", 8)
-        except ValueError:
-            return
-        yield data[at + 156 : at + 157]
-        at += BLOCK + -(-num_bytes // BLOCK) * BLOCK
+def _expands(data: bytes) -> bool:
+    """Whether reading would give more bytes than there are: 10 kB of sparse or compressed tar can become gigabytes."""
+    if data.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"]\0\0\x80", b"(\xb5/\xfd")) or data[4:10] == b"1AY&SY":
+        return True  # webdataset has tarfile guess: gzip, xz, lzma, zstd, bzip2
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            return any(member.issparse() for member in tar)  # also those that PAX headers describe
+    except (tarfile.TarError, ValueError):
+        return False  # not readable at all
 
 
 def _raise(error: Exception) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from pretrain import distributed
 from pretrain.data.loader import Batch
+from pretrain.errors import UserError
 from pretrain.losses import num_correct, per_image_loss
 
 
@@ -33,7 +34,8 @@ def classification_scores(
     """Returns loss, top-1 and top-5 over all ranks; images that could not be read are not scored, which n tells.
 
     predict: uint8 images [B, 3, H, W] -> logits [B, classes]. Every rank brings the same number of batches.
-    Raises EvaluationStopped on all ranks when `stop_agreed` says so between two batches.
+    Raises EvaluationStopped on all ranks when `stop_agreed` says so between two batches, UserError when no image can be
+    read.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
     for batch in batches:
@@ -46,5 +48,5 @@ def classification_scores(
         sums += torch.stack([losses.sum(), *top, batch.valid.sum()])
     total_loss, top1, top5, n = distributed.add_up(sums).tolist()
     if not n:
-        raise ValueError("no image of the validation set could be read")
+        raise UserError("no image of the validation set could be read")
     return [Score("loss", total_loss / n, int(n)), Score("top1", top1 / n, int(n)), Score("top5", top5 / n, int(n))]

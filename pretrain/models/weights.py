@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -93,42 +95,51 @@ def classifier_names(model: nn.Module) -> set[str]:
 
 
 def _read_checkpoint(path: Path) -> Weights:
-    config, state = checkpoint_config(path), read_state(path)
-    reader = CheckpointReader(path)
-    return Weights(
-        source=path,
-        model=config.model,
-        tensors={name: reader.tensor(name) for name in reader.shapes()},
-        num_classes=state["num_classes"],
-        class_names=tuple(state["class_names"]),
-        eval_crop=config.data.eval_crop,
-        interpolation=config.data.interpolation,
-    )
+    config = checkpoint_config(path)
+    with _readable(path):
+        state, reader = read_state(path), CheckpointReader(path)
+        return Weights(
+            source=path,
+            model=config.model,
+            tensors={name: reader.tensor(name) for name in reader.shapes()},
+            num_classes=state["num_classes"],
+            class_names=tuple(state["class_names"]),
+            eval_crop=config.data.eval_crop,
+            interpolation=config.data.interpolation,
+        )
 
 
 def checkpoint_config(path: Path) -> Config:
     """Returns the config with which a checkpoint was trained."""
-    return config_from_dict(read_state(path)["config"], f"{path}/state.json")
+    with _readable(path / "state.json"):
+        return config_from_dict(read_state(path)["config"], f"{path}/state.json")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What cannot be read is the user's file, not our defect: one line, which names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
 
 
 def _read_timm_folder(path: Path) -> Weights:
-    try:
+    with _readable(path / "config.json"):
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if OURS not in values:
+            raise UserError(f"{path}/config.json: has no {OURS!r} entry: it was not written by tools/convert.py")
         ours = values[OURS]
         model = ModelConfig(**{field.name: ours["model"][field.name] for field in fields(ModelConfig)})
-        return Weights(
-            source=path,
-            model=model,
-            tensors=_without_fixed_positions(load_file(path / "model.safetensors"), model),
-            num_classes=values["num_classes"],
-            class_names=tuple(values.get("label_names", ())),
-            eval_crop=ours["eval_crop"],
-            interpolation=ours["interpolation"],
-        )
-    except KeyError as error:
-        raise UserError(f"{path}/config.json: has no {error}; it was not written by tools/convert.py") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        if problems := list(model.problems()):
+            raise UserError(f"{path}/config.json: {'; '.join(problems)}")
+        num_classes, class_names = int(values["num_classes"]), tuple(values.get("label_names", ()))
+        eval_crop, interpolation = float(ours["eval_crop"]), ours["interpolation"]
+    with _readable(path / "model.safetensors"):
+        tensors = _without_fixed_positions(load_file(path / "model.safetensors"), model)
+    return Weights(path, model, tensors, num_classes, class_names, eval_crop, interpolation)
 
 
 def write_timm_folder(weights: Weights, out: Path) -> None:
@@ -147,6 +158,7 @@ def write_timm_folder(weights: Weights, out: Path) -> None:
         temporary / "model.safetensors",
         {"format": "pt"},
     )
+    (temporary / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner reads
     (temporary / "config.json").write_text(json.dumps(_timm_config(weights), indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, out)
 

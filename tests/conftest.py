@@ -1,0 +1,68 @@
+"""What several test files need: a tiny data set made on the fly, and the places of real data and reference numbers.
+
+PRETRAIN_TEST_DATA and PRETRAIN_TEST_FIXTURES name folders of real images and of numbers that Google's code produced;
+tests that need one are skipped, with the reason, where the variable is not set.
+"""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.data.build import Item, build
+from pretrain.data.manifest import Manifest, load_manifest
+
+CLASSES = ["ash", "birch", "cedar", "elm", "fir"]
+
+
+@pytest.fixture(scope="session")
+def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 103 JPEG images, 24 to 40 pixels a side, in 5 classes and shards of 40, 40 and 23. Never change it."""
+    random = np.random.default_rng(0)
+    items = []
+    for number in range(103):
+        height, width = random.integers(24, 41, 2)
+        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3)).astype(np.uint8))
+        file = io.BytesIO()
+        coarse.resize((int(width), int(height)), Image.Resampling.BICUBIC).save(file, "jpeg", quality=92)
+        items.append(Item(file.getvalue, "jpg", number % len(CLASSES), f"picture {number}"))
+    folder = tmp_path_factory.mktemp("shards") / "trees"
+    build(items, CLASSES, folder, samples_per_shard=40, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def manifest(shard_folder: Path) -> Manifest:
+    """The manifest of `shard_folder`."""
+    return load_manifest(shard_folder)
+
+
+@pytest.fixture
+def own_shards(shard_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `shard_folder` that a test may damage."""
+    return Path(shutil.copytree(shard_folder, tmp_path / shard_folder.name))
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real images."""
+    return _named_folder("PRETRAIN_TEST_DATA")
+
+
+@pytest.fixture(scope="session")
+def test_fixtures() -> Path:
+    """The folder of reference numbers."""
+    return _named_folder("PRETRAIN_TEST_FIXTURES")
+
+
+def _named_folder(variable: str) -> Path:
+    name = os.environ.get(variable)
+    if not name:
+        pytest.skip(f"{variable} is not set")
+    if not Path(name).is_dir():
+        pytest.skip(f"{variable} is {name}, which is not a folder")
+    return Path(name)

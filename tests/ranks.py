@@ -1,0 +1,70 @@
+"""Runs a function on several gloo ranks. Processes are forked from one that has imported torch and DeepSpeed."""
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pretrain.distributed import free_port
+
+_context = multiprocessing.get_context("forkserver")
+# These imports take seconds: once instead of once a rank. The second one is DeepSpeed's, in the midst of initialize.
+_context.set_forkserver_preload(["pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
+
+
+def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Starts `function(*args)` on each rank and returns the processes, with `.results` to read from."""
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        ours, theirs = _context.Pipe(duplex=False)
+        process: Any = _context.Process(target=_run_rank, args=(theirs, rank, world_size, port, function, args))
+        process.start()
+        theirs.close()
+        process.results = ours
+        processes.append(process)
+    return processes
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
+    """Returns the results of `function(*args)` on every rank. Raises AssertionError with a rank's traceback."""
+    processes = start_ranks(function, world_size, *args)
+    deadline = time.monotonic() + timeout_s
+    try:
+        outcomes = [_outcome(process, deadline) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    failures = [error for error, _ in outcomes if error]
+    assert not failures, "\n".join(failures)
+    return [result for _, result in outcomes]
+
+
+def _outcome(process: Any, deadline: float) -> tuple[str | None, Any]:
+    if not process.results.poll(max(0.0, deadline - time.monotonic())):
+        return "timeout", None
+    try:
+        return process.results.recv()
+    except EOFError:
+        return f"died with exit code {process.exitcode}", None
+
+
+def _run_rank(pipe: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:
+    values = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in values.items()}, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    try:
+        pipe.send((None, function(*args)))
+    except BaseException:
+        pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
+    pipe.close()
+    os._exit(0)  # a clean exit would wait for the other ranks' collectives

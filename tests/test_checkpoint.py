@@ -1,0 +1,238 @@
+"""Checkpoints: complete or absent, whatever kills the writer; damage is found, named, and the one before is used."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks, start_ranks
+
+from pretrain import checkpoint as checkpoints
+from pretrain import distributed
+from pretrain.checkpoint import CheckpointReader, DamagedError, Slice, newest_valid, save_checkpoint, step_folders
+from pretrain.errors import UserError
+
+
+def slices_of(step: int, rank: int, world_size: int, elements: int) -> list[Slice]:
+    """A tensor whose every element says (step, position), cut into equal pieces."""
+    values = torch.arange(elements, dtype=torch.float32) + step
+    piece = range(rank * elements // world_size, (rank + 1) * elements // world_size)
+    return [Slice("weight", (elements,), piece.start, values[piece.start : piece.stop])]
+
+
+def save(folder: Path, step: int, elements: int = 1000) -> bool:
+    rank, world = distributed.rank(), distributed.world_size()
+    weights = slices_of(step, rank, world, elements)
+    moments = [Slice(f"exp_avg/{s.name}", s.shape, s.offset, s.values) for s in weights]
+    return save_checkpoint(
+        folder, step, weights, moments, {"cpu": torch.get_rng_state()}, {"step": step, "metrics": {}}
+    )
+
+
+def expect_whole(path: Path, elements: int = 1000) -> None:
+    step = checkpoints.step_of(path)
+    reader = CheckpointReader(path)
+    for kind, name in (("weights", "weight"), ("optimizer", "exp_avg/weight")):
+        assert torch.equal(reader.tensor(name, kind), torch.arange(elements, dtype=torch.float32) + step)
+    assert checkpoints.read_state(path)["step"] == step
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def save_on_ranks(folder: Path, step: int) -> bool:
+    distributed.start(60)
+    return save(folder, step)
+
+
+def save_for_ever(folder: Path, elements: int, first: int) -> None:
+    """Saves without pause and tells, after each save, that it was published."""
+    distributed.start(60)
+    for step in range(first, 1_000_000):
+        assert save(folder, step, elements)
+        checkpoints.apply_retention(folder, keep_last=2, keep_every_steps=0, keep_best=False)
+        if distributed.is_main():
+            (folder / "now.txt").write_text(str(step))
+            os.replace(folder / "now.txt", folder / "published.txt")
+
+
+def test_round_trip_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """What 3 ranks wrote is read whole, and in the parts that 2 other ranks would own."""
+    assert run_ranks(save_on_ranks, 3, tmp_path, 7) == [True] * 3
+    path = newest_valid(tmp_path)
+    assert path is not None and path.name == "step-0000000007"
+    expect_whole(path)
+    for rank in range(2):
+        (part,) = slices_of(0, rank, 2, 1000)
+        wanted = part.values + 7
+        CheckpointReader(path).read_into(part)
+        assert torch.equal(part.values, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kill_during_saving_50_of_50(tmp_path: Path) -> None:
+    """SIGKILL of both ranks at 50 random moments of saving without pause: the newest checkpoint is always readable, and
+    never older than the last one that was reported as published."""
+    _kill_during_saving(tmp_path, kills=50, seed=0)
+
+
+def test_kill_during_saving_quick(tmp_path: Path) -> None:
+    """The same with 5 kills."""
+    _kill_during_saving(tmp_path, kills=5, seed=1)
+
+
+def _kill_during_saving(folder: Path, kills: int, seed: int) -> None:
+    chance, elements, interrupted = random.Random(seed), 200_000, 0
+    for _ in range(kills):
+        newest = step_folders(folder)
+        first = checkpoints.step_of(newest[0]) + 1 if newest else 1
+        (folder / "published.txt").write_text("0")  # by the test, before the ranks start
+        processes = start_ranks(save_for_ever, 2, folder, elements, first)
+        deadline = time.monotonic() + 60
+        while (folder / "published.txt").read_text() == "0" and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.15))
+        chance.shuffle(processes)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        published = int((folder / "published.txt").read_text())
+        interrupted += any(folder.glob(".tmp-step-*"))
+        assert published, "the ranks never saved"
+        path = newest_valid(folder)
+        assert path == step_folders(folder)[0], "the newest one is unreadable"
+        assert checkpoints.step_of(path) >= published
+        expect_whole(path, elements)
+    assert interrupted > kills // 5, f"only {interrupted} of {kills} kills hit a save"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("file", ["weights", "optimizer", "generators", "index", "state", "MANIFEST"])
+def test_damage_is_named_and_the_one_before_is_used(
+    file: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One flipped bit, a cut or a missing file, in any file of the newest checkpoint."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (victim,) = (tmp_path / "step-0000000002").glob(f"{file}*")
+    content = victim.read_bytes()
+    if damage == "flip":
+        middle = len(content) // 2
+        victim.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+    elif damage == "truncate":
+        victim.write_bytes(content[:-7])
+    else:
+        victim.unlink()
+    assert newest_valid(tmp_path) == tmp_path / "step-0000000001"
+    warning = capsys.readouterr().err
+    assert victim.name in warning and "step-0000000002" in warning and warning.count("\n") == 1
+    with pytest.raises(DamagedError, match=victim.name):
+        checkpoints.validate(tmp_path / "step-0000000002")
+
+
+def test_every_bit_counts(tmp_path: Path) -> None:
+    """20 random bits in each file, one at a time: all are found."""
+    save(tmp_path, 1, elements=100)
+    chance = random.Random(0)
+    for file in sorted((tmp_path / "step-0000000001").iterdir()):
+        content = bytearray(file.read_bytes())
+        for _ in range(20):
+            bit = chance.randrange(8 * len(content))
+            content[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(content)
+            with pytest.raises(DamagedError):
+                checkpoints.validate(file.parent)
+            content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+    checkpoints.validate(tmp_path / "step-0000000001")
+
+
+def test_none_valid_is_no_silent_fresh_start(tmp_path: Path) -> None:
+    """All checkpoints damaged: an error, not a new run over the old one."""
+    save(tmp_path, 1)
+    (tmp_path / "step-0000000001" / "state.json").unlink()
+    with pytest.raises(DamagedError, match="none of the 1 checkpoints is valid"):
+        newest_valid(tmp_path)
+
+
+def test_missing_and_overlapping_slices_are_refused(tmp_path: Path) -> None:
+    """Slices that do not tile a tensor exactly are refused before anything is read."""
+    save(tmp_path, 1)
+    path = tmp_path / "step-0000000001"
+    index = json.loads((path / "index.json").read_text())
+    for change in (500, 1500):
+        index["weights"]["weight"]["slices"][0][1] = change
+        (path / "index.json").write_text(json.dumps(index))
+        with pytest.raises(DamagedError, match="slices end at"):
+            CheckpointReader(path)
+
+
+def test_other_shapes_and_names_are_refused(tmp_path: Path) -> None:
+    """A tensor of another shape or name is the user's mistake, told by name."""
+    save(tmp_path, 1)
+    reader = CheckpointReader(tmp_path / "step-0000000001")
+    with pytest.raises(UserError, match=r"weight has shape \(1000,\) in the checkpoint, \(10, 100\) in the model"):
+        reader.read_into(Slice("weight", (10, 100), 0, torch.empty(5)))
+    with pytest.raises(UserError, match="bias"):
+        checkpoints.check_names(reader, ["weight", "bias"])
+
+
+def fill_the_disk(folder: Path) -> list[bool]:
+    """Rank 1 may write files of 1 kB at most, as if its disk were full."""
+    import signal
+
+    distributed.start(60)
+    outcomes = [save(folder, 1)]
+    if distributed.rank() == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    outcomes.append(save(folder, 2))
+    if distributed.rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return [*outcomes, save(folder, 3)]
+
+
+def test_full_disk_on_one_rank(tmp_path: Path) -> None:
+    """A rank that cannot write: nobody publishes, the earlier checkpoint stays, the next save works."""
+    assert run_ranks(fill_the_disk, 2, tmp_path) == [[True, False, True]] * 2
+    assert [path.name for path in step_folders(tmp_path)] == ["step-0000000003", "step-0000000001"]
+    assert not list(tmp_path.glob(".tmp-*"))
+    expect_whole(newest_valid(tmp_path) or tmp_path)
+
+
+def test_retention(tmp_path: Path) -> None:
+    """keep_last, pinned steps and the best one stay; incomplete folders do not count."""
+    for step, score in [(10, 0.1), (20, 0.9), (30, 0.9), (40, 0.3), (50, None), (60, 0.2)]:
+        weights = slices_of(step, 0, 1, 10)
+        metrics = {} if score is None else {"val/top1": score}
+        save_checkpoint(tmp_path, step, weights, [], {"cpu": torch.get_rng_state()}, {"metrics": metrics})
+    (tmp_path / ".tmp-step-0000000070").mkdir()
+    checkpoints.apply_retention(tmp_path, keep_last=2, keep_every_steps=40, keep_best=True)
+    assert [checkpoints.step_of(path) for path in step_folders(tmp_path)] == [60, 50, 40, 20]
+    assert not list(tmp_path.glob(".trash-*"))
+
+
+def test_a_killed_save_is_cleaned_up(tmp_path: Path) -> None:
+    """What a killed save left is removed by the next one, which may have the same step."""
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "step-0000000001", tmp_path / ".tmp-step-0000000002")
+    (tmp_path / "step-0000000001" / "state.json").unlink()
+    assert save(tmp_path, 1) and save(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["step-0000000001", "step-0000000002"]
+    expect_whole(tmp_path / "step-0000000001")
+
+
+def test_no_pickle_in_a_checkpoint(tmp_path: Path) -> None:
+    """Every file is JSON or safetensors."""
+    save(tmp_path, 1)
+    assert {path.suffix for path in (tmp_path / "step-0000000001").iterdir()} == {".json", ".safetensors"}

@@ -1,0 +1,380 @@
+"""The configuration: every mistake is refused in one line that names the key, and what is written reads back equal."""
+
+import ast
+import copy
+import dataclasses
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain.config import (
+    MAY_CHANGE,
+    Config,
+    ModelConfig,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    resume_differences,
+)
+from pretrain.errors import ConfigError, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALLEST: dict[str, Any] = {
+    "name": "trial",
+    "total_steps": 100,
+    "model": {"name": "S"},
+    "data": {"train": "shards", "global_batch": 8},
+    "optim": {"lr": 1e-3},
+}
+
+
+def keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every key of the schema, sections included, found without the code under test."""
+    found = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        found.append(prefix + field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            found += keys(hints[field.name], f"{prefix}{field.name}.")
+    return found
+
+
+def misspellings(key: str) -> list[str]:
+    """The key with a letter of its last part dropped, doubled, and swapped with the next; legal keys left out."""
+    section, dot, word = key.rpartition(".")
+    at = max(0, len(word) // 2 - 1)
+    wrong = {word[:at] + word[at + 1 :], word[: at + 1] + word[at:], word[:at] + word[at + 1] + word[at] + word[at + 2 :]}
+    return sorted({f"{section}{dot}{w}" for w in wrong} - set(keys()))
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} of "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what `change` says otherwise."""
+    result = copy.deepcopy(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def written(folder: Path, values: Any) -> Path:
+    """A YAML file of the values (or of the text) in the folder."""
+    path = folder / "trial.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+def smallest(folder: Path, *overrides: str) -> Config:
+    """The config that names only what must be named, changed by the overrides."""
+    return load_config(written(folder, SMALLEST), overrides)
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The message with which the config is refused, checked to be one line."""
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    assert "\n" not in str(error.value) and "$VALUE" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("key", keys())
+def test_every_misspelt_key_is_refused_with_a_suggestion(key: str, tmp_path: Path) -> None:
+    """A letter dropped, doubled or swapped in any key never passes unnoticed, in overrides and (every second) in the file.
+
+    The message names the source, the wrong key, and the right one.
+    """
+    assert len(misspellings(key)) >= 2
+    for number, wrong in enumerate(misspellings(key)):
+        if number % 2:
+            message = refusal(written(tmp_path, merged(SMALLEST, nested(wrong, 1))))
+            source = str(tmp_path / "trial.yaml")
+        else:
+            message = refusal(written(tmp_path, SMALLEST), f"{wrong}=1")
+            source = f"{wrong}=1"
+        assert message.startswith(f"{source}: {wrong}: no such key in ")
+        assert message.endswith(f"Did you mean: '{key}'?"), message
+
+
+def test_a_key_of_another_section_is_found(tmp_path: Path) -> None:
+    """A right name in the wrong section is answered with the section it belongs to."""
+    message = refusal(written(tmp_path, SMALLEST), "model.global_batch=3")
+    assert "no such key in model. Did you mean: 'data.global_batch'?" in message
+    assert "Did you mean: 'seed'?" in refusal(written(tmp_path, SMALLEST), "data.seed=3")
+
+
+@pytest.mark.parametrize(
+    "override, named, said",
+    [
+        ("optim.lr=fast", "optim.lr", "'fast'"),
+        ("optim.lr=[1]", "optim.lr", "[1]"),
+        ("optim.lr=null", "optim.lr", "None"),
+        ("seed=1.5", "seed", "'1.5'"),
+        ("seed=true", "seed", "'True'"),
+        ("evaluation.every_steps=1e4", "evaluation.every_steps", "10000.0"),
+        ("engine.compile=perhaps", "engine.compile", "'perhaps'"),
+        ("optim.schedule=cos", "optim.schedule", "expected one of ['cosine', 'linear', 'rsqrt']"),
+        ("engine.precision=fp8", "engine.precision", "'bf16', 'fp16', 'fp32'"),
+        ("data.train=[1]", "data.train", "[1]"),
+        ("data.crop_area=0.5", "data.crop_area", "is 0.5, expected two numbers"),
+        ("data.crop_area=[0.5]", "data.crop_area", "is [0.5], expected two numbers"),
+        ("data.crop_area=[0.5,x]", "data.crop_area", "is [0.5, 'x'], expected two numbers"),
+        ("data.crop_area=[0.1,0.2,0.3]", "data.crop_area", "is [0.1, 0.2, 0.3], expected two numbers"),
+        ("optim.betas=[0.9,[1]]", "optim.betas", "is [0.9, [1]], expected two numbers"),
+        ("optim.betas=[0.9,true]", "optim.betas", "is [0.9, True], expected two numbers"),
+        ("optim.betas.0=0.5", "optim.betas", "expected two numbers"),
+        ("model=3", "model", "is 3, expected a section with name, image_size"),
+        ("engine=[1]", "engine", "is [1], expected a section with zero_stage"),
+        ("log=null", "log", "is None, expected a section"),
+        ("optim.lr.x=1", "optim.lr", "{'x': 1}"),
+        ("name=null", "name", "None"),
+        ("optim.lr=${nothing}", "optim.lr", "'nothing' not found"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_key_and_value(
+    override: str, named: str, said: str, tmp_path: Path
+) -> None:
+    """Numbers, choices, pairs and sections: the message names the key and the value, from file and override alike."""
+    key, _, text = override.partition("=")
+    message = refusal(written(tmp_path, SMALLEST), override)
+    assert named in message and said in message
+    in_file = written(tmp_path, merged(SMALLEST, nested(key, yaml.safe_load(text))))
+    if "." not in text:  # where YAML of the file reads the number as the override's parser does
+        assert f"{named}" in refusal(in_file).removeprefix(str(in_file))
+
+
+def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
+    """An empty file is answered with every key that has no default, so that nobody finds them one by one."""
+    message = refusal(written(tmp_path, ""))
+    wanted = ["data.global_batch", "data.train", "model.name", "name", "optim.lr", "total_steps"]
+    assert f"no value for {', '.join(wanted)}" in message
+    assert "no value for optim.lr;" in refusal(written(tmp_path, merged(SMALLEST, {"optim": {"lr": "???"}})))
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["model.name=Z"], "model.name is 'Z', expected one of Ti, S"),
+        (["model.name=so400m"], "Did you mean: 'So400m'?"),
+        (["model.patch_size=15"], "model.image_size (224) is not a multiple of model.patch_size (15)"),
+        (["model.patch_size=0"], "model.patch_size (0)"),
+        (["model.heads=5"], "model.width (384) is not a multiple of model.heads (5)"),
+        (["model.heads=0"], "must be positive"),
+        (["model.depth=-1"], "must be positive"),
+        (["model.width=42", "model.heads=6", "model.positions=sincos2d"], "not a multiple of 4"),
+        (["model.name=timm:resnet18", "model.patch_size=8"], "model.patch_size has no effect on timm:resnet18"),
+        (["model.num_classes=0"], "model.num_classes is 0"),
+        (["model.dropout=1"], "model.dropout is 1.0, expected 0 to 0.99"),
+        (["model.drop_path=-0.1"], "model.drop_path is -0.1"),
+        (["model.head_bias=inf"], "model.head_bias is inf"),
+        (["data.held_out=5", "data.val=v"], "data.held_out (5) and data.val (v) are both set"),
+        (["data.crop_area=[0.5,0.4]"], "data.crop_area is (0.5, 0.4), expected 0 < low <= high"),
+        (["data.crop_ratio=[0,1]"], "data.crop_ratio is (0.0, 1.0)"),
+        (["data.crop_area=[0.5,1.5]"], "no more than 1.0"),
+        (["data.global_batch=0"], "data.global_batch is 0"),
+        (["data.held_out=-1"], "data.held_out is -1"),
+        (["data.flip=1.1"], "data.flip is 1.1"),
+        (["data.eval_crop=0"], "data.eval_crop is 0.0"),
+        (["data.max_bad_fraction=2"], "data.max_bad_fraction is 2.0"),
+        (["data.workers=-1"], "data.workers is -1"),
+        (["data.prefetch=0"], "data.prefetch is 0"),
+        (["optim.lr=-1"], "optim.lr is -1.0"),
+        (["optim.lr=nan"], "optim.lr is nan"),
+        (["optim.betas=[0.9,1.0]"], "optim.betas is (0.9, 1.0)"),
+        (["optim.eps=-1"], "optim.eps is -1.0"),
+        (["optim.weight_decay=-0.1"], "optim.weight_decay is -0.1"),
+        (["optim.clip_norm=-1"], "optim.clip_norm is -1.0"),
+        (["optim.warmup_steps=-1"], "optim.warmup_steps is -1"),
+        (["optim.warmup_steps=101"], "optim.warmup_steps (101) is larger than total_steps (100)"),
+        (["optim.end_lr=1e-5"], "used by the linear schedule only"),
+        (["optim.timescale_steps=0"], "optim.timescale_steps is 0"),
+        (["engine.zero_stage=0"], "engine.zero_stage is 0: DeepSpeed's stage 0 decays weights before the first step"),
+        (["engine.zero_stage=4"], "engine.zero_stage is 4, expected 1, 2 or 3"),
+        (["engine.max_micro_batch_size=0"], "engine.max_micro_batch_size is 0"),
+        (["engine.timeout_s=0"], "engine.timeout_s is 0"),
+        (["evaluation.every_steps=-1"], "evaluation.every_steps is -1"),
+        (["evaluation.batch_size=0"], "evaluation.batch_size is 0"),
+        (["log.every_steps=0"], "log.every_steps is 0"),
+        (["checkpoint.every_steps=0"], "checkpoint.every_steps is 0"),
+        (["checkpoint.keep_last=1"], "checkpoint.keep_last is 1, expected 2"),
+        (["checkpoint.keep_every_steps=-1"], "checkpoint.keep_every_steps is -1"),
+        (["total_steps=0"], "total_steps is 0"),
+        (["seed=-1"], "seed is -1"),
+        (["name=../other"], "name is '../other'"),
+        (["init_new_head=true"], "init_new_head needs init_from"),
+    ],
+)
+def test_each_inconsistent_combination_is_refused(overrides: list[str], said: str, tmp_path: Path) -> None:
+    """What cannot work is refused when the config is read, with the key and both values, before anything starts."""
+    assert said in refusal(written(tmp_path, SMALLEST), *overrides)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    """Independent mistakes do not have to be found one start at a time."""
+    message = refusal(written(tmp_path, SMALLEST), "data.flip=2", "optim.eps=2", "checkpoint.keep_last=0")
+    assert all(key in message for key in ("data.flip", "optim.eps", "checkpoint.keep_last"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: ${oc.env:HOME}",
+        "data: {train: '${oc.env:HOME}/x'}",
+        'name: "$\\x7Boc.env:HOME}"',
+        "name: ${${seed}:HOME}",
+        "model: {name: '${oc.decode:${name}}'}",
+        "optim: {betas: ['${oc.env:HOME}', 0.9]}",
+    ],
+)
+def test_resolvers_are_refused(text: str, tmp_path: Path) -> None:
+    """No spelling of ${oc.env:NAME} can copy a secret of the environment into the saved config."""
+    assert "resolvers are not allowed" in refusal(written(tmp_path, text))
+
+
+def test_a_resolver_in_an_override_is_refused_and_a_reference_works(tmp_path: Path) -> None:
+    """${key} refers to another value; ${resolver:...} is refused on the command line too."""
+    assert "resolvers are not allowed" in refusal(written(tmp_path, SMALLEST), "name=${oc.env:HOME}")
+    assert smallest(tmp_path, "evaluation.every_steps=${checkpoint.every_steps}").evaluation.every_steps == 1000
+
+
+@pytest.mark.parametrize("text", ["- a\n", "5", "just words: [", "name: a\nname: b\n", "\x00", "a: !!python/name:os.system"])
+def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
+    """Lists, scalars, broken YAML, repeated keys and Python tags end in one line that names the file."""
+    assert refusal(written(tmp_path, text)).startswith(str(tmp_path / "trial.yaml"))
+
+
+def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    """A misspelt file name is answered with the name that is there."""
+    written(tmp_path, SMALLEST)
+    assert "Did you mean: 'trial.yaml'?" in refusal(tmp_path / "trail.yaml")
+
+
+@pytest.mark.parametrize("text", ["optim.lr", "=3", "--optim.lr=3", "optim.=3", "optim..lr=3", "optim.lr=["])
+def test_what_is_no_override_is_refused(text: str, tmp_path: Path) -> None:
+    """An override is KEY=VALUE; anything else is refused with its text."""
+    assert text in refusal(written(tmp_path, SMALLEST), text)
+
+
+def test_later_sources_win_and_numbers_read_as_written(tmp_path: Path) -> None:
+    """Defaults, then the file, then overrides in order; 1e-4 is a number and 10_000 an integer."""
+    config = smallest(tmp_path, "optim.lr=1e-4", "total_steps=10_000", "total_steps=20_000", "data.crop_area=[0.2,1]")
+    assert (config.optim.lr, config.total_steps, config.data.crop_area) == (1e-4, 20_000, (0.2, 1.0))
+    assert (config.data.global_batch, config.data.flip) == (8, 0.5)
+
+
+def test_the_written_config_reads_back_equal(tmp_path: Path) -> None:
+    """config -> YAML -> config and config -> dict -> config give an equal object of plain Python types."""
+    for overrides in ([], ["data.val=v", "optim.lr=3e-4", "data.crop_area=[0.3,0.9]", "model.heads=4", "init_from=w"]):
+        config = smallest(tmp_path, *overrides)
+        (tmp_path / "saved.yaml").write_text(config_to_yaml(config))
+        assert load_config(tmp_path / "saved.yaml") == config
+        assert config_from_dict(config_to_dict(config), "saved") == config
+        assert type(config) is Config and type(config.model) is ModelConfig and type(config.data.crop_area) is tuple
+        assert yaml.safe_load(config_to_yaml(config)) == config_to_dict(config)
+
+
+def test_a_damaged_saved_config_is_refused() -> None:
+    """A checkpoint's config with a wrong key, type or value is a ConfigError that names its source."""
+    for change in ({"optim": {"lrr": 1}}, {"optim": {"lr": "x"}}, {"model": 3}, {"data": {"crop_area": ["a", 1]}}):
+        with pytest.raises(ConfigError, match=r"^step-10: "):
+            config_from_dict(merged(SMALLEST, change), "step-10")
+
+
+def test_every_field_has_a_comment() -> None:
+    """Each setting says what it means beside its default; the config page stays the one page of knobs."""
+    source = (ROOT / "pretrain" / "config.py").read_text()
+    lines = source.splitlines()
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.decorator_list]
+    fields = [node for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)]
+    assert len(fields) == len(keys())
+    bare = [ast.unparse(f.target) for f in fields if len(lines[(f.end_lineno or 0) - 1].partition("  # ")[2]) < 3]
+    assert not bare
+
+
+def test_what_a_resumed_run_may_change() -> None:
+    """Machine and bookkeeping may change, everything else is told with both values."""
+    assert set(MAY_CHANGE) <= set(keys())
+    config = config_from_dict(SMALLEST, "trial")
+    saved = config_to_dict(config)
+    assert resume_differences(saved, config) == []
+    assert {key.partition(".")[0] for key in MAY_CHANGE}.isdisjoint({"optim", "model", "seed", "loss", "total_steps"})
+    other_values = {bool: True, int: 7, Path: "elsewhere"}
+    hints = {key: hint for key, hint in _leaf_types().items() if key in MAY_CHANGE}
+    for key, hint in hints.items():
+        value = 3 if key == "engine.zero_stage" else 0.5 if hint is float else other_values.get(hint, "elsewhere")
+        changed = config_from_dict(merged(SMALLEST, nested(key, value)), "trial")
+        assert changed != config, key
+        assert resume_differences(saved, changed) == [], key
+    changed = config_from_dict(merged(SMALLEST, {"seed": 1, "optim": {"lr": 2e-3}, "data": {"flip": 0.0}}), "trial")
+    assert sorted(resume_differences(saved, changed)) == [
+        "data.flip: was 0.5, is 0.0",
+        "optim.lr: was 0.001, is 0.002",
+        "seed: was 0, is 1",
+    ]
+
+
+def _leaf_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        found |= _leaf_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return found
+
+
+def test_only_rsqrt_may_be_prolonged() -> None:
+    """The other schedules depend on the end: a longer total_steps would be another run. Shorter never works."""
+    for schedule, total_steps, allowed in [
+        ("cosine", 200, False),
+        ("linear", 200, False),
+        ("rsqrt", 200, True),
+        ("rsqrt", 99, False),
+    ]:
+        values = merged(SMALLEST, {"optim": {"schedule": schedule}})
+        saved = config_to_dict(config_from_dict(values, "trial"))
+        now = config_from_dict(merged(values, {"total_steps": total_steps}), "trial")
+        assert resume_differences(saved, now) == ([] if allowed else [f"total_steps: was 100, is {total_steps}"])
+
+
+def test_reading_a_config_does_not_import_torch() -> None:
+    """Tools can read a config in a fraction of a second."""
+    program = "import sys, pretrain.config; print(sorted({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_print_config_does_not_import_torch(tmp_path: Path) -> None:
+    """`launch/pretrain.py --print-config` answers before the seconds that torch takes, with a config that reads back."""
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = ['launch/pretrain.py', '--config', sys.argv[1], '--print-config', 'optim.lr=2e-3']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'torch', 'deepspeed'} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", program, str(written(tmp_path, SMALLEST))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "printed.yaml") == smallest(tmp_path, "optim.lr=2e-3")
+    assert done.stderr == "[]\n"
+
+
+def test_a_misspelt_key_ends_the_launch_at_once(tmp_path: Path) -> None:
+    """Exit code 2, one line on stderr, no traceback, within seconds."""
+    command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--config", str(written(tmp_path, SMALLEST))]
+    start = time.monotonic()
+    done = subprocess.run([*command, "optim.lrr=1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == UserError.exit_code == 2
+    assert done.stderr == "error: optim.lrr=1: optim.lrr: no such key in optim. Did you mean: 'optim.lr'?\n"
+    assert done.stdout == ""
+    assert time.monotonic() - start < 20

@@ -1,0 +1,358 @@
+"""The engine: equal losses on any number of ranks and any ZeRO stage, slices that any other layout can read, skips."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from tiny import make_shards, tiny_config
+
+from pretrain import distributed
+from pretrain.checkpoint import CheckpointReader, save_checkpoint
+from pretrain.config import Config
+from pretrain.data.images import to_float
+from pretrain.data.loader import Batch, train_batches
+from pretrain.data.order import BatchPlan
+from pretrain.engine import Engine, deepspeed_config
+from pretrain.models.build import build_model
+from pretrain.optim import learning_rate
+from pretrain.train import _build_engine, _open_data
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "squares")
+
+
+def start(config: Config) -> tuple[Engine, Any]:
+    device = distributed.start(60)
+    data = _open_data(config)
+    return _build_engine(config, data, device, from_scratch=True), data
+
+
+def steps(engine: Engine, data: Any, config: Config, first: int, last: int) -> list[float]:
+    """Trains the steps first..last-1 and returns their losses over all ranks."""
+    losses = []
+    for step, batch in zip(range(first, last), train_batches(data.train, data.order, engine.plan, config, first)):
+        result = engine.train_step(batch, learning_rate(config.optim, config.total_steps, step))
+        loss, _, images = distributed.add_up(result.sums).tolist()
+        assert images == config.data.global_batch and result.applied
+        losses.append(loss / images)
+    return losses
+
+
+def losses_of_run(config: Config) -> list[float]:
+    engine, data = start(config)
+    return steps(engine, data, config, 0, STEPS)
+
+
+def plain_losses(config: Config) -> list[float]:
+    """The same run as a plain PyTorch loop: one process, no DeepSpeed, no accumulation."""
+    data = _open_data(config)
+    model = build_model(config.model, data.num_classes, config.seed).train()
+    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and n.endswith("weight")]
+    others = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and n.endswith("weight"))]
+    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    losses = []
+    plan = BatchPlan(config.data.global_batch, 1, 0)
+    for step, batch in zip(range(STEPS), train_batches(data.train, data.order, plan, config, 0)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, config.total_steps, step)
+        loss = F.cross_entropy(model(to_float(batch.images, torch.float32)), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def plain(shards: Path) -> list[float]:
+    torch.set_num_threads(1)
+    return plain_losses(tiny_config(shards, Path("unused")))
+
+
+def compare(losses: list[float], expected: list[float], tolerance: float) -> None:
+    worst = max(abs(a - b) / b for a, b in zip(losses, expected))
+    assert len(losses) == len(expected) and worst <= tolerance, (worst, losses, expected)
+
+
+@pytest.mark.parametrize("max_micro_batch_size", [256, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_losses_equal_a_plain_loop(
+    stage: int, world_size: int, max_micro_batch_size: int, shards: Path, plain: list[float]
+) -> None:
+    """ZeRO 1 = 2 = 3 = plain PyTorch, on 1, 2, 3 ranks, with accumulation 1 and 2 to 4: 20 fp32 losses to 1e-5."""
+    changes = {"engine__zero_stage": stage, "engine__max_micro_batch_size": max_micro_batch_size}
+    config = tiny_config(shards, Path("unused"), **changes)
+    compare(run_ranks(losses_of_run, world_size, config)[0], plain, 1e-5)
+
+
+def test_uneven_split_weighs_every_image_alike(shards: Path, plain: list[float]) -> None:
+    """12 images on 5 ranks in micro-batches of 2: masked slots count for nothing."""
+    config = tiny_config(shards, Path("unused"), engine__max_micro_batch_size=2)
+    compare(run_ranks(losses_of_run, 5, config)[0], plain, 1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("max_micro_batch_size", [256, 3])
+def test_low_precision_follows_fp32(
+    stage: int, precision: str, max_micro_batch_size: int, shards: Path, plain: list[float]
+) -> None:
+    """bf16 stays within 2 % of the fp32 losses (8 bits of mantissa), fp16 within 5 % (it skips its first steps)."""
+    changes: dict[str, Any] = {"engine__zero_stage": stage, "engine__precision": precision}
+    config = tiny_config(shards, Path("unused"), **changes, engine__max_micro_batch_size=max_micro_batch_size)
+    losses = run_ranks(losses_with_skips, 2, config)[0]
+    compare(losses[-3:], plain[-3:], 2e-2) if precision == "bf16" else compare(losses[-3:], plain[-3:], 5e-2)
+
+
+def losses_with_skips(config: Config) -> list[float]:
+    """fp16 skips its first steps until the loss scale fits, so its losses lag by a step or two."""
+    engine, data = start(config)
+    losses = []
+    for step, batch in zip(range(STEPS), train_batches(data.train, data.order, engine.plan, config, 0)):
+        result = engine.train_step(batch, learning_rate(config.optim, config.total_steps, step))
+        loss, _, images = distributed.add_up(result.sums).tolist()
+        losses.append(loss / images)
+    return losses
+
+
+# --- slices ----------------------------------------------------------------------------------------------------------
+
+
+def save_at(config: Config, folder: Path, step: int) -> list[float]:
+    """Trains, saves after `step`, goes on to the end; returns the losses after `step`."""
+    engine, data = start(config)
+    steps(engine, data, config, 0, step)
+    engine.check()
+    state = {"engine": engine.state()}
+    assert save_checkpoint(folder, step, engine.weights(), engine.moments(), engine.generators(), state)
+    return steps(engine, data, config, step, STEPS)
+
+
+def resume_at(config: Config, path: Path, step: int) -> tuple[list[float], dict[str, float]]:
+    """Loads into an engine of other weights that has trained already; returns the losses and the sums of moments."""
+    from pretrain.checkpoint import read_state
+
+    engine, data = start(config)
+    steps(engine, data, config, 0, 2)
+    engine.load(CheckpointReader(path), read_state(path)["engine"])
+    moments = {s.name: float(s.values.double().sum()) for s in engine.moments()}
+    return steps(engine, data, config, step, STEPS), moments
+
+
+@pytest.fixture(scope="module")
+def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, tuple[Path, list[float]]]:
+    """Checkpoints of step 10 by (stage, ranks, precision), each with the losses of the run that went on."""
+    made = {}
+    for stage, ranks, precision in [(1, 2, "fp32"), (3, 2, "fp32"), (2, 3, "fp32"), (1, 1, "fp32"), (1, 2, "bf16")]:
+        folder = tmp_path_factory.mktemp(f"stage{stage}-{ranks}-{precision}")
+        config = tiny_config(shards, folder, engine__zero_stage=stage, engine__precision=precision)
+        losses = run_ranks(save_at, ranks, config, folder, 10)[0]
+        made[stage, ranks, precision] = (folder / "step-0000000010", losses)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ((1, 2, "fp32"), (1, 2, "fp32")),
+        ((1, 2, "fp32"), (3, 1, "fp32")),
+        ((1, 2, "fp32"), (2, 3, "fp32")),
+        ((1, 2, "fp32"), (3, 3, "fp32")),
+        ((3, 2, "fp32"), (1, 1, "fp32")),
+        ((3, 2, "fp32"), (1, 3, "fp32")),
+        ((3, 2, "fp32"), (3, 2, "fp32")),
+        ((2, 3, "fp32"), (1, 2, "fp32")),
+        ((1, 1, "fp32"), (3, 2, "fp32")),
+        ((1, 2, "bf16"), (3, 3, "bf16")),
+        ((1, 2, "bf16"), (1, 1, "bf16")),
+    ],
+)
+def test_slices_fit_any_layout(source: tuple, target: tuple, saved: dict, shards: Path) -> None:
+    """A checkpoint of one stage and world size goes on in another with the same 10 losses: fp32 to 1e-6, bf16 to 1e-3.
+
+    Not only the first loss: that sees the weights, the next ones see moments, decay groups and the step count.
+    """
+    stage, ranks, precision = target
+    path, expected = saved[source]
+    config = tiny_config(shards, path.parent, seed=0, engine__zero_stage=stage, engine__precision=precision)
+    losses, _ = run_ranks(resume_at, ranks, config, path, 10)[0]
+    if source == target:
+        assert losses == expected
+    compare(losses, expected, 1e-6 if precision == "fp32" else 1e-3)
+
+
+def test_checkpoint_holds_what_the_ranks_held(saved: dict) -> None:
+    """Every tensor is complete in every checkpoint, and weights and moments agree between stages and world sizes."""
+    first = CheckpointReader(saved[1, 2, "fp32"][0])
+    for key in [(3, 2, "fp32"), (2, 3, "fp32"), (1, 1, "fp32")]:
+        other = CheckpointReader(saved[key][0])
+        for kind in ("weights", "optimizer"):
+            assert first.shapes(kind) == other.shapes(kind)
+            for name in first.shapes(kind):
+                torch.testing.assert_close(first.tensor(name, kind), other.tensor(name, kind), rtol=1e-3, atol=2e-6)
+    moments = {name: float(first.tensor(name, "optimizer").abs().max()) for name in first.shapes("optimizer")}
+    assert all(value > 0 for value in moments.values()), moments
+
+
+def guard_notices(config: Config) -> str:
+    engine, _ = start(config)
+    engine.weights()[0].values.add_(1.0)
+    try:
+        engine.check()
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_guard_sees_slices_that_the_model_does_not_hold(stage: int, shards: Path) -> None:
+    """`check` fails when an owned slice and the model disagree, as DeepSpeed's maps did with round-robin gradients."""
+    config = tiny_config(shards, Path("unused"), engine__zero_stage=stage)
+    assert "is not what the model holds" in run_ranks(guard_notices, 2, config)[0]
+
+
+# --- steps that are not finite ---------------------------------------------------------------------------------------
+
+
+def poisoned_step(config: Config, poison: str) -> tuple[bool, bool, bool]:
+    """Returns whether a step with NaN on the last rank was applied, whether it changed anything, and the next one."""
+    engine, data = start(config)
+    batches = train_batches(data.train, data.order, engine.plan, config, 0)
+    engine.train_step(next(batches), 1e-3)
+    before = [s.values.clone() for s in engine.weights() + engine.moments()]
+    model = engine._engine.module
+    hook = None
+    if distributed.rank() == distributed.world_size() - 1:
+        value = float("nan") if poison == "nan" else float("inf")
+        hook = model.register_forward_hook(
+            lambda module, inputs, logits: logits + value * (logits[:1].detach() * 0 + 1)
+        )
+    bad = engine.train_step(next(batches), 1e-3)
+    if hook:
+        hook.remove()
+    after = [s.values for s in engine.weights() + engine.moments()]
+    changed = not all(torch.equal(a, b) for a, b in zip(before, after))
+    engine.check()
+    while not (good := engine.train_step(next(batches), 1e-3)).applied and config.engine.precision == "fp16":
+        pass
+    finite = all(bool(s.values.isfinite().all()) for s in engine.weights() + engine.moments())
+    return bad.applied, changed, good.applied and finite
+
+
+@pytest.mark.parametrize("max_micro_batch_size", [256, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_not_finite_on_one_rank_skips_all(stage: int, precision: str, max_micro_batch_size: int, shards: Path) -> None:
+    """NaN on one rank, in any micro-batch: no rank applies the step, nothing changes, the next step is fine."""
+    changes: dict[str, Any] = {"engine__zero_stage": stage, "engine__precision": precision}
+    config = tiny_config(shards, Path("unused"), **changes, engine__max_micro_batch_size=max_micro_batch_size)
+    assert run_ranks(poisoned_step, 2, config, "nan") == [(False, False, True)] * 2
+
+
+def infinite_loss(config: Config) -> tuple[bool, bool]:
+    """A loss that is infinite while its gradients are finite."""
+    import pretrain.engine
+
+    engine, data = start(config)
+    batch = next(train_batches(data.train, data.order, engine.plan, config, 0))
+    engine.train_step(batch, 1e-3)
+    real = pretrain.engine.per_image_loss
+    pretrain.engine.per_image_loss = lambda *arguments: real(*arguments) + float("inf")
+    skipped = engine.train_step(batch, 1e-3)
+    pretrain.engine.per_image_loss = real
+    return skipped.applied, engine.train_step(batch, 1e-3).applied
+
+
+def test_infinite_loss_is_skipped(shards: Path) -> None:
+    """An infinite loss whose gradients are finite is skipped too."""
+    assert run_ranks(infinite_loss, 2, tiny_config(shards, Path("unused"))) == [(False, True)] * 2
+
+
+# --- DeepSpeed's configuration and inside ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("plan", [BatchPlan(4, 1, 0), BatchPlan(2, 3, 0)])
+def test_deepspeed_parses_what_we_mean(precision: str, plan: BatchPlan, shards: Path) -> None:
+    """DeepSpeed's own parser arrives at our stage, precision, clipping and batch sizes."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = tiny_config(
+        shards, Path("unused"), engine__zero_stage=2, engine__precision=precision, optim__clip_norm=0.0
+    )
+    parsed = DeepSpeedConfig(deepspeed_config(config, plan, 1))
+    assert parsed.zero_config.stage == 2 and parsed.gradient_clipping == 0.0
+    assert (parsed.float16_config.enabled, parsed.bfloat16_config.enabled) == (precision == "fp16", precision == "bf16")
+    assert parsed.train_micro_batch_size_per_gpu == plan.micro_batch
+    assert parsed.gradient_accumulation_steps == plan.accumulation
+    assert parsed.zero_config.overlap_comm is False and parsed.zero_config.round_robin_gradients is False
+    expected = "fp32" if plan.accumulation > 1 and precision == "bf16" else None
+    assert parsed.grad_accum_dtype == expected
+
+
+def names_missing(config: Config) -> list[str]:
+    """The private names of DeepSpeed that engine.py relies on and that are not there."""
+    engine, _ = start(config)
+    zero, parameter = engine._zero, next(engine._engine.module.parameters())
+    if config.engine.zero_stage == 3:
+        wanted = {
+            zero: ["grad_position", "get_param_id", "_get_param_partition_rank", "fp32_partitioned_groups_flat"]
+            + ["fp16_groups", "_reassign_or_swap_out_partitioned_parameters"]
+            + ["checkpoint_event_prologue", "checkpoint_event_epilogue"],
+            parameter: ["ds_numel", "ds_shape", "ds_tensor"],
+        }
+    else:
+        wanted = {
+            zero: ["update_lp_params", "_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state"],
+            parameter: ["_hp_mapping"],
+        }
+    return [name for thing, names in wanted.items() for name in names if not hasattr(thing, name)]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_private_names_exist(stage: int, shards: Path) -> None:
+    """A new DeepSpeed that renames what checkpoints read fails here, by name."""
+    assert run_ranks(names_missing, 1, tiny_config(shards, Path("unused"), engine__zero_stage=stage)) == [[]]
+
+
+def shm_op(config: Config) -> Any:
+    import deepspeed
+
+    start(config)
+    return deepspeed.comm.comm.cdb.shm_comm_op
+
+
+def test_no_compiler_needed(shards: Path) -> None:
+    """DeepSpeed's CPU op, which would be compiled for a minute, is not built."""
+    assert run_ranks(shm_op, 1, tiny_config(shards, Path("unused"))) == [None]
+
+
+def group_timeouts(config: Config) -> list[float]:
+    start(config)
+    import torch.distributed as dist
+
+    groups = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_every_group_has_the_timeout(shards: Path) -> None:
+    """Also the groups that DeepSpeed makes, which would wait for 30 minutes."""
+    timeouts = run_ranks(group_timeouts, 1, tiny_config(shards, Path("unused"), engine__timeout_s=77))[0]
+    assert set(timeouts) == {77.0}
+
+
+def test_batch_split_keeps_order() -> None:
+    """Micro-batches are consecutive runs of the rank's slots."""
+    slots = torch.arange(6)
+    batch = Batch(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), slots, slots >= 0, slots, slots, [])
+    assert [part.labels.tolist() for part in batch.split(2)] == [[0, 1], [2, 3], [4, 5]]

@@ -1,0 +1,177 @@
+"""tools/evaluate.py: its figures are those of a direct computation, on one rank and on two; mistakes are one line."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import make_shards, tiny_config
+from torch import nn
+from weights_on_disk import ROOT, load_tool, one_line_error, run_tool, save_run
+
+from pretrain.config import DataConfig
+from pretrain.data.images import to_float
+from pretrain.data.loader import Batch, eval_batches
+from pretrain.data.manifest import load_manifest
+from pretrain.distributed import free_port
+from pretrain.errors import UserError
+from pretrain.evaluation.fewshot import fewshot
+from pretrain.models.build import build_model
+
+torch.set_num_threads(1)
+NAMES = [f"shade {i}" for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, nn.Module]:
+    """Two sets of shards, a run, and its model."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    train, test = make_shards(folder / "train"), make_shards(folder / "test", num_samples=53, seed=1)
+    config = tiny_config(train, folder, data__eval_crop=0.9, loss="sigmoid")
+    return train, test, folder / "tiny", save_run(config, NAMES)
+
+
+def all_images(shards: Path) -> Batch:
+    manifest = load_manifest(shards)
+    config = DataConfig(workers=0, eval_crop=0.9)
+    options = {"batch_size": manifest.num_samples, "image_size": 16, "config": config}
+    return next(eval_batches(manifest, np.arange(manifest.num_samples), **options))
+
+
+@torch.no_grad()
+def expected_rows(train: Path, test: Path, model: Any) -> dict[tuple[str, str], float]:
+    """The same figures without the tool: every image in one batch."""
+    batches = all_images(train), all_images(test)
+    logits, labels = model(to_float(batches[1].images, torch.float32)), batches[1].labels
+    best = logits.topk(5).indices == labels[:, None]
+    targets = F.one_hot(labels, 7).float()
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
+    rows = {("trained", "loss"): loss.item()}
+    rows |= {
+        ("trained", "top1"): best[:, 0].float().mean().item(),
+        ("trained", "top5"): best.any(1).float().mean().item(),
+    }
+    random: Any = build_model(tiny_config(train, train).model, 7).eval()
+
+    def pre_logits(model: Any) -> list[np.ndarray]:
+        images = [to_float(batch.images, torch.float32) for batch in batches]
+        return [model.forward_head(model.forward_features(x), pre_logits=True).numpy() for x in images]
+
+    pixels = [(batch.images.flatten(1).float() / 255).numpy() for batch in batches]
+    kinds = {"trained": pre_logits(model), "random weights": pre_logits(random), "raw pixels": pixels}
+    for name, (x_train, x_test) in kinds.items():
+        arguments = x_train, batches[0].labels.numpy(), x_test, labels.numpy()
+        rows |= {(name, score.metric): score.value for score in fewshot(*arguments, shots=(1, 5))}
+    return rows
+
+
+def assert_results(folder: Path, expected: dict[tuple[str, str], float]) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    found = {(row["model"], row["metric"]): row["value"] for row in results["rows"]}
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert {row["n"] for row in results["rows"]} == {53}
+    assert results["weights"].endswith("step-0000000020") and results["loss"] == "sigmoid"
+    assert results["data"]["fewshot_train"]["num_samples"] == 101
+
+
+def test_figures_are_those_of_a_direct_computation(places: tuple[Path, Path, Path, nn.Module]) -> None:
+    """Loss (the run's own), top-1, top-5 and few-shot accuracies, trained and both baselines; also as Markdown."""
+    train, test, run, model = places
+    options = ["--shots", "5", "1", "--batch-size", "16", "--workers", "0", "--baselines"]
+    done = run_tool("evaluate", run, "--val", test, "--fewshot", train, test, *options)
+    assert done.returncode == 0, done.stderr
+    expected = expected_rows(train, test, model)
+    assert_results(run / "evaluation", expected)
+    page = (run / "evaluation" / "results.md").read_text()
+    top1 = expected["trained", "top1"]
+    assert f"| top1 | {top1:.2%} |  |  | 53 |" in page
+    assert "| metric | trained | random weights | raw pixels | images |" in page and "| 5-shot | " in page
+    assert f"{top1:.2%}" in done.stdout and "results.json" in done.stdout and not done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_same_figures(places: tuple[Path, Path, Path, nn.Module], tmp_path: Path) -> None:
+    """As under `deepspeed` or `srun`, which set RANK and WORLD_SIZE: rank 0 writes, over the images of both."""
+    train, test, run, model = places
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "evaluate.py"),
+        str(run),
+        "--val",
+        str(test),
+        "--out",
+        str(tmp_path),
+    ]
+    command += ["--fewshot", str(train), str(test), "--shots", "1", "5", "--batch-size", "8", "--baselines"]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [*command, f"--local_rank={rank}"], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    assert_results(tmp_path, expected_rows(train, test, model))
+
+
+def other_classes(folder: Path) -> Path:
+    """A copy of the layout with a class more."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["label"]["num_classes"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+MISTAKES: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
+    "nothing to do": (lambda train, test: [], "nothing to evaluate: give --val MANIFEST"),
+    "baselines of nothing": (lambda train, test: ["--val", test, "--baselines"], "--baselines .* needs --fewshot"),
+    "no shots": (lambda train, test: ["--fewshot", train, test, "--shots", "0"], r"--shots is \[0\]"),
+    "no batch": (lambda train, test: ["--val", test, "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
+    "no shards": (lambda train, test: ["--val", test / "nowhere"], "nowhere: not found; make shards"),
+    "more classes": (lambda train, test: ["--val", other_classes(test)], "has 8 classes, .* has 7"),
+    "other classes": (
+        lambda train, test: ["--fewshot", train, other_classes(test)],
+        "7 classes.* and .*8 classes.* must have the same classes",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_in_one_line(
+    mistake: str, places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each before any image is read, with the way out; no results are written."""
+    train, _, run, _ = places
+    arguments, message = MISTAKES[mistake]
+    test = make_shards(tmp_path / "test", num_samples=9)
+    evaluate = load_tool("evaluate")
+    monkeypatch.setattr(evaluate.distributed, "start", lambda timeout_s: torch.device("cpu"))
+    values = ["evaluate.py", run, "--out", tmp_path / "out", *arguments(train, test)]
+    monkeypatch.setattr(sys, "argv", [str(value) for value in values])
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate.main()
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_the_exit_code_tells(tmp_path: Path) -> None:
+    """Weights that are not there: 2, and one line."""
+    assert "nowhere: not found" in one_line_error(run_tool("evaluate", tmp_path / "nowhere", "--val", tmp_path))
+
+
+def test_differing_class_names_are_warned_of(
+    places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Label 2 must mean the same in the shards and in the head."""
+    _, _, run, _ = places
+    shards = make_shards(tmp_path / "test", num_samples=9)
+    (shards / "classes.json").write_text(json.dumps([*NAMES[:2], "other", *NAMES[3:]]))
+    evaluate = load_tool("evaluate")
+    evaluate._check_classes(evaluate.read_weights(run), load_manifest(shards), [])
+    assert "1 class names differ" in (told := capsys.readouterr().err) and "class 2 is 'other'" in told

@@ -1,0 +1,339 @@
+"""Decoding and cropping: odd files end as pixels or as bad samples, and a crop depends on its key alone."""
+
+import io
+import math
+import struct
+import subprocess
+import sys
+import tarfile
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms.v2 import InterpolationMode
+
+from pretrain.config import DataConfig
+from pretrain.data.images import decode, eval_image, random_resized_crop, to_float, train_image
+from pretrain.data.order import uniform, words
+from pretrain.data.reader import BadSample
+
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def config(**changes: Any) -> DataConfig:
+    """Data settings; none of the paths is read here."""
+    return DataConfig(train=Path("unused"), global_batch=1, **changes)
+
+
+def picture(height: int = 30, width: int = 40, seed: int = 0) -> Image.Image:
+    """A smooth colour picture, so that compression changes little."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """What Pillow sees, as [3, height, width]."""
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def refusal(data: bytes) -> BadSample:
+    """The reason why these bytes are no image."""
+    with pytest.raises(BadSample) as bad:
+        decode(data)
+    assert bad.value.reason == "decode" and "\n" not in str(bad.value) and len(str(bad.value)) < 300
+    return bad.value
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "LA", "RGBA"])
+def test_lossless_images_of_every_mode_are_decoded_exactly(mode: str) -> None:
+    """Gray, palette and transparent PNG become the three channels that Pillow sees; WebP without loss too."""
+    image = picture().convert(mode)
+    result = decode(encoded(image, "png"))
+    assert result.dtype == torch.uint8 and result.shape == (3, 30, 40)
+    assert (result.numpy() == rgb(image)).all()
+    assert (decode(encoded(picture(), "webp", lossless=True)).numpy() == rgb(picture())).all()
+
+
+def test_a_palette_with_transparency_is_decoded_without_a_warning() -> None:
+    """Transparent palette images keep their colours; Pillow's advice about them does not reach the log."""
+    image = picture().convert("P")
+    data = encoded(image, "png", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (decode(data).numpy() == rgb(image)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_equals_pillow(mode: str, progressive: bool) -> None:
+    """Colour, gray and CMYK JPEG give the pixels of Pillow's decoder, so that no path is an image of its own."""
+    data = encoded(picture().convert(mode), "jpeg", progressive=progressive)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = rgb(image).astype(int)
+    difference = np.abs(decode(data).numpy().astype(int) - expected)
+    assert difference.max() <= (2 if mode == "CMYK" else 0)  # CMYK: two formulas, one rounding
+
+
+def test_the_name_does_not_matter() -> None:
+    """A PNG or WebP that is called .jpg is decoded by its content: `decode` sees no name."""
+    for form in ("png", "jpeg", "webp"):
+        assert decode(encoded(picture(), form)).shape == (3, 30, 40)
+
+
+def test_16_bit_png_keeps_its_brightness() -> None:
+    """16-bit gray is divided by 256; cutting it off would make nearly every pixel white."""
+    values = np.linspace(0, 65535, 30 * 40).astype(np.uint16).reshape(30, 40)
+    result = decode(encoded(Image.fromarray(values), "png")).numpy()
+    assert (result == (values >> 8).astype(np.uint8)).all()
+
+
+def test_16_bit_colour_png_keeps_its_brightness() -> None:
+    """The same for three channels, written by hand since Pillow cannot write them."""
+    values = np.linspace(0, 65535, 4 * 5 * 3).astype(">u2").reshape(4, 5, 3)
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    data = _png(5, 4, depth=16, pixels=zlib.compress(rows))
+    difference = decode(data).numpy().astype(int) - (values.astype(int) >> 8).transpose(2, 0, 1)
+    assert np.abs(difference).max() <= 1
+
+
+def _png(width: int, height: int, depth: int, pixels: bytes) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("part", [0.05, 0.5, 0.9])
+def test_truncated_images_are_bad(form: str, part: float) -> None:
+    """A cut file is never delivered with its lower half gray."""
+    data = encoded(picture(60, 80), form)
+    refusal(data[: int(len(data) * part)])
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"<html><body>404</body></html>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", bytes(5000)])
+def test_what_is_no_image_is_bad(data: bytes) -> None:
+    """Empty files, error pages and bare signatures end as bad samples, not as crashes."""
+    refusal(data)
+
+
+@pytest.mark.parametrize("form", ["gif", "bmp", "tiff", "ppm", "eps"])
+def test_only_jpeg_png_and_webp_are_decoded(form: str) -> None:
+    """Other formats are refused: Pillow would start Ghostscript for one of them."""
+    assert str(refusal(encoded(picture(), form))) == "decode: not a JPEG, PNG or WebP"
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    """A few bytes that say 60,000 x 60,000 or 8,000 x 8,000 pixels are refused before memory is taken for them."""
+    for side in (8_000, 12_000, 60_000):
+        refusal(_png(side, side, depth=8, pixels=zlib.compress(b"\0")))
+    assert "8000 x 8000 pixels" in str(refusal(_png(8_000, 8_000, depth=8, pixels=zlib.compress(b"\0"))))
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    """Pixels stay as stored, as in the reference's decoder: 30 x 40 does not become 40 x 30."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for form in ("jpeg", "png", "webp"):
+        assert decode(encoded(picture(), form, exif=exif)).shape == (3, 30, 40)
+
+
+def test_flipped_bits_end_as_pixels_or_as_a_bad_sample() -> None:
+    """1,500 damaged files of each kind, in a process of their own: no crash, no other error, the right shape.
+
+    torchvision's PNG decoder ends the whole process on some of them, which is why it is not used.
+    """
+    program = (
+        "import io, random, warnings; warnings.simplefilter('ignore')\n"
+        "from test_images import encoded, picture\n"
+        "from pretrain.data.images import decode\n"
+        "from pretrain.data.reader import BadSample\n"
+        "random.seed(0); bad = 0\n"
+        "for form in ('png', 'jpeg', 'webp'):\n"
+        "    good = encoded(picture(), form)\n"
+        "    for _ in range(1500):\n"
+        "        data = bytearray(good); at = random.randrange(8 * len(data)); data[at // 8] ^= 1 << at % 8\n"
+        "        try: assert decode(bytes(data)).ndim == 3\n"
+        "        except BadSample as error: bad += 1; assert error.reason == 'decode'\n"
+        "assert bad > 1000, bad\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode} {done.stderr[-2000:]}"
+
+
+def torchvision_crop(height: int, width: int, area: tuple, ratio: tuple, draws: np.ndarray) -> tuple[int, ...]:
+    """RandomResizedCrop.get_params, with its calls of the generator replaced by the given draws."""
+    for attempt in range(10):
+        target_area = height * width * (area[0] + (area[1] - area[0]) * draws[2 * attempt])
+        low, high = math.log(ratio[0]), math.log(ratio[1])
+        aspect_ratio = math.exp(low + (high - low) * draws[2 * attempt + 1])
+        w = int(round(math.sqrt(target_area * aspect_ratio)))
+        h = int(round(math.sqrt(target_area / aspect_ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            return math.floor(draws[20] * (height - h + 1)), math.floor(draws[21] * (width - w + 1)), h, w
+    in_ratio = width / height
+    if in_ratio < min(ratio):
+        w, h = width, int(round(width / min(ratio)))
+    elif in_ratio > max(ratio):
+        h, w = height, int(round(height * max(ratio)))
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@pytest.mark.parametrize(
+    "height, width, central",
+    [(375, 500, None), (500, 333, None), (64, 64, None), (20, 900, (0, 436, 20, 27)), (900, 7, (445, 0, 9, 7))],
+)
+def test_crops_equal_torchvisions_formula(height: int, width: int, central: tuple | None) -> None:
+    """For 500 sets of draws the crop is torchvision's, in the branch that gives up after ten tries as well."""
+    random = np.random.default_rng(0)
+    crops = set()
+    for _ in range(500):
+        draws = random.random(23)
+        crop = random_resized_crop(height, width, AREA, RATIO, draws)
+        assert crop == torchvision_crop(height, width, AREA, RATIO, draws)
+        top, left, crop_height, crop_width = crop
+        assert 0 <= top <= top + crop_height <= height and 0 <= left <= left + crop_width <= width
+        crops.add(crop)
+    assert central is None or central in crops  # the branch was reached: no crop of these ratios is large enough
+
+
+def test_the_largest_and_smallest_images_are_cropped() -> None:
+    """One pixel, one row and one column have a crop inside; the extreme draws stay inside too."""
+    for height, width in [(1, 1), (1, 500), (500, 1), (2, 3), (7000, 7000)]:
+        for draw in (0.0, 0.5, 1 - 2.0**-53):
+            top, left, crop_height, crop_width = random_resized_crop(height, width, AREA, RATIO, np.full(23, draw))
+            assert 0 < crop_height <= height - top and 0 < crop_width <= width - left
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (256, 256)])
+def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    """Kolmogorov-Smirnov over 4,000 crops each: area, ratio, top and left come from the same distribution."""
+    from scipy.stats import ks_2samp
+
+    ours = np.array(
+        [
+            random_resized_crop(height, width, AREA, RATIO, uniform(words(23, "v1", "aug", 0, "ks", 0, index)))
+            for index in range(4000)
+        ]
+    )
+    blank = torch.empty(3, height, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = np.array([RandomResizedCrop.get_params(blank, list(AREA), list(RATIO)) for _ in range(4000)])
+    for ours_values, their_values in zip(_features(ours), _features(theirs)):
+        assert ks_2samp(ours_values, their_values).pvalue > 1e-3
+
+
+def _features(crops: np.ndarray) -> list[np.ndarray]:
+    top, left, height, width = crops.T
+    return [height * width, height / width, top, left]
+
+
+def test_a_training_image_depends_on_its_key_alone() -> None:
+    """The same key gives the same pixels whatever the global generators say; another epoch, index or seed others."""
+    image = torch.from_numpy(rgb(picture(60, 80)).copy())
+    first = train_image(image, 24, config(), 0, "trees", 1, 7)
+    assert first.dtype == torch.uint8 and first.shape == (3, 24, 24)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        torch.rand(5)
+        assert torch.equal(train_image(image, 24, config(), 0, "trees", 1, 7), first)
+    for key in [(1, "trees", 1, 7), (0, "shrubs", 1, 7), (0, "trees", 2, 7), (0, "trees", 1, 8)]:
+        assert not torch.equal(train_image(image, 24, config(), *key), first)
+
+
+def test_a_training_image_is_the_crop_of_its_draws() -> None:
+    """Crop, resize and flip are torchvision's operators on the keyed draws: with antialias, in the order of a fixed list."""
+    image = torch.from_numpy(rgb(picture(60, 80)).copy())
+    for index in range(20):
+        draws = uniform(words(23, "v1", "aug", 3, "trees", 0, index))
+        top, left, height, width = torchvision_crop(60, 80, AREA, RATIO, draws)
+        part = image[:, top : top + height, left : left + width]
+        for interpolation in ("bilinear", "bicubic"):
+            settings = config(interpolation=interpolation, crop_ratio=RATIO)
+            expected = v2.functional.resize(part, [32, 32], InterpolationMode(interpolation), antialias=True)
+            expected = expected.flip(-1) if draws[22] < 0.5 else expected
+            assert torch.equal(train_image(image, 32, settings, 3, "trees", 0, index), expected)
+
+
+def test_the_flip_is_separate_from_the_crop() -> None:
+    """flip=0 never flips, flip=1 always, 0.5 in half of the cases; the crop is the same in all three."""
+    image = torch.from_numpy(rgb(picture(60, 80)).copy())
+    flipped = 0
+    for index in range(400):
+        never, always, half = (train_image(image, 8, config(flip=p), 0, "t", 0, index) for p in (0.0, 1.0, 0.5))
+        assert torch.equal(never.flip(-1), always)
+        assert torch.equal(half, never) or torch.equal(half, always)
+        flipped += not torch.equal(half, never)
+    assert 150 < flipped < 250  # 200 +- 5 standard deviations
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (60, 80), (80, 60), (64, 200), (33, 50), (10, 12), (375, 500)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_an_evaluation_image_is_torchvisions_resize_and_center_crop(height: int, width: int, interpolation: str) -> None:
+    """The shorter side becomes size / eval_crop, then the centre is cut out.
+
+    Resize(int) cuts the longer side down to an integer, ours rounds it as Google's code does: hence both sides are given.
+    """
+    image = torch.from_numpy(rgb(picture(height, width)).copy())
+    mode = InterpolationMode(interpolation)
+    for size, share in ((32, 0.875), (32, 1.0), (24, 0.8)):
+        shorter = round(size / share)
+        sides = [round(side * shorter / min(height, width)) for side in (height, width)]
+        expected = v2.CenterCrop(size)(v2.Resize(sides, mode, antialias=True)(image))
+        result = eval_image(image, size, config(eval_crop=share, interpolation=interpolation))
+        assert torch.equal(result, expected)
+        assert result.shape == (3, size, size)
+        if sides == [int(side * shorter / min(height, width)) for side in (height, width)]:
+            assert torch.equal(result, v2.CenterCrop(size)(v2.Resize(shorter, mode, antialias=True)(image)))
+
+
+def test_an_evaluation_image_has_no_randomness_and_keeps_equal_images() -> None:
+    """An image of the right size passes through unchanged when nothing is cropped away."""
+    image = torch.from_numpy(rgb(picture(32, 32)).copy())
+    assert torch.equal(eval_image(image, 32, config(eval_crop=1.0)), image)
+
+
+def test_the_models_input_lies_between_minus_one_and_one() -> None:
+    """0, 127.5 and 255 become -1, 0 and 1, as in Google's code; every value stays distinct in float32."""
+    values = torch.arange(256, dtype=torch.uint8)
+    result = to_float(values, torch.float32)
+    assert (result[0], result[-1]) == (-1.0, 1.0)
+    assert torch.allclose(result, (values.double() - 127.5).div(127.5).float(), rtol=0, atol=1.5e-7)
+    assert len(result.unique()) == 256
+    assert to_float(values, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_real_photos_equal_pillow(test_data: Path) -> None:
+    """150 ImageNet photos, gray ones and two with EXIF orientation among them: the pixels that Pillow gives."""
+    with tarfile.open(test_data / "imagenet_train_photos_dev-000000.tar") as tar:
+        members = [member for member in tar if member.name.endswith(".jpg")]
+        odd = [m for m in members if m.name.startswith(("n02951585", "n03337140"))]
+        assert len(odd) == 2
+        modes = set()
+        for member in [*odd, *members[::6]]:
+            file = tar.extractfile(member)
+            assert file is not None
+            data = file.read()
+            with Image.open(io.BytesIO(data)) as image:
+                modes.add(image.mode)
+                expected = rgb(image)
+            assert (decode(data).numpy() == expected).all()
+        assert "RGB" in modes

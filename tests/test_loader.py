@@ -1,0 +1,287 @@
+"""Batches: the same samples and pixels for every number of ranks and workers, and each loss of a sample is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.config import Config, config_from_dict
+from pretrain.data import reader
+from pretrain.data.build import write_samples
+from pretrain.data.images import eval_image, train_image
+from pretrain.data.loader import (
+    REASONS,
+    BadRecord,
+    Batch,
+    _read,
+    check_bad_fraction,
+    count_reasons,
+    eval_batches,
+    train_batches,
+)
+from pretrain.data.manifest import Manifest, load_index, load_manifest, write_manifest
+from pretrain.data.order import Order, plan_batch, share
+from pretrain.errors import BadSamplesError, StorageError
+
+STEPS, GLOBAL_BATCH, IMAGE_SIZE = 13, 17, 16  # 221 slots: two borders of epochs with 103 samples
+
+
+def config(shards: Path, **data: Any) -> Config:
+    """The settings of a short run over the shards."""
+    values = {
+        "name": "trial",
+        "total_steps": STEPS,
+        "model": {"name": "Ti", "image_size": IMAGE_SIZE},
+        "data": {"train": str(shards), "global_batch": GLOBAL_BATCH, "workers": 0} | data,
+        "optim": {"lr": 1e-3},
+    }
+    return config_from_dict(values, "trial")
+
+
+def rank_batches(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, start: int = 0, **data: Any
+) -> list[Batch]:
+    """All batches that one of several ranks gets, read in this process."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    settings, manifest = config(shards, **data), load_manifest(shards)
+    order = Order(manifest.num_samples, settings.data.held_out, GLOBAL_BATCH, settings.seed)
+    plan = plan_batch(GLOBAL_BATCH, world_size, 4)
+    batches = list(train_batches(manifest, order, plan, settings, start))
+    for batch in batches:
+        assert batch.images.shape == (plan.accumulation * plan.micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE)
+        assert [t.dtype for t in batch[:5]] == [torch.uint8, torch.int64, torch.bool, torch.int64, torch.int64]
+    return batches
+
+
+def global_steps(shards: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, **options: Any) -> list[list[tuple]]:
+    """(epoch, index, label, valid, pixels) of each slot of each global step, put together from all ranks."""
+    ranks = [rank_batches(shards, monkeypatch, rank, world_size, **options) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    steps = []
+    for step_batches in zip(*ranks):
+        slots = []
+        for rank, batch in enumerate(step_batches):
+            own = len(share(GLOBAL_BATCH, rank, world_size))
+            slots += [
+                (int(batch.epoch[i]), int(batch.index[i]), int(batch.labels[i]), bool(batch.valid[i]), pixels(batch, i))
+                for i in range(own)
+            ]
+            assert not batch.valid[own:].any() and not batch.images[own:].any()
+            assert (batch.index[own:] == -1).all() and not batch.labels[own:].any()
+        steps.append(slots)
+    return steps
+
+
+def pixels(batch: Batch, slot: int) -> bytes:
+    """The slot's image as bytes."""
+    return batch.images[slot].numpy().tobytes()
+
+
+@pytest.fixture(scope="module")
+def alone(shard_folder: Path) -> list[list[tuple]]:
+    """The steps as one rank without workers reads them."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return global_steps(shard_folder, monkeypatch, 1)
+
+
+def test_a_batch_holds_the_samples_of_the_order(alone: list[list[tuple]], shard_folder: Path) -> None:
+    """Each slot has the order's sample, its label, and the augmentation of (seed, set, epoch, index)."""
+    manifest, settings = load_manifest(shard_folder), config(shard_folder)
+    order = Order(103, 0, GLOBAL_BATCH, 0)
+    assert len(alone) == STEPS
+    for step, slots in enumerate(alone):
+        epochs, indices = order.samples(step)
+        assert [(slot[0], slot[1]) for slot in slots] == list(zip(epochs.tolist(), indices.tolist()))
+        for epoch, index, label, valid, image_bytes in slots[::5]:
+            image, expected_label = _read(manifest, index)
+            expected = train_image(image, IMAGE_SIZE, settings.data, 0, "trees", epoch, index)
+            assert valid and label == expected_label
+            assert image_bytes == expected.numpy().tobytes()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 17])
+def test_the_global_batch_does_not_depend_on_the_ranks(
+    world_size: int, alone: list[list[tuple]], shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epoch, index, label and every pixel of each slot are those of one rank; the filling beyond is masked zeros."""
+    assert global_steps(shard_folder, monkeypatch, world_size) == alone
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_global_batch_does_not_depend_on_the_workers(
+    world_size: int, alone: list[list[tuple]], shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two worker processes deliver the steps in order, with the pixels of no workers."""
+    assert global_steps(shard_folder, monkeypatch, world_size, workers=2, prefetch=3) == alone
+
+
+@pytest.mark.parametrize("start", [1, 6, 12, 13])
+def test_a_restart_continues_where_the_run_was(
+    start: int, alone: list[list[tuple]], shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starting at step k gives the steps k, k+1, ... of the uninterrupted run, on another number of ranks too."""
+    assert global_steps(shard_folder, monkeypatch, 1, start=start) == alone[start:]
+    assert global_steps(shard_folder, monkeypatch, 3, start=start, workers=1 if start == 6 else 0) == alone[start:]
+
+
+def test_held_out_samples_are_not_trained_on(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader delivers the 93 others only."""
+    seen = {slot[1] for step in global_steps(shard_folder, monkeypatch, 1, held_out=10) for slot in step}
+    assert seen == set(range(103)) - set(Order(103, 10, GLOBAL_BATCH, 0).held_out_indices().tolist())
+
+
+def test_global_generators_are_neither_used_nor_moved(
+    alone: list[list[tuple]], shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another seed of torch's generator changes nothing, and reading leaves it where it was (dropout uses it)."""
+    torch.manual_seed(12345)
+    batches = train_batches(
+        load_manifest(shard_folder), Order(103, 0, GLOBAL_BATCH, 0), plan_batch(17, 1, 4), config(shard_folder), 0
+    )
+    batch = next(batches)
+    state = torch.random.get_rng_state()
+    assert [pixels(batch, i) for i in range(GLOBAL_BATCH)] == [slot[4] for slot in alone[0]]
+    next(batches)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def damaged_set(folder: Path) -> tuple[Manifest, dict[int, str]]:
+    """A set of 20 samples of which 4 are bad, and the reasons by index."""
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.full((20, 24, 3), 90, dtype=np.uint8)).save(file, "jpeg")
+    good = file.getvalue()
+    samples = [(good, number % 5) for number in range(20)]
+    samples[3], samples[11] = (good[: len(good) // 2], 3), (good, 5)  # half an image; a label out of range
+    shard = write_samples(samples, "jpg", folder / "a-000000.tar", 0)
+    index = load_index(shard)
+    with shard.path.open("r+b") as tar:
+        tar.seek(index.byte_range(6)[0])
+        tar.write(b"\xaa" * 512)  # the header of sample 6's image
+        tar.seek(index.byte_range(16)[1] - 1024)
+        assert b".cls" in tar.read(100)
+        tar.seek(index.byte_range(16)[1] - 1024)
+        tar.write(bytes(512))  # the header of sample 16's label
+    write_manifest(folder, "damaged", [shard], 5, has_names=False, shuffle=None)
+    return load_manifest(folder), {3: "decode", 6: "tar", 11: "label", 16: "missing"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_masked_and_told(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad sample becomes a masked slot of zeros that keeps its epoch and index, with one record and the right reason."""
+    manifest, reasons = damaged_set(tmp_path)
+    seen: list[BadRecord] = []
+    slots = 0
+    for batch in rank_batches(tmp_path, monkeypatch, 0, 1, workers=workers):
+        own = slice(0, GLOBAL_BATCH)
+        bad = [i for i in range(GLOBAL_BATCH) if int(batch.index[i]) in reasons]
+        assert (~batch.valid[own]).nonzero().flatten().tolist() == bad
+        assert not batch.images[bad].any() and not batch.labels[bad].any()
+        assert batch.images[own][batch.valid[own]].flatten(1).any(1).all()
+        assert [(r.epoch, r.index) for r in batch.bad] == [(int(batch.epoch[i]), int(batch.index[i])) for i in bad]
+        seen += batch.bad
+        slots += GLOBAL_BATCH
+    assert {record.index for record in seen} == set(reasons)
+    assert all(record.reason == reasons[record.index] for record in seen)
+    assert all(record.shard == "a-000000.tar" and record.detail.startswith(record.reason) for record in seen)
+    expected = [sum(record.reason == reason for record in seen) for reason in REASONS]
+    assert min(expected) >= 10  # eleven epochs
+    counts = count_reasons(seen)
+    assert counts.dtype == torch.float64 and counts.tolist() == expected
+    json.dumps([record._asdict() for record in seen])  # what bad_samples.jsonl holds
+
+
+def test_count_reasons_of_nothing() -> None:
+    """No bad samples are four zeros, so that ranks without one take part in the sum."""
+    assert count_reasons([]).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_storage_errors_arrive_in_one_line(workers: int, own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that vanishes ends the run with StorageError and its one line, without a worker's traceback in it."""
+    reader._open_shard.cache_clear()
+    manifest = load_manifest(own_shards)
+    for shard in manifest.shards:
+        shard.path.unlink()
+    order, plan = Order(103, 0, GLOBAL_BATCH, 0), plan_batch(GLOBAL_BATCH, 1, 4)
+    with pytest.raises(StorageError, match=r"\.tar: cannot be opened") as error:
+        next(train_batches(manifest, order, plan, config(own_shards, workers=workers), 0))
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+    settings = config(own_shards, workers=workers).data
+    with pytest.raises(StorageError, match=r"\.tar: cannot be opened"):
+        next(eval_batches(manifest, np.arange(103), batch_size=8, image_size=IMAGE_SIZE, config=settings))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size, count", [(8, 103), (20, 103), (200, 103), (5, 7), (4, 2), (8, 48), (3, 0)])
+def test_evaluation_sees_each_sample_exactly_once(
+    world_size: int, batch_size: int, count: int, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every rank the same number of equally large batches, every sample valid in exactly one of them."""
+    manifest, settings = load_manifest(shard_folder), config(shard_folder).data
+    indices = Order(103, 0, 1, 0).samples(5)[1] if count == 1 else np.arange(103)[::-1][:count].copy()
+    seen, num_batches = [], set()
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        batches = list(eval_batches(manifest, indices, batch_size=batch_size, image_size=8, config=settings))
+        num_batches.add(len(batches))
+        for batch in batches:
+            assert batch.images.shape == (batch_size, 3, 8, 8)
+            assert torch.equal(batch.index >= 0, batch.valid)
+            assert not batch.images[~batch.valid].any() and not batch.labels[~batch.valid].any()
+            seen += [(int(batch.index[i]), pixels(batch, i)) for i in batch.valid.nonzero().flatten()]
+    assert len(num_batches) == 1
+    assert sorted(index for index, _ in seen) == sorted(indices.tolist())
+    for index, image_bytes in seen[::7]:
+        expected = eval_image(_read(manifest, index)[0], 8, settings)
+        assert image_bytes == expected.numpy().tobytes()
+
+
+def test_evaluation_tells_bad_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad validation samples are masked and recorded too, with workers as without."""
+    manifest, reasons = damaged_set(tmp_path)
+    for workers in (0, 1):
+        settings = config(tmp_path, workers=workers).data
+        batches = list(eval_batches(manifest, np.arange(20), batch_size=6, image_size=8, config=settings))
+        assert {record.index: record.reason for batch in batches for record in batch.bad} == reasons
+        assert sum(int(batch.valid.sum()) for batch in batches) == 16
+
+
+def test_split_cuts_a_batch_into_its_micro_batches(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All micro-batches have the same size, and together they are the batch in its order."""
+    batch = rank_batches(shard_folder, monkeypatch, 0, 1)[0]
+    parts = list(batch.split(4))
+    assert len(batch.valid) == 20 and [len(part.valid) for part in parts] == [4] * 5
+    for number in range(5):
+        assert torch.equal(torch.cat([part[number] for part in parts]), batch[number])
+    assert all(part.bad == [] for part in parts)
+
+
+def test_to_moves_what_the_model_needs(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images, labels and mask go to the device; epochs and indices stay where they are logged from."""
+    batch = rank_batches(shard_folder, monkeypatch, 0, 1)[0]._replace(bad=[])
+    moved = batch.to(torch.device("meta"))
+    assert [tensor.device.type for tensor in moved[:5]] == ["meta"] * 3 + ["cpu"] * 2
+
+
+def test_the_limit_of_bad_samples() -> None:
+    """Above max_bad_fraction the run stops, but not before 10,000 samples were seen and 100 were bad."""
+    check_bad_fraction({"tar": 0}, 0, 0.0)
+    check_bad_fraction({"tar": 5000}, 9_999, 0.001)
+    check_bad_fraction({"tar": 99}, 10_000, 0.001)
+    check_bad_fraction({"tar": 100}, 100_000, 0.001)
+    for bad, seen, limit in [({"tar": 60, "decode": 41, "label": 0}, 100_000, 0.001), ({"tar": 100}, 10_000, 0.0)]:
+        with pytest.raises(BadSamplesError) as error:
+            check_bad_fraction(bad, seen, limit)
+        assert error.value.exit_code == 78
+        assert f"{sum(bad.values())} of {seen} samples" in str(error.value) and "data.max_bad_fraction" in str(error.value)
+    with pytest.raises(BadSamplesError, match=r"\(60 tar, 41 decode\)"):
+        check_bad_fraction({"tar": 60, "decode": 41, "label": 0}, 100_000, 0.001)

@@ -1,0 +1,311 @@
+"""The models: timm's logits with the same weights, Google's initialisation, exact counts of parameters and MACs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from weights_on_disk import randomised
+
+from pretrain.config import VIT_SHAPES, ModelConfig
+from pretrain.errors import ConfigError
+from pretrain.models.build import build_model
+from pretrain.models.positions import sincos2d
+from pretrain.models.profile import forward_macs, num_parameters, train_flops
+from pretrain.models.vit import NORM_EPS, DropPath, VisionTransformer
+
+torch.set_num_threads(1)
+TINY: dict[str, Any] = {"name": "Ti", "width": 48, "depth": 3, "mlp_dim": 80, "heads": 3, "image_size": 24}
+NUM_CLASSES = 11
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    return ModelConfig(**{**TINY, "patch_size": 8, **changes})
+
+
+def images(size: int, count: int = 3) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def timm_vit(config: ModelConfig) -> nn.Module:
+    """timm's model of the same architecture, its arguments written out here by hand."""
+    return timm.create_model(
+        "vit_base_patch16_224",
+        num_classes=NUM_CLASSES,
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.shape.width,
+        depth=config.shape.depth,
+        num_heads=config.shape.heads,
+        mlp_ratio=(config.shape.mlp_dim + 0.5) / config.shape.width,
+        class_token=config.pooling == "token",
+        global_pool="token" if config.pooling == "token" else "avg",
+        fc_norm=False,
+        no_embed_class=config.positions == "sincos2d",
+        act_layer="gelu_tanh" if config.gelu == "tanh" else "gelu",
+    ).eval()
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+@pytest.mark.parametrize("positions", ["learned", "sincos2d"])
+@pytest.mark.parametrize("pooling", ["token", "gap"])
+@torch.no_grad()
+def test_same_weights_give_timms_logits(pooling: Any, positions: Any, gelu: Any) -> None:
+    """For all 8 variants: the largest difference is at most 1e-5 of the largest logit, the head's input likewise."""
+    config = tiny(pooling=pooling, positions=positions, gelu=gelu)
+    ours, theirs = randomised(build_model(config, NUM_CLASSES)), timm_vit(config)
+    state = dict(ours.state_dict())
+    if positions == "sincos2d":
+        state["pos_embed"] = sincos2d(3, 3, 48)
+    theirs.load_state_dict(state)
+    x = images(24)
+    pairs = [(ours(x), theirs(x))]
+    features = [m.forward_head(m.forward_features(x), pre_logits=True) for m in (ours, theirs)]  # type: ignore
+    for found, expected in [*pairs, tuple(features)]:
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    other = timm_vit(tiny(pooling=pooling, positions=positions, gelu="exact" if gelu == "tanh" else "tanh"))
+    other.load_state_dict(state)
+    assert (ours(x) - other(x)).abs().max() > 3e-5 * pairs[0][1].abs().max()  # the other GELU is seen
+
+
+def test_layer_norms_have_googles_epsilon() -> None:
+    """1e-6, which logits hardly show: torch's default is 1e-5."""
+    norms = [m for m in build_model(tiny(), NUM_CLASSES).modules() if isinstance(m, nn.LayerNorm)]
+    assert len(norms) == 7 and {norm.eps for norm in norms} == {NORM_EPS} == {1e-6}
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+_LONG_NAMES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge", "g": "giant", "G": "gigantic"}
+
+
+def test_parameters_and_macs_equal_the_reference_numbers(test_fixtures: Path) -> None:
+    """Every class-token model of flops_params.json whose shape we have: 50 and more, exactly."""
+    entries = json.loads((test_fixtures / "flops_params.json").read_text())["models"]
+    by_shape = {(s.width, s.depth, s.mlp_dim, s.heads): name for name, s in VIT_SHAPES.items()}
+    compared = set()
+    for key, entry in entries.items():
+        shape = (entry.get("width"), entry.get("depth"), entry.get("mlp"), entry.get("heads"))
+        if shape not in by_shape or "params" not in entry:
+            continue
+        patch, size = (int(part) for part in key.rpartition("patch")[2].split("_"))
+        config = ModelConfig(name=by_shape[shape], patch_size=patch, image_size=size)
+        with torch.device("meta"):  # 1.8 billion parameters without their memory
+            assert num_parameters(VisionTransformer(config, 1000)) == entry["params"], key
+        assert forward_macs(config, 1000) == entry["macs_fwd"], key
+        assert train_flops(config, 1000) == entry["train_flops_3x"], key
+        compared.add(key)
+    assert len(compared) >= 50 and {by_shape[s] for s in by_shape} - {"M", "So400m"} <= {
+        name for name, long in _LONG_NAMES.items() if any(long in key for key in compared)
+    }
+
+
+@pytest.mark.parametrize("pooling", ["token", "gap"])
+def test_macs_equal_torchs_counter(pooling: Any) -> None:
+    """The formula is what torch counts in a forward pass, for both poolings."""
+    config = tiny(pooling=pooling)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        build_model(config, NUM_CLASSES).eval()(images(24, count=1))
+    assert forward_macs(config, NUM_CLASSES) * 2 == counter.get_total_flops()
+
+
+# --- initialisation --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def initialised() -> dict[str, torch.Tensor]:
+    """Large enough for statistics: width 256, MLP 512."""
+    config = tiny(width=256, mlp_dim=512, heads=4, image_size=64, head_bias=-6.9)
+    return dict(build_model(config, NUM_CLASSES, seed=3).named_parameters())
+
+
+def assert_uniform(values: torch.Tensor, fan_in: int, fan_out: int) -> None:
+    """Xavier's bound is reached and not passed, and the spread is the uniform distribution's."""
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    assert 0.99 * bound < values.abs().max() <= bound
+    assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert abs(values.mean()) < 0.02 * bound
+
+
+def test_every_tensor_is_initialised_as_in_googles_code(initialised: dict[str, torch.Tensor]) -> None:
+    """One rule per kind of tensor, and every tensor falls under one."""
+    for name, tensor in initialised.items():
+        values = tensor.detach()
+        if name.endswith("qkv.weight"):
+            for part in values.chunk(3):  # each of q, k, v is a 256 x 256 matrix of its own: not 256 x 768
+                assert_uniform(part, 256, 256)
+        elif name.endswith("attn.proj.weight"):
+            assert_uniform(values, 256, 256)
+        elif name.endswith(("fc1.weight", "fc2.weight")):
+            assert_uniform(values, 256, 512)
+        elif name.endswith(("fc1.bias", "fc2.bias")):
+            assert values.std() == pytest.approx(1e-6, rel=0.15)
+        elif name == "pos_embed":
+            assert values.std() == pytest.approx(0.02, rel=0.02) and values.abs().max() > 0.06
+        elif name == "patch_embed.proj.weight":  # LeCun normal, truncated at two deviations before rescaling
+            std = 1 / math.sqrt(3 * 8 * 8)
+            assert values.std() == pytest.approx(std, rel=0.02)
+            assert 2.2 * std < values.abs().max() <= 2.0001 / 0.8796 * std
+        elif name == "head.bias":
+            assert (values == torch.tensor(-6.9)).all()
+        elif "norm" in name and name.endswith(".weight"):
+            assert (values == 1).all()
+        else:
+            assert name in ("cls_token", "head.weight") or name.endswith(".bias"), name
+            assert (values == 0).all(), name
+
+
+def test_the_seed_alone_decides_the_weights() -> None:
+    """Same seed, same bits, whatever the global generator did before; another seed, others. timm's models too."""
+    for config in (tiny(), ModelConfig(name="timm:test_vit", image_size=32)):
+        first = build_model(config, NUM_CLASSES, seed=5).state_dict()
+        torch.rand(7)
+        before = torch.get_rng_state()
+        again, other = (build_model(config, NUM_CLASSES, seed=seed).state_dict() for seed in (5, 6))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
+def test_sincos2d_is_its_definition() -> None:
+    """Entry by entry from the formula, on a grid that is not square."""
+    table = sincos2d(3, 5, 16)
+    assert table.shape == (1, 15, 16) and table.dtype == torch.float32
+    for y in range(3):
+        for x in range(5):
+            for i in range(4):
+                w = 10_000 ** (-i / 3)
+                expected = [math.sin(x * w), math.cos(x * w), math.sin(y * w), math.cos(y * w)]
+                found = table[0, y * 5 + x, [i, 4 + i, 8 + i, 12 + i]].tolist()
+                assert found == pytest.approx(expected, abs=1e-7)
+
+
+@torch.no_grad()
+def test_gap_with_sincos2d_gives_big_visions_numbers(test_fixtures: Path) -> None:
+    """Its weights, images, tokens and logits: positions, GELU, epsilon and pooling all have to be right."""
+    folder = test_fixtures / "bv_gap_sincos2d"
+    shape = json.loads((folder / "config.json").read_text())
+    names = ("width", "depth", "mlp_dim", "heads", "image_size", "patch_size")
+    config = ModelConfig(name="Ti", pooling="gap", positions="sincos2d", **{name: shape[name] for name in names})
+    model = build_model(config, shape["num_classes"]).eval()
+    with np.load(folder / "checkpoint.npz", allow_pickle=False) as arrays:
+        model.load_state_dict(from_big_vision({name: torch.from_numpy(arrays[name]) for name in arrays}, config))
+    x = torch.from_numpy(np.load(folder / "images.npy")).permute(0, 3, 1, 2)
+    tokens = model.forward_features(x)  # type: ignore
+    for found, name, tolerance in ((tokens, "encoded", 2e-5), (model(x), "logits", 1e-5)):
+        np.testing.assert_allclose(found.numpy(), np.load(folder / f"{name}.npy"), rtol=0, atol=tolerance)
+
+
+def from_big_vision(arrays: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """big_vision's tensors under our names; every one must be used."""
+    width = config.shape.width
+    state = {}
+
+    def dense(ours: str, theirs: str) -> None:
+        state[f"{ours}.weight"] = arrays.pop(f"{theirs}/kernel").T
+        state[f"{ours}.bias"] = arrays.pop(f"{theirs}/bias")
+
+    def norm(ours: str, theirs: str) -> None:
+        state[f"{ours}.weight"], state[f"{ours}.bias"] = arrays.pop(f"{theirs}/scale"), arrays.pop(f"{theirs}/bias")
+
+    state["patch_embed.proj.weight"] = arrays.pop("embedding/kernel").permute(3, 2, 0, 1)
+    state["patch_embed.proj.bias"] = arrays.pop("embedding/bias")
+    for i in range(config.shape.depth):
+        block, theirs = f"blocks.{i}", f"Transformer/encoderblock_{i}"
+        norm(f"{block}.norm1", f"{theirs}/LayerNorm_0")
+        norm(f"{block}.norm2", f"{theirs}/LayerNorm_1")
+        attention = f"{theirs}/MultiHeadDotProductAttention_0"
+        kernels = [
+            arrays.pop(f"{attention}/{part}/kernel").reshape(width, width).T for part in ("query", "key", "value")
+        ]
+        biases = [arrays.pop(f"{attention}/{part}/bias").flatten() for part in ("query", "key", "value")]
+        state[f"{block}.attn.qkv.weight"], state[f"{block}.attn.qkv.bias"] = torch.cat(kernels), torch.cat(biases)
+        state[f"{block}.attn.proj.weight"] = arrays.pop(f"{attention}/out/kernel").reshape(width, width).T
+        state[f"{block}.attn.proj.bias"] = arrays.pop(f"{attention}/out/bias")
+        dense(f"{block}.mlp.fc1", f"{theirs}/MlpBlock_0/Dense_0")
+        dense(f"{block}.mlp.fc2", f"{theirs}/MlpBlock_0/Dense_1")
+    norm("norm", "Transformer/encoder_norm")
+    dense("head", "head")
+    assert not arrays, sorted(arrays)
+    return state
+
+
+# --- randomness and memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["dropout", "drop_path"])
+def test_dropout_and_drop_path_act_in_training_only(setting: str) -> None:
+    """Two passes differ in training, are equal in evaluation, and equal to those of a model without either."""
+    model = randomised(build_model(tiny(**{setting: 0.5}), NUM_CLASSES))
+    plain = build_model(tiny(), NUM_CLASSES).eval()
+    plain.load_state_dict(model.state_dict())
+    x = images(24)
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
+    """Each image's branch is either zero or scaled by 1 / 0.75; rates rise linearly from 0 to the last block's."""
+    drop = DropPath(0.25).train()
+    torch.manual_seed(0)
+    kept = drop(torch.ones(4000, 2, 3))
+    assert set(kept.unique().tolist()) == {0.0, (torch.ones(()) / 0.75).item()}
+    assert (kept == kept[:, :1, :1]).all() and kept.mean() == pytest.approx(1, abs=0.03)
+    model = build_model(tiny(drop_path=0.4), NUM_CLASSES)
+    rates = [module.probability for module in model.modules() if isinstance(module, DropPath)]
+    assert rates == pytest.approx([0.0, 0.2, 0.4])
+
+
+def test_dropout_acts_after_positions_and_dense_layers_but_not_in_attention() -> None:
+    """The paper's places (B.1): one after the positions, and per block one after the projection and two in the MLP."""
+    model = build_model(tiny(dropout=0.3), NUM_CLASSES)
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p == 0.3]
+    assert found == ["pos_drop"] + [f"blocks.{i}.{part}.drop" for i in range(3) for part in ("attn", "mlp")]
+
+
+def test_recomputing_activations_gives_the_same_gradients() -> None:
+    """Bit for bit, with dropout drawn again the same way."""
+    gradients = []
+    for recompute in (False, True):
+        model: Any = randomised(build_model(tiny(dropout=0.1, drop_path=0.2), NUM_CLASSES)).train()
+        model.checkpoint_activations = recompute
+        torch.manual_seed(0)
+        model(images(24)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# --- timm's models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 32), ("test_resnet", 40), ("tiny_vit_5m_224", 224)])
+def test_timm_models_build_at_the_configs_size(name: str, size: int) -> None:
+    """A ViT, whose grid is fixed when it is built, a ResNet, which takes any size, and one that has "vit" in its name
+    and refuses the argument.
+    """
+    config = ModelConfig(name=f"timm:{name}", image_size=size)
+    model = build_model(config, NUM_CLASSES).eval()
+    with torch.no_grad():
+        assert model(images(size, count=2)).shape == (2, NUM_CLASSES)
+    assert forward_macs(config, NUM_CLASSES) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"), [("vit_tiny_patch16_225", "vit_tiny_patch16_224"), ("resnet5", "resnet50")]
+)
+def test_an_unknown_timm_name_is_one_line_with_a_suggestion(name: str, suggestion: str) -> None:
+    """A misspelt name and a part of one both lead to the model that was meant."""
+    with pytest.raises(ConfigError, match=f"timm has no model '{name}'.*{suggestion}") as caught:
+        build_model(ModelConfig(name=f"timm:{name}"), NUM_CLASSES)
+    assert "\n" not in str(caught.value)

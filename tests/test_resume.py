@@ -1,0 +1,306 @@
+"""A run that is killed, stopped or moved to other ranks is the same run. Real kills of real training processes."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks, start_ranks
+from tiny import changed, make_shards, tiny_config
+
+from pretrain.checkpoint import CheckpointReader, newest_valid, read_state, step_folders
+from pretrain.config import Config
+from pretrain.errors import NonFiniteError, UserError
+from pretrain.train import train
+
+LAYOUTS = [("fp32", 1), ("bf16", 1), ("bf16", 3)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "squares")
+
+
+def long_run(shards: Path, output: Path, precision: str, stage: int) -> Config:
+    """40 steps with dropout and drop path, so that random states count, and a loader process."""
+    changes: dict[str, Any] = {"engine__precision": precision, "engine__zero_stage": stage}
+    random_model = {"model__dropout": 0.1, "model__drop_path": 0.2, "data__workers": 1}
+    every = {"checkpoint__every_steps": 4, "log__every_steps": 3, "total_steps": 40}
+    return tiny_config(shards, output, **changes, **random_model, **every)
+
+
+def finish(config: Config) -> None:
+    train(config)
+
+
+def expect_same_run(config: Config, other: Config) -> None:
+    """Asserts that the final weights, moments, random states and sample logs of two finished runs are bit-identical."""
+    ours, theirs = config.output / config.name, other.output / other.name
+    for folder in (ours, theirs):
+        assert json.loads((folder / "DONE").read_text())["step"] == config.total_steps
+    first, second = (newest_valid(folder / "checkpoints") for folder in (ours, theirs))
+    assert first and second and first.name == second.name
+    for path in first.glob("*.safetensors"):
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+    logs = sorted(path.name for path in ours.glob("samples-*.jsonl"))
+    assert logs == sorted(path.name for path in theirs.glob("samples-*.jsonl")) and logs
+    for name in logs:
+        rows = (ours / name).read_text()
+        assert rows == (theirs / name).read_text(), name
+        assert [json.loads(row)["step"] for row in rows.splitlines()] == list(range(1, config.total_steps + 1))
+    assert _losses(ours) == pytest.approx(_losses(theirs), rel=1e-12)
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def steps_logged(config: Config) -> int:
+    path = config.output / config.name / "samples-00000.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_steps(config: Config, processes: list[Any], steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while steps_logged(config) < steps and any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("precision", "stage"), LAYOUTS)
+def test_kill_9_at_random_steps_5_of_5(precision: str, stage: int, shards: Path, tmp_path: Path) -> None:
+    """Both ranks killed at 5 random moments, the same run started again each time: the end is bit-identical."""
+    _kill_at_random_steps(shards, tmp_path, precision, stage, kills=5, seed=stage)
+
+
+def test_kill_9_at_a_random_step(shards: Path, tmp_path: Path) -> None:
+    """The same with one kill."""
+    _kill_at_random_steps(shards, tmp_path, "bf16", 1, kills=1, seed=9)
+
+
+def _kill_at_random_steps(shards: Path, tmp_path: Path, precision: str, stage: int, kills: int, seed: int) -> None:
+    undisturbed = long_run(shards, tmp_path / "undisturbed", precision, stage)
+    run_ranks(finish, 2, undisturbed)
+    killed = long_run(shards, tmp_path / "killed", precision, stage)
+    chance = random.Random(seed)
+    for step in sorted(chance.sample(range(2, 40), kills)):
+        processes = start_ranks(train, 2, killed)
+        wait_for_steps(killed, processes, step)
+        time.sleep(chance.uniform(0, 0.03))
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        assert not (killed.output / killed.name / "DONE").exists(), "killed too late"
+    run_ranks(finish, 2, killed)
+    expect_same_run(killed, undisturbed)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_sees_the_same_global_batches(ranks: int, shards: Path, tmp_path: Path) -> None:
+    """2 ranks, then 1 or 3: the samples of every step, in order, and the loss of every log line are the same."""
+    options: dict[str, Any] = {"checkpoint__every_steps": 8, "log__every_steps": 2}
+    whole = tiny_config(shards, tmp_path / "whole", **options)
+    run_ranks(finish, 2, whole)
+    moved = tiny_config(shards, tmp_path / "moved", **options)
+    _stop_after(moved, 2, step=9)
+    run_ranks(finish, ranks, changed(moved, engine__zero_stage=3, engine__max_micro_batch_size=3))
+    assert _global_samples(moved) == _global_samples(whole)
+    assert _losses(moved.output / "tiny") == pytest.approx(_losses(whole.output / "tiny"), rel=1e-5)
+
+
+def _stop_after(config: Config, ranks: int, step: int, number: int = signal.SIGTERM, to_rank: int = 1) -> int:
+    """Starts a run, asks one rank to stop after `step` steps, and returns the step at which all stopped."""
+    processes = start_ranks(train, ranks, config)
+    wait_for_steps(config, processes, step)
+    os.kill(processes[to_rank].pid, number)
+    for process in processes:
+        error, _ = process.results.recv() if process.results.poll(60) else ("timeout", None)
+        process.kill()
+        process.join()
+        assert error is None, error
+    return steps_logged(config)
+
+
+def _global_samples(config: Config) -> dict[int, list]:
+    """The (epoch, index) pairs of each step, in slot order: ranks hold consecutive runs of slots."""
+    steps: dict[int, list] = {}
+    for path in sorted((config.output / config.name).glob("samples-*.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            steps.setdefault(row["step"], []).extend(row["samples"])
+    return {step: sorted(samples) for step, samples in steps.items()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_rank_stops_all_after_a_save(number: int, shards: Path, tmp_path: Path) -> None:
+    """All ranks stop at the same step, saved, without DONE; the next start ends with the undisturbed run's weights."""
+    undisturbed = long_run(shards, tmp_path / "undisturbed", "fp32", 1)
+    run_ranks(finish, 2, undisturbed)
+    config = long_run(shards, tmp_path / "stopped", "fp32", 1)
+    step = _stop_after(config, 2, step=7, number=number)
+    folder = config.output / config.name
+    assert 7 <= step < 40 and not (folder / "DONE").exists()
+    assert step_folders(folder / "checkpoints")[0].name == f"step-{step:010d}"
+    run_ranks(finish, 2, config)
+    expect_same_run(config, undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_costs_an_interval_not_the_run(shards: Path, tmp_path: Path) -> None:
+    """One bit of the newest checkpoint flips between stop and start: the run goes on from the one before, same end."""
+    undisturbed = long_run(shards, tmp_path / "undisturbed", "fp32", 1)
+    run_ranks(finish, 2, undisturbed)
+    config = long_run(shards, tmp_path / "damaged", "fp32", 1)
+    _stop_after(config, 2, step=13)
+    newest = step_folders(config.output / config.name / "checkpoints")[0]
+    victim = next(newest.glob("weights-00001*"))
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 1
+    victim.write_bytes(content)
+    run_ranks(finish, 2, config)
+    expect_same_run(config, undisturbed)
+
+
+# --- what a resumed run may change -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of one rank that stopped half-way."""
+    config = tiny_config(shards, tmp_path_factory.mktemp("stopped"), optim__schedule="rsqrt", total_steps=400)
+    _stop_after(config, 1, step=3, to_rank=0)
+    return config
+
+
+def refusal(config: Config) -> str:
+    try:
+        train(config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"optim__lr": 1.0}, "optim.lr: was 0.002, is 1.0"),
+        ({"data__global_batch": 13}, "data.global_batch: was 12, is 13"),
+        ({"seed": 5}, "seed: was 0, is 5"),
+        ({"engine__precision": "bf16"}, "engine.precision: was fp32, is bf16"),
+        ({"data__held_out": 3}, "data.held_out: was 0, is 3"),
+        ({"total_steps": 300}, "total_steps: was 400, is 300"),
+    ],
+)
+def test_a_changed_config_is_refused_with_the_difference(change: dict, told: str, stopped: Config) -> None:
+    """Another recipe is another run: one line names what differs."""
+    assert told in run_ranks(refusal, 1, changed(stopped, **change))[0]
+
+
+def test_other_data_is_refused(stopped: Config, tmp_path: Path) -> None:
+    """The same path keys with other shards: the manifest's SHA-256 tells."""
+    other = make_shards(tmp_path / "squares", num_samples=60, seed=1)
+    assert "manifest_sha256" in run_ranks(refusal, 1, changed(stopped, data__train=str(other)))[0]
+
+
+def test_what_may_change_may_change(stopped: Config, shards: Path, tmp_path: Path) -> None:
+    """Intervals, workers, ZeRO stage, micro-batch, the data's place and a longer rsqrt run are no other run."""
+    moved = tmp_path / "moved"
+    moved.symlink_to(shards)
+    newest = newest_valid(stopped.output / "tiny" / "checkpoints")
+    assert newest
+    changes: dict[str, Any] = {"data__train": str(moved), "data__workers": 2, "engine__zero_stage": 2}
+    changes |= {"engine__max_micro_batch_size": 5, "log__every_steps": 1, "checkpoint__every_steps": 1000}
+    config = changed(stopped, total_steps=500, **changes)
+    before = read_state(newest)["step"]
+    assert _stop_after(config, 1, step=before + 2, to_rank=0) >= before + 2
+
+
+def test_done_is_done(shards: Path, tmp_path: Path) -> None:
+    """The same command after the end changes nothing, and says so."""
+    config = tiny_config(shards, tmp_path)
+    run_ranks(finish, 1, config)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+    run_ranks(finish, 1, config)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_two_processes_cannot_train_in_one_folder(shards: Path, tmp_path: Path) -> None:
+    """The second one is refused while the first one lives."""
+    config = tiny_config(shards, tmp_path, total_steps=100_000)
+    first = start_ranks(train, 1, config)
+    wait_for_steps(config, first, 2)
+    assert "another process trains in this folder" in run_ranks(refusal, 1, config)[0]
+    first[0].kill()
+
+
+# --- what ends a run -------------------------------------------------------------------------------------------------
+
+
+def explode(config: Config) -> tuple[str, int]:
+    """A run whose loss is NaN from the 7th step on."""
+    import pretrain.engine
+
+    real, calls = pretrain.engine.per_image_loss, [0]
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        return real(*arguments) * (float("nan") if calls[0] > 6 else 1.0)
+
+    pretrain.engine.per_image_loss = poisoned
+    try:
+        train(config)
+    except NonFiniteError as error:
+        return str(error), error.exit_code
+    return "", 0
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_three_steps_in_a_row_that_are_not_finite_end_the_run(stage: int, shards: Path, tmp_path: Path) -> None:
+    """It stops with the step and exit code 77; the checkpoint of step 5 and the skipped samples are there."""
+    config = tiny_config(shards, tmp_path, engine__zero_stage=stage)
+    for message, code in run_ranks(explode, 2, config):
+        assert message.startswith("step 9: loss or gradients not finite in 3 steps in a row") and code == 77
+    skipped = [json.loads(line) for line in (tmp_path / "tiny" / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in skipped] == [7, 8, 9] and all(len(row["indices"]) == 12 for row in skipped)
+    path = newest_valid(tmp_path / "tiny" / "checkpoints")
+    assert path and path.name == "step-0000000005"
+    reader = CheckpointReader(path)
+    assert all(bool(reader.tensor(name).isfinite().all()) for name in reader.shapes())
+
+
+def test_more_ranks_than_samples_in_a_batch_is_refused(shards: Path, tmp_path: Path) -> None:
+    """13 slots would be needed: told before anything is built."""
+    config = tiny_config(shards, tmp_path, data__global_batch=1)
+    told = run_ranks(refusal, 2, config)
+    assert "data.global_batch (1) is smaller than the 2 ranks" in told[0] and told[0] == told[1]
+
+
+def test_init_from_starts_from_the_weights(shards: Path, tmp_path: Path) -> None:
+    """init_from: the first loss of the new run is the loss of the trained weights, not of random ones."""
+    first = tiny_config(shards, tmp_path / "first", log__every_steps=1, data__flip=0.0, optim__lr=5e-3)
+    run_ranks(finish, 2, first)
+    source = str(tmp_path / "first" / "tiny")
+    second = tiny_config(shards, tmp_path / "second", log__every_steps=1, init_from=source, optim__lr=5e-3)
+    run_ranks(finish, 2, second)
+    random_start, trained_start = _losses(tmp_path / "first" / "tiny")[1], _losses(tmp_path / "second" / "tiny")[1]
+    assert trained_start < 0.8 * random_start
+    fresh_head = changed(second, output=str(tmp_path / "third"), init_new_head=True)
+    run_ranks(finish, 2, fresh_head)
+    assert _losses(tmp_path / "third" / "tiny")[1] == pytest.approx(random_start, rel=1e-3)
+
+
+def test_held_out_validation(shards: Path, tmp_path: Path) -> None:
+    """held_out samples are scored, all of them, and never trained on."""
+    config = tiny_config(shards, tmp_path, data__held_out=23, evaluation__every_steps=10)
+    run_ranks(finish, 2, config)
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    scores = [row for row in rows if "val/top1" in row]
+    assert [row["step"] for row in scores] == [10, 20] and all(row["val/images"] == 23 for row in scores)
+    trained_on = {index for samples in _global_samples(config).values() for _, index in samples}
+    assert len(trained_on) == 101 - 23

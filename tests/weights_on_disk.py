@@ -1,0 +1,70 @@
+"""Checkpoints and runs with random weights, made without training; and the command lines, run as users run them."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.checkpoint import Slice, save_checkpoint
+from pretrain.config import Config, config_to_dict, config_to_yaml
+from pretrain.models.build import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values in every tensor, head and biases included, so that a tensor that is not used is seen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model.eval()
+
+
+def save_run(config: Config, class_names: list[str], *, step: int = 20) -> nn.Module:
+    """Writes the run's folder with one checkpoint of random weights; returns the model."""
+    num_classes = len(class_names)
+    model = randomised(build_model(config.model, num_classes))
+    slices = [Slice(n, tuple(p.shape), 0, p.detach().flatten()) for n, p in model.named_parameters()]
+    state: dict[str, Any] = {
+        "step": step,
+        "metrics": {},
+        "config": config_to_dict(config),
+        "num_classes": num_classes,
+        "class_names": class_names,
+        "world_size": 1,
+    }
+    folder = config.output / config.name
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    assert save_checkpoint(folder / "checkpoints", step, slices, [], {}, state)
+    return model
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs tools/NAME.py in a process of its own."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def load_tool(name: str) -> Any:
+    """Returns tools/NAME.py as a module: its main without the seconds that a process of its own takes."""
+    specification = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def one_line_error(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """Checks that a tool ended with `code` and one line on stderr, no traceback, and returns the line."""
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
