@@ -5,6 +5,7 @@ deepspeed launch/pretrain.py --config configs/NAME.yaml [key=value ...]
 The same command again resumes. `python launch/pretrain.py ...` runs one rank; torchrun works too.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def main() -> None:
     if arguments.print_config:
         print(config_to_yaml(config), end="")
         return
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config.name}: loading torch and DeepSpeed", flush=True)
     from pretrain.train import train  # torch and DeepSpeed take seconds to import; a wrong key is told at once
 
     train(config)

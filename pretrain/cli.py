@@ -3,11 +3,15 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pretrain import distributed
+
+
+_WAIT_FOR_RANK_0_S = 10.0  # at most: rank 0's exit ends this one too
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -42,9 +46,12 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _say(message: str, code: int) -> int:
     """Every rank meets the same user's mistake: rank 0 alone tells it, another rank only what it alone knows."""
-    if distributed.is_main() or code not in (2, 130):
-        prefix = "" if distributed.is_main() else f"rank {distributed.rank()}: "
-        print(prefix + message, file=sys.stderr, flush=True)
+    if distributed.is_main():
+        print(message, file=sys.stderr, flush=True)
+    elif code in (2, 130):
+        time.sleep(_WAIT_FOR_RANK_0_S)  # the launcher ends all ranks at the first exit: rank 0 must have spoken
+    else:
+        print(f"rank {distributed.rank()}: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -41,7 +41,13 @@ def start(timeout_s: int) -> torch.device:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // ranks_here)))
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        except dist.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            if "EADDRINUSE" in str(error):
+                raise UserError(f"{where} is in use, by another run? Give this one --master_port PORT") from None
+            raise UserError(f"rank {rank()} cannot reach rank 0 at {where}: {str(error).splitlines()[0]}") from None
         _cpu_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     return device
 

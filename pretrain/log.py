@@ -91,7 +91,9 @@ class RunLog:
         self._metrics.append({"step": step, **values})
         self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
         left = (time.monotonic() - self._start_time) / max(1, step - self._start_step) * (self._total_steps - step)
-        shown = "  ".join(f"{name.removeprefix('train/')} {_short(value)}" for name, value in values.items())
+        shown = "  ".join(
+            f"{name.removeprefix('train/')} {_short(v)}" for name, v in values.items() if _worth_a_look(name, v)
+        )
         say(f"step {step}/{self._total_steps} ({step / self._total_steps:.1%})  {shown}  left {duration(left)}")
 
     def image(self, name: str, image: torch.Tensor) -> None:
@@ -127,6 +129,15 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _worth_a_look(name: str, value: float) -> bool:
+    """The console shows what one watches; the rest, and counts of nothing, are in the files."""
+    counts, quiet = (
+        ("train/bad_samples", "train/skipped_steps"),
+        ("train/tflop_per_s", "train/memory_gb", "train/epoch"),
+    )
+    return name not in quiet and not (name in counts and value == 0)
 
 
 def _short(value: float) -> str:

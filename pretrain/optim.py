@@ -24,7 +24,9 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     """Returns AdamW over the model's parameter groups; the rate is set before each step, see `learning_rate`."""
     fused = next(model.parameters()).is_cuda  # one kernel for all tensors: 1 % of a step on a GPU, same numbers
     groups = [group for group in parameter_groups(model, config.weight_decay) if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused
+    )
 
 
 def learning_rate(config: OptimConfig, total_steps: int, step: int) -> float:

@@ -310,7 +310,7 @@ class Meter:
             "train/images_per_s": rate,
             "train/tflop_per_s": rate * self._flops_per_image / 1e12,
             "train/data_wait": self._waited_s / elapsed,
-            "train/memory_gb": _peak_memory_bytes(self._device) / 1e9,
+            "train/memory_gb": peak_memory_bytes(self._device) / 1e9,
             "train/epoch": state.step * self._config.data.global_batch / data.order.num_train,
             "train/bad_samples": sum(state.bad_samples.values()),
             "train/skipped_steps": state.skipped_steps,
@@ -323,8 +323,8 @@ class Meter:
         return numbers
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank used: of its GPU, or of the process on a CPU."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """Returns the most memory that this rank has used: of its GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,5 +1,6 @@
 """Batches: the same samples and pixels for every number of ranks and workers, and each loss of a sample is told."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pretrain.config import Config, config_from_dict
 from pretrain.data import reader
@@ -151,10 +153,6 @@ def test_global_generators_are_neither_used_nor_moved(
 
 def damaged_set(folder: Path) -> tuple[Manifest, dict[int, str]]:
     """A set of 20 samples of which 4 are bad, and the reasons by index."""
-    import io
-
-    from PIL import Image
-
     file = io.BytesIO()
     Image.fromarray(np.full((20, 24, 3), 90, dtype=np.uint8)).save(file, "jpeg")
     good = file.getvalue()
@@ -165,12 +163,20 @@ def damaged_set(folder: Path) -> tuple[Manifest, dict[int, str]]:
     with shard.path.open("r+b") as tar:
         tar.seek(index.byte_range(6)[0])
         tar.write(b"\xaa" * 512)  # the header of sample 6's image
-        tar.seek(index.byte_range(16)[1] - 1024)
-        assert b".cls" in tar.read(100)
-        tar.seek(index.byte_range(16)[1] - 1024)
-        tar.write(bytes(512))  # the header of sample 16's label
+        tar.seek(index.byte_range(16)[0])
+        sample = tar.read(index.byte_range(16)[1] - index.byte_range(16)[0])
+        name = sample.index(b".cls")
+        assert sample.index(b".jpg") > name  # the label comes first
+        tar.seek(index.byte_range(16)[0] + name)
+        tar.write(b".clx")
+        tar.seek(index.byte_range(16)[0] + 148)
+        tar.write(_checksum(sample[:512].replace(b".cls", b".clx")))  # a sample whose label has another name
     write_manifest(folder, "damaged", [shard], 5, has_names=False, shuffle=None)
     return load_manifest(folder), {3: "decode", 6: "tar", 11: "label", 16: "missing"}
+
+
+def _checksum(header: bytes) -> bytes:
+    return b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

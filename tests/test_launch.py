@@ -1,0 +1,159 @@
+"""The commands that users type, as processes: DeepSpeed's launcher, plain python, wrong input, interrupts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_shards, tiny_config
+
+from pretrain.checkpoint import step_folders
+from pretrain.config import config_to_dict
+from pretrain.distributed import free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "squares")
+
+
+def command(shards: Path, output: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    file = output / "tiny.yaml"
+    file.write_text(yaml.safe_dump(config_to_dict(tiny_config(shards, output))))
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--num_gpus", str(ranks)]
+    port = ["--master_port", str(free_port())]
+    return [*launcher, *port, str(ROOT / "launch" / "pretrain.py"), "--config", str(file), *overrides]
+
+
+def run(words: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+
+
+def test_deepspeed_launcher_trains_and_says_done(shards: Path, tmp_path: Path) -> None:
+    """From another folder, uninstalled: the run folder is complete, DONE is there, the second start does nothing."""
+    words = command(shards, tmp_path)
+    first = run(words, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "tiny"
+    assert json.loads((folder / "DONE").read_text())["step"] == 20
+    for name in ("config.yaml", "deepspeed.json", "starts.jsonl", "metrics.jsonl", "batch.png", "tensorboard"):
+        assert (folder / name).exists(), name
+    start = json.loads((folder / "starts.jsonl").read_text())
+    assert start["world_size"] == 2 and {"torch", "deepspeed", "timm"} <= start["versions"].keys()
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    wanted = {"loss", "top1", "lr", "grad_norm", "images_per_s", "tflop_per_s", "data_wait", "memory_gb", "epoch"}
+    assert {f"train/{name}" for name in wanted | {"bad_samples", "skipped_steps"}} <= row.keys()
+    assert "step 20/20" in first.stdout and "left 0m00s" in first.stdout
+    second = run(words)
+    assert second.returncode == 0 and "done already" in second.stdout
+
+
+def test_a_wrong_key_under_the_launcher(shards: Path, tmp_path: Path) -> None:
+    """Exit code 2, one line from us, no traceback of ours."""
+    result = run(command(shards, tmp_path, "optim.lrr=1"))
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 2 and len(errors) == 1
+    assert "optim.lrr" in errors[0] and "Did you mean: 'optim.lr'" in errors[0]
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_plain_python_is_one_rank(shards: Path, tmp_path: Path) -> None:
+    """Without a launcher."""
+    words = [sys.executable, *command(shards, tmp_path, "total_steps=3")[6:]]
+    result = run(words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "= 1 ranks x 1 x 12" in result.stdout and (tmp_path / "tiny" / "DONE").exists()
+
+
+def test_missing_data_is_one_line(shards: Path, tmp_path: Path) -> None:
+    """A manifest that is not there: exit code 2, its path, the tool that makes it."""
+    words = [sys.executable, *command(shards, tmp_path, f"data.train={tmp_path / 'nowhere'}")[6:]]
+    result = run(words)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"error: {tmp_path / 'nowhere'}" in result.stderr and "tools/make_shards.py" in result.stderr
+
+
+def test_a_port_in_use_is_one_line(shards: Path, tmp_path: Path) -> None:
+    """Two runs on one machine with the launcher's default port: the second is told what to do."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        words = command(shards, tmp_path, ranks=1)
+        words[words.index("--master_port") + 1] = str(taken.getsockname()[1])
+        result = run(words)
+    assert result.returncode == 2 and "is in use, by another run? Give this one --master_port" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def _start(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_for_steps(folder: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    log = folder / "samples-00000.jsonl"
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= steps):
+        time.sleep(0.05)
+
+
+def _processes_of(group: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_ctrl_c_saves_and_stops(shards: Path, tmp_path: Path) -> None:
+    """SIGINT to the whole group, as a terminal sends it: a checkpoint of the last step, no DONE, nobody left."""
+    process = _start(command(shards, tmp_path, "total_steps=100000", "checkpoint.every_steps=100000"))
+    _wait_for_steps(tmp_path / "tiny", 5)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "stopped as asked at step" in output, output
+    assert len(step_folders(tmp_path / "tiny" / "checkpoints")) == 1 and not (tmp_path / "tiny" / "DONE").exists()
+    _expect_nobody(process.pid)
+
+
+def test_death_of_the_launcher_leaves_no_orphans(shards: Path, tmp_path: Path) -> None:
+    """launch.py is killed: DeepSpeed's ranks would go on for ever; ours save and stop."""
+    process = _start(command(shards, tmp_path, "total_steps=100000", "checkpoint.every_steps=100000"))
+    _wait_for_steps(tmp_path / "tiny", 5)
+    for pid in _processes_of(process.pid):
+        if b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert len(step_folders(tmp_path / "tiny" / "checkpoints")) == 1 and not (tmp_path / "tiny" / "DONE").exists()
+    _expect_nobody(process.pid)
+
+
+def _expect_nobody(group: int) -> None:
+    deadline = time.monotonic() + 30
+    while _processes_of(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = _processes_of(group)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "processes were left behind"

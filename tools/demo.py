@@ -1,0 +1,130 @@
+"""Everything after installation, in minutes and without a network: data, pretraining, conversion, evaluation, report.
+
+python tools/demo.py      (`make demo` installs first)
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from PIL import Image
+
+from pretrain import cli
+from pretrain.data.build import Item, build, finish_manifest, write_samples
+from pretrain.data.characters import CLASS_NAMES, digits_task, render
+from pretrain.data.manifest import Shard
+from pretrain.distributed import free_port
+from pretrain.errors import UserError
+
+SHARD = 5000  # characters a shard
+SEED = 1  # of the characters
+
+
+def main() -> None:
+    parser = cli.parser(
+        "Generates distorted printed characters, pretrains a small ViT on them on all GPUs or else on two CPU ranks,\n"
+        "converts it for timm, and measures few-shot accuracy on real handwriting (scikit-learn's digits).",
+        "python tools/demo.py --out demo",
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of all that it makes (default demo)")
+    parser.add_argument("--images", type=int, default=80_000, help="characters to generate (default 80000)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to configs/demo.yaml")
+    arguments = parser.parse_intermixed_args()
+    began, out = time.monotonic(), arguments.out
+    _step(1, f"data: {arguments.images:,} printed characters, and real handwriting")
+    _make_characters(out / "characters", arguments.images)
+    _make_digits(out)
+    _step(2, "pretraining")
+    data = [f"output={out / 'runs'}", f"data.train={out / 'characters'}"]
+    _run(*_launcher(), "launch/pretrain.py", "--config", "configs/demo.yaml", *data, *arguments.overrides)
+    run = out / "runs" / "demo"
+    if not (run / "DONE").exists():
+        raise UserError(f"{run}: the training stopped before its end; the same command goes on from there")
+    _step(3, "conversion for timm")
+    _run(sys.executable, "tools/convert.py", run, out / "weights", "--to", "timm", "--force")
+    _step(4, "few-shot accuracy on real handwriting: random weights, pretrained weights, raw pixels")
+    few_shot = ["--fewshot", out / "digits-train", out / "digits-test", "--baselines", "--out", run / "evaluation"]
+    _run(sys.executable, "tools/evaluate.py", out / "weights", *few_shot)
+    _step(5, "report")
+    _run(sys.executable, "tools/report.py", run, "--out", out / "report")
+    print(f"\ndone in {(time.monotonic() - began) / 60:.1f} minutes")
+    print(f"table:   {run / 'evaluation' / 'results.md'}")
+    print(f"curves:  {out / 'report' / 'curves.png'}")
+    print(f"weights: {out / 'weights'}")
+
+
+def _make_characters(out: Path, count: int) -> None:
+    if (out / "manifest.json").exists():  # written last, so complete
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    numbers = range(-(-count // SHARD))
+    shards: list[Shard] = []
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for shard in pool.map(partial(_write_shard, out, count), numbers):
+            shards.append(shard)
+            print(f"  {sum(s.num_samples for s in shards):,} of {count:,} characters", flush=True)
+    finish_manifest(out, shards, CLASS_NAMES, SEED)
+
+
+def _write_shard(out: Path, count: int, number: int) -> Shard:
+    indices = range(number * SHARD, min(count, (number + 1) * SHARD))
+    samples = ((_png(image), label) for image, label in (render(index, seed=SEED) for index in indices))
+    return write_samples(samples, "png", out / f"characters-{number:06d}.tar", number)
+
+
+def _make_digits(out: Path) -> None:
+    train_images, train_labels, test_images, test_labels = digits_task()
+    for name, images, labels in (("train", train_images, train_labels), ("test", test_images, test_labels)):
+        folder = out / f"digits-{name}"
+        if (folder / "manifest.json").exists():
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        items = [Item(partial(_png, image), "png", int(label), name) for image, label in zip(images, labels)]
+        build(items, [str(digit) for digit in range(10)], folder, samples_per_shard=SHARD, seed=0)
+
+
+def _png(image: np.ndarray) -> bytes:
+    file = BytesIO()
+    Image.fromarray(image).save(file, "png", compress_level=1)
+    return file.getvalue()
+
+
+def _launcher() -> list[str]:
+    """DeepSpeed's launcher: on all GPUs, or else with two ranks on the CPU."""
+    import torch
+
+    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    command = [deepspeed, "-q", "--master_port", str(free_port())]  # another run may have the default port
+    return command if torch.cuda.is_available() else [*command, "--num_gpus", "2"]
+
+
+def _run(*command: object) -> None:
+    words = [str(word) for word in command]
+    shown = [Path(words[0]).name, *words[1:]]
+    print("$ " + " ".join(shown), flush=True)
+    import torch
+
+    cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    code = subprocess.run(words, cwd=ROOT, env={**os.environ, **cpu}).returncode
+    if code:
+        raise UserError(f"{' '.join(shown[:2])} ended with exit code {code}; what went wrong stands above")
+
+
+def _step(number: int, title: str) -> None:
+    print(f"\n[{number}/5] {title}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
