@@ -29,7 +29,7 @@ VARIANTS = {
     "token": {},
     "gap_exact": {"pooling": "gap", "gelu": "exact"},
     "gap_sincos2d": {"pooling": "gap", "positions": "sincos2d"},
-    "token_sincos2d": {"positions": "sincos2d", "mlp_dim": 83},  # 83 / 32 is no exact ratio
+    "token_sincos2d": {"positions": "sincos2d", "width": 44, "mlp_dim": 49},  # int(44 * (49 / 44)) is 48
     "timm": {"name": "timm:test_vit", "image_size": 32},
 }
 

@@ -201,7 +201,9 @@ def _few_shot(
         for manifest in few:
             with cli.progress(f"features, {name}", manifest.num_samples, "images") as advance:
                 features += extract_features(extract, manifest, device=device, progress=advance, **options)
-        scores = distributed.from_main(partial(fewshot, *features, shots=arguments.shots))
+        with cli.progress(f"few-shot, {name}", len(arguments.shots) * len(SEEDS), "regressions") as advance:
+            solve = partial(fewshot, *features, shots=arguments.shots, seeds=SEEDS, progress=advance)
+            scores = distributed.from_main(solve)
         rows += [Row(name, *score) for score in scores]
     return rows
 

@@ -3,7 +3,7 @@
 big_vision's protocol (evaluators/fewshot_lsr.py) in float64; the images it is measured on are the caller's choice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -62,12 +62,14 @@ def fewshot(
     test_labels: np.ndarray,
     shots: Sequence[int] = SHOTS,
     seeds: Sequence[int] = SEEDS,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Score]:
     """Returns, for every k of `shots`, the accuracy on all test images: "k-shot", its mean over the seeds, and
     "k-shot-std", its population standard deviation over them. n is the number of test images.
 
-    features: [images, D] of any float type; labels: [images] integers. Warns once when a class has fewer than k
-    training images; all it has are used then. Raises UserError when features are not finite.
+    features: [images, D] of any float type; labels: [images] integers. progress: told each regression done.
+    Warns once when a class has fewer than k training images; all it has are used then. Raises UserError when features
+    are not finite.
     """
     for name, features in (("training", train_features), ("test", test_features)):
         if not np.isfinite(features).all():
@@ -81,6 +83,7 @@ def fewshot(
             chosen = choose_indices(train_labels, k, num_classes, seed)
             scores = fewshot_scores(train_features[chosen], train_labels[chosen], test_features, num_classes)
             accuracies.append(float((scores.argmax(axis=1) == test_labels).mean()))
+            progress(1)
         rows.append(Score(f"{k}-shot", float(np.mean(accuracies)), len(test_labels)))
         rows.append(Score(f"{k}-shot-std", float(np.std(accuracies)), len(test_labels)))
     return rows

@@ -1,0 +1,31 @@
+"""README's file map is true: it lists every file of the program, each once, and nothing that is not there."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_file_map_is_complete() -> None:
+    """Each Python file of pretrain/, launch/ and tools/ and each config has its line; package markers do not count."""
+    text = (ROOT / "README.md").read_text()
+    listed = re.findall(r"^((?:launch|pretrain|tools|configs)/\S+)  *\S", text, flags=re.MULTILINE)
+    found = [path for folder in ("launch", "pretrain", "tools") for path in (ROOT / folder).rglob("*.py")]
+    found += (ROOT / "configs").glob("*.yaml")
+    expected = {str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py"}
+    assert sorted(listed) == sorted(expected)
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link of README and docs names a file that exists."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_configs_have_their_first_page() -> None:
+    """Each config's header tells command, hardware, time and score."""
+    for path in (ROOT / "configs").glob("*.yaml"):
+        header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        for word in ("command:", "hardware:", "time:", "score:"):
+            assert any(word in line for line in header), f"{path.name}: no {word}"
