@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 from pretrain import distributed
 
-
 _WAIT_FOR_RANK_0_S = 10.0  # at most: rank 0's exit ends this one too
 
 
@@ -36,11 +35,11 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `tool | head`: nobody reads on
         code = 0
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
+        code = getattr(error, "exit_code", 1)
+        if code == 1:
             traceback.print_exc()
-            _leave(1)
-        _say(f"error: {error}", code)
+        else:
+            _say(f"error: {error}", code)
     _leave(code)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from pretrain.errors import UserError
 
-_cpu_group: dist.ProcessGroup | None = None  # gloo, made by `start`; None where there is one process
+_cpu_group: Any = None  # gloo, made by `start`; None where there is one process
 
 
 def start(timeout_s: int) -> torch.device:

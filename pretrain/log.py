@@ -3,13 +3,14 @@
 A disk that fills up must not end the training: a failing writer warns once and is then off.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from PIL import Image
@@ -20,39 +21,47 @@ from pretrain import distributed
 def say(message: str) -> None:
     """Prints a line on rank 0."""
     if distributed.is_main():
-        print(message, flush=True)
+        _print(message, sys.stdout)
 
 
 def warn(message: str) -> None:
     """Prints a warning from any rank, which it names unless it is rank 0."""
     prefix = "" if distributed.is_main() else f"rank {distributed.rank()}: "
-    print(f"{prefix}warning: {message}", file=sys.stderr, flush=True)
+    _print(f"{prefix}warning: {message}", sys.stderr)
+
+
+def _print(message: str, stream: TextIO) -> None:
+    # Often a file on the same full disk, or a pipe whose reader has gone: no reason to end a training.
+    with contextlib.suppress(OSError):
+        print(message, file=stream, flush=True)
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with its "step"; written through at once, so that a kill loses none."""
+    """A file of JSON objects, one a line, each with its "step". A line is in the file when `append` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: Any = None
         self._failed = False
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one line."""
         try:
-            if self._file is None:
-                self._file = self.path.open("a", encoding="utf-8")
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         except OSError as error:
             if not self._failed:
                 warn(f"{self.path}: {error.strerror}; the training goes on without what it would have logged here")
             self._failed = True
 
-    def sync(self) -> None:
-        """Brings what was written to the disk, so that it outlives a crash of the machine."""
-        if self._file is not None and not self._failed:
-            os.fsync(self._file.fileno())
+
+def sync(folder: Path) -> None:
+    """Brings a folder's *.jsonl to the disk, so that they outlive a crash of the machine."""
+    for path in folder.glob("*.jsonl"):
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            warn(f"{path}: {error.strerror}")
 
 
 def rewind(path: Path, step: int) -> None:
@@ -107,7 +116,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Called before a checkpoint is published: what it covers must be on disk."""
-        self._metrics.sync()
+        if distributed.is_main():
+            sync(self._folder)
         self._to_board(lambda board: board.flush())
 
     def close(self) -> None:

@@ -158,6 +158,7 @@ def _open_data(config: Config) -> DataSets:
 
 def _build_engine(config: Config, data: DataSets, device: torch.device, *, from_scratch: bool) -> Engine:
     model = build_model(config.model, data.num_classes, config.seed)
+    _refuse_state(model, config.model.name)
     if from_scratch and config.init_from is not None:
         load_tensors(model, read_weights(config.init_from), new_head=config.init_new_head)
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
@@ -174,6 +175,20 @@ def _build_engine(config: Config, data: DataSets, device: torch.device, *, from_
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}"
     )
     return Engine(model, config, plan, device)
+
+
+def _refuse_state(model: torch.nn.Module, name: str) -> None:
+    """A checkpoint holds trained parameters. Batch norm's statistics would be lost, and differ between ranks."""
+    saved_names = model.state_dict().keys()
+    if held := [key for key, _ in model.named_buffers() if key in saved_names]:
+        raise ConfigError(
+            f"model.name: {name} keeps statistics ({held[0]}, ...) that checkpoints do not hold; choose a model with "
+            "layer or group norm, for example timm:resnetv2_50x1_bit"
+        )
+    if frozen := [key for key, parameter in model.named_parameters() if not parameter.requires_grad]:
+        raise ConfigError(
+            f"model.name: {name} has frozen parameters ({frozen[0]}, ...), which ZeRO checkpoints do not hold"
+        )
 
 
 def _start(config: Config) -> TrainState:

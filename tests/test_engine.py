@@ -153,7 +153,14 @@ def resume_at(config: Config, path: Path, step: int) -> tuple[list[float], dict[
 def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, tuple[Path, list[float]]]:
     """Checkpoints of step 10 by (stage, ranks, precision), each with the losses of the run that went on."""
     made = {}
-    for stage, ranks, precision in [(1, 2, "fp32"), (3, 2, "fp32"), (2, 3, "fp32"), (1, 1, "fp32"), (1, 2, "bf16")]:
+    for stage, ranks, precision in [
+        (1, 2, "fp32"),
+        (3, 2, "fp32"),
+        (2, 3, "fp32"),
+        (1, 1, "fp32"),
+        (1, 2, "bf16"),
+        (1, 2, "fp16"),
+    ]:
         folder = tmp_path_factory.mktemp(f"stage{stage}-{ranks}-{precision}")
         config = tiny_config(shards, folder, engine__zero_stage=stage, engine__precision=precision)
         losses = run_ranks(save_at, ranks, config, folder, 10)[0]
@@ -175,6 +182,8 @@ def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple,
         ((1, 1, "fp32"), (3, 2, "fp32")),
         ((1, 2, "bf16"), (3, 3, "bf16")),
         ((1, 2, "bf16"), (1, 1, "bf16")),
+        ((1, 2, "fp16"), (1, 2, "fp16")),
+        ((1, 2, "fp16"), (3, 1, "fp16")),
     ],
 )
 def test_slices_fit_any_layout(source: tuple, target: tuple, saved: dict, shards: Path) -> None:

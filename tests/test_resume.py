@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -295,9 +296,62 @@ def test_init_from_starts_from_the_weights(shards: Path, tmp_path: Path) -> None
     assert _losses(tmp_path / "third" / "tiny")[1] == pytest.approx(random_start, rel=1e-3)
 
 
-def test_held_out_validation(shards: Path, tmp_path: Path) -> None:
+def test_batch_norm_is_refused(shards: Path, tmp_path: Path) -> None:
+    """A model whose statistics a checkpoint would lose is refused before anything is trained."""
+    config = changed(tiny_config(shards, tmp_path), model={"name": "timm:resnet18", "image_size": 32})
+    assert "keeps statistics (bn1.running_mean" in run_ranks(refusal, 1, config)[0]
+
+
+def same_logits(run: Path, name: str) -> float:
+    """Loads a run's weights and compares with timm's model filled from the checkpoint's tensors."""
+    import timm
+
+    from pretrain.models import load_model
+    from pretrain.models.weights import read_weights
+
+    model = timm.create_model(name, num_classes=7, img_size=32).eval()
+    model.load_state_dict(read_weights(run).tensors)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        return (model(images) - load_model(run)(images)).abs().max().item()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_model_of_timm_trains_and_resumes(stage: int, shards: Path, tmp_path: Path) -> None:
+    """timm:NAME through ZeRO 1 and 3: stop, resume, equal weights; its weights load into timm."""
+    name = "test_vit"
+    model = {"name": f"timm:{name}", "image_size": 32}
+    whole = changed(tiny_config(shards, tmp_path / "whole", engine__zero_stage=stage), model=model)
+    run_ranks(finish, 2, whole)
+    stopped = changed(whole, output=str(tmp_path / "stopped"))
+    _stop_after(stopped, 2, step=4)
+    run_ranks(finish, 2, stopped)
+    expect_same_run(stopped, whole)
+    assert run_ranks(same_logits, 1, whole.output / "tiny", name) == [0.0]
+
+
+def compiled_run(config: Config) -> None:
+    train(config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on CPUs")
+def test_compiled_blocks_train_alike(shards: Path, tmp_path: Path) -> None:
+    """engine.compile changes rounding only, and no name in the checkpoint; it may be switched on in a resumed run."""
+    eager = tiny_config(shards, tmp_path / "eager", log__every_steps=1)
+    run_ranks(finish, 1, eager)
+    compiled = tiny_config(shards, tmp_path / "compiled", log__every_steps=1, engine__compile=True)
+    run_ranks(compiled_run, 1, compiled)
+    assert _losses(compiled.output / "tiny") == pytest.approx(_losses(eager.output / "tiny"), rel=1e-5)
+    first, second = (newest_valid(c.output / "tiny" / "checkpoints") for c in (eager, compiled))
+    assert first and second and CheckpointReader(first).shapes() == CheckpointReader(second).shapes()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_held_out_validation(stage: int, shards: Path, tmp_path: Path) -> None:
     """held_out samples are scored, all of them, and never trained on."""
-    config = tiny_config(shards, tmp_path, data__held_out=23, evaluation__every_steps=10)
+    changes: dict[str, Any] = {"data__held_out": 23, "evaluation__every_steps": 10, "engine__zero_stage": stage}
+    config = tiny_config(shards, tmp_path, **changes)
     run_ranks(finish, 2, config)
     rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     scores = [row for row in rows if "val/top1" in row]

@@ -25,8 +25,8 @@ NUM_CLASSES = 1000
 def main() -> None:
     parser = cli.parser(
         "Times the real training step on random images. One JSON line per cell (model x compile), each in a fresh\n"
-        "process: the median over --steps steps after --warmup steps. MFU counts 6 FLOPs per multiply-add of a forward\n"
-        "pass, no recomputation, against the dense bf16 peak.",
+        "process: the median over --steps steps after --warmup steps. MFU counts 6 FLOPs per multiply-add of a\n"
+        "forward pass, no recomputation, against the dense bf16 peak.",
         "python tools/benchmark.py train --model B/16 L/16 --compile on off",
     )
     parser.add_argument("what", choices=["train"], help="what to measure")

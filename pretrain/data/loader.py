@@ -3,6 +3,8 @@
 Each item is a rank's whole share of a step. Worker processes own no state: item `step` depends on the step alone.
 """
 
+import atexit
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -142,7 +144,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields this rank's share, accumulation * micro_batch slots, of the steps start_step .. total_steps - 1."""
     steps = _TrainSteps(manifest, order, plan, config)
-    return _batches(iter(_loader(steps, range(start_step, config.total_steps), config.data)))
+    return _batches(_prepared(steps, range(start_step, config.total_steps), config.data))
 
 
 def eval_batches(
@@ -153,18 +155,22 @@ def eval_batches(
     The last batch, and ranks with fewer samples, are filled up with masked slots: each sample is seen exactly once.
     """
     batches = _EvalBatches(manifest, indices, batch_size, image_size, config)
-    return _batches(iter(_loader(batches, range(len(batches)), config)))
+    return _batches(_prepared(batches, range(len(batches)), config))
 
 
 def _batches(items: Iterator[Batch | Exception]) -> Iterator[Batch]:
     for item in items:
         if isinstance(item, Exception):
-            raise item
+            try:
+                raise item
+            finally:
+                del item, items  # else the error holds this frame, the frame the workers, and the process never ends
         yield item
 
 
-def _loader(dataset: Dataset, items: range, config: DataConfig) -> DataLoader:
-    return DataLoader(
+def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Any]:
+    """Yields the dataset's items in order; worker processes prepare them ahead from now on."""
+    loader = DataLoader(
         dataset,
         batch_size=None,
         sampler=items,
@@ -173,10 +179,22 @@ def _loader(dataset: Dataset, items: range, config: DataConfig) -> DataLoader:
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
-        # Not the default from Python 3.14 on, which imports torch anew for each iterator; workers never touch the GPU.
-        multiprocessing_context="fork" if config.workers else None,
-        generator=torch.Generator(),  # the loader draws a seed; from the global generator it would shift dropout's
     )
+    iterator = iter(loader)
+    if config.workers:
+        _running.add(iterator)
+    return iterator
+
+
+# Whoever is still reading when the program ends. Workers ignore SIGTERM, with which multiprocessing would end them, so
+# that its wait for them would never end.
+_running: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    for iterator in list(_running):
+        iterator._shutdown_workers()
 
 
 def _as_is(item: Any) -> Any:

@@ -1,0 +1,86 @@
+"""Agreement between ranks, their seeds, and launchers' environments."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from pretrain import distributed
+from pretrain.errors import UserError
+
+
+def agree() -> dict[str, Any]:
+    distributed.start(60)
+    rank = distributed.rank()
+
+    def fail() -> None:
+        raise UserError("told by rank 0")
+
+    try:
+        distributed.from_main(fail)
+        told = ""
+    except UserError as error:
+        told = str(error)
+    distributed.seed_generators(1, 2)
+    return {
+        "gathered": distributed.gather(rank * 10),
+        "from_main": distributed.from_main(lambda: f"rank {distributed.rank()}"),
+        "sum": distributed.add_up(torch.tensor([1.0, rank])).tolist(),
+        "any": (distributed.any_rank(rank == 2), distributed.any_rank(False)),
+        "told": told,
+        "draw": torch.rand(1).item(),
+    }
+
+
+def test_ranks_agree() -> None:
+    """Three ranks: everybody gets everybody's value, rank 0's word and its error; seeds differ between ranks."""
+    results = run_ranks(agree, 3)
+    for result in results:
+        assert result["gathered"] == [0, 10, 20] and result["from_main"] == "rank 0"
+        assert result["sum"] == [3.0, 3.0] and result["any"] == (True, False) and result["told"] == "told by rank 0"
+    draws = [result["draw"] for result in results]
+    assert len(set(draws)) == 3 and draws == [result["draw"] for result in run_ranks(agree, 3)]
+
+
+def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a launcher and without `start`, every function works."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.gather(5) == [5] and distributed.from_main(lambda: 6) == 6 and distributed.any_rank(True)
+    assert distributed.add_up(torch.ones(2)).tolist() == [1.0, 1.0] and distributed.is_main()
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK is 3"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+def test_a_contradictory_environment_is_refused(environment: dict, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher's mistake is told by the variables' names."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=told):
+        distributed.start(5)
+
+
+def test_stop_request_remembers_and_a_second_interrupt_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGUSR1 and the first SIGINT only set a flag; the second SIGINT raises; old handlers come back."""
+    before = signal.getsignal(signal.SIGINT)
+    stop = distributed.StopRequest()
+    try:
+        assert not stop.agreed()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal_name == "SIGUSR1" and stop.agreed()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.close()
+    assert signal.getsignal(signal.SIGINT) is before
