@@ -248,6 +248,19 @@ def newest_valid(folder: Path) -> Path | None:
     return None
 
 
+def set_aside_newer(checkpoint: Path) -> None:
+    """Renames the checkpoints newer than the one in use, which are damaged, to damaged-step-N. Rank 0 only.
+
+    The run goes on before their step: they must not count as checkpoints kept.
+    """
+    if distributed.is_main():
+        for path in step_folders(checkpoint.parent):
+            if step_of(path) > step_of(checkpoint):
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+
+
 def _newest_name(folder: Path) -> str:
     folders = step_folders(folder)
     return folders[0].name if folders else "none"

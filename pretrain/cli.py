@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pretrain import distributed
+from pretrain.errors import StorageError
 
 _WAIT_FOR_RANK_0_S = 10.0  # at most: rank 0's exit ends this one too
 
@@ -47,10 +48,10 @@ def _say(message: str, code: int) -> int:
     """Every rank meets the same user's mistake: rank 0 alone tells it, another rank only what it alone knows."""
     if distributed.is_main():
         print(message, file=sys.stderr, flush=True)
-    elif code in (2, 130):
-        time.sleep(_WAIT_FOR_RANK_0_S)  # the launcher ends all ranks at the first exit: rank 0 must have spoken
-    else:
+    elif code == StorageError.exit_code:  # met by this rank alone
         print(f"rank {distributed.rank()}: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_WAIT_FOR_RANK_0_S)  # the launcher ends all ranks at the first exit: rank 0 must have spoken
     return code
 
 

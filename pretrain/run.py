@@ -29,6 +29,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.log import JsonLines, rewind, say
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "timm", "omegaconf", "numpy", "pillow")
+_STARTS = "starts.jsonl"
 _CLAIM_TRIES = 20  # half a second each: a killed run's last processes may need seconds to go
 
 
@@ -112,7 +113,8 @@ def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any],
     if not distributed.is_main():
         return
     for path in folder.glob("*.jsonl"):
-        rewind(path, step)
+        if path.name != _STARTS:  # its history is kept
+            rewind(path, step)
     (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     (folder / "deepspeed.json").write_text(json.dumps(deepspeed_config, indent=2) + "\n", encoding="utf-8")
     start = {
@@ -123,7 +125,7 @@ def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any],
         "commit": _commit(),
         "versions": versions(),
     }
-    JsonLines(folder / "starts.jsonl").append(start)
+    JsonLines(folder / _STARTS).append(start)
 
 
 def versions() -> dict[str, str]:

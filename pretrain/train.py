@@ -15,7 +15,14 @@ import torch
 from torchvision.utils import make_grid
 
 from pretrain import distributed
-from pretrain.checkpoint import CheckpointReader, apply_retention, newest_valid, read_state, save_checkpoint
+from pretrain.checkpoint import (
+    CheckpointReader,
+    apply_retention,
+    newest_valid,
+    read_state,
+    save_checkpoint,
+    set_aside_newer,
+)
 from pretrain.config import Config, config_to_dict
 from pretrain.data.loader import REASONS, Batch, check_bad_fraction, count_reasons, eval_batches, train_batches
 from pretrain.data.manifest import Manifest, check_shards, load_manifest
@@ -197,6 +204,7 @@ def _start(config: Config) -> TrainState:
 
 
 def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
+    set_aside_newer(checkpoint)
     saved, reader = read_state(checkpoint), CheckpointReader(checkpoint)
     engine.load(reader, saved["engine"])
     state = TrainState(**saved["train"])

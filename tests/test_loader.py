@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from pretrain.data.manifest import Manifest, load_index, load_manifest, write_ma
 from pretrain.data.order import Order, plan_batch, share
 from pretrain.errors import BadSamplesError, StorageError
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS, GLOBAL_BATCH, IMAGE_SIZE = 13, 17, 16  # 221 slots: two borders of epochs with 103 samples
 
 
@@ -223,6 +226,31 @@ def test_storage_errors_arrive_in_one_line(workers: int, own_shards: Path, monke
     settings = config(own_shards, workers=workers).data
     with pytest.raises(StorageError, match=r"\.tar: cannot be opened"):
         next(eval_batches(manifest, np.arange(103), batch_size=8, image_size=IMAGE_SIZE, config=settings))
+
+
+def test_a_program_that_reads_no_further_ends(own_shards: Path) -> None:
+    """Workers ignore SIGTERM; still the program ends when batches are left over, and after a storage error.
+
+    Without care it would wait for its workers for ever.
+    """
+    program = (
+        "import sys, numpy as np, pathlib\n"
+        "from pretrain.config import DataConfig\n"
+        "from pretrain.data.loader import eval_batches\n"
+        "from pretrain.data.manifest import load_manifest\n"
+        "manifest = load_manifest(pathlib.Path(sys.argv[1]))\n"
+        "config = DataConfig(train=manifest.path, global_batch=1, workers=1)\n"
+        "options = dict(batch_size=2, image_size=8, config=config)\n"
+        "unfinished = eval_batches(manifest, np.arange(100), **options)\n"
+        "next(unfinished)\n"
+        "manifest.shards[2].path.unlink()\n"
+        "next(eval_batches(manifest, np.arange(90, 100), **options))\n"
+    )
+    command = [sys.executable, "-c", program, str(own_shards)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("pretrain.errors.StorageError: ")
+    assert done.stderr.count("Traceback") == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -14,7 +14,7 @@ import torch
 from ranks import run_ranks, start_ranks
 from tiny import changed, make_shards, tiny_config
 
-from pretrain.checkpoint import CheckpointReader, newest_valid, read_state, step_folders
+from pretrain.checkpoint import CheckpointReader, newest_valid, read_state, step_folders, step_of
 from pretrain.config import Config
 from pretrain.errors import NonFiniteError, UserError
 from pretrain.train import train
@@ -358,3 +358,16 @@ def test_held_out_validation(stage: int, shards: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in scores] == [10, 20] and all(row["val/images"] == 23 for row in scores)
     trained_on = {index for samples in _global_samples(config).values() for _, index in samples}
     assert len(trained_on) == 101 - 23
+
+
+def test_a_fallback_sets_the_damaged_checkpoint_aside(shards: Path, tmp_path: Path) -> None:
+    """What was damaged does not count as kept: after the fallback two valid checkpoints remain, and starts are known."""
+    config = tiny_config(shards, tmp_path, checkpoint__every_steps=4, checkpoint__keep_last=2)
+    _stop_after(config, 1, step=9, to_rank=0)
+    folder = tmp_path / "tiny"
+    newest = step_folders(folder / "checkpoints")[0]
+    (newest / "state.json").write_text("{}")
+    run_ranks(finish, 1, config)
+    assert (folder / "checkpoints" / f"damaged-{newest.name}").is_dir()
+    assert [step_of(path) for path in step_folders(folder / "checkpoints")] == [20, 16]
+    assert len((folder / "starts.jsonl").read_text().splitlines()) == 2

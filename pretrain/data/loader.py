@@ -169,7 +169,7 @@ def _batches(items: Iterator[Batch | Exception]) -> Iterator[Batch]:
 
 
 def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Any]:
-    """Yields the dataset's items in order; worker processes prepare them ahead from now on."""
+    """Returns an iterator over the dataset's items; worker processes prepare them ahead from now on."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -179,6 +179,9 @@ def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[An
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the loader draws a seed; from the global generator it would shift dropout's
+        # Not the default from Python 3.14 on, which imports torch anew for each iterator; workers never touch the GPU.
+        multiprocessing_context="fork" if config.workers else None,
     )
     iterator = iter(loader)
     if config.workers:

@@ -1,0 +1,382 @@
+"""Making data sets: shuffled shards, the same bytes each time, and damage is refused by name before it is trained on."""
+
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.data.build import (
+    Item,
+    build,
+    finish_manifest,
+    folder_items,
+    index_existing,
+    index_tar,
+    npz_items,
+    verify,
+    write_samples,
+)
+from pretrain.data.images import decode
+from pretrain.data.manifest import Manifest, check_shards, load_index, load_manifest
+from pretrain.data.reader import read_sample
+from pretrain.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def image_bytes(seed: int, form: str = "jpeg") -> bytes:
+    """A small picture as a file."""
+    random = np.random.default_rng(seed)
+    file = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (9, 8, 3)).astype(np.uint8)).save(file, form)
+    return file.getvalue()
+
+
+def items(count: int, num_classes: int = 3) -> list[Item]:
+    """Small pictures in class order, as folders give them."""
+    labels = sorted(number % num_classes for number in range(count))
+    files = [image_bytes(number, "png") for number in range(count)]
+    return [
+        Item(io.BytesIO(file).getvalue, "png", label, f"picture {number}")
+        for number, (file, label) in enumerate(zip(files, labels))
+    ]
+
+
+def tar_file(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar of (name, bytes), as other tools write it."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def good_members(count: int = 6) -> list[tuple[str, bytes]]:
+    """Members of complete samples."""
+    pairs = [((f"k{i}.jpg", image_bytes(i)), (f"k{i}.cls", str(i % 3).encode())) for i in range(count)]
+    return [member for pair in pairs for member in pair]
+
+
+def contents(manifest: Manifest) -> list[tuple[bytes, bytes]]:
+    """(image, label) of every sample, in index order."""
+    return [tuple(read_sample(manifest, index)[1:]) for index in range(manifest.num_samples)]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def refusal(function: Any, *arguments: Any, **options: Any) -> str:
+    """The message with which a call is refused, checked to be one line."""
+    with pytest.raises(UserError) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_item_is_written_once_in_shuffled_order(tmp_path: Path) -> None:
+    """All samples arrive with their labels; class order is gone; shards but the last are full."""
+    source = items(100, 5)
+    manifest = load_manifest(build(source, list("abcde"), tmp_path / "set", samples_per_shard=30, seed=0))
+    assert [shard.num_samples for shard in manifest.shards] == [30, 30, 30, 10]
+    assert Counter(contents(manifest)) == Counter((item.read(), str(item.label).encode()) for item in source)
+    labels = [int(label) for _, label in contents(manifest)]
+    assert all(len(set(labels[i : i + 20])) >= 3 for i in range(0, 100, 20))  # sorted: at most 2
+    assert manifest.class_names == tuple("abcde") and manifest.name == "set"
+    assert json.loads(manifest.path.read_text())["shuffle"] == {"method": "permutation", "scope": "global", "seed": 0}
+    assert list(verify(manifest)) == []
+    check_shards(manifest)
+
+
+def test_the_same_items_give_the_same_bytes(tmp_path: Path) -> None:
+    """Shards, indexes and manifest are equal bit for bit; another seed gives another order."""
+    for name, seed in (("a/set", 0), ("b/set", 0), ("c/set", 1)):
+        build(items(40), ["x", "y", "z"], tmp_path / name, samples_per_shard=15, seed=seed)
+    first, again, other = (digests(tmp_path / name) for name in ("a/set", "b/set", "c/set"))
+    assert first == again
+    assert set(first) == {"classes.json", "manifest.json"} | {f"set-{i:06d}.{e}" for i in range(3) for e in ("tar", "idx")}
+    assert all(first[name] != other[name] for name in first if name != "classes.json")
+
+
+def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path: Path) -> None:
+    """A broken file costs itself alone, is named in provenance.json, and the progress counts it."""
+    source = items(10)
+    source[4] = source[4]._replace(read=lambda: b"<html>", source="broken.jpg")
+    told: list[int] = []
+    manifest = load_manifest(build(source, [], tmp_path / "set", samples_per_shard=4, seed=0, progress=told.append))
+    assert manifest.num_samples == 9 and manifest.num_classes == 3 and manifest.class_names == ()
+    assert sum(told) == 10
+    (dropped,) = json.loads((tmp_path / "set" / "provenance.json").read_text())["dropped"]
+    assert dropped.startswith("broken.jpg: decode")
+    broken = [item._replace(read=lambda: b"") for item in items(3)]
+    assert "none of the 3 images" in refusal(build, broken, [], tmp_path / "none", samples_per_shard=2, seed=0)
+
+
+def test_a_label_without_a_class_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Three classes of labels and two names: the set would lose a third of its samples in training."""
+    message = refusal(build, items(9), ["x", "y"], tmp_path / "set", samples_per_shard=4, seed=0)
+    assert "label 2 is not one of the 2 classes" in message
+    assert not list((tmp_path / "set").glob("*.tar"))
+
+
+def test_a_folder_that_holds_a_set_is_refused(own_shards: Path, tmp_path: Path) -> None:
+    """Neither writing nor indexing other tars overwrites a set; indexing its own tars again is allowed."""
+    before = digests(own_shards)
+    assert "holds a data set already" in refusal(build, items(4), [], own_shards, samples_per_shard=2, seed=0)
+    other = tar_file(tmp_path / "other.tar", good_members())
+    assert "holds a data set already" in refusal(index_existing, [other], [], own_shards)
+    assert digests(own_shards) == before
+    tars = sorted(own_shards.glob("*.tar"))
+    again = load_manifest(index_existing(tars, ["ash", "birch", "cedar", "elm", "fir"], own_shards))
+    assert {k: v for k, v in digests(own_shards).items() if k != "manifest.json"} == {
+        k: v for k, v in before.items() if k != "manifest.json"
+    }
+    assert [shard.sha256 for shard in again.shards] == [before[tar.name] for tar in tars]
+
+
+def test_folders_are_read_by_class(tmp_path: Path) -> None:
+    """root/CLASS/**/NAME: classes sorted by name, images of all endings at any depth, other files passed over."""
+    for name, form in [("b/1.jpg", "jpeg"), ("a/2.PNG", "png"), ("a/deep/3.webp", "webp"), ("b/4.jpeg", "jpeg")]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(image_bytes(len(name), form))
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    (tmp_path / "top.jpg").write_bytes(image_bytes(0))
+    found, classes = folder_items(tmp_path)
+    assert classes == ["a", "b"]
+    assert [(item.source.removeprefix(f"{tmp_path}/"), item.label, item.ending) for item in found] == [
+        ("a/2.PNG", 0, "png"),
+        ("a/deep/3.webp", 0, "webp"),
+        ("b/1.jpg", 1, "jpg"),
+        ("b/4.jpeg", 1, "jpeg"),
+    ]
+    (tmp_path / "empty").mkdir()
+    assert "no images found; expected" in refusal(folder_items, tmp_path / "empty")
+
+
+def npz(path: Path, **changes: Any) -> Path:
+    """A CIFAR-style archive of four images."""
+    files = [image_bytes(0, "webp"), image_bytes(1, "png"), image_bytes(2), image_bytes(3, "webp")]
+    arrays = {
+        "blob": np.frombuffer(b"".join(files), np.uint8),
+        "offset": np.cumsum([0, *map(len, files)]),
+        "label": np.array([2, 0, 1, 2], dtype=np.uint8),
+        "classes": np.array(["x", "y", "z"]),
+    }
+    np.savez(path, **{name: value for name, value in (arrays | changes).items() if value is not None})
+    return path
+
+
+def test_archives_are_read(tmp_path: Path) -> None:
+    """Images, labels, names, and the ending by content."""
+    found, classes = npz_items(npz(tmp_path / "a.npz"))
+    assert classes == ["x", "y", "z"]
+    assert [(item.label, item.ending) for item in found] == [(2, "webp"), (0, "png"), (1, "jpg"), (2, "webp")]
+    assert [item.read() for item in found[:2]] == [image_bytes(0, "webp"), image_bytes(1, "png")]
+
+
+def test_wrong_archives_are_refused(tmp_path: Path) -> None:
+    """Missing arrays, lengths that disagree and pickled objects are refused by file name."""
+    for changes in ({"offset": None}, {"label": np.zeros(3)}, {"blob": np.zeros(5, np.uint8)}):
+        assert "a.npz: " in refusal(npz_items, npz(tmp_path / "a.npz", **changes))
+    objects = npz(tmp_path / "b.npz", label=np.array([{}, 1, 2, 3], dtype=object))
+    assert "not an archive of images" in refusal(npz_items, objects)
+    (tmp_path / "c.npz").write_bytes(b"no zip")
+    assert "not an archive of images" in refusal(npz_items, tmp_path / "c.npz")
+
+
+def test_existing_tars_are_indexed_as_they_are(tmp_path: Path) -> None:
+    """.tar and .tar.gz give the same shard bytes, in the given order, with the number of classes seen or named."""
+    (tmp_path / "in").mkdir()
+    first = tar_file(tmp_path / "in" / "first.tar", good_members())
+    second = tar_file(tmp_path / "in" / "second.tar", good_members(2))
+    (tmp_path / "in" / "second.tar.gz").write_bytes(gzip.compress(second.read_bytes()))
+    sources = [tmp_path / "in" / "second.tar.gz", first]
+    manifest = load_manifest(index_existing(sources, [], tmp_path / "out"))
+    assert [shard.path.name for shard in manifest.shards] == ["second.tar", "first.tar"]
+    assert manifest.shards[0].path.read_bytes() == second.read_bytes()
+    assert (manifest.num_samples, manifest.num_classes) == (8, 3)
+    expected = [data for _, data in good_members(2) + good_members()]
+    assert [part for sample in contents(manifest) for part in sample] == expected
+    assert json.loads(manifest.path.read_text())["shuffle"] == {"scope": "none"}
+    assert list(verify(manifest)) == []
+    again = load_manifest(index_existing(sources, list("abcdefg"), tmp_path / "named"))
+    assert again.num_classes == 7
+
+
+@pytest.mark.parametrize(
+    "members, said",
+    [
+        ([("a.jpg", b"x")], "sample a has no label (.cls), only jpg"),
+        ([("a.jpg", b"x"), ("b.jpg", b"x"), ("b.cls", b"1")], "sample a has no label"),
+        ([("a.cls", b"1"), ("a.txt", b"1")], "sample a has no image, only cls, txt"),
+        ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b""), ("b.cls", b"1"), ("a.png", b""), ("a.cls", b"")], "key a"),
+        ([("a.jpg", b"x"), ("a.jpg", b"y"), ("a.cls", b"1")], "sample 0: tar"),
+        ([("a.jpg", b"x"), ("a.cls", b"x")], "sample 0: label: b'x' is not an integer"),
+        ([("a.jpg", b"x"), ("a.cls", b"3")], "sample 0: label: b'3' is not an integer in 0..2"),
+        ([], "has no samples"),
+    ],
+)
+def test_incomplete_samples_are_refused_by_name(members: list, said: str, tmp_path: Path) -> None:
+    """No label, no image, a key twice, a label beyond --classes: the shard and the sample are named."""
+    path = tar_file(tmp_path / "a.tar", members)
+    message = refusal(index_existing, [path], ["x", "y", "z"], tmp_path)
+    assert said in message and "a.tar" in message
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_cut_tar_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
+    """Cut inside or between samples, at every block: plain tar reading would take the rest for the end."""
+    path = tar_file(tmp_path / "a.tar", good_members())
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + 512
+    for cut in range(512, end + 1, 512):
+        path.write_bytes(data[:cut])
+        assert "a.tar: " in refusal(index_tar, path)
+    path.write_bytes(data[: end + 512])
+    assert index_tar(path).num_samples == 6
+
+
+def test_a_damaged_header_is_refused(tmp_path: Path) -> None:
+    """A flipped bit in any header is found when the shard is indexed: tarfile would end there without a word."""
+    path = tar_file(tmp_path / "a.tar", good_members())
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        headers = [member.offset for member in tar]
+    for header in headers:
+        damaged = bytearray(data)
+        damaged[header + 3] ^= 4
+        path.write_bytes(damaged)
+        assert "a.tar: " in refusal(index_tar, path)
+
+
+def test_damaged_compressed_tars_links_and_equal_names_are_refused(tmp_path: Path) -> None:
+    """A cut .gz leaves nothing behind; links and two tars of one name are refused."""
+    good = tar_file(tmp_path / "a.tar", good_members())
+    packed = gzip.compress(good.read_bytes())
+    cut = tmp_path / "b.tar.gz"
+    cut.write_bytes(packed[: len(packed) // 2])
+    assert "b.tar.gz: cannot be copied" in refusal(index_existing, [cut], [], tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "again").mkdir()
+    shutil.copy(good, tmp_path / "again" / "a.tar")
+    assert "the same name: a.tar" in refusal(index_existing, [good, tmp_path / "again" / "a.tar"], [], tmp_path / "out")
+    link = tmp_path / "link.tar"
+    with tarfile.open(link, "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    assert "a.jpg is not a plain file" in refusal(index_tar, link)
+
+
+def test_verify_finds_a_flipped_bit(own_shards: Path) -> None:
+    """One bit in a pixel, which no tar header shows, is found by the digest; a damaged index and a lost shard too."""
+    manifest = load_manifest(own_shards)
+    assert list(verify(manifest)) == []
+    shard = manifest.shards[1].path
+    data = bytearray(shard.read_bytes())
+    data[load_index(manifest.shards[1]).byte_range(7)[0] + 1700] ^= 1
+    shard.write_bytes(data)
+    assert list(verify(manifest)) == [f"{shard}: is missing or is not the file that was indexed (SHA-256 differs)"]
+    manifest.shards[0].path.with_suffix(".idx").write_bytes(b"{}\n")
+    manifest.shards[2].path.unlink()
+    problems = list(verify(manifest))
+    assert len(problems) == 3 and "does not fit its shard" in problems[0] and "is missing" in problems[2]
+
+
+def test_verify_names_samples_that_cannot_be_used(tmp_path: Path) -> None:
+    """Shards that are intact but hold an undecodable image or a wrong label: each sample with its reason."""
+    samples = [(image_bytes(0), 0), (b"nothing", 1), (image_bytes(1), 9)]
+    shard = write_samples(samples, "jpg", tmp_path / "a.tar", 0)
+    manifest = load_manifest(finish_manifest(tmp_path, [shard], ["x", "y"], seed=0))
+    assert [problem.split(": ", 1)[1][:16] for problem in verify(manifest)] == ["sample 1: decode", "sample 2: label:"]
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """tools/make_shards.py as a user starts it."""
+    command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_line_makes_and_checks_a_set(tmp_path: Path) -> None:
+    """A folder becomes a set; --verify says 0; after a flipped bit it names the shard and exits with 2."""
+    for number in range(12):
+        (tmp_path / "in" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "ab"[number % 2] / f"{number}.jpg").write_bytes(image_bytes(number))
+    out = tmp_path / "set"
+    made = run_tool(tmp_path / "in", out, "--samples-per-shard", 5, "--seed", 3)
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout == f"{out}/manifest.json: 12 samples in 3 shards, 2 classes\n"
+    checked = run_tool("--verify", out)
+    assert (checked.returncode, checked.stdout) == (0, f"{out}/manifest.json: 12 samples, 0 problems\n")
+    shard = sorted(out.glob("*.tar"))[1]
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+    found = run_tool("--verify", out)
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1] == "error: 1 problems found" and str(shard) in found.stderr.splitlines()[0]
+
+
+def test_the_command_lines_mistakes_end_in_one_line(tmp_path: Path) -> None:
+    """Exit code 2 and one line on stderr, whatever is wrong; nothing is left behind."""
+    tar = tar_file(tmp_path / "a.tar", good_members())
+    (tmp_path / "classes.json").write_text('{"other": 1}')
+    (tmp_path / "two.json").write_text('["x", "y"]')
+    program = "import sys, runpy\nfor line in sys.stdin:\n    sys.argv = ['make_shards.py', *line.split()]\n    "
+    program += f"try: runpy.run_path({str(ROOT / 'tools' / 'make_shards.py')!r}, run_name='__main__')\n    "
+    program += "except SystemExit as end: print(end.code, flush=True)\n"
+    mistakes = {
+        f"{tmp_path / 'nothing.tar'} {tmp_path / 'out'}": "nothing.tar: not found",
+        f"{tar}": "give at least one SOURCE and then the folder OUT",
+        f"{tar} {tmp_path / 'classes.json'} {tmp_path / 'out'}": "give one folder, one .npz, or any number of .tar",
+        f"{tar} {tmp_path / 'out'} --classes {tmp_path / 'classes.json'}": "expected a JSON list of names",
+        f"{tar} {tmp_path / 'out'} --classes {tmp_path / 'two.json'}": "label: b'2' is not an integer in 0..1",
+        f"{tmp_path / 'classes.json'} {tmp_path / 'out'}": "give one folder",
+        f"{npz(tmp_path / 'a.npz')} {tmp_path / 'out2'} --samples-per-shard 0": "expected at least 1",
+        f"--verify {tmp_path}": "manifest.json: not found",
+    }
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, input="\n".join(mistakes), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"] * len(mistakes)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(mistakes)
+    for line, said in zip(lines, mistakes.values()):
+        assert line.startswith("error: ") and said in line
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_real_shards_are_indexed(test_data: Path, tmp_path: Path) -> None:
+    """Tiny-ImageNet validation (.tar.gz) and the full-size photos: counts and classes as their description says."""
+    names = json.loads((test_data / "tiny_imagenet_classes.json").read_text())["names"]
+    tiny = load_manifest(index_existing([test_data / "tiny_imagenet_val_dev-000000.tar.gz"], names, tmp_path / "tiny"))
+    assert (tiny.num_samples, tiny.num_classes) == (2000, 200)
+    for index in range(0, 2000, 97):
+        assert decode(read_sample(tiny, index).image).shape == (3, 64, 64)
+    photos = [test_data / "imagenet_val_fullsize_dev-000000.tar"]
+    large = load_manifest(index_existing(photos, ["?"] * 1000, tmp_path / "large"))
+    assert (large.num_samples, large.num_classes) == (20, 1000)
+    assert list(verify(large)) == []
+
+
+def test_a_real_archive_is_written(test_data: Path, tmp_path: Path) -> None:
+    """200 CIFAR-100 images from WebP: lossless, so that pixels and labels are found again bit for bit."""
+    found, classes = npz_items(test_data / "cifar100_vtab1k_style_val200.npz")
+    manifest = load_manifest(build(found, classes, tmp_path / "cifar", samples_per_shard=150, seed=0))
+    assert (manifest.num_samples, manifest.num_classes, len(manifest.shards)) == (200, 100, 2)
+    assert Counter(contents(manifest)) == Counter((item.read(), str(item.label).encode()) for item in found)
+    assert list(verify(manifest)) == []
