@@ -37,7 +37,7 @@ $(VENV)/installed: pyproject.toml requirements.lock | preflight
 # What apt must have installed, told in one line instead of a traceback.
 preflight:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: apt install python3 python3-venv"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: give PYTHON=python3.12 or newer"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: give PYTHON=python3.12, say"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make environments: apt install python3-venv"; exit 2; }
 	@test `df -Pk . | awk 'NR==2 {print $$4}'` -gt 10000000 || { echo "less than 10 GB free here: torch and its libraries need it"; exit 2; }
 

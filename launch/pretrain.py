@@ -19,7 +19,7 @@ from pretrain.config import config_to_yaml, load_config
 def main() -> None:
     parser = cli.parser(
         "Pretrains a Vision Transformer. The same command again resumes where the newest checkpoint is.",
-        "deepspeed launch/pretrain.py --config configs/tiny_imagenet_s8.yaml optim.lr=5e-4",
+        "deepspeed launch/pretrain.py --config configs/tiny_imagenet_ti8.yaml optim.lr=5e-4",
     )
     parser.add_argument(
         "--config", type=Path, required=True, help="YAML file that names what differs from the defaults"

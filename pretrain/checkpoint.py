@@ -201,10 +201,14 @@ def apply_retention(folder: Path, *, keep_last: int, keep_every_steps: int, keep
         scored = {path: score for path, score in scores.items() if score is not None}
         kept |= {max(scored, key=lambda path: scored[path])} if scored else set()
     for path in folders:
-        if path not in kept:
-            trash = path.with_name(f".trash-{path.name}")  # one rename, so that no half-deleted folder looks complete
-            os.replace(path, trash)
-            shutil.rmtree(trash, ignore_errors=True)
+        if path not in kept and (problem := _attempt(lambda path=path: _delete(path))):
+            warn(f"{path}: an old checkpoint could not be deleted ({problem})")
+
+
+def _delete(path: Path) -> None:
+    trash = path.with_name(f".trash-{path.name}")  # one rename, so that no half-deleted folder looks complete
+    os.replace(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _validation_score(path: Path) -> float | None:
@@ -259,6 +263,7 @@ def set_aside_newer(checkpoint: Path) -> None:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
+                warn(f"{path} is now {aside.name}: delete it when you have looked at it")
 
 
 def _newest_name(folder: Path) -> str:
@@ -282,12 +287,15 @@ def _damages(path: Path, share: bool = True) -> Iterator[str]:
     rank, world = (distributed.rank(), distributed.world_size()) if share else (0, 1)
     for name, num_bytes, checksum in files[rank::world]:
         file = path / Path(name).name
-        if not file.is_file():
-            yield f"{name} is missing"
-        elif file.stat().st_size != num_bytes:
-            yield f"{name} has {file.stat().st_size} bytes, MANIFEST.json says {num_bytes}"
-        elif (found := crc32c(file)) != checksum:
-            yield f"{name} has CRC {found}, MANIFEST.json says {checksum}"
+        try:
+            if not file.is_file():
+                yield f"{name} is missing"
+            elif file.stat().st_size != num_bytes:
+                yield f"{name} has {file.stat().st_size} bytes, MANIFEST.json says {num_bytes}"
+            elif (found := crc32c(file)) != checksum:
+                yield f"{name} has CRC {found}, MANIFEST.json says {checksum}"
+        except OSError as error:  # a bad sector, for example
+            yield f"{name} cannot be read ({error.strerror})"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

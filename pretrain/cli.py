@@ -1,6 +1,7 @@
 """What every command line shares: launchers' arguments, one-line errors, exit codes."""
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -8,10 +9,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pretrain import distributed
 from pretrain.errors import StorageError
 
-_WAIT_FOR_RANK_0_S = 10.0  # at most: rank 0's exit ends this one too
+_WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -35,6 +35,8 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `tool | head`: nobody reads on
         code = 0
+    except OSError as error:
+        code = _on_os_error(error)
     except Exception as error:
         code = getattr(error, "exit_code", 1)
         if code == 1:
@@ -44,21 +46,38 @@ def run(main: Callable[[], int | None]) -> None:
     _leave(code)
 
 
+# Of the disk, not of the program: full, over quota, read-only, not permitted, failing.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+
+
+def _on_os_error(error: OSError) -> int:
+    if isinstance(error, StorageError):
+        return _say(f"error: {error}", error.exit_code)
+    if error.errno in _DISK_ERRORS:
+        return _say(f"error: {error.filename or 'writing'}: {error.strerror}; make room, or choose another folder", 75)
+    traceback.print_exc()
+    return 1
+
+
 def _say(message: str, code: int) -> int:
-    """Every rank meets the same user's mistake: rank 0 alone tells it, another rank only what it alone knows."""
-    if distributed.is_main():
-        print(message, file=sys.stderr, flush=True)
-    elif code == StorageError.exit_code:  # met by this rank alone
-        print(f"rank {distributed.rank()}: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(_WAIT_FOR_RANK_0_S)  # the launcher ends all ranks at the first exit: rank 0 must have spoken
+    """Rank 0 tells what all ranks met. Another rank tells it only if rank 0, whose exit ends this one too, does not."""
+    if _rank() > 0:
+        time.sleep(_WAIT_FOR_RANK_0_S)
+        message = f"rank {_rank()}: {message}"
+    print(message, file=sys.stderr, flush=True)
     return code
+
+
+def _rank() -> int:
+    return int(
+        os.environ.get("RANK", 0)
+    )  # not by pretrain.distributed: it imports torch, and a wrong key is told at once
 
 
 def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and distributed.world_size() > 1:
+    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them
     sys.exit(code)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.errors import UserError
+from pretrain.errors import StorageError, UserError
 
 _cpu_group: Any = None  # gloo, made by `start`; None where there is one process
 
@@ -31,7 +31,7 @@ def start(timeout_s: int) -> torch.device:
     """
     global _cpu_group
     _complete_environment()
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", local_rank()) if has_gpu() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -78,6 +78,11 @@ def set_timeouts(timeout_s: int) -> None:
     """Gives every group of this process the timeout. DeepSpeed makes groups without one, which wait for 30 minutes."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.set_timeout(timedelta(seconds=timeout_s), group)
+
+
+def has_gpu() -> bool:
+    """Whether this run uses GPUs; DS_ACCELERATOR=cpu keeps it, and DeepSpeed, on the CPU."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def rank() -> int:
@@ -128,6 +133,26 @@ def from_main(make: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raises, on all ranks alike, the error that any rank met; does nothing when none did. Called by all ranks.
+
+    An error raised on one rank alone leaves the others waiting in a collective, and the exit code to chance.
+    """
+    if any_rank(error is not None):
+        raise next(found for found in gather(error) if found is not None)
+
+
+def together(make: Callable[[], Any]) -> Any:
+    """Returns what `make` returns on this rank; a user's or a storage error of any rank is raised on all."""
+    result, met = None, None
+    try:
+        result = make()
+    except (UserError, StorageError) as error:
+        met = error
+    raise_together(met)
+    return result
 
 
 def add_up(numbers: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ class RunLog:
         if distributed.is_main():
             from torch.utils.tensorboard.writer import SummaryWriter  # 1 s to import: only where it writes
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Logs named numbers of `step` to all writers; the console's line ends with the time left."""

@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,34 +30,51 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.log import JsonLines, rewind, say
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "timm", "omegaconf", "numpy", "pillow")
-_STARTS = "starts.jsonl"
+_STARTS, _LOCK = "starts.jsonl", "lock"
 _CLAIM_TRIES = 20  # half a second each: a killed run's last processes may need seconds to go
 
 
 def claim(folder: Path) -> TextIO | None:
     """Makes the run's folder and takes its lock, which is held as long as the returned file is open (rank 0).
 
-    Raises UserError, on all ranks, when another process trains in it, or when it cannot be written.
+    Raises UserError, on all ranks, when another process trains in it, when it cannot be written, or when a rank's node
+    does not see it.
     """
     held: list[TextIO] = []
+    token = distributed.from_main(lambda: _take_lock(folder, held))
 
-    def take() -> None:
-        try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            file = (folder / "lock").open("w")
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output=") from None
-        for _attempt in range(_CLAIM_TRIES):
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes, gone with a kill
-                held.append(file)
-                return
-            except OSError:
-                time.sleep(0.5)
-        raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another name=")
+    def see() -> None:
+        if distributed.is_main():
+            return  # reading would close the file, and with any closing a process loses its lock
+        if not (folder / _LOCK).is_file() or (folder / _LOCK).read_text() != token:
+            raise UserError(
+                f"{folder}: rank {distributed.rank()} does not see it; give output= on a disk that all share"
+            )
 
-    distributed.from_main(take)
+    distributed.together(see)
     return held[0] if held else None
+
+
+def _take_lock(folder: Path, held: list[TextIO]) -> str:
+    """Locks the folder, appends the open file to `held`, and returns what it wrote into it."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output=") from None
+    held.append(file)
+    for _attempt in range(_CLAIM_TRIES):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes, gone with a kill
+        except OSError:
+            time.sleep(0.5)
+            continue
+        token = uuid.uuid4().hex
+        file.truncate(0)
+        file.write(token)
+        file.flush()
+        return token
+    raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another name=")
 
 
 def is_done(folder: Path, config: Config) -> bool:
@@ -115,6 +133,7 @@ def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any],
     for path in folder.glob("*.jsonl"):
         if path.name != _STARTS:  # its history is kept
             rewind(path, step)
+    (folder / "DONE").unlink(missing_ok=True)  # of a shorter total_steps
     (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     (folder / "deepspeed.json").write_text(json.dumps(deepspeed_config, indent=2) + "\n", encoding="utf-8")
     start = {

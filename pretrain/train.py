@@ -45,6 +45,7 @@ class TrainState:
     """All that a resumed run continues from, apart from tensors."""
 
     step: int = 0  # global batches consumed; skipped steps count
+    validation_due: bool = False  # after this step; still set when a stop cut it short
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     bad_samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
@@ -75,7 +76,7 @@ def train(config: Config) -> None:
     stop = distributed.StopRequest()
     folder = config.output / config.name
     lock = claim(folder)
-    data = _open_data(config)
+    data = distributed.together(lambda: _open_data(config))
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)
@@ -87,7 +88,7 @@ def train(config: Config) -> None:
     record_start(folder, config, engine.deepspeed_config, state.step)
     log = RunLog(folder, state.step, config.total_steps)
     _loop(config, data, engine, state, log, stop)
-    if state.step == config.total_steps:
+    if state.step == config.total_steps and not state.validation_due:
         mark_done(folder, state.step, state.metrics)
         say(f"done: {folder}, step {state.step}" + "".join(f", {k} {v:.4g}" for k, v in state.metrics.items()))
     else:
@@ -105,6 +106,10 @@ def _loop(
     meter = Meter(config, data.num_classes, state, engine.device)
     journal = Journal(config.output / config.name, config)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
+    if state.validation_due:  # a stop cut it short
+        if _validate(config, data, engine, state, log, stop):
+            return
+        _save(config, data, engine, state, meter, log, must_succeed=False)  # with its score, for keep_best
     while state.step < config.total_steps:
         batch = meter.wait_for(batches)
         if state.step == 0:
@@ -118,8 +123,9 @@ def _loop(
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
             log.scalars(state.step, meter.read(state, data, lr, result, engine))
+        state.validation_due = data.val is not None and (due(state.step, config.evaluation.every_steps) or last)
         with meter.paused():
-            if data.val is not None and (due(state.step, config.evaluation.every_steps) or last) and not stopping:
+            if state.validation_due and not stopping:
                 stopping = _validate(config, data, engine, state, log, stop)
             if due(state.step, config.checkpoint.every_steps) or last or stopping:
                 _save(config, data, engine, state, meter, log, must_succeed=last or stopping)
@@ -215,7 +221,7 @@ def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
     note = (
         ""
         if restored
-        else f"; random states drawn anew ({saved['world_size']} ranks then, {distributed.world_size()} now)"
+        else f"; random states of dropout drawn anew ({saved['world_size']} ranks then, {distributed.world_size()} now)"
     )
     say(f"resumed from {checkpoint}{note}")
     return state
@@ -234,8 +240,11 @@ class Journal:
 
     def note(self, state: TrainState, batch: Batch, result: StepResult, stop: distributed.StopRequest) -> bool:
         """Returns, on all ranks alike, whether to stop. Raises BadSamplesError, NonFiniteError."""
-        wishes = torch.tensor([float(stop.signal_name is not None)], dtype=torch.float64)
-        stopping, *bad = distributed.add_up(torch.cat([wishes, count_reasons(batch.bad)])).tolist()  # [1 + reasons]
+        flags = [float(stop.signal_name is not None), float(batch.error is not None)]
+        told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [2 + reasons]
+        stopping, failed, *bad = distributed.add_up(told).tolist()
+        if failed:  # nothing of this step is saved
+            distributed.raise_together(batch.error)
         if any(bad):
             self._note_bad(state, batch, [int(count) for count in bad])
         if self._samples is not None:
@@ -276,7 +285,7 @@ class Journal:
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"step {state.step}: loss or gradients not finite in {state.skipped_in_a_row} steps in a row. Lower "
-                " optim.lr, set optim.clip_norm, or look at the samples in skipped_steps.jsonl"
+                "optim.lr, set optim.clip_norm, or look at the samples in skipped_steps.jsonl"
             )
 
 
@@ -367,6 +376,7 @@ def _validate(
     except EvaluationStopped:
         return True
     state.metrics = {f"val/{score.metric}": score.value for score in scores} | {"val/images": scores[0].n}
+    state.validation_due = False
     log.scalars(state.step, state.metrics)
     return False
 

@@ -21,7 +21,7 @@ CLASSES = ["ash", "birch", "cedar", "elm", "fir"]
 
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of 103 JPEG images, 24 to 40 pixels a side, in 5 classes and shards of 40, 40 and 23. Never change it."""
+    """A set of 103 JPEG images, 24 to 40 pixels a side, in 5 classes and shards of 40, 40 and 23. Never change it."""
     random = np.random.default_rng(0)
     items = []
     for number in range(103):

@@ -10,6 +10,8 @@ from typing import Any
 
 from pretrain.distributed import free_port
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the forkserver starts: gloo ranks on the CPU, GPU or not
+
 _context = multiprocessing.get_context("forkserver")
 # These imports take seconds: once instead of once a rank. The second one is DeepSpeed's, in the midst of initialize.
 _context.set_forkserver_preload(["pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer"])

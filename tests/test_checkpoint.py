@@ -157,6 +157,21 @@ def test_every_bit_counts(tmp_path: Path) -> None:
     checkpoints.validate(tmp_path / "step-0000000001")
 
 
+def test_an_unreadable_file_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad sector under the newest checkpoint costs an interval, not the run."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    real = checkpoints.crc32c
+
+    def failing(path: Path) -> str:
+        if "step-0000000002" in str(path) and path.name.startswith("weights"):
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "crc32c", failing)
+    assert newest_valid(tmp_path) == tmp_path / "step-0000000001"
+
+
 def test_none_valid_is_no_silent_fresh_start(tmp_path: Path) -> None:
     """All checkpoints damaged: an error, not a new run over the old one."""
     save(tmp_path, 1)

@@ -50,7 +50,11 @@ def misspellings(key: str) -> list[str]:
     """The key with a letter of its last part dropped, doubled, and swapped with the next; legal keys left out."""
     section, dot, word = key.rpartition(".")
     at = max(0, len(word) // 2 - 1)
-    wrong = {word[:at] + word[at + 1 :], word[: at + 1] + word[at:], word[:at] + word[at + 1] + word[at] + word[at + 2 :]}
+    wrong = {
+        word[:at] + word[at + 1 :],
+        word[: at + 1] + word[at:],
+        word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+    }
     return sorted({f"{section}{dot}{w}" for w in wrong} - set(keys()))
 
 
@@ -92,7 +96,7 @@ def refusal(path: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("key", keys())
 def test_every_misspelt_key_is_refused_with_a_suggestion(key: str, tmp_path: Path) -> None:
-    """A letter dropped, doubled or swapped in any key never passes unnoticed, in overrides and (every second) in the file.
+    """A letter dropped, doubled or swapped in any key never passes unnoticed, in overrides and (every second) in files.
 
     The message names the source, the wrong key, and the right one.
     """
@@ -249,7 +253,9 @@ def test_a_resolver_in_an_override_is_refused_and_a_reference_works(tmp_path: Pa
     assert smallest(tmp_path, "evaluation.every_steps=${checkpoint.every_steps}").evaluation.every_steps == 1000
 
 
-@pytest.mark.parametrize("text", ["- a\n", "5", "just words: [", "name: a\nname: b\n", "\x00", "a: !!python/name:os.system"])
+@pytest.mark.parametrize(
+    "text", ["- a\n", "5", "just words: [", "name: a\nname: b\n", "\x00", "a: !!python/name:os.system"]
+)
 def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
     """Lists, scalars, broken YAML, repeated keys and Python tags end in one line that names the file."""
     assert refusal(written(tmp_path, text)).startswith(str(tmp_path / "trial.yaml"))
@@ -353,19 +359,26 @@ def test_reading_a_config_does_not_import_torch() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_the_printed_config_reads_back(tmp_path: Path) -> None:
+    """`launch/pretrain.py --print-config` prints the complete config, overrides included, as a file that loads."""
+    command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--config", str(written(tmp_path, SMALLEST))]
+    done = subprocess.run([*command, "--print-config", "optim.lr=2e-3"], capture_output=True, text=True, check=True)
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "printed.yaml") == smallest(tmp_path, "optim.lr=2e-3")
+    assert done.stderr == ""
+
+
 def test_print_config_does_not_import_torch(tmp_path: Path) -> None:
-    """`launch/pretrain.py --print-config` answers before the seconds that torch takes, with a config that reads back."""
+    """`launch/pretrain.py --print-config` answers before the seconds that torch takes, as its comment promises."""
     program = (
         "import runpy, sys\n"
-        "sys.argv = ['launch/pretrain.py', '--config', sys.argv[1], '--print-config', 'optim.lr=2e-3']\n"
-        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as end:\n    assert not end.code\n"
+        "sys.argv = ['launch/pretrain.py', '--config', sys.argv[1], '--print-config']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
         "print(sorted({'torch', 'deepspeed'} & set(sys.modules)), file=sys.stderr)\n"
     )
     command = [sys.executable, "-c", program, str(written(tmp_path, SMALLEST))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    (tmp_path / "printed.yaml").write_text(done.stdout)
-    assert load_config(tmp_path / "printed.yaml") == smallest(tmp_path, "optim.lr=2e-3")
     assert done.stderr == "[]\n"
 
 

@@ -125,7 +125,9 @@ def test_truncated_images_are_bad(form: str, part: float) -> None:
     refusal(data[: int(len(data) * part)])
 
 
-@pytest.mark.parametrize("data", [b"", b"\0", b"<html><body>404</body></html>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", bytes(5000)])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0", b"<html><body>404</body></html>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", bytes(5000)]
+)
 def test_what_is_no_image_is_bad(data: bytes) -> None:
     """Empty files, error pages and bare signatures end as bad samples, not as crashes."""
     refusal(data)
@@ -260,7 +262,7 @@ def test_a_training_image_depends_on_its_key_alone() -> None:
 
 
 def test_a_training_image_is_the_crop_of_its_draws() -> None:
-    """Crop, resize and flip are torchvision's operators on the keyed draws: with antialias, in the order of a fixed list."""
+    """Crop, resize with antialias and flip are torchvision's operators on the keyed draws, in a fixed order."""
     image = torch.from_numpy(rgb(picture(60, 80)).copy())
     for index in range(20):
         draws = uniform(words(23, "v1", "aug", 3, "trees", 0, index))
@@ -287,10 +289,12 @@ def test_the_flip_is_separate_from_the_crop() -> None:
 
 @pytest.mark.parametrize("height, width", [(64, 64), (60, 80), (80, 60), (64, 200), (33, 50), (10, 12), (375, 500)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_an_evaluation_image_is_torchvisions_resize_and_center_crop(height: int, width: int, interpolation: str) -> None:
+def test_an_evaluation_image_is_torchvisions_resize_and_center_crop(
+    height: int, width: int, interpolation: str
+) -> None:
     """The shorter side becomes size / eval_crop, then the centre is cut out.
 
-    Resize(int) cuts the longer side down to an integer, ours rounds it as Google's code does: hence both sides are given.
+    Resize(int) cuts the longer side down to an integer, ours rounds it as Google's code does: both sides are given.
     """
     image = torch.from_numpy(rgb(picture(height, width)).copy())
     mode = InterpolationMode(interpolation)
@@ -322,7 +326,7 @@ def test_the_models_input_lies_between_minus_one_and_one() -> None:
 
 
 def test_real_photos_equal_pillow(test_data: Path) -> None:
-    """150 ImageNet photos, gray ones and two with EXIF orientation among them: the pixels that Pillow gives."""
+    """27 ImageNet photos, gray ones and two with EXIF orientation among them: the pixels that Pillow gives."""
     with tarfile.open(test_data / "imagenet_train_photos_dev-000000.tar") as tar:
         members = [member for member in tar if member.name.endswith(".jpg")]
         odd = [m for m in members if m.name.startswith(("n02951585", "n03337140"))]

@@ -112,7 +112,7 @@ def test_held_out_samples_are_spread_over_the_set() -> None:
 
 @pytest.mark.parametrize("size", [5, 16, 23])
 def test_every_sample_reaches_every_position_equally_often(size: int) -> None:
-    """Chi-square over the cells (position, sample) in 4,000 epochs: as uniform as a perfect shuffle, no more no less."""
+    """Chi-square over the cells (position, sample) in 4,000 epochs: as uniform as a perfect shuffle, no more."""
     from scipy.stats import chi2
 
     num_epochs = 4000

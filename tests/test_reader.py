@@ -173,7 +173,12 @@ def test_missing_members_are_told(tmp_path: Path) -> None:
     """A sample without image or label is bad for the reason `missing`; two images of one ending make it `tar`."""
     image, label = Member("a.jpg", b"x"), Member("a.cls", b"1")
     for number, (members, reason) in enumerate(
-        [((image,), "missing"), ((label,), "missing"), ((image, image, label), "tar"), ((image, Member("b.cls", b"1")), "tar")]
+        [
+            ((image,), "missing"),
+            ((label,), "missing"),
+            ((image, image, label), "tar"),
+            ((image, Member("b.cls", b"1")), "tar"),
+        ]
     ):
         assert outcome(set_of(tmp_path / f"{number}.tar", tar_bytes(*members), "a"), 0) == reason
 
@@ -296,7 +301,9 @@ def test_labels_are_read(raw: bytes, label: int) -> None:
     assert parse_label(raw, 5) == label
 
 
-@pytest.mark.parametrize("raw", [b"5", b"-1", b"", b"x", b"1.0", b"1 2", b"+1", b"1_0", "²".encode(), b"9" * 5000, b"0x1"])
+@pytest.mark.parametrize(
+    "raw", [b"5", b"-1", b"", b"x", b"1.0", b"1 2", b"+1", b"1_0", "²".encode(), b"9" * 5000, b"0x1"]
+)
 def test_labels_out_of_range_are_bad(raw: bytes) -> None:
     """Anything but an integer in 0..num_classes-1 is bad for the reason `label`, at once and with a short message."""
     with pytest.raises(BadSample) as bad:

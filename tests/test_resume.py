@@ -275,6 +275,62 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(stage: int, shards
     assert all(bool(reader.tensor(name).isfinite().all()) for name in reader.shapes())
 
 
+def vanishing_shard(config: Config) -> tuple[str, int]:
+    """Rank 1 loses its view of the shards after some steps."""
+    import pretrain.data.loader
+    from pretrain import distributed
+    from pretrain.errors import StorageError
+
+    real, reads = pretrain.data.loader.read_sample, [0]
+
+    def read(manifest: Any, index: int) -> Any:
+        reads[0] += 1
+        if distributed.rank() == 1 and reads[0] > 40:
+            raise StorageError("the shard is gone")
+        return real(manifest, index)
+
+    pretrain.data.loader.read_sample = read
+    try:
+        train(config)
+    except StorageError as error:
+        return str(error), error.exit_code
+    return "", 0
+
+
+def test_a_storage_error_of_one_rank_ends_all_with_its_message(shards: Path, tmp_path: Path) -> None:
+    """No rank is left in a collective, no exit code is left to chance, and nothing of that step is saved."""
+    config = tiny_config(shards, tmp_path)
+    assert run_ranks(vanishing_shard, 2, config) == [("the shard is gone", 75)] * 2
+    path = newest_valid(tmp_path / "tiny" / "checkpoints")
+    assert path and path.name == "step-0000000005"
+
+
+def stop_in_validation(config: Config) -> None:
+    """Is asked to stop while the last validation runs."""
+    import pretrain.train
+
+    real = pretrain.train.eval_batches
+
+    def batches(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from real(*arguments, **options)
+
+    pretrain.train.eval_batches = batches
+    train(config)
+
+
+def test_a_validation_cut_short_is_made_up_for(shards: Path, tmp_path: Path) -> None:
+    """SIGTERM during the last validation: no DONE; the next start validates, saves the score, and is done."""
+    config = tiny_config(shards, tmp_path, data__held_out=23, evaluation__every_steps=20)
+    run_ranks(stop_in_validation, 2, config)
+    assert not (tmp_path / "tiny" / "DONE").exists()
+    run_ranks(finish, 2, config)
+    done = json.loads((tmp_path / "tiny" / "DONE").read_text())
+    path = newest_valid(tmp_path / "tiny" / "checkpoints")
+    assert path and done["step"] == 20 and done["val/images"] == 23
+    assert read_state(path)["metrics"]["val/top1"] == done["val/top1"]
+
+
 def test_more_ranks_than_samples_in_a_batch_is_refused(shards: Path, tmp_path: Path) -> None:
     """13 slots would be needed: told before anything is built."""
     config = tiny_config(shards, tmp_path, data__global_batch=1)
@@ -361,7 +417,7 @@ def test_held_out_validation(stage: int, shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_fallback_sets_the_damaged_checkpoint_aside(shards: Path, tmp_path: Path) -> None:
-    """What was damaged does not count as kept: after the fallback two valid checkpoints remain, and starts are known."""
+    """What was damaged does not count as kept: two valid checkpoints remain, and both starts are known."""
     config = tiny_config(shards, tmp_path, checkpoint__every_steps=4, checkpoint__keep_last=2)
     _stop_after(config, 1, step=9, to_rank=0)
     folder = tmp_path / "tiny"

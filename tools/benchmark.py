@@ -26,7 +26,7 @@ def main() -> None:
     parser = cli.parser(
         "Times the real training step on random images. One JSON line per cell (model x compile), each in a fresh\n"
         "process: the median over --steps steps after --warmup steps. MFU counts 6 FLOPs per multiply-add of a\n"
-        "forward pass, no recomputation, against the dense bf16 peak.",
+        "forward pass, no recomputation, against the dense bf16 peak. --compile on needs a C compiler.",
         "python tools/benchmark.py train --model B/16 L/16 --compile on off",
     )
     parser.add_argument("what", choices=["train"], help="what to measure")

@@ -23,7 +23,7 @@ from PIL import Image
 from pretrain import cli
 from pretrain.data.build import Item, build, finish_manifest, write_samples
 from pretrain.data.characters import CLASS_NAMES, digits_task, render
-from pretrain.data.manifest import Shard
+from pretrain.data.manifest import Shard, load_manifest
 from pretrain.distributed import free_port
 from pretrain.errors import UserError
 
@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=80_000, help="characters to generate (default 80000)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to configs/demo.yaml")
     arguments = parser.parse_intermixed_args()
-    began, out = time.monotonic(), arguments.out
+    if any(override.startswith(("name=", "output=")) for override in arguments.overrides):
+        raise UserError("name= and output= are the demo's own; give --out for another place")
+    began, out = time.monotonic(), arguments.out.resolve()  # the commands below run in the repository
     _step(1, f"data: {arguments.images:,} printed characters, and real handwriting")
     _make_characters(out / "characters", arguments.images)
     _make_digits(out)
@@ -66,6 +68,10 @@ def main() -> None:
 
 def _make_characters(out: Path, count: int) -> None:
     if (out / "manifest.json").exists():  # written last, so complete
+        if (found := load_manifest(out).num_samples) != count:
+            raise UserError(
+                f"{out}: holds {found} characters, --images says {count}; remove it, or choose another --out"
+            )
         return
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

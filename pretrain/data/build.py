@@ -52,7 +52,7 @@ class Item(NamedTuple):
 
 def folder_items(root: Path) -> tuple[list[Item], list[str]]:
     """Returns the images of root/CLASS/**/*, and the class names: the folders' names in sorted order."""
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     items = [
         Item(path.read_bytes, _ending(path.name), label, str(path))
         for label, name in enumerate(classes)
@@ -263,7 +263,9 @@ def index_tar(path: Path) -> Shard:
                     endings = set()
                 endings.add(ending)
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-    except (tarfile.TarError, OSError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a readable tar ({error})") from None
     _check_members(path, keys, endings)
     _check_end(path, end)

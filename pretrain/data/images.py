@@ -19,6 +19,7 @@ from pretrain.data.reader import BadSample
 
 MAX_PIXELS = 50_000_000  # a larger image is refused by its header: 172 kB of PNG can decode to gigabytes
 _FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow knows 40 more, and runs Ghostscript for one
+MAX_ASPECT = 100  # longer / shorter side
 _TRIES = 10  # of RandomResizedCrop, as in torchvision
 
 
@@ -34,6 +35,10 @@ def decode(data: bytes) -> torch.Tensor:
                 width, height = header.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("decode", _reason(error)) from None
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample(
+            "decode", f"{width} x {height} pixels: no picture, and gigabytes once its shorter side is resized"
+        )
     if width * height > MAX_PIXELS:
         raise BadSample("decode", f"{width} x {height} pixels")
     if data.startswith(b"\xff\xd8"):  # JPEG: torchvision takes 2/3 of Pillow's time. A damaged PNG can crash it

@@ -40,6 +40,7 @@ class Batch(NamedTuple):
     epoch: torch.Tensor  # int64 [slots]
     index: torch.Tensor  # int64 [slots]; -1 where a slot only fills up the micro-batch
     bad: list[BadRecord]
+    error: UserError | StorageError | None = None  # ends the run; handed on so that all ranks raise it together
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch with images, labels and mask on the device; epochs and indices stay on the host."""
@@ -59,27 +60,18 @@ class _TrainSteps(Dataset):
         self._manifest, self._order, self._plan, self._config = manifest, order, plan, config
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
 
-    def __getitem__(self, step: int) -> Batch | Exception:
-        return _batch_or_error(self._batch, step)
-
-    def _batch(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch:
         epochs, indices = self._order.samples(step)
         mine = share(len(indices), self._rank, self._world_size)
         batch = _empty_batch(self._plan.micro_batch * self._plan.accumulation, self._config.model.image_size)
-        for slot, (epoch, index) in enumerate(zip(epochs[mine].tolist(), indices[mine].tolist())):
-            key = (self._config.seed, self._manifest.name, epoch, index)
-            batch.epoch[slot], batch.index[slot] = epoch, index
-            self._fill(batch, slot, epoch, index, key)
-        return batch
+        batch.epoch[: len(mine)] = torch.from_numpy(epochs[mine])
+        batch.index[: len(mine)] = torch.from_numpy(indices[mine])
 
-    def _fill(self, batch: Batch, slot: int, epoch: int, index: int, key: tuple) -> None:
-        try:
-            image, label = _read(self._manifest, index)
-        except BadSample as bad:
-            batch.bad.append(_record(self._manifest, epoch, index, bad))
-            return
-        batch.images[slot] = train_image(image, self._config.model.image_size, self._config.data, *key)
-        batch.labels[slot], batch.valid[slot] = label, True
+        def crop(image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+            key = (self._config.seed, self._manifest.name, epoch, index)
+            return train_image(image, self._config.model.image_size, self._config.data, *key)
+
+        return _filled(batch, self._manifest, crop)
 
 
 class _EvalBatches(Dataset):
@@ -88,39 +80,41 @@ class _EvalBatches(Dataset):
     def __init__(
         self, manifest: Manifest, indices: np.ndarray, batch_size: int, image_size: int, config: DataConfig
     ) -> None:
-        self._manifest, self._image_size, self._config = manifest, image_size, config
+        self._manifest, self._batch_size, self._image_size, self._config = manifest, batch_size, image_size, config
         mine = indices[distributed.rank() :: distributed.world_size()]
         # Equal numbers of batches on all ranks: each forward pass is a collective under ZeRO-3.
-        self._num_batches = -(-len(indices) // (distributed.world_size() * batch_size))
-        self._parts = [mine[i * batch_size : (i + 1) * batch_size] for i in range(self._num_batches)]
-        self._batch_size = batch_size
+        num_batches = -(-len(indices) // (distributed.world_size() * batch_size))
+        self._parts = [mine[i * batch_size : (i + 1) * batch_size] for i in range(num_batches)]
 
     def __len__(self) -> int:
-        return self._num_batches
+        return len(self._parts)
 
-    def __getitem__(self, number: int) -> Batch | Exception:
-        return _batch_or_error(self._batch, number)
-
-    def _batch(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> Batch:
         batch = _empty_batch(self._batch_size, self._image_size)
-        for slot, index in enumerate(self._parts[number].tolist()):
-            batch.index[slot] = index
-            try:
-                image, label = _read(self._manifest, index)
-            except BadSample as bad:
-                batch.bad.append(_record(self._manifest, 0, index, bad))
-                continue
-            batch.images[slot] = eval_image(image, self._image_size, self._config)
+        batch.index[: len(self._parts[number])] = torch.from_numpy(self._parts[number])
+        return _filled(batch, self._manifest, lambda image, *_: eval_image(image, self._image_size, self._config))
+
+
+def _filled(batch: Batch, manifest: Manifest, crop: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Batch:
+    """Reads the samples that a batch's indices name into its slots; `crop` gets an image, its epoch and its index.
+
+    A bad sample leaves its slot masked, and a record. An error that ends the run is handed on in the batch.
+    """
+    for slot, (epoch, index) in enumerate(zip(batch.epoch.tolist(), batch.index.tolist())):
+        if index < 0:
+            continue
+        try:
+            raw = read_sample(manifest, index)
+            image, label = decode(raw.image), parse_label(raw.label, manifest.num_classes)
+        except BadSample as bad:
+            shard, _ = manifest.locate(index)
+            batch.bad.append(BadRecord(epoch, index, shard.path.name, bad.reason, str(bad)))
+        except (UserError, StorageError) as error:
+            return batch._replace(error=error)
+        else:
+            batch.images[slot] = crop(image, epoch, index)
             batch.labels[slot], batch.valid[slot] = label, True
-        return batch
-
-
-def _batch_or_error(make_batch: Callable[[int], Batch], number: int) -> Batch | Exception:
-    """Returns a batch, or the error whose message is for the user: DataLoader would wrap it in a worker's traceback."""
-    try:
-        return make_batch(number)
-    except (StorageError, UserError) as error:
-        return error
+    return batch
 
 
 def _empty_batch(slots: int, image_size: int) -> Batch:
@@ -129,22 +123,12 @@ def _empty_batch(slots: int, image_size: int) -> Batch:
     return Batch(images, zeros, torch.zeros(slots, dtype=torch.bool), zeros.clone(), unused, [])
 
 
-def _read(manifest: Manifest, index: int) -> tuple[torch.Tensor, int]:
-    """Returns a decoded image, uint8 [3, height, width], and its label."""
-    raw = read_sample(manifest, index)
-    return decode(raw.image), parse_label(raw.label, manifest.num_classes)
-
-
-def _record(manifest: Manifest, epoch: int, index: int, bad: BadSample) -> BadRecord:
-    return BadRecord(epoch, index, manifest.locate(index)[0].path.name, bad.reason, str(bad))
-
-
 def train_batches(
     manifest: Manifest, order: Order, plan: BatchPlan, config: Config, start_step: int
 ) -> Iterator[Batch]:
     """Yields this rank's share, accumulation * micro_batch slots, of the steps start_step .. total_steps - 1."""
     steps = _TrainSteps(manifest, order, plan, config)
-    return _batches(_prepared(steps, range(start_step, config.total_steps), config.data))
+    return _prepared(steps, range(start_step, config.total_steps), config.data)
 
 
 def eval_batches(
@@ -155,20 +139,10 @@ def eval_batches(
     The last batch, and ranks with fewer samples, are filled up with masked slots: each sample is seen exactly once.
     """
     batches = _EvalBatches(manifest, indices, batch_size, image_size, config)
-    return _batches(_prepared(batches, range(len(batches)), config))
+    return _prepared(batches, range(len(batches)), config)
 
 
-def _batches(items: Iterator[Batch | Exception]) -> Iterator[Batch]:
-    for item in items:
-        if isinstance(item, Exception):
-            try:
-                raise item
-            finally:
-                del item, items  # else the error holds this frame, the frame the workers, and the process never ends
-        yield item
-
-
-def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Any]:
+def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Batch]:
     """Returns an iterator over the dataset's items; worker processes prepare them ahead from now on."""
     loader = DataLoader(
         dataset,
@@ -177,7 +151,7 @@ def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[An
         collate_fn=_as_is,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=distributed.has_gpu(),
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader draws a seed; from the global generator it would shift dropout's
         # Not the default from Python 3.14 on, which imports torch anew for each iterator; workers never touch the GPU.

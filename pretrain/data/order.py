@@ -17,7 +17,7 @@ def words(count: int, *parts: object) -> np.ndarray:
 
     Raw words only: library shuffles may change between releases, and a resumed run must not.
     """
-    digest = blake2b("/".join(str(part) for part in parts).encode("ascii"), digest_size=16).digest()
+    digest = blake2b("/".join(str(part) for part in parts).encode(), digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(count)
 
 

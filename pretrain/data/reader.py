@@ -86,7 +86,7 @@ def _expands(data: bytes) -> bool:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             return any(member.issparse() for member in tar)  # also those that PAX headers describe
-    except (tarfile.TarError, ValueError):
+    except Exception:  # tarfile raises many types on damaged headers
         return False  # not readable at all
 
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 from pretrain import distributed
-from pretrain.data.loader import Batch
+from pretrain.data.loader import REASONS, Batch, count_reasons
 from pretrain.errors import UserError
+from pretrain.log import warn
 from pretrain.losses import num_correct, per_image_loss
 
 
@@ -17,6 +18,12 @@ class Score(NamedTuple):
     metric: str
     value: float
     n: int  # images it was measured on
+
+
+def _warn_of_bad(counts: list[float]) -> None:
+    if any(counts) and distributed.is_main():
+        told = ", ".join(f"{count:.0f} {reason}" for reason, count in zip(REASONS, counts) if count)
+        warn(f"validation: {sum(counts):.0f} images could not be used and are not scored ({told})")
 
 
 class EvaluationStopped(Exception):
@@ -38,14 +45,18 @@ def classification_scores(
     read.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    bad = torch.zeros(len(REASONS), dtype=torch.float64)
     for batch in batches:
+        distributed.raise_together(batch.error)
         if stop_agreed():
             raise EvaluationStopped
+        bad += count_reasons(batch.bad)
         batch = batch.to(device)
         logits = predict(batch.images)
         losses = torch.where(batch.valid, per_image_loss(logits, batch.labels, loss), 0.0)
         top = [num_correct(logits, batch.labels, batch.valid, top=k) for k in (1, 5)]
         sums += torch.stack([losses.sum(), *top, batch.valid.sum()])
+    _warn_of_bad(distributed.add_up(bad).tolist())
     total_loss, top1, top5, n = distributed.add_up(sums).tolist()
     if not n:
         raise UserError("no image of the validation set could be read")

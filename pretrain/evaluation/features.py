@@ -62,6 +62,7 @@ def extract_features(
     options = {"batch_size": batch_size, "image_size": image_size, "config": config}
     parts: list[tuple[np.ndarray, ...]] = []
     for batch in eval_batches(manifest, indices, **options):
+        distributed.raise_together(batch.error)
         values = extract(batch.images.to(device)).float().cpu()
         parts.append(tuple(t[batch.valid].numpy() for t in (batch.index, values, batch.labels)))
         progress(min(manifest.num_samples, batch_size * distributed.world_size()))

@@ -1,0 +1,32 @@
+"""What `make demo` runs, in small: data, training on two ranks, conversion, evaluation, report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_demo_from_data_to_report(tmp_path: Path) -> None:
+    """Every step ends well, from another folder too, and prints where the table, the curves and the weights are."""
+    small = ["--images", "600", "total_steps=4", "optim.warmup_steps=1", "data.held_out=100"]
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--out", "out", *small]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "out" / "runs" / "demo"
+    paths = [
+        run / "evaluation" / "results.md",
+        tmp_path / "out" / "report" / "curves.png",
+        tmp_path / "out" / "weights",
+    ]
+    assert all(path.exists() and str(path) in result.stdout for path in paths)
+    rows = json.loads((run / "evaluation" / "results.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"trained", "random weights", "raw pixels"}
+    assert {row["n"] for row in rows} == {1000}
+    pixels = next(row["value"] for row in rows if (row["model"], row["metric"]) == ("raw pixels", "10-shot"))
+    assert pixels > 0.8, "raw pixels of real handwriting: known beforehand"

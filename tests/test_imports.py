@@ -1,0 +1,103 @@
+"""Imports point one way: each module knows only what lies below it, so that it can be read and tested on its own."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the ground up. A module imports from lower rows; modules of one folder may import each other.
+LAYERS = (
+    {"errors"},
+    {"config", "distributed"},
+    {"log"},
+    {"cli", "losses", "optim", "checkpoint"},
+    {"data", "models"},
+    {"run"},
+    {"engine"},
+    {"evaluation"},
+    {"train"},
+    {"report"},
+    {"launch", "tools"},
+)
+
+
+def group(path: Path) -> str:
+    """The module's name in LAYERS: its folder inside the package, launch, tools, or its own name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "pretrain" else parts[0]
+
+
+def imported_groups(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yields the groups of this project that a module imports, at its top or inside a function, with line numbers."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            # `from pretrain import log` names the module behind the import, `from pretrain.log import x` before it.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "pretrain" and len(parts) > 1 and parts[1] != "__version__":
+                yield parts[1], node.lineno
+            elif parts[0] in ("launch", "tools"):
+                yield parts[0], node.lineno
+
+
+def layer(name: str) -> int:
+    """The row of LAYERS."""
+    rows = [row for row, names in enumerate(LAYERS) if name in names]
+    assert rows, f"{name} is not in LAYERS; say there what it may know"
+    return rows[0]
+
+
+def offences(path: Path, source: str) -> list[str]:
+    """The imports of a module that do not point downwards."""
+    own = group(path)
+    return [
+        f"{path.relative_to(ROOT)}:{line}: {own} must not import {other}"
+        for other, line in imported_groups(ast.parse(source))
+        if not (layer(other) < layer(own) or other == own in ("data", "models", "evaluation"))
+    ]
+
+
+def modules() -> list[Path]:
+    """Every Python file of the package and of the command lines."""
+    found = [path for folder in ("pretrain", "launch", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for path in found if path != ROOT / "pretrain" / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path) -> None:
+    """No module imports what lies above or beside it; imports inside functions count too."""
+    assert offences(path, path.read_text()) == []
+
+
+def test_an_import_upwards_is_found() -> None:
+    """The check itself: each kind of import statement that points up or sideways is named with its line."""
+    config, optim = ROOT / "pretrain" / "config.py", ROOT / "pretrain" / "optim.py"
+    for text in (
+        "import pretrain.log",
+        "from pretrain import log",
+        "from pretrain.log import warn",
+        "def f():\n    from pretrain.log import warn",
+        "if x:\n    import pretrain.log as log",
+    ):
+        assert offences(config, text) == [f"pretrain/config.py:{1 + text.count(chr(10))}: config must not import log"]
+    assert offences(optim, "from pretrain.log import warn\nfrom pretrain.config import OptimConfig") == []
+    assert offences(optim, "import pretrain.losses") == ["pretrain/optim.py:1: optim must not import losses"]
+    loader = ROOT / "pretrain" / "data" / "loader.py"
+    assert offences(loader, "from pretrain.data.order import share\nimport torch") == []
+    assert offences(loader, "from pretrain.models.vit import x") == [
+        "pretrain/data/loader.py:1: data must not import models"
+    ]
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    """`import pretrain` costs nothing and cannot be part of a circle."""
+    tree = ast.parse((ROOT / "pretrain" / "__init__.py").read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
