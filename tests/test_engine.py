@@ -200,6 +200,11 @@ def test_slices_fit_any_layout(source: tuple, target: tuple, saved: dict, shards
     compare(losses, expected, 1e-6 if precision == "fp32" else 1e-3)
 
 
+def with_gradient(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Leaves key biases out: their gradient is zero but for rounding, which Adam scales to full steps."""
+    return torch.cat([tensor[:32], tensor[64:]]) if name.endswith("qkv.bias") else tensor
+
+
 def test_checkpoint_holds_what_the_ranks_held(saved: dict) -> None:
     """Every tensor is complete in every checkpoint, and weights and moments agree between stages and world sizes."""
     first = CheckpointReader(saved[1, 2, "fp32"][0])
@@ -208,7 +213,8 @@ def test_checkpoint_holds_what_the_ranks_held(saved: dict) -> None:
         for kind in ("weights", "optimizer"):
             assert first.shapes(kind) == other.shapes(kind)
             for name in first.shapes(kind):
-                torch.testing.assert_close(first.tensor(name, kind), other.tensor(name, kind), rtol=1e-3, atol=2e-6)
+                ours, theirs = (with_gradient(name, reader.tensor(name, kind)) for reader in (first, other))
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-6)
     moments = {name: float(first.tensor(name, "optimizer").abs().max()) for name in first.shapes("optimizer")}
     assert all(value > 0 for value in moments.values()), moments
 
