@@ -17,10 +17,14 @@ def test_file_map_is_complete() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    """Every relative link of README and docs names a file that exists."""
+    """Every relative link of README and docs names a file that exists, and a heading that the file has."""
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        for target, heading in re.findall(r"\]\(([^)#:]+)(?:#([^)]*))?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+            found = re.findall(r"^#+ (.*)$", (page.parent / target).read_text(), flags=re.MULTILINE)
+            assert not heading or heading in {name.lower().replace(" ", "-") for name in found}, (
+                f"{page.name}: {heading}"
+            )
 
 
 def test_configs_have_their_first_page() -> None:
