@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check format install lock preflight clean
+.PHONY: demo test test-all check coverage format install lock preflight clean
 
 demo: install
 	$(BIN)/python tools/demo.py
@@ -14,6 +14,9 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -q
+
+coverage: install
+	$(BIN)/python -m pytest -m "not slow" -q --cov --cov-report=term-missing:skip-covered
 
 check: install
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config
+from tiny import changed, tiny_config
 from torch import nn
 from weights_on_disk import load_tool, one_line_error, randomised, run_tool, save_run
 
@@ -93,6 +93,7 @@ def test_converted_folders_load_in_timm_in_a_fresh_process_with_the_same_logits(
 def test_run_checkpoint_and_converted_folder_give_the_same_model(variant: str, tmp_path: Path) -> None:
     """Bit for bit the logits of the model that was saved, in evaluation mode; the same classes and preprocessing."""
     config = tiny_config(tmp_path, tmp_path, model=vars(model_config(VARIANTS[variant])), data__eval_crop=0.9)
+    config = changed(config, loss="sigmoid")
     model = save_run(config, NAMES)
     run = tmp_path / "tiny"
     write_timm_folder(read_weights(run), tmp_path / "converted")
@@ -101,7 +102,7 @@ def test_run_checkpoint_and_converted_folder_give_the_same_model(variant: str, t
         loaded, weights = load_model(path), read_weights(path)
         assert not loaded.training and torch.equal(loaded(x), model(x))
         assert (weights.model, weights.num_classes, list(weights.class_names)) == (config.model, 3, NAMES)
-        assert (weights.eval_crop, weights.interpolation) == (0.9, "bicubic")
+        assert (weights.eval_crop, weights.interpolation, weights.loss) == (0.9, "bicubic", "sigmoid")
 
 
 def test_a_converted_folder_is_readable_by_others(tmp_path: Path) -> None:

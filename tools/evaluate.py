@@ -31,7 +31,7 @@ from pretrain.evaluation.features import extract_features, pre_logits, raw_pixel
 from pretrain.evaluation.fewshot import L2, SEEDS, SHOTS, fewshot
 from pretrain.log import warn
 from pretrain.models.build import build_model
-from pretrain.models.weights import Weights, checkpoint_config, load_tensors, read_weights
+from pretrain.models.weights import Weights, load_tensors, read_weights
 from pretrain.run import versions
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--baselines", action="store_true", help="few-shot also with random weights and with raw pixels as features"
     )
-    parser.add_argument("--loss", choices=["softmax", "sigmoid"], help="default: the run's; softmax for others")
+    parser.add_argument("--loss", choices=["softmax", "sigmoid"], help="default: the one it was trained with")
     parser.add_argument("--batch-size", type=int, default=256, help="images per rank and forward pass (default 256)")
     parser.add_argument("--workers", type=int, help="loader processes per rank (default: up to 4, as cores allow)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the results (default: WEIGHTS/evaluation)")
@@ -114,7 +114,7 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device) -> tuple[list
         workers=arguments.workers,
     )
     options = {"batch_size": arguments.batch_size, "image_size": weights.model.image_size, "config": config}
-    loss = arguments.loss or _loss_of(weights.source)
+    loss = arguments.loss or weights.loss
     rows = _classify(model, val, loss, device, options) if val else []
     if few:
         rows += _few_shot(arguments, weights, model, few, device, options)
@@ -152,11 +152,6 @@ def _check_classes(weights: Weights, val: Manifest | None, few: list[Manifest]) 
             f"--fewshot: {few[0].path} ({few[0].num_classes} classes) and {few[1].path} ({few[1].num_classes} classes) "
             "must have the same classes under the same names"
         )
-
-
-def _loss_of(source: Path) -> str:
-    """A converted folder does not say with which loss it was trained."""
-    return checkpoint_config(source).loss if (source / "state.json").is_file() else "softmax"
 
 
 def _classify(model: nn.Module, val: Manifest, loss: str, device: torch.device, options: dict[str, Any]) -> list[Row]:

@@ -33,6 +33,7 @@ class Weights:
     class_names: tuple[str, ...]  # empty when unknown
     eval_crop: float  # as in DataConfig
     interpolation: str  # as in DataConfig
+    loss: str = "softmax"  # with which it was trained
 
 
 def load_model(path: Path | str) -> nn.Module:
@@ -106,6 +107,7 @@ def _read_checkpoint(path: Path) -> Weights:
             class_names=tuple(state["class_names"]),
             eval_crop=config.data.eval_crop,
             interpolation=config.data.interpolation,
+            loss=config.loss,
         )
 
 
@@ -136,10 +138,10 @@ def _read_timm_folder(path: Path) -> Weights:
         if problems := list(model.problems()):
             raise UserError(f"{path}/config.json: {'; '.join(problems)}")
         num_classes, class_names = int(values["num_classes"]), tuple(values.get("label_names", ()))
-        eval_crop, interpolation = float(ours["eval_crop"]), ours["interpolation"]
+        use = float(ours["eval_crop"]), str(ours["interpolation"]), str(ours["loss"])
     with _readable(path / "model.safetensors"):
         tensors = _without_fixed_positions(load_file(path / "model.safetensors"), model)
-    return Weights(path, model, tensors, num_classes, class_names, eval_crop, interpolation)
+    return Weights(path, model, tensors, num_classes, class_names, *use)
 
 
 def write_timm_folder(weights: Weights, out: Path) -> None:
@@ -180,7 +182,12 @@ def _timm_config(weights: Weights) -> dict[str, Any]:
             "num_classes": weights.num_classes,
             **({"first_conv": "patch_embed.proj", "classifier": "head"} if vit else {}),
         },
-        OURS: {"model": asdict(config), "eval_crop": weights.eval_crop, "interpolation": weights.interpolation},
+        OURS: {
+            "model": asdict(config),
+            "eval_crop": weights.eval_crop,
+            "interpolation": weights.interpolation,
+            "loss": weights.loss,
+        },
     }
     if vit:
         values |= {"num_features": config.shape.width, "global_pool": values["model_args"]["global_pool"]}
