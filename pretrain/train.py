@@ -82,6 +82,7 @@ def train(config: Config) -> None:
         refuse_changes(checkpoint, config, data.train)
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
+        distributed.stop()
         return
     engine = _build_engine(config, data, device, from_scratch=checkpoint is None)
     state = _resume(engine, checkpoint, config) if checkpoint else _start(config)
@@ -106,6 +107,7 @@ def _loop(
     meter = Meter(config, data.num_classes, state, engine.device)
     journal = Journal(config.output / config.name, config)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
+    state.validation_due &= data.val is not None  # evaluation may have been switched off since
     if state.validation_due:  # a stop cut it short
         if _validate(config, data, engine, state, log, stop):
             return

@@ -324,6 +324,10 @@ def test_a_validation_cut_short_is_made_up_for(shards: Path, tmp_path: Path) -> 
     config = tiny_config(shards, tmp_path, data__held_out=23, evaluation__every_steps=20)
     run_ranks(stop_in_validation, 2, config)
     assert not (tmp_path / "tiny" / "DONE").exists()
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    without = changed(config, output=str(tmp_path / "copy"), evaluation__every_steps=0)
+    run_ranks(finish, 2, without)
+    assert json.loads((tmp_path / "copy" / "tiny" / "DONE").read_text()) == {"step": 20}
     run_ranks(finish, 2, config)
     done = json.loads((tmp_path / "tiny" / "DONE").read_text())
     path = newest_valid(tmp_path / "tiny" / "checkpoints")
