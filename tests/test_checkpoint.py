@@ -113,7 +113,7 @@ def _kill_during_saving(folder: Path, kills: int, seed: int) -> None:
         assert path == step_folders(folder)[0], "the newest one is unreadable"
         assert checkpoints.step_of(path) >= published
         expect_whole(path, elements)
-    assert interrupted > kills // 5, f"only {interrupted} of {kills} kills hit a save"
+    assert interrupted >= kills // 5, f"only {interrupted} of {kills} kills hit a save"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
