@@ -131,7 +131,7 @@ def _publish(
     _fsync(temporary / ".MANIFEST.json")
     os.replace(temporary / ".MANIFEST.json", temporary / "MANIFEST.json")
     _fsync(temporary)
-    if published.exists():  # a damaged one of the same step, which was not used
+    if published.exists():  # of the same step: damaged and not used, or saved before its validation was made up for
         os.replace(published, published.with_name(f".trash-{published.name}"))
     os.replace(temporary, published)
     _fsync(published.parent)

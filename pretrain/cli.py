@@ -69,9 +69,8 @@ def _say(message: str, code: int) -> int:
 
 
 def _rank() -> int:
-    return int(
-        os.environ.get("RANK", 0)
-    )  # not by pretrain.distributed: it imports torch, and a wrong key is told at once
+    # Not by pretrain.distributed: it imports torch, and a wrong key is told at once.
+    return int(os.environ.get("RANK", 0))
 
 
 def _leave(code: int) -> None:

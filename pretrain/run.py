@@ -97,7 +97,7 @@ def mark_done(folder: Path, step: int, metrics: dict[str, float]) -> None:
         os.replace(temporary, folder / "DONE")
 
 
-def fingerprint(config: Config, train_set: Manifest) -> dict[str, Any]:
+def fingerprint(train_set: Manifest) -> dict[str, Any]:
     """Returns what decides the order of samples and their pixels, as a checkpoint's state.json holds it."""
     return {
         "format": "pretrain-data-state",
@@ -109,7 +109,7 @@ def fingerprint(config: Config, train_set: Manifest) -> dict[str, Any]:
 
 def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest) -> None:
     """Raises ConfigError, naming each difference, when `checkpoint` belongs to a run with other settings or data."""
-    saved, data = read_state(checkpoint), fingerprint(config, train_set)
+    saved, data = read_state(checkpoint), fingerprint(train_set)
     differences = resume_differences(saved["config"], config)
     for key, value in data["order"].items():
         if saved["data"]["order"].get(key) != value:

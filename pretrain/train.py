@@ -395,7 +395,7 @@ def _save(
         "train": asdict(state),
         "metrics": state.metrics,
         "engine": engine.state(),
-        "data": fingerprint(config, data.train),
+        "data": fingerprint(data.train),
         "config": config_to_dict(config),
         "num_classes": data.num_classes,
         "class_names": list(data.train.class_names),

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from webdataset.writer import TarWriter
@@ -121,40 +121,44 @@ def build(
     for number in range(-(-len(items) // samples_per_shard)):
         chosen = plan[number * samples_per_shard : (number + 1) * samples_per_shard]
         path = out / f"{out.name}-{number:06d}.tar"
-        temporary = path.with_name(f".tmp-{path.name}")
-        dropped += _write_tar(temporary, number, [items[i] for i in chosen], progress)
-        os.replace(temporary, path)
-        shard = index_tar(path)
+        shard, left_out = _write_shard(path, number, [items[i] for i in chosen], progress)
+        dropped += left_out
         if shard.num_samples:
             shards.append(shard)
     if not shards:
         raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
     num_classes = len(classes) or 1 + max(item.label for item in items)
-    return _finish(
-        out, shards, num_classes, classes, dropped, {"scope": "global", "seed": seed, "method": "permutation"}
-    )
+    return _finish(out, shards, num_classes, classes, dropped, _shuffled(seed))
 
 
 def write_samples(samples: Iterable[tuple[bytes, int]], ending: str, path: Path, number: int) -> Shard:
     """Writes encoded images and labels as shard `number`, in the given order, and returns it with its index written."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    _write_tar(
-        temporary,
-        number,
-        (Item(partial(bytes, image), ending, label, "") for image, label in samples),
-        lambda _: None,
-        check=False,
-    )
-    os.replace(temporary, path)
-    return index_tar(path)
+    items = (Item(partial(bytes, image), ending, label, "") for image, label in samples)
+    shard, _ = _write_shard(path, number, items, lambda _: None, check=False)
+    return shard
 
 
 def finish_manifest(out: Path, shards: list[Shard], classes: Sequence[str], seed: int) -> Path:
     """Writes classes.json and the manifest of shards written by `write_samples`, in shuffled order."""
-    return _finish(out, shards, len(classes), classes, [], {"scope": "global", "seed": seed, "method": "permutation"})
+    return _finish(out, shards, len(classes), classes, [], _shuffled(seed))
 
 
-def _write_tar(path: Path, number: int, items: Iterable[Item], progress: Progress, check: bool = True) -> list[str]:
+def _shuffled(seed: int) -> dict[str, Any]:
+    """What the manifest says of samples that lie in random order over all shards."""
+    return {"scope": "global", "seed": seed, "method": "permutation"}
+
+
+def _write_shard(
+    path: Path, number: int, items: Iterable[Item], progress: Progress, check: bool = True
+) -> tuple[Shard, list[str]]:
+    """Writes a tar and its index, and returns the shard and what was left out, with the reason."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    dropped = _write_tar(temporary, number, items, progress, check)
+    os.replace(temporary, path)
+    return index_tar(path), dropped
+
+
+def _write_tar(path: Path, number: int, items: Iterable[Item], progress: Progress, check: bool) -> list[str]:
     """Writes a tar and returns what was left out, with the reason."""
     dropped = []
     with path.open("wb") as stream:
