@@ -27,7 +27,8 @@ class VitShape(NamedTuple):
     heads: int
 
 
-# ViT paper, Table 1; Ti, S, M, So400m, g, G from google-research/big_vision models/vit.py (Scaling ViT, Table 2).
+# ViT paper, Table 1; Ti, S, M, So400m, g, G, e from google-research/big_vision models/vit.py (Scaling ViT, T. 2); 22B:
+# the plain shape of that width, not the parallel blocks of its paper.
 VIT_SHAPES = {
     "Ti": VitShape(192, 12, 768, 3),
     "S": VitShape(384, 12, 1536, 6),
@@ -38,25 +39,99 @@ VIT_SHAPES = {
     "H": VitShape(1280, 32, 5120, 16),
     "g": VitShape(1408, 40, 6144, 16),
     "G": VitShape(1664, 48, 8192, 16),
+    "e": VitShape(1792, 56, 15360, 16),
+    "22B": VitShape(6144, 48, 24576, 48),
 }
+
+# Hybrids: the Transformer, and the ResNet units per stage by patch_size. Stage 4 of a /16 gives its units to stage 3
+# (ViT paper, B.1.1). The files published as R+Ti/16 have tokens of 32 pixels: a stem of stride 4 and 8x8 patches.
+HYBRIDS: dict[str, tuple[str, dict[int, list[int]]]] = {
+    "R+Ti": ("Ti", {32: []}),
+    "R26+S": ("S", {32: [2, 2, 2, 2], 16: [2, 2, 4]}),
+    "R26+B": ("B", {32: [2, 2, 2, 2], 16: [2, 2, 4]}),
+    "R50+B": ("B", {32: [3, 4, 6, 3], 16: [3, 4, 9]}),
+    "R50+L": ("L", {32: [3, 4, 6, 3], 16: [3, 4, 9]}),
+}
+
+TIMM_SIZES = {
+    "tiny": "Ti",
+    "small": "S",
+    "medium": "M",
+    "base": "B",
+    "large": "L",
+    "so400m": "So400m",
+    "huge": "H",
+    "giant": "g",
+    "gigantic": "G",
+}
+TIMM_HYBRIDS = {
+    "vit_tiny_r_s16_p8": ("R+Ti", 32),
+    "vit_small_r26_s32": ("R26+S", 32),
+    "vit_base_r26_s32": ("R26+B", 32),
+    "vit_base_r50_s16": ("R50+B", 16),
+    "vit_large_r50_s32": ("R50+L", 32),
+}
+
+
+class NamedModel(NamedTuple):
+    """What a name of timm's or Google's says."""
+
+    name: str
+    patch_size: int
+    image_size: int | None
+
+
+def named_model(name: str) -> NamedModel | None:
+    """Returns what `vit_base_patch16_384`, `vit_base_r50_s16_224`, `B/16`, `ViT-B_16` or `R50+ViT-B_16` mean, or None.
+
+    Only the shape: the activation, the pooling and the rest are this config's own settings.
+    """
+    plain = name.partition(".")[0]  # vit_base_patch16_224.augreg_in21k: the tag names weights
+    if match := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_(\d+)", plain):
+        if match[1] in TIMM_SIZES:
+            return NamedModel(TIMM_SIZES[match[1]], int(match[2]), int(match[3]))
+    if match := re.fullmatch(r"(vit_[a-z]+_r\d*_s\d+(?:_p8)?)_(\d+)", plain):
+        if match[1] in TIMM_HYBRIDS:
+            return NamedModel(*TIMM_HYBRIDS[match[1]], int(match[2]))
+    if match := re.fullmatch(r"(?:(R\d*)[+_])?(?:ViT-)?([A-Za-z0-9]+)[/_](\d+)", name):
+        full = f"{match[1]}+{match[2]}" if match[1] else match[2]
+        if full in VIT_SHAPES or full in HYBRIDS:
+            return NamedModel(full, 32 if full == "R+Ti" else int(match[3]), None)
+    return None
 
 
 @dataclass
 class ModelConfig:
-    name: str = MISSING  # Ti S M B L So400m H g G, or timm:NAME for any model that timm can build
+    name: str = MISSING  # Ti S M B L So400m H g G e 22B, a hybrid as R50+B, a name as B/16 or timm's, or timm:NAME
     image_size: int = 224  # height and width of the model's input, pixels
-    patch_size: int = 16  # pixels per side of a patch; must divide image_size
+    patch_size: int = 16  # pixels of the input per side of a token; must divide image_size
     width: int | None = None  # channels of a token; null: the named size's
     depth: int | None = None  # number of blocks; null: the named size's
     mlp_dim: int | None = None  # hidden channels of a block's MLP; null: the named size's
     heads: int | None = None  # attention heads; must divide width; null: the named size's
-    pooling: Literal["token", "gap"] = "token"  # class token (the paper), or the mean of all tokens after the last norm
-    positions: Literal["learned", "sincos2d"] = "learned"  # learned: the paper; sincos2d: "Better plain ViT baselines"
+    trunk: list[int] | None = None  # ResNet units per stage before the patches, []: its stem only; null: as named
+    trunk_width: int = 64  # channels of the trunk's stem, a multiple of 32
+    pooling: Literal["token", "gap", "map"] = "token"  # class token (the paper), mean of all tokens, or attention (MAP)
+    positions: Literal["none", "learned", "learned2d", "relative", "sincos2d"] = "learned"  # ViT paper, D.4
+    positions_at: Literal["stem", "every_layer", "shared"] = "stem"  # once; a table per block; one table at each block
+    class_position: bool = True  # learned positions have a row for the class token: the paper; false: big_vision
     gelu: Literal["tanh", "exact"] = "tanh"  # tanh: Google's code; exact: timm's default
+    representation_size: int | None = None  # units of the tanh layer before the head (paper: the width); null: none
     num_classes: int | None = None  # outputs of the head; null: as many as the training manifest has classes
     head_bias: float = 0.0  # initial bias of the head; -10 for ImageNet-21k and -6.9 for ImageNet with the sigmoid loss
     dropout: float = 0.0  # after each dense layer but q, k, v, and after the positions (paper, B.1)
     drop_path: float = 0.0  # stochastic depth: probability of the last block, rising linearly from 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.name, str) and (named := named_model(self.name)):
+            for key, said in (("patch_size", named.patch_size), ("image_size", named.image_size)):
+                if said is None or getattr(self, key) == said:
+                    continue
+                if key == "patch_size" and self.patch_size != ModelConfig.patch_size:
+                    raise ConfigError(f"model.patch_size is {self.patch_size}, but {self.name} has {said}; remove one")
+                if getattr(self, key) == getattr(ModelConfig, key):  # another image_size, when given, wins
+                    setattr(self, key, said)
+            self.name = named.name
 
     @property
     def timm_name(self) -> str | None:
@@ -66,34 +141,69 @@ class ModelConfig:
     @property
     def shape(self) -> VitShape:
         """The named size, with what width, depth, mlp_dim and heads override."""
-        named = VIT_SHAPES[self.name]
+        named = VIT_SHAPES[HYBRIDS[self.name][0] if self.name in HYBRIDS else self.name]
         return VitShape(*(named[i] if own is None else own for i, own in enumerate(self._own_shape())))
 
     def _own_shape(self) -> tuple[int | None, ...]:
         return self.width, self.depth, self.mlp_dim, self.heads
 
+    @property
+    def trunk_units(self) -> list[int] | None:
+        """Units of each ResNet stage of a hybrid, [] for its stem alone, None for a plain ViT."""
+        if self.trunk is not None or self.name not in HYBRIDS:
+            return self.trunk
+        return HYBRIDS[self.name][1].get(self.patch_size)
+
+    @property
+    def trunk_stride(self) -> int:
+        """Pixels per side of one position of the map that is cut into patches; 1 without a trunk."""
+        units = self.trunk_units
+        return 1 if units is None else 4 * 2 ** max(0, len(units) - 1)
+
     def problems(self) -> Iterator[str]:
         if self.timm_name is not None:
-            vit_only = ("patch_size", "width", "depth", "mlp_dim", "heads", "pooling", "positions", "gelu", "head_bias")
-            for name in vit_only:
-                if getattr(self, name) != getattr(ModelConfig, name):
-                    yield f"model.{name} has no effect on {self.name}; remove it"
-        elif self.name not in VIT_SHAPES:
-            hint = _hint(self.name, VIT_SHAPES)
-            yield f"model.name is {self.name!r}, expected one of {', '.join(VIT_SHAPES)} or timm:NAME.{hint}"
+            own = ("name", "image_size", "num_classes", "dropout", "drop_path")
+            for f in fields(self):
+                if f.name not in own and getattr(self, f.name) != f.default:
+                    yield f"model.{f.name} has no effect on {self.name}; remove it"
+        elif self.name not in VIT_SHAPES and self.name not in HYBRIDS:
+            hint = _hint(self.name, [*VIT_SHAPES, *HYBRIDS])
+            names = ", ".join([*VIT_SHAPES, *HYBRIDS])
+            yield f"model.name is {self.name!r}, expected one of {names}, a name as B/16 or timm's, or timm:NAME.{hint}"
         else:
-            if self.patch_size < 1 or self.image_size % self.patch_size:
-                yield f"model.image_size ({self.image_size}) is not a multiple of model.patch_size ({self.patch_size})"
-            if min(self.shape) < 1:
-                yield f"model: width, depth, mlp_dim and heads must be positive, they are {tuple(self.shape)}"
-            elif self.shape.width % self.shape.heads:
-                yield f"model.width ({self.shape.width}) is not a multiple of model.heads ({self.shape.heads})"
-            if self.positions == "sincos2d" and self.shape.width % 4:
-                yield f"model.width ({self.shape.width}) is not a multiple of 4, which positions=sincos2d needs"
+            yield from self._vit_problems()
         if self.num_classes is not None and self.num_classes < 1:
             yield f"model.num_classes is {self.num_classes}, expected at least 1"
         yield from _outside(self, "model", dropout=(0, 0.99), drop_path=(0, 0.99), image_size=(1, 4096))
         yield from _outside(self, "model", head_bias=(-1e3, 1e3))
+
+    def _vit_problems(self) -> Iterator[str]:
+        if self.patch_size < 1 or self.image_size % self.patch_size:
+            yield f"model.image_size ({self.image_size}) is not a multiple of model.patch_size ({self.patch_size})"
+        if min(self.shape) < 1:
+            yield f"model: width, depth, mlp_dim and heads must be positive, they are {tuple(self.shape)}"
+        elif self.shape.width % self.shape.heads:
+            yield f"model.width ({self.shape.width}) is not a multiple of model.heads ({self.shape.heads})"
+        if self.positions == "sincos2d" and (self.shape.width % 4 or self.shape.width < 8):
+            yield f"model.width ({self.shape.width}) is not a multiple of 4 from 8 on, which positions=sincos2d needs"
+        if self.positions == "learned2d" and self.shape.width % 2:
+            yield f"model.width ({self.shape.width}) is odd, which positions=learned2d cannot halve"
+        if self.positions_at != "stem" and self.positions not in ("learned", "learned2d"):
+            yield f"model.positions_at={self.positions_at} is for learned and learned2d, not for {self.positions}"
+        if self.representation_size is not None and self.representation_size < 1:
+            yield f"model.representation_size is {self.representation_size}, expected at least 1, or null for none"
+        if self.name in HYBRIDS and self.trunk is None and self.patch_size not in HYBRIDS[self.name][1]:
+            sizes = " or ".join(str(size) for size in HYBRIDS[self.name][1])
+            known_as = " (published as R+Ti/16, its tokens cover 32 pixels)" if self.name == "R+Ti" else ""
+            yield f"model.patch_size is {self.patch_size}, {self.name} has {sizes}{known_as}"
+        elif self.trunk_units is not None and self.patch_size % self.trunk_stride:
+            yield f"model.patch_size ({self.patch_size}) is not a multiple of the trunk's stride, {self.trunk_stride}"
+        if self.trunk is not None and any(units < 1 for units in self.trunk):
+            yield f"model.trunk is {self.trunk}, expected at least one unit per stage"
+        if self.trunk_width < 32 or self.trunk_width % 32:
+            yield f"model.trunk_width is {self.trunk_width}, expected a multiple of 32: GroupNorm has 32 groups"
+        if self.trunk_units is None and self.trunk_width != ModelConfig.trunk_width:
+            yield f"model.trunk_width ({self.trunk_width}) has no effect: {self.name} has no trunk; set model.trunk"
 
 
 @dataclass
@@ -102,11 +212,18 @@ class DataConfig:
     val: Path | None = None  # manifest of validation shards; null: the held-out samples, if any
     held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
     global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
-    crop_area: tuple[float, float] = (0.08, 1.0)  # RandomResizedCrop: share of the image's area
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # RandomResizedCrop: width / height
+    crop: Literal["random_resized", "inception"] = "random_resized"  # torchvision's, or TensorFlow's (the paper)
+    crop_area: tuple[float, float] = (0.08, 1.0)  # of a crop: share of the image's area; Google's code: 0.05 to 1
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # of a crop: width / height
     flip: float = 0.5  # probability of a horizontal flip; 0 for characters and other things that are not symmetric
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops and of evaluation; antialiased
-    eval_crop: float = 0.875  # evaluation: side of the central crop / shorter side of the resized image
+    randaugment_layers: int = 0  # operations of RandAugment per image; 0: none
+    randaugment_magnitude: float = 10.0  # of RandAugment's operations, in TensorFlow's scale of 0 to 10 and beyond
+    mixup: float = 0.0  # p of mixup's Beta(p, p), one draw per step; 0: none
+    cutmix: float = 0.0  # p of CutMix's Beta(p, p), one draw per step; with mixup too, a coin chooses; 0: none
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops and of evaluation=timm
+    antialias: bool = True  # when crops are made smaller; false: as Google's code
+    eval_transform: Literal["timm", "vit", "big_vision", "fewshot"] = "timm"  # of evaluation (docs/data.md)
+    eval_crop: float = 0.875  # evaluation: side of the central crop / side of the resized image; vit has no crop
     max_bad_fraction: float = 0.001  # stop when more of the samples seen cannot be used (from 10,000 seen, 100 bad)
     workers: int = 4  # loader processes per rank; 0 reads in the training process
     prefetch: int = 2  # steps that each loader process prepares ahead
@@ -124,28 +241,58 @@ class DataConfig:
             self, "data", global_batch=(1, 1 << 24), held_out=(0, 1 << 40), flip=(0, 1), eval_crop=(0.1, 1)
         )
         yield from _outside(self, "data", max_bad_fraction=(0, 1), workers=(0, 256), prefetch=(1, 256))
+        yield from _outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
+        yield from _outside(self, "data", mixup=(0, 1e3), cutmix=(0, 1e3))
 
 
 @dataclass
 class OptimConfig:
-    name: Literal["adamw"] = "adamw"  # elementwise optimizers only: ZeRO flattens tensors
+    name: Literal["adamw", "sgd", "lion"] = "adamw"  # elementwise optimizers only: ZeRO flattens tensors
     lr: float = MISSING  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.999)  # of Adam's two moments
-    eps: float = 1e-8  # added to the root of the second moment
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam's two moments; Lion: of its update and of its momentum
+    eps: float = 1e-8  # adamw: added to the root of the second moment
+    momentum: float = 0.9  # sgd: m = momentum * m + gradient
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"  # of the first moment; bf16: rounded as in big_vision
     weight_decay: float = 0.0  # torch's convention (times lr), on kernels only; big_vision's wd / lr (docs/training.md)
+    head_decay_multiplier: float = 1.0  # of the head's kernel: Scaling ViT decays it 100 times as much
     clip_norm: float = 1.0  # global gradient norm is clipped to this; 0: no clipping
-    schedule: Literal["cosine", "linear", "rsqrt"] = "cosine"  # decay after the warm-up
+    schedule: Literal["cosine", "linear", "rsqrt", "constant", "stair"] = "cosine"  # decay after the warm-up
     warmup_steps: int = 0  # the rate rises linearly from 0 in this many steps
+    cooldown_steps: int = 0  # the rate falls linearly to 0 in the last steps, whatever the schedule; constant: WSD
     end_lr: float = 0.0  # linear: the rate at the last step (vision_transformer uses 1e-5)
-    timescale_steps: int = 10_000  # rsqrt: base / sqrt(1 + (step - warmup_steps) / timescale_steps)
+    power: float = 1.0  # linear: of the remaining share, (1 - progress) ^ power
+    timescale_steps: int = 10_000  # rsqrt: lr / sqrt(1 + (max(step, warmup) + shift - warmup) / timescale)
+    shift_steps: int = 0  # rsqrt: see there; above 0 the peak is below lr
+    stair_steps: list[int] = field(default_factory=list)  # stair: from each of these steps on ...
+    stair_multipliers: list[float] = field(default_factory=list)  # ... the rate is lr times this
+    average_decay: float = 0.0  # Polyak average = decay * average + (1 - decay) * weights each step; 0: none
 
     def problems(self) -> Iterator[str]:
         yield from _outside(self, "optim", lr=(0, 1e3), eps=(0, 1), weight_decay=(0, 1e3), clip_norm=(0, 1e9))
         yield from _outside(self, "optim", warmup_steps=(0, 1 << 40), end_lr=(0, 1e3), timescale_steps=(1, 1 << 40))
-        if not all(0 <= beta < 1 for beta in self.betas):
-            yield f"optim.betas is {tuple(self.betas)}, expected two numbers in 0 <= beta < 1"
-        if self.end_lr and self.schedule != "linear":
-            yield f"optim.end_lr ({self.end_lr}) is used by the linear schedule only, optim.schedule is {self.schedule}"
+        yield from _outside(self, "optim", cooldown_steps=(0, 1 << 40), shift_steps=(0, 1 << 40), power=(0.01, 100))
+        yield from _outside(self, "optim", head_decay_multiplier=(0, 1e4), average_decay=(0, 0.9999999))
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
+            yield f"optim.betas is {tuple(self.betas)}, momentum {self.momentum}, expected numbers in 0 <= beta < 1"
+        used_by = {
+            "linear": ("end_lr", "power"),
+            "rsqrt": ("timescale_steps", "shift_steps"),
+            "stair": ("stair_steps", "stair_multipliers"),
+        }
+        defaults = OptimConfig(lr=0.0)
+        for schedule, names in used_by.items():
+            for name in names:
+                value = getattr(self, name)
+                if schedule != self.schedule and value != getattr(defaults, name):
+                    yield f"optim.{name} ({value}) is used by the {schedule} schedule only, not by {self.schedule}"
+        increasing = all(a < b for a, b in zip(self.stair_steps, self.stair_steps[1:]))
+        if len(self.stair_steps) != len(self.stair_multipliers) or not increasing:
+            yield (
+                f"optim.stair_steps {self.stair_steps} and stair_multipliers {self.stair_multipliers}: expected "
+                "rising steps and as many multipliers"
+            )
+        if self.name == "lion" and self.betas == (0.9, 0.999):
+            yield "optim.betas is Adam's (0.9, 0.999); Lion's are (0.9, 0.99): set optim.betas"
 
 
 @dataclass
@@ -205,8 +352,10 @@ class Config:
     seed: int = 0  # of initialisation, order of samples, augmentation and dropout
     total_steps: int = MISSING  # optimizer steps of the whole run; a step is one global batch
     loss: Literal["softmax", "sigmoid"] = "softmax"  # cross-entropy; sigmoid: summed over classes (ImageNet-21k, JFT)
-    init_from: Path | None = None  # start from these weights: a converted folder, a checkpoint or a run
+    label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
+    init_from: Path | None = None  # start from these weights: anything that load_model reads
     init_new_head: bool = False  # with init_from: leave the head at its initial zeros, e.g. for other classes
+    branch_from: Path | None = None  # go on from another run's checkpoint, optimizer state and all: to cool it down
     model: ModelConfig = field(default_factory=ModelConfig)  # what is trained
     data: DataConfig = field(default_factory=DataConfig)  # on what
     optim: OptimConfig = field(default_factory=OptimConfig)  # how
@@ -217,13 +366,22 @@ class Config:
 
     def __post_init__(self) -> None:
         problems = [problem for part in _parts(self) for problem in part.problems()]
-        problems += _outside(self, "", total_steps=(1, 1 << 40), seed=(0, (1 << 63) - 1))
+        problems += _outside(self, "", total_steps=(1, 1 << 40), seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             problems.append(f"name is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-'")
         if self.optim.warmup_steps > self.total_steps:
             problems.append(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) is larger than total_steps ({self.total_steps}); "
                 "the peak learning rate would never be reached"
+            )
+        if self.optim.warmup_steps + self.optim.cooldown_steps > self.total_steps:
+            problems.append(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) and cooldown_steps ({self.optim.cooldown_steps}) "
+                f"overlap: total_steps is {self.total_steps}"
+            )
+        if self.init_from is not None and self.branch_from is not None:
+            problems.append(
+                f"init_from ({self.init_from}) and branch_from ({self.branch_from}) are both set; choose one"
             )
         if self.init_new_head and self.init_from is None:
             problems.append("init_new_head needs init_from, which is null")
@@ -236,6 +394,7 @@ class Config:
 MAY_CHANGE = (
     "output",
     "init_from",
+    "branch_from",
     "data.train",
     "data.val",
     "data.max_bad_fraction",

@@ -129,7 +129,7 @@ def test_a_key_of_another_section_is_found(tmp_path: Path) -> None:
         ("seed=true", "seed", "'True'"),
         ("evaluation.every_steps=1e4", "evaluation.every_steps", "10000.0"),
         ("engine.compile=perhaps", "engine.compile", "'perhaps'"),
-        ("optim.schedule=cos", "optim.schedule", "expected one of ['cosine', 'linear', 'rsqrt']"),
+        ("optim.schedule=cos", "optim.schedule", "expected one of ['cosine', 'linear', 'rsqrt', 'constant', 'stair']"),
         ("engine.precision=fp8", "engine.precision", "'bf16', 'fp16', 'fp32'"),
         ("data.train=[1]", "data.train", "[1]"),
         ("data.crop_area=0.5", "data.crop_area", "is 0.5, expected two numbers"),
