@@ -1,6 +1,6 @@
 """The Vision Transformer (arXiv 2010.11929), with timm's parameter names.
 
-images [B, 3, H, W] -> patches [B, N, D] -> (class token) + positions -> blocks -> norm -> token or mean -> head [B, C].
+images [B, 3, H, W] -> patches [B, N, D] -> (class token) + positions -> blocks -> norm -> pooling -> head [B, C].
 Conventions of Google's code: LayerNorm eps 1e-6, tanh GELU, pooling after the last norm, zero-initialised head.
 """
 
@@ -12,38 +12,66 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
-from pretrain.models.positions import sincos2d
+from pretrain.models.hybrid import build_trunk
+from pretrain.models.positions import Grid, Learned2d, num_relative_offsets, relative_offsets, sincos2d
 
 NORM_EPS = 1e-6  # torch's default 1e-5 is wrong here, and hardly visible
 
 
-class PatchEmbed(nn.Module):
-    """Cuts images into patches and maps each to a token: a convolution whose stride is its kernel."""
+def grid_of(config: ModelConfig) -> Grid:
+    """Returns the patches of an image, down and across."""
+    side = config.image_size // config.patch_size
+    return Grid(side, side)
 
-    def __init__(self, patch_size: int, width: int) -> None:
+
+class PatchEmbed(nn.Module):
+    """Cuts images, or a ResNet's map of them, into patches and maps each to a token."""
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.backbone, channels = None, 3
+        if config.trunk_units is not None:
+            self.backbone, channels = build_trunk(config.trunk_units, config.trunk_width)
+        side = config.patch_size // config.trunk_stride  # of a patch on the map
+        self.proj = nn.Conv2d(channels, config.shape.width, kernel_size=side, stride=side)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)  # [B, N, D], raster order
+        x = images if self.backbone is None else self.backbone(images)
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, N, D], raster order
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; q, k, v in one matrix as in timm."""
+    """Multi-head self-attention; q, k, v in one matrix as in timm.
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    With relative positions (paper, D.4) the query also meets an embedding of its offset to the key, which adds to the
+    logits: softmax((q k + q r) / sqrt(d)). One table [offsets, D / heads] per block, shared by its heads.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        width, _, _, heads = config.shape
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(config.dropout)
+        self.relative_embed = None
+        if config.positions == "relative":
+            patches, token = math.prod(grid_of(config)), config.pooling == "token"
+            self.relative_embed = nn.Parameter(torch.zeros(num_relative_offsets(patches, token), width // heads))
+            self.register_buffer("offsets", relative_offsets(patches, token), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self._relative_logits(q))
         return self.drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width)))
+
+    def _relative_logits(self, q: torch.Tensor) -> torch.Tensor | None:
+        if self.relative_embed is None:
+            return None
+        by_offset = q @ self.relative_embed.T / math.sqrt(q.shape[-1])  # [B, heads, T, offsets]
+        return by_offset.gather(-1, self.get_buffer("offsets").expand(*q.shape[:2], -1, -1))  # [B, heads, T, T]
 
 
 class Mlp(nn.Module):
@@ -75,92 +103,150 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block (paper, equations 2 and 3)."""
+    """A pre-norm encoder block (paper, equations 2 and 3), with a position table of its own where that is asked for."""
 
     def __init__(self, config: ModelConfig, drop_path: float) -> None:
         super().__init__()
-        width, _, mlp_dim, heads = config.shape
+        width, _, mlp_dim, _ = config.shape
+        _add_table(self, config, here=config.positions_at == "every_layer")
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, heads, config.dropout)
+        self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, mlp_dim, config.gelu, config.dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = _with_positions(x, _table(self))
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class AttentionPool(nn.Module):
+    """MAP head: a learned probe attends to all tokens (Scaling ViT; big_vision MAPHead). Names as timm's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, _, mlp_dim, self.heads = config.shape
+        self.latent = nn.Parameter(torch.zeros(1, 1, width))
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, mlp_dim, config.gelu, dropout=0.0)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        batch, _, width = tokens.shape
+        q = self.q(self.latent.expand(batch, -1, -1))
+        k, v = self.kv(tokens).chunk(2, dim=-1)
+        q, k, v = (t.view(batch, -1, self.heads, width // self.heads).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, width)
+        x = self.proj(x)
+        return x + self.mlp(self.norm(x))  # [B, D]
+
+
 class VisionTransformer(nn.Module):
-    """images [B, 3, S, S] in [-1, 1] -> logits [B, num_classes]."""
+    """images [B, 3, S, S] in [-1, 1] -> logits [B, num_classes], or with num_classes 0 the head's input."""
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
         width, depth, _, _ = config.shape
-        side = config.image_size // config.patch_size
-        self.pooling = config.pooling
+        self.pooling, self.shared_positions = config.pooling, config.positions_at == "shared"
         self.checkpoint_activations = False
-        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.pooling == "token" else None
-        if config.positions == "learned":  # one row per token, the class token's first
-            tokens = side * side + (self.cls_token is not None)
-            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
-        else:  # one row per patch; not a parameter, not saved
-            self.register_buffer("pos_embed", sincos2d(side, side, width), persistent=False)
+        _add_table(self, config, here=config.positions_at != "every_layer")
         self.pos_drop = nn.Dropout(config.dropout)
         rates = [config.drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.Sequential(*(Block(config, rate) for rate in rates))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.head = nn.Linear(width, num_classes)
+        self.attn_pool = AttentionPool(config) if config.pooling == "map" else None
+        rep = config.representation_size
+        self.pre_logits = None if rep is None else nn.Linear(width, rep)
+        self.head = nn.Linear(width if rep is None else rep, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the tokens after the last norm, [B, T, D]; the class token, if any, is the first."""
-        x = self._add_positions(self.patch_embed(images))
-        for block in self.blocks:
+        x = self.patch_embed(images)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        table = _table(self)
+        x = self.pos_drop(_with_positions(x, table))
+        for number, block in enumerate(self.blocks):
+            if self.shared_positions and number > 0:
+                x = _with_positions(x, table)
             recompute = self.checkpoint_activations and self.training
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return self.norm(x)
 
     def forward_head(self, tokens: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Returns logits [B, classes], or with `pre_logits` the head's input [B, D]."""
-        pooled = tokens[:, 0] if self.pooling == "token" else tokens.mean(dim=1)
-        return pooled if pre_logits else self.head(pooled)
+        """Returns logits [B, classes], or with `pre_logits` the head's input [B, D or representation_size]."""
+        if self.attn_pool is not None:
+            x = self.attn_pool(tokens)
+        else:
+            x = tokens[:, 0] if self.pooling == "token" else tokens.mean(dim=1)
+        if self.pre_logits is not None:
+            x = torch.tanh(self.pre_logits(x))
+        return x if pre_logits else self.head(x)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(images))
 
-    def _add_positions(self, x: torch.Tensor) -> torch.Tensor:
-        positions = self.pos_embed.to(x.dtype)  # the fixed table stays float32 in any precision
-        if self.cls_token is None:
-            return self.pos_drop(x + positions)
-        cls = self.cls_token.expand(x.shape[0], -1, -1)
-        if isinstance(self.pos_embed, nn.Parameter):  # the paper: positions have a row for the class token
-            return self.pos_drop(torch.cat([cls, x], dim=1) + positions)
-        return self.pos_drop(torch.cat([cls, x + positions], dim=1))  # big_vision: the fixed table has none
+
+def _add_table(module: nn.Module, config: ModelConfig, here: bool) -> None:
+    """Gives `module` its `pos_embed`: a parameter, a buffer that is not saved, a module of two tables, or None."""
+    grid, width = grid_of(config), config.shape.width
+    if not here or config.positions in ("none", "relative"):
+        module.register_parameter("pos_embed", None)
+    elif config.positions == "learned":  # the paper: one row per token, the class token's first
+        slots = config.pooling == "token" and config.class_position
+        module.pos_embed = nn.Parameter(torch.zeros(1, slots + math.prod(grid), width))
+    elif config.positions == "learned2d":
+        module.pos_embed = Learned2d(grid, width)
+    else:
+        module.register_buffer("pos_embed", sincos2d(*grid, width), persistent=False)
+
+
+def _table(module: nn.Module) -> torch.Tensor | None:
+    positions = module.pos_embed
+    return positions() if isinstance(positions, Learned2d) else positions  # type: ignore[return-value]
+
+
+def _with_positions(x: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+    """Adds a table [1, N or N + 1, D] to tokens [B, T, D]; a class token without a row stays as it is (big_vision)."""
+    if table is None:
+        return x
+    table = table.to(x.dtype)  # the fixed table stays float32 in any precision
+    if table.shape[1] == x.shape[1]:
+        return x + table
+    return torch.cat([x[:, :1], x[:, 1:] + table], dim=1)
 
 
 @torch.no_grad()
 def init_weights(model: VisionTransformer, config: ModelConfig, generator: torch.Generator) -> None:
-    """Initialises all weights, in float32, as vision_transformer and big_vision do (paper's code, models_vit.py).
+    """Initialises all weights, in float32, as vision_transformer and big_vision do (models_vit.py, models/vit.py).
 
     Dense kernels: Xavier uniform, with q, k and v each as its own matrix; MLP biases: N(0, 1e-6); positions: N(0, 0.02)
-    patch kernel: LeCun normal (flax's default); head: zeros with a constant bias; the rest: zeros, norms' scales ones.
+    (with class_position=false, big_vision's way: N(0, 1 / sqrt(D))); convolutions and the representation layer: LeCun
+    normal (flax's default); head: zeros with a constant bias; last norm of a ResNet unit: zeros; the rest: zeros,
+    norms' scales ones.
     """
+    positions_std = 0.02 if config.class_position else config.shape.width**-0.5
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32, name  # bfloat16 would quantise the draws
         if name == "head.bias":
             parameter.fill_(config.head_bias)
-        elif name == "pos_embed":
-            parameter.normal_(std=0.02, generator=generator)
-        elif name == "patch_embed.proj.weight":
+        elif "pos_embed" in name or name.endswith("relative_embed"):
+            parameter.normal_(std=positions_std, generator=generator)
+        elif parameter.ndim == 4 or name == "pre_logits.weight":
             _lecun_normal(parameter, generator)
         elif ".mlp." in name and name.endswith(".bias"):
             parameter.normal_(std=1e-6, generator=generator)
-        elif name.endswith("qkv.weight"):
-            for part in parameter.chunk(3):
+        elif name.endswith((".qkv.weight", ".kv.weight")):
+            for part in parameter.split(parameter.shape[1]):
                 nn.init.xavier_uniform_(part, generator=generator)
+        elif name == "attn_pool.latent":
+            nn.init.xavier_uniform_(parameter[0], generator=generator)
         elif "norm" in name and name.endswith(".weight"):
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith("norm3.weight") else 1.0)
         elif parameter.ndim == 2 and name != "head.weight":
             nn.init.xavier_uniform_(parameter, generator=generator)
         else:  # biases, class token, head kernel
