@@ -1,0 +1,191 @@
+"""The same function under another parametrisation: what one format cannot hold, another table or kernel can."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.config import HYBRIDS, VIT_SHAPES, ModelConfig
+from pretrain.errors import UserError
+from pretrain.models.build import build_model
+from pretrain.models.hybrid import STD_EPS
+from pretrain.models.positions import learned2d_table, resize_axis, resize_table, sincos2d
+from pretrain.models.tensors import LazyTensor, Weights
+from pretrain.models.vit import grid_of
+
+TIMM_STD_VARIANCE = 1e-8  # what timm's hybrids add to the variance
+
+
+def tensor_shapes(config: ModelConfig, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of every tensor of a model's checkpoint, without its memory."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in own_tensors(build_model(config, num_classes)).items()}
+
+
+def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the parameters of a model, and the buffers that it saves."""
+    saved = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
+
+
+def named_architecture(width: int, depth: int, mlp_dim: int, heads: int, **others: Any) -> ModelConfig:
+    """Returns the config of a ViT or hybrid of this shape, by its name where it has one."""
+    shape, trunk = (width, depth, mlp_dim, heads), others.get("trunk")
+    for name, (size, trunks) in HYBRIDS.items():
+        if shape == VIT_SHAPES[size] and trunk == trunks.get(others["patch_size"]) and trunk is not None:
+            del others["trunk"]
+            return ModelConfig(name=name, **others)
+    for name, named in VIT_SHAPES.items():
+        if shape == named:
+            return ModelConfig(name=name, **others)
+    return ModelConfig(name="Ti", width=width, depth=depth, mlp_dim=mlp_dim, heads=heads, **others)
+
+
+def changed(weights: Weights, tensors: Mapping[str, LazyTensor], **model: Any) -> Weights:
+    """Returns the weights with other tensors and other settings of their model."""
+    return replace(weights, tensors=tensors, model=replace(weights.model, **model))
+
+
+def mapped(tensor: LazyTensor, shape: tuple[int, ...], function: Callable[[torch.Tensor], torch.Tensor]) -> LazyTensor:
+    """Returns a tensor that is read through a function."""
+    return LazyTensor(shape, lambda: function(tensor.read()))
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
+def resized(weights: Weights, image_size: int) -> Weights:
+    """Returns the weights for images of another size: learned positions are resized as Google does it.
+
+    Raises UserError for relative positions, whose raster offsets mean other distances on another grid.
+    """
+    config = weights.model
+    if image_size == config.image_size:
+        return weights
+    if config.timm_name is not None:
+        return changed(weights, weights.tensors, image_size=image_size)  # a fixed grid is refused when loaded
+    new = replace(config, image_size=image_size)
+    if problems := list(new.problems()):
+        raise UserError(f"{weights.source}: at {image_size} pixels: {'; '.join(problems)}")
+    if config.positions == "relative":
+        raise UserError(f"{weights.source}: relative positions fit {config.image_size} pixels only, not {image_size}")
+    old_grid, new_grid = grid_of(config), grid_of(new)
+    tensors = dict(weights.tensors)
+    for name, tensor in weights.tensors.items():
+        if name.endswith("pos_embed.x") or name.endswith("pos_embed.y"):
+            size = new_grid.width if name.endswith("x") else new_grid.height
+            tensors[name] = mapped(tensor, (size, tensor.shape[1]), lambda t, size=size: resize_axis(t, size))
+        elif name.endswith("pos_embed"):
+            rows = tensor.shape[1] - old_grid.height * old_grid.width + new_grid.height * new_grid.width
+            shape = (1, rows, tensor.shape[2])
+            tensors[name] = mapped(tensor, shape, lambda t: resize_table(t, old_grid, new_grid))
+    return replace(weights, tensors=tensors, model=new)
+
+
+def with_learned_positions(weights: Weights, *, class_row: bool) -> Weights:
+    """Returns the same function with one learned table [1, patches, D], or with a row for the class token before them.
+
+    Fixed, 2-D and absent positions become a table; a class row is folded into the class token, or added as zeros.
+    Raises UserError where there is no such table: positions at each block, or relative.
+    """
+    config = weights.model
+    if config.positions == "relative" or config.positions_at != "stem":
+        kind = "relative" if config.positions == "relative" else f"{config.positions_at.replace('_', ' ')} of"
+        raise UserError(f"{weights.source}: has {kind} positions, for which the target has no place")
+    table = _patch_table(weights)
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("pos_embed")}
+    settings = {"positions": "learned", "positions_at": "stem", "class_position": class_row}
+    if config.pooling != "token":
+        return changed(weights, tensors | {"pos_embed": table}, **settings | {"class_position": True})
+    cls, width = weights.tensors["cls_token"], config.shape.width
+    has_row = config.positions == "learned" and config.class_position
+    if has_row and class_row:
+        return weights
+    if has_row:
+        whole = weights.tensors["pos_embed"]
+        tensors["cls_token"] = LazyTensor(cls.shape, lambda: cls.read() + whole.read()[:, :1])
+    elif class_row:
+        patches = table
+        zero = torch.zeros(1, 1, width)
+        table = LazyTensor((1, patches.shape[1] + 1, width), lambda: torch.cat([zero, patches.read()], dim=1))
+    return changed(weights, tensors | {"pos_embed": table}, **settings)
+
+
+def _patch_table(weights: Weights) -> LazyTensor:
+    """The positions of the patches alone, [1, patches, D]."""
+    config, tensors, grid = weights.model, weights.tensors, grid_of(weights.model)
+    shape = (1, grid.height * grid.width, config.shape.width)
+    if config.positions == "learned":
+        slots = tensors["pos_embed"].shape[1] - shape[1]
+        return mapped(tensors["pos_embed"], shape, lambda t: t[:, slots:])
+    if config.positions == "learned2d":
+        x, y = tensors["pos_embed.x"], tensors["pos_embed.y"]
+        return LazyTensor(shape, lambda: learned2d_table(x.read(), y.read()))
+    if config.positions == "sincos2d":
+        return LazyTensor(shape, lambda: sincos2d(*grid, shape[2]))
+    return LazyTensor(shape, lambda: torch.zeros(shape))
+
+
+# --- heads, kernels, pixels ------------------------------------------------------------------------------------------
+
+
+def without(weights: Weights, *parts: str) -> Weights:
+    """Returns the weights without their "head", or without "pre_logits" (the representation layer), or both."""
+    tensors = {name: t for name, t in weights.tensors.items() if name.partition(".")[0] not in parts}
+    model = replace(weights.model, representation_size=None) if "pre_logits" in parts else weights.model
+    if "head" not in parts:
+        return replace(weights, tensors=tensors, model=model)
+    return replace(weights, tensors=tensors, model=model, num_classes=0, class_names=())
+
+
+def kernels_for_timm(weights: Weights) -> Weights:
+    """Returns the weights whose trunk kernels, standardised by timm's rule, are what Google's rule makes of ours.
+
+    (w - mean) / sqrt(var + 1e-8) of timm's hybrids against (w - mean) / (std + 1e-5): scaling each output channel makes
+    them equal, where a plain copy moves logits by 2e-5 to 5e-5.
+    """
+    return _trunk_kernels(weights, lambda var: TIMM_STD_VARIANCE**0.5 / (2 * STD_EPS * var.sqrt() + STD_EPS**2).sqrt())
+
+
+def kernels_from_timm(weights: Weights) -> Weights:
+    """Returns the weights whose trunk kernels do under Google's rule what the given ones do under timm's."""
+    return _trunk_kernels(weights, lambda var: STD_EPS / ((var + TIMM_STD_VARIANCE).sqrt() - var.sqrt()))
+
+
+def _trunk_kernels(weights: Weights, factor: Callable[[torch.Tensor], torch.Tensor]) -> Weights:
+    def scaled(kernel: torch.Tensor) -> torch.Tensor:
+        wide = kernel.double()
+        variance, mean = torch.var_mean(wide, dim=(1, 2, 3), correction=0, keepdim=True)
+        return ((wide - mean) * factor(variance)).float()
+
+    tensors = {
+        name: mapped(tensor, tensor.shape, scaled) if ".backbone." in name and len(tensor.shape) == 4 else tensor
+        for name, tensor in weights.tensors.items()
+    }
+    return replace(weights, tensors=tensors)
+
+
+def for_minus_one_to_one(weights: Weights, mean: tuple[float, ...], std: tuple[float, ...]) -> Weights:
+    """Returns the weights for images in [-1, 1], of a model that was trained on (x - mean) / std with x in [0, 1].
+
+    The patch convolution takes the difference: exact, since patches have no padding. Raises UserError for others.
+    """
+    if all(abs(value - 0.5) < 1e-6 for value in (*mean, *std)):
+        return weights
+    if weights.model.timm_name is not None or weights.model.trunk_units is not None:
+        raise UserError(
+            f"{weights.source}: expects images of mean {mean} and deviation {std}, which only a patch convolution can "
+            "take over; weights for mean and deviation 0.5 are needed"
+        )
+    kernel, bias = weights.tensors["patch_embed.proj.weight"], weights.tensors["patch_embed.proj.bias"]
+    scale = (0.5 / torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1)
+    shift = ((0.5 - torch.tensor(mean, dtype=torch.float64)) / torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1)
+    turned = {
+        "patch_embed.proj.weight": mapped(kernel, kernel.shape, lambda k: (k.double() * scale).float()),
+        "patch_embed.proj.bias": LazyTensor(
+            bias.shape, lambda: (bias.read().double() + (kernel.read().double() * shift).sum((1, 2, 3))).float()
+        ),
+    }
+    return replace(weights, tensors={**weights.tensors, **turned})

@@ -1,0 +1,277 @@
+"""Google's .npz files, read and written: vision_transformer, as published and as today's code names it, and big_vision.
+
+Recognised by their keys, never by the file's name; the architecture is inferred from the shapes.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.config import ModelConfig
+from pretrain.errors import UserError
+from pretrain.log import warn
+from pretrain.models.equivalent import named_architecture, tensor_shapes, with_learned_positions
+from pretrain.models.tensors import LazyTensor, Part, Weights, read_npz, rows_of, tensors_from, tensors_to, write_npz
+
+
+class Naming(NamedTuple):
+    """Where the three kinds of file differ."""
+
+    norm1: str
+    attention: str
+    norm2: str
+    mlp: str
+    positions: str
+    class_row: bool  # the positions have a row for the class token
+    flat_group_norm: bool  # its scale is [C]; published files have [1, 1, 1, C]
+
+
+_TODAY = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+NAMINGS = {
+    "released": Naming(
+        *("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"),
+        positions="Transformer/posembed_input/pos_embedding",
+        class_row=True,
+        flat_group_norm=False,
+    ),
+    "vit_jax": Naming(*_TODAY, "Transformer/posembed_input/pos_embedding", class_row=True, flat_group_norm=True),
+    "big_vision": Naming(*_TODAY, "pos_embedding", class_row=False, flat_group_norm=True),
+}
+_SCANNED = "Transformer/encoderblock/"
+
+
+def read_google(path: Path, image_size: int | None = None) -> Weights:
+    """Returns the weights of an .npz file of vision_transformer or big_vision.
+
+    image_size: for files of fixed positions (sincos2d), which do not tell it; 224 if None. Raises UserError for a file
+    that is no ViT's, or whose tensors are not exactly those of its architecture.
+    """
+    arrays = _unscanned(_without_prefix(read_npz(path), path), path)
+    naming = _naming(arrays)
+    config, num_classes = _architecture(arrays, naming, path, image_size)
+    if problems := list(config.problems()):
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    keys = google_keys(config, num_classes, naming)
+    tensors = tensors_from(arrays, keys, tensor_shapes(config, num_classes), path)
+    of_big_vision = NAMINGS[naming].positions == "pos_embedding"
+    return Weights(
+        source=path,
+        model=config,
+        tensors=tensors,
+        num_classes=num_classes,
+        eval_transform="big_vision" if of_big_vision else "vit",
+        interpolation="bilinear",
+    )
+
+
+def write_google(weights: Weights, path: Path, naming: str) -> None:
+    """Writes an .npz file. Raises UserError when Google's code has no such model."""
+    weights = for_google(weights, naming)
+    keys = google_keys(weights.model, weights.num_classes, naming)
+    write_npz(path, tensors_to(weights.tensors, keys))
+
+
+def for_google(weights: Weights, naming: str) -> Weights:
+    """Returns the same function as the file can hold it. Raises UserError, with the reason, when it cannot."""
+    config = weights.model
+    reason = None
+    if config.timm_name is not None:
+        reason = "Google's code has no such model"
+    elif config.gelu == "exact":
+        reason = "Google's code computes the tanh approximation of GELU, these weights were trained with the exact one"
+    elif config.pooling == "map" and naming != "big_vision":
+        reason = "vision_transformer has no MAP head; big_vision has"
+    elif config.trunk_units is not None and naming == "big_vision":
+        reason = "big_vision has no hybrids; vision_transformer has"
+    if reason:
+        raise UserError(f"{weights.source}: cannot be written as {naming} .npz: {reason}")
+    if naming == "big_vision" and config.positions == "sincos2d" and config.positions_at == "stem":
+        return weights
+    return with_learned_positions(weights, class_row=NAMINGS[naming].class_row)
+
+
+# --- what a file holds -----------------------------------------------------------------------------------------------
+
+
+def _without_prefix(arrays: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+    for prefix in ("opt/target/", "params/img/", "params/", "img/"):
+        inside = {name.removeprefix(prefix): t for name, t in arrays.items() if name.startswith(prefix)}
+        if "embedding/kernel" in inside:
+            beside = [name for name in arrays if not name.startswith((prefix, "opt/"))]
+            if beside:  # an optimizer's state is expected beside weights; a text tower is worth a word
+                warn(f"{path}: only {prefix} is read; {len(beside)} tensors beside it are not, as {beside[0]}")
+            return inside
+    return arrays
+
+
+def _unscanned(arrays: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+    """Blocks stacked along a leading axis (big_vision, scan=True) as single ones."""
+    result = {}
+    for name, tensor in arrays.items():
+        if _SCANNED not in name:
+            result[name] = tensor
+            continue
+        full_name = tensor.read.args[1].removesuffix(".npy")  # type: ignore[attr-defined]  # with its prefix
+        for number, row in enumerate(rows_of(path, full_name, tensor)):
+            result[name.replace(_SCANNED, f"Transformer/encoderblock_{number}/")] = row
+    return result
+
+
+def _naming(arrays: Mapping[str, LazyTensor]) -> str:
+    if any("/MlpBlock_3/" in name for name in arrays):
+        return "released"
+    return "vit_jax" if NAMINGS["vit_jax"].positions in arrays else "big_vision"
+
+
+def _architecture(
+    arrays: Mapping[str, LazyTensor], naming: str, path: Path, image_size: int | None
+) -> tuple[ModelConfig, int]:
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in arrays:
+            raise UserError(f"{path}: has no tensor {name}; it is not a Vision Transformer of Google's, or incomplete")
+        if len(arrays[name].shape) != axes:
+            raise UserError(f"{path}: {name} has shape {arrays[name].shape}, expected {axes} axes")
+        return arrays[name].shape
+
+    names = NAMINGS[naming]
+    side, _, _, width = shape("embedding/kernel", 4)
+    block = "Transformer/encoderblock_0"
+    _, heads, _ = shape(f"{block}/{names.attention}/query/kernel", 3)
+    _, mlp_dim = shape(f"{block}/{names.mlp}/Dense_0/kernel", 2)
+    numbers = {int(found[1]) for name in arrays if (found := re.match(r"Transformer/encoderblock_(\d+)/", name))}
+    trunk = _trunk_units(arrays)
+    stride = 1 if trunk is None else 4 * 2 ** max(0, len(trunk) - 1)
+    pooling = "map" if "MAPHead_0/probe" in arrays else "token" if "cls" in arrays else "gap"
+    settings = {
+        "patch_size": side * stride,
+        "pooling": pooling,
+        "class_position": names.class_row or pooling != "token",
+        "representation_size": shape("pre_logits/kernel", 2)[1] if "pre_logits/kernel" in arrays else None,
+        "trunk": trunk,
+        "trunk_width": shape("conv_root/kernel", 4)[3] if trunk is not None else 64,
+    }
+    if names.positions in arrays:
+        rows = shape(names.positions, 3)[1] - (pooling == "token" and names.class_row)
+        grid = math.isqrt(max(rows, 0))
+        if grid * grid != rows or not grid:
+            raise UserError(f"{path}: {names.positions} has {rows} patches, which is no square")
+        settings |= {"image_size": grid * side * stride}
+    else:
+        size = image_size or 224 // (side * stride) * (side * stride)
+        settings |= {"positions": "sincos2d", "class_position": True, "image_size": size}
+    num_classes = shape("head/kernel", 2)[1] if "head/kernel" in arrays else 0
+    return named_architecture(width, max(numbers) + 1, mlp_dim, heads, **settings), num_classes
+
+
+def _trunk_units(arrays: Mapping[str, LazyTensor]) -> list[int] | None:
+    if "conv_root/kernel" not in arrays:
+        return None
+    found = [match for name in arrays if (match := re.match(r"block(\d+)/unit(\d+)/", name))]
+    stages = range(1, 1 + max((int(match[1]) for match in found), default=0))
+    return [max((int(m[2]) for m in found if int(m[1]) == stage), default=0) for stage in stages]
+
+
+# --- the key map -----------------------------------------------------------------------------------------------------
+
+
+def google_keys(config: ModelConfig, num_classes: int, naming: str) -> dict[str, list[Part]]:
+    """Returns, for each of our tensors, the arrays that hold it (reference: vision_transformer checkpoint.py)."""
+    names, (width, depth, mlp_dim, _) = NAMINGS[naming], config.shape
+    keys: dict[str, list[Part]] = {}
+    shapes = tensor_shapes(config, num_classes)
+    if config.trunk_units is not None:
+        keys |= _trunk_keys(config, names)
+    out, channels, side, _ = shapes["patch_embed.proj.weight"]
+    keys["patch_embed.proj.weight"] = [Part("embedding/kernel", (side, side, channels, out), "conv")]
+    keys["patch_embed.proj.bias"] = [Part("embedding/bias", (out,))]
+    if config.pooling == "token":
+        keys["cls_token"] = [Part("cls", (1, 1, width))]
+    if config.positions == "learned":
+        keys["pos_embed"] = [Part(names.positions, shapes["pos_embed"])]
+    for number in range(depth):
+        ours, theirs = f"blocks.{number}", f"Transformer/encoderblock_{number}"
+        keys |= _norm(f"{ours}.norm1", f"{theirs}/{names.norm1}", (width,))
+        attention = f"{theirs}/{names.attention}"
+        keys |= _heads(f"{ours}.attn.qkv", [f"{attention}/{which}" for which in ("query", "key", "value")], config)
+        keys |= _out(f"{ours}.attn.proj", f"{attention}/out", config)
+        keys |= _norm(f"{ours}.norm2", f"{theirs}/{names.norm2}", (width,))
+        keys |= _mlp(f"{ours}.mlp", f"{theirs}/{names.mlp}", width, mlp_dim)
+    keys |= _norm("norm", "Transformer/encoder_norm", (width,))
+    if config.pooling == "map":
+        pool, attention = "MAPHead_0", "MAPHead_0/MultiHeadDotProductAttention_0"
+        keys["attn_pool.latent"] = [Part(f"{pool}/probe", (1, 1, width))]
+        keys |= _heads("attn_pool.q", [f"{attention}/query"], config)
+        keys |= _heads("attn_pool.kv", [f"{attention}/key", f"{attention}/value"], config)
+        keys |= _out("attn_pool.proj", f"{attention}/out", config)
+        keys |= _norm("attn_pool.norm", f"{pool}/LayerNorm_0", (width,))
+        keys |= _mlp("attn_pool.mlp", f"{pool}/MlpBlock_0", width, mlp_dim)
+    features = width
+    if config.representation_size is not None:
+        features = config.representation_size
+        keys |= _dense("pre_logits", "pre_logits", width, features)
+    if num_classes:
+        keys |= _dense("head", "head", features, num_classes)
+    return keys
+
+
+def _norm(ours: str, theirs: str, shape: tuple[int, ...]) -> dict[str, list[Part]]:
+    return {f"{ours}.weight": [Part(f"{theirs}/scale", shape)], f"{ours}.bias": [Part(f"{theirs}/bias", shape)]}
+
+
+def _dense(ours: str, theirs: str, size_in: int, size_out: int) -> dict[str, list[Part]]:
+    return {
+        f"{ours}.weight": [Part(f"{theirs}/kernel", (size_in, size_out), "dense")],
+        f"{ours}.bias": [Part(f"{theirs}/bias", (size_out,))],
+    }
+
+
+def _mlp(ours: str, theirs: str, width: int, mlp_dim: int) -> dict[str, list[Part]]:
+    return _dense(f"{ours}.fc1", f"{theirs}/Dense_0", width, mlp_dim) | _dense(
+        f"{ours}.fc2", f"{theirs}/Dense_1", mlp_dim, width
+    )
+
+
+def _heads(ours: str, theirs: list[str], config: ModelConfig) -> dict[str, list[Part]]:
+    """Projections to heads: each kernel [D, heads, D / heads]; ours have several in one matrix."""
+    width, heads = config.shape.width, config.shape.heads
+    return {
+        f"{ours}.weight": [Part(f"{name}/kernel", (width, heads, width // heads), "dense") for name in theirs],
+        f"{ours}.bias": [Part(f"{name}/bias", (heads, width // heads)) for name in theirs],
+    }
+
+
+def _out(ours: str, theirs: str, config: ModelConfig) -> dict[str, list[Part]]:
+    width, heads = config.shape.width, config.shape.heads
+    return {
+        f"{ours}.weight": [Part(f"{theirs}/kernel", (heads, width // heads, width), "dense")],
+        f"{ours}.bias": [Part(f"{theirs}/bias", (width,))],
+    }
+
+
+def _trunk_keys(config: ModelConfig, names: Naming) -> dict[str, list[Part]]:
+    keys: dict[str, list[Part]] = {}
+    ours, units = "patch_embed.backbone", config.trunk_units or []
+
+    def unit(ours: str, theirs: str, number: str, channels_in: int, channels: int, side: int) -> None:
+        """A convolution and its norm; `number` is 1, 2, 3, _root or _proj."""
+        kernel = Part(f"{theirs}conv{number}/kernel", (side, side, channels_in, channels), "conv")
+        suffix = number if number.isdigit() else ""
+        keys[f"{ours}.conv{suffix}.weight"] = [kernel]
+        shape = (channels,) if names.flat_group_norm else (1, 1, 1, channels)
+        keys.update(_norm(f"{ours}.norm{suffix}", f"{theirs}gn{number}", shape))
+
+    channels_in = config.trunk_width
+    unit(f"{ours}.stem" if units else ours, "", "_root", 3, channels_in, 7)
+    for stage, num_units in enumerate(units):
+        channels = config.trunk_width * 2**stage
+        for number in range(num_units):
+            block, theirs = f"{ours}.stages.{stage}.blocks.{number}", f"block{stage + 1}/unit{number + 1}/"
+            if number == 0:
+                unit(f"{block}.downsample", theirs, "_proj", channels_in, 4 * channels, 1)
+            unit(block, theirs, "1", channels_in, channels, 1)
+            unit(block, theirs, "2", channels, channels, 3)
+            unit(block, theirs, "3", channels, 4 * channels, 1)
+            channels_in = 4 * channels
+    return keys

@@ -1,0 +1,264 @@
+"""Folders of `config.json` and `model.safetensors`: what timm writes and loads, and our own with everything in it."""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import TIMM_HYBRIDS, TIMM_SIZES, ModelConfig
+from pretrain.errors import UserError
+from pretrain.models.build import timm_options
+from pretrain.models.equivalent import (
+    for_minus_one_to_one,
+    kernels_for_timm,
+    kernels_from_timm,
+    named_architecture,
+    own_tensors,
+    tensor_shapes,
+    with_learned_positions,
+)
+from pretrain.models.positions import sincos2d
+from pretrain.models.tensors import LazyTensor, Weights, check_keys, read_safetensors, readable, write_safetensors
+from pretrain.models.vit import NORM_EPS, grid_of
+
+OURS = "pretrain"  # the key of config.json under which a folder of ours keeps what timm's keys cannot say
+_USE = ("eval_transform", "eval_crop", "interpolation", "loss")  # fields of Weights kept there
+
+
+def read_timm_folder(path: Path) -> Weights:
+    """Returns the weights of a folder that tools/convert.py or timm wrote. Raises UserError when it cannot be used."""
+    with readable(path / "config.json"):
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if OURS not in values and "architecture" not in values:
+            raise UserError(f"{path}/config.json: is neither timm's nor of tools/convert.py: no 'architecture' in it")
+    if not (path / "model.safetensors").is_file():
+        found = [name for name in ("pytorch_model.bin", "model.pth") if (path / name).exists()]
+        hint = f"; {found[0]} is a pickle, which may execute code: save it as safetensors" if found else ""
+        raise UserError(f"{path}: has no model.safetensors{hint}")
+    tensors = read_safetensors(path / "model.safetensors")
+    with readable(path / "config.json"):
+        weights = _ours(path, values, tensors) if OURS in values else _foreign(path, values, tensors)
+    if problems := list(weights.model.problems()):
+        raise UserError(f"{path}/config.json: {'; '.join(problems)}")
+    return weights
+
+
+def _ours(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
+    ours = values[OURS]
+    known = {field.name for field in fields(ModelConfig)}
+    model = ModelConfig(**{key: value for key, value in ours["model"].items() if key in known})
+    use = {key: ours[key] for key in _USE if key in ours}
+    names = tuple(values.get("label_names") or ())
+    weights = Weights(path, model, tensors, int(values["num_classes"]), names, **use)
+    if ours.get("layout", "timm") == "timm":
+        if model.timm_name is None and model.positions == "sincos2d":  # written as a table, for timm
+            weights = replace(weights, tensors={name: t for name, t in tensors.items() if name != "pos_embed"})
+        if model.trunk_units is not None:
+            weights = kernels_from_timm(weights)
+    return weights
+
+
+def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
+    """Weights that timm wrote: our ViT where it computes the same function, else timm's own model."""
+    import timm
+
+    name, arguments = str(values["architecture"]), dict(values.get("model_args") or {})
+    cfg = values.get("pretrained_cfg") or values
+    num_classes = int(values.get("num_classes", cfg.get("num_classes", 0)))
+    if name not in timm.list_models():
+        raise UserError(f"{path}: timm has no model {name!r}")
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=num_classes, **arguments)
+    model = _as_ours(theirs, num_classes)
+    if model is None:
+        if arguments.keys() - {"img_size"}:
+            raise UserError(
+                f"{path}: {name} with {arguments} is no plain Vision Transformer; this cannot be loaded here"
+            )
+        size = arguments.get("img_size") or tuple(cfg.get("input_size", (3, 224, 224)))[-1]
+        model = ModelConfig(name=f"timm:{name}", image_size=int(size))
+    weights = Weights(
+        source=path,
+        model=model,
+        tensors=tensors,
+        num_classes=num_classes,
+        class_names=tuple(values.get("label_names") or ()),
+        eval_crop=float(cfg.get("crop_pct") or 0.875),
+        interpolation=str(cfg.get("interpolation") or "bicubic"),
+    )
+    check_keys(path, found=tensors.keys(), needed=own_tensors(theirs).keys())
+    if model.trunk_units is not None:
+        weights = kernels_from_timm(weights)
+    half = (0.5, 0.5, 0.5)
+    return for_minus_one_to_one(weights, tuple(cfg.get("mean") or half), tuple(cfg.get("std") or half))
+
+
+def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:
+    """Returns the config of our model that computes what timm's does, None when there is none."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    gelu = (
+        {"GELU": "exact", "GELUTanh": "tanh"}.get(type(theirs.blocks[0].mlp.act).__name__) if _is_vit(theirs) else None
+    )
+    pooling = {"token": "token", "avg": "gap", "map": "map"}.get(getattr(theirs, "global_pool", ""))
+    if not isinstance(theirs, VisionTransformer) or gelu is None or pooling is None:
+        return None
+    first: Any = theirs.blocks[0]
+    tensors = own_tensors(theirs)
+    norms = {m.eps for m in theirs.modules() if isinstance(m, torch.nn.LayerNorm)}
+    if norms != {NORM_EPS} or (pooling == "gap" and theirs.cls_token is not None):
+        return None
+    trunk = _trunk_of(theirs.patch_embed)
+    stride = 1 if trunk is None else 4 * 2 ** max(0, len(trunk) - 1)
+    sides = theirs.patch_embed.proj.kernel_size
+    sizes = theirs.patch_embed.img_size
+    if len({*sides}) != 1 or len({*sizes}) != 1:
+        return None
+    config = named_architecture(
+        theirs.embed_dim,
+        len(theirs.blocks),
+        first.mlp.fc1.out_features,
+        first.attn.num_heads,
+        image_size=sizes[0],
+        patch_size=sides[0] * stride,
+        pooling=pooling,
+        positions="none" if theirs.pos_embed is None else "learned",
+        class_position=pooling != "token" or not theirs.no_embed_class,
+        gelu=gelu,
+        trunk=trunk,
+    )
+    if list(config.problems()):
+        return None
+    same = tensor_shapes(config, num_classes) == {name: tuple(t.shape) for name, t in tensors.items()}
+    return config if same else None
+
+
+def _is_vit(theirs: Any) -> bool:
+    return bool(len(getattr(theirs, "blocks", ()))) and hasattr(getattr(theirs.blocks[0], "mlp", None), "act")
+
+
+def _trunk_of(patch_embed: Any) -> list[int] | None:
+    backbone = getattr(patch_embed, "backbone", None)
+    if backbone is None:
+        return None
+    return [len(stage.blocks) for stage in getattr(backbone, "stages", [])]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_own_folder(weights: Weights, out: Path) -> None:
+    """Writes a folder that `load_model` reads: any model of ours, whole."""
+    values = {"num_classes": weights.num_classes, OURS: _kept(weights, weights.model, "pretrain")}
+    _write(out, values, weights)
+
+
+def write_timm_folder(weights: Weights, out: Path) -> None:
+    """Writes a folder from which `timm.create_model("local-dir:OUT", pretrained=True)` builds the same function.
+
+    Raises UserError, with the reason, when timm has no such model.
+    """
+    written = for_timm(weights)
+    tensors, model = dict(written.tensors), written.model
+    if weights.model.timm_name is None and weights.model.positions == "sincos2d":
+        table = sincos2d(*grid_of(model), model.shape.width)
+        tensors["pos_embed"] = LazyTensor(tuple(table.shape), lambda: table)
+        model = weights.model
+    values = _timm_values(written) | {OURS: _kept(weights, model, "timm")}
+    _write(out, values, replace(written, tensors=tensors))
+
+
+def for_timm(weights: Weights) -> Weights:
+    """Returns the same function as timm can hold it. Raises UserError, with the reason, when it cannot."""
+    config = weights.model
+    if config.timm_name is not None:
+        return weights
+    if config.representation_size is not None:
+        raise UserError(
+            f"{weights.source}: timm has no representation layer (tanh before the head), without which logits are "
+            "others; --without head pre_logits writes the body alone"
+        )
+    if config.trunk_units is not None:
+        if _timm_hybrid(config) is None:
+            name = f"{config.name}/{config.patch_size}"
+            raise UserError(f"{weights.source}: timm has no hybrid {name} with trunk {config.trunk_units}")
+        weights = kernels_for_timm(weights)
+    class_row = config.pooling == "token" and config.positions == "learned" and config.class_position
+    return with_learned_positions(weights, class_row=class_row)
+
+
+def _timm_hybrid(config: ModelConfig) -> str | None:
+    for timm_name, (name, patch_size) in TIMM_HYBRIDS.items():
+        if config.trunk_width == 64 and config.patch_size == patch_size:
+            if config.trunk_units == ModelConfig(name=name, patch_size=patch_size).trunk_units:
+                return f"{timm_name}_224"
+    return None
+
+
+def _kept(weights: Weights, model: ModelConfig, layout: str) -> dict[str, Any]:
+    return {"layout": layout, "model": asdict(model)} | {key: getattr(weights, key) for key in _USE}
+
+
+def _write(out: Path, values: dict[str, Any], weights: Weights) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    if weights.class_names:
+        values["label_names"] = list(weights.class_names)
+    write_safetensors(out / "model.safetensors", weights.tensors)
+    (out / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _timm_values(weights: Weights) -> dict[str, Any]:
+    config, size = weights.model, weights.model.image_size
+    vit = config.timm_name is None
+    first_conv = "patch_embed.proj"
+    if config.trunk_units is not None:
+        first_conv = "patch_embed.backbone.stem.conv" if config.trunk_units else "patch_embed.backbone.conv"
+    values = {
+        "architecture": _architecture(config) if vit else config.timm_name,
+        "num_classes": weights.num_classes,
+        "model_args": _vit_arguments(config) if vit else timm_options(config),
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": vit,
+            "interpolation": weights.interpolation,
+            "crop_pct": weights.eval_crop,
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "num_classes": weights.num_classes,
+            **({"first_conv": first_conv, "classifier": "head"} if vit else {}),
+        },
+    }
+    if vit:
+        values |= {"num_features": config.shape.width, "global_pool": values["model_args"]["global_pool"]}
+    return values
+
+
+def _architecture(config: ModelConfig) -> str:
+    """The entry of timm on which the arguments build; any ViT entry serves, the nearest one reads best."""
+    import timm
+
+    if hybrid := _timm_hybrid(config) if config.trunk_units is not None else None:
+        return hybrid
+    sizes = {ours: timms for timms, ours in TIMM_SIZES.items()}
+    name = f"vit_{sizes.get(config.name, '')}_patch{config.patch_size}_224"
+    return name if name in timm.list_models("vit_*") else "vit_base_patch16_224"
+
+
+def _vit_arguments(config: ModelConfig) -> dict[str, Any]:
+    width, depth, mlp_dim, heads = config.shape
+    ratio = mlp_dim / width
+    return {
+        "img_size": config.image_size,
+        **({"patch_size": config.patch_size} if config.trunk_units is None else {}),  # a hybrid's name says it
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width,  # timm truncates
+        "class_token": config.pooling == "token",
+        "global_pool": {"token": "token", "gap": "avg", "map": "map"}[config.pooling],
+        "fc_norm": False,  # the norm comes before the pooling
+        "no_embed_class": not config.class_position,
+        "act_layer": "gelu_tanh" if config.gelu == "tanh" else "gelu",
+    }
