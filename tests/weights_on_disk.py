@@ -10,10 +10,32 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint import Slice, save_checkpoint
-from pretrain.config import Config, config_to_dict, config_to_yaml
+from pretrain.config import Config, ModelConfig, config_to_dict, config_to_yaml
 from pretrain.models.build import build_model
+from pretrain.models.equivalent import own_tensors
+from pretrain.models.tensors import LazyTensor, Weights
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny_model(**changes: Any) -> ModelConfig:
+    """A ViT of width 32 and depth 2 for images of 16 pixels, 4 patches."""
+    shape: dict[str, Any] = {"name": "Ti", "width": 32, "depth": 2, "mlp_dim": 64, "heads": 2}
+    return ModelConfig(**{**shape, "image_size": 16, "patch_size": 8, **changes})
+
+
+def in_memory(model: nn.Module, config: ModelConfig, class_names: tuple[str, ...] = (), **use: Any) -> Weights:
+    """A model as weights that were read from nowhere."""
+    held = {name: tensor.detach() for name, tensor in own_tensors(model).items()}
+    tensors = {name: LazyTensor(tuple(t.shape), lambda t=t: t) for name, t in held.items()}
+    num_classes = len(held["head.bias"]) if "head.bias" in held else 0
+    return Weights(Path("memory"), config, tensors, num_classes, class_names, **use)
+
+
+def one_line(error: BaseException) -> str:
+    """Checks that an error's message is one line, and returns it."""
+    assert "\n" not in str(error)
+    return str(error)
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
