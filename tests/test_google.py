@@ -151,7 +151,7 @@ def test_every_model_survives_every_naming(variant: str, naming: str, tmp_path: 
 @pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_prefixes_scanned_blocks_and_bfloat16_are_understood(naming: str, prefix: str, tmp_path: Path) -> None:
-    """The same tensors from any tree of a training state, with blocks stacked along an axis, and bf16 stored as void."""
+    """The same tensors from any tree of a training state, with blocks stacked along an axis, and bf16 as void."""
     config = tiny_model(depth=3)
     weights = in_memory(randomised(build_model(config, 5)), config)
     write_google(weights, tmp_path / "plain.npz", naming)
@@ -237,7 +237,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "first key missing": (_arrays(lambda a: a.pop("embedding/kernel")), "has no tensor embedding/kernel"),
     "key too many": (_arrays(lambda a: a.update(spare=np.zeros(2, "f4"))), "tensors unknown: spare"),
     "shape": (_arrays(lambda a: a.update({f"{MLP}/bias": np.zeros(63, "f4")})), rf"{MLP}/bias has shape \(63,\)"),
-    "axes": (_arrays(lambda a: a.update({"embedding/kernel": np.zeros(63, "f4")})), "embedding/kernel has shape .* expected 4 axes"),
+    "axes": (
+        _arrays(lambda a: a.update({"embedding/kernel": np.zeros(63, "f4")})),
+        "embedding/kernel has shape .* expected 4",
+    ),
     "no square": (
         _arrays(lambda a: a.update({NAMINGS["released"].positions: np.zeros((1, 7, 32), "f4")})),
         ".*/pos_embedding has 6 patches, which is no square",

@@ -40,8 +40,8 @@ def read_timm_folder(path: Path) -> Weights:
     tensors = read_safetensors(path / "model.safetensors")
     with readable(path / "config.json"):
         weights = _ours(path, values, tensors) if OURS in values else _foreign(path, values, tensors)
-    if problems := list(weights.model.problems()):
-        raise UserError(f"{path}/config.json: {'; '.join(problems)}")
+        if problems := list(weights.model.problems()):
+            raise UserError(f"{path}/config.json: {'; '.join(problems)}")
     return weights
 
 
@@ -63,22 +63,25 @@ def _ours(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) ->
 def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
     """Weights that timm wrote: our ViT where it computes the same function, else timm's own model."""
     import timm
+    from timm.models._input import get_model_args
 
     name, arguments = str(values["architecture"]), dict(values.get("model_args") or {})
     cfg = values.get("pretrained_cfg") or values
-    num_classes = int(values.get("num_classes", cfg.get("num_classes", 0)))
+    num_classes = int(arguments.pop("num_classes", values.get("num_classes", cfg.get("num_classes", 0))))
     if name not in timm.list_models():
         raise UserError(f"{path}: timm has no model {name!r}")
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=num_classes, **arguments)
     model = _as_ours(theirs, num_classes)
     if model is None:
-        if arguments.keys() - {"img_size"}:
-            raise UserError(
-                f"{path}: {name} with {arguments} is no plain Vision Transformer; this cannot be loaded here"
-            )
-        size = arguments.get("img_size") or tuple(cfg.get("input_size", (3, 224, 224)))[-1]
-        model = ModelConfig(name=f"timm:{name}", image_size=int(size))
+        with torch.device("meta"):
+            usual = get_model_args(timm.create_model(name))
+        special = {k: v for k, v in arguments.items() if k != "img_size" and usual.get(k) != v}
+        if special:
+            raise UserError(f"{path}: {name} with {special} is no plain Vision Transformer; this cannot be loaded here")
+        size = arguments.get("img_size") or tuple(cfg.get("input_size", (3, 224, 224)))[1:]
+        size = max(size) if isinstance(size, (list, tuple)) else size
+        model = ModelConfig(name=f"timm:{name}", image_size=size)
     weights = Weights(
         source=path,
         model=model,

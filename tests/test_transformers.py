@@ -1,0 +1,222 @@
+"""transformers' ViT: its own logits from what is written here, ours from what it writes, and what it cannot hold."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from weights_on_disk import in_memory, one_line, randomised, tiny_model
+
+from pretrain.errors import UserError
+from pretrain.models import load_model
+from pretrain.models.build import build_model
+from pretrain.models.equivalent import own_tensors, without
+from pretrain.models.transformers_folder import write_transformers_folder
+from pretrain.models.weights import read_weights
+
+pytest.importorskip("transformers", reason="transformers is not installed (pip install 'vit-pretrain[convert]')")
+torch.set_num_threads(1)
+NAMES = ("ash", "birch, silver", "cedar")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "token": {},
+    "token_exact": {"gelu": "exact"},
+    "token_no_row": {"class_position": False},
+    "sincos2d": {"positions": "sincos2d"},
+    "learned2d": {"positions": "learned2d"},
+    "none": {"positions": "none"},
+    "model": {},
+    "model_rep": {"representation_size": 24},
+}
+
+_TRANSFORMERS = """
+import json, sys, torch, transformers
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+outputs, facts = {}, {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    values = json.loads((folder / "config.json").read_text())
+    name = values["architectures"][0]
+    pooled = {} if name != "ViTModel" else {"add_pooling_layer": folder.name.endswith("rep")}
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **pooled)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    images = load_file(sys.argv[2])["images"]
+    with torch.no_grad():
+        output = model.eval()(images)
+    if name != "ViTModel":
+        outputs[folder.name] = output.logits
+    elif pooled["add_pooling_layer"]:
+        outputs[folder.name] = output.pooler_output
+    else:
+        outputs[folder.name] = output.last_hidden_state[:, 0].contiguous()
+    processor = transformers.ViTImageProcessor.from_pretrained(folder)
+    facts[folder.name] = [model.config.id2label, processor.image_mean, processor.size["height"]]
+assert not any(name.startswith("pretrain") for name in sys.modules)
+save_file(outputs, sys.argv[3])
+print(json.dumps(facts))
+"""
+
+
+def in_transformers(folders: Path, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Outputs and facts of all folders, from transformers in a process of its own."""
+    given, out = folders.parent / "images.safetensors", folders.parent / "out.safetensors"
+    save_file({"images": images.contiguous()}, given)
+    command = [sys.executable, "-c", _TRANSFORMERS, str(folders), str(given), str(out)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folders.parent, env=environment)
+    assert done.returncode == 0, done.stderr
+    return load_file(out), json.loads(done.stdout)
+
+
+def pixels(size: int = 16) -> torch.Tensor:
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_folders_load_in_a_fresh_process_with_the_same_outputs(tmp_path: Path) -> None:
+    """Logits of ViTForImageClassification, the class token or the pooled output of ViTModel: 1e-5 of the largest;
+    no missing, unexpected or mismatched key; class names and preprocessing come along.
+    """
+    expected, x = {}, pixels()
+    for name, variant in VARIANTS.items():
+        config, headless = tiny_model(**variant), name.startswith("model")
+        model = randomised(build_model(config, 0 if headless else 3))
+        weights = in_memory(model, config, () if headless else NAMES)
+        write_transformers_folder(weights, tmp_path / "all" / name)
+        expected[name] = model(x).detach()
+    found, facts = in_transformers(tmp_path / "all", x)
+    for name, outputs in expected.items():
+        assert (found[name] - outputs).abs().max() <= 1e-5 * outputs.abs().max(), name
+        if not name.startswith("model"):
+            assert facts[name] == [{str(i): label for i, label in enumerate(NAMES)}, [0.5, 0.5, 0.5], 16]
+
+
+@pytest.mark.parametrize("name", ["vt_token", "bv_tok_learn"])
+def test_googles_weights_give_googles_logits(name: str, test_fixtures: Path, tmp_path: Path) -> None:
+    """npz -> here -> transformers' own code in a fresh process, to the fixture's 1e-5; and with a representation layer,
+    as ViTModel, the head's input.
+    """
+    folder = test_fixtures / name
+    write_transformers_folder(read_weights(folder / "checkpoint.npz"), tmp_path / "all" / name)
+    rep = without(read_weights(test_fixtures / "vt_token_rep" / "checkpoint.npz"), "head")
+    write_transformers_folder(rep, tmp_path / "rep" / "vt_token_rep")
+    for folders, fixture, what in (("all", name, "logits"), ("rep", "vt_token_rep", "pre_logits")):
+        x = torch.from_numpy(np.load(test_fixtures / fixture / "images.npy")).permute(0, 3, 1, 2)
+        found, _ = in_transformers(tmp_path / folders, x)
+        assert np.abs(found[fixture].numpy() - np.load(test_fixtures / fixture / f"{what}.npy")).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["token", "token_exact", "model_rep"])
+def test_what_was_written_reads_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Key biases included, which no logit shows; the same architecture and class names."""
+    config, headless = tiny_model(**VARIANTS[name]), name.startswith("model")
+    model = randomised(build_model(config, 0 if headless else 3))
+    write_transformers_folder(in_memory(model, config, () if headless else NAMES), tmp_path / "out")
+    weights = read_weights(tmp_path / "out")
+    assert (weights.model, weights.class_names) == (config, () if headless else NAMES)
+    for tensor, parameter in own_tensors(model).items():
+        assert torch.equal(weights.tensors[tensor].read(), parameter), tensor
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new"])
+@torch.no_grad()
+def test_weights_saved_by_transformers_give_its_logits(hidden_act: str, tmp_path: Path) -> None:
+    """A folder as save_pretrained writes it, in one file and in several, with ImageNet's mean and deviation."""
+    import transformers
+
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    config = transformers.ViTConfig(
+        **shape, num_attention_heads=2, image_size=16, patch_size=8, num_labels=4, hidden_act=hidden_act
+    )
+    config.layer_norm_eps = 1e-6
+    theirs = randomised(transformers.ViTForImageClassification(config))
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    theirs.save_pretrained(tmp_path / "one")  # type: ignore[operator]
+    theirs.save_pretrained(tmp_path / "several", max_shard_size="20KB")  # type: ignore[operator]
+    assert (tmp_path / "several" / "model.safetensors.index.json").exists()
+    x = pixels()
+    scaled = (x / 2 + 0.5 - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    for folder in (tmp_path / "one", tmp_path / "several"):
+        assert (load_model(folder)(x) - theirs(x).logits).abs().max() <= 1e-5 * theirs(x).logits.abs().max()
+        (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
+        expected = theirs(scaled).logits
+        assert (load_model(folder)(x) - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason"),
+    [
+        ({"pooling": "gap"}, "pools by the class token only"),
+        ({"pooling": "map"}, "pools by the class token only"),
+        ({"representation_size": 24}, "has no representation layer"),
+        ({"trunk": [1], "trunk_width": 32}, "has no ResNet trunk"),
+        ({"positions_at": "every_layer"}, "every layer of positions"),
+        ({"positions": "relative"}, "relative positions"),
+    ],
+)
+def test_what_transformers_has_not_is_refused_with_the_reason(
+    variant: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """Never dropped, never approximated; nothing is written."""
+    config = tiny_model(**variant)
+    with pytest.raises(UserError, match=reason) as caught:
+        write_transformers_folder(in_memory(build_model(config, 3), config), tmp_path / "out")
+    one_line(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def _edited(**changes: Any) -> Any:
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+    return edit
+
+
+def _tensors(change: Any) -> Any:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_edited(hidden_act="relu"), "hidden_act is 'relu', expected GELU"),
+        (_edited(qkv_bias=False), "qkv_bias is false"),
+        (_edited(patch_size=5), "is not a multiple of model.patch_size"),
+        (_edited(hidden_size="wide"), "cannot be read"),
+        (_tensors(lambda t: t.pop("classifier.bias")), "tensors missing: classifier.bias"),
+        (_tensors(lambda t: t.update(spare=torch.zeros(1))), "tensors unknown: spare"),
+        (_tensors(lambda t: t.update({"classifier.bias": torch.zeros(4)})), r"classifier.bias has shape \(4,\)"),
+        (_tensors(lambda t: t["classifier.bias"].fill_(float("inf"))), "classifier.bias holds values"),
+        (lambda f: os.truncate(f / "model.safetensors", 4000), "model.safetensors: damaged"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a .bin is a pickle"),
+    ],
+)
+def test_a_damaged_folder_is_one_line(damage: Any, message: str, tmp_path: Path) -> None:
+    """Each names the file, and the key or the tensor."""
+    config = tiny_model()
+    write_transformers_folder(in_memory(randomised(build_model(config, 3)), config, NAMES), tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path / "out")
+    assert "out" in one_line(caught.value)
+
+
+def test_another_epsilon_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers' default of 1e-12 is not what Google's weights were trained with: taken as 1e-6, with a warning."""
+    config = tiny_model()
+    weights = replace(in_memory(build_model(config, 3), config), class_names=())
+    write_transformers_folder(weights, tmp_path / "out")
+    _edited(layer_norm_eps=1e-12)(tmp_path / "out")
+    assert read_weights(tmp_path / "out").class_names == ()
+    assert "layer_norm_eps 1e-12 becomes 1e-06" in "".join(capsys.readouterr())
