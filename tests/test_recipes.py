@@ -232,8 +232,8 @@ def documented_lines(name: str) -> dict[str, Documented]:
     """The models of a header: "L/16, 14 epochs" -> its line."""
     rows = re.findall(r"^#   (\S+, \S+ \S+) +\| +([\d.]+) +\| (\S+) +\| (.+)$", header(name), flags=re.MULTILINE)
     found = {
-        label: Documented(float(days), score, [] if overrides == "(this file)" else overrides.split())
-        for label, days, score, overrides in rows
+        model: Documented(float(days), score, [] if overrides == "(this file)" else overrides.split())
+        for model, days, score, overrides in rows
     }
     assert len(found) == len(rows) == len(re.findall(r"^#   .*\|.*\|.*\|", header(name), flags=re.MULTILINE)) - 1
     return found
