@@ -122,7 +122,10 @@ MODELS: dict[str, dict[str, Any]] = {
 CANNOT = {("map", "released"), ("map", "vit_jax"), ("hybrid", "big_vision"), ("stem_only", "big_vision")}
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
+WRITTEN = ("released", "vit_jax", "big_vision")
+
+
+@pytest.mark.parametrize("naming", WRITTEN)
 @pytest.mark.parametrize("variant", MODELS)
 def test_every_model_survives_every_naming(variant: str, naming: str, tmp_path: Path) -> None:
     """Random values in every tensor: the same logits after writing and reading, and what reads as the same model comes
@@ -149,7 +152,7 @@ def test_every_model_survives_every_naming(variant: str, naming: str, tmp_path: 
 
 
 @pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
-@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("naming", WRITTEN)
 def test_prefixes_scanned_blocks_and_bfloat16_are_understood(naming: str, prefix: str, tmp_path: Path) -> None:
     """The same tensors from any tree of a training state, with blocks stacked along an axis, and bf16 as void."""
     config = tiny_model(depth=3)
@@ -169,6 +172,31 @@ def test_prefixes_scanned_blocks_and_bfloat16_are_understood(naming: str, prefix
     for name, tensor in plain.tensors.items():
         expected = tensor.read() if name != "patch_embed.proj.weight" else tensor.read().bfloat16().float()
         assert torch.equal(scanned.tensors[name].read(), expected), name
+
+
+@pytest.mark.parametrize("variant", ["token", "token_no_row", "gap", "map"])
+def test_older_files_of_big_vision_are_understood(variant: str, tmp_path: Path) -> None:
+    """Positions inside the encoder, with or without a row for the class token; a MAP head in the open; names of before
+    flax.linen: its own reader mends all of these (models/vit.py, fix_old_checkpoints).
+    """
+    config = tiny_model(**MODELS[variant])
+    weights = in_memory(randomised(build_model(config, 5)), config)
+    write_google(weights, tmp_path / "new.npz", "vit_jax" if variant == "token" else "big_vision")
+    renamed = {
+        "Transformer/posembed_input/pos_embedding": "pos_embedding",
+        "pos_embedding": "Transformer/pos_embedding",
+    }
+    before_linen = [("Attention_0", "Attention_1"), ("LayerNorm_1", "LayerNorm_2"), ("MlpBlock_0", "MlpBlock_3")]
+    old = {}
+    for name, array in np.load(tmp_path / "new.npz").items():
+        for today, then in before_linen if "encoderblock" in name else ():
+            name = name.replace(today, then)
+        old[renamed.get(name, name).removeprefix("MAPHead_0/")] = array
+    np.savez(tmp_path / "old.npz", **old)
+    again = read_weights(tmp_path / "old.npz")
+    assert again.model == config
+    for name, tensor in weights.tensors.items():
+        assert torch.equal(again.tensors[name].read(), tensor.read()), name
 
 
 def test_the_published_layout_is_what_timms_reader_expects(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -158,11 +157,13 @@ def test_macs_equal_torchs_counter(pooling: Any) -> None:
 # --- initialisation --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def initialised() -> dict[str, torch.Tensor]:
-    """Large enough for statistics: width 256, MLP 512."""
-    config = tiny(width=256, mlp_dim=512, heads=4, image_size=64, head_bias=-6.9)
-    return dict(build_model(config, NUM_CLASSES, seed=3).named_parameters())
+INITIALISED: dict[str, dict[str, Any]] = {
+    "token": {"head_bias": -6.9, "representation_size": 256},
+    "map": {"pooling": "map", "class_position": False},
+    "hybrid": {"trunk": [2, 1], "trunk_width": 64},
+    "learned2d": {"positions": "learned2d", "positions_at": "every_layer"},
+    "relative": {"positions": "relative"},
+}
 
 
 def assert_uniform(values: torch.Tensor, fan_in: int, fan_out: int) -> None:
@@ -173,27 +174,37 @@ def assert_uniform(values: torch.Tensor, fan_in: int, fan_out: int) -> None:
     assert abs(values.mean()) < 0.02 * bound
 
 
-def test_every_tensor_is_initialised_as_in_googles_code(initialised: dict[str, torch.Tensor]) -> None:
-    """One rule per kind of tensor, and every tensor falls under one."""
-    for name, tensor in initialised.items():
+@pytest.mark.parametrize("variant", INITIALISED)
+def test_every_tensor_is_initialised_as_in_googles_code(variant: str) -> None:
+    """One rule per kind of tensor, and every tensor falls under one. Large enough for statistics: width 256."""
+    config = tiny(width=256, mlp_dim=512, heads=4, image_size=64, **INITIALISED[variant])
+    model = build_model(config, NUM_CLASSES, seed=3)
+    positions = 0.02 if config.class_position else 256**-0.5  # vision_transformer's, big_vision's
+    for name, tensor in model.named_parameters():
         values = tensor.detach()
-        if name.endswith("qkv.weight"):
-            for part in values.chunk(3):  # each of q, k, v is a 256 x 256 matrix of its own: not 256 x 768
+        if name.endswith((".qkv.weight", ".kv.weight")):
+            for part in values.split(256):  # each of q, k, v is a 256 x 256 matrix of its own: not 256 x 768
                 assert_uniform(part, 256, 256)
-        elif name.endswith("attn.proj.weight"):
+        elif name.endswith(("attn.proj.weight", "attn_pool.q.weight", "attn_pool.proj.weight")):
             assert_uniform(values, 256, 256)
+        elif name == "attn_pool.latent":
+            bound = math.sqrt(6 / 257)
+            assert 0.95 * bound < values.abs().max() <= bound
         elif name.endswith(("fc1.weight", "fc2.weight")):
             assert_uniform(values, 256, 512)
         elif name.endswith(("fc1.bias", "fc2.bias")):
             assert values.std() == pytest.approx(1e-6, rel=0.15)
-        elif name == "pos_embed":
-            assert values.std() == pytest.approx(0.02, rel=0.02) and values.abs().max() > 0.06
-        elif name == "patch_embed.proj.weight":  # LeCun normal, truncated at two deviations before rescaling
-            std = 1 / math.sqrt(3 * 8 * 8)
-            assert values.std() == pytest.approx(std, rel=0.02)
+        elif "pos_embed" in name or name.endswith("relative_embed"):
+            assert values.std() == pytest.approx(positions, rel=0.05) and values.abs().max() > 2.8 * positions
+        elif name == "pre_logits.weight" or values.ndim == 4:
+            # LeCun normal, truncated at two deviations before rescaling
+            std = 1 / math.sqrt(values[0].numel())
+            assert values.std() == pytest.approx(std, rel=4 / math.sqrt(2 * values.numel()))
             assert 2.2 * std < values.abs().max() <= 2.0001 / 0.8796 * std
         elif name == "head.bias":
-            assert (values == torch.tensor(-6.9)).all()
+            assert (values == torch.tensor(config.head_bias)).all()
+        elif name.endswith("norm3.weight"):  # a ResNet unit starts as its shortcut
+            assert (values == 0).all()
         elif "norm" in name and name.endswith(".weight"):
             assert (values == 1).all()
         else:
@@ -229,54 +240,55 @@ def test_sincos2d_is_its_definition() -> None:
                 assert found == pytest.approx(expected, abs=1e-7)
 
 
+def test_learned2d_is_its_definition() -> None:
+    """Entry (x, y) is concat(X[x], Y[y]); the class token has none; at every layer each block adds its own."""
+    config = tiny(positions="learned2d", positions_at="every_layer")
+    model: Any = randomised(build_model(config, NUM_CLASSES))
+    table = model.blocks[1].pos_embed()
+    for y in range(3):
+        for x in range(3):
+            assert torch.equal(table[0, y * 3 + x, :24], model.blocks[1].pos_embed.x[x])
+            assert torch.equal(table[0, y * 3 + x, 24:], model.blocks[1].pos_embed.y[y])
+    tokens = torch.randn(2, 10, 48)
+    shifted = tokens.clone()
+    shifted[:, 1:] += table
+    expected = model.blocks[1](tokens)
+    model.blocks[1].pos_embed = None
+    assert torch.equal(model.blocks[1](shifted), expected)
+
+
 @torch.no_grad()
-def test_gap_with_sincos2d_gives_big_visions_numbers(test_fixtures: Path) -> None:
-    """Its weights, images, tokens and logits: positions, GELU, epsilon and pooling all have to be right."""
-    folder = test_fixtures / "bv_gap_sincos2d"
-    shape = json.loads((folder / "config.json").read_text())
-    names = ("width", "depth", "mlp_dim", "heads", "image_size", "patch_size")
-    config = ModelConfig(name="Ti", pooling="gap", positions="sincos2d", **{name: shape[name] for name in names})
-    model = build_model(config, shape["num_classes"]).eval()
-    with np.load(folder / "checkpoint.npz", allow_pickle=False) as arrays:
-        model.load_state_dict(from_big_vision({name: torch.from_numpy(arrays[name]) for name in arrays}, config))
-    x = torch.from_numpy(np.load(folder / "images.npy")).permute(0, 3, 1, 2)
-    tokens = model.forward_features(x)  # type: ignore
-    for found, name, tolerance in ((tokens, "encoded", 2e-5), (model(x), "logits", 1e-5)):
-        np.testing.assert_allclose(found.numpy(), np.load(folder / f"{name}.npy"), rtol=0, atol=tolerance)
+def test_a_shared_table_is_added_before_each_block() -> None:
+    """The same forward pass written out: class row included, one table, three additions."""
+    model: Any = randomised(build_model(tiny(positions_at="shared"), NUM_CLASSES))
+    x = torch.cat([model.cls_token.expand(3, -1, -1), model.patch_embed(images(24))], dim=1)
+    for block in model.blocks:
+        x = block(x + model.pos_embed)
+    torch.testing.assert_close(model.forward_features(images(24)), model.norm(x), rtol=0, atol=0)
+    assert sum("pos_embed" in name for name, _ in model.named_parameters()) == 1
 
 
-def from_big_vision(arrays: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """big_vision's tensors under our names; every one must be used."""
-    width = config.shape.width
-    state = {}
-
-    def dense(ours: str, theirs: str) -> None:
-        state[f"{ours}.weight"] = arrays.pop(f"{theirs}/kernel").T
-        state[f"{ours}.bias"] = arrays.pop(f"{theirs}/bias")
-
-    def norm(ours: str, theirs: str) -> None:
-        state[f"{ours}.weight"], state[f"{ours}.bias"] = arrays.pop(f"{theirs}/scale"), arrays.pop(f"{theirs}/bias")
-
-    state["patch_embed.proj.weight"] = arrays.pop("embedding/kernel").permute(3, 2, 0, 1)
-    state["patch_embed.proj.bias"] = arrays.pop("embedding/bias")
-    for i in range(config.shape.depth):
-        block, theirs = f"blocks.{i}", f"Transformer/encoderblock_{i}"
-        norm(f"{block}.norm1", f"{theirs}/LayerNorm_0")
-        norm(f"{block}.norm2", f"{theirs}/LayerNorm_1")
-        attention = f"{theirs}/MultiHeadDotProductAttention_0"
-        kernels = [
-            arrays.pop(f"{attention}/{part}/kernel").reshape(width, width).T for part in ("query", "key", "value")
-        ]
-        biases = [arrays.pop(f"{attention}/{part}/bias").flatten() for part in ("query", "key", "value")]
-        state[f"{block}.attn.qkv.weight"], state[f"{block}.attn.qkv.bias"] = torch.cat(kernels), torch.cat(biases)
-        state[f"{block}.attn.proj.weight"] = arrays.pop(f"{attention}/out/kernel").reshape(width, width).T
-        state[f"{block}.attn.proj.bias"] = arrays.pop(f"{attention}/out/bias")
-        dense(f"{block}.mlp.fc1", f"{theirs}/MlpBlock_0/Dense_0")
-        dense(f"{block}.mlp.fc2", f"{theirs}/MlpBlock_0/Dense_1")
-    norm("norm", "Transformer/encoder_norm")
-    dense("head", "head")
-    assert not arrays, sorted(arrays)
-    return state
+@pytest.mark.parametrize("pooling", ["token", "gap"])
+@torch.no_grad()
+def test_relative_positions_are_their_definition(pooling: Any) -> None:
+    """Query by query and key by key: content logits plus the query times the embedding of its offset, then softmax."""
+    model: Any = randomised(build_model(tiny(positions="relative", pooling=pooling), NUM_CLASSES))
+    attention, patches, token = model.blocks[0].attn, 9, pooling == "token"
+    x = torch.randn(1, patches + token, 48, generator=torch.Generator().manual_seed(0))
+    q, k, v = attention.qkv(x)[0].view(-1, 3, 3, 16).permute(1, 2, 0, 3)  # each [heads, tokens, 16]
+    embed, out = attention.relative_embed, torch.zeros(patches + token, 3, 16)
+    for head in range(3):
+        for i in range(patches + token):
+            logits = []
+            for j in range(patches + token):
+                row = i - j + patches - 1
+                if token and 0 in (i, j):
+                    row = 2 * patches - 1 + (2 if i == j else 0 if i == 0 else 1)
+                logits.append((q[head, i] @ k[head, j] + q[head, i] @ embed[row]) / 4)
+            out[i, head] = torch.stack(logits).softmax(0) @ v[head]
+    expected = attention.proj(out.flatten(1))
+    torch.testing.assert_close(attention(x)[0], expected, rtol=1e-5, atol=1e-5)
+    assert len(embed) == 2 * patches - 1 + 3 * token
 
 
 # --- randomness and memory -------------------------------------------------------------------------------------------

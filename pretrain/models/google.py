@@ -29,14 +29,12 @@ class Naming(NamedTuple):
 
 
 _TODAY = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+_BEFORE_LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+_IN_ENCODER = "Transformer/posembed_input/pos_embedding"
 NAMINGS = {
-    "released": Naming(
-        *("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"),
-        positions="Transformer/posembed_input/pos_embedding",
-        class_row=True,
-        flat_group_norm=False,
-    ),
-    "vit_jax": Naming(*_TODAY, "Transformer/posembed_input/pos_embedding", class_row=True, flat_group_norm=True),
+    "released": Naming(*_BEFORE_LINEN, _IN_ENCODER, class_row=True, flat_group_norm=False),
+    "pre_linen": Naming(*_BEFORE_LINEN, "pos_embedding", class_row=False, flat_group_norm=False),  # old big_vision
+    "vit_jax": Naming(*_TODAY, _IN_ENCODER, class_row=True, flat_group_norm=True),
     "big_vision": Naming(*_TODAY, "pos_embedding", class_row=False, flat_group_norm=True),
 }
 _SCANNED = "Transformer/encoderblock/"
@@ -48,20 +46,19 @@ def read_google(path: Path, image_size: int | None = None) -> Weights:
     image_size: for files of fixed positions (sincos2d), which do not tell it; 224 if None. Raises UserError for a file
     that is no ViT's, or whose tensors are not exactly those of its architecture.
     """
-    arrays = _unscanned(_without_prefix(read_npz(path), path), path)
-    naming = _naming(arrays)
+    arrays = _without_old_places(_unscanned(_without_prefix(read_npz(path), path), path))
+    naming = NAMINGS[_naming(arrays)]
     config, num_classes = _architecture(arrays, naming, path, image_size)
     if problems := list(config.problems()):
         raise UserError(f"{path}: {'; '.join(problems)}")
     keys = google_keys(config, num_classes, naming)
     tensors = tensors_from(arrays, keys, tensor_shapes(config, num_classes), path)
-    of_big_vision = NAMINGS[naming].positions == "pos_embedding"
     return Weights(
         source=path,
         model=config,
         tensors=tensors,
         num_classes=num_classes,
-        eval_transform="big_vision" if of_big_vision else "vit",
+        eval_transform="vit" if naming.class_row else "big_vision",
         interpolation="bilinear",
     )
 
@@ -69,7 +66,7 @@ def read_google(path: Path, image_size: int | None = None) -> Weights:
 def write_google(weights: Weights, path: Path, naming: str) -> None:
     """Writes an .npz file. Raises UserError when Google's code has no such model."""
     weights = for_google(weights, naming)
-    keys = google_keys(weights.model, weights.num_classes, naming)
+    keys = google_keys(weights.model, weights.num_classes, NAMINGS[naming])
     write_npz(path, tensors_to(weights.tensors, keys))
 
 
@@ -119,14 +116,23 @@ def _unscanned(arrays: dict[str, LazyTensor], path: Path) -> dict[str, LazyTenso
     return result
 
 
+def _without_old_places(arrays: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """big_vision's older files: positions inside the encoder, and the MAP head's parts beside it."""
+    old = {"Transformer/pos_embedding": "pos_embedding"}
+    if "probe" in arrays:
+        inlined = ("probe", "MlpBlock_0/", "MultiHeadDotProductAttention_0/", "LayerNorm_0/")
+        old |= {name: f"MAPHead_0/{name}" for name in arrays if name.startswith(inlined)}
+    return {old.get(name, name): tensor for name, tensor in arrays.items()}
+
+
 def _naming(arrays: Mapping[str, LazyTensor]) -> str:
     if any("/MlpBlock_3/" in name for name in arrays):
-        return "released"
+        return "pre_linen" if "pos_embedding" in arrays else "released"
     return "vit_jax" if NAMINGS["vit_jax"].positions in arrays else "big_vision"
 
 
 def _architecture(
-    arrays: Mapping[str, LazyTensor], naming: str, path: Path, image_size: int | None
+    arrays: Mapping[str, LazyTensor], names: Naming, path: Path, image_size: int | None
 ) -> tuple[ModelConfig, int]:
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in arrays:
@@ -135,7 +141,6 @@ def _architecture(
             raise UserError(f"{path}: {name} has shape {arrays[name].shape}, expected {axes} axes")
         return arrays[name].shape
 
-    names = NAMINGS[naming]
     side, _, _, width = shape("embedding/kernel", 4)
     block = "Transformer/encoderblock_0"
     _, heads, _ = shape(f"{block}/{names.attention}/query/kernel", 3)
@@ -147,20 +152,21 @@ def _architecture(
     settings = {
         "patch_size": side * stride,
         "pooling": pooling,
-        "class_position": names.class_row or pooling != "token",
         "representation_size": shape("pre_logits/kernel", 2)[1] if "pre_logits/kernel" in arrays else None,
         "trunk": trunk,
         "trunk_width": shape("conv_root/kernel", 4)[3] if trunk is not None else 64,
     }
     if names.positions in arrays:
-        rows = shape(names.positions, 3)[1] - (pooling == "token" and names.class_row)
-        grid = math.isqrt(max(rows, 0))
-        if grid * grid != rows or not grid:
-            raise UserError(f"{path}: {names.positions} has {rows} patches, which is no square")
-        settings |= {"image_size": grid * side * stride}
+        rows = shape(names.positions, 3)[1]
+        # big_vision's older files have a row for the class token too; its reader tells by the number of rows
+        class_row = pooling == "token" and (names.class_row or math.isqrt(rows) ** 2 != rows)
+        grid = math.isqrt(max(rows - class_row, 0))
+        if grid * grid != rows - class_row or not grid:
+            raise UserError(f"{path}: {names.positions} has {rows - class_row} patches, which is no square")
+        settings |= {"image_size": grid * side * stride, "class_position": class_row or pooling != "token"}
     else:
         size = image_size or 224 // (side * stride) * (side * stride)
-        settings |= {"positions": "sincos2d", "class_position": True, "image_size": size}
+        settings |= {"positions": "sincos2d", "image_size": size}
     num_classes = shape("head/kernel", 2)[1] if "head/kernel" in arrays else 0
     return named_architecture(width, max(numbers) + 1, mlp_dim, heads, **settings), num_classes
 
@@ -176,9 +182,9 @@ def _trunk_units(arrays: Mapping[str, LazyTensor]) -> list[int] | None:
 # --- the key map -----------------------------------------------------------------------------------------------------
 
 
-def google_keys(config: ModelConfig, num_classes: int, naming: str) -> dict[str, list[Part]]:
+def google_keys(config: ModelConfig, num_classes: int, names: Naming) -> dict[str, list[Part]]:
     """Returns, for each of our tensors, the arrays that hold it (reference: vision_transformer checkpoint.py)."""
-    names, (width, depth, mlp_dim, _) = NAMINGS[naming], config.shape
+    width, depth, mlp_dim, _ = config.shape
     keys: dict[str, list[Part]] = {}
     shapes = tensor_shapes(config, num_classes)
     if config.trunk_units is not None:
