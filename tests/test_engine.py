@@ -13,7 +13,7 @@ from pretrain import distributed
 from pretrain.checkpoint import CheckpointReader, save_checkpoint
 from pretrain.config import Config
 from pretrain.data.images import to_float
-from pretrain.data.loader import Batch, train_batches
+from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
 from pretrain.engine import Engine, deepspeed_config
 from pretrain.models.build import build_model
@@ -63,7 +63,7 @@ def plain_losses(config: Config) -> list[float]:
     for step, batch in zip(range(STEPS), train_batches(data.train, data.order, plan, config, 0)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, config.total_steps, step)
-        loss = F.cross_entropy(model(to_float(batch.images, torch.float32)), batch.labels)
+        loss = F.cross_entropy(model(to_float(batch.images, torch.float32)), batch.labels[:, 0])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
@@ -369,5 +369,5 @@ def test_every_group_has_the_timeout(shards: Path) -> None:
 def test_batch_split_keeps_order() -> None:
     """Micro-batches are consecutive runs of the rank's slots."""
     slots = torch.arange(6)
-    batch = Batch(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), slots, slots >= 0, slots, slots, [])
-    assert [part.labels.tolist() for part in batch.split(2)] == [[0, 1], [2, 3], [4, 5]]
+    batch = Batch(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), *single_labels(slots), slots >= 0, slots, slots, [])
+    assert [part.labels[:, 0].tolist() for part in batch.split(2)] == [[0, 1], [2, 3], [4, 5]]
