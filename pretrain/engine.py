@@ -104,7 +104,7 @@ class Engine:
             )
         self.plan, self.device = plan, device
         self.dtype = DTYPES[config.engine.precision]
-        self._loss, self._stage = config.loss, config.engine.zero_stage
+        self._loss, self._label_smoothing, self._stage = config.loss, config.label_smoothing, config.engine.zero_stage
         # Each rank's gradient is averaged over ranks and micro-batches; this makes each image weigh 1 / global_batch,
         # however uneven the split (docs/training.md).
         self._loss_weight = distributed.world_size() * plan.accumulation / config.data.global_batch
@@ -138,12 +138,13 @@ class Engine:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro in batch.split(self.plan.micro_batch):
             logits = self._engine(to_float(micro.images, self.dtype))
-            losses = per_image_loss(logits, micro.labels, self._loss)
+            target = micro.labels, micro.label_weights
+            losses = per_image_loss(logits, *target, self._loss, self._label_smoothing)
             loss = torch.where(micro.valid, losses, 0.0).sum()
             self._engine.backward(_poison_unless_finite(loss) * self._loss_weight)
             self._engine.step()
             with torch.no_grad():
-                sums += torch.stack([loss, num_correct(logits, micro.labels, micro.valid), micro.valid.sum()])
+                sums += torch.stack([loss, num_correct(logits, *target, micro.valid), micro.valid.sum()])
         return StepResult(sums, self._engine.get_global_grad_norm(), self._engine.was_step_applied())
 
     @torch.no_grad()

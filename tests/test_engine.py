@@ -13,7 +13,7 @@ from pretrain import distributed
 from pretrain.checkpoint import CheckpointReader, save_checkpoint
 from pretrain.config import Config
 from pretrain.data.images import to_float
-from pretrain.data.loader import Batch, train_batches
+from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
 from pretrain.engine import Engine, deepspeed_config
 from pretrain.models.build import build_model
@@ -63,7 +63,9 @@ def plain_losses(config: Config) -> list[float]:
     for step, batch in zip(range(STEPS), train_batches(data.train, data.order, plan, config, 0)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, config.total_steps, step)
-        loss = F.cross_entropy(model(to_float(batch.images, torch.float32)), batch.labels)
+        logits = model(to_float(batch.images, torch.float32))
+        targets = torch.zeros_like(logits).scatter_add_(1, batch.labels.clamp(min=0), batch.label_weights)
+        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
@@ -99,6 +101,16 @@ def test_uneven_split_weighs_every_image_alike(shards: Path, plain: list[float])
     """12 images on 5 ranks in micro-batches of 2: masked slots count for nothing."""
     config = tiny_config(shards, Path("unused"), engine__max_micro_batch_size=2)
     compare(run_ranks(losses_of_run, 5, config)[0], plain, 1e-5)
+
+
+@pytest.mark.parametrize("world_size, max_micro_batch_size", [(1, 256), (3, 3), (5, 256)])
+def test_mixed_and_smoothed_targets_equal_a_plain_loop(
+    world_size: int, max_micro_batch_size: int, shards: Path
+) -> None:
+    """Mixup, CutMix, RandAugment and label smoothing: the losses of torch's dense targets, whatever the split."""
+    changes = {"data__mixup": 0.8, "data__cutmix": 1.0, "data__randaugment_layers": 2, "label_smoothing": 0.1}
+    config = tiny_config(shards, Path("unused"), **changes, engine__max_micro_batch_size=max_micro_batch_size)
+    compare(run_ranks(losses_of_run, world_size, config)[0], plain_losses(config), 1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -369,5 +381,5 @@ def test_every_group_has_the_timeout(shards: Path) -> None:
 def test_batch_split_keeps_order() -> None:
     """Micro-batches are consecutive runs of the rank's slots."""
     slots = torch.arange(6)
-    batch = Batch(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), slots, slots >= 0, slots, slots, [])
-    assert [part.labels.tolist() for part in batch.split(2)] == [[0, 1], [2, 3], [4, 5]]
+    batch = Batch(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), *single_labels(slots), slots >= 0, slots, slots, [])
+    assert [part.labels[:, 0].tolist() for part in batch.split(2)] == [[0, 1], [2, 3], [4, 5]]

@@ -44,7 +44,7 @@ def losses_of_timm(config: Config) -> list[float]:
     losses = []
     for step, batch in enumerate(batches):
         schedule.step_update(step)
-        loss = F.cross_entropy(model(to_float(batch.images, torch.float32)), batch.labels)
+        loss = F.cross_entropy(model(to_float(batch.images, torch.float32)), batch.labels[:, 0])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)

@@ -93,7 +93,7 @@ def _measure(model: str, compiled: bool, options: dict[str, Any]) -> dict[str, A
     import torch
 
     from pretrain import distributed
-    from pretrain.data.loader import Batch
+    from pretrain.data.loader import Batch, single_labels
     from pretrain.data.order import plan_batch
     from pretrain.engine import Engine
     from pretrain.models.build import build_model
@@ -112,7 +112,7 @@ def _measure(model: str, compiled: bool, options: dict[str, Any]) -> dict[str, A
     side, generator = config.model.image_size, torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, NUM_CLASSES, (size,), generator=generator)
-    batch = Batch(images, labels, torch.ones(size, dtype=torch.bool), labels, labels, []).to(device)
+    batch = Batch(images, *single_labels(labels), torch.ones(size, dtype=torch.bool), labels, labels, []).to(device)
 
     began = time.perf_counter()
     first_loss = engine.train_step(batch, 1e-4).sums[0].item() / size
