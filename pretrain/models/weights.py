@@ -99,10 +99,11 @@ def _read_checkpoint(path: Path) -> Weights:
     config = checkpoint_config(path)
     with _readable(path):
         state, reader = read_state(path), CheckpointReader(path)
+        kind = "average" if reader.shapes("average") else "weights"  # what a run with averages is meant to end with
         return Weights(
             source=path,
             model=config.model,
-            tensors={name: reader.tensor(name) for name in reader.shapes()},
+            tensors={name: reader.tensor(name, kind) for name in reader.shapes(kind)},
             num_classes=state["num_classes"],
             class_names=tuple(state["class_names"]),
             eval_crop=config.data.eval_crop,
