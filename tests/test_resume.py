@@ -92,7 +92,7 @@ def test_kill_9_with_averages_and_bf16_momenta(shards: Path, tmp_path: Path) -> 
     """The same with a Polyak average that is validated on the way, and a momentum in bf16."""
     optim = {"name": "lion", "lr": 1e-3, "betas": [0.9, 0.99], "moment_dtype": "bf16", "average_decay": 0.9}
     changes = {"optim": optim, "data__held_out": 23, "evaluation__every_steps": 6}
-    _kill_at_random_steps(shards, tmp_path, "bf16", 3, kills=1, seed=4, changes=changes)
+    _kill_at_random_steps(shards, tmp_path, "bf16", 1, kills=1, seed=4, changes=changes)
 
 
 def _kill_at_random_steps(
@@ -483,7 +483,7 @@ def test_a_branch_cools_down_and_resumes(trunk: Config, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"optim__lr": 1.0, "seed": 5}, "(seed: was 0, is 5; optim.lr: was 0.002, is 1.0)"),
+        ({"optim__lr": 1.0, "seed": 5}, "(optim.lr: was 0.002, is 1.0; seed: was 0, is 5)"),
         ({"optim__average_decay": 0.0}, "optim.average_decay: was 0.9, is 0.0"),
         ({"total_steps": 20}, "is at step 20, but total_steps is 20"),
         ({"branch_from": "nowhere"}, "nowhere: has no checkpoint; expected a run's folder"),
