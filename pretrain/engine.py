@@ -169,7 +169,6 @@ class Engine:
         self._swap_averages()
         yield
         self._swap_averages()
-        self.check()
 
     @torch.no_grad()
     def _swap_averages(self) -> None:
@@ -180,6 +179,7 @@ class Engine:
                 averages.copy_(kept)
         if self._averages:
             self._refresh_model()
+            self.check()
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:

@@ -436,4 +436,6 @@ def _save(
             folder, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps, keep_best=keep.keep_best
         )
     elif must_succeed:
-        raise StorageError(f"{folder}: the last checkpoint could not be saved; make room, and the same command goes on")
+        raise StorageError(
+            f"{folder}: the checkpoint of step {state.step} could not be saved; make room, and the same command goes on"
+        )

@@ -325,6 +325,19 @@ def test_optimizers_equal_googles_under_zero(
             assert np.abs(weights[name] - expected).max() < 1e-6, (step, name)
 
 
+def decays(config: Config) -> list[float]:
+    engine, _ = start(config)
+    return [group["weight_decay"] for group in engine._optimizer.param_groups]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_head_has_its_own_decay(stage: int, shards: Path) -> None:
+    """The engine tells the optimizer which tensors are the head's, and DeepSpeed keeps the groups."""
+    optim: dict[str, Any] = {"optim__weight_decay": 0.1, "optim__head_decay_multiplier": 100.0}
+    config = tiny_config(shards, Path("unused"), engine__zero_stage=stage, **optim)
+    assert run_ranks(decays, 1, config)[0] == pytest.approx([0.1, 0.0, 10.0])
+
+
 OTHER_OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 2e-3, "moment_dtype": "bf16"},
     "sgd": {"name": "sgd", "lr": 0.1, "moment_dtype": "bf16"},

@@ -337,10 +337,21 @@ def stop_in_validation(config: Config) -> None:
 
 
 def test_a_validation_cut_short_is_made_up_for(shards: Path, tmp_path: Path) -> None:
-    """SIGTERM during the last validation: no DONE; the next start validates, saves the score, and is done."""
-    config = tiny_config(shards, tmp_path, data__held_out=23, evaluation__every_steps=20)
+    """SIGTERM during the last validation: no DONE; the next start validates, saves the score, and is done.
+
+    The checkpoint saved then is the undisturbed run's: the averages that were being scored are not left in the weights.
+    """
+    options: dict[str, Any] = {"data__held_out": 23, "evaluation__every_steps": 20, "optim__average_decay": 0.9}
+    config = tiny_config(shards, tmp_path, **options)
     run_ranks(stop_in_validation, 2, config)
     assert not (tmp_path / "tiny" / "DONE").exists()
+    undisturbed = changed(config, output=str(tmp_path / "undisturbed"))
+    run_ranks(finish, 2, undisturbed)
+    folders = [newest_valid(path / "tiny" / "checkpoints") for path in (tmp_path, tmp_path / "undisturbed")]
+    assert folders[0] and folders[1] and folders[0].name == folders[1].name
+    for path in folders[0].glob("*.safetensors"):
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
+    shutil.rmtree(tmp_path / "undisturbed")
     shutil.copytree(tmp_path, tmp_path / "copy")
     without = changed(config, output=str(tmp_path / "copy"), evaluation__every_steps=0)
     run_ranks(finish, 2, without)
