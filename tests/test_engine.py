@@ -347,7 +347,7 @@ OTHER_OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
 def test_the_state_of_every_optimizer_fits_any_layout(name: str, shards: Path, tmp_path: Path) -> None:
-    """Saved after 10 steps on 2 ranks at stage 1, loaded at stage 3 on 3 ranks and at stage 2 on 1: the same 10 losses.
+    """Saved after 10 steps on 2 ranks at stage 1, loaded at stage 3 on 3 ranks: the same 10 losses.
 
     bf16 momenta are bf16 in the file. The head's kernel has its own decay.
     """
@@ -358,11 +358,9 @@ def test_the_state_of_every_optimizer_fits_any_layout(name: str, shards: Path, t
     with safe_open(next(path.glob("optimizer-00001*")), framework="pt") as file:
         dtypes = {key.partition("/")[0]: file.get_tensor(key).dtype for key in file.keys()}
     assert dtypes == moment_dtypes(config.optim)
-    for stage, ranks in ((3, 3), (2, 1)):
-        losses, moments = run_ranks(resume_at, ranks, changed(config, engine__zero_stage=stage), path, 10)[0]
-        assert len(moments) and any(moments.values())
-        # A sign can turn over a rounding error, a bf16 momentum can round the other way.
-        compare(losses, expected, 1e-4)
+    losses, moments = run_ranks(resume_at, 3, changed(config, engine__zero_stage=3), path, 10)[0]
+    assert len(moments) and any(moments.values())
+    compare(losses, expected, 1e-4)  # a sign can turn over a rounding error, a bf16 momentum can round the other way
 
 
 # --- averages --------------------------------------------------------------------------------------------------------
@@ -434,8 +432,17 @@ def swapped(config: Config) -> tuple[bool, bool, bool, list[float]]:
     return torch.equal(logits, expected), torch.equal(logits, trained), same, steps(engine, data, config, 4, 8)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (1, "bf16"),
+        (2, "fp32"),
+        (3, "bf16"),
+        pytest.param(1, "fp32", marks=pytest.mark.slow),
+        pytest.param(2, "bf16", marks=pytest.mark.slow),
+        pytest.param(3, "fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_averages_come_and_go_without_a_trace(stage: int, precision: str, shards: Path) -> None:
     """Inside `averaged` the model predicts with the averages; after it weights, moments, averages, predictions are bit
     for bit what they were, and the run goes on with the losses of one that never looked.
