@@ -197,7 +197,7 @@ def _draw_internals(
     title: str, config: ModelConfig, filters: Filters, positions: Positions, photos: Sequence[Photo]
 ) -> Any:
     figure = _figure(14, 5.2, title)
-    left, centre, right = figure.subplots(1, 3)
+    left, centre, right = figure.subplots(1, 3, width_ratios=(1, 1.15, 1))
     _draw_filters(left, filters)
     _draw_positions(figure, centre, positions, grid_of(config))
     _draw_distances(right, config, photos)
@@ -213,8 +213,8 @@ def _draw_filters(axes: Any, filters: Filters) -> None:
     axes.imshow(_mosaic(tiles, columns, 1.0), interpolation="nearest")
     axes.set_title("Patch filters (RGB)", fontweight="bold")
     axes.set_xlabel(
-        f"first {count} principal components of the {filters.source},\n"
-        f"{height} x {width} px each; they hold {filters.variance.sum():.0%} of the variance"
+        f"first {count} principal components of the\n{filters.source}, {height} x {width} px each;\n"
+        f"they hold {filters.variance.sum():.0%} of the variance"
     )
     axes.set_anchor("N")
     _bare(axes)
@@ -276,7 +276,7 @@ def _draw_distances(axes: Any, config: ModelConfig, photos: Sequence[Photo]) -> 
 
 def _draw_rollouts(title: str, photos: Sequence[Photo]) -> Any:
     """One row per photo: the photo, the rollout, and the photo as bright as the rollout."""
-    figure = _figure(9.5, 0.9 + 2.7 * len(photos), f"{title}\nAttention rollout: {photos[0].look.source}")
+    figure = _figure(9.5, 0.9 + 2.7 * len(photos), f"{title}\nAttention rollout, {photos[0].look.source}")
     maps = [photo.look.rollout.numpy() * photo.look.rollout.numel() for photo in photos]  # 1: as a uniform look
     for row, photo, values in zip(figure.subplots(len(photos), 3, squeeze=False), photos, maps):
         size = photo.pixels.shape[0]
@@ -284,7 +284,7 @@ def _draw_rollouts(title: str, photos: Sequence[Photo]) -> Any:
         row[0].set_ylabel(photo.name if len(photo.name) <= 28 else f"{photo.name[:25]}...", fontsize=8)
         extent = (-0.5, size - 0.5, size - 0.5, -0.5)
         heat = row[1].imshow(values, cmap=MAP_COLORS, vmin=0, extent=extent, interpolation="nearest")
-        figure.colorbar(heat, ax=row[1], shrink=0.85, label="attention / uniform attention")
+        figure.colorbar(heat, ax=row[1], shrink=0.85, label="attention, uniform = 1")
         fine = torch.from_numpy(values)[None, None]
         fine = torch.nn.functional.interpolate(fine, size=(size, size), mode="bilinear")[0, 0].numpy()
         # Pixel values are no amounts of light: this exponent makes the light proportional to the rollout.
