@@ -145,7 +145,7 @@ def test_no_row_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         ("H/14", None, "model.image_size (64) is not a multiple of model.patch_size (14)"),
     ]
     page = out.with_suffix(".md").read_text()
-    assert page.count("\n|") == 4 and "| Ti/16 | 64 | 1 | 0.00 | 0.00 | 0.0 | 4.0 | 500.0 | 8.0 | 250.0 |  |" in page
+    assert page.count("\n|") == 4 and "| Ti/16 | 64 | 1 | 0.00 | 0.00 | 0.0 | 4 | 500.0 | 8 | 250.0 |  |" in page
     assert "batch 2, fp32" in page
     assert "ended by signal 9" in " ".join(capsys.readouterr().out.split())
 

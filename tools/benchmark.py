@@ -453,8 +453,12 @@ def _model_cells(row: dict[str, Any]) -> list[str]:
     cells.append(f"{row['activation_bytes'] / 1e6:,.1f}")
     for name in ("forward", "train"):
         timed = f"{name}_ms" in row
-        cells += [f"{row[f'{name}_ms']['median']:,.1f}", f"{row[f'{name}_images_per_s']:,.1f}"] if timed else ["", ""]
+        cells += [_short(row[f"{name}_ms"]["median"]), _short(row[f"{name}_images_per_s"])] if timed else ["", ""]
     return [*cells, row["not_timed"] or ""]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _conditions(rows: list[dict[str, Any]]) -> str:
