@@ -178,3 +178,8 @@ def test_the_table_is_measured(tmp_path: Path) -> None:
     assert small["train_ms"]["median"] > small["forward_ms"]["median"] and small["not_timed"] is None
     assert large["not_timed"] == "more than 7,000,000 parameters (--max-params)" and large["activation_bytes"] > 0
     assert small["pooling"] == "map" and small["train_flops"] == 3 * small["forward_flops"]
+
+
+def test_deciles_lie_within_what_was_measured() -> None:
+    """Of three steps, one of them slow: no decile below the fastest or above the slowest."""
+    assert tool._summary_ms([100.0, 110.0, 400.0]) == {"median": 110.0, "p10": 102.0, "p90": 342.0}

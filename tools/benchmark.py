@@ -177,7 +177,7 @@ def _step_times_ms(step: Callable[[], Any], steps: int, gpu: bool) -> list[float
 
 def _summary_ms(times_ms: list[float]) -> dict[str, float]:
     """Returns the median and the first and last decile."""
-    deciles = statistics.quantiles(times_ms, n=10)
+    deciles = statistics.quantiles(times_ms, n=10, method="inclusive")  # the other one extrapolates: below zero
     values = {"median": statistics.median(times_ms), "p10": deciles[0], "p90": deciles[-1]}
     return {name: round(value, 3) for name, value in values.items()}
 
