@@ -12,6 +12,7 @@ import torch
 from weights_on_disk import load_tool
 
 from pretrain.config import VIT_SHAPES, ModelConfig
+from pretrain.data.loader import single_labels
 from pretrain.errors import UserError
 from pretrain.losses import per_image_loss
 from pretrain.models.build import build_model
@@ -87,9 +88,9 @@ def test_activations_of_a_vit_are_those_of_its_formula() -> None:
     block = 2 * (width + 2) + 2 * width + (3 * width + width + heads) + 2 * mlp
     last_norm = width + 2 + width  # and its output: the head keeps a view of it, the class token, and so all of it
     per_image = tokens * (depth * block + last_norm) + 3 * 64 * 64 + classes  # images, softmax
-    labels, total_weight = 8, 4  # bytes: int64 per image; one float
+    label = 8 + 4  # bytes: a class and its weight
     config = tool._config("Ti/16", 64, batch, "fp32")
-    assert tool._activation_bytes(config, "cpu") == batch * (4 * per_image + labels) + total_weight
+    assert tool._activation_bytes(config, "cpu") == batch * (4 * per_image + label)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_activations_are_what_a_real_step_saves(model: str, pooling: Any, precis
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = network(torch.rand(2, 3, 64, 64).to(dtype))
-        loss = per_image_loss(logits, torch.tensor([1, 2]), "softmax").sum()
+        loss = per_image_loss(logits, *single_labels(torch.tensor([1, 2])), "softmax").sum()
     found = sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
     assert tool._activation_bytes(config, "cpu") == found > 0
     loss.backward()

@@ -410,6 +410,7 @@ def _activation_bytes(config: Config, device: str) -> int:
     import torch
     from torch._subclasses import FakeTensorMode
 
+    from pretrain.data.loader import single_labels
     from pretrain.losses import per_image_loss
 
     network, size, side = _on_meta(config), config.data.global_batch, config.model.image_size
@@ -424,9 +425,9 @@ def _activation_bytes(config: Config, device: str) -> int:
         network = network.to_empty(device=device)
         own = {tensor.untyped_storage()._cdata for tensor in [*network.parameters(), *network.buffers()]}
         images = torch.empty(size, 3, side, side, device=device, dtype=next(network.parameters()).dtype)
-        labels = torch.empty(size, device=device, dtype=torch.int64)
+        labels = single_labels(torch.empty(size, device=device, dtype=torch.int64))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = per_image_loss(network(images), labels, config.loss).sum()
+            loss = per_image_loss(network(images), *labels, config.loss).sum()
     assert loss.requires_grad
     return sum(storage.nbytes() for key, storage in saved.items() if key not in own)
 
