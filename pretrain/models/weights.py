@@ -106,7 +106,7 @@ def _read_checkpoint(path: Path) -> Weights:
             source=path,
             model=config.model,
             tensors={
-                name: LazyTensor(tuple(shape), partial(_checkpoint_tensor, reader, name))
+                name: LazyTensor(tuple(shape), partial(_checkpoint_tensor, path, name))
                 for name, shape in reader.shapes().items()
             },
             num_classes=state["num_classes"],
@@ -118,9 +118,10 @@ def _read_checkpoint(path: Path) -> Weights:
         )
 
 
-def _checkpoint_tensor(reader: CheckpointReader, name: str) -> torch.Tensor:
-    with readable(reader.path):
-        return finite(reader.tensor(name), name, reader.path)
+def _checkpoint_tensor(path: Path, name: str) -> torch.Tensor:
+    # A reader for each tensor: it keeps its files mapped, and what was read of them counts as this process's memory.
+    with readable(path):
+        return finite(CheckpointReader(path).tensor(name), name, path)
 
 
 def checkpoint_config(path: Path) -> Config:
