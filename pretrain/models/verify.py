@@ -127,7 +127,7 @@ def same_tensors(expected: Weights, found: Weights) -> str | None:
 
 def _run(side: str, program: str, argument: str, work: Path) -> int:
     """Runs a program on images.safetensors; returns the bytes that it took beyond its imports."""
-    command = [sys.executable, "-c", _PEAK + program + _END, argument, str(work / side) + ".safetensors"]
+    command = [sys.executable, "-c", PEAK_MEMORY + program + _END, argument, str(work / side) + ".safetensors"]
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
@@ -156,7 +156,7 @@ def our_outputs(source: Source, images: torch.Tensor) -> Mapping[str, torch.Tens
 
 
 # What a user of the target would run. argv: the folder or file, where the outputs go. They take over `images`.
-_PEAK = """
+PEAK_MEMORY = """
 import sys
 from safetensors.torch import load_file, save_file
 def peak():  # of this process alone: getrusage's figure begins with that of the process that started it
