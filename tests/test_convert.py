@@ -402,7 +402,7 @@ FORMATS: dict[str, tuple[Callable[[Weights, Path], None], str]] = {
 }
 NORM = {"transformers": "vit.layernorm.bias", "npz": "Transformer/encoder_norm/bias"}
 DAMAGES = {
-    "missing": "{source}.*: tensors missing: {norm}|tensors missing",
+    "missing": "{source}.*: tensors missing: {norm}",
     "extra": "{source}.*: tensors unknown: surplus",
     "shape": "{source}.*: {norm} has shape \\(31,\\), expected \\(32,\\)",
     "nan": "{source}.*: {norm} holds values that are not finite",

@@ -105,7 +105,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = cli.parser(
-        "Converts a run (its newest valid checkpoint), a checkpoint step-N, a folder of ours, of timm or transformers,\n"
+        "Converts a run (its newest valid checkpoint), a checkpoint step-N, a folder of ours, timm or transformers,\n"
         "a Google .npz, or, with --trust-pickle, a checkpoint that DeepSpeed wrote. Two further processes check that\n"
         "the result gives the source's logits; else nothing is written. docs/conversion.md says what goes where.",
         "python tools/convert.py runs/NAME converted/NAME --to timm",
