@@ -8,8 +8,12 @@ import resource
 import subprocess
 import sys
 import zlib
+from base64 import b64decode
 from collections.abc import Callable
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -22,8 +26,8 @@ from torch import nn
 from weights_on_disk import ROOT, load_tool, one_line_error, randomised, run_tool, save_run
 
 from pretrain import distributed
-from pretrain.checkpoint import save_checkpoint
-from pretrain.config import Config, ModelConfig
+from pretrain.checkpoint import Slice, save_checkpoint
+from pretrain.config import Config, ModelConfig, config_to_dict, config_to_yaml
 from pretrain.errors import StorageError, UserError
 from pretrain.models import load_model
 from pretrain.models.build import build_model
@@ -34,8 +38,9 @@ from pretrain.models.publish import publish_folder
 from pretrain.models.tensors import LazyTensor, Weights
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
-from pretrain.models.verify import Source
+from pretrain.models.verify import Source, our_outputs
 from pretrain.models.weights import read_weights
+from pretrain.train import _build_engine, _open_data
 
 torch.set_num_threads(1)
 NAMES = ["ash", "birch, silver", "cedar"]
@@ -476,9 +481,6 @@ def test_a_checkpoint_that_is_wrong_though_its_checksums_fit_is_told(damage: str
         tensors["norm.bias"] = torch.zeros(31)
     else:
         tensors["norm.bias"] = torch.full((32,), float("nan"))
-    from pretrain.checkpoint import Slice
-    from pretrain.config import config_to_dict
-
     slices = [Slice(name, tuple(t.shape), 0, t.flatten()) for name, t in tensors.items()]
     state = {"step": 1, "metrics": {}, "config": config_to_dict(config), "num_classes": 3, "class_names": NAMES}
     assert save_checkpoint(tmp_path / "run", 1, slices, [], {}, state)
@@ -524,9 +526,6 @@ def test_arguments_that_do_not_fit_are_told(case: str, source: Path, tmp_path: P
 
 def _save_both(config: Config, folder: Path) -> None:
     """Saves one engine's weights in DeepSpeed's own way and in ours."""
-    from pretrain.config import config_to_dict
-    from pretrain.train import _build_engine, _open_data
-
     device = distributed.start(60)
     data = _open_data(config)
     engine = _build_engine(config, data, device, from_scratch=True)
@@ -538,8 +537,6 @@ def _save_both(config: Config, folder: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_checkpoint_of_deepspeeds_is_converted_when_trusted(stage: int, tmp_path: Path, convert: Any) -> None:
     """Two ranks, ZeRO 1 and 3: the same tensors as our own checkpoint of the same engine; not without the flag."""
-    from pretrain.config import config_to_yaml
-
     config = tiny_config(make_shards(tmp_path / "shards"), tmp_path, engine__zero_stage=stage)
     run_ranks(_save_both, 2, config, tmp_path)
     (tmp_path / "recipe.yaml").write_text(config_to_yaml(config))
@@ -553,8 +550,6 @@ def test_a_checkpoint_of_deepspeeds_is_converted_when_trusted(stage: int, tmp_pa
         assert found.num_classes == 7 and found.tensors.keys() == expected.tensors.keys()
         for name, tensor in expected.tensors.items():
             assert torch.equal(found.tensors[name].read(), tensor.read()), name
-    from pretrain.models.verify import our_outputs
-
     logits = our_outputs(Source(str(theirs), config=str(tmp_path / "recipe.yaml")), images())["logits"]
     assert torch.equal(logits, load_model(tmp_path / "out")(images()))  # what the verifying process computes
     (next(theirs.glob("global_step0/*optim_states.pt"))).write_bytes(b"damaged")
@@ -584,11 +579,6 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
     config = tiny_config(shards, tmp_path)
     assert dict(changed_settings(config))["optim.warmup_steps"] == 3
     assert not {"optim.eps", "seed", "data.train", "output"} & dict(changed_settings(config)).keys()
-    from hashlib import sha256
-
-    from pretrain.checkpoint import Slice
-    from pretrain.config import config_to_dict
-
     digest = sha256((shards / "manifest.json").read_bytes()).hexdigest()
     model = build_model(config.model, 3)
     slices = [Slice(n, tuple(p.shape), 0, p.detach().flatten()) for n, p in model.named_parameters()]
@@ -669,3 +659,64 @@ def test_push_tells_in_one_line_why_not(
     with pytest.raises(StorageError, match="the hub cannot be reached .*; the folder itself is complete"):
         convert.call(source, tmp_path / "out", *push)
     assert torch.equal(load_model(tmp_path / "out")(images()), load_model(source)(images()))
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The three addresses of the hub that an upload of small files needs; every other one is not found."""
+
+    commits: list[list[dict[str, Any]]] = []
+    status = 200
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        place = f"http://127.0.0.1:{self.server.server_port}/owner/name"  # type: ignore[attr-defined]
+        answer: dict[str, Any] = {"error": "not for you"}
+        if self.status == 200 and self.path == "/api/repos/create":
+            answer = {"url": place}
+        elif self.status == 200 and self.path == "/api/models/owner/name/preupload/main":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]}
+        elif self.status == 200 and self.path == "/api/models/owner/name/commit/main":
+            self.commits.append([json.loads(line) for line in body.splitlines()])
+            answer = {"commitUrl": f"{place}/commit/{'1' * 40}", "commitOid": "1" * 40}
+        text = json.dumps(answer).encode()
+        self.send_response(self.status if "error" not in answer or self.status != 200 else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+@pytest.mark.parametrize("case", ["accepted", "refused", "unreachable"])
+def test_push_speaks_the_hubs_language(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub's own client, in another process, against a server of three addresses: the named file arrives;
+    a refusal and a port where nobody listens are one line each.
+    """
+    monkeypatch.setattr(_Hub, "commits", [])
+    monkeypatch.setattr(_Hub, "status", 403 if case == "refused" else 200)
+    (tmp_path / "out.npz").write_bytes(b"weights")
+    (tmp_path / "mine.txt").write_text("not to be uploaded")
+    server = HTTPServer(("127.0.0.1", 0), _Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{1 if case == 'unreachable' else server.server_port}"
+    program = (
+        "import sys; from pathlib import Path; from pretrain import cli; from pretrain.models.hub import push; "
+        "cli.run(lambda: print(push(Path(sys.argv[1]), 'owner/name', ['out.npz'])))"
+    )
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0", "no_proxy": "*"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    server.shutdown()
+    server.server_close()
+    if case == "refused":
+        assert "owner/name: the hub refused" in one_line_error(done, 2)
+    elif case == "unreachable":
+        assert "owner/name: the hub cannot be reached" in one_line_error(done, 75)
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == f"{address}/owner/name"
+        files = [line["value"] for line in _Hub.commits[0] if line["key"] == "file"]
+        assert [(file["path"], b64decode(file["content"])) for file in files] == [("out.npz", b"weights")]
