@@ -23,7 +23,7 @@ from pretrain.models.publish import check_free, publish_files, publish_folder, s
 from pretrain.models.tensors import Weights
 from pretrain.models.timm_folder import read_timm_folder, write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import for_transformers, read_transformers_folder, write_transformers_folder
-from pretrain.models.verify import MAX_RATIO, Comparison, Source, check_installed, compare, same_tensors
+from pretrain.models.verify import Comparison, Source, check_installed, compare, same_tensors
 from pretrain.run import versions
 
 
@@ -182,7 +182,7 @@ def _verify(
     print(f"memory of the verifying processes beyond their imports: {taken}")
     if comparison.passed and not problem:
         return comparison
-    reason = problem or f"more than {MAX_RATIO:g} of the largest"
+    reason = problem or f"more than {comparison.max_ratio:g} of the largest"
     print(f"error: {arguments.out}: not written: {reason}", file=sys.stderr)
     return None
 

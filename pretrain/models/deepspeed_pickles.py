@@ -54,4 +54,4 @@ def _states(path: Path, tag: str | None, source: Path) -> dict[str, Any]:
 
 def _read(source: Path, name: str, tensor: Any) -> torch.Tensor:
     with readable(source):
-        return finite(tensor.contiguous().float().clone(), name, source)
+        return finite(tensor.contiguous().detach().float().clone(), name, source)

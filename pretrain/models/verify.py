@@ -26,6 +26,7 @@ from pretrain.models.tensors import Weights, check_keys
 from pretrain.models.weights import load_tensors, read_weights
 
 MAX_RATIO = 1e-5  # of the largest value: float32 rounding gives 1e-7 to 3e-6
+HYBRID_MAX_RATIO = 1e-4  # a trunk's float32 outputs are 1e-5 from its float64 ones already (R26+S, nearly initial)
 _ROOT = Path(__file__).resolve().parents[2]
 _LARGE = 100_000_000  # parameters from which on one image must do
 
@@ -73,11 +74,12 @@ class Comparison(NamedTuple):
     """What the two processes found."""
 
     differences: list[Difference]
+    max_ratio: float  # what is still rounding
     memory_bytes: dict[str, int]  # each process's peak, above what its imports had taken
 
     @property
     def passed(self) -> bool:
-        return all(difference.ratio <= MAX_RATIO for difference in self.differences)  # False also for NaN
+        return all(difference.ratio <= self.max_ratio for difference in self.differences)  # False also for NaN
 
 
 def compare(source: Source, weights: Weights, target: str, out: Path, work: Path) -> Comparison:
@@ -100,7 +102,8 @@ def compare(source: Source, weights: Weights, target: str, out: Path, work: Path
     for name, values in outputs.items():
         largest_difference, largest = (others[name] - values).abs().max().item(), values.abs().max().item()
         differences.append(Difference(name, largest_difference, largest_difference / max(largest, 1e-30)))
-    return Comparison(differences, {"ours": ours, target: theirs})
+    max_ratio = MAX_RATIO if weights.model.trunk_units is None else HYBRID_MAX_RATIO
+    return Comparison(differences, max_ratio, {"ours": ours, target: theirs})
 
 
 def check_installed(target: str) -> None:
