@@ -47,18 +47,24 @@ def write_onnx(weights: Weights, out: Path) -> None:
     path = out / "model.onnx"
     out.mkdir(parents=True, exist_ok=True)
     names = (["logits"] if weights.num_classes else []) + ["features"]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter tells its steps
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            _BothOutputs(model, weights.num_classes).eval(),
-            (torch.zeros(2, 3, size, size),),
-            input_names=["images"],
-            output_names=names,
-            opset_version=OPSET,
-            dynamo=True,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            verbose=False,
-        )
+    # Attention by its definition: with a mask, as of relative positions, the fused kernel's strides stop the exporter.
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    try:
+        with plain, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it tells its steps
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _BothOutputs(model, weights.num_classes).eval(),
+                (torch.zeros(2, 3, size, size),),
+                input_names=["images"],
+                output_names=names,
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{weights.source}: torch's exporter cannot write {weights.model.name} ({reason})") from None
     assert program is not None
     metadata = program.model.metadata_props
     metadata["pixels"] = "RGB, (x - 127.5) / 127.5"
