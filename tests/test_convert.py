@@ -25,6 +25,7 @@ from tiny import make_shards, tiny_config
 from torch import nn
 from weights_on_disk import ROOT, load_tool, one_line_error, randomised, run_tool, save_run
 
+import pretrain.models.onnx_file
 from pretrain import distributed
 from pretrain.checkpoint import Slice, save_checkpoint
 from pretrain.config import Config, ModelConfig, config_to_dict, config_to_yaml
@@ -277,6 +278,20 @@ def test_variants_pass_their_own_verification(target: str, changes: dict[str, An
     write_own_folder(random_weights(**changes), tmp_path / "source")
     done = run_tool("convert", tmp_path / "source", tmp_path / "out", "--to", target)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_large_onnx_model_keeps_its_tensors_beside_it(
+    source: Path, tmp_path: Path, convert: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the limit of a protobuf, here lowered: verified, published and pushed with model.onnx.data."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(pretrain.models.onnx_file, "_MAX_BYTES", 1000)
+    out = tmp_path / "out"
+    for overwrite in ([], ["--overwrite"]):
+        assert convert.call(source, out, "--to", "onnx", *overwrite) == 0
+        assert {path.name for path in out.iterdir()} == {"model.onnx", "model.onnx.data", "README.md"}
+    assert (out / "model.onnx.data").stat().st_size > 4 * 20_000
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
