@@ -48,6 +48,14 @@ class Source:
         else:
             weights = read_deepspeed(path, load_config(self.config))
             weights = weights if self.image_size is None else resized(weights, self.image_size)
+        for part in self.without:
+            if not any(name.partition(".")[0] == part for name in weights.tensors):
+                raise UserError(f"{weights.source}: has no {part} to leave out")
+        if self.without == ("pre_logits",) and weights.num_classes:
+            raise UserError(
+                f"{weights.source}: the head was trained on the representation layer and means nothing without it; "
+                "--without head pre_logits leaves out both"
+            )
         weights = without(weights, *self.without)
         check_tensors(weights)
         return weights
