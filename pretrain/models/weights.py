@@ -107,7 +107,7 @@ def _read_checkpoint(path: Path) -> Weights:
             source=path,
             model=config.model,
             tensors={
-                name: LazyTensor(tuple(shape), partial(_checkpoint_tensor, reader, name, kind))
+                name: LazyTensor(tuple(shape), partial(_checkpoint_tensor, path, name, kind))
                 for name, shape in reader.shapes(kind).items()
             },
             num_classes=state["num_classes"],
@@ -119,9 +119,10 @@ def _read_checkpoint(path: Path) -> Weights:
         )
 
 
-def _checkpoint_tensor(reader: CheckpointReader, name: str, kind: str) -> torch.Tensor:
-    with readable(reader.path):
-        return finite(reader.tensor(name, kind), name, reader.path)
+def _checkpoint_tensor(path: Path, name: str, kind: str) -> torch.Tensor:
+    # A reader for each tensor: it keeps its files mapped, and what was read of them counts as this process's memory.
+    with readable(path):
+        return finite(CheckpointReader(path).tensor(name, kind), name, path)
 
 
 def checkpoint_config(path: Path) -> Config:
