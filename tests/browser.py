@@ -1,4 +1,4 @@
-"""A real browser for tests: headless Chromium, driven over a pipe by its DevTools protocol, cut off from any network."""
+"""A real browser for tests: headless Chromium, driven over a pipe by its DevTools protocol, without any network."""
 
 import base64
 import json

@@ -56,8 +56,8 @@ def _digits(text: str) -> list[str]:
 
 # --- SVG -------------------------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT = 440, 250  # of a panel, in units of SVG: pixels, where the screen has room
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 26
+WIDTH, HEIGHT = 360, 215  # of a panel, in units of SVG: about a pixel, on a phone too
+LEFT, RIGHT, _TOP, BOTTOM = 46, 10, 8, 24  # margins
 _BUCKETS = 250  # a longer curve keeps the smallest and the largest value of each of so many stretches
 
 
@@ -119,11 +119,11 @@ class _Axes:
     log: bool
 
     def x(self, step: float) -> float:
-        return _LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - _LEFT - _RIGHT)
+        return LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         height = ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
-        return HEIGHT - _BOTTOM - height * (HEIGHT - _TOP - _BOTTOM)
+        return HEIGHT - BOTTOM - height * (HEIGHT - _TOP - BOTTOM)
 
     def path(self, steps: np.ndarray, values: np.ndarray) -> str:
         """Returns an SVG path, interrupted where a value is not finite."""
@@ -229,7 +229,9 @@ def _ticks(low: float, high: float) -> list[float]:
     """Returns up to six round numbers from `low` to `high`."""
     from matplotlib.ticker import MaxNLocator
 
-    return [float(tick) for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    return [
+        float(tick) for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= tick <= high
+    ]
 
 
 def _log_levels(low: float, high: float) -> list[float]:
@@ -277,7 +279,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
                     axes.plot(*run.curves[metric], color=color, lw=_lr_width(i, len(runs)))
                 elif metric in run.curves:
                     _draw_curve(axes, run.curves[metric], factor, color, dots=not metric.startswith("train/"))
-        axes.set_title(title, fontsize=12, fontweight="bold")
+        axes.set_title(_plain(title), fontsize=12, fontweight="bold")
         axes.set_ylabel(unit)
         _finish_panel(axes, scale)
     for axes in list(figure.axes)[len(panels) :]:
@@ -315,7 +317,12 @@ def _finish_panel(axes: Any, scale: str) -> None:
 def _legend(run: Run) -> str:
     """Returns the run's name and its best validation."""
     top1 = best(run.curves["val/top1"], np.nanargmax) if "val/top1" in run.curves else None
-    return run.name + (f" (best validation top-1 {top1['value']:.2%} at step {top1['step']:,})" if top1 else "")
+    return _plain(run.name) + (f" (best validation top-1 {top1['value']:.2%} at step {top1['step']:,})" if top1 else "")
+
+
+def _plain(text: str) -> str:
+    """Returns text that matplotlib shows as it is: a pair of "$" would be a formula."""
+    return text.replace("$", r"\$")
 
 
 def _draw_curve(axes: Any, curve: Curve, factor: float, color: str, dots: bool) -> None:

@@ -1,30 +1,26 @@
 """The figures of runs: as JSON values, and as tables of text that the HTML page and the Markdown page share."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
+from pretrain.config import Config
 from pretrain.report.runs import Curve, Run
 
 NOTHING = "–"  # in a cell for which nothing was measured
 
 # Of arXiv 2010.11929, Table 2, top-1 in per cent: the same table of its two versions, and the best public weights.
-PAPER_COLUMNS = ("ImageNet", "ReaL", "CIFAR-100", "VTAB")
+PAPER_COLUMNS = {"ImageNet": "imagenet", "ReaL": "real", "CIFAR-100": "cifar100", "VTAB": "vtab"}  # names of tasks
 PAPER_ROWS = (
-    ("ViT-H/14, JFT-300M", "arXiv 2010.11929 v1, Table 2", (88.36, 90.77, 94.55, 77.16)),
+    ("ViT-H/14, JFT-300M", "arXiv 2010.11929 v1, Table 2, as quoted elsewhere", (88.36, 90.77, 94.55, 77.16)),
     ("ViT-H/14, JFT-300M", "arXiv 2010.11929 v2 (published), Table 2", (88.55, 90.72, 94.55, 77.63)),
     ("ViT-L/16, ImageNet-21k, public weights", "arXiv 2010.11929 v2, Table 2", (85.30, 88.62, 93.25, 72.72)),
 )
-_COLUMN_TASKS = {
-    "ImageNet": ("imagenet", "imagenet1k"),
-    "ReaL": ("real", "imagenetreal"),
-    "CIFAR-100": ("cifar100",),
-    "VTAB": ("vtab", "vtab1k"),
-}
 _VTAB_TASKS = 19
 
 
@@ -109,16 +105,13 @@ def finite(value: Any) -> float | None:
 def paper_scores(run: Run) -> dict[str, float | None]:
     """Returns the run's mean top-1 in the columns of the paper's Table 2, as fractions.
 
-    VTAB is the task of that name, or else the flat mean when all 19 tasks named vtab... are there.
+    VTAB is the result of that name, or else the flat mean of its tasks (vtab/NAME) when all 19 are there.
     """
-    means = {re.sub("[^a-z0-9]", "", of["task"].lower()): finite(of["mean"]) for of in run.finetuning}
-    scores: dict[str, float | None] = {
-        column: next((means[task] for task in tasks if task in means), None) for column, tasks in _COLUMN_TASKS.items()
-    }
-    parts = [mean for task, mean in means.items() if task.startswith("vtab") and task not in _COLUMN_TASKS["VTAB"]]
-    numbers = [mean for mean in parts if mean is not None]
-    if scores["VTAB"] is None and len(numbers) == len(parts) == _VTAB_TASKS:
-        scores["VTAB"] = sum(numbers) / _VTAB_TASKS
+    means = {of["task"]: finite(of["mean"]) for of in run.finetuning}
+    scores = {column: means.get(task) for column, task in PAPER_COLUMNS.items()}
+    parts = [mean for task, mean in means.items() if task.startswith("vtab/") and mean is not None]
+    if scores["VTAB"] is None and len(parts) == _VTAB_TASKS:
+        scores["VTAB"] = sum(parts) / _VTAB_TASKS
     return scores
 
 
@@ -131,8 +124,18 @@ def config_differences(config: Any, prefix: str = "") -> Iterator[tuple[str, str
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if value != default:
-            shown = list(value) if isinstance(value, tuple) else value
-            yield prefix + field.name, "null" if shown is None else str(shown)
+            yield prefix + field.name, _as_yaml(value)
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def _keys(config_class: Any, prefix: str = "") -> Iterator[str]:
+    for name, of in get_type_hints(config_class).items():
+        yield from _keys(of, f"{prefix}{name}.") if is_dataclass(of) else (prefix + name,)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -180,6 +183,15 @@ def paper_table(summaries: Sequence[dict[str, Any]]) -> Table:
     rows += [[model, *(f"{score:.2f}%" for score in scores), source] for model, source, scores in PAPER_ROWS]
     columns = len(PAPER_COLUMNS)
     return Table(["model", *PAPER_COLUMNS, "source"], rows, num_runs=len(summaries), text_columns=(0, columns + 1))
+
+
+def targets(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns each promise of a recipe's header once: names of its runs, recipe, score."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for values in summaries:
+        if target := values["target"]:
+            found.setdefault((target["recipe"], target["score"]), []).append(values["run"])
+    return [{"runs": runs, "recipe": recipe, "score": score} for (recipe, score), runs in found.items()]
 
 
 def losses_table(summaries: Sequence[dict[str, Any]]) -> Table:
@@ -270,9 +282,14 @@ def finetuning_table(summaries: Sequence[dict[str, Any]]) -> Table:
     return Table(["task", "run", "metric", "mean", "seeds", "lr", "images"], rows, text_columns=(0, 1, 2))
 
 
-def config_table(values: dict[str, Any]) -> Table:
-    """What differs from the defaults."""
-    return Table(["key", "value"], [list(pair) for pair in values["config_differences"].items()], text_columns=(0, 1))
+def config_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """What differs from the defaults, a column per run; keys in the order of pretrain/config.py."""
+    known = [values for values in summaries if values["config_differences"]]
+    keys = dict.fromkeys(key for values in known for key in values["config_differences"])
+    order = sorted(keys, key=list(_keys(Config)).index)
+    rows = [[key, *(values["config_differences"].get(key, NOTHING) for values in known)] for key in order]
+    columns = range(len(known) + 1)
+    return Table(["key", *(values["run"] for values in known)], rows, text_columns=tuple(columns))
 
 
 def shown(metric: str, value: float) -> str:

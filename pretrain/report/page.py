@@ -14,8 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.report import figures
-from pretrain.report.curves import COLORS, HEIGHT, WIDTH, draw_curves, draw_panels
+from pretrain.report import curves, figures
 from pretrain.report.figures import Table, summary
 from pretrain.report.runs import Run
 
@@ -31,7 +30,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     record = {"format": "pretrain-report", "version": 1, "paper": _paper(), "runs": summaries}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        draw_curves(runs, out / "curves.png")
+        curves.draw_curves(runs, out / "curves.png")
         _write_text(out / "report.html", html(runs, summaries))
         _write_text(out / "report.md", markdown(summaries, _missing(runs, summaries)))
         _write_text(out / "report.json", json.dumps(_json_values(record), indent=2, allow_nan=False) + "\n")
@@ -121,10 +120,8 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
         missing=_missing(runs, summaries),
         facts=_facts,
         figures=figures,
-        panels=draw_panels(runs),
-        width=WIDTH,
-        height=HEIGHT,
-        num_colors=len(COLORS),
+        panels=curves.draw_panels(runs),
+        curves=curves,
     )
 
 
@@ -137,9 +134,11 @@ def markdown(
     """Returns the page: the tables of all runs, then what each ran with and its evaluation."""
     lines = ["# Report", "", "![Curves](curves.png)", "", *_lines(figures.overview_table(summaries))]
     lines += ["", "## Beside the paper", "", *_lines(figures.paper_table(summaries)), *_hint(missing, "scores")]
-    for values in summaries:
-        if target := values["target"]:
-            lines += ["", f"Target of {_text(values['run'])} ({_text(target['recipe'])}): {_text(target['score'])}"]
+    for target in figures.targets(summaries):
+        lines += [
+            "",
+            f"Target of {_text(', '.join(target['runs']))} ({_text(target['recipe'])}): {_text(target['score'])}",
+        ]
     lines += ["", "## What was left out", "", *_lines(figures.losses_table(summaries))]
     if any(values["finetuning"] for values in summaries):
         lines += ["", "## Fine-tuning", "", *_lines(figures.finetuning_table(summaries))]
@@ -152,9 +151,8 @@ def markdown(
         if values["evaluation"]:
             lines += ["", f"Evaluation of {_text(values['evaluation']['weights'])}:", ""]
             lines += _lines(figures.evaluation_table(values))
-        if values["config_differences"]:
-            lines += ["", "Differs from the defaults:", ""]
-            lines += _lines(figures.config_table(values))
+    if (configs := figures.config_table(summaries)).rows:
+        lines += ["", "## Differs from the defaults", "", *_lines(configs)]
     return "\n".join(lines) + "\n"
 
 

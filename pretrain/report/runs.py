@@ -1,7 +1,8 @@
 """What a run's folder holds, read into one plain value; hands on `Run`. Changes nothing in the folder.
 
 metrics.jsonl, starts.jsonl, bad_samples.jsonl, skipped_steps.jsonl, config.yaml, DONE, batch.png (pretrain/run.py);
-evaluation/results.json (tools/evaluate.py), evaluation/wrong.json, finetune/TASK/results.json, pictures/*.png.
+evaluation/results.json (tools/evaluate.py), evaluation/wrong.json, finetune/TASK/results.json (tools/finetune.py; TASK
+may be vtab/NAME), pictures/*.png (tools/visualize.py).
 Folders travel between people: nothing in them is trusted, pictures least.
 """
 
@@ -104,7 +105,7 @@ def _read_run(folder: Path, name: str) -> Run:
         config=_read_config(config) if config.is_file() else None,
         config_text=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         evaluation=_read_evaluation(folder / "evaluation" / "results.json"),
-        finetuning=[_read_finetuning(path) for path in sorted(folder.glob("finetune/*/results.json"))],
+        finetuning=[_read_finetuning(path) for path in sorted(folder.glob("finetune/**/results.json"))],
         bad_samples=dict(bad.most_common()),
         skipped_at=[row["step"] for row in _read_lines(folder / "skipped_steps.jsonl")],
         pictures=_read_pictures(folder),
@@ -119,7 +120,7 @@ def _read_curves(path: Path) -> dict[str, Curve]:
     points: dict[str, list[tuple[int, float]]] = {}
     for row in _read_lines(path):
         for metric, value in row.items():
-            if metric != "step":
+            if metric != "step" and isinstance(value, (int, float)):
                 points.setdefault(metric, []).append((row["step"], value))
     return {metric: (np.array(s), np.array(v, dtype=float)) for metric, p in points.items() for s, v in [zip(*p)]}
 
@@ -157,7 +158,9 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != "pretrain-evaluation":
             raise ValueError(f"its format is {values['format']!r}")
-        return values
+        kinds = {"model": str, "metric": str, "value": float, "n": int}
+        rows = [{name: kind(row[name]) for name, kind in kinds.items()} for row in values["rows"]]
+        return {**values, "weights": str(values["weights"]), "rows": rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: was not written by tools/evaluate.py ({error}); move it away") from None
 
