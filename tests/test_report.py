@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -236,23 +237,36 @@ def test_a_long_curve_keeps_its_spikes() -> None:
     assert few == [(0, 1.0), (1, 2.0), (2, 3.0)]
 
 
+def _points(path: str) -> np.ndarray:
+    """Across and down of an SVG path's corners, [2, corners]."""
+    return np.array([list(map(float, point.split())) for point in re.split("[ML]", path)[1:]]).T
+
+
 def test_panels_lie_where_the_values_say(tmp_path: Path) -> None:
     """The speed of four points: equal steps apart, higher values higher, ticks at round numbers, gaps stay."""
     run = make_run(tmp_path)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 25, "train/images_per_s": math.inf, "val/10-shot": 0.25}) + "\n")
-        file.write(json.dumps({"step": 30, "train/images_per_s": 50.0, "val/5-shot": 0.25}) + "\n")
+        file.write(
+            json.dumps({"step": 25, "train/images_per_s": math.inf, "train/grad_norm": 15.0, "val/10-shot": 0.25})
+            + "\n"
+        )
+        file.write(
+            json.dumps({"step": 30, "train/images_per_s": 50.0, "train/grad_norm": 150.0, "val/5-shot": 0.25}) + "\n"
+        )
+        file.write(json.dumps({"step": 35, "train/grad_norm": 0.0}) + "\n")
     panels = {panel.title: panel for panel in draw_panels(read_runs([run, run]))}
     assert list(panels)[-2:] == ["5-shot", "10-shot"]
     speed = panels["Speed"]
     path = speed.lines[0].path
     assert path.count("M") == 2 and path.count("L") == 3
-    points = [tuple(map(float, point.split())) for point in path.replace("M", "L").split("L")[1:]]
-    across, down = np.array(points).T
+    across, down = _points(path)
     np.testing.assert_allclose(np.diff(across), [*[across[1] - across[0]] * 3, 2 * (across[1] - across[0])], atol=0.2)
     assert all(np.diff(down[:4]) < 0) and down[4] > down[0]
     ticks = {label: y for y, label in speed.y_ticks}
     assert list(ticks)[0] == "0" and ticks["0"] > down[4] and abs(ticks["50"] - down[4]) < 0.1
+    _, norms = _points(panels["Gradient norm before clipping"].lines[0].path)
+    np.testing.assert_allclose(np.diff(norms[3:]), [norms[4] - norms[3]] * 2, atol=0.2)  # 1.5, 15, 150; 0 has no place
+    assert len(norms) == 6 and norms[4] < norms[3] - 10
     assert [dot.run for dot in panels["10-shot"].dots] == [0, 1]
     assert panels["10-shot"].dots[1].text == f"{run}, 10-shot at step 25: 25"
 

@@ -50,7 +50,7 @@ def add_everything(run: Path, word: str = "plain") -> None:
     results = run / "finetune" / "other" / "results.json"
     results.write_text(json.dumps({**json.loads(results.read_text()), "task": word, "metric": word}))
     (run / "pictures").mkdir()
-    (run / "pictures" / "internals.png").write_bytes(png(1200))
+    (run / "pictures" / "internals.png").write_bytes(png(500))
     (run / "batch.png").write_bytes(png())
     item = {"name": word, "label": word, "predicted": word, "probability": 0.9}
     items = [{**item, "png_base64": base64.b64encode(png()).decode()}] * (MAX_WRONG + 5)
@@ -138,19 +138,25 @@ def test_both_schemes_can_be_read(browser: Browser, page: Path, scheme: str) -> 
     assert found["text"] >= 4.5 and found["labels"] >= 4.5 and found["curves"] >= 3, found
 
 
-COLORS = """[0, 1, 2].map(i => {
-  const of = (selector, property) =>
-    [...document.querySelectorAll(selector)].map(e => getComputedStyle(e)[property]);
-  return [...new Set([...of(`.panel path.c${i}`, "stroke"), ...of(`.swatch.c${i}`, "borderTopColor"),
-                      ...of(`.card.c${i}`, "borderLeftColor")])];
-})"""
+COLORS = """(() => {
+  const pairs = (selector, name, property, part = e => e) => [...document.querySelectorAll(selector)].map(
+    e => [name(e).trim().split(",")[0], getComputedStyle(part(e))[property]]);
+  const swatch = e => e.querySelector(".swatch");
+  return [
+    ...pairs(".legend li:not(.kind)", e => e.textContent, "borderTopColor", swatch),
+    ...pairs(".card", e => e.querySelector("h3").textContent, "borderLeftColor"),
+    ...pairs("th:has(.swatch)", e => e.textContent, "borderTopColor", swatch),
+    ...pairs(".panel path:has(title)", e => e.textContent, "stroke"),
+    ...pairs(".panel circle", e => e.textContent, "stroke"),
+  ];
+})()"""
 
 
 def test_a_run_has_one_colour_everywhere(browser: Browser, page: Path) -> None:
-    """In its card, its rows and all panels; another run has another one."""
+    """In the legend, its card, its rows, and by the names that curves and dots tell; another run has another one."""
     opened(browser, page, width=DESK)
-    colors = browser.evaluate(COLORS)
-    assert [len(of_run) for of_run in colors] == [1, 1, 1] and len({of_run[0] for of_run in colors}) == 3
+    pairs = {tuple(pair) for pair in browser.evaluate(COLORS)}
+    assert len(pairs) == len({name for name, _ in pairs}) == len({color for _, color in pairs}) == 3
 
 
 def hostile_page(folder: Path) -> Path:

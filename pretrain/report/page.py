@@ -164,8 +164,8 @@ def _hint(missing: Mapping[str, Mapping[str, str]], part: str) -> list[str]:
 
 def _lines(table: Table) -> list[str]:
     rule = ["---" if column in table.text_columns else "---:" for column in range(len(table.header))]
-    rows = [table.header, rule, *([_text(cell) for cell in row] for row in table.rows)]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    header, *rows = ([_text(cell) for cell in row] for row in (table.header, *table.rows))
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
 
 
 def _text(value: Any) -> str:
