@@ -16,7 +16,8 @@ from browser import Browser, find_browser
 from PIL import Image
 from test_report import add_evaluation, make_run, write_finetuning
 
-from pretrain.report.page import write_report
+from pretrain.report.figures import summary
+from pretrain.report.page import html, write_report
 from pretrain.report.runs import MAX_WRONG, read_runs
 
 SCRIPT = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 1'>\"'><svg onload=window.hurt=1>"
@@ -196,6 +197,12 @@ def test_the_policy_stops_what_slips_through(browser: Browser, page: Path) -> No
         assert browser.evaluate("window.hurt") == hurt
 
 
+def html_of(run: Path) -> str:
+    """The page alone: curves.png takes seconds."""
+    runs = read_runs([run])
+    return html(runs, [summary(of_run) for of_run in runs])
+
+
 def test_damaged_and_foreign_pictures_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is no picture is told and not shown; a path out of the run's folder is not followed."""
     run = make_run(tmp_path)
@@ -215,17 +222,17 @@ def test_damaged_and_foreign_pictures_are_left_out(tmp_path: Path, capsys: pytes
     told = capsys.readouterr().err
     for reason in ("half.png: not a picture", "page.png: not a picture", "no file ../../private.png", "not base64"):
         assert reason in told
-    assert write_report([found], tmp_path / "out")[0].read_text().count("<img ") == 2
+    assert html_of(run).count("<img ") == 2
 
 
 def test_what_is_missing_names_the_command_that_adds_it(tmp_path: Path) -> None:
     """A bare run: one line per part; gone once the part is there."""
     run = make_run(tmp_path)
-    text = write_report(read_runs([run]), tmp_path / "out")[0].read_text()
+    text = html_of(run)
     commands = [f"python tools/{tool}.py {run} --" for tool in ("finetune", "evaluate", "visualize")]
     assert all(command in text for command in commands) and "wrong.json" in text
     add_everything(run)
-    text = write_report(read_runs([run]), tmp_path / "out")[0].read_text()
+    text = html_of(run)
     assert not [command for command in commands if command in text] and "wrong.json" not in text
 
 
