@@ -24,8 +24,11 @@ _FLAGS = (
 
 
 def find_browser() -> str | None:
-    """Returns the path of an installed Chromium or Chrome."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+    """Returns the path of an installed Chromium or Chrome that starts: Ubuntu's package may be a stub for its snap."""
+    for path in filter(None, map(shutil.which, NAMES)):
+        if subprocess.run([path, "--version"], capture_output=True, timeout=60).returncode == 0:
+            return path
+    return None
 
 
 class Browser:

@@ -28,7 +28,7 @@ PHONE, DESK = 390, 1280  # pixels
 def browser() -> Iterator[Browser]:
     path = find_browser()
     if path is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome is installed")
+        pytest.skip("no Chromium or Chrome is installed (apt install chromium)")
     found = Browser(path)
     yield found
     found.close()
@@ -230,10 +230,14 @@ def test_what_is_missing_names_the_command_that_adds_it(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     text = html_of(run)
     commands = [f"python tools/{tool}.py {run} --" for tool in ("finetune", "evaluate", "visualize")]
-    assert all(command in text for command in commands) and "wrong.json" in text
+    commands.append(f"python tools/evaluate.py {run} --fewshot TRAIN TEST</code>")
+    assert all(command in text for command in commands) and "wrong.json" in text and "Never validated" not in text
     add_everything(run)
     text = html_of(run)
     assert not [command for command in commands if command in text] and "wrong.json" not in text
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
+    text = html_of(run)
+    assert "Never validated" in text and "1 steps</text>" in text and "m</text>" not in text  # no thousandths of a step
 
 
 def test_markdown_keeps_names_as_text(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def _panel(of: PanelOf, runs: Sequence[Run]) -> Panel | None:
         return None
     lines = [line for curve in curves for line in _lines(curve, axes, len(runs))]
     dots = [dot for curve in curves if not curve.metric.startswith("train/") for dot in _dots(curve, axes, runs)]
-    steps = _ticks(axes.first, axes.last)
+    steps = _ticks(axes.first, axes.last, whole=True)
     levels = [10**level for level in _log_levels(axes.low, axes.high)] if axes.log else _ticks(axes.low, axes.high)
     return Panel(
         of.title,
@@ -225,13 +225,12 @@ def _reduced(steps: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
     return [(int(steps[i]), float(values[i])) for i in kept]
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     """Returns up to six round numbers from `low` to `high`."""
     from matplotlib.ticker import MaxNLocator
 
-    return [
-        float(tick) for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= tick <= high
-    ]
+    locator = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=whole)
+    return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
 
 
 def _log_levels(low: float, high: float) -> list[float]:

@@ -69,7 +69,10 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
     run = shlex.quote(str(runs[0].folder))
     finetune = f"python tools/finetune.py {run} --task"
     evaluate = f"python tools/evaluate.py {run}"
+    metrics = {metric for r in runs for metric in r.curves}
     have = {
+        "validation": "val/top1" in metrics,
+        "fewshot": any("shot" in metric for metric in metrics),
         "scores": any(score is not None for s in summaries for score in s["paper_columns"].values()),
         "finetuning": any(r.finetuning for r in runs),
         "evaluation": any(r.evaluation for r in runs),
@@ -77,6 +80,8 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
         "wrong": any(r.num_wrong for r in runs),
     }
     lines = {
+        "validation": ("Never validated: data.val=MANIFEST or data.held_out=COUNT lets a run do so.", ""),
+        "fewshot": ("No few-shot accuracy over steps; of the last one:", f"{evaluate} --fewshot TRAIN TEST"),
         "scores": ("No run has a score of the paper's table yet.", f"{finetune} imagenet"),
         "finetuning": ("Nothing was fine-tuned yet.", f"{finetune} cifar100"),
         "evaluation": ("Not evaluated yet.", f"{evaluate} --val MANIFEST --fewshot TRAIN TEST --baselines"),
@@ -133,6 +138,7 @@ def markdown(
 ) -> str:
     """Returns the page: the tables of all runs, then what each ran with and its evaluation."""
     lines = ["# Report", "", "![Curves](curves.png)", "", *_lines(figures.overview_table(summaries))]
+    lines += [*_hint(missing, "validation"), *_hint(missing, "fewshot")]
     lines += ["", "## Beside the paper", "", *_lines(figures.paper_table(summaries)), *_hint(missing, "scores")]
     for target in figures.targets(summaries):
         lines += [
@@ -159,7 +165,8 @@ def markdown(
 def _hint(missing: Mapping[str, Mapping[str, str]], part: str) -> list[str]:
     if part not in missing:
         return []
-    return ["", f"{missing[part]['text']} `{missing[part]['command']}`"]
+    command = missing[part]["command"]
+    return ["", _text(missing[part]["text"]) + (f" `{command}`" if command else "")]
 
 
 def _lines(table: Table) -> list[str]:
