@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from weights_on_disk import one_line_error, run_tool
 
 from pretrain.config import config_to_yaml
 from pretrain.errors import UserError
-from pretrain.report import _moving_mean, markdown, read_runs, summary, write_report
+from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, draw_panels, moving_mean
+from pretrain.report.figures import config_differences, losses_table, paper_scores, starts_table, summary, targets
+from pretrain.report.page import markdown, write_report
+from pretrain.report.runs import read_runs, recipe_score
 
 
 def make_run(output: Path, name: str = "tiny", *, points: int = 4) -> Path:
@@ -60,7 +64,7 @@ def test_last_and_best_figures_restarts_and_what_was_left_out(tmp_path: Path) ->
     assert not values["done"]
 
 
-def test_the_tool_writes_three_files_of_overlaid_runs(tmp_path: Path) -> None:
+def test_the_tool_writes_its_files_of_overlaid_runs(tmp_path: Path) -> None:
     """A picture of a readable size, a page with a row per run and the evaluation, and the same numbers as JSON."""
     runs = [make_run(tmp_path, "first"), make_run(tmp_path, "second", points=300)]
     add_evaluation(runs[0])
@@ -68,7 +72,7 @@ def test_the_tool_writes_three_files_of_overlaid_runs(tmp_path: Path) -> None:
     done = run_tool("report", *runs, "--out", tmp_path / "out")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.splitlines() == [
-        str(tmp_path / "out" / name) for name in ("curves.png", "report.md", "report.json")
+        str(tmp_path / "out" / name) for name in ("report.html", "curves.png", "report.md", "report.json")
     ]
     png = (tmp_path / "out" / "curves.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", png[16:24])) >= 800
@@ -97,7 +101,7 @@ def test_a_run_that_is_being_written_or_diverged_is_still_reported(
         file.write('{"step": 30, "train/lo')
     paths = write_report(read_runs([run]), tmp_path / "out")
     assert "1 damaged lines left out" in capsys.readouterr().err
-    values = json.loads(paths[2].read_text(), parse_constant=lambda word: pytest.fail(f"{word} in report.json"))
+    values = json.loads(paths[3].read_text(), parse_constant=lambda word: pytest.fail(f"{word} in report.json"))
     assert values["runs"][0]["best"]["val/top1"]["step"] == 10 and values["runs"][0]["last"]["train/loss"] is None
     assert values["runs"][0]["steps"] == 25
 
@@ -109,7 +113,7 @@ def test_a_run_with_a_single_line_is_drawn(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 5, "train/loss": 2.0}\n')
     paths = write_report(read_runs([run]), run / "report")
     assert all(path.stat().st_size for path in paths)
-    assert "| bare | 5, not done |  |  | 2.0000 |  |  |  |  |" in paths[1].read_text()
+    assert "| bare | 5, not done |  |  | 2.0000 |  |  |  |  |" in paths[2].read_text()
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
@@ -120,11 +124,173 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     assert r"| x\|y | 20 of 20" in markdown([values])
 
 
-def test_the_moving_mean_is_the_mean_of_the_finite_neighbours() -> None:
+def test_themoving_mean_is_the_mean_of_the_finite_neighbours() -> None:
     """By hand, with shorter windows at the ends and a gap; a constant stays what it is."""
-    found = _moving_mean(np.array([1.0, 2.0, math.nan, 4.0, 9.0]), 3)
+    found = moving_mean(np.array([1.0, 2.0, math.nan, 4.0, 9.0]), 3)
     np.testing.assert_allclose(found, [1.5, 1.5, 3.0, 6.5, 6.5])
-    np.testing.assert_allclose(_moving_mean(np.full(50, 7.0), 9), 7.0)
+    np.testing.assert_allclose(moving_mean(np.full(50, 7.0), 9), 7.0)
+
+
+def test_what_was_left_out_is_counted_by_cause(tmp_path: Path) -> None:
+    """Bad samples by reason, the steps that were skipped, and a line per start, from the files of the run."""
+    run = make_run(tmp_path)
+    reasons = ["decode", "tar", "decode"]
+    lines = [
+        {"step": 3, "epoch": 0, "index": 7, "shard": "a.tar", "reason": reason, "detail": ""} for reason in reasons
+    ]
+    (run / "bad_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "skipped_steps.jsonl").write_text('{"step": 13, "loss": "nan", "indices": [1]}\n')
+    values = summary(read_runs([run])[0])
+    assert values["bad_samples_by_cause"] == {"decode": 2, "tar": 1} and values["skipped_at"] == [13]
+    table = losses_table([values])
+    assert table.header == ["run", "samples seen", "bad", "decode", "tar", "skipped steps"]
+    assert table.rows == [["tiny", "240", "2 (0.833%)", "2", "1", "1 (at 13)"]]
+    assert [row[2:] for row in starts_table(values).rows] == [["0", "4", "a1"], ["10", "2", "b2"]]
+
+
+def write_finetuning(run: Path, task: str, mean: float | str) -> None:
+    values = {"task": task, "metric": "top1", "mean": mean, "std": 0.004, "values": [0.5] * 3, "lr": 0.01, "n": 500}
+    folder = run / "finetune" / task
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(values))
+
+
+def test_scores_stand_beside_the_papers(tmp_path: Path) -> None:
+    """Each column from its task; VTAB is the mean of 19 tasks by hand, and nothing while one of them is missing."""
+    run = make_run(tmp_path)
+    write_finetuning(run, "imagenet", 0.75)
+    write_finetuning(run, "cifar100", math.nan)
+    for number in range(18):
+        write_finetuning(run, f"vtab/task{number}", 0.5)
+    nothing = {"ImageNet": 0.75, "ReaL": None, "CIFAR-100": None}
+    assert paper_scores(read_runs([run])[0]) == {**nothing, "VTAB": None}
+    write_finetuning(run, "vtab/last", 0.88)
+    assert paper_scores(read_runs([run])[0]) == {**nothing, "VTAB": pytest.approx(0.52)}
+    paths = write_report(read_runs([run]), tmp_path / "out")
+    page = paths[2].read_text()
+    assert "| tiny | 75.00% | – | – | 52.00% | this report |" in page
+    assert (
+        "| ViT-H/14, JFT-300M | 88.55% | 90.72% | 94.55% | 77.63% | arXiv 2010.11929 v2 (published), Table 2 |" in page
+    )
+    assert "| imagenet | tiny | top1 | 75.00% ± 0.40 | 3 | 0.01 | 500 |" in page
+    assert "| cifar100 | tiny | top1 | – ± 0.40 |" in page and "No run has a score" not in page
+    record = json.loads(paths[3].read_text(), parse_constant=lambda word: pytest.fail(f"{word} in report.json"))
+    assert [row["ImageNet"] for row in record["paper"]] == [0.8836, 0.8855, 0.853]
+
+
+RECIPE = """# A recipe.
+#
+# command:   deepspeed launch/pretrain.py
+# score:     top-1 after
+#            fine-tuning
+# deviations: none
+#
+#   model      | days | score | overrides
+#   B/16       |  1.5 | 79.15 | (this file)
+#   B/32       |  0.4 | 74.91 | name=small model.name=B/32
+name: large
+# score: not in the header
+"""
+
+
+def test_the_recipes_promise_is_the_line_of_the_run(tmp_path: Path) -> None:
+    """The header's paragraph, its table's line for this run's name; of the file that the last command named."""
+    assert recipe_score(RECIPE, "small") == "B/32: 74.91. top-1 after fine-tuning"
+    assert recipe_score(RECIPE, "large") == "B/16: 79.15. top-1 after fine-tuning"
+    assert recipe_score(RECIPE, "other") == "top-1 after fine-tuning"
+    assert recipe_score("name: x\n", "x") is None
+    run = make_run(tmp_path, "small")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    start = {"step": 0, "command": ["x.py", "--config", str(tmp_path / "recipe.yaml")]}
+    (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    found = targets([summary(one) for one in read_runs([run, run])])
+    assert [(target["score"], len(target["runs"])) for target in found] == [("B/32: 74.91. top-1 after fine-tuning", 2)]
+
+
+def test_differences_from_the_defaults(tmp_path: Path) -> None:
+    """What has no default is listed, what equals its default is not."""
+    found = dict(config_differences(tiny_config(Path("shards"), tmp_path, data__crop_area=[0.5, 1.0])))
+    assert found["optim.lr"] == "0.002" and found["data.crop_area"] == "[0.5, 1.0]" and found["log.samples"] == "true"
+    assert found["total_steps"] == "20" and "engine.zero_stage" not in found and "optim.eps" not in found
+
+
+def test_a_config_of_another_version_does_not_hide_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown key is told; the figures are there, and the file's own text."""
+    run = make_run(tmp_path)
+    (run / "config.yaml").write_text("no_such_key: 5\n")
+    found = read_runs([run])[0]
+    assert "no_such_key: no such key" in capsys.readouterr().err
+    assert found.config is None and found.config_text == "no_such_key: 5\n"
+    assert "no_such_key: 5" in write_report([found], tmp_path / "out")[0].read_text()
+
+
+def test_a_long_curve_keeps_its_spikes() -> None:
+    """Of 100,000 points some hundreds are drawn, among them the highest and the lowest, in the order of steps."""
+    values = np.sin(np.arange(100_000))
+    values[[777, 50_123]] = (40.0, -40.0)
+    values[60_000:61_000] = math.nan
+    points = _reduced(np.arange(100_000), values)
+    assert len(points) <= 2 * _BUCKETS and [step for step, _ in points] == sorted(step for step, _ in points)
+    assert (777, 40.0) in points and (50_123, -40.0) in points
+    assert any(math.isnan(value) for _, value in points)
+    few = _reduced(np.arange(3), np.array([1.0, 2.0, 3.0]))
+    assert few == [(0, 1.0), (1, 2.0), (2, 3.0)]
+
+
+def _points(path: str) -> np.ndarray:
+    """Across and down of an SVG path's corners, [2, corners]."""
+    return np.array([list(map(float, point.split())) for point in re.split("[ML]", path)[1:]]).T
+
+
+def test_panels_lie_where_the_values_say(tmp_path: Path) -> None:
+    """The speed of four points: equal steps apart, higher values higher, ticks at round numbers, gaps stay."""
+    run = make_run(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"step": 25, "train/images_per_s": math.inf, "train/grad_norm": 15.0, "val/10-shot": 0.25})
+            + "\n"
+        )
+        file.write(
+            json.dumps({"step": 30, "train/images_per_s": 50.0, "train/grad_norm": 150.0, "val/5-shot": 0.25}) + "\n"
+        )
+        file.write(json.dumps({"step": 35, "train/grad_norm": 0.0}) + "\n")
+    panels = {panel.title: panel for panel in draw_panels(read_runs([run, run]))}
+    assert list(panels)[-2:] == ["5-shot", "10-shot"]
+    speed = panels["Speed"]
+    path = speed.lines[0].path
+    assert path.count("M") == 2 and path.count("L") == 3
+    across, down = _points(path)
+    np.testing.assert_allclose(np.diff(across), [*[across[1] - across[0]] * 3, 2 * (across[1] - across[0])], atol=0.2)
+    assert all(np.diff(down[:4]) < 0) and down[4] > down[0]
+    ticks = {label: y for y, label in speed.y_ticks}
+    assert list(ticks)[0] == "0" and ticks["0"] > down[4] and abs(ticks["50"] - down[4]) < 0.1
+    _, norms = _points(panels["Gradient norm before clipping"].lines[0].path)
+    np.testing.assert_allclose(np.diff(norms[3:]), [norms[4] - norms[3]] * 2, atol=0.2)  # 1.5, 15, 150; 0 has no place
+    assert len(norms) == 6 and norms[4] < norms[3] - 10
+    assert [dot.run for dot in panels["10-shot"].dots] == [0, 1]
+    assert panels["10-shot"].dots[1].text == f"{run}, 10-shot at step 25: 25"
+
+
+def test_logarithmic_axes_have_round_levels() -> None:
+    """1, 2 and 5 of each decade; linear numbers within a third of one."""
+    assert [round(10**level, 6) for level in _log_levels(math.log10(0.9), math.log10(30))] == [1, 2, 5, 10, 20]
+    assert [round(10**level, 6) for level in _log_levels(math.log10(2.1), math.log10(2.9))] == [2.2, 2.4, 2.6, 2.8]
+    assert 2 <= len(_log_levels(-6, 6)) <= 8
+
+
+def test_names_are_not_read_as_formulas(tmp_path: Path) -> None:
+    """Dollars, underscores and braces in the name of a run or a metric are drawn, not parsed."""
+    run = make_run(tmp_path).rename(tmp_path / "_a$b_{$^$")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 20, "val/$_{$-shot": 0.5}) + "\n")
+    assert write_report(read_runs([run]), tmp_path / "out")[1].stat().st_size > 10_000
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    """No clock and no chance in any file."""
+    run = make_run(tmp_path)
+    first, second = (write_report(read_runs([run]), tmp_path / name) for name in ("a", "b"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
@@ -134,6 +300,14 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     (run / "evaluation").mkdir()
     (run / "evaluation" / "results.json").write_text('{"rows": []}')
     with pytest.raises(UserError, match="results.json: was not written by tools/evaluate.py"):
+        read_runs([run])
+    (run / "evaluation" / "results.json").unlink()
+    write_finetuning(run, "flowers", "high")
+    with pytest.raises(UserError, match="flowers/results.json: was not written by tools/finetune.py"):
+        read_runs([run])
+    (run / "evaluation" / "wrong.json").write_text("[]")
+    (run / "finetune" / "flowers" / "results.json").unlink()
+    with pytest.raises(UserError, match="wrong.json: cannot be used as wrong predictions"):
         read_runs([run])
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="metrics.jsonl: is empty"):

@@ -1,4 +1,4 @@
-"""Draws the curves of runs and writes their figures as Markdown and JSON.
+"""Draws the curves of runs and writes their figures as one page, as Markdown and as JSON.
 
 python tools/report.py RUN [RUN ...] [--out DIR]
 """
@@ -9,12 +9,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.report import read_runs, write_report
+from pretrain.report.page import write_report
+from pretrain.report.runs import read_runs
 
 
 def main() -> None:
     parser = cli.parser(
-        "Writes curves.png (several runs overlaid), report.md and report.json. Also of runs that are still training.",
+        "Writes report.html (one file, several runs overlaid: results beside the paper's, curves, losses, pictures,\n"
+        "configs), and its numbers as report.md with curves.png and as report.json. Also of runs that still train.",
         "python tools/report.py runs/NAME runs/OTHER --out report",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")

@@ -1,0 +1,1 @@
+"""What runs achieved: runs (what their folders hold) -> figures (numbers and tables) -> curves, page (what is read)."""

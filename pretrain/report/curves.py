@@ -1,0 +1,344 @@
+"""Curves of runs over steps: one PNG by matplotlib, and panels of plain geometry that the HTML page draws as SVG.
+
+The page's own lines follow its colour scheme, light or dark, and its text its font; a PNG cannot.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pretrain.report.figures import best
+from pretrain.report.runs import Curve, Run
+
+# Okabe and Ito's colours, which differ for colour-blind readers too, darkened where they were pale on white. The page
+# has lighter ones on dark, in the same order; from the ninth run on they come again, dashed.
+COLORS = ("#0072b2", "#d55e00", "#00845f", "#b5578f", "#b07900", "#3a9bd3", "#6b4fa0", "#5f6368")
+
+
+class PanelOf(NamedTuple):
+    """What one panel shows."""
+
+    title: str
+    unit: str  # of the vertical axis
+    metrics: tuple[str, ...]
+    factor: float
+    scale: str  # linear, from zero, log
+
+
+PANELS = (
+    PanelOf("Loss", "cross-entropy [nats]", ("train/loss", "val/loss"), 1, "linear"),
+    PanelOf("Top-1 accuracy", "images [%]", ("train/top1", "val/top1"), 100, "from zero"),
+    PanelOf("Learning rate", "rate", ("train/lr",), 1, "from zero"),
+    PanelOf("Gradient norm before clipping", "global L2 norm, logarithmic", ("train/grad_norm",), 1, "log"),
+    PanelOf("Speed", "images per second, all ranks", ("train/images_per_s",), 1, "from zero"),
+    PanelOf("Waiting for data", "time of rank 0 [%]", ("train/data_wait",), 100, "from zero"),
+)
+_MANY = 100  # points; from here on the mean over a window is drawn over the pale raw curve
+
+
+def panels_of(runs: Sequence[Run]) -> list[PanelOf]:
+    """Returns PANELS, and one for each few-shot accuracy that a run has logged while it trained."""
+    shots = {metric for run in runs for metric in run.curves if "shot" in metric and not metric.endswith("-std")}
+    natural = sorted(shots, key=lambda m: [int(p) if p.isdigit() else p for p in _digits(m)])
+    return [*PANELS, *(PanelOf(m.removeprefix("val/"), "images [%]", (m,), 100, "from zero") for m in natural)]
+
+
+def _digits(text: str) -> list[str]:
+    """Splits at the borders of numbers, so that 5-shot comes before 10-shot; every second part is a number."""
+    return re.split(r"(\d+)", text)
+
+
+# --- SVG -------------------------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 360, 215  # of a panel, in units of SVG: about a pixel, on a phone too
+LEFT, RIGHT, _TOP, BOTTOM = 46, 10, 8, 24  # margins
+_BUCKETS = 250  # a longer curve keeps the smallest and the largest value of each of so many stretches
+
+
+@dataclass(frozen=True)
+class Line:
+    """One polyline."""
+
+    run: int  # its colour
+    kind: str  # raw: pale; mean; val: dashed, with dots
+    path: str  # an SVG path
+    width: float
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One marked value."""
+
+    run: int
+    x: float
+    y: float
+    text: str  # shown when pointed at
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small diagram."""
+
+    title: str
+    unit: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    lines: list[Line]
+    dots: list[Dot]
+
+
+def draw_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Returns the panels in which at least one run has logged something."""
+    found = [_panel(of, runs) for of in panels_of(runs)]
+    return [panel for panel in found if panel]
+
+
+class _Drawn(NamedTuple):
+    """One curve of a panel, in the units of its axis; NaN where nothing can be drawn."""
+
+    run: int
+    metric: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Where steps and values lie. `low` and `high` are decimal logarithms where `log`."""
+
+    first: int
+    last: int
+    low: float
+    high: float
+    log: bool
+
+    def x(self, step: float) -> float:
+        return LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        height = ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
+        return HEIGHT - BOTTOM - height * (HEIGHT - _TOP - BOTTOM)
+
+    def path(self, steps: np.ndarray, values: np.ndarray) -> str:
+        """Returns an SVG path, interrupted where a value is not finite."""
+        parts, pen = [], "M"
+        for step, value in _reduced(steps, values):
+            if math.isfinite(value):
+                parts.append(f"{pen}{self.x(step):.1f} {self.y(value):.1f}")
+            pen = "L" if math.isfinite(value) else "M"
+        return "".join(parts)
+
+
+def _panel(of: PanelOf, runs: Sequence[Run]) -> Panel | None:
+    curves = [
+        _drawn(of, i, metric, run.curves[metric])
+        for i, run in enumerate(runs)
+        for metric in of.metrics
+        if metric in run.curves
+    ]
+    axes = _axes(of, curves)
+    if axes is None:
+        return None
+    lines = [line for curve in curves for line in _lines(curve, axes, len(runs))]
+    dots = [dot for curve in curves if not curve.metric.startswith("train/") for dot in _dots(curve, axes, runs)]
+    steps = _ticks(axes.first, axes.last, whole=True)
+    levels = [10**level for level in _log_levels(axes.low, axes.high)] if axes.log else _ticks(axes.low, axes.high)
+    return Panel(
+        of.title,
+        of.unit,
+        [(round(axes.x(step), 1), _step_label(step)) for step in steps],
+        [(round(axes.y(level), 1), _label(level)) for level in levels],
+        sorted(lines, key=lambda line: line.kind != "raw"),  # pale ones below
+        dots,
+    )
+
+
+def _drawn(of: PanelOf, run: int, metric: str, curve: Curve) -> _Drawn:
+    values = np.where(np.isfinite(curve[1]), curve[1] * of.factor, np.nan)
+    return _Drawn(run, metric, curve[0], np.where(values > 0, values, np.nan) if of.scale == "log" else values)
+
+
+def _axes(of: PanelOf, curves: Sequence[_Drawn]) -> _Axes | None:
+    """Returns the axes that show all curves, or None when there is nothing to show."""
+    values = np.concatenate([np.empty(0), *(curve.values[np.isfinite(curve.values)] for curve in curves)])
+    if not values.size:
+        return None
+    low, high = float(values.min()), float(values.max())
+    if of.scale == "log":
+        low, high = math.log10(low), math.log10(high)
+    elif of.scale == "from zero":
+        low = min(0.0, low)
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0  # a constant needs some height too
+    if not (of.scale == "from zero" and low == 0):
+        low -= margin
+    last = max(int(curve.steps[-1]) for curve in curves)
+    return _Axes(0, max(1, last), low, high + margin, of.scale == "log")
+
+
+def _lines(curve: _Drawn, axes: _Axes, num_runs: int) -> list[Line]:
+    if not curve.metric.startswith("train/"):
+        return [Line(curve.run, "val", axes.path(curve.steps, curve.values), 1.2)]
+    if curve.metric == "train/lr":  # often the same for all: earlier runs drawn wider
+        return [Line(curve.run, "mean", axes.path(curve.steps, curve.values), _lr_width(curve.run, num_runs))]
+    if len(curve.values) < _MANY:
+        return [Line(curve.run, "mean", axes.path(curve.steps, curve.values), 1.8)]
+    smooth = moving_mean(curve.values, len(curve.values) // 40)
+    return [
+        Line(curve.run, "raw", axes.path(curve.steps, curve.values), 0.8),
+        Line(curve.run, "mean", axes.path(curve.steps, smooth), 1.8),
+    ]
+
+
+def _lr_width(run: int, num_runs: int) -> float:
+    return 1.8 + 2.0 * min(4, num_runs - 1 - run)
+
+
+def _dots(curve: _Drawn, axes: _Axes, runs: Sequence[Run]) -> list[Dot]:
+    return [
+        Dot(
+            curve.run,
+            round(axes.x(step), 1),
+            round(axes.y(value), 1),
+            f"{runs[curve.run].name}, {curve.metric.removeprefix('val/')} at step {step:,}: {value:.4g}",
+        )
+        for step, value in _reduced(curve.steps, curve.values)
+        if math.isfinite(value)
+    ]
+
+
+def _reduced(steps: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
+    """Returns the points, or of each of many stretches the lowest and the highest one: no spike is lost."""
+    if len(values) <= 2 * _BUCKETS:
+        kept = np.arange(len(values))
+    else:
+        kept = []
+        for stretch in np.array_split(np.arange(len(values)), _BUCKETS):
+            finite = stretch[np.isfinite(values[stretch])]
+            here = finite if len(finite) else stretch[:1]
+            kept += sorted({here[np.argmin(values[here])], here[np.argmax(values[here])]})
+    return [(int(steps[i]), float(values[i])) for i in kept]
+
+
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Returns up to six round numbers from `low` to `high`."""
+    from matplotlib.ticker import MaxNLocator
+
+    locator = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=whole)
+    return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
+
+
+def _log_levels(low: float, high: float) -> list[float]:
+    """Returns decimal logarithms of round numbers: 1, 2, 5 in each decade, or fewer when there are many decades."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    leading = (1, 2, 5) if high - low < 2.5 else (1,)
+    levels = [decade + math.log10(digit) for decade in decades for digit in leading]
+    inside = [level for level in levels if low <= level <= high]
+    if len(inside) >= 2:
+        return inside[:: max(1, len(inside) // 6)]
+    return [math.log10(tick) for tick in _ticks(10**low, 10**high) if tick > 0]
+
+
+def _step_label(step: float) -> str:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="").format_eng(step)  # 10k
+
+
+def _label(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+# --- PNG -------------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(runs: Sequence[Run], path: Path) -> None:
+    """Draws loss, accuracy, learning rate, gradient norm, speed and waiting of all runs into one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.lines import Line2D
+
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
+    panels = panels_of(runs)
+    num_rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(15, 4.25 * num_rows), layout=layout)  # no pyplot: no global state, no window
+    FigureCanvasAgg(figure)
+    colors = [COLORS[i % len(COLORS)] for i in range(len(runs))]
+    grid = figure.subplots(num_rows, 3).flat
+    for axes, (title, unit, metrics, factor, scale) in zip(grid, panels):
+        for i, (run, color) in enumerate(zip(runs, colors)):
+            for metric in metrics:
+                if metric == "train/lr" and metric in run.curves:  # often the same for all: earlier runs drawn wider
+                    axes.plot(*run.curves[metric], color=color, lw=_lr_width(i, len(runs)))
+                elif metric in run.curves:
+                    _draw_curve(axes, run.curves[metric], factor, color, dots=not metric.startswith("train/"))
+        axes.set_title(_plain(title), fontsize=12, fontweight="bold")
+        axes.set_ylabel(unit)
+        _finish_panel(axes, scale)
+    for axes in list(figure.axes)[len(panels) :]:
+        axes.set_visible(False)
+    handles = [Line2D([], [], color=c, lw=2.5, label=_legend(run)) for run, c in zip(runs, colors)]
+    if any(metric.startswith("val/") for run in runs for metric in run.curves):
+        handles += [
+            Line2D([], [], color="black", lw=2, label="training"),
+            Line2D([], [], color="black", ls="--", marker="o", ms=4, lw=1, label="validation"),
+        ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False, fontsize=11)
+    temporary = path.with_name(f".tmp-{path.name}")
+    figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+    os.replace(temporary, path)
+
+
+def _finish_panel(axes: Any, scale: str) -> None:
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axes.transAxes, color="gray")
+    elif scale == "log":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif scale == "from zero":
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+
+
+def _legend(run: Run) -> str:
+    """Returns the run's name and its best validation."""
+    top1 = best(run.curves["val/top1"], np.nanargmax) if "val/top1" in run.curves else None
+    return _plain(run.name) + (f" (best validation top-1 {top1['value']:.2%} at step {top1['step']:,})" if top1 else "")
+
+
+def _plain(text: str) -> str:
+    """Returns text that matplotlib shows as it is: a pair of "$" would be a formula."""
+    return text.replace("$", r"\$")
+
+
+def _draw_curve(axes: Any, curve: Curve, factor: float, color: str, dots: bool) -> None:
+    steps, values = curve[0], curve[1] * factor
+    if dots:
+        axes.plot(steps, values, color=color, ls="--", lw=1, marker="o", ms=4)
+    elif len(values) < _MANY:
+        axes.plot(steps, values, color=color, lw=1.8)
+    else:
+        axes.plot(steps, values, color=color, lw=0.8, alpha=0.3)
+        axes.plot(steps, moving_mean(values, len(values) // 40), color=color, lw=1.8)
+
+
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Returns the mean over `window` points around each, of the finite ones; shorter windows at the ends."""
+    finite = np.isfinite(values)
+    kernel = np.ones(2 * (window // 2) + 1)
+    sums = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
+    counts = np.convolve(finite.astype(float), kernel, mode="same")
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)

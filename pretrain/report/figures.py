@@ -1,0 +1,301 @@
+"""The figures of runs: as JSON values, and as tables of text that the HTML page and the Markdown page share."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+import numpy as np
+
+from pretrain.config import Config
+from pretrain.report.runs import Curve, Run
+
+NOTHING = "–"  # in a cell for which nothing was measured
+
+# Of arXiv 2010.11929, Table 2, top-1 in per cent: the same table of its two versions, and the best public weights.
+PAPER_COLUMNS = {"ImageNet": "imagenet", "ReaL": "real", "CIFAR-100": "cifar100", "VTAB": "vtab"}  # names of tasks
+PAPER_ROWS = (
+    ("ViT-H/14, JFT-300M", "arXiv 2010.11929 v1, Table 2, as quoted elsewhere", (88.36, 90.77, 94.55, 77.16)),
+    ("ViT-H/14, JFT-300M", "arXiv 2010.11929 v2 (published), Table 2", (88.55, 90.72, 94.55, 77.63)),
+    ("ViT-L/16, ImageNet-21k, public weights", "arXiv 2010.11929 v2, Table 2", (85.30, 88.62, 93.25, 72.72)),
+)
+_VTAB_TASKS = 19
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; the first column names the row."""
+
+    header: list[str]
+    rows: list[list[str]]
+    num_runs: int = 0  # rows from the first on that stand for run 0, 1 ... in the colour of its curves
+    text_columns: tuple[int, ...] = (0,)  # aligned left; the others hold figures
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """Returns a run's figures as JSON values: last and best metrics, what was left out, and what it ran with."""
+    last_start = run.starts[-1] if run.starts else {}
+    config = run.config
+    rate = run.curves.get("train/images_per_s")
+    return {
+        "run": run.name,
+        "folder": str(run.folder),
+        "done": run.done,
+        "steps": max(int(steps[-1]) for steps, _ in run.curves.values()),
+        "total_steps": config.total_steps if config else None,
+        "global_batch": config.data.global_batch if config else None,
+        "model": config.model.name if config else None,
+        "target": {"recipe": run.target.recipe, "score": run.target.score} if run.target else None,
+        "paper_columns": paper_scores(run),
+        "last": {metric: finite(values[-1]) for metric, (_, values) in sorted(run.curves.items())},
+        "best": {metric: best(run.curves[metric], *how) for metric, how in _BEST.items() if metric in run.curves},
+        "median_images_per_s": finite(np.median(rate[1])) if rate else None,
+        "skipped_steps": _count(run, "train/skipped_steps"),
+        "skipped_at": run.skipped_at,
+        "bad_samples": _count(run, "train/bad_samples"),
+        "bad_samples_by_cause": run.bad_samples,
+        "restarts": len(run.starts) - 1 if run.starts else None,
+        "ranks": [start.get("world_size") for start in run.starts],
+        "starts": [{key: start.get(key) for key in ("step", "time", "world_size", "commit")} for start in run.starts],
+        "commit": last_start.get("commit"),
+        "command": last_start.get("command"),
+        "versions": last_start.get("versions"),
+        "evaluation": run.evaluation,
+        "finetuning": run.finetuning,
+        "wrong_predictions": {
+            "count": run.num_wrong,
+            "shown": [
+                {"name": w.name, "label": w.label, "predicted": w.predicted, "probability": w.probability}
+                for w in run.wrong
+            ],
+        },
+        "pictures": [picture.name for picture in run.pictures],
+        "config_differences": dict(config_differences(config)) if config else None,
+    }
+
+
+_BEST: dict[str, tuple[Callable[[np.ndarray], Any]]] = {
+    "val/top1": (np.nanargmax,),
+    "val/top5": (np.nanargmax,),
+    "val/loss": (np.nanargmin,),
+    "train/loss": (np.nanargmin,),
+}
+
+
+def best(curve: Curve, position: Callable[[np.ndarray], Any]) -> dict[str, Any] | None:
+    """Returns step and value at `position`, np.nanargmax or np.nanargmin; None when no value is a number."""
+    steps, values = curve
+    if np.isnan(values).all():
+        return None
+    found = int(position(values))  # the first of equals
+    return {"step": int(steps[found]), "value": finite(values[found])}
+
+
+def _count(run: Run, metric: str) -> int | None:
+    return int(run.curves[metric][1][-1]) if metric in run.curves else None
+
+
+def finite(value: Any) -> float | None:
+    """Returns the number, or None: JSON has no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def paper_scores(run: Run) -> dict[str, float | None]:
+    """Returns the run's mean top-1 in the columns of the paper's Table 2, as fractions.
+
+    VTAB is the result of that name, or else the flat mean of its tasks (vtab/NAME) when all 19 are there.
+    """
+    means = {of["task"]: finite(of["mean"]) for of in run.finetuning}
+    scores = {column: means.get(task) for column, task in PAPER_COLUMNS.items()}
+    parts = [mean for task, mean in means.items() if task.startswith("vtab/") and mean is not None]
+    if scores["VTAB"] is None and len(parts) == _VTAB_TASKS:
+        scores["VTAB"] = sum(parts) / _VTAB_TASKS
+    return scores
+
+
+def config_differences(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields key and value of what differs from the defaults; what has no default always does."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from config_differences(value, f"{prefix}{field.name}.")
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if value != default:
+            yield prefix + field.name, _as_yaml(value)
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def _keys(config_class: Any, prefix: str = "") -> Iterator[str]:
+    for name, of in get_type_hints(config_class).items():
+        yield from _keys(of, f"{prefix}{name}.") if is_dataclass(of) else (prefix + name,)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def overview_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """One line per run: how far, how good, how fast, what was lost."""
+    return Table(list(_OVERVIEW), [_overview(values) for values in summaries], num_runs=len(summaries))
+
+
+_OVERVIEW = (
+    "run",
+    "steps",
+    "best val top-1",
+    "last val top-1",
+    "last train loss",
+    "images/s",
+    "skipped",
+    "bad",
+    "restarts",
+)
+
+
+def _overview(values: dict[str, Any]) -> list[str]:
+    best_top1, last = values["best"].get("val/top1"), values["last"]
+    total = f" of {values['total_steps']:,}" if values["total_steps"] else ""
+    loss, rate = last.get("train/loss"), values["median_images_per_s"]
+    return [
+        values["run"],
+        f"{values['steps']:,}{total}" + ("" if values["done"] else ", not done"),
+        f"{best_top1['value']:.2%} at step {best_top1['step']:,}" if best_top1 else "",
+        f"{last['val/top1']:.2%}" if last.get("val/top1") is not None else "",
+        f"{loss:.4f}" if loss is not None else "",
+        f"{rate:,.0f}" if rate is not None else "",
+        *("" if values[name] is None else f"{values[name]:,}" for name in ("skipped_steps", "bad_samples", "restarts")),
+    ]
+
+
+def paper_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """The runs' scores above the paper's."""
+    rows = [
+        [values["run"], *(_percent(values["paper_columns"][column]) for column in PAPER_COLUMNS), "this report"]
+        for values in summaries
+    ]
+    rows += [[model, *(f"{score:.2f}%" for score in scores), source] for model, source, scores in PAPER_ROWS]
+    columns = len(PAPER_COLUMNS)
+    return Table(["model", *PAPER_COLUMNS, "source"], rows, num_runs=len(summaries), text_columns=(0, columns + 1))
+
+
+def targets(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns each promise of a recipe's header once: names of its runs, recipe, score."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for values in summaries:
+        if target := values["target"]:
+            found.setdefault((target["recipe"], target["score"]), []).append(values["run"])
+    return [{"runs": runs, "recipe": recipe, "score": score} for (recipe, score), runs in found.items()]
+
+
+def losses_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """What was not trained on: samples by cause, and steps."""
+    causes = list(dict.fromkeys(cause for values in summaries for cause in values["bad_samples_by_cause"]))
+    rows = []
+    for values in summaries:
+        seen = values["steps"] * values["global_batch"] if values["global_batch"] else None
+        bad, skipped = values["bad_samples"], values["skipped_steps"]
+        by_cause = values["bad_samples_by_cause"]
+        rows.append(
+            [
+                values["run"],
+                NOTHING if seen is None else f"{seen:,}",
+                NOTHING if bad is None else f"{bad:,}" + (f" ({bad / seen:.3%})" if bad and seen else ""),
+                *(f"{by_cause.get(cause, 0):,}" for cause in causes),
+                NOTHING if skipped is None else f"{skipped:,}" + _at_steps(values["skipped_at"]),
+            ]
+        )
+    return Table(["run", "samples seen", "bad", *causes, "skipped steps"], rows, num_runs=len(rows))
+
+
+def _at_steps(steps: Sequence[int]) -> str:
+    if not steps:
+        return ""
+    return f" (at {', '.join(f'{step:,}' for step in steps[:5])}{', ...' if len(steps) > 5 else ''})"
+
+
+def starts_table(values: dict[str, Any]) -> Table:
+    """Each start of a run: the first, and every resumption."""
+    rows = [
+        [
+            str(number),
+            _date(start["time"]),
+            f"{start['step']:,}",
+            NOTHING if start["world_size"] is None else str(start["world_size"]),
+            short_commit(start["commit"]),
+        ]
+        for number, start in enumerate(values["starts"], 1)
+    ]
+    return Table(["start", "time", "at step", "ranks", "commit"], rows, text_columns=(0, 1, 4))
+
+
+def _date(time: Any) -> str:
+    """2026-11-22T09:35:13+0000 with spaces, cut to minutes."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\d([+-]\d{4})", str(time))
+    return f"{match[1]} {match[2]} {match[3]}" if match else str(time or NOTHING)
+
+
+def short_commit(commit: Any) -> str:
+    """Returns the first 10 digits, and whether files differed from it."""
+    return re.sub(r"^([0-9a-f]{10})[0-9a-f]{30}", r"\1", str(commit)) if commit else NOTHING
+
+
+def evaluation_table(values: dict[str, Any]) -> Table:
+    """What tools/evaluate.py measured; a standard deviation stands with its mean."""
+    found = values["evaluation"]["rows"]
+    spread = {(row["model"], row["metric"]): row["value"] for row in found}
+    rows = []
+    for row in found:
+        if not row["metric"].endswith("-std"):
+            std = spread.get((row["model"], f"{row['metric']}-std"))
+            cell = shown(row["metric"], row["value"]) + ("" if std is None else f" ± {100 * std:.2f}")
+            rows.append([row["model"], row["metric"], cell, f"{row['n']:,}"])
+    return Table(["features", "metric", "value", "images"], rows, text_columns=(0, 1))
+
+
+def finetuning_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """A line per task and run."""
+    rows = []
+    for values in summaries:
+        for of in values["finetuning"]:
+            mean, std = of["mean"], of["std"]
+            cell = NOTHING if not math.isfinite(mean) else shown(of["metric"], mean)
+            spread = f" ± {100 * std:.2f}" if std is not None and math.isfinite(std) else ""
+            rows.append(
+                [
+                    of["task"],
+                    values["run"],
+                    of["metric"],
+                    cell + spread,
+                    str(len(of["values"]) or NOTHING),
+                    NOTHING if of["lr"] is None else f"{of['lr']:g}",
+                    NOTHING if of["n"] is None else f"{of['n']:,}",
+                ]
+            )
+    rows.sort(key=lambda row: row[0])  # stable: runs keep their order
+    return Table(["task", "run", "metric", "mean", "seeds", "lr", "images"], rows, text_columns=(0, 1, 2))
+
+
+def config_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """What differs from the defaults, a column per run; keys in the order of pretrain/config.py."""
+    known = [values for values in summaries if values["config_differences"]]
+    keys = dict.fromkeys(key for values in known for key in values["config_differences"])
+    order = sorted(keys, key=list(_keys(Config)).index)
+    rows = [[key, *(values["config_differences"].get(key, NOTHING) for values in known)] for key in order]
+    columns = range(len(known) + 1)
+    return Table(["key", *(values["run"] for values in known)], rows, text_columns=tuple(columns))
+
+
+def shown(metric: str, value: float) -> str:
+    """Returns a loss as a number, everything else as per cent."""
+    return f"{value:.4f}" if metric == "loss" else f"{value:.2%}"
+
+
+def _percent(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2%}"

@@ -1,0 +1,180 @@
+"""The report's files: report.html, one page that needs no other file; report.md and report.json with its numbers.
+
+The page has no script and forbids itself any, and everything from outside itself: a run's folder is not trusted.
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pretrain.errors import UserError
+from pretrain.report import curves, figures
+from pretrain.report.figures import Table, summary
+from pretrain.report.runs import Run
+
+NAMES = ("report.html", "curves.png", "report.md", "report.json")
+
+
+def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Writes NAMES into `out` and returns their paths. Raises UserError when it cannot.
+
+    The same runs give the same bytes. The Markdown page shows curves.png by its relative name.
+    """
+    summaries = [summary(run) for run in runs]
+    record = {"format": "pretrain-report", "version": 1, "paper": _paper(), "runs": summaries}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        curves.draw_curves(runs, out / "curves.png")
+        _write_text(out / "report.html", html(runs, summaries))
+        _write_text(out / "report.md", markdown(summaries, _missing(runs, summaries)))
+        _write_text(out / "report.json", json.dumps(_json_values(record), indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); give another --out") from None
+    return [out / name for name in NAMES]
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text, encoding="utf-8", errors="replace")  # names may hold halves of characters
+    os.replace(temporary, path)
+
+
+def _json_values(value: Any) -> Any:
+    """Returns the value with null for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _json_values(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _paper() -> list[dict[str, Any]]:
+    return [
+        {"model": model, "source": source, **dict(zip(figures.PAPER_COLUMNS, (round(s / 100, 6) for s in scores)))}
+        for model, source, scores in figures.PAPER_ROWS
+    ]
+
+
+# --- what both pages say ---------------------------------------------------------------------------------------------
+
+
+def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Returns, by part, what no run has and the command that adds it."""
+    run = shlex.quote(str(runs[0].folder))
+    finetune = f"python tools/finetune.py {run} --task"
+    evaluate = f"python tools/evaluate.py {run}"
+    metrics = {metric for r in runs for metric in r.curves}
+    have = {
+        "validation": "val/top1" in metrics,
+        "fewshot": any("shot" in metric for metric in metrics),
+        "scores": any(score is not None for s in summaries for score in s["paper_columns"].values()),
+        "finetuning": any(r.finetuning for r in runs),
+        "evaluation": any(r.evaluation for r in runs),
+        "pictures": any(p.name != "batch" for r in runs for p in r.pictures),
+        "wrong": any(r.num_wrong for r in runs),
+    }
+    lines = {
+        "validation": ("Never validated: data.val=MANIFEST or data.held_out=COUNT lets a run do so.", ""),
+        "fewshot": ("No few-shot accuracy over steps; of the last one:", f"{evaluate} --fewshot TRAIN TEST"),
+        "scores": ("No run has a score of the paper's table yet.", f"{finetune} imagenet"),
+        "finetuning": ("Nothing was fine-tuned yet.", f"{finetune} cifar100"),
+        "evaluation": ("Not evaluated yet.", f"{evaluate} --val MANIFEST --fewshot TRAIN TEST --baselines"),
+        "pictures": ("No pictures of what was learned yet.", f"python tools/visualize.py {run} --image PHOTO"),
+        "wrong": ("No wrong predictions were kept: there is no evaluation/wrong.json.", ""),
+    }
+    return {part: {"text": text, "command": command} for part, (text, command) in lines.items() if not have[part]}
+
+
+def _facts(values: dict[str, Any]) -> dict[str, str]:
+    """Returns what a run ran with, by name; only what is known."""
+    versions = ", ".join(f"{name} {version}" for name, version in (values["versions"] or {}).items())
+    facts = {
+        "folder": values["folder"],
+        "model": values["model"],
+        "command": " ".join(map(str, values["command"] or [])),
+        "ranks of each start": ", ".join(map(str, values["ranks"])),
+        "commit": values["commit"],
+        "versions": versions,
+    }
+    return {name: str(fact) for name, fact in facts.items() if fact}
+
+
+# --- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
+    """Returns the page; its file names no other file."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # 0.1 s to import
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # of everything: names of runs, classes and files are whatever someone wrote
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        runs=list(zip(runs, summaries)),
+        missing=_missing(runs, summaries),
+        facts=_facts,
+        figures=figures,
+        panels=curves.draw_panels(runs),
+        curves=curves,
+    )
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def markdown(
+    summaries: Sequence[dict[str, Any]], missing: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+) -> str:
+    """Returns the page: the tables of all runs, then what each ran with and its evaluation."""
+    lines = ["# Report", "", "![Curves](curves.png)", "", *_lines(figures.overview_table(summaries))]
+    lines += [*_hint(missing, "validation"), *_hint(missing, "fewshot")]
+    lines += ["", "## Beside the paper", "", *_lines(figures.paper_table(summaries)), *_hint(missing, "scores")]
+    for target in figures.targets(summaries):
+        lines += [
+            "",
+            f"Target of {_text(', '.join(target['runs']))} ({_text(target['recipe'])}): {_text(target['score'])}",
+        ]
+    lines += ["", "## What was left out", "", *_lines(figures.losses_table(summaries))]
+    if any(values["finetuning"] for values in summaries):
+        lines += ["", "## Fine-tuning", "", *_lines(figures.finetuning_table(summaries))]
+    lines += [*_hint(missing, "finetuning"), *_hint(missing, "evaluation")]
+    for values in summaries:
+        lines += ["", f"## {_text(values['run'])}", ""]
+        lines += [f"- {name}: {_text(fact)}" for name, fact in _facts(values).items()]
+        if values["starts"]:
+            lines += ["", *_lines(figures.starts_table(values))]
+        if values["evaluation"]:
+            lines += ["", f"Evaluation of {_text(values['evaluation']['weights'])}:", ""]
+            lines += _lines(figures.evaluation_table(values))
+    if (configs := figures.config_table(summaries)).rows:
+        lines += ["", "## Differs from the defaults", "", *_lines(configs)]
+    return "\n".join(lines) + "\n"
+
+
+def _hint(missing: Mapping[str, Mapping[str, str]], part: str) -> list[str]:
+    if part not in missing:
+        return []
+    command = missing[part]["command"]
+    return ["", _text(missing[part]["text"]) + (f" `{command}`" if command else "")]
+
+
+def _lines(table: Table) -> list[str]:
+    rule = ["---" if column in table.text_columns else "---:" for column in range(len(table.header))]
+    header, *rows = ([_text(cell) for cell in row] for row in (table.header, *table.rows))
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+
+
+def _text(value: Any) -> str:
+    """Returns text that Markdown shows as it is: no cell, tag, link or code begins in it."""
+    return re.sub(r"([|\[`])", r"\\\1", " ".join(str(value).split())).replace("<", "&lt;")
