@@ -63,6 +63,7 @@ def main() -> None:
     print(f"\ndone in {(time.monotonic() - began) / 60:.1f} minutes")
     print(f"table:   {run / 'evaluation' / 'results.md'}")
     print(f"curves:  {out / 'report' / 'curves.png'}")
+    print(f"page:    {out / 'report' / 'report.html'}")
     print(f"weights: {out / 'weights'}")
 
 
