@@ -190,14 +190,14 @@ def read_features(record: Record) -> Features:
     data = read_record(record)
     try:
         return parse_example(data)
-    except (ValueError, IndexError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:  # whatever stray bytes lead to
         raise UserError(
             f"{record.path}: byte {record.offset}: record {record.number} is not a tf.train.Example ({error})"
         ) from None
 
 
 def parse_example(data: bytes) -> Features:
-    """Returns the features of a serialized tf.train.Example. Raises ValueError or IndexError when it is none."""
+    """Returns the features of a serialized tf.train.Example. Bytes of something else raise any error."""
     features: Features = {}
     for entry in (entry for part in _messages(data, 1) for entry in _messages(part, 1)):
         fields = dict(_fields(entry))  # of a map's entry: 1 its key, 2 its value

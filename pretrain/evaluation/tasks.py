@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 from pretrain.data import archives
 from pretrain.data.archives import Splits
@@ -136,7 +137,7 @@ def _variant(folder_names: Sequence[str]) -> Callable[[Path], Splits]:
     return read
 
 
-def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: Sequence[str], **more: str) -> Task:
+def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: Sequence[str], **more: Any) -> Task:
     return Task(
         name=name,
         num_classes=1000,
@@ -148,20 +149,33 @@ def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: 
         finetuning=None,
         tested_on="synthetic records",
         originals=_variant(folder_names),
-        scored_wnids=more.get("scored_wnids"),
+        **more,
     )
 
 
-def _own(name: str, classes: int, train: int, test: int, tfds: str, protocol: FineTuning, **more) -> Task:
+def _own(name: str, classes: int, train: int, test: int, tfds: str, protocol: FineTuning, **more: Any) -> Task:
     """A row of the paper's own six sets."""
-    values = {"splits": {"train": "train", "test": "test"}, "num_samples": {"train": train, "test": test}}
+    values: dict[str, Any] = {
+        "splits": {"train": "train", "test": "test"},
+        "num_samples": {"train": train, "test": test},
+    }
     return Task(name=name, num_classes=classes, tfds=tfds, finetuning=protocol, **(values | more))
 
 
 def _vtab(
-    name: str, group: str, classes: int, tfds: str, val: str, test: str, num_test: int, url: str, licence: str, **more
+    name: str,
+    group: str,
+    classes: int,
+    tfds: str,
+    val: str,
+    test: str,
+    num_test: int,
+    url: str,
+    licence: str,
+    **more: Any,
 ) -> Task:
     """A row of VTAB-1k: 800 training and 200 validation images, the first ones in TFDS's order."""
+    tested: dict[str, Any] = {"tested_on": "synthetic records"}
     return Task(
         name=f"vtab/{name}",
         group=group,
@@ -172,7 +186,7 @@ def _vtab(
         url=url,
         licence=licence,
         finetuning=_VTAB,
-        **({"tested_on": "synthetic records"} | more),
+        **(tested | more),
     )
 
 
