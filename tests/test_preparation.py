@@ -231,7 +231,9 @@ def test_sources_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert "give one folder, or packs" in refusal(open_source, task("cifar10"), two)
     dtd(tmp_path / "tfds", counts=(3, 3, 3))
     assert "asks for more than the 3 records" in refusal(open_source, task("vtab/dtd"), [tmp_path / "tfds"])
-    assert "no records of svhn_cropped:3.*.*" in refusal(open_source, task("vtab/svhn"), [tmp_path / "tfds"])
+    assert "made from TFDS records" in refusal(open_source, task("vtab/svhn"), [tmp_path / "tfds"])
+    old = replace(task("vtab/dtd"), tfds="dtd:2.*.*")
+    assert "no records of dtd:2.*.* below it" in refusal(open_source, old, [tmp_path / "tfds"])
 
 
 def test_a_variant_is_labelled_in_imagenets_classes(tmp_path: Path) -> None:

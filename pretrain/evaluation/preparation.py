@@ -145,7 +145,7 @@ def open_source(task: Task, paths: Sequence[Path]) -> Source:
         return Source(PACKS, _packed_splits(task, paths), _numbers(task))
     if len(paths) > 1:
         raise UserError(f"{task.name}: give one folder, or packs whose names tell train, val or test")
-    if paths[0].is_dir() and _has_records(paths[0]):
+    if paths[0].is_dir() and _has_records(paths[0], task):
         folder = tfds_folder(paths[0], task.tfds)
         splits = {split: _from_records(task, folder, spec) for split, spec in task.splits.items()}
         return Source(RECORDS, splits, _label_names(folder, task))
@@ -157,8 +157,13 @@ def open_source(task: Task, paths: Sequence[Path]) -> Source:
     return Source(ORIGINALS, task.originals(paths[0]), _numbers(task))
 
 
-def _has_records(folder: Path) -> bool:
-    return any(next(folder.rglob(pattern), None) for pattern in ("*.tfrecord-*-of-*", "*.array_record-*-of-*"))
+def _has_records(folder: Path, task: Task) -> bool:
+    return any(next(folder.rglob(f"{_dataset(task)}-*.{form}-*"), None) for form in ("tfrecord", "array_record"))
+
+
+def _dataset(task: Task) -> str:
+    """TFDS's name of the set, with which its files begin: without config and version."""
+    return task.tfds.partition(":")[0].partition("/")[0]
 
 
 def _numbers(task: Task) -> list[str]:
@@ -194,8 +199,7 @@ def _packed_splits(task: Task, paths: Sequence[Path]) -> Splits:
 
 
 def _from_records(task: Task, folder: Path, spec: str) -> list[Original]:
-    dataset = task.tfds.partition(":")[0].partition("/")[0]
-    return [_from_record(task, record) for record in split_records(folder, dataset, spec)]
+    return [_from_record(task, record) for record in split_records(folder, _dataset(task), spec)]
 
 
 def _from_record(task: Task, record: Record) -> Original:

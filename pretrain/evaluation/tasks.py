@@ -62,16 +62,15 @@ class Task:
         """The split that is scored."""
         return list(self.splits)[-1]
 
-    @property
-    def command(self) -> str:
-        """What prepares the data."""
-        name = self.data_of or self.name
-        return f"python tools/make_shards.py --task {name} SOURCE {task_folder(self, Path('data'))}"
-
 
 def task_folder(task: Task, root: Path) -> Path:
     """Returns where the splits of a task lie below the folder of all tasks: root/vtab/eurosat/test/manifest.json."""
     return root / (task.data_of or task.name)
+
+
+def prepare_command(task: Task, root: Path) -> str:
+    """Returns the command that prepares a task's data."""
+    return f"python tools/make_shards.py --task {task.data_of or task.name} SOURCE {task_folder(task, root)}"
 
 
 def missing(task: Task, root: Path, splits: Sequence[str] = ()) -> str | None:
@@ -82,7 +81,7 @@ def missing(task: Task, root: Path, splits: Sequence[str] = ()) -> str | None:
         return None
     return (
         f"{task.name}: no {', '.join(absent)} in {folder}; get the set from {task.url} ({task.licence}; TFDS "
-        f"{task.tfds}), then: {task.command}"
+        f"{task.tfds}), then: {prepare_command(task, root)}"
     )
 
 
