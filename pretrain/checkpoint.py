@@ -3,6 +3,7 @@
     step-0000001000/
       weights-00003-of-00008.safetensors     the fp32 slices that rank 3 owns: NAME -> flat values
       optimizer-00003-of-00008.safetensors   the optimizer's moments, same slices: MOMENT/NAME -> flat values
+      average-00003-of-00008.safetensors     the Polyak average of the weights, same slices; only when one is kept
       generators-00003.safetensors           random states of rank 3
       index.json                             every tensor: shape, and which file holds which part of it
       state.json                             step, config, counters, versions: all that is not a tensor
@@ -16,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from pretrain.log import warn
 
 FORMAT, VERSION = "pretrain-checkpoint", 1
 _STEP_FOLDER = re.compile(r"step-(\d{10})")
-_KINDS = ("weights", "optimizer")
+_KINDS = ("weights", "optimizer", "average")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Slice:
     name: str  # "blocks.0.attn.qkv.weight"; with a moment in front in the optimizer's files: "exp_avg/blocks..."
     shape: tuple[int, ...]  # of the whole tensor
     offset: int  # of the first element
-    values: torch.Tensor  # float32 [elements]; saving reads it, loading writes into it
+    values: torch.Tensor  # [elements], float32 (a moment may be bfloat16); saving reads it, loading writes into it
 
 
 class DamagedError(UserError):
@@ -60,6 +61,7 @@ def save_checkpoint(
     optimizer: list[Slice],
     generators: Mapping[str, torch.Tensor],
     state: dict[str, Any],
+    average: Sequence[Slice] = (),
 ) -> bool:
     """Writes `folder`/step-N with what every rank owns, and publishes it when all ranks succeeded. Called by all ranks.
 
@@ -71,18 +73,12 @@ def save_checkpoint(
     published = folder / f"step-{step:010d}"
     problem = _attempt(lambda: _make_temporary(temporary)) if distributed.is_main() else None
     distributed.barrier()
-    parts = {
-        f"weights-{rank:05d}-of-{world:05d}.safetensors": {s.name: s.values for s in weights},
-        f"optimizer-{rank:05d}-of-{world:05d}.safetensors": {s.name: s.values for s in optimizer},
-        f"generators-{rank:05d}.safetensors": dict(generators),
-    }
+    slices = {kind: part for kind, part in zip(_KINDS, (weights, optimizer, average)) if part or kind != "average"}
+    parts = {_file_name(kind, rank, world): {s.name: s.values for s in part} for kind, part in slices.items()}
+    parts[f"generators-{rank:05d}.safetensors"] = dict(generators)
     entries: list[dict[str, Any]] = []
     problem = problem or _attempt(lambda: entries.extend(_write_tensors(temporary / n, t) for n, t in parts.items()))
-    index = [
-        (s.name, s.shape, s.offset, s.values.numel(), kind)
-        for kind, part in zip(_KINDS, (weights, optimizer))
-        for s in part
-    ]
+    index = [(s.name, s.shape, s.offset, s.values.numel(), kind) for kind, part in slices.items() for s in part]
     gathered = distributed.gather((problem, entries, index))
     problems = [f"rank {r}: {p}" for r, (p, _, _) in enumerate(gathered) if p]
     if distributed.is_main():
@@ -149,10 +145,14 @@ def _tensor_index(rows_of_ranks: list[list[tuple]], world: int) -> dict[str, Any
     for rank, rows in enumerate(rows_of_ranks):
         for name, shape, offset, numel, kind in rows:
             entry = tensors[kind].setdefault(name, {"shape": list(shape), "slices": []})
-            entry["slices"].append([offset, numel, f"{kind}-{rank:05d}-of-{world:05d}.safetensors"])
+            entry["slices"].append([offset, numel, _file_name(kind, rank, world)])
     for entry in (entry for kind in _KINDS for entry in tensors[kind].values()):
         entry["slices"].sort(key=lambda part: part[0])
     return tensors
+
+
+def _file_name(kind: str, rank: int, world: int) -> str:
+    return f"{kind}-{rank:05d}-of-{world:05d}.safetensors"
 
 
 def _fsync(path: Path) -> None:
@@ -242,7 +242,7 @@ def newest_valid(folder: Path) -> Path | None:
     """
     folders = distributed.from_main(lambda: step_folders(folder))
     for path in folders:
-        problems = [problem for found in distributed.gather(list(_damages(path))) for problem in found]
+        problems = _damages_shared(path)
         if not problems:
             return path
         if distributed.is_main():
@@ -250,6 +250,22 @@ def newest_valid(folder: Path) -> Path | None:
     if folders:
         raise DamagedError(f"{folder}: none of the {len(folders)} checkpoints is valid; move them away to start afresh")
     return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Returns the checkpoint at `path`: a step folder, or the newest valid one of a run. Called by all ranks.
+
+    Raises UserError when there is none, DamagedError when it cannot be used.
+    """
+    if distributed.from_main(lambda: (path / "MANIFEST.json").is_file()):
+        if problems := _damages_shared(path):
+            raise DamagedError(f"{path}: {problems[0]}")
+        return path
+    if distributed.from_main(lambda: (path / "checkpoints").is_dir()):
+        newest = newest_valid(path / "checkpoints")
+        if newest is not None:
+            return newest
+    raise UserError(f"{path}: has no checkpoint; expected a run's folder or one of its checkpoints/step-N")
 
 
 def set_aside_newer(checkpoint: Path) -> None:
@@ -275,6 +291,11 @@ def validate(path: Path) -> None:
     """Checks a checkpoint folder. Raises DamagedError, naming the file and what is wrong with it."""
     if problem := next(_damages(path, share=False), None):
         raise DamagedError(f"{path}: {problem}")
+
+
+def _damages_shared(path: Path) -> list[str]:
+    """What is wrong with a checkpoint, on every rank alike; each reads a share of it."""
+    return [problem for found in distributed.gather(list(_damages(path))) for problem in found]
 
 
 def _damages(path: Path, share: bool = True) -> Iterator[str]:
@@ -321,12 +342,13 @@ class CheckpointReader:
         self.path = path
         self.index = json.loads((path / "index.json").read_text(encoding="utf-8"))
         self._open = lru_cache(maxsize=64)(lambda file: safe_open(path / Path(file).name, framework="pt"))
+        self.index.setdefault("average", {})  # absent from checkpoints of earlier versions
         for kind in _KINDS:
             for name, entry in self.index[kind].items():
                 self._check_tiling(kind, name, entry)
 
     def shapes(self, kind: str = "weights") -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every tensor of a kind: "weights" or "optimizer"."""
+        """Returns the shape of every tensor of a kind: "weights", "optimizer" or "average" (none when not kept)."""
         return {name: tuple(entry["shape"]) for name, entry in self.index[kind].items()}
 
     def tensor(self, name: str, kind: str = "weights") -> torch.Tensor:

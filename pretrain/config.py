@@ -415,6 +415,21 @@ MAY_CHANGE = (
     "checkpoint.keep_best",
 )
 
+# What a run with branch_from may change besides, against the run that it goes on from: its name, its length, its rates.
+BRANCH_MAY_CHANGE = (
+    "name",
+    "total_steps",
+    "optim.schedule",
+    "optim.warmup_steps",
+    "optim.cooldown_steps",
+    "optim.end_lr",
+    "optim.power",
+    "optim.timescale_steps",
+    "optim.shift_steps",
+    "optim.stair_steps",
+    "optim.stair_multipliers",
+)
+
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Returns the config of a YAML file, changed by `key=value` overrides.
@@ -442,12 +457,17 @@ def config_to_yaml(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=120)
 
 
-def resume_differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """Returns what forbids to resume a run of config `saved` with `config`, one "key: was A, is B" each."""
+def resume_differences(saved: dict[str, Any], config: Config, also_free: Sequence[str] = ()) -> list[str]:
+    """Returns what forbids to resume a run of config `saved` with `config`, one "key: was A, is B" each.
+
+    also_free: keys that may differ besides MAY_CHANGE.
+    """
     before, now = dict(_flatten(saved)), dict(_flatten(config_to_dict(config)))
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in MAY_CHANGE]
-    if config.optim.schedule == "rsqrt" and config.total_steps >= before.get("total_steps", 0):
-        keys = [key for key in keys if key != "total_steps"]  # its rate does not depend on the end
+    free = {*MAY_CHANGE, *also_free}
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in free]
+    endless = config.optim.schedule in ("rsqrt", "constant", "stair") and not config.optim.cooldown_steps
+    if endless and config.total_steps >= before.get("total_steps", 0):
+        keys = [key for key in keys if key != "total_steps"]  # no rate depends on the end
     return [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in keys]
 
 

@@ -5,6 +5,8 @@ the tested version alone, and is guarded by `check` after initialisation, before
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,12 +27,11 @@ from pretrain.data.order import BatchPlan
 from pretrain.errors import UserError
 from pretrain.losses import num_correct, per_image_loss
 from pretrain.models.build import compile_blocks
-from pretrain.optim import build_optimizer
+from pretrain.models.weights import classifier_names
+from pretrain.optim import PIECE_ELEMENTS, build_optimizer, moment_dtypes
 
 TESTED_VERSION = "0.19.8"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# The tensors that an optimizer keeps per element. One whose list is not known here cannot be saved.
-MOMENTS: dict[type, tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's fp16 loss scaler
 
 
@@ -104,7 +105,7 @@ class Engine:
             )
         self.plan, self.device = plan, device
         self.dtype = DTYPES[config.engine.precision]
-        self._loss, self._stage = config.loss, config.engine.zero_stage
+        self._loss, self._label_smoothing, self._stage = config.loss, config.label_smoothing, config.engine.zero_stage
         # Each rank's gradient is averaged over ranks and micro-batches; this makes each image weigh 1 / global_batch,
         # however uneven the split (docs/training.md).
         self._loss_weight = distributed.world_size() * plan.accumulation / config.data.global_batch
@@ -113,7 +114,7 @@ class Engine:
             _checkpoint_activations(model)
         if config.engine.compile:
             compile_blocks(model)
-        optimizer = build_optimizer(config.optim, model)
+        optimizer = build_optimizer(config.optim, model, classifier_names(model))
         self.deepspeed_config = deepspeed_config(config, plan, distributed.world_size())
         _without_compiler()
         # Any: what this file uses of them is DeepSpeed's inside, which its types do not tell.
@@ -123,9 +124,13 @@ class Engine:
         self._engine: Any = engine
         self._zero: Any = zero
         self._optimizer: Any = self._zero.optimizer
-        self._moments = MOMENTS[type(self._optimizer)]
+        self._moments = moment_dtypes(config.optim)
         distributed.set_timeouts(config.engine.timeout_s)  # DeepSpeed has made groups of its own
         self._set_optimizer_state(step=0)
+        self._average_decay = config.optim.average_decay
+        # Of the initial weights; by the flat tensor that they are the average of.
+        kept = self._flat_tensors() if self._average_decay else []
+        self._averages = {flat: flat.detach().clone() for flat in kept}
         self.check()
 
     # --- training ---
@@ -138,13 +143,44 @@ class Engine:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro in batch.split(self.plan.micro_batch):
             logits = self._engine(to_float(micro.images, self.dtype))
-            losses = per_image_loss(logits, micro.labels, self._loss)
+            target = micro.labels, micro.label_weights
+            losses = per_image_loss(logits, *target, self._loss, self._label_smoothing)
             loss = torch.where(micro.valid, losses, 0.0).sum()
             self._engine.backward(_poison_unless_finite(loss) * self._loss_weight)
             self._engine.step()
             with torch.no_grad():
-                sums += torch.stack([loss, num_correct(logits, micro.labels, micro.valid), micro.valid.sum()])
-        return StepResult(sums, self._engine.get_global_grad_norm(), self._engine.was_step_applied())
+                sums += torch.stack([loss, num_correct(logits, *target, micro.valid), micro.valid.sum()])
+        applied = self._engine.was_step_applied()
+        if applied:
+            self._update_averages()
+        return StepResult(sums, self._engine.get_global_grad_norm(), applied)
+
+    @torch.no_grad()
+    def _update_averages(self) -> None:
+        for flat, average in self._averages.items():
+            average.lerp_(flat, 1 - self._average_decay)  # decay * average + (1 - decay) * weights
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the averaged weights, if any are kept, into the model, and the trained ones back, bit for bit.
+
+        A collective. An error inside leaves the averages in the model: the ranks may not have met it together, and
+        nothing of such a run is saved.
+        """
+        self._swap_averages()
+        yield
+        self._swap_averages()
+
+    @torch.no_grad()
+    def _swap_averages(self) -> None:
+        for flat, average in self._averages.items():
+            for weights, averages in zip(flat.view(-1).split(PIECE_ELEMENTS), average.view(-1).split(PIECE_ELEMENTS)):
+                kept = weights.clone()  # a piece at a time: no second copy of all weights
+                weights.copy_(averages)
+                averages.copy_(kept)
+        if self._averages:
+            self._refresh_model()
+            self.check()
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -168,6 +204,10 @@ class Engine:
         states = self._optimizer.state
         return [part.slice_of(states[part.flat][m], f"{m}/") for part in self._owned_parts() for m in self._moments]
 
+    def averages(self) -> list[Slice]:
+        """Returns the Polyak averages of the same slices, none when they are not kept; views."""
+        return [part.slice_of(self._averages[part.flat]) for part in self._owned_parts() if self._averages]
+
     def state(self) -> dict[str, Any]:
         """Returns what is not a tensor: the optimizer's step count and the loss scaler."""
         steps = {float(self._optimizer.state[flat]["step"]) for flat in self._flat_tensors()}
@@ -186,10 +226,12 @@ class Engine:
         return states
 
     def load(self, reader: CheckpointReader, state: dict[str, Any]) -> None:
-        """Restores weights, moments and `state` from a checkpoint of any world size and ZeRO stage."""
+        """Restores weights, moments, averages and `state` from a checkpoint of any world size and ZeRO stage."""
         self._set_optimizer_state(step=state["optimizer_step"], clear_weights=True)
         self._fill(reader, self.weights(), "weights")
         self._fill(reader, self.moments(), "optimizer")
+        if self._averages:
+            self._fill(reader, self.averages(), "average")
         for name, value in (state["loss_scaler"] or {}).items():
             if self.dtype == torch.float16:
                 setattr(self._zero.loss_scaler, name, value)
@@ -219,7 +261,7 @@ class Engine:
 
     def _fill(self, reader: CheckpointReader, parts: list[Slice], kind: str) -> None:
         names = [name for name, _ in self._engine.module.named_parameters()]
-        prefixes = [""] if kind == "weights" else [f"{moment}/" for moment in self._moments]
+        prefixes = [f"{moment}/" for moment in self._moments] if kind == "optimizer" else [""]
         check_names(reader, [prefix + name for prefix in prefixes for name in names], kind)
         for part in parts:
             reader.read_into(part, kind)
@@ -255,14 +297,14 @@ class Engine:
         return [flat for group in self._optimizer.param_groups for flat in group["params"]]
 
     def _set_optimizer_state(self, step: float, clear_weights: bool = False) -> None:
-        """Makes zero moments and the step count, which AdamW itself would make in its first step only."""
+        """Makes zero moments and the step count, which the optimizer itself would make in its first step only."""
         group = self._optimizer.param_groups[0]
         for flat in self._flat_tensors():
             state = self._optimizer.state[flat]
-            on_device = group["fused"] or group["capturable"]
+            on_device = group.get("fused") or group.get("capturable")  # keys of torch's AdamW
             state["step"] = torch.tensor(step, dtype=torch.float32, device=flat.device if on_device else "cpu")
-            for name in self._moments:  # existing tensors are kept: DeepSpeed has views of them
-                state[name].zero_() if name in state else state.__setitem__(name, torch.zeros_like(flat))
+            for name, dtype in self._moments.items():  # existing tensors are kept: DeepSpeed has views of them
+                state[name].zero_() if name in state else state.__setitem__(name, torch.zeros_like(flat, dtype=dtype))
             if clear_weights:
                 flat.data.zero_()  # padding is uninitialised memory
 

@@ -1,47 +1,194 @@
-"""The optimizer's parameter groups and the learning rate as a pure function of the step."""
+"""The optimizers, their parameter groups, and the learning rate as a pure function of the step.
+
+Every optimizer here works element by element: ZeRO cuts the weights into flat tensors that know no matrices.
+"""
 
 import math
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import nn
 
 from pretrain.config import OptimConfig
 
+PIECE_ELEMENTS = 1 << 24  # an update works on so many at a time: 64 MB per temporary, however large the flat tensor
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Returns two groups: kernels with weight decay, everything else (biases, norms, cls, positions) without.
 
-    Kernels are tensors of two and more dimensions named `*.weight`, as big_vision's mask `.*/kernel$`.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, head_decay_multiplier: float = 1.0, head: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Returns the groups: kernels with weight decay, the head's kernel with its multiple, everything else without.
+
+    Kernels are tensors of two and more dimensions named `*.weight`, as big_vision's mask `.*/kernel$`: biases, norms,
+    class tokens, probes and positions are not. The head (`head`: names of its tensors) has a group of its own only when
+    its decay differs. Empty groups are left out.
     """
-    kernels, others = [], []
+    kernels, others, head_kernels = [], [], []
     for name, parameter in model.named_parameters():
-        is_kernel = parameter.ndim >= 2 and name.endswith(".weight")
-        (kernels if is_kernel else others).append(parameter)
-    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if parameter.ndim < 2 or not name.endswith(".weight"):
+            others.append(parameter)
+        elif name in head and head_decay_multiplier != 1.0:
+            head_kernels.append(parameter)
+        else:
+            kernels.append(parameter)
+    decays = ((kernels, weight_decay), (others, 0.0), (head_kernels, weight_decay * head_decay_multiplier))
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Returns AdamW over the model's parameter groups; the rate is set before each step, see `learning_rate`."""
-    fused = next(model.parameters()).is_cuda  # one kernel for all tensors: 1 % of a step on a GPU, same numbers
-    groups = [group for group in parameter_groups(model, config.weight_decay) if group["params"]]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused
-    )
+def moment_dtypes(config: OptimConfig) -> dict[str, torch.dtype]:
+    """Returns what the optimizer keeps per element, by name. The second moment is always float32 (Scaling ViT, 3.4)."""
+    first = torch.bfloat16 if config.moment_dtype == "bf16" else torch.float32
+    return {"exp_avg": first, "exp_avg_sq": torch.float32} if config.name == "adamw" else {"momentum": first}
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module, head: Collection[str] = ()) -> torch.optim.Optimizer:
+    """Returns the optimizer over the model's parameter groups; the rate is set before each step, see `learning_rate`.
+
+    head: names of the head's tensors, for `head_decay_multiplier`.
+    """
+    multiplier = config.head_decay_multiplier
+    groups = parameter_groups(model, config.weight_decay, head_decay_multiplier=multiplier, head=head)
+    betas = (config.betas[0], config.betas[1])
+    if config.name == "adamw" and config.moment_dtype == "fp32":
+        fused = next(model.parameters()).is_cuda  # one kernel for all tensors: 1 % of a step on a GPU, same numbers
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    settings: dict[str, dict[str, Any]] = {
+        "adamw": {"update": adamw_update, "betas": betas, "eps": config.eps},
+        "sgd": {"update": sgd_update, "momentum": config.momentum},
+        "lion": {"update": lion_update, "betas": betas},
+    }
+    return ElementwiseOptimizer(groups, lr=config.lr, moments=moment_dtypes(config), **settings[config.name])
+
+
+class ElementwiseOptimizer(torch.optim.Optimizer):
+    """Calls `update(weights, gradients, moments, step, **group)` in place on pieces of each flattened parameter.
+
+    Moments are kept in the dtypes of `moments`. `step` counts the steps from 1; it lives on the CPU, so that nothing
+    waits for a GPU.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        update: Callable[..., None],
+        moments: dict[str, torch.dtype],
+        **defaults: Any,
+    ) -> None:
+        super().__init__(groups, defaults)
+        self._update, self._moments = update, moments
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            options = {name: value for name, value in group.items() if name != "params"}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self._state_of(parameter)
+                    state["step"] += 1
+                    tensors = [parameter, parameter.grad, *(state[name] for name in self._moments)]
+                    pieces = (tensor.view(-1).split(PIECE_ELEMENTS) for tensor in tensors)
+                    for weights, gradients, *moments in zip(*pieces):
+                        self._update(weights, gradients, moments, int(state["step"]), **options)
+
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state |= {name: torch.zeros_like(parameter, dtype=dtype) for name, dtype in self._moments.items()}
+        return state
+
+
+def adamw_update(
+    weights: torch.Tensor,
+    gradients: torch.Tensor,
+    moments: list[torch.Tensor],
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    **_: Any,
+) -> None:
+    """Adam with decoupled weight decay (torch's convention) for a first moment of any dtype; the second one is float32.
+
+    The update uses the first moment before it is rounded to its dtype, as optax's scale_by_adam(mu_dtype) does.
+    """
+    first, second = moments
+    updated = gradients.mul(1 - betas[0]).add_(_decayed(first, betas[0]))
+    first.copy_(updated)
+    second.mul_(betas[1]).addcmul_(gradients, gradients, value=1 - betas[1])
+    root = second.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)
+    weights.mul_(1 - lr * weight_decay).addcdiv_(updated, root, value=-lr / (1 - betas[0] ** step))
+
+
+def sgd_update(
+    weights: torch.Tensor,
+    gradients: torch.Tensor,
+    moments: list[torch.Tensor],
+    step: int,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    **_: Any,
+) -> None:
+    """SGD with momentum, m = momentum * m + g, without Nesterov; the decay is decoupled, which torch's SGD has not."""
+    (kept,) = moments
+    updated = gradients + _decayed(kept, momentum)
+    kept.copy_(updated)
+    weights.mul_(1 - lr * weight_decay).add_(updated, alpha=-lr)
+
+
+def lion_update(
+    weights: torch.Tensor,
+    gradients: torch.Tensor,
+    moments: list[torch.Tensor],
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    **_: Any,
+) -> None:
+    """Lion (arXiv 2302.06675, Algorithm 2): the sign of an interpolation of momentum and gradient, decoupled decay."""
+    (kept,) = moments
+    direction = gradients.mul(1 - betas[0]).add_(_decayed(kept, betas[0])).sign_()
+    weights.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr)
+    kept.copy_(direction.copy_(gradients).mul_(1 - betas[1]).add_(_decayed(kept, betas[1])))
+
+
+def _decayed(moment: torch.Tensor, beta: float) -> torch.Tensor:
+    """beta * moment, in the moment's dtype. In bfloat16 beta itself is rounded too, 0.9 to 0.8984375: Google's code."""
+    return moment * float(torch.tensor(beta, dtype=moment.dtype))
 
 
 def learning_rate(config: OptimConfig, total_steps: int, step: int) -> float:
     """Returns the rate of `step` (from 0; the first step of a warm-up has rate 0).
 
-    The schedules of google-research/big_vision and vision_transformer: linear warm-up times cosine to 0, linear to
-    `end_lr`, or rsqrt (base / sqrt(1 + (step - warmup) / timescale)).
+    The schedules of google-research/big_vision (utils.create_learning_rate_schedule) and vision_transformer: a linear
+    warm-up, times the schedule, times a linear cooldown to 0 over the last `cooldown_steps`.
     """
-    warmup = config.warmup_steps
+    warmup, cooldown = config.warmup_steps, config.cooldown_steps
     warm = min(1.0, step / warmup) if warmup else 1.0
+    cool = min(1.0, (total_steps - step) / cooldown) if cooldown else 1.0
+    return warm * _scheduled_rate(config, total_steps, step) * cool
+
+
+def _scheduled_rate(config: OptimConfig, total_steps: int, step: int) -> float:
+    warmup = config.warmup_steps
     progress = min(1.0, max(0.0, (step - warmup) / max(1, total_steps - warmup)))
     if config.schedule == "cosine":
-        rate = config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    elif config.schedule == "linear":
-        rate = config.end_lr + (config.lr - config.end_lr) * (1 - progress)
-    else:
-        rate = config.lr / math.sqrt(1 + max(0, step - warmup) / config.timescale_steps)
-    return warm * rate
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return config.end_lr + (config.lr - config.end_lr) * (1 - progress) ** config.power
+    if config.schedule == "rsqrt":
+        return config.lr / math.sqrt(1 + (max(0, step - warmup) + config.shift_steps) / config.timescale_steps)
+    if config.schedule == "stair":
+        passed = [factor for at, factor in zip(config.stair_steps, config.stair_multipliers) if step >= at]
+        return config.lr * (passed[-1] if passed else 1.0)
+    return config.lr

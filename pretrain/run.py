@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from pretrain import distributed
 from pretrain.checkpoint import read_state
-from pretrain.config import Config, config_to_yaml, resume_differences
+from pretrain.config import BRANCH_MAY_CHANGE, Config, config_to_yaml, resume_differences
 from pretrain.data.manifest import Manifest
 from pretrain.errors import ConfigError, UserError
 from pretrain.log import JsonLines, rewind, say
@@ -107,17 +107,21 @@ def fingerprint(train_set: Manifest) -> dict[str, Any]:
     }
 
 
-def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest) -> None:
-    """Raises ConfigError, naming each difference, when `checkpoint` belongs to a run with other settings or data."""
+def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, branching: bool = False) -> None:
+    """Raises ConfigError, naming each difference, when `checkpoint` belongs to a run with other settings or data.
+
+    branching: `config` starts another run there, which may have another name, length and schedule.
+    """
     saved, data = read_state(checkpoint), fingerprint(train_set)
-    differences = resume_differences(saved["config"], config)
+    differences = resume_differences(saved["config"], config, BRANCH_MAY_CHANGE if branching else ())
     for key, value in data["order"].items():
         if saved["data"]["order"].get(key) != value:
             differences.append(f"data {key}: was {saved['data']['order'].get(key)}, is {value}")
     if differences:
+        way_out = "start with init_from instead of branch_from" if branching else "start another run with name=..."
         raise ConfigError(
             f"{checkpoint}: was written with other settings ({'; '.join(differences)}); "
-            "give them the old values, or start another run with name=..."
+            f"give them the old values, or {way_out}"
         )
     if saved["data"]["pixels"] != data["pixels"]:
         say(

@@ -18,6 +18,7 @@ from pretrain import distributed
 from pretrain.checkpoint import (
     CheckpointReader,
     apply_retention,
+    find_checkpoint,
     newest_valid,
     read_state,
     save_checkpoint,
@@ -84,11 +85,15 @@ def train(config: Config) -> None:
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
         distributed.stop()
         return
+    origin = _branch_point(config, data) if config.branch_from and checkpoint is None else None
     engine = _build_engine(config, data, device, from_scratch=checkpoint is None)
-    state = _resume(engine, checkpoint, config) if checkpoint else _start(config)
+    if checkpoint is not None:
+        set_aside_newer(checkpoint)
+    start = checkpoint or origin
+    state = _resume(engine, start, config) if start else _start(config)
     record_start(folder, config, engine.deepspeed_config, state.step)
     log = RunLog(folder, state.step, config.total_steps)
-    _loop(config, data, engine, state, log, stop)
+    _loop(config, data, engine, state, log, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due:
         mark_done(folder, state.step, state.metrics)
         say(f"done: {folder}, step {state.step}" + "".join(f", {k} {v:.4g}" for k, v in state.metrics.items()))
@@ -102,11 +107,20 @@ def train(config: Config) -> None:
 
 
 def _loop(
-    config: Config, data: DataSets, engine: Engine, state: TrainState, log: RunLog, stop: distributed.StopRequest
+    config: Config,
+    data: DataSets,
+    engine: Engine,
+    state: TrainState,
+    log: RunLog,
+    stop: distributed.StopRequest,
+    *,
+    branched: bool,
 ) -> None:
     meter = Meter(config, data.num_classes, state, engine.device)
     journal = Journal(config.output / config.name, config)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
+    if branched:  # the other run may delete its checkpoint, or be further on at the next start
+        _save(config, data, engine, state, meter, log, must_succeed=True)
     state.validation_due &= data.val is not None  # evaluation may have been switched off since
     if state.validation_due:  # a stop cut it short
         if _validate(config, data, engine, state, log, stop):
@@ -211,8 +225,16 @@ def _start(config: Config) -> TrainState:
     return TrainState()
 
 
+def _branch_point(config: Config, data: DataSets) -> Path:
+    assert config.branch_from is not None
+    origin = find_checkpoint(config.branch_from)
+    refuse_changes(origin, config, data.train, branching=True)
+    if (step := read_state(origin)["step"]) >= config.total_steps:
+        raise ConfigError(f"branch_from: {origin} is at step {step}, but total_steps is {config.total_steps}; raise it")
+    return origin
+
+
 def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
-    set_aside_newer(checkpoint)
     saved, reader = read_state(checkpoint), CheckpointReader(checkpoint)
     engine.load(reader, saved["engine"])
     state = TrainState(**saved["train"])
@@ -367,16 +389,20 @@ def peak_memory_bytes(device: torch.device) -> int:
 def _validate(
     config: Config, data: DataSets, engine: Engine, state: TrainState, log: RunLog, stop: distributed.StopRequest
 ) -> bool:
-    """Scores the validation set into state.metrics; returns whether it was given up to stop."""
+    """Scores the validation set into state.metrics, with the averaged weights where they are kept.
+
+    Returns whether it was given up to stop.
+    """
     assert data.val is not None
     options = {"batch_size": config.evaluation.batch_size, "image_size": config.model.image_size, "config": config.data}
     batches = eval_batches(data.val, data.val_indices, **options)
-    try:
-        scores = classification_scores(
-            engine.predict, batches, loss=config.loss, device=engine.device, stop_agreed=stop.agreed
-        )
-    except EvaluationStopped:
-        return True
+    with engine.averaged():
+        try:
+            scores = classification_scores(
+                engine.predict, batches, loss=config.loss, device=engine.device, stop_agreed=stop.agreed
+            )
+        except EvaluationStopped:
+            return True
     state.metrics = {f"val/{score.metric}": score.value for score in scores} | {"val/images": scores[0].n}
     state.validation_due = False
     log.scalars(state.step, state.metrics)
@@ -403,10 +429,13 @@ def _save(
         "zero_stage": config.engine.zero_stage,
         "versions": versions(),
     }
-    if save_checkpoint(folder, state.step, engine.weights(), engine.moments(), engine.generators(), everything_else):
+    tensors = engine.weights(), engine.moments(), engine.generators()
+    if save_checkpoint(folder, state.step, *tensors, everything_else, engine.averages()):
         keep = config.checkpoint
         apply_retention(
             folder, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps, keep_best=keep.keep_best
         )
     elif must_succeed:
-        raise StorageError(f"{folder}: the last checkpoint could not be saved; make room, and the same command goes on")
+        raise StorageError(
+            f"{folder}: the checkpoint of step {state.step} could not be saved; make room, and the same command goes on"
+        )

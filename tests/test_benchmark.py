@@ -1,27 +1,36 @@
-"""The yardstick: the real training step, timed, with figures that follow from each other."""
+"""The yardstick: the real training step, timed, with figures that follow from each other; and the table of models."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from weights_on_disk import load_tool
 
-from pretrain.config import ModelConfig
+from pretrain.config import VIT_SHAPES, ModelConfig
+from pretrain.data.loader import single_labels
+from pretrain.errors import UserError
+from pretrain.losses import per_image_loss
+from pretrain.models.build import build_model
 from pretrain.models.profile import train_flops
 
 ROOT = Path(__file__).resolve().parents[1]
+tool = load_tool("benchmark")
 
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "train", *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow
 def test_a_cell_is_one_json_line(tmp_path: Path) -> None:
     """Rate, FLOP/s and step time agree; a CPU has no peak and so no MFU; the file gets the same line."""
-    cell = ["--model", "Ti/16", "--image-size", "32", "--batch", "4", "--steps", "4", "--compile", "off"]
+    cell = ["train", "--model", "Ti/16", "--image-size", "32", "--batch", "4", "--steps", "4", "--compile", "off"]
     result = benchmark(*cell, "--out", str(tmp_path / "cells.jsonl"))
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
@@ -33,8 +42,145 @@ def test_a_cell_is_one_json_line(tmp_path: Path) -> None:
     assert values["ms_per_step"]["p10"] <= values["ms_per_step"]["median"] <= values["ms_per_step"]["p90"]
 
 
-def test_a_wrong_model_is_told_before_anything_runs() -> None:
+@pytest.mark.parametrize("what", ["train", "model"])
+def test_a_wrong_model_is_told_before_anything_runs(what: str) -> None:
     """Exit code 2, one line."""
-    result = benchmark("--model", "B/16", "X/16")
+    result = benchmark(what, "--model", "B/16", "X/16")
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert "--model X/16: expected SIZE/PATCH" in result.stderr
+
+
+# --- the table of models ---------------------------------------------------------------------------------------------
+
+
+def test_counted_columns_equal_the_reference_numbers(test_fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters and FLOPs of the default table at 224 and 384 pixels are those of flops_params.json, exactly."""
+    monkeypatch.setattr(tool, "_activation_bytes", lambda *_: 0)  # half a minute; tested below
+    entries = json.loads((test_fixtures / "flops_params.json").read_text())["models"]
+    by_shape = {tuple(shape): name for name, shape in VIT_SHAPES.items()}
+    wanted = {}
+    for key, entry in entries.items():
+        patch, size = re.findall(r"patch(\d+)_(\d+)", key)[0]
+        if "params" in entry:
+            shape = (entry["width"], entry["depth"], entry["mlp"], entry["heads"])
+            wanted[f"{by_shape[shape]}/{patch}", int(size)] = entry
+    compared = 0
+    for model in tool.TABLE:
+        for size in (224, 384):
+            if (model, size) not in wanted:
+                assert model.endswith("/14") and size == 384
+                continue
+            entry, row = wanted[model, size], tool._counted(tool._config(model, size, 1, "fp32"), "cpu")
+            found = row["parameters"], row["forward_flops"], row["train_flops"]
+            assert found == (entry["params"], entry["flops_fwd_torch_counter"], entry["train_flops_3x"]), (model, size)
+            compared += 1
+    assert compared == 14
+
+
+def test_activations_of_a_vit_are_those_of_its_formula() -> None:
+    """Exactly, for Ti/16 at 64 pixels in float32: what each layer must keep, written out by hand.
+
+    Of a block's token: each norm's input, mean and deviation; the inputs of qkv and MLP; q, k, v, output and the
+    logarithm of the attention's sums, but no attention matrix; for the projection that same output, counted once; the
+    inputs of GELU and of the layer after it.
+    """
+    batch, tokens, width, mlp, heads, depth, classes = 3, 17, 192, 768, 3, 12, 1000
+    block = 2 * (width + 2) + 2 * width + (3 * width + width + heads) + 2 * mlp
+    last_norm = width + 2 + width  # and its output: the head keeps a view of it, the class token, and so all of it
+    per_image = tokens * (depth * block + last_norm) + 3 * 64 * 64 + classes  # images, softmax
+    label = 8 + 4  # bytes: a class and its weight
+    config = tool._config("Ti/16", 64, batch, "fp32")
+    assert tool._activation_bytes(config, "cpu") == batch * (4 * per_image + label)
+
+
+@pytest.mark.parametrize(
+    ("model", "pooling", "precision"),
+    [("Ti/16", "token", "bf16"), ("Ti/16", "map", "fp32"), ("R+Ti/16", "gap", "bf16"), ("timm:resnet18", None, "fp32")],
+)
+def test_activations_are_what_a_real_step_saves(model: str, pooling: Any, precision: str) -> None:
+    """Counting without memory gives the bytes of real tensors: distinct addresses, no parameters."""
+    config = tool._config(model, 64, 2, precision, pooling=pooling)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    network = build_model(config.model, 1000).to(dtype)
+    own = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = network(torch.rand(2, 3, 64, 64).to(dtype))
+        loss = per_image_loss(logits, *single_labels(torch.tensor([1, 2])), "softmax").sum()
+    found = sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
+    assert tool._activation_bytes(config, "cpu") == found > 0
+    loss.backward()
+
+
+def counted(model: str) -> dict[str, Any]:
+    numbers = {"parameters": 1, "forward_flops": 2, "train_flops": 6, "activation_bytes": 3}
+    where = {"pooling": "token", "batch": 2, "precision": "fp32", "device": "cpu", "versions": {"torch": "2"}}
+    return {"model": model, "image_size": 64, **numbers, **where, "not_timed": None}
+
+
+def run_model(*arguments: str) -> None:
+    """The command in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["benchmark.py", "model", *arguments])
+        tool.main()
+
+
+def test_no_row_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cell that dies keeps what it counted, one that cannot exist says why, and the command fails at the end."""
+    timed = {**counted("Ti/16"), "forward_ms": {"median": 4.0}, "train_ms": {"median": 8.0}}
+    timed |= {"forward_images_per_s": 500.0, "train_images_per_s": 250.0}
+    cells = {"Ti/16": ([counted("Ti/16"), timed], None), "S/16": ([counted("S/16")], "ended by signal 9")}
+    monkeypatch.setattr(tool, "_cell_rows", lambda what, cell: cells[cell["model"]])
+    out = tmp_path / "models.jsonl"
+    with pytest.raises(UserError, match="1 of 3 rows are not complete"):
+        run_model("--model", "Ti/16", "S/16", "H/14", "--image-size", "64", "--out", str(out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["model"], row.get("parameters"), row["not_timed"]) for row in rows] == [
+        ("Ti/16", 1, None),
+        ("S/16", 1, "ended by signal 9"),
+        ("H/14", None, "model.image_size (64) is not a multiple of model.patch_size (14)"),
+    ]
+    page = out.with_suffix(".md").read_text()
+    assert page.count("\n|") == 4 and "| Ti/16 | 64 | 1 | 0.00 | 0.00 | 0.0 | 4 | 500.0 | 8 | 250.0 |  |" in page
+    assert "batch 2, fp32" in page
+    assert "ended by signal 9" in " ".join(capsys.readouterr().out.split())
+
+
+def test_reasons_are_found_in_what_a_cell_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error's own line, not the last one of a message that goes on below it; else the signal."""
+    ends = [
+        (1, '{"model": 1}\n', "Traceback\nValueError: too big\n  more\n", ([{"model": 1}], "ValueError: too big")),
+        (2, "", "error: timm has no model 'x'\n", ([], "timm has no model 'x'")),
+        (-9, "", "", ([], "ended by signal 9")),
+        (0, 'chatter\n{"model": 1}\n', "", ([{"model": 1}], None)),
+    ]
+    for code, stdout, stderr, expected in ends:
+        done = subprocess.CompletedProcess([], code, stdout, stderr)
+        monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
+        assert tool._cell_rows("model", {}) == expected
+
+
+@pytest.mark.slow
+def test_the_table_is_measured(tmp_path: Path) -> None:
+    """A small model is timed, one above --max-params is counted only and says so; figures follow from each other."""
+    out = tmp_path / "models.jsonl"
+    sizes = ["--image-size", "32", "--batch", "2", "--steps", "3", "--warmup", "1", "--max-params", "7000000"]
+    result = benchmark("model", "--model", "Ti/16", "S/16", *sizes, "--pooling", "map", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    small, large = (json.loads(line) for line in out.read_text().splitlines())
+    for name in ("forward", "train"):
+        assert small[f"{name}_images_per_s"] == pytest.approx(2000 / small[f"{name}_ms"]["median"], rel=1e-3)
+        assert f"{name}_ms" not in large
+    assert small["train_ms"]["median"] > small["forward_ms"]["median"] and small["not_timed"] is None
+    assert large["not_timed"] == "more than 7,000,000 parameters (--max-params)" and large["activation_bytes"] > 0
+    assert small["pooling"] == "map" and small["train_flops"] == 3 * small["forward_flops"]
+
+
+def test_deciles_lie_within_what_was_measured() -> None:
+    """Of three steps, one of them slow: no decile below the fastest or above the slowest."""
+    assert tool._summary_ms([100.0, 110.0, 400.0]) == {"median": 110.0, "p10": 102.0, "p90": 342.0}

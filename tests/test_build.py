@@ -1,5 +1,6 @@
 """Making data sets: shuffled shards, the same bytes each time, and damage is refused by name before training."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -132,6 +133,39 @@ def test_a_label_without_a_class_is_refused_before_anything_is_written(tmp_path:
     message = refusal(build, items(9), ["x", "y"], tmp_path / "set", samples_per_shard=4, seed=0)
     assert "label 2 is not one of the 2 classes" in message
     assert not list((tmp_path / "set").glob("*.tar"))
+
+
+def several(count: int) -> list[Item]:
+    """Items with lists of classes."""
+    return [item._replace(label=[k % 3, 3 + k % 2]) for k, item in enumerate(items(count))]
+
+
+def test_lists_of_classes_are_written_indexed_and_verified(tmp_path: Path) -> None:
+    """The manifest says `multi`, the members are JSON lists, and existing tars of such labels are recognised."""
+    manifest = load_manifest(build(several(9), [], tmp_path / "set", samples_per_shard=4, seed=0))
+    assert manifest.multi_label and manifest.num_classes == 5
+    assert {label for _, label in contents(manifest)} <= {b"[%d, %d]" % (i, j) for i in range(3) for j in (3, 4)}
+    assert list(verify(manifest)) == []
+    tars = [shard.path for shard in manifest.shards]
+    again = load_manifest(index_existing(tars, [], tmp_path / "again"))
+    assert again.multi_label and again.num_classes == 5
+    few = dataclasses.replace(manifest, num_classes=4)
+    assert any("is not a list of different integers in 0..3" in problem for problem in verify(few))
+    other = build(items(4), [], tmp_path / "single", samples_per_shard=4, seed=0)
+    assert not load_manifest(other).multi_label
+    mixed = [*tars, *(shard.path for shard in load_manifest(other).shards)]
+    assert "is not a list" in refusal(index_existing, mixed, [], tmp_path / "mixed")
+    assert "is not an integer" in refusal(index_existing, mixed[::-1], [], tmp_path / "mixed2")
+
+
+def test_wrong_lists_of_classes_are_refused(tmp_path: Path) -> None:
+    """Single classes among lists, empty lists, repetitions and classes without a name, each by its source."""
+    for label, said in [(1, "are mixed"), ([], "is empty"), ([2, 2], "names a class twice"), ([7], "not one of the 5")]:
+        wrong = several(5)
+        wrong[3] = wrong[3]._replace(label=label, source="third")
+        message = refusal(build, wrong, list("abcde"), tmp_path / "set", samples_per_shard=4, seed=0)
+        assert said in message
+        assert label == 1 or message.startswith("third")
 
 
 def test_a_folder_that_holds_a_set_is_refused(own_shards: Path, tmp_path: Path) -> None:

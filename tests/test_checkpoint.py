@@ -14,7 +14,15 @@ from ranks import run_ranks, start_ranks
 
 from pretrain import checkpoint as checkpoints
 from pretrain import distributed
-from pretrain.checkpoint import CheckpointReader, DamagedError, Slice, newest_valid, save_checkpoint, step_folders
+from pretrain.checkpoint import (
+    CheckpointReader,
+    DamagedError,
+    Slice,
+    find_checkpoint,
+    newest_valid,
+    save_checkpoint,
+    step_folders,
+)
 from pretrain.errors import UserError
 
 
@@ -170,6 +178,41 @@ def test_an_unreadable_file_is_passed_over(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(checkpoints, "crc32c", failing)
     assert newest_valid(tmp_path) == tmp_path / "step-0000000001"
+
+
+def test_an_average_is_a_third_kind_that_may_be_missing(tmp_path: Path) -> None:
+    """It has files of its own and is read like weights; checkpoints without one, the earliest included, have none."""
+    (weights,), (average,) = slices_of(1, 0, 1, 100), slices_of(5, 0, 1, 100)
+    assert save_checkpoint(tmp_path, 1, [weights], [], {"cpu": torch.get_rng_state()}, {}, [average])
+    path = tmp_path / "step-0000000001"
+    assert (path / "average-00000-of-00001.safetensors").is_file()
+    assert torch.equal(CheckpointReader(path).tensor("weight", "average"), average.values)
+    checkpoints.validate(path)
+    save(tmp_path, 2)
+    path = tmp_path / "step-0000000002"
+    assert not list(path.glob("average*")) and CheckpointReader(path).shapes("average") == {}
+    index = json.loads((path / "index.json").read_text())
+    del index["average"]
+    (path / "index.json").write_text(json.dumps(index))
+    reader = CheckpointReader(path)
+    assert reader.shapes("average") == {} and reader.shapes() == {"weight": (1000,)}
+    with pytest.raises(UserError, match="average tensors missing"):
+        checkpoints.check_names(reader, ["weight"], "average")
+
+
+def test_a_checkpoint_is_found_by_its_run_or_by_its_folder(tmp_path: Path) -> None:
+    """A run's folder means its newest valid one; a folder named outright must itself be undamaged."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    with pytest.raises(UserError, match="has no checkpoint"):
+        find_checkpoint(tmp_path)
+    save(folder, 1)
+    save(folder, 2)
+    assert find_checkpoint(tmp_path) == find_checkpoint(folder / "step-0000000002") == folder / "step-0000000002"
+    (folder / "step-0000000002" / "state.json").write_text("{}")
+    assert find_checkpoint(tmp_path) == find_checkpoint(folder / "step-0000000001") == folder / "step-0000000001"
+    with pytest.raises(DamagedError, match="step-0000000002: state.json has"):
+        find_checkpoint(folder / "step-0000000002")
 
 
 def test_none_valid_is_no_silent_fresh_start(tmp_path: Path) -> None:

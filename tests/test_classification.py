@@ -13,7 +13,7 @@ from tiny import NUM_CLASSES, make_shards
 
 from pretrain import distributed
 from pretrain.config import DataConfig
-from pretrain.data.loader import Batch, eval_batches
+from pretrain.data.loader import Batch, eval_batches, single_labels
 from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.errors import UserError
 from pretrain.evaluation.classification import EvaluationStopped, Score, classification_scores
@@ -66,7 +66,7 @@ def synthetic(labels: list[int], valid: list[bool], best: list[list[int]]) -> tu
         logits[row, order] = torch.arange(len(order), 0, -1).float()
     slots = len(labels)
     images, ones = torch.zeros(slots, 3, 1, 1, dtype=torch.uint8), torch.zeros(slots, dtype=torch.int64)
-    return Batch(images, torch.tensor(labels), torch.tensor(valid), ones, ones, []), logits
+    return Batch(images, *single_labels(torch.tensor(labels)), torch.tensor(valid), ones, ones, []), logits
 
 
 def test_top1_and_top5_by_hand() -> None:
@@ -74,7 +74,7 @@ def test_top1_and_top5_by_hand() -> None:
     batch, logits = synthetic([1, 2, 3, 4], [True] * 4, [[1], [8, 9, 2], [9, 8, 7, 6, 3], [9, 8, 7, 6, 5, 4]])
     loss, top1, top5 = classification_scores(lambda _: logits, [batch], loss="softmax", device=CPU)
     assert (top1, top5) == (Score("top1", 0.25, 4), Score("top5", 0.75, 4))
-    assert loss.value == pytest.approx(F.cross_entropy(logits, batch.labels).item(), abs=1e-6)
+    assert loss.value == pytest.approx(F.cross_entropy(logits, batch.labels[:, 0]).item(), abs=1e-6)
 
 
 def test_masked_slots_count_for_nothing() -> None:
@@ -83,7 +83,7 @@ def test_masked_slots_count_for_nothing() -> None:
     logits[2] = torch.nan
     scores = classification_scores(lambda _: logits, [batch], loss="softmax", device=CPU)
     assert [s.n for s in scores] == [1, 1, 1] and scores[1].value == scores[2].value == 1.0
-    assert scores[0].value == pytest.approx(F.cross_entropy(logits[:1], batch.labels[:1]).item(), abs=1e-6)
+    assert scores[0].value == pytest.approx(F.cross_entropy(logits[:1], batch.labels[:1, 0]).item(), abs=1e-6)
 
 
 def test_nothing_to_score_is_an_error() -> None:
@@ -174,7 +174,7 @@ def features_of_rank(manifest: Manifest, batch_size: int) -> Features:
 def test_features_come_in_index_order_on_any_number_of_ranks(manifest: Manifest) -> None:
     """Row i is image i with its label, pixels in [0, 1]; 1 rank in batches of 7 = 3 ranks in batches of 16."""
     batch = next(batches_of(manifest, 101))
-    expected = Features((batch.images.flatten(1).float() / 255).numpy(), batch.labels.numpy())
+    expected = Features((batch.images.flatten(1).float() / 255).numpy(), batch.labels[:, 0].numpy())
     for found in [features_of(manifest, 7), *run_ranks(features_of_rank, 3, manifest, 16)]:
         np.testing.assert_array_equal(found.values, expected.values)
         np.testing.assert_array_equal(found.labels, expected.labels)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from pretrain.config import (
+    BRANCH_MAY_CHANGE,
     MAY_CHANGE,
     Config,
     ModelConfig,
@@ -338,18 +339,36 @@ def _leaf_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def test_only_rsqrt_may_be_prolonged() -> None:
-    """The other schedules depend on the end: a longer total_steps would be another run. Shorter never works."""
-    for schedule, total_steps, allowed in [
-        ("cosine", 200, False),
-        ("linear", 200, False),
-        ("rsqrt", 200, True),
-        ("rsqrt", 99, False),
+def test_only_what_does_not_depend_on_the_end_may_be_prolonged() -> None:
+    """With other schedules, or a cooldown, a longer total_steps would be another run. Shorter never works."""
+    for schedule, cooldown, total_steps, allowed in [
+        ("cosine", 0, 200, False),
+        ("linear", 0, 200, False),
+        ("rsqrt", 0, 200, True),
+        ("rsqrt", 0, 99, False),
+        ("rsqrt", 10, 200, False),
+        ("constant", 0, 200, True),
+        ("constant", 0, 99, False),
+        ("constant", 10, 200, False),
+        ("stair", 0, 200, True),
     ]:
-        values = merged(SMALLEST, {"optim": {"schedule": schedule}})
+        values = merged(SMALLEST, {"optim": {"schedule": schedule, "cooldown_steps": cooldown}})
         saved = config_to_dict(config_from_dict(values, "trial"))
         now = config_from_dict(merged(values, {"total_steps": total_steps}), "trial")
         assert resume_differences(saved, now) == ([] if allowed else [f"total_steps: was 100, is {total_steps}"])
+
+
+def test_a_branch_may_change_its_name_its_length_and_its_rates_only() -> None:
+    """Each of those keys is forbidden to a resume and free to a branch; any other key is forbidden to both."""
+    assert set(BRANCH_MAY_CHANGE) <= set(keys()) and not set(BRANCH_MAY_CHANGE) & set(MAY_CHANGE)
+    saved = config_to_dict(config_from_dict(SMALLEST, "trial"))
+    schedule = {"schedule": "linear", "warmup_steps": 7, "cooldown_steps": 9, "end_lr": 1e-5, "power": 2.0}
+    now = config_from_dict(merged(SMALLEST, {"name": "cooled", "total_steps": 90, "optim": schedule}), "trial")
+    assert len(resume_differences(saved, now)) == 7
+    assert resume_differences(saved, now, BRANCH_MAY_CHANGE) == []
+    other = config_from_dict(merged(SMALLEST, {"seed": 1, "optim": {"weight_decay": 0.5}}), "trial")
+    differences = resume_differences(saved, other, BRANCH_MAY_CHANGE)
+    assert sorted(differences) == ["optim.weight_decay: was 0.0, is 0.5", "seed: was 0, is 1"]
 
 
 def test_reading_a_config_does_not_import_torch() -> None:

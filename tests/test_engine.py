@@ -3,21 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
-from tiny import make_shards, tiny_config
+from safetensors import safe_open
+from tiny import changed, make_shards, tiny_config
+from torch import nn
 
 from pretrain import distributed
-from pretrain.checkpoint import CheckpointReader, save_checkpoint
+from pretrain.checkpoint import CheckpointReader, Slice, read_state, save_checkpoint
 from pretrain.config import Config
 from pretrain.data.images import to_float
-from pretrain.data.loader import Batch, train_batches
+from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
 from pretrain.engine import Engine, deepspeed_config
 from pretrain.models.build import build_model
-from pretrain.optim import learning_rate
+from pretrain.optim import learning_rate, moment_dtypes
 from pretrain.train import _build_engine, _open_data
 
 STEPS = 20
@@ -63,7 +66,9 @@ def plain_losses(config: Config) -> list[float]:
     for step, batch in zip(range(STEPS), train_batches(data.train, data.order, plan, config, 0)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, config.total_steps, step)
-        loss = F.cross_entropy(model(to_float(batch.images, torch.float32)), batch.labels)
+        logits = model(to_float(batch.images, torch.float32))
+        targets = torch.zeros_like(logits).scatter_add_(1, batch.labels.clamp(min=0), batch.label_weights)
+        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
@@ -101,6 +106,16 @@ def test_uneven_split_weighs_every_image_alike(shards: Path, plain: list[float])
     compare(run_ranks(losses_of_run, 5, config)[0], plain, 1e-5)
 
 
+@pytest.mark.parametrize("world_size, max_micro_batch_size", [(1, 256), (3, 3), (5, 256)])
+def test_mixed_and_smoothed_targets_equal_a_plain_loop(
+    world_size: int, max_micro_batch_size: int, shards: Path
+) -> None:
+    """Mixup, CutMix, RandAugment and label smoothing: the losses of torch's dense targets, whatever the split."""
+    changes = {"data__mixup": 0.8, "data__cutmix": 1.0, "data__randaugment_layers": 2, "label_smoothing": 0.1}
+    config = tiny_config(shards, Path("unused"), **changes, engine__max_micro_batch_size=max_micro_batch_size)
+    compare(run_ranks(losses_of_run, world_size, config)[0], plain_losses(config), 1e-5)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("max_micro_batch_size", [256, 3])
@@ -134,14 +149,13 @@ def save_at(config: Config, folder: Path, step: int) -> list[float]:
     steps(engine, data, config, 0, step)
     engine.check()
     state = {"engine": engine.state()}
-    assert save_checkpoint(folder, step, engine.weights(), engine.moments(), engine.generators(), state)
+    tensors = engine.weights(), engine.moments(), engine.generators()
+    assert save_checkpoint(folder, step, *tensors, state, engine.averages())
     return steps(engine, data, config, step, STEPS)
 
 
 def resume_at(config: Config, path: Path, step: int) -> tuple[list[float], dict[str, float]]:
     """Loads into an engine of other weights that has trained already; returns the losses and the sums of moments."""
-    from pretrain.checkpoint import read_state
-
     engine, data = start(config)
     steps(engine, data, config, 0, 2)
     engine.load(CheckpointReader(path), read_state(path)["engine"])
@@ -236,6 +250,232 @@ def test_guard_sees_slices_that_the_model_does_not_hold(stage: int, shards: Path
     assert "is not what the model holds" in run_ranks(guard_notices, 2, config)[0]
 
 
+def whole(slices: list[Slice]) -> dict[str, np.ndarray]:
+    """Returns the tensors, flattened, of which every rank has slices."""
+    pieces = [(s.name, s.offset, s.values.numpy().copy()) for s in slices]
+    gathered = sorted((piece for of_rank in distributed.gather(pieces) for piece in of_rank), key=lambda p: p[:2])
+    names = dict.fromkeys(name for name, _, _ in gathered)
+    return {name: np.concatenate([values for other, _, values in gathered if other == name]) for name in names}
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
+
+
+class Held(nn.Module):
+    """Parameters whose gradients are what `forward` is given."""
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor.clone()))
+
+    def forward(self, *gradients: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(p * g).sum() for p, g in zip(self.parameters(recurse=False), gradients)]).sum()
+
+
+class FourTensors(Held):
+    """A kernel, a bias, a norm's scale and positions, under names that this package would give them."""
+
+    def __init__(self, kernel: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, positions: torch.Tensor) -> None:
+        super().__init__(pos_embed=positions)
+        self.dense, self.norm = Held(weight=kernel, bias=bias), Held(weight=scale)
+
+    def forward(self, *gradients: torch.Tensor) -> torch.Tensor:
+        kernel, bias, scale, positions = gradients
+        return super().forward(positions) + self.dense(kernel, bias) + self.norm(scale)
+
+
+def steps_on_given_gradients(config: Config, arrays: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+    """Returns the weights after each of six steps through DeepSpeed, clipping included."""
+    device = distributed.start(60)
+    names = ("a/kernel", "a/bias", "LN/scale", "pos_embedding")
+    model = FourTensors(*(torch.from_numpy(arrays[f"init/{name}"]) for name in names))
+    engine = Engine(model, config, BatchPlan(1, 1, 0), device)
+    weights = []
+    for step in range(6):
+        for group in engine._optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, 6, step)
+        loss = engine._engine(*(torch.from_numpy(arrays[f"grad{step}/{name}"]) for name in names))
+        engine._engine.backward(loss)
+        engine._engine.step()
+        assert engine._engine.get_global_grad_norm() > 1.0  # clipping is active in every step
+        weights.append(whole(engine.weights()))
+    expected = {f"{name}/{part.name}" for name in engine._moments for part in engine.weights()}
+    assert {s.name for s in engine.moments()} == expected
+    assert {s.values.dtype for s in engine.moments()} == set(engine._moments.values())
+    return weights
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    ("reference", "optim"),
+    [
+        ("bv_adam", {"lr": 1e-2, "weight_decay": 0.1}),
+        ("bv_adam_bf16mu", {"lr": 1e-2, "weight_decay": 0.1, "moment_dtype": "bf16"}),
+        ("vt_sgd_momentum_float32", {"name": "sgd", "lr": 0.03}),
+        ("vt_sgd_momentum_bfloat16", {"name": "sgd", "lr": 0.03, "moment_dtype": "bf16"}),
+    ],
+)
+def test_optimizers_equal_googles_under_zero(
+    reference: str, optim: dict[str, Any], stage: int, shards: Path, test_fixtures: Path
+) -> None:
+    """Six clipped steps of two ranks, on the reference's gradients, within 1e-6 of its weights."""
+    with np.load(test_fixtures / "optimizer_steps" / "data.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    config = tiny_config(shards, Path("unused"), engine__zero_stage=stage, data__global_batch=2)
+    config = changed(config, optim=optim | {"warmup_steps": 2, "clip_norm": 1.0}, total_steps=6)
+    names = {
+        "dense.weight": "a/kernel",
+        "dense.bias": "a/bias",
+        "norm.weight": "LN/scale",
+        "pos_embed": "pos_embedding",
+    }
+    for step, weights in enumerate(run_ranks(steps_on_given_gradients, 2, config, arrays)[0]):
+        assert weights.keys() == names.keys()
+        for name, theirs in names.items():
+            expected = arrays[f"{reference}/step{step}/{theirs}"].reshape(-1)
+            assert np.abs(weights[name] - expected).max() < 1e-6, (step, name)
+
+
+def decays(config: Config) -> list[float]:
+    engine, _ = start(config)
+    return [group["weight_decay"] for group in engine._optimizer.param_groups]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_head_has_its_own_decay(stage: int, shards: Path) -> None:
+    """The engine tells the optimizer which tensors are the head's, and DeepSpeed keeps the groups."""
+    optim: dict[str, Any] = {"optim__weight_decay": 0.1, "optim__head_decay_multiplier": 100.0}
+    config = tiny_config(shards, Path("unused"), engine__zero_stage=stage, **optim)
+    assert run_ranks(decays, 1, config)[0] == pytest.approx([0.1, 0.0, 10.0])
+
+
+OTHER_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 2e-3, "moment_dtype": "bf16"},
+    "sgd": {"name": "sgd", "lr": 0.1, "moment_dtype": "bf16"},
+    "lion": {"name": "lion", "lr": 2e-4, "betas": [0.9, 0.99], "moment_dtype": "fp32"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_the_state_of_every_optimizer_fits_any_layout(name: str, shards: Path, tmp_path: Path) -> None:
+    """Saved after 10 steps on 2 ranks at stage 1, loaded at stage 3 on 3 ranks: the same 10 losses.
+
+    bf16 momenta are bf16 in the file. The head's kernel has its own decay.
+    """
+    optim = OTHER_OPTIMIZERS[name] | {"weight_decay": 0.1, "head_decay_multiplier": 10.0, "warmup_steps": 3}
+    config = changed(tiny_config(shards, tmp_path), optim=optim)
+    expected = run_ranks(save_at, 2, config, tmp_path, 10)[0]
+    path = tmp_path / "step-0000000010"
+    with safe_open(next(path.glob("optimizer-00001*")), framework="pt") as file:
+        dtypes = {key.partition("/")[0]: file.get_tensor(key).dtype for key in file.keys()}
+    assert dtypes == moment_dtypes(config.optim)
+    losses, moments = run_ranks(resume_at, 3, changed(config, engine__zero_stage=3), path, 10)[0]
+    assert len(moments) and any(moments.values())
+    compare(losses, expected, 1e-4)  # a sign can turn over a rounding error, a bf16 momentum can round the other way
+
+
+# --- averages --------------------------------------------------------------------------------------------------------
+
+
+def followed(engine: Engine, data: Any, config: Config, first: int, last: int, average: dict[str, Any]) -> float:
+    """Trains, follows the average in float64, and returns how far the engine's own is from it in the end."""
+    for step in range(first, last):
+        steps(engine, data, config, step, step + 1)
+        for name, values in whole(engine.weights()).items():
+            kept = average.get(name, values.astype(np.float64))
+            average[name] = config.optim.average_decay * kept + (1 - config.optim.average_decay) * values.astype(
+                np.float64
+            )
+    own = whole(engine.averages())
+    assert own.keys() == average.keys()
+    return max(float(np.abs(own[name] - values).max()) for name, values in average.items())
+
+
+def average_and_save(config: Config, folder: Path) -> tuple[float, float, dict[str, Any]]:
+    engine, data = start(config)
+    average = {name: values.astype(np.float64) for name, values in whole(engine.weights()).items()}  # starts there
+    distance = followed(engine, data, config, 0, 6, average)
+    away = max(float(np.abs(values - average[name]).max()) for name, values in whole(engine.weights()).items())
+    tensors = engine.weights(), engine.moments(), engine.generators()
+    assert save_checkpoint(folder, 6, *tensors, {"engine": engine.state()}, engine.averages())
+    return distance, away, average
+
+
+def average_on(config: Config, path: Path, average: dict[str, Any]) -> float:
+    engine, data = start(config)
+    steps(engine, data, config, 0, 1)
+    engine.load(CheckpointReader(path), read_state(path)["engine"])
+    return followed(engine, data, config, 6, 12, average)
+
+
+@pytest.mark.parametrize(("stage", "then"), [(1, (3, 3)), (2, (1, 1)), (3, (2, 3))])
+def test_averages_follow_the_recursion(stage: int, then: tuple[int, int], shards: Path, tmp_path: Path) -> None:
+    """decay * average + (1 - decay) * weights from the initial weights on, in float64, within 1e-6 over 6 steps of two
+    ranks and 6 more at another stage and world size, with bf16 weights in the model."""
+    changes: dict[str, Any] = {"engine__precision": "bf16", "optim__average_decay": 0.8, "optim__lr": 1e-2}
+    config = tiny_config(shards, tmp_path, engine__zero_stage=stage, **changes)
+    distance, away, average = run_ranks(average_and_save, 2, config, tmp_path)[0]
+    assert distance < 1e-6 and away > 1e-3
+    other, ranks = then
+    distances = run_ranks(
+        average_on, ranks, changed(config, engine__zero_stage=other), tmp_path / "step-0000000006", average
+    )
+    assert max(distances) < 1e-6
+
+
+def swapped(config: Config) -> tuple[bool, bool, bool, list[float]]:
+    """Returns whether the averaged model predicts with the averages, is not the trained one, and leaves no trace."""
+    engine, data = start(config)
+    steps(engine, data, config, 0, 4)
+    images = next(train_batches(data.train, data.order, engine.plan, config, 0)).images
+    before = [s.values.clone() for s in engine.weights() + engine.moments() + engine.averages()]
+    plain = build_model(config.model, data.num_classes).to(engine.dtype).eval()
+    averages = whole(engine.averages())
+    for name, parameter in plain.named_parameters():
+        parameter.data.copy_(torch.from_numpy(averages[name]).view(parameter.shape))
+    trained = engine.predict(images)
+    with engine.averaged():
+        logits = engine.predict(images)
+    with torch.no_grad():
+        expected = plain(to_float(images, engine.dtype))
+    after = [s.values for s in engine.weights() + engine.moments() + engine.averages()]
+    same = all(torch.equal(a, b) for a, b in zip(before, after)) and torch.equal(trained, engine.predict(images))
+    return torch.equal(logits, expected), torch.equal(logits, trained), same, steps(engine, data, config, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (1, "bf16"),
+        (2, "fp32"),
+        (3, "bf16"),
+        pytest.param(1, "fp32", marks=pytest.mark.slow),
+        pytest.param(2, "bf16", marks=pytest.mark.slow),
+        pytest.param(3, "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_averages_come_and_go_without_a_trace(stage: int, precision: str, shards: Path) -> None:
+    """Inside `averaged` the model predicts with the averages; after it weights, moments, averages, predictions are bit
+    for bit what they were, and the run goes on with the losses of one that never looked.
+
+    bf16 with accumulation: at stage 1 that is another optimizer of DeepSpeed's.
+    """
+    changes: dict[str, Any] = {"engine__zero_stage": stage, "engine__precision": precision}
+    changes["engine__max_micro_batch_size"] = 3 if precision == "bf16" else 256
+    config = tiny_config(shards, Path("unused"), optim__average_decay=0.7, **changes)
+    expected = run_ranks(first_losses, 2, changed(config, optim__average_decay=0.0))[0][4:]
+    for predicts_average, predicts_trained, same, losses in run_ranks(swapped, 2, config):
+        assert (predicts_average, predicts_trained, same) == (True, False, True)
+        assert losses == expected
+
+
+def first_losses(config: Config) -> list[float]:
+    engine, data = start(config)
+    assert engine.averages() == []
+    return steps(engine, data, config, 0, 8)
+
+
 # --- steps that are not finite ---------------------------------------------------------------------------------------
 
 
@@ -244,7 +484,7 @@ def poisoned_step(config: Config, poison: str) -> tuple[bool, bool, bool]:
     engine, data = start(config)
     batches = train_batches(data.train, data.order, engine.plan, config, 0)
     engine.train_step(next(batches), 1e-3)
-    before = [s.values.clone() for s in engine.weights() + engine.moments()]
+    before = [s.values.clone() for s in engine.weights() + engine.moments() + engine.averages()]
     model = engine._engine.module
     hook = None
     if distributed.rank() == distributed.world_size() - 1:
@@ -255,13 +495,13 @@ def poisoned_step(config: Config, poison: str) -> tuple[bool, bool, bool]:
     bad = engine.train_step(next(batches), 1e-3)
     if hook:
         hook.remove()
-    after = [s.values for s in engine.weights() + engine.moments()]
-    changed = not all(torch.equal(a, b) for a, b in zip(before, after))
+    after = [s.values for s in engine.weights() + engine.moments() + engine.averages()]
+    moved = not all(torch.equal(a, b) for a, b in zip(before, after))
     engine.check()
     while not (good := engine.train_step(next(batches), 1e-3)).applied and config.engine.precision == "fp16":
         pass
     finite = all(bool(s.values.isfinite().all()) for s in engine.weights() + engine.moments())
-    return bad.applied, changed, good.applied and finite
+    return bad.applied, moved, good.applied and finite
 
 
 @pytest.mark.parametrize("max_micro_batch_size", [256, 3])
@@ -269,7 +509,7 @@ def poisoned_step(config: Config, poison: str) -> tuple[bool, bool, bool]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_not_finite_on_one_rank_skips_all(stage: int, precision: str, max_micro_batch_size: int, shards: Path) -> None:
     """NaN on one rank, in any micro-batch: no rank applies the step, nothing changes, the next step is fine."""
-    changes: dict[str, Any] = {"engine__zero_stage": stage, "engine__precision": precision}
+    changes: dict[str, Any] = {"engine__zero_stage": stage, "engine__precision": precision, "optim__average_decay": 0.5}
     config = tiny_config(shards, Path("unused"), **changes, engine__max_micro_batch_size=max_micro_batch_size)
     assert run_ranks(poisoned_step, 2, config, "nan") == [(False, False, True)] * 2
 
@@ -369,5 +609,5 @@ def test_every_group_has_the_timeout(shards: Path) -> None:
 def test_batch_split_keeps_order() -> None:
     """Micro-batches are consecutive runs of the rank's slots."""
     slots = torch.arange(6)
-    batch = Batch(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), slots, slots >= 0, slots, slots, [])
-    assert [part.labels.tolist() for part in batch.split(2)] == [[0, 1], [2, 3], [4, 5]]
+    batch = Batch(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), *single_labels(slots), slots >= 0, slots, slots, [])
+    assert [part.labels[:, 0].tolist() for part in batch.split(2)] == [[0, 1], [2, 3], [4, 5]]

@@ -49,7 +49,7 @@ def all_images(shards: Path) -> Batch:
 def expected_rows(train: Path, test: Path, model: Any) -> dict[tuple[str, str], float]:
     """The same figures without the tool: every image in one batch."""
     batches = all_images(train), all_images(test)
-    logits, labels = model(to_float(batches[1].images, torch.float32)), batches[1].labels
+    logits, labels = model(to_float(batches[1].images, torch.float32)), batches[1].labels[:, 0]
     best = logits.topk(5).indices == labels[:, None]
     targets = F.one_hot(labels, 7).float()
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
@@ -67,7 +67,7 @@ def expected_rows(train: Path, test: Path, model: Any) -> dict[tuple[str, str], 
     pixels = [(batch.images.flatten(1).float() / 255).numpy() for batch in batches]
     kinds = {"trained": pre_logits(model), "random weights": pre_logits(random), "raw pixels": pixels}
     for name, (x_train, x_test) in kinds.items():
-        arguments = x_train, batches[0].labels.numpy(), x_test, labels.numpy()
+        arguments = x_train, batches[0].labels[:, 0].numpy(), x_test, labels.numpy()
         rows |= {(name, score.metric): score.value for score in fewshot(*arguments, shots=(1, 5))}
     return rows
 

@@ -1,5 +1,6 @@
 """Decoding and cropping: odd files end as pixels or as bad samples, and a crop depends on its key alone."""
 
+import dataclasses
 import io
 import math
 import struct
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
+from timm.data.transforms_factory import create_transform
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import InterpolationMode
 
 from pretrain.config import DataConfig
-from pretrain.data.images import decode, eval_image, random_resized_crop, to_float, train_image
+from pretrain.data.images import decode, eval_image, inception_crop, random_resized_crop, to_float, train_image
 from pretrain.data.order import uniform, words
 from pretrain.data.reader import BadSample
 
@@ -226,8 +229,6 @@ def test_the_largest_and_smallest_images_are_cropped() -> None:
 @pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (256, 256)])
 def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
     """Kolmogorov-Smirnov over 4,000 crops each: area, ratio, top and left come from the same distribution."""
-    from scipy.stats import ks_2samp
-
     ours = np.array(
         [
             random_resized_crop(height, width, AREA, RATIO, uniform(words(23, "v1", "aug", 0, "ks", 0, index)))
@@ -239,7 +240,13 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
         torch.manual_seed(0)
         theirs = np.array([RandomResizedCrop.get_params(blank, list(AREA), list(RATIO)) for _ in range(4000)])
     for ours_values, their_values in zip(_features(ours), _features(theirs)):
-        assert ks_2samp(ours_values, their_values).pvalue > 1e-3
+        assert ks_pvalue(ours_values, their_values) > 1e-3
+
+
+def ks_pvalue(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Of the Kolmogorov-Smirnov test that both come from one distribution."""
+    result: Any = ks_2samp(ours, theirs)
+    return result.pvalue
 
 
 def _features(crops: np.ndarray) -> list[np.ndarray]:
@@ -287,32 +294,179 @@ def test_the_flip_is_separate_from_the_crop() -> None:
     assert 150 < flipped < 250  # 200 +- 5 standard deviations
 
 
+@pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (256, 256)])
+@pytest.mark.parametrize("sampler", ["inception", "random_resized"])
+def test_inception_crops_are_distributed_as_tensorflows(
+    sampler: str, height: int, width: int, test_fixtures: Path
+) -> None:
+    """Area, ratio, top and left of 4,000 boxes against TensorFlow's recorded ones; RandomResizedCrop fails the same."""
+    recorded = np.load(test_fixtures / "preprocess_tf" / "inception_boxes_H_W_y_x_h_w.npy", allow_pickle=False)
+    theirs = recorded[(recorded[:, :2] == (height, width)).all(1)][:, 2:].astype(int)
+    assert len(theirs) == 2000
+    boxes = []
+    for index in range(4000):
+        draws = uniform(words(202, "v1", "inception", 0, "ks", 0, index))
+        crop = inception_crop if sampler == "inception" else random_resized_crop
+        boxes.append(crop(height, width, (0.05, 1.0), (0.75, 1.33), draws))
+    ours = np.array(boxes)
+    pvalues = [ks_pvalue(a, b) for a, b in zip(_features(ours), _features(theirs))]
+    expected = {375: 0.348, 500: 0.299, 256: 0.379}[height]
+    mean = (ours[:, 2] * ours[:, 3] / (height * width)).mean()
+    if sampler == "inception":
+        assert min(pvalues) > 1e-3 and abs(mean - expected) < 0.015
+    else:
+        assert min(pvalues) < 1e-20 and mean > expected + 0.05
+
+
+def test_inception_crops_by_hand() -> None:
+    """Chosen draws against boxes worked out on paper: ratio and height are uniform, the last offset is never drawn."""
+    draws = np.zeros(202)
+    draws[:2] = 0.5, 0.999999  # ratio 1.0, the greatest height
+    assert inception_crop(100, 200, (0.05, 1.0), (0.5, 1.5), draws) == (0, 0, 100, 100)
+    draws[200:] = 0.999999
+    assert inception_crop(100, 200, (0.05, 1.0), (0.5, 1.5), draws) == (0, 99, 100, 100)
+    draws[1] = 0.0  # the least height: sqrt(0.05 * 20,000) = 31.6
+    assert inception_crop(100, 200, (0.05, 1.0), (0.5, 1.5), draws) == (67, 167, 32, 32)
+    draws[:4] = 0.0, 0.0, 1.0, 0.5  # ratio 0.5: 45 high, 22 wide (22.5 to even) is too small, 46 x 23 is not
+    assert inception_crop(100, 200, (0.05, 1.0), (0.5, 1.5), draws) == (53, 176, 46, 23)
+    assert inception_crop(10, 900, (0.9, 1.0), (0.75, 1.33), np.full(202, 0.5)) == (0, 0, 10, 900)  # nothing fits
+
+
+def test_inception_crops_lie_inside() -> None:
+    """One pixel, one row, one column and extreme draws give a box inside the image; the areas are as asked."""
+    for height, width in [(1, 1), (1, 500), (500, 1), (2, 3), (33, 50), (7000, 7000)]:
+        for draw in (0.0, 0.25, 0.5, 1 - 2.0**-53):
+            top, left, crop_height, crop_width = inception_crop(height, width, (0.05, 1.0), RATIO, np.full(202, draw))
+            assert 0 <= top <= height - crop_height and 0 <= left <= width - crop_width
+            assert 0.05 * height * width <= crop_height * crop_width
+
+
+def test_an_inception_crop_is_the_box_of_its_draws() -> None:
+    """Pixels: the keyed box, TensorFlow's resize, and the flip that the other crop has; the key decides alone."""
+    image = torch.from_numpy(rgb(picture(60, 80)).copy())
+    settings = config(crop="inception", crop_area=(0.05, 1.0), interpolation="bilinear", antialias=False)
+    for index in range(20):
+        box = inception_crop(60, 80, (0.05, 1.0), RATIO, uniform(words(202, "v1", "inception", 3, "trees", 0, index)))
+        top, left, height, width = box
+        expected = tensorflow_resize(image[:, top : top + height, left : left + width], 32, 32)
+        if uniform(words(23, "v1", "aug", 3, "trees", 0, index))[22] < 0.5:
+            expected = expected.flip(-1)
+        assert_truncated_alike(train_image(image, 32, settings, 3, "trees", 0, index), expected)
+
+
+def assert_truncated_alike(result: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, but where a mean is a whole number and the last bit decides; rounding would change half of the values."""
+    difference = (result.int() - expected.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02
+
+
+def tensorflow_resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bilinear with half-pixel centres between the two nearest rows and columns, truncated; float32 as TensorFlow."""
+    values = image.numpy().astype(np.float32)
+    for axis, size in ((1, height), (2, width)):
+        side = image.shape[axis]
+        at = np.maximum(
+            (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(side / size) - np.float32(0.5), 0
+        )
+        low = np.minimum(at.astype(int), side - 1)
+        high, share = np.minimum(low + 1, side - 1), at - low
+        share = share.reshape([-1, 1] if axis == 1 else [-1])
+        values = np.take(values, low, axis) * (1 - share) + np.take(values, high, axis) * share
+    return torch.from_numpy((values + np.float32(1e-4)).astype(np.uint8))
+
+
+def test_the_resize_without_antialias_is_tensorflows_formula() -> None:
+    """Enlarged and reduced: a truncated bilinear mean of two rows and two columns; rounding would be a level off."""
+    for height, width, size in [(30, 40, 24), (100, 75, 16), (9, 20, 32)]:
+        image = torch.from_numpy(rgb(picture(height, width)).copy())
+        result = eval_image(image, size, config(eval_transform="vit"))
+        assert_truncated_alike(result, tensorflow_resize(image, size, size))
+    for value in (1, 127, 255):  # a white background stays white
+        flat = torch.full((3, 37, 50), value, dtype=torch.uint8)
+        assert (eval_image(flat, 16, config(eval_transform="vit")) == value).all()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize(
+    "transform, name, levels, share",
+    [("vit", "squash", 0, 0), ("fewshot", "fewshot", 1, 0.001), ("big_vision", "eval", 1, 0.04)],
+)
+def test_evaluation_equals_tensorflows_pixels(
+    transform: str, name: str, levels: int, share: float, number: int, test_fixtures: Path
+) -> None:
+    """Pixels that big_vision's ops gave: equal, or a truncation apart in few values. 40 resized, 32 cropped."""
+    with np.load(test_fixtures / "preprocess_tf" / "data.npz", allow_pickle=False) as arrays:
+        image, expected = arrays[f"im{number}"], arrays[f"im{number}/{name}"]
+    settings = config(eval_transform=transform, eval_crop=0.8)
+    result = eval_image(torch.from_numpy(image).permute(2, 0, 1), 32, settings).permute(1, 2, 0).numpy()
+    difference = np.abs(result.astype(int) - np.rint(expected * 127.5 + 127.5).astype(int))
+    assert difference.max() <= levels and (difference > 0).mean() <= share
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_crop_of_the_whole_image_equals_tensorflows_squash(number: int, test_fixtures: Path) -> None:
+    """Training's resize too is TensorFlow's without antialias: the whole image as the crop."""
+    with np.load(test_fixtures / "preprocess_tf" / "data.npz", allow_pickle=False) as arrays:
+        image, expected = arrays[f"im{number}"], arrays[f"im{number}/squash"]
+    settings = config(
+        crop="inception", crop_area=(1.0, 1.0), crop_ratio=(9.0, 9.0), interpolation="bilinear", antialias=False, flip=0
+    )
+    result = train_image(torch.from_numpy(image).permute(2, 0, 1), 32, settings, 0, "t", 0, 0).permute(1, 2, 0).numpy()
+    assert (result == np.rint(expected * 127.5 + 127.5)).all()
+    smooth = train_image(
+        torch.from_numpy(image).permute(2, 0, 1), 32, dataclasses.replace(settings, antialias=True), 0, "t", 0, 0
+    )
+    assert np.abs(smooth.permute(1, 2, 0).numpy().astype(int) - result).max() > 10
+
+
 @pytest.mark.parametrize("height, width", [(64, 64), (60, 80), (80, 60), (64, 200), (33, 50), (10, 12), (375, 500)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_an_evaluation_image_is_torchvisions_resize_and_center_crop(
-    height: int, width: int, interpolation: str
-) -> None:
-    """The shorter side becomes size / eval_crop, then the centre is cut out.
+def test_an_evaluation_image_is_timms(height: int, width: int, interpolation: str) -> None:
+    """eval_transform=timm gives the pixels of timm's own transform, all sizes rounded as it rounds them."""
+    image = picture(height, width)
+    for size, share in ((32, 0.875), (32, 1.0), (24, 0.8), (30, 0.9)):
+        options = {"interpolation": interpolation, "crop_pct": share, "mean": (0, 0, 0), "std": (1, 1, 1)}
+        theirs: Any = create_transform(size, is_training=False, **options)
+        settings = config(eval_crop=share, interpolation=interpolation)
+        result = eval_image(torch.from_numpy(rgb(image).copy()), size, settings)
+        assert torch.equal(result, (theirs(image) * 255).round().to(torch.uint8))
 
-    Resize(int) cuts the longer side down to an integer, ours rounds it as Google's code does: both sides are given.
-    """
-    image = torch.from_numpy(rgb(picture(height, width)).copy())
-    mode = InterpolationMode(interpolation)
-    for size, share in ((32, 0.875), (32, 1.0), (24, 0.8)):
-        shorter = round(size / share)
-        sides = [round(side * shorter / min(height, width)) for side in (height, width)]
-        expected = v2.CenterCrop(size)(v2.Resize(sides, mode, antialias=True)(image))
-        result = eval_image(image, size, config(eval_crop=share, interpolation=interpolation))
-        assert torch.equal(result, expected)
-        assert result.shape == (3, size, size)
-        if sides == [int(side * shorter / min(height, width)) for side in (height, width)]:
-            assert torch.equal(result, v2.CenterCrop(size)(v2.Resize(shorter, mode, antialias=True)(image)))
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_real_photos_are_evaluated_as_by_timm(interpolation: str, test_data: Path) -> None:
+    """Whole ImageNet photos from the file on: every pixel equals timm's."""
+    options = {"interpolation": interpolation, "crop_pct": 0.875, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    theirs: Any = create_transform(224, is_training=False, **options)
+    settings = config(interpolation=interpolation)
+    with tarfile.open(test_data / "imagenet_val_fullsize_dev-000000.tar") as tar:
+        files = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")][::2]
+        assert len(files) >= 5
+        for file in files:
+            assert file is not None
+            data = file.read()
+            with Image.open(io.BytesIO(data)) as image:
+                expected = (theirs(image.convert("RGB")) * 255).round().to(torch.uint8)
+            assert torch.equal(eval_image(decode(data), 224, settings), expected)
+
+
+def test_the_area_resize_keeps_means() -> None:
+    """big_vision: 2 x 2 blocks become their truncated mean; a flat image stays flat at any ratio, enlarged too."""
+    random = np.random.default_rng(0)
+    image = torch.from_numpy(random.integers(0, 256, (3, 16, 24)).astype(np.uint8))
+    result = eval_image(image, 8, config(eval_transform="big_vision", eval_crop=1.0))
+    blocks = image.numpy().astype(int).reshape(3, 8, 2, 12, 2).sum((2, 4)) // 4
+    assert (result.numpy() == blocks[:, :, 2:10]).all()
+    for height, width in [(17, 31), (50, 33), (5, 7)]:
+        for value in (1, 127, 255):
+            flat = torch.full((3, height, width), value, dtype=torch.uint8)
+            assert (eval_image(flat, 13, config(eval_transform="big_vision")) == value).all()
 
 
 def test_an_evaluation_image_has_no_randomness_and_keeps_equal_images() -> None:
     """An image of the right size passes through unchanged when nothing is cropped away."""
     image = torch.from_numpy(rgb(picture(32, 32)).copy())
-    assert torch.equal(eval_image(image, 32, config(eval_crop=1.0)), image)
+    for transform in ("timm", "vit", "big_vision", "fewshot"):
+        assert torch.equal(eval_image(image, 32, config(eval_crop=1.0, eval_transform=transform)), image)
 
 
 def test_the_models_input_lies_between_minus_one_and_one() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pretrain.config import Config, config_from_dict
 from pretrain.data import reader
-from pretrain.data.build import write_samples
+from pretrain.data.build import Item, build, write_samples
 from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.loader import (
     REASONS,
@@ -26,6 +26,7 @@ from pretrain.data.loader import (
     train_batches,
 )
 from pretrain.data.manifest import Manifest, load_index, load_manifest, write_manifest
+from pretrain.data.mix import draw_mix, mixed
 from pretrain.data.order import Order, plan_batch, share
 from pretrain.data.reader import parse_label, read_sample
 from pretrain.errors import BadSamplesError, StorageError, UserError
@@ -58,12 +59,13 @@ def rank_batches(
     batches = list(train_batches(manifest, order, plan, settings, start))
     for batch in batches:
         assert batch.images.shape == (plan.accumulation * plan.micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE)
-        assert [t.dtype for t in batch[:5]] == [torch.uint8, torch.int64, torch.bool, torch.int64, torch.int64]
+        types = [torch.uint8, torch.int64, torch.float32, torch.bool, torch.int64, torch.int64]
+        assert [t.dtype for t in batch[:6]] == types
     return batches
 
 
 def global_steps(shards: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, **options: Any) -> list[list[tuple]]:
-    """(epoch, index, label, valid, pixels) of each slot of each global step, put together from all ranks."""
+    """(epoch, index, (label, weight) pairs, valid, pixels) of each slot of each step, put together from all ranks."""
     ranks = [rank_batches(shards, monkeypatch, rank, world_size, **options) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     steps = []
@@ -72,11 +74,12 @@ def global_steps(shards: Path, monkeypatch: pytest.MonkeyPatch, world_size: int,
         for rank, batch in enumerate(step_batches):
             own = len(share(GLOBAL_BATCH, rank, world_size))
             slots += [
-                (int(batch.epoch[i]), int(batch.index[i]), int(batch.labels[i]), bool(batch.valid[i]), pixels(batch, i))
+                (int(batch.epoch[i]), int(batch.index[i]), targets(batch, i), bool(batch.valid[i]), pixels(batch, i))
                 for i in range(own)
             ]
             assert not batch.valid[own:].any() and not batch.images[own:].any()
-            assert (batch.index[own:] == -1).all() and not batch.labels[own:].any()
+            assert (batch.index[own:] == -1).all() and (batch.labels[own:] == -1).all()
+            assert ((batch.label_weights == 0) == (batch.labels == -1)).all()
         steps.append(slots)
     return steps
 
@@ -84,6 +87,12 @@ def global_steps(shards: Path, monkeypatch: pytest.MonkeyPatch, world_size: int,
 def pixels(batch: Batch, slot: int) -> bytes:
     """The slot's image as bytes."""
     return batch.images[slot].numpy().tobytes()
+
+
+def targets(batch: Batch, slot: int) -> list[tuple[int, float]]:
+    """The slot's labels with their weights."""
+    pairs = zip(batch.labels[slot].tolist(), batch.label_weights[slot].tolist())
+    return [(label, weight) for label, weight in pairs if label >= 0]
 
 
 def stored(manifest: Manifest, index: int) -> tuple[torch.Tensor, int]:
@@ -110,7 +119,7 @@ def test_a_batch_holds_the_samples_of_the_order(alone: list[list[tuple]], shard_
         for epoch, index, label, valid, image_bytes in slots[::5]:
             image, expected_label = stored(manifest, index)
             expected = train_image(image, IMAGE_SIZE, settings.data, 0, "trees", epoch, index)
-            assert valid and label == expected_label
+            assert valid and label == [(expected_label, 1.0)]
             assert image_bytes == expected.numpy().tobytes()
 
 
@@ -196,7 +205,7 @@ def test_bad_samples_are_masked_and_told(workers: int, tmp_path: Path, monkeypat
         own = slice(0, GLOBAL_BATCH)
         bad = [i for i in range(GLOBAL_BATCH) if int(batch.index[i]) in reasons]
         assert (~batch.valid[own]).nonzero().flatten().tolist() == bad
-        assert not batch.images[bad].any() and not batch.labels[bad].any()
+        assert not batch.images[bad].any() and (batch.labels[bad] == -1).all()
         assert batch.images[own][batch.valid[own]].flatten(1).any(1).all()
         assert [(r.epoch, r.index) for r in batch.bad] == [(int(batch.epoch[i]), int(batch.index[i])) for i in bad]
         seen += batch.bad
@@ -280,7 +289,7 @@ def test_evaluation_sees_each_sample_exactly_once(
         for batch in batches:
             assert batch.images.shape == (batch_size, 3, 8, 8)
             assert torch.equal(batch.index >= 0, batch.valid)
-            assert not batch.images[~batch.valid].any() and not batch.labels[~batch.valid].any()
+            assert not batch.images[~batch.valid].any() and (batch.labels[~batch.valid] == -1).all()
             seen += [(int(batch.index[i]), pixels(batch, i)) for i in batch.valid.nonzero().flatten()]
     assert len(num_batches) == 1
     assert sorted(index for index, _ in seen) == sorted(indices.tolist())
@@ -299,12 +308,113 @@ def test_evaluation_tells_bad_samples(tmp_path: Path) -> None:
         assert sum(int(batch.valid.sum()) for batch in batches) == 16
 
 
+MIXING = {"mixup": 0.8, "cutmix": 1.0, "randaugment_layers": 2, "crop": "inception"}
+
+
+@pytest.fixture(scope="module")
+def mixed_alone(shard_folder: Path) -> list[list[tuple]]:
+    """The mixed steps as one rank without workers reads them."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return global_steps(shard_folder, monkeypatch, 1, **MIXING)
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 2), (2, 0), (3, 0), (3, 1), (5, 0), (17, 0)])
+def test_mixing_does_not_depend_on_ranks_and_workers(
+    world_size: int,
+    workers: int,
+    mixed_alone: list[list[tuple]],
+    shard_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pixels, labels and weights of each slot are those of one rank, bit for bit, also where a pair is cut apart."""
+    assert global_steps(shard_folder, monkeypatch, world_size, workers=workers, **MIXING) == mixed_alone
+
+
+def test_mixing_does_not_depend_on_a_restart(
+    mixed_alone: list[list[tuple]], shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 6 of a run that starts there is step 6 of the uninterrupted one."""
+    assert global_steps(shard_folder, monkeypatch, 2, start=6, **MIXING) == mixed_alone[6:]
+
+
+def test_a_mixed_batch_is_its_samples_mixed(
+    mixed_alone: list[list[tuple]], shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each slot from the unmixed batch by hand: slot s with s XOR 1, both kinds; the last of 17 has no partner."""
+    plain = global_steps(shard_folder, monkeypatch, 1, **MIXING | {"mixup": 0.0, "cutmix": 0.0})
+    settings, kinds = config(shard_folder, **MIXING).data, set()
+    for step, (slots, sources) in enumerate(zip(mixed_alone, plain)):
+        mix = draw_mix(settings, IMAGE_SIZE, 0, step)
+        assert mix is not None
+        kinds.add("mixup" if mix.box is None else "cutmix")
+        assert slots[16] == sources[16] and slots[16][2][0][1] == 1.0
+        for slot in range(16):
+            own, other = sources[slot], sources[slot ^ 1]
+            expected = mixed(image_of(own), image_of(other), mix)
+            assert slots[slot][4] == expected.numpy().tobytes()
+            shares = [(own[2][0][0], mix.own_share), (other[2][0][0], 1 - mix.own_share)]
+            assert slots[slot][2] == [(label, float(np.float32(share))) for label, share in shares if share]
+            assert slots[slot][:2] == own[:2]
+    assert kinds == {"mixup", "cutmix"}
+
+
+def image_of(slot: tuple) -> torch.Tensor:
+    """The pixels of a slot of `global_steps`."""
+    return torch.frombuffer(bytearray(slot[4]), dtype=torch.uint8).reshape(3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_a_bad_partner_leaves_the_sample_unmixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pixels and its label of weight 1 stay, on any number of ranks, and each loss is told once."""
+    _, reasons = damaged_set(tmp_path)
+    plain = global_steps(tmp_path, monkeypatch, 1)
+    told, seen = [], 0
+    for world_size in (1, 3):
+        steps = global_steps(tmp_path, monkeypatch, world_size, mixup=0.8)
+        for slots, sources in zip(steps, plain):
+            for slot in range(16):
+                if sources[slot][3] and not sources[slot ^ 1][3]:
+                    assert slots[slot] == sources[slot]
+                    seen += 1
+                assert slots[slot][3] == sources[slot][3] and (slots[slot][3] or not any(slots[slot][4]))
+        batches = [b for r in range(world_size) for b in rank_batches(tmp_path, monkeypatch, r, world_size, mixup=0.8)]
+        told.append(sorted((r.epoch, r.index) for batch in batches for r in batch.bad))
+    assert seen > 20 and told[0] == told[1] and {index for _, index in told[0]} == set(reasons)
+
+
+def test_several_labels_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of classes arrive whole and filled up with -1, mixed ones with their shares; evaluation has them too."""
+    random, items, wanted = np.random.default_rng(0), [], []
+    for number in range(30):
+        classes = [number % 5] if number % 3 else [number % 5, 5, 6 + number % 2]
+        file = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (20, 20, 3)).astype(np.uint8)).save(file, "png")
+        items.append(Item(file.getvalue, "png", classes, f"picture {number}"))
+        wanted.append(classes)
+    manifest = load_manifest(build(items, [], tmp_path / "several", samples_per_shard=12, seed=0))
+    assert manifest.multi_label and manifest.num_classes == 8
+    settings = config(tmp_path / "several").data
+    batch = next(eval_batches(manifest, np.arange(30), batch_size=30, image_size=8, config=settings))
+    assert batch.labels.shape == batch.label_weights.shape == (30, 3)
+    found = [[label for label, weight in targets(batch, slot) if weight == 1.0] for slot in range(30)]
+    assert sorted(found) == sorted(wanted)
+    plain = global_steps(tmp_path / "several", monkeypatch, 1)
+    for world_size in (1, 2):
+        for step, slots in enumerate(global_steps(tmp_path / "several", monkeypatch, world_size, mixup=0.8)):
+            for slot in range(16):
+                mix = draw_mix(config(tmp_path, mixup=0.8).data, IMAGE_SIZE, 0, step)
+                assert mix is not None
+                shares = [np.float32(mix.own_share)] * len(plain[step][slot][2])
+                shares += [np.float32(1 - mix.own_share)] * len(plain[step][slot ^ 1][2])
+                classes = [label for label, _ in plain[step][slot][2] + plain[step][slot ^ 1][2]]
+                assert slots[slot][2] == [(label, float(share)) for label, share in zip(classes, shares)]
+
+
 def test_split_cuts_a_batch_into_its_micro_batches(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All micro-batches have the same size, and together they are the batch in its order."""
     batch = rank_batches(shard_folder, monkeypatch, 0, 1)[0]
     parts = list(batch.split(4))
     assert len(batch.valid) == 20 and [len(part.valid) for part in parts] == [4] * 5
-    for number in range(5):
+    for number in range(6):
         assert torch.equal(torch.cat([part[number] for part in parts]), batch[number])
     assert all(part.bad == [] for part in parts)
 
@@ -313,7 +423,7 @@ def test_to_moves_what_the_model_needs(shard_folder: Path, monkeypatch: pytest.M
     """Images, labels and mask go to the device; epochs and indices stay where they are logged from."""
     batch = rank_batches(shard_folder, monkeypatch, 0, 1)[0]._replace(bad=[])
     moved = batch.to(torch.device("meta"))
-    assert [tensor.device.type for tensor in moved[:5]] == ["meta"] * 3 + ["cpu"] * 2
+    assert [tensor.device.type for tensor in moved[:6]] == ["meta"] * 4 + ["cpu"] * 2
 
 
 def test_the_limit_of_bad_samples() -> None:

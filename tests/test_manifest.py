@@ -80,6 +80,7 @@ def test_the_manifest_is_canonical_json(shard_folder: Path) -> None:
         ({"shards": None}, "not a manifest of shards"),
         ({"shards": [{"path": "a.tar"}]}, "'num_samples'"),
         ({"label": {"names": None}}, "'num_classes'"),
+        ({"label": {"kind": "boxes", "names": None, "num_classes": 5}}, "'boxes', expected one of class, multi"),
         ({"label": {"names": None, "num_classes": "many"}}, "'many'"),
         ({"label": {"names": "nothing.json", "num_classes": 5}}, "nothing.json: not found"),
         ({"label": {"names": "../secret.json", "num_classes": 5}}, "lies outside the manifest's folder"),

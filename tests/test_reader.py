@@ -15,7 +15,7 @@ import pytest
 from pretrain.data import reader
 from pretrain.data.build import index_tar
 from pretrain.data.manifest import Manifest, Shard, ShardIndex, load_index, load_manifest, write_index
-from pretrain.data.reader import BadSample, RawSample, parse_label, read_sample
+from pretrain.data.reader import BadSample, RawSample, parse_label, parse_labels, read_sample
 from pretrain.errors import StorageError, UserError
 
 
@@ -310,3 +310,22 @@ def test_labels_out_of_range_are_bad(raw: bytes) -> None:
         parse_label(raw, 5)
     assert bad.value.reason == "label"
     assert len(str(bad.value)) < 200
+
+
+@pytest.mark.parametrize("raw, labels", [(b"[0]", [0]), (b"[3, 1]", [3, 1]), (b" [ 4 ,0,\n2 ]\n", [4, 0, 2])])
+def test_lists_of_labels_are_read(raw: bytes, labels: list[int]) -> None:
+    """A JSON list of different integers, in its order; a set of single classes has lists of one."""
+    assert parse_labels(raw, 5, multi_label=True) == labels
+    assert parse_labels(b"4", 5, multi_label=False) == [4]
+
+
+@pytest.mark.parametrize(
+    "raw", [b"[5]", b"[]", b"3", b"[1, 1]", b"[1,]", b"[-1]", b"[1.0]", b"[[1]]", b"[1", b'["1"]', b"[" * 50_000, b""]
+)
+def test_wrong_lists_of_labels_are_bad(raw: bytes) -> None:
+    """Classes that do not exist, empty lists, repetitions and other things: reason `label`, no RecursionError."""
+    with pytest.raises(BadSample) as bad:
+        parse_labels(raw, 5, multi_label=True)
+    assert bad.value.reason == "label" and len(str(bad.value)) < 200
+    with pytest.raises(BadSample):
+        parse_labels(b"[1]", 5, multi_label=False)

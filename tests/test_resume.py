@@ -16,6 +16,8 @@ from tiny import changed, make_shards, tiny_config
 
 from pretrain.checkpoint import CheckpointReader, newest_valid, read_state, step_folders, step_of
 from pretrain.config import Config
+from pretrain.data.images import to_float
+from pretrain.data.loader import eval_batches
 from pretrain.errors import NonFiniteError, UserError
 from pretrain.train import train
 
@@ -86,10 +88,25 @@ def test_kill_9_at_a_random_step(shards: Path, tmp_path: Path) -> None:
     _kill_at_random_steps(shards, tmp_path, "bf16", 1, kills=1, seed=9)
 
 
-def _kill_at_random_steps(shards: Path, tmp_path: Path, precision: str, stage: int, kills: int, seed: int) -> None:
-    undisturbed = long_run(shards, tmp_path / "undisturbed", precision, stage)
+def test_kill_9_with_averages_and_bf16_momenta(shards: Path, tmp_path: Path) -> None:
+    """The same with a Polyak average that is validated on the way, and a momentum in bf16."""
+    optim = {"name": "lion", "lr": 1e-3, "betas": [0.9, 0.99], "moment_dtype": "bf16", "average_decay": 0.9}
+    changes = {"optim": optim, "data__held_out": 23, "evaluation__every_steps": 6}
+    _kill_at_random_steps(shards, tmp_path, "bf16", 1, kills=1, seed=4, changes=changes)
+
+
+def _kill_at_random_steps(
+    shards: Path,
+    tmp_path: Path,
+    precision: str,
+    stage: int,
+    kills: int,
+    seed: int,
+    changes: dict[str, Any] | None = None,
+) -> None:
+    undisturbed = changed(long_run(shards, tmp_path / "undisturbed", precision, stage), **(changes or {}))
     run_ranks(finish, 2, undisturbed)
-    killed = long_run(shards, tmp_path / "killed", precision, stage)
+    killed = changed(long_run(shards, tmp_path / "killed", precision, stage), **(changes or {}))
     chance = random.Random(seed)
     for step in sorted(chance.sample(range(2, 32), kills)):
         processes = start_ranks(train, 2, killed)
@@ -320,10 +337,21 @@ def stop_in_validation(config: Config) -> None:
 
 
 def test_a_validation_cut_short_is_made_up_for(shards: Path, tmp_path: Path) -> None:
-    """SIGTERM during the last validation: no DONE; the next start validates, saves the score, and is done."""
-    config = tiny_config(shards, tmp_path, data__held_out=23, evaluation__every_steps=20)
+    """SIGTERM during the last validation: no DONE; the next start validates, saves the score, and is done.
+
+    The checkpoint saved then is the undisturbed run's: the averages that were being scored are not left in the weights.
+    """
+    options: dict[str, Any] = {"data__held_out": 23, "evaluation__every_steps": 20, "optim__average_decay": 0.9}
+    config = tiny_config(shards, tmp_path, **options)
     run_ranks(stop_in_validation, 2, config)
     assert not (tmp_path / "tiny" / "DONE").exists()
+    undisturbed = changed(config, output=str(tmp_path / "undisturbed"))
+    run_ranks(finish, 2, undisturbed)
+    folders = [newest_valid(path / "tiny" / "checkpoints") for path in (tmp_path, tmp_path / "undisturbed")]
+    assert folders[0] and folders[1] and folders[0].name == folders[1].name
+    for path in folders[0].glob("*.safetensors"):
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
+    shutil.rmtree(tmp_path / "undisturbed")
     shutil.copytree(tmp_path, tmp_path / "copy")
     without = changed(config, output=str(tmp_path / "copy"), evaluation__every_steps=0)
     run_ranks(finish, 2, without)
@@ -360,6 +388,123 @@ def test_batch_norm_is_refused(shards: Path, tmp_path: Path) -> None:
     """A model whose statistics a checkpoint would lose is refused before anything is trained."""
     config = changed(tiny_config(shards, tmp_path), model={"name": "timm:resnet18", "image_size": 32})
     assert "keeps statistics (bn1.running_mean" in run_ranks(refusal, 1, config)[0]
+
+
+# --- averages --------------------------------------------------------------------------------------------------------
+
+
+def scored(config: Config, kind: str) -> dict[str, float]:
+    """Scores the held-out samples with the checkpoint's averages, as load_model reads it, or with its weights."""
+    from pretrain.evaluation.classification import classification_scores
+    from pretrain.models import load_model
+    from pretrain.train import _open_data
+
+    run = config.output / config.name
+    model = load_model(run)
+    checkpoint = newest_valid(run / "checkpoints")
+    assert checkpoint
+    reader = CheckpointReader(checkpoint)
+    for name, parameter in model.named_parameters():
+        if kind == "weights":
+            parameter.data.copy_(reader.tensor(name))
+        else:
+            assert torch.equal(parameter, reader.tensor(name, "average")), name
+    data = _open_data(config)
+    assert data.val is not None
+    batches = eval_batches(data.val, data.val_indices, batch_size=16, image_size=16, config=config.data)
+    with torch.no_grad():
+        scores = classification_scores(
+            lambda images: model(to_float(images, torch.float32)),
+            batches,
+            loss=config.loss,
+            device=torch.device("cpu"),
+        )
+    return {f"val/{score.metric}": score.value for score in scores}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_average_is_what_is_validated_and_loaded(stage: int, shards: Path, tmp_path: Path) -> None:
+    """The run's val/loss is that of the weights that load_model returns, which are the averages, not the weights."""
+    changes: dict[str, Any] = {"data__held_out": 23, "evaluation__every_steps": 10, "engine__zero_stage": stage}
+    config = tiny_config(shards, tmp_path, optim__average_decay=0.95, **changes)
+    run_ranks(finish, 2, config)
+    done = json.loads((tmp_path / "tiny" / "DONE").read_text())
+    of_average, of_weights = (run_ranks(scored, 1, config, kind)[0] for kind in ("average", "weights"))
+    assert done["val/loss"] == pytest.approx(of_average["val/loss"], rel=1e-5)
+    assert done["val/top1"] == of_average["val/top1"]
+    assert abs(of_weights["val/loss"] - of_average["val/loss"]) > 1e-2
+
+
+# --- branches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trunk(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run of 20 steps at a constant rate, with averages, dropout and checkpoints at steps 10 and 20."""
+    optim = {"lr": 2e-3, "schedule": "constant", "warmup_steps": 3, "weight_decay": 0.1, "average_decay": 0.9}
+    options: dict[str, Any] = {"model__dropout": 0.1, "log__every_steps": 1, "checkpoint__every_steps": 10}
+    config = tiny_config(shards, tmp_path_factory.mktemp("trunk"), **options)
+    config = changed(config, name="trunk", optim=optim)
+    run_ranks(finish, 2, config)
+    return config
+
+
+def test_a_branch_that_changes_nothing_is_the_same_run(trunk: Config, tmp_path: Path) -> None:
+    """From step 10 on, under another name: weights, moments, averages, random states, samples and losses of step 20."""
+    ours = trunk.output / "trunk"
+    origin = ours / "checkpoints" / "step-0000000010"
+    branch = changed(trunk, name="twig", output=str(tmp_path), branch_from=str(origin))
+    run_ranks(finish, 2, branch)
+    theirs = tmp_path / "twig"
+    assert [path.name for path in step_folders(theirs / "checkpoints")] == ["step-0000000020", "step-0000000010"]
+    for step in (20, 10):
+        first, second = (folder / "checkpoints" / f"step-{step:010d}" for folder in (ours, theirs))
+        names = {path.name for path in first.glob("*.safetensors")}
+        assert names == {path.name for path in second.glob("*.safetensors")} and len(names) == 2 * 4
+        for name in names:
+            assert (first / name).read_bytes() == (second / name).read_bytes(), (step, name)
+    later = {step: loss for step, loss in _losses(ours).items() if step > 10}
+    assert _losses(theirs) == later and len(later) == 10
+    later_samples = {step: samples for step, samples in _global_samples(trunk).items() if step > 10}
+    assert _global_samples(branch) == later_samples
+
+
+def test_a_branch_cools_down_and_resumes(trunk: Config, tmp_path: Path) -> None:
+    """From the newest checkpoint of a run's folder: ten steps whose rate falls to a tenth of the peak; stopped on the
+    way, without the other run's folder, the same command ends as the undisturbed branch."""
+    ours = trunk.output / "trunk"
+    moved = tmp_path / "moved"
+    shutil.copytree(ours, moved)
+    changes = {"total_steps": 30, "optim__cooldown_steps": 10, "checkpoint__every_steps": 4}
+    whole = changed(trunk, name="cooled", output=str(tmp_path / "whole"), branch_from=str(ours), **changes)
+    run_ranks(finish, 2, whole)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "cooled" / "metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["train/lr"] for row in rows if "train/lr" in row}
+    assert rates == pytest.approx({21 + i: 2e-3 * (10 - i) / 10 for i in range(10)})
+    stopped = changed(whole, output=str(tmp_path / "stopped"), branch_from=str(moved))
+    assert _stop_after(stopped, 2, step=3) < 10
+    shutil.rmtree(moved)
+    run_ranks(finish, 2, stopped)
+    first, second = (newest_valid(config.output / "cooled" / "checkpoints") for config in (whole, stopped))
+    assert first and second and first.name == second.name == "step-0000000030"
+    for path in first.glob("*.safetensors"):
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"optim__lr": 1.0, "seed": 5}, "(optim.lr: was 0.002, is 1.0; seed: was 0, is 5)"),
+        ({"optim__average_decay": 0.0}, "optim.average_decay: was 0.9, is 0.0"),
+        ({"total_steps": 20}, "is at step 20, but total_steps is 20"),
+        ({"branch_from": "nowhere"}, "nowhere: has no checkpoint; expected a run's folder"),
+    ],
+)
+def test_a_branch_with_another_recipe_is_refused(change: dict, told: str, trunk: Config, tmp_path: Path) -> None:
+    """One line names what differs, or what is missing, before anything is built."""
+    branch = changed(trunk, name="twig", output=str(tmp_path), branch_from=str(trunk.output / "trunk"), total_steps=40)
+    message = run_ranks(refusal, 1, changed(branch, **change))[0]
+    assert told in message and "\n" not in message
 
 
 def same_logits(run: Path, name: str) -> float:

@@ -1,116 +1,199 @@
-"""Converts a run or a checkpoint into a folder that timm loads, and proves it: same images, same logits.
+"""Converts weights to the format of another library, and proves it: same images, same logits, in fresh processes.
 
-python tools/convert.py CHECKPOINT OUT --to timm
+python tools/convert.py WEIGHTS OUT --to pretrain|timm|transformers|npz|onnx
 """
 
-import os
-import shutil
-import subprocess
+import argparse
+import shlex
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.errors import UserError
-from pretrain.models.build import build_model
-from pretrain.models.weights import Weights, load_tensors, read_weights, write_timm_folder
+from pretrain.errors import StorageError, UserError
+from pretrain.models.card import model_card
+from pretrain.models.google import NAMINGS, class_names_file, for_google, read_google, write_google
+from pretrain.models.onnx_file import write_onnx
+from pretrain.models.publish import check_free, publish_files, publish_folder, staging
+from pretrain.models.tensors import Weights
+from pretrain.models.timm_folder import read_timm_folder, write_own_folder, write_timm_folder
+from pretrain.models.transformers_folder import for_transformers, read_transformers_folder, write_transformers_folder
+from pretrain.models.verify import Comparison, Source, check_installed, compare, same_tensors
+from pretrain.run import versions
 
-FILES = ("config.json", "model.safetensors")
-MAX_RATIO = 1e-5  # of the largest logit: float32 rounding is 1e-7 to 3e-6
 
-# What a user of timm runs: nothing of this package. Argument: the folder.
-_TIMM_PROGRAM = """
-import sys, timm, torch
-from safetensors.torch import load_file, save_file
-model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-with torch.no_grad():
-    tokens = model.forward_features(load_file("images.safetensors")["images"])
-    outputs = {"pre_logits": model.forward_head(tokens, pre_logits=True), "logits": model.forward_head(tokens)}
-save_file({name: output.contiguous() for name, output in outputs.items()}, "outputs.safetensors")
-"""
+class Target(NamedTuple):
+    """A format: how it is written and loaded, and, where it is read without loss, how it is compared bit for bit."""
+
+    write: Callable[[Weights, Path, str], None]  # weights, folder or file, naming
+    loading: str  # Python, with OUT and KIND to be replaced
+    expected: Callable[[Weights, str], Weights] | None = None  # weights and naming -> what reading must give
+    read: Callable[[Path, int], Weights] | None = None  # path and image size
+
+
+TARGETS = {
+    "pretrain": Target(
+        lambda weights, out, naming: write_own_folder(weights, out),
+        'from pretrain.models import load_model\nmodel = load_model("OUT")',
+        lambda weights, naming: weights,
+        lambda path, image_size: read_timm_folder(path),
+    ),
+    "timm": Target(
+        lambda weights, out, naming: write_timm_folder(weights, out),
+        'import timm\nmodel = timm.create_model("local-dir:OUT", pretrained=True)',
+    ),
+    "transformers": Target(
+        lambda weights, out, naming: write_transformers_folder(weights, out),
+        'from transformers import KIND\nmodel = KIND.from_pretrained("OUT")',
+        lambda weights, naming: for_transformers(weights),
+        lambda path, image_size: read_transformers_folder(path),
+    ),
+    "npz": Target(
+        write_google,
+        "import numpy\narrays = numpy.load(\"OUT\")  # or vision_transformer's and big_vision's own loaders",
+        for_google,
+        read_google,
+    ),
+    "onnx": Target(
+        lambda weights, out, naming: write_onnx(weights, out),
+        'import onnxruntime\nsession = onnxruntime.InferenceSession("OUT/model.onnx")',
+    ),
+}
 
 
 def main() -> int:
-    parser = cli.parser(
-        "Converts a run (its newest valid checkpoint), a checkpoint step-N, or a converted folder, and checks in\n"
-        "another process that the result gives the trained model's logits. Class names travel along.",
-        "python tools/convert.py runs/NAME converted/NAME --to timm",
-    )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint or converted folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write: config.json and model.safetensors")
-    parser.add_argument("--to", choices=["timm"], default="timm", help="format (default timm)")
-    parser.add_argument("--force", action="store_true", help=f"overwrite {' and '.join(FILES)} of an existing OUT")
-    arguments = parser.parse_args()
+    arguments = _parse()
     out = arguments.out.resolve()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{arguments.out}: is a file; give a folder that is new or empty")
-    if out.is_dir() and any(out.iterdir()) and not arguments.force:
-        raise UserError(f"{arguments.out}: is not empty; give another folder, or --force to overwrite its weights")
+    beside = [class_names_file(out), out.with_suffix(".md")] if arguments.to == "npz" else []
+    check_free(out, beside, overwrite=arguments.overwrite)
+    if not arguments.no_verify:
+        check_installed(arguments.to)
+    if arguments.push:
+        from pretrain.models.hub import check_login
 
-    weights = read_weights(arguments.checkpoint)
+        check_login(arguments.push)
+    config = str(arguments.config.resolve()) if arguments.trust_pickle else None
+    source = Source(str(arguments.weights.resolve()), arguments.image_size, tuple(arguments.without), config)
+    weights = source.read()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".tmp-{out.name}-") as staging:
-            folder = Path(staging) / "folder"
-            write_timm_folder(weights, folder)
-            if not _verify(weights, folder):
-                print(
-                    f"error: more than {MAX_RATIO:g} of the largest; {arguments.out} was not written", file=sys.stderr
-                )
+        with staging(out) as folder:
+            written = folder if beside else folder / "written"
+            if not _write(arguments, source, weights, written / out.name if beside else written, folder):
                 return 1
-            _move(folder, out)
+            if beside:
+                publish_files(written, out, beside)
+            else:
+                publish_folder(written, out)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise UserError(f"{arguments.out}: cannot be written ({error})") from None
+        raise StorageError(f"{arguments.out}: cannot be written ({error}); what was there is unchanged") from None
     names = f", {len(weights.class_names)} class names" if weights.class_names else ""
     print(f"{arguments.out}: {len(weights.tensors)} tensors, {weights.num_classes} classes{names}. To load it:")
-    print(f'timm.create_model("local-dir:{arguments.out}", pretrained=True)')
+    print(_loading(arguments.to, weights, str(arguments.out)))
+    if arguments.push:
+        from pretrain.models.hub import push
+
+        print(
+            push(out.parent if beside else out, arguments.push, [path.name for path in (out, *beside)] * bool(beside))
+        )
     return 0
 
 
-def _verify(weights: Weights, folder: Path) -> bool:
-    """Prints how far timm's logits, in another process, are from the trained model's; returns whether that is rounding.
+def _parse() -> argparse.Namespace:
+    parser = cli.parser(
+        "Converts a run (its newest valid checkpoint), a checkpoint step-N, a folder of ours, timm or transformers,\n"
+        "a Google .npz, or, with --trust-pickle, a checkpoint that DeepSpeed wrote. Two further processes check that\n"
+        "the result gives the source's logits; else nothing is written. docs/conversion.md says what goes where.",
+        "python tools/convert.py runs/NAME converted/NAME --to timm",
+    )
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="what to convert")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; with --to npz a file NAME.npz")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="format")
+    parser.add_argument("--naming", choices=NAMINGS, help="of npz: as published (default), or of the code of today")
+    parser.add_argument(
+        "--without", choices=["head", "pre_logits"], nargs="+", default=[], help="parts to leave out of the result"
+    )
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels: learned positions are resized for it")
+    parser.add_argument("--no-verify", action="store_true", help="write without the proof, in a tenth of the time")
+    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds, once the result is complete")
+    parser.add_argument(
+        "--trust-pickle", action="store_true", help="execute the pickles of DeepSpeed's checkpoint; needs --config"
+    )
+    parser.add_argument("--config", type=Path, metavar="RECIPE.yaml", help="names the architecture for --trust-pickle")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="then upload to this repository of the Hugging Face hub")
+    arguments = parser.parse_args()
+    if arguments.trust_pickle != (arguments.config is not None):
+        raise UserError("--trust-pickle and --config RECIPE.yaml go together: pickles do not tell their architecture")
+    if arguments.naming and arguments.to != "npz":
+        raise UserError(f"--naming {arguments.naming} is of --to npz, not of --to {arguments.to}")
+    if arguments.to == "npz" and arguments.out.suffix != ".npz":
+        raise UserError(f"{arguments.out}: --to npz writes a file; give a name that ends in .npz")
+    if arguments.image_size is not None and arguments.image_size < 1:
+        raise UserError(f"--image-size is {arguments.image_size}, expected pixels")
+    return arguments
 
-    The head's input is compared too: a head that is still zero would hide a wrong body.
-    """
-    model = build_model(weights.model, weights.num_classes)
-    load_tensors(model, weights)
-    size = weights.model.image_size
-    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    parts: Any = model.eval()  # forward_features and forward_head, as every model of timm has them
-    with torch.no_grad():
-        tokens = parts.forward_features(images)
-        ours = {"pre_logits": parts.forward_head(tokens, pre_logits=True), "logits": parts.forward_head(tokens)}
-    with tempfile.TemporaryDirectory() as work:
-        save_file({"images": images}, Path(work) / "images.safetensors")
-        command = [sys.executable, "-c", _TIMM_PROGRAM, str(folder)]
-        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=work, env=offline, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"timm cannot load what was written: {done.stderr.strip()[-1000:]}")
-        theirs = load_file(Path(work) / "outputs.safetensors")
-    ratios = []
-    for name, title in (("logits", "largest logit difference"), ("pre_logits", "of the head's input")):
-        difference, largest = (theirs[name] - ours[name]).abs().max().item(), ours[name].abs().max().item()
-        ratios.append(difference / max(largest, 1e-30))
-        print(f"{title}: {difference:.2e}, {ratios[-1]:.2e} of the largest")
-    return all(ratio <= MAX_RATIO for ratio in ratios)  # False also for NaN
+
+def _write(arguments: argparse.Namespace, source: Source, weights: Weights, out: Path, work: Path) -> bool:
+    """Writes and verifies the files at `out`, in the staging folder, and their card; returns whether they are right."""
+    target, naming = TARGETS[arguments.to], arguments.naming or "released"
+    target.write(weights, out, naming)
+    proof = "Not verified: --no-verify was given."
+    if not arguments.no_verify:
+        comparison = _verify(arguments, source, weights, out, work)
+        if comparison is None:
+            return False
+        proof = f"Verified in fresh processes, largest value 1: {_told(comparison)}."
+    card = out.with_suffix(".md") if arguments.to == "npz" else out / "README.md"
+    loading = _loading(arguments.to, weights, arguments.push if arguments.push else arguments.out.name)
+    if arguments.push:
+        loading = loading.replace("local-dir:", "hf-hub:")
+    text = model_card(
+        weights,
+        arguments.to,
+        title=arguments.out.resolve().name,
+        command=shlex.join(["python", "tools/convert.py", *sys.argv[1:]]),
+        versions=versions(),
+        loading=loading,
+        proof=proof,
+    )
+    card.write_text(text, encoding="utf-8")
+    return True
 
 
-def _move(folder: Path, out: Path) -> None:
-    """Publishes the files; an OUT being overwritten has no config.json meanwhile, so that it never looks complete."""
-    if not out.exists():
-        os.replace(folder, out)
-        return
-    (out / "config.json").unlink(missing_ok=True)
-    for name in reversed(FILES):
-        shutil.move(folder / name, out / name)
+def _verify(
+    arguments: argparse.Namespace, source: Source, weights: Weights, out: Path, work: Path
+) -> Comparison | None:
+    """Prints what the verification found; returns it when it is rounding, None when it is more."""
+    target, naming, problem = TARGETS[arguments.to], arguments.naming or "released", None
+    if target.read and target.expected:
+        problem = same_tensors(target.expected(weights, naming), target.read(out, weights.model.image_size))
+        print("tensors read back: " + (problem or "all equal, bit for bit"))
+    with staging(work / "verification") as folder:
+        comparison = compare(source, weights, arguments.to, out, folder)
+    for name, title in (("logits", "largest logit difference"), ("features", "of the head's input")):
+        for found in comparison.differences:
+            if found.output == name:
+                print(f"{title}: {found.largest_difference:.2e}, {found.ratio:.2e} of the largest")
+    taken = ", ".join(f"{side} {num_bytes / 1e9:.2f} GB" for side, num_bytes in comparison.memory_bytes.items())
+    print(f"memory of the verifying processes beyond their imports: {taken}")
+    if comparison.passed and not problem:
+        return comparison
+    reason = problem or f"more than {comparison.max_ratio:g} of the largest"
+    print(f"error: {arguments.out}: not written: {reason}", file=sys.stderr)
+    return None
+
+
+def _told(comparison: Comparison) -> str:
+    return ", ".join(f"{found.output} differ by {found.ratio:.1e}" for found in comparison.differences)
+
+
+def _loading(target: str, weights: Weights, place: str) -> str:
+    kind = "ViTForImageClassification" if weights.num_classes else "ViTModel"
+    return TARGETS[target].loading.replace("OUT", place).replace("KIND", kind)
 
 
 if __name__ == "__main__":

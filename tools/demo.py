@@ -54,7 +54,7 @@ def main() -> None:
     if not (run / "DONE").exists():
         raise UserError(f"{run}: the training stopped before its end; the same command goes on from there")
     _step(3, "conversion for timm")
-    _run(sys.executable, "tools/convert.py", run, out / "weights", "--to", "timm", "--force")
+    _run(sys.executable, "tools/convert.py", run, out / "weights", "--to", "timm", "--overwrite")
     _step(4, "few-shot accuracy on real handwriting: random weights, pretrained weights, raw pixels")
     few_shot = ["--fewshot", out / "digits-train", out / "digits-test", "--baselines", "--out", run / "evaluation"]
     _run(sys.executable, "tools/evaluate.py", out / "weights", *few_shot)

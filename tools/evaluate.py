@@ -109,8 +109,9 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device) -> tuple[list
     load_tensors(model, weights)
     model.to(device).eval()
     config = DataConfig(
+        eval_transform=cast(Any, weights.eval_transform),  # one of its literals, as the config wrote it
         eval_crop=weights.eval_crop,
-        interpolation=cast(Any, weights.interpolation),  # one of its literals, as the config wrote it
+        interpolation=cast(Any, weights.interpolation),
         workers=arguments.workers,
     )
     options = {"batch_size": arguments.batch_size, "image_size": weights.model.image_size, "config": config}

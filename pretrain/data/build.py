@@ -32,7 +32,7 @@ from pretrain.data.manifest import (
     write_manifest,
 )
 from pretrain.data.order import words
-from pretrain.data.reader import BadSample, parse_label, read_sample
+from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
 
 Progress = Callable[[int], None]  # told the number of samples just done
@@ -43,7 +43,7 @@ class Item(NamedTuple):
 
     read: Callable[[], bytes]  # the encoded image
     ending: str  # jpg, png, webp
-    label: int
+    label: int | list[int]  # a class, or all classes of the image; one kind for a whole data set
     source: str  # where it came from, for error messages
 
 
@@ -115,9 +115,11 @@ def build(
     another data set.
     """
     _start_folder(out)
+    multi_label = _has_lists(items)
     for item in items:
-        if not 0 <= item.label < (len(classes) or item.label + 1):
-            raise UserError(f"{item.source}: label {item.label} is not one of the {len(classes)} classes")
+        for label in _labels(item):
+            if not 0 <= label < (len(classes) or label + 1):
+                raise UserError(f"{item.source}: label {label} is not one of the {len(classes)} classes")
     plan = np.arange(len(items)) if seed is None else np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
     shards, dropped = [], []
     for number in range(-(-len(items) // samples_per_shard)):
@@ -129,8 +131,24 @@ def build(
             shards.append(shard)
     if not shards:
         raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
-    num_classes = len(classes) or 1 + max(item.label for item in items)
-    return _finish(out, shards, num_classes, classes, dropped, _shuffled(seed))
+    num_classes = len(classes) or 1 + max(label for item in items for label in _labels(item))
+    return _finish(out, shards, num_classes, classes, dropped, _shuffled(seed), multi_label)
+
+
+def _labels(item: Item) -> list[int]:
+    return item.label if isinstance(item.label, list) else [item.label]
+
+
+def _has_lists(items: Sequence[Item]) -> bool:
+    """Returns whether labels are lists. Raises UserError when only some are, or when one is empty or repeats itself."""
+    kinds = {isinstance(item.label, list) for item in items}
+    for item in items:
+        labels = _labels(item)
+        if len(kinds) > 1:
+            raise UserError(f"{item.source}: label {item.label}: single classes and lists are mixed in this data set")
+        if not labels or len(set(labels)) < len(labels):
+            raise UserError(f"{item.source}: label {item.label} is empty or names a class twice")
+    return kinds == {True}
 
 
 def write_samples(samples: Iterable[tuple[bytes, int]], ending: str, path: Path, number: int) -> Shard:
@@ -176,9 +194,8 @@ def _write_tar(path: Path, number: int, items: Iterable[Item], progress: Progres
                 continue
             finally:
                 progress(1)
-            writer.write(
-                {"__key__": f"{number:06d}{written:06d}", item.ending: data, LABEL_ENDING: str(item.label).encode()}
-            )
+            label = json.dumps([int(k) for k in item.label]) if isinstance(item.label, list) else str(item.label)
+            writer.write({"__key__": f"{number:06d}{written:06d}", item.ending: data, LABEL_ENDING: label.encode()})
             written += 1
         writer.close()
         stream.flush()
@@ -198,16 +215,17 @@ def index_existing(
     names = [path.name.removesuffix(".gz") for path in tars]
     if len(set(names)) < len(names):
         raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
-    shards, largest_label = [], -1
+    shards, largest_label, multi_label = [], -1, False
     for path, name in zip(tars, names):
         shard = index_tar(_brought(path, out / name))
         if not shard.num_samples:
             raise UserError(f"{path}: has no samples")
-        largest_label = max(largest_label, _largest_label(shard, len(classes)))
+        multi_label = multi_label if shards else _starts_with_list(shard)
+        largest_label = max(largest_label, _largest_label(shard, len(classes), multi_label))
         shards.append(shard)
         progress(1)
     num_classes = len(classes) or largest_label + 1
-    return _finish(out, shards, num_classes, classes, [], {"scope": "none"})
+    return _finish(out, shards, num_classes, classes, [], {"scope": "none"}, multi_label)
 
 
 def _brought(source: Path, target: Path) -> Path:
@@ -234,7 +252,13 @@ def _start_folder(out: Path) -> None:
 
 
 def _finish(
-    out: Path, shards: list[Shard], num_classes: int, classes: Sequence[str], dropped: list[str], shuffle: dict
+    out: Path,
+    shards: list[Shard],
+    num_classes: int,
+    classes: Sequence[str],
+    dropped: list[str],
+    shuffle: dict,
+    multi_label: bool = False,
 ) -> Path:
     if classes:
         (out / "classes.json").write_text(
@@ -242,7 +266,8 @@ def _finish(
         )
     if dropped:
         (out / "provenance.json").write_text(json.dumps({"dropped": dropped}, indent=1) + "\n", encoding="utf-8")
-    return write_manifest(out, out.name, shards, num_classes, has_names=bool(classes), shuffle=shuffle)
+    options = {"has_names": bool(classes), "shuffle": shuffle, "multi_label": multi_label}
+    return write_manifest(out, out.name, shards, num_classes, **options)
 
 
 # --- indexing and checking -------------------------------------------------------------------------------------------
@@ -317,13 +342,21 @@ def _first_repeated(keys: list[str]) -> str:
     return next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
 
 
-def _largest_label(shard: Shard, num_classes: int) -> int:
+def _starts_with_list(shard: Shard) -> bool:
+    """Whether the first label of existing tars is a list: then all have to be."""
+    try:
+        return read_sample(_alone(shard, 1), 0).label.lstrip().startswith(b"[")
+    except BadSample:
+        return False  # told with its number by `_largest_label`
+
+
+def _largest_label(shard: Shard, num_classes: int, multi_label: bool) -> int:
     manifest = _alone(shard, num_classes or 10**9)
     labels = []
     for number in range(shard.num_samples):
         try:
             raw = read_sample(manifest, number)
-            labels.append(parse_label(raw.label, manifest.num_classes))
+            labels += parse_labels(raw.label, manifest.num_classes, multi_label)
         except BadSample as bad:
             raise UserError(f"{shard.path}: sample {number}: {bad}") from None
     return max(labels)
@@ -356,7 +389,7 @@ def verify(manifest: Manifest, progress: Progress = lambda _: None) -> Iterator[
         for number in range(shard.num_samples):
             try:
                 raw = read_sample(alone, number)
-                parse_label(raw.label, manifest.num_classes)
+                parse_labels(raw.label, manifest.num_classes, manifest.multi_label)
                 decode(raw.image)
             except BadSample as bad:
                 yield f"{shard.path}: sample {number}: {bad}"

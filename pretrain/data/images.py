@@ -1,11 +1,12 @@
-"""From encoded bytes to one uint8 image: decoding, and the crops of training and of evaluation.
+"""From encoded bytes to one uint8 image: decoding, the crops of training, and the transforms of evaluation.
 
-The randomness of a training crop is keyed by (seed, source, epoch, index) alone: never by rank, worker or restart.
+The randomness of a training image is keyed by (seed, source, epoch, index) alone: never by rank, worker or restart.
 """
 
 import io
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,16 @@ from torchvision.transforms.v2 import functional as F
 
 from pretrain.config import DataConfig
 from pretrain.data.order import uniform, words
+from pretrain.data.randaugment import rand_augment
 from pretrain.data.reader import BadSample
 
 MAX_PIXELS = 50_000_000  # a larger image is refused by its header: 172 kB of PNG can decode to gigabytes
 _FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow knows 40 more, and runs Ghostscript for one
 MAX_ASPECT = 100  # longer / shorter side
 _TRIES = 10  # of RandomResizedCrop, as in torchvision
+_INCEPTION_TRIES = 100  # of sample_distorted_bounding_box, TensorFlow's default
+
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def decode(data: bytes) -> torch.Tensor:
@@ -68,23 +73,64 @@ def _reason(error: Exception) -> str:
 
 
 def train_image(image: torch.Tensor, size: int, config: DataConfig, *key: object) -> torch.Tensor:
-    """Returns a random crop of an image, resized and perhaps flipped, uint8 [3, size, size].
+    """Returns a random crop of an image, resized, perhaps flipped and augmented, uint8 [3, size, size].
 
     key: (seed, source, epoch, index) of the sample; the same key gives the same pixels.
     """
     # A fixed number of draws in a fixed order, so that a change of one setting leaves the other draws as they were.
     draws = uniform(words(2 * _TRIES + 3, "v1", "aug", *key))
-    top, left, height, width = random_resized_crop(
-        image.shape[1], image.shape[2], config.crop_area, config.crop_ratio, draws
-    )
-    result = F.resized_crop(image, top, left, height, width, [size, size], _mode(config), antialias=True)
-    return F.horizontal_flip(result) if draws[-1] < config.flip else result
+    height, width = image.shape[1:]
+    if config.crop == "inception":
+        tries = uniform(words(2 * _INCEPTION_TRIES + 2, "v1", "inception", *key))
+        box = inception_crop(height, width, config.crop_area, config.crop_ratio, tries)
+    else:
+        box = random_resized_crop(height, width, config.crop_area, config.crop_ratio, draws)
+    result = _crop_and_resize(image, box, size, config)
+    if draws[-1] < config.flip:
+        result = F.horizontal_flip(result)
+    return rand_augment(result, config.randaugment_layers, config.randaugment_magnitude, *key)
+
+
+def _crop_and_resize(image: torch.Tensor, box: Box, size: int, config: DataConfig) -> torch.Tensor:
+    top, left, height, width = box
+    if config.antialias:
+        return F.resized_crop(image, top, left, height, width, [size, size], _mode(config), antialias=True)
+    return _resize_truncated(image[:, top : top + height, left : left + width], size, config.interpolation)
+
+
+def inception_crop(
+    height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], draws: np.ndarray
+) -> Box:
+    """Returns the box of TensorFlow's sample_distorted_bounding_box from uniform draws in [0, 1).
+
+    draws: [2 * 100 + 2 or more]: ratio and height of each try, then top and left. Not RandomResizedCrop: the ratio and
+    the height are uniform, so areas are smaller, and the last offset is never drawn. No fit in 100 tries: the whole
+    image. float64 where TensorFlow has float32.
+    """
+    smallest, largest = (share * height * width for share in area)
+    for attempt in range(_INCEPTION_TRIES):
+        aspect = ratio[0] + (ratio[1] - ratio[0]) * draws[2 * attempt]
+        low, high = round(math.sqrt(smallest / aspect)), round(math.sqrt(largest / aspect))
+        if round(high * aspect) > width:
+            high = int((width + 0.5 - 1e-7) / aspect)
+            high -= round(high * aspect) > width
+        high = min(high, height)
+        low = min(low, high)
+        crop_height = low + int(draws[2 * attempt + 1] * (high - low + 1))
+        crop_height += round(crop_height * aspect) * crop_height < smallest
+        crop_height -= round(crop_height * aspect) * crop_height > largest
+        crop_width = round(crop_height * aspect)
+        if smallest <= crop_width * crop_height <= largest and 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(draws[2 * _INCEPTION_TRIES] * (height - crop_height))
+            left = int(draws[2 * _INCEPTION_TRIES + 1] * (width - crop_width))
+            return top, left, crop_height, crop_width
+    return 0, 0, height, width
 
 
 def random_resized_crop(
     height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], draws: np.ndarray
-) -> tuple[int, int, int, int]:
-    """Returns (top, left, height, width) of torchvision's RandomResizedCrop from uniform draws in [0, 1).
+) -> Box:
+    """Returns the box of torchvision's RandomResizedCrop from uniform draws in [0, 1).
 
     draws: [2 * tries + 2 or more]: area and log-ratio of each try, then top and left. Without a fit after all
     tries: the central crop nearest to the allowed ratios.
@@ -104,12 +150,52 @@ def random_resized_crop(
 
 
 def eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tensor:
-    """Returns the central crop of the image resized to size / eval_crop (its shorter side), uint8 [3, size, size]."""
-    shorter = round(size / config.eval_crop)
-    height, width = image.shape[1:]
-    scale = shorter / min(height, width)
-    resized = [max(shorter, round(height * scale)), max(shorter, round(width * scale))]
-    return F.center_crop(F.resize(image, resized, _mode(config), antialias=True), [size, size])
+    """Returns an image as evaluation sees it, uint8 [3, size, size], by data.eval_transform (docs/data.md)."""
+    if config.eval_transform == "vit":
+        return _resize_truncated(image, size, "bilinear")
+    if config.eval_transform == "timm":
+        return _timm_eval_image(image, size, config)
+    resized = round(size / config.eval_crop)  # 256 for 224 and 0.875
+    if config.eval_transform == "fewshot":
+        return _central_crop(_resize_truncated(image, resized, "bilinear"), size)
+    return _resize_small_and_crop(image, resized, size)
+
+
+def _timm_eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tensor:
+    """The central crop of the image resized so that its shorter side is size / eval_crop, rounded down."""
+    # Pillow as in timm: torchvision's own resize is faster, but up to 2 levels off in 0.5 % of the values (bicubic).
+    picture: Any = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture = F.resize(picture, [math.floor(size / config.eval_crop)], _mode(config), antialias=True)
+    return torch.from_numpy(np.array(F.center_crop(picture, [size, size]))).permute(2, 0, 1)
+
+
+def _resize_small_and_crop(image: torch.Tensor, shorter: int, size: int) -> torch.Tensor:
+    """big_vision's resize_small to `shorter`, which averages areas, then the central crop."""
+    factor = shorter / min(image.shape[1:])
+    # Only the rows and columns that the crop keeps. float64 and a hair up: an average that is a whole number must not
+    # be truncated to the one below.
+    rows, columns = (_area_weights(side, round(side * factor), size) for side in image.shape[1:])
+    return (rows @ image.double() @ columns.T + 1e-6).to(torch.uint8)
+
+
+def _area_weights(side: int, resized: int, kept: int) -> torch.Tensor:
+    """Returns what share of each old pixel is in each new one, float64 [kept, side], for the central `kept` pixels."""
+    scale = side / resized
+    start = (torch.arange(kept, dtype=torch.float64) + (resized - kept) // 2)[:, None] * scale  # [kept, 1]
+    old = torch.arange(side, dtype=torch.float64)  # [side]
+    overlap = torch.minimum(start + scale, old + 1) - torch.maximum(start, old)
+    return overlap.clamp(min=0) / scale
+
+
+def _resize_truncated(image: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+    """TensorFlow's resize to a square: half-pixel centres, no antialias, back to uint8 by truncation."""
+    resized = torch.nn.functional.interpolate(image[None].float(), (size, size), mode=interpolation, antialias=False)
+    return resized[0].clamp(0, 255).to(torch.uint8)  # bicubic goes beyond
+
+
+def _central_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    top, left = ((side - size) // 2 for side in image.shape[1:])  # torchvision's rounds the half pixel
+    return image[:, top : top + size, left : left + size]
 
 
 def to_float(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

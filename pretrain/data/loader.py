@@ -16,8 +16,9 @@ from pretrain import distributed
 from pretrain.config import Config, DataConfig
 from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.manifest import Manifest
+from pretrain.data.mix import Mix, draw_mix, mixed, partner
 from pretrain.data.order import BatchPlan, Order, share
-from pretrain.data.reader import BadSample, parse_label, read_sample
+from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import BadSamplesError, StorageError, UserError
 
 
@@ -32,10 +33,14 @@ class BadRecord(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A rank's share of a step, or a micro-batch of it. Masked slots (valid is False) hold zeros."""
+    """A rank's share of a step, or a micro-batch of it. Masked slots (valid is False) hold zeros and no label.
+
+    L is 1; twice that with mixup or CutMix; as many as the image with the most has where images have several labels.
+    """
 
     images: torch.Tensor  # uint8 [slots, 3, height, width]
-    labels: torch.Tensor  # int64 [slots]
+    labels: torch.Tensor  # int64 [slots, L], filled up with -1
+    label_weights: torch.Tensor  # float32 [slots, L]: 1, or the shares of mixed images; 0 where there is no label
     valid: torch.Tensor  # bool [slots]
     epoch: torch.Tensor  # int64 [slots]
     index: torch.Tensor  # int64 [slots]; -1 where a slot only fills up the micro-batch
@@ -44,13 +49,18 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch with images, labels and mask on the device; epochs and indices stay on the host."""
-        images, labels, valid = (t.to(device, non_blocking=True) for t in self[:3])
-        return self._replace(images=images, labels=labels, valid=valid)
+        images, labels, weights, valid = (t.to(device, non_blocking=True) for t in self[:4])
+        return self._replace(images=images, labels=labels, label_weights=weights, valid=valid)
 
     def split(self, micro_batch: int) -> Iterator["Batch"]:
         """Yields its micro-batches, each of exactly `micro_batch` slots."""
-        for parts in zip(*(tensor.split(micro_batch) for tensor in self[:5])):
+        for parts in zip(*(tensor.split(micro_batch) for tensor in self[:6])):
             yield Batch(*parts, bad=[])
+
+
+def single_labels(classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a batch's labels and label_weights, both [slots, 1], for one class per slot, int64 [slots]."""
+    return classes[:, None], torch.ones(len(classes), 1)
 
 
 class _TrainSteps(Dataset):
@@ -66,12 +76,22 @@ class _TrainSteps(Dataset):
         batch = _empty_batch(self._plan.micro_batch * self._plan.accumulation, self._config.model.image_size)
         batch.epoch[: len(mine)] = torch.from_numpy(epochs[mine])
         batch.index[: len(mine)] = torch.from_numpy(indices[mine])
+        batch = _filled(batch, self._manifest, self._crop)
+        mix = draw_mix(self._config.data, self._config.model.image_size, self._config.seed, step)
+        if mix is None or batch.error is not None:
+            return batch
+        # At most two partners lie on other ranks: of the first slot and of the last. Their losses are told there.
+        slots = [slot for slot in {partner(mine[0]), partner(mine[-1])} if slot not in mine and slot < len(indices)]
+        others = _empty_batch(len(slots), self._config.model.image_size)
+        others.epoch[:], others.index[:] = torch.from_numpy(epochs[slots]), torch.from_numpy(indices[slots])
+        others = _filled(others, self._manifest, self._crop)
+        if others.error is not None:
+            return batch._replace(error=others.error)
+        return _mixed(batch, mine, others, slots, mix)
 
-        def crop(image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
-            key = (self._config.seed, self._manifest.name, epoch, index)
-            return train_image(image, self._config.model.image_size, self._config.data, *key)
-
-        return _filled(batch, self._manifest, crop)
+    def _crop(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+        key = (self._config.seed, self._manifest.name, epoch, index)
+        return train_image(image, self._config.model.image_size, self._config.data, *key)
 
 
 class _EvalBatches(Dataset):
@@ -100,12 +120,13 @@ def _filled(batch: Batch, manifest: Manifest, crop: Callable[[torch.Tensor, int,
 
     A bad sample leaves its slot masked, and a record. An error that ends the run is handed on in the batch.
     """
+    labels: list[list[int]] = [[] for _ in batch.index]
     for slot, (epoch, index) in enumerate(zip(batch.epoch.tolist(), batch.index.tolist())):
         if index < 0:
             continue
         try:
             raw = read_sample(manifest, index)
-            image, label = decode(raw.image), parse_label(raw.label, manifest.num_classes)
+            image, classes = decode(raw.image), parse_labels(raw.label, manifest.num_classes, manifest.multi_label)
         except BadSample as bad:
             shard, _ = manifest.locate(index)
             batch.bad.append(BadRecord(epoch, index, shard.path.name, bad.reason, str(bad)))
@@ -113,14 +134,44 @@ def _filled(batch: Batch, manifest: Manifest, crop: Callable[[torch.Tensor, int,
             return batch._replace(error=error)
         else:
             batch.images[slot] = crop(image, epoch, index)
-            batch.labels[slot], batch.valid[slot] = label, True
-    return batch
+            labels[slot], batch.valid[slot] = classes, True
+    most = max(map(len, labels), default=0)
+    padded = torch.tensor([row + [-1] * (max(1, most) - len(row)) for row in labels], dtype=torch.int64)
+    padded = padded.reshape(len(labels), max(1, most))  # [slots, L], also without slots
+    return batch._replace(labels=padded, label_weights=(padded >= 0).float())
+
+
+def _mixed(batch: Batch, mine: range, others: Batch, other_slots: list[int], mix: Mix) -> Batch:
+    """Mixes each slot with its partner, which lies in the batch, or on another rank and so in `others`.
+
+    mine: the global batch's slots that the batch begins with. A slot whose partner is bad or absent stays as it is.
+    """
+    width, slots = max(batch.labels.shape[1], others.labels.shape[1]), len(batch.valid)
+    labels, weights = torch.full((slots, 2 * width), -1), torch.zeros(slots, 2 * width)
+    labels[:, : batch.labels.shape[1]], weights[:, : batch.labels.shape[1]] = batch.labels, batch.label_weights
+    images = batch.images.clone()
+    for place, slot in enumerate(mine):
+        wanted = partner(slot)
+        source, at = (batch, wanted - mine[0]) if wanted in mine else (others, _position(other_slots, wanted))
+        if at is None or not batch.valid[place] or not source.valid[at]:
+            continue
+        images[place] = mixed(batch.images[place], source.images[at], mix)
+        weights[place] *= mix.own_share
+        end = width + source.labels.shape[1]
+        labels[place, width:end] = source.labels[at]
+        weights[place, width:end] = source.label_weights[at] * (1 - mix.own_share)
+    return batch._replace(images=images, labels=labels, label_weights=weights)
+
+
+def _position(values: list[int], value: int) -> int | None:
+    return values.index(value) if value in values else None
 
 
 def _empty_batch(slots: int, image_size: int) -> Batch:
     images = torch.zeros(slots, 3, image_size, image_size, dtype=torch.uint8)
-    zeros, unused = torch.zeros(slots, dtype=torch.int64), torch.full((slots,), -1)
-    return Batch(images, zeros, torch.zeros(slots, dtype=torch.bool), zeros.clone(), unused, [])
+    zeros, none = torch.zeros(slots, dtype=torch.int64), torch.full((slots,), -1)
+    no_labels = torch.full((slots, 1), -1), torch.zeros(slots, 1)
+    return Batch(images, *no_labels, torch.zeros(slots, dtype=torch.bool), zeros, none, [])
 
 
 def train_batches(

@@ -21,6 +21,7 @@ INDEX_FORMAT = "pretrain-index"
 BLOCK = 512  # bytes; every tar member begins at a multiple of it
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_ENDING = "cls"
+LABEL_KINDS = ("class", "multi")  # a `.cls` member holds an integer, or a JSON list of integers
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Manifest:
     num_classes: int
     class_names: tuple[str, ...]  # empty when unknown
     shards: tuple[Shard, ...]
+    multi_label: bool = False  # labels are lists of classes, as [3, 17], instead of one class
 
     @cached_property
     def first_indices(self) -> np.ndarray:
@@ -70,7 +72,9 @@ def load_manifest(path: Path) -> Manifest:
             Shard(_inside(path, s["path"]), int(s["num_samples"]), int(s["num_bytes"]), s["sha256"])
             for s in values["shards"]
         )
-        names = values["label"]["names"]
+        kind, names = values["label"].get("kind", "class"), values["label"]["names"]
+        if kind not in LABEL_KINDS:
+            raise UserError(f"{path}: labels are of kind {kind!r}, expected one of {', '.join(LABEL_KINDS)}")
         manifest = Manifest(
             path=path,
             name=values["name"],
@@ -79,6 +83,7 @@ def load_manifest(path: Path) -> Manifest:
             num_classes=int(values["label"]["num_classes"]),
             class_names=tuple(json.loads(_inside(path, names).read_text(encoding="utf-8"))) if names else (),
             shards=shards,
+            multi_label=kind == "multi",
         )
         totals = (values["num_samples"], values["num_shards"], values["num_bytes"])
     except FileNotFoundError as error:
@@ -108,7 +113,14 @@ def check_shards(manifest: Manifest) -> None:
 
 
 def write_manifest(
-    folder: Path, name: str, shards: list[Shard], num_classes: int, *, has_names: bool, shuffle: Any
+    folder: Path,
+    name: str,
+    shards: list[Shard],
+    num_classes: int,
+    *,
+    has_names: bool,
+    shuffle: Any,
+    multi_label: bool = False,
 ) -> Path:
     """Writes manifest.json as canonical JSON (the same shards give the same bytes) and returns its path."""
     values = {
@@ -119,7 +131,11 @@ def write_manifest(
         "num_shards": len(shards),
         "num_bytes": sum(shard.num_bytes for shard in shards),
         "members": {"image": list(IMAGE_ENDINGS), "label": LABEL_ENDING},
-        "label": {"kind": "class", "num_classes": num_classes, "names": "classes.json" if has_names else None},
+        "label": {
+            "kind": "multi" if multi_label else "class",
+            "num_classes": num_classes,
+            "names": "classes.json" if has_names else None,
+        },
         "keys": {"kind": "foreign"},
         "shuffle": shuffle,
         "image": None,

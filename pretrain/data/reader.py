@@ -6,6 +6,7 @@ the rest of the shard (plain tar reading ends there without a word).
 
 import io
 import os
+import re
 import tarfile
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING, Manifest, Shard,
 from pretrain.errors import StorageError
 
 MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
+_LIST = re.compile(rb"\[\s*(\d{1,9}(?:\s*,\s*\d{1,9})*)\s*\]")
 
 
 class BadSample(Exception):
@@ -32,7 +34,7 @@ class RawSample(NamedTuple):
 
     key: str
     image: bytes  # an encoded image
-    label: bytes  # ASCII digits
+    label: bytes  # ASCII digits, or a JSON list of integers
 
 
 def read_sample(manifest: Manifest, index: int) -> RawSample:
@@ -77,6 +79,20 @@ def parse_label(raw: bytes, num_classes: int) -> int:
     if not text.isdigit() or len(text) > 9 or int(text) >= num_classes:
         raise BadSample("label", f"{raw[:20]!r} is not an integer in 0..{num_classes - 1}")
     return int(text)
+
+
+def parse_labels(raw: bytes, num_classes: int, multi_label: bool) -> list[int]:
+    """Returns the classes of a `.cls` member: one, or as many different ones as its JSON list names, at least one.
+
+    Raises BadSample when it is something else.
+    """
+    if not multi_label:
+        return [parse_label(raw, num_classes)]
+    match = _LIST.fullmatch(raw.strip())
+    labels = [int(text) for text in match[1].split(b",")] if match else []
+    if not labels or max(labels) >= num_classes or len(set(labels)) < len(labels):
+        raise BadSample("label", f"{raw[:20]!r} is not a list of different integers in 0..{num_classes - 1}")
+    return labels
 
 
 def _expands(data: bytes) -> bool:

@@ -53,8 +53,9 @@ def classification_scores(
         bad += count_reasons(batch.bad)
         batch = batch.to(device)
         logits = predict(batch.images)
-        losses = torch.where(batch.valid, per_image_loss(logits, batch.labels, loss), 0.0)
-        top = [num_correct(logits, batch.labels, batch.valid, top=k) for k in (1, 5)]
+        target = batch.labels, batch.label_weights
+        losses = torch.where(batch.valid, per_image_loss(logits, *target, loss), 0.0)
+        top = [num_correct(logits, *target, batch.valid, top=k) for k in (1, 5)]
         sums += torch.stack([losses.sum(), *top, batch.valid.sum()])
     _warn_of_bad(distributed.add_up(bad).tolist())
     total_loss, top1, top5, n = distributed.add_up(sums).tolist()

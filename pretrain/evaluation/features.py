@@ -56,15 +56,17 @@ def extract_features(
     """Returns `extract` of every image of a data set, in evaluation's transform. Called by all ranks.
 
     progress: told the images just done, over all ranks. Images that cannot be read are left out, and rank 0 says how
-    many. Raises UserError when none is left.
+    many. Raises UserError when none is left, or when the data set has several labels per image.
     """
+    if manifest.multi_label:
+        raise UserError(f"{manifest.path}: has several labels per image; probes of features need one")
     indices = np.arange(manifest.num_samples)
     options = {"batch_size": batch_size, "image_size": image_size, "config": config}
     parts: list[tuple[np.ndarray, ...]] = []
     for batch in eval_batches(manifest, indices, **options):
         distributed.raise_together(batch.error)
         values = extract(batch.images.to(device)).float().cpu()
-        parts.append(tuple(t[batch.valid].numpy() for t in (batch.index, values, batch.labels)))
+        parts.append(tuple(t[batch.valid].numpy() for t in (batch.index, values, batch.labels[:, 0])))
         progress(min(manifest.num_samples, batch_size * distributed.world_size()))
     mine = tuple(np.concatenate(column) for column in zip(*parts))
     index, values, labels = (np.concatenate(column) for column in zip(*distributed.gather(mine)))

@@ -105,12 +105,17 @@ def _write_split(
     ]
     assert len(kept) == load_manifest(path).num_samples
     examples = [
-        Example(index, original.id, original.item.label, digest) for index, (original, digest) in enumerate(kept)
+        Example(index, original.id, _one_class(original.item), digest) for index, (original, digest) in enumerate(kept)
     ]
     write_examples(out, examples)
     return Prepared(
         split, path, len(examples), task.num_samples[split], len(originals) - len(kept), examples_sha256(examples)
     )
+
+
+def _one_class(item: Item) -> int:
+    assert isinstance(item.label, int)  # no task has several labels to an image; ReaL's come from their own file
+    return item.label
 
 
 def _read_noting(original: Original, digests: list[str], number: int) -> bytes:

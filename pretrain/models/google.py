@@ -3,6 +3,7 @@
 Recognised by their keys, never by the file's name; the architecture is inferred from the shapes.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +14,17 @@ from pretrain.config import ModelConfig
 from pretrain.errors import UserError
 from pretrain.log import warn
 from pretrain.models.equivalent import named_architecture, tensor_shapes, with_learned_positions
-from pretrain.models.tensors import LazyTensor, Part, Weights, read_npz, rows_of, tensors_from, tensors_to, write_npz
+from pretrain.models.tensors import (
+    LazyTensor,
+    Part,
+    Weights,
+    read_npz,
+    readable,
+    rows_of,
+    tensors_from,
+    tensors_to,
+    write_npz,
+)
 
 
 class Naming(NamedTuple):
@@ -58,6 +69,7 @@ def read_google(path: Path, image_size: int | None = None) -> Weights:
         model=config,
         tensors=tensors,
         num_classes=num_classes,
+        class_names=_read_names(class_names_file(path), num_classes),
         eval_transform="vit" if naming.class_row else "big_vision",
         interpolation="bilinear",
     )
@@ -68,6 +80,23 @@ def write_google(weights: Weights, path: Path, naming: str) -> None:
     weights = for_google(weights, naming)
     keys = google_keys(weights.model, weights.num_classes, NAMINGS[naming])
     write_npz(path, tensors_to(weights.tensors, keys))
+    if weights.class_names:
+        class_names_file(path).write_text(json.dumps(list(weights.class_names), indent=1) + "\n", encoding="utf-8")
+
+
+def class_names_file(path: Path) -> Path:
+    """Returns where the class names of NAME.npz, which has no place for them, stand: NAME.classes.json."""
+    return path.with_name(f"{path.stem}.classes.json")
+
+
+def _read_names(path: Path, num_classes: int) -> tuple[str, ...]:
+    if not path.is_file():
+        return ()
+    with readable(path):
+        names = tuple(str(name) for name in json.loads(path.read_text(encoding="utf-8")))
+    if len(names) != num_classes:
+        raise UserError(f"{path}: has {len(names)} names, the weights have {num_classes} classes")
+    return names
 
 
 def for_google(weights: Weights, naming: str) -> Weights:

@@ -102,12 +102,13 @@ def _read_checkpoint(path: Path) -> Weights:
     config = checkpoint_config(path)
     with readable(path):
         state, reader = read_state(path), CheckpointReader(path)
+        kind = "average" if reader.shapes("average") else "weights"  # what a run with averages is meant to end with
         return Weights(
             source=path,
             model=config.model,
             tensors={
-                name: LazyTensor(tuple(shape), partial(_checkpoint_tensor, reader, name))
-                for name, shape in reader.shapes().items()
+                name: LazyTensor(tuple(shape), partial(_checkpoint_tensor, path, name, kind))
+                for name, shape in reader.shapes(kind).items()
             },
             num_classes=state["num_classes"],
             class_names=tuple(state["class_names"]),
@@ -118,9 +119,10 @@ def _read_checkpoint(path: Path) -> Weights:
         )
 
 
-def _checkpoint_tensor(reader: CheckpointReader, name: str) -> torch.Tensor:
-    with readable(reader.path):
-        return finite(reader.tensor(name), name, reader.path)
+def _checkpoint_tensor(path: Path, name: str, kind: str) -> torch.Tensor:
+    # A reader for each tensor: it keeps its files mapped, and what was read of them counts as this process's memory.
+    with readable(path):
+        return finite(CheckpointReader(path).tensor(name, kind), name, path)
 
 
 def checkpoint_config(path: Path) -> Config:

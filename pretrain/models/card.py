@@ -1,0 +1,116 @@
+"""A model card: what the weights are, how they were made, what they scored, and how to load them, as Markdown."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import read_state
+from pretrain.config import Config, config_from_dict
+from pretrain.models.tensors import Weights, readable
+
+LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx"}  # Hugging Face's names
+
+
+def model_card(
+    weights: Weights, target: str, *, title: str, command: str, versions: Mapping[str, str], loading: str, proof: str
+) -> str:
+    """Returns the card. Recipe, data and scores are told where the source is a checkpoint of ours.
+
+    loading: Python lines; proof: what the verification found.
+    """
+    state = read_state(weights.source) if (weights.source / "state.json").is_file() else {}
+    parts = [_front(weights, target), f"# {title}", _model(weights), f"```python\n{loading}\n```"]
+    if state:
+        with readable(weights.source / "state.json"):
+            config = config_from_dict(state["config"], f"{weights.source}/state.json")
+            parts += ["## Recipe", _recipe(config, state), "## Data", _data(config, state)]
+    if scores := [*_validation(state), *_evaluation(weights.source)]:
+        parts += ["## Scores", "\n".join(scores)]
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
+    parts += ["## Conversion", f"```\n{command}\n```", proof, f"Versions: {used}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(weights: Weights, target: str) -> str:
+    """What Hugging Face's pages read."""
+    task = "image-classification" if weights.num_classes else "image-feature-extraction"
+    library = f"library_name: {LIBRARIES[target]}\n" if target in LIBRARIES else ""
+    return f"---\n{library}pipeline_tag: {task}\ntags:\n- vision-transformer\n---"
+
+
+def _model(weights: Weights) -> str:
+    config = weights.model
+    millions = sum(_numel(tensor.shape) for tensor in weights.tensors.values()) / 1e6
+    named = f"{weights.num_classes} classes" if weights.num_classes else "no head: it returns features"
+    lines = [f"Vision Transformer ([arXiv 2010.11929](https://arxiv.org/abs/2010.11929)), {millions:.1f}M parameters."]
+    if config.timm_name is not None:
+        lines = [f"timm's {config.timm_name}, {millions:.1f}M parameters."]
+    else:
+        width, depth, mlp_dim, heads = config.shape
+        lines.append(f"{config.name}/{config.patch_size}: width {width}, depth {depth}, MLP {mlp_dim}, {heads} heads;")
+        lines.append(f"pooling {config.pooling}, positions {config.positions}, {config.gelu} GELU.")
+    lines.append(f"Input {config.image_size} x {config.image_size} pixels, RGB in [-1, 1]; {named}.")
+    lines.append(f"Evaluation transform {weights.eval_transform}, {weights.interpolation} resizing;")
+    lines.append(f"probabilities by {weights.loss}.")
+    return "\n".join(lines)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _recipe(config: Config, state: Mapping[str, Any]) -> str:
+    begun = f"Step {state.get('step', '?')} of {config.total_steps}. Settings that differ from the defaults:"
+    return "\n".join([begun, "", *(f"- `{key}={value}`" for key, value in changed_settings(config))])
+
+
+def changed_settings(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (key, value) of each setting that is not its default; paths of this machine are left out."""
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if is_dataclass(value):
+            yield from changed_settings(value, f"{prefix}{field.name}.")
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if value != default and not isinstance(value, Path):
+            yield f"{prefix}{field.name}", list(value) if isinstance(value, tuple) else value
+
+
+def _data(config: Config, state: Mapping[str, Any]) -> str:
+    sha256 = state.get("data", {}).get("order", {}).get("manifest_sha256")
+    path = config.data.train
+    folder = path.parent if path.suffix == ".json" else path
+    facts = [f"`{folder.name}`"]
+    if sha256:
+        facts.append(f"manifest SHA-256 `{sha256}`")
+    manifest = folder / (path.name if path.suffix == ".json" else "manifest.json")
+    if manifest.is_file() and hashlib.sha256(text := manifest.read_bytes()).hexdigest() == sha256:
+        facts.append(f"{json.loads(text)['num_samples']:,} samples")
+    return ", ".join(facts) + "."
+
+
+def _validation(state: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in state.get("metrics", {}).items():
+        yield f"- {name} {value:.4g} (at the end of this checkpoint's step)"
+
+
+def _evaluation(source: Path) -> Iterator[str]:
+    """Rows of tools/evaluate.py, beside the run of a checkpoint or in a converted folder."""
+    run = source.parent.parent if source.parent.name == "checkpoints" else source
+    path = run / "evaluation" / "results.json"
+    if not path.is_file():
+        return
+    with readable(path):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for row in results["rows"]:
+            about = [str(value) for key, value in row.items() if key not in ("metric", "value", "n") and value]
+            told = f"- {row['metric']} {row['value']:.4g} on {row['n']:,} images"
+            yield (
+                told + (f" ({', '.join(about)})" if about else "") + f", measured on `{Path(results['weights']).name}`"
+            )

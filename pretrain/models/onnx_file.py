@@ -1,0 +1,75 @@
+"""A folder with model.onnx: float32 images [batch, 3, H, W] in [-1, 1] -> logits and the head's input."""
+
+import contextlib
+import io
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pretrain.errors import UserError
+from pretrain.models.build import build_model
+from pretrain.models.tensors import Weights
+from pretrain.models.weights import load_tensors
+
+OPSET = 18  # the lowest that torch's exporter writes without a conversion: read by the most runtimes
+_MAX_BYTES = 1_900_000_000  # a protobuf ends at 2 GiB; beyond it the tensors lie in model.onnx.data
+
+
+class _BothOutputs(nn.Module):
+    """Logits [batch, classes], where there is a head, and its input [batch, D]."""
+
+    def __init__(self, model: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.model, self.num_classes = model, num_classes
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tokens = self.model.forward_features(images)  # type: ignore[operator]
+        features = self.model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+        return (self.model.forward_head(tokens), features) if self.num_classes else (features,)  # type: ignore[operator]
+
+
+def write_onnx(weights: Weights, out: Path) -> None:
+    """Writes model.onnx, with any batch size, and the class names (JSON) and the pixels' range in its metadata.
+
+    Not streaming: the exporter holds the model several times. Raises UserError when its packages are not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  # the exporter's own need
+    except ImportError as error:
+        raise UserError(f"--to onnx needs the package {error.name}: pip install onnx onnxscript onnxruntime") from None
+    model = build_model(weights.model, weights.num_classes)
+    load_tensors(model, weights)
+    size = weights.model.image_size
+    path = out / "model.onnx"
+    out.mkdir(parents=True, exist_ok=True)
+    names = (["logits"] if weights.num_classes else []) + ["features"]
+    # Attention by its definition: with a mask, as of relative positions, the fused kernel's strides stop the exporter.
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    try:
+        with plain, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it tells its steps
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _BothOutputs(model, weights.num_classes).eval(),
+                (torch.zeros(2, 3, size, size),),
+                input_names=["images"],
+                output_names=names,
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{weights.source}: torch's exporter cannot write {weights.model.name} ({reason})") from None
+    assert program is not None
+    metadata = program.model.metadata_props
+    metadata["pixels"] = "RGB, (x - 127.5) / 127.5"
+    if weights.class_names:
+        metadata["class_names"] = json.dumps(weights.class_names)
+    num_bytes = sum(4 * torch.Size(tensor.shape).numel() for tensor in weights.tensors.values())
+    program.save(str(path), external_data=num_bytes > _MAX_BYTES)
+    onnx.checker.check_model(str(path))

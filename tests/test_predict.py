@@ -1,0 +1,115 @@
+"""tools/predict.py: names and probabilities of images, with the weights' own transform; bad images do not stop it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from weights_on_disk import ROOT, load_tool, one_line_error, randomised
+
+from pretrain.config import DataConfig, ModelConfig
+from pretrain.data.images import decode, eval_image, to_float
+from pretrain.errors import UserError
+from pretrain.models.build import build_model
+from pretrain.models.equivalent import own_tensors
+from pretrain.models.tensors import LazyTensor, Weights
+from pretrain.models.timm_folder import write_own_folder
+
+torch.set_num_threads(1)
+NAMES = ("ash", "birch, silver", "cedar")
+CONFIG = ModelConfig(name="Ti", width=32, depth=2, mlp_dim=64, heads=2, image_size=16, patch_size=8)
+
+
+@pytest.fixture
+def predict(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """tools/predict.py's main, called with arguments."""
+    module = load_tool("predict")
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["tools/predict.py", *map(str, arguments)])
+        return module.main()
+
+    return call
+
+
+def make_weights(folder: Path, num_classes: int = 3, **use: Any) -> torch.nn.Module:
+    model = randomised(build_model(CONFIG, num_classes))
+    held = {name: tensor.detach() for name, tensor in own_tensors(model).items()}
+    tensors = {name: LazyTensor(tuple(t.shape), lambda t=t: t) for name, t in held.items()}
+    write_own_folder(Weights(folder, CONFIG, tensors, num_classes, **use), folder)
+    return model
+
+
+def make_image(path: Path, seed: int) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 9, 3)).astype(np.uint8)
+    Image.fromarray(pixels).resize((45, 30), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_probabilities_are_the_models_own(
+    loss: str, tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Best first, with names; the crop and the interpolation that the weights carry, not the defaults."""
+    model = make_weights(tmp_path / "w", class_names=NAMES, loss=loss, eval_crop=0.5, interpolation="bilinear")
+    pictures = [make_image(tmp_path / f"{seed}.png", seed) for seed in range(2)]
+    assert predict(tmp_path / "w", *pictures, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == [str(path) for path in pictures]
+    for path, line in zip(pictures, lines):
+        config = DataConfig(eval_crop=0.5, interpolation="bilinear")
+        pixels = to_float(eval_image(decode(path.read_bytes()), 16, config)[None], torch.float32)
+        logits = model(pixels)[0]
+        expected = logits.sigmoid() if loss == "sigmoid" else logits.softmax(0)
+        found = line["predictions"]
+        assert [p["class"] for p in found] == expected.argsort(descending=True).tolist()
+        for prediction in found:
+            assert prediction["name"] == NAMES[prediction["class"]]
+            assert prediction["probability"] == pytest.approx(expected[prediction["class"]].item(), rel=1e-5)
+
+
+def test_a_bad_image_is_named_and_the_others_go_on(
+    tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not there, no image, a folder: exit code 2 in the end, and the good ones are told."""
+    make_weights(tmp_path / "w")
+    good, text = make_image(tmp_path / "good.png", 0), tmp_path / "text.jpg"
+    text.write_text("no image")
+    assert predict(tmp_path / "w", tmp_path / "nowhere.png", text, tmp_path, good, "--top", 2) == 2
+    told = capsys.readouterr()
+    first, *rest = told.out.splitlines()
+    assert first == str(good) and len(rest) == 2 and all("%" in line for line in rest)
+    for name in ("nowhere.png: cannot be used", "text.jpg: cannot be used (decode", "Is a directory", "3 of 4 images"):
+        assert name in told.err
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "arguments", "message"),
+    [(0, [], "has no head"), (3, ["--top", "0"], "--top is 0"), (3, ["--image-size", "17"], "not a multiple")],
+)
+def test_what_cannot_be_asked_is_told(
+    num_classes: int, arguments: list[str], message: str, tmp_path: Path, predict: Any
+) -> None:
+    """Before any image is read."""
+    make_weights(tmp_path / "w", num_classes)
+    with pytest.raises(UserError, match=message):
+        predict(tmp_path / "w", tmp_path / "nowhere.png", *arguments)
+
+
+def test_the_command_itself(tmp_path: Path) -> None:
+    """Another size of the input, numbers where there are no names; a wrong path is one line and exit code 2."""
+    make_weights(tmp_path / "w")
+    command = [sys.executable, str(ROOT / "tools" / "predict.py")]
+    picture = make_image(tmp_path / "good.png", 0)
+    done = subprocess.run(
+        [*command, str(tmp_path / "w"), str(picture), "--image-size", "32"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split()[-1] for line in done.stdout.splitlines()[1:]) == ["0", "1", "2"]
+    done = subprocess.run([*command, str(tmp_path / "no"), str(picture)], capture_output=True, text=True, timeout=240)
+    assert "no: not found" in one_line_error(done)

@@ -1,0 +1,100 @@
+"""Tells what is on images: the likeliest classes of each, with probabilities.
+
+python tools/predict.py WEIGHTS IMAGE [IMAGE ...] [--top 5] [--json]
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pretrain import cli
+from pretrain.config import DataConfig
+from pretrain.data.images import decode, eval_image, to_float
+from pretrain.data.reader import BadSample
+from pretrain.errors import UserError
+from pretrain.models.build import build_model
+from pretrain.models.tensors import Weights
+from pretrain.models.weights import load_tensors, read_weights
+
+
+class Prediction(NamedTuple):
+    """One class of one image."""
+
+    number: int
+    name: str  # the number, when the weights know no names
+    probability: float
+
+
+def main() -> int:
+    parser = cli.parser(
+        "Prints the likeliest classes of each image, with the weights' own evaluation transform; probabilities are\n"
+        "softmax or sigmoid, as in training. An image that cannot be used is named, the others go on, and\n"
+        "the exit code is 2.",
+        "python tools/predict.py runs/NAME photo.jpg other.png",
+    )
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, converted folder or .npz")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default 5)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels of the model's input (default: trained)")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per image")
+    arguments = parser.parse_args()
+    if arguments.top < 1:
+        raise UserError(f"--top is {arguments.top}, expected at least 1")
+    weights = read_weights(arguments.weights, arguments.image_size)
+    if not weights.num_classes:
+        raise UserError(f"{arguments.weights}: has no head, so it tells features, not classes")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(weights.model, weights.num_classes)
+    load_tensors(model, weights)
+    model.to(device).eval()
+    num_bad = 0
+    for path in arguments.images:
+        try:
+            predictions = predict(model, weights, path.read_bytes(), arguments.top, device)
+        except (OSError, BadSample) as error:
+            num_bad += 1
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            print(f"{path}: cannot be used ({reason})", file=sys.stderr)
+            if arguments.json:
+                print(json.dumps({"image": str(path), "error": reason}), flush=True)
+            continue
+        _print(path, predictions, as_json=arguments.json)
+    if num_bad:
+        print(f"error: {num_bad} of {len(arguments.images)} images cannot be used", file=sys.stderr)
+    return 2 if num_bad else 0
+
+
+@torch.no_grad()
+def predict(model: nn.Module, weights: Weights, data: bytes, top: int, device: torch.device) -> list[Prediction]:
+    """Returns the likeliest classes of one encoded image, best first. Raises BadSample when it cannot be decoded."""
+    config = DataConfig(
+        eval_transform=cast(Any, weights.eval_transform),  # one of its literals, as the config wrote it
+        eval_crop=weights.eval_crop,
+        interpolation=cast(Any, weights.interpolation),
+    )
+    image = eval_image(decode(data), weights.model.image_size, config)  # uint8 [3, S, S]
+    logits = model(to_float(image[None].to(device), torch.float32))[0]  # [classes]
+    probabilities = logits.sigmoid() if weights.loss == "sigmoid" else logits.softmax(0)
+    values, numbers = probabilities.topk(min(top, len(probabilities)))
+    names = weights.class_names or [str(number) for number in range(weights.num_classes)]
+    return [Prediction(n, names[n], value) for n, value in zip(numbers.tolist(), values.tolist())]
+
+
+def _print(path: Path, predictions: list[Prediction], *, as_json: bool) -> None:
+    if as_json:
+        rows = [{"class": p.number, "name": p.name, "probability": p.probability} for p in predictions]
+        print(json.dumps({"image": str(path), "predictions": rows}), flush=True)
+        return
+    print(path)
+    for prediction in predictions:
+        print(f"  {prediction.probability:7.2%}  {prediction.name}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
