@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from pretrain.data import archives
+from pretrain.data import archives, matlab
 from pretrain.data.archives import Original, cifar, class_folders, flowers, imagenet, pack_originals, pets, split_of
 from pretrain.data.images import decode
 from pretrain.errors import UserError
@@ -141,6 +141,16 @@ def test_flowers(tmp_path: Path) -> None:
     assert "setid.mat: not a Matlab file" in refusal(flowers, tmp_path)
 
 
+def test_a_matlab_file_that_crashes_its_reader_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bus error in scipy's compiled reader ends its process, not ours (one flipped byte was enough)."""
+    (tmp_path / "crash.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGBUS)\n")
+    (tmp_path / "imagelabels.mat").touch()
+    (tmp_path / "102flowers.tgz").write_bytes(tar_bytes({}, "w:gz"))
+    monkeypatch.setattr(matlab, "__file__", str(tmp_path / "crash.py"))
+    message = refusal(flowers, tmp_path)
+    assert "imagelabels.mat: not a Matlab file" in message and "the reader crashed, signal 7" in message
+
+
 @pytest.fixture
 def ilsvrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """ImageNet as downloaded, of 4 validation images and 3 of training; 1,000 classes need a longer label list."""
@@ -185,8 +195,8 @@ def test_validation_labels_in_every_form(form: str, ilsvrc: dict[str, Any]) -> N
         np.savez(folder / "imagenet_val_labels.npz", label=np.array(labels, np.uint16))
     else:
         order = np.random.default_rng(0).permutation(1000)  # ILSVRC2012_ID k + 1 is the class order[k]
-        kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
-        rows = [(number + 1, wnids[index], "word") for number, index in enumerate(order)]
+        kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("children", "O")]
+        rows = [(number + 1, wnids[index], "word", np.arange(number % 3)) for number, index in enumerate(order)]
         stream = io.BytesIO()
         savemat(stream, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
         truth = "".join(f"{order.tolist().index(label) + 1}\n" for label in labels)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from pretrain.data.build import Item, npz_items
 from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING
+from pretrain.data.matlab import read_matlab
 from pretrain.errors import UserError
 
 MAX_UNPACKED_BYTES = 4 << 30  # of a compressed archive, held in memory: Oxford Pets has 0.8 GB
@@ -214,13 +215,11 @@ def flowers(source: Path) -> Splits:
 
 
 def _matlab(path: Path, *names: str) -> dict[str, list[int]]:
-    """Returns lists of integers from a Matlab file of version 5, which holds data only."""
-    from scipy.io import loadmat
-
+    """Returns lists of integers from a Matlab file."""
     try:
-        values = loadmat(path, variable_names=names)
-        return {name: [int(value) for value in values[name].ravel()] for name in names}
-    except Exception as error:  # scipy raises many types on damaged files
+        values = read_matlab(path.read_bytes())
+        return {name: [int(value) for value in values[name]] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a Matlab file with {', '.join(names)} ({error})") from None
 
 
@@ -329,16 +328,14 @@ def val_labels(folder: Path) -> list[int]:
 
 def _devkit_labels(devkit: Path) -> list[int]:
     """ILSVRC2012 numbers its classes in an order of its own, which meta.mat maps to WordNet ids."""
-    from scipy.io import loadmat
-
     found = {Path(file.name).name: file for file in files_of(devkit)}
     try:
-        synsets = loadmat(io.BytesIO(found["meta.mat"].read()), squeeze_me=True)["synsets"]
+        synsets = read_matlab(found["meta.mat"].read())["synsets"]
         wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
         index = {wnid: number for number, wnid in enumerate(wnids())}
         truth = found["ILSVRC2012_validation_ground_truth.txt"].read().split()
         return [index[wnid_of[int(number)]] for number in truth]
-    except Exception as error:  # scipy raises many types on damaged files
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{devkit}: meta.mat or the validation ground truth cannot be used ({error!r})") from None
 
 
