@@ -1,0 +1,285 @@
+"""Original downloads: each archive as its authors lay it out, generated here in small, and what is wrong with one."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from pretrain.data import archives, matlab
+from pretrain.data.archives import Original, cifar, class_folders, flowers, imagenet, pack_originals, pets, split_of
+from pretrain.data.images import decode
+from pretrain.errors import UserError
+
+
+def picture(seed: int, form: str = "jpeg") -> bytes:
+    """A small picture as a file."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 8, 3)).astype(np.uint8)).save(file, form)
+    return file.getvalue()
+
+
+def tar_bytes(members: dict[str, bytes], mode: str = "w") -> bytes:
+    """A tar of files, in the given order."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def listed(originals: list[Original]) -> list[tuple[str, int, bytes]]:
+    """(id, label, content) of each image."""
+    return [(original.id, original.item.label, original.item.read()) for original in originals]
+
+
+def refusal(function: Any, *arguments: Any) -> str:
+    """The message with which a call is refused, checked to be one line."""
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def cifar_rows(count: int, labels: int, seed: int) -> np.ndarray:
+    """Rows of a CIFAR binary file: 1 or 2 bytes of labels, then red, green and blue planes."""
+    random = np.random.default_rng(seed)
+    rows = random.integers(0, 256, (count, labels + 3072)).astype(np.uint8)
+    rows[:, :labels] = random.integers(0, 10 if labels == 1 else 20, (count, labels))
+    if labels == 2:
+        rows[:, 1] = random.integers(0, 100, count)
+    return rows
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_cifar_binary(num_classes: int, unpacked: bool, tmp_path: Path) -> None:
+    """Batches in order, planes to pixels bit by bit, the fine label of CIFAR-100; from the archive or its folder."""
+    labels = 1 if num_classes == 10 else 2
+    train = [f"data_batch_{i}.bin" for i in range(1, 6)] if num_classes == 10 else ["train.bin"]
+    names = [*train, "test_batch.bin" if num_classes == 10 else "test.bin"]
+    rows = {name: cifar_rows(4, labels, seed) for seed, name in enumerate(names)}
+    short, folder = ("cifar-10", "cifar-10-batches-bin") if num_classes == 10 else ("cifar-100", "cifar-100-binary")
+    members = {f"{folder}/{name}": rows[name].tobytes() for name in reversed(names)} | {f"{folder}/readme.html": b"x"}
+    if unpacked:
+        (tmp_path / folder).mkdir()
+        for name, data in members.items():
+            (tmp_path / name).write_bytes(data)
+    else:
+        (tmp_path / f"{short}-binary.tar.gz").write_bytes(tar_bytes(members, "w:gz"))
+    splits = cifar(tmp_path, num_classes)
+    assert {split: len(found) for split, found in splits.items()} == {"train": 4 * len(train), "test": 4}
+    for split, files in (("train", train), ("test", names[-1:])):
+        expected = np.concatenate([rows[name] for name in files])
+        assert [original.item.label for original in splits[split]] == expected[:, labels - 1].tolist()
+        for original, row in zip(splits[split], expected):
+            assert np.array_equal(decode(original.item.read()).numpy().ravel(), row[labels:])
+    assert splits["train"][1].id == f"{train[0]}[1]"
+
+
+def test_cifar_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    """Pickles by name with the way out; a cut batch, a missing batch, nothing at all."""
+    assert "holds none of cifar-10-binary.tar.gz" in refusal(cifar, tmp_path, 10)
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    assert "holds pickles" in (message := refusal(cifar, tmp_path, 10)) and "cifar-10-binary.tar.gz" in message
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    archive.write_bytes(tar_bytes({name: bytes(3073) for name in names[:-1]}, "w:gz"))
+    assert "test_batch.bin is missing" in refusal(cifar, tmp_path, 10)
+    archive.write_bytes(tar_bytes({name: bytes(3072) for name in names}, "w:gz"))
+    assert "not a multiple of 3073" in refusal(cifar, tmp_path, 10)
+    archive.write_bytes(archive.read_bytes()[:60])
+    assert "not a readable tar" in refusal(cifar, archive, 10)
+
+
+def test_pets(tmp_path: Path) -> None:
+    """Lists name the images; classes count from 1; comments and macOS's ._files are skipped."""
+    images = {f"images/{name}.jpg": picture(i) for i, name in enumerate(["Abyssinian_1", "beagle_2", "pug_3"])}
+    (tmp_path / "images.tar.gz").write_bytes(tar_bytes({"images/._pug_3.jpg": b"mac"} | images, "w:gz"))
+    lists = {
+        "annotations/trainval.txt": b"#Image CLASS-ID SPECIES BREED ID\npug_3 37 2 25\nAbyssinian_1 1 1 1\n",
+        "annotations/test.txt": b"beagle_2 5 2 4\n",
+        "annotations/README": b"x",
+    }
+    (tmp_path / "annotations.tar.gz").write_bytes(tar_bytes(lists, "w:gz"))
+    splits = pets(tmp_path)
+    assert listed(splits["train"]) == [
+        ("pug_3.jpg", 36, images["images/pug_3.jpg"]),
+        ("Abyssinian_1.jpg", 0, images["images/Abyssinian_1.jpg"]),
+    ]
+    assert [original.item.label for original in splits["test"]] == [4]
+    lists["annotations/test.txt"] = b"gone_7 5 2 4\n"
+    (tmp_path / "annotations.tar.gz").write_bytes(tar_bytes(lists, "w:gz"))
+    assert "test.txt names gone_7" in refusal(pets, tmp_path)
+    lists["annotations/test.txt"] = b"<html>\n"
+    (tmp_path / "annotations.tar.gz").write_bytes(tar_bytes(lists, "w:gz"))
+    assert "'<html>' is not a name and a class" in refusal(pets, tmp_path)
+
+
+def test_flowers(tmp_path: Path) -> None:
+    """setid.mat chooses, imagelabels.mat labels from 1, image_00001.jpg is the first; another .mat is refused."""
+    images = {f"jpg/image_{number:05d}.jpg": picture(number) for number in range(1, 7)}
+    (tmp_path / "102flowers.tgz").write_bytes(tar_bytes(dict(reversed(images.items())), "w:gz"))
+    savemat(tmp_path / "imagelabels.mat", {"labels": np.array([[77, 1, 102, 5, 6, 7]], np.uint8)})
+    savemat(tmp_path / "setid.mat", {"trnid": [[3, 1]], "valid": [[2]], "tstid": [[6, 5, 4]]})
+    splits = flowers(tmp_path)
+    assert listed(splits["train"]) == [
+        ("image_00003.jpg", 101, images["jpg/image_00003.jpg"]),
+        ("image_00001.jpg", 76, images["jpg/image_00001.jpg"]),
+    ]
+    assert [o.item.label for o in splits["val"]] == [0] and [o.item.label for o in splits["test"]] == [6, 5, 4]
+    savemat(tmp_path / "setid.mat", {"trnid": [[9]], "valid": [[2]], "tstid": [[6]]})
+    assert "setid.mat names image_00009" in refusal(flowers, tmp_path)
+    (tmp_path / "setid.mat").write_bytes(b"<html>")
+    assert "setid.mat: not a Matlab file" in refusal(flowers, tmp_path)
+
+
+def test_a_matlab_file_that_crashes_its_reader_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bus error in scipy's compiled reader ends its process, not ours (one flipped byte was enough)."""
+    (tmp_path / "crash.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGBUS)\n")
+    (tmp_path / "imagelabels.mat").touch()
+    (tmp_path / "102flowers.tgz").write_bytes(tar_bytes({}, "w:gz"))
+    monkeypatch.setattr(matlab, "__file__", str(tmp_path / "crash.py"))
+    message = refusal(flowers, tmp_path)
+    assert "imagelabels.mat: not a Matlab file" in message and "the reader crashed, signal 7" in message
+
+
+@pytest.fixture
+def ilsvrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """ImageNet as downloaded, of 4 validation images and 3 of training; 1,000 classes need a longer label list."""
+    monkeypatch.setattr(archives, "_NUM_VAL", 4)
+    wnids = archives.wnids()
+    train = {wnids[5]: [("_18", 1), ("_2", 2)], wnids[999]: [("_7", 3)]}
+    inner = {
+        f"{wnid}.tar": tar_bytes({f"{wnid}{name}.JPEG": picture(seed) for name, seed in files})
+        for wnid, files in reversed(train.items())
+    }
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(inner))
+    val = {f"ILSVRC2012_val_{number:08d}.JPEG": picture(10 + number) for number in (3, 1, 4, 2)}
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(val))
+    return {"folder": tmp_path, "val": val, "wnids": wnids, "labels": [999, 0, 65, 7]}
+
+
+def test_imagenet_from_its_tars(ilsvrc: dict[str, Any]) -> None:
+    """A tar of tars is read where it lies; validation images by number, with the labels of their number."""
+    folder, wnids = ilsvrc["folder"], ilsvrc["wnids"]
+    (folder / "val_labels.txt").write_text("".join(f"{label}\n" for label in ilsvrc["labels"]))
+    splits = imagenet(folder)
+    assert listed(splits["train"]) == [
+        (f"{wnids[5]}_18.JPEG", 5, picture(1)),
+        (f"{wnids[5]}_2.JPEG", 5, picture(2)),
+        (f"{wnids[999]}_7.JPEG", 999, picture(3)),
+    ]
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 5)]
+    assert listed(splits["val"]) == [(n, label, ilsvrc["val"][n]) for n, label in zip(names, ilsvrc["labels"])]
+
+
+@pytest.mark.parametrize("form", ["synsets", "pairs", "npz", "devkit"])
+def test_validation_labels_in_every_form(form: str, ilsvrc: dict[str, Any]) -> None:
+    """WordNet ids, (name, class) in any order, an array, and the devkit, whose classes have an order of their own."""
+    folder, wnids, labels = ilsvrc["folder"], ilsvrc["wnids"], ilsvrc["labels"]
+    if form == "synsets":
+        text = "".join(f"{wnids[label]}\n" for label in labels)
+        (folder / "imagenet_2012_validation_synset_labels.txt").write_text(text)
+    elif form == "pairs":
+        lines = [f"ILSVRC2012_val_{number:08d}.JPEG {label}\n" for number, label in enumerate(labels, start=1)]
+        (folder / "val.txt").write_text("".join(reversed(lines)))
+    elif form == "npz":
+        np.savez(folder / "imagenet_val_labels.npz", label=np.array(labels, np.uint16))
+    else:
+        order = np.random.default_rng(0).permutation(1000)  # ILSVRC2012_ID k + 1 is the class order[k]
+        kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("children", "O")]
+        rows = [(number + 1, wnids[index], "word", np.arange(number % 3)) for number, index in enumerate(order)]
+        stream = io.BytesIO()
+        savemat(stream, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
+        truth = "".join(f"{order.tolist().index(label) + 1}\n" for label in labels)
+        members = {
+            "ILSVRC2012_devkit_t12/data/meta.mat": stream.getvalue(),
+            "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+        }
+        (folder / archives.DEVKIT).write_bytes(tar_bytes(members, "w:gz"))
+    assert archives.val_labels(folder) == labels
+
+
+@pytest.mark.parametrize("labels, said", [([1000, 1, 66, 8], "from 1 to 1000"), ([0, 999, 3], "3 validation labels")])
+def test_other_label_lists_are_refused(labels: list[int], said: str, ilsvrc: dict[str, Any]) -> None:
+    """Numbers from 1 are another order of the classes: scores would be near zero without a word."""
+    (ilsvrc["folder"] / "val_labels.txt").write_text("".join(f"{label}\n" for label in labels))
+    message = refusal(imagenet, ilsvrc["folder"])
+    assert said in message and archives.DEVKIT in message
+
+
+def test_imagenet_from_folders(tmp_path: Path) -> None:
+    """train/WNID and val/WNID; the validation images in the order of their names, not of their classes."""
+    wnids = archives.wnids()
+    for name in (f"train/{wnids[3]}/{wnids[3]}_1.JPEG", f"val/{wnids[9]}/ILSVRC2012_val_00000001.JPEG"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(picture(1))
+    (tmp_path / f"val/{wnids[2]}").mkdir()
+    (tmp_path / f"val/{wnids[2]}/ILSVRC2012_val_00000002.JPEG").write_bytes(picture(2))
+    splits = imagenet(tmp_path)
+    assert [(o.id, o.item.label) for o in splits["train"]] == [(f"{wnids[3]}/{wnids[3]}_1.JPEG", 3)]
+    assert [(o.id, o.item.label) for o in splits["val"]] == [
+        ("ILSVRC2012_val_00000001.JPEG", 9),
+        ("ILSVRC2012_val_00000002.JPEG", 2),
+    ]
+    (tmp_path / "train/n00000001").mkdir()
+    (tmp_path / "train/n00000001/x.JPEG").write_bytes(picture(1))
+    assert "'n00000001' is not one of the 1000 classes" in refusal(imagenet, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "holds none of ILSVRC2012_img_train.tar" in refusal(imagenet, tmp_path / "empty")
+
+
+def test_class_folders_of_a_tar_or_a_folder(tmp_path: Path) -> None:
+    """The innermost folder is the class, and it is part of the id, since names repeat; zip has its way out."""
+    members = {"set/10/sketch_1.JPEG": picture(1), "set/2/sketch_1.JPEG": picture(2), "set/README.txt": b"x"}
+    (tmp_path / "set.tar").write_bytes(tar_bytes(members))
+    with tarfile.open(tmp_path / "set.tar") as tar:
+        tar.extractall(tmp_path / "out", filter="data")
+    classes = {str(number): number for number in range(20)}
+    expected = [("10/sketch_1.JPEG", 10, picture(1)), ("2/sketch_1.JPEG", 2, picture(2))]
+    assert listed(class_folders(tmp_path / "set.tar", classes)) == expected
+    assert listed(class_folders(tmp_path / "out", classes)) == expected
+    assert listed(class_folders(tmp_path / "out" / "set", classes)) == expected
+    assert "'10' is not one of the 2 classes" in refusal(class_folders, tmp_path / "out", {"1": 1, "2": 2})
+    assert "unpack it" in refusal(class_folders, tmp_path / "set.zip", classes)
+    (tmp_path / "none").mkdir()
+    assert "no images found" in refusal(class_folders, tmp_path / "none", classes)
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        *(
+            ("cifar100_vtab1k_style_train800.npz", "train"),
+            ("eurosat_val200.tar.gz", "val"),
+            ("trainval.tar", "trainval"),
+        ),
+        *(
+            ("vtab_eurosat_devtest1500.tar.gz", "test"),
+            ("cifar10_train_part_a.npz", "train"),
+            ("x-test-000003.tar", "test"),
+        ),
+        *(("imagenet_val_227px_dev-000000.tar", "val"), ("contest.npz", None), ("train_and_test.npz", None)),
+    ],
+)
+def test_the_split_is_in_the_name(name: str, split: str | None) -> None:
+    """A word of its own, with or without a count behind it; two of them tell nothing."""
+    assert split_of(Path(name)) == split
+
+
+def test_packs_of_tars_keep_names_and_order(tmp_path: Path) -> None:
+    """KEY.jpg and KEY.cls, plain or compressed; a sample without a label is refused."""
+    members = {"b_2.jpg": picture(1), "b_2.cls": b"3", "a_1.cls": b"4\n", "a_1.png": picture(2, "png")}
+    for name, mode in (("val.tar", "w"), ("val.tar.gz", "w:gz")):
+        (tmp_path / name).write_bytes(tar_bytes(members, mode))
+        assert listed(pack_originals(tmp_path / name)) == [("b_2", 3, picture(1)), ("a_1", 4, picture(2, "png"))]
+    (tmp_path / "val.tar").write_bytes(tar_bytes(members | {"c.jpg": picture(3)}))
+    assert "c.jpg has no label; expected c.cls" in refusal(pack_originals, tmp_path / "val.tar")

@@ -1,0 +1,320 @@
+"""Tasks made from TFDS records, original files and packs: right images, labels and names, in shards, and told apart."""
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tfds_records import example, write_split
+from weights_on_disk import load_tool
+
+from pretrain.data.build import Item, build
+from pretrain.data.examples import Example, content_sha256, examples_sha256, load_examples, sample_names
+from pretrain.data.images import decode
+from pretrain.data.manifest import load_manifest
+from pretrain.data.reader import read_sample
+from pretrain.errors import UserError
+from pretrain.evaluation.preparation import open_source, prepare
+from pretrain.evaluation.tasks import TASKS, VTAB, missing, real_labels, task
+
+
+def pixels(seed: int, gray: bool = False) -> np.ndarray:
+    """A picture of 8 x 8 pixels that no other seed has."""
+    shape = (8, 8) if gray else (8, 8, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def encoded(image: np.ndarray, form: str = "png", **options: Any) -> bytes:
+    """An image as a file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, form, **options)
+    return file.getvalue()
+
+
+def samples(folder: Path) -> list[tuple[bytes, int]]:
+    """(image, label) of each sample of a prepared split."""
+    manifest = load_manifest(folder)
+    raw = [read_sample(manifest, index) for index in range(manifest.num_samples)]
+    return [(sample.image, int(sample.label)) for sample in raw]
+
+
+def refusal(function: Any, *arguments: Any) -> str:
+    """The message with which a call is refused, checked to be one line."""
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def dtd(folder: Path, counts: Sequence[int] = (820, 230, 12), **changes: Any) -> Path:
+    """A TFDS data folder with `dtd` as TFDS writes it, in several files, of tiny images."""
+    place = folder / "dtd" / "3.0.1"
+    for split, count, start in zip(("train", "validation", "test"), counts, (0, 2000, 4000)):
+        records = [
+            example(
+                **{
+                    "file_name": f"{split}_{number}.jpg".encode(),
+                    "image": encoded(pixels(start + number), "jpeg"),
+                    "label": number % 47,
+                }
+                | changes
+            )
+            for number in range(count)
+        ]
+        write_split(place, "dtd", split, records, num_files=3)
+    (place / "label.labels.txt").write_text("".join(f"texture {number}\n" for number in range(47)))
+    return folder
+
+
+def test_a_vtab_task_from_tfds_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first 800 and 200 in storage order over files, both together, and the test: bytes, labels, names, order."""
+    out = tmp_path / "out"
+    command = ["make_shards.py", "--task", "vtab/dtd", str(dtd(tmp_path / "tfds")), str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    load_tool("make_shards").main()
+    said = capsys.readouterr()
+    train = [(encoded(pixels(number), "jpeg"), number % 47) for number in range(800)]
+    val = [(encoded(pixels(2000 + number), "jpeg"), number % 47) for number in range(200)]
+    test = [(encoded(pixels(4000 + number), "jpeg"), number % 47) for number in range(12)]
+    for split, expected in (("train", train), ("val", val), ("trainval", train + val), ("test", test)):
+        assert samples(out / split) == expected
+        manifest = load_manifest(out / split)
+        assert manifest.num_classes == 47 and manifest.class_names[46] == "texture 46"
+    examples = load_examples(load_manifest(out / "trainval"))
+    assert examples[801] == Example(801, "validation_1.jpg", 1, content_sha256(val[1][0]))
+    assert sample_names(load_manifest(out / "test"))[11] == "test_11"
+    record = json.loads((out / "task.json").read_text())
+    assert (record["task"], record["source"], record["comparable"]) == ("vtab/dtd", "TFDS records", False)
+    assert record["splits"]["trainval"]["tfds_slice"] == "train[:800]+validation[:200]"
+    assert record["splits"]["test"]["examples_sha256"] in said.out
+    assert "not comparable with published scores: test has 12 of 1880 samples" in said.err
+    assert missing(replace(task("vtab/dtd"), name="out"), tmp_path) is None
+    assert "holds a data set already" in refusal(load_tool("make_shards").main)
+
+
+SCENE = {"objects__size": [0, 1, 0, 1, 1], "objects__pixel_coords": [1.0, 2.0, 9.25] * 4 + [3.0, 4.0, 8.5]}
+STREET = {"objects__type": [3, 1, 0], "objects__location": [0.0, 0.0, 2.0, 0.0, 0.0, 25.0, 0.0, 0.0, 19.5]}
+STORED = {
+    "vtab/clevr_count": (SCENE, 2),
+    "vtab/clevr_distance": (SCENE, 1),
+    "vtab/kitti_distance": (STREET, 1),
+    "vtab/dsprites_location": ({"label_x_position": 31, "label_orientation": 4}, 15),
+    "vtab/dsprites_orientation": ({"label_x_position": 31, "label_orientation": 4}, 1),
+    "vtab/smallnorb_azimuth": ({"label_azimuth": 17, "label_elevation": 3}, 17),
+    "vtab/smallnorb_elevation": ({"label_azimuth": 17, "label_elevation": 3}, 3),
+}
+
+
+@pytest.mark.parametrize("name", VTAB)
+def test_each_vtab_task_reads_its_features(name: str, tmp_path: Path) -> None:
+    """All 19, from records with the features of their TFDS builder (two slices of a few records instead of 1,000)."""
+    row = replace(task(name), splits={"train": "train[:2]", "test": "train[50%:]"})
+    builder, _, version = row.tfds.replace("*", "0").partition(":")
+    dataset = builder.partition("/")[0]
+    sprite = name.startswith("vtab/dsprites")
+    gray = sprite or name.startswith("vtab/smallnorb")
+    features, label = STORED.get(name, ({"label": 1}, 1))
+    images = [pixels(number, gray) & (1 if sprite else 255) for number in range(4)]
+    records = [example(image=encoded(image), **features) for image in images]
+    write_split(tmp_path / builder / version, dataset, "train", records)
+    prepare(row, open_source(row, [tmp_path]), tmp_path / "out")
+    for split, chosen in (("train", images[:2]), ("test", images[2:])):
+        found = samples(tmp_path / "out" / split)
+        assert [found_label for _, found_label in found] == [label] * 2
+        for (data, _), image in zip(found, chosen):
+            seen = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            expected = np.broadcast_to(image[..., None], (8, 8, 3)) if gray else image
+            assert np.array_equal(seen, expected * (255 if sprite else 1))
+    manifest = load_manifest(tmp_path / "out" / "test")
+    assert manifest.num_classes == row.num_classes
+    assert load_examples(manifest)[0].id == f"{dataset}-train.tfrecord-00000-of-00001__2"
+
+
+@pytest.mark.parametrize(
+    "name, features, said",
+    [
+        ("vtab/svhn", {"image": encoded(pixels(0)), "label": 10}, "label 10 is not one of the 10 classes"),
+        ("vtab/svhn", {"image": encoded(pixels(0))}, "not as vtab/svhn needs it (KeyError: 'label'); it has image"),
+        ("vtab/svhn", {"label": 1}, "(KeyError: 'image'); it has label"),
+        ("vtab/clevr_count", {"image": encoded(pixels(0)), "objects__size": [1] * 2}, "label -1 is not one"),
+        (
+            "vtab/clevr_distance",
+            {"image": encoded(pixels(0)), "objects__pixel_coords": [1.0, 1.0, 101.0]},
+            "label 6 is not one of the 6 classes",
+        ),
+        ("vtab/dsprites_location", {"image": encoded(pixels(0)), "label_x_position": 1}, "pixels up to 2"),
+        ("vtab/svhn", {"image": b"<html>", "label": 1}, "none of the 1 images can be decoded"),
+    ],
+)
+def test_records_of_something_else_are_refused(name: str, features: dict, said: str, tmp_path: Path) -> None:
+    """A label without a class, a feature that is not there, an image that is none: told with the record."""
+    row = replace(task(name), splits={"test": "train"})
+    builder, _, version = row.tfds.replace("*", "0").partition(":")
+    write_split(tmp_path / builder / version, builder, "train", [example(**features)])
+    message = refusal(lambda: prepare(row, open_source(row, [tmp_path]), tmp_path / "out"))
+    assert said in message and f"{builder}-train.tfrecord-00000-of-00001" in message
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out_and_told(tmp_path: Path) -> None:
+    """The others keep their names and labels, the count tells, and the set no longer counts as the official one."""
+    row = replace(task("vtab/dtd"), splits={"test": "test"}, num_samples={"test": 5})
+    files = [encoded(pixels(number)) for number in range(5)]
+    files[2] = b"<html>"
+    records = [example(file_name=f"{i}.png".encode(), image=data, label=i) for i, data in enumerate(files)]
+    write_split(tmp_path / "dtd/3.0.1", "dtd", "test", records)
+    (prepared,) = prepare(row, open_source(row, [tmp_path]), tmp_path / "out")
+    assert (prepared.num_samples, prepared.left_out) == (4, 1)
+    assert sample_names(load_manifest(tmp_path / "out/test")) == ["0", "1", "3", "4"]
+    assert [label for _, label in samples(tmp_path / "out/test")] == [0, 1, 3, 4]
+    assert [e.sha256 for e in load_examples(load_manifest(prepared.manifest))] == [
+        content_sha256(files[i]) for i in (0, 1, 3, 4)
+    ]
+    assert json.loads((tmp_path / "out/task.json").read_text())["comparable"] is False
+
+
+def test_a_complete_official_set_is_comparable(tmp_path: Path) -> None:
+    """As many as there should be, from records: only then."""
+    row = replace(task("vtab/dtd"), splits={"test": "test"}, num_samples={"test": 2})
+    write_split(tmp_path / "dtd/3.0.1", "dtd", "test", [example(image=encoded(pixels(i)), label=i) for i in range(2)])
+    prepare(row, open_source(row, [tmp_path]), tmp_path / "out")
+    assert json.loads((tmp_path / "out/task.json").read_text())["comparable"] is True
+
+
+def test_the_digest_is_of_images_and_labels(tmp_path: Path) -> None:
+    """The same pixels in PNG, another PNG or WebP, in another order under other names: equal. A changed label: not."""
+    image, other = pixels(0), pixels(1)
+    forms = [encoded(image), encoded(image, compress_level=0), encoded(image, "webp", lossless=True)]
+    assert len(set(forms)) == 3 and len({content_sha256(data) for data in forms}) == 1
+    assert content_sha256(encoded(other)) != content_sha256(forms[0])
+    assert content_sha256(encoded(image.reshape(4, 16, 3))) != content_sha256(forms[0])
+    lossy = [encoded(image, "jpeg", quality=quality) for quality in (90, 91)]
+    assert content_sha256(lossy[0]) != content_sha256(lossy[1])
+    first = [Example(0, "a", 3, "x"), Example(1, "b", 4, "y")]
+    assert examples_sha256(first) == examples_sha256([Example(0, "p/q", 4, "y"), Example(1, "r", 3, "x")])
+    assert examples_sha256(first) != examples_sha256([Example(0, "a", 4, "x"), Example(1, "b", 3, "y")])
+
+
+def test_names_without_a_list_are_the_keys(tmp_path: Path) -> None:
+    """Shards that were indexed as they are have their names in the tar; a list that does not fit is refused."""
+    build([Item(lambda: encoded(pixels(0)), "png", 0, "x")], ["a"], tmp_path / "set", samples_per_shard=5, seed=0)
+    manifest = load_manifest(tmp_path / "set")
+    assert sample_names(manifest) == ["000000000000"]
+    assert "examples.jsonl: not found" in refusal(load_examples, manifest)
+    (tmp_path / "set/examples.jsonl").write_text("")
+    assert "lists 0 examples" in refusal(load_examples, manifest)
+    (tmp_path / "set/examples.jsonl").write_text('{"index": 0}\n')
+    assert "not a list of examples" in refusal(load_examples, manifest)
+
+
+def test_sources_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """What is wrong and what the task can be made from, before anything is written."""
+    (tmp_path / "empty").mkdir()
+    assert "scored on the data of imagenet" in refusal(open_source, task("real"), [tmp_path])
+    assert "not found; pets is at https://www.robots" in refusal(open_source, task("pets"), [tmp_path / "gone"])
+    assert "made from TFDS records (svhn_cropped:3.*.*)" in refusal(
+        open_source, task("vtab/svhn"), [tmp_path / "empty"]
+    )
+    for name, row in TASKS.items():
+        if row.originals:
+            assert "empty" in refusal(open_source, row, [tmp_path / "empty"]), name
+    (tmp_path / "val.npz").touch()
+    assert "is a pack of val; cifar10 has train, test" in refusal(open_source, task("cifar10"), [tmp_path / "val.npz"])
+    two = [tmp_path / "val.npz", tmp_path / "empty"]
+    assert "give one folder, or packs" in refusal(open_source, task("cifar10"), two)
+    dtd(tmp_path / "tfds", counts=(3, 3, 3))
+    assert "asks for more than the 3 records" in refusal(open_source, task("vtab/dtd"), [tmp_path / "tfds"])
+    assert "made from TFDS records" in refusal(open_source, task("vtab/svhn"), [tmp_path / "tfds"])
+    old = replace(task("vtab/dtd"), tfds="dtd:2.*.*")
+    assert "no records of dtd:2.*.* below it" in refusal(open_source, old, [tmp_path / "tfds"])
+
+
+def test_a_variant_is_labelled_in_imagenets_classes(tmp_path: Path) -> None:
+    """Numbers of ImageNet-V2 and WordNet ids of ImageNet-A become classes of the 1000; others are refused."""
+    for name, folder, label in (("imagenet_v2", "730", 730), ("imagenet_a", "n01498041", 6)):
+        place = tmp_path / name / "images" / folder
+        place.mkdir(parents=True)
+        (place / "x.jpg").write_bytes(encoded(pixels(0), "jpeg"))
+        prepare(task(name), open_source(task(name), [tmp_path / name]), tmp_path / "out" / name)
+        assert samples(tmp_path / "out" / name / "test") == [(encoded(pixels(0), "jpeg"), label)]
+        assert load_manifest(tmp_path / "out" / name / "test").num_classes == 1000
+    (tmp_path / "imagenet_a/images/n01440764").mkdir()  # tench: in ImageNet, not in ImageNet-A
+    (tmp_path / "imagenet_a/images/n01440764/x.jpg").write_bytes(b"x")
+    assert "'n01440764' is not one of the 200" in refusal(open_source, task("imagenet_a"), [tmp_path / "imagenet_a"])
+
+
+def test_eurosat_from_real_packs(test_data: Path, tmp_path: Path) -> None:
+    """Real satellite tiles: 800 + 200 + 1,500, the names and order of the split lists, trainval is both."""
+    packs = sorted(test_data.glob("vtab_eurosat_*.tar.gz"))
+    row = task("vtab/eurosat")
+    prepare(row, open_source(row, packs), tmp_path)
+    lists = json.loads((test_data / "vtab1k_style_splits.json").read_text())
+    classes = lists["classes"]["eurosat"]
+    names = lists["splits"]["eurosat"]
+    expected = {"train": names["train800"], "val": names["val200"], "test": names["devtest1500"]}
+    expected["trainval"] = expected["train"] + expected["val"]
+    for split, wanted in expected.items():
+        found = load_examples(load_manifest(tmp_path / split))
+        assert [e.id for e in found] == wanted
+        assert [classes[e.label] for e in found] == [name.partition("_")[0] for name in wanted]
+    assert json.loads((tmp_path / "task.json").read_text())["comparable"] is False
+
+
+def test_cifar100_from_real_packs(test_data: Path, tmp_path: Path) -> None:
+    """The ready VTAB-style packs of CIFAR-100: labels and pixels as in the pack, through the shards."""
+    packs = sorted(test_data.glob("cifar100_vtab1k_style_*.npz"))
+    row = task("vtab/cifar100")
+    prepared = {p.split: p for p in prepare(row, open_source(row, packs), tmp_path)}
+    assert {split: p.num_samples for split, p in prepared.items()} == {
+        "train": 800,
+        "val": 200,
+        "trainval": 1000,
+        "test": 1000,
+    }
+    with np.load(test_data / "cifar100_vtab1k_style_val200.npz") as pack:
+        offset, blob, label = pack["offset"], pack["blob"], pack["label"]
+    found = samples(tmp_path / "val")
+    assert [label for _, label in found] == label.tolist()
+    for number in (0, 99, 199):
+        assert found[number][0] == blob[offset[number] : offset[number + 1]].tobytes()
+
+
+def test_real_names_survive(test_data: Path, tmp_path: Path) -> None:
+    """ReaL on 500 real validation images: 482 are scored, and the original label is right for 446 of them."""
+    row = task("imagenet")
+    source = open_source(row, [test_data / "imagenet_val_227px_dev-000000.tar"])
+    prepare(row, source, tmp_path)
+    manifest = load_manifest(tmp_path / "val")
+    found = real_labels(sample_names(manifest))
+    labels = [label for _, label in samples(tmp_path / "val")]
+    assert sum(map(bool, found)) == 482
+    assert sum(label in accepted for label, accepted in zip(labels, found)) == 446
+    official = np.load(test_data / "imagenet_val_labels.npz")["label"]
+    assert labels == [int(official[int(name[-8:]) - 1]) for name in sample_names(manifest)]
+
+
+def test_cifar10_binary_equals_the_real_pack(test_data: Path, tmp_path: Path) -> None:
+    """Real CIFAR-10 test images written as the authors' binary batch give the digest of the WebP pack."""
+    row = replace(task("cifar10"), splits={"test": "test"})
+    with np.load(test_data / "cifar10_test.npz") as pack:
+        count, blob, offset, label = 600, pack["blob"], pack["offset"], pack["label"]
+    files = [blob[offset[i] : offset[i + 1]].tobytes() for i in range(count)]
+    np.savez(tmp_path / "part_test.npz", blob=blob[: offset[count]], offset=offset[: count + 1], label=label[:count])
+    place = tmp_path / "cifar-10-batches-bin"
+    place.mkdir()
+    planes = [decode(data).numpy().tobytes() for data in files]
+    (place / "test_batch.bin").write_bytes(b"".join(bytes([label[i]]) + planes[i] for i in reversed(range(count))))
+    for number in range(1, 6):
+        (place / f"data_batch_{number}.bin").write_bytes(b"")
+    packed = prepare(row, open_source(row, [tmp_path / "part_test.npz"]), tmp_path / "packed")
+    source = open_source(row, [tmp_path])
+    source.splits.pop("train")
+    (binary,) = prepare(row, source, tmp_path / "binary")
+    assert binary.examples_sha256 == packed[0].examples_sha256 and binary.num_samples == count
