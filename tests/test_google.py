@@ -16,7 +16,7 @@ from weights_on_disk import in_memory, one_line, randomised, tiny_model
 from pretrain.errors import UserError
 from pretrain.models import load_model
 from pretrain.models.build import build_model
-from pretrain.models.google import NAMINGS, write_google
+from pretrain.models.google import NAMINGS, WRITTEN, write_google
 from pretrain.models.positions import Grid, resize_table
 from pretrain.models.weights import read_weights
 
@@ -120,9 +120,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "headless": {},
 }
 CANNOT = {("map", "released"), ("map", "vit_jax"), ("hybrid", "big_vision"), ("stem_only", "big_vision")}
-
-
-WRITTEN = ("released", "vit_jax", "big_vision")
 
 
 @pytest.mark.parametrize("naming", WRITTEN)

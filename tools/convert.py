@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.errors import StorageError, UserError
 from pretrain.models.card import model_card
-from pretrain.models.google import NAMINGS, class_names_file, for_google, read_google, write_google
+from pretrain.models.google import WRITTEN, class_names_file, for_google, read_google, write_google
 from pretrain.models.onnx_file import write_onnx
 from pretrain.models.publish import check_free, publish_files, publish_folder, staging
 from pretrain.models.tensors import Weights
@@ -113,7 +113,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="what to convert")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; with --to npz a file NAME.npz")
     parser.add_argument("--to", choices=TARGETS, required=True, help="format")
-    parser.add_argument("--naming", choices=NAMINGS, help="of npz: as published (default), or of the code of today")
+    parser.add_argument("--naming", choices=WRITTEN, help="of npz: as published (default), or of the code of today")
     parser.add_argument(
         "--without", choices=["head", "pre_logits"], nargs="+", default=[], help="parts to leave out of the result"
     )

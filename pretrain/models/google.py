@@ -49,6 +49,7 @@ NAMINGS = {
     "big_vision": Naming(*_TODAY, "pos_embedding", class_row=False, flat_group_norm=True),
 }
 _SCANNED = "Transformer/encoderblock/"
+WRITTEN = ("released", "vit_jax", "big_vision")  # what --naming offers
 
 
 def read_google(path: Path, image_size: int | None = None) -> Weights:
