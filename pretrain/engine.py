@@ -117,6 +117,7 @@ class Engine:
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
         self.deepspeed_config = deepspeed_config(config, plan, distributed.world_size())
         _without_compiler()
+        exact = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
         # Any: what this file uses of them is DeepSpeed's inside, which its types do not tell.
         engine, zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, dist_init_required=False
@@ -127,11 +128,19 @@ class Engine:
         self._moments = moment_dtypes(config.optim)
         distributed.set_timeouts(config.engine.timeout_s)  # DeepSpeed has made groups of its own
         self._set_optimizer_state(step=0)
+        self._start_from(exact)
         self._average_decay = config.optim.average_decay
         # Of the initial weights; by the flat tensor that they are the average of.
         kept = self._flat_tensors() if self._average_decay else []
         self._averages = {flat: flat.detach().clone() for flat in kept}
         self.check()
+
+    @torch.no_grad()
+    def _start_from(self, exact: dict[str, torch.Tensor]) -> None:
+        """Makes the master weights the given float32 ones: DeepSpeed takes them from the model's, rounded already."""
+        for part in self.weights():
+            part.values.copy_(exact[part.name].view(-1).narrow(0, part.offset, part.values.numel()))
+        self._refresh_model()
 
     # --- training ---
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from safetensors import safe_open
-from tiny import changed, make_shards, tiny_config
+from tiny import NUM_CLASSES, changed, make_shards, tiny_config
 from torch import nn
 
 from pretrain import distributed
@@ -611,3 +611,26 @@ def test_batch_split_keeps_order() -> None:
     slots = torch.arange(6)
     batch = Batch(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), *single_labels(slots), slots >= 0, slots, slots, [])
     assert [part.labels[:, 0].tolist() for part in batch.split(2)] == [[0, 1], [2, 3], [4, 5]]
+
+
+def master_weights(config: Config) -> tuple[dict[str, np.ndarray], bool]:
+    engine, _ = start(config)
+    owned = whole(engine.weights())
+    precise = all(torch.equal(p.float(), p.float().bfloat16().float()) for p in engine._engine.module.parameters())
+    engine.close()
+    return owned, precise
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("max_micro_batch_size", [256, 3])
+def test_a_bf16_run_starts_from_float32_weights(stage: int, max_micro_batch_size: int, shards: Path) -> None:
+    """The master weights are the initial draws, bit for bit, not those rounded to bf16, from which DeepSpeed makes them:
+    8 bits of a fine-tuning's first weights would be all that is left. The model's own weights are bf16.
+    """
+    changes = {"engine__precision": "bf16", "engine__max_micro_batch_size": max_micro_batch_size}
+    config = tiny_config(shards, shards, engine__zero_stage=stage, **changes)
+    held, rounded = run_ranks(master_weights, 2, config)[0]
+    drawn = build_model(config.model, NUM_CLASSES, config.seed).state_dict()
+    assert rounded and held.keys() == drawn.keys()
+    for name, tensor in drawn.items():
+        assert np.array_equal(held[name], tensor.numpy().ravel()), name
