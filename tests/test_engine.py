@@ -624,7 +624,7 @@ def master_weights(config: Config) -> tuple[dict[str, np.ndarray], bool]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("max_micro_batch_size", [256, 3])
 def test_a_bf16_run_starts_from_float32_weights(stage: int, max_micro_batch_size: int, shards: Path) -> None:
-    """The master weights are the initial draws, bit for bit, not those rounded to bf16, from which DeepSpeed makes them:
+    """The master weights are the initial draws, bit for bit, not those rounded to bf16 that DeepSpeed makes them from:
     8 bits of a fine-tuning's first weights would be all that is left. The model's own weights are bf16.
     """
     changes = {"engine__precision": "bf16", "engine__max_micro_batch_size": max_micro_batch_size}
