@@ -1,6 +1,7 @@
 """Makes WebDataset shards with their index and manifest, or checks existing ones.
 
 python tools/make_shards.py SOURCE... OUT [--classes FILE]
+python tools/make_shards.py --task NAME SOURCE... OUT
 """
 
 import json
@@ -16,12 +17,15 @@ from pretrain.errors import UserError
 def main() -> None:
     parser = cli.parser(
         "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg), a CIFAR-style\n"
-        ".npz, or existing WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.",
+        ".npz, or existing WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.\n"
+        "With --task, makes the splits of an evaluation set from a TFDS folder, the authors' downloads, or packs that\n"
+        "are named for their splits (docs/tasks.md).",
         "python tools/make_shards.py tiny_imagenet_train-*.tar.gz data/tiny-train --classes tiny_imagenet_classes.json",
     )
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="SOURCE... OUT", help="what to read, then the folder to write"
     )
+    parser.add_argument("--task", metavar="NAME", help="evaluation set: imagenet, cifar10, pets, vtab/svhn ...")
     parser.add_argument("--classes", type=Path, help='class names: a JSON list, or an object with "names"')
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="of folders and .npz (default 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
@@ -36,6 +40,10 @@ def main() -> None:
     if len(arguments.paths) < 2:
         raise UserError("give at least one SOURCE and then the folder OUT to write")
     *sources, out = arguments.paths
+    if arguments.samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard is {arguments.samples_per_shard}, expected at least 1")
+    if arguments.task:
+        return _prepare(arguments.task, sources, out, arguments.samples_per_shard)
     classes = _class_names(arguments.classes)
     for source in sources:
         if not source.exists():
@@ -45,8 +53,6 @@ def main() -> None:
             path = index_existing(sources, classes, out, progress=advance)
     elif len(sources) == 1 and (sources[0].is_dir() or sources[0].suffix == ".npz"):
         items, found = folder_items(sources[0]) if sources[0].is_dir() else npz_items(sources[0])
-        if arguments.samples_per_shard < 1:
-            raise UserError(f"--samples-per-shard is {arguments.samples_per_shard}, expected at least 1")
         with cli.progress("writing", len(items), "images") as advance:
             options = {"samples_per_shard": arguments.samples_per_shard, "seed": arguments.seed}
             path = build(items, classes or found, out, **options, progress=advance)
@@ -58,7 +64,30 @@ def main() -> None:
     )
     print(f"{path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.num_classes} classes")
     if dropped:
-        print(f"warning: {dropped} images left out, {out / 'provenance.json'} names them", file=sys.stderr)
+        _warn(f"{dropped} images left out, {out / 'provenance.json'} names them")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) -> None:
+    from pretrain.evaluation.preparation import open_source, prepare, reasons_against
+    from pretrain.evaluation.tasks import task
+
+    row = task(name)
+    source = open_source(row, sources)
+    absent = [split for split in row.splits if split not in source.splits]
+    with cli.progress("writing", sum(map(len, source.splits.values())), "images") as advance:
+        prepared = prepare(row, source, out, samples_per_shard=samples_per_shard, progress=advance)
+    for split in prepared:
+        print(f"{split.manifest}: {split.num_samples} samples, examples {split.examples_sha256}")
+        if split.left_out:
+            _warn(f"{split.split}: {split.left_out} images left out, provenance.json names them")
+    if absent:
+        _warn(f"{name}: no {', '.join(absent)} in {source.kind}")
+    if reasons := reasons_against(row, source.kind, prepared):
+        _warn(f"{name}: not comparable with published scores: {'; '.join(reasons)}")
 
 
 def _verify(paths: list[Path]) -> None:

@@ -83,7 +83,7 @@ def npz_items(path: Path) -> tuple[list[Item], list[str]]:
         return blob[offset[number] : offset[number + 1]].tobytes()
 
     return [
-        Item(partial(image, i), _sniffed_ending(image(i)), int(label[i]), f"{path}[{i}]") for i in range(len(label))
+        Item(partial(image, i), sniffed_ending(image(i)), int(label[i]), f"{path}[{i}]") for i in range(len(label))
     ], classes
 
 
@@ -91,7 +91,8 @@ def _ending(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def _sniffed_ending(data: bytes) -> str:
+def sniffed_ending(data: bytes) -> str:
+    """Returns the ending of an encoded image's name by its first bytes: webp, png or jpg."""
     return "webp" if data[8:12] == b"WEBP" else "png" if data[:4] == b"\x89PNG" else "jpg"
 
 
@@ -104,13 +105,14 @@ def build(
     out: Path,
     *,
     samples_per_shard: int,
-    seed: int,
+    seed: int | None,
     progress: Progress = lambda _: None,
 ) -> Path:
     """Writes the items, shuffled over all shards, and returns the manifest's path. The same items give the same bytes.
 
-    Each image is decoded once: one that cannot be is left out, counted by the caller through `progress`, and named in
-    provenance.json. Raises UserError when nothing is left or the folder holds another data set.
+    Without a seed they keep their order. Each image is decoded once: one that cannot be is left out, counted by the
+    caller through `progress`, and named in provenance.json. Raises UserError when nothing is left or the folder holds
+    another data set.
     """
     _start_folder(out)
     multi_label = _has_lists(items)
@@ -118,7 +120,7 @@ def build(
         for label in _labels(item):
             if not 0 <= label < (len(classes) or label + 1):
                 raise UserError(f"{item.source}: label {label} is not one of the {len(classes)} classes")
-    plan = np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
+    plan = np.arange(len(items)) if seed is None else np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
     shards, dropped = [], []
     for number in range(-(-len(items) // samples_per_shard)):
         chosen = plan[number * samples_per_shard : (number + 1) * samples_per_shard]
@@ -161,9 +163,9 @@ def finish_manifest(out: Path, shards: list[Shard], classes: Sequence[str], seed
     return _finish(out, shards, len(classes), classes, [], _shuffled(seed))
 
 
-def _shuffled(seed: int) -> dict[str, Any]:
-    """What the manifest says of samples that lie in random order over all shards."""
-    return {"scope": "global", "seed": seed, "method": "permutation"}
+def _shuffled(seed: int | None) -> dict[str, Any]:
+    """What the manifest says of samples that lie in random order over all shards, or in the order they came."""
+    return {"scope": "none"} if seed is None else {"scope": "global", "seed": seed, "method": "permutation"}
 
 
 def _write_shard(

@@ -1,0 +1,77 @@
+"""The list of examples beside a manifest: what each sample of a prepared evaluation set was called, and its content.
+
+`examples.jsonl` has a line for each sample in index order. Two people can show with its digest that they used the same
+images and labels, whatever tool packed them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.data.images import decode
+from pretrain.data.manifest import Manifest
+from pretrain.data.reader import read_sample
+from pretrain.errors import UserError
+
+FILE = "examples.jsonl"
+
+
+class Example(NamedTuple):
+    """A sample as its source knows it."""
+
+    index: int
+    id: str  # file name or TFDS id
+    label: int
+    sha256: str  # of the content, see `content_sha256`
+
+
+def content_sha256(data: bytes) -> str:
+    """Returns the SHA-256 of an image: of a JPEG's bytes, of the decoded pixels of anything else.
+
+    JPEGs are passed on as they are, and decoders differ in the last bit; lossless files are encoded anew by each tool,
+    and only their pixels stay. Raises BadSample when such a file cannot be decoded.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return hashlib.sha256(data).hexdigest()
+    pixels = decode(data)  # [3, height, width]
+    return hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()
+
+
+def examples_sha256(examples: Iterable[Example]) -> str:
+    """Returns the digest of a list: of its sorted (content, label) pairs, so that neither order nor names count."""
+    lines = sorted(f"{example.sha256} {example.label}\n" for example in examples)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def write_examples(folder: Path, examples: Iterable[Example]) -> None:
+    """Writes the list beside a manifest."""
+    text = "".join(json.dumps(example._asdict(), ensure_ascii=False) + "\n" for example in examples)
+    (folder / FILE).write_text(text, encoding="utf-8")
+
+
+def load_examples(manifest: Manifest) -> list[Example]:
+    """Reads the list beside a manifest. Raises UserError when it is missing or does not fit."""
+    path = manifest.path.parent / FILE
+    try:
+        examples = [Example(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; prepare the set with tools/make_shards.py --task") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a list of examples ({error})") from None
+    if [example.index for example in examples] != list(range(manifest.num_samples)):
+        raise UserError(f"{path}: lists {len(examples)} examples, {manifest.path} has {manifest.num_samples}")
+    return examples
+
+
+def sample_names(manifest: Manifest) -> list[str]:
+    """Returns the original name of each sample, without folder and ending: ILSVRC2012_val_00000001.
+
+    From examples.jsonl; without it, from the keys of the shards, which are names where existing tars were indexed.
+    """
+    if (manifest.path.parent / FILE).exists():
+        names = [example.id for example in load_examples(manifest)]
+    else:
+        names = [read_sample(manifest, index).key for index in range(manifest.num_samples)]
+    return [Path(name).name.partition(".")[0] for name in names]
