@@ -356,7 +356,9 @@ def _evaluate(
     """Returns the rows, the bench with what else was found, and what is needed to repeat them."""
     weights = distributed.together(lambda: read_weights(arguments.weights))
     failed: dict[str, str] = {}
-    opened = [(job, sets) for job in jobs if (sets := _tried(job, failed, partial(_open, job, weights)))]
+    opened = [
+        (job, sets) for job in jobs if (sets := _tried(job, failed, partial(_open, job, weights, arguments.data)))
+    ]
     if not opened:
         raise UserError(f"none of {', '.join(failed)} can be scored")
     model = build_model(weights.model, weights.num_classes)
@@ -381,13 +383,13 @@ def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
         return None
 
 
-def _open(job: Job, weights: Weights) -> dict[str, Manifest]:
+def _open(job: Job, weights: Weights, root: Path) -> dict[str, Manifest]:
     """Returns a job's data sets, checked before anything is read, on all ranks alike."""
-    return distributed.together(lambda: _opened(job, weights))
+    return distributed.together(lambda: _opened(job, weights, root))
 
 
-def _opened(job: Job, weights: Weights) -> dict[str, Manifest]:
-    if job.task and (told := missing(job.task, job.data["test"].parent, [path.name for path in job.data.values()])):
+def _opened(job: Job, weights: Weights, root: Path) -> dict[str, Manifest]:
+    if job.task and (told := missing(job.task, root, [path.name for path in job.data.values()])):
         raise UserError(told)
     sets = {role: load_manifest(path) for role, path in job.data.items()}
     for manifest in sets.values():
