@@ -319,9 +319,32 @@ class EngineConfig:
 class EvalConfig:
     every_steps: int = 1000  # evaluate on the validation set after this many steps, and at the end; 0: never
     batch_size: int = 256  # images per rank and forward pass
+    fewshot_train: Path | None = None  # manifest of labelled images, of any classes, to draw shots from; null: none
+    fewshot_test: Path | None = None  # manifest of images of the same classes, to test the regressions on
+    fewshot_shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])  # images per class, of each regression
+    fewshot_every_steps: int = 0  # after this many steps, and at the end; 0: as often as every_steps
+    knn: bool = False  # also score nearest neighbours, on the same features
+
+    @property
+    def features_every_steps(self) -> int:
+        """After how many steps few-shot accuracy is measured, and at the end; 0: never."""
+        return (self.fewshot_every_steps or self.every_steps) if self.fewshot_train else 0
 
     def problems(self) -> Iterator[str]:
         yield from _outside(self, "evaluation", every_steps=(0, 1 << 40), batch_size=(1, 1 << 20))
+        yield from _outside(self, "evaluation", fewshot_every_steps=(0, 1 << 40))
+        if (self.fewshot_train is None) != (self.fewshot_test is None):
+            there, absent = ("train", "test") if self.fewshot_train else ("test", "train")
+            yield f"evaluation.fewshot_{there} is set but fewshot_{absent} is null; few-shot needs both"
+        if self.knn and self.fewshot_train is None:
+            yield "evaluation.knn needs images: set evaluation.fewshot_train and fewshot_test"
+        if self.fewshot_every_steps and self.fewshot_train is None:
+            yield f"evaluation.fewshot_every_steps ({self.fewshot_every_steps}) has no effect: fewshot_train is null"
+        if self.fewshot_train is not None and not self.features_every_steps:
+            yield "evaluation.fewshot_train is set but would never be used: set every_steps or fewshot_every_steps"
+        shots = self.fewshot_shots
+        if not shots or min(shots) < 1 or sorted(set(shots)) != shots:
+            yield f"evaluation.fewshot_shots is {shots}, expected rising numbers from 1 on"
 
 
 @dataclass
@@ -407,6 +430,11 @@ MAY_CHANGE = (
     "engine.timeout_s",
     "evaluation.every_steps",
     "evaluation.batch_size",
+    "evaluation.fewshot_train",
+    "evaluation.fewshot_test",
+    "evaluation.fewshot_shots",
+    "evaluation.fewshot_every_steps",
+    "evaluation.knn",
     "log.every_steps",
     "log.samples",
     "checkpoint.every_steps",

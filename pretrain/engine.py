@@ -125,6 +125,7 @@ class Engine:
         self._engine: Any = engine
         self._zero: Any = zero
         self._optimizer: Any = self._zero.optimizer
+        self._head = _head_of(model)
         self._moments = moment_dtypes(config.optim)
         distributed.set_timeouts(config.engine.timeout_s)  # DeepSpeed has made groups of its own
         self._set_optimizer_state(step=0)
@@ -196,6 +197,21 @@ class Engine:
         """Returns the logits of uint8 images [B, 3, H, W], without dropout. A collective under ZeRO-3."""
         self._engine.eval()
         return self._engine(to_float(images, self.dtype))
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the head's input for uint8 images [B, 3, H, W], [B, D], without dropout. A collective under ZeRO-3.
+
+        Through the whole forward pass: ZeRO-3 gathers weights where modules are called, and no other way is as safe.
+        """
+        self._engine.eval()
+        inputs: list[torch.Tensor] = []
+        note = self._head.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(1)))
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not look for a hook
+            self._engine(to_float(images, self.dtype))
+        note.remove()
+        (found,) = inputs
+        return found
 
     @property
     def loss_scale(self) -> float | None:
@@ -328,6 +344,11 @@ class Engine:
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
             self._zero.update_lp_params()
+
+
+def _head_of(model: nn.Module) -> nn.Module:
+    """The module that turns features into logits."""
+    return model.get_submodule(min(classifier_names(model)).rpartition(".")[0])
 
 
 def _poison_unless_finite(loss: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,14 @@ from pretrain.data.manifest import Manifest, check_shards, load_manifest
 from pretrain.data.order import Order, plan_batch
 from pretrain.engine import Engine, StepResult
 from pretrain.errors import ConfigError, NonFiniteError, StorageError
+from pretrain.evaluation import fewshot
 from pretrain.evaluation.classification import EvaluationStopped, classification_scores
+from pretrain.evaluation.features import Features, extract_features
+from pretrain.evaluation.knn import knn
 from pretrain.log import JsonLines, RunLog, say, warn
 from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters, train_flops
-from pretrain.models.weights import load_tensors, read_weights
+from pretrain.models.weights import classifier_names, load_tensors, read_weights
 from pretrain.optim import learning_rate
 from pretrain.run import claim, fingerprint, is_done, mark_done, record_start, refuse_changes, versions
 
@@ -47,10 +50,11 @@ class TrainState:
 
     step: int = 0  # global batches consumed; skipped steps count
     validation_due: bool = False  # after this step; still set when a stop cut it short
+    features_due: bool = False  # few-shot accuracy, likewise
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     bad_samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
-    metrics: dict[str, float] = field(default_factory=dict)  # of the validation after this very step, if there was one
+    metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation after this very step, if there was one
     window: list[float] = field(
         default_factory=lambda: [0.0, 0.0, 0.0]
     )  # loss, correct, images since the last log line
@@ -65,6 +69,7 @@ class DataSets:
     val: Manifest | None
     val_indices: np.ndarray
     num_classes: int  # of the model's head
+    fewshot: tuple[Manifest, Manifest] | None = None  # to draw shots from, to test them on
 
 
 def train(config: Config) -> None:
@@ -94,7 +99,7 @@ def train(config: Config) -> None:
     record_start(folder, config, engine.deepspeed_config, state.step)
     log = RunLog(folder, state.step, config.total_steps)
     _loop(config, data, engine, state, log, stop, branched=origin is not None)
-    if state.step == config.total_steps and not state.validation_due:
+    if state.step == config.total_steps and not state.validation_due and not state.features_due:
         mark_done(folder, state.step, state.metrics)
         say(f"done: {folder}, step {state.step}" + "".join(f", {k} {v:.4g}" for k, v in state.metrics.items()))
     else:
@@ -122,8 +127,9 @@ def _loop(
     if branched:  # the other run may delete its checkpoint, or be further on at the next start
         _save(config, data, engine, state, meter, log, must_succeed=True)
     state.validation_due &= data.val is not None  # evaluation may have been switched off since
-    if state.validation_due:  # a stop cut it short
-        if _validate(config, data, engine, state, log, stop):
+    state.features_due &= data.fewshot is not None
+    if state.validation_due or state.features_due:  # a stop cut it short
+        if _evaluate(config, data, engine, state, log, stop):
             return
         _save(config, data, engine, state, meter, log, must_succeed=False)  # with its score, for keep_best
     while state.step < config.total_steps:
@@ -140,9 +146,11 @@ def _loop(
         if due(state.step, config.log.every_steps) or last:
             log.scalars(state.step, meter.read(state, data, lr, result, engine))
         state.validation_due = data.val is not None and (due(state.step, config.evaluation.every_steps) or last)
+        every = config.evaluation.features_every_steps
+        state.features_due = data.fewshot is not None and (due(state.step, every) or last)
         with meter.paused():
-            if state.validation_due and not stopping:
-                stopping = _validate(config, data, engine, state, log, stop)
+            if (state.validation_due or state.features_due) and not stopping:
+                stopping = _evaluate(config, data, engine, state, log, stop)
             if due(state.step, config.checkpoint.every_steps) or last or stopping:
                 _save(config, data, engine, state, meter, log, must_succeed=last or stopping)
         if stopping:
@@ -180,14 +188,37 @@ def _open_data(config: Config) -> DataSets:
             f"data.global_batch ({config.data.global_batch}) is smaller than the {distributed.world_size()} ranks; "
             "use fewer ranks or a recipe with a larger batch"
         )
+    few = _open_fewshot(config)
     order = Order(train_set.num_samples, config.data.held_out, config.data.global_batch, config.seed)
     indices = order.held_out_indices() if config.data.held_out else np.arange(val_set.num_samples if val_set else 0)
-    return DataSets(train_set, order, val_set if config.evaluation.every_steps else None, indices, num_classes)
+    return DataSets(train_set, order, val_set if config.evaluation.every_steps else None, indices, num_classes, few)
+
+
+def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
+    wanted = config.evaluation
+    if wanted.fewshot_train is None or wanted.fewshot_test is None:
+        return None
+    sets = load_manifest(wanted.fewshot_train), load_manifest(wanted.fewshot_test)
+    for manifest in sets:
+        check_shards(manifest)
+        if manifest.multi_label:
+            raise ConfigError(f"evaluation.fewshot: {manifest.path} has several labels per image; few-shot needs one")
+    if sets[0].num_classes != sets[1].num_classes or sets[0].class_names != sets[1].class_names:
+        raise ConfigError(
+            f"evaluation.fewshot: {sets[0].path} ({sets[0].num_classes} classes) and {sets[1].path} "
+            f"({sets[1].num_classes} classes) must have the same classes under the same names"
+        )
+    return sets
 
 
 def _build_engine(config: Config, data: DataSets, device: torch.device, *, from_scratch: bool) -> Engine:
     model = build_model(config.model, data.num_classes, config.seed)
     _refuse_state(model, config.model.name)
+    heads = {name.rpartition(".")[0] for name in classifier_names(model)}
+    if data.fewshot and len(heads) > 1:
+        raise ConfigError(
+            f"evaluation.fewshot_train: {config.model.name} has {len(heads)} heads, so no one input of it"
+        )
     if from_scratch and config.init_from is not None:
         load_tensors(model, read_weights(config.init_from), new_head=config.init_new_head)
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
@@ -386,27 +417,68 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _validate(
+def _evaluate(
     config: Config, data: DataSets, engine: Engine, state: TrainState, log: RunLog, stop: distributed.StopRequest
 ) -> bool:
-    """Scores the validation set into state.metrics, with the averaged weights where they are kept.
+    """Measures what is due into state.metrics, with the averaged weights where they are kept.
 
-    Returns whether it was given up to stop.
+    Returns whether it was given up to stop; then all that was due still is.
     """
+    metrics: dict[str, float] = {}
+    with engine.averaged():
+        try:
+            if state.validation_due:
+                metrics |= _validation_metrics(config, data, engine, stop)
+            if state.features_due:
+                metrics |= _features_metrics(config, data, engine, stop)
+        except EvaluationStopped:
+            return True
+    state.metrics = metrics
+    state.validation_due = state.features_due = False
+    log.scalars(state.step, state.metrics)
+    return False
+
+
+def _validation_metrics(
+    config: Config, data: DataSets, engine: Engine, stop: distributed.StopRequest
+) -> dict[str, float]:
     assert data.val is not None
     options = {"batch_size": config.evaluation.batch_size, "image_size": config.model.image_size, "config": config.data}
     batches = eval_batches(data.val, data.val_indices, **options)
-    with engine.averaged():
-        try:
-            scores = classification_scores(
-                engine.predict, batches, loss=config.loss, device=engine.device, stop_agreed=stop.agreed
-            )
-        except EvaluationStopped:
-            return True
-    state.metrics = {f"val/{score.metric}": score.value for score in scores} | {"val/images": scores[0].n}
-    state.validation_due = False
-    log.scalars(state.step, state.metrics)
-    return False
+    scores = classification_scores(
+        engine.predict, batches, loss=config.loss, device=engine.device, stop_agreed=stop.agreed
+    )
+    return {f"val/{score.metric}": score.value for score in scores} | {"val/images": scores[0].n}
+
+
+def _features_metrics(
+    config: Config, data: DataSets, engine: Engine, stop: distributed.StopRequest
+) -> dict[str, float]:
+    """Few-shot accuracy as val/fewshot_10, of nearest neighbours as val/knn_20; images in few-shot's transform."""
+    assert data.fewshot is not None
+    options = {
+        "image_size": config.model.image_size,
+        "batch_size": config.evaluation.batch_size,
+        "config": replace(config.data, eval_transform=fewshot.TRANSFORM, eval_crop=fewshot.CROP),
+        "device": engine.device,
+        "stop_agreed": stop.agreed,
+    }
+    few, test = data.fewshot
+    shots = fewshot.spread_indices(few.num_samples)
+    train_features = extract_features(engine.features, few, indices=shots, **options)
+    test_features = extract_features(engine.features, test, **options)
+    return distributed.from_main(lambda: _on_features(config, train_features, test_features, engine.device))
+
+
+def _on_features(
+    config: Config, train: Features | None, test: Features | None, device: torch.device
+) -> dict[str, float]:
+    assert train is not None and test is not None  # rank 0 has them
+    values = {row.metric: row.value for row in fewshot.fewshot(*train, *test, shots=config.evaluation.fewshot_shots)}
+    metrics = {f"val/fewshot_{k}": values[f"{k}-shot"] for k in config.evaluation.fewshot_shots}
+    if config.evaluation.knn:
+        metrics |= {f"val/knn_{row.metric.removesuffix('-nn')}": row.value for row in knn(*train, *test, device=device)}
+    return metrics
 
 
 def _save(

@@ -313,18 +313,20 @@ def test_every_field_has_a_comment() -> None:
 def test_what_a_resumed_run_may_change() -> None:
     """Machine and bookkeeping may change, everything else is told with both values."""
     assert set(MAY_CHANGE) <= set(keys())
-    config = config_from_dict(SMALLEST, "trial")
+    base = merged(SMALLEST, {"evaluation": {"fewshot_train": "few", "fewshot_test": "test"}})  # some keys need them
+    config = config_from_dict(base, "trial")
     saved = config_to_dict(config)
     assert resume_differences(saved, config) == []
     assert {key.partition(".")[0] for key in MAY_CHANGE}.isdisjoint({"optim", "model", "seed", "loss", "total_steps"})
-    other_values = {bool: True, int: 7, Path: "elsewhere"}
+    other_values: dict[Any, Any] = {bool: True, int: 7, Path: "elsewhere"}
     hints = {key: hint for key, hint in _leaf_types().items() if key in MAY_CHANGE}
     for key, hint in hints.items():
         value = 3 if key == "engine.zero_stage" else 0.5 if hint is float else other_values.get(hint, "elsewhere")
-        changed = config_from_dict(merged(SMALLEST, nested(key, value)), "trial")
+        value = [3] if key == "evaluation.fewshot_shots" else value
+        changed = config_from_dict(merged(base, nested(key, value)), "trial")
         assert changed != config, key
         assert resume_differences(saved, changed) == [], key
-    changed = config_from_dict(merged(SMALLEST, {"seed": 1, "optim": {"lr": 2e-3}, "data": {"flip": 0.0}}), "trial")
+    changed = config_from_dict(merged(base, {"seed": 1, "optim": {"lr": 2e-3}, "data": {"flip": 0.0}}), "trial")
     assert sorted(resume_differences(saved, changed)) == [
         "data.flip: was 0.5, is 0.0",
         "optim.lr: was 0.001, is 0.002",

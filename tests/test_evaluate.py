@@ -38,18 +38,19 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, 
     return train, test, folder / "tiny", save_run(config, NAMES)
 
 
-def all_images(shards: Path) -> Batch:
+def all_images(shards: Path, **transform: Any) -> Batch:
     manifest = load_manifest(shards)
-    config = DataConfig(workers=0, eval_crop=0.9)
+    config = DataConfig(workers=0, **{"eval_crop": 0.9, **transform})
     options = {"batch_size": manifest.num_samples, "image_size": 16, "config": config}
     return next(eval_batches(manifest, np.arange(manifest.num_samples), **options))
 
 
 @torch.no_grad()
 def expected_rows(train: Path, test: Path, model: Any) -> dict[tuple[str, str], float]:
-    """The same figures without the tool: every image in one batch."""
-    batches = all_images(train), all_images(test)
-    logits, labels = model(to_float(batches[1].images, torch.float32)), batches[1].labels[:, 0]
+    """The same figures without the tool: every image in one batch, as the head sees it and as few-shot sees it."""
+    own, labels = all_images(test), all_images(test).labels[:, 0]
+    batches = [all_images(shards, eval_transform="fewshot", eval_crop=0.875) for shards in (train, test)]
+    logits = model(to_float(own.images, torch.float32))
     best = logits.topk(5).indices == labels[:, None]
     targets = F.one_hot(labels, 7).float()
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
@@ -79,6 +80,8 @@ def assert_results(folder: Path, expected: dict[tuple[str, str], float]) -> None
     assert {row["n"] for row in results["rows"]} == {53}
     assert results["weights"].endswith("step-0000000020") and results["loss"] == "sigmoid"
     assert results["data"]["fewshot_train"]["num_samples"] == 101
+    assert results["transform"] == {"name": "timm", "crop": 0.9, "interpolation": "bicubic"}
+    assert results["fewshot"]["transform"] == {"name": "fewshot", "crop": 0.875, "interpolation": "bicubic"}
 
 
 def test_figures_are_those_of_a_direct_computation(places: tuple[Path, Path, Path, nn.Module]) -> None:
@@ -173,5 +176,5 @@ def test_differing_class_names_are_warned_of(
     shards = make_shards(tmp_path / "test", num_samples=9)
     (shards / "classes.json").write_text(json.dumps([*NAMES[:2], "other", *NAMES[3:]]))
     evaluate = load_tool("evaluate")
-    evaluate._check_classes(evaluate.read_weights(run), load_manifest(shards), [])
+    evaluate._check_classes(evaluate.read_weights(run), load_manifest(shards))
     assert "1 class names differ" in (told := capsys.readouterr().err) and "class 2 is 'other'" in told

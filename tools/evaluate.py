@@ -1,6 +1,6 @@
-"""Scores weights on shards: loss, top-1 and top-5, and few-shot accuracy of the features.
+"""Scores weights: accuracy on the evaluation tasks and on own shards, few-shot, nearest neighbours, linear probe.
 
-python tools/evaluate.py WEIGHTS [--val MANIFEST] [--fewshot TRAIN TEST] [--shots 1 5 10 25] [--baselines] [--out DIR]
+python tools/evaluate.py WEIGHTS [--tasks imagenet,real,knn:pets --data ROOT] [--val MANIFEST] [--fewshot TRAIN TEST]
 """
 
 import argparse
@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -26,9 +27,20 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import Manifest, check_shards, load_manifest
 from pretrain.errors import UserError
-from pretrain.evaluation.classification import classification_scores
-from pretrain.evaluation.features import extract_features, pre_logits, raw_pixels
-from pretrain.evaluation.fewshot import L2, SEEDS, SHOTS, fewshot
+from pretrain.evaluation import fewshot, knn, probe
+from pretrain.evaluation.classification import (
+    OFFICIAL,
+    Predictions,
+    Score,
+    among,
+    mean_average_precision,
+    predict_all,
+    relabelled,
+    scores_of,
+)
+from pretrain.evaluation.features import Extract, Features, extract_features, pre_logits, raw_pixels
+from pretrain.evaluation.predictions import lines, names_of, wrong_items
+from pretrain.evaluation.tasks import TASKS, Task, missing, real_labels, scored_classes, task, task_folder
 from pretrain.log import warn
 from pretrain.models.build import build_model
 from pretrain.models.weights import Weights, load_tensors, read_weights
@@ -36,57 +48,299 @@ from pretrain.run import versions
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
 MAX_PIXEL_BYTES = 16 << 30  # of raw pixels as float32: 28,000 images at 224 px
+MAX_LOGIT_BYTES = (
+    4 << 30
+)  # of logits as float32, on every rank, for mean average precision: 50,000 images of 21k classes
+TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
 
 
 class Row(NamedTuple):
     """One line of results.json."""
 
     model: str  # TRAINED, RANDOM or PIXELS
-    metric: str  # "top1", "10-shot", "10-shot-std" ...
+    metric: str  # "top1", "10-shot", "10-shot-std", "imagenet_v2/top1", "knn:pets/20-nn" ...
     value: float
     n: int  # images it was measured on
 
 
+class Job(NamedTuple):
+    """A kind of evaluation on a data set."""
+
+    kind: str  # of EVALUATORS
+    name: str  # in front of its metrics: "imagenet_v2", "knn:pets"; "" for --val and --fewshot
+    data: dict[str, Path]  # manifests: "test", and "train" where there is something to learn
+    task: Task | None = None  # the table's row
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """What results.json calls the data sets."""
+        if self.name:
+            return {role: f"{self.name}/{role}" for role in self.data}
+        return {"test": "val"} if self.kind == "classify" else {role: f"fewshot_{role}" for role in self.data}
+
+
+@dataclass
+class Bench:
+    """The model under test, with all that an evaluator needs, and what the evaluators leave beside their rows."""
+
+    arguments: argparse.Namespace
+    weights: Weights
+    model: nn.Module
+    device: torch.device
+    loss: str
+    predictions: list[tuple[Job, Manifest, Predictions]] = field(default_factory=list)
+    chosen_c: dict[str, float] = field(default_factory=dict)  # of each linear probe
+    _kept: dict[tuple, Features | None] = field(default_factory=dict)  # of the last data set, for the next evaluator
+
+    def options(self, transform: str | None = None) -> dict[str, Any]:
+        """Returns how images are read: in the weights' own transform, or in the one named (few-shot's)."""
+        crop = fewshot.CROP if transform == fewshot.TRANSFORM else self.weights.eval_crop
+        config = DataConfig(
+            eval_transform=cast(Any, transform or self.weights.eval_transform),  # literals, as the config wrote them
+            eval_crop=crop,
+            interpolation=cast(Any, self.weights.interpolation),
+            workers=self.arguments.workers,
+        )
+        size = self.weights.model.image_size
+        return {"batch_size": self.arguments.batch_size, "image_size": size, "config": config}
+
+    @torch.no_grad()
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the logits of uint8 images [B, 3, H, W]."""
+        return self.model(to_float(images, torch.float32))
+
+    def features(
+        self,
+        name: str,
+        extract: Extract,
+        sets: dict[str, Manifest],
+        transform: str | None = None,
+        max_train: int | None = None,
+    ) -> list[Features | None]:
+        """Returns the features of a training and a test set, on rank 0. Those of the last two sets are kept."""
+        keys = {role: (name, manifest.path, transform, max_train) for role, manifest in sets.items()}
+        self._kept = {key: found for key, found in self._kept.items() if key in keys.values()}
+        for role, manifest in sets.items():
+            indices = np.arange(manifest.num_samples)
+            if role == "train" and max_train is not None:
+                indices = fewshot.spread_indices(manifest.num_samples, max_train)
+            if keys[role] not in self._kept:
+                with cli.progress(f"features, {name}", len(indices), "images") as advance:
+                    self._kept[keys[role]] = extract_features(
+                        extract,
+                        manifest,
+                        **self.options(transform),
+                        device=self.device,
+                        indices=indices,
+                        max_bytes=MAX_PIXEL_BYTES if extract is raw_pixels else None,
+                        progress=advance,
+                    )
+        return [self._kept[key] for key in keys.values()]
+
+
+# --- evaluators: a kind of evaluation -> its rows --------------------------------------------------------------------
+
+
+def classify(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
+    """Loss, top-1, top-5 and a task's own metric, by the model's head."""
+    manifest = sets["test"]
+    batches: Iterable[Batch] = eval_batches(manifest, np.arange(manifest.num_samples), **bench.options())
+    predict = bench.predict
+    num_scored = manifest.num_samples
+    if job.task and (classes := scored_classes(job.task)):
+        predict = among(predict, classes)
+    if job.task and job.task.metric == "real":
+        labels = distributed.from_main(lambda: _real_labels(manifest))
+        batches, num_scored = relabelled(batches, labels), sum(map(bool, labels))
+    logit_bytes = 4 * manifest.num_samples * bench.weights.num_classes
+    ranks_classes = manifest.multi_label and logit_bytes <= MAX_LOGIT_BYTES
+    if manifest.multi_label and not ranks_classes:
+        warn(f"{manifest.path}: no mean average precision: its logits would take {logit_bytes >> 30} GB")
+    with cli.progress(job.name or "validation", manifest.num_samples, "images") as advance:
+        told = _told(batches, lambda: advance(bench.arguments.batch_size * distributed.world_size()))
+        found = predict_all(predict, told, loss=bench.loss, device=bench.device, keep_logits=ranks_classes)
+    n = len(found.index)
+    if n < num_scored and distributed.is_main():
+        warn(f"{manifest.path}: {num_scored - n} of {num_scored} images cannot be read: not scored")
+    bench.predictions.append((job, manifest, found))
+    scores = scores_of(found)
+    if ranks_classes and found.logits is not None:
+        scores.append(Score("mean_average_precision", mean_average_precision(found.logits, found.labels), n))
+    if job.task and job.task.official_metric in OFFICIAL:
+        official = OFFICIAL[job.task.official_metric]
+        scores.append(Score(job.task.official_metric, official(found.labels[:, 0], found.classes[:, 0]), n))
+    return _rows(TRAINED, job, scores)
+
+
+def _real_labels(manifest: Manifest) -> list[list[int]]:
+    """The ReaL labels of each sample, joined by its name; none where the name cannot be read."""
+    names = names_of(manifest, range(manifest.num_samples))
+    found = iter(real_labels([name for name in names if name]))
+    return [next(found) if name else [] for name in names]
+
+
+def few_shot(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
+    """big_vision's closed-form regression on 1, 5, 10 and 25 images per class."""
+    arguments, rows = bench.arguments, []
+    for name, extract in _extractors(bench, sets).items():
+        train, test = bench.features(name, extract, sets, arguments.fewshot_transform, fewshot.MAX_TRAIN)
+        with cli.progress(f"few-shot, {name}", len(arguments.shots) * len(fewshot.SEEDS), "regressions") as advance:
+            solve = partial(fewshot.fewshot, shots=arguments.shots, progress=advance)
+            rows += _rows(name, job, distributed.from_main(partial(_on_features, solve, train, test)))
+    return rows
+
+
+def _on_features(solve: Callable[..., Any], train: Features | None, test: Features | None) -> Any:
+    """What an evaluator says of features, which rank 0 alone has."""
+    assert train is not None and test is not None
+    return solve(*train, *test)
+
+
+def _extractors(bench: Bench, sets: dict[str, Manifest]) -> dict[str, Extract]:
+    extractors = {TRAINED: pre_logits(bench.model)}
+    if bench.arguments.baselines:
+        untrained = build_model(bench.weights.model, bench.weights.num_classes)
+        extractors[RANDOM] = pre_logits(untrained.to(bench.device).eval())
+        pixel_bytes = sum(m.num_samples for m in sets.values()) * 3 * bench.weights.model.image_size**2 * 4
+        if pixel_bytes <= MAX_PIXEL_BYTES:
+            extractors[PIXELS] = raw_pixels
+        elif distributed.is_main():
+            warn(f"no row for raw pixels: they would take {pixel_bytes >> 30} GB, at most {MAX_PIXEL_BYTES >> 30}")
+    return extractors
+
+
+def nearest_neighbours(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
+    """The vote of the nearest training images."""
+    train, test = bench.features(TRAINED, pre_logits(bench.model), sets)
+    with cli.progress(job.name, sets["test"].num_samples, "images") as advance:
+        solve = partial(knn.knn, device=bench.device, progress=advance)
+        return _rows(TRAINED, job, distributed.from_main(partial(_on_features, solve, train, test)))
+
+
+def linear_probe(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
+    """Logistic regression on all training images."""
+    train, test = bench.features(TRAINED, pre_logits(bench.model), sets)
+    with cli.progress(job.name, len(probe.GRID) + 1, "regressions") as advance:
+        solve = partial(probe.probe, progress=advance)
+        scores, c = distributed.from_main(partial(_on_features, solve, train, test))
+    bench.chosen_c[job.name] = c
+    return _rows(TRAINED, job, scores)
+
+
+EVALUATORS: dict[str, Callable[[Bench, Job, dict[str, Manifest]], list[Row]]] = {
+    "classify": classify,
+    "fewshot": few_shot,
+    "knn": nearest_neighbours,
+    "probe": linear_probe,
+}
+
+
+def _rows(model: str, job: Job, scores: list[Score]) -> list[Row]:
+    prefix = f"{job.name}/" if job.name else ""
+    return [Row(model, prefix + score.metric, score.value, score.n) for score in scores]
+
+
+def _told(batches: Iterable[Batch], tell: Callable[[], None]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        tell()
+
+
+# --- what was asked for ----------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = cli.parser(
-        "Scores a run (its newest valid checkpoint), a checkpoint, or a converted folder on shards: loss, top-1 and\n"
-        "top-5 with --val, big_vision's few-shot linear evaluation with --fewshot. Every image is scored once, on any\n"
-        "number of ranks. Writes results.json and results.md.",
-        "python tools/evaluate.py runs/NAME --val data/val --fewshot data/digits-train data/digits-test --baselines",
+        "Scores a run (its newest valid checkpoint), a checkpoint, or a converted folder. --tasks names rows of the\n"
+        "table of tasks for the model's own head (imagenet, real, imagenet_v2, cifar10 ...) and fewshot:NAME,\n"
+        "knn:NAME, probe:NAME for its features, on the data in ROOT/NAME/{train,test} that make_shards --task made.\n"
+        "--val and --fewshot take any shards. Every image is scored once, on any number of ranks. Writes\n"
+        "results.json, results.md and wrong.json. Exit code 2 when a task could not be scored.",
+        "python tools/evaluate.py runs/NAME --tasks imagenet,real,knn:pets --data data --predictions predictions.jsonl",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint step-N or converted folder")
+    parser.add_argument("--tasks", metavar="TASK,...", help="what to score of the sets in --data")
+    parser.add_argument("--data", type=Path, metavar="ROOT", help="folder of the tasks' data")
     parser.add_argument("--val", type=Path, metavar="MANIFEST", help="shards of the classes the model was trained on")
     parser.add_argument(
         "--fewshot", type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="shards of any classes: to learn from, to test"
     )
-    parser.add_argument("--shots", type=int, nargs="+", default=SHOTS, metavar="K", help="images per class")
+    parser.add_argument("--shots", type=int, nargs="+", default=fewshot.SHOTS, metavar="K", help="images per class")
+    parser.add_argument(
+        "--fewshot-transform",
+        choices=["timm", "vit", "big_vision", "fewshot"],
+        default=fewshot.TRANSFORM,
+        help="how few-shot sees images (default fewshot: big_vision's, squashed and cropped)",
+    )
     parser.add_argument(
         "--baselines", action="store_true", help="few-shot also with random weights and with raw pixels as features"
     )
     parser.add_argument("--loss", choices=["softmax", "sigmoid"], help="default: the one it was trained with")
     parser.add_argument("--batch-size", type=int, default=256, help="images per rank and forward pass (default 256)")
     parser.add_argument("--workers", type=int, help="loader processes per rank (default: up to 4, as cores allow)")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write a line of JSON for each image")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the results (default: WEIGHTS/evaluation)")
     arguments = parser.parse_args()
-    _check(arguments)
+    jobs = _jobs(arguments)
+    _check(arguments, jobs)
     if arguments.workers is None:
         arguments.workers = min(4, len(os.sched_getaffinity(0)))
 
-    device = distributed.start(timeout_s=1800)  # ranks may decode at very different speeds
-    rows, record = _evaluate(arguments, device)
+    device = distributed.start(TIMEOUT_S)
+    rows, bench, record = _evaluate(arguments, jobs, device)
     if distributed.is_main():
         out = arguments.out or arguments.weights / "evaluation"
         _print_table(rows, str(arguments.weights))
-        _write(out, rows, record)
+        _write(out, _pages(rows, record, bench))
         print(f"{out / 'results.json'}, {out / 'results.md'}")
+        if arguments.predictions:
+            _write_predictions(arguments.predictions, bench)
     distributed.stop()
+    if record["failed"]:
+        raise UserError(f"{len(record['failed'])} of {len(jobs)} not scored: {', '.join(record['failed'])}")
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    if not arguments.val and not arguments.fewshot:
-        raise UserError("nothing to evaluate: give --val MANIFEST, --fewshot TRAIN TEST, or both")
-    if arguments.baselines and not arguments.fewshot:
-        raise UserError("--baselines compares few-shot accuracies: it needs --fewshot TRAIN TEST")
+def _jobs(arguments: argparse.Namespace) -> list[Job]:
+    """Returns what the command line asks for."""
+    jobs = []
+    if arguments.val:
+        jobs.append(Job("classify", "", {"test": arguments.val}))
+    if arguments.fewshot:
+        jobs.append(Job("fewshot", "", dict(zip(("train", "test"), arguments.fewshot))))
+    names = [name.strip() for name in (arguments.tasks or "").split(",") if name.strip()]
+    if names and not arguments.data:
+        raise UserError("--tasks needs --data ROOT, the folder in which ROOT/TASK/test and so on lie")
+    return jobs + [_job(name, arguments.data) for name in dict.fromkeys(names)]
+
+
+def _job(text: str, root: Path) -> Job:
+    kind, colon, name = text.partition(":")
+    if not colon:
+        row = task(text)
+        return Job("classify", text, {"test": task_folder(row, root) / row.test_split}, row)
+    if kind not in EVALUATORS or kind == "classify":
+        raise UserError(f"--tasks: {text!r} is neither a task nor fewshot:NAME, knn:NAME or probe:NAME")
+    if (row := TASKS.get(name)) is None:
+        folder = root / name
+        test = "val" if (folder / "val").exists() and not (folder / "test").exists() else "test"
+        return Job(kind, text, {"train": folder / "train", "test": folder / test})
+    train = "trainval" if "trainval" in row.splits else "train"  # VTAB's 1,000 images
+    if train not in row.splits:
+        raise UserError(f"--tasks: {text!r}: {name} has no training images to learn from")
+    folder = task_folder(row, root)
+    return Job(kind, text, {"train": folder / train, "test": folder / row.test_split}, row)
+
+
+def _check(arguments: argparse.Namespace, jobs: list[Job]) -> None:
+    if not jobs:
+        raise UserError("nothing to evaluate: give --val MANIFEST, --fewshot TRAIN TEST, or --tasks and --data")
+    kinds = {job.kind for job in jobs}
+    if arguments.baselines and "fewshot" not in kinds:
+        raise UserError(
+            "--baselines compares few-shot accuracies: it needs --fewshot TRAIN TEST or --tasks fewshot:NAME"
+        )
+    if arguments.predictions and "classify" not in kinds:
+        raise UserError("--predictions are of the model's head: it needs --val MANIFEST or a task without a colon")
     for name, lowest in (("batch_size", 1), ("workers", 0)):
         value = getattr(arguments, name)
         if value is not None and value < lowest:
@@ -96,51 +350,70 @@ def _check(arguments: argparse.Namespace) -> None:
     arguments.shots = sorted(set(arguments.shots))
 
 
-def _evaluate(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row], dict[str, Any]]:
-    """Returns the rows, and what is needed to repeat them."""
-    weights = read_weights(arguments.weights)
-    val = load_manifest(arguments.val) if arguments.val else None
-    few = [load_manifest(path) for path in arguments.fewshot or ()]
-    manifests = ([val] if val else []) + few
-    for manifest in manifests:
-        check_shards(manifest)
-    _check_classes(weights, val, few)
+def _evaluate(
+    arguments: argparse.Namespace, jobs: list[Job], device: torch.device
+) -> tuple[list[Row], Bench, dict[str, Any]]:
+    """Returns the rows, the bench with what else was found, and what is needed to repeat them."""
+    weights = distributed.together(lambda: read_weights(arguments.weights))
+    failed: dict[str, str] = {}
+    opened = [
+        (job, sets) for job in jobs if (sets := _tried(job, failed, partial(_open, job, weights, arguments.data)))
+    ]
+    if not opened:
+        raise UserError(f"none of {', '.join(failed)} can be scored")
     model = build_model(weights.model, weights.num_classes)
     load_tensors(model, weights)
-    model.to(device).eval()
-    config = DataConfig(
-        eval_transform=cast(Any, weights.eval_transform),  # one of its literals, as the config wrote it
-        eval_crop=weights.eval_crop,
-        interpolation=cast(Any, weights.interpolation),
-        workers=arguments.workers,
-    )
-    options = {"batch_size": arguments.batch_size, "image_size": weights.model.image_size, "config": config}
-    loss = arguments.loss or weights.loss
-    rows = _classify(model, val, loss, device, options) if val else []
-    if few:
-        rows += _few_shot(arguments, weights, model, few, device, options)
-    record = {
-        "format": "pretrain-evaluation",
-        "version": 1,
-        "weights": str(weights.source),
-        "model": weights.model.name,
-        "image_size": weights.model.image_size,
-        "num_classes": weights.num_classes,
-        "loss": loss,
-        "data": {
-            role: {"path": str(m.path), "sha256": m.sha256, "num_samples": m.num_samples, "num_classes": m.num_classes}
-            for role, m in zip(["val"] * bool(val) + ["fewshot_train", "fewshot_test"], manifests)
-        },
-        "fewshot": {"shots": arguments.shots, "seeds": SEEDS, "l2": L2} if few else None,
-        "versions": versions(),
-    }
-    return rows, record
+    bench = Bench(arguments, weights, model.to(device).eval(), device, arguments.loss or weights.loss)
+    rows: list[Row] = []
+    for job, sets in opened:
+        rows += _tried(job, failed, partial(EVALUATORS[job.kind], bench, job, sets)) or []
+    return rows, bench, _record(bench, opened, failed)
 
 
-def _check_classes(weights: Weights, val: Manifest | None, few: list[Manifest]) -> None:
-    if val and val.num_classes > weights.num_classes:
+def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
+    """Returns what `make` returns on all ranks; a named task that cannot be scored is told and noted, None returned."""
+    try:
+        return make()
+    except UserError as error:
+        if not job.name:
+            raise
+        failed[job.name] = str(error)
+        if distributed.is_main():
+            warn(f"{job.name} is not scored: {error}")
+        return None
+
+
+def _open(job: Job, weights: Weights, root: Path) -> dict[str, Manifest]:
+    """Returns a job's data sets, checked before anything is read, on all ranks alike."""
+    return distributed.together(lambda: _opened(job, weights, root))
+
+
+def _opened(job: Job, weights: Weights, root: Path) -> dict[str, Manifest]:
+    if job.task and (told := missing(job.task, root, [path.name for path in job.data.values()])):
+        raise UserError(told)
+    sets = {role: load_manifest(path) for role, path in job.data.items()}
+    for manifest in sets.values():
+        check_shards(manifest)
+    if job.kind == "classify":
+        _check_classes(weights, sets["test"])
+        if job.task and job.task.num_classes != weights.num_classes:
+            raise UserError(
+                f"{job.name} has {job.task.num_classes} classes, the head of {weights.source} has "
+                f"{weights.num_classes}: fine-tune it on the task, or score its features, as in knn:{job.name}"
+            )
+    elif len({(manifest.num_classes, manifest.class_names) for manifest in sets.values()}) > 1:
+        train, test = sets.values()
+        raise UserError(
+            f"{job.name or '--fewshot'}: {train.path} ({train.num_classes} classes) and {test.path} "
+            f"({test.num_classes} classes) must have the same classes under the same names"
+        )
+    return sets
+
+
+def _check_classes(weights: Weights, val: Manifest) -> None:
+    if val.num_classes > weights.num_classes:
         raise UserError(f"{val.path}: has {val.num_classes} classes, {weights.source} has {weights.num_classes}")
-    if val and val.class_names and weights.class_names:
+    if val.class_names and weights.class_names:
         pairs = list(zip(val.class_names, weights.class_names))
         if different := [i for i, (a, b) in enumerate(pairs) if a != b]:
             first = different[0]
@@ -148,63 +421,49 @@ def _check_classes(weights: Weights, val: Manifest | None, few: list[Manifest]) 
                 f"{val.path}: {len(different)} class names differ from the weights', the first: class {first} is "
                 f"{pairs[first][0]!r} there, {pairs[first][1]!r} in the weights; do labels mean the same?"
             )
-    if few and (few[0].num_classes, few[0].class_names) != (few[1].num_classes, few[1].class_names):
-        raise UserError(
-            f"--fewshot: {few[0].path} ({few[0].num_classes} classes) and {few[1].path} ({few[1].num_classes} classes) "
-            "must have the same classes under the same names"
-        )
-
-
-def _classify(model: nn.Module, val: Manifest, loss: str, device: torch.device, options: dict[str, Any]) -> list[Row]:
-    batches = eval_batches(val, np.arange(val.num_samples), **options)
-    with cli.progress("validation", val.num_samples, "images") as advance, torch.no_grad():
-        scores = classification_scores(
-            lambda images: model(to_float(images, torch.float32)),
-            _told(batches, lambda: advance(options["batch_size"] * distributed.world_size())),
-            loss=loss,
-            device=device,
-        )
-    if scores[0].n < val.num_samples:
-        warn(f"{val.path}: {val.num_samples - scores[0].n} of {val.num_samples} images cannot be read: not scored")
-    return [Row(TRAINED, *score) for score in scores]
-
-
-def _told(batches: Iterable[Batch], tell: Callable[[], None]) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch
-        tell()
-
-
-def _few_shot(
-    arguments: argparse.Namespace,
-    weights: Weights,
-    model: nn.Module,
-    few: list[Manifest],
-    device: torch.device,
-    options: dict[str, Any],
-) -> list[Row]:
-    extractors = {TRAINED: pre_logits(model)}
-    if arguments.baselines:
-        extractors[RANDOM] = pre_logits(build_model(weights.model, weights.num_classes).to(device).eval())
-        pixel_bytes = sum(m.num_samples for m in few) * 3 * weights.model.image_size**2 * 4
-        if pixel_bytes <= MAX_PIXEL_BYTES:
-            extractors[PIXELS] = raw_pixels
-        else:
-            warn(f"no row for raw pixels: they would take {pixel_bytes >> 30} GB, at most {MAX_PIXEL_BYTES >> 30}")
-    rows = []
-    for name, extract in extractors.items():
-        features = []
-        for manifest in few:
-            with cli.progress(f"features, {name}", manifest.num_samples, "images") as advance:
-                features += extract_features(extract, manifest, device=device, progress=advance, **options)
-        with cli.progress(f"few-shot, {name}", len(arguments.shots) * len(SEEDS), "regressions") as advance:
-            solve = partial(fewshot, *features, shots=arguments.shots, seeds=SEEDS, progress=advance)
-            scores = distributed.from_main(solve)
-        rows += [Row(name, *score) for score in scores]
-    return rows
 
 
 # --- what is shown and written ---------------------------------------------------------------------------------------
+
+
+def _record(bench: Bench, opened: list[tuple[Job, dict[str, Manifest]]], failed: dict[str, str]) -> dict[str, Any]:
+    """Returns what is needed to repeat the rows."""
+    arguments, weights = bench.arguments, bench.weights
+    kinds = {job.kind for job, _ in opened if job.name not in failed}
+    own, few = bench.options()["config"], bench.options(arguments.fewshot_transform)["config"]
+    return {
+        "format": "pretrain-evaluation",
+        "version": 1,
+        "weights": str(weights.source),
+        "model": weights.model.name,
+        "image_size": weights.model.image_size,
+        "num_classes": weights.num_classes,
+        "loss": bench.loss,
+        "transform": {"name": own.eval_transform, "crop": own.eval_crop, "interpolation": own.interpolation},
+        "data": {
+            job.roles[role]: {
+                "path": str(m.path),
+                "sha256": m.sha256,
+                "num_samples": m.num_samples,
+                "num_classes": m.num_classes,
+            }
+            for job, sets in opened
+            for role, m in sets.items()
+        },
+        "fewshot": {
+            "shots": arguments.shots,
+            "seeds": fewshot.SEEDS,
+            "l2": fewshot.L2,
+            "transform": {"name": few.eval_transform, "crop": few.eval_crop, "interpolation": few.interpolation},
+            "max_train": fewshot.MAX_TRAIN,
+        }
+        if "fewshot" in kinds
+        else None,
+        "knn": {"neighbours": knn.NEIGHBOURS, "temperature": knn.TEMPERATURE} if "knn" in kinds else None,
+        "probe": {"grid": probe.GRID, "held_out": probe.HELD_OUT, "c": bench.chosen_c} if "probe" in kinds else None,
+        "failed": failed,
+        "versions": versions(),
+    }
 
 
 def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -223,7 +482,7 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 def _cell(row: Row | None, std: Row | None) -> str:
     if row is None:
         return ""
-    if row.metric == "loss":
+    if row.metric.endswith(("loss", "quadratic_kappa")):
         return f"{row.value:.4f}"
     return f"{row.value:.2%}" + (f" ± {100 * std.value:.2f}" if std else "")
 
@@ -238,25 +497,63 @@ def _print_table(rows: list[Row], title: str) -> None:
     Console().print(table)
 
 
-def _write(out: Path, rows: list[Row], record: dict[str, Any]) -> None:
+def _pages(rows: list[Row], record: dict[str, Any], bench: Bench) -> dict[str, str]:
+    """Returns the files of results by name; wrong.json is of the first set that the head was scored on."""
+    pages = {
+        "results.md": _markdown(rows, record),
+        "results.json": json.dumps({**record, "rows": [row._asdict() for row in rows]}, indent=2),
+    }
+    if bench.predictions:
+        _, manifest, found = bench.predictions[0]
+        pages["wrong.json"] = json.dumps({"items": wrong_items(found, manifest)}, indent=1)
+    return pages
+
+
+def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
     header, lines = _cells(rows)
     table = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
     text = [f"# {record['weights']}", "", f"Model {record['model']} at {record['image_size']} px.", ""]
     text += ["| " + " | ".join(line) + " |" for line in table] + [""]
     text += [f"- {role}: {of['path']}, {of['num_samples']:,} images" for role, of in record["data"].items()]
-    if record["fewshot"]:
+    text.append(f"- images as evaluation={_transform(record['transform'])} shows them")
+    if few := record["fewshot"]:
         text.append(
-            f"- few-shot: ridge regression on the head's input (l2 {record['fewshot']['l2']:g}), mean ± standard "
-            f"deviation over {len(record['fewshot']['seeds'])} draws of the training images"
+            f"- few-shot: ridge regression on the head's input (l2 {few['l2']:g}), mean ± standard deviation over "
+            f"{len(few['seeds'])} draws of the training images; evaluation={_transform(few['transform'])}"
         )
-    results = json.dumps({**record, "rows": [row._asdict() for row in rows]}, indent=2)
+    if near := record["knn"]:
+        text.append(f"- k-nn: cosine similarity, votes weighted by exp(similarity / {near['temperature']:g})")
+    text += [f"- {name}: C = {c:g}" for name, c in (record["probe"] or {"c": {}})["c"].items()]
+    text += [f"- **not scored**: {reason}" for reason in record["failed"].values()]
+    return "\n".join(text)
+
+
+def _transform(values: dict[str, Any]) -> str:
+    crop = "" if values["name"] == "vit" else f", crop {values['crop']:g}"
+    return f"{values['name']} ({values['interpolation'] if values['name'] == 'timm' else 'as big_vision'}{crop})"
+
+
+def _write(out: Path, pages: dict[str, str]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in (("results.md", "\n".join(text)), ("results.json", results)):
+        for name, content in pages.items():
             (out / f".tmp-{name}").write_text(content + "\n", encoding="utf-8")
             os.replace(out / f".tmp-{name}", out / name)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+
+
+def _write_predictions(path: Path, bench: Bench) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            for job, manifest, found in bench.predictions:
+                file.writelines(lines(found, manifest, job.name or "val"))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --predictions") from None
+    print(path)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""Loss, top-1 and top-5 of a model on a set of images, each scored exactly once on any number of ranks."""
+"""What a model says of each image of a set, scored exactly once on any number of ranks: loss, top-1, top-5 and more."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pretrain import distributed
 from pretrain.data.loader import REASONS, Batch, count_reasons
 from pretrain.errors import UserError
 from pretrain.log import warn
-from pretrain.losses import num_correct, per_image_loss
+from pretrain.losses import per_image_loss
+
+Predict = Callable[[torch.Tensor], torch.Tensor]  # uint8 images [B, 3, H, W] -> logits [B, classes]
+
+TOP = 5
+_UNSCORED = -1e30  # a logit that never wins; finite, since infinity times a weight of 0 is NaN
 
 
 class Score(NamedTuple):
@@ -20,31 +26,41 @@ class Score(NamedTuple):
     n: int  # images it was measured on
 
 
-def _warn_of_bad(counts: list[float]) -> None:
-    if any(counts) and distributed.is_main():
-        told = ", ".join(f"{count:.0f} {reason}" for reason, count in zip(REASONS, counts) if count)
-        warn(f"validation: {sum(counts):.0f} images could not be used and are not scored ({told})")
+class Predictions(NamedTuple):
+    """Of the images that were scored, in order of their index: the same on every rank and on any number of ranks."""
+
+    index: np.ndarray  # int64 [images]
+    labels: np.ndarray  # int64 [images, L], filled up with -1
+    classes: np.ndarray  # int64 [images, 5 or the number of classes], best first
+    probabilities: np.ndarray  # float32, of `classes`: softmax, or each class's own sigmoid
+    losses: np.ndarray  # float32 [images]
+    logits: np.ndarray | None  # float32 [images, classes], where they were asked for
+
+    def correct(self, top: int) -> np.ndarray:
+        """Returns whether one of an image's labels is among its `top` best classes, bool [images]."""
+        return (self.classes[:, :top, None] == self.labels[:, None, :]).any(axis=(1, 2))
 
 
 class EvaluationStopped(Exception):
     """The evaluation was given up because the run was asked to stop."""
 
 
-def classification_scores(
-    predict: Callable[[torch.Tensor], torch.Tensor],
+@torch.no_grad()
+def predict_all(
+    predict: Predict,
     batches: Iterable[Batch],
     *,
     loss: str,
     device: torch.device,
     stop_agreed: Callable[[], bool] = lambda: False,
-) -> list[Score]:
-    """Returns loss, top-1 and top-5 over all ranks; images that could not be read are not scored, which n tells.
+    keep_logits: bool = False,
+) -> Predictions:
+    """Returns the predictions of all ranks on every rank; images that could not be read are left out, and told.
 
-    predict: uint8 images [B, 3, H, W] -> logits [B, classes]. Every rank brings the same number of batches.
-    Raises EvaluationStopped on all ranks when `stop_agreed` says so between two batches, UserError when no image can be
-    read.
+    Every rank brings the same number of batches. Raises EvaluationStopped on all ranks when `stop_agreed` says so
+    between two batches, UserError when no image can be read.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    parts: list[tuple[torch.Tensor, ...]] = []
     bad = torch.zeros(len(REASONS), dtype=torch.float64)
     for batch in batches:
         distributed.raise_together(batch.error)
@@ -52,13 +68,121 @@ def classification_scores(
             raise EvaluationStopped
         bad += count_reasons(batch.bad)
         batch = batch.to(device)
-        logits = predict(batch.images)
-        target = batch.labels, batch.label_weights
-        losses = torch.where(batch.valid, per_image_loss(logits, *target, loss), 0.0)
-        top = [num_correct(logits, *target, batch.valid, top=k) for k in (1, 5)]
-        sums += torch.stack([losses.sum(), *top, batch.valid.sum()])
+        logits = predict(batch.images).float()
+        losses = per_image_loss(logits, batch.labels, batch.label_weights, loss)
+        shares = logits.softmax(dim=-1) if loss == "softmax" else logits.sigmoid()
+        classes = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices  # [B, 5]
+        found = batch.index, batch.labels, classes, shares.gather(1, classes), losses
+        parts.append(tuple(t[batch.valid.to(t.device)] for t in (*found, *([logits] if keep_logits else []))))
     _warn_of_bad(distributed.add_up(bad).tolist())
-    total_loss, top1, top5, n = distributed.add_up(sums).tolist()
-    if not n:
+    mine = [np.concatenate(_same_width([t.cpu().numpy() for t in column])) for column in zip(*parts)]
+    columns = [np.concatenate(_same_width(column)) for column in zip(*distributed.gather(mine))]
+    if not len(columns[0]):
         raise UserError("no image of the validation set could be read")
-    return [Score("loss", total_loss / n, int(n)), Score("top1", top1 / n, int(n)), Score("top5", top5 / n, int(n))]
+    order = np.argsort(columns[0])
+    index, labels, classes, probabilities, losses, *logits = (column[order] for column in columns)
+    return Predictions(index, labels, classes, probabilities, losses, logits[0] if logits else None)
+
+
+def _same_width(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Labels are as wide as the image of the batch that has the most."""
+    if arrays[0].ndim == 1:
+        return list(arrays)
+    widest = max(array.shape[1] for array in arrays)
+    return [np.pad(array, ((0, 0), (0, widest - array.shape[1])), constant_values=-1) for array in arrays]
+
+
+def _warn_of_bad(counts: list[float]) -> None:
+    if any(counts) and distributed.is_main():
+        told = ", ".join(f"{count:.0f} {reason}" for reason, count in zip(REASONS, counts) if count)
+        warn(f"validation: {sum(counts):.0f} images could not be used and are not scored ({told})")
+
+
+# --- other questions to the same model -------------------------------------------------------------------------------
+
+
+def among(predict: Predict, classes: Sequence[int]) -> Predict:
+    """Returns `predict` with only some classes to choose from: ImageNet-A and -R are scored among 200 of the 1000.
+
+    Their authors' rule (hendrycks/natural-adv-examples, imagenet-r): the other logits are left out, argmax and softmax
+    run over the rest. Labels keep their numbers.
+    """
+
+    def restricted(images: torch.Tensor) -> torch.Tensor:
+        logits = predict(images)
+        kept = torch.full_like(logits, _UNSCORED)
+        kept[:, list(classes)] = logits[:, list(classes)]
+        return kept
+
+    return restricted
+
+
+def relabelled(batches: Iterable[Batch], labels: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    """Yields the batches with labels[index] for each image's own; an image with an empty list is not scored.
+
+    So ReaL is scored, as big_vision does: a multi-hot target of all labels, images without one left out of numerator
+    and denominator.
+    """
+    for batch in batches:
+        wanted = [list(labels[i]) if i >= 0 else [] for i in batch.index.tolist()]
+        width = max(1, *map(len, wanted))
+        padded = torch.tensor([row + [-1] * (width - len(row)) for row in wanted])  # [slots, L]
+        valid = batch.valid & (padded >= 0).any(dim=1)
+        yield batch._replace(labels=padded, label_weights=(padded >= 0).float(), valid=valid)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def classification_scores(
+    predict: Predict,
+    batches: Iterable[Batch],
+    *,
+    loss: str,
+    device: torch.device,
+    stop_agreed: Callable[[], bool] = lambda: False,
+) -> list[Score]:
+    """Returns loss, top-1 and top-5 over all ranks; see `predict_all` for arguments and errors."""
+    return scores_of(predict_all(predict, batches, loss=loss, device=device, stop_agreed=stop_agreed))
+
+
+def scores_of(found: Predictions) -> list[Score]:
+    """Returns mean loss, top-1 and top-5. Of several labels of an image any one will do: then top1 is accuracy-any."""
+    n = len(found.index)
+    values = {"loss": found.losses, "top1": found.correct(1), "top5": found.correct(TOP)}
+    return [Score(metric, float(value.mean(dtype=np.float64)), n) for metric, value in values.items()]
+
+
+def mean_per_class(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Returns the mean of each class's accuracy, over the classes that have images. labels, predicted: [images]."""
+    counts = np.bincount(labels)
+    correct = np.bincount(labels[labels == predicted], minlength=len(counts))
+    return float((correct[counts > 0] / counts[counts > 0]).mean())
+
+
+def quadratic_kappa(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Returns Cohen's kappa with quadratic weights: the metric of diabetic retinopathy's grades, 1 at best."""
+    from sklearn.metrics import cohen_kappa_score
+
+    return float(cohen_kappa_score(labels, predicted, weights="quadratic"))
+
+
+OFFICIAL: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "mean_per_class": mean_per_class,
+    "quadratic_kappa": quadratic_kappa,
+}
+
+
+def mean_average_precision(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean over classes of average precision, for images with several labels.
+
+    A class's average precision ranks all images by its logit: the mean, over its images, of the share of the class
+    among the images ranked as high or higher (scikit-learn's definition, without interpolation). Classes without an
+    image are left out. logits: [images, classes]. labels: [images, L], filled up with -1.
+    """
+    from sklearn.metrics import average_precision_score
+
+    found = []
+    for number in np.unique(labels[labels >= 0]):
+        found.append(average_precision_score((labels == number).any(axis=1), logits[:, number]))
+    return float(np.mean(found))

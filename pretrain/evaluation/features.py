@@ -1,4 +1,4 @@
-"""Features of a whole data set, for few-shot and other probes: a model's pre-logits, or the raw pixels."""
+"""Features of a data set, for few-shot, nearest neighbours and linear probes: a model's pre-logits, or raw pixels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,17 +13,20 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
+from pretrain.evaluation.classification import EvaluationStopped
 from pretrain.log import warn
+
+Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images [B, 3, H, W] -> features [B, D]
 
 
 class Features(NamedTuple):
-    """Of the images that could be read, in order of their index: the same on every rank and on any number of ranks."""
+    """Of the images that could be read, in order of their index: the same on any number of ranks."""
 
     values: np.ndarray  # float32 [images, features]
     labels: np.ndarray  # int64 [images]
 
 
-def pre_logits(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def pre_logits(model: nn.Module) -> Extract:
     """Returns the function uint8 images [B, 3, H, W] -> the input of the model's head, float32 [B, D].
 
     The model is one of this package or of timm, in evaluation mode.
@@ -44,36 +47,58 @@ def raw_pixels(images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def extract_features(
-    extract: Callable[[torch.Tensor], torch.Tensor],
+    extract: Extract,
     manifest: Manifest,
     *,
     image_size: int,
     batch_size: int,
     config: DataConfig,
     device: torch.device,
+    indices: np.ndarray | None = None,
+    max_bytes: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
-) -> Features:
-    """Returns `extract` of every image of a data set, in evaluation's transform. Called by all ranks.
+    stop_agreed: Callable[[], bool] = lambda: False,
+) -> Features | None:
+    """Returns `extract` of a data set's images, in evaluation's transform, on rank 0, which alone holds more than a
+    batch of them; None on the others. Called by all ranks.
 
+    indices: ascending, of the samples to take; all when None. max_bytes: refuse more than this of float32 features.
     progress: told the images just done, over all ranks. Images that cannot be read are left out, and rank 0 says how
-    many. Raises UserError when none is left, or when the data set has several labels per image.
+    many. Raises UserError when none is left, when there are too many bytes, or when the data set has several labels
+    per image; EvaluationStopped on all ranks when `stop_agreed` says so between two batches.
     """
     if manifest.multi_label:
         raise UserError(f"{manifest.path}: has several labels per image; probes of features need one")
-    indices = np.arange(manifest.num_samples)
-    options = {"batch_size": batch_size, "image_size": image_size, "config": config}
-    parts: list[tuple[np.ndarray, ...]] = []
-    for batch in eval_batches(manifest, indices, **options):
+    indices = np.arange(manifest.num_samples) if indices is None else indices
+    batches = eval_batches(manifest, indices, batch_size=batch_size, image_size=image_size, config=config)
+    read = np.zeros(len(indices), dtype=bool)
+    labels = np.zeros(len(indices), dtype=np.int64)
+    values: np.ndarray | None = None  # made when the first batch tells how many features there are
+    for batch in batches:
         distributed.raise_together(batch.error)
-        values = extract(batch.images.to(device)).float().cpu()
-        parts.append(tuple(t[batch.valid].numpy() for t in (batch.index, values, batch.labels[:, 0])))
-        progress(min(manifest.num_samples, batch_size * distributed.world_size()))
-    mine = tuple(np.concatenate(column) for column in zip(*parts))
-    index, values, labels = (np.concatenate(column) for column in zip(*distributed.gather(mine)))
-    if not len(index):
-        raise UserError(f"{manifest.path}: none of the {manifest.num_samples} images can be read")
-    if len(index) < manifest.num_samples and distributed.is_main():
-        left_out = manifest.num_samples - len(index)
-        warn(f"{manifest.path}: {left_out} of {manifest.num_samples} images cannot be read and are left out")
-    order = np.argsort(index)
-    return Features(values[order], labels[order])
+        if stop_agreed():
+            raise EvaluationStopped
+        found = extract(batch.images.to(device)).float().cpu()  # [B, D]
+        if max_bytes is not None and (needed := 4 * len(indices) * found.shape[1]) > max_bytes:
+            raise UserError(
+                f"{manifest.path}: {found.shape[1]:,} features of {len(indices):,} images take {needed >> 20:,} MB, "
+                f"at most {max_bytes >> 20:,}"
+            )
+        mine = tuple(t[batch.valid].numpy() for t in (batch.index, found, batch.labels[:, 0]))
+        # A batch at a time: a gather of everything at the end would hold it on every rank.
+        for part_index, part_values, part_labels in distributed.gather(mine):
+            places = np.searchsorted(indices, part_index)
+            read[places] = True
+            if distributed.is_main():
+                values = np.empty((len(indices), found.shape[1]), dtype=np.float32) if values is None else values
+                values[places], labels[places] = part_values, part_labels
+        progress(min(len(indices), batch_size * distributed.world_size()))
+    if not read.any():
+        raise UserError(f"{manifest.path}: none of the {len(indices)} images can be read")
+    if not distributed.is_main():
+        return None
+    assert values is not None
+    if not read.all():
+        warn(f"{manifest.path}: {np.sum(~read)} of {len(indices)} images cannot be read and are left out")
+        values, labels = values[read], labels[read]
+    return Features(values, labels)

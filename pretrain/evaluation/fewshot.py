@@ -13,10 +13,20 @@ from pretrain.evaluation.classification import Score
 from pretrain.log import warn
 
 SHOTS = (1, 5, 10, 25)
+TRANSFORM, CROP = "fewshot", 0.875  # data.eval_transform and eval_crop of its protocol: squashed to 256, cropped to 224
+MAX_TRAIN = 65_000  # training images that shots are drawn from: big_vision takes as many of ImageNet's
 SEEDS = (0, 1, 2)
 L2 = 2.0**10
 CONSTANT = 100.0  # the appended feature: so large that its weight, the bias, is hardly regularised
 _CHUNK = 4096  # test images whitened at a time: float64 copies of raw pixels would not fit otherwise
+
+
+def spread_indices(num_samples: int, most: int = MAX_TRAIN) -> np.ndarray:
+    """Returns the training samples that shots are drawn from, ascending: all, or `most` of them at equal distances.
+
+    big_vision takes the first of ImageNet's shuffled records; ours may lie class after class.
+    """
+    return np.linspace(0, num_samples - 1, min(num_samples, most)).round().astype(np.int64)
 
 
 def choose_indices(labels: np.ndarray, shots: int, num_classes: int, seed: int) -> np.ndarray:
@@ -71,9 +81,7 @@ def fewshot(
     Warns once when a class has fewer than k training images; all it has are used then. Raises UserError when features
     are not finite.
     """
-    for name, features in (("training", train_features), ("test", test_features)):
-        if not np.isfinite(features).all():
-            raise UserError(f"few-shot: {name} features are not finite (NaN or infinite): the weights are broken")
+    check_finite("few-shot", train_features, test_features)
     num_classes = 1 + int(max(train_labels.max(), test_labels.max()))
     _warn_of_small_classes(np.bincount(train_labels, minlength=num_classes), max(shots))
     rows = []
@@ -87,6 +95,13 @@ def fewshot(
         rows.append(Score(f"{k}-shot", float(np.mean(accuracies)), len(test_labels)))
         rows.append(Score(f"{k}-shot-std", float(np.std(accuracies)), len(test_labels)))
     return rows
+
+
+def check_finite(evaluation: str, train_features: np.ndarray, test_features: np.ndarray) -> None:
+    """Raises UserError unless all features are finite: others would look like a weak model's."""
+    for name, features in (("training", train_features), ("test", test_features)):
+        if not np.isfinite(features).all():
+            raise UserError(f"{evaluation}: {name} features are not finite (NaN or infinite): the weights are broken")
 
 
 def _warn_of_small_classes(counts: np.ndarray, shots: int) -> None:

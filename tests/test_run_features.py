@@ -1,0 +1,193 @@
+"""Few-shot accuracy and nearest neighbours inside a training run: on any ZeRO stage, and without a trace in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import changed, make_shards, tiny_config
+
+from pretrain import distributed
+from pretrain.checkpoint import newest_valid
+from pretrain.config import Config, DataConfig, config_to_dict
+from pretrain.data.loader import eval_batches
+from pretrain.data.manifest import load_manifest
+from pretrain.errors import ConfigError, UserError
+from pretrain.evaluation.features import pre_logits
+from pretrain.evaluation.fewshot import fewshot
+from pretrain.evaluation.knn import knn
+from pretrain.models import load_model
+from pretrain.models.build import build_model
+from pretrain.train import _build_engine, _open_data, train
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sets: train, few and test, below one folder."""
+    folder = tmp_path_factory.mktemp("shards")
+    for seed, (name, count) in enumerate([("train", 101), ("few", 61), ("test", 47)]):
+        make_shards(folder / name, num_samples=count, seed=seed)
+    return folder
+
+
+def with_features(shards: Path, output: Path, **changes: Any) -> Config:
+    few = {"evaluation__fewshot_train": shards / "few", "evaluation__fewshot_test": shards / "test"}
+    options: dict[str, Any] = {"evaluation__fewshot_shots": [1, 5], "evaluation__knn": True, **few}
+    return tiny_config(shards / "train", output, **{"evaluation__fewshot_every_steps": 10, **options, **changes})
+
+
+def finish(config: Config) -> None:
+    train(config)
+
+
+def rows_of(config: Config) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (config.output / "tiny" / "metrics.jsonl").read_text().splitlines()]
+
+
+def features_by_hand(config: Config) -> dict[str, float]:
+    """The figures of the run's last weights, from all images in one batch."""
+    extract, arrays = pre_logits(load_model(config.output / "tiny")), []
+    for name in ("few", "test"):
+        manifest = load_manifest(config.data.train.parent / name)
+        options = {"batch_size": 128, "image_size": 16, "config": DataConfig(workers=0, eval_transform="fewshot")}
+        batch = next(eval_batches(manifest, np.arange(manifest.num_samples), **options))
+        with torch.no_grad():
+            arrays += [extract(batch.images[batch.valid]).numpy(), batch.labels[batch.valid, 0].numpy()]
+    few = {f"val/fewshot_{k}": row.value for k, row in zip((1, 5), fewshot(*arrays, shots=(1, 5))[::2])}
+    near = {f"val/knn_{k}": row.value for k, row in zip((1, 20), knn(*arrays, device=torch.device("cpu")))}
+    return few | near
+
+
+@pytest.mark.parametrize("stage, ranks, average", [(1, 1, 0.0), (2, 2, 0.9), (3, 3, 0.9)])
+def test_the_run_logs_what_its_weights_reach(
+    stage: int, ranks: int, average: float, shards: Path, tmp_path: Path
+) -> None:
+    """ZeRO 1 to 3, uneven ranks, with averages and without: the last line is that of the weights load_model returns."""
+    config = with_features(shards, tmp_path, engine__zero_stage=stage, optim__average_decay=average)
+    run_ranks(finish, ranks, config)
+    rows = [row for row in rows_of(config) if "val/fewshot_5" in row]
+    assert [row["step"] for row in rows] == [10, 20]
+    found = {key: value for key, value in rows[-1].items() if key.startswith("val/")}
+    assert found == pytest.approx(features_by_hand(config), abs=1e-6)
+    assert {"val/fewshot_5": found["val/fewshot_5"]}.items() <= json.loads(
+        (tmp_path / "tiny" / "DONE").read_text()
+    ).items()
+
+
+def test_training_is_the_same_with_and_without(shards: Path, tmp_path: Path) -> None:
+    """Bit for bit, with dropout: features draw no random number and leave no trace in the weights."""
+    dropout = {"model__dropout": 0.1, "data__held_out": 23, "evaluation__every_steps": 5}
+    with_them = with_features(shards, tmp_path / "with", engine__zero_stage=3, **dropout)
+    without = tiny_config(shards / "train", tmp_path / "without", engine__zero_stage=3, **dropout)
+    for config in (with_them, without):
+        run_ranks(finish, 2, config)
+    folders = [newest_valid(config.output / "tiny" / "checkpoints") for config in (with_them, without)]
+    assert folders[0] and folders[1]
+    for path in folders[0].glob("*.safetensors"):
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
+    lines = {row["step"]: row for row in rows_of(with_them) if "val/top1" in row}
+    assert sorted(lines) == [5, 10, 15, 20]
+    assert [step for step, row in lines.items() if "val/knn_20" in row] == [10, 20]  # one line, both
+
+
+def stop_in_features(config: Config) -> None:
+    """Is asked to stop while the test features of step 20 are extracted."""
+    import os
+    import signal
+
+    import pretrain.train
+
+    real = pretrain.train.extract_features
+
+    def extract(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    pretrain.train.extract_features = extract
+    train(config)
+
+
+def test_features_cut_short_are_made_up_for(shards: Path, tmp_path: Path) -> None:
+    """SIGTERM during them: no DONE; the next start measures both, once, and is done."""
+    config = with_features(
+        shards,
+        tmp_path,
+        evaluation__fewshot_every_steps=0,
+        evaluation__every_steps=20,
+        data__held_out=23,
+        engine__zero_stage=3,
+        optim__average_decay=0.9,
+    )
+    run_ranks(stop_in_features, 2, config)
+    assert not (tmp_path / "tiny" / "DONE").exists()
+    assert not [row for row in rows_of(config) if "val/top1" in row]
+    run_ranks(finish, 1, changed(config, engine__zero_stage=1))
+    (row,) = [row for row in rows_of(config) if "val/top1" in row]
+    found = {key: value for key, value in row.items() if "shot" in key or "knn" in key}
+    assert row["step"] == 20 and found == pytest.approx(features_by_hand(config), abs=1e-6)
+
+
+IMAGES = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def features_of_rank(config: Config) -> np.ndarray:
+    """Of ten images, by an engine that has not trained yet."""
+    engine = _build_engine(config, _open_data(config), distributed.start(60), from_scratch=True)
+    return engine.features(IMAGES).float().numpy()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"representation_size": 24},
+        {"pooling": "map"},
+        {"name": "timm:vit_tiny_patch16_224"},
+        {"name": "timm:resnetv2_50x1_bit"},
+    ],
+    ids=str,
+)
+def test_features_are_the_heads_input(model: dict[str, Any], shards: Path, tmp_path: Path) -> None:
+    """Of the whole model on one rank, and of ZeRO-3's on each of 2 ranks: what timm's forward_head calls pre-logits."""
+    config = tiny_config(shards / "train", tmp_path)
+    values = {"image_size": 16, **model} if "name" in model else {**config_to_dict(config)["model"], **model}
+    config = changed(config, model=values)
+    with torch.no_grad():
+        expected = pre_logits(build_model(config.model, 7, config.seed).eval())(IMAGES).numpy()
+    for ranks, stage in ((1, 1), (2, 3)):
+        for found in run_ranks(features_of_rank, ranks, changed(config, engine__zero_stage=stage)):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "train alone": ({"evaluation__fewshot_test": None}, "fewshot_train is set but fewshot_test is null"),
+    "nothing for knn": (
+        {"evaluation__fewshot_test": None, "evaluation__fewshot_train": None, "evaluation__fewshot_every_steps": 0},
+        "evaluation.knn needs images",
+    ),
+    "never": ({"evaluation__fewshot_every_steps": 0}, "would never be used"),
+    "shots fall": ({"evaluation__fewshot_shots": [5, 1]}, r"fewshot_shots is \[5, 1\]"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_cannot_be_measured_is_refused(mistake: str, shards: Path, tmp_path: Path) -> None:
+    """Before the run, in one line with the key; nothing is left out silently."""
+    change, message = REFUSED[mistake]
+    with pytest.raises(ConfigError, match=message):
+        changed(with_features(shards, tmp_path), **change)
+
+
+def test_other_classes_are_refused_at_the_start(shards: Path, tmp_path: Path) -> None:
+    """Not after the first thousand steps: shots of 7 classes, test images that say 8."""
+    other = make_shards(tmp_path / "other", num_samples=9)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["label"]["num_classes"] += 1
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="7 classes.* and .*8 classes.* must have the same classes"):
+        _open_data(with_features(shards, tmp_path, evaluation__fewshot_test=other))
