@@ -10,17 +10,19 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from pretrain.config import Config
+from pretrain.evaluation.tasks import PAPER_ROWS
 from pretrain.report.runs import Curve, Run
 
 NOTHING = "–"  # in a cell for which nothing was measured
 
-# Of arXiv 2010.11929, Table 2, top-1 in per cent: the same table of its two versions, and the best public weights.
+# The columns of the headline table, and the tasks whose top-1 they show.
 PAPER_COLUMNS = {"ImageNet": "imagenet", "ReaL": "real", "CIFAR-100": "cifar100", "VTAB": "vtab"}  # names of tasks
-PAPER_ROWS = (
-    ("ViT-H/14, JFT-300M", "arXiv 2010.11929 v1, Table 2, as quoted elsewhere", (88.36, 90.77, 94.55, 77.16)),
-    ("ViT-H/14, JFT-300M", "arXiv 2010.11929 v2 (published), Table 2", (88.55, 90.72, 94.55, 77.63)),
-    ("ViT-L/16, ImageNet-21k, public weights", "arXiv 2010.11929 v2, Table 2", (85.30, 88.62, 93.25, 72.72)),
-)
+# What the paper says of the headline's columns: model, source, per cent in each.
+REFERENCES = [
+    (f"ViT-{row.model}, {row.upstream}", row.source, tuple(row.scores[task] for task in PAPER_COLUMNS.values()))
+    for row in PAPER_ROWS
+    if set(PAPER_COLUMNS.values()) <= set(row.scores)
+]
 _VTAB_TASKS = 19
 
 
@@ -180,7 +182,7 @@ def paper_table(summaries: Sequence[dict[str, Any]]) -> Table:
         [values["run"], *(_percent(values["paper_columns"][column]) for column in PAPER_COLUMNS), "this report"]
         for values in summaries
     ]
-    rows += [[model, *(f"{score:.2f}%" for score in scores), source] for model, source, scores in PAPER_ROWS]
+    rows += [[model, *(f"{score:.2f}%" for score in scores), source] for model, source, scores in REFERENCES]
     columns = len(PAPER_COLUMNS)
     return Table(["model", *PAPER_COLUMNS, "source"], rows, num_runs=len(summaries), text_columns=(0, columns + 1))
 
@@ -294,7 +296,7 @@ def config_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 def shown(metric: str, value: float) -> str:
     """Returns a loss as a number, everything else as per cent."""
-    return f"{value:.4f}" if metric == "loss" else f"{value:.2%}"
+    return f"{value:.4f}" if metric.endswith(("loss", "quadratic_kappa")) else f"{value:.2%}"
 
 
 def _percent(value: float | None) -> str:

@@ -57,7 +57,7 @@ def _json_values(value: Any) -> Any:
 def _paper() -> list[dict[str, Any]]:
     return [
         {"model": model, "source": source, **dict(zip(figures.PAPER_COLUMNS, (round(s / 100, 6) for s in scores)))}
-        for model, source, scores in figures.PAPER_ROWS
+        for model, source, scores in figures.REFERENCES
     ]
 
 
