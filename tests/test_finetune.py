@@ -461,7 +461,7 @@ def test_codes_of_runs_that_stopped_or_failed(tiny: Path, tmp_path: Path, monkey
 
 
 def test_missing_sets(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """One task: refused with the command that prepares it. VTAB: each is named, the rest goes on, the mean is marked."""
+    """One task: refused with the command that prepares it. VTAB: each is named, others go on, the mean is marked."""
     with pytest.raises(UserError, match="no data: flowers: .*tools/make_shards.py --task flowers") as caught:
         call(monkeypatch, [*arguments(tiny, tmp_path), "--task", "flowers"])
     one_line(caught.value)
