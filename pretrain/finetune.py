@@ -21,7 +21,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import Config, ModelConfig, config_from_dict, config_to_dict, load_config, resume_differences
+from pretrain.config import (
+    MAY_CHANGE,
+    Config,
+    ModelConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    resume_differences,
+)
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.evaluation.tasks import NATURAL, SPECIALISED, STRUCTURED, TASKS, VTAB, FineTuning, Task, task_folder
@@ -118,7 +126,7 @@ def plan_sweep(
             f"{task.name} has no training images: fine-tune on imagenet, then score with tools/evaluate.py --tasks"
         )
     for override in overrides:
-        if (key := override.partition("=")[0].strip()) in _OWN_KEYS:
+        if (key := _key(override)) in _OWN_KEYS:
             raise UserError(f"{override}: the sweep sets {key} itself; give {_OWN_KEYS[key]}")
     if num_seeds < 1 or (steps is not None and steps < 1):
         raise UserError(f"--seeds is {num_seeds}, --steps {steps}: expected at least 1")
@@ -140,6 +148,10 @@ def plan_sweep(
         select = train, None, max(1, round(protocol.dev_fraction * load_manifest(train).num_samples))
     folder = out.absolute() / task.name.replace("/", "-")
     return Sweep(task, protocol, start, folder, train, select, splits[task.test_split], num_seeds, tuple(overrides))
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _train_split(protocol: FineTuning) -> str:
@@ -342,7 +354,7 @@ def differences_from_paper(sweep: Sweep, num_scored: int) -> list[str]:
         told.append(f"{num_scored:,} instead of {wanted:,} test images")
     if sweep.num_seeds != 3:
         told.append(f"{sweep.num_seeds} instead of 3 seeds")
-    return told + list(sweep.overrides)
+    return told + [override for override in sweep.overrides if _key(override) not in MAY_CHANGE]
 
 
 def shown(value: Any) -> str:
@@ -409,7 +421,7 @@ def vtab_results(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tasks": {name: statistics.fmean(scores[name][seed] for seed in seeds) for name in names},
         "missing": [name for name in VTAB if name not in by_task],
         "from_scratch": by_task[names[0]]["from_scratch"],
-        "differs": sorted({text for name in names for text in by_task[name]["differs"]}),
+        "differs": list(dict.fromkeys(text for name in names for text in by_task[name]["differs"])),
     }
 
 

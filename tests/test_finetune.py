@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -127,7 +128,11 @@ def test_vtab_images_are_only_resized(full_sets: None) -> None:
 def test_cuts_are_told(full_sets: None) -> None:
     """Fewer steps shorten the warm-up alike; whatever differs from the paper is named, overrides too."""
     sweep = plan(
-        "cifar10", steps=200, lr_grid=(0.03, 0.01, 0.03), num_seeds=2, overrides=("optim.average_decay=0.9999",)
+        "cifar10",
+        steps=200,
+        lr_grid=(0.03, 0.01, 0.03),
+        num_seeds=2,
+        overrides=("optim.average_decay=0.9999", "data.workers=0", "engine.compile=true"),
     )
     config = finetune.selecting_runs(sweep)[0]
     assert (config.total_steps, config.optim.warmup_steps, config.optim.average_decay) == (200, 10, 0.9999)
@@ -458,6 +463,36 @@ def test_codes_of_runs_that_stopped_or_failed(tiny: Path, tmp_path: Path, monkey
         assert call(monkeypatch, arguments(tiny, tmp_path), lambda *_, code=code: code) == expected
     final = [*arguments(tiny, tmp_path, "--lr", "0.03")]
     assert call(monkeypatch, final, trained) == 77  # nothing else to choose
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_asked_to_stop(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A signal to the command alone reaches the run, except a terminal's SIGINT, which the run has got already; the
+    command waits for the run, and starts no other one even when this one has just ended well.
+    """
+    wait = f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])\n"
+    wait += "Path('ready').touch()\n"
+    wait += "time.sleep(1)\n" if number == signal.SIGINT else f"assert signal.sigtimedwait([{int(number)}], 60)\n"
+    script = tmp_path / "launch" / "pretrain.py"
+    script.parent.mkdir()
+    script.write_text(f"import signal, time\nfrom pathlib import Path\n{wait}Path('saved').touch()\n")
+    tool = load_tool("finetune")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = finetune.selecting_runs(tiny_sweep(tiny, tmp_path))[0]
+    pretend(config, 0.5)
+
+    def kill() -> None:
+        while not Path("ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert tool._train(config, tiny_sweep(tiny, tmp_path), 1) == 130
+    killer.join()
+    assert Path("saved").exists()
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
 def test_missing_sets(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

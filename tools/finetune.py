@@ -187,10 +187,10 @@ def _run(config: Config, sweep: Sweep, ranks: int, *, selecting: bool) -> int:
         if code == NonFiniteError.exit_code and selecting:
             print(f"{folder}: learning rate {config.optim.lr:g} is too high, it is not chosen", flush=True)
             (folder / finetune.DIVERGED).touch()
+        elif code == STOPPED or (code <= 0 and finetune.score(config) is None):  # below 0: died of a signal
+            print("stopped; the same command goes on", file=sys.stderr)
+            return STOPPED
         elif finetune.score(config) is None:
-            if code <= 0:  # stopped as asked; or the launcher died of the signal
-                print("stopped; the same command goes on", file=sys.stderr)
-                return STOPPED
             print(f"error: {folder} ended with exit code {code}; what went wrong stands above", file=sys.stderr)
             return code
     if selecting:
@@ -199,11 +199,11 @@ def _run(config: Config, sweep: Sweep, ranks: int, *, selecting: bool) -> int:
 
 
 def _train(config: Config, sweep: Sweep, ranks: int) -> int:
-    """Runs launch/pretrain.py and returns its exit code, when no rank writes any more."""
+    """Runs launch/pretrain.py; returns its exit code, or STOPPED when asked to stop, once no rank writes any more."""
     file = sweep.folder / "configs" / f"{config.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(config_to_yaml(config), encoding="utf-8")
-    # The launcher imports DeepSpeed twice more, 10 s per run on a slow machine: for one rank there is no need of it.
+    # The launcher imports DeepSpeed twice more, seconds per run: for one rank there is no need of it.
     launcher = [sys.executable]
     if ranks > 1:
         deepspeed = str(Path(sys.executable).parent / "deepspeed")
@@ -211,19 +211,25 @@ def _train(config: Config, sweep: Sweep, ranks: int) -> int:
     words = [*launcher, str(ROOT / "launch" / "pretrain.py"), "--config", str(file)]
     cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     print(f"$ {Path(words[0]).name} {' '.join(words[1:])}", flush=True)
-    with subprocess.Popen(words, env={**os.environ, **cpu}) as process:
-        before = {number: signal.signal(number, _pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells the ranks itself
-        try:
+    asked: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        asked.append(number)
+        if number != signal.SIGINT:  # a terminal tells the ranks itself
+            _pass_on(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with subprocess.Popen(words, env={**os.environ, **cpu}) as process:
             code = process.wait()
-            _wait_for_ranks(config.output / config.name)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    return code
+        _wait_for_ranks(config.output / config.name)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return STOPPED if asked else code
 
 
-def _pass_on(number: int, frame: Any) -> None:
+def _pass_on(number: int) -> None:
     """Passes a signal on to the ranks, which save and stop; not to the launcher, which would kill them."""
     for pid in _descendants(os.getpid()):
         try:
@@ -274,13 +280,13 @@ def _collect(sweeps: list[Sweep], out: Path, *, vtab: bool) -> int:
         finetune.write_vtab(out, found[-1])
     table = Table(title=str(out))
     for name in ("task", "metric", "mean", "seeds", "lr", "images"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     for line in found:
         lr = "" if line["lr"] is None else f"{line['lr']:g}"
         seeds = str(len(line["values"])) + ("" if line["complete"] else ", incomplete")
         table.add_row(line["task"], line["metric"], finetune.percent(line), seeds, lr, f"{line['n']:,}")
     Console().print(table)
-    for line in found:
+    for line in found[-1:] if vtab else found:
         if line["differs"]:
             print(f"{line['task']}: not the paper's protocol: {'; '.join(line['differs'])}")
     return 0
