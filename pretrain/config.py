@@ -376,7 +376,7 @@ class Config:
     total_steps: int = MISSING  # optimizer steps of the whole run; a step is one global batch
     loss: Literal["softmax", "sigmoid"] = "softmax"  # cross-entropy; sigmoid: summed over classes (ImageNet-21k, JFT)
     label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
-    init_from: Path | None = None  # start from these weights: anything that load_model reads
+    init_from: Path | None = None  # start from these weights: anything that load_model reads, at model.image_size
     init_new_head: bool = False  # with init_from: leave the head at its initial zeros, e.g. for other classes
     branch_from: Path | None = None  # go on from another run's checkpoint, optimizer state and all: to cool it down
     model: ModelConfig = field(default_factory=ModelConfig)  # what is trained
@@ -470,9 +470,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return _to_config(merged, str(path))
 
 
-def config_from_dict(values: dict[str, Any], source: str) -> Config:
-    """Returns the config that `config_to_dict` wrote. Raises ConfigError when `values` is not one."""
-    return _to_config(_merge(OmegaConf.structured(Config), values, source), source)
+def config_from_dict(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Returns the config of nested dicts, as `config_to_dict` writes them or less, changed by `key=value` overrides.
+
+    Raises ConfigError when `values` is not one.
+    """
+    merged = OmegaConf.structured(Config)
+    for origin, part in [(source, values), *((text, _read_override(text)) for text in overrides)]:
+        merged = _merge(merged, part, origin)
+    return _to_config(merged, source)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

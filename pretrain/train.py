@@ -220,7 +220,7 @@ def _build_engine(config: Config, data: DataSets, device: torch.device, *, from_
             f"evaluation.fewshot_train: {config.model.name} has {len(heads)} heads, so no one input of it"
         )
     if from_scratch and config.init_from is not None:
-        load_tensors(model, read_weights(config.init_from), new_head=config.init_new_head)
+        load_tensors(model, read_weights(config.init_from, config.model.image_size), new_head=config.init_new_head)
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     ranks, batch = distributed.world_size(), config.data.global_batch
     plan = plan_batch(batch, ranks, config.engine.max_micro_batch_size)

@@ -19,7 +19,7 @@ LAYERS = (
     {"engine"},
     {"evaluation"},
     {"train"},
-    {"report"},
+    {"finetune", "report"},
     {"launch", "tools"},
 )
 

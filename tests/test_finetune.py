@@ -1,0 +1,601 @@
+"""Fine-tuning: the paper's numbers in the derived configs, the choice of the rate, the table, killed sweeps."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from scipy.ndimage import zoom
+from tiny import make_shards, tiny_config
+from weights_on_disk import ROOT, load_tool, one_line, save_run
+
+from pretrain import finetune
+from pretrain.checkpoint import newest_valid, step_folders
+from pretrain.config import Config, ModelConfig, config_to_yaml
+from pretrain.data.images import eval_image, to_float, train_image
+from pretrain.data.loader import eval_batches
+from pretrain.data.manifest import load_manifest
+from pretrain.errors import UserError
+from pretrain.evaluation.tasks import PAPER_ROWS, TASKS, VTAB, task
+from pretrain.models.weights import load_model, read_weights
+from pretrain.optim import learning_rate
+from pretrain.train import train
+
+torch.set_num_threads(1)
+B16 = finetune.Start(Path("b16.npz"), ModelConfig(name="B", dropout=0.1, head_bias=-10.0, representation_size=768), "0")
+TINY = ("data.workers=0", "data.global_batch=16", "engine.precision=fp32", "evaluation.batch_size=16")
+
+
+# --- the paper's protocol --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Manifests that say they hold the official numbers of images."""
+
+    def say(path: Path) -> Any:
+        split = path.parent.name
+        name = "vtab/eurosat" if "vtab" in path.parts else path.parts[-3]
+        return SimpleNamespace(num_samples=TASKS[name].num_samples[split], sha256=split)
+
+    monkeypatch.setattr(finetune, "load_manifest", say)
+
+
+def plan(name: str, **changes: Any) -> finetune.Sweep:
+    return finetune.plan_sweep(
+        task(name), changes.pop("start", B16), **{"data": Path("data"), "out": Path("out"), "num_seeds": 3, **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "warmup_steps", "rates", "held_out"),
+    [
+        ("imagenet", 20_000, 500, [0.003, 0.01, 0.03, 0.06], 12_812),  # 1 %
+        ("cifar10", 10_000, 500, [0.001, 0.003, 0.01, 0.03], 1_000),  # 2 %
+        ("cifar100", 10_000, 500, [0.001, 0.003, 0.01, 0.03], 1_000),
+        ("pets", 500, 100, [0.001, 0.003, 0.01, 0.03], 368),  # 10 %
+        ("flowers", 500, 100, [0.001, 0.003, 0.01, 0.03], 102),
+    ],
+)
+def test_table_4(full_sets: None, name: str, steps: int, warmup_steps: int, rates: list[float], held_out: int) -> None:
+    """ViT, Table 4 and B.1.1, as literals: steps, rates, held-out share, and what is the same for all of them."""
+    sweep = plan(name)
+    selecting, final = finetune.selecting_runs(sweep), finetune.final_runs(sweep, rates[0])
+    assert [config.optim.lr for config in selecting] == rates
+    assert [(config.seed, config.optim.lr) for config in final] == [(seed, rates[0]) for seed in range(3)]
+    for config in [*selecting, *final]:
+        o, d, m = config.optim, config.data, config.model
+        assert (config.total_steps, o.warmup_steps) == (steps, warmup_steps)
+        assert (o.name, o.momentum, o.moment_dtype, o.weight_decay, o.clip_norm) == ("sgd", 0.9, "bf16", 0.0, 1.0)
+        assert learning_rate(o, steps, warmup_steps) == o.lr and learning_rate(o, steps, steps) == 0.0
+        assert (d.global_batch, m.image_size, config.loss, config.label_smoothing) == (512, 384, "softmax", 0.0)
+        assert (d.crop, d.crop_area, d.crop_ratio, d.flip) == ("inception", (0.05, 1.0), (0.75, 1.33), 0.5)
+        assert (d.interpolation, d.antialias, d.eval_transform) == ("bilinear", False, "vit")
+        assert (d.mixup, d.cutmix, d.randaugment_layers) == (0.0, 0.0, 0)
+        assert (m.name, m.dropout, m.head_bias, m.representation_size) == ("B", 0.1, 0.0, None)
+        assert m.num_classes == TASKS[name].num_classes and config.init_new_head
+    folder = Path("data").absolute() / name
+    test = "val" if name == "imagenet" else "test"
+    assert all(
+        (c.data.train, c.data.val, c.data.held_out) == (folder / "train/manifest.json", None, held_out)
+        for c in selecting
+    )
+    assert all((c.data.train, c.data.held_out) == (folder / "train/manifest.json", 0) for c in final)
+    assert all((c.data.val, c.evaluation.every_steps) == (folder / test / "manifest.json", steps) for c in final)
+    assert finetune.differences_from_paper(sweep, TASKS[name].num_samples[test]) == []
+
+
+def test_vtab_protocol(full_sets: None) -> None:
+    """One rate, so nothing to choose; with several, the 200 images decide and the final runs see all 1,000."""
+    sweep = plan("vtab/eurosat")
+    folder = Path("data").absolute() / "vtab/eurosat"
+    assert finetune.selecting_runs(sweep) == [] and finetune.chosen_lr(sweep) == 0.01
+    for config in finetune.final_runs(sweep, 0.01):
+        assert (config.total_steps, config.optim.lr, config.data.global_batch) == (2500, 0.01, 512)
+        assert (config.data.train, config.data.val) == (
+            folder / "trainval/manifest.json",
+            folder / "test/manifest.json",
+        )
+        assert (config.model.image_size, config.model.num_classes, config.data.flip) == (384, 10, 0.0)
+    for config in finetune.selecting_runs(plan("vtab/eurosat", lr_grid=(0.03, 0.01))):
+        assert (config.data.train, config.data.val) == (folder / "train/manifest.json", folder / "val/manifest.json")
+        assert config.data.held_out == 0
+
+
+def test_vtab_images_are_only_resized(full_sets: None) -> None:
+    """No crop and no flip in training, whatever the sides: counting and locating would become impossible."""
+    data = finetune.final_runs(plan("vtab/eurosat"), 0.01)[0].data
+    for height, width in ((40, 40), (31, 57), (90, 20)):
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        for index in range(10):
+            assert torch.equal(train_image(image, 24, data, 0, "set", 0, index), eval_image(image, 24, data))
+
+
+def test_cuts_are_told(full_sets: None) -> None:
+    """Fewer steps shorten the warm-up alike; whatever differs from the paper is named, overrides too."""
+    sweep = plan(
+        "cifar10",
+        steps=200,
+        lr_grid=(0.03, 0.01, 0.03),
+        num_seeds=2,
+        overrides=("optim.average_decay=0.9999", "data.workers=0", "engine.compile=true"),
+    )
+    config = finetune.selecting_runs(sweep)[0]
+    assert (config.total_steps, config.optim.warmup_steps, config.optim.average_decay) == (200, 10, 0.9999)
+    assert sweep.protocol.lr_grid == (0.01, 0.03)
+    told = finetune.differences_from_paper(sweep, 9_000)
+    for part in (
+        "steps: 200 ",
+        "lr_grid: 0.01 0.03 ",
+        "9,000 instead of 10,000 test",
+        "2 instead of 3 seeds",
+        "average",
+    ):
+        assert any(part in one for one in told), part
+
+
+def test_sizes_that_do_not_fit_the_patches(full_sets: None) -> None:
+    """H/14 takes the 378 of 384 pixels that make patches; a size that was asked for is refused."""
+    huge = replace(B16, model=ModelConfig(name="H", patch_size=14))
+    assert finetune.final_runs(plan("cifar10", start=huge), 0.01)[0].model.image_size == 378
+    assert finetune.final_runs(plan("cifar10", start=huge, image_size=518), 0.01)[0].model.image_size == 518
+    with pytest.raises(UserError, match=r"model.image_size \(384\) is not a multiple of model.patch_size \(14\)"):
+        finetune.final_runs(plan("cifar10", start=huge, image_size=384), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overrides": ("optim.lr=0.1",)}, "give --lr"),
+        ({"overrides": ("total_steps=3",)}, "give --steps"),
+        ({"overrides": ("data.held_out=3",)}, "give --data"),
+        ({"num_seeds": 0}, "--seeds is 0"),
+        ({"lr_grid": (-1.0,)}, "--lr is"),
+    ],
+)
+def test_settings_that_are_the_sweeps_own(full_sets: None, changes: dict[str, Any], message: str) -> None:
+    """One line each, with the option to use."""
+    with pytest.raises(UserError, match=message) as caught:
+        plan("cifar10", **changes)
+    one_line(caught.value)
+
+
+def test_tasks_without_training_images_are_refused() -> None:
+    """ReaL is scored with what was fine-tuned on ImageNet."""
+    with pytest.raises(UserError, match="real has no training images: fine-tune on imagenet"):
+        plan("real")
+
+
+# --- a tiny set under a real task's name -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of random numbers with 16 px, positions, a representation layer; Pets of 7 shades; VTAB's EuroSAT."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for number, split in enumerate(("pets/train", "pets/test", "vtab/eurosat/train", "vtab/eurosat/val")):
+        make_shards(folder / "data" / split, num_samples=101 if number % 2 == 0 else 53, seed=number)
+    config = tiny_config(
+        folder / "data/pets/train", folder, model__representation_size=16, model__head_bias=-6.9, loss="sigmoid"
+    )
+    save_run(config, [f"shade {i}" for i in range(7)])
+    return folder
+
+
+def tiny_sweep(folder: Path, out: Path, **changes: Any) -> finetune.Sweep:
+    start = finetune.read_start(folder / "tiny", from_scratch=changes.pop("from_scratch", False))
+    options = {"num_seeds": 2, "steps": 4, "image_size": 24, "overrides": TINY, **changes}
+    return finetune.plan_sweep(task("pets"), start, data=folder / "data", out=out, **options)
+
+
+def test_step_0(tiny: Path, tmp_path: Path) -> None:
+    """A warm-up begins with rate 0, so after one step the weights are the first ones: a head of zeros, its bias too,
+    positions resized as scipy's zoom does it with the class token's row kept, no representation layer, the rest equal.
+    """
+    sweep = tiny_sweep(tiny, tmp_path, steps=1, overrides=(*TINY, "optim.warmup_steps=1"))
+    config = finetune.final_runs(sweep, 0.03)[0]
+    run_ranks(train, 1, config)
+    before, after = read_weights(tiny / "tiny"), read_weights(config.output / config.name)
+    assert after.model.image_size == 24 and after.num_classes == 37
+    old, new = ({name: tensor.read() for name, tensor in w.tensors.items()} for w in (before, after))
+    assert old["head.weight"].any() and old["head.bias"].any()
+    assert new["head.weight"].shape == (37, 32) and not new.pop("head.weight").any() and not new.pop("head.bias").any()
+    table, resized = old["pos_embed"][0], new.pop("pos_embed")[0]
+    expected = zoom(table[1:].view(2, 2, 32).numpy(), (1.5, 1.5, 1), order=1).reshape(9, 32)
+    assert torch.equal(resized[:1], table[:1])
+    torch.testing.assert_close(resized[1:], torch.from_numpy(expected), rtol=0, atol=1e-6)
+    assert old.keys() - new.keys() == {"pre_logits.weight", "pre_logits.bias", "head.weight", "head.bias", "pos_embed"}
+    assert all(torch.equal(tensor, old[name]) for name, tensor in new.items())
+
+
+def test_from_scratch_is_the_same_recipe(tiny: Path, tmp_path: Path) -> None:
+    """The baseline differs in the weights alone."""
+    ours, random_ones = (
+        finetune.final_runs(tiny_sweep(tiny, tmp_path, from_scratch=scratch), 0.03)[0] for scratch in (False, True)
+    )
+    assert ours.init_from == newest_valid(tiny / "tiny" / "checkpoints")
+    assert random_ones == replace(ours, init_from=None, init_new_head=False)
+
+
+def test_choosing_works_without_the_test_images(tiny: Path, tmp_path: Path) -> None:
+    """A selecting run ends with its score on images of train while the test shards are not even there."""
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    shutil.copytree(tiny / "tiny", tmp_path / "tiny")
+    sweep = tiny_sweep(tmp_path, tmp_path / "out", lr_grid=(0.01, 0.03))
+    shutil.rmtree(data / "pets/test")
+    assert finetune.chosen_lr(sweep) is None
+    for config in finetune.selecting_runs(sweep):
+        assert not any(name in config_to_yaml(config) for name in ("pets/test", "val/manifest"))
+        run_ranks(train, 1, config)
+        found = finetune.score(config)
+        assert found is not None and found.num_images == 10
+    assert finetune.chosen_lr(sweep) in (0.01, 0.03)
+
+
+def test_every_test_image_counts_once(tiny: Path, tmp_path: Path) -> None:
+    """The score of a final run on 2 ranks is that of all 53 images in one batch, counted by hand."""
+    config = finetune.final_runs(tiny_sweep(tiny, tmp_path, steps=20), 0.03)[0]
+    run_ranks(train, 2, config)
+    found = finetune.score(config)
+    manifest = load_manifest(config.data.val or Path())
+    options = {"batch_size": 53, "image_size": 24, "config": config.data}
+    (batch,) = eval_batches(manifest, np.arange(53), **options)
+    with torch.no_grad():
+        logits = load_model(config.output / config.name)(to_float(batch.images, torch.float32))
+    assert found == finetune.RunScore((logits.argmax(1) == batch.labels[:, 0]).double().mean().item(), 53)
+    assert 0.0 < found.top1 < 1.0
+
+
+# --- choosing, and the table -----------------------------------------------------------------------------------------
+
+
+def pretend(config: Config, top1: float | None, num_images: int = 10) -> None:
+    """Writes what a finished run leaves; None: a diverged one."""
+    folder = config.output / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config_to_yaml(config))
+    if top1 is None:
+        (folder / finetune.DIVERGED).touch()
+    else:
+        (folder / "DONE").write_text(json.dumps({"step": 4, "val/top1": top1, "val/images": num_images}))
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        ([0.1, 0.5, 0.4, 0.3], 0.003),
+        ([0.1, 0.5, 0.5, 0.3], 0.003),  # equal: the lower rate
+        ([0.0, 0.0, 0.0, 0.0], 0.001),
+        ([0.1, 0.2, 0.3, None], 0.01),  # did not stay finite
+        ([None, None, 0.0, None], 0.01),
+    ],
+)
+def test_the_best_rate_is_chosen(tiny: Path, tmp_path: Path, scores: list[float | None], chosen: float) -> None:
+    """By the held-out images; of equals the lowest; never one that diverged; not before all are scored."""
+    sweep = tiny_sweep(tiny, tmp_path)
+    for config, top1 in zip(finetune.selecting_runs(sweep), scores):
+        assert finetune.chosen_lr(sweep) is None
+        pretend(config, top1)
+    assert finetune.chosen_lr(sweep) == chosen
+
+
+def test_no_finite_rate_is_one_line(tiny: Path, tmp_path: Path) -> None:
+    """With the way out."""
+    sweep = tiny_sweep(tiny, tmp_path)
+    for config in finetune.selecting_runs(sweep):
+        pretend(config, None)
+    with pytest.raises(UserError, match="did not stay finite with any of .* give a lower --lr"):
+        finetune.chosen_lr(sweep)
+
+
+def test_results(tiny: Path, tmp_path: Path) -> None:
+    """Mean and sample standard deviation of the seeds, the choice, what differs; incomplete until all are done."""
+    sweep = tiny_sweep(tiny, tmp_path, lr_grid=(0.01, 0.03))
+    assert finetune.results(sweep) is None
+    for config, top1 in zip(finetune.selecting_runs(sweep), (0.4, 0.5)):
+        pretend(config, top1)
+    assert finetune.results(sweep) is None
+    first, second = finetune.final_runs(sweep, 0.03)
+    pretend(second, 0.7, 53)
+    found = finetune.results(sweep)
+    assert found and (found["values"], found["seeds"], found["std"], found["complete"]) == ([0.7], [1], None, False)
+    pretend(first, 0.5, 53)
+    found = finetune.results(sweep)
+    assert found and found["complete"] and found["values"] == [0.5, 0.7] and found["n"] == 53 and found["lr"] == 0.03
+    assert found["mean"] == pytest.approx(0.6) and found["std"] == pytest.approx(0.1 * 2**0.5)
+    assert found["selection"] == [{"lr": 0.01, "top1": 0.4, "n": 10}, {"lr": 0.03, "top1": 0.5, "n": 10}]
+    assert "101 instead of 3,680 training images" in found["differs"]
+    finetune.write_results(sweep, found)
+    assert json.loads((sweep.folder / "results.json").read_text()) == found
+    assert "**60.00% ± 14.14** top1 on 53 test images (2 seeds)" in (sweep.folder / "results.md").read_text()
+
+
+def test_a_score_of_other_settings_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """A finished run is used only for the very config that it ran with."""
+    pretend(finetune.selecting_runs(tiny_sweep(tiny, tmp_path))[0], 0.5)
+    longer = finetune.selecting_runs(tiny_sweep(tiny, tmp_path, steps=5))[0]
+    with pytest.raises(UserError, match="other settings .*total_steps: was 4, is 5.* another --out") as caught:
+        finetune.score(longer)
+    one_line(caught.value)
+
+
+def test_a_sweep_belongs_to_its_weights_and_data(tiny: Path, tmp_path: Path) -> None:
+    """Scores of other weights or other images under the same paths are never mixed in."""
+    sweep = tiny_sweep(tiny, tmp_path)
+    finetune.claim_sweep(sweep)
+    finetune.claim_sweep(sweep)
+    assert sweep.start.weights and sweep.start.sha256 == finetune.read_start(tiny / "tiny", from_scratch=False).sha256
+    with pytest.raises(UserError, match="begun with another weights; give another --out"):
+        finetune.claim_sweep(replace(sweep, start=replace(sweep.start, sha256="other")))
+    with pytest.raises(UserError, match="begun with another data; give another --out"):
+        finetune.claim_sweep(replace(sweep, test=sweep.train))
+
+
+def vtab_lines(values: list[float]) -> list[dict[str, Any]]:
+    common = {"complete": True, "lr": 0.01, "n": 100, "seeds": [0, 1], "from_scratch": False, "differs": []}
+    return [{"task": name, "values": [value, value], **common} for name, value in zip(VTAB, values)]
+
+
+def test_vtab_is_the_flat_mean() -> None:
+    """The paper's Table 9 gives the VTAB scores of its Table 2 to 0.02 points, and section 13's means of the groups."""
+    rows = [row for row in PAPER_ROWS if "vtab/dtd" in row.scores]
+    expected = [(77.63, [86.7, 87.0, 65.0]), (76.28, [85.6, 86.7, 63.0]), (72.72, [83.3, 84.7, 57.5])]
+    assert len(rows) == 3
+    for row, (mean, groups) in zip(rows, expected):
+        found = finetune.vtab_results(vtab_lines([row.scores[name] for name in VTAB]))
+        assert (found["task"], found["complete"], found["std"]) == ("vtab", True, 0.0)
+        assert found["mean"] == pytest.approx(mean, abs=0.02)
+        assert list(found["groups"].values()) == pytest.approx(groups, abs=0.06)
+
+
+def test_an_incomplete_vtab_says_so(tmp_path: Path) -> None:
+    """Wherever the figure goes, its name tells; what is missing is listed; seeds that a task lacks are left out."""
+    lines = vtab_lines([0.5, 0.7])
+    lines[0] |= {"values": [0.5], "seeds": [1], "complete": False}
+    found = finetune.vtab_results(lines)
+    assert found["task"] == "vtab, incomplete: 2 of 19 tasks" and not found["complete"]
+    assert (found["seeds"], found["mean"], len(found["missing"])) == ([1], pytest.approx(0.6), 17)
+    finetune.write_vtab(tmp_path, found)
+    assert "Missing: vtab/dtd, " in (tmp_path / "vtab" / "results.md").read_text()
+    assert finetune.vtab_results(vtab_lines([0.5] * 18))["task"] == "vtab, incomplete: 18 of 19 tasks"
+
+
+@pytest.mark.parametrize(
+    ("weights", "folder"),
+    [
+        ("runs/a", "runs/a/finetune"),
+        ("runs/a/checkpoints/step-0000000020", "runs/a/finetune"),
+        ("google/ViT-B_16.npz", "google/ViT-B_16/finetune"),
+    ],
+)
+def test_default_folders(weights: str, folder: str, tmp_path: Path) -> None:
+    """Where the report of a run looks; never inside a checkpoint."""
+    path = tmp_path / weights
+    path.parent.mkdir(parents=True)
+    path.touch() if path.suffix == ".npz" else path.mkdir()
+    assert finetune.default_folder(path, from_scratch=False) == tmp_path / folder
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def arguments(folder: Path, out: Path, *more: object) -> list[str]:
+    words = [folder / "tiny", "--task", "pets", "--data", folder / "data", "--out", out, "--seeds", 2, "--steps", 4]
+    return [*map(str, [*words, "--image-size", 24, *more]), *TINY]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, words: list[str], train: Callable[..., int] | None = None) -> int:
+    tool = load_tool("finetune")
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+    if train:
+        monkeypatch.setattr(tool, "_train", train)
+    return tool.main()
+
+
+def trained(config: Config, sweep: finetune.Sweep, ranks: int) -> int:
+    """Instead of seconds of training: higher rates score better, until they diverge."""
+    if config.optim.lr > 0.02:
+        folder = config.output / config.name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(config_to_yaml(config))
+        return 77
+    pretend(config, config.optim.lr + config.seed / 10, 53)
+    (config.output / config.name / "checkpoints").mkdir()
+    return 0
+
+
+def test_a_whole_sweep(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A diverged rate is left out, nothing is done twice, selecting runs keep no checkpoints, --collect repeats it."""
+    assert call(monkeypatch, arguments(tiny, tmp_path), trained) == 0
+    found = json.loads((tmp_path / "pets" / "results.json").read_text())
+    assert found["lr"] == 0.01 and found["values"] == [0.01, 0.11] and found["selection"][3]["top1"] is None
+    assert [path.parent.name for path in sorted(tmp_path.glob("pets/*/checkpoints"))] == [
+        "final-lr0.01-seed0",
+        "final-lr0.01-seed1",
+    ]
+    assert "pets: not the paper's protocol: steps: 4 instead of 500" in capsys.readouterr().out
+
+    def never(*_: Any) -> int:
+        raise AssertionError("trains again")
+
+    before = (tmp_path / "pets" / "results.json").read_bytes()
+    for more in ((), ("--collect",), ("--run", 3), ("--run", 5)):
+        assert call(monkeypatch, arguments(tiny, tmp_path, *more), never) == 0
+    assert (tmp_path / "pets" / "results.json").read_bytes() == before
+
+
+def test_an_array_gives_the_same_table(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """--list names 4 + 2 runs; --run does one; a final one before the choice is refused; the table is the same."""
+    assert call(monkeypatch, arguments(tiny, tmp_path / "a", "--list")) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0] == "0\tpets\tselect, learning rate 0.001" and len(told.out.splitlines()) == 6
+    assert told.out.splitlines()[5] == "5\tpets\tfinal, seed 1" and "0-3, then 4-5" in told.err
+    with pytest.raises(UserError, match="selecting runs are not done yet"):
+        call(monkeypatch, arguments(tiny, tmp_path / "a", "--run", 4), trained)
+    with pytest.raises(UserError, match="--run is 6, expected 0 to 5"):
+        call(monkeypatch, arguments(tiny, tmp_path / "a", "--run", 6), trained)
+    for index in (3, 0, 2, 1, 5, 4):
+        assert call(monkeypatch, arguments(tiny, tmp_path / "a", "--run", index), trained) == 0
+    assert call(monkeypatch, arguments(tiny, tmp_path / "a", "--collect")) == 0
+    assert call(monkeypatch, arguments(tiny, tmp_path / "b"), trained) == 0
+    assert (tmp_path / "a/pets/results.json").read_bytes() == (tmp_path / "b/pets/results.json").read_bytes()
+
+
+def test_codes_of_runs_that_stopped_or_failed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """130 when a run was asked to stop or its launcher was killed, whatever that returned; else the run's own code."""
+    for code, expected in ((0, 130), (-10, 130), (2, 2), (75, 75), (78, 78)):
+        assert call(monkeypatch, arguments(tiny, tmp_path), lambda *_, code=code: code) == expected
+    final = [*arguments(tiny, tmp_path, "--lr", "0.03")]
+    assert call(monkeypatch, final, trained) == 77  # nothing else to choose
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_asked_to_stop(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A signal to the command alone reaches the run, except a terminal's SIGINT, which the run has got already; the
+    command waits for the run, and starts no other one even when this one has just ended well.
+    """
+    wait = f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])\n"
+    wait += "Path('ready').touch()\n"
+    wait += "time.sleep(1)\n" if number == signal.SIGINT else f"assert signal.sigtimedwait([{int(number)}], 60)\n"
+    script = tmp_path / "launch" / "pretrain.py"
+    script.parent.mkdir()
+    script.write_text(f"import signal, time\nfrom pathlib import Path\n{wait}Path('saved').touch()\n")
+    tool = load_tool("finetune")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = finetune.selecting_runs(tiny_sweep(tiny, tmp_path))[0]
+    pretend(config, 0.5)
+
+    def kill() -> None:
+        while not Path("ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert tool._train(config, tiny_sweep(tiny, tmp_path), 1) == 130
+    killer.join()
+    assert Path("saved").exists()
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_missing_sets(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """One task: refused with the command that prepares it. VTAB: each is named, others go on, the mean is marked."""
+    with pytest.raises(UserError, match="no data: flowers: .*tools/make_shards.py --task flowers") as caught:
+        call(monkeypatch, [*arguments(tiny, tmp_path), "--task", "flowers"])
+    one_line(caught.value)
+    vtab = tiny / "data" / "vtab/eurosat"
+    for split in ("trainval", "test"):
+        if not (vtab / split).exists():
+            shutil.copytree(vtab / ("val" if split == "test" else "train"), vtab / split)
+    assert call(monkeypatch, [*arguments(tiny, tmp_path), "--task", "vtab"], trained) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len([line for line in told if line.startswith("missing: vtab/")]) == 18
+    found = json.loads((tmp_path / "vtab" / "results.json").read_text())
+    assert found["task"] == "vtab, incomplete: 1 of 19 tasks" and found["tasks"].keys() == {"vtab/eurosat"}
+    assert json.loads((tmp_path / "vtab-eurosat" / "results.json").read_text())["task"] == "vtab/eurosat"
+
+
+# --- real processes --------------------------------------------------------------------------------------------------
+
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def start_tool(words: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "tools" / "finetune.py"), *words]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_sweep_ends_with_the_same_table(tiny: Path, tmp_path: Path) -> None:
+    """4 rates x 2 seeds, the process group killed with SIGKILL in two runs at random steps: the bytes are the same."""
+    more = ("--steps", 12)
+    undisturbed = start_tool(arguments(tiny, tmp_path / "a", *more))
+    output, _ = undisturbed.communicate(timeout=900)
+    assert undisturbed.returncode == 0, output
+    wanted = (tmp_path / "a/pets/results.json").read_bytes()
+    choose = random.Random(time.time_ns())
+    for runs_done in sorted(choose.sample(range(6), 2)):
+        process = start_tool(arguments(tiny, tmp_path / "b", *more))
+        step = choose.randrange(0, 12)
+        print(f"to be killed after {runs_done} runs, in step {step} of the next")
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline and process.poll() is None:
+            ended = len(list(tmp_path.glob("b/pets/*/DONE")))
+            logs = [path.read_text().count('"train/loss"') for path in tmp_path.glob("b/pets/*/metrics.jsonl")]
+            if ended > runs_done or (ended == runs_done and len(logs) > ended and sum(logs) >= 12 * ended + step):
+                break
+            time.sleep(0.002)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert not (tmp_path / "b/pets/results.json").exists()
+    last = start_tool(arguments(tiny, tmp_path / "b", *more))
+    output, _ = last.communicate(timeout=900)
+    assert last.returncode == 0, output
+    assert (tmp_path / "b/pets/results.json").read_bytes() == wanted
+    assert (tmp_path / "b/pets/results.md").read_bytes() == (tmp_path / "a/pets/results.md").read_bytes()
+    for name in (path.parent.relative_to(tmp_path / "a") for path in tmp_path.glob("a/pets/*/DONE")):
+        # Its loss has all bits of the weights in it, where an accuracy on 53 images forgives much.
+        assert (tmp_path / "b" / name / "DONE").read_bytes() == (tmp_path / "a" / name / "DONE").read_bytes(), name
+    starts = [len(path.read_text().splitlines()) for path in tmp_path.glob("b/pets/*/starts.jsonl")]
+    assert len(starts) == 6 and sum(starts) <= 8  # 6 runs, and at most one more start for each kill
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_command_alone_saves(tiny: Path, tmp_path: Path) -> None:
+    """With two ranks under DeepSpeed's launcher: exit code 130 when all have saved and gone, no DONE."""
+    words = arguments(tiny, tmp_path, "--steps", 100_000, "--num-gpus", 2)
+    process = start_tool([*words, "checkpoint.every_steps=100000", "evaluation.every_steps=100000"])
+    run = tmp_path / "pets" / "select-lr0.001"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped; the same command goes on" in output, output
+    assert len(step_folders(run / "checkpoints")) == 1 and not (run / "DONE").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, 0, False), (130, 0, True), (138, 3, True), (75, 1, True), (2, 0, False), (1, 0, False), (130, 20, False)],
+)
+def test_the_job_script(tmp_path: Path, code: int, restarts: int, requeued: bool) -> None:
+    """Each element does its run; stopped, killed, short of storage: requeued, up to 20 times; errors are not."""
+    for name, text in (
+        ("srun", f'echo "$@" > srun.txt; exit {code}'),
+        ("scontrol", "echo $@ > requeued.txt"),
+        ("sleep", ""),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": str(restarts)}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **job}
+    script = ROOT / "launch" / "finetune.sbatch"
+    done = subprocess.run(
+        ["bash", str(script), "runs/a", "--task", "pets"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "srun.txt").read_text() == "python -u tools/finetune.py runs/a --task pets --run 3\n"
+    assert (tmp_path / "requeued.txt").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued.txt").read_text() == "requeue 7_3\n"
