@@ -169,9 +169,7 @@ def test_scores_stand_beside_the_papers(tmp_path: Path) -> None:
     paths = write_report(read_runs([run]), tmp_path / "out")
     page = paths[2].read_text()
     assert "| tiny | 75.00% | – | – | 52.00% | this report |" in page
-    assert (
-        "| ViT-H/14, JFT-300M | 88.55% | 90.72% | 94.55% | 77.63% | arXiv 2010.11929 v2 (published), Table 2 |" in page
-    )
+    assert "| ViT-H/14, JFT-300M | 88.55% | 90.72% | 94.55% | 77.63% | arXiv 2010.11929 v2 (ICLR 2021), Table 2" in page
     assert "| imagenet | tiny | top1 | 75.00% ± 0.40 | 3 | 0.01 | 500 |" in page
     assert "| cifar100 | tiny | top1 | – ± 0.40 |" in page and "No run has a score" not in page
     record = json.loads(paths[3].read_text(), parse_constant=lambda word: pytest.fail(f"{word} in report.json"))
