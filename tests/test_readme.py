@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_file_map_is_complete() -> None:
-    """Each Python file of pretrain/, launch/ and tools/, each job script and each config has its line; package markers do not count."""
+    """Each Python file, job script and config has its line; package markers do not count."""
     text = (ROOT / "README.md").read_text()
     listed = re.findall(r"^((?:launch|pretrain|tools|configs)/\S+)  *\S", text, flags=re.MULTILINE)
     found = [path for folder in ("launch", "pretrain", "tools") for path in (ROOT / folder).rglob("*.py")]
