@@ -1,4 +1,4 @@
-"""What `make demo` runs, in small: data, training on two ranks, conversion, evaluation, report."""
+"""What `make demo` runs, in small: data, training on two ranks, conversion, evaluation, fine-tuning, report."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.timeout(600)
 def test_demo_from_data_to_report(tmp_path: Path) -> None:
     """Every step ends well, from another folder too, and prints where the table, the curves and the weights are."""
-    small = ["--images", "600", "total_steps=4", "optim.warmup_steps=1", "data.held_out=100"]
+    small = ["--images", "600", "--finetune-steps", "40", "total_steps=4", "optim.warmup_steps=1", "data.held_out=100"]
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--out", "out", *small]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
@@ -22,6 +22,7 @@ def test_demo_from_data_to_report(tmp_path: Path) -> None:
     paths = [
         run / "evaluation" / "results.md",
         tmp_path / "out" / "report" / "curves.png",
+        tmp_path / "out" / "report" / "report.html",
         tmp_path / "out" / "weights",
     ]
     assert all(path.exists() and str(path) in result.stdout for path in paths)
@@ -30,3 +31,7 @@ def test_demo_from_data_to_report(tmp_path: Path) -> None:
     assert {row["n"] for row in rows} == {1000}
     pixels = next(row["value"] for row in rows if (row["model"], row["metric"]) == ("raw pixels", "10-shot"))
     assert pixels > 0.8, "raw pixels of real handwriting: known beforehand"
+    for name in ("digits_from_pretrained_weights", "digits_from_random_weights"):
+        done = json.loads((run.parent / name / "DONE").read_text())
+        assert done["step"] == 40 and done["val/images"] == 1000
+        assert name in (tmp_path / "out" / "report" / "report.md").read_text()

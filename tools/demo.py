@@ -1,4 +1,4 @@
-"""Everything after installation, in minutes and without a network: data, pretraining, conversion, evaluation, report.
+"""Everything after installation, in minutes and without a network: from data to weights, fine-tuning and a report.
 
 python tools/demo.py      (`make demo` installs first)
 """
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image
 
 from pretrain import cli
+from pretrain.config import load_config
 from pretrain.data.build import Item, build, finish_manifest, write_samples
 from pretrain.data.characters import CLASS_NAMES, digits_task, render
 from pretrain.data.manifest import Shard, load_manifest
@@ -34,11 +35,13 @@ SEED = 1  # of the characters
 def main() -> None:
     parser = cli.parser(
         "Generates distorted printed characters, pretrains a small ViT on them on all GPUs or else on two CPU ranks,\n"
-        "converts it for timm, and measures few-shot accuracy on real handwriting (scikit-learn's digits).",
+        "converts it for timm, measures few-shot accuracy on real handwriting (scikit-learn's digits), and fine-tunes\n"
+        "on it from random and from pretrained weights.",
         "python tools/demo.py --out demo",
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of all that it makes (default demo)")
     parser.add_argument("--images", type=int, default=80_000, help="characters to generate (default 80000)")
+    parser.add_argument("--finetune-steps", type=int, default=200, help="steps of each fine-tuning (default 200)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to configs/demo.yaml")
     arguments = parser.parse_intermixed_args()
     if any(override.startswith(("name=", "output=")) for override in arguments.overrides):
@@ -48,24 +51,36 @@ def main() -> None:
     _make_characters(out / "characters", arguments.images)
     _make_digits(out)
     _step(2, "pretraining")
-    data = [f"output={out / 'runs'}", f"data.train={out / 'characters'}"]
-    _run(*_launcher(), "launch/pretrain.py", "--config", "configs/demo.yaml", *data, *arguments.overrides)
-    run = out / "runs" / "demo"
-    if not (run / "DONE").exists():
-        raise UserError(f"{run}: the training stopped before its end; the same command goes on from there")
+    run = _train(out, "demo", f"data.train={out / 'characters'}", *arguments.overrides)
     _step(3, "conversion for timm")
     _run(sys.executable, "tools/convert.py", run, out / "weights", "--to", "timm", "--overwrite")
     _step(4, "few-shot accuracy on real handwriting: random weights, pretrained weights, raw pixels")
     few_shot = ["--fewshot", out / "digits-train", out / "digits-test", "--baselines", "--out", run / "evaluation"]
     few_shot += ["--fewshot-transform", "timm"]  # the characters fill the picture: no central crop
     _run(sys.executable, "tools/evaluate.py", out / "weights", *few_shot)
-    _step(5, "report")
-    _run(sys.executable, "tools/report.py", run, "--out", out / "report")
+    _step(5, "fine-tuning on real handwriting, from pretrained and from random weights")
+    digits = [f"data.train={out / 'digits-train'}", f"data.val={out / 'digits-test'}"]
+    digits += [f"total_steps={arguments.finetune_steps}"]
+    pretrained = _train(out, "demo_digits", *digits, f"init_from={out / 'weights'}", "init_new_head=true")
+    random = _train(out, "demo_digits", *digits, "name=digits_from_random_weights")
+    _step(6, "report")
+    _run(sys.executable, "tools/report.py", run, pretrained, random, "--out", out / "report")
     print(f"\ndone in {(time.monotonic() - began) / 60:.1f} minutes")
     print(f"table:   {run / 'evaluation' / 'results.md'}")
     print(f"curves:  {out / 'report' / 'curves.png'}")
     print(f"page:    {out / 'report' / 'report.html'}")
     print(f"weights: {out / 'weights'}")
+
+
+def _train(out: Path, config: str, *overrides: str) -> Path:
+    """Trains by a config and returns the run's folder. Raises UserError when the run was stopped before its end."""
+    path = f"configs/{config}.yaml"
+    name = load_config(ROOT / path, overrides).name
+    _run(*_launcher(), "launch/pretrain.py", "--config", path, f"output={out / 'runs'}", *overrides)
+    run = out / "runs" / name
+    if not (run / "DONE").exists():
+        raise UserError(f"{run}: the training stopped before its end; the same command goes on from there")
+    return run
 
 
 def _make_characters(out: Path, count: int) -> None:
@@ -131,7 +146,7 @@ def _run(*command: object) -> None:
 
 
 def _step(number: int, title: str) -> None:
-    print(f"\n[{number}/5] {title}", flush=True)
+    print(f"\n[{number}/6] {title}", flush=True)
 
 
 if __name__ == "__main__":
