@@ -84,7 +84,8 @@ class NamedModel(NamedTuple):
 def named_model(name: str) -> NamedModel | None:
     """Returns what `vit_base_patch16_384`, `vit_base_r50_s16_224`, `B/16`, `ViT-B_16` or `R50+ViT-B_16` mean, or None.
 
-    Only the shape: the activation, the pooling and the rest are this config's own settings.
+    Only the shape: the activation, the pooling and the rest are this config's own settings. Beside such a name another
+    image_size may be given, but neither 224 nor a patch_size of 16, which cannot be told from the defaults: say B then.
     """
     plain = name.partition(".")[0]  # vit_base_patch16_224.augreg_in21k: the tag names weights
     if match := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_(\d+)", plain):
@@ -129,7 +130,7 @@ class ModelConfig:
                     continue
                 if key == "patch_size" and self.patch_size != ModelConfig.patch_size:
                     raise ConfigError(f"model.patch_size is {self.patch_size}, but {self.name} has {said}; remove one")
-                if getattr(self, key) == getattr(ModelConfig, key):  # another image_size, when given, wins
+                if getattr(self, key) == getattr(ModelConfig, key):  # another image_size wins
                     setattr(self, key, said)
             self.name = named.name
 

@@ -33,7 +33,7 @@ from pretrain.config import (
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.evaluation.tasks import NATURAL, SPECIALISED, STRUCTURED, TASKS, VTAB, FineTuning, Task, task_folder
-from pretrain.models.weights import read_weights
+from pretrain.models.weights import read_weights, results_folder
 
 # Google's code (vision_transformer, vit_jax/input_pipeline.py and configs/common.py): Inception crop of 5 to 100 % of
 # the area, flip; evaluation resizes the whole image to the square.
@@ -58,6 +58,7 @@ _OWN_KEYS = {
     "init_new_head": "WEIGHTS",
     "branch_from": "WEIGHTS",
     "model.num_classes": "--task",
+    "evaluation.every_steps": "nothing: each run is scored once, at its end",
 }
 DIVERGED = "DIVERGED"  # file in the folder of a selecting run whose loss did not stay finite
 
@@ -96,12 +97,8 @@ def read_start(weights: Path, *, from_scratch: bool) -> Start:
 
 
 def default_folder(weights: Path, *, from_scratch: bool) -> Path:
-    """Returns where results lie: in the run or the converted folder, so that reports find them; beside an .npz."""
-    if weights.parent.name == "checkpoints":  # a checkpoint holds nothing but itself
-        weights = weights.parent.parent
-    elif weights.is_file():
-        weights = weights.with_suffix("")
-    return weights / ("finetune-from-scratch" if from_scratch else "finetune")
+    """Returns where results lie when no --out says it."""
+    return results_folder(weights, "finetune-from-scratch" if from_scratch else "finetune")
 
 
 def plan_sweep(

@@ -24,7 +24,14 @@ from typing import Any, TextIO
 
 from pretrain import distributed
 from pretrain.checkpoint import read_state
-from pretrain.config import BRANCH_MAY_CHANGE, Config, config_to_yaml, resume_differences
+from pretrain.config import (
+    BRANCH_MAY_CHANGE,
+    Config,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    resume_differences,
+)
 from pretrain.data.manifest import Manifest
 from pretrain.errors import ConfigError, UserError
 from pretrain.log import JsonLines, rewind, say
@@ -113,7 +120,8 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
     branching: `config` starts another run there, which may have another name, length and schedule.
     """
     saved, data = read_state(checkpoint), fingerprint(train_set)
-    differences = resume_differences(saved["config"], config, BRANCH_MAY_CHANGE if branching else ())
+    before = config_to_dict(config_from_dict(saved["config"], f"{checkpoint}/state.json"))  # with keys added since
+    differences = resume_differences(before, config, BRANCH_MAY_CHANGE if branching else ())
     for key, value in data["order"].items():
         if saved["data"]["order"].get(key) != value:
             differences.append(f"data {key}: was {saved['data']['order'].get(key)}, is {value}")

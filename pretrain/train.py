@@ -37,7 +37,7 @@ from pretrain.evaluation.knn import knn
 from pretrain.log import JsonLines, RunLog, say, warn
 from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters, train_flops
-from pretrain.models.weights import classifier_names, load_tensors, read_weights
+from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
 from pretrain.optim import learning_rate
 from pretrain.run import claim, fingerprint, is_done, mark_done, record_start, refuse_changes, versions
 
@@ -220,7 +220,9 @@ def _build_engine(config: Config, data: DataSets, device: torch.device, *, from_
             f"evaluation.fewshot_train: {config.model.name} has {len(heads)} heads, so no one input of it"
         )
     if from_scratch and config.init_from is not None:
-        load_tensors(model, read_weights(config.init_from, config.model.image_size), new_head=config.init_new_head)
+        weights = read_weights(config.init_from, config.model.image_size)
+        check_same_function(weights, config.model)
+        load_tensors(model, weights, new_head=config.init_new_head)
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     ranks, batch = distributed.world_size(), config.data.global_batch
     plan = plan_batch(batch, ranks, config.engine.max_micro_batch_size)

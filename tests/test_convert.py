@@ -36,7 +36,7 @@ from pretrain.models.build import build_model
 from pretrain.models.card import changed_settings
 from pretrain.models.equivalent import own_tensors, tensor_shapes
 from pretrain.models.google import write_google
-from pretrain.models.publish import publish_folder
+from pretrain.models.publish import WRITTEN, publish_folder
 from pretrain.models.tensors import LazyTensor, Weights
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
@@ -685,13 +685,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 def test_push_uploads_what_was_written_and_nothing_else(
     target: str, source: Path, tmp_path: Path, convert: Any, hub: list[tuple[str, Any]]
 ) -> None:
-    """The folder, or of the folder that holds an .npz its three files only."""
+    """Of a folder the files that a conversion writes, of the one that holds an .npz its three: nothing else."""
     out = tmp_path / ("out.npz" if target == "npz" else "out")
     assert convert.call(source, out, "--to", target, "--no-verify", "--push", "owner/name") == 0
     (created, _), (uploaded, how) = hub
     assert created == uploaded == "owner/name"
     npz = (tmp_path, ["out.npz", "out.classes.json", "out.md"])
-    assert (how["folder_path"], how["allow_patterns"]) == (npz if target == "npz" else (out, None))
+    assert (how["folder_path"], how["allow_patterns"]) == (npz if target == "npz" else (out, list(WRITTEN)))
 
 
 def test_push_tells_in_one_line_why_not(

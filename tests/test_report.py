@@ -148,11 +148,19 @@ def test_what_was_left_out_is_counted_by_cause(tmp_path: Path) -> None:
     assert [row[2:] for row in starts_table(values).rows] == [["0", "4", "a1"], ["10", "2", "b2"]]
 
 
-def write_finetuning(run: Path, task: str, mean: float | str) -> None:
-    values = {"task": task, "metric": "top1", "mean": mean, "std": 0.004, "values": [0.5] * 3, "lr": 0.01, "n": 500}
+def write_finetuning(run: Path, task: str, mean: float | str, **more: object) -> None:
+    values: dict[str, object] = {
+        "task": task,
+        "metric": "top1",
+        "mean": mean,
+        "std": 0.004,
+        "values": [0.5] * 3,
+        "lr": 0.01,
+        "n": 500,
+    }
     folder = run / "finetune" / task
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps(values))
+    (folder / "results.json").write_text(json.dumps({**values, **more}))
 
 
 def test_scores_stand_beside_the_papers(tmp_path: Path) -> None:
@@ -170,10 +178,30 @@ def test_scores_stand_beside_the_papers(tmp_path: Path) -> None:
     page = paths[2].read_text()
     assert "| tiny | 75.00% | – | – | 52.00% | this report |" in page
     assert "| ViT-H/14, JFT-300M | 88.55% | 90.72% | 94.55% | 77.63% | arXiv 2010.11929 v2 (ICLR 2021), Table 2" in page
-    assert "| imagenet | tiny | top1 | 75.00% ± 0.40 | 3 | 0.01 | 500 |" in page
+    assert "| imagenet | tiny | top1 | 75.00% ± 0.40 | 3 | 0.01 | 500 | the paper's |" in page
     assert "| cifar100 | tiny | top1 | – ± 0.40 |" in page and "No run has a score" not in page
     record = json.loads(paths[3].read_text(), parse_constant=lambda word: pytest.fail(f"{word} in report.json"))
     assert [row["ImageNet"] for row in record["paper"]] == [0.8836, 0.8855, 0.8776, 0.853]
+
+
+def test_another_protocol_is_no_score_of_the_papers(tmp_path: Path) -> None:
+    """Fewer steps, seeds that are not done, random weights: in the table of fine-tunings, with what differs, and not
+    beside the paper. ReaL comes from the evaluations of ImageNet's final runs, which are no fine-tuning results.
+    """
+    run = make_run(tmp_path)
+    write_finetuning(run, "cifar100", 0.9, differs=["steps: 3 instead of 10000"])
+    write_finetuning(run, "vtab", 0.8, complete=False)
+    write_finetuning(run, "imagenet", 0.7)
+    for seed, value in enumerate((0.6, 0.8)):
+        folder = run / "finetune" / "imagenet" / f"final-lr0.01-seed{seed}" / "evaluation"
+        folder.mkdir(parents=True)
+        row = {"model": "trained", "metric": "real/top1", "value": value, "n": 46837}
+        results = {"format": "pretrain-evaluation", "weights": "w", "rows": [row]}
+        (folder / "results.json").write_text(json.dumps(results))
+    scores = {"ImageNet": 0.7, "ReaL": pytest.approx(0.7), "CIFAR-100": None, "VTAB": None}
+    assert paper_scores(read_runs([run])[0]) == scores
+    page = write_report(read_runs([run]), tmp_path / "out")[2].read_text()
+    assert "| 500 | steps: 3 instead of 10000 |" in page and "| 500 | not all seeds are done |" in page
 
 
 RECIPE = """# A recipe.

@@ -18,7 +18,9 @@ from pretrain.checkpoint import CheckpointReader, newest_valid, read_state, step
 from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
-from pretrain.errors import NonFiniteError, UserError
+from pretrain.data.manifest import load_manifest
+from pretrain.errors import ConfigError, NonFiniteError, UserError
+from pretrain.run import refuse_changes
 from pretrain.train import train
 
 LAYOUTS = [("fp32", 1), ("bf16", 1), ("bf16", 3)]
@@ -218,6 +220,19 @@ def refusal(config: Config) -> str:
 def test_a_changed_config_is_refused_with_the_difference(change: dict, told: str, stopped: Config) -> None:
     """Another recipe is another run: one line names what differs."""
     assert told in run_ranks(refusal, 1, changed(stopped, **change))[0]
+
+
+def test_a_checkpoint_from_before_a_key_was_added_goes_on(stopped: Config, tmp_path: Path) -> None:
+    """Its config lacks keys of today: they had their defaults' effect, and are no difference."""
+    folder = tmp_path / "copy"
+    shutil.copytree(stopped.output / stopped.name, folder)
+    checkpoint = sorted((folder / "checkpoints").iterdir())[-1]
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["config"]["label_smoothing"], state["config"]["model"]["trunk_width"], state["config"]["data"]["crop"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    refuse_changes(checkpoint, stopped, load_manifest(stopped.data.train))
+    with pytest.raises(ConfigError, match="label_smoothing: was 0.0, is 0.1"):
+        refuse_changes(checkpoint, changed(stopped, label_smoothing=0.1), load_manifest(stopped.data.train))
 
 
 def test_other_data_is_refused(stopped: Config, tmp_path: Path) -> None:
@@ -494,7 +509,7 @@ def test_a_branch_cools_down_and_resumes(trunk: Config, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"optim__lr": 1.0, "seed": 5}, "(optim.lr: was 0.002, is 1.0; seed: was 0, is 5)"),
+        ({"optim__lr": 1.0, "seed": 5}, "(seed: was 0, is 5; optim.lr: was 0.002, is 1.0)"),
         ({"optim__average_decay": 0.0}, "optim.average_decay: was 0.9, is 0.0"),
         ({"total_steps": 20}, "is at step 20, but total_steps is 20"),
         ({"branch_from": "nowhere"}, "nowhere: has no checkpoint; expected a run's folder"),

@@ -25,7 +25,7 @@ from pretrain.models import load_model
 from pretrain.models.build import build_model
 from pretrain.models.equivalent import kernels_for_timm, kernels_from_timm, mapped, own_tensors
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
-from pretrain.models.weights import read_weights
+from pretrain.models.weights import check_same_function, load_tensors, read_weights, results_folder
 
 torch.set_num_threads(1)
 NAMES = ["ash", "birch, silver", "cedar"]
@@ -384,3 +384,39 @@ def test_a_path_without_weights_says_what_is_expected(
     make(tmp_path / "some")
     with pytest.raises(UserError, match=f"some: {message}"):
         load_model(tmp_path / "some")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"gelu": "exact"}, "model.gelu is exact, was tanh"),
+        ({"heads": 4}, "model.heads is 4, was 2"),
+        ({"positions_at": "shared"}, "model.positions_at is shared, was stem"),
+    ],
+)
+def test_weights_of_another_function_are_refused(other: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """What no name and no shape shows: the same tensors would compute something else, without a word."""
+    model, config = random_model("token")
+    weights = in_memory(model, config)
+    load_tensors(build_model(tiny_model(**other), 3), weights)  # it would fit
+    with pytest.raises(UserError, match=said):
+        check_same_function(weights, tiny_model(**other))
+    check_same_function(weights, tiny_model(dropout=0.1, drop_path=0.1, head_bias=-10.0))
+
+
+def test_a_folder_cannot_choose_files_for_timm_to_read(tmp_path: Path) -> None:
+    """model_args of somebody's config.json reach timm.create_model, which would open a checkpoint_path."""
+    model, config = random_model("token")
+    write_timm_folder(in_memory(model, config), tmp_path / "out")
+    _edit_json(tmp_path / "out" / "config.json", lambda v: v.pop("pretrain"))
+    _edit_json(tmp_path / "out" / "config.json", lambda v: v["model_args"].update(checkpoint_path="/etc/hostname"))
+    with pytest.raises(UserError, match="model_args has .'checkpoint_path'.*remove it"):
+        read_weights(tmp_path / "out")
+
+
+def test_results_lie_where_reports_look(tmp_path: Path) -> None:
+    """In a run or folder itself; never inside a checkpoint, which retention deletes; beside an .npz."""
+    (tmp_path / "w.npz").touch()
+    assert results_folder(tmp_path / "w.npz", "evaluation") == tmp_path / "w" / "evaluation"
+    assert results_folder(tmp_path / "run", "pictures") == tmp_path / "run" / "pictures"
+    assert results_folder(tmp_path / "run" / "checkpoints" / "step-1", "x") == tmp_path / "run" / "x"

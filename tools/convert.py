@@ -19,6 +19,7 @@ from pretrain.errors import StorageError, UserError
 from pretrain.models.card import model_card
 from pretrain.models.google import WRITTEN, class_names_file, for_google, read_google, write_google
 from pretrain.models.onnx_file import write_onnx
+from pretrain.models.publish import WRITTEN as WRITTEN_IN_FOLDERS
 from pretrain.models.publish import check_free, publish_files, publish_folder, staging
 from pretrain.models.tensors import Weights
 from pretrain.models.timm_folder import read_timm_folder, write_own_folder, write_timm_folder
@@ -98,7 +99,11 @@ def main() -> int:
         from pretrain.models.hub import push
 
         print(
-            push(out.parent if beside else out, arguments.push, [path.name for path in (out, *beside)] * bool(beside))
+            push(
+                out.parent if beside else out,
+                arguments.push,
+                [path.name for path in (out, *beside)] if beside else WRITTEN_IN_FOLDERS,
+            )
         )
     return 0
 

@@ -60,7 +60,9 @@ def main() -> None:
     _run(sys.executable, "tools/evaluate.py", out / "weights", *few_shot)
     _step(5, "fine-tuning on real handwriting, from pretrained and from random weights")
     digits = [f"data.train={out / 'digits-train'}", f"data.val={out / 'digits-test'}"]
-    digits += [f"total_steps={arguments.finetune_steps}"]
+    steps = arguments.finetune_steps
+    digits += [f"total_steps={steps}", f"optim.warmup_steps={min(20, steps // 10)}"]
+    digits += [o for o in arguments.overrides if o.startswith("model.") and not o.startswith("model.num_classes")]
     pretrained = _train(out, "demo_digits", *digits, f"init_from={out / 'weights'}", "init_new_head=true")
     random = _train(out, "demo_digits", *digits, "name=digits_from_random_weights")
     _step(6, "report")

@@ -43,7 +43,7 @@ from pretrain.evaluation.predictions import lines, names_of, wrong_items
 from pretrain.evaluation.tasks import TASKS, Task, missing, real_labels, scored_classes, task, task_folder
 from pretrain.log import warn
 from pretrain.models.build import build_model
-from pretrain.models.weights import Weights, load_tensors, read_weights
+from pretrain.models.weights import Weights, load_tensors, read_weights, results_folder
 from pretrain.run import versions
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
@@ -289,7 +289,7 @@ def main() -> None:
     device = distributed.start(TIMEOUT_S)
     rows, bench, record = _evaluate(arguments, jobs, device)
     if distributed.is_main():
-        out = arguments.out or arguments.weights / "evaluation"
+        out = arguments.out or results_folder(arguments.weights, "evaluation")
         _print_table(rows, str(arguments.weights))
         _write(out, _pages(rows, record, bench))
         print(f"{out / 'results.json'}, {out / 'results.md'}")

@@ -33,7 +33,7 @@ from pretrain.models.inspection import (
 )
 from pretrain.models.positions import Grid
 from pretrain.models.vit import grid_of
-from pretrain.models.weights import load_model, read_weights
+from pretrain.models.weights import load_model, read_weights, results_folder
 
 INTERNALS, ROLLOUT, NUMBERS = "internals.png", "rollout.png", "numbers.json"
 MAX_MAPS = 16  # per side: similarity maps of more places would be too small to read
@@ -73,7 +73,7 @@ def main() -> None:
             photos.append(Photo(path.name, image.permute(1, 2, 0).numpy(), look))
             advance(1)
     filters, positions = filter_components(model), position_similarity(model, config)
-    out = arguments.out or arguments.weights / "pictures"
+    out = arguments.out or results_folder(arguments.weights, "pictures")
     title = f"{arguments.weights}: {_model_title(config)}"
     for path in _write(out, title, config, filters, positions, photos, arguments.tensorboard):
         print(path)

@@ -21,8 +21,10 @@ def check_login(repository: str) -> None:
         raise UserError(f"--push {repository}: not logged in; run `hf auth login`, or set HF_TOKEN")
 
 
-def push(folder: Path, repository: str, names: Sequence[str] = ()) -> str:
-    """Uploads a folder, or of it the named files only, and returns the address. The repository is made if need be.
+def push(folder: Path, repository: str, names: Sequence[str]) -> str:
+    """Uploads the named files of a folder, nothing else that lies there, and returns the address.
+
+    The repository is made if need be.
 
     Raises UserError when the hub refuses, StorageError when it cannot be reached.
     """
@@ -30,8 +32,7 @@ def push(folder: Path, repository: str, names: Sequence[str] = ()) -> str:
 
     with _one_line(repository):
         address = HfApi().create_repo(repository, exist_ok=True)
-        allowed = list(names) or None
-        HfApi().upload_folder(repo_id=repository, folder_path=folder, allow_patterns=allowed)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(names))
     return str(address)
 
 

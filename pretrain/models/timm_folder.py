@@ -24,6 +24,8 @@ from pretrain.models.tensors import LazyTensor, Weights, check_keys, read_safete
 from pretrain.models.vit import NORM_EPS, grid_of
 
 OURS = "pretrain"  # the key of config.json under which a folder of ours keeps what timm's keys cannot say
+# Arguments of timm.create_model that name files and addresses: not a folder's to choose.
+_NOT_ARCHITECTURE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 _USE = ("eval_transform", "eval_crop", "interpolation", "loss")  # fields of Weights kept there
 
 
@@ -67,6 +69,8 @@ def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor])
 
     name, arguments = str(values["architecture"]), dict(values.get("model_args") or {})
     cfg = values.get("pretrained_cfg") or values
+    if foreign := arguments.keys() & _NOT_ARCHITECTURE:
+        raise UserError(f"{path}/config.json: model_args has {sorted(foreign)}, which reads other files: remove it")
     num_classes = int(arguments.pop("num_classes", values.get("num_classes", cfg.get("num_classes", 0))))
     if name not in timm.list_models():
         raise UserError(f"{path}: timm has no model {name!r}")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint import CheckpointReader, newest_valid, read_state, validate
-from pretrain.config import Config, config_from_dict
+from pretrain.config import Config, ModelConfig, config_from_dict
 from pretrain.errors import UserError
 from pretrain.models.build import build_model
 from pretrain.models.equivalent import own_tensors, resized
@@ -68,6 +68,27 @@ def _why_not(path: Path) -> str:
     if path.suffix == ".safetensors":
         return "its tensors do not tell their architecture: give the folder, with config.json in it"
     return f"is none of what can be read; {expected}"
+
+
+def results_folder(weights: Path, name: str) -> Path:
+    """Returns where results on weights lie: in the run or the converted folder, so that reports find them.
+
+    A checkpoint and an .npz hold nothing but themselves: in the checkpoint's run, and in a folder of the file's name.
+    """
+    if weights.parent.name == "checkpoints":
+        weights = weights.parent.parent
+    return (weights.with_suffix("") if weights.is_file() else weights) / name
+
+
+def check_same_function(weights: Weights, config: ModelConfig) -> None:
+    """Raises UserError when tensors that fit would be read as another function: the settings that no shape shows."""
+    if weights.model.timm_name is not None or config.timm_name is not None:
+        return
+    settings = ("pooling", "positions", "positions_at", "gelu")
+    pairs = {f"model.{name}": (getattr(weights.model, name), getattr(config, name)) for name in settings}
+    pairs["model.heads"] = (weights.model.shape.heads, config.shape.heads)
+    if different := [f"{key} is {now}, was {was}" for key, (was, now) in pairs.items() if was != now]:
+        raise UserError(f"{weights.source}: was trained as another model: {'; '.join(different)}; set it as it was")
 
 
 def load_tensors(model: nn.Module, weights: Weights, *, new_head: bool = False) -> None:

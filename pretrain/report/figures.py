@@ -107,9 +107,13 @@ def finite(value: Any) -> float | None:
 def paper_scores(run: Run) -> dict[str, float | None]:
     """Returns the run's mean top-1 in the columns of the paper's Table 2, as fractions.
 
-    VTAB is the result of that name, or else the flat mean of its tasks (vtab/NAME) when all 19 are there.
+    VTAB is the result of that name, or else the flat mean of its tasks (vtab/NAME) when all 19 are there. A result of
+    another protocol, or from random weights, is no such score: it stands in the table of fine-tunings alone.
     """
-    means = {of["task"]: finite(of["mean"]) for of in run.finetuning}
+    by_protocol = [of for of in run.finetuning if not of["differs"] and not of["from_scratch"]]
+    means = {of["task"]: finite(of["mean"]) for of in by_protocol}
+    if run.real and means.get("imagenet") is not None:  # scored on the same final runs
+        means["real"] = sum(run.real) / len(run.real)
     scores = {column: means.get(task) for column, task in PAPER_COLUMNS.items()}
     parts = [mean for task, mean in means.items() if task.startswith("vtab/") and mean is not None]
     if scores["VTAB"] is None and len(parts) == _VTAB_TASKS:
@@ -278,10 +282,13 @@ def finetuning_table(summaries: Sequence[dict[str, Any]]) -> Table:
                     str(len(of["values"]) or NOTHING),
                     NOTHING if of["lr"] is None else f"{of['lr']:g}",
                     NOTHING if of["n"] is None else f"{of['n']:,}",
+                    "; ".join(["random weights"] * of["from_scratch"] + of["differs"]) or "the paper's",
                 ]
             )
     rows.sort(key=lambda row: row[0])  # stable: runs keep their order
-    return Table(["task", "run", "metric", "mean", "seeds", "lr", "images"], rows, text_columns=(0, 1, 2))
+    return Table(
+        ["task", "run", "metric", "mean", "seeds", "lr", "images", "protocol"], rows, text_columns=(0, 1, 2, 7)
+    )
 
 
 def config_table(summaries: Sequence[dict[str, Any]]) -> Table:

@@ -71,6 +71,7 @@ class Run:
     config_text: str | None  # config.yaml as it stands there
     evaluation: dict[str, Any] | None  # what tools/evaluate.py wrote
     finetuning: list[dict[str, Any]]  # what tools/finetune.py wrote, by task
+    real: list[float]  # ReaL accuracies of the final ImageNet runs, where tools/evaluate.py scored them
     bad_samples: dict[str, int]  # by cause
     skipped_at: list[int]  # steps whose update was skipped
     pictures: list[Picture]
@@ -105,7 +106,10 @@ def _read_run(folder: Path, name: str) -> Run:
         config=_read_config(config) if config.is_file() else None,
         config_text=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         evaluation=_read_evaluation(folder / "evaluation" / "results.json"),
-        finetuning=[_read_finetuning(path) for path in sorted(folder.glob("finetune/**/results.json"))],
+        finetuning=[
+            _read_finetuning(path) for path in sorted(folder.glob("finetune/**/results.json")) if _is_task(path)
+        ],
+        real=_read_real(sorted(folder.glob("finetune/imagenet/final-*/evaluation/results.json"))),
         bad_samples=dict(bad.most_common()),
         skipped_at=[row["step"] for row in _read_lines(folder / "skipped_steps.jsonl")],
         pictures=_read_pictures(folder),
@@ -165,6 +169,15 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: was not written by tools/evaluate.py ({error}); move it away") from None
 
 
+def _read_real(paths: list[Path]) -> list[float]:
+    rows = [row for path in paths for row in (_read_evaluation(path) or {"rows": []})["rows"]]
+    return [row["value"] for row in rows if row["metric"] == "real/top1"]
+
+
+def _is_task(path: Path) -> bool:
+    return path.parent.name != "evaluation"  # of a final run, by tools/evaluate.py
+
+
 def _read_finetuning(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -176,6 +189,9 @@ def _read_finetuning(path: Path) -> dict[str, Any]:
             "values": [float(value) for value in values.get("values") or []],
             "lr": None if values.get("lr") is None else float(values["lr"]),
             "n": None if values.get("n") is None else int(values["n"]),
+            "from_scratch": bool(values.get("from_scratch", False)),
+            "differs": [str(difference) for difference in values.get("differs") or []]
+            + ([] if values.get("complete", True) else ["not all seeds are done"]),
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: was not written by tools/finetune.py ({error!r}); move it away") from None
