@@ -125,7 +125,7 @@ class Engine:
         self._engine: Any = engine
         self._zero: Any = zero
         self._optimizer: Any = self._zero.optimizer
-        self._head = _head_of(model)
+        self._module = model
         self._moments = moment_dtypes(config.optim)
         distributed.set_timeouts(config.engine.timeout_s)  # DeepSpeed has made groups of its own
         self._set_optimizer_state(step=0)
@@ -206,7 +206,7 @@ class Engine:
         """
         self._engine.eval()
         inputs: list[torch.Tensor] = []
-        note = self._head.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(1)))
+        note = _head_of(self._module).register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(1)))
         with torch.compiler.set_stance("force_eager"):  # compiled code does not look for a hook
             self._engine(to_float(images, self.dtype))
         note.remove()
