@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,7 +25,10 @@ def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> li
     for rank in range(world_size):
         ours, theirs = _context.Pipe(duplex=False)
         process: Any = _context.Process(target=_run_rank, args=(theirs, rank, world_size, port, function, args))
-        process.start()
+        with warnings.catch_warnings():
+            # multiprocessing starts its tracker again when a test that ended a whole process group has ended it too
+            warnings.filterwarnings("ignore", message="resource_tracker: process died", category=UserWarning)
+            process.start()
         theirs.close()
         process.results = ours
         processes.append(process)
