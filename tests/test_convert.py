@@ -44,6 +44,7 @@ from pretrain.models.verify import Source, our_outputs
 from pretrain.models.weights import read_weights
 from pretrain.train import _build_engine, _open_data
 
+pytestmark = pytest.mark.slow  # most start two processes that import torch and a library
 torch.set_num_threads(1)
 NAMES = ["ash", "birch, silver", "cedar"]
 TINY: dict[str, Any] = {"name": "Ti", "width": 32, "depth": 2, "mlp_dim": 64, "heads": 2}

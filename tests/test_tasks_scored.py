@@ -28,6 +28,7 @@ from pretrain.evaluation.predictions import MAX_WRONG
 from pretrain.evaluation.probe import probe
 from pretrain.evaluation.tasks import scored_classes, task
 
+pytestmark = pytest.mark.slow  # 520 photos, several times
 torch.set_num_threads(1)
 NAMES = [f"shade {i}" for i in range(7)]
 
