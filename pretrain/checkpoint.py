@@ -113,7 +113,7 @@ def _write_json(path: Path, value: Any) -> dict[str, Any]:
 
 def _sealed(path: Path) -> dict[str, Any]:
     """Brings a file to the disk and returns its entry in the manifest, from what reads back."""
-    _fsync(path)
+    fsync_path(path)
     return {"path": path.name, "bytes": path.stat().st_size, "crc32c": crc32c(path)}
 
 
@@ -124,13 +124,13 @@ def _publish(
     files.append(_write_json(temporary / "state.json", state))
     manifest = {**header, "files": sorted(files, key=lambda entry: entry["path"])}
     (temporary / ".MANIFEST.json").write_text(_manifest_text(manifest), encoding="utf-8")
-    _fsync(temporary / ".MANIFEST.json")
+    fsync_path(temporary / ".MANIFEST.json")
     os.replace(temporary / ".MANIFEST.json", temporary / "MANIFEST.json")
-    _fsync(temporary)
+    fsync_path(temporary)
     if published.exists():  # of the same step: damaged and not used, or saved before its validation was made up for
         os.replace(published, published.with_name(f".trash-{published.name}"))
     os.replace(temporary, published)
-    _fsync(published.parent)
+    fsync_path(published.parent)
 
 
 def _manifest_text(manifest: dict[str, Any]) -> str:
@@ -155,7 +155,8 @@ def _file_name(kind: str, rank: int, world: int) -> str:
     return f"{kind}-{rank:05d}-of-{world:05d}.safetensors"
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

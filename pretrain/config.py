@@ -7,6 +7,7 @@ plain `Config`; no omegaconf type leaves this file. It imports nothing heavier: 
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -71,6 +72,11 @@ TIMM_HYBRIDS = {
     "vit_base_r50_s16": ("R50+B", 16),
     "vit_large_r50_s32": ("R50+L", 32),
 }
+
+
+def stride_of(trunk_units: list[int] | None) -> int:
+    """Returns the pixels per side of a position of a trunk's map: 4 for the stem, times 2 per stage but the first."""
+    return 1 if trunk_units is None else 4 * 2 ** max(0, len(trunk_units) - 1)
 
 
 class NamedModel(NamedTuple):
@@ -158,8 +164,7 @@ class ModelConfig:
     @property
     def trunk_stride(self) -> int:
         """Pixels per side of one position of the map that is cut into patches; 1 without a trunk."""
-        units = self.trunk_units
-        return 1 if units is None else 4 * 2 ** max(0, len(units) - 1)
+        return stride_of(self.trunk_units)
 
     def problems(self) -> Iterator[str]:
         if self.timm_name is not None:
@@ -609,6 +614,16 @@ def _schema() -> dict[str, Any]:
         return {f.name: describe(hints[f.name]) if is_dataclass(hints[f.name]) else str(f.type) for f in fields(cls)}
 
     return describe(Config)
+
+
+def non_defaults(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields key and value of each setting that differs from its default; what has no default always does."""
+    for f in fields(part):
+        value = getattr(part, f.name)
+        if is_dataclass(value):
+            yield from non_defaults(value, f"{prefix}{f.name}.")
+        elif value != (f.default if f.default_factory is DATACLASS_MISSING else f.default_factory()):
+            yield prefix + f.name, value
 
 
 def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

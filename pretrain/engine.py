@@ -117,7 +117,8 @@ class Engine:
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
         self.deepspeed_config = deepspeed_config(config, plan, distributed.world_size())
         _without_compiler()
-        exact = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+        rounded = self.dtype != torch.float32
+        exact = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if rounded}
         # Any: what this file uses of them is DeepSpeed's inside, which its types do not tell.
         engine, zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, dist_init_required=False
@@ -129,7 +130,8 @@ class Engine:
         self._moments = moment_dtypes(config.optim)
         distributed.set_timeouts(config.engine.timeout_s)  # DeepSpeed has made groups of its own
         self._set_optimizer_state(step=0)
-        self._start_from(exact)
+        if rounded:
+            self._start_from(exact)
         self._average_decay = config.optim.average_decay
         # Of the initial weights; by the flat tensor that they are the average of.
         kept = self._flat_tensors() if self._average_decay else []

@@ -564,7 +564,7 @@ def test_a_killed_sweep_ends_with_the_same_table(tiny: Path, tmp_path: Path) -> 
 def test_sigterm_to_the_command_alone_saves(tiny: Path, tmp_path: Path) -> None:
     """With two ranks under DeepSpeed's launcher: exit code 130 when all have saved and gone, no DONE."""
     words = arguments(tiny, tmp_path, "--steps", 100_000, "--num-gpus", 2)
-    process = start_tool([*words, "checkpoint.every_steps=100000", "evaluation.every_steps=100000"])
+    process = start_tool([*words, "checkpoint.every_steps=100000"])
     run = tmp_path / "pets" / "select-lr0.001"
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import read_state
-from pretrain.config import Config, config_from_dict
+from pretrain.config import Config, config_from_dict, non_defaults
 from pretrain.models.tensors import Weights, readable
 
 LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx"}  # Hugging Face's names
@@ -43,7 +43,7 @@ def _front(weights: Weights, target: str) -> str:
 
 def _model(weights: Weights) -> str:
     config = weights.model
-    millions = sum(_numel(tensor.shape) for tensor in weights.tensors.values()) / 1e6
+    millions = sum(math.prod(tensor.shape) for tensor in weights.tensors.values()) / 1e6
     named = f"{weights.num_classes} classes" if weights.num_classes else "no head: it returns features"
     lines = [f"Vision Transformer ([arXiv 2010.11929](https://arxiv.org/abs/2010.11929)), {millions:.1f}M parameters."]
     if config.timm_name is not None:
@@ -58,28 +58,16 @@ def _model(weights: Weights) -> str:
     return "\n".join(lines)
 
 
-def _numel(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
 def _recipe(config: Config, state: Mapping[str, Any]) -> str:
     begun = f"Step {state.get('step', '?')} of {config.total_steps}. Settings that differ from the defaults:"
     return "\n".join([begun, "", *(f"- `{key}={value}`" for key, value in changed_settings(config))])
 
 
-def changed_settings(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def changed_settings(config: Config) -> Iterator[tuple[str, Any]]:
     """Yields (key, value) of each setting that is not its default; paths of this machine are left out."""
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if is_dataclass(value):
-            yield from changed_settings(value, f"{prefix}{field.name}.")
-            continue
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        if value != default and not isinstance(value, Path):
-            yield f"{prefix}{field.name}", list(value) if isinstance(value, tuple) else value
+    for key, value in non_defaults(config):
+        if not isinstance(value, Path):
+            yield key, list(value) if isinstance(value, tuple) else value
 
 
 def _data(config: Config, state: Mapping[str, Any]) -> str:

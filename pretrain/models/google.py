@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, stride_of
 from pretrain.errors import UserError
 from pretrain.log import warn
 from pretrain.models.equivalent import named_architecture, tensor_shapes, with_learned_positions
@@ -177,7 +177,7 @@ def _architecture(
     _, mlp_dim = shape(f"{block}/{names.mlp}/Dense_0/kernel", 2)
     numbers = {int(found[1]) for name in arrays if (found := re.match(r"Transformer/encoderblock_(\d+)/", name))}
     trunk = _trunk_units(arrays)
-    stride = 1 if trunk is None else 4 * 2 ** max(0, len(trunk) - 1)
+    stride = stride_of(trunk)
     pooling = "map" if "MAPHead_0/probe" in arrays else "token" if "cls" in arrays else "gap"
     settings = {
         "patch_size": side * stride,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pretrain.checkpoint import fsync_path
 from pretrain.errors import UserError
 
 # What a conversion writes; an overwritten folder keeps all else that is in it.
@@ -42,7 +43,7 @@ def publish_folder(folder: Path, out: Path) -> None:
     _bring_to_disk(folder)
     if not out.exists() or not any(out.iterdir()):
         os.replace(folder, out)
-        return _sync(out.parent)
+        return fsync_path(out.parent)
     aside = _aside(out)
     os.replace(out, aside)
     try:
@@ -53,7 +54,7 @@ def publish_folder(folder: Path, out: Path) -> None:
     for path in aside.iterdir():
         if path.name not in WRITTEN and not (out / path.name).exists():
             os.replace(path, out / path.name)
-    _sync(out.parent)
+    fsync_path(out.parent)
     shutil.rmtree(aside)
 
 
@@ -65,7 +66,7 @@ def publish_files(folder: Path, out: Path, files: Sequence[Path]) -> None:
             os.replace(folder / path.name, path)
         else:
             path.unlink(missing_ok=True)
-    _sync(out.parent)
+    fsync_path(out.parent)
 
 
 def _aside(out: Path) -> Path:
@@ -74,13 +75,5 @@ def _aside(out: Path) -> Path:
 
 def _bring_to_disk(folder: Path) -> None:
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync_path(path)
+    fsync_path(folder)

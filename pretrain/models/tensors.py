@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -83,9 +83,9 @@ def tensors_to(ours: Mapping[str, LazyTensor], keys: KeyMap) -> dict[str, LazyTe
     }
 
 
-def check_keys(source: Path, *, found: Iterator[str] | Sequence[str] | object, needed: object) -> None:
+def check_keys(source: Path, *, found: Iterable[str], needed: Iterable[str]) -> None:
     """Raises UserError, naming them, unless the two sets of names are equal."""
-    found_names, needed_names = set(found), set(needed)  # type: ignore[call-overload]
+    found_names, needed_names = set(found), set(needed)
     missing, extra = sorted(needed_names - found_names), sorted(found_names - needed_names)
     if missing or extra:
         told = [f"{what}: {_few(names)}" for what, names in (("missing", missing), ("unknown", extra)) if names]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config import TIMM_HYBRIDS, TIMM_SIZES, ModelConfig
+from pretrain.config import TIMM_HYBRIDS, TIMM_SIZES, ModelConfig, stride_of
 from pretrain.errors import UserError
 from pretrain.models.build import timm_options
 from pretrain.models.equivalent import (
@@ -118,7 +118,7 @@ def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:
     if norms != {NORM_EPS} or (pooling == "gap" and theirs.cls_token is not None):
         return None
     trunk = _trunk_of(theirs.patch_embed)
-    stride = 1 if trunk is None else 4 * 2 ** max(0, len(trunk) - 1)
+    stride = stride_of(trunk)
     sides = theirs.patch_embed.proj.kernel_size
     sizes = theirs.patch_embed.img_size
     if len({*sides}) != 1 or len({*sizes}) != 1:

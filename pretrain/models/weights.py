@@ -1,6 +1,5 @@
 """One door for weights: whatever holds a Vision Transformer becomes a model, or is refused with the reason."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -150,9 +149,3 @@ def checkpoint_config(path: Path) -> Config:
     """Returns the config with which a checkpoint was trained."""
     with readable(path / "state.json"):
         return config_from_dict(read_state(path)["config"], f"{path}/state.json")
-
-
-def in_memory(weights: Weights) -> Weights:
-    """Returns the weights with all tensors read once, for whoever needs them several times."""
-    held = {name: tensor.read() for name, tensor in weights.tensors.items()}
-    return replace(weights, tensors={name: LazyTensor(tuple(t.shape), lambda t=t: t) for name, t in held.items()})

@@ -4,13 +4,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, get_type_hints
 
 import numpy as np
 
-from pretrain.config import Config
-from pretrain.evaluation.tasks import PAPER_ROWS
+from pretrain.config import Config, non_defaults
+from pretrain.evaluation.tasks import PAPER_ROWS, VTAB
 from pretrain.report.runs import Curve, Run
 
 NOTHING = "–"  # in a cell for which nothing was measured
@@ -23,7 +23,6 @@ REFERENCES = [
     for row in PAPER_ROWS
     if set(PAPER_COLUMNS.values()) <= set(row.scores)
 ]
-_VTAB_TASKS = 19
 
 
 @dataclass(frozen=True)
@@ -116,21 +115,14 @@ def paper_scores(run: Run) -> dict[str, float | None]:
         means["real"] = sum(run.real) / len(run.real)
     scores = {column: means.get(task) for column, task in PAPER_COLUMNS.items()}
     parts = [mean for task, mean in means.items() if task.startswith("vtab/") and mean is not None]
-    if scores["VTAB"] is None and len(parts) == _VTAB_TASKS:
-        scores["VTAB"] = sum(parts) / _VTAB_TASKS
+    if scores["VTAB"] is None and len(parts) == len(VTAB):
+        scores["VTAB"] = sum(parts) / len(VTAB)
     return scores
 
 
-def config_differences(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields key and value of what differs from the defaults; what has no default always does."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from config_differences(value, f"{prefix}{field.name}.")
-            continue
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        if value != default:
-            yield prefix + field.name, _as_yaml(value)
+def config_differences(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields key and value, as YAML, of what differs from the defaults; what has no default always does."""
+    return ((key, _as_yaml(value)) for key, value in non_defaults(config))
 
 
 def _as_yaml(value: Any) -> str:
