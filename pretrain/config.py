@@ -91,7 +91,7 @@ def named_model(name: str) -> NamedModel | None:
     """Returns what `vit_base_patch16_384`, `vit_base_r50_s16_224`, `B/16`, `ViT-B_16` or `R50+ViT-B_16` mean, or None.
 
     Only the shape: the activation, the pooling and the rest are this config's own settings. Beside such a name another
-    image_size may be given, but neither 224 nor a patch_size of 16, which cannot be told from the defaults: say B then.
+    image_size may be given.
     """
     plain = name.partition(".")[0]  # vit_base_patch16_224.augreg_in21k: the tag names weights
     if match := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_(\d+)", plain):
@@ -241,6 +241,8 @@ class DataConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high < float("inf"):
                 yield f"data.{name} is ({low}, {high}), expected 0 < low <= high"
+        if self.eval_transform == "vit" and self.eval_crop != DataConfig.eval_crop:
+            yield f"data.eval_crop ({self.eval_crop}) has no effect: eval_transform=vit does not crop"
         if self.crop_area[1] > 1:
             yield f"data.crop_area is ({self.crop_area[0]}, {self.crop_area[1]}); an image has no more than 1.0"
         yield from _outside(
@@ -280,23 +282,30 @@ class OptimConfig:
         yield from _outside(self, "optim", head_decay_multiplier=(0, 1e4), average_decay=(0, 0.9999999))
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             yield f"optim.betas is {tuple(self.betas)}, momentum {self.momentum}, expected numbers in 0 <= beta < 1"
-        used_by = {
-            "linear": ("end_lr", "power"),
-            "rsqrt": ("timescale_steps", "shift_steps"),
-            "stair": ("stair_steps", "stair_multipliers"),
-        }
-        defaults = OptimConfig(lr=0.0)
-        for schedule, names in used_by.items():
+        uses = (
+            ("schedule", ("linear",), ("end_lr", "power")),
+            ("schedule", ("rsqrt",), ("timescale_steps", "shift_steps")),
+            ("schedule", ("stair",), ("stair_steps", "stair_multipliers")),
+            ("name", ("adamw", "lion"), ("betas",)),
+            ("name", ("adamw",), ("eps",)),
+            ("name", ("sgd",), ("momentum",)),
+        )
+        changed = dict(non_defaults(self))
+        for key, users, names in uses:
             for name in names:
-                value = getattr(self, name)
-                if schedule != self.schedule and value != getattr(defaults, name):
-                    yield f"optim.{name} ({value}) is used by the {schedule} schedule only, not by {self.schedule}"
+                if getattr(self, key) not in users and name in changed:
+                    told = f"optim.{name} ({changed[name]}) is used by {' and '.join(users)} only"
+                    yield f"{told}, not by optim.{key}={getattr(self, key)}"
+        if "head_decay_multiplier" in changed and not self.weight_decay:
+            yield f"optim.head_decay_multiplier ({self.head_decay_multiplier}) has no effect: optim.weight_decay is 0"
         increasing = all(a < b for a, b in zip(self.stair_steps, self.stair_steps[1:]))
         if len(self.stair_steps) != len(self.stair_multipliers) or not increasing:
             yield (
                 f"optim.stair_steps {self.stair_steps} and stair_multipliers {self.stair_multipliers}: expected "
                 "rising steps and as many multipliers"
             )
+        if any(not 0 <= multiplier < float("inf") for multiplier in self.stair_multipliers):
+            yield f"optim.stair_multipliers is {self.stair_multipliers}, expected numbers from 0 on"
         if self.name == "lion" and self.betas == (0.9, 0.999):
             yield "optim.betas is Adam's (0.9, 0.999); Lion's are (0.9, 0.99): set optim.betas"
 
@@ -408,6 +417,11 @@ class Config:
                 f"optim.warmup_steps ({self.optim.warmup_steps}) and cooldown_steps ({self.optim.cooldown_steps}) "
                 f"overlap: total_steps is {self.total_steps}"
             )
+        if self.optim.stair_steps and self.optim.stair_steps[-1] >= self.total_steps:
+            problems.append(
+                f"optim.stair_steps {self.optim.stair_steps} go beyond the last of total_steps ({self.total_steps}); "
+                "remove what is never reached"
+            )
         if self.init_from is not None and self.branch_from is not None:
             problems.append(
                 f"init_from ({self.init_from}) and branch_from ({self.branch_from}) are both set; choose one"
@@ -470,10 +484,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError, one line that names the file or the override at fault, the key and a suggestion.
     """
-    merged = OmegaConf.structured(Config)
-    for source, values in [(str(path), _read_yaml(Path(path))), *((text, _read_override(text)) for text in overrides)]:
-        merged = _merge(merged, values, source)
-    return _to_config(merged, str(path))
+    return _to_config(str(path), _read_yaml(Path(path)), overrides)
 
 
 def config_from_dict(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
@@ -481,10 +492,7 @@ def config_from_dict(values: dict[str, Any], source: str, overrides: Sequence[st
 
     Raises ConfigError when `values` is not one.
     """
-    merged = OmegaConf.structured(Config)
-    for origin, part in [(source, values), *((text, _read_override(text)) for text in overrides)]:
-        merged = _merge(merged, part, origin)
-    return _to_config(merged, source)
+    return _to_config(source, values, overrides)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -538,16 +546,25 @@ def _wrong_shapes(values: Any, schema: dict[str, Any], prefix: str = "") -> Iter
                 yield f"{prefix}{key} is {value}, expected two numbers, for example [0.5, 1.0]"
 
 
-def _to_config(merged: Any, source: str) -> Config:
+def _to_config(source: str, values: Any, overrides: Sequence[str]) -> Config:
+    merged, given = OmegaConf.structured(Config), set()
+    for origin, part in [(source, values), *((text, _read_override(text)) for text in overrides)]:
+        merged = _merge(merged, part, origin)
+        given |= {key for key, _ in _flatten(OmegaConf.to_container(OmegaConf.create(part)))}
     try:
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"no value for {', '.join(missing)}; set it in the file or as KEY=VALUE")
+        written = merged.model.name
         config = OmegaConf.to_object(merged)
+        assert isinstance(config, Config)
+        for key in ("image_size", "patch_size"):  # a name's own one replaces the default, and nothing else
+            if f"model.{key}" in given and (value := merged.model[key]) != (said := getattr(config.model, key)):
+                plain = f"model.name={config.model.name} with image_size and patch_size"
+                raise ConfigError(f"model.{key} is {value}, but {written} has {said}; remove one, or give {plain}")
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_first_line(error)}") from None
-    assert isinstance(config, Config)
     return config
 
 

@@ -32,7 +32,7 @@ from pretrain.config import (
 )
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
-from pretrain.evaluation.tasks import NATURAL, SPECIALISED, STRUCTURED, TASKS, VTAB, FineTuning, Task, task_folder
+from pretrain.evaluation.tasks import VTAB, FineTuning, Task, task_folder, vtab_means
 from pretrain.models.weights import read_weights, results_folder
 
 # Google's code (vision_transformer, vit_jax/input_pipeline.py and configs/common.py): Inception crop of 5 to 100 % of
@@ -394,9 +394,9 @@ def vtab_results(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not seeds:
         raise UserError("no seed is done in all of these tasks; run the missing ones first")
     scores = {name: dict(zip(by_task[name]["seeds"], by_task[name]["values"])) for name in names}
-    values = [statistics.fmean(scores[name][seed] for name in names) for seed in seeds]
+    means = [vtab_means({name: scores[name][seed] for name in names}) for seed in seeds]
+    values = [of_seed["vtab"] for of_seed in means]
     complete = len(names) == len(VTAB) and all(by_task[name]["complete"] for name in names)
-    groups = {group: [n for n in names if TASKS[n].group == group] for group in (NATURAL, SPECIALISED, STRUCTURED)}
     rates = {by_task[name]["lr"] for name in names}
     return {
         "format": "pretrain-finetuning",
@@ -410,11 +410,7 @@ def vtab_results(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "complete": complete,
         "lr": rates.pop() if len(rates) == 1 else None,
         "n": sum(by_task[name]["n"] for name in names),
-        "groups": {
-            group: statistics.fmean(statistics.fmean(scores[name][seed] for seed in seeds) for name in members)
-            for group, members in groups.items()
-            if members
-        },
+        "groups": {name: statistics.fmean(of[name] for of in means) for name in means[0] if name != "vtab"},
         "tasks": {name: statistics.fmean(scores[name][seed] for seed in seeds) for name in names},
         "missing": [name for name in VTAB if name not in by_task],
         "from_scratch": by_task[names[0]]["from_scratch"],

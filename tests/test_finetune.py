@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +23,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from scipy.ndimage import zoom
+from slurm import cluster, wait_for
 from tiny import make_shards, tiny_config
 from weights_on_disk import ROOT, load_tool, one_line, save_run
 
@@ -575,27 +579,75 @@ def test_sigterm_to_the_command_alone_saves(tiny: Path, tmp_path: Path) -> None:
     assert len(step_folders(run / "checkpoints")) == 1 and not (run / "DONE").exists()
 
 
-@pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
-    [(0, 0, False), (130, 0, True), (138, 3, True), (75, 1, True), (2, 0, False), (1, 0, False), (130, 20, False)],
-)
-def test_the_job_script(tmp_path: Path, code: int, restarts: int, requeued: bool) -> None:
-    """Each element does its run; stopped, killed, short of storage: requeued, up to 20 times; errors are not."""
-    for name, text in (
-        ("srun", f'echo "$@" > srun.txt; exit {code}'),
-        ("scontrol", "echo $@ > requeued.txt"),
-        ("sleep", ""),
-    ):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    job = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": str(restarts)}
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **job}
-    script = ROOT / "launch" / "finetune.sbatch"
-    done = subprocess.run(
-        ["bash", str(script), "runs/a", "--task", "pets"], cwd=tmp_path, env=environment, capture_output=True, text=True
+# --- as SLURM job arrays ---------------------------------------------------------------------------------------------
+
+SCRIPT = ROOT / "launch" / "finetune.sbatch"
+
+
+def queue_is_empty(run: Callable[..., str]) -> bool:
+    return not run("squeue", "--noheader")
+
+
+@pytest.mark.slow
+def test_the_job_script_requeues_what_can_go_on(tmp_path: Path) -> None:
+    """Stopped (130), killed by a signal (138), short of storage (75): again, up to the limit; errors are not."""
+    codes = {0: [0], 1: [130, 0], 2: [138] * 3, 3: [75] * 3, 4: [2], 5: [1]}  # of an element's starts
+    tool = tmp_path / "tools" / "finetune.py"
+    tool.parent.mkdir()
+    tool.write_text(
+        "import pathlib, sys\n"
+        "starts = pathlib.Path('starts' + sys.argv[-1])\n"
+        "before = starts.read_text().splitlines() if starts.exists() else []\n"
+        "starts.write_text(chr(10).join([*before, ' '.join(sys.argv)]))\n"
+        f"sys.exit({codes}[int(sys.argv[-1])][len(before)])\n"
     )
-    assert done.returncode == code, done.stderr
-    assert (tmp_path / "srun.txt").read_text() == "python -u tools/finetune.py runs/a --task pets --run 3\n"
-    assert (tmp_path / "requeued.txt").exists() == requeued
-    if requeued:
-        assert (tmp_path / "requeued.txt").read_text() == "requeue 7_3\n"
+    with cluster(tmp_path / "slurm") as run:
+        run("sbatch", "--array=0-5", SCRIPT, "runs/a", "--task", "pets", cwd=tmp_path, MAX_RESTARTS="2")
+        wait_for(partial(queue_is_empty, run), run)
+        states = run("squeue", "--noheader", "--states=all", "--format=%K %T").splitlines()
+    for number, expected in codes.items():
+        started = (tmp_path / f"starts{number}").read_text().splitlines()
+        assert started == [f"tools/finetune.py runs/a --task pets --run {number}"] * len(expected)
+    ended = dict(line.split() for line in states)
+    assert {int(number) for number, state in ended.items() if state == "COMPLETED"} == {0, 1}
+    assert {state for state in ended.values()} == {"COMPLETED", "FAILED"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_as_job_arrays(tiny: Path, tmp_path: Path) -> None:
+    """As the script's header says; one run is signalled as before its time limit, one killed: the same table."""
+    more = ("--lr", "0.003,0.01", "--steps", 200)
+    undisturbed = start_tool(arguments(tiny, tmp_path / "a", *more))
+    output, _ = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, output
+    sweep, out = arguments(tiny, tmp_path / "b", *more), tmp_path / "b" / "pets"
+    with cluster(tmp_path / "slurm") as run:
+        submit = partial(run, "sbatch", "--parsable", f"--output={tmp_path}/%A_%a.out", cwd=ROOT)
+        first = submit("--array=0-1", SCRIPT, *sweep)
+        final = submit("--array=2-3", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes", SCRIPT, *sweep)
+        collect = f"python tools/finetune.py {shlex.join(sweep)} --collect"
+        submit(f"--dependency=afterany:{final}", "--gpus-per-node=0", "--wrap", collect)
+        for name in ("select-lr0.003", "select-lr0.01"):
+            wait_for((out / name / "metrics.jsonl").exists, run)
+            if name == "select-lr0.003":
+                run("scancel", "--signal=USR1", f"{first}_0")  # as --signal=USR1@120 does: to the step, not the script
+            else:
+                os.kill(process_of(out / "configs" / f"{name}.yaml"), signal.SIGKILL)
+        wait_for(partial(queue_is_empty, run), run, seconds=300)
+    logs = {path.name: path.read_text() for path in tmp_path.glob("*.out")}
+    assert [logs[f"{first}_{number}.out"].count("requeued (restart 1 of at most 20)") for number in (0, 1)] == [1, 1], (
+        logs
+    )
+    assert (out / "results.json").read_bytes() == (tmp_path / "a/pets/results.json").read_bytes(), logs
+    for path in tmp_path.glob("a/pets/*/DONE"):
+        assert (out / path.parent.name / "DONE").read_bytes() == path.read_bytes(), path.parent.name
+
+
+def process_of(config: Path) -> int:
+    """Returns the process that trains a config."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(config).encode() in path.read_bytes().split(b"\0"):
+                return int(path.parent.name)
+    raise AssertionError(f"nobody trains {config}")

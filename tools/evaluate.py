@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli, distributed
 from pretrain.config import DataConfig
+from pretrain.data.examples import sample_names
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import Manifest, check_shards, load_manifest
@@ -39,7 +40,7 @@ from pretrain.evaluation.classification import (
     scores_of,
 )
 from pretrain.evaluation.features import Extract, Features, extract_features, pre_logits, raw_pixels
-from pretrain.evaluation.predictions import lines, names_of, wrong_items
+from pretrain.evaluation.predictions import lines, wrong_items
 from pretrain.evaluation.tasks import TASKS, Task, missing, real_labels, scored_classes, task, task_folder
 from pretrain.log import warn
 from pretrain.models.build import build_model
@@ -174,7 +175,7 @@ def classify(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
 
 def _real_labels(manifest: Manifest) -> list[list[int]]:
     """The ReaL labels of each sample, joined by its name; none where the name cannot be read."""
-    names = names_of(manifest, range(manifest.num_samples))
+    names = sample_names(manifest, range(manifest.num_samples))
     found = iter(real_labels([name for name in names if name]))
     return [next(found) if name else [] for name in names]
 
@@ -413,7 +414,7 @@ def _opened(job: Job, weights: Weights, root: Path) -> dict[str, Manifest]:
 def _check_classes(weights: Weights, val: Manifest) -> None:
     if val.num_classes > weights.num_classes:
         raise UserError(f"{val.path}: has {val.num_classes} classes, {weights.source} has {weights.num_classes}")
-    if val.class_names and weights.class_names:
+    if not _mere_numbers(val.class_names) and not _mere_numbers(weights.class_names):
         pairs = list(zip(val.class_names, weights.class_names))
         if different := [i for i, (a, b) in enumerate(pairs) if a != b]:
             first = different[0]
@@ -421,6 +422,11 @@ def _check_classes(weights: Weights, val: Manifest) -> None:
                 f"{val.path}: {len(different)} class names differ from the weights', the first: class {first} is "
                 f"{pairs[first][0]!r} there, {pairs[first][1]!r} in the weights; do labels mean the same?"
             )
+
+
+def _mere_numbers(class_names: tuple[str, ...]) -> bool:
+    """No names, or those that a set gets whose labels came without: they do not say what a class is."""
+    return list(class_names) == [str(number) for number in range(len(class_names))]
 
 
 # --- what is shown and written ---------------------------------------------------------------------------------------

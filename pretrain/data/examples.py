@@ -6,13 +6,13 @@ images and labels, whatever tool packed them.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.data.images import decode
 from pretrain.data.manifest import Manifest
-from pretrain.data.reader import read_sample
+from pretrain.data.reader import BadSample, read_sample
 from pretrain.errors import UserError
 
 FILE = "examples.jsonl"
@@ -65,13 +65,24 @@ def load_examples(manifest: Manifest) -> list[Example]:
     return examples
 
 
-def sample_names(manifest: Manifest) -> list[str]:
-    """Returns the original name of each sample, without folder and ending: ILSVRC2012_val_00000001.
+def sample_names(manifest: Manifest, indices: Sequence[int]) -> list[str]:
+    """Returns the original names of samples, without folder and ending: ILSVRC2012_val_00000001.
 
-    From examples.jsonl; without it, from the keys of the shards, which are names where existing tars were indexed.
+    From examples.jsonl beside the manifest; without it, from the keys of the shards, which are names where existing
+    tars were indexed. "" where a sample's key cannot be read.
     """
     if (manifest.path.parent / FILE).exists():
-        names = [example.id for example in load_examples(manifest)]
-    else:
-        names = [read_sample(manifest, index).key for index in range(manifest.num_samples)]
-    return [Path(name).name.partition(".")[0] for name in names]
+        examples = load_examples(manifest)
+        return [_stem(examples[index].id) for index in indices]
+    return [_key(manifest, index) for index in indices]
+
+
+def _key(manifest: Manifest, index: int) -> str:
+    try:
+        return _stem(read_sample(manifest, index).key)
+    except BadSample:
+        return ""
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[0]

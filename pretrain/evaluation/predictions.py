@@ -3,48 +3,25 @@
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pretrain.data.examples import FILE, load_examples
+from pretrain.data.examples import sample_names
 from pretrain.data.images import decode
 from pretrain.data.manifest import Manifest
-from pretrain.data.reader import BadSample, read_sample
+from pretrain.data.reader import read_sample
 from pretrain.evaluation.classification import Predictions
 
 MAX_WRONG = 24  # pictures; a page shows them all
 THUMBNAIL = 96  # pixels of a picture's longer side
 
 
-def names_of(manifest: Manifest, indices: Sequence[int]) -> list[str]:
-    """Returns the original names of samples, without folder and ending: ILSVRC2012_val_00000001.
-
-    From examples.jsonl beside the manifest; without it, from the keys of the shards, which are names where existing
-    tars were indexed. "" where a sample's key cannot be read.
-    """
-    if (manifest.path.parent / FILE).exists():
-        examples = load_examples(manifest)
-        return [_stem(examples[index].id) for index in indices]
-    return [_key(manifest, index) for index in indices]
-
-
-def _key(manifest: Manifest, index: int) -> str:
-    try:
-        return _stem(read_sample(manifest, index).key)
-    except BadSample:
-        return ""
-
-
-def _stem(name: str) -> str:
-    return name.rpartition("/")[2].partition(".")[0]
-
-
 def lines(found: Predictions, manifest: Manifest, task: str) -> Iterator[str]:
     """Yields a line of JSON for each scored image, in order of the index: what it is, and the five best classes."""
-    names = names_of(manifest, found.index.tolist())
+    names = sample_names(manifest, found.index.tolist())
     for row, (index, name) in enumerate(zip(found.index.tolist(), names)):
         values = {
             "task": task,
@@ -80,7 +57,7 @@ def wrong_items(found: Predictions, manifest: Manifest) -> list[dict[str, Any]]:
             "probability": float(found.probabilities[row, 0]),
             "png_base64": base64.b64encode(_thumbnail(read_sample(manifest, index).image)).decode(),
         }
-        for row, index, name in zip(chosen, indices, names_of(manifest, indices))
+        for row, index, name in zip(chosen, indices, sample_names(manifest, indices))
     ]
 
 

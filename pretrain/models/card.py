@@ -10,6 +10,7 @@ from typing import Any
 from pretrain.checkpoint import read_state
 from pretrain.config import Config, config_from_dict, non_defaults
 from pretrain.models.tensors import Weights, readable
+from pretrain.models.weights import results_folder
 
 LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx"}  # Hugging Face's names
 
@@ -90,8 +91,7 @@ def _validation(state: Mapping[str, Any]) -> Iterator[str]:
 
 def _evaluation(source: Path) -> Iterator[str]:
     """Rows of tools/evaluate.py, beside the run of a checkpoint or in a converted folder."""
-    run = source.parent.parent if source.parent.name == "checkpoints" else source
-    path = run / "evaluation" / "results.json"
+    path = results_folder(source, "evaluation") / "results.json"
     if not path.is_file():
         return
     with readable(path):

@@ -58,7 +58,8 @@ def read_google(path: Path, image_size: int | None = None) -> Weights:
     image_size: for files of fixed positions (sincos2d), which do not tell it; 224 if None. Raises UserError for a file
     that is no ViT's, or whose tensors are not exactly those of its architecture.
     """
-    arrays = _without_old_places(_unscanned(_without_prefix(read_npz(path), path), path))
+    prefix, arrays = _without_prefix(read_npz(path), path)
+    arrays = _without_old_places(_unscanned(arrays, prefix, path))
     naming = NAMINGS[_naming(arrays)]
     config, num_classes = _architecture(arrays, naming, path, image_size)
     if problems := list(config.problems()):
@@ -122,26 +123,25 @@ def for_google(weights: Weights, naming: str) -> Weights:
 # --- what a file holds -----------------------------------------------------------------------------------------------
 
 
-def _without_prefix(arrays: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+def _without_prefix(arrays: dict[str, LazyTensor], path: Path) -> tuple[str, dict[str, LazyTensor]]:
     for prefix in ("opt/target/", "params/img/", "params/", "img/"):
         inside = {name.removeprefix(prefix): t for name, t in arrays.items() if name.startswith(prefix)}
         if "embedding/kernel" in inside:
             beside = [name for name in arrays if not name.startswith((prefix, "opt/"))]
             if beside:  # an optimizer's state is expected beside weights; a text tower is worth a word
                 warn(f"{path}: only {prefix} is read; {len(beside)} tensors beside it are not, as {beside[0]}")
-            return inside
-    return arrays
+            return prefix, inside
+    return "", arrays
 
 
-def _unscanned(arrays: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+def _unscanned(arrays: dict[str, LazyTensor], prefix: str, path: Path) -> dict[str, LazyTensor]:
     """Blocks stacked along a leading axis (big_vision, scan=True) as single ones."""
     result = {}
     for name, tensor in arrays.items():
         if _SCANNED not in name:
             result[name] = tensor
             continue
-        full_name = tensor.read.args[1].removesuffix(".npy")  # type: ignore[attr-defined]  # with its prefix
-        for number, row in enumerate(rows_of(path, full_name, tensor)):
+        for number, row in enumerate(rows_of(path, prefix + name, tensor)):
             result[name.replace(_SCANNED, f"Transformer/encoderblock_{number}/")] = row
     return result
 

@@ -1,5 +1,6 @@
 """One door for weights: whatever holds a Vision Transformer becomes a model, or is refused with the reason."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def read_weights(path: Path, image_size: int | None = None) -> Weights:
 def _read(path: Path, image_size: int | None) -> Weights:
     if (path / "config.json").is_file():
         with readable(path / "config.json"):
-            is_vit = '"model_type": "vit"' in (path / "config.json").read_text(encoding="utf-8")
-        return read_transformers_folder(path) if is_vit else read_timm_folder(path)
+            model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        return read_transformers_folder(path) if model_type == "vit" else read_timm_folder(path)
     if (path / "checkpoints").is_dir():
         checkpoint = newest_valid(path / "checkpoints")
         if checkpoint is None:

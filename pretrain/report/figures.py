@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from pretrain.config import Config, non_defaults
-from pretrain.evaluation.tasks import PAPER_ROWS, VTAB
+from pretrain.evaluation.tasks import PAPER_ROWS, VTAB, vtab_means
 from pretrain.report.runs import Curve, Run
 
 NOTHING = "–"  # in a cell for which nothing was measured
@@ -114,9 +114,9 @@ def paper_scores(run: Run) -> dict[str, float | None]:
     if run.real and means.get("imagenet") is not None:  # scored on the same final runs
         means["real"] = sum(run.real) / len(run.real)
     scores = {column: means.get(task) for column, task in PAPER_COLUMNS.items()}
-    parts = [mean for task, mean in means.items() if task.startswith("vtab/") and mean is not None]
+    parts = {task: mean for task in VTAB if (mean := means.get(task)) is not None}
     if scores["VTAB"] is None and len(parts) == len(VTAB):
-        scores["VTAB"] = sum(parts) / len(VTAB)
+        scores["VTAB"] = vtab_means(parts)["vtab"]
     return scores
 
 

@@ -1,0 +1,121 @@
+"""A real SLURM cluster of one node with two made-up GPUs, in namespaces of its own: no packet, process or file leaves.
+
+slurmctld and slurmd run as root; a requeued job starts again after seconds instead of minutes (cred_expire).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "ip")
+CONFIG = """
+ClusterName=test
+SlurmctldHost=node1
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+PropagateResourceLimits=NONE
+ReturnToService=2
+KillWait=5
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=2,bf_interval=2
+GresTypes=gpu
+NodeName=node1 CPUs=16 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+PartitionName=main Nodes=node1 Default=YES MaxTime=INFINITE State=UP
+"""
+START = """
+set -e
+hostname node1
+mount --bind "$1/hosts" /etc/hosts
+ip link set lo up
+ip address add 10.77.0.1/32 dev lo  # getaddrinfo's AI_ADDRCONFIG wants one that is not 127.0.0.1
+slurmctld -D -c > "$1/slurmctld.out" 2>&1 &
+slurmd -D -N node1 > "$1/slurmd.out" 2>&1 &
+wait
+"""
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Callable[..., str]]:
+    """Yields `run`: it runs a command beside the cluster and returns what it printed, or fails with that.
+
+    Skips the test where SLURM is not installed or namespaces cannot be made.
+    """
+    if absent := [name for name in PROGRAMS if shutil.which(name) is None]:
+        pytest.skip(f"not installed: {', '.join(absent)}")
+    namespaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if os.geteuid() != 0 or subprocess.run([*namespaces, "true"], capture_output=True).returncode:
+        pytest.skip("namespaces need root")
+    for name in ("state", "spool"):
+        (folder / name).mkdir(parents=True)
+    (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 node1\n")
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder))
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
+    binaries = Path(sys.executable).parent  # `python` of a job is this one
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{binaries}:{os.environ['PATH']}"}
+    words = [*namespaces, "bash", "-c", START, "bash", str(folder)]
+    process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL)
+    try:
+        inside = _child(process.pid)
+
+        def run(*words: object, cwd: Path | None = None, **variables: str) -> str:
+            enter = ["nsenter", "--target", str(inside), "--net", "--uts", "--ipc", "--mount", "--pid"]
+            there = ["env", "-C", str(cwd or folder)]
+            command, options = [*enter, *there, *map(str, words)], {"env": environment | variables, "timeout": 60}
+            done = subprocess.run(command, capture_output=True, text=True, **options)
+            assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+            return done.stdout.strip()
+
+        for _ in range(200):
+            try:
+                if run("sinfo", "--noheader", "--states=idle", "--format=%D") == "1":
+                    break
+            except (AssertionError, subprocess.TimeoutExpired):
+                time.sleep(0.1)
+        else:
+            pytest.fail("".join(path.read_text() for path in sorted(folder.glob("*.out"))))
+        yield run
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _child(pid: int) -> int:
+    """Returns the process that unshare has started inside."""
+    for _ in range(200):
+        if found := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            return int(found[0])
+        time.sleep(0.02)
+    raise AssertionError("unshare has started nothing")
+
+
+def wait_for(condition: Callable[[], bool], run: Callable[..., str], seconds: float = 120) -> None:
+    """Returns when the condition holds. Fails, with the queue, when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(run("squeue", "--all", "--states=all"))
+        time.sleep(0.2)
