@@ -33,7 +33,7 @@ PEAK_TFLOP_PER_S = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 NUM_CLASSES = 1000
 # Patch 14 is the published one of H and g; it does not divide 384, so both have a second row of patch 16.
 TABLE = ["Ti/16", "S/16", "B/16", "L/16", "H/14", "H/16", "g/14", "g/16"]
-MAX_PARAMETERS_ON_CPU = 100_000_000  # timed by default: B takes about a minute, g would take hours and 20 GB
+MAX_PARAMETERS_ON_CPU = 100_000_000  # trained by default: B takes about a minute, g would take an hour and 20 GB
 
 
 def main() -> None:
@@ -139,22 +139,27 @@ def _plan(options: dict[str, Any]) -> _Plan:
     return _Plan(device, name, **{key: options[key] or default for key, default in defaults.items()})
 
 
-def _engine_and_batch(config: Config, device: "torch.device") -> "tuple[Engine, Batch]":
-    """Returns what trains, and random images for it that stay on the device."""
-    import torch
-
-    from pretrain.data.loader import Batch, single_labels
+def _engine(config: Config, device: "torch.device") -> "Engine":
     from pretrain.data.order import plan_batch
     from pretrain.engine import Engine
     from pretrain.models.build import build_model
 
+    size = config.data.global_batch
+    return Engine(build_model(config.model, NUM_CLASSES), config, plan_batch(size, 1, size), device)
+
+
+def _batch(config: Config, device: "torch.device") -> "Batch":
+    """Returns random images that stay on the device."""
+    import torch
+
+    from pretrain.data.loader import Batch, single_labels
+
     size, side = config.data.global_batch, config.model.image_size
-    engine = Engine(build_model(config.model, NUM_CLASSES), config, plan_batch(size, 1, size), device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, NUM_CLASSES, (size,), generator=generator)
     ones = torch.ones(size, dtype=torch.bool)
-    return engine, Batch(images, *single_labels(labels), ones, labels, labels, []).to(device)
+    return Batch(images, *single_labels(labels), ones, labels, labels, []).to(device)
 
 
 def _step_times_ms(step: Callable[[], Any], steps: int, gpu: bool) -> list[float]:
@@ -237,7 +242,7 @@ def _measure_train(model: str, compiled: bool, options: dict[str, Any]) -> Itera
         compile=compiled,
         checkpoint_activations=options["checkpoint_activations"],
     )
-    engine, batch = _engine_and_batch(config, plan.device)
+    engine, batch = _engine(config, plan.device), _batch(config, plan.device)
 
     began = time.perf_counter()
     first_loss = engine.train_step(batch, 1e-4).sums[0].item() / plan.batch
@@ -310,7 +315,7 @@ def _add_model(commands: Any) -> None:
         "--max-params",
         type=int,
         metavar="N",
-        help=f"time models of at most N parameters (default: all on a GPU, {MAX_PARAMETERS_ON_CPU:,} on a CPU)",
+        help=f"train models of at most N parameters (default: all on a GPU, {MAX_PARAMETERS_ON_CPU:,} on a CPU)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="JSON lines; the table beside it, as FILE.md")
     parser.set_defaults(run=_run_model, measure=_measure_model)
@@ -357,7 +362,7 @@ def _model_row(cell: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 def _measure_model(
     model: str, image_size: int, pooling: str | None, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the row with what is counted, so that it outlives a timing that fails, then the row with the times."""
+    """Yields the row with what is counted, then with the forward pass, then with training: each outlives a failure."""
     from pretrain.run import versions
 
     plan = _plan(options)
@@ -371,20 +376,38 @@ def _measure_model(
         **_counted(config, plan.device.type),
         "not_timed": None,
         "device": plan.name,
+        "steps": plan.steps,
         "versions": versions(),
     }
-    if limit is not None and row["parameters"] > limit:
-        yield {**row, "not_timed": f"more than {limit:,} parameters (--max-params)"}
-        return
-    yield row
-    engine, batch = _engine_and_batch(config, plan.device)
-    steps = {"forward": lambda: engine.predict(batch.images), "train": lambda: engine.train_step(batch, 1e-4)}
-    for name, step in steps.items():
+
+    def timed(name: str, step: Callable[[], Any]) -> dict[str, Any]:
         for _ in range(plan.warmup):
             step()
         times_ms = _summary_ms(_step_times_ms(step, plan.steps, gpu))
-        row = row | {f"{name}_ms": times_ms, f"{name}_images_per_s": round(1000 * plan.batch / times_ms["median"], 3)}
-    yield {**row, "steps": plan.steps}
+        return {f"{name}_ms": times_ms, f"{name}_images_per_s": round(1000 * plan.batch / times_ms["median"], 3)}
+
+    yield row
+    batch = _batch(config, plan.device)
+    row |= timed("forward", _forward(config, batch))
+    if limit is not None and row["parameters"] > limit:
+        yield {**row, "not_timed": f"training: more than {limit:,} parameters (--max-params)"}
+        return
+    yield row
+    engine = _engine(config, plan.device)
+    yield {**row, **timed("train", lambda: engine.train_step(batch, 1e-4))}
+
+
+def _forward(config: Config, batch: "Batch") -> "Callable[[], torch.Tensor]":
+    """Returns inference, with the weights in the precision of the activations and nothing else in memory."""
+    import torch
+
+    from pretrain.data.images import to_float
+    from pretrain.engine import DTYPES
+    from pretrain.models.build import build_model
+
+    dtype = DTYPES[config.engine.precision]
+    network = build_model(config.model, NUM_CLASSES).to(batch.images.device, dtype).eval()
+    return torch.inference_mode()(lambda: network(to_float(batch.images, dtype)))
 
 
 def _counted(config: Config, device: str) -> dict[str, Any]:
