@@ -9,12 +9,14 @@ OUT/TASK/                      vtab/eurosat is vtab-eurosat here
   select-lr0.003/ ...          a run per learning rate, scored on images held out of train
   final-lr0.01-seed0/ ...      a run per seed with the chosen rate, scored on the test images at its end
   results.json  results.md     mean and standard deviation over the seeds
+OUT/real/results.json          ImageNet's final runs by ReaL labels, which tools/evaluate.py scores in each run's folder
 """
 
 import hashlib
 import json
 import math
 import os
+import socket
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -60,6 +62,11 @@ _OWN_KEYS = {
     "model.num_classes": "--task",
     "evaluation.every_steps": "nothing: each run is scored once, at its end",
 }
+# The highest resolution rows of the paper's Table 2: ImageNet at 512 px for patches of 16, 518 for those of 14, with
+# Polyak averages. Its Table 5, and all other tasks, are at 384 px without.
+_TABLE_2_SIZES = {16: 512, 14: 518}
+_TABLE_2_AVERAGE = 0.9999
+_NUM_REAL = 46_837  # validation images that have a ReaL label; the other 3,163 have none
 DIVERGED = "DIVERGED"  # file in the folder of a selecting run whose loss did not stay finite
 
 
@@ -127,6 +134,8 @@ def plan_sweep(
             raise UserError(f"{override}: the sweep sets {key} itself; give {_OWN_KEYS[key]}")
     if num_seeds < 1 or (steps is not None and steps < 1):
         raise UserError(f"--seeds is {num_seeds}, --steps {steps}: expected at least 1")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image-size is {image_size}, expected pixels")
     if lr_grid is not None and (not lr_grid or not all(0 < lr < 1e3 for lr in lr_grid)):
         raise UserError(f"--lr is {lr_grid}, expected positive rates, as 0.003,0.01")
     protocol = task.finetuning
@@ -186,7 +195,8 @@ def final_runs(sweep: Sweep, lr: float) -> list[Config]:
 def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], evaluate_every_steps: int) -> Config:
     """The protocol as a pretraining run: ViT, B.1.1 and Table 4; what it leaves open as in vision_transformer."""
     start, protocol = sweep.start, sweep.protocol
-    # A new head is zero, bias included, and stands on the width: the tanh layer belongs to the old one.
+    # A new head is zero, bias included, and stands on the width: the tanh layer belongs to the old one. The
+    # paper's fine-tuning has no stochastic depth.
     model = replace(
         start.model,
         image_size=protocol.image_size,
@@ -340,18 +350,61 @@ def differences_from_paper(sweep: Sweep, num_scored: int) -> list[str]:
     """Returns what forbids to compare the result with the paper's."""
     task, paper, ours = sweep.task, sweep.task.finetuning, sweep.protocol
     assert paper is not None
-    told = [
-        f"{name}: {shown(getattr(ours, name))} instead of {shown(getattr(paper, name))}"
-        for name in ("steps", "warmup_steps", "lr_grid", "image_size")
-        if getattr(ours, name) != getattr(paper, name)
-    ]
+    table_2 = _is_table_2(sweep)
+    size = ours.image_size if table_2 else _fitting(paper.image_size, sweep.start.model)
+    pairs = {name: (getattr(ours, name), getattr(paper, name)) for name in ("steps", "warmup_steps", "lr_grid")}
+    pairs["image_size"] = (ours.image_size, size)
+    told = [f"{name}: {shown(now)} instead of {shown(was)}" for name, (now, was) in pairs.items() if now != was]
     if (num_train := load_manifest(sweep.train).num_samples) != (wanted := task.num_samples[_train_split(ours)]):
         told.append(f"{num_train:,} instead of {wanted:,} training images")
     if num_scored != (wanted := task.num_samples[task.test_split]):
         told.append(f"{num_scored:,} instead of {wanted:,} test images")
     if sweep.num_seeds != 3:
         told.append(f"{sweep.num_seeds} instead of 3 seeds")
-    return told + [override for override in sweep.overrides if _key(override) not in MAY_CHANGE]
+    free = {*MAY_CHANGE, "optim.average_decay"} if table_2 else set(MAY_CHANGE)
+    return told + [override for override in sweep.overrides if _key(override) not in free]
+
+
+def _is_table_2(sweep: Sweep) -> bool:
+    """Whether this is ImageNet as in the paper's Table 2: at a higher resolution, with averaged weights."""
+    config = final_runs(sweep, sweep.protocol.lr_grid[0])[0]
+    sizes = (sweep.protocol.image_size, _TABLE_2_SIZES.get(sweep.start.model.patch_size))
+    return sweep.task.name == "imagenet" and sizes[0] == sizes[1] and config.optim.average_decay == _TABLE_2_AVERAGE
+
+
+def real_results(sweep: Sweep, imagenet: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns ReaL's line: the final runs of ImageNet's line by ReaL labels, None until all of them are scored."""
+    configs = {config.seed: config for config in final_runs(sweep, imagenet["lr"])}
+    scores = [real_score(configs[seed]) for seed in imagenet["seeds"]]
+    found = [one for one in scores if one is not None]
+    if len(found) < len(scores):
+        return None
+    values, num_images = [one.top1 for one in found], min(one.num_images for one in found)
+    return {
+        **imagenet,
+        "task": "real",
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+        "n": num_images,
+        "selection": [],
+        "differs": imagenet["differs"]
+        + ([] if num_images == _NUM_REAL else [f"{num_images:,} instead of {_NUM_REAL:,} images with ReaL labels"]),
+    }
+
+
+def real_score(config: Config) -> RunScore | None:
+    """Returns what tools/evaluate.py found by ReaL labels for a final run, None when it has not scored them."""
+    path = config.output / config.name / "evaluation" / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return next(
+            (RunScore(float(row["value"]), int(row["n"])) for row in rows if row["metric"] == "real/top1"), None
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: was not written by tools/evaluate.py ({error!r}); move it away") from None
 
 
 def shown(value: Any) -> str:
@@ -359,8 +412,8 @@ def shown(value: Any) -> str:
     return " ".join(f"{one:g}" for one in value) if isinstance(value, tuple) else str(value)
 
 
-def write_results(sweep: Sweep, found: dict[str, Any]) -> None:
-    """Writes results.json and results.md into the task's folder."""
+def write_results(folder: Path, found: dict[str, Any]) -> None:
+    """Writes a line's results.json and results.md."""
     scored = "random weights" if found["from_scratch"] else "pretrained weights"
     seeds = f"{len(found['values'])} seed" + "s" * (len(found["values"]) > 1)
     lines = [
@@ -378,8 +431,8 @@ def write_results(sweep: Sweep, found: dict[str, Any]) -> None:
         lines.append("")
     if found["differs"]:
         lines += [f"Not the paper's protocol: {'; '.join(found['differs'])}.", ""]
-    _write(sweep.folder / "results.json", json.dumps(found, indent=2))
-    _write(sweep.folder / "results.md", "\n".join(lines))
+    _write(folder / "results.json", json.dumps(found, indent=2))
+    _write(folder / "results.md", "\n".join(lines))
 
 
 def vtab_results(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -438,7 +491,8 @@ def percent(found: dict[str, Any]) -> str:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # elements of a job array write the same file
+        # Elements of a job array, on several nodes, write the same file.
+        temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:

@@ -30,11 +30,12 @@ from weights_on_disk import ROOT, load_tool, one_line, save_run
 from pretrain import finetune
 from pretrain.checkpoint import newest_valid, step_folders
 from pretrain.config import Config, ModelConfig, config_to_yaml
+from pretrain.data.examples import Example, write_examples
 from pretrain.data.images import eval_image, to_float, train_image
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
-from pretrain.evaluation.tasks import PAPER_ROWS, TASKS, VTAB, task
+from pretrain.evaluation.tasks import PAPER_ROWS, TASKS, VTAB, real_labels, task
 from pretrain.models.weights import load_model, read_weights
 from pretrain.optim import learning_rate
 from pretrain.train import train
@@ -152,9 +153,34 @@ def test_cuts_are_told(full_sets: None) -> None:
         assert any(part in one for one in told), part
 
 
+HUGE = replace(B16, model=ModelConfig(name="H", patch_size=14))
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "average", "told"),
+    [
+        (B16, 512, True, []),  # ViT, Table 2: L/16 at 512 px, H/14 at 518, with averages
+        (HUGE, 518, True, []),
+        (HUGE, None, False, []),
+        (B16, 512, False, ["image_size: 512 instead of 384"]),
+        (HUGE, 512 - 8, False, ["image_size: 504 instead of 378"]),
+        (B16, None, True, ["optim.average_decay=0.9999"]),
+    ],
+)
+def test_both_imagenet_protocols_are_the_papers(
+    full_sets: None, start: finetune.Start, size: int | None, average: bool, told: list[str]
+) -> None:
+    """Table 2's higher resolution with Polyak averages, and Table 5's 384 px without; nothing in between."""
+    overrides = ("optim.average_decay=0.9999",) if average else ()
+    sweep = plan("imagenet", start=start, image_size=size, overrides=overrides)
+    assert finetune.differences_from_paper(sweep, 50_000) == told
+    elsewhere = finetune.differences_from_paper(plan("pets", start=start, image_size=size, overrides=overrides), 3669)
+    assert bool(elsewhere) == (size is not None or average)
+
+
 def test_sizes_that_do_not_fit_the_patches(full_sets: None) -> None:
     """H/14 takes the 378 of 384 pixels that make patches; a size that was asked for is refused."""
-    huge = replace(B16, model=ModelConfig(name="H", patch_size=14))
+    huge = HUGE
     assert finetune.final_runs(plan("cifar10", start=huge), 0.01)[0].model.image_size == 378
     assert finetune.final_runs(plan("cifar10", start=huge, image_size=518), 0.01)[0].model.image_size == 518
     with pytest.raises(UserError, match=r"model.image_size \(384\) is not a multiple of model.patch_size \(14\)"):
@@ -168,6 +194,7 @@ def test_sizes_that_do_not_fit_the_patches(full_sets: None) -> None:
         ({"overrides": ("total_steps=3",)}, "give --steps"),
         ({"overrides": ("data.held_out=3",)}, "give --data"),
         ({"num_seeds": 0}, "--seeds is 0"),
+        ({"image_size": 0}, "--image-size is 0"),
         ({"lr_grid": (-1.0,)}, "--lr is"),
     ],
 )
@@ -323,7 +350,7 @@ def test_results(tiny: Path, tmp_path: Path) -> None:
     assert found["mean"] == pytest.approx(0.6) and found["std"] == pytest.approx(0.1 * 2**0.5)
     assert found["selection"] == [{"lr": 0.01, "top1": 0.4, "n": 10}, {"lr": 0.03, "top1": 0.5, "n": 10}]
     assert "101 instead of 3,680 training images" in found["differs"]
-    finetune.write_results(sweep, found)
+    finetune.write_results(sweep.folder, found)
     assert json.loads((sweep.folder / "results.json").read_text()) == found
     assert "**60.00% ± 14.14** top1 on 53 test images (2 seeds)" in (sweep.folder / "results.md").read_text()
 
@@ -500,7 +527,9 @@ def test_asked_to_stop(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_sets(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """One task: refused with the command that prepares it. VTAB: each is named, others go on, the mean is marked."""
+    """One task: refused with the command that prepares it. VTAB: each is named, others go on, the mean is marked, and
+    the exit code is not 0.
+    """
     with pytest.raises(UserError, match="no data: flowers: .*tools/make_shards.py --task flowers") as caught:
         call(monkeypatch, [*arguments(tiny, tmp_path), "--task", "flowers"])
     one_line(caught.value)
@@ -508,12 +537,29 @@ def test_missing_sets(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for split in ("trainval", "test"):
         if not (vtab / split).exists():
             shutil.copytree(vtab / ("val" if split == "test" else "train"), vtab / split)
-    assert call(monkeypatch, [*arguments(tiny, tmp_path), "--task", "vtab"], trained) == 0
+    assert call(monkeypatch, [*arguments(tiny, tmp_path), "--task", "vtab"], trained) == 2
     told = capsys.readouterr().err.splitlines()
     assert len([line for line in told if line.startswith("missing: vtab/")]) == 18
     found = json.loads((tmp_path / "vtab" / "results.json").read_text())
     assert found["task"] == "vtab, incomplete: 1 of 19 tasks" and found["tasks"].keys() == {"vtab/eurosat"}
     assert json.loads((tmp_path / "vtab-eurosat" / "results.json").read_text())["task"] == "vtab/eurosat"
+
+
+def test_a_task_that_fails_does_not_stop_the_others(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Its exit code is the command's; the other task is done, and the mean marked."""
+    for name in ("svhn", "eurosat"):
+        for split in ("trainval", "train", "val", "test"):
+            shutil.copytree(tiny / "data/vtab/eurosat/train", tmp_path / "data/vtab" / name / split)
+
+    def diverges_on_svhn(config: Config, sweep: finetune.Sweep, ranks: int) -> int:
+        return 77 if sweep.task.name == "vtab/svhn" else trained(config, sweep, ranks)
+
+    words = [*arguments(tiny, tmp_path), "--task", "vtab", "--data", str(tmp_path / "data")]
+    assert call(monkeypatch, words, diverges_on_svhn) == 77
+    assert json.loads((tmp_path / "vtab/results.json").read_text())["task"] == "vtab, incomplete: 1 of 19 tasks"
+    assert "vtab/svhn: no final run is done" in capsys.readouterr().err
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
@@ -562,6 +608,31 @@ def test_a_killed_sweep_ends_with_the_same_table(tiny: Path, tmp_path: Path) -> 
         assert (tmp_path / "b" / name / "DONE").read_bytes() == (tmp_path / "a" / name / "DONE").read_bytes(), name
     starts = [len(path.read_text().splitlines()) for path in tmp_path.glob("b/pets/*/starts.jsonl")]
     assert len(starts) == 6 and sum(starts) <= 8  # 6 runs, and at most one more start for each kill
+
+
+@pytest.mark.slow
+def test_imagenet_is_scored_by_real_labels_too(tiny: Path, tmp_path: Path) -> None:
+    """Each final run by tools/evaluate.py, their mean in a line of its own, its n the images that have labels."""
+    shutil.copytree(tiny / "data/pets/train", tmp_path / "data/imagenet/train")
+    val = Path(shutil.copytree(tiny / "data/pets/test", tmp_path / "data/imagenet/val"))
+    names = [f"ILSVRC2012_val_{number:08d}" for number in range(1, 54)]
+    write_examples(val, (Example(index, f"{name}.JPEG", 0, "") for index, name in enumerate(names)))
+    words = [*arguments(tiny, tmp_path / "out"), "--task", "imagenet", "--data", str(tmp_path / "data"), "--lr", "0.03"]
+    done = start_tool(words)
+    output, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, output
+    line = json.loads((tmp_path / "out/real/results.json").read_text())
+    labelled = sum(map(bool, real_labels(names)))
+    assert line["task"] == "real" and line["n"] == labelled < 53 and len(line["values"]) == 2
+    assert f"{labelled} instead of 46,837 images with ReaL labels" in line["differs"]
+    for seed, value in enumerate(line["values"]):
+        scored = tmp_path / f"out/imagenet/final-lr0.03-seed{seed}/evaluation/results.json"
+        rows = json.loads(scored.read_text())["rows"]
+        assert [row["value"] for row in rows if row["metric"] == "real/top1"] == [value]
+    assert "ViT-H/14, JFT-300M" in output and "88.55%" in output
+    again = start_tool(words)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0 and "$" not in output, output  # nothing is trained or scored again
 
 
 @pytest.mark.slow

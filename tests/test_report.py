@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pretrain.config import config_to_yaml
 from pretrain.errors import UserError
 from pretrain.evaluation.tasks import VTAB
 from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, draw_panels, moving_mean
-from pretrain.report.figures import config_differences, losses_table, paper_scores, starts_table, summary, targets
+from pretrain.report.figures import config_differences, losses_table, protocol_scores, starts_table, summary, targets
 from pretrain.report.page import markdown, write_report
 from pretrain.report.runs import read_runs, recipe_score
 
@@ -172,38 +173,61 @@ def test_scores_stand_beside_the_papers(tmp_path: Path) -> None:
     *first, last = VTAB
     for task in first:
         write_finetuning(run, task, 0.5)
-    nothing = {"ImageNet": 0.75, "ReaL": None, "CIFAR-100": None}
-    assert paper_scores(read_runs([run])[0]) == {**nothing, "VTAB": None}
+    assert "vtab" not in protocol_scores(read_runs([run])[0])
     write_finetuning(run, last, 0.88)
-    assert paper_scores(read_runs([run])[0]) == {**nothing, "VTAB": pytest.approx(0.52)}
+    write_finetuning(run, "real", 0.8)
+    scores = protocol_scores(read_runs([run])[0])
+    assert scores["vtab"] == pytest.approx(0.52) and scores["imagenet"] == 0.75 and "cifar100" not in scores
     paths = write_report(read_runs([run]), tmp_path / "out")
     page = paths[2].read_text()
-    assert "| tiny | 75.00% | – | – | 52.00% | this report |" in page
-    assert "| ViT-H/14, JFT-300M | 88.55% | 90.72% | 94.55% | 77.63% | arXiv 2010.11929 v2 (ICLR 2021), Table 2" in page
+    assert "| tiny | 75.00% | 80.00% | – | – | – | – | 52.00% | this report |" in page
+    published = "88.55% | 90.72% | 99.50% | 94.55% | 97.56% | 99.68% | 77.63% | arXiv 2010.11929 v2 (ICLR 2021)"
+    assert f"| ViT-H/14, JFT-300M | {published}" in page
+    assert "| ViT-B/16, ImageNet | 77.91% | 83.57% | 98.13% | 87.13% | 93.81% | 89.49% | – | arXiv" in page
+    assert "| svhn | 88.00% |" not in page and f"| {last.removeprefix('vtab/')} | 88.00% | 51.20% | 51.10% |" in page
+    assert "| mean of all | 52.00% | 77.63% | 76.29% | 72.71% |" in page
     assert "| imagenet | tiny | top1 | 75.00% ± 0.40 | 3 | 0.01 | 500 | the paper's |" in page
     assert "| cifar100 | tiny | top1 | – ± 0.40 |" in page and "No run has a score" not in page
     record = json.loads(paths[3].read_text(), parse_constant=lambda word: pytest.fail(f"{word} in report.json"))
-    assert [row["ImageNet"] for row in record["paper"]] == [0.8836, 0.8855, 0.8776, 0.853]
+    assert [row["scores"].get("imagenet") for row in record["paper"]][:4] == [0.8836, 0.8855, 0.8776, 0.853]
 
 
 def test_another_protocol_is_no_score_of_the_papers(tmp_path: Path) -> None:
     """Fewer steps, seeds that are not done, random weights: in the table of fine-tunings, with what differs, and not
-    beside the paper. ReaL comes from the evaluations of ImageNet's final runs, which are no fine-tuning results.
+    beside the paper. Results from random weights have a folder of their own beside the others.
     """
     run = make_run(tmp_path)
     write_finetuning(run, "cifar100", 0.9, differs=["steps: 3 instead of 10000"])
     write_finetuning(run, "vtab", 0.8, complete=False)
     write_finetuning(run, "imagenet", 0.7)
-    for seed, value in enumerate((0.6, 0.8)):
-        folder = run / "finetune" / "imagenet" / f"final-lr0.01-seed{seed}" / "evaluation"
-        folder.mkdir(parents=True)
-        row = {"model": "trained", "metric": "real/top1", "value": value, "n": 46837}
-        results = {"format": "pretrain-evaluation", "weights": "w", "rows": [row]}
-        (folder / "results.json").write_text(json.dumps(results))
-    scores = {"ImageNet": 0.7, "ReaL": pytest.approx(0.7), "CIFAR-100": None, "VTAB": None}
-    assert paper_scores(read_runs([run])[0]) == scores
+    scratch = run / "finetune-from-scratch" / "imagenet"
+    shutil.copytree(run / "finetune" / "imagenet", scratch)
+    line = json.loads((scratch / "results.json").read_text())
+    (scratch / "results.json").write_text(json.dumps({**line, "mean": 0.3, "from_scratch": True}))
+    evaluation = run / "finetune" / "imagenet" / "final-lr0.01-seed0" / "evaluation"  # no fine-tuning result
+    evaluation.mkdir(parents=True)
+    (evaluation / "results.json").write_text("{}")
+    assert protocol_scores(read_runs([run])[0]) == {"imagenet": 0.7}
     page = write_report(read_runs([run]), tmp_path / "out")[2].read_text()
     assert "| 500 | steps: 3 instead of 10000 |" in page and "| 500 | not all seeds are done |" in page
+    assert "| imagenet | tiny | top1 | 30.00% ± 0.40 | 3 | 0.01 | 500 | random weights |" in page
+
+
+def test_results_without_a_run(tmp_path: Path) -> None:
+    """A folder of converted weights, and the one that --out of a fine-tuning named, have results but no curves."""
+    weights, out = tmp_path / "vit_b16", tmp_path / "tuned"
+    write_finetuning(weights, "cifar10", 0.91)
+    shutil.copytree(weights / "finetune", out)
+    (out / "mine").mkdir()
+    (out / "mine" / "results.json").write_text("[1]")  # somebody else's
+    line = json.loads((out / "cifar10" / "results.json").read_text())
+    (out / "cifar10" / "results.json").write_text(json.dumps({**line, "format": "pretrain-finetuning"}))
+    for folder in (weights, out):
+        done = run_tool("report", folder)
+        assert done.returncode == 0, done.stderr
+        page = (folder / "report" / "report.md").read_text()
+        assert f"| {folder.name} | – | – | 91.00% | – | – | – | – | this report |" in page
+        assert "no training log here" in (folder / "report" / "report.html").read_text()
 
 
 RECIPE = """# A recipe.
@@ -323,7 +347,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     """No run, an empty one, foreign results: exit code 2, or a UserError that names the file."""
-    assert "metrics.jsonl: not found; give the folder of a run" in one_line_error(run_tool("report", tmp_path / "no"))
+    assert "no: not found; give the folder of a run" in one_line_error(run_tool("report", tmp_path / "no"))
     run = make_run(tmp_path)
     (run / "evaluation").mkdir()
     (run / "evaluation" / "results.json").write_text('{"rows": []}')
@@ -338,5 +362,5 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wrong.json: cannot be used as wrong predictions"):
         read_runs([run])
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="metrics.jsonl: is empty"):
+    with pytest.raises(UserError, match="nothing to report: no metrics.jsonl"):
         read_runs([run])

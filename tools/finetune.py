@@ -26,6 +26,8 @@ from pretrain.distributed import free_port
 from pretrain.errors import NonFiniteError, UserError
 from pretrain.evaluation import tasks
 from pretrain.finetune import Sweep
+from pretrain.report.figures import paper_table, summary
+from pretrain.report.runs import read_runs
 
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
@@ -71,11 +73,19 @@ def main() -> int:
     if arguments.run is not None:
         return _run_one(jobs, arguments, start, out)
     sweeps = _plan(chosen, arguments, start, out)
+    code = 0
     if not arguments.collect:
         for sweep in sweeps:
-            if code := _run_sweep(sweep, _ranks(arguments)):
-                return code
-    return _collect(sweeps, out, vtab=arguments.task == "vtab")
+            ended = _run_sweep(sweep, arguments)
+            if ended == STOPPED:
+                return ended
+            code = code or ended  # the tasks are independent: the others go on
+    found = _collect(sweeps, out, vtab=arguments.task == "vtab")
+    if not found and not code:
+        raise UserError(f"{out}: no final run is done; the same command without --collect does them")
+    if found:
+        _show(found, out, vtab=arguments.task == "vtab")
+    return code or (0 if len(sweeps) == len(chosen) else UserError.exit_code)
 
 
 def _rates(text: str) -> tuple[float, ...]:
@@ -153,37 +163,34 @@ def _run_one(jobs: list[Job], arguments: argparse.Namespace, start: finetune.Sta
     job = jobs[arguments.run]
     (sweep,) = _plan([job.task], arguments, start, out)
     if job.lr is not None:
-        return _run(_of_rate(sweep, job.lr), sweep, _ranks(arguments), selecting=True)
+        return _run(_of_rate(sweep, job.lr), sweep, arguments, selecting=True)
     if (lr := finetune.chosen_lr(sweep)) is None:
         raise UserError(f"{sweep.folder}: selecting runs are not done yet; run them first (--list prints them)")
-    return _run(finetune.final_runs(sweep, lr)[job.seed], sweep, _ranks(arguments), selecting=False)
+    return _run(finetune.final_runs(sweep, lr)[job.seed], sweep, arguments, selecting=False)
 
 
 def _of_rate(sweep: Sweep, lr: float) -> Config:
     return next(config for config in finetune.selecting_runs(sweep) if config.optim.lr == lr)
 
 
-def _run_sweep(sweep: Sweep, ranks: int) -> int:
+def _run_sweep(sweep: Sweep, arguments: argparse.Namespace) -> int:
     """Does what is not done yet; returns 0, or the code to exit with."""
     for config in finetune.selecting_runs(sweep):
-        if code := _run(config, sweep, ranks, selecting=True):
+        if code := _run(config, sweep, arguments, selecting=True):
             return code
     lr = finetune.chosen_lr(sweep)
     assert lr is not None
     for config in finetune.final_runs(sweep, lr):
-        if code := _run(config, sweep, ranks, selecting=False):
+        if code := _run(config, sweep, arguments, selecting=False):
             return code
-    found = finetune.results(sweep)
-    assert found is not None
-    finetune.write_results(sweep, found)
     return 0
 
 
-def _run(config: Config, sweep: Sweep, ranks: int, *, selecting: bool) -> int:
-    """Trains unless that is done; returns 0 when it is, else the code to exit with."""
+def _run(config: Config, sweep: Sweep, arguments: argparse.Namespace, *, selecting: bool) -> int:
+    """Trains unless that is done, and scores ImageNet's final runs by ReaL; returns 0, else the code to exit with."""
     folder = config.output / config.name
     if finetune.score(config) is None:
-        code = _train(config, sweep, ranks)
+        code = _train(config, sweep, _ranks(arguments))
         if code == NonFiniteError.exit_code and selecting:
             print(f"{folder}: learning rate {config.optim.lr:g} is too high, it is not chosen", flush=True)
             (folder / finetune.DIVERGED).touch()
@@ -195,6 +202,11 @@ def _run(config: Config, sweep: Sweep, ranks: int, *, selecting: bool) -> int:
             return code
     if selecting:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only its score is needed
+    elif sweep.task.name == "imagenet" and finetune.real_score(config) is None:
+        evaluate = [ROOT / "tools" / "evaluate.py", folder, "--tasks", "real", "--data", arguments.data]
+        code = _start([*_launcher(_ranks(arguments)), *map(str, evaluate)])
+        if code:
+            print(f"warning: {folder}: not scored by ReaL labels, see above; the table goes without", file=sys.stderr)
     return 0
 
 
@@ -203,14 +215,7 @@ def _train(config: Config, sweep: Sweep, ranks: int) -> int:
     file = sweep.folder / "configs" / f"{config.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(config_to_yaml(config), encoding="utf-8")
-    # The launcher imports DeepSpeed twice more, seconds per run: for one rank there is no need of it.
-    launcher = [sys.executable]
-    if ranks > 1:
-        deepspeed = str(Path(sys.executable).parent / "deepspeed")
-        launcher = [deepspeed, "-q", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    words = [*launcher, str(ROOT / "launch" / "pretrain.py"), "--config", str(file)]
-    cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    print(f"$ {Path(words[0]).name} {' '.join(words[1:])}", flush=True)
+    words = [*_launcher(ranks), str(ROOT / "launch" / "pretrain.py"), "--config", str(file)]
     asked: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
@@ -220,13 +225,28 @@ def _train(config: Config, sweep: Sweep, ranks: int) -> int:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        with subprocess.Popen(words, env={**os.environ, **cpu}) as process:
-            code = process.wait()
+        code = _start(words)
         _wait_for_ranks(config.output / config.name)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return STOPPED if asked else code
+
+
+def _launcher(ranks: int) -> list[str]:
+    # DeepSpeed's imports DeepSpeed twice more, seconds per run: for one rank there is no need of it.
+    if ranks == 1:
+        return [sys.executable]
+    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    return [deepspeed, "-q", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+
+
+def _start(words: list[str]) -> int:
+    """Runs a command, which it prints, to its end; returns its exit code."""
+    cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    print(f"$ {Path(words[0]).name} {' '.join(words[1:])}", flush=True)
+    with subprocess.Popen(words, env={**os.environ, **cpu}) as process:
+        return process.wait()
 
 
 def _pass_on(number: int) -> None:
@@ -265,19 +285,25 @@ def _wait_for_ranks(folder: Path) -> None:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def _collect(sweeps: list[Sweep], out: Path, *, vtab: bool) -> int:
+def _collect(sweeps: list[Sweep], out: Path, *, vtab: bool) -> list[dict[str, Any]]:
+    """Writes the line of each task that has one, and returns them; VTAB's mean is the last."""
     found = []
     for sweep in sweeps:
         if (line := finetune.results(sweep)) is None:
             print(f"{sweep.task.name}: no final run is done", file=sys.stderr)
             continue
-        finetune.write_results(sweep, line)
+        finetune.write_results(sweep.folder, line)
         found.append(line)
-    if not found:
-        raise UserError(f"{out}: no final run is done; the same command without --collect does them")
-    if vtab:
+        if sweep.task.name == "imagenet" and (real := finetune.real_results(sweep, line)):
+            finetune.write_results(out / "real", real)
+            found.append(real)
+    if vtab and found:
         found.append(finetune.vtab_results(found))
         finetune.write_vtab(out, found[-1])
+    return found
+
+
+def _show(found: list[dict[str, Any]], out: Path, *, vtab: bool) -> None:
     table = Table(title=str(out))
     for name in ("task", "metric", "mean", "seeds", "lr", "images"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
@@ -285,11 +311,16 @@ def _collect(sweeps: list[Sweep], out: Path, *, vtab: bool) -> int:
         lr = "" if line["lr"] is None else f"{line['lr']:g}"
         seeds = str(len(line["values"])) + ("" if line["complete"] else ", incomplete")
         table.add_row(line["task"], line["metric"], finetune.percent(line), seeds, lr, f"{line['n']:,}")
-    Console().print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
     for line in found[-1:] if vtab else found:
         if line["differs"]:
             print(f"{line['task']}: not the paper's protocol: {'; '.join(line['differs'])}")
-    return 0
+    beside = paper_table([summary(run) for run in read_runs([out])])
+    table = Table(*beside.header, title="top-1 beside the paper's")
+    for row in beside.rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 if __name__ == "__main__":

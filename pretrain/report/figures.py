@@ -10,19 +10,23 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from pretrain.config import Config, non_defaults
-from pretrain.evaluation.tasks import PAPER_ROWS, VTAB, vtab_means
+from pretrain.evaluation.tasks import PAPER_ROWS, VTAB, PaperRow, vtab_means
 from pretrain.report.runs import Curve, Run
 
 NOTHING = "–"  # in a cell for which nothing was measured
 
-# The columns of the headline table, and the tasks whose top-1 they show.
-PAPER_COLUMNS = {"ImageNet": "imagenet", "ReaL": "real", "CIFAR-100": "cifar100", "VTAB": "vtab"}  # names of tasks
-# What the paper says of the headline's columns: model, source, per cent in each.
-REFERENCES = [
-    (f"ViT-{row.model}, {row.upstream}", row.source, tuple(row.scores[task] for task in PAPER_COLUMNS.values()))
-    for row in PAPER_ROWS
-    if set(PAPER_COLUMNS.values()) <= set(row.scores)
-]
+# The columns of the paper's Table 2, and the tasks whose scores they show.
+PAPER_COLUMNS = {
+    "ImageNet": "imagenet",
+    "ReaL": "real",
+    "CIFAR-10": "cifar10",
+    "CIFAR-100": "cifar100",
+    "Pets": "pets",
+    "Flowers": "flowers",
+    "VTAB": "vtab",
+}
+REFERENCES = [row for row in PAPER_ROWS if set(row.scores) & set(PAPER_COLUMNS.values())]
+VTAB_REFERENCES = [row for row in PAPER_ROWS if set(VTAB) <= set(row.scores)]  # the paper's Table 9
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,12 @@ def summary(run: Run) -> dict[str, Any]:
         "run": run.name,
         "folder": str(run.folder),
         "done": run.done,
-        "steps": max(int(steps[-1]) for steps, _ in run.curves.values()),
+        "steps": max((int(steps[-1]) for steps, _ in run.curves.values()), default=None),
         "total_steps": config.total_steps if config else None,
         "global_batch": config.data.global_batch if config else None,
         "model": config.model.name if config else None,
         "target": {"recipe": run.target.recipe, "score": run.target.score} if run.target else None,
-        "paper_columns": paper_scores(run),
+        "scores": protocol_scores(run),
         "last": {metric: finite(values[-1]) for metric, (_, values) in sorted(run.curves.items())},
         "best": {metric: best(run.curves[metric], *how) for metric, how in _BEST.items() if metric in run.curves},
         "median_images_per_s": finite(np.median(rate[1])) if rate else None,
@@ -103,21 +107,16 @@ def finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def paper_scores(run: Run) -> dict[str, float | None]:
-    """Returns the run's mean top-1 in the columns of the paper's Table 2, as fractions.
+def protocol_scores(run: Run) -> dict[str, float]:
+    """Returns the run's mean score of each task, a fraction; "vtab" is the flat mean of its tasks, when all are there.
 
-    VTAB is the result of that name, or else the flat mean of its tasks (vtab/NAME) when all 19 are there. A result of
-    another protocol, or from random weights, is no such score: it stands in the table of fine-tunings alone.
+    A result of another protocol, or from random weights, is no such score: the table of fine-tunings alone has it.
     """
     by_protocol = [of for of in run.finetuning if not of["differs"] and not of["from_scratch"]]
-    means = {of["task"]: finite(of["mean"]) for of in by_protocol}
-    if run.real and means.get("imagenet") is not None:  # scored on the same final runs
-        means["real"] = sum(run.real) / len(run.real)
-    scores = {column: means.get(task) for column, task in PAPER_COLUMNS.items()}
-    parts = {task: mean for task in VTAB if (mean := means.get(task)) is not None}
-    if scores["VTAB"] is None and len(parts) == len(VTAB):
-        scores["VTAB"] = vtab_means(parts)["vtab"]
-    return scores
+    means = {of["task"]: of["mean"] for of in by_protocol if math.isfinite(of["mean"])}
+    if set(VTAB) <= set(means):
+        means.setdefault("vtab", vtab_means({task: means[task] for task in VTAB})["vtab"])
+    return means
 
 
 def config_differences(config: Config) -> Iterator[tuple[str, str]]:
@@ -160,10 +159,11 @@ _OVERVIEW = (
 def _overview(values: dict[str, Any]) -> list[str]:
     best_top1, last = values["best"].get("val/top1"), values["last"]
     total = f" of {values['total_steps']:,}" if values["total_steps"] else ""
+    steps = NOTHING if values["steps"] is None else f"{values['steps']:,}{total}"
     loss, rate = last.get("train/loss"), values["median_images_per_s"]
     return [
         values["run"],
-        f"{values['steps']:,}{total}" + ("" if values["done"] else ", not done"),
+        steps if values["done"] or values["steps"] is None else f"{steps}, not done",
         f"{best_top1['value']:.2%} at step {best_top1['step']:,}" if best_top1 else "",
         f"{last['val/top1']:.2%}" if last.get("val/top1") is not None else "",
         f"{loss:.4f}" if loss is not None else "",
@@ -175,12 +175,34 @@ def _overview(values: dict[str, Any]) -> list[str]:
 def paper_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """The runs' scores above the paper's."""
     rows = [
-        [values["run"], *(_percent(values["paper_columns"][column]) for column in PAPER_COLUMNS), "this report"]
+        [values["run"], *(_percent(values["scores"].get(task)) for task in PAPER_COLUMNS.values()), "this report"]
         for values in summaries
     ]
-    rows += [[model, *(f"{score:.2f}%" for score in scores), source] for model, source, scores in REFERENCES]
+    for row in REFERENCES:
+        cells = (f"{row.scores[task]:.2f}%" if task in row.scores else NOTHING for task in PAPER_COLUMNS.values())
+        rows.append([_paper_model(row), *cells, row.source])
     columns = len(PAPER_COLUMNS)
     return Table(["model", *PAPER_COLUMNS, "source"], rows, num_runs=len(summaries), text_columns=(0, columns + 1))
+
+
+def vtab_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """VTAB task by task beside the paper's Table 9, and the means; no rows where no run has a task by the protocol."""
+    measured = [{task: values["scores"][task] for task in VTAB if task in values["scores"]} for values in summaries]
+    published = [{task: row.scores[task] / 100 for task in VTAB} for row in VTAB_REFERENCES]
+    columns = [_with_means(scores) for scores in (*measured, *published)]
+    rows = [[name.removeprefix("vtab/"), *(_percent(of.get(name)) for of in columns)] for name in columns[-1]]
+    header = ["task", *(values["run"] for values in summaries), *map(_paper_model, VTAB_REFERENCES)]
+    return Table(header, rows if any(measured) else [])
+
+
+def _with_means(scores: dict[str, float]) -> dict[str, float]:
+    if len(scores) < len(VTAB):
+        return scores
+    return scores | {f"mean of {name.replace('vtab', 'all')}": mean for name, mean in vtab_means(scores).items()}
+
+
+def _paper_model(row: PaperRow) -> str:
+    return f"ViT-{row.model}, {row.upstream}"
 
 
 def targets(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -197,7 +219,7 @@ def losses_table(summaries: Sequence[dict[str, Any]]) -> Table:
     causes = list(dict.fromkeys(cause for values in summaries for cause in values["bad_samples_by_cause"]))
     rows = []
     for values in summaries:
-        seen = values["steps"] * values["global_batch"] if values["global_batch"] else None
+        seen = values["steps"] * values["global_batch"] if values["steps"] and values["global_batch"] else None
         bad, skipped = values["bad_samples"], values["skipped_steps"]
         by_cause = values["bad_samples_by_cause"]
         rows.append(

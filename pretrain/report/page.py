@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -56,8 +57,8 @@ def _json_values(value: Any) -> Any:
 
 def _paper() -> list[dict[str, Any]]:
     return [
-        {"model": model, "source": source, **dict(zip(figures.PAPER_COLUMNS, (round(s / 100, 6) for s in scores)))}
-        for model, source, scores in figures.REFERENCES
+        {**asdict(row), "scores": {task: round(score / 100, 6) for task, score in row.scores.items()}}
+        for row in (*figures.REFERENCES, *figures.VTAB_REFERENCES)
     ]
 
 
@@ -73,7 +74,7 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
     have = {
         "validation": "val/top1" in metrics,
         "fewshot": any("shot" in metric for metric in metrics),
-        "scores": any(score is not None for s in summaries for score in s["paper_columns"].values()),
+        "scores": any(s["scores"] for s in summaries),
         "finetuning": any(r.finetuning for r in runs),
         "evaluation": any(r.evaluation for r in runs),
         "pictures": any(p.name != "batch" for r in runs for p in r.pictures),
@@ -140,6 +141,8 @@ def markdown(
     lines = ["# Report", "", "![Curves](curves.png)", "", *_lines(figures.overview_table(summaries))]
     lines += [*_hint(missing, "validation"), *_hint(missing, "fewshot")]
     lines += ["", "## Beside the paper", "", *_lines(figures.paper_table(summaries)), *_hint(missing, "scores")]
+    if (vtab := figures.vtab_table(summaries)).rows:
+        lines += ["", "### VTAB, task by task", "", *_lines(vtab)]
     for target in figures.targets(summaries):
         lines += [
             "",

@@ -1,8 +1,9 @@
 """What a run's folder holds, read into one plain value; hands on `Run`. Changes nothing in the folder.
 
 metrics.jsonl, starts.jsonl, bad_samples.jsonl, skipped_steps.jsonl, config.yaml, DONE, batch.png (pretrain/run.py);
-evaluation/results.json (tools/evaluate.py), evaluation/wrong.json, finetune/TASK/results.json (tools/finetune.py; TASK
-may be vtab/NAME), pictures/*.png (tools/visualize.py).
+evaluation/results.json (tools/evaluate.py), evaluation/wrong.json, finetune/TASK/results.json and the same below
+finetune-from-scratch (tools/finetune.py), pictures/*.png (tools/visualize.py).
+A folder without a run has what it has: that of converted weights, or the --out of tools/finetune.py.
 Folders travel between people: nothing in them is trusted, pictures least.
 """
 
@@ -71,7 +72,6 @@ class Run:
     config_text: str | None  # config.yaml as it stands there
     evaluation: dict[str, Any] | None  # what tools/evaluate.py wrote
     finetuning: list[dict[str, Any]]  # what tools/finetune.py wrote, by task
-    real: list[float]  # ReaL accuracies of the final ImageNet runs, where tools/evaluate.py scored them
     bad_samples: dict[str, int]  # by cause
     skipped_at: list[int]  # steps whose update was skipped
     pictures: list[Picture]
@@ -82,18 +82,22 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads run folders. Raises UserError when one is not a run, or has logged nothing yet."""
+    """Reads folders of runs, of weights with results, of results. Raises UserError when one holds nothing to report."""
     names = [folder.resolve().name for folder in folders]
     return [_read_run(f, name if names.count(name) == 1 else str(f)) for f, name in zip(folders, names)]
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: not found; give the folder of a run, such as runs/NAME, that has logged something")
-    curves = _read_curves(path)
-    if not curves:
-        raise UserError(f"{path}: is empty: the run has logged nothing yet")
+    curves = _read_curves(folder / "metrics.jsonl")
+    evaluation = _read_evaluation(folder / "evaluation" / "results.json")
+    finetuning = [_read_finetuning(path) for path in _finetuning_files(folder)]
+    if not (curves or evaluation or finetuning):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: not found; give the folder of a run, such as runs/NAME")
+        raise UserError(
+            f"{folder}: nothing to report: no metrics.jsonl of a run that has logged something, and no results of "
+            "tools/evaluate.py or tools/finetune.py"
+        )
     starts = list(_read_lines(folder / "starts.jsonl"))
     bad = Counter(str(row.get("reason")) for row in _read_lines(folder / "bad_samples.jsonl"))
     wrong, num_wrong = _read_wrong(folder)
@@ -105,11 +109,8 @@ def _read_run(folder: Path, name: str) -> Run:
         starts=starts,
         config=_read_config(config) if config.is_file() else None,
         config_text=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
-        evaluation=_read_evaluation(folder / "evaluation" / "results.json"),
-        finetuning=[
-            _read_finetuning(path) for path in sorted(folder.glob("finetune/**/results.json")) if _is_task(path)
-        ],
-        real=_read_real(sorted(folder.glob("finetune/imagenet/final-*/evaluation/results.json"))),
+        evaluation=evaluation,
+        finetuning=finetuning,
         bad_samples=dict(bad.most_common()),
         skipped_at=[row["step"] for row in _read_lines(folder / "skipped_steps.jsonl")],
         pictures=_read_pictures(folder),
@@ -169,13 +170,18 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: was not written by tools/evaluate.py ({error}); move it away") from None
 
 
-def _read_real(paths: list[Path]) -> list[float]:
-    rows = [row for path in paths for row in (_read_evaluation(path) or {"rows": []})["rows"]]
-    return [row["value"] for row in rows if row["metric"] == "real/top1"]
+def _finetuning_files(folder: Path) -> list[Path]:
+    """The results of each task: below a run or weights, or in the folder that tools/finetune.py's --out named."""
+    own = [path for path in folder.glob("*/results.json") if _format_of(path) == "pretrain-finetuning"]
+    found = {*folder.glob("finetune*/**/results.json"), *own}
+    return sorted(path for path in found if path.parent.name != "evaluation")  # of a final run, by tools/evaluate.py
 
 
-def _is_task(path: Path) -> bool:
-    return path.parent.name != "evaluation"  # of a final run, by tools/evaluate.py
+def _format_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["format"]
+    except (ValueError, KeyError, TypeError):
+        return None  # somebody else's file
 
 
 def _read_finetuning(path: Path) -> dict[str, Any]:
