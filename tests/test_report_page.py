@@ -46,6 +46,7 @@ def add_everything(run: Path, word: str = "plain") -> None:
     """Gives a run each part a report can have; `word` stands wherever someone could have written something."""
     add_evaluation(run)
     write_finetuning(run, "imagenet", 0.5)
+    write_finetuning(run, "vtab/svhn", 0.5)
     write_finetuning(run, "vtab/long_name_of_a_task_of_the_structured_group", 0.25)
     write_finetuning(run, "other", 0.25)
     results = run / "finetune" / "other" / "results.json"
