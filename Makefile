@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two at a time, each on one thread; a file's tests stay together, for they share what they prepare.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-all check coverage format install lock preflight clean
 
@@ -10,13 +12,13 @@ demo: install
 	$(BIN)/python tools/demo.py
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -q
+	$(PYTEST) -m "not slow"
 
 test-all: install
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 coverage: install
-	$(BIN)/python -m pytest -m "not slow" -q --cov --cov-report=term-missing:skip-covered
+	$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 check: install
 	$(BIN)/ruff format --check .
