@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tiny import make_shards, tiny_config
 from torch import nn
-from weights_on_disk import ROOT, load_tool, one_line_error, run_tool, save_run
+from weights_on_disk import ROOT, load_tool, one_line, one_line_error, run_tool, save_run
 
 from pretrain.config import DataConfig
 from pretrain.data.images import to_float
@@ -24,6 +24,7 @@ from pretrain.distributed import free_port
 from pretrain.errors import UserError
 from pretrain.evaluation.fewshot import fewshot
 from pretrain.models.build import build_model
+from pretrain.report.runs import _read_evaluation
 
 torch.set_num_threads(1)
 NAMES = [f"shade {i}" for i in range(7)]
@@ -124,6 +125,132 @@ def test_two_ranks_write_the_same_figures(places: tuple[Path, Path, Path, nn.Mod
     assert_results(tmp_path, expected_rows(train, test, model))
 
 
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The tool's main in this process, without a process group."""
+    tool = load_tool("evaluate")
+    monkeypatch.setattr(tool.distributed, "start", lambda timeout_s: torch.device("cpu"))
+
+    def call(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [str(value) for value in ("evaluate.py", *arguments)])
+        tool.main()
+
+    return call
+
+
+# --- several calls, one table ----------------------------------------------------------------------------------------
+
+
+def table_of(out: Path) -> dict[str, tuple[float, int]]:
+    """Values and n by metric, as the report reads them; no metric twice."""
+    results = _read_evaluation(out / "results.json")
+    assert results
+    table = {row["metric"]: (row["value"], row["n"]) for row in results["rows"]}
+    page = (out / "results.md").read_text()
+    assert len(table) == len(results["rows"]) and all(f"| {m} |" in page for m in table if not m.endswith("-std"))
+    return table
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_rows_of_an_earlier_call_stay(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Head, few-shot, nearest neighbours and probes call after call: the rows and the record of one call for all."""
+    train, test, run, _ = places
+    for name in "ab":
+        (tmp_path / name).symlink_to(train.parent)
+    val, few, named = ["--val", test], ["--fewshot", train, test], ["--data", tmp_path, "--tasks"]
+    out = ["--workers", 0, "--out", tmp_path / "several"]
+    evaluate(run, *out, *val)
+    wrong = (tmp_path / "several" / "wrong.json").read_bytes()
+    evaluate(run, *out, *few, "--shots", 1)
+    for task in ("knn:a", "probe:a", "probe:b"):
+        evaluate(run, *out, *named, task)
+    evaluate(run, *out, *few, "--shots", 5)
+    assert (tmp_path / "several" / "wrong.json").read_bytes() == wrong and not capsys.readouterr().err
+    alone = ["--workers", 0, "--out", tmp_path / "one"]
+    evaluate(run, *alone, *val, *few, "--shots", 1, 5, *named, "knn:a,probe:a,probe:b")
+    assert len(table_of(tmp_path / "one")) == 13 and table_of(tmp_path / "several") == table_of(tmp_path / "one")
+    several, one = (record_of(tmp_path / name) for name in ("several", "one"))
+    assert {**several, "rows": None} == {**one, "rows": None} and len(one["probe"]["c"]) == 2
+
+
+def test_rows_on_other_data_or_by_another_protocol_are_dropped(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What was measured again is replaced; what the record would now describe wrongly goes, and is told."""
+    train, test, run, _ = places
+    other = make_shards(tmp_path / "other", num_samples=9, seed=2)
+    out, options = tmp_path / "out", ["--workers", 0, "--out", tmp_path / "out"]
+    evaluate(run, *options, "--val", test, "--fewshot", train, test, "--shots", 1, 5)
+    before = table_of(out)
+    evaluate(run, *options, "--val", other)
+    after = table_of(out)
+    assert not capsys.readouterr().err and after.keys() == before.keys()
+    assert {metric: n for metric, (_, n) in after.items()} == {m: 53 if "shot" in m else 9 for m in before}
+    evaluate(run, *options, "--fewshot", train, other, "--shots", 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 rows of an earlier call are dropped (other data or protocol): 5-shot, 5-shot-std" in line
+    assert set(table_of(out)) == {"loss", "top1", "top5", "1-shot", "1-shot-std"}
+    evaluate(run, *options, "--fewshot", train, other, "--shots", 5, "--fewshot-transform", "timm")
+    assert "(other data or protocol): 1-shot, 1-shot-std" in capsys.readouterr().err
+    assert record_of(out)["fewshot"]["shots"] == [5]
+
+
+def test_rows_of_other_weights_are_dropped(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that went on, another loss, a damaged file: told in one line, and the old mistakes' pictures go too."""
+    train, test, _, _ = places
+    save_run(tiny_config(train, tmp_path), NAMES, step=20)
+    run, out = tmp_path / "tiny", tmp_path / "tiny" / "evaluation"
+    near = ["--workers", 0, "--data", train.parent.parent, "--tasks", f"knn:{train.parent.name}"]
+    evaluate(run, "--workers", 0, "--val", test)
+    assert (out / "wrong.json").exists() and not capsys.readouterr().err
+    save_run(tiny_config(train, tmp_path), NAMES, step=30)
+    evaluate(run, *near)
+    dropped, removed = capsys.readouterr().err.splitlines()
+    assert "3 rows of an earlier call are dropped (other weights): loss, top1, top5" in dropped
+    assert "wrong.json: removed" in removed and not (out / "wrong.json").exists()
+    assert len(table_of(out)) == 2 and set(record_of(out)["data"]) == {f"{near[-1]}/train", f"{near[-1]}/test"}
+    evaluate(run, "--workers", 0, "--val", test)
+    assert not capsys.readouterr().err and len(table_of(out)) == 5
+    evaluate(run, *near, "--loss", "sigmoid")
+    assert "3 rows of an earlier call are dropped (other loss): loss" in capsys.readouterr().err
+    (out / "results.json").write_text('{"rows": [1]}')
+    evaluate(run, *near)
+    assert "cannot be read as an earlier call's" in capsys.readouterr().err and len(table_of(out)) == 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
+def test_what_tells_weights_apart(kind: str, tmp_path: Path) -> None:
+    """A changed byte in a tensor file is another set of weights; results beside it, or another place, are not."""
+    digest = load_tool("evaluate")._digest
+    name = {"folder": "model.safetensors", "file": "b16.npz", "checkpoint": "MANIFEST.json"}[kind]
+    found = []
+    for place, content in [("first", b"1"), ("second", b"1"), ("third", b"2")]:
+        (tmp_path / place / "evaluation").mkdir(parents=True)
+        (tmp_path / place / name).write_bytes(content)
+        (tmp_path / place / "results.md").write_text(place)
+        found.append(digest(tmp_path / place / name if kind == "file" else tmp_path / place))
+    assert found[0] == found[1] != found[2]
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
 def other_classes(folder: Path) -> Path:
     """A copy of the layout with a class more."""
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -148,19 +275,15 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_told_in_one_line(
-    mistake: str, places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mistake: str, places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, evaluate: Callable[..., None]
 ) -> None:
     """Each before any image is read, with the way out; no results are written."""
     train, _, run, _ = places
     arguments, message = MISTAKES[mistake]
     test = make_shards(tmp_path / "test", num_samples=9)
-    evaluate = load_tool("evaluate")
-    monkeypatch.setattr(evaluate.distributed, "start", lambda timeout_s: torch.device("cpu"))
-    values = ["evaluate.py", run, "--out", tmp_path / "out", *arguments(train, test)]
-    monkeypatch.setattr(sys, "argv", [str(value) for value in values])
     with pytest.raises(UserError, match=message) as caught:
-        evaluate.main()
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        evaluate(run, "--out", tmp_path / "out", *arguments(train, test))
+    assert one_line(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_the_exit_code_tells(tmp_path: Path) -> None:
