@@ -35,7 +35,6 @@ from pretrain.evaluation.classification import (
     Predictions,
     Score,
     among,
-    mean_average_precision,
     predict_all,
     relabelled,
     scores_of,
@@ -51,9 +50,7 @@ from pretrain.run import versions
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
 MAX_PIXEL_BYTES = 16 << 30  # of raw pixels as float32: 28,000 images at 224 px
-MAX_LOGIT_BYTES = (
-    4 << 30
-)  # of logits as float32, on every rank, for mean average precision: 50,000 images of 21k classes
+MAX_LOGIT_BYTES = 4 << 30  # of float32 on every rank, for mean average precision: 50,000 images of 21k classes
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
 
 
@@ -167,8 +164,6 @@ def classify(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
         warn(f"{manifest.path}: {num_scored - n} of {num_scored} images cannot be read: not scored")
     bench.predictions.append((job, manifest, found))
     scores = scores_of(found)
-    if ranks_classes and found.logits is not None:
-        scores.append(Score("mean_average_precision", mean_average_precision(found.logits, found.labels), n))
     if job.task and job.task.official_metric in OFFICIAL:
         official = OFFICIAL[job.task.official_metric]
         scores.append(Score(job.task.official_metric, official(found.labels[:, 0], found.classes[:, 0]), n))
