@@ -1,9 +1,10 @@
 """tools/evaluate.py: its figures are those of a direct computation, on one rank and on two; mistakes are one line."""
 
+import io
 import json
 import os
-import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from ranks import run_ranks
 from tiny import make_shards, tiny_config
 from torch import nn
-from weights_on_disk import ROOT, load_tool, one_line, one_line_error, run_tool, save_run
+from weights_on_disk import load_tool, one_line, one_line_error, run_tool, save_run
 
 from pretrain.config import DataConfig
+from pretrain.data.build import index_existing
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.distributed import free_port
 from pretrain.errors import UserError
 from pretrain.evaluation.fewshot import fewshot
 from pretrain.models.build import build_model
@@ -100,36 +103,32 @@ def test_figures_are_those_of_a_direct_computation(places: tuple[Path, Path, Pat
     assert f"{top1:.2%}" in done.stdout and "results.json" in done.stdout and not done.stderr
 
 
+def evaluate_on_rank(arguments: list[str]) -> None:
+    """The tool's main, with the option that the deepspeed launcher gives."""
+    sys.argv = ["evaluate.py", f"--local_rank={os.environ['LOCAL_RANK']}", *arguments]
+    load_tool("evaluate").main()
+
+
 @pytest.mark.slow
 def test_two_ranks_write_the_same_figures(places: tuple[Path, Path, Path, nn.Module], tmp_path: Path) -> None:
     """As under `deepspeed` or `srun`, which set RANK and WORLD_SIZE: rank 0 writes, over the images of both."""
     train, test, run, model = places
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "evaluate.py"),
-        str(run),
-        "--val",
-        str(test),
-        "--out",
-        str(tmp_path),
-    ]
-    command += ["--fewshot", str(train), str(test), "--shots", "1", "5", "--batch-size", "8", "--baselines"]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, f"--local_rank={rank}"], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}
-        )
-        for rank in "01"
-    ]
-    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    options = ["--val", test, "--fewshot", train, test, "--shots", 1, 5, "--batch-size", 8, "--baselines"]
+    run_ranks(evaluate_on_rank, 2, [str(value) for value in (run, *options, "--out", tmp_path)])
     assert_results(tmp_path, expected_rows(train, test, model))
 
 
 @pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """The tool's main in this process, without a process group."""
-    tool = load_tool("evaluate")
-    monkeypatch.setattr(tool.distributed, "start", lambda timeout_s: torch.device("cpu"))
+def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """tools/evaluate.py in this process, without a process group."""
+    module = load_tool("evaluate")
+    monkeypatch.setattr(module.distributed, "start", lambda timeout_s: torch.device("cpu"))
+    return module
+
+
+@pytest.fixture
+def evaluate(tool: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Its main."""
 
     def call(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", [str(value) for value in ("evaluate.py", *arguments)])
@@ -235,17 +234,55 @@ def test_rows_of_other_weights_are_dropped(
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
-def test_what_tells_weights_apart(kind: str, tmp_path: Path) -> None:
+def test_what_tells_weights_apart(kind: str, tool: Any, tmp_path: Path) -> None:
     """A changed byte in a tensor file is another set of weights; results beside it, or another place, are not."""
-    digest = load_tool("evaluate")._digest
     name = {"folder": "model.safetensors", "file": "b16.npz", "checkpoint": "MANIFEST.json"}[kind]
     found = []
     for place, content in [("first", b"1"), ("second", b"1"), ("third", b"2")]:
         (tmp_path / place / "evaluation").mkdir(parents=True)
         (tmp_path / place / name).write_bytes(content)
         (tmp_path / place / "results.md").write_text(place)
-        found.append(digest(tmp_path / place / name if kind == "file" else tmp_path / place))
+        found.append(tool._digest(tmp_path / place / name if kind == "file" else tmp_path / place))
     assert found[0] == found[1] != found[2]
+
+
+# --- two questions, one pass -----------------------------------------------------------------------------------------
+
+
+def test_real_needs_no_pass_of_its_own(
+    tool: Any, evaluate: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 images in 4 batches: as many forward passes for imagenet and real as for one; the same figures and lines."""
+    random, names = np.random.default_rng(0), [str(number) for number in range(1000)]
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for number in range(13):
+            file = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (20, 20, 3)).astype(np.uint8)).save(file, "png")
+            for ending, content in (("png", file.getvalue()), ("cls", str(number).encode())):
+                member = tarfile.TarInfo(f"ILSVRC2012_val_{number + 1:08d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    shards = tmp_path / "data" / "imagenet" / "val"
+    index_existing([tmp_path / "images.tar"], names, shards)
+    save_run(tiny_config(shards, tmp_path), names)
+    seen: list[int] = []
+    real_predict = tool.Bench.predict
+
+    def predict(self: Any, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return real_predict(self, images)
+
+    monkeypatch.setattr(tool.Bench, "predict", predict)
+    rows, lines = {}, {}
+    for tasks in ("imagenet", "real", "imagenet,real"):
+        seen.clear()
+        out = tmp_path / tasks
+        options = ["--data", tmp_path / "data", "--tasks", tasks, "--predictions", out / "all.jsonl", "--out", out]
+        evaluate(tmp_path / "tiny", *options, "--batch-size", 4, "--workers", 0)
+        assert seen == [4] * 4
+        rows[tasks], lines[tasks] = table_of(out), (out / "all.jsonl").read_text()
+    assert rows["imagenet,real"] == rows["imagenet"] | rows["real"]
+    assert lines["imagenet,real"] == lines["imagenet"] + lines["real"]
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -292,12 +329,11 @@ def test_the_exit_code_tells(tmp_path: Path) -> None:
 
 
 def test_differing_class_names_are_warned_of(
-    places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    places: tuple[Path, Path, Path, nn.Module], tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Label 2 must mean the same in the shards and in the head."""
     _, _, run, _ = places
     shards = make_shards(tmp_path / "test", num_samples=9)
     (shards / "classes.json").write_text(json.dumps([*NAMES[:2], "other", *NAMES[3:]]))
-    evaluate = load_tool("evaluate")
-    evaluate._check_classes(evaluate.read_weights(run), load_manifest(shards))
+    tool._check_classes(tool.read_weights(run), load_manifest(shards))
     assert "1 class names differ" in (told := capsys.readouterr().err) and "class 2 is 'other'" in told

@@ -32,6 +32,7 @@ from pretrain.errors import UserError
 from pretrain.evaluation import fewshot, knn, probe
 from pretrain.evaluation.classification import (
     OFFICIAL,
+    Predict,
     Predictions,
     Score,
     among,
@@ -90,6 +91,8 @@ class Bench:
     loss: str
     predictions: list[tuple[Job, Manifest, Predictions]] = field(default_factory=list)
     chosen_c: dict[str, float] = field(default_factory=dict)  # of each linear probe
+    shared: set[Path] = field(default_factory=set)  # test sets that the head is scored on more than once
+    _logits: dict[Path, list[Batch]] = field(default_factory=dict)  # this rank's, of shared sets
     _kept: dict[tuple, Features | None] = field(default_factory=dict)  # of the last data set, for the next evaluator
 
     def options(self, transform: str | None = None) -> dict[str, Any]:
@@ -108,6 +111,24 @@ class Bench:
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the logits of uint8 images [B, 3, H, W]."""
         return self.model(to_float(images, torch.float32))
+
+    def head_batches(self, manifest: Manifest) -> Iterable[Batch]:
+        """Returns this rank's batches with logits [B, classes] in place of images; of a shared set, from one pass."""
+        if manifest.path in self._logits:
+            return self._logits[manifest.path]
+        batches = eval_batches(manifest, np.arange(manifest.num_samples), **self.options())
+        return self._predicted(batches, manifest.path)
+
+    def _predicted(self, batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
+        done = []
+        for batch in batches:
+            if batch.error is None:
+                batch = batch._replace(images=self.predict(batch.images.to(self.device)))
+            if path in self.shared:
+                done.append(batch._replace(images=batch.images.cpu()))
+            yield batch
+        if path in self.shared:  # and all of it is there
+            self._logits[path] = done
 
     def features(
         self,
@@ -144,8 +165,8 @@ class Bench:
 def classify(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
     """Loss, top-1, top-5 and a task's own metric, by the model's head."""
     manifest = sets["test"]
-    batches: Iterable[Batch] = eval_batches(manifest, np.arange(manifest.num_samples), **bench.options())
-    predict = bench.predict
+    batches: Iterable[Batch] = bench.head_batches(manifest)
+    predict: Predict = nn.Identity()
     num_scored = manifest.num_samples
     if job.task and (classes := scored_classes(job.task)):
         predict = among(predict, classes)
@@ -364,6 +385,8 @@ def _evaluate(
     model = build_model(weights.model, weights.num_classes)
     load_tensors(model, weights)
     bench = Bench(arguments, weights, model.to(device).eval(), device, arguments.loss or weights.loss)
+    scored = [sets["test"].path for job, sets in opened if job.kind == "classify"]
+    bench.shared = {path for path in scored if scored.count(path) > 1}
     rows: list[Row] = []
     for job, sets in opened:
         rows += _tried(job, failed, partial(EVALUATORS[job.kind], bench, job, sets)) or []
