@@ -241,7 +241,7 @@ def test_what_tells_weights_apart(kind: str, tool: Any, tmp_path: Path) -> None:
     for place, content in [("first", b"1"), ("second", b"1"), ("third", b"2")]:
         (tmp_path / place / "evaluation").mkdir(parents=True)
         (tmp_path / place / name).write_bytes(content)
-        (tmp_path / place / "results.md").write_text(place)
+        (tmp_path / place / "results.json").write_text(place)
         found.append(tool._digest(tmp_path / place / name if kind == "file" else tmp_path / place))
     assert found[0] == found[1] != found[2]
 

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -461,7 +462,8 @@ def _digest(weights: Path) -> str:
         if (weights / "MANIFEST.json").is_file():
             files = [weights / "MANIFEST.json"]
         elif weights.is_dir():
-            files = sorted(path for path in weights.iterdir() if path.suffix in (".json", ".safetensors"))
+            ours = re.compile(r"config\.json$|\.safetensors")  # not results.json, which --out may have put here
+            files = sorted(path for path in weights.iterdir() if ours.search(path.name))
         else:
             files = [weights]
         for path in files:
