@@ -1,9 +1,10 @@
 """tools/evaluate.py: its figures are those of a direct computation, on one rank and on two; mistakes are one line."""
 
+import io
 import json
 import os
-import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from ranks import run_ranks
 from tiny import make_shards, tiny_config
 from torch import nn
-from weights_on_disk import ROOT, load_tool, one_line_error, run_tool, save_run
+from weights_on_disk import load_tool, one_line, one_line_error, run_tool, save_run
 
 from pretrain.config import DataConfig
+from pretrain.data.build import index_existing
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.distributed import free_port
 from pretrain.errors import UserError
 from pretrain.evaluation.fewshot import fewshot
 from pretrain.models.build import build_model
+from pretrain.report.runs import _read_evaluation
 
 torch.set_num_threads(1)
 NAMES = [f"shade {i}" for i in range(7)]
@@ -99,29 +103,189 @@ def test_figures_are_those_of_a_direct_computation(places: tuple[Path, Path, Pat
     assert f"{top1:.2%}" in done.stdout and "results.json" in done.stdout and not done.stderr
 
 
+def evaluate_on_rank(arguments: list[str]) -> None:
+    """The tool's main, with the option that the deepspeed launcher gives."""
+    sys.argv = ["evaluate.py", f"--local_rank={os.environ['LOCAL_RANK']}", *arguments]
+    load_tool("evaluate").main()
+
+
 @pytest.mark.slow
 def test_two_ranks_write_the_same_figures(places: tuple[Path, Path, Path, nn.Module], tmp_path: Path) -> None:
     """As under `deepspeed` or `srun`, which set RANK and WORLD_SIZE: rank 0 writes, over the images of both."""
     train, test, run, model = places
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "evaluate.py"),
-        str(run),
-        "--val",
-        str(test),
-        "--out",
-        str(tmp_path),
-    ]
-    command += ["--fewshot", str(train), str(test), "--shots", "1", "5", "--batch-size", "8", "--baselines"]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, f"--local_rank={rank}"], env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}
-        )
-        for rank in "01"
-    ]
-    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    options = ["--val", test, "--fewshot", train, test, "--shots", 1, 5, "--batch-size", 8, "--baselines"]
+    run_ranks(evaluate_on_rank, 2, [str(value) for value in (run, *options, "--out", tmp_path)])
     assert_results(tmp_path, expected_rows(train, test, model))
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """tools/evaluate.py in this process, without a process group."""
+    module = load_tool("evaluate")
+    monkeypatch.setattr(module.distributed, "start", lambda timeout_s: torch.device("cpu"))
+    return module
+
+
+@pytest.fixture
+def evaluate(tool: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Its main."""
+
+    def call(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [str(value) for value in ("evaluate.py", *arguments)])
+        tool.main()
+
+    return call
+
+
+# --- several calls, one table ----------------------------------------------------------------------------------------
+
+
+def table_of(out: Path) -> dict[str, tuple[float, int]]:
+    """Values and n by metric, as the report reads them; no metric twice."""
+    results = _read_evaluation(out / "results.json")
+    assert results
+    table = {row["metric"]: (row["value"], row["n"]) for row in results["rows"]}
+    page = (out / "results.md").read_text()
+    assert len(table) == len(results["rows"]) and all(f"| {m} |" in page for m in table if not m.endswith("-std"))
+    return table
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_rows_of_an_earlier_call_stay(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Head, few-shot, nearest neighbours and probes call after call: the rows and the record of one call for all."""
+    train, test, run, _ = places
+    for name in "ab":
+        (tmp_path / name).symlink_to(train.parent)
+    val, few, named = ["--val", test], ["--fewshot", train, test], ["--data", tmp_path, "--tasks"]
+    out = ["--workers", 0, "--out", tmp_path / "several"]
+    evaluate(run, *out, *val)
+    wrong = (tmp_path / "several" / "wrong.json").read_bytes()
+    evaluate(run, *out, *few, "--shots", 1)
+    for task in ("knn:a", "probe:a", "probe:b"):
+        evaluate(run, *out, *named, task)
+    evaluate(run, *out, *few, "--shots", 5)
+    assert (tmp_path / "several" / "wrong.json").read_bytes() == wrong and not capsys.readouterr().err
+    alone = ["--workers", 0, "--out", tmp_path / "one"]
+    evaluate(run, *alone, *val, *few, "--shots", 1, 5, *named, "knn:a,probe:a,probe:b")
+    assert len(table_of(tmp_path / "one")) == 13 and table_of(tmp_path / "several") == table_of(tmp_path / "one")
+    several, one = (record_of(tmp_path / name) for name in ("several", "one"))
+    assert {**several, "rows": None} == {**one, "rows": None} and len(one["probe"]["c"]) == 2
+
+
+def test_rows_on_other_data_or_by_another_protocol_are_dropped(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What was measured again is replaced; what the record would now describe wrongly goes, and is told."""
+    train, test, run, _ = places
+    other = make_shards(tmp_path / "other", num_samples=9, seed=2)
+    out, options = tmp_path / "out", ["--workers", 0, "--out", tmp_path / "out"]
+    evaluate(run, *options, "--val", test, "--fewshot", train, test, "--shots", 1, 5)
+    before = table_of(out)
+    evaluate(run, *options, "--val", other)
+    after = table_of(out)
+    assert not capsys.readouterr().err and after.keys() == before.keys()
+    assert {metric: n for metric, (_, n) in after.items()} == {m: 53 if "shot" in m else 9 for m in before}
+    evaluate(run, *options, "--fewshot", train, other, "--shots", 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 rows of an earlier call are dropped (other data or protocol): 5-shot, 5-shot-std" in line
+    assert set(table_of(out)) == {"loss", "top1", "top5", "1-shot", "1-shot-std"}
+    evaluate(run, *options, "--fewshot", train, other, "--shots", 5, "--fewshot-transform", "timm")
+    assert "(other data or protocol): 1-shot, 1-shot-std" in capsys.readouterr().err
+    assert record_of(out)["fewshot"]["shots"] == [5]
+
+
+def test_rows_of_other_weights_are_dropped(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that went on, another loss, a damaged file: told in one line, and the old mistakes' pictures go too."""
+    train, test, _, _ = places
+    save_run(tiny_config(train, tmp_path), NAMES, step=20)
+    run, out = tmp_path / "tiny", tmp_path / "tiny" / "evaluation"
+    near = ["--workers", 0, "--data", train.parent.parent, "--tasks", f"knn:{train.parent.name}"]
+    evaluate(run, "--workers", 0, "--val", test)
+    assert (out / "wrong.json").exists() and not capsys.readouterr().err
+    save_run(tiny_config(train, tmp_path), NAMES, step=30)
+    evaluate(run, *near)
+    dropped, removed = capsys.readouterr().err.splitlines()
+    assert "3 rows of an earlier call are dropped (other weights): loss, top1, top5" in dropped
+    assert "wrong.json: removed" in removed and not (out / "wrong.json").exists()
+    assert len(table_of(out)) == 2 and set(record_of(out)["data"]) == {f"{near[-1]}/train", f"{near[-1]}/test"}
+    evaluate(run, "--workers", 0, "--val", test)
+    assert not capsys.readouterr().err and len(table_of(out)) == 5
+    evaluate(run, *near, "--loss", "sigmoid")
+    assert "3 rows of an earlier call are dropped (other loss): loss" in capsys.readouterr().err
+    (out / "results.json").write_text('{"rows": [1]}')
+    evaluate(run, *near)
+    assert "cannot be read as an earlier call's" in capsys.readouterr().err and len(table_of(out)) == 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
+def test_what_tells_weights_apart(kind: str, tool: Any, tmp_path: Path) -> None:
+    """A changed byte in a tensor file is another set of weights; results beside it, or another place, are not."""
+    name = {"folder": "model.safetensors", "file": "b16.npz", "checkpoint": "MANIFEST.json"}[kind]
+    found = []
+    for place, content in [("first", b"1"), ("second", b"1"), ("third", b"2")]:
+        (tmp_path / place / "evaluation").mkdir(parents=True)
+        (tmp_path / place / name).write_bytes(content)
+        (tmp_path / place / "results.json").write_text(place)
+        found.append(tool._digest(tmp_path / place / name if kind == "file" else tmp_path / place))
+    assert found[0] == found[1] != found[2]
+
+
+# --- two questions, one pass -----------------------------------------------------------------------------------------
+
+
+def test_real_needs_no_pass_of_its_own(
+    tool: Any, evaluate: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 images in 4 batches: as many forward passes for imagenet and real as for one; the same figures and lines."""
+    random, names = np.random.default_rng(0), [str(number) for number in range(1000)]
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for number in range(13):
+            file = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (20, 20, 3)).astype(np.uint8)).save(file, "png")
+            for ending, content in (("png", file.getvalue()), ("cls", str(number).encode())):
+                member = tarfile.TarInfo(f"ILSVRC2012_val_{number + 1:08d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    shards = tmp_path / "data" / "imagenet" / "val"
+    index_existing([tmp_path / "images.tar"], names, shards)
+    save_run(tiny_config(shards, tmp_path), names)
+    seen: list[int] = []
+    real_predict = tool.Bench.predict
+
+    def predict(self: Any, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return real_predict(self, images)
+
+    monkeypatch.setattr(tool.Bench, "predict", predict)
+    rows, lines = {}, {}
+    for tasks in ("imagenet", "real", "imagenet,real"):
+        seen.clear()
+        out = tmp_path / tasks
+        options = ["--data", tmp_path / "data", "--tasks", tasks, "--predictions", out / "all.jsonl", "--out", out]
+        evaluate(tmp_path / "tiny", *options, "--batch-size", 4, "--workers", 0)
+        assert seen == [4] * 4
+        rows[tasks], lines[tasks] = table_of(out), (out / "all.jsonl").read_text()
+    assert rows["imagenet,real"] == rows["imagenet"] | rows["real"]
+    assert lines["imagenet,real"] == lines["imagenet"] + lines["real"]
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
 
 
 def other_classes(folder: Path) -> Path:
@@ -148,19 +312,15 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_told_in_one_line(
-    mistake: str, places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mistake: str, places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, evaluate: Callable[..., None]
 ) -> None:
     """Each before any image is read, with the way out; no results are written."""
     train, _, run, _ = places
     arguments, message = MISTAKES[mistake]
     test = make_shards(tmp_path / "test", num_samples=9)
-    evaluate = load_tool("evaluate")
-    monkeypatch.setattr(evaluate.distributed, "start", lambda timeout_s: torch.device("cpu"))
-    values = ["evaluate.py", run, "--out", tmp_path / "out", *arguments(train, test)]
-    monkeypatch.setattr(sys, "argv", [str(value) for value in values])
     with pytest.raises(UserError, match=message) as caught:
-        evaluate.main()
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        evaluate(run, "--out", tmp_path / "out", *arguments(train, test))
+    assert one_line(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_the_exit_code_tells(tmp_path: Path) -> None:
@@ -169,12 +329,11 @@ def test_the_exit_code_tells(tmp_path: Path) -> None:
 
 
 def test_differing_class_names_are_warned_of(
-    places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    places: tuple[Path, Path, Path, nn.Module], tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Label 2 must mean the same in the shards and in the head."""
     _, _, run, _ = places
     shards = make_shards(tmp_path / "test", num_samples=9)
     (shards / "classes.json").write_text(json.dumps([*NAMES[:2], "other", *NAMES[3:]]))
-    evaluate = load_tool("evaluate")
-    evaluate._check_classes(evaluate.read_weights(run), load_manifest(shards))
+    tool._check_classes(tool.read_weights(run), load_manifest(shards))
     assert "1 class names differ" in (told := capsys.readouterr().err) and "class 2 is 'other'" in told

@@ -1,5 +1,9 @@
-"""Few-shot accuracy and nearest neighbours inside a training run: on any ZeRO stage, and without a trace in it."""
+"""Few-shot accuracy, nearest neighbours and mean average precision inside a training run, on any ZeRO stage.
 
+None of them leaves a trace in it.
+"""
+
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import run_ranks
 from tiny import changed, make_shards, tiny_config
 
 from pretrain import distributed
 from pretrain.checkpoint import newest_valid
 from pretrain.config import Config, DataConfig, config_to_dict
+from pretrain.data.build import Item, build
+from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import ConfigError, UserError
@@ -21,6 +28,8 @@ from pretrain.evaluation.fewshot import fewshot
 from pretrain.evaluation.knn import knn
 from pretrain.models import load_model
 from pretrain.models.build import build_model
+from pretrain.report.curves import draw_panels
+from pretrain.report.runs import read_runs
 from pretrain.train import _build_engine, _open_data, train
 
 torch.set_num_threads(1)
@@ -67,7 +76,10 @@ def features_by_hand(config: Config) -> dict[str, float]:
 def test_the_run_logs_what_its_weights_reach(
     stage: int, ranks: int, average: float, shards: Path, tmp_path: Path
 ) -> None:
-    """ZeRO 1 to 3, uneven ranks, with averages and without: the last line is that of the weights load_model returns."""
+    """ZeRO 1 to 3, uneven ranks, with averages and without: the last line is that of the weights load_model returns.
+
+    The report has a panel for each figure.
+    """
     config = with_features(shards, tmp_path, engine__zero_stage=stage, optim__average_decay=average)
     run_ranks(finish, ranks, config)
     rows = [row for row in rows_of(config) if "val/fewshot_5" in row]
@@ -77,6 +89,8 @@ def test_the_run_logs_what_its_weights_reach(
     assert {"val/fewshot_5": found["val/fewshot_5"]}.items() <= json.loads(
         (tmp_path / "tiny" / "DONE").read_text()
     ).items()
+    titles = [panel.title for panel in draw_panels(read_runs([tmp_path / "tiny"]))]
+    assert titles[-4:] == ["fewshot_1", "fewshot_5", "knn_1", "knn_20"]
 
 
 def test_training_is_the_same_with_and_without(shards: Path, tmp_path: Path) -> None:
@@ -131,6 +145,64 @@ def test_features_cut_short_are_made_up_for(shards: Path, tmp_path: Path) -> Non
     found = {key: value for key, value in row.items() if "shot" in key or "knn" in key}
     assert row["step"] == 20 and found == pytest.approx(features_by_hand(config), abs=1e-6)
 
+
+# --- several labels per image ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """47 coloured squares of one to three of 8 classes."""
+    random, items = np.random.default_rng(0), []
+    for number in range(47):
+        file = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (24, 24, 3)).astype(np.uint8)).save(file, "png")
+        classes = random.permutation(8)[: 1 + number % 3].tolist()
+        items.append(Item(file.getvalue, "png", classes, f"square {number}"))
+    return build(items, [], tmp_path_factory.mktemp("several") / "set", samples_per_shard=20, seed=0)
+
+
+def precision_by_hand(folder: Path, shards: Path) -> float:
+    """Over the classes and their images: the share of the class among the images ranked as high or higher."""
+    manifest = load_manifest(shards)
+    options = {"batch_size": 47, "image_size": 16, "config": DataConfig(workers=0)}
+    batch = next(eval_batches(manifest, np.arange(47), **options))
+    with torch.no_grad():
+        logits = load_model(folder)(to_float(batch.images, torch.float32))
+    found = []
+    for k in range(8):
+        own = (batch.labels == k).any(dim=1)
+        shares = [own[logits[:, k] >= logit].float().mean() for logit in logits[own, k]]
+        found.append(torch.stack(shares).mean().item())
+    return float(np.mean(found))
+
+
+def finish_without_room(config: Config) -> None:
+    import pretrain.train
+
+    pretrain.train.MAX_LOGIT_BYTES = 4 * 47 * 8 - 1
+    train(config)
+
+
+def test_several_labels_have_mean_average_precision(several: Path, tmp_path: Path) -> None:
+    """On 3 uneven ranks of ZeRO-3, as by a slow loop over the weights that load_model returns; drawn in the report.
+
+    Without room for the logits the other figures are measured all the same.
+    """
+    options = {"loss": "sigmoid", "evaluation__every_steps": 20, "data__val": several, "engine__zero_stage": 3}
+    config = tiny_config(several, tmp_path, **options)
+    run_ranks(finish, 3, config)
+    (row,) = [row for row in rows_of(config) if "val/top1" in row]
+    expected = precision_by_hand(tmp_path / "tiny", several)
+    assert row["val/mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+    assert row["val/images"] == 47 and 0.1 < expected < 0.9
+    assert draw_panels(read_runs([tmp_path / "tiny"]))[-1].title == "mean_average_precision"
+    config = changed(config, output=str(tmp_path / "without"))
+    run_ranks(finish_without_room, 1, config)
+    (other,) = [row for row in rows_of(config) if "val/top1" in row]
+    assert row.keys() - other.keys() == {"val/mean_average_precision"}
+
+
+# --- the features ----------------------------------------------------------------------------------------------------
 
 IMAGES = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -42,6 +42,13 @@ def values_of(folder: Path) -> dict[str, tuple[float, int]]:
     return {row["metric"]: (row["value"], row["n"]) for row in rows}
 
 
+def assert_same_lines(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """The same images in the same order, with the same classes; probabilities to rounding."""
+    for line, other in zip(found, expected, strict=True):
+        assert line["probabilities"] == pytest.approx(other["probabilities"], abs=2e-6)
+        assert {**line, "probabilities": None} == {**other, "probabilities": None}
+
+
 # --- real photos -----------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +124,24 @@ def test_every_photo_is_predicted_as_by_timm(
     assert values["imagenet/top1"] == (pytest.approx((logits.argmax(1) == labels).float().mean().item()), 520)
     in_five = (logits.topk(5).indices == labels[:, None]).any(dim=1)
     assert values["imagenet/top5"] == (pytest.approx(in_five.float().mean().item()), 520)
+
+
+@pytest.mark.parametrize("ranks, batch_size", [(2, 64), (3, 37)])
+def test_photos_on_several_ranks_are_predicted_alike(
+    ranks: int, batch_size: int, photos: tuple[Path, Path, nn.Module], scored: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """All 520 on ranks and in batches that do not divide them: the lines and n of one rank in batches of 64."""
+    data, weights, _ = photos
+    options = ["--tasks", "imagenet,real", "--data", data, "--out", tmp_path, "--predictions", tmp_path / "all.jsonl"]
+    options += ["--batch-size", batch_size, "--workers", 0]
+    assert run_ranks(evaluate_on_rank, ranks, [str(weights), *map(str, options)]) == [0] * ranks
+    found, expected = lines_of(tmp_path / "all.jsonl"), lines_of(scored[0] / "all.jsonl")
+    assert len(found) == 520 + 502
+    assert_same_lines(found, expected)
+    values, others = values_of(tmp_path), values_of(scored[0])
+    assert {metric: n for metric, (_, n) in values.items()} == {metric: n for metric, (_, n) in others.items()}
+    for metric, (value, _) in values.items():
+        assert value == pytest.approx(others[metric][0], rel=1e-6 if metric.endswith("loss") else 0)
 
 
 def test_real_is_joined_by_name(
@@ -215,9 +240,7 @@ def test_ranks_and_batch_sizes_change_nothing(
     out = evaluated(places, tmp_path, ranks=ranks, batch_size=batch_size)
     found, expected = lines_of(out / "all.jsonl"), lines_of(alone / "all.jsonl")
     assert [line["index"] for line in found] == list(range(53))
-    for line, other in zip(found, expected, strict=True):
-        assert line["probabilities"] == pytest.approx(other["probabilities"], abs=2e-6)
-        assert {**line, "probabilities": None} == {**other, "probabilities": None}
+    assert_same_lines(found, expected)
     values, others = values_of(out), values_of(alone)
     assert values.keys() == others.keys()
     for metric, (value, n) in values.items():

@@ -4,8 +4,10 @@ python tools/evaluate.py WEIGHTS [--tasks imagenet,real,knn:pets --data ROOT] [-
 """
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,10 +33,10 @@ from pretrain.errors import UserError
 from pretrain.evaluation import fewshot, knn, probe
 from pretrain.evaluation.classification import (
     OFFICIAL,
+    Predict,
     Predictions,
     Score,
     among,
-    mean_average_precision,
     predict_all,
     relabelled,
     scores_of,
@@ -44,14 +46,13 @@ from pretrain.evaluation.predictions import lines, wrong_items
 from pretrain.evaluation.tasks import TASKS, Task, missing, real_labels, scored_classes, task, task_folder
 from pretrain.log import warn
 from pretrain.models.build import build_model
+from pretrain.models.tensors import readable
 from pretrain.models.weights import Weights, load_tensors, read_weights, results_folder
 from pretrain.run import versions
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
 MAX_PIXEL_BYTES = 16 << 30  # of raw pixels as float32: 28,000 images at 224 px
-MAX_LOGIT_BYTES = (
-    4 << 30
-)  # of logits as float32, on every rank, for mean average precision: 50,000 images of 21k classes
+MAX_LOGIT_BYTES = 4 << 30  # of float32 on every rank, for mean average precision: 50,000 images of 21k classes
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
 
 
@@ -91,6 +92,8 @@ class Bench:
     loss: str
     predictions: list[tuple[Job, Manifest, Predictions]] = field(default_factory=list)
     chosen_c: dict[str, float] = field(default_factory=dict)  # of each linear probe
+    shared: set[Path] = field(default_factory=set)  # test sets that the head is scored on more than once
+    _logits: dict[Path, list[Batch]] = field(default_factory=dict)  # this rank's, of shared sets
     _kept: dict[tuple, Features | None] = field(default_factory=dict)  # of the last data set, for the next evaluator
 
     def options(self, transform: str | None = None) -> dict[str, Any]:
@@ -109,6 +112,24 @@ class Bench:
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the logits of uint8 images [B, 3, H, W]."""
         return self.model(to_float(images, torch.float32))
+
+    def head_batches(self, manifest: Manifest) -> Iterable[Batch]:
+        """Returns this rank's batches with logits [B, classes] in place of images; of a shared set, from one pass."""
+        if manifest.path in self._logits:
+            return self._logits[manifest.path]
+        batches = eval_batches(manifest, np.arange(manifest.num_samples), **self.options())
+        return self._predicted(batches, manifest.path)
+
+    def _predicted(self, batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
+        done = []
+        for batch in batches:
+            if batch.error is None:
+                batch = batch._replace(images=self.predict(batch.images.to(self.device)))
+            if path in self.shared:
+                done.append(batch._replace(images=batch.images.cpu()))
+            yield batch
+        if path in self.shared:  # and all of it is there
+            self._logits[path] = done
 
     def features(
         self,
@@ -145,8 +166,8 @@ class Bench:
 def classify(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
     """Loss, top-1, top-5 and a task's own metric, by the model's head."""
     manifest = sets["test"]
-    batches: Iterable[Batch] = eval_batches(manifest, np.arange(manifest.num_samples), **bench.options())
-    predict = bench.predict
+    batches: Iterable[Batch] = bench.head_batches(manifest)
+    predict: Predict = nn.Identity()
     num_scored = manifest.num_samples
     if job.task and (classes := scored_classes(job.task)):
         predict = among(predict, classes)
@@ -165,8 +186,6 @@ def classify(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
         warn(f"{manifest.path}: {num_scored - n} of {num_scored} images cannot be read: not scored")
     bench.predictions.append((job, manifest, found))
     scores = scores_of(found)
-    if ranks_classes and found.logits is not None:
-        scores.append(Score("mean_average_precision", mean_average_precision(found.logits, found.labels), n))
     if job.task and job.task.official_metric in OFFICIAL:
         official = OFFICIAL[job.task.official_metric]
         scores.append(Score(job.task.official_metric, official(found.labels[:, 0], found.classes[:, 0]), n))
@@ -292,13 +311,14 @@ def main() -> None:
     if distributed.is_main():
         out = arguments.out or results_folder(arguments.weights, "evaluation")
         _print_table(rows, str(arguments.weights))
+        rows, record = _with_earlier(rows, record, out / "results.json")
         _write(out, _pages(rows, record, bench))
         print(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
             _write_predictions(arguments.predictions, bench)
     distributed.stop()
-    if record["failed"]:
-        raise UserError(f"{len(record['failed'])} of {len(jobs)} not scored: {', '.join(record['failed'])}")
+    if failed := record["failed"]:
+        raise UserError(f"{len(failed)} of {len(jobs)} not scored: {', '.join(failed)}")
 
 
 def _jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -356,6 +376,7 @@ def _evaluate(
 ) -> tuple[list[Row], Bench, dict[str, Any]]:
     """Returns the rows, the bench with what else was found, and what is needed to repeat them."""
     weights = distributed.together(lambda: read_weights(arguments.weights))
+    digest = distributed.from_main(lambda: _digest(weights.source))
     failed: dict[str, str] = {}
     opened = [
         (job, sets) for job in jobs if (sets := _tried(job, failed, partial(_open, job, weights, arguments.data)))
@@ -365,10 +386,12 @@ def _evaluate(
     model = build_model(weights.model, weights.num_classes)
     load_tensors(model, weights)
     bench = Bench(arguments, weights, model.to(device).eval(), device, arguments.loss or weights.loss)
+    scored = [sets["test"].path for job, sets in opened if job.kind == "classify"]
+    bench.shared = {path for path in scored if scored.count(path) > 1}
     rows: list[Row] = []
     for job, sets in opened:
         rows += _tried(job, failed, partial(EVALUATORS[job.kind], bench, job, sets)) or []
-    return rows, bench, _record(bench, opened, failed)
+    return rows, bench, _record(bench, digest, opened, failed)
 
 
 def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
@@ -432,7 +455,26 @@ def _mere_numbers(class_names: tuple[str, ...]) -> bool:
 # --- what is shown and written ---------------------------------------------------------------------------------------
 
 
-def _record(bench: Bench, opened: list[tuple[Job, dict[str, Manifest]]], failed: dict[str, str]) -> dict[str, Any]:
+def _digest(weights: Path) -> str:
+    """SHA-256 of the weights' files; a checkpoint's manifest holds the checksums of the others."""
+    total = hashlib.sha256()
+    with readable(weights):
+        if (weights / "MANIFEST.json").is_file():
+            files = [weights / "MANIFEST.json"]
+        elif weights.is_dir():
+            ours = re.compile(r"config\.json$|\.safetensors")  # not results.json, which --out may have put here
+            files = sorted(path for path in weights.iterdir() if ours.search(path.name))
+        else:
+            files = [weights]
+        for path in files:
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _record(
+    bench: Bench, digest: str, opened: list[tuple[Job, dict[str, Manifest]]], failed: dict[str, str]
+) -> dict[str, Any]:
     """Returns what is needed to repeat the rows."""
     arguments, weights = bench.arguments, bench.weights
     kinds = {job.kind for job, _ in opened if job.name not in failed}
@@ -441,6 +483,7 @@ def _record(bench: Bench, opened: list[tuple[Job, dict[str, Manifest]]], failed:
         "format": "pretrain-evaluation",
         "version": 1,
         "weights": str(weights.source),
+        "weights_sha256": digest,
         "model": weights.model.name,
         "image_size": weights.model.image_size,
         "num_classes": weights.num_classes,
@@ -470,6 +513,70 @@ def _record(bench: Bench, opened: list[tuple[Job, dict[str, Manifest]]], failed:
         "failed": failed,
         "versions": versions(),
     }
+
+
+SHARED = {"weights_sha256": "weights", "loss": "loss", "transform": "transform"}  # alike for all rows of results.json
+GROWS = ("shots", "c")  # of a protocol, with each row measured; the rest of it is alike for all rows of a kind
+
+
+def _with_earlier(rows: list[Row], record: dict[str, Any], path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Returns the rows after those of an earlier call that still hold, and what is needed to repeat both.
+
+    An earlier row holds when it is of the same weights, was not measured again, and is not of a data set or by a
+    protocol that now is another one. What is dropped is told.
+    """
+    if not path.is_file():
+        return rows, record
+    record = json.loads(json.dumps(record))  # tuples become lists, as in the file
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        found = [Row(**row) for row in earlier["rows"]]
+        differ = [name for key, name in SHARED.items() if earlier.get(key) != record[key]]
+        again = {(row.model, row.metric) for row in rows}
+        others = [row for row in found if (row.model, row.metric) not in again]
+        kept = [row for row in others if not differ and _holds(row, earlier, record)]
+        merged = _merged_record(kept, earlier, record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warn(f"{path}: cannot be read as an earlier call's ({error!r}); replaced")
+        return rows, record
+    if dropped := [row.metric for row in others if row not in kept]:
+        why = f"other {', '.join(differ) or 'data or protocol'}"
+        warn(f"{path}: {len(dropped)} rows of an earlier call are dropped ({why}): {', '.join(dropped)}")
+    return [*kept, *rows], merged
+
+
+def _holds(row: Row, earlier: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether the new record says nothing of a row's data sets and protocol, or the same as the earlier one."""
+    kind, roles = _origin(row)
+    data, protocol = [], []
+    for values in (earlier, record):
+        data.append({role: of["sha256"] for role, of in values["data"].items() if role.startswith(roles)})
+        protocol.append({key: value for key, value in (values.get(kind) or {}).items() if key not in GROWS})
+    return all(not now or now == before for before, now in (data, protocol))
+
+
+def _origin(row: Row) -> tuple[str, str]:
+    """Returns a row's kind of evaluation, and what its data sets' names in results.json begin with."""
+    name, _, metric = row.metric.rpartition("/")
+    kind, colon, _ = name.partition(":")
+    if not colon:
+        kind = "fewshot" if "-shot" in metric else "classify"
+    return kind, f"{name}/" if name else "fewshot_" if kind == "fewshot" else "val"
+
+
+def _merged_record(kept: list[Row], earlier: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record with the data sets and protocols of the rows that were kept."""
+    kinds, roles = zip(*map(_origin, kept)) if kept else ((), ())
+    data = {role: of for role, of in earlier["data"].items() if role.startswith(tuple(roles))}
+    merged = {**record, "data": data | record["data"]}
+    for kind in {"fewshot", "knn", "probe"} & set(kinds):
+        before, now = earlier[kind], record[kind] or {}
+        merged[kind] = before | now
+        if kind == "fewshot":
+            merged[kind]["shots"] = sorted({*before["shots"], *now.get("shots", [])})
+        if kind == "probe":
+            merged[kind]["c"] = before["c"] | now.get("c", {})
+    return merged
 
 
 def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -503,15 +610,19 @@ def _print_table(rows: list[Row], title: str) -> None:
     Console().print(table)
 
 
-def _pages(rows: list[Row], record: dict[str, Any], bench: Bench) -> dict[str, str]:
-    """Returns the files of results by name; wrong.json is of the first set that the head was scored on."""
-    pages = {
-        "results.md": _markdown(rows, record),
-        "results.json": json.dumps({**record, "rows": [row._asdict() for row in rows]}, indent=2),
-    }
+def _pages(rows: list[Row], record: dict[str, Any], bench: Bench) -> dict[str, str | None]:
+    """Returns the files of results by name, None for one that is to go.
+
+    wrong.json is of the first set that the last call to score the head scored it on.
+    """
+    pages: dict[str, str | None] = {}
     if bench.predictions:
         _, manifest, found = bench.predictions[0]
         pages["wrong.json"] = json.dumps({"items": wrong_items(found, manifest)}, indent=1)
+    elif not any(_origin(row)[0] == "classify" for row in rows):  # none of an earlier call stands here either
+        pages["wrong.json"] = None
+    pages["results.md"] = _markdown(rows, record)
+    pages["results.json"] = json.dumps({**record, "rows": [row._asdict() for row in rows]}, indent=2)
     return pages
 
 
@@ -539,10 +650,15 @@ def _transform(values: dict[str, Any]) -> str:
     return f"{values['name']} ({values['interpolation'] if values['name'] == 'timm' else 'as big_vision'}{crop})"
 
 
-def _write(out: Path, pages: dict[str, str]) -> None:
+def _write(out: Path, pages: dict[str, str | None]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in pages.items():
+            if content is None:
+                if (out / name).exists():
+                    warn(f"{out / name}: removed, since it is of nothing in results.json any more")
+                    (out / name).unlink()
+                continue
             (out / f".tmp-{name}").write_text(content + "\n", encoding="utf-8")
             os.replace(out / f".tmp-{name}", out / name)
     except OSError as error:

@@ -141,16 +141,24 @@ def classification_scores(
     loss: str,
     device: torch.device,
     stop_agreed: Callable[[], bool] = lambda: False,
+    keep_logits: bool = False,
 ) -> list[Score]:
-    """Returns loss, top-1 and top-5 over all ranks; see `predict_all` for arguments and errors."""
-    return scores_of(predict_all(predict, batches, loss=loss, device=device, stop_agreed=stop_agreed))
+    """Returns the scores over all ranks; see `scores_of`, and `predict_all` for arguments and errors."""
+    options = {"loss": loss, "device": device, "stop_agreed": stop_agreed, "keep_logits": keep_logits}
+    return scores_of(predict_all(predict, batches, **options))
 
 
 def scores_of(found: Predictions) -> list[Score]:
-    """Returns mean loss, top-1 and top-5. Of several labels of an image any one will do: then top1 is accuracy-any."""
+    """Returns mean loss, top-1 and top-5; with logits, mean average precision too.
+
+    Of several labels of an image any one will do: then top1 is accuracy-any.
+    """
     n = len(found.index)
     values = {"loss": found.losses, "top1": found.correct(1), "top5": found.correct(TOP)}
-    return [Score(metric, float(value.mean(dtype=np.float64)), n) for metric, value in values.items()]
+    scores = [Score(metric, float(value.mean(dtype=np.float64)), n) for metric, value in values.items()]
+    if found.logits is not None:
+        scores.append(Score("mean_average_precision", mean_average_precision(found.logits, found.labels), n))
+    return scores
 
 
 def mean_per_class(labels: np.ndarray, predicted: np.ndarray) -> float:

@@ -43,9 +43,12 @@ _MANY = 100  # points; from here on the mean over a window is drawn over the pal
 
 
 def panels_of(runs: Sequence[Run]) -> list[PanelOf]:
-    """Returns PANELS, and one for each few-shot accuracy that a run has logged while it trained."""
-    shots = {metric for run in runs for metric in run.curves if "shot" in metric and not metric.endswith("-std")}
-    natural = sorted(shots, key=lambda m: [int(p) if p.isdigit() else p for p in _digits(m)])
+    """Returns PANELS, and one for each accuracy of few-shot and neighbours, and precision, logged while training."""
+    found = {metric for run in runs for metric in run.curves if re.search("shot|/knn_|/mean_average_prec", metric)}
+    natural = sorted(
+        (metric for metric in found if not metric.endswith("-std")),
+        key=lambda m: [int(p) if p.isdigit() else p for p in _digits(m)],
+    )
     return [*PANELS, *(PanelOf(m.removeprefix("val/"), "images [%]", (m,), 100, "from zero") for m in natural)]
 
 
