@@ -254,6 +254,8 @@ def _step_label(step: float) -> str:
 
 
 def _label(value: float) -> str:
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")  # 2.5e-4: there is room for 6 characters
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
