@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tfds_records import example, write_split
 from weights_on_disk import load_tool
 
 from pretrain.data.build import Item, build
-from pretrain.data.examples import Example, content_sha256, examples_sha256, load_examples, sample_names
+from pretrain.data.examples import Example, content_sha256, examples_sha256, load_examples, sample_names, write_examples
 from pretrain.data.images import decode
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
@@ -212,6 +213,33 @@ def test_names_without_a_list_are_the_keys(tmp_path: Path) -> None:
     assert "lists 0 examples" in refusal(load_examples, manifest)
     (tmp_path / "set/examples.jsonl").write_text('{"index": 0}\n')
     assert "not a list of examples" in refusal(load_examples, manifest)
+
+
+IDS = {  # as each source names its samples -> as predictions.jsonl and wrong.json show them
+    "data_batch_1.bin[5]": "data_batch_1.bin[5]",
+    "data_batch_1.bin[6]": "data_batch_1.bin[6]",
+    "cifar10_test.npz[17]": "cifar10_test.npz[17]",
+    "cifar10-train.tfrecord-00000-of-00001__17": "cifar10-train.tfrecord-00000-of-00001__17",
+    "ILSVRC2012_val_00000001.JPEG": "ILSVRC2012_val_00000001",
+    "n01498041/sketch_1.jpg": "n01498041/sketch_1",
+    "n01514859/sketch_1.jpg": "n01514859/sketch_1",
+    "Dr. No.webp": "Dr. No",
+    "x.v2": "x.v2",
+    "twice.png": "9/twice",
+    "twice.jpg": "10/twice",
+    "a/same.png": "a/same",
+    "b/same.png": "b/same",
+}
+
+
+def test_names_tell_samples_apart(tmp_path: Path) -> None:
+    """Nothing is cut but the ending of an image, and what is equal then has its index in front."""
+    items = [Item(partial(encoded, pixels(number)), "png", 0, "x") for number in range(len(IDS))]
+    build(items, ["a"], tmp_path / "set", samples_per_shard=50, seed=None)
+    write_examples(tmp_path / "set", [Example(index, name, 0, "") for index, name in enumerate(IDS)])
+    manifest = load_manifest(tmp_path / "set")
+    assert sample_names(manifest, range(len(IDS))) == list(IDS.values())
+    assert sample_names(manifest, [10, 0]) == ["10/twice", "data_batch_1.bin[5]"]  # whichever are asked for
 
 
 def test_sources_that_do_not_fit_are_refused(tmp_path: Path) -> None:

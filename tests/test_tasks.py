@@ -182,6 +182,7 @@ def test_real_labels_are_joined_by_name(test_data: Path) -> None:
     order = [49_999, 0, 17, 25_000]
     names = [f"ILSVRC2012_val_{number + 1:08d}" for number in order]
     assert real_labels(names) == [lists[number] for number in order]
+    assert real_labels([f"val/n01751748/{name}" for name in names]) == real_labels(names)  # as folders give them
     everything = real_labels([f"ILSVRC2012_val_{number + 1:08d}" for number in range(50_000)])
     assert everything == lists and sum(not found for found in everything) == 3_163
     with pytest.raises(UserError, match="'n01440764_18' is not an ImageNet validation image"):

@@ -161,7 +161,7 @@ def tfds_folder(source: Path, builder: str) -> Path:
 
 
 def _config_of(folder: Path) -> str:
-    """What dataset_info.json says, or where it says nothing the folder: eurosat/rgb/2.0.0, next to eurosat/all/2.0.0."""
+    """What dataset_info.json says, or without it the folder: eurosat/rgb/2.0.0, next to eurosat/all/2.0.0."""
     name = _dataset_info(folder).get("configName")
     return str(name) if name else (folder.parent if _is_version(folder.name) else folder).name
 

@@ -103,14 +103,16 @@ def scored_classes(task: Task) -> list[int] | None:
 def real_labels(names: Sequence[str]) -> list[list[int]]:
     """Returns the ReaL labels of ImageNet validation images by name; an empty list means that one is not scored.
 
-    The lists are those of google-research/reassessed-imagenet, as timm ships them. Raises UserError on another name.
+    Folders in front of a name do not count: val/n01751748/ILSVRC2012_val_00000001 is ILSVRC2012_val_00000001. The
+    lists are those of google-research/reassessed-imagenet, as timm ships them. Raises UserError on another name.
     """
     lists = json.loads(package_files("timm.data").joinpath("_info", "imagenet_real_labels.json").read_text())
     by_name = {f"ILSVRC2012_val_{number:08d}": found for number, found in enumerate(lists, start=1)}
-    unknown = next((name for name in names if name not in by_name), None)
+    bare = [name.rpartition("/")[2] for name in names]
+    unknown = next((name for name, key in zip(names, bare) if key not in by_name), None)
     if unknown is not None:
         raise UserError(f"{unknown!r} is not an ImageNet validation image (ILSVRC2012_val_00000001): ReaL needs names")
-    return [by_name[name] for name in names]
+    return [by_name[key] for key in bare]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
