@@ -15,14 +15,15 @@ from PIL import Image
 from tfds_records import example, write_split
 from weights_on_disk import load_tool
 
+import pretrain.data.build
 from pretrain.data.build import Item, build
 from pretrain.data.examples import Example, content_sha256, examples_sha256, load_examples, sample_names, write_examples
 from pretrain.data.images import decode
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
-from pretrain.evaluation.preparation import open_source, prepare
-from pretrain.evaluation.tasks import TASKS, VTAB, missing, real_labels, task
+from pretrain.evaluation.preparation import Source, open_source, prepare, set_differences
+from pretrain.evaluation.tasks import TASKS, VTAB, Task, missing, real_labels, task
 
 
 def pixels(seed: int, gray: bool = False) -> np.ndarray:
@@ -93,12 +94,17 @@ def test_a_vtab_task_from_tfds_records(
     assert examples[801] == Example(801, "validation_1.jpg", 1, content_sha256(val[1][0]))
     assert sample_names(load_manifest(out / "test"), [11]) == ["test_11"]
     record = json.loads((out / "task.json").read_text())
-    assert (record["task"], record["source"], record["comparable"]) == ("vtab/dtd", "TFDS records", False)
+    assert (record["task"], record["version"], record["differs"]) == ("vtab/dtd", 2, ["test has 12 of 1,880 samples"])
+    assert set_differences(out) == record["differs"]
+    assert record["splits"]["trainval"]["source"] == "TFDS records"
     assert record["splits"]["trainval"]["tfds_slice"] == "train[:800]+validation[:200]"
     assert record["splits"]["test"]["examples_sha256"] in said.out
-    assert "not comparable with published scores: test has 12 of 1880 samples" in said.err
+    assert "not comparable with published scores: test has 12 of 1,880 samples" in said.err
     assert missing(replace(task("vtab/dtd"), name="out"), tmp_path) is None
-    assert "holds a data set already" in refusal(load_tool("make_shards").main)
+    changed = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    load_tool("make_shards").main()
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")} == changed
+    assert "test/manifest.json: kept, as task.json lists it: 12 samples" in capsys.readouterr().out
 
 
 SCENE = {"objects__size": [0, 1, 0, 1, 1], "objects__pixel_coords": [1.0, 2.0, 9.25] * 4 + [3.0, 4.0, 8.5]}
@@ -171,14 +177,14 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_told(tmp_path: Path) ->
     files[2] = b"<html>"
     records = [example(file_name=f"{i}.png".encode(), image=data, label=i) for i, data in enumerate(files)]
     write_split(tmp_path / "dtd/3.0.1", "dtd", "test", records)
-    (prepared,) = prepare(row, open_source(row, [tmp_path]), tmp_path / "out")
+    (prepared,), _ = prepare(row, open_source(row, [tmp_path]), tmp_path / "out")
     assert (prepared.num_samples, prepared.left_out) == (4, 1)
     assert sample_names(load_manifest(tmp_path / "out/test"), range(4)) == ["0", "1", "3", "4"]
     assert [label for _, label in samples(tmp_path / "out/test")] == [0, 1, 3, 4]
-    assert [e.sha256 for e in load_examples(load_manifest(prepared.manifest))] == [
+    assert [e.sha256 for e in load_examples(load_manifest(tmp_path / "out/test"))] == [
         content_sha256(files[i]) for i in (0, 1, 3, 4)
     ]
-    assert json.loads((tmp_path / "out/task.json").read_text())["comparable"] is False
+    assert set_differences(tmp_path / "out") == ["test has 4 of 5 samples"]
 
 
 def test_a_complete_official_set_is_comparable(tmp_path: Path) -> None:
@@ -186,7 +192,114 @@ def test_a_complete_official_set_is_comparable(tmp_path: Path) -> None:
     row = replace(task("vtab/dtd"), splits={"test": "test"}, num_samples={"test": 2})
     write_split(tmp_path / "dtd/3.0.1", "dtd", "test", [example(image=encoded(pixels(i)), label=i) for i in range(2)])
     prepare(row, open_source(row, [tmp_path]), tmp_path / "out")
-    assert json.loads((tmp_path / "out/task.json").read_text())["comparable"] is True
+    assert set_differences(tmp_path / "out") == []
+
+
+def test_a_set_that_was_not_prepared_has_one_reason(tmp_path: Path) -> None:
+    """No task.json, one of an earlier version; one that cannot be read is refused."""
+    (only,) = set_differences(tmp_path)
+    assert "has no task.json" in only and "make_shards.py --task" in only
+    (tmp_path / "task.json").write_text('{"format": "pretrain-task", "version": 1, "comparable": true}')
+    (only,) = set_differences(tmp_path)
+    assert "version 1, not 2: prepare the set again" in only
+    for text in ("{", "[]", '{"format": "x"}', '{"format": "pretrain-task", "version": 2}'):
+        (tmp_path / "task.json").write_text(text)
+        assert "task.json: not the list of a prepared task" in refusal(set_differences, tmp_path)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def small_dtd(folder: Path, splits: Sequence[str] = ("train", "validation", "test")) -> Task:
+    """The row of `dtd` with three splits of three images, and its records."""
+    for number, split in enumerate(splits):
+        records = [example(image=encoded(pixels(10 * number + i)), label=i) for i in range(3)]
+        write_split(folder / "dtd/3.0.1", "dtd", split, records)
+    splits_of = {"train": "train", "val": "validation", "test": "test"}
+    return replace(task("vtab/dtd"), splits=splits_of, num_samples=dict.fromkeys(splits_of, 3))
+
+
+@pytest.mark.parametrize("when", ["at a shard", "at task.json", "at the move"])
+def test_a_killed_preparation_is_finished_by_another_run(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it ended, a second run gives the very files of an undisturbed one and writes finished splits no more."""
+    row = small_dtd(tmp_path / "tfds")
+    source = open_source(row, [tmp_path / "tfds"])
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    _, new = prepare(row, source, whole)
+    assert new == ["train", "val", "test"]
+    owner, name, last = {
+        "at a shard": (pretrain.data.build, "index_tar", "val-000000.tar"),
+        "at task.json": (Path, "write_text", ".tmp-task.json"),
+        "at the move": (Path, "replace", "val"),
+    }[when]
+    real, calls = getattr(owner, name), []
+
+    def dies_in_the_second_split(path: Path, *arguments: Any, **options: Any) -> Any:
+        calls.append(path.name)
+        if path.name == last and calls.count(last) == (2 if when == "at task.json" else 1):
+            raise KeyboardInterrupt
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, dies_in_the_second_split)
+        prepare(row, source, out)
+    assert not (out / "val").exists() and (out / ".unfinished/val/val-000000.tar").exists()
+    done, new = prepare(row, source, out)
+    assert new == ["val", "test"] and [p.split for p in done] == ["train", "val", "test"]
+    assert tree(out) == tree(whole)
+
+
+def test_a_set_is_completed_by_another_source(tmp_path: Path) -> None:
+    """First the splits for validation, later train alone: task.json tells of all, and nothing is written twice."""
+    row = small_dtd(tmp_path / "tfds")
+    source = open_source(row, [tmp_path / "tfds"])
+    first = {split: source.splits[split] for split in ("val", "test")}
+    out = tmp_path / "out"
+    prepare(row, source._replace(splits=first), out)
+    before = tree(out / "val")
+    done, new = prepare(row, source._replace(splits={"train": source.splits["train"]}), out)
+    assert new == ["train"] and [p.split for p in done] == ["train", "val", "test"] and tree(out / "val") == before
+    record = json.loads((out / "task.json").read_text())
+    assert list(record["splits"]) == ["train", "val", "test"] and set_differences(out) == []
+
+
+def test_what_is_there_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    """Other images, names of classes or task, a foreign folder, a wrong label, a cut shard: told, nothing changed."""
+    row = small_dtd(tmp_path / "tfds")
+    source = open_source(row, [tmp_path / "tfds"])
+    train, val = ({split: source.splits[split]} for split in ("train", "val"))
+    out = tmp_path / "out"
+    prepare(row, source._replace(splits=val), out)
+    before = tree(out)
+
+    def told(changed: Source, changed_row: Task = row) -> str:
+        message = refusal(prepare, changed_row, changed, out)
+        assert tree(out) == before
+        return message
+
+    fewer = source._replace(splits=train | {"val": source.splits["val"][:2]})
+    assert "out/val: was made from other images (3 from TFDS records, here 2 from TFDS records)" in told(fewer)
+    assert "was made from other images" in told(source._replace(kind="packs"))
+    relabelled = [o._replace(item=o.item._replace(label=7)) for o in source.splits["val"]]
+    assert "was made from other images" in told(source._replace(splits=train | {"val": relabelled}))
+    assert "class 0 is called '0' there and 'a' in the source" in told(
+        source._replace(splits=train, class_names=["a"] * 47)
+    )
+    assert "is of vtab/dtd, version 2, not of vtab/svhn" in told(source, replace(row, name="vtab/svhn"))
+    unknown = [o._replace(item=o.item._replace(label=47)) for o in source.splits["test"]]
+    assert "label 47 is not one of the 47" in told(source._replace(splits=source.splits | {"test": unknown}))
+    (out / "train").mkdir()
+    (out / "train/holiday.jpg").write_bytes(b"x")
+    before = tree(out)
+    assert "out/train: is not empty, but no finished split" in told(source)
+    (out / "train/holiday.jpg").unlink()
+    next((out / "val").glob("*.tar")).write_bytes(b"")
+    before = tree(out)
+    assert "has 0 bytes" in told(source)
 
 
 def test_the_digest_is_of_images_and_labels(tmp_path: Path) -> None:
@@ -292,14 +405,17 @@ def test_eurosat_from_real_packs(test_data: Path, tmp_path: Path) -> None:
         found = load_examples(load_manifest(tmp_path / split))
         assert [e.id for e in found] == wanted
         assert [classes[e.label] for e in found] == [name.partition("_")[0] for name in wanted]
-    assert json.loads((tmp_path / "task.json").read_text())["comparable"] is False
+    assert set_differences(tmp_path) == [
+        "test has 1,500 of 5,400 samples",
+        "its packs need not hold the images that TFDS's order gives",
+    ]
 
 
 def test_cifar100_from_real_packs(test_data: Path, tmp_path: Path) -> None:
     """The ready VTAB-style packs of CIFAR-100: labels and pixels as in the pack, through the shards."""
     packs = sorted(test_data.glob("cifar100_vtab1k_style_*.npz"))
     row = task("vtab/cifar100")
-    prepared = {p.split: p for p in prepare(row, open_source(row, packs), tmp_path)}
+    prepared = {p.split: p for p in prepare(row, open_source(row, packs), tmp_path)[0]}
     assert {split: p.num_samples for split, p in prepared.items()} == {
         "train": 800,
         "val": 200,
@@ -342,8 +458,8 @@ def test_cifar10_binary_equals_the_real_pack(test_data: Path, tmp_path: Path) ->
     (place / "test_batch.bin").write_bytes(b"".join(bytes([label[i]]) + planes[i] for i in reversed(range(count))))
     for number in range(1, 6):
         (place / f"data_batch_{number}.bin").write_bytes(b"")
-    packed = prepare(row, open_source(row, [tmp_path / "part_test.npz"]), tmp_path / "packed")
+    packed, _ = prepare(row, open_source(row, [tmp_path / "part_test.npz"]), tmp_path / "packed")
     source = open_source(row, [tmp_path])
     source.splits.pop("train")
-    (binary,) = prepare(row, source, tmp_path / "binary")
+    (binary,), _ = prepare(row, source, tmp_path / "binary")
     assert binary.examples_sha256 == packed[0].examples_sha256 and binary.num_samples == count

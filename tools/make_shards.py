@@ -72,21 +72,22 @@ def _warn(message: str) -> None:
 
 
 def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) -> None:
-    from pretrain.evaluation.preparation import open_source, prepare, reasons_against
+    from pretrain.evaluation.preparation import differences, open_source, prepare
     from pretrain.evaluation.tasks import task
 
     row = task(name)
     source = open_source(row, sources)
-    absent = [split for split in row.splits if split not in source.splits]
     with cli.progress("writing", sum(map(len, source.splits.values())), "images") as advance:
-        prepared = prepare(row, source, out, samples_per_shard=samples_per_shard, progress=advance)
+        prepared, new = prepare(row, source, out, samples_per_shard=samples_per_shard, progress=advance)
     for split in prepared:
-        print(f"{split.manifest}: {split.num_samples} samples, examples {split.examples_sha256}")
+        folder = out / split.split
+        kept = "" if split.split in new else "kept, as task.json lists it: "
+        print(f"{folder / 'manifest.json'}: {kept}{split.num_samples} samples, examples {split.examples_sha256}")
         if split.left_out:
-            _warn(f"{split.split}: {split.left_out} images left out, provenance.json names them")
-    if absent:
+            _warn(f"{split.split}: {split.left_out} images left out, {folder / 'provenance.json'} names them")
+    if absent := [split for split in row.splits if split not in [one.split for one in prepared]]:
         _warn(f"{name}: no {', '.join(absent)} in {source.kind}")
-    if reasons := reasons_against(row, source.kind, prepared):
+    if reasons := differences(row, prepared):
         _warn(f"{name}: not comparable with published scores: {'; '.join(reasons)}")
 
 

@@ -116,10 +116,7 @@ def build(
     """
     _start_folder(out)
     multi_label = _has_lists(items)
-    for item in items:
-        for label in _labels(item):
-            if not 0 <= label < (len(classes) or label + 1):
-                raise UserError(f"{item.source}: label {label} is not one of the {len(classes)} classes")
+    check_labels(items, classes)
     plan = np.arange(len(items)) if seed is None else np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
     shards, dropped = [], []
     for number in range(-(-len(items) // samples_per_shard)):
@@ -133,6 +130,14 @@ def build(
         raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
     num_classes = len(classes) or 1 + max(label for item in items for label in _labels(item))
     return _finish(out, shards, num_classes, classes, dropped, _shuffled(seed), multi_label)
+
+
+def check_labels(items: Iterable[Item], classes: Sequence[str]) -> None:
+    """Raises UserError when a label is no class; without names any number is one."""
+    for item in items:
+        for label in _labels(item):
+            if not 0 <= label < (len(classes) or label + 1):
+                raise UserError(f"{item.source}: label {label} is not one of the {len(classes)} classes")
 
 
 def _labels(item: Item) -> list[int]:
