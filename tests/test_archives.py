@@ -73,6 +73,7 @@ def test_cifar_binary(num_classes: int, unpacked: bool, tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(data)
     else:
         (tmp_path / f"{short}-binary.tar.gz").write_bytes(tar_bytes(members, "w:gz"))
+    (tmp_path / f"{short}-python.tar.gz").write_bytes(b"the pickles, which a folder of downloads may hold too")
     splits = cifar(tmp_path, num_classes)
     assert {split: len(found) for split, found in splits.items()} == {"train": 4 * len(train), "test": 4}
     for split, files in (("train", train), ("test", names[-1:])):
@@ -252,6 +253,23 @@ def test_class_folders_of_a_tar_or_a_folder(tmp_path: Path) -> None:
     assert "unpack it" in refusal(class_folders, tmp_path / "set.zip", classes)
     (tmp_path / "none").mkdir()
     assert "no images found" in refusal(class_folders, tmp_path / "none", classes)
+
+
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
+    """Classes that lie on another disk count, a link that leads back up ends, a link to nothing is told."""
+    (tmp_path / "disk/10").mkdir(parents=True)
+    (tmp_path / "disk/10/x.jpg").write_bytes(picture(1))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/10").symlink_to(tmp_path / "disk/10")
+    (tmp_path / "train/2").mkdir()
+    (tmp_path / "train/2/x.jpg").symlink_to(tmp_path / "disk/10/x.jpg")
+    (tmp_path / "train/2/again").symlink_to(tmp_path / "train")
+    classes = {str(number): number for number in range(20)}
+    expected = [("10/x.jpg", 10, picture(1)), ("2/x.jpg", 2, picture(1))]
+    assert listed(class_folders(tmp_path / "train", classes)) == expected
+    (tmp_path / "disk/10/x.jpg").unlink()
+    message = refusal(class_folders, tmp_path / "train", classes)
+    assert "train/2/x.jpg: is a link to" in message and "which is not there" in message
 
 
 @pytest.mark.parametrize(

@@ -377,6 +377,14 @@ def test_sources_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert "no records of dtd:2.*.* below it" in refusal(open_source, old, [tmp_path / "tfds"])
 
 
+@pytest.mark.parametrize("option", [["--classes", "names.json"], ["--seed", "0"]])
+def test_options_without_effect_are_refused(option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task has its own classes and order."""
+    monkeypatch.setattr(sys, "argv", ["make_shards.py", "--task", "pets", str(tmp_path), str(tmp_path / "o"), *option])
+    assert f"{option[0]} has no effect with --task" in refusal(load_tool("make_shards").main)
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_variant_is_labelled_in_imagenets_classes(tmp_path: Path) -> None:
     """Numbers of ImageNet-V2 and WordNet ids of ImageNet-A become classes of the 1000; others are refused."""
     for name, folder, label in (("imagenet_v2", "730", 730), ("imagenet_a", "n01498041", 6)):

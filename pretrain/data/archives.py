@@ -1,6 +1,6 @@
 """Original downloads of evaluation sets, as their authors publish them: lists of images with names and labels.
 
-Nothing is unpacked: members of plain tars are read where they lie, compressed ones are held in memory (1 GB at most:
+Nothing is unpacked: members of plain tars are read where they lie, compressed ones are held in memory (4 GiB at most:
 the large sets are plain tars or folders). Pickles are refused.
 """
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pretrain.data.build import Item, npz_items
+from pretrain.data.build import Item, files_below, npz_items
 from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING
 from pretrain.data.matlab import read_matlab
 from pretrain.errors import UserError
@@ -48,10 +48,9 @@ class File(NamedTuple):
 
 
 def files_of(path: Path) -> list[File]:
-    """Returns the files of a folder, a .tar, or a .tar.gz or .tgz, sorted by name."""
+    """Returns the files of a folder, a .tar, or a .tar.gz or .tgz, sorted by name. Links to folders are followed."""
     if path.is_dir():
-        found = (file for file in path.rglob("*") if file.is_file())
-        return [File(str(file.relative_to(path)), file.read_bytes, str(file)) for file in sorted(found)]
+        return [File(str(file.relative_to(path)), file.read_bytes, str(file)) for file in files_below(path)]
     if path.suffix == ".zip":
         raise UserError(f"{path}: zip archives are not read; unpack it and give the folder")
     if not path.is_file():
@@ -121,9 +120,11 @@ def cifar(source: Path, num_classes: int) -> Splits:
     """Returns CIFAR-10 or -100 from `cifar-10-binary.tar.gz`, `cifar-100-binary.tar.gz` or the folder in it."""
     short = "cifar-10" if num_classes == 10 else "cifar-100"
     unpacked = f"{short}-batches-bin" if num_classes == 10 else f"{short}-binary"
-    if pickled := _found(source, f"{short}-python.tar.gz", f"{short}-batches-py", f"{short}-python"):
+    names = f"{short}-binary.tar.gz", unpacked
+    pickled = _found(source, f"{short}-python.tar.gz", f"{short}-batches-py", f"{short}-python")
+    if pickled and not _found(source, *names):
         raise UserError(f"{pickled}: holds pickles, which can run code; download {short}-binary.tar.gz instead")
-    archive = _one_of(source, f"{short}-binary.tar.gz", unpacked)
+    archive = _one_of(source, *names)
     binary = {Path(file.name).name: file for file in files_of(archive) if file.name.endswith(".bin")}
     train = [f"data_batch_{i}.bin" for i in range(1, 6)] if num_classes == 10 else ["train.bin"]
     test = ["test_batch.bin" if num_classes == 10 else "test.bin"]

@@ -56,14 +56,39 @@ def folder_items(root: Path) -> tuple[list[Item], list[str]]:
     items = [
         Item(path.read_bytes, _ending(path.name), label, str(path))
         for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if path.is_file() and _ending(path.name) in IMAGE_ENDINGS
+        for path in files_below(root / name)
+        if _ending(path.name) in IMAGE_ENDINGS
     ]
     if not items:
         raise UserError(
             f"{root}: no images found; expected {root}/CLASS/NAME.jpg (endings: {', '.join(IMAGE_ENDINGS)})"
         )
     return items, classes
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Returns all files below a folder, sorted; links to folders are followed, but for one that leads back up.
+
+    Raises UserError on a link to nothing or a folder that cannot be read: images would be missing without a word.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        here = Path(place)
+        folders[:] = [n for n in folders if not ((here / n).is_symlink() and _leads_up(here / n))]
+        for path in (here / name for name in names):
+            if path.is_file():
+                found.append(path)
+            elif path.is_symlink():
+                raise UserError(f"{path}: is a link to {os.readlink(path)}, which is not there; mend or remove it")
+    return sorted(found)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
+def _leads_up(link: Path) -> bool:
+    return link.parent.resolve().is_relative_to(link.resolve())
 
 
 def npz_items(path: Path) -> tuple[list[Item], list[str]]:
