@@ -11,7 +11,16 @@ from PIL import Image
 from scipy.io import savemat
 
 from pretrain.data import archives, matlab
-from pretrain.data.archives import Original, cifar, class_folders, flowers, imagenet, pack_originals, pets, split_of
+from pretrain.data.archives import (
+    Original,
+    cifar,
+    class_folders,
+    flowers,
+    imagenet,
+    pack_originals,
+    pets,
+    split_of,
+)
 from pretrain.data.images import decode
 from pretrain.errors import UserError
 
@@ -67,6 +76,9 @@ def test_cifar_binary(num_classes: int, unpacked: bool, tmp_path: Path) -> None:
     rows = {name: cifar_rows(4, labels, seed) for seed, name in enumerate(names)}
     short, folder = ("cifar-10", "cifar-10-batches-bin") if num_classes == 10 else ("cifar-100", "cifar-100-binary")
     members = {f"{folder}/{name}": rows[name].tobytes() for name in reversed(names)} | {f"{folder}/readme.html": b"x"}
+    listed_in = "batches.meta.txt" if num_classes == 10 else "fine_label_names.txt"
+    if not unpacked:  # the list of names may be missing
+        members[f"{folder}/{listed_in}"] = b"".join(b"class_%d\n" % i for i in range(num_classes)) + b"\n"
     if unpacked:
         (tmp_path / folder).mkdir()
         for name, data in members.items():
@@ -80,6 +92,7 @@ def test_cifar_binary(num_classes: int, unpacked: bool, tmp_path: Path) -> None:
         expected = np.concatenate([rows[name] for name in files])
         assert [original.item.label for original in splits[split]] == expected[:, labels - 1].tolist()
         for original, row in zip(splits[split], expected):
+            assert original.class_name == ("" if unpacked else f"class_{row[labels - 1]}")
             assert np.array_equal(decode(original.item.read()).numpy().ravel(), row[labels:])
     assert splits["train"][1].id == f"{train[0]}[1]"
 
@@ -116,6 +129,9 @@ def test_pets(tmp_path: Path) -> None:
         ("Abyssinian_1.jpg", 0, images["images/Abyssinian_1.jpg"]),
     ]
     assert [original.item.label for original in splits["test"]] == [4]
+    assert [original.class_name for originals in splits.values() for original in originals] == [
+        *("pug", "Abyssinian", "beagle")
+    ]
     lists["annotations/test.txt"] = b"gone_7 5 2 4\n"
     (tmp_path / "annotations.tar.gz").write_bytes(tar_bytes(lists, "w:gz"))
     assert "test.txt names gone_7" in refusal(pets, tmp_path)

@@ -16,6 +16,7 @@ from tfds_records import example, write_split
 from weights_on_disk import load_tool
 
 import pretrain.data.build
+from pretrain.data.archives import wnids
 from pretrain.data.build import Item, build
 from pretrain.data.examples import Example, content_sha256, examples_sha256, load_examples, sample_names, write_examples
 from pretrain.data.images import decode
@@ -393,7 +394,8 @@ def test_a_variant_is_labelled_in_imagenets_classes(tmp_path: Path) -> None:
         (place / "x.jpg").write_bytes(encoded(pixels(0), "jpeg"))
         prepare(task(name), open_source(task(name), [tmp_path / name]), tmp_path / "out" / name)
         assert samples(tmp_path / "out" / name / "test") == [(encoded(pixels(0), "jpeg"), label)]
-        assert load_manifest(tmp_path / "out" / name / "test").num_classes == 1000
+        manifest = load_manifest(tmp_path / "out" / name / "test")
+        assert manifest.num_classes == 1000 and manifest.class_names == wnids()
     (tmp_path / "imagenet_a/images/n01440764").mkdir()  # tench: in ImageNet, not in ImageNet-A
     (tmp_path / "imagenet_a/images/n01440764/x.jpg").write_bytes(b"x")
     assert "'n01440764' is not one of the 200" in refusal(open_source, task("imagenet_a"), [tmp_path / "imagenet_a"])
@@ -431,9 +433,10 @@ def test_cifar100_from_real_packs(test_data: Path, tmp_path: Path) -> None:
         "test": 1000,
     }
     with np.load(test_data / "cifar100_vtab1k_style_val200.npz") as pack:
-        offset, blob, label = pack["offset"], pack["blob"], pack["label"]
+        offset, blob, label, classes = (pack[name] for name in ("offset", "blob", "label", "classes"))
     found = samples(tmp_path / "val")
     assert [label for _, label in found] == label.tolist()
+    assert list(load_manifest(tmp_path / "val").class_names) == classes.tolist()
     for number in (0, 99, 199):
         assert found[number][0] == blob[offset[number] : offset[number + 1]].tobytes()
 
@@ -466,8 +469,11 @@ def test_cifar10_binary_equals_the_real_pack(test_data: Path, tmp_path: Path) ->
     (place / "test_batch.bin").write_bytes(b"".join(bytes([label[i]]) + planes[i] for i in reversed(range(count))))
     for number in range(1, 6):
         (place / f"data_batch_{number}.bin").write_bytes(b"")
+    (place / "batches.meta.txt").write_text("".join(f"class_{i}\n" for i in range(10)))
     packed, _ = prepare(row, open_source(row, [tmp_path / "part_test.npz"]), tmp_path / "packed")
     source = open_source(row, [tmp_path])
     source.splits.pop("train")
     (binary,), _ = prepare(row, source, tmp_path / "binary")
+    assert load_manifest(tmp_path / "binary/test").class_names[9] == "class_9"
+    assert load_manifest(tmp_path / "packed/test").class_names[9] == "9"  # the part is written without names
     assert binary.examples_sha256 == packed[0].examples_sha256 and binary.num_samples == count

@@ -31,6 +31,7 @@ class Original(NamedTuple):
 
     id: str  # its name there: ILSVRC2012_val_00000001.JPEG, or where it lies
     item: Item
+    class_name: str = ""  # as its authors call it, where the files tell
 
 
 Splits = dict[str, list[Original]]  # by the name of the split
@@ -88,9 +89,9 @@ def _read_at(path: Path, offset: int, num_bytes: int) -> bytes:
     return data
 
 
-def _original(file: File, label: int) -> Original:
+def _original(file: File, label: int, class_name: str = "") -> Original:
     ending = file.name.rpartition(".")[2].lower()
-    return Original(Path(file.name).name, Item(file.read, ending, label, file.source))
+    return Original(Path(file.name).name, Item(file.read, ending, label, file.source), class_name)
 
 
 def _is_image(file: File) -> bool:
@@ -125,32 +126,34 @@ def cifar(source: Path, num_classes: int) -> Splits:
     if pickled and not _found(source, *names):
         raise UserError(f"{pickled}: holds pickles, which can run code; download {short}-binary.tar.gz instead")
     archive = _one_of(source, *names)
-    binary = {Path(file.name).name: file for file in files_of(archive) if file.name.endswith(".bin")}
+    files = {Path(file.name).name: file for file in files_of(archive)}
+    binary = {name: file for name, file in files.items() if name.endswith(".bin")}
     train = [f"data_batch_{i}.bin" for i in range(1, 6)] if num_classes == 10 else ["train.bin"]
     test = ["test_batch.bin" if num_classes == 10 else "test.bin"]
     for name in train + test:
         if name not in binary:
             raise UserError(f"{archive}: {name} is missing")
     label_bytes = 1 if num_classes == 10 else 2  # of CIFAR-100: coarse class, then class
+    listed = files.get("batches.meta.txt" if num_classes == 10 else "fine_label_names.txt")
+    class_names = dict(enumerate(listed.read().decode(errors="replace").split() if listed else []))
     return {
-        split: [original for name in names for original in _cifar_batch(binary[name], label_bytes)]
+        split: [original for name in names for original in _cifar_batch(binary[name], label_bytes, class_names)]
         for split, names in (("train", train), ("test", test))
     }
 
 
-def _cifar_batch(file: File, label_bytes: int) -> list[Original]:
+def _cifar_batch(file: File, label_bytes: int, class_names: dict[int, str]) -> list[Original]:
     data = np.frombuffer(file.read(), np.uint8)
     if len(data) % (label_bytes + _CIFAR_PIXELS):
         raise UserError(f"{file.source}: {len(data)} bytes are not a multiple of {label_bytes + _CIFAR_PIXELS}; cut?")
     rows = data.reshape(-1, label_bytes + _CIFAR_PIXELS)
     name = Path(file.name).name
-    return [
-        Original(
-            f"{name}[{i}]",
-            Item(partial(_png_of_planes, row[label_bytes:]), "png", int(row[label_bytes - 1]), f"{file.source}[{i}]"),
-        )
-        for i, row in enumerate(rows)
-    ]
+    originals = []
+    for i, row in enumerate(rows):
+        label = int(row[label_bytes - 1])
+        item = Item(partial(_png_of_planes, row[label_bytes:]), "png", label, f"{file.source}[{i}]")
+        originals.append(Original(f"{name}[{i}]", item, class_names.get(label, "")))
+    return originals
 
 
 def _png_of_planes(planes: np.ndarray) -> bytes:
@@ -182,11 +185,11 @@ def pets(source: Path) -> Splits:
         for line in lists[name].read().decode().splitlines():
             if not line.strip() or line.startswith("#"):
                 continue
-            # Abyssinian_201 1 1 1: name, class from 1, species, breed within the species
+            # Abyssinian_201 1 1 1: breed and number, class from 1, species, breed within the species
             key, label = _list_entry(lists[name], line)
             if key not in images:
                 raise UserError(f"{source}: {name} names {key}, images hold no such file")
-            splits[split].append(_original(images[key], label - 1))
+            splits[split].append(_original(images[key], label - 1, key.rpartition("_")[0]))
     return splits
 
 
@@ -284,7 +287,7 @@ def class_folders(path: Path, classes: dict[str, int]) -> list[Original]:
     for file in files_of(path):
         if _is_image(file):
             folder = Path(file.source if path.is_dir() else file.name).parent.name
-            original = _original(file, _class_of(folder, classes, path))
+            original = _original(file, _class_of(folder, classes, path), folder)
             originals.append(original._replace(id=f"{folder}/{original.id}"))  # sketch_3.JPEG is in each folder
     if not originals:
         raise UserError(f"{path}: no images found; expected folders {next(iter(classes))} and so on")
@@ -369,8 +372,10 @@ def split_of(path: Path) -> str | None:
 def pack_originals(path: Path) -> list[Original]:
     """Returns the samples of a .npz pack, or of a .tar or .tar.gz of KEY.jpg and KEY.cls, in the pack's order."""
     if path.suffix == ".npz":
-        items, _ = npz_items(path)
-        return [Original(f"{path.name}[{i}]", item) for i, item in enumerate(items)]
+        items, classes = npz_items(path)
+        labels = [item.label for item in items if isinstance(item.label, int)]  # all of them: an array of integers
+        named = [classes[label] if label < len(classes) else "" for label in labels]
+        return [Original(f"{path.name}[{i}]", item, named[i]) for i, item in enumerate(items)]
     try:
         members = list(_members(path))
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:

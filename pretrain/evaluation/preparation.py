@@ -270,19 +270,21 @@ def open_source(task: Task, paths: Sequence[Path]) -> Source:
     if task.data_of:
         raise UserError(f"{task.name} is scored on the data of {task.data_of}: prepare --task {task.data_of}")
     if all(_is_pack(path) for path in paths):
-        return Source(PACKS, _packed_splits(task, paths), _numbers(task))
+        splits = _packed_splits(task, paths)
+        return Source(PACKS, splits, _class_names(task, _names_in(splits)))
     if len(paths) > 1:
         raise UserError(f"{task.name}: give one folder, or packs whose names tell train, val or test")
     if paths[0].is_dir() and _has_records(paths[0], task):
         folder = tfds_folder(paths[0], task.tfds)
         splits = {split: _from_records(task, folder, spec) for split, spec in task.splits.items()}
-        return Source(RECORDS, splits, _label_names(folder, task))
+        return Source(RECORDS, splits, _class_names(task, _label_names(folder)))
     if task.originals is None:
         raise UserError(
             f"{paths[0]}: {task.name} is made from TFDS records ({task.tfds}), whose order defines its images, or from "
             f"packs named for train, val and test; neither is here"
         )
-    return Source(ORIGINALS, task.originals(paths[0]), _numbers(task))
+    splits = task.originals(paths[0])
+    return Source(ORIGINALS, splits, _class_names(task, _names_in(splits)))
 
 
 def _has_records(folder: Path, task: Task) -> bool:
@@ -294,15 +296,25 @@ def _dataset(task: Task) -> str:
     return task.tfds.partition(":")[0].partition("/")[0]
 
 
-def _numbers(task: Task) -> list[str]:
-    return [str(number) for number in range(task.num_classes)]
+def _class_names(task: Task, found: Sequence[str]) -> list[str]:
+    """The names of the classes: the task's own, those of the source if it names all, or mere numbers."""
+    names = list(task.class_names or found)
+    return names if len(names) == task.num_classes else [str(number) for number in range(task.num_classes)]
 
 
-def _label_names(folder: Path, task: Task) -> list[str]:
-    """TFDS's names of the classes, where its stored label is the task's label."""
+def _names_in(splits: Splits) -> list[str]:
+    """What the images' classes are called, by number; nothing when one has no name, or several."""
+    everything = [original for originals in splits.values() for original in originals]
+    found = {(_one_class(original.item), original.class_name) for original in everything}
+    names = dict(found)
+    known = len(names) == len(found) and all(names.values()) and set(names) == set(range(len(names)))
+    return [names[number] for number in range(len(names))] if known else []
+
+
+def _label_names(folder: Path) -> list[str]:
+    """TFDS's names of the classes of its stored label, where it has one."""
     path = folder / "label.labels.txt"
-    names = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return names if len(names) == task.num_classes else _numbers(task)
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _is_pack(path: Path) -> bool:

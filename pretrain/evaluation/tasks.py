@@ -53,6 +53,7 @@ class Task:
     label: Callable[[Features], int] = labels.stored_label  # of a TFDS record
     image: Callable[[bytes], bytes] | None = None  # what TFDS's image needs before it can be seen
     originals: Callable[[Path], Splits] | None = None  # reads the authors' files; None: TFDS records or packs only
+    class_names: tuple[str, ...] = ()  # where they are the same in every source
     metric: str = "top1"  # "real": a prediction is right when it is one of the image's ReaL labels
     official_metric: str = "top1"  # of the set's authors, where it differs from the paper's
     data_of: str | None = None  # the task whose data this one is scored on
@@ -151,6 +152,7 @@ def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: 
         finetuning=None,
         tested_on="synthetic records",
         originals=_variant(folder_names),
+        class_names=archives.wnids(),
         **more,
     )
 
@@ -213,6 +215,7 @@ _ROWS = (
         url="https://image-net.org/challenges/LSVRC/2012/",
         licence="non-commercial research, registration",
         originals=archives.imagenet,
+        class_names=archives.wnids(),
         tested_on="real",
     ),
     Task(
