@@ -271,6 +271,33 @@ def test_class_folders_of_a_tar_or_a_folder(tmp_path: Path) -> None:
     assert "no images found" in refusal(class_folders, tmp_path / "none", classes)
 
 
+def test_dtd(tmp_path: Path) -> None:
+    """The first division by its lists; classes in alphabetical order; a list or an image that is missing is told."""
+    images = {
+        f"dtd/images/{n}.jpg": picture(i) for i, n in enumerate(["woven/w_1", "banded/b_1", "banded/b_2", "lined/l"])
+    }
+    lists = {
+        "dtd/labels/train1.txt": b"woven/w_1.jpg\nbanded/b_2.jpg\n",
+        "dtd/labels/val1.txt": b"banded/b_1.jpg\n",
+        "dtd/labels/test1.txt": b"lined/l.jpg\n",
+        "dtd/labels/train2.txt": b"lined/l.jpg\n",
+    }
+    (tmp_path / "dtd-r1.0.1.tar.gz").write_bytes(tar_bytes(images | lists, "w:gz"))
+    splits = archives.dtd(tmp_path)
+    assert listed(splits["train"]) == [
+        ("w_1.jpg", 2, images["dtd/images/woven/w_1.jpg"]),
+        ("b_2.jpg", 0, images["dtd/images/banded/b_2.jpg"]),
+    ]
+    assert [(o.item.label, o.class_name) for o in splits["val"] + splits["test"]] == [(0, "banded"), (1, "lined")]
+    for changed, said in (
+        ({"dtd/labels/val1.txt": b"gone/g.jpg"}, "val1.txt names gone/g.jpg, which has no file"),
+        ({"dtd/labels/val1.txt": None}, "labels/val1.txt is missing"),
+    ):
+        members = {name: data for name, data in (images | lists | changed).items() if data is not None}
+        (tmp_path / "dtd-r1.0.1.tar.gz").write_bytes(tar_bytes(members, "w:gz"))
+        assert said in refusal(archives.dtd, tmp_path)
+
+
 def test_linked_folders_are_followed(tmp_path: Path) -> None:
     """Classes that lie on another disk count, a link that leads back up ends, a link to nothing is told."""
     (tmp_path / "disk/10").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from tfds_records import example, write_split
 from weights_on_disk import load_tool
 
 import pretrain.data.build
+from pretrain.data import archives
 from pretrain.data.archives import wnids
 from pretrain.data.build import Item, build
 from pretrain.data.examples import Example, content_sha256, examples_sha256, load_examples, sample_names, write_examples
@@ -384,6 +386,89 @@ def test_options_without_effect_are_refused(option: list[str], tmp_path: Path, m
     monkeypatch.setattr(sys, "argv", ["make_shards.py", "--task", "pets", str(tmp_path), str(tmp_path / "o"), *option])
     assert f"{option[0]} has no effect with --task" in refusal(load_tool("make_shards").main)
     assert not (tmp_path / "o").exists()
+
+
+def test_vtab_from_original_files_is_a_seeded_choice(tmp_path: Path) -> None:
+    """800 + 200 of 1,100 training images, apart, the same ones each time; the authors' test; said to differ."""
+    place = tmp_path / "in/cifar-100-binary"
+    place.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, count in (("train.bin", 1100), ("test.bin", 5)):
+        rows = random.integers(0, 100, (count, 2 + 3072)).astype(np.uint8)
+        (place / name).write_bytes(rows.tobytes())
+    row = task("vtab/cifar100")
+    source = open_source(row, [tmp_path / "in"])
+    ids = {split: [original.id for original in originals] for split, originals in source.splits.items()}
+    assert {split: len(found) for split, found in ids.items()} == {
+        "train": 800,
+        "val": 200,
+        "trainval": 1000,
+        "test": 5,
+    }
+    assert ids["trainval"] == ids["train"] + ids["val"] and len(set(ids["trainval"])) == 1000
+    assert set(ids["train"]) != {f"train.bin[{number}]" for number in range(800)}
+    assert ids["test"] == [f"test.bin[{number}]" for number in range(5)]
+    again = open_source(row, [tmp_path / "in"]).splits
+    assert {split: [original.id for original in originals] for split, originals in again.items()} == ids
+    prepare(row, source._replace(splits={"test": source.splits["test"]}), tmp_path / "out")
+    assert set_differences(tmp_path / "out") == [
+        "test has 5 of 10,000 samples",
+        "its images are a seeded choice from the original files, not the ones that TFDS's order gives",
+    ]
+
+
+@pytest.mark.parametrize("name", ["vtab/dtd", "vtab/flowers102"])
+def test_vtab_validation_images_of_the_authors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they have a split for validation, the 200 are from it, as TFDS's are."""
+    place = tmp_path / "dtd/images"
+    lists = dict.fromkeys(("train", "val", "test"), "")
+    for number in range(1300):
+        split = "train" if number < 1000 else "val" if number < 1293 else "test"
+        key = f"class_{number % 47:02d}/{split}_{number}.jpg"
+        (place / key).parent.mkdir(parents=True, exist_ok=True)
+        (place / key).touch()
+        lists[split] += f"{key}\n"
+    (tmp_path / "dtd/labels").mkdir()
+    for split, text in lists.items():
+        (tmp_path / f"dtd/labels/{split}1.txt").write_text(text)
+    if name == "vtab/flowers102":
+        monkeypatch.setattr(archives, "_matlab", matlab_of_flowers)
+        (tmp_path / "jpg").mkdir()
+        for file in ("imagelabels.mat", "setid.mat", *(f"jpg/image_{number:05d}.jpg" for number in range(1, 1301))):
+            (tmp_path / file).touch()
+    splits = open_source(task(name), [tmp_path]).splits
+    ids = {split: [int(re.findall(r"\d+", o.id)[0]) for o in originals] for split, originals in splits.items()}
+    assert [len(ids[split]) for split in ("train", "val", "trainval", "test")] == [800, 200, 1000, 7]
+    assert max(ids["train"]) <= 1000 and 1000 <= min(ids["val"]) and max(ids["val"]) <= 1293
+    assert len(set(ids["trainval"])) == 1000
+
+
+def matlab_of_flowers(path: Path, *names: str) -> dict[str, list[int]]:
+    """1,000 flowers to learn from, 293 to validate and 7 to test on."""
+    ranges = {"trnid": range(1, 1001), "valid": range(1001, 1294), "tstid": range(1294, 1301)}
+    return {name: list(ranges.get(name, [1] * 1300)) for name in names}
+
+
+@pytest.mark.parametrize("name", ["vtab/eurosat", "vtab/resisc45"])
+def test_vtab_from_class_folders(name: str, tmp_path: Path) -> None:
+    """Classes in alphabetical order, test images behind the 1,000; another number of folders is refused."""
+    row = task(name)
+    for number in range(row.num_classes):
+        (tmp_path / f"class_{number:02d}").mkdir()
+        for image in range(1350 // row.num_classes):
+            (tmp_path / f"class_{number:02d}/{image}.jpg").touch()
+    source = open_source(row, [tmp_path])
+    assert {split: len(found) for split, found in source.splits.items()} == {
+        **{"train": 800, "val": 200},
+        **{"trainval": 1000, "test": 350},
+    }
+    assert source.class_names == [f"class_{number:02d}" for number in range(row.num_classes)]
+    everything = source.splits["trainval"] + source.splits["test"]
+    assert all(o.id.startswith(f"class_{o.item.label:02d}/") for o in everything)
+    assert len({o.id for o in everything}) == 1350
+    (tmp_path / "class_00/more").mkdir()
+    (tmp_path / "class_00/more/x.jpg").touch()
+    assert f"images in {row.num_classes + 1} folders, expected one for each" in refusal(open_source, row, [tmp_path])
 
 
 def test_a_variant_is_labelled_in_imagenets_classes(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_every_row_is_complete() -> None:
     assert len(VTAB) == 19 and [TASKS[name].group for name in VTAB].count("natural") == 7
     for name in VTAB:
         row = TASKS[name]
-        assert list(row.num_samples.values())[:3] == [800, 200, 1000] and row.originals is None
+        assert list(row.num_samples.values())[:3] == [800, 200, 1000]
         assert row.splits["trainval"] == f"{row.splits['train']}+{row.splits['val']}"
     assert TASKS["real"].metric == "real" and TASKS["real"].data_of == "imagenet"
 

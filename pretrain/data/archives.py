@@ -286,12 +286,43 @@ def class_folders(path: Path, classes: dict[str, int]) -> list[Original]:
     originals = []
     for file in files_of(path):
         if _is_image(file):
-            folder = Path(file.source if path.is_dir() else file.name).parent.name
+            folder = _folder_of(file, path)
             original = _original(file, _class_of(folder, classes, path), folder)
             originals.append(original._replace(id=f"{folder}/{original.id}"))  # sketch_3.JPEG is in each folder
     if not originals:
         raise UserError(f"{path}: no images found; expected folders {next(iter(classes))} and so on")
     return originals
+
+
+def _folder_of(file: File, path: Path) -> str:
+    return Path(file.source if path.is_dir() else file.name).parent.name
+
+
+def sorted_class_folders(path: Path, num_classes: int) -> list[Original]:
+    """Returns the images of a folder or tar whose innermost folders are classes, numbered in alphabetical order."""
+    names = sorted({_folder_of(file, path) for file in files_of(path) if _is_image(file)})
+    if len(names) != num_classes:
+        raise UserError(f"{path}: has images in {len(names)} folders, expected one for each of {num_classes} classes")
+    return class_folders(path, {name: number for number, name in enumerate(names)})
+
+
+def dtd(source: Path) -> Splits:
+    """Returns the Describable Textures from dtd-r1.0.1.tar.gz or the folder `dtd`: the first of its ten divisions."""
+    archive = _one_of(source, "dtd-r1.0.1.tar.gz", "dtd-r1.0.1.tar", "dtd")
+    files = files_of(archive)
+    images = {"/".join(Path(file.name).parts[-2:]): file for file in files if _is_image(file)}
+    lists = {Path(file.name).name: file for file in files if file.name.endswith(".txt")}
+    classes = {name: number for number, name in enumerate(sorted({key.partition("/")[0] for key in images}))}
+    splits = {}
+    for split in ("train", "val", "test"):
+        if f"{split}1.txt" not in lists:
+            raise UserError(f"{archive}: labels/{split}1.txt is missing")
+        keys = lists[f"{split}1.txt"].read().decode().split()  # banded/banded_0002.jpg
+        if unknown := [key for key in keys if key not in images]:
+            raise UserError(f"{archive}: {split}1.txt names {unknown[0]}, which has no file")
+        named = [(key, key.partition("/")[0]) for key in keys]
+        splits[split] = [_original(images[key], classes[name], name) for key, name in named]
+    return splits
 
 
 def _class_of(name: str, classes: dict[str, int], path: Path) -> int:

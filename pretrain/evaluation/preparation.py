@@ -86,6 +86,8 @@ def differences(task: Task, prepared: Iterable[Prepared]) -> list[str]:
     kinds = {split.source for split in prepared} if task.group else set()
     if PACKS in kinds:
         reasons.append("its packs need not hold the images that TFDS's order gives")
+    if ORIGINALS in kinds:
+        reasons.append("its images are a seeded choice from the original files, not the ones that TFDS's order gives")
     return reasons
 
 

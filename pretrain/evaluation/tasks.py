@@ -12,8 +12,11 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pretrain.data import archives
 from pretrain.data.archives import Splits
+from pretrain.data.order import words
 from pretrain.data.tfrecord import Features
 from pretrain.errors import UserError
 from pretrain.evaluation import vtab_labels as labels
@@ -138,6 +141,31 @@ def _variant(folder_names: Sequence[str]) -> Callable[[Path], Splits]:
         return {"test": archives.class_folders(source, classes)}
 
     return read
+
+
+def _seeded(read: Callable[[Path], Splits], num_test: int = 0) -> Callable[[Path], Splits]:
+    """The reader of a VTAB set's original files: 800 + 200 images by a seed, since TFDS's order is not theirs.
+
+    read: gives `train` and maybe `val`, from which the 200 are then taken. num_test: taken from `train` too, behind the
+    1,000, where the authors have no test split; 0: they have one.
+    """
+
+    def splits(source: Path) -> Splits:
+        found = read(source)
+        shuffled = {}
+        for split, originals in found.items():
+            plan = np.argsort(words(len(originals), "v1", "vtab", 0), kind="stable")
+            shuffled[split] = [originals[number] for number in plan]
+        train, val = shuffled["train"][:800], shuffled.get("val", shuffled["train"][800:])[:200]
+        test = shuffled["train"][1000:][:num_test] if num_test else found["test"]
+        return {"train": train, "val": val, "trainval": train + val, "test": test}
+
+    return splits
+
+
+def _class_folders(num_classes: int, num_test: int) -> Callable[[Path], Splits]:
+    """The reader of a VTAB set that its authors give as one folder for each class, without splits."""
+    return _seeded(lambda source: {"train": archives.sorted_class_folders(source, num_classes)}, num_test)
 
 
 def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: Sequence[str], **more: Any) -> Task:
@@ -321,19 +349,23 @@ _ROWS = (
     ),
     _vtab(
         *("cifar100", NATURAL, 100, "cifar100:3.*.*", "train[45000:45200]", "test", 10_000, _KRIZHEVSKY, _RESEARCH),
+        originals=_seeded(lambda source: archives.cifar(source, 100)),
         tested_on="real",
     ),
     _vtab(
         *("dtd", NATURAL, 47, "dtd:3.*.*", _VAL, "test", 1_880, f"{_OXFORD}/dtd/", "research only"),
+        originals=_seeded(archives.dtd),
     ),
     _vtab(
         *("flowers102", NATURAL, 102, "oxford_flowers102:2.*.*", _VAL, "test", 6_149),
         *(f"{_OXFORD}/flowers/102/", _RESEARCH),
+        originals=_seeded(archives.flowers),
         official_metric="mean_per_class",
     ),
     _vtab(
         *("pets", NATURAL, 37, "oxford_iiit_pet:3.*.*", "train[2944:3144]", "test", 3_669),
         *(f"{_OXFORD}/pets/", "CC BY-SA 4.0"),
+        originals=_seeded(archives.pets),
         official_metric="mean_per_class",
     ),
     _vtab(
@@ -351,11 +383,13 @@ _ROWS = (
     _vtab(
         *("eurosat", SPECIALISED, 10, "eurosat/rgb:2.*.*", "train[16200:16400]", "train[21600:]", 5_400),
         *("https://github.com/phelber/EuroSAT", "MIT"),
+        originals=_class_folders(10, num_test=5_400),
         tested_on="real",
     ),
     _vtab(
         *("resisc45", SPECIALISED, 45, "resisc45:3.*.*", "train[18900:19100]", "train[25200:]", 6_300),
         *("https://www.tensorflow.org/datasets/catalog/resisc45", _RESEARCH),
+        originals=_class_folders(45, num_test=6_300),
     ),
     _vtab(
         "diabetic_retinopathy",
