@@ -11,7 +11,16 @@ from PIL import Image
 from scipy.io import savemat
 
 from pretrain.data import archives, matlab
-from pretrain.data.archives import Original, cifar, class_folders, flowers, imagenet, pack_originals, pets, split_of
+from pretrain.data.archives import (
+    Original,
+    cifar,
+    class_folders,
+    flowers,
+    imagenet,
+    pack_originals,
+    pets,
+    split_of,
+)
 from pretrain.data.images import decode
 from pretrain.errors import UserError
 
@@ -67,18 +76,23 @@ def test_cifar_binary(num_classes: int, unpacked: bool, tmp_path: Path) -> None:
     rows = {name: cifar_rows(4, labels, seed) for seed, name in enumerate(names)}
     short, folder = ("cifar-10", "cifar-10-batches-bin") if num_classes == 10 else ("cifar-100", "cifar-100-binary")
     members = {f"{folder}/{name}": rows[name].tobytes() for name in reversed(names)} | {f"{folder}/readme.html": b"x"}
+    listed_in = "batches.meta.txt" if num_classes == 10 else "fine_label_names.txt"
+    if not unpacked:  # the list of names may be missing
+        members[f"{folder}/{listed_in}"] = b"".join(b"class_%d\n" % i for i in range(num_classes)) + b"\n"
     if unpacked:
         (tmp_path / folder).mkdir()
         for name, data in members.items():
             (tmp_path / name).write_bytes(data)
     else:
         (tmp_path / f"{short}-binary.tar.gz").write_bytes(tar_bytes(members, "w:gz"))
+    (tmp_path / f"{short}-python.tar.gz").write_bytes(b"the pickles, which a folder of downloads may hold too")
     splits = cifar(tmp_path, num_classes)
     assert {split: len(found) for split, found in splits.items()} == {"train": 4 * len(train), "test": 4}
     for split, files in (("train", train), ("test", names[-1:])):
         expected = np.concatenate([rows[name] for name in files])
         assert [original.item.label for original in splits[split]] == expected[:, labels - 1].tolist()
         for original, row in zip(splits[split], expected):
+            assert original.class_name == ("" if unpacked else f"class_{row[labels - 1]}")
             assert np.array_equal(decode(original.item.read()).numpy().ravel(), row[labels:])
     assert splits["train"][1].id == f"{train[0]}[1]"
 
@@ -115,6 +129,9 @@ def test_pets(tmp_path: Path) -> None:
         ("Abyssinian_1.jpg", 0, images["images/Abyssinian_1.jpg"]),
     ]
     assert [original.item.label for original in splits["test"]] == [4]
+    assert [original.class_name for originals in splits.values() for original in originals] == [
+        *("pug", "Abyssinian", "beagle")
+    ]
     lists["annotations/test.txt"] = b"gone_7 5 2 4\n"
     (tmp_path / "annotations.tar.gz").write_bytes(tar_bytes(lists, "w:gz"))
     assert "test.txt names gone_7" in refusal(pets, tmp_path)
@@ -252,6 +269,50 @@ def test_class_folders_of_a_tar_or_a_folder(tmp_path: Path) -> None:
     assert "unpack it" in refusal(class_folders, tmp_path / "set.zip", classes)
     (tmp_path / "none").mkdir()
     assert "no images found" in refusal(class_folders, tmp_path / "none", classes)
+
+
+def test_dtd(tmp_path: Path) -> None:
+    """The first division by its lists; classes in alphabetical order; a list or an image that is missing is told."""
+    images = {
+        f"dtd/images/{n}.jpg": picture(i) for i, n in enumerate(["woven/w_1", "banded/b_1", "banded/b_2", "lined/l"])
+    }
+    lists = {
+        "dtd/labels/train1.txt": b"woven/w_1.jpg\nbanded/b_2.jpg\n",
+        "dtd/labels/val1.txt": b"banded/b_1.jpg\n",
+        "dtd/labels/test1.txt": b"lined/l.jpg\n",
+        "dtd/labels/train2.txt": b"lined/l.jpg\n",
+    }
+    (tmp_path / "dtd-r1.0.1.tar.gz").write_bytes(tar_bytes(images | lists, "w:gz"))
+    splits = archives.dtd(tmp_path)
+    assert listed(splits["train"]) == [
+        ("w_1.jpg", 2, images["dtd/images/woven/w_1.jpg"]),
+        ("b_2.jpg", 0, images["dtd/images/banded/b_2.jpg"]),
+    ]
+    assert [(o.item.label, o.class_name) for o in splits["val"] + splits["test"]] == [(0, "banded"), (1, "lined")]
+    for changed, said in (
+        ({"dtd/labels/val1.txt": b"gone/g.jpg"}, "val1.txt names gone/g.jpg, which has no file"),
+        ({"dtd/labels/val1.txt": None}, "labels/val1.txt is missing"),
+    ):
+        members = {name: data for name, data in (images | lists | changed).items() if data is not None}
+        (tmp_path / "dtd-r1.0.1.tar.gz").write_bytes(tar_bytes(members, "w:gz"))
+        assert said in refusal(archives.dtd, tmp_path)
+
+
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
+    """Classes that lie on another disk count, a link that leads back up ends, a link to nothing is told."""
+    (tmp_path / "disk/10").mkdir(parents=True)
+    (tmp_path / "disk/10/x.jpg").write_bytes(picture(1))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/10").symlink_to(tmp_path / "disk/10")
+    (tmp_path / "train/2").mkdir()
+    (tmp_path / "train/2/x.jpg").symlink_to(tmp_path / "disk/10/x.jpg")
+    (tmp_path / "train/2/again").symlink_to(tmp_path / "train")
+    classes = {str(number): number for number in range(20)}
+    expected = [("10/x.jpg", 10, picture(1)), ("2/x.jpg", 2, picture(1))]
+    assert listed(class_folders(tmp_path / "train", classes)) == expected
+    (tmp_path / "disk/10/x.jpg").unlink()
+    message = refusal(class_folders, tmp_path / "train", classes)
+    assert "train/2/x.jpg: is a link to" in message and "which is not there" in message
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ from PIL import Image
 from tfds_records import example, write_split
 from weights_on_disk import load_tool
 
+import pretrain.data.build
+from pretrain.data import archives
+from pretrain.data.archives import wnids
 from pretrain.data.build import Item, build
-from pretrain.data.examples import Example, content_sha256, examples_sha256, load_examples, sample_names
+from pretrain.data.examples import Example, content_sha256, examples_sha256, load_examples, sample_names, write_examples
 from pretrain.data.images import decode
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
-from pretrain.evaluation.preparation import open_source, prepare
-from pretrain.evaluation.tasks import TASKS, VTAB, missing, real_labels, task
+from pretrain.evaluation.preparation import Source, open_source, prepare, set_differences
+from pretrain.evaluation.tasks import TASKS, VTAB, Task, missing, real_labels, task
 
 
 def pixels(seed: int, gray: bool = False) -> np.ndarray:
@@ -92,12 +97,17 @@ def test_a_vtab_task_from_tfds_records(
     assert examples[801] == Example(801, "validation_1.jpg", 1, content_sha256(val[1][0]))
     assert sample_names(load_manifest(out / "test"), [11]) == ["test_11"]
     record = json.loads((out / "task.json").read_text())
-    assert (record["task"], record["source"], record["comparable"]) == ("vtab/dtd", "TFDS records", False)
+    assert (record["task"], record["version"], record["differs"]) == ("vtab/dtd", 2, ["test has 12 of 1,880 samples"])
+    assert set_differences(out) == record["differs"]
+    assert record["splits"]["trainval"]["source"] == "TFDS records"
     assert record["splits"]["trainval"]["tfds_slice"] == "train[:800]+validation[:200]"
     assert record["splits"]["test"]["examples_sha256"] in said.out
-    assert "not comparable with published scores: test has 12 of 1880 samples" in said.err
+    assert "not comparable with published scores: test has 12 of 1,880 samples" in said.err
     assert missing(replace(task("vtab/dtd"), name="out"), tmp_path) is None
-    assert "holds a data set already" in refusal(load_tool("make_shards").main)
+    changed = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    load_tool("make_shards").main()
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")} == changed
+    assert "test/manifest.json: kept, as task.json lists it: 12 samples" in capsys.readouterr().out
 
 
 SCENE = {"objects__size": [0, 1, 0, 1, 1], "objects__pixel_coords": [1.0, 2.0, 9.25] * 4 + [3.0, 4.0, 8.5]}
@@ -170,14 +180,14 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_told(tmp_path: Path) ->
     files[2] = b"<html>"
     records = [example(file_name=f"{i}.png".encode(), image=data, label=i) for i, data in enumerate(files)]
     write_split(tmp_path / "dtd/3.0.1", "dtd", "test", records)
-    (prepared,) = prepare(row, open_source(row, [tmp_path]), tmp_path / "out")
+    (prepared,), _ = prepare(row, open_source(row, [tmp_path]), tmp_path / "out")
     assert (prepared.num_samples, prepared.left_out) == (4, 1)
     assert sample_names(load_manifest(tmp_path / "out/test"), range(4)) == ["0", "1", "3", "4"]
     assert [label for _, label in samples(tmp_path / "out/test")] == [0, 1, 3, 4]
-    assert [e.sha256 for e in load_examples(load_manifest(prepared.manifest))] == [
+    assert [e.sha256 for e in load_examples(load_manifest(tmp_path / "out/test"))] == [
         content_sha256(files[i]) for i in (0, 1, 3, 4)
     ]
-    assert json.loads((tmp_path / "out/task.json").read_text())["comparable"] is False
+    assert set_differences(tmp_path / "out") == ["test has 4 of 5 samples"]
 
 
 def test_a_complete_official_set_is_comparable(tmp_path: Path) -> None:
@@ -185,7 +195,114 @@ def test_a_complete_official_set_is_comparable(tmp_path: Path) -> None:
     row = replace(task("vtab/dtd"), splits={"test": "test"}, num_samples={"test": 2})
     write_split(tmp_path / "dtd/3.0.1", "dtd", "test", [example(image=encoded(pixels(i)), label=i) for i in range(2)])
     prepare(row, open_source(row, [tmp_path]), tmp_path / "out")
-    assert json.loads((tmp_path / "out/task.json").read_text())["comparable"] is True
+    assert set_differences(tmp_path / "out") == []
+
+
+def test_a_set_that_was_not_prepared_has_one_reason(tmp_path: Path) -> None:
+    """No task.json, one of an earlier version; one that cannot be read is refused."""
+    (only,) = set_differences(tmp_path)
+    assert "has no task.json" in only and "make_shards.py --task" in only
+    (tmp_path / "task.json").write_text('{"format": "pretrain-task", "version": 1, "comparable": true}')
+    (only,) = set_differences(tmp_path)
+    assert "version 1, not 2: prepare the set again" in only
+    for text in ("{", "[]", '{"format": "x"}', '{"format": "pretrain-task", "version": 2}'):
+        (tmp_path / "task.json").write_text(text)
+        assert "task.json: not the list of a prepared task" in refusal(set_differences, tmp_path)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def small_dtd(folder: Path, splits: Sequence[str] = ("train", "validation", "test")) -> Task:
+    """The row of `dtd` with three splits of three images, and its records."""
+    for number, split in enumerate(splits):
+        records = [example(image=encoded(pixels(10 * number + i)), label=i) for i in range(3)]
+        write_split(folder / "dtd/3.0.1", "dtd", split, records)
+    splits_of = {"train": "train", "val": "validation", "test": "test"}
+    return replace(task("vtab/dtd"), splits=splits_of, num_samples=dict.fromkeys(splits_of, 3))
+
+
+@pytest.mark.parametrize("when", ["at a shard", "at task.json", "at the move"])
+def test_a_killed_preparation_is_finished_by_another_run(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it ended, a second run gives the very files of an undisturbed one and writes finished splits no more."""
+    row = small_dtd(tmp_path / "tfds")
+    source = open_source(row, [tmp_path / "tfds"])
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    _, new = prepare(row, source, whole)
+    assert new == ["train", "val", "test"]
+    owner, name, last = {
+        "at a shard": (pretrain.data.build, "index_tar", "val-000000.tar"),
+        "at task.json": (Path, "write_text", ".tmp-task.json"),
+        "at the move": (Path, "replace", "val"),
+    }[when]
+    real, calls = getattr(owner, name), []
+
+    def dies_in_the_second_split(path: Path, *arguments: Any, **options: Any) -> Any:
+        calls.append(path.name)
+        if path.name == last and calls.count(last) == (2 if when == "at task.json" else 1):
+            raise KeyboardInterrupt
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, dies_in_the_second_split)
+        prepare(row, source, out)
+    assert not (out / "val").exists() and (out / ".unfinished/val/val-000000.tar").exists()
+    done, new = prepare(row, source, out)
+    assert new == ["val", "test"] and [p.split for p in done] == ["train", "val", "test"]
+    assert tree(out) == tree(whole)
+
+
+def test_a_set_is_completed_by_another_source(tmp_path: Path) -> None:
+    """First the splits for validation, later train alone: task.json tells of all, and nothing is written twice."""
+    row = small_dtd(tmp_path / "tfds")
+    source = open_source(row, [tmp_path / "tfds"])
+    first = {split: source.splits[split] for split in ("val", "test")}
+    out = tmp_path / "out"
+    prepare(row, source._replace(splits=first), out)
+    before = tree(out / "val")
+    done, new = prepare(row, source._replace(splits={"train": source.splits["train"]}), out)
+    assert new == ["train"] and [p.split for p in done] == ["train", "val", "test"] and tree(out / "val") == before
+    record = json.loads((out / "task.json").read_text())
+    assert list(record["splits"]) == ["train", "val", "test"] and set_differences(out) == []
+
+
+def test_what_is_there_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    """Other images, names of classes or task, a foreign folder, a wrong label, a cut shard: told, nothing changed."""
+    row = small_dtd(tmp_path / "tfds")
+    source = open_source(row, [tmp_path / "tfds"])
+    train, val = ({split: source.splits[split]} for split in ("train", "val"))
+    out = tmp_path / "out"
+    prepare(row, source._replace(splits=val), out)
+    before = tree(out)
+
+    def told(changed: Source, changed_row: Task = row) -> str:
+        message = refusal(prepare, changed_row, changed, out)
+        assert tree(out) == before
+        return message
+
+    fewer = source._replace(splits=train | {"val": source.splits["val"][:2]})
+    assert "out/val: was made from other images (3 from TFDS records, here 2 from TFDS records)" in told(fewer)
+    assert "was made from other images" in told(source._replace(kind="packs"))
+    relabelled = [o._replace(item=o.item._replace(label=7)) for o in source.splits["val"]]
+    assert "was made from other images" in told(source._replace(splits=train | {"val": relabelled}))
+    assert "class 0 is called '0' there and 'a' in the source" in told(
+        source._replace(splits=train, class_names=["a"] * 47)
+    )
+    assert "is of vtab/dtd, version 2, not of vtab/svhn" in told(source, replace(row, name="vtab/svhn"))
+    unknown = [o._replace(item=o.item._replace(label=47)) for o in source.splits["test"]]
+    assert "label 47 is not one of the 47" in told(source._replace(splits=source.splits | {"test": unknown}))
+    (out / "train").mkdir()
+    (out / "train/holiday.jpg").write_bytes(b"x")
+    before = tree(out)
+    assert "out/train: is not empty, but no finished split" in told(source)
+    (out / "train/holiday.jpg").unlink()
+    next((out / "val").glob("*.tar")).write_bytes(b"")
+    before = tree(out)
+    assert "has 0 bytes" in told(source)
 
 
 def test_the_digest_is_of_images_and_labels(tmp_path: Path) -> None:
@@ -214,6 +331,33 @@ def test_names_without_a_list_are_the_keys(tmp_path: Path) -> None:
     assert "not a list of examples" in refusal(load_examples, manifest)
 
 
+IDS = {  # as each source names its samples -> as predictions.jsonl and wrong.json show them
+    "data_batch_1.bin[5]": "data_batch_1.bin[5]",
+    "data_batch_1.bin[6]": "data_batch_1.bin[6]",
+    "cifar10_test.npz[17]": "cifar10_test.npz[17]",
+    "cifar10-train.tfrecord-00000-of-00001__17": "cifar10-train.tfrecord-00000-of-00001__17",
+    "ILSVRC2012_val_00000001.JPEG": "ILSVRC2012_val_00000001",
+    "n01498041/sketch_1.jpg": "n01498041/sketch_1",
+    "n01514859/sketch_1.jpg": "n01514859/sketch_1",
+    "Dr. No.webp": "Dr. No",
+    "x.v2": "x.v2",
+    "twice.png": "9/twice",
+    "twice.jpg": "10/twice",
+    "a/same.png": "a/same",
+    "b/same.png": "b/same",
+}
+
+
+def test_names_tell_samples_apart(tmp_path: Path) -> None:
+    """Nothing is cut but the ending of an image, and what is equal then has its index in front."""
+    items = [Item(partial(encoded, pixels(number)), "png", 0, "x") for number in range(len(IDS))]
+    build(items, ["a"], tmp_path / "set", samples_per_shard=50, seed=None)
+    write_examples(tmp_path / "set", [Example(index, name, 0, "") for index, name in enumerate(IDS)])
+    manifest = load_manifest(tmp_path / "set")
+    assert sample_names(manifest, range(len(IDS))) == list(IDS.values())
+    assert sample_names(manifest, [10, 0]) == ["10/twice", "data_batch_1.bin[5]"]  # whichever are asked for
+
+
 def test_sources_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     """What is wrong and what the task can be made from, before anything is written."""
     (tmp_path / "empty").mkdir()
@@ -236,6 +380,97 @@ def test_sources_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert "no records of dtd:2.*.* below it" in refusal(open_source, old, [tmp_path / "tfds"])
 
 
+@pytest.mark.parametrize("option", [["--classes", "names.json"], ["--seed", "0"]])
+def test_options_without_effect_are_refused(option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task has its own classes and order."""
+    monkeypatch.setattr(sys, "argv", ["make_shards.py", "--task", "pets", str(tmp_path), str(tmp_path / "o"), *option])
+    assert f"{option[0]} has no effect with --task" in refusal(load_tool("make_shards").main)
+    assert not (tmp_path / "o").exists()
+
+
+def test_vtab_from_original_files_is_a_seeded_choice(tmp_path: Path) -> None:
+    """800 + 200 of 1,100 training images, apart, the same ones each time; the authors' test; said to differ."""
+    place = tmp_path / "in/cifar-100-binary"
+    place.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, count in (("train.bin", 1100), ("test.bin", 5)):
+        rows = random.integers(0, 100, (count, 2 + 3072)).astype(np.uint8)
+        (place / name).write_bytes(rows.tobytes())
+    row = task("vtab/cifar100")
+    source = open_source(row, [tmp_path / "in"])
+    ids = {split: [original.id for original in originals] for split, originals in source.splits.items()}
+    assert {split: len(found) for split, found in ids.items()} == {
+        "train": 800,
+        "val": 200,
+        "trainval": 1000,
+        "test": 5,
+    }
+    assert ids["trainval"] == ids["train"] + ids["val"] and len(set(ids["trainval"])) == 1000
+    assert set(ids["train"]) != {f"train.bin[{number}]" for number in range(800)}
+    assert ids["test"] == [f"test.bin[{number}]" for number in range(5)]
+    again = open_source(row, [tmp_path / "in"]).splits
+    assert {split: [original.id for original in originals] for split, originals in again.items()} == ids
+    prepare(row, source._replace(splits={"test": source.splits["test"]}), tmp_path / "out")
+    assert set_differences(tmp_path / "out") == [
+        "test has 5 of 10,000 samples",
+        "its images are a seeded choice from the original files, not the ones that TFDS's order gives",
+    ]
+
+
+@pytest.mark.parametrize("name", ["vtab/dtd", "vtab/flowers102"])
+def test_vtab_validation_images_of_the_authors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they have a split for validation, the 200 are from it, as TFDS's are."""
+    place = tmp_path / "dtd/images"
+    lists = dict.fromkeys(("train", "val", "test"), "")
+    for number in range(1300):
+        split = "train" if number < 1000 else "val" if number < 1293 else "test"
+        key = f"class_{number % 47:02d}/{split}_{number}.jpg"
+        (place / key).parent.mkdir(parents=True, exist_ok=True)
+        (place / key).touch()
+        lists[split] += f"{key}\n"
+    (tmp_path / "dtd/labels").mkdir()
+    for split, text in lists.items():
+        (tmp_path / f"dtd/labels/{split}1.txt").write_text(text)
+    if name == "vtab/flowers102":
+        monkeypatch.setattr(archives, "_matlab", matlab_of_flowers)
+        (tmp_path / "jpg").mkdir()
+        for file in ("imagelabels.mat", "setid.mat", *(f"jpg/image_{number:05d}.jpg" for number in range(1, 1301))):
+            (tmp_path / file).touch()
+    splits = open_source(task(name), [tmp_path]).splits
+    ids = {split: [int(re.findall(r"\d+", o.id)[0]) for o in originals] for split, originals in splits.items()}
+    assert [len(ids[split]) for split in ("train", "val", "trainval", "test")] == [800, 200, 1000, 7]
+    assert max(ids["train"]) <= 1000 and 1000 <= min(ids["val"]) and max(ids["val"]) <= 1293
+    assert len(set(ids["trainval"])) == 1000
+
+
+def matlab_of_flowers(path: Path, *names: str) -> dict[str, list[int]]:
+    """1,000 flowers to learn from, 293 to validate and 7 to test on."""
+    ranges = {"trnid": range(1, 1001), "valid": range(1001, 1294), "tstid": range(1294, 1301)}
+    return {name: list(ranges.get(name, [1] * 1300)) for name in names}
+
+
+@pytest.mark.parametrize("name", ["vtab/eurosat", "vtab/resisc45"])
+def test_vtab_from_class_folders(name: str, tmp_path: Path) -> None:
+    """Classes in alphabetical order, test images behind the 1,000; another number of folders is refused."""
+    row = task(name)
+    for number in range(row.num_classes):
+        (tmp_path / f"class_{number:02d}").mkdir()
+        for image in range(1350 // row.num_classes):
+            (tmp_path / f"class_{number:02d}/{image}.jpg").touch()
+    source = open_source(row, [tmp_path])
+    assert {split: len(found) for split, found in source.splits.items()} == {
+        **{"train": 800, "val": 200},
+        **{"trainval": 1000, "test": 350},
+    }
+    assert source.class_names == [f"class_{number:02d}" for number in range(row.num_classes)]
+    everything = source.splits["trainval"] + source.splits["test"]
+    assert all(o.id.startswith(f"class_{o.item.label:02d}/") for o in everything)
+    assert len({o.id for o in everything}) == 1350
+    (tmp_path / "class_00/more").mkdir()
+    (tmp_path / "class_00/more/x.jpg").touch()
+    assert f"images in {row.num_classes + 1} folders, expected one for each" in refusal(open_source, row, [tmp_path])
+
+
 def test_a_variant_is_labelled_in_imagenets_classes(tmp_path: Path) -> None:
     """Numbers of ImageNet-V2 and WordNet ids of ImageNet-A become classes of the 1000; others are refused."""
     for name, folder, label in (("imagenet_v2", "730", 730), ("imagenet_a", "n01498041", 6)):
@@ -244,7 +479,8 @@ def test_a_variant_is_labelled_in_imagenets_classes(tmp_path: Path) -> None:
         (place / "x.jpg").write_bytes(encoded(pixels(0), "jpeg"))
         prepare(task(name), open_source(task(name), [tmp_path / name]), tmp_path / "out" / name)
         assert samples(tmp_path / "out" / name / "test") == [(encoded(pixels(0), "jpeg"), label)]
-        assert load_manifest(tmp_path / "out" / name / "test").num_classes == 1000
+        manifest = load_manifest(tmp_path / "out" / name / "test")
+        assert manifest.num_classes == 1000 and manifest.class_names == wnids()
     (tmp_path / "imagenet_a/images/n01440764").mkdir()  # tench: in ImageNet, not in ImageNet-A
     (tmp_path / "imagenet_a/images/n01440764/x.jpg").write_bytes(b"x")
     assert "'n01440764' is not one of the 200" in refusal(open_source, task("imagenet_a"), [tmp_path / "imagenet_a"])
@@ -264,14 +500,17 @@ def test_eurosat_from_real_packs(test_data: Path, tmp_path: Path) -> None:
         found = load_examples(load_manifest(tmp_path / split))
         assert [e.id for e in found] == wanted
         assert [classes[e.label] for e in found] == [name.partition("_")[0] for name in wanted]
-    assert json.loads((tmp_path / "task.json").read_text())["comparable"] is False
+    assert set_differences(tmp_path) == [
+        "test has 1,500 of 5,400 samples",
+        "its packs need not hold the images that TFDS's order gives",
+    ]
 
 
 def test_cifar100_from_real_packs(test_data: Path, tmp_path: Path) -> None:
     """The ready VTAB-style packs of CIFAR-100: labels and pixels as in the pack, through the shards."""
     packs = sorted(test_data.glob("cifar100_vtab1k_style_*.npz"))
     row = task("vtab/cifar100")
-    prepared = {p.split: p for p in prepare(row, open_source(row, packs), tmp_path)}
+    prepared = {p.split: p for p in prepare(row, open_source(row, packs), tmp_path)[0]}
     assert {split: p.num_samples for split, p in prepared.items()} == {
         "train": 800,
         "val": 200,
@@ -279,9 +518,10 @@ def test_cifar100_from_real_packs(test_data: Path, tmp_path: Path) -> None:
         "test": 1000,
     }
     with np.load(test_data / "cifar100_vtab1k_style_val200.npz") as pack:
-        offset, blob, label = pack["offset"], pack["blob"], pack["label"]
+        offset, blob, label, classes = (pack[name] for name in ("offset", "blob", "label", "classes"))
     found = samples(tmp_path / "val")
     assert [label for _, label in found] == label.tolist()
+    assert list(load_manifest(tmp_path / "val").class_names) == classes.tolist()
     for number in (0, 99, 199):
         assert found[number][0] == blob[offset[number] : offset[number + 1]].tobytes()
 
@@ -314,8 +554,11 @@ def test_cifar10_binary_equals_the_real_pack(test_data: Path, tmp_path: Path) ->
     (place / "test_batch.bin").write_bytes(b"".join(bytes([label[i]]) + planes[i] for i in reversed(range(count))))
     for number in range(1, 6):
         (place / f"data_batch_{number}.bin").write_bytes(b"")
-    packed = prepare(row, open_source(row, [tmp_path / "part_test.npz"]), tmp_path / "packed")
+    (place / "batches.meta.txt").write_text("".join(f"class_{i}\n" for i in range(10)))
+    packed, _ = prepare(row, open_source(row, [tmp_path / "part_test.npz"]), tmp_path / "packed")
     source = open_source(row, [tmp_path])
     source.splits.pop("train")
-    (binary,) = prepare(row, source, tmp_path / "binary")
+    (binary,), _ = prepare(row, source, tmp_path / "binary")
+    assert load_manifest(tmp_path / "binary/test").class_names[9] == "class_9"
+    assert load_manifest(tmp_path / "packed/test").class_names[9] == "9"  # the part is written without names
     assert binary.examples_sha256 == packed[0].examples_sha256 and binary.num_samples == count

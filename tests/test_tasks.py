@@ -83,7 +83,7 @@ def test_every_row_is_complete() -> None:
     assert len(VTAB) == 19 and [TASKS[name].group for name in VTAB].count("natural") == 7
     for name in VTAB:
         row = TASKS[name]
-        assert list(row.num_samples.values())[:3] == [800, 200, 1000] and row.originals is None
+        assert list(row.num_samples.values())[:3] == [800, 200, 1000]
         assert row.splits["trainval"] == f"{row.splits['train']}+{row.splits['val']}"
     assert TASKS["real"].metric == "real" and TASKS["real"].data_of == "imagenet"
 
@@ -182,6 +182,7 @@ def test_real_labels_are_joined_by_name(test_data: Path) -> None:
     order = [49_999, 0, 17, 25_000]
     names = [f"ILSVRC2012_val_{number + 1:08d}" for number in order]
     assert real_labels(names) == [lists[number] for number in order]
+    assert real_labels([f"val/n01751748/{name}" for name in names]) == real_labels(names)  # as folders give them
     everything = real_labels([f"ILSVRC2012_val_{number + 1:08d}" for number in range(50_000)])
     assert everything == lists and sum(not found for found in everything) == 3_163
     with pytest.raises(UserError, match="'n01440764_18' is not an ImageNet validation image"):

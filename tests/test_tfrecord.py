@@ -236,3 +236,32 @@ def test_the_folder_of_a_version_is_found(tmp_path: Path) -> None:
     (tmp_path / "new/1.0.0").mkdir(parents=True)
     (tmp_path / "new/1.0.0/new-train.array_record-00000-of-00001").write_bytes(b"")
     assert "array_record files are not read" in refusal(tfds_folder, tmp_path, "new:1.*.*")
+
+
+def test_another_config_is_never_taken(tmp_path: Path) -> None:
+    """ImageNet-V2 has three configs of 10,000 images: the only one that is there is not the one asked for."""
+    only = tmp_path / "imagenet_v2/topimages/3.0.0"
+    write_split(only, "imagenet_v2", "test", [example(label=0)])
+    wanted = "imagenet_v2/matched-frequency:*.*.*"
+    for start in (tmp_path, tmp_path / "imagenet_v2", only.parent, only):
+        message = refusal(tfds_folder, start, wanted)
+        assert f"no records of {wanted}" in message and str(only) in message and "configName" in message
+    (only / "dataset_info.json").write_text(json.dumps({"configName": "topimages"}))
+    assert "no records of" in refusal(tfds_folder, tmp_path, wanted)
+    assert tfds_folder(tmp_path, "imagenet_v2/topimages:3.*.*") == only
+
+
+def test_the_config_is_in_the_description_or_the_folder(tmp_path: Path) -> None:
+    """A folder that was moved is known by dataset_info.json, which counts for more than the folder's name."""
+    moved = tmp_path / "retina"
+    write_split(moved, "diabetic", "train", [example(label=0)])
+    builder = "diabetic/btgraham-300:3.*.*"
+    assert "no records of" in refusal(tfds_folder, tmp_path, builder)
+    (moved / "dataset_info.json").write_text(json.dumps({"configName": "btgraham-300"}))
+    assert tfds_folder(tmp_path, builder) == tfds_folder(moved, builder) == moved
+    renamed = moved.rename(tmp_path / "btgraham-300")
+    assert tfds_folder(tmp_path, builder) == renamed
+    (renamed / "dataset_info.json").write_text(json.dumps({"configName": "original"}))
+    assert "no records of" in refusal(tfds_folder, tmp_path, builder)
+    (renamed / "dataset_info.json").write_text("[]")
+    assert "not a description of a TFDS data set" in refusal(tfds_folder, tmp_path, builder)

@@ -1,7 +1,7 @@
 """Makes WebDataset shards with their index and manifest, or checks existing ones.
 
 python tools/make_shards.py SOURCE... OUT [--classes FILE]
-python tools/make_shards.py --task NAME SOURCE... OUT
+python tools/make_shards.py --task NAME SOURCE... OUT       (can be repeated: finished splits are kept)
 """
 
 import json
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--task", metavar="NAME", help="evaluation set: imagenet, cifar10, pets, vtab/svhn ...")
     parser.add_argument("--classes", type=Path, help='class names: a JSON list, or an object with "names"')
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="of folders and .npz (default 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
+    parser.add_argument("--seed", type=int, help="of the shuffle (default 0)")
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
 
@@ -43,6 +43,11 @@ def main() -> None:
     if arguments.samples_per_shard < 1:
         raise UserError(f"--samples-per-shard is {arguments.samples_per_shard}, expected at least 1")
     if arguments.task:
+        for option, value in (("--classes", arguments.classes), ("--seed", arguments.seed)):
+            if value is not None:
+                raise UserError(
+                    f"{option} has no effect with --task, which has its own classes and order; leave it out"
+                )
         return _prepare(arguments.task, sources, out, arguments.samples_per_shard)
     classes = _class_names(arguments.classes)
     for source in sources:
@@ -54,7 +59,7 @@ def main() -> None:
     elif len(sources) == 1 and (sources[0].is_dir() or sources[0].suffix == ".npz"):
         items, found = folder_items(sources[0]) if sources[0].is_dir() else npz_items(sources[0])
         with cli.progress("writing", len(items), "images") as advance:
-            options = {"samples_per_shard": arguments.samples_per_shard, "seed": arguments.seed}
+            options = {"samples_per_shard": arguments.samples_per_shard, "seed": arguments.seed or 0}
             path = build(items, classes or found, out, **options, progress=advance)
     else:
         raise UserError(f"{', '.join(map(str, sources))}: give one folder, one .npz, or any number of .tar and .tar.gz")
@@ -72,21 +77,22 @@ def _warn(message: str) -> None:
 
 
 def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) -> None:
-    from pretrain.evaluation.preparation import open_source, prepare, reasons_against
+    from pretrain.evaluation.preparation import differences, open_source, prepare
     from pretrain.evaluation.tasks import task
 
     row = task(name)
     source = open_source(row, sources)
-    absent = [split for split in row.splits if split not in source.splits]
     with cli.progress("writing", sum(map(len, source.splits.values())), "images") as advance:
-        prepared = prepare(row, source, out, samples_per_shard=samples_per_shard, progress=advance)
+        prepared, new = prepare(row, source, out, samples_per_shard=samples_per_shard, progress=advance)
     for split in prepared:
-        print(f"{split.manifest}: {split.num_samples} samples, examples {split.examples_sha256}")
+        folder = out / split.split
+        kept = "" if split.split in new else "kept, as task.json lists it: "
+        print(f"{folder / 'manifest.json'}: {kept}{split.num_samples} samples, examples {split.examples_sha256}")
         if split.left_out:
-            _warn(f"{split.split}: {split.left_out} images left out, provenance.json names them")
-    if absent:
+            _warn(f"{split.split}: {split.left_out} images left out, {folder / 'provenance.json'} names them")
+    if absent := [split for split in row.splits if split not in [one.split for one in prepared]]:
         _warn(f"{name}: no {', '.join(absent)} in {source.kind}")
-    if reasons := reasons_against(row, source.kind, prepared):
+    if reasons := differences(row, prepared):
         _warn(f"{name}: not comparable with published scores: {'; '.join(reasons)}")
 
 

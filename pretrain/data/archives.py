@@ -1,6 +1,6 @@
 """Original downloads of evaluation sets, as their authors publish them: lists of images with names and labels.
 
-Nothing is unpacked: members of plain tars are read where they lie, compressed ones are held in memory (1 GB at most:
+Nothing is unpacked: members of plain tars are read where they lie, compressed ones are held in memory (4 GiB at most:
 the large sets are plain tars or folders). Pickles are refused.
 """
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pretrain.data.build import Item, npz_items
+from pretrain.data.build import Item, files_below, npz_items
 from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING
 from pretrain.data.matlab import read_matlab
 from pretrain.errors import UserError
@@ -31,6 +31,7 @@ class Original(NamedTuple):
 
     id: str  # its name there: ILSVRC2012_val_00000001.JPEG, or where it lies
     item: Item
+    class_name: str = ""  # as its authors call it, where the files tell
 
 
 Splits = dict[str, list[Original]]  # by the name of the split
@@ -48,10 +49,9 @@ class File(NamedTuple):
 
 
 def files_of(path: Path) -> list[File]:
-    """Returns the files of a folder, a .tar, or a .tar.gz or .tgz, sorted by name."""
+    """Returns the files of a folder, a .tar, or a .tar.gz or .tgz, sorted by name. Links to folders are followed."""
     if path.is_dir():
-        found = (file for file in path.rglob("*") if file.is_file())
-        return [File(str(file.relative_to(path)), file.read_bytes, str(file)) for file in sorted(found)]
+        return [File(str(file.relative_to(path)), file.read_bytes, str(file)) for file in files_below(path)]
     if path.suffix == ".zip":
         raise UserError(f"{path}: zip archives are not read; unpack it and give the folder")
     if not path.is_file():
@@ -89,9 +89,9 @@ def _read_at(path: Path, offset: int, num_bytes: int) -> bytes:
     return data
 
 
-def _original(file: File, label: int) -> Original:
+def _original(file: File, label: int, class_name: str = "") -> Original:
     ending = file.name.rpartition(".")[2].lower()
-    return Original(Path(file.name).name, Item(file.read, ending, label, file.source))
+    return Original(Path(file.name).name, Item(file.read, ending, label, file.source), class_name)
 
 
 def _is_image(file: File) -> bool:
@@ -121,35 +121,39 @@ def cifar(source: Path, num_classes: int) -> Splits:
     """Returns CIFAR-10 or -100 from `cifar-10-binary.tar.gz`, `cifar-100-binary.tar.gz` or the folder in it."""
     short = "cifar-10" if num_classes == 10 else "cifar-100"
     unpacked = f"{short}-batches-bin" if num_classes == 10 else f"{short}-binary"
-    if pickled := _found(source, f"{short}-python.tar.gz", f"{short}-batches-py", f"{short}-python"):
+    names = f"{short}-binary.tar.gz", unpacked
+    pickled = _found(source, f"{short}-python.tar.gz", f"{short}-batches-py", f"{short}-python")
+    if pickled and not _found(source, *names):
         raise UserError(f"{pickled}: holds pickles, which can run code; download {short}-binary.tar.gz instead")
-    archive = _one_of(source, f"{short}-binary.tar.gz", unpacked)
-    binary = {Path(file.name).name: file for file in files_of(archive) if file.name.endswith(".bin")}
+    archive = _one_of(source, *names)
+    files = {Path(file.name).name: file for file in files_of(archive)}
+    binary = {name: file for name, file in files.items() if name.endswith(".bin")}
     train = [f"data_batch_{i}.bin" for i in range(1, 6)] if num_classes == 10 else ["train.bin"]
     test = ["test_batch.bin" if num_classes == 10 else "test.bin"]
     for name in train + test:
         if name not in binary:
             raise UserError(f"{archive}: {name} is missing")
     label_bytes = 1 if num_classes == 10 else 2  # of CIFAR-100: coarse class, then class
+    listed = files.get("batches.meta.txt" if num_classes == 10 else "fine_label_names.txt")
+    class_names = dict(enumerate(listed.read().decode(errors="replace").split() if listed else []))
     return {
-        split: [original for name in names for original in _cifar_batch(binary[name], label_bytes)]
+        split: [original for name in names for original in _cifar_batch(binary[name], label_bytes, class_names)]
         for split, names in (("train", train), ("test", test))
     }
 
 
-def _cifar_batch(file: File, label_bytes: int) -> list[Original]:
+def _cifar_batch(file: File, label_bytes: int, class_names: dict[int, str]) -> list[Original]:
     data = np.frombuffer(file.read(), np.uint8)
     if len(data) % (label_bytes + _CIFAR_PIXELS):
         raise UserError(f"{file.source}: {len(data)} bytes are not a multiple of {label_bytes + _CIFAR_PIXELS}; cut?")
     rows = data.reshape(-1, label_bytes + _CIFAR_PIXELS)
     name = Path(file.name).name
-    return [
-        Original(
-            f"{name}[{i}]",
-            Item(partial(_png_of_planes, row[label_bytes:]), "png", int(row[label_bytes - 1]), f"{file.source}[{i}]"),
-        )
-        for i, row in enumerate(rows)
-    ]
+    originals = []
+    for i, row in enumerate(rows):
+        label = int(row[label_bytes - 1])
+        item = Item(partial(_png_of_planes, row[label_bytes:]), "png", label, f"{file.source}[{i}]")
+        originals.append(Original(f"{name}[{i}]", item, class_names.get(label, "")))
+    return originals
 
 
 def _png_of_planes(planes: np.ndarray) -> bytes:
@@ -181,11 +185,11 @@ def pets(source: Path) -> Splits:
         for line in lists[name].read().decode().splitlines():
             if not line.strip() or line.startswith("#"):
                 continue
-            # Abyssinian_201 1 1 1: name, class from 1, species, breed within the species
+            # Abyssinian_201 1 1 1: breed and number, class from 1, species, breed within the species
             key, label = _list_entry(lists[name], line)
             if key not in images:
                 raise UserError(f"{source}: {name} names {key}, images hold no such file")
-            splits[split].append(_original(images[key], label - 1))
+            splits[split].append(_original(images[key], label - 1, key.rpartition("_")[0]))
     return splits
 
 
@@ -282,12 +286,43 @@ def class_folders(path: Path, classes: dict[str, int]) -> list[Original]:
     originals = []
     for file in files_of(path):
         if _is_image(file):
-            folder = Path(file.source if path.is_dir() else file.name).parent.name
-            original = _original(file, _class_of(folder, classes, path))
+            folder = _folder_of(file, path)
+            original = _original(file, _class_of(folder, classes, path), folder)
             originals.append(original._replace(id=f"{folder}/{original.id}"))  # sketch_3.JPEG is in each folder
     if not originals:
         raise UserError(f"{path}: no images found; expected folders {next(iter(classes))} and so on")
     return originals
+
+
+def _folder_of(file: File, path: Path) -> str:
+    return Path(file.source if path.is_dir() else file.name).parent.name
+
+
+def sorted_class_folders(path: Path, num_classes: int) -> list[Original]:
+    """Returns the images of a folder or tar whose innermost folders are classes, numbered in alphabetical order."""
+    names = sorted({_folder_of(file, path) for file in files_of(path) if _is_image(file)})
+    if len(names) != num_classes:
+        raise UserError(f"{path}: has images in {len(names)} folders, expected one for each of {num_classes} classes")
+    return class_folders(path, {name: number for number, name in enumerate(names)})
+
+
+def dtd(source: Path) -> Splits:
+    """Returns the Describable Textures from dtd-r1.0.1.tar.gz or the folder `dtd`: the first of its ten divisions."""
+    archive = _one_of(source, "dtd-r1.0.1.tar.gz", "dtd-r1.0.1.tar", "dtd")
+    files = files_of(archive)
+    images = {"/".join(Path(file.name).parts[-2:]): file for file in files if _is_image(file)}
+    lists = {Path(file.name).name: file for file in files if file.name.endswith(".txt")}
+    classes = {name: number for number, name in enumerate(sorted({key.partition("/")[0] for key in images}))}
+    splits = {}
+    for split in ("train", "val", "test"):
+        if f"{split}1.txt" not in lists:
+            raise UserError(f"{archive}: labels/{split}1.txt is missing")
+        keys = lists[f"{split}1.txt"].read().decode().split()  # banded/banded_0002.jpg
+        if unknown := [key for key in keys if key not in images]:
+            raise UserError(f"{archive}: {split}1.txt names {unknown[0]}, which has no file")
+        named = [(key, key.partition("/")[0]) for key in keys]
+        splits[split] = [_original(images[key], classes[name], name) for key, name in named]
+    return splits
 
 
 def _class_of(name: str, classes: dict[str, int], path: Path) -> int:
@@ -368,8 +403,10 @@ def split_of(path: Path) -> str | None:
 def pack_originals(path: Path) -> list[Original]:
     """Returns the samples of a .npz pack, or of a .tar or .tar.gz of KEY.jpg and KEY.cls, in the pack's order."""
     if path.suffix == ".npz":
-        items, _ = npz_items(path)
-        return [Original(f"{path.name}[{i}]", item) for i, item in enumerate(items)]
+        items, classes = npz_items(path)
+        labels = [item.label for item in items if isinstance(item.label, int)]  # all of them: an array of integers
+        named = [classes[label] if label < len(classes) else "" for label in labels]
+        return [Original(f"{path.name}[{i}]", item, named[i]) for i, item in enumerate(items)]
     try:
         members = list(_members(path))
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:

@@ -56,14 +56,39 @@ def folder_items(root: Path) -> tuple[list[Item], list[str]]:
     items = [
         Item(path.read_bytes, _ending(path.name), label, str(path))
         for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if path.is_file() and _ending(path.name) in IMAGE_ENDINGS
+        for path in files_below(root / name)
+        if _ending(path.name) in IMAGE_ENDINGS
     ]
     if not items:
         raise UserError(
             f"{root}: no images found; expected {root}/CLASS/NAME.jpg (endings: {', '.join(IMAGE_ENDINGS)})"
         )
     return items, classes
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Returns all files below a folder, sorted; links to folders are followed, but for one that leads back up.
+
+    Raises UserError on a link to nothing or a folder that cannot be read: images would be missing without a word.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        here = Path(place)
+        folders[:] = [n for n in folders if not ((here / n).is_symlink() and _leads_up(here / n))]
+        for path in (here / name for name in names):
+            if path.is_file():
+                found.append(path)
+            elif path.is_symlink():
+                raise UserError(f"{path}: is a link to {os.readlink(path)}, which is not there; mend or remove it")
+    return sorted(found)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
+def _leads_up(link: Path) -> bool:
+    return link.parent.resolve().is_relative_to(link.resolve())
 
 
 def npz_items(path: Path) -> tuple[list[Item], list[str]]:
@@ -116,10 +141,7 @@ def build(
     """
     _start_folder(out)
     multi_label = _has_lists(items)
-    for item in items:
-        for label in _labels(item):
-            if not 0 <= label < (len(classes) or label + 1):
-                raise UserError(f"{item.source}: label {label} is not one of the {len(classes)} classes")
+    check_labels(items, classes)
     plan = np.arange(len(items)) if seed is None else np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
     shards, dropped = [], []
     for number in range(-(-len(items) // samples_per_shard)):
@@ -133,6 +155,14 @@ def build(
         raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
     num_classes = len(classes) or 1 + max(label for item in items for label in _labels(item))
     return _finish(out, shards, num_classes, classes, dropped, _shuffled(seed), multi_label)
+
+
+def check_labels(items: Iterable[Item], classes: Sequence[str]) -> None:
+    """Raises UserError when a label is no class; without names any number is one."""
+    for item in items:
+        for label in _labels(item):
+            if not 0 <= label < (len(classes) or label + 1):
+                raise UserError(f"{item.source}: label {label} is not one of the {len(classes)} classes")
 
 
 def _labels(item: Item) -> list[int]:

@@ -6,12 +6,13 @@ images and labels, whatever tool packed them.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.data.images import decode
-from pretrain.data.manifest import Manifest
+from pretrain.data.manifest import IMAGE_ENDINGS, Manifest
 from pretrain.data.reader import BadSample, read_sample
 from pretrain.errors import UserError
 
@@ -66,23 +67,26 @@ def load_examples(manifest: Manifest) -> list[Example]:
 
 
 def sample_names(manifest: Manifest, indices: Sequence[int]) -> list[str]:
-    """Returns the original names of samples, without folder and ending: ILSVRC2012_val_00000001.
+    """Returns the original names of samples, without the ending of an image: ILSVRC2012_val_00000001, n01498041/x.
 
-    From examples.jsonl beside the manifest; without it, from the keys of the shards, which are names where existing
-    tars were indexed. "" where a sample's key cannot be read.
+    From examples.jsonl beside the manifest, where a name that comes more than once gets its index in front (17/x);
+    without it, from the keys of the shards, which are names where existing tars were indexed. "" where a sample's key
+    cannot be read.
     """
-    if (manifest.path.parent / FILE).exists():
-        examples = load_examples(manifest)
-        return [_stem(examples[index].id) for index in indices]
-    return [_key(manifest, index) for index in indices]
+    if not (manifest.path.parent / FILE).exists():
+        return [_key(manifest, index) for index in indices]
+    names = [_without_ending(example.id) for example in load_examples(manifest)]
+    count = Counter(names)
+    return [names[index] if count[names[index]] == 1 else f"{index}/{names[index]}" for index in indices]
 
 
 def _key(manifest: Manifest, index: int) -> str:
     try:
-        return _stem(read_sample(manifest, index).key)
+        return read_sample(manifest, index).key
     except BadSample:
         return ""
 
 
-def _stem(name: str) -> str:
-    return name.rpartition("/")[2].partition(".")[0]
+def _without_ending(name: str) -> str:
+    stem, _, ending = name.rpartition(".")
+    return stem if ending.lower() in IMAGE_ENDINGS else name

@@ -19,6 +19,7 @@ from pretrain.errors import UserError
 
 Features = dict[str, list[Any]]  # bytes, float or int, by the feature's path
 
+_INFO = "dataset_info.json"
 _FRAME_BYTES = 8 + 4 + 4  # around a record: its length, the length's checksum, and the record's checksum behind it
 _MASK = 0xA282EAD8  # added to a rotated CRC-32C, so that the checksum of data with checksums inside stays meaningful
 _FILE = re.compile(r"(?P<dataset>.+)-(?P<split>[^-]+)\.tfrecord-(?P<number>\d{5})-of-(?P<count>\d{5})")
@@ -103,21 +104,36 @@ def split_files(folder: Path, dataset: str, split: str) -> list[Path]:
 
 def _shard_lengths(folder: Path, split: str) -> list[int]:
     """What dataset_info.json says of a split's files; nothing when it is not there."""
-    path = folder / "dataset_info.json"
     try:
-        splits = json.loads(path.read_text(encoding="utf-8")).get("splits", [])
+        splits = _dataset_info(folder).get("splits", [])
         return [int(n) for entry in splits if entry["name"] == split for n in entry.get("shardLengths", [])]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_description(folder, error) from None
+
+
+def _dataset_info(folder: Path) -> dict[str, Any]:
+    """TFDS's description of a set; empty when it is not there."""
+    try:
+        values = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__} instead of an object")
+        return values
     except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a description of a TFDS data set ({error})") from None
+        return {}
+    except (OSError, ValueError) as error:
+        raise _no_description(folder, error) from None
+
+
+def _no_description(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder / _INFO}: not a description of a TFDS data set ({error})")
 
 
 def tfds_folder(source: Path, builder: str) -> Path:
     """Returns the folder below `source` that holds a data set's records.
 
     builder: NAME[/CONFIG]:VERSION, the version with stars where any number will do, as `caltech101:3.*.*`. `source`
-    may be the TFDS data directory, the set's folder or the version's. Raises UserError when none or several fit.
+    may be the TFDS data directory, the set's folder or the version's. Raises UserError when none or several fit;
+    another config of the set (other images, or another size) never does.
     """
     name, _, version = builder.partition(":")
     dataset, _, config = name.partition("/")
@@ -126,18 +142,28 @@ def tfds_folder(source: Path, builder: str) -> Path:
         for pattern in (f"{dataset}-*.tfrecord-*", f"{dataset}-*.array_record-*")
         for path in source.rglob(pattern)
     }
-    # ~/tensorflow_datasets/eurosat/rgb/2.0.0, next to eurosat/all/2.0.0
-    folders = {path for path in folders if not config or len(folders) == 1 or path.parent.name == config}
     wanted = re.compile(re.escape(version).replace(r"\*", r"\d+"))
-    fitting = sorted(path for path in folders if not _is_version(path.name) or wanted.fullmatch(path.name))
+    fitting = sorted(
+        path
+        for path in folders
+        if (not config or _config_of(path) == config) and (not _is_version(path.name) or wanted.fullmatch(path.name))
+    )
     if not fitting:
         others = f"; found {', '.join(sorted(map(str, folders)))}" if folders else ""
+        if folders and config:
+            others += f"; a config is told by configName in dataset_info.json, or by its folder {config}/VERSION"
         raise UserError(f"{source}: no records of {builder} below it ({dataset}-SPLIT.tfrecord-*){others}")
     if len(fitting) > 1:
         raise UserError(f"{source}: {builder} is there {len(fitting)} times; give one: {', '.join(map(str, fitting))}")
     if not any(fitting[0].glob("*.tfrecord-*")):
         raise UserError(f"{fitting[0]}: array_record files are not read; prepare with file_format='tfrecord'")
     return fitting[0]
+
+
+def _config_of(folder: Path) -> str:
+    """What dataset_info.json says, or without it the folder: eurosat/rgb/2.0.0, next to eurosat/all/2.0.0."""
+    name = _dataset_info(folder).get("configName")
+    return str(name) if name else (folder.parent if _is_version(folder.name) else folder).name
 
 
 def _is_version(name: str) -> bool:

@@ -1,27 +1,31 @@
 """From what one can download to the shards of a task: OUT/SPLIT/manifest.json with its list of examples, and task.json.
 
 Three kinds of source: records that TFDS prepared, the authors' own files, and packs that are cut into splits already.
-Samples keep the order of their source.
+Samples keep the order of their source. What is finished is kept when a preparation is repeated.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pretrain.data.archives import TRAIN_TAR, VAL_TAR, Original, Splits, pack_originals, split_of
-from pretrain.data.build import Item, Progress, build, sniffed_ending
+from pretrain.data.build import Item, Progress, build, check_labels, sniffed_ending
 from pretrain.data.examples import Example, content_sha256, examples_sha256, write_examples
-from pretrain.data.manifest import load_manifest
+from pretrain.data.manifest import check_shards, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.data.tfrecord import Record, read_features, split_records, tfds_folder
 from pretrain.errors import UserError
 from pretrain.evaluation.tasks import Task
 
-FORMAT, VERSION = "pretrain-task", 1
+FORMAT, VERSION = "pretrain-task", 2
+FILE = "task.json"
 RECORDS, ORIGINALS, PACKS = "TFDS records", "original files", "packs"
 
+_UNFINISHED = ".unfinished"  # below OUT: a split is written there, and moved to its place when it is complete
 _NAME_FEATURES = ("file_name", "image/file_name", "filename", "image/filename", "name", "id")  # as TFDS's sets have it
 
 
@@ -34,10 +38,11 @@ class Source(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A split that was written."""
+    """A split that is there, as task.json lists it."""
 
     split: str
-    manifest: Path
+    source: str  # RECORDS, ORIGINALS or PACKS
+    source_sha256: str  # of the names and labels in their order, see `_source_sha256`
     num_samples: int
     num_expected: int  # of the official split
     left_out: int  # could not be decoded
@@ -46,49 +51,163 @@ class Prepared(NamedTuple):
 
 def prepare(
     task: Task, source: Source, out: Path, *, samples_per_shard: int = 10_000, progress: Progress = lambda _: None
-) -> list[Prepared]:
-    """Writes each split to OUT/SPLIT, then OUT/task.json, and returns what was written.
+) -> tuple[list[Prepared], list[str]]:
+    """Writes the splits to OUT/SPLIT and OUT/task.json; returns all splits that are there, and the names of new ones.
 
-    Raises UserError when a split is there already, a label is no class of the task, or nothing can be decoded.
+    A split that is there already, made from the same names and labels, is kept, so that a preparation that was killed
+    can be repeated and one that lacked a split be completed. Raises UserError before anything is written when a folder
+    holds something else or a label is no class of the task, and later when nothing can be decoded.
     """
-    prepared = [_write_split(task, split, source, out / split, samples_per_shard, progress) for split in source.splits]
-    record = {
+    there = _finished(task, out)
+    for split, originals in source.splits.items():
+        _check_place(out / split, there.get(split), source, originals)
+    for split in there:
+        _check_names(out / split, source.class_names)
+    new = [split for split in source.splits if split not in there]
+    for split in new:
+        check_labels((original.item for original in source.splits[split]), source.class_names)
+    progress(sum(len(originals) for split, originals in source.splits.items() if split in there))
+    for split in new:
+        there[split] = _write_split(task, split, source, out / _UNFINISHED / split, samples_per_shard, progress)
+        _write_task(task, out, there)  # first: what task.json lists counts only where its folder is
+        (out / _UNFINISHED / split).replace(out / split)
+        (out / _UNFINISHED).rmdir()
+    return _in_order(task, there), new
+
+
+def differences(task: Task, prepared: Iterable[Prepared]) -> list[str]:
+    """Returns what forbids to compare scores on these splits with published ones; nothing when they may be."""
+    prepared = list(prepared)
+    reasons = [
+        f"{split.split} has {split.num_samples:,} of {split.num_expected:,} samples"
+        for split in prepared
+        if split.num_samples != split.num_expected
+    ]
+    kinds = {split.source for split in prepared} if task.group else set()
+    if PACKS in kinds:
+        reasons.append("its packs need not hold the images that TFDS's order gives")
+    if ORIGINALS in kinds:
+        reasons.append("its images are a seeded choice from the original files, not the ones that TFDS's order gives")
+    return reasons
+
+
+def set_differences(task_root: Path) -> list[str]:
+    """Returns why scores on a prepared set must not be compared with published ones; nothing when they may be.
+
+    task_root: the folder of the set's splits. A set without task.json is one that nobody can vouch for: one reason.
+    Raises UserError when task.json cannot be read.
+    """
+    values = _read_task(task_root)
+    if values is None:
+        return [f"{task_root} has no {FILE}: the set was not prepared by tools/make_shards.py --task"]
+    if values.get("version") != VERSION:
+        return [f"{task_root / FILE} is of version {values.get('version')}, not {VERSION}: prepare the set again"]
+    try:
+        return [str(reason) for reason in values["differs"]]
+    except (KeyError, TypeError) as error:
+        raise _not_a_task(task_root, error) from None
+
+
+# --- task.json -------------------------------------------------------------------------------------------------------
+
+
+def _read_task(out: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads((out / FILE).read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ValueError(f"expected an object of format {FORMAT}")
+        return values
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _not_a_task(out, error) from None
+
+
+def _not_a_task(out: Path, error: Exception) -> UserError:
+    return UserError(f"{out / FILE}: not the list of a prepared task ({type(error).__name__}: {error})")
+
+
+def _write_task(task: Task, out: Path, there: Mapping[str, Prepared]) -> None:
+    prepared = _in_order(task, there)
+    values = {
         "format": FORMAT,
         "version": VERSION,
         "task": task.name,
         "tfds": task.tfds,
-        "source": source.kind,
-        "comparable": not reasons_against(task, source.kind, prepared),
-        "splits": {
-            p.split: {
-                "tfds_slice": task.splits[p.split],
-                "num_samples": p.num_samples,
-                "num_expected": p.num_expected,
-                "left_out": p.left_out,
-                "examples_sha256": p.examples_sha256,
-            }
-            for p in prepared
-        },
+        "differs": differences(task, prepared),
+        "splits": {p.split: {"tfds_slice": task.splits[p.split]} | p._asdict() for p in prepared},
     }
-    (out / "task.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return prepared
+    temporary = out / f".tmp-{FILE}"
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(out / FILE)
 
 
-def reasons_against(task: Task, kind: str, prepared: Iterable[Prepared]) -> list[str]:
-    """Returns why scores on these splits must not be compared with published ones; nothing when they may be."""
-    reasons = [
-        f"{split.split} has {split.num_samples} of {split.num_expected} samples"
-        for split in prepared
-        if split.num_samples != split.num_expected
-    ]
-    if kind == PACKS and task.group:
-        reasons.append("packs need not hold the images that TFDS's order gives")
-    return reasons
+def _in_order(task: Task, there: Mapping[str, Prepared]) -> list[Prepared]:
+    return [there[split] for split in task.splits if split in there]
+
+
+# --- what is there already -------------------------------------------------------------------------------------------
+
+
+def _finished(task: Task, out: Path) -> dict[str, Prepared]:
+    """Returns the splits that task.json lists and whose manifests are there. Raises UserError for another task's."""
+    values = _read_task(out)
+    if values is None:
+        return {}
+    if (values.get("task"), values.get("version")) != (task.name, VERSION):
+        raise UserError(
+            f"{out / FILE}: is of {values.get('task')}, version {values.get('version')}, not of {task.name}, version "
+            f"{VERSION}; remove {out} or choose another folder"
+        )
+    try:
+        entries = [Prepared(**{key: entry[key] for key in Prepared._fields}) for entry in values["splits"].values()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _not_a_task(out, error) from None
+    return {entry.split: entry for entry in entries if (out / entry.split / "manifest.json").exists()}
+
+
+def _check_place(folder: Path, there: Prepared | None, source: Source, originals: Sequence[Original]) -> None:
+    """Raises UserError unless a split's folder is free, or holds these very images in full."""
+    if there is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder}: is not empty, but no finished split of {FILE}; remove it or choose another folder"
+            )
+    elif there.source_sha256 != _source_sha256(source.kind, originals):
+        raise UserError(
+            f"{folder}: was made from other images ({there.num_samples:,} from {there.source}, here {len(originals):,} "
+            f"from {source.kind}); remove it to have it made anew, or choose another folder"
+        )
+
+
+def _check_names(folder: Path, class_names: list[str]) -> None:
+    """Raises UserError when the shards of a kept split are not whole, or its classes have other names."""
+    manifest = load_manifest(folder)
+    check_shards(manifest)
+    for number, (kept, name) in enumerate(zip(manifest.class_names, class_names)):
+        if kept != name:
+            raise UserError(
+                f"{folder}: class {number} is called {kept!r} there and {name!r} in the source, but all splits of a "
+                f"set need the same names; remove it and give a source of all splits, or choose another folder"
+            )
+
+
+def _source_sha256(kind: str, originals: Iterable[Original]) -> str:
+    """The digest of a source's names and labels, in order: without a look at the images, which would take hours."""
+    digest = hashlib.sha256(f"{kind}\n".encode())
+    for original in originals:
+        digest.update(f"{original.item.label} {original.id}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+# --- writing a split -------------------------------------------------------------------------------------------------
 
 
 def _write_split(
-    task: Task, split: str, source: Source, out: Path, samples_per_shard: int, progress: Progress
+    task: Task, split: str, source: Source, folder: Path, samples_per_shard: int, progress: Progress
 ) -> Prepared:
+    if folder.parent.exists():
+        shutil.rmtree(folder.parent)  # what a killed preparation has left
     originals = source.splits[split]
     digests = [""] * len(originals)
     items = [
@@ -96,8 +215,8 @@ def _write_split(
         for number, original in enumerate(originals)
     ]
     options = {"samples_per_shard": samples_per_shard, "seed": None, "progress": progress}
-    path = build(items, source.class_names, out, **options)
-    dropped = _dropped(out)
+    path = build(items, source.class_names, folder, **options)
+    dropped = _dropped(folder)
     kept = [
         (original, digest)
         for original, digest in zip(originals, digests)
@@ -107,9 +226,15 @@ def _write_split(
     examples = [
         Example(index, original.id, _one_class(original.item), digest) for index, (original, digest) in enumerate(kept)
     ]
-    write_examples(out, examples)
+    write_examples(folder, examples)
     return Prepared(
-        split, path, len(examples), task.num_samples[split], len(originals) - len(kept), examples_sha256(examples)
+        split=split,
+        source=source.kind,
+        source_sha256=_source_sha256(source.kind, originals),
+        num_samples=len(examples),
+        num_expected=task.num_samples[split],
+        left_out=len(originals) - len(kept),
+        examples_sha256=examples_sha256(examples),
     )
 
 
@@ -147,19 +272,21 @@ def open_source(task: Task, paths: Sequence[Path]) -> Source:
     if task.data_of:
         raise UserError(f"{task.name} is scored on the data of {task.data_of}: prepare --task {task.data_of}")
     if all(_is_pack(path) for path in paths):
-        return Source(PACKS, _packed_splits(task, paths), _numbers(task))
+        splits = _packed_splits(task, paths)
+        return Source(PACKS, splits, _class_names(task, _names_in(splits)))
     if len(paths) > 1:
         raise UserError(f"{task.name}: give one folder, or packs whose names tell train, val or test")
     if paths[0].is_dir() and _has_records(paths[0], task):
         folder = tfds_folder(paths[0], task.tfds)
         splits = {split: _from_records(task, folder, spec) for split, spec in task.splits.items()}
-        return Source(RECORDS, splits, _label_names(folder, task))
+        return Source(RECORDS, splits, _class_names(task, _label_names(folder)))
     if task.originals is None:
         raise UserError(
             f"{paths[0]}: {task.name} is made from TFDS records ({task.tfds}), whose order defines its images, or from "
             f"packs named for train, val and test; neither is here"
         )
-    return Source(ORIGINALS, task.originals(paths[0]), _numbers(task))
+    splits = task.originals(paths[0])
+    return Source(ORIGINALS, splits, _class_names(task, _names_in(splits)))
 
 
 def _has_records(folder: Path, task: Task) -> bool:
@@ -171,15 +298,25 @@ def _dataset(task: Task) -> str:
     return task.tfds.partition(":")[0].partition("/")[0]
 
 
-def _numbers(task: Task) -> list[str]:
-    return [str(number) for number in range(task.num_classes)]
+def _class_names(task: Task, found: Sequence[str]) -> list[str]:
+    """The names of the classes: the task's own, those of the source if it names all, or mere numbers."""
+    names = list(task.class_names or found)
+    return names if len(names) == task.num_classes else [str(number) for number in range(task.num_classes)]
 
 
-def _label_names(folder: Path, task: Task) -> list[str]:
-    """TFDS's names of the classes, where its stored label is the task's label."""
+def _names_in(splits: Splits) -> list[str]:
+    """What the images' classes are called, by number; nothing when one has no name, or several."""
+    everything = [original for originals in splits.values() for original in originals]
+    found = {(_one_class(original.item), original.class_name) for original in everything}
+    names = dict(found)
+    known = len(names) == len(found) and all(names.values()) and set(names) == set(range(len(names)))
+    return [names[number] for number in range(len(names))] if known else []
+
+
+def _label_names(folder: Path) -> list[str]:
+    """TFDS's names of the classes of its stored label, where it has one."""
     path = folder / "label.labels.txt"
-    names = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return names if len(names) == task.num_classes else _numbers(task)
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _is_pack(path: Path) -> bool:

@@ -12,8 +12,11 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pretrain.data import archives
 from pretrain.data.archives import Splits
+from pretrain.data.order import words
 from pretrain.data.tfrecord import Features
 from pretrain.errors import UserError
 from pretrain.evaluation import vtab_labels as labels
@@ -53,6 +56,7 @@ class Task:
     label: Callable[[Features], int] = labels.stored_label  # of a TFDS record
     image: Callable[[bytes], bytes] | None = None  # what TFDS's image needs before it can be seen
     originals: Callable[[Path], Splits] | None = None  # reads the authors' files; None: TFDS records or packs only
+    class_names: tuple[str, ...] = ()  # where they are the same in every source
     metric: str = "top1"  # "real": a prediction is right when it is one of the image's ReaL labels
     official_metric: str = "top1"  # of the set's authors, where it differs from the paper's
     data_of: str | None = None  # the task whose data this one is scored on
@@ -103,14 +107,16 @@ def scored_classes(task: Task) -> list[int] | None:
 def real_labels(names: Sequence[str]) -> list[list[int]]:
     """Returns the ReaL labels of ImageNet validation images by name; an empty list means that one is not scored.
 
-    The lists are those of google-research/reassessed-imagenet, as timm ships them. Raises UserError on another name.
+    Folders in front of a name do not count: val/n01751748/ILSVRC2012_val_00000001 is ILSVRC2012_val_00000001. The
+    lists are those of google-research/reassessed-imagenet, as timm ships them. Raises UserError on another name.
     """
     lists = json.loads(package_files("timm.data").joinpath("_info", "imagenet_real_labels.json").read_text())
     by_name = {f"ILSVRC2012_val_{number:08d}": found for number, found in enumerate(lists, start=1)}
-    unknown = next((name for name in names if name not in by_name), None)
+    bare = [name.rpartition("/")[2] for name in names]
+    unknown = next((name for name, key in zip(names, bare) if key not in by_name), None)
     if unknown is not None:
         raise UserError(f"{unknown!r} is not an ImageNet validation image (ILSVRC2012_val_00000001): ReaL needs names")
-    return [by_name[name] for name in names]
+    return [by_name[key] for key in bare]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -137,6 +143,31 @@ def _variant(folder_names: Sequence[str]) -> Callable[[Path], Splits]:
     return read
 
 
+def _seeded(read: Callable[[Path], Splits], num_test: int = 0) -> Callable[[Path], Splits]:
+    """The reader of a VTAB set's original files: 800 + 200 images by a seed, since TFDS's order is not theirs.
+
+    read: gives `train` and maybe `val`, from which the 200 are then taken. num_test: taken from `train` too, behind the
+    1,000, where the authors have no test split; 0: they have one.
+    """
+
+    def splits(source: Path) -> Splits:
+        found = read(source)
+        shuffled = {}
+        for split, originals in found.items():
+            plan = np.argsort(words(len(originals), "v1", "vtab", 0), kind="stable")
+            shuffled[split] = [originals[number] for number in plan]
+        train, val = shuffled["train"][:800], shuffled.get("val", shuffled["train"][800:])[:200]
+        test = shuffled["train"][1000:][:num_test] if num_test else found["test"]
+        return {"train": train, "val": val, "trainval": train + val, "test": test}
+
+    return splits
+
+
+def _class_folders(num_classes: int, num_test: int) -> Callable[[Path], Splits]:
+    """The reader of a VTAB set that its authors give as one folder for each class, without splits."""
+    return _seeded(lambda source: {"train": archives.sorted_class_folders(source, num_classes)}, num_test)
+
+
 def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: Sequence[str], **more: Any) -> Task:
     return Task(
         name=name,
@@ -149,6 +180,7 @@ def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: 
         finetuning=None,
         tested_on="synthetic records",
         originals=_variant(folder_names),
+        class_names=archives.wnids(),
         **more,
     )
 
@@ -211,6 +243,7 @@ _ROWS = (
         url="https://image-net.org/challenges/LSVRC/2012/",
         licence="non-commercial research, registration",
         originals=archives.imagenet,
+        class_names=archives.wnids(),
         tested_on="real",
     ),
     Task(
@@ -316,19 +349,23 @@ _ROWS = (
     ),
     _vtab(
         *("cifar100", NATURAL, 100, "cifar100:3.*.*", "train[45000:45200]", "test", 10_000, _KRIZHEVSKY, _RESEARCH),
+        originals=_seeded(lambda source: archives.cifar(source, 100)),
         tested_on="real",
     ),
     _vtab(
         *("dtd", NATURAL, 47, "dtd:3.*.*", _VAL, "test", 1_880, f"{_OXFORD}/dtd/", "research only"),
+        originals=_seeded(archives.dtd),
     ),
     _vtab(
         *("flowers102", NATURAL, 102, "oxford_flowers102:2.*.*", _VAL, "test", 6_149),
         *(f"{_OXFORD}/flowers/102/", _RESEARCH),
+        originals=_seeded(archives.flowers),
         official_metric="mean_per_class",
     ),
     _vtab(
         *("pets", NATURAL, 37, "oxford_iiit_pet:3.*.*", "train[2944:3144]", "test", 3_669),
         *(f"{_OXFORD}/pets/", "CC BY-SA 4.0"),
+        originals=_seeded(archives.pets),
         official_metric="mean_per_class",
     ),
     _vtab(
@@ -346,11 +383,13 @@ _ROWS = (
     _vtab(
         *("eurosat", SPECIALISED, 10, "eurosat/rgb:2.*.*", "train[16200:16400]", "train[21600:]", 5_400),
         *("https://github.com/phelber/EuroSAT", "MIT"),
+        originals=_class_folders(10, num_test=5_400),
         tested_on="real",
     ),
     _vtab(
         *("resisc45", SPECIALISED, 45, "resisc45:3.*.*", "train[18900:19100]", "train[25200:]", 6_300),
         *("https://www.tensorflow.org/datasets/catalog/resisc45", _RESEARCH),
+        originals=_class_folders(45, num_test=6_300),
     ),
     _vtab(
         "diabetic_retinopathy",
