@@ -34,6 +34,7 @@ from pretrain.config import (
 )
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
+from pretrain.evaluation.preparation import set_differences
 from pretrain.evaluation.tasks import VTAB, FineTuning, Task, task_folder, vtab_means
 from pretrain.models.weights import read_weights, results_folder
 
@@ -348,17 +349,16 @@ def results(sweep: Sweep) -> dict[str, Any] | None:
 
 def differences_from_paper(sweep: Sweep, num_scored: int) -> list[str]:
     """Returns what forbids to compare the result with the paper's."""
-    task, paper, ours = sweep.task, sweep.task.finetuning, sweep.protocol
+    paper, ours = sweep.task.finetuning, sweep.protocol
     assert paper is not None
     table_2 = _is_table_2(sweep)
     size = ours.image_size if table_2 else _fitting(paper.image_size, sweep.start.model)
     pairs = {name: (getattr(ours, name), getattr(paper, name)) for name in ("steps", "warmup_steps", "lr_grid")}
     pairs["image_size"] = (ours.image_size, size)
     told = [f"{name}: {shown(now)} instead of {shown(was)}" for name, (now, was) in pairs.items() if now != was]
-    if (num_train := load_manifest(sweep.train).num_samples) != (wanted := task.num_samples[_train_split(ours)]):
-        told.append(f"{num_train:,} instead of {wanted:,} training images")
-    if num_scored != (wanted := task.num_samples[task.test_split]):
-        told.append(f"{num_scored:,} instead of {wanted:,} test images")
+    told += set_differences(sweep.test.parent.parent)
+    if num_scored != (num_images := load_manifest(sweep.test).num_samples):
+        told.append(f"{num_scored:,} of {num_images:,} test images could be scored")
     if sweep.num_seeds != 3:
         told.append(f"{sweep.num_seeds} instead of 3 seeds")
     free = {*MAY_CHANGE, "optim.average_decay"} if table_2 else set(MAY_CHANGE)

@@ -58,6 +58,7 @@ def full_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(num_samples=TASKS[name].num_samples[split], sha256=split)
 
     monkeypatch.setattr(finetune, "load_manifest", say)
+    monkeypatch.setattr(finetune, "set_differences", lambda root: [])
 
 
 def plan(name: str, **changes: Any) -> finetune.Sweep:
@@ -146,7 +147,7 @@ def test_cuts_are_told(full_sets: None) -> None:
     for part in (
         "steps: 200 ",
         "lr_grid: 0.01 0.03 ",
-        "9,000 instead of 10,000 test",
+        "9,000 of 10,000 test images could be scored",
         "2 instead of 3 seeds",
         "average",
     ):
@@ -349,7 +350,7 @@ def test_results(tiny: Path, tmp_path: Path) -> None:
     assert found and found["complete"] and found["values"] == [0.5, 0.7] and found["n"] == 53 and found["lr"] == 0.03
     assert found["mean"] == pytest.approx(0.6) and found["std"] == pytest.approx(0.1 * 2**0.5)
     assert found["selection"] == [{"lr": 0.01, "top1": 0.4, "n": 10}, {"lr": 0.03, "top1": 0.5, "n": 10}]
-    assert "101 instead of 3,680 training images" in found["differs"]
+    assert "no task.json: the set was not prepared by tools/make_shards.py --task" in found["differs"]
     finetune.write_results(sweep.folder, found)
     assert json.loads((sweep.folder / "results.json").read_text()) == found
     assert "**60.00% ± 14.14** top1 on 53 test images (2 seeds)" in (sweep.folder / "results.md").read_text()

@@ -201,7 +201,7 @@ def test_a_complete_official_set_is_comparable(tmp_path: Path) -> None:
 def test_a_set_that_was_not_prepared_has_one_reason(tmp_path: Path) -> None:
     """No task.json, one of an earlier version; one that cannot be read is refused."""
     (only,) = set_differences(tmp_path)
-    assert "has no task.json" in only and "make_shards.py --task" in only
+    assert "no task.json" in only and "make_shards.py --task" in only
     (tmp_path / "task.json").write_text('{"format": "pretrain-task", "version": 1, "comparable": true}')
     (only,) = set_differences(tmp_path)
     assert "version 1, not 2: prepare the set again" in only

@@ -99,9 +99,9 @@ def set_differences(task_root: Path) -> list[str]:
     """
     values = _read_task(task_root)
     if values is None:
-        return [f"{task_root} has no {FILE}: the set was not prepared by tools/make_shards.py --task"]
+        return [f"no {FILE}: the set was not prepared by tools/make_shards.py --task"]
     if values.get("version") != VERSION:
-        return [f"{task_root / FILE} is of version {values.get('version')}, not {VERSION}: prepare the set again"]
+        return [f"{FILE} is of version {values.get('version')}, not {VERSION}: prepare the set again"]
     try:
         return [str(reason) for reason in values["differs"]]
     except (KeyError, TypeError) as error:
