@@ -364,7 +364,7 @@ def _evaluate(
         raise UserError(f"none of {', '.join(failed)} can be scored")
     model = build_model(weights.model, weights.num_classes)
     load_tensors(model, weights)
-    bench = Bench(arguments, weights, model.to(device).eval(), device, arguments.loss or weights.loss)
+    bench = Bench(arguments, weights, model.to(device).eval(), device, arguments.loss or weights.loss or "softmax")
     rows: list[Row] = []
     for job, sets in opened:
         rows += _tried(job, failed, partial(EVALUATORS[job.kind], bench, job, sets)) or []

@@ -27,7 +27,11 @@ def load_model(path: Path | str, image_size: int | None = None) -> nn.Module:
     head's input where there is no head. image_size: pixels, when not the trained ones; learned positions are resized.
     Raises UserError when the weights are missing, damaged or do not fit.
     """
-    weights = read_weights(Path(path), image_size)
+    return model_of(read_weights(Path(path), image_size))
+
+
+def model_of(weights: Weights) -> nn.Module:
+    """Returns the model in evaluation mode. Raises UserError when the tensors are not those of its architecture."""
     model = build_model(weights.model, weights.num_classes)
     load_tensors(model, weights)
     return model.eval()
@@ -42,8 +46,9 @@ def read_weights(path: Path, image_size: int | None = None) -> Weights:
 def _read(path: Path, image_size: int | None) -> Weights:
     if (path / "config.json").is_file():
         with readable(path / "config.json"):
-            model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-        return read_transformers_folder(path) if model_type == "vit" else read_timm_folder(path)
+            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        is_transformers = isinstance(values, dict) and values.get("model_type") == "vit"
+        return read_transformers_folder(path) if is_transformers else read_timm_folder(path)
     if (path / "checkpoints").is_dir():
         checkpoint = newest_valid(path / "checkpoints")
         if checkpoint is None:
