@@ -389,6 +389,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _edit_json(f / "config.json", lambda v: v["model_args"].update(num_heads=5) or v.pop("pretrain")),
         "converted/config.json: cannot be read .AssertionError",
     ),
+    "timm: too deep": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["model_args"].update(depth=100_000) or v.pop("pretrain")),
+        "converted/config.json: model_args.depth is 100000, expected at most 1024",
+    ),
     "timm: pooling": (
         lambda f: _edit_json(f / "config.json", lambda v: v["model_args"].update(global_pool="x") or v.pop("pretrain")),
         "converted/config.json: cannot be read .AssertionError",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config import TIMM_HYBRIDS, TIMM_SIZES, ModelConfig, model_from_dict, stride_of
+from pretrain.config import MAX_DEPTH, TIMM_HYBRIDS, TIMM_SIZES, ModelConfig, model_from_dict, stride_of
 from pretrain.errors import UserError
 from pretrain.models.build import timm_options
 from pretrain.models.equivalent import (
@@ -81,6 +81,8 @@ def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor])
     cfg = values.get("pretrained_cfg") or values
     if foreign := arguments.keys() & _NOT_ARCHITECTURE:
         raise UserError(f"{path}/config.json: model_args has {sorted(foreign)}, which reads other files: remove it")
+    if isinstance(depth := arguments.get("depth"), int) and depth > MAX_DEPTH:
+        raise UserError(f"{path}/config.json: model_args.depth is {depth}, expected at most {MAX_DEPTH}")
     num_classes = int(arguments.pop("num_classes", values.get("num_classes", cfg.get("num_classes", 0))))
     if name not in timm.list_models():
         raise UserError(f"{path}: timm has no model {name!r}")
