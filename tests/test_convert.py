@@ -10,6 +10,7 @@ import sys
 import zlib
 from base64 import b64decode
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -84,8 +85,9 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A folder of ours with random weights and three class names."""
-    write_own_folder(random_weights(), tmp_path / "source")
+    """A folder of ours with random weights and three class names; of no transform of which a word would be said."""
+    weights = replace(random_weights(), eval_transform="transformers")
+    write_own_folder(weights, tmp_path / "source")
     return tmp_path / "source"
 
 
