@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -72,6 +72,12 @@ TIMM_HYBRIDS = {
     "vit_base_r50_s16": ("R50+B", 16),
     "vit_large_r50_s32": ("R50+L", 32),
 }
+
+
+EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
+
+# Far above every known ViT: numbers of somebody's file beyond them are no model, and would take minutes to refuse.
+MAX_DEPTH, MAX_WIDTH = 1024, 65_536
 
 
 def stride_of(trunk_units: list[int] | None) -> int:
@@ -188,6 +194,9 @@ class ModelConfig:
             yield f"model.image_size ({self.image_size}) is not a multiple of model.patch_size ({self.patch_size})"
         if min(self.shape) < 1:
             yield f"model: width, depth, mlp_dim and heads must be positive, they are {tuple(self.shape)}"
+        elif self.shape.depth > MAX_DEPTH or max(self.shape.width, self.shape.mlp_dim) > MAX_WIDTH:
+            shape = f"depth {self.shape.depth}, width {self.shape.width} and mlp_dim {self.shape.mlp_dim}"
+            yield f"model: {shape} are too much: at most {MAX_DEPTH} blocks, {MAX_WIDTH} channels"
         elif self.shape.width % self.shape.heads:
             yield f"model.width ({self.shape.width}) is not a multiple of model.heads ({self.shape.heads})"
         if self.positions == "sincos2d" and (self.shape.width % 4 or self.shape.width < 8):
@@ -206,6 +215,8 @@ class ModelConfig:
             yield f"model.patch_size ({self.patch_size}) is not a multiple of the trunk's stride, {self.trunk_stride}"
         if self.trunk is not None and any(units < 1 for units in self.trunk):
             yield f"model.trunk is {self.trunk}, expected at least one unit per stage"
+        if self.trunk is not None and sum(self.trunk) > MAX_DEPTH:
+            yield f"model.trunk has {sum(self.trunk)} units, expected at most {MAX_DEPTH}"
         if self.trunk_width < 32 or self.trunk_width % 32:
             yield f"model.trunk_width is {self.trunk_width}, expected a multiple of 32: GroupNorm has 32 groups"
         if self.trunk_units is None and self.trunk_width != ModelConfig.trunk_width:
@@ -226,9 +237,9 @@ class DataConfig:
     randaugment_magnitude: float = 10.0  # of RandAugment's operations, in TensorFlow's scale of 0 to 10 and beyond
     mixup: float = 0.0  # p of mixup's Beta(p, p), one draw per step; 0: none
     cutmix: float = 0.0  # p of CutMix's Beta(p, p), one draw per step; with mixup too, a coin chooses; 0: none
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops and of evaluation=timm
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops, and of eval_transform=timm and =transformers
     antialias: bool = True  # when crops are made smaller; false: as Google's code
-    eval_transform: Literal["timm", "vit", "big_vision", "fewshot"] = "timm"  # of evaluation (docs/data.md)
+    eval_transform: Literal["timm", "vit", "big_vision", "fewshot", "transformers"] = "timm"  # see docs/data.md
     eval_crop: float = 0.875  # evaluation: side of the central crop / side of the resized image; vit has no crop
     max_bad_fraction: float = 0.001  # stop when more of the samples seen cannot be used (from 10,000 seen, 100 bad)
     workers: int = 4  # loader processes per rank; 0 reads in the training process
@@ -246,7 +257,7 @@ class DataConfig:
         if self.crop_area[1] > 1:
             yield f"data.crop_area is ({self.crop_area[0]}, {self.crop_area[1]}); an image has no more than 1.0"
         yield from _outside(
-            self, "data", global_batch=(1, 1 << 24), held_out=(0, 1 << 40), flip=(0, 1), eval_crop=(0.1, 1)
+            self, "data", global_batch=(1, 1 << 24), held_out=(0, 1 << 40), flip=(0, 1), eval_crop=EVAL_CROP_LIMITS
         )
         yield from _outside(self, "data", max_bad_fraction=(0, 1), workers=(0, 256), prefetch=(1, 256))
         yield from _outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
@@ -492,7 +503,27 @@ def config_from_dict(values: dict[str, Any], source: str, overrides: Sequence[st
 
     Raises ConfigError when `values` is not one.
     """
+    _refuse_resolvers(source, values)  # a checkpoint of somebody else must not read this machine's environment
     return _to_config(source, values, overrides)
+
+
+def model_from_dict(values: Any, source: str) -> ModelConfig:
+    """Returns the model's settings from a dict of JSON values, of which `source` names the place.
+
+    Raises ConfigError, naming the key, for a setting or a value that ModelConfig does not have.
+    """
+    _refuse_resolvers(source, values)
+    merged = _merge(OmegaConf.structured(Config), {"model": values}, source).model
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(f"{source}: no value for {', '.join(missing)}")
+    model = OmegaConf.to_object(merged)
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+def choices_of(part: type, name: str) -> tuple[str, ...]:
+    """Returns the values that a setting of a section may have."""
+    return get_args(get_type_hints(part)[name])
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -12,7 +12,6 @@ OUT/TASK/                      vtab/eurosat is vtab-eurosat here
 OUT/real/results.json          ImageNet's final runs by ReaL labels, which tools/evaluate.py scores in each run's folder
 """
 
-import hashlib
 import json
 import math
 import os
@@ -36,7 +35,7 @@ from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.evaluation.preparation import set_differences
 from pretrain.evaluation.tasks import VTAB, FineTuning, Task, task_folder, vtab_means
-from pretrain.models.weights import read_weights, results_folder
+from pretrain.models.weights import read_weights, results_folder, weights_sha256
 
 # Google's code (vision_transformer, vit_jax/input_pipeline.py and configs/common.py): Inception crop of 5 to 100 % of
 # the area, flip; evaluation resizes the whole image to the square.
@@ -101,7 +100,7 @@ def read_start(weights: Path, *, from_scratch: bool) -> Start:
     """Returns what the weights are, and the architecture. Raises UserError when they cannot be read."""
     found = read_weights(weights)
     source = found.source.absolute()
-    return Start(None, found.model, None) if from_scratch else Start(source, found.model, _digest(source))
+    return Start(None, found.model, None) if from_scratch else Start(source, found.model, weights_sha256(source))
 
 
 def default_folder(weights: Path, *, from_scratch: bool) -> Path:
@@ -497,18 +496,3 @@ def _write(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
-
-
-def _digest(weights: Path) -> str:
-    """SHA-256 of the weights' files; a checkpoint's manifest holds the checksums of the others."""
-    if (weights / "MANIFEST.json").is_file():
-        files = [weights / "MANIFEST.json"]
-    elif weights.is_dir():
-        files = sorted(path for path in weights.iterdir() if path.suffix in (".json", ".safetensors"))
-    else:
-        files = [weights]
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()

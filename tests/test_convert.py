@@ -10,6 +10,7 @@ import sys
 import zlib
 from base64 import b64decode
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -36,7 +37,7 @@ from pretrain.models.build import build_model
 from pretrain.models.card import changed_settings
 from pretrain.models.equivalent import own_tensors, tensor_shapes
 from pretrain.models.google import write_google
-from pretrain.models.publish import WRITTEN, publish_folder
+from pretrain.models.publish import publish_folder
 from pretrain.models.tensors import LazyTensor, Weights
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
@@ -84,8 +85,9 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A folder of ours with random weights and three class names."""
-    write_own_folder(random_weights(), tmp_path / "source")
+    """A folder of ours with random weights and three class names; of no transform of which a word would be said."""
+    weights = replace(random_weights(), eval_transform="transformers")
+    write_own_folder(weights, tmp_path / "source")
     return tmp_path / "source"
 
 
@@ -154,6 +156,7 @@ REFUSED = {
     "transformers: representation": ("transformers", {"representation_size": 48}, "no representation layer"),
     "transformers: gap": ("transformers", {"pooling": "gap"}, "pools by the class token only"),
     "only pre_logits left out": ("timm", {"representation_size": 32}, "head was trained on the representation layer"),
+    "only pre_logits, twice": ("timm", {"representation_size": 32}, "head was trained on the representation layer"),
     "npz: exact": ("npz", {"gelu": "exact"}, "tanh approximation of GELU"),
     "npz: map": ("npz", {"pooling": "map"}, "vision_transformer has no MAP head"),
     "timm: every layer": ("timm", {"positions_at": "every_layer"}, "positions, for which the target has no place"),
@@ -168,7 +171,7 @@ def test_what_a_target_cannot_hold_is_refused(case: str, tmp_path: Path, convert
     write_own_folder(random_weights(**changes), tmp_path / "source")
     out = tmp_path / ("out.npz" if target == "npz" else "out")
     with pytest.raises(UserError, match=message) as caught:
-        parts = ["--without", "pre_logits"] if case.startswith("only") else []
+        parts = ["--without", *["pre_logits"] * (2 if case.endswith("twice") else 1)] if case.startswith("only") else []
         convert.call(tmp_path / "source", out, "--to", target, *parts)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -664,6 +667,7 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
         "- val/top1 0.625",
         "- 10-shot 0.25 on 1,234 images (trained), measured on `tiny`",
         'timm.create_model("hf-hub:a/b", pretrained=True)',
+        "probabilities by softmax.",
         "python tools/convert.py",
         "torch ",
     ):
@@ -676,9 +680,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     import huggingface_hub
 
     calls: list[tuple[str, Any]] = []
+
+    def create_commit(self: Any, repository: str, operations: list[Any], **options: Any) -> None:
+        calls.append((repository, {added.path_in_repo: Path(added.path_or_fileobj) for added in operations}))
+
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **k: calls.append((repo_id, k)))
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **k: calls.append((k["repo_id"], k)))
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
     return calls
 
 
@@ -686,13 +694,72 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 def test_push_uploads_what_was_written_and_nothing_else(
     target: str, source: Path, tmp_path: Path, convert: Any, hub: list[tuple[str, Any]]
 ) -> None:
-    """Of a folder the files that a conversion writes, of the one that holds an .npz its three: nothing else."""
+    """Of a folder the files that a conversion writes, of the one that holds an .npz its three, the card under the name
+    that the hub shows: nothing else.
+    """
     out = tmp_path / ("out.npz" if target == "npz" else "out")
     assert convert.call(source, out, "--to", target, "--no-verify", "--push", "owner/name") == 0
     (created, _), (uploaded, how) = hub
     assert created == uploaded == "owner/name"
-    npz = (tmp_path, ["out.npz", "out.classes.json", "out.md"])
-    assert (how["folder_path"], how["allow_patterns"]) == (npz if target == "npz" else (out, list(WRITTEN)))
+    files = {"out.npz": "out.npz", "out.classes.json": "out.classes.json", "README.md": "out.md"}
+    if target == "pretrain":
+        files = {name: f"out/{name}" for name in ("config.json", "model.safetensors", "README.md")}
+    assert how == {name: tmp_path / place for name, place in files.items()}
+
+
+HUB_LINES = {
+    "pretrain": 'model = load_model(snapshot_download("owner/OUT"))',
+    "timm": 'model = timm.create_model("hf-hub:owner/OUT", pretrained=True)',
+    "transformers": 'model = ViTForImageClassification.from_pretrained("owner/OUT")',
+    "npz": 'arrays = numpy.load(hf_hub_download("owner/OUT", "out.npz"))',
+    "onnx": 'session = onnxruntime.InferenceSession(snapshot_download("owner/OUT") + "/model.onnx")',
+}
+
+
+@pytest.mark.parametrize("target", HUB_LINES)
+@pytest.mark.parametrize("pushed", [True, False])
+def test_the_cards_lines_load_the_model(
+    pushed: bool, target: str, source: Path, tmp_path: Path, convert: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Executed as they stand on the card, with the hub's downloads replaced by the uploaded folder."""
+    import huggingface_hub
+
+    pytest.importorskip({"onnx": "onnxruntime", "transformers": "transformers"}.get(target, "timm"))
+    out = tmp_path / ("out.npz" if target == "npz" else "out")
+    push = ["--push", "owner/OUT"] if pushed else []
+    assert convert.call(source, out, "--to", target, "--no-verify", *push) == 0
+    card = (out.with_suffix(".md") if target == "npz" else out / "README.md").read_text()
+    lines = card.partition("```python\n")[2].partition("\n```")[0]
+    if pushed:
+        assert HUB_LINES[target] in lines
+        if target in ("timm", "transformers"):  # they would ask the hub themselves
+            return
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository: str(out))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(out.parent / name))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert {"model", "arrays", "session"} & names.keys()
+
+
+def test_a_headless_vit_of_transformers_is_loaded_without_a_pooler(source: Path, tmp_path: Path, convert: Any) -> None:
+    """Its class would otherwise draw a random one; a representation layer is one, and loaded."""
+    write_own_folder(random_weights(representation_size=48), tmp_path / "rep")
+    for name, options in [("source", ", add_pooling_layer=False"), ("rep", "")]:
+        out = tmp_path / f"{name}-out"
+        call = [tmp_path / name, out, "--to", "transformers", "--without", "head", "--no-verify"]
+        assert convert.call(*call) == 0
+        assert f'model = ViTModel.from_pretrained("{out.name}"{options})' in (out / "README.md").read_text()
+
+
+def test_a_card_says_when_the_loss_is_not_known(source: Path, tmp_path: Path, convert: Any) -> None:
+    """An .npz does not tell it: softmax is then a choice, not a fact."""
+    assert convert.call(source, tmp_path / "w.npz", "--to", "npz", "--no-verify") == 0
+    assert convert.call(tmp_path / "w.npz", tmp_path / "out", "--to", "pretrain", "--no-verify") == 0
+    assert (
+        "probabilities by softmax; the loss of its training is not known." in (tmp_path / "out/README.md").read_text()
+    )
+    assert read_weights(tmp_path / "out").loss is None
 
 
 def test_push_tells_in_one_line_why_not(
@@ -763,7 +830,7 @@ def test_push_speaks_the_hubs_language(case: str, tmp_path: Path, monkeypatch: p
     address = f"http://127.0.0.1:{1 if case == 'unreachable' else server.server_port}"
     program = (
         "import sys; from pathlib import Path; from pretrain import cli; from pretrain.models.hub import push; "
-        "cli.run(lambda: print(push(Path(sys.argv[1]), 'owner/name', ['out.npz'])))"
+        "cli.run(lambda: print(push({'new.npz': Path(sys.argv[1]) / 'out.npz'}, 'owner/name')))"
     )
     environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0", "no_proxy": "*"}
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -778,4 +845,4 @@ def test_push_speaks_the_hubs_language(case: str, tmp_path: Path, monkeypatch: p
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == f"{address}/owner/name"
         files = [line["value"] for line in _Hub.commits[0] if line["key"] == "file"]
-        assert [(file["path"], b64decode(file["content"])) for file in files] == [("out.npz", b"weights")]
+        assert [(file["path"], b64decode(file["content"])) for file in files] == [("new.npz", b"weights")]

@@ -16,7 +16,7 @@ from weights_on_disk import in_memory, one_line, randomised, tiny_model
 from pretrain.errors import UserError
 from pretrain.models import load_model
 from pretrain.models.build import build_model
-from pretrain.models.google import NAMINGS, WRITTEN, write_google
+from pretrain.models.google import NAMINGS, WRITTEN, class_names_file, write_google
 from pretrain.models.positions import Grid, resize_table
 from pretrain.models.weights import read_weights
 
@@ -151,7 +151,9 @@ def test_every_model_survives_every_naming(variant: str, naming: str, tmp_path: 
 @pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
 @pytest.mark.parametrize("naming", WRITTEN)
 def test_prefixes_scanned_blocks_and_bfloat16_are_understood(naming: str, prefix: str, tmp_path: Path) -> None:
-    """The same tensors from any tree of a training state, with blocks stacked along an axis, and bf16 as void."""
+    """The same tensors from any tree of a training state, whose optimizer counts in integers, with blocks stacked along
+    an axis, and bf16 as void.
+    """
     config = tiny_model(depth=3)
     weights = in_memory(randomised(build_model(config, 5)), config)
     write_google(weights, tmp_path / "plain.npz", naming)
@@ -160,10 +162,12 @@ def test_prefixes_scanned_blocks_and_bfloat16_are_understood(naming: str, prefix
     for name in inside:
         stacked = np.stack([arrays.pop(name.replace("block_0", f"block_{i}")) for i in range(3)])
         arrays[name.replace("encoderblock_0", "encoderblock")] = stacked
-    arrays["opt/state"] = np.zeros(3, np.float32)
+    arrays |= {"opt/state/step": np.int32(7), "opt/0/count": np.int32(7), "opt/0/mu": np.zeros(3, np.float32)}
     half = torch.from_numpy(arrays["embedding/kernel"]).bfloat16()
     arrays["embedding/kernel"] = half.view(torch.int16).numpy().view("V2")
-    np.savez(tmp_path / "scanned.npz", **{prefix * (name != "opt/state") + name: a for name, a in arrays.items()})
+    np.savez(
+        tmp_path / "scanned.npz", **{prefix * (not name.startswith("opt/")) + name: a for name, a in arrays.items()}
+    )
     plain, scanned = read_weights(tmp_path / "plain.npz"), read_weights(tmp_path / "scanned.npz")
     assert scanned.model == plain.model
     for name, tensor in plain.tensors.items():
@@ -194,6 +198,36 @@ def test_older_files_of_big_vision_are_understood(variant: str, tmp_path: Path) 
     assert again.model == config
     for name, tensor in weights.tensors.items():
         assert torch.equal(again.tensors[name].read(), tensor.read()), name
+
+
+def test_positions_that_are_no_tensor_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file without positions may be one of fixed positions or one that lost its learned ones: said, unless the user
+    names the size; where Google's code has no fixed positions, refused, naming the key.
+    """
+    config = tiny_model(pooling="gap", positions="sincos2d", image_size=24)
+    write_google(in_memory(randomised(build_model(config, 5)), config), tmp_path / "fixed.npz", "big_vision")
+    assert read_weights(tmp_path / "fixed.npz").model.image_size == 224
+    assert "fixed.npz: has no pos_embedding: taken as sincos2d at 224 pixels" in capsys.readouterr().err
+    assert read_weights(tmp_path / "fixed.npz", 24).model == config and not capsys.readouterr().err
+    for naming, settings in [("released", {}), ("vit_jax", MODELS["hybrid"]), ("released", MODELS["stem_only"])]:
+        config, path = tiny_model(**settings), tmp_path / "lost.npz"
+        write_google(in_memory(randomised(build_model(config, 5)), config), path, naming)
+        _arrays(lambda a: a.pop(NAMINGS["released"].positions))(path)
+        with pytest.raises(UserError, match="lost.npz: has no tensor Transformer/posembed_input/pos_embedding"):
+            read_weights(path, config.image_size)
+
+
+def test_units_of_a_trunk_are_counted_without_gaps(tmp_path: Path) -> None:
+    """Four bytes that claim a millionth unit, or stage, do not make one be built."""
+    config = tiny_model(**MODELS["hybrid"])
+    for name, message in [
+        ("block2/unit999999", "tensors missing: block2/unit3, though there is block2/unit999999"),
+        ("block999999/unit1", "tensors missing: block3, though there is block999999"),
+    ]:
+        write_google(in_memory(randomised(build_model(config, 5)), config), tmp_path / "model.npz", "vit_jax")
+        _arrays(lambda a, name=name: a.update({f"{name}/x": np.zeros(1, "f4")}))(tmp_path / "model.npz")
+        with pytest.raises(UserError, match=f"model.npz: {message}"):
+            read_weights(tmp_path / "model.npz")
 
 
 def test_the_published_layout_is_what_timms_reader_expects(tmp_path: Path) -> None:
@@ -240,6 +274,30 @@ def _with_object(path: Path) -> None:
     np.savez(path, **arrays)
 
 
+def _with_object_beside(path: Path) -> None:
+    arrays = {f"opt/target/{name}": array for name, array in np.load(path).items()}
+    arrays["opt/state"] = np.array([_Payload(path.parent / "executed")], dtype=object)
+    np.savez(path, **arrays)
+
+
+def _compressed_wrongly(method: int) -> Callable[[Path], Any]:
+    """A compressed member whose first bytes are none that its method knows."""
+
+    def change(path: Path) -> None:
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+            start = archive.getinfo("cls.npy").header_offset + 30 + len("cls.npy")
+        data = bytearray(path.read_bytes())
+        data[start + 4 : start + 40] = b"\xff" * 36
+        data[start] = 7 if method == zipfile.ZIP_DEFLATED else data[start]
+        path.write_bytes(data)
+
+    return change
+
+
 def _with_pickle(path: Path) -> None:
     path.write_bytes(pickle.dumps(_Payload(path.parent / "executed")))
 
@@ -277,6 +335,45 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bit": (_bit_flipped, "damaged, or not what its name says .*Bad CRC-32 for file 'head/kernel.npy'"),
     "object": (_with_object, "cls holds Python objects, which would execute code"),
     "pickle": (_with_pickle, "damaged, or not what its name says"),
+    "object beside": (_with_object_beside, "opt/state holds Python objects, which would execute code"),
+    "deflate": (_compressed_wrongly(zipfile.ZIP_DEFLATED), "damaged, or not what its name says .*decompressing"),
+    "lzma": (_compressed_wrongly(zipfile.ZIP_LZMA), "damaged, or not what its name says"),
+    "positions missing": (
+        _arrays(lambda a: a.pop(NAMINGS["released"].positions)),
+        "has no tensor Transformer/posembed_input/pos_embedding",
+    ),
+    "no values": (
+        _arrays(lambda a: a.update({"head/kernel": np.zeros((0, 10**12), "f4")})),
+        "head/kernel has shape .* which holds no values",
+    ),
+    "a block far away": (
+        _arrays(lambda a: a.update({"Transformer/encoderblock_4000/x": np.zeros(1, "f4")})),
+        "tensors missing: Transformer/encoderblock_2, though there is Transformer/encoderblock_4000",
+    ),
+    "too many blocks": (
+        _arrays(lambda a: a.update({f"Transformer/encoderblock_{n}/x": np.zeros(1, "f4") for n in range(2, 1025)})),
+        "model: depth 1025, width 32 and mlp_dim 64 are too much: at most 1024 blocks",
+    ),
+    "scanned: a number": (
+        _arrays(lambda a: a.update({"Transformer/encoderblock/LayerNorm_0/scale": np.float32(1)})),
+        r"Transformer/encoderblock/LayerNorm_0/scale has shape \(\), expected blocks first",
+    ),
+    "scanned: empty": (
+        _arrays(lambda a: a.update({"Transformer/encoderblock/x": np.zeros((10**12, 0), "f4")})),
+        r"Transformer/encoderblock/x has shape \(1000000000000, 0\), expected blocks first, 1 to 1024",
+    ),
+    "scanned: no blocks": (
+        _arrays(lambda a: a.update({"Transformer/encoderblock/x": np.zeros((3, 0), "f4")})),
+        r"Transformer/encoderblock/x has shape \(3, 0\), expected blocks first, 1 to 1024",
+    ),
+    "scanned: too many": (
+        _arrays(lambda a: a.update({"Transformer/encoderblock/x": np.zeros((2000, 1), "f4")})),
+        r"Transformer/encoderblock/x has shape \(2000, 1\), expected blocks first, 1 to 1024",
+    ),
+    "class names": (
+        lambda path: class_names_file(path).write_text('["one", "two"]'),
+        "has 2 class names for 5 classes",
+    ),
     "something else": (lambda path: path.write_text("weights"), "damaged, or not what its name says"),
 }
 

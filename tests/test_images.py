@@ -433,6 +433,22 @@ def test_an_evaluation_image_is_timms(height: int, width: int, interpolation: st
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_transformers_squashes_with_its_own_interpolation(interpolation: str) -> None:
+    """eval_transform=transformers: Pillow's antialiased squash, but for a few levels, then the central crop.
+
+    Its processor's own pixels are compared in test_transformers.py.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (75, 100, 3)).astype(np.uint8)  # any other filter is far off
+    method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    squashed = torch.from_numpy(np.array(Image.fromarray(noise).resize((32, 32), method))).permute(2, 0, 1)
+    for size, share, margin in ((32, 1.0, 0), (28, 0.875, 2)):
+        expected = squashed[:, margin : margin + size, margin : margin + size]
+        settings = config(eval_transform="transformers", eval_crop=share, interpolation=interpolation)
+        result = eval_image(torch.from_numpy(noise).permute(2, 0, 1), size, settings)
+        assert (result.int() - expected.int()).abs().max() <= 4
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_real_photos_are_evaluated_as_by_timm(interpolation: str, test_data: Path) -> None:
     """Whole ImageNet photos from the file on: every pixel equals timm's."""
     options = {"interpolation": interpolation, "crop_pct": 0.875, "mean": (0, 0, 0), "std": (1, 1, 1)}

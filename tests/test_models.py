@@ -360,3 +360,20 @@ def test_an_unknown_timm_name_is_one_line_with_a_suggestion(name: str, suggestio
     with pytest.raises(ConfigError, match=f"timm has no model '{name}'.*{suggestion}") as caught:
         build_model(ModelConfig(name=f"timm:{name}"), NUM_CLASSES)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"depth": 1025}, "depth 1025, width 32"),
+        ({"width": 65_568}, "width 65568"),
+        ({"mlp_dim": 65_537}, "mlp_dim 65537 are too much: at most 1024 blocks, 65536 channels"),
+        ({"trunk": [1000, 25], "image_size": 32}, "model.trunk has 1025 units, expected at most 1024"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_they_are_built(changes: dict[str, Any], told: str) -> None:
+    """Somebody's file may claim anything; building 4000 blocks takes half a minute."""
+    shape: dict[str, Any] = {"name": "Ti", "width": 32, "depth": 2, "mlp_dim": 64, "heads": 2, "patch_size": 8}
+    assert any(told in problem for problem in ModelConfig(**{**shape, **changes}).problems())
+    largest = {"depth": 1024, "width": 65_536, "mlp_dim": 65_536, "trunk": [1000, 24], "image_size": 32}
+    assert not list(ModelConfig(**{**shape, **largest}).problems())

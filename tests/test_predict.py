@@ -51,15 +51,19 @@ def make_image(path: Path, seed: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid", None])
 def test_probabilities_are_the_models_own(
-    loss: str, tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+    loss: str | None, tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Best first, with names; the crop and the interpolation that the weights carry, not the defaults."""
+    """Best first, with names; the crop and the interpolation that the weights carry, not the defaults; a word where the
+    weights do not tell their loss.
+    """
     model = make_weights(tmp_path / "w", class_names=NAMES, loss=loss, eval_crop=0.5, interpolation="bilinear")
     pictures = [make_image(tmp_path / f"{seed}.png", seed) for seed in range(2)]
     assert predict(tmp_path / "w", *pictures, "--json") == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = capsys.readouterr()
+    assert ("softmax; the loss that it was trained with is not known" in told.err) == (loss is None)
+    lines = [json.loads(line) for line in told.out.splitlines()]
     assert [line["image"] for line in lines] == [str(path) for path in pictures]
     for path, line in zip(pictures, lines):
         config = DataConfig(eval_crop=0.5, interpolation="bilinear")

@@ -93,8 +93,8 @@ def test_operations_that_blend(magnitude: float, factor: float, size: tuple[int,
     image = picture(*size)
     shades = np.repeat(grey(image)[:, :, None], 3, 2)
     assert (augmented(image, "Color", magnitude) == blended(shades, image, factor)).all()
-    mean = np.full_like(image, int(shades.astype(float).mean()))
-    assert (augmented(image, "Contrast", magnitude) == blended(mean, image, factor)).all()
+    level = np.full_like(image, size[0] * size[1] // 256)
+    assert (augmented(image, "Contrast", magnitude) == blended(level, image, factor)).all()
     assert (augmented(image, "Brightness", magnitude) == blended(np.zeros_like(image), image, factor)).all()
     smooth = image.copy()
     for y in range(1, size[0] - 1):
@@ -102,6 +102,18 @@ def test_operations_that_blend(magnitude: float, factor: float, size: tuple[int,
             around = image[y - 1 : y + 2, x - 1 : x + 2].astype(int).sum((0, 1))
             smooth[y, x] = (around + 4 * image[y, x].astype(int)) // 13
     assert (augmented(image, "Sharpness", magnitude) == blended(smooth, image, factor)).all()
+
+
+@pytest.mark.parametrize("size, level", [((40, 30), 4), ((224, 224), 196), ((230, 300), 255)])
+def test_contrast_is_against_the_number_of_pixels(size: tuple[int, int], level: int) -> None:
+    """The original sums a histogram of the grey image and divides by its 256 bins: 196 at 224 pixels, dark or bright,
+    cut off at 255; a factor of 0.1 is nearly that level, one of 1.9 goes away from it.
+    """
+    for value in (0, 90, 255):
+        image = np.full((*size, 3), value, dtype=np.uint8)
+        for magnitude, factor in [(0, np.float32(0.1)), (10, np.float32(1.9))]:
+            expected = np.float32(level) + factor * (np.float32(value) - np.float32(level))
+            assert (augmented(image, "Contrast", magnitude) == int(min(max(expected, 0), 255))).all()
 
 
 @pytest.mark.parametrize("size", [*SIZES, (40, 30)])

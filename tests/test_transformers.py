@@ -1,19 +1,24 @@
 """transformers' ViT: its own logits from what is written here, ours from what it writes, and what it cannot hold."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from weights_on_disk import in_memory, one_line, randomised, tiny_model
 
+from pretrain.config import DataConfig
+from pretrain.data.images import decode, eval_image, to_float
 from pretrain.errors import UserError
 from pretrain.models import load_model
 from pretrain.models.build import build_model
@@ -24,6 +29,7 @@ from pretrain.models.weights import read_weights
 pytest.importorskip("transformers", reason="transformers is not installed (pip install 'vit-pretrain[convert]')")
 torch.set_num_threads(1)
 NAMES = ("ash", "birch, silver", "cedar")
+POOLER = "pooler.dense.weight"
 VARIANTS: dict[str, dict[str, Any]] = {
     "token": {},
     "token_exact": {"gelu": "exact"},
@@ -170,12 +176,16 @@ def test_what_transformers_has_not_is_refused_with_the_reason(
     assert not (tmp_path / "out").exists()
 
 
-def _edited(**changes: Any) -> Any:
+def _edited(file: str = "config.json", **changes: Any) -> Any:
     def edit(folder: Path) -> None:
-        values = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**values, **changes}))
+        values = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**values, **changes}))
 
     return edit
+
+
+def _processor(**changes: Any) -> Any:
+    return _edited("preprocessor_config.json", **changes)
 
 
 def _tensors(change: Any) -> Any:
@@ -194,6 +204,14 @@ def _tensors(change: Any) -> Any:
         (_edited(qkv_bias=False), "qkv_bias is false"),
         (_edited(patch_size=5), "is not a multiple of model.patch_size"),
         (_edited(hidden_size="wide"), "cannot be read"),
+        (_edited(num_hidden_layers=4000), "depth 4000, .*at most 1024 blocks"),
+        (_edited(pretrain={"loss": "focal"}), "loss is 'focal'"),
+        (_edited(pretrain=3), "config.json: cannot be read"),
+        (_tensors(lambda t: t.update({f"vit.{POOLER}": torch.zeros(32, 32)})), f"tensors unknown: vit.{POOLER}"),
+        (_processor(resample=1), r"preprocessor_config.json: resample is 1, expected one of 2 .bilinear., 3 .bicubic."),
+        (_processor(image_mean=[0.5]), "expected three numbers"),
+        (_processor(image_std=[0.5, 0, 0.5]), "expected three numbers"),
+        (_processor(rescale_factor="1"), "preprocessor_config.json: cannot be read"),
         (_tensors(lambda t: t.pop("classifier.bias")), "tensors missing: classifier.bias"),
         (_tensors(lambda t: t.update(spare=torch.zeros(1))), "tensors unknown: spare"),
         (_tensors(lambda t: t.update({"classifier.bias": torch.zeros(4)})), r"classifier.bias has shape \(4,\)"),
@@ -220,3 +238,127 @@ def test_another_epsilon_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     _edited(layer_norm_eps=1e-12)(tmp_path / "out")
     assert read_weights(tmp_path / "out").class_names == ()
     assert "layer_norm_eps 1e-12 becomes 1e-06" in "".join(capsys.readouterr())
+
+
+def test_a_pooler_without_axes_is_one_line(tmp_path: Path) -> None:
+    """Its first axis tells the representation layer's size."""
+    config = tiny_model(representation_size=24)
+    write_transformers_folder(in_memory(build_model(config, 0), config), tmp_path / "out")
+    _tensors(lambda t: t.update({POOLER: torch.tensor(1.0)}))(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"out: {POOLER} has shape \(\), expected 2 axes"):
+        load_model(tmp_path / "out")
+
+
+def test_resizing_that_transformers_would_do_otherwise_is_refused(tmp_path: Path) -> None:
+    """timm's folders may name filters that the processor has not for its tensors."""
+    config = tiny_model()
+    weights = in_memory(build_model(config, 3), config, NAMES, interpolation="lanczos")
+    with pytest.raises(UserError, match="its images are resized by lanczos, known are bilinear and bicubic"):
+        write_transformers_folder(weights, tmp_path / "out")
+
+
+# --- what the processor does to images --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("kind", ["ViTImageProcessor", "DeiTImageProcessor"])
+def test_real_photos_are_evaluated_as_by_its_processor(
+    kind: str, resample: int, test_data: Path, tmp_path: Path
+) -> None:
+    """Whole ImageNet photos, from the file on: every pixel equals the processor's, also that of DeiT, which crops the
+    centre of a larger square; and the folder that is written again says the same.
+    """
+    import transformers
+
+    config = tiny_model(image_size=96)
+    write_transformers_folder(in_memory(build_model(config, 3), config, NAMES), tmp_path / "first")
+    _edited(pretrain={})(tmp_path / "first")
+    crop = {"do_center_crop": True, "crop_size": {"height": 96, "width": 96}} if kind.startswith("DeiT") else {}
+    side = 112 if crop else 96
+    _processor(image_processor_type=kind, resample=resample, size={"height": side, "width": side}, **crop)(
+        tmp_path / "first"
+    )
+    weights = read_weights(tmp_path / "first")
+    write_transformers_folder(weights, tmp_path / "second")
+    written = json.loads((tmp_path / "second" / "preprocessor_config.json").read_text())
+    assert (written["image_processor_type"], written["size"]["height"], written["resample"]) == (kind, side, resample)
+    assert weights.eval_transform == "transformers" and weights.eval_crop == 96 / side
+    assert (weights.interpolation, weights.loss) == ({2: "bilinear", 3: "bicubic"}[resample], None)
+    settings = DataConfig(
+        eval_transform="transformers", eval_crop=weights.eval_crop, interpolation=cast(Any, weights.interpolation)
+    )
+    processors = [getattr(transformers, kind).from_pretrained(tmp_path / name) for name in ("first", "second")]
+    with tarfile.open(test_data / "imagenet_val_fullsize_dev-000000.tar") as tar:
+        members = [member for member in tar if member.name.endswith(".jpg")][::2]
+        photos = [cast(Any, tar.extractfile(member)).read() for member in members]
+    assert len(photos) >= 5
+    for data in photos:
+        found = to_float(eval_image(decode(data), 96, settings), torch.float32)
+        with Image.open(io.BytesIO(data)) as image:
+            for processor in processors:
+                expected = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+                assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0], "image_std": [1.0, 1.0, 1.0]},
+        {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+    ],
+)
+@torch.no_grad()
+def test_every_scaling_of_the_processor_is_taken_over(changes: dict[str, Any], tmp_path: Path) -> None:
+    """What its own model makes of its own processor's pixels is what ours makes of images in [-1, 1]."""
+    import transformers
+
+    config = tiny_model()
+    write_transformers_folder(in_memory(randomised(build_model(config, 3)), config, NAMES), tmp_path / "out")
+    _processor(**changes)(tmp_path / "out")
+    pixels = torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "out")
+    theirs: Any = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    expected = theirs(processor(pixels, return_tensors="pt")["pixel_values"].float()).logits
+    found = load_model(tmp_path / "out")(to_float(pixels[None], torch.float32))
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"size": {"height": 24, "width": 24}}, "size {'height': 24, 'width': 24}"),
+        ({"size": {"shortest_edge": 18}, "do_center_crop": True, "crop_size": 16}, "size {'shortest_edge': 18}"),
+        ({"do_resize": False}, "do_resize False"),
+    ],
+)
+def test_a_processor_that_is_not_known_is_told(
+    changes: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are of use all the same; how images are evaluated is said."""
+    config = tiny_model()
+    write_transformers_folder(in_memory(build_model(config, 3), config, NAMES), tmp_path / "out")
+    _edited(pretrain={})(tmp_path / "out")
+    _processor(**changes)(tmp_path / "out")
+    capsys.readouterr()
+    assert read_weights(tmp_path / "out").eval_crop == 1.0
+    message = capsys.readouterr().err
+    assert told in message and "evaluation squashes images to the model's 16 pixels" in message
+
+
+def test_a_runs_own_transform_and_loss_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The processor cannot say timm's transform: a word of it when written; kept beside, also when transformers saves
+    the model anew.
+    """
+    import transformers
+
+    use = {"eval_transform": "timm", "eval_crop": 0.9, "interpolation": "bicubic", "loss": "sigmoid"}
+    config = tiny_model()
+    write_transformers_folder(in_memory(build_model(config, 3), config, NAMES, **use), tmp_path / "out")
+    assert "evaluated by eval_transform=timm, to which the tools here keep" in capsys.readouterr().err
+    theirs: Any = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
+    theirs.save_pretrained(tmp_path / "anew")
+    for name in ("out", "anew"):
+        weights = read_weights(tmp_path / name)
+        assert {key: getattr(weights, key) for key in use} == use

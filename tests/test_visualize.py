@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import tiny_config
 from weights_on_disk import load_tool, one_line_error, run_tool, save_run
 
+import pretrain.models.weights
 from pretrain.config import DataConfig
 from pretrain.data.images import decode, eval_image, to_float
 from pretrain.models.inspection import filter_components, look_at, position_similarity
@@ -98,7 +99,11 @@ def test_every_kind_of_model_is_drawn(changes: dict[str, Any], tmp_path: Path, m
 def test_without_photos_there_is_no_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Filters and positions alone; the third panel says what it needs."""
     save_run(tiny_config(tmp_path, tmp_path), ["a", "b"])
+    read, times = tool.read_weights, []
+    monkeypatch.setattr(tool, "read_weights", lambda *arguments: times.append(1) or read(*arguments))
+    monkeypatch.setattr(pretrain.models.weights, "read_weights", None)
     visualize(monkeypatch, tmp_path / "tiny")
+    assert len(times) == 1  # a checkpoint's checksums are those of all its bytes
     folder = tmp_path / "tiny" / "pictures"
     assert sorted(path.name for path in folder.iterdir()) == ["internals.png", "numbers.json"]
     assert json.loads((folder / "numbers.json").read_text())["attention_distance_px"] is None

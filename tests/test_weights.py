@@ -181,14 +181,13 @@ def test_what_timm_has_not_is_refused_with_the_reason(name: str, reason: str, tm
 def test_a_folder_of_ours_keeps_everything(name: str, tmp_path: Path) -> None:
     """Config, class names, every bit of every tensor, the logits."""
     model, config = random_model(name)
-    write_own_folder(in_memory(model, config, ("a",), loss="sigmoid", eval_transform="vit"), tmp_path / "own")
+    names = () if name == "headless" else tuple(NAMES)
+    given = in_memory(model, config, names, loss="sigmoid", eval_transform="vit")
+    given = replace(given, num_classes=len(names))  # timm's model has its own name for the head
+    write_own_folder(given, tmp_path / "own")
     weights = read_weights(tmp_path / "own")
-    assert (weights.model, weights.class_names, weights.loss, weights.eval_transform) == (
-        config,
-        ("a",),
-        "sigmoid",
-        "vit",
-    )
+    found = (weights.model, weights.class_names, weights.loss, weights.eval_transform)
+    assert found == (config, names, "sigmoid", "vit")
     for tensor, parameter in own_tensors(model).items():
         assert torch.equal(weights.tensors[tensor].read(), parameter), tensor
     x = images(config.image_size)
@@ -332,7 +331,71 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "text for a number": (
         lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"]["model"].update(width="wide")),
-        "converted/config.json: cannot be read",
+        "converted/config.json: model.width: Value 'wide' of type 'str'",
+    ),
+    "another spelling": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"]["model"].update(gelu="Tanh")),
+        "converted/config.json: model.gelu: Invalid value 'Tanh', expected one of",
+    ),
+    "unknown setting": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"]["model"].update(registers=4)),
+        "converted/config.json: model.registers: no such key in model",
+    ),
+    "no setting": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"]["model"].pop("name")),
+        "converted/config.json: no value for model.name",
+    ),
+    "a secret": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"]["model"].update(name="${oc.env:HOME}")),
+        "converted/config.json: .* resolvers are not allowed",
+    ),
+    "too deep": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"]["model"].update(depth=100_000)),
+        "converted/config.json: model: depth 100000, .*at most 1024 blocks",
+    ),
+    "transform": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"].update(eval_transform="squash")),
+        "converted: eval_transform is 'squash', expected one of timm, vit",
+    ),
+    "interpolation": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"].update(interpolation="cubic")),
+        "converted: interpolation is 'cubic', expected one of nearest",
+    ),
+    "loss": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"].update(loss="focal")),
+        "converted: loss is 'focal', expected one of softmax, sigmoid, None",
+    ),
+    "crop": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"].update(eval_crop=7)),
+        "converted: eval_crop is 7, expected 0.1 to 1",
+    ),
+    "unknown use": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"].update(evalcrop=0.5)),
+        "converted/config.json: pretrain.evalcrop: no such key",
+    ),
+    "layout": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"].update(layout="Timm")),
+        "converted/config.json: pretrain.layout is 'Timm', expected one of timm, pretrain",
+    ),
+    "class names": (
+        lambda f: _edit_json(f / "config.json", lambda v: v.update(label_names=["ash", "birch"])),
+        "converted: has 2 class names for 3 classes",
+    ),
+    "timm: class names": (
+        lambda f: _edit_json(f / "config.json", lambda v: v.update(label_names=["ash"]) or v.pop("pretrain")),
+        "converted: has 1 class names for 3 classes",
+    ),
+    "timm: heads": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["model_args"].update(num_heads=5) or v.pop("pretrain")),
+        "converted/config.json: cannot be read .AssertionError",
+    ),
+    "timm: too deep": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["model_args"].update(depth=100_000) or v.pop("pretrain")),
+        "converted/config.json: model_args.depth is 100000, expected at most 1024",
+    ),
+    "timm: pooling": (
+        lambda f: _edit_json(f / "config.json", lambda v: v["model_args"].update(global_pool="x") or v.pop("pretrain")),
+        "converted/config.json: cannot be read .AssertionError",
     ),
 }
 

@@ -4,6 +4,7 @@ python tools/convert.py WEIGHTS OUT --to pretrain|timm|transformers|npz|onnx
 """
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -32,7 +33,8 @@ class Target(NamedTuple):
     """A format: how it is written and loaded, and, where it is read without loss, how it is compared bit for bit."""
 
     write: Callable[[Weights, Path, str], None]  # weights, folder or file, naming
-    loading: str  # Python, with OUT and KIND to be replaced
+    loading: str  # Python, with OUT, KIND and OPTIONS to be replaced
+    from_hub: str  # the same from the repository REPOSITORY of the Hugging Face hub
     expected: Callable[[Weights, str], Weights] | None = None  # weights and naming -> what reading must give
     read: Callable[[Path, int], Weights] | None = None  # path and image size
 
@@ -41,28 +43,36 @@ TARGETS = {
     "pretrain": Target(
         lambda weights, out, naming: write_own_folder(weights, out),
         'from pretrain.models import load_model\nmodel = load_model("OUT")',
+        "from huggingface_hub import snapshot_download\nfrom pretrain.models import load_model\n"
+        'model = load_model(snapshot_download("REPOSITORY"))',
         lambda weights, naming: weights,
         lambda path, image_size: read_timm_folder(path),
     ),
     "timm": Target(
         lambda weights, out, naming: write_timm_folder(weights, out),
         'import timm\nmodel = timm.create_model("local-dir:OUT", pretrained=True)',
+        'import timm\nmodel = timm.create_model("hf-hub:REPOSITORY", pretrained=True)',
     ),
     "transformers": Target(
         lambda weights, out, naming: write_transformers_folder(weights, out),
-        'from transformers import KIND\nmodel = KIND.from_pretrained("OUT")',
+        'from transformers import KIND\nmodel = KIND.from_pretrained("OUT"OPTIONS)',
+        'from transformers import KIND\nmodel = KIND.from_pretrained("REPOSITORY"OPTIONS)',
         lambda weights, naming: for_transformers(weights),
         lambda path, image_size: read_transformers_folder(path),
     ),
     "npz": Target(
         write_google,
         "import numpy\narrays = numpy.load(\"OUT\")  # or vision_transformer's and big_vision's own loaders",
+        "import numpy\nfrom huggingface_hub import hf_hub_download\n"
+        'arrays = numpy.load(hf_hub_download("REPOSITORY", "OUT"))  # or Google\'s own loaders',
         for_google,
         read_google,
     ),
     "onnx": Target(
         lambda weights, out, naming: write_onnx(weights, out),
         'import onnxruntime\nsession = onnxruntime.InferenceSession("OUT/model.onnx")',
+        "import onnxruntime\nfrom huggingface_hub import snapshot_download\n"
+        'session = onnxruntime.InferenceSession(snapshot_download("REPOSITORY") + "/model.onnx")',
     ),
 }
 
@@ -98,13 +108,11 @@ def main() -> int:
     if arguments.push:
         from pretrain.models.hub import push
 
-        print(
-            push(
-                out.parent if beside else out,
-                arguments.push,
-                [path.name for path in (out, *beside)] if beside else WRITTEN_IN_FOLDERS,
-            )
-        )
+        files = {name: out / name for name in WRITTEN_IN_FOLDERS}
+        if beside:
+            names, card = beside
+            files = {out.name: out, names.name: names, "README.md": card}  # the one card that the hub shows
+        print(push({name: path for name, path in files.items() if path.exists()}, arguments.push))
     return 0
 
 
@@ -153,16 +161,13 @@ def _write(arguments: argparse.Namespace, source: Source, weights: Weights, out:
             return False
         proof = f"Verified in fresh processes, largest value 1: {_told(comparison)}."
     card = out.with_suffix(".md") if arguments.to == "npz" else out / "README.md"
-    loading = _loading(arguments.to, weights, arguments.push if arguments.push else arguments.out.name)
-    if arguments.push:
-        loading = loading.replace("local-dir:", "hf-hub:")
     text = model_card(
         weights,
         arguments.to,
         title=arguments.out.resolve().name,
         command=shlex.join(["python", "tools/convert.py", *sys.argv[1:]]),
         versions=versions(),
-        loading=loading,
+        loading=_loading(arguments.to, weights, arguments.out.name, arguments.push),
         proof=proof,
     )
     card.write_text(text, encoding="utf-8")
@@ -196,9 +201,17 @@ def _told(comparison: Comparison) -> str:
     return ", ".join(f"{found.output} differ by {found.ratio:.1e}" for found in comparison.differences)
 
 
-def _loading(target: str, weights: Weights, place: str) -> str:
-    kind = "ViTForImageClassification" if weights.num_classes else "ViTModel"
-    return TARGETS[target].loading.replace("OUT", place).replace("KIND", kind)
+def _loading(target: str, weights: Weights, place: str, repository: str | None = None) -> str:
+    """Returns the lines that load the result from a place, or, if there is one, from a repository of the hub."""
+    no_pooler = not weights.num_classes and weights.model.representation_size is None  # ViTModel would draw one
+    words = {
+        "OUT": place,
+        "REPOSITORY": repository or "",
+        "KIND": "ViTForImageClassification" if weights.num_classes else "ViTModel",
+        "OPTIONS": ", add_pooling_layer=False" if no_pooler else "",
+    }
+    code = TARGETS[target].from_hub if repository else TARGETS[target].loading
+    return re.sub("|".join(words), lambda found: words[found[0]], code)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python tools/evaluate.py WEIGHTS [--tasks imagenet,real,knn:pets --data ROOT] [-
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -46,8 +45,7 @@ from pretrain.evaluation.predictions import lines, wrong_items
 from pretrain.evaluation.tasks import TASKS, Task, missing, real_labels, scored_classes, task, task_folder
 from pretrain.log import warn
 from pretrain.models.build import build_model
-from pretrain.models.tensors import readable
-from pretrain.models.weights import Weights, load_tensors, read_weights, results_folder
+from pretrain.models.weights import Weights, model_of, read_weights, results_folder, weights_sha256
 from pretrain.run import versions
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
@@ -295,7 +293,9 @@ def main() -> None:
     parser.add_argument(
         "--baselines", action="store_true", help="few-shot also with random weights and with raw pixels as features"
     )
-    parser.add_argument("--loss", choices=["softmax", "sigmoid"], help="default: the one it was trained with")
+    parser.add_argument(
+        "--loss", choices=["softmax", "sigmoid"], help="default: the one it was trained with; softmax where not known"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="images per rank and forward pass (default 256)")
     parser.add_argument("--workers", type=int, help="loader processes per rank (default: up to 4, as cores allow)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write a line of JSON for each image")
@@ -376,16 +376,15 @@ def _evaluate(
 ) -> tuple[list[Row], Bench, dict[str, Any]]:
     """Returns the rows, the bench with what else was found, and what is needed to repeat them."""
     weights = distributed.together(lambda: read_weights(arguments.weights))
-    digest = distributed.from_main(lambda: _digest(weights.source))
+    digest = distributed.from_main(lambda: weights_sha256(weights.source))
     failed: dict[str, str] = {}
     opened = [
         (job, sets) for job in jobs if (sets := _tried(job, failed, partial(_open, job, weights, arguments.data)))
     ]
     if not opened:
         raise UserError(f"none of {', '.join(failed)} can be scored")
-    model = build_model(weights.model, weights.num_classes)
-    load_tensors(model, weights)
-    bench = Bench(arguments, weights, model.to(device).eval(), device, arguments.loss or weights.loss)
+    loss = arguments.loss or weights.loss or "softmax"
+    bench = Bench(arguments, weights, model_of(weights).to(device), device, loss)
     scored = [sets["test"].path for job, sets in opened if job.kind == "classify"]
     bench.shared = {path for path in scored if scored.count(path) > 1}
     rows: list[Row] = []
@@ -437,7 +436,8 @@ def _opened(job: Job, weights: Weights, root: Path) -> dict[str, Manifest]:
 def _check_classes(weights: Weights, val: Manifest) -> None:
     if val.num_classes > weights.num_classes:
         raise UserError(f"{val.path}: has {val.num_classes} classes, {weights.source} has {weights.num_classes}")
-    if not _mere_numbers(val.class_names) and not _mere_numbers(weights.class_names):
+    unlike = _are_wordnet_ids(val.class_names) != _are_wordnet_ids(weights.class_names)
+    if not (unlike or _are_numbers(val.class_names) or _are_numbers(weights.class_names)):
         pairs = list(zip(val.class_names, weights.class_names))
         if different := [i for i, (a, b) in enumerate(pairs) if a != b]:
             first = different[0]
@@ -447,29 +447,17 @@ def _check_classes(weights: Weights, val: Manifest) -> None:
             )
 
 
-def _mere_numbers(class_names: tuple[str, ...]) -> bool:
+def _are_numbers(class_names: tuple[str, ...]) -> bool:
     """No names, or those that a set gets whose labels came without: they do not say what a class is."""
     return list(class_names) == [str(number) for number in range(len(class_names))]
 
 
+def _are_wordnet_ids(class_names: tuple[str, ...]) -> bool:
+    """ImageNet's names of classes, n01440764: they cannot be compared with words."""
+    return all(re.fullmatch(r"n\d{8}", name) for name in class_names)
+
+
 # --- what is shown and written ---------------------------------------------------------------------------------------
-
-
-def _digest(weights: Path) -> str:
-    """SHA-256 of the weights' files; a checkpoint's manifest holds the checksums of the others."""
-    total = hashlib.sha256()
-    with readable(weights):
-        if (weights / "MANIFEST.json").is_file():
-            files = [weights / "MANIFEST.json"]
-        elif weights.is_dir():
-            ours = re.compile(r"config\.json$|\.safetensors")  # not results.json, which --out may have put here
-            files = sorted(path for path in weights.iterdir() if ours.search(path.name))
-        else:
-            files = [weights]
-        for path in files:
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
 
 
 def _record(

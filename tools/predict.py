@@ -18,9 +18,9 @@ from pretrain.config import DataConfig
 from pretrain.data.images import decode, eval_image, to_float
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
-from pretrain.models.build import build_model
+from pretrain.log import warn
 from pretrain.models.tensors import Weights
-from pretrain.models.weights import load_tensors, read_weights
+from pretrain.models.weights import model_of, read_weights
 
 
 class Prediction(NamedTuple):
@@ -34,8 +34,8 @@ class Prediction(NamedTuple):
 def main() -> int:
     parser = cli.parser(
         "Prints the likeliest classes of each image, with the weights' own evaluation transform; probabilities are\n"
-        "softmax or sigmoid, as in training. An image that cannot be used is named, the others go on, and\n"
-        "the exit code is 2.",
+        "softmax or sigmoid as in training, softmax with a word where that is not known. An image that cannot be used\n"
+        "is named, the others go on, and the exit code is 2.",
         "python tools/predict.py runs/NAME photo.jpg other.png",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, converted folder or .npz")
@@ -50,9 +50,9 @@ def main() -> int:
     if not weights.num_classes:
         raise UserError(f"{arguments.weights}: has no head, so it tells features, not classes")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(weights.model, weights.num_classes)
-    load_tensors(model, weights)
-    model.to(device).eval()
+    model = model_of(weights).to(device)
+    if weights.loss is None:
+        warn(f"{arguments.weights}: probabilities are softmax; the loss that it was trained with is not known")
     num_bad = 0
     for path in arguments.images:
         try:

@@ -33,7 +33,7 @@ from pretrain.models.inspection import (
 )
 from pretrain.models.positions import Grid
 from pretrain.models.vit import grid_of
-from pretrain.models.weights import load_model, read_weights, results_folder
+from pretrain.models.weights import model_of, read_weights, results_folder
 
 INTERNALS, ROLLOUT, NUMBERS = "internals.png", "rollout.png", "numbers.json"
 MAX_MAPS = 16  # per side: similarity maps of more places would be too small to read
@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the pictures (default: WEIGHTS/pictures)")
     parser.add_argument("--tensorboard", action="store_true", help="also write the pictures as an event file into DIR")
     arguments = parser.parse_args()
-    config = read_weights(arguments.weights).model
-    model = check_inspectable(load_model(arguments.weights))
+    weights = read_weights(arguments.weights)
+    config, model = weights.model, check_inspectable(model_of(weights))
     photos = []
     with cli.progress("attention", len(arguments.image), "photos") as advance:
         for path in arguments.image:

@@ -156,6 +156,9 @@ def eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tens
     if config.eval_transform == "timm":
         return _timm_eval_image(image, size, config)
     resized = round(size / config.eval_crop)  # 256 for 224 and 0.875
+    if config.eval_transform == "transformers":
+        # On tensors, as its processor since version 5: 2 % of Pillow's pixels differ, by up to 4 levels (bicubic).
+        return _central_crop(F.resize(image, [resized, resized], _mode(config), antialias=True), size)
     if config.eval_transform == "fewshot":
         return _central_crop(_resize_truncated(image, resized, "bilinear"), size)
     return _resize_small_and_crop(image, resized, size)

@@ -75,8 +75,9 @@ def augment(
         case "Color":
             return _blend(_grey(image).expand_as(image), image, enhance)
         case "Contrast":
-            mean = int(_grey(image).double().mean())
-            return _blend(torch.full_like(image, mean), image, enhance)
+            # The original's "mean" is the sum of a histogram / 256, which is the number of pixels / 256: 196 at 224 px.
+            level_of_all = min(image.shape[1] * image.shape[2] // 256, 255)
+            return _blend(torch.full_like(image, level_of_all), image, enhance)
         case "Brightness":
             return _blend(torch.zeros_like(image), image, enhance)
         case "Sharpness":

@@ -55,7 +55,7 @@ def _model(weights: Weights) -> str:
         lines.append(f"pooling {config.pooling}, positions {config.positions}, {config.gelu} GELU.")
     lines.append(f"Input {config.image_size} x {config.image_size} pixels, RGB in [-1, 1]; {named}.")
     lines.append(f"Evaluation transform {weights.eval_transform}, {weights.interpolation} resizing;")
-    lines.append(f"probabilities by {weights.loss}.")
+    lines.append(f"probabilities by {weights.loss or 'softmax; the loss of its training is not known'}.")
     return "\n".join(lines)
 
 

@@ -6,11 +6,11 @@ Recognised by their keys, never by the file's name; the architecture is inferred
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.config import ModelConfig, stride_of
+from pretrain.config import MAX_DEPTH, ModelConfig, stride_of
 from pretrain.errors import UserError
 from pretrain.log import warn
 from pretrain.models.equivalent import named_architecture, tensor_shapes, with_learned_positions
@@ -55,8 +55,8 @@ WRITTEN = ("released", "vit_jax", "big_vision")  # what --naming offers
 def read_google(path: Path, image_size: int | None = None) -> Weights:
     """Returns the weights of an .npz file of vision_transformer or big_vision.
 
-    image_size: for files of fixed positions (sincos2d), which do not tell it; 224 if None. Raises UserError for a file
-    that is no ViT's, or whose tensors are not exactly those of its architecture.
+    image_size: for big_vision's files of fixed positions (sincos2d), which do not tell it; 224 if None, with a warning.
+    Raises UserError for a file that is no ViT's, or whose tensors are not exactly those of its architecture.
     """
     prefix, arrays = _without_prefix(read_npz(path), path)
     arrays = _without_old_places(_unscanned(arrays, prefix, path))
@@ -71,7 +71,7 @@ def read_google(path: Path, image_size: int | None = None) -> Weights:
         model=config,
         tensors=tensors,
         num_classes=num_classes,
-        class_names=_read_names(class_names_file(path), num_classes),
+        class_names=_read_names(class_names_file(path)),
         eval_transform="vit" if naming.class_row else "big_vision",
         interpolation="bilinear",
     )
@@ -91,14 +91,11 @@ def class_names_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.classes.json")
 
 
-def _read_names(path: Path, num_classes: int) -> tuple[str, ...]:
+def _read_names(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     with readable(path):
-        names = tuple(str(name) for name in json.loads(path.read_text(encoding="utf-8")))
-    if len(names) != num_classes:
-        raise UserError(f"{path}: has {len(names)} names, the weights have {num_classes} classes")
-    return names
+        return tuple(str(name) for name in json.loads(path.read_text(encoding="utf-8")))
 
 
 def for_google(weights: Weights, naming: str) -> Weights:
@@ -141,6 +138,10 @@ def _unscanned(arrays: dict[str, LazyTensor], prefix: str, path: Path) -> dict[s
         if _SCANNED not in name:
             result[name] = tensor
             continue
+        if not tensor.shape or not 0 < tensor.shape[0] <= MAX_DEPTH or 0 in tensor.shape:
+            raise UserError(
+                f"{path}: {prefix + name} has shape {tensor.shape}, expected blocks first, 1 to {MAX_DEPTH}"
+            )
         for number, row in enumerate(rows_of(path, prefix + name, tensor)):
             result[name.replace(_SCANNED, f"Transformer/encoderblock_{number}/")] = row
     return result
@@ -158,7 +159,8 @@ def _without_old_places(arrays: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 def _naming(arrays: Mapping[str, LazyTensor]) -> str:
     if any("/MlpBlock_3/" in name for name in arrays):
         return "pre_linen" if "pos_embedding" in arrays else "released"
-    return "vit_jax" if NAMINGS["vit_jax"].positions in arrays else "big_vision"
+    is_vit_jax = NAMINGS["vit_jax"].positions in arrays or "conv_root/kernel" in arrays  # big_vision has no hybrids
+    return "vit_jax" if is_vit_jax else "big_vision"
 
 
 def _architecture(
@@ -169,14 +171,16 @@ def _architecture(
             raise UserError(f"{path}: has no tensor {name}; it is not a Vision Transformer of Google's, or incomplete")
         if len(arrays[name].shape) != axes:
             raise UserError(f"{path}: {name} has shape {arrays[name].shape}, expected {axes} axes")
+        if 0 in arrays[name].shape:
+            raise UserError(f"{path}: {name} has shape {arrays[name].shape}, which holds no values")
         return arrays[name].shape
 
     side, _, _, width = shape("embedding/kernel", 4)
     block = "Transformer/encoderblock_0"
     _, heads, _ = shape(f"{block}/{names.attention}/query/kernel", 3)
     _, mlp_dim = shape(f"{block}/{names.mlp}/Dense_0/kernel", 2)
-    numbers = {int(found[1]) for name in arrays if (found := re.match(r"Transformer/encoderblock_(\d+)/", name))}
-    trunk = _trunk_units(arrays)
+    depth = _count(arrays, "Transformer/encoderblock_", 0, path)
+    trunk = _trunk_units(arrays, path)
     stride = stride_of(trunk)
     pooling = "map" if "MAPHead_0/probe" in arrays else "token" if "cls" in arrays else "gap"
     settings = {
@@ -186,7 +190,7 @@ def _architecture(
         "trunk": trunk,
         "trunk_width": shape("conv_root/kernel", 4)[3] if trunk is not None else 64,
     }
-    if names.positions in arrays:
+    if names.positions in arrays or names is not NAMINGS["big_vision"]:
         rows = shape(names.positions, 3)[1]
         # big_vision's older files have a row for the class token too; its reader tells by the number of rows
         class_row = pooling == "token" and (names.class_row or math.isqrt(rows) ** 2 != rows)
@@ -194,19 +198,35 @@ def _architecture(
         if grid * grid != rows - class_row or not grid:
             raise UserError(f"{path}: {names.positions} has {rows - class_row} patches, which is no square")
         settings |= {"image_size": grid * side * stride, "class_position": class_row or pooling != "token"}
-    else:
-        size = image_size or 224 // (side * stride) * (side * stride)
+    else:  # fixed positions are no tensor, which a file that lost its learned ones looks like too
+        size = image_size or 224 // side * side
+        if image_size is None:
+            told = f"has no {names.positions}: taken as sincos2d at {size} pixels"
+            warn(f"{path}: {told}; give the image size if it is another")
         settings |= {"positions": "sincos2d", "image_size": size}
     num_classes = shape("head/kernel", 2)[1] if "head/kernel" in arrays else 0
-    return named_architecture(width, max(numbers) + 1, mlp_dim, heads, **settings), num_classes
+    return named_architecture(width, depth, mlp_dim, heads, **settings), num_classes
 
 
-def _trunk_units(arrays: Mapping[str, LazyTensor]) -> list[int] | None:
+def _count(names: Iterable[str], beginning: str, first: int, path: Path) -> int:
+    """Returns how many parts BEGINNING0/, BEGINNING1/ ... the names tell, counted from `first`.
+
+    Raises UserError when one of them is absent: the largest number alone would be a promise of any size.
+    """
+    pattern = re.compile(re.escape(beginning) + r"(\d+)/")
+    told = {match[1] for name in names if (match := pattern.match(name))}
+    for number in range(first, first + len(told)):
+        if str(number) not in told:
+            largest = max(told, key=lambda digits: (len(digits), digits))
+            raise UserError(f"{path}: tensors missing: {beginning}{number}, though there is {beginning}{largest}")
+    return len(told)
+
+
+def _trunk_units(arrays: Mapping[str, LazyTensor], path: Path) -> list[int] | None:
     if "conv_root/kernel" not in arrays:
         return None
-    found = [match for name in arrays if (match := re.match(r"block(\d+)/unit(\d+)/", name))]
-    stages = range(1, 1 + max((int(match[1]) for match in found), default=0))
-    return [max((int(m[2]) for m in found if int(m[1]) == stage), default=0) for stage in stages]
+    stages = _count(arrays, "block", 1, path)
+    return [_count(arrays, f"block{stage}/unit", 1, path) for stage in range(1, 1 + stages)]
 
 
 # --- the key map -----------------------------------------------------------------------------------------------------

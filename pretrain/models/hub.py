@@ -1,6 +1,6 @@
 """Uploading a converted folder to the Hugging Face hub."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,18 +21,19 @@ def check_login(repository: str) -> None:
         raise UserError(f"--push {repository}: not logged in; run `hf auth login`, or set HF_TOKEN")
 
 
-def push(folder: Path, repository: str, names: Sequence[str]) -> str:
-    """Uploads the named files of a folder, nothing else that lies there, and returns the address.
+def push(files: Mapping[str, Path], repository: str) -> str:
+    """Uploads files, by their names in the repository, in one commit, and returns the address.
 
     The repository is made if need be.
 
     Raises UserError when the hub refuses, StorageError when it cannot be reached.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
+    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
     with _one_line(repository):
         address = HfApi().create_repo(repository, exist_ok=True)
-        HfApi().upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(names))
+        HfApi().create_commit(repository, added, commit_message="Upload converted weights")
     return str(address)
 
 

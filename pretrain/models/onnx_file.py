@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from pretrain.errors import UserError
-from pretrain.models.build import build_model
 from pretrain.models.tensors import Weights
-from pretrain.models.weights import load_tensors
+from pretrain.models.weights import model_of
 
 OPSET = 18  # the lowest that torch's exporter writes without a conversion: read by the most runtimes
 _MAX_BYTES = 1_900_000_000  # a protobuf ends at 2 GiB; beyond it the tensors lie in model.onnx.data
@@ -41,8 +40,7 @@ def write_onnx(weights: Weights, out: Path) -> None:
         import onnxscript  # noqa: F401  # the exporter's own need
     except ImportError as error:
         raise UserError(f"--to onnx needs the package {error.name}: pip install onnx onnxscript onnxruntime") from None
-    model = build_model(weights.model, weights.num_classes)
-    load_tensors(model, weights)
+    model = model_of(weights)
     size = weights.model.image_size
     path = out / "model.onnx"
     out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +51,7 @@ def write_onnx(weights: Weights, out: Path) -> None:
         with plain, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it tells its steps
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _BothOutputs(model, weights.num_classes).eval(),
+                _BothOutputs(model, weights.num_classes),
                 (torch.zeros(2, 3, size, size),),
                 input_names=["images"],
                 output_names=names,

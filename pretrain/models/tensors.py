@@ -5,23 +5,28 @@ So converting holds one tensor at a time, whatever the size of the model.
 """
 
 import json
+import lzma
 import math
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pretrain.config import ModelConfig
+from pretrain.config import EVAL_CROP_LIMITS, Config, DataConfig, ModelConfig, choices_of
 from pretrain.errors import UserError
+
+# Resizing as timm's and torchvision's names have it; the number is Pillow's, which transformers writes.
+INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
 class LazyTensor(NamedTuple):
@@ -33,7 +38,10 @@ class LazyTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """A trained model: its architecture, its tensors by timm's names, and what it needs to be used."""
+    """A trained model: its architecture, its tensors by timm's names, and what it needs to be used.
+
+    Raises UserError when the class names are not as many as the classes, or a setting is none that there is.
+    """
 
     source: Path
     model: ModelConfig
@@ -42,8 +50,40 @@ class Weights:
     class_names: tuple[str, ...] = ()  # empty when unknown
     eval_transform: str = "timm"  # as in DataConfig
     eval_crop: float = 0.875  # as in DataConfig
-    interpolation: str = "bicubic"  # as in DataConfig
-    loss: str = "softmax"  # with which it was trained
+    interpolation: str = "bicubic"  # as in DataConfig, or another of INTERPOLATIONS
+    loss: str | None = None  # with which it was trained; None: its source does not tell
+
+    def __post_init__(self) -> None:
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise UserError(f"{self.source}: has {len(self.class_names)} class names for {self.num_classes} classes")
+        allowed = {"eval_transform": choices_of(DataConfig, "eval_transform"), "interpolation": tuple(INTERPOLATIONS)}
+        for name, choices in (allowed | {"loss": (*choices_of(Config, "loss"), None)}).items():
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"{self.source}: {name} is {value!r}, expected one of {', '.join(map(str, choices))}")
+        if not EVAL_CROP_LIMITS[0] <= self.eval_crop <= EVAL_CROP_LIMITS[1]:
+            raise UserError(
+                f"{self.source}: eval_crop is {self.eval_crop}, expected {'{} to {}'.format(*EVAL_CROP_LIMITS)}"
+            )
+
+
+# What a folder's config.json keeps of ours under the key OURS, since no key of timm's or transformers' can say it.
+OURS = "pretrain"
+_USE = ("eval_transform", "eval_crop", "interpolation", "loss")  # fields of Weights
+
+
+def kept_use(weights: Weights) -> dict[str, Any]:
+    """Returns how the weights are to be used, as JSON values."""
+    return {key: getattr(weights, key) for key in _USE}
+
+
+def use_of(kept: Mapping[str, Any], source: Path, *others: str) -> dict[str, Any]:
+    """Returns fields of Weights from what `kept_use` returned, and perhaps keys `others` beside it.
+
+    Raises UserError for any other key.
+    """
+    if unknown := sorted(kept.keys() - {*_USE, *others}):
+        raise UserError(f"{source}: {OURS}.{unknown[0]}: no such key; known are {', '.join((*others, *_USE))}")
+    return {key: kept[key] for key in _USE if key in kept}
 
 
 class Part(NamedTuple):
@@ -129,6 +169,10 @@ def finite(tensor: torch.Tensor, name: str, source: Path) -> torch.Tensor:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+# What libraries raise for a file's values. AssertionError: timm's answer to arguments that do not go together.
+_UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError)
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """What cannot be read is the user's file, not our defect: one line, which names it."""
@@ -136,9 +180,9 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from None
-    except (SafetensorError, zipfile.BadZipFile) as error:
+    except (SafetensorError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: damaged, or not what its name says ({_first_line(error)})") from None
 
 
@@ -205,7 +249,8 @@ def _array(name: str, tensor: LazyTensor) -> np.ndarray:
 def read_npz(path: Path) -> dict[str, LazyTensor]:
     """Returns the arrays of an .npz file. Executes nothing: pickled objects are refused.
 
-    Floats of 2, 4 and 8 bytes, and bfloat16, which numpy stores as 2 bytes of no type.
+    Floats of 2, 4 and 8 bytes, and bfloat16, which numpy stores as 2 bytes of no type. Other numbers, such as the steps
+    that stand beside the weights in a training state, are refused when they are read.
     """
     with readable(path), zipfile.ZipFile(path) as archive:
         return {
@@ -222,8 +267,6 @@ def _array_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> La
         start = member.tell()
     if dtype.hasobject:
         raise UserError(f"{path}: {name} holds Python objects, which would execute code; only numbers are read")
-    if not (dtype.kind == "f" or (dtype.kind, dtype.itemsize) == ("V", 2)):
-        raise UserError(f"{path}: {name} is of type {dtype}, expected floating-point numbers")
     if start + math.prod(shape) * dtype.itemsize != info.file_size:
         raise UserError(f"{path}: {name} is said to have shape {shape}, but has {info.file_size - start} bytes")
     return LazyTensor(shape, partial(_read_from_npz, path, info.filename))
@@ -248,6 +291,8 @@ def _read_from_npz(path: Path, filename: str, row: int | None = None) -> torch.T
             num_bytes = math.prod(shape[1:]) * dtype.itemsize
             member.seek(member.tell() + row * num_bytes)
             array = np.frombuffer(member.read(num_bytes), dtype).reshape(shape[1:])
+        if not (array.dtype.kind == "f" or (array.dtype.kind, array.dtype.itemsize) == ("V", 2)):
+            raise UserError(f"{path}: {name} is of type {array.dtype}, expected floating-point numbers")
         if array.dtype.kind == "V":
             tensor = torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
         else:

@@ -1,13 +1,13 @@
 """Folders of `config.json` and `model.safetensors`: what timm writes and loads, and our own with everything in it."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain.config import TIMM_HYBRIDS, TIMM_SIZES, ModelConfig, stride_of
+from pretrain.config import MAX_DEPTH, TIMM_HYBRIDS, TIMM_SIZES, ModelConfig, model_from_dict, stride_of
 from pretrain.errors import UserError
 from pretrain.models.build import timm_options
 from pretrain.models.equivalent import (
@@ -20,13 +20,22 @@ from pretrain.models.equivalent import (
     with_learned_positions,
 )
 from pretrain.models.positions import sincos2d
-from pretrain.models.tensors import LazyTensor, Weights, check_keys, read_safetensors, readable, write_safetensors
+from pretrain.models.tensors import (
+    OURS,
+    LazyTensor,
+    Weights,
+    check_keys,
+    kept_use,
+    read_safetensors,
+    readable,
+    use_of,
+    write_safetensors,
+)
 from pretrain.models.vit import NORM_EPS, grid_of
 
-OURS = "pretrain"  # the key of config.json under which a folder of ours keeps what timm's keys cannot say
+_LAYOUTS = ("timm", "pretrain")  # of the tensors in a folder of ours
 # Arguments of timm.create_model that name files and addresses: not a folder's to choose.
 _NOT_ARCHITECTURE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-_USE = ("eval_transform", "eval_crop", "interpolation", "loss")  # fields of Weights kept there
 
 
 def read_timm_folder(path: Path) -> Weights:
@@ -49,12 +58,13 @@ def read_timm_folder(path: Path) -> Weights:
 
 def _ours(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
     ours = values[OURS]
-    known = {field.name for field in fields(ModelConfig)}
-    model = ModelConfig(**{key: value for key, value in ours["model"].items() if key in known})
-    use = {key: ours[key] for key in _USE if key in ours}
-    names = tuple(values.get("label_names") or ())
-    weights = Weights(path, model, tensors, int(values["num_classes"]), names, **use)
-    if ours.get("layout", "timm") == "timm":
+    model = model_from_dict(ours["model"], f"{path}/config.json")
+    num_classes, layout = int(values["num_classes"]), ours.get("layout", "timm")
+    if layout not in _LAYOUTS:
+        raise UserError(f"{path}/config.json: {OURS}.layout is {layout!r}, expected one of {', '.join(_LAYOUTS)}")
+    use = use_of(ours, path / "config.json", "layout", "model")
+    weights = Weights(path, model, tensors, num_classes, _label_names(values, num_classes), **use)
+    if layout == "timm":
         if model.timm_name is None and model.positions == "sincos2d":  # written as a table, for timm
             weights = replace(weights, tensors={name: t for name, t in tensors.items() if name != "pos_embed"})
         if model.trunk_units is not None:
@@ -71,6 +81,8 @@ def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor])
     cfg = values.get("pretrained_cfg") or values
     if foreign := arguments.keys() & _NOT_ARCHITECTURE:
         raise UserError(f"{path}/config.json: model_args has {sorted(foreign)}, which reads other files: remove it")
+    if isinstance(depth := arguments.get("depth"), int) and depth > MAX_DEPTH:
+        raise UserError(f"{path}/config.json: model_args.depth is {depth}, expected at most {MAX_DEPTH}")
     num_classes = int(arguments.pop("num_classes", values.get("num_classes", cfg.get("num_classes", 0))))
     if name not in timm.list_models():
         raise UserError(f"{path}: timm has no model {name!r}")
@@ -91,7 +103,7 @@ def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor])
         model=model,
         tensors=tensors,
         num_classes=num_classes,
-        class_names=tuple(values.get("label_names") or ()),
+        class_names=_label_names(values, num_classes),
         eval_crop=float(cfg.get("crop_pct") or 0.875),
         interpolation=str(cfg.get("interpolation") or "bicubic"),
     )
@@ -100,6 +112,10 @@ def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor])
         weights = kernels_from_timm(weights)
     half = (0.5, 0.5, 0.5)
     return for_minus_one_to_one(weights, tuple(cfg.get("mean") or half), tuple(cfg.get("std") or half))
+
+
+def _label_names(values: dict[str, Any], num_classes: int) -> tuple[str, ...]:
+    return tuple(str(name) for name in values.get("label_names") or ()) if num_classes else ()
 
 
 def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:
@@ -205,7 +221,7 @@ def _timm_hybrid(config: ModelConfig) -> str | None:
 
 
 def _kept(weights: Weights, model: ModelConfig, layout: str) -> dict[str, Any]:
-    return {"layout": layout, "model": asdict(model)} | {key: getattr(weights, key) for key in _USE}
+    return {"layout": layout, "model": asdict(model)} | kept_use(weights)
 
 
 def _write(out: Path, values: dict[str, Any], weights: Weights) -> None:

@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pretrain.config import ModelConfig
+from pretrain.config import DataConfig, ModelConfig, choices_of
 from pretrain.errors import UserError
 from pretrain.log import warn
 from pretrain.models.equivalent import (
@@ -14,18 +14,22 @@ from pretrain.models.equivalent import (
     with_learned_positions,
 )
 from pretrain.models.tensors import (
+    INTERPOLATIONS,
+    OURS,
     Part,
     Weights,
+    kept_use,
     read_safetensors,
     readable,
     tensors_from,
     tensors_to,
+    use_of,
     write_safetensors,
 )
 from pretrain.models.vit import NORM_EPS
 
 _GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
-_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+_RESIZED_BY = choices_of(DataConfig, "interpolation")  # what both sides know
 
 
 def read_transformers_folder(path: Path) -> Weights:
@@ -49,7 +53,10 @@ def read_transformers_folder(path: Path) -> Weights:
     theirs = read_safetensors(path / files[0])
     prefix = "vit." if classifies else ""
     with readable(path / "config.json"):
-        pooled = f"{prefix}pooler.dense.weight" in theirs
+        pooler = f"{prefix}pooler.dense.weight"
+        pooled = not classifies and pooler in theirs  # ViTForImageClassification has no pooler: there it is unknown
+        if pooled and len(theirs[pooler].shape) != 2:
+            raise UserError(f"{path}: {pooler} has shape {theirs[pooler].shape}, expected 2 axes")
         if pooled and values.get("pooler_act", "tanh") != "tanh":
             raise UserError(f"{path}/config.json: pooler_act is {values['pooler_act']!r}, ours is tanh")
         config = named_architecture(
@@ -57,7 +64,7 @@ def read_transformers_folder(path: Path) -> Weights:
             image_size=values["image_size"],
             patch_size=values["patch_size"],
             gelu=_GELU[values["hidden_act"]],
-            representation_size=theirs[f"{prefix}pooler.dense.weight"].shape[0] if pooled else None,
+            representation_size=theirs[pooler].shape[0] if pooled else None,
         )
         if problems := list(config.problems()):
             raise UserError(f"{path}/config.json: {'; '.join(problems)}")
@@ -66,19 +73,58 @@ def read_transformers_folder(path: Path) -> Weights:
     if names == tuple(f"LABEL_{number}" for number in range(num_classes)):
         names = ()
     tensors = tensors_from(theirs, _keys(config, num_classes), tensor_shapes(config, num_classes), path)
-    mean, std, interpolation = _preprocessing(path)
-    weights = Weights(path, config, tensors, num_classes, names, eval_transform="vit", interpolation=interpolation)
-    return for_minus_one_to_one(weights, mean, std)
-
-
-def _preprocessing(path: Path) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    half = (0.5, 0.5, 0.5)
-    if not (path / "preprocessor_config.json").exists():
-        return half, half, "bilinear"
     with readable(path / "preprocessor_config.json"):
-        values = json.loads((path / "preprocessor_config.json").read_text(encoding="utf-8"))
-        interpolation = "bicubic" if values.get("resample") == _RESAMPLE["bicubic"] else "bilinear"
-        return tuple(values.get("image_mean", half)), tuple(values.get("image_std", half)), interpolation
+        use, mean, std = _preprocessing(path / "preprocessor_config.json", config.image_size)
+    with readable(path / "config.json"):  # a run's own transform, which the processor could not say, came along
+        use |= use_of(values.get(OURS, {}), path / "config.json")
+    return for_minus_one_to_one(Weights(path, config, tensors, num_classes, names, **use), mean, std)
+
+
+class _Preprocessing(NamedTuple):
+    """What ViTImageProcessor does: fields of Weights, and the mean and deviation of a pixel in [0, 1]."""
+
+    use: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _preprocessing(path: Path, image_size: int) -> _Preprocessing:
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    numbers = {INTERPOLATIONS[name]: name for name in _RESIZED_BY}
+    resample = values.get("resample", INTERPOLATIONS["bilinear"])
+    if resample not in numbers:
+        expected = ", ".join(f"{number} ({name})" for number, name in numbers.items())
+        raise UserError(f"{path}: resample is {resample}, expected one of {expected}")
+    mean, std = [0.0] * 3, [1.0] * 3
+    if values.get("do_normalize", True):
+        mean, std = values.get("image_mean", [0.5] * 3), values.get("image_std", [0.5] * 3)
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(f"{path}: image_mean is {mean} and image_std {std}, expected three numbers, deviations above 0")
+    scale = 255 * values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 255
+    use = {"eval_transform": "transformers", "interpolation": numbers[resample]}
+    return _Preprocessing(
+        use | {"eval_crop": _crop(values, path, image_size)},
+        tuple(value / scale for value in mean),
+        tuple(value / scale for value in std),
+    )
+
+
+def _crop(values: dict[str, Any], path: Path, image_size: int) -> float:
+    """Returns the side of the central crop, of DeiT's processor, as a share of the side that images are squashed to."""
+
+    def side(name: str) -> Any:
+        size = values.get(name, image_size)
+        square = isinstance(size, dict) and size.get("height") == size.get("width")
+        return size["height"] if square and "height" in size else size
+
+    resized, kept = side("size"), side("crop_size") if values.get("do_center_crop") else side("size")
+    if kept == image_size and isinstance(resized, int) and resized >= kept and values.get("do_resize", True):
+        return kept / resized
+    found = ", ".join(
+        f"{key} {values[key]}" for key in ("do_resize", "size", "do_center_crop", "crop_size") if key in values
+    )
+    warn(f"{path}: {found}: not known here; evaluation squashes images to the model's {image_size} pixels")
+    return 1.0
 
 
 def write_transformers_folder(weights: Weights, out: Path) -> None:
@@ -87,6 +133,11 @@ def write_transformers_folder(weights: Weights, out: Path) -> None:
     Raises UserError, with the reason, when its ViT is another function.
     """
     weights = for_transformers(weights)
+    if weights.eval_transform != "transformers":
+        warn(
+            f"{weights.source}: transformers' processor squashes images to a square, antialiased; these weights were "
+            f"evaluated by eval_transform={weights.eval_transform}, to which the tools here keep"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_safetensors(out / "model.safetensors", tensors_to(weights.tensors, _keys(weights.model, weights.num_classes)))
     for name, values in (("config", _values(weights)), ("preprocessor_config", _preprocessor(weights))):
@@ -104,6 +155,8 @@ def for_transformers(weights: Weights) -> Weights:
         reason = "its ViT has no ResNet trunk"
     elif config.representation_size is not None and weights.num_classes:
         reason = "ViTForImageClassification has no representation layer; --without head keeps it, in a ViTModel"
+    elif weights.interpolation not in _RESIZED_BY:
+        reason = f"its images are resized by {weights.interpolation}, known are {' and '.join(_RESIZED_BY)}"
     if reason:
         raise UserError(f"{weights.source}: cannot be written for transformers: {reason}")
     return with_learned_positions(weights, class_row=True)
@@ -133,16 +186,21 @@ def _values(weights: Weights) -> dict[str, Any]:
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
         "dtype": "float32",
+        OURS: kept_use(weights),  # transformers keeps keys that it does not know
     }
 
 
 def _preprocessor(weights: Weights) -> dict[str, Any]:
-    size = weights.model.image_size
+    size = resized = weights.model.image_size
+    if weights.eval_transform == "transformers":
+        resized = round(size / weights.eval_crop)
+    crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "ViTImageProcessor" if resized == size else "DeiTImageProcessor",
         "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": _RESAMPLE[weights.interpolation],
+        "size": {"height": resized, "width": resized},
+        **(crop if resized != size else {}),
+        "resample": INTERPOLATIONS[weights.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

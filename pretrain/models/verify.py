@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from pretrain.config import load_config
 from pretrain.errors import UserError
-from pretrain.models.build import build_model
 from pretrain.models.deepspeed_pickles import read_deepspeed
 from pretrain.models.equivalent import resized, tensor_shapes, without
 from pretrain.models.tensors import Weights, check_keys
-from pretrain.models.weights import load_tensors, read_weights
+from pretrain.models.weights import model_of, read_weights
 
 MAX_RATIO = 1e-5  # of the largest value: float32 rounding gives 1e-7 to 3e-6
 HYBRID_MAX_RATIO = 1e-4  # a trunk's float32 outputs are 1e-5 from its float64 ones already (R26+S, nearly initial)
@@ -51,7 +50,7 @@ class Source:
         for part in self.without:
             if not any(name.partition(".")[0] == part for name in weights.tensors):
                 raise UserError(f"{weights.source}: has no {part} to leave out")
-        if self.without == ("pre_logits",) and weights.num_classes:
+        if set(self.without) == {"pre_logits"} and weights.num_classes:
             raise UserError(
                 f"{weights.source}: the head was trained on the representation layer and means nothing without it; "
                 "--without head pre_logits leaves out both"
@@ -154,10 +153,7 @@ def _run(side: str, program: str, argument: str, work: Path) -> int:
 
 def our_outputs(source: Source, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
     """Returns the head's input, and the logits where there is a head, of weights as this package computes them."""
-    weights = source.read()
-    model = build_model(weights.model, weights.num_classes)
-    load_tensors(model, weights)
-    parts = model.eval()
+    parts = model_of(weights := source.read())
     with torch.no_grad():
         tokens = parts.forward_features(images)  # type: ignore[operator]  # timm's models have it too
         outputs = {"features": parts.forward_head(tokens, pre_logits=True)}  # type: ignore[operator]

@@ -1,6 +1,8 @@
 """One door for weights: whatever holds a Vision Transformer becomes a model, or is refused with the reason."""
 
+import hashlib
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,11 @@ def load_model(path: Path | str, image_size: int | None = None) -> nn.Module:
     head's input where there is no head. image_size: pixels, when not the trained ones; learned positions are resized.
     Raises UserError when the weights are missing, damaged or do not fit.
     """
-    weights = read_weights(Path(path), image_size)
+    return model_of(read_weights(Path(path), image_size))
+
+
+def model_of(weights: Weights) -> nn.Module:
+    """Returns the model in evaluation mode. Raises UserError when the tensors are not those of its architecture."""
     model = build_model(weights.model, weights.num_classes)
     load_tensors(model, weights)
     return model.eval()
@@ -42,8 +48,9 @@ def read_weights(path: Path, image_size: int | None = None) -> Weights:
 def _read(path: Path, image_size: int | None) -> Weights:
     if (path / "config.json").is_file():
         with readable(path / "config.json"):
-            model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-        return read_transformers_folder(path) if model_type == "vit" else read_timm_folder(path)
+            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        is_transformers = isinstance(values, dict) and values.get("model_type") == "vit"
+        return read_transformers_folder(path) if is_transformers else read_timm_folder(path)
     if (path / "checkpoints").is_dir():
         checkpoint = newest_valid(path / "checkpoints")
         if checkpoint is None:
@@ -78,6 +85,25 @@ def results_folder(weights: Path, name: str) -> Path:
     if weights.parent.name == "checkpoints":
         weights = weights.parent.parent
     return (weights.with_suffix("") if weights.is_file() else weights) / name
+
+
+def weights_sha256(source: Path) -> str:
+    """Returns the SHA-256 of what `Weights.source` names; a checkpoint's manifest holds the checksums of its files.
+
+    Of a folder: its config.json and tensors, not results that may lie beside them. Raises UserError when unreadable.
+    """
+    total = hashlib.sha256()
+    with readable(source):
+        if (source / "MANIFEST.json").is_file():
+            files = [source / "MANIFEST.json"]
+        elif source.is_dir():
+            files = sorted(path for path in source.iterdir() if re.search(r"config\.json$|\.safetensors", path.name))
+        else:
+            files = [source]
+        for path in files:
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def check_same_function(weights: Weights, config: ModelConfig) -> None:
