@@ -149,6 +149,7 @@ def _read_checkpoint(path: Path) -> Weights:
     config = checkpoint_config(path)
     with readable(path):
         state, reader = read_state(path), CheckpointReader(path)
+        names = tuple(state["class_names"])  # fewer where model.num_classes is more than the data has
         kind = "average" if reader.shapes("average") else "weights"  # what a run with averages is meant to end with
         return Weights(
             source=path,
@@ -158,7 +159,7 @@ def _read_checkpoint(path: Path) -> Weights:
                 for name, shape in reader.shapes(kind).items()
             },
             num_classes=state["num_classes"],
-            class_names=tuple(state["class_names"]),
+            class_names=names if len(names) == state["num_classes"] else (),
             eval_transform=config.data.eval_transform,
             eval_crop=config.data.eval_crop,
             interpolation=config.data.interpolation,
