@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli, distributed
-from pretrain.config import DataConfig
+from pretrain.config import DataConfig, choices_of
 from pretrain.data.examples import sample_names
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=fewshot.SHOTS, metavar="K", help="images per class")
     parser.add_argument(
         "--fewshot-transform",
-        choices=["timm", "vit", "big_vision", "fewshot"],
+        choices=choices_of(DataConfig, "eval_transform"),
         default=fewshot.TRANSFORM,
         help="how few-shot sees images (default fewshot: big_vision's, squashed and cropped)",
     )
