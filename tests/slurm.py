@@ -24,7 +24,7 @@ AuthInfo=cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/d
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -46,14 +46,17 @@ GresTypes=gpu
 NodeName=node1 CPUs=16 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=node1 Default=YES MaxTime=INFINITE State=UP
 """
-START = """
+NAMESPACES = """
 set -e
 hostname node1
-mount --bind "$1/hosts" /etc/hosts
+mount --bind "$1" /etc/hosts
 ip link set lo up
 ip address add 10.77.0.1/32 dev lo  # getaddrinfo's AI_ADDRCONFIG wants one that is not 127.0.0.1
-slurmctld -D -c > "$1/slurmctld.out" 2>&1 &
-slurmd -D -N node1 > "$1/slurmd.out" 2>&1 &
+"""
+START = """
+cd "$(dirname "$1")"
+slurmctld -D -c > slurmctld.out 2>&1 &
+slurmd -D -N node1 > slurmd.out 2>&1 &
 wait
 """
 
@@ -67,16 +70,17 @@ def cluster(folder: Path) -> Iterator[Callable[..., str]]:
     if absent := [name for name in PROGRAMS if shutil.which(name) is None]:
         pytest.skip(f"not installed: {', '.join(absent)}")
     namespaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    if os.geteuid() != 0 or subprocess.run([*namespaces, "true"], capture_output=True).returncode:
-        pytest.skip("namespaces need root")
-    for name in ("state", "spool"):
+    probe = [*namespaces, "bash", "-c", NAMESPACES, "bash", "/etc/hosts"]
+    if os.geteuid() != 0 or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("namespaces need root, and leave to make them")
+    for name in ("state", "d"):  # short: sockets lie in d, and their paths have at most 107 characters
         (folder / name).mkdir(parents=True)
     (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 node1\n")
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder))
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
     binaries = Path(sys.executable).parent  # `python` of a job is this one
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{binaries}:{os.environ['PATH']}"}
-    words = [*namespaces, "bash", "-c", START, "bash", str(folder)]
+    words = [*namespaces, "bash", "-c", NAMESPACES + START, "bash", str(folder / "hosts")]
     process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL)
     try:
         inside = _child(process.pid)

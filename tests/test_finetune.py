@@ -674,7 +674,7 @@ def test_the_job_script_requeues_what_can_go_on(tmp_path: Path) -> None:
         "starts.write_text(chr(10).join([*before, ' '.join(sys.argv)]))\n"
         f"sys.exit({codes}[int(sys.argv[-1])][len(before)])\n"
     )
-    with cluster(tmp_path / "slurm") as run:
+    with cluster(tmp_path / "s") as run:
         run("sbatch", "--array=0-5", SCRIPT, "runs/a", "--task", "pets", cwd=tmp_path, MAX_RESTARTS="2")
         wait_for(partial(queue_is_empty, run), run)
         states = run("squeue", "--noheader", "--states=all", "--format=%K %T").splitlines()
@@ -695,7 +695,7 @@ def test_a_sweep_as_job_arrays(tiny: Path, tmp_path: Path) -> None:
     output, _ = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, output
     sweep, out = arguments(tiny, tmp_path / "b", *more), tmp_path / "b" / "pets"
-    with cluster(tmp_path / "slurm") as run:
+    with cluster(tmp_path / "s") as run:
         submit = partial(run, "sbatch", "--parsable", f"--output={tmp_path}/%A_%a.out", cwd=ROOT)
         first = submit("--array=0-1", SCRIPT, *sweep)
         final = submit("--array=2-3", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes", SCRIPT, *sweep)
