@@ -503,7 +503,6 @@ def config_from_dict(values: dict[str, Any], source: str, overrides: Sequence[st
 
     Raises ConfigError when `values` is not one.
     """
-    _refuse_resolvers(source, values)  # a checkpoint of somebody else must not read this machine's environment
     return _to_config(source, values, overrides)
 
 
@@ -512,7 +511,6 @@ def model_from_dict(values: Any, source: str) -> ModelConfig:
 
     Raises ConfigError, naming the key, for a setting or a value that ModelConfig does not have.
     """
-    _refuse_resolvers(source, values)
     merged = _merge(OmegaConf.structured(Config), {"model": values}, source).model
     if missing := sorted(OmegaConf.missing_keys(merged)):
         raise ConfigError(f"{source}: no value for {', '.join(missing)}")
@@ -554,7 +552,9 @@ def _merge(merged: Any, values: Any, source: str) -> Any:
     """Returns `merged` changed by `values`, which may be of any shape. Raises ConfigError."""
     try:
         values = OmegaConf.create(values)
-        if wrong := "; ".join(_wrong_shapes(OmegaConf.to_container(values), _schema())):
+        plain = OmegaConf.to_container(values)
+        _refuse_resolvers(source, plain)  # whoever wrote it: file, override, somebody's checkpoint
+        if wrong := "; ".join(_wrong_shapes(plain, _schema())):
             raise ConfigError(f"{source}: {wrong}")
         return OmegaConf.merge(merged, values)
     except ConfigError:
@@ -613,7 +613,6 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(values):
         raise ConfigError(f"{path}: expected `key: value` lines")
-    _refuse_resolvers(str(path), OmegaConf.to_container(values))
     return values
 
 
@@ -622,11 +621,9 @@ def _read_override(text: str) -> Any:
     if not equals or not all(part.strip() for part in key.split(".")) or key.startswith("-"):
         raise ConfigError(f"{text!r} is not an override; write KEY=VALUE, for example optim.lr=1e-3")
     try:
-        values = OmegaConf.from_dotlist([text])
+        return OmegaConf.from_dotlist([text])
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{text}: not a valid value: {' '.join(str(error).split())}") from None
-    _refuse_resolvers(text, OmegaConf.to_container(values))
-    return values
 
 
 def _refuse_resolvers(source: str, value: Any) -> None:

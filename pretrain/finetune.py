@@ -318,20 +318,16 @@ def results(sweep: Sweep) -> dict[str, Any] | None:
     done = [one for one in found if one is not None]
     if not done:
         return None
-    values = [one.top1 for one in done]
     selected = [(config.optim.lr, score(config)) for config in selecting_runs(sweep)]
     return {
         "format": "pretrain-finetuning",
         "version": 1,
         "task": sweep.task.name,
         "metric": sweep.task.metric,
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,  # of a sample: divided by n - 1
-        "values": values,
+        **_over_seeds(done),
         "seeds": [seed for seed, one in enumerate(found) if one is not None],
         "complete": len(done) == sweep.num_seeds,
         "lr": lr,
-        "n": min(one.num_images for one in done),
         "selection": [
             {"lr": rate, "top1": one.top1 if one.num_images else None, "n": one.num_images}
             for rate, one in selected
@@ -343,6 +339,16 @@ def results(sweep: Sweep) -> dict[str, Any] | None:
         "image_size": sweep.protocol.image_size,
         "steps": sweep.protocol.steps,
         "differs": differences_from_paper(sweep, min(one.num_images for one in done)),
+    }
+
+
+def _over_seeds(scores: Sequence[RunScore]) -> dict[str, Any]:
+    values = [one.top1 for one in scores]
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,  # of a sample: divided by n - 1
+        "values": values,
+        "n": min(one.num_images for one in scores),
     }
 
 
@@ -378,18 +384,11 @@ def real_results(sweep: Sweep, imagenet: dict[str, Any]) -> dict[str, Any] | Non
     found = [one for one in scores if one is not None]
     if len(found) < len(scores):
         return None
-    values, num_images = [one.top1 for one in found], min(one.num_images for one in found)
-    return {
-        **imagenet,
-        "task": "real",
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
-        "n": num_images,
-        "selection": [],
-        "differs": imagenet["differs"]
-        + ([] if num_images == _NUM_REAL else [f"{num_images:,} instead of {_NUM_REAL:,} images with ReaL labels"]),
-    }
+    line = {**imagenet, "task": "real", **_over_seeds(found), "selection": []}
+    if line["n"] != _NUM_REAL:
+        told = f"{line['n']:,} instead of {_NUM_REAL:,} images with ReaL labels"
+        line["differs"] = [*imagenet["differs"], told]
+    return line
 
 
 def real_score(config: Config) -> RunScore | None:

@@ -60,10 +60,9 @@ class Weights:
         for name, choices in (allowed | {"loss": (*choices_of(Config, "loss"), None)}).items():
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"{self.source}: {name} is {value!r}, expected one of {', '.join(map(str, choices))}")
-        if not EVAL_CROP_LIMITS[0] <= self.eval_crop <= EVAL_CROP_LIMITS[1]:
-            raise UserError(
-                f"{self.source}: eval_crop is {self.eval_crop}, expected {'{} to {}'.format(*EVAL_CROP_LIMITS)}"
-            )
+        lowest, highest = EVAL_CROP_LIMITS
+        if not lowest <= self.eval_crop <= highest:
+            raise UserError(f"{self.source}: eval_crop is {self.eval_crop}, expected {lowest} to {highest}")
 
 
 # What a folder's config.json keeps of ours under the key OURS, since no key of timm's or transformers' can say it.
