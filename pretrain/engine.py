@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: no search for one, no warning
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 
 from pretrain import distributed
 from pretrain.checkpoint import CheckpointReader, Slice, check_names
@@ -70,6 +71,17 @@ def deepspeed_config(config: Config, plan: BatchPlan, world_size: int) -> dict[s
     }
 
 
+def check_precision(config: Config) -> None:
+    """Raises UserError when DeepSpeed would refuse the precision on this machine, as fp16 on most CPUs."""
+    accelerator = get_accelerator()
+    precision = config.engine.precision
+    supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    if precision in supported and not supported[precision]():
+        device = torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else "this CPU"
+        others = "bf16 or fp32" if precision == "fp16" else "fp16 or fp32"
+        raise UserError(f"engine.precision={precision}: {device} has no instructions for it; choose {others}")
+
+
 class StepResult(NamedTuple):
     """What a training step tells. `sums` stays on the device until it is logged: reading it waits for the device."""
 
@@ -103,6 +115,7 @@ class Engine:
             raise UserError(
                 f"deepspeed is {deepspeed.__version__}, but checkpoints read its inside: install {TESTED_VERSION}"
             )
+        check_precision(config)
         self.plan, self.device = plan, device
         self.dtype = DTYPES[config.engine.precision]
         self._loss, self._label_smoothing, self._stage = config.loss, config.label_smoothing, config.engine.zero_stage

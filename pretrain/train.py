@@ -28,7 +28,7 @@ from pretrain.config import Config, config_to_dict
 from pretrain.data.loader import REASONS, Batch, check_bad_fraction, count_reasons, eval_batches, train_batches
 from pretrain.data.manifest import Manifest, check_shards, load_manifest
 from pretrain.data.order import Order, plan_batch
-from pretrain.engine import Engine, StepResult
+from pretrain.engine import Engine, StepResult, check_precision
 from pretrain.errors import ConfigError, NonFiniteError, StorageError
 from pretrain.evaluation import fewshot
 from pretrain.evaluation.classification import EvaluationStopped, classification_scores
@@ -85,6 +85,7 @@ def train(config: Config) -> None:
     Raises UserError for what the user must change, NonFiniteError, BadSamplesError, StorageError (pretrain/errors.py).
     """
     device = distributed.start(config.engine.timeout_s)
+    distributed.together(lambda: check_precision(config))
     distributed.end_with_launcher()
     stop = distributed.StopRequest()
     folder = config.output / config.name

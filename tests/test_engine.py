@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from ranks import run_ranks
 from safetensors import safe_open
 from tiny import NUM_CLASSES, changed, make_shards, tiny_config
@@ -18,12 +19,17 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
-from pretrain.engine import Engine, deepspeed_config
+from pretrain.engine import Engine, check_precision, deepspeed_config
+from pretrain.errors import UserError
 from pretrain.models.build import build_model
 from pretrain.optim import learning_rate, moment_dtypes
 from pretrain.train import _build_engine, _open_data
 
 STEPS = 20
+needs_fp16 = pytest.mark.skipif(
+    not get_accelerator().is_fp16_supported(), reason="this CPU has no fp16 instructions (AVX512-FP16 or AMX)"
+)
+FP16 = pytest.param("fp16", marks=needs_fp16)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +123,7 @@ def test_mixed_and_smoothed_targets_equal_a_plain_loop(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", FP16])
 @pytest.mark.parametrize("max_micro_batch_size", [256, 3])
 def test_low_precision_follows_fp32(
     stage: int, precision: str, max_micro_batch_size: int, shards: Path, plain: list[float]
@@ -163,23 +169,27 @@ def resume_at(config: Config, path: Path, step: int) -> tuple[list[float], dict[
     return steps(engine, data, config, step, STEPS), moments
 
 
+class Saved(dict[tuple, tuple[Path, list[float]]]):
+    """Checkpoints of step 10 by (stage, ranks, precision), each with the losses of the run that went on; made when
+    first asked for, so that a precision that the machine lacks takes no other with it.
+    """
+
+    def __init__(self, shards: Path, factory: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self._shards, self._factory = shards, factory
+
+    def __missing__(self, key: tuple) -> tuple[Path, list[float]]:
+        stage, ranks, precision = key
+        folder = self._factory.mktemp(f"stage{stage}-{ranks}-{precision}")
+        config = tiny_config(self._shards, folder, engine__zero_stage=stage, engine__precision=precision)
+        self[key] = (folder / "step-0000000010", run_ranks(save_at, ranks, config, folder, 10)[0])
+        return self[key]
+
+
 @pytest.fixture(scope="module")
-def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, tuple[Path, list[float]]]:
-    """Checkpoints of step 10 by (stage, ranks, precision), each with the losses of the run that went on."""
-    made = {}
-    for stage, ranks, precision in [
-        (1, 2, "fp32"),
-        (3, 2, "fp32"),
-        (2, 3, "fp32"),
-        (1, 1, "fp32"),
-        (1, 2, "bf16"),
-        (1, 2, "fp16"),
-    ]:
-        folder = tmp_path_factory.mktemp(f"stage{stage}-{ranks}-{precision}")
-        config = tiny_config(shards, folder, engine__zero_stage=stage, engine__precision=precision)
-        losses = run_ranks(save_at, ranks, config, folder, 10)[0]
-        made[stage, ranks, precision] = (folder / "step-0000000010", losses)
-    return made
+def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """See Saved."""
+    return Saved(shards, tmp_path_factory)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +206,8 @@ def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple,
         ((1, 1, "fp32"), (3, 2, "fp32")),
         ((1, 2, "bf16"), (3, 3, "bf16")),
         ((1, 2, "bf16"), (1, 1, "bf16")),
-        ((1, 2, "fp16"), (1, 2, "fp16")),
-        ((1, 2, "fp16"), (3, 1, "fp16")),
+        pytest.param((1, 2, "fp16"), (1, 2, "fp16"), marks=needs_fp16),
+        pytest.param((1, 2, "fp16"), (3, 1, "fp16"), marks=needs_fp16),
     ],
 )
 def test_slices_fit_any_layout(source: tuple, target: tuple, saved: dict, shards: Path) -> None:
@@ -505,7 +515,7 @@ def poisoned_step(config: Config, poison: str) -> tuple[bool, bool, bool]:
 
 
 @pytest.mark.parametrize("max_micro_batch_size", [256, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", FP16])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_not_finite_on_one_rank_skips_all(stage: int, precision: str, max_micro_batch_size: int, shards: Path) -> None:
     """NaN on one rank, in any micro-batch: no rank applies the step, nothing changes, the next step is fine."""
@@ -553,6 +563,19 @@ def test_deepspeed_parses_what_we_mean(precision: str, plan: BatchPlan, shards: 
     assert parsed.zero_config.overlap_comm is False and parsed.zero_config.round_robin_gradients is False
     expected = "fp32" if plan.accumulation > 1 and precision == "bf16" else None
     assert parsed.grad_accum_dtype == expected
+
+
+@pytest.mark.parametrize("precision, others", [("fp16", "bf16 or fp32"), ("bf16", "fp16 or fp32")])
+def test_a_precision_that_the_machine_lacks_is_one_line(
+    precision: str, others: str, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this machine has: DeepSpeed's answer is asked before DeepSpeed starts, and the others are named."""
+    config = tiny_config(shards, Path("unused"), engine__precision=precision)
+    monkeypatch.setattr(get_accelerator(), f"is_{precision}_supported", lambda: None)  # as its fp16 answers: not False
+    with pytest.raises(UserError, match=f"engine.precision={precision}: this CPU has no .* choose {others}"):
+        check_precision(config)
+    monkeypatch.setattr(get_accelerator(), f"is_{precision}_supported", lambda: True)
+    check_precision(config)
 
 
 def names_missing(config: Config) -> list[str]:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import make_shards, tiny_config
 
@@ -81,6 +82,16 @@ def test_missing_data_is_one_line(shards: Path, tmp_path: Path) -> None:
     result = run(words)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"error: {tmp_path / 'nowhere'}" in result.stderr and "tools/make_shards.py" in result.stderr
+
+
+def test_a_precision_that_the_cpu_lacks_is_one_line(shards: Path, tmp_path: Path) -> None:
+    """fp16 on a CPU without its instructions: exit code 2 and one line, and the run's folder is not made."""
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("this CPU has fp16 instructions")
+    result = run([sys.executable, *command(shards, tmp_path, "engine.precision=fp16")[6:]])
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert [line for line in result.stderr.splitlines() if "engine.precision=fp16" in line and "choose bf16" in line]
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_a_port_in_use_is_one_line(shards: Path, tmp_path: Path) -> None:
