@@ -73,7 +73,7 @@ def deepspeed_config(config: Config, plan: BatchPlan, world_size: int) -> dict[s
 
 def check_precision(config: Config) -> None:
     """Raises UserError when DeepSpeed would refuse the precision on this machine, as fp16 on most CPUs."""
-    accelerator = get_accelerator()
+    accelerator: Any = get_accelerator()  # its types say None
     precision = config.engine.precision
     supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
     if precision in supported and not supported[precision]():

@@ -61,7 +61,7 @@ def offences(path: Path, source: str) -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{line}: {own} must not import {other}"
         for other, line in imported_groups(ast.parse(source))
-        if not (layer(other) < layer(own) or other == own in ("data", "models", "evaluation", "report"))
+        if not (layer(other) < layer(own) or (other == own and (ROOT / "pretrain" / own).is_dir()))
     ]
 
 
@@ -79,7 +79,7 @@ def test_imports_point_downwards(path: Path) -> None:
 
 def test_an_import_upwards_is_found() -> None:
     """The check itself: each kind of import statement that points up or sideways is named with its line."""
-    config, optim = ROOT / "pretrain" / "config.py", ROOT / "pretrain" / "optim.py"
+    config, optim = ROOT / "pretrain" / "config" / "reading.py", ROOT / "pretrain" / "optim.py"
     for text in (
         "import pretrain.log",
         "from pretrain import log",
@@ -87,7 +87,9 @@ def test_an_import_upwards_is_found() -> None:
         "def f():\n    from pretrain.log import warn",
         "if x:\n    import pretrain.log as log",
     ):
-        assert offences(config, text) == [f"pretrain/config.py:{1 + text.count(chr(10))}: config must not import log"]
+        assert offences(config, text) == [
+            f"pretrain/config/reading.py:{1 + text.count(chr(10))}: config must not import log"
+        ]
     assert offences(optim, "from pretrain.log import warn\nfrom pretrain.config import OptimConfig") == []
     assert offences(optim, "import pretrain.losses") == ["pretrain/optim.py:1: optim must not import losses"]
     loader = ROOT / "pretrain" / "data" / "loader.py"

@@ -306,7 +306,7 @@ def finetuning_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 
 def config_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """What differs from the defaults, a column per run; keys in the order of pretrain/config.py."""
+    """What differs from the defaults, a column per run; keys in the order of pretrain/config/sections.py."""
     known = [values for values in summaries if values["config_differences"]]
     keys = dict.fromkeys(key for values in known for key in values["config_differences"])
     order = sorted(keys, key=list(_keys(Config)).index)

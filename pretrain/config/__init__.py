@@ -1,0 +1,54 @@
+"""The configuration of a pretraining run: `load_config` hands on one plain `Config`.
+
+A YAML file names only what differs from the defaults; `key=value` overrides come last. Settings stand in sections.py,
+the model's in model.py. Nothing heavier than omegaconf is imported: tools read configs without torch.
+"""
+
+from pretrain.config.changes import BRANCH_MAY_CHANGE, MAY_CHANGE, resume_differences
+from pretrain.config.checks import non_defaults
+from pretrain.config.model import (
+    HYBRIDS,
+    MAX_DEPTH,
+    TIMM_HYBRIDS,
+    TIMM_SIZES,
+    VIT_SHAPES,
+    ModelConfig,
+    VitShape,
+    named_model,
+    stride_of,
+)
+from pretrain.config.reading import (
+    choices_of,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    model_from_dict,
+)
+from pretrain.config.sections import EVAL_CROP_LIMITS, Config, DataConfig, OptimConfig
+
+__all__ = [
+    "BRANCH_MAY_CHANGE",
+    "EVAL_CROP_LIMITS",
+    "HYBRIDS",
+    "MAX_DEPTH",
+    "MAY_CHANGE",
+    "TIMM_HYBRIDS",
+    "TIMM_SIZES",
+    "VIT_SHAPES",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "VitShape",
+    "choices_of",
+    "config_from_dict",
+    "config_to_dict",
+    "config_to_yaml",
+    "load_config",
+    "model_from_dict",
+    "named_model",
+    "non_defaults",
+    "resume_differences",
+    "stride_of",
+]

@@ -1,0 +1,67 @@
+"""What a resumed run, or a run that branches off, may change."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pretrain.config.reading import config_to_dict, flatten
+from pretrain.config.sections import Config
+
+# What a resumed run may change without becoming another run: where things lie, how often they are written, and how the
+# same global batch is computed on the machine at hand. A longer total_steps is judged by `resume_differences`.
+MAY_CHANGE = (
+    "output",
+    "init_from",
+    "branch_from",
+    "data.train",
+    "data.val",
+    "data.max_bad_fraction",
+    "data.workers",
+    "data.prefetch",
+    "engine.zero_stage",
+    "engine.max_micro_batch_size",
+    "engine.compile",
+    "engine.checkpoint_activations",
+    "engine.timeout_s",
+    "evaluation.every_steps",
+    "evaluation.batch_size",
+    "evaluation.fewshot_train",
+    "evaluation.fewshot_test",
+    "evaluation.fewshot_shots",
+    "evaluation.fewshot_every_steps",
+    "evaluation.knn",
+    "log.every_steps",
+    "log.samples",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every_steps",
+    "checkpoint.keep_best",
+)
+
+# What a run with branch_from may change besides, against the run that it goes on from: its name, its length, its rates.
+BRANCH_MAY_CHANGE = (
+    "name",
+    "total_steps",
+    "optim.schedule",
+    "optim.warmup_steps",
+    "optim.cooldown_steps",
+    "optim.end_lr",
+    "optim.power",
+    "optim.timescale_steps",
+    "optim.shift_steps",
+    "optim.stair_steps",
+    "optim.stair_multipliers",
+)
+
+
+def resume_differences(saved: dict[str, Any], config: Config, also_free: Sequence[str] = ()) -> list[str]:
+    """Returns what forbids to resume a run of config `saved` with `config`, one "key: was A, is B" each.
+
+    also_free: keys that may differ besides MAY_CHANGE.
+    """
+    before, now = dict(flatten(saved)), dict(flatten(config_to_dict(config)))
+    free = {*MAY_CHANGE, *also_free}
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in free]
+    endless = config.optim.schedule in ("rsqrt", "constant", "stair") and not config.optim.cooldown_steps
+    if endless and config.total_steps >= before.get("total_steps", 0):
+        keys = [key for key in keys if key != "total_steps"]  # no rate depends on the end
+    return [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in keys]

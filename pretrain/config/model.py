@@ -1,0 +1,212 @@
+"""Shapes of models by name, and the section `model`."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+from omegaconf import MISSING
+
+from pretrain.config.checks import did_you_mean, outside
+from pretrain.errors import ConfigError
+
+
+class VitShape(NamedTuple):
+    """Width of a token, number of blocks, width of the MLP's hidden layer, attention heads."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    heads: int
+
+
+# ViT paper, Table 1; Ti, S, M, So400m, g, G, e from google-research/big_vision models/vit.py (Scaling ViT, T. 2); 22B:
+# the plain shape of that width, not the parallel blocks of its paper.
+VIT_SHAPES = {
+    "Ti": VitShape(192, 12, 768, 3),
+    "S": VitShape(384, 12, 1536, 6),
+    "M": VitShape(512, 12, 2048, 8),
+    "B": VitShape(768, 12, 3072, 12),
+    "L": VitShape(1024, 24, 4096, 16),
+    "So400m": VitShape(1152, 27, 4304, 16),
+    "H": VitShape(1280, 32, 5120, 16),
+    "g": VitShape(1408, 40, 6144, 16),
+    "G": VitShape(1664, 48, 8192, 16),
+    "e": VitShape(1792, 56, 15360, 16),
+    "22B": VitShape(6144, 48, 24576, 48),
+}
+
+# Hybrids: the Transformer, and the ResNet units per stage by patch_size. Stage 4 of a /16 gives its units to stage 3
+# (ViT paper, B.1.1). The files published as R+Ti/16 have tokens of 32 pixels: a stem of stride 4 and 8x8 patches.
+HYBRIDS: dict[str, tuple[str, dict[int, list[int]]]] = {
+    "R+Ti": ("Ti", {32: []}),
+    "R26+S": ("S", {32: [2, 2, 2, 2], 16: [2, 2, 4]}),
+    "R26+B": ("B", {32: [2, 2, 2, 2], 16: [2, 2, 4]}),
+    "R50+B": ("B", {32: [3, 4, 6, 3], 16: [3, 4, 9]}),
+    "R50+L": ("L", {32: [3, 4, 6, 3], 16: [3, 4, 9]}),
+}
+
+TIMM_SIZES = {
+    "tiny": "Ti",
+    "small": "S",
+    "medium": "M",
+    "base": "B",
+    "large": "L",
+    "so400m": "So400m",
+    "huge": "H",
+    "giant": "g",
+    "gigantic": "G",
+}
+TIMM_HYBRIDS = {
+    "vit_tiny_r_s16_p8": ("R+Ti", 32),
+    "vit_small_r26_s32": ("R26+S", 32),
+    "vit_base_r26_s32": ("R26+B", 32),
+    "vit_base_r50_s16": ("R50+B", 16),
+    "vit_large_r50_s32": ("R50+L", 32),
+}
+
+# Far above every known ViT: numbers of somebody's file beyond them are no model, and would take minutes to refuse.
+MAX_DEPTH, MAX_WIDTH = 1024, 65_536
+
+
+def stride_of(trunk_units: list[int] | None) -> int:
+    """Returns the pixels per side of a position of a trunk's map: 4 for the stem, times 2 per stage but the first."""
+    return 1 if trunk_units is None else 4 * 2 ** max(0, len(trunk_units) - 1)
+
+
+class NamedModel(NamedTuple):
+    """What a name of timm's or Google's says."""
+
+    name: str
+    patch_size: int
+    image_size: int | None
+
+
+def named_model(name: str) -> NamedModel | None:
+    """Returns what `vit_base_patch16_384`, `vit_base_r50_s16_224`, `B/16`, `ViT-B_16` or `R50+ViT-B_16` mean, or None.
+
+    Only the shape: the activation, the pooling and the rest are this config's own settings. Beside such a name another
+    image_size may be given.
+    """
+    plain = name.partition(".")[0]  # vit_base_patch16_224.augreg_in21k: the tag names weights
+    if match := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_(\d+)", plain):
+        if match[1] in TIMM_SIZES:
+            return NamedModel(TIMM_SIZES[match[1]], int(match[2]), int(match[3]))
+    if match := re.fullmatch(r"(vit_[a-z]+_r\d*_s\d+(?:_p8)?)_(\d+)", plain):
+        if match[1] in TIMM_HYBRIDS:
+            return NamedModel(*TIMM_HYBRIDS[match[1]], int(match[2]))
+    if match := re.fullmatch(r"(?:(R\d*)[+_])?(?:ViT-)?([A-Za-z0-9]+)[/_](\d+)", name):
+        full = f"{match[1]}+{match[2]}" if match[1] else match[2]
+        if full in VIT_SHAPES or full in HYBRIDS:
+            return NamedModel(full, 32 if full == "R+Ti" else int(match[3]), None)
+    return None
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING  # Ti S M B L So400m H g G e 22B, a hybrid as R50+B, a name as B/16 or timm's, or timm:NAME
+    image_size: int = 224  # height and width of the model's input, pixels
+    patch_size: int = 16  # pixels of the input per side of a token; must divide image_size
+    width: int | None = None  # channels of a token; null: the named size's
+    depth: int | None = None  # number of blocks; null: the named size's
+    mlp_dim: int | None = None  # hidden channels of a block's MLP; null: the named size's
+    heads: int | None = None  # attention heads; must divide width; null: the named size's
+    trunk: list[int] | None = None  # ResNet units per stage before the patches, []: its stem only; null: as named
+    trunk_width: int = 64  # channels of the trunk's stem, a multiple of 32
+    pooling: Literal["token", "gap", "map"] = "token"  # class token (the paper), mean of all tokens, or attention (MAP)
+    positions: Literal["none", "learned", "learned2d", "relative", "sincos2d"] = "learned"  # ViT paper, D.4
+    positions_at: Literal["stem", "every_layer", "shared"] = "stem"  # once; a table per block; one table at each block
+    class_position: bool = True  # learned positions have a row for the class token: the paper; false: big_vision
+    gelu: Literal["tanh", "exact"] = "tanh"  # tanh: Google's code; exact: timm's default
+    representation_size: int | None = None  # units of the tanh layer before the head (paper: the width); null: none
+    num_classes: int | None = None  # outputs of the head; null: as many as the training manifest has classes
+    head_bias: float = 0.0  # initial bias of the head; -10 for ImageNet-21k and -6.9 for ImageNet with the sigmoid loss
+    dropout: float = 0.0  # after each dense layer but q, k, v, and after the positions (paper, B.1)
+    drop_path: float = 0.0  # stochastic depth: probability of the last block, rising linearly from 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.name, str) and (named := named_model(self.name)):
+            for key, said in (("patch_size", named.patch_size), ("image_size", named.image_size)):
+                if said is None or getattr(self, key) == said:
+                    continue
+                if key == "patch_size" and self.patch_size != ModelConfig.patch_size:
+                    raise ConfigError(f"model.patch_size is {self.patch_size}, but {self.name} has {said}; remove one")
+                if getattr(self, key) == getattr(ModelConfig, key):  # another image_size wins
+                    setattr(self, key, said)
+            self.name = named.name
+
+    @property
+    def timm_name(self) -> str | None:
+        """NAME of `timm:NAME`, None for the ViT of this package."""
+        return self.name.removeprefix("timm:") if self.name.startswith("timm:") else None
+
+    @property
+    def shape(self) -> VitShape:
+        """The named size, with what width, depth, mlp_dim and heads override."""
+        named = VIT_SHAPES[HYBRIDS[self.name][0] if self.name in HYBRIDS else self.name]
+        return VitShape(*(named[i] if own is None else own for i, own in enumerate(self._own_shape())))
+
+    def _own_shape(self) -> tuple[int | None, ...]:
+        return self.width, self.depth, self.mlp_dim, self.heads
+
+    @property
+    def trunk_units(self) -> list[int] | None:
+        """Units of each ResNet stage of a hybrid, [] for its stem alone, None for a plain ViT."""
+        if self.trunk is not None or self.name not in HYBRIDS:
+            return self.trunk
+        return HYBRIDS[self.name][1].get(self.patch_size)
+
+    @property
+    def trunk_stride(self) -> int:
+        """Pixels per side of one position of the map that is cut into patches; 1 without a trunk."""
+        return stride_of(self.trunk_units)
+
+    def problems(self) -> Iterator[str]:
+        if self.timm_name is not None:
+            own = ("name", "image_size", "num_classes", "dropout", "drop_path")
+            for f in fields(self):
+                if f.name not in own and getattr(self, f.name) != f.default:
+                    yield f"model.{f.name} has no effect on {self.name}; remove it"
+        elif self.name not in VIT_SHAPES and self.name not in HYBRIDS:
+            hint = did_you_mean(self.name, [*VIT_SHAPES, *HYBRIDS])
+            names = ", ".join([*VIT_SHAPES, *HYBRIDS])
+            yield f"model.name is {self.name!r}, expected one of {names}, a name as B/16 or timm's, or timm:NAME.{hint}"
+        else:
+            yield from self._vit_problems()
+        if self.num_classes is not None and self.num_classes < 1:
+            yield f"model.num_classes is {self.num_classes}, expected at least 1"
+        yield from outside(self, "model", dropout=(0, 0.99), drop_path=(0, 0.99), image_size=(1, 4096))
+        yield from outside(self, "model", head_bias=(-1e3, 1e3))
+
+    def _vit_problems(self) -> Iterator[str]:
+        if self.patch_size < 1 or self.image_size % self.patch_size:
+            yield f"model.image_size ({self.image_size}) is not a multiple of model.patch_size ({self.patch_size})"
+        if min(self.shape) < 1:
+            yield f"model: width, depth, mlp_dim and heads must be positive, they are {tuple(self.shape)}"
+        elif self.shape.depth > MAX_DEPTH or max(self.shape.width, self.shape.mlp_dim) > MAX_WIDTH:
+            shape = f"depth {self.shape.depth}, width {self.shape.width} and mlp_dim {self.shape.mlp_dim}"
+            yield f"model: {shape} are too much: at most {MAX_DEPTH} blocks, {MAX_WIDTH} channels"
+        elif self.shape.width % self.shape.heads:
+            yield f"model.width ({self.shape.width}) is not a multiple of model.heads ({self.shape.heads})"
+        if self.positions == "sincos2d" and (self.shape.width % 4 or self.shape.width < 8):
+            yield f"model.width ({self.shape.width}) is not a multiple of 4 from 8 on, which positions=sincos2d needs"
+        if self.positions == "learned2d" and self.shape.width % 2:
+            yield f"model.width ({self.shape.width}) is odd, which positions=learned2d cannot halve"
+        if self.positions_at != "stem" and self.positions not in ("learned", "learned2d"):
+            yield f"model.positions_at={self.positions_at} is for learned and learned2d, not for {self.positions}"
+        if self.representation_size is not None and self.representation_size < 1:
+            yield f"model.representation_size is {self.representation_size}, expected at least 1, or null for none"
+        if self.name in HYBRIDS and self.trunk is None and self.patch_size not in HYBRIDS[self.name][1]:
+            sizes = " or ".join(str(size) for size in HYBRIDS[self.name][1])
+            known_as = " (published as R+Ti/16, its tokens cover 32 pixels)" if self.name == "R+Ti" else ""
+            yield f"model.patch_size is {self.patch_size}, {self.name} has {sizes}{known_as}"
+        elif self.trunk_units is not None and self.patch_size % self.trunk_stride:
+            yield f"model.patch_size ({self.patch_size}) is not a multiple of the trunk's stride, {self.trunk_stride}"
+        if self.trunk is not None and any(units < 1 for units in self.trunk):
+            yield f"model.trunk is {self.trunk}, expected at least one unit per stage"
+        if self.trunk is not None and sum(self.trunk) > MAX_DEPTH:
+            yield f"model.trunk has {sum(self.trunk)} units, expected at most {MAX_DEPTH}"
+        if self.trunk_width < 32 or self.trunk_width % 32:
+            yield f"model.trunk_width is {self.trunk_width}, expected a multiple of 32: GroupNorm has 32 groups"
+        if self.trunk_units is None and self.trunk_width != ModelConfig.trunk_width:
+            yield f"model.trunk_width ({self.trunk_width}) has no effect: {self.name} has no trunk; set model.trunk"

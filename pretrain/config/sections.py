@@ -1,0 +1,242 @@
+"""Every setting of a pretraining run but the model's, once: its name, type, unit and default.
+
+Each section checks itself (`problems`), `Config` checks what sections mean together and tells all problems at once.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from pretrain.config.checks import non_defaults, outside
+from pretrain.config.model import ModelConfig
+from pretrain.errors import ConfigError
+
+EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
+
+
+@dataclass
+class DataConfig:
+    train: Path = MISSING  # manifest.json of the training shards, or the folder that holds it
+    val: Path | None = None  # manifest of validation shards; null: the held-out samples, if any
+    held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
+    global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
+    crop: Literal["random_resized", "inception"] = "random_resized"  # torchvision's, or TensorFlow's (the paper)
+    crop_area: tuple[float, float] = (0.08, 1.0)  # of a crop: share of the image's area; Google's code: 0.05 to 1
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # of a crop: width / height
+    flip: float = 0.5  # probability of a horizontal flip; 0 for characters and other things that are not symmetric
+    randaugment_layers: int = 0  # operations of RandAugment per image; 0: none
+    randaugment_magnitude: float = 10.0  # of RandAugment's operations, in TensorFlow's scale of 0 to 10 and beyond
+    mixup: float = 0.0  # p of mixup's Beta(p, p), one draw per step; 0: none
+    cutmix: float = 0.0  # p of CutMix's Beta(p, p), one draw per step; with mixup too, a coin chooses; 0: none
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops, and of eval_transform=timm and =transformers
+    antialias: bool = True  # when crops are made smaller; false: as Google's code
+    eval_transform: Literal["timm", "vit", "big_vision", "fewshot", "transformers"] = "timm"  # see docs/data.md
+    eval_crop: float = 0.875  # evaluation: side of the central crop / side of the resized image; vit has no crop
+    max_bad_fraction: float = 0.001  # stop when more of the samples seen cannot be used (from 10,000 seen, 100 bad)
+    workers: int = 4  # loader processes per rank; 0 reads in the training process
+    prefetch: int = 2  # steps that each loader process prepares ahead
+
+    def problems(self) -> Iterator[str]:
+        if self.val is not None and self.held_out:
+            yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
+        for name in ("crop_area", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < float("inf"):
+                yield f"data.{name} is ({low}, {high}), expected 0 < low <= high"
+        if self.eval_transform == "vit" and self.eval_crop != DataConfig.eval_crop:
+            yield f"data.eval_crop ({self.eval_crop}) has no effect: eval_transform=vit does not crop"
+        if self.crop_area[1] > 1:
+            yield f"data.crop_area is ({self.crop_area[0]}, {self.crop_area[1]}); an image has no more than 1.0"
+        yield from outside(
+            self, "data", global_batch=(1, 1 << 24), held_out=(0, 1 << 40), flip=(0, 1), eval_crop=EVAL_CROP_LIMITS
+        )
+        yield from outside(self, "data", max_bad_fraction=(0, 1), workers=(0, 256), prefetch=(1, 256))
+        yield from outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
+        yield from outside(self, "data", mixup=(0, 1e3), cutmix=(0, 1e3))
+
+
+@dataclass
+class OptimConfig:
+    name: Literal["adamw", "sgd", "lion"] = "adamw"  # elementwise optimizers only: ZeRO flattens tensors
+    lr: float = MISSING  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam's two moments; Lion: of its update and of its momentum
+    eps: float = 1e-8  # adamw: added to the root of the second moment
+    momentum: float = 0.9  # sgd: m = momentum * m + gradient
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"  # of the first moment; bf16: rounded as in big_vision
+    weight_decay: float = 0.0  # torch's convention (times lr), on kernels only; big_vision's wd / lr (docs/training.md)
+    head_decay_multiplier: float = 1.0  # of the head's kernel: Scaling ViT decays it 100 times as much
+    clip_norm: float = 1.0  # global gradient norm is clipped to this; 0: no clipping
+    schedule: Literal["cosine", "linear", "rsqrt", "constant", "stair"] = "cosine"  # decay after the warm-up
+    warmup_steps: int = 0  # the rate rises linearly from 0 in this many steps
+    cooldown_steps: int = 0  # the rate falls linearly to 0 in the last steps, whatever the schedule; constant: WSD
+    end_lr: float = 0.0  # linear: the rate at the last step (vision_transformer uses 1e-5)
+    power: float = 1.0  # linear: of the remaining share, (1 - progress) ^ power
+    timescale_steps: int = 10_000  # rsqrt: lr / sqrt(1 + (max(step, warmup) + shift - warmup) / timescale)
+    shift_steps: int = 0  # rsqrt: see there; above 0 the peak is below lr
+    stair_steps: list[int] = field(default_factory=list)  # stair: from each of these steps on ...
+    stair_multipliers: list[float] = field(default_factory=list)  # ... the rate is lr times this
+    average_decay: float = 0.0  # Polyak average = decay * average + (1 - decay) * weights each step; 0: none
+
+    def problems(self) -> Iterator[str]:
+        yield from outside(self, "optim", lr=(0, 1e3), eps=(0, 1), weight_decay=(0, 1e3), clip_norm=(0, 1e9))
+        yield from outside(self, "optim", warmup_steps=(0, 1 << 40), end_lr=(0, 1e3), timescale_steps=(1, 1 << 40))
+        yield from outside(self, "optim", cooldown_steps=(0, 1 << 40), shift_steps=(0, 1 << 40), power=(0.01, 100))
+        yield from outside(self, "optim", head_decay_multiplier=(0, 1e4), average_decay=(0, 0.9999999))
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
+            yield f"optim.betas is {tuple(self.betas)}, momentum {self.momentum}, expected numbers in 0 <= beta < 1"
+        uses = (
+            ("schedule", ("linear",), ("end_lr", "power")),
+            ("schedule", ("rsqrt",), ("timescale_steps", "shift_steps")),
+            ("schedule", ("stair",), ("stair_steps", "stair_multipliers")),
+            ("name", ("adamw", "lion"), ("betas",)),
+            ("name", ("adamw",), ("eps",)),
+            ("name", ("sgd",), ("momentum",)),
+        )
+        changed = dict(non_defaults(self))
+        for key, users, names in uses:
+            for name in names:
+                if getattr(self, key) not in users and name in changed:
+                    told = f"optim.{name} ({changed[name]}) is used by {' and '.join(users)} only"
+                    yield f"{told}, not by optim.{key}={getattr(self, key)}"
+        if "head_decay_multiplier" in changed and not self.weight_decay:
+            yield f"optim.head_decay_multiplier ({self.head_decay_multiplier}) has no effect: optim.weight_decay is 0"
+        increasing = all(a < b for a, b in zip(self.stair_steps, self.stair_steps[1:]))
+        if len(self.stair_steps) != len(self.stair_multipliers) or not increasing:
+            yield (
+                f"optim.stair_steps {self.stair_steps} and stair_multipliers {self.stair_multipliers}: expected "
+                "rising steps and as many multipliers"
+            )
+        if any(not 0 <= multiplier < float("inf") for multiplier in self.stair_multipliers):
+            yield f"optim.stair_multipliers is {self.stair_multipliers}, expected numbers from 0 on"
+        if self.name == "lion" and self.betas == (0.9, 0.999):
+            yield "optim.betas is Adam's (0.9, 0.999); Lion's are (0.9, 0.99): set optim.betas"
+
+
+@dataclass
+class EngineConfig:
+    zero_stage: int = 1  # 1: shards optimizer state; 2: and gradients; 3: and weights. 0 is refused (wrong in bf16)
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; master weights are always fp32
+    max_micro_batch_size: int = 256  # images per rank and forward pass, at most: what fits in memory
+    compile: bool = False  # torch.compile each block: faster on GPUs, minutes at the start
+    checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, about 30 % slower
+    timeout_s: int = 600  # a collective that takes longer fails the run instead of hanging it
+
+    def problems(self) -> Iterator[str]:
+        if self.zero_stage == 0:
+            yield (
+                "engine.zero_stage is 0: DeepSpeed's stage 0 decays weights before the first step in bf16 and lets "
+                "one NaN batch poison the weights; use 1, also on a single GPU"
+            )
+        elif self.zero_stage not in (1, 2, 3):
+            yield f"engine.zero_stage is {self.zero_stage}, expected 1, 2 or 3"
+        yield from outside(self, "engine", max_micro_batch_size=(1, 1 << 20), timeout_s=(1, 86_400))
+
+
+@dataclass
+class EvalConfig:
+    every_steps: int = 1000  # evaluate on the validation set after this many steps, and at the end; 0: never
+    batch_size: int = 256  # images per rank and forward pass
+    fewshot_train: Path | None = None  # manifest of labelled images, of any classes, to draw shots from; null: none
+    fewshot_test: Path | None = None  # manifest of images of the same classes, to test the regressions on
+    fewshot_shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])  # images per class, of each regression
+    fewshot_every_steps: int = 0  # after this many steps, and at the end; 0: as often as every_steps
+    knn: bool = False  # also score nearest neighbours, on the same features
+
+    @property
+    def features_every_steps(self) -> int:
+        """After how many steps few-shot accuracy is measured, and at the end; 0: never."""
+        return (self.fewshot_every_steps or self.every_steps) if self.fewshot_train else 0
+
+    def problems(self) -> Iterator[str]:
+        yield from outside(self, "evaluation", every_steps=(0, 1 << 40), batch_size=(1, 1 << 20))
+        yield from outside(self, "evaluation", fewshot_every_steps=(0, 1 << 40))
+        if (self.fewshot_train is None) != (self.fewshot_test is None):
+            there, absent = ("train", "test") if self.fewshot_train else ("test", "train")
+            yield f"evaluation.fewshot_{there} is set but fewshot_{absent} is null; few-shot needs both"
+        if self.knn and self.fewshot_train is None:
+            yield "evaluation.knn needs images: set evaluation.fewshot_train and fewshot_test"
+        if self.fewshot_every_steps and self.fewshot_train is None:
+            yield f"evaluation.fewshot_every_steps ({self.fewshot_every_steps}) has no effect: fewshot_train is null"
+        if self.fewshot_train is not None and not self.features_every_steps:
+            yield "evaluation.fewshot_train is set but would never be used: set every_steps or fewshot_every_steps"
+        shots = self.fewshot_shots
+        if not shots or min(shots) < 1 or sorted(set(shots)) != shots:
+            yield f"evaluation.fewshot_shots is {shots}, expected rising numbers from 1 on"
+
+
+@dataclass
+class LogConfig:
+    every_steps: int = 50  # steps between two lines of the console, metrics.jsonl and TensorBoard
+    samples: bool = False  # append the (epoch, index) of every sample to samples-RANK.jsonl: proof of order, 20 B each
+
+    def problems(self) -> Iterator[str]:
+        yield from outside(self, "log", every_steps=(1, 1 << 40))
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 1000  # save after this many steps, at the end, and when asked to stop
+    keep_last: int = 2  # newest checkpoints kept; at least 2, so that one may turn out damaged
+    keep_every_steps: int = 0  # checkpoints of these steps are kept for ever; 0: none
+    keep_best: bool = False  # also keep the one with the best validation top-1, of those saved at an evaluation
+
+    def problems(self) -> Iterator[str]:
+        yield from outside(self, "checkpoint", every_steps=(1, 1 << 40), keep_last=(2, 1 << 20))
+        yield from outside(self, "checkpoint", keep_every_steps=(0, 1 << 40))
+
+
+@dataclass
+class Config:
+    name: str = MISSING  # of the run; its folder is output/name
+    output: Path = Path("runs")  # folder of all runs
+    seed: int = 0  # of initialisation, order of samples, augmentation and dropout
+    total_steps: int = MISSING  # optimizer steps of the whole run; a step is one global batch
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # cross-entropy; sigmoid: summed over classes (ImageNet-21k, JFT)
+    label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
+    init_from: Path | None = None  # start from these weights: anything that load_model reads, at model.image_size
+    init_new_head: bool = False  # with init_from: leave the head at its initial zeros, e.g. for other classes
+    branch_from: Path | None = None  # go on from another run's checkpoint, optimizer state and all: to cool it down
+    model: ModelConfig = field(default_factory=ModelConfig)  # what is trained
+    data: DataConfig = field(default_factory=DataConfig)  # on what
+    optim: OptimConfig = field(default_factory=OptimConfig)  # how
+    engine: EngineConfig = field(default_factory=EngineConfig)  # with which machinery
+    evaluation: EvalConfig = field(default_factory=EvalConfig)  # validation during training
+    log: LogConfig = field(default_factory=LogConfig)  # what is written down
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is kept
+
+    def __post_init__(self) -> None:
+        problems = [problem for part in _parts(self) for problem in part.problems()]
+        problems += outside(self, "", total_steps=(1, 1 << 40), seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99))
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            problems.append(f"name is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-'")
+        if self.optim.warmup_steps > self.total_steps:
+            problems.append(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) is larger than total_steps ({self.total_steps}); "
+                "the peak learning rate would never be reached"
+            )
+        if self.optim.warmup_steps + self.optim.cooldown_steps > self.total_steps:
+            problems.append(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) and cooldown_steps ({self.optim.cooldown_steps}) "
+                f"overlap: total_steps is {self.total_steps}"
+            )
+        if self.optim.stair_steps and self.optim.stair_steps[-1] >= self.total_steps:
+            problems.append(
+                f"optim.stair_steps {self.optim.stair_steps} go beyond the last of total_steps ({self.total_steps}); "
+                "remove what is never reached"
+            )
+        if self.init_from is not None and self.branch_from is not None:
+            problems.append(
+                f"init_from ({self.init_from}) and branch_from ({self.branch_from}) are both set; choose one"
+            )
+        if self.init_new_head and self.init_from is None:
+            problems.append("init_new_head needs init_from, which is null")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+def _parts(config: Config) -> list[Any]:
+    return [getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name))]
