@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pretrain import distributed
+from pretrain.cluster import agreement, ranks
 from pretrain.errors import UserError
 from pretrain.log import warn
 
@@ -68,20 +68,20 @@ def save_checkpoint(
     Returns whether it was published. On failure (a full disk) the temporary folder is removed, rank 0 warns, and no
     earlier checkpoint is touched.
     """
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = ranks.rank(), ranks.world_size()
     temporary = folder / f".tmp-step-{step:010d}"
     published = folder / f"step-{step:010d}"
-    problem = _attempt(lambda: _make_temporary(temporary)) if distributed.is_main() else None
-    distributed.barrier()
+    problem = _attempt(lambda: _make_temporary(temporary)) if ranks.is_main() else None
+    agreement.barrier()
     slices = {kind: part for kind, part in zip(_KINDS, (weights, optimizer, average)) if part or kind != "average"}
     parts = {_file_name(kind, rank, world): {s.name: s.values for s in part} for kind, part in slices.items()}
     parts[f"generators-{rank:05d}.safetensors"] = dict(generators)
     entries: list[dict[str, Any]] = []
     problem = problem or _attempt(lambda: entries.extend(_write_tensors(temporary / n, t) for n, t in parts.items()))
     index = [(s.name, s.shape, s.offset, s.values.numel(), kind) for kind, part in slices.items() for s in part]
-    gathered = distributed.gather((problem, entries, index))
+    gathered = agreement.gather((problem, entries, index))
     problems = [f"rank {r}: {p}" for r, (p, _, _) in enumerate(gathered) if p]
-    if distributed.is_main():
+    if ranks.is_main():
         files = [entry for _, of_rank, _ in gathered for entry in of_rank]
         header = {"format": FORMAT, "version": VERSION, "step": step, "world_size": world}
         tensors = _tensor_index([rows for _, _, rows in gathered], world)
@@ -91,7 +91,7 @@ def save_checkpoint(
             warn(
                 f"CHECKPOINT NOT SAVED at step {step}: {'; '.join(problems)}. Newest checkpoint: {_newest_name(folder)}"
             )
-    return distributed.from_main(lambda: not problems)
+    return agreement.from_main(lambda: not problems)
 
 
 def _make_temporary(temporary: Path) -> None:
@@ -191,7 +191,7 @@ def apply_retention(folder: Path, *, keep_last: int, keep_every_steps: int, keep
 
     Best is the largest "val/top1" in state.json's "metrics"; among equals the earliest.
     """
-    if not distributed.is_main():
+    if not ranks.is_main():
         return
     folders = step_folders(folder)
     kept = set(folders[:keep_last])
@@ -241,12 +241,12 @@ def newest_valid(folder: Path) -> Path | None:
     Each damaged one is passed over with a warning that names the file at fault; ranks share the reading. Raises
     DamagedError when there are checkpoints but none is valid: a silent fresh start would lose the run.
     """
-    folders = distributed.from_main(lambda: step_folders(folder))
+    folders = agreement.from_main(lambda: step_folders(folder))
     for path in folders:
         problems = _damages_shared(path)
         if not problems:
             return path
-        if distributed.is_main():
+        if ranks.is_main():
             warn(f"{path}: {problems[0]}; trying the checkpoint before it")
     if folders:
         raise DamagedError(f"{folder}: none of the {len(folders)} checkpoints is valid; move them away to start afresh")
@@ -258,11 +258,11 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises UserError when there is none, DamagedError when it cannot be used.
     """
-    if distributed.from_main(lambda: (path / "MANIFEST.json").is_file()):
+    if agreement.from_main(lambda: (path / "MANIFEST.json").is_file()):
         if problems := _damages_shared(path):
             raise DamagedError(f"{path}: {problems[0]}")
         return path
-    if distributed.from_main(lambda: (path / "checkpoints").is_dir()):
+    if agreement.from_main(lambda: (path / "checkpoints").is_dir()):
         newest = newest_valid(path / "checkpoints")
         if newest is not None:
             return newest
@@ -274,7 +274,7 @@ def set_aside_newer(checkpoint: Path) -> None:
 
     The run goes on before their step: they must not count as checkpoints kept.
     """
-    if distributed.is_main():
+    if ranks.is_main():
         for path in step_folders(checkpoint.parent):
             if step_of(path) > step_of(checkpoint):
                 aside = path.with_name(f"damaged-{path.name}")
@@ -296,7 +296,7 @@ def validate(path: Path) -> None:
 
 def _damages_shared(path: Path) -> list[str]:
     """What is wrong with a checkpoint, on every rank alike; each reads a share of it."""
-    return [problem for found in distributed.gather(list(_damages(path))) for problem in found]
+    return [problem for found in agreement.gather(list(_damages(path))) for problem in found]
 
 
 def _damages(path: Path, share: bool = True) -> Iterator[str]:
@@ -306,7 +306,7 @@ def _damages(path: Path, share: bool = True) -> Iterator[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield f"MANIFEST.json cannot be used ({error})"
         return
-    rank, world = (distributed.rank(), distributed.world_size()) if share else (0, 1)
+    rank, world = (ranks.rank(), ranks.world_size()) if share else (0, 1)
     for name, num_bytes, checksum in files[rank::world]:
         file = path / Path(name).name
         try:

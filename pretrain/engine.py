@@ -19,8 +19,8 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
-from pretrain import distributed
 from pretrain.checkpoint import CheckpointReader, Slice, check_names
+from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
@@ -121,14 +121,14 @@ class Engine:
         self._loss, self._label_smoothing, self._stage = config.loss, config.label_smoothing, config.engine.zero_stage
         # Each rank's gradient is averaged over ranks and micro-batches; this makes each image weigh 1 / global_batch,
         # however uneven the split (docs/training.md).
-        self._loss_weight = distributed.world_size() * plan.accumulation / config.data.global_batch
+        self._loss_weight = ranks.world_size() * plan.accumulation / config.data.global_batch
         model.to(device)
         if config.engine.checkpoint_activations:
             _checkpoint_activations(model)
         if config.engine.compile:
             compile_blocks(model)
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
-        self.deepspeed_config = deepspeed_config(config, plan, distributed.world_size())
+        self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size())
         _without_compiler()
         rounded = self.dtype != torch.float32
         exact = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if rounded}
@@ -141,7 +141,7 @@ class Engine:
         self._optimizer: Any = self._zero.optimizer
         self._module = model
         self._moments = moment_dtypes(config.optim)
-        distributed.set_timeouts(config.engine.timeout_s)  # DeepSpeed has made groups of its own
+        ranks.set_timeouts(config.engine.timeout_s)  # DeepSpeed has made groups of its own
         self._set_optimizer_state(step=0)
         if rounded:
             self._start_from(exact)
@@ -254,7 +254,7 @@ class Engine:
         assert len(steps) <= 1, steps
         scaler = self._zero.loss_scaler if self.dtype == torch.float16 else None
         return {
-            "optimizer_step": max(distributed.gather(max(steps, default=0.0))),
+            "optimizer_step": max(agreement.gather(max(steps, default=0.0))),
             "loss_scaler": {name: getattr(scaler, name) for name in _SCALER_STATE} if scaler else None,
         }
 

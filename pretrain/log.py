@@ -15,18 +15,18 @@ from typing import Any, TextIO
 import torch
 from PIL import Image
 
-from pretrain import distributed
+from pretrain.cluster import ranks
 
 
 def say(message: str) -> None:
     """Prints a line on rank 0."""
-    if distributed.is_main():
+    if ranks.is_main():
         _print(message, sys.stdout)
 
 
 def warn(message: str) -> None:
     """Prints a warning from any rank, which it names unless it is rank 0."""
-    prefix = "" if distributed.is_main() else f"rank {distributed.rank()}: "
+    prefix = "" if ranks.is_main() else f"rank {ranks.rank()}: "
     _print(f"{prefix}warning: {message}", sys.stderr)
 
 
@@ -88,14 +88,14 @@ class RunLog:
         self._start_step, self._start_time = step, time.monotonic()
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._board: Any = None
-        if distributed.is_main():
+        if ranks.is_main():
             from torch.utils.tensorboard.writer import SummaryWriter  # 1 s to import: only where it writes
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Logs named numbers of `step` to all writers; the console's line ends with the time left."""
-        if not distributed.is_main():
+        if not ranks.is_main():
             return
         self._metrics.append({"step": step, **values})
         self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
@@ -107,7 +107,7 @@ class RunLog:
 
     def image(self, name: str, image: torch.Tensor) -> None:
         """Writes a uint8 [3, height, width] picture to NAME.png and to TensorBoard."""
-        if distributed.is_main():
+        if ranks.is_main():
             self._to_board(lambda board: board.add_image(name, image))
             try:
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(self._folder / f"{name}.png")
@@ -116,7 +116,7 @@ class RunLog:
 
     def sync(self) -> None:
         """Called before a checkpoint is published: what it covers must be on disk."""
-        if distributed.is_main():
+        if ranks.is_main():
             sync(self._folder)
         self._to_board(lambda board: board.flush())
 

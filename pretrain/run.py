@@ -22,8 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from pretrain import distributed
 from pretrain.checkpoint import read_state
+from pretrain.cluster import agreement, ranks
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
     Config,
@@ -48,17 +48,15 @@ def claim(folder: Path) -> TextIO | None:
     does not see it.
     """
     held: list[TextIO] = []
-    token = distributed.from_main(lambda: _take_lock(folder, held))
+    token = agreement.from_main(lambda: _take_lock(folder, held))
 
     def see() -> None:
-        if distributed.is_main():
+        if ranks.is_main():
             return  # reading would close the file, and with any closing a process loses its lock
         if not (folder / _LOCK).is_file() or (folder / _LOCK).read_text() != token:
-            raise UserError(
-                f"{folder}: rank {distributed.rank()} does not see it; give output= on a disk that all share"
-            )
+            raise UserError(f"{folder}: rank {ranks.rank()} does not see it; give output= on a disk that all share")
 
-    distributed.together(see)
+    agreement.together(see)
     return held[0] if held else None
 
 
@@ -93,12 +91,12 @@ def is_done(folder: Path, config: Config) -> bool:
         except (OSError, ValueError, KeyError):
             return False
 
-    return distributed.from_main(reached)
+    return agreement.from_main(reached)
 
 
 def mark_done(folder: Path, step: int, metrics: dict[str, float]) -> None:
     """Writes DONE, on rank 0: an exit status alone proves nothing, launchers have lost it."""
-    if distributed.is_main():
+    if ranks.is_main():
         temporary = folder / ".tmp-DONE"
         temporary.write_text(json.dumps({"step": step, **metrics}) + "\n", encoding="utf-8")
         os.replace(temporary, folder / "DONE")
@@ -140,7 +138,7 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
 
 def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any], step: int) -> None:
     """Writes what this start runs with, and drops log lines after `step`, which will be written again. Rank 0."""
-    if not distributed.is_main():
+    if not ranks.is_main():
         return
     for path in folder.glob("*.jsonl"):
         if path.name != _STARTS:  # its history is kept
@@ -151,7 +149,7 @@ def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any],
     start = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "world_size": distributed.world_size(),
+        "world_size": ranks.world_size(),
         "command": sys.argv,
         "commit": _commit(),
         "versions": versions(),

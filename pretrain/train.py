@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torchvision.utils import make_grid
 
-from pretrain import distributed
 from pretrain.checkpoint import (
     CheckpointReader,
     apply_retention,
@@ -24,6 +23,7 @@ from pretrain.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
+from pretrain.cluster import agreement, ranks, signals
 from pretrain.config import Config, config_to_dict
 from pretrain.data.loader import REASONS, Batch, check_bad_fraction, count_reasons, eval_batches, train_batches
 from pretrain.data.manifest import Manifest, check_shards, load_manifest
@@ -84,19 +84,19 @@ def train(config: Config) -> None:
 
     Raises UserError for what the user must change, NonFiniteError, BadSamplesError, StorageError (pretrain/errors.py).
     """
-    device = distributed.start(config.engine.timeout_s)
-    distributed.together(lambda: check_precision(config))
-    distributed.end_with_launcher()
-    stop = distributed.StopRequest()
+    device = ranks.start(config.engine.timeout_s)
+    agreement.together(lambda: check_precision(config))
+    signals.end_with_launcher()
+    stop = signals.StopRequest()
     folder = config.output / config.name
     lock = claim(folder)
-    data = distributed.together(lambda: _open_data(config))
+    data = agreement.together(lambda: _open_data(config))
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
-        distributed.stop()
+        ranks.stop()
         return
     origin = _branch_point(config, data) if config.branch_from and checkpoint is None else None
     engine = _build_engine(config, data, device, from_scratch=checkpoint is None)
@@ -115,7 +115,7 @@ def train(config: Config) -> None:
     log.close()
     engine.close()
     stop.close()
-    distributed.stop()
+    ranks.stop()
     del lock
 
 
@@ -125,7 +125,7 @@ def _loop(
     engine: Engine,
     state: TrainState,
     log: RunLog,
-    stop: distributed.StopRequest,
+    stop: signals.StopRequest,
     *,
     branched: bool,
 ) -> None:
@@ -191,9 +191,9 @@ def _open_data(config: Config) -> DataSets:
         raise ConfigError(
             f"data.held_out ({config.data.held_out}) leaves nothing of {train_set.num_samples} samples to train on"
         )
-    if config.data.global_batch < distributed.world_size():
+    if config.data.global_batch < ranks.world_size():
         raise ConfigError(
-            f"data.global_batch ({config.data.global_batch}) is smaller than the {distributed.world_size()} ranks; "
+            f"data.global_batch ({config.data.global_batch}) is smaller than the {ranks.world_size()} ranks; "
             "use fewer ranks or a recipe with a larger batch"
         )
     few = _open_fewshot(config)
@@ -232,8 +232,8 @@ def _build_engine(config: Config, data: DataSets, device: torch.device, *, from_
         check_same_function(weights, config.model)
         load_tensors(model, weights, new_head=config.init_new_head)
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
-    ranks, batch = distributed.world_size(), config.data.global_batch
-    plan = plan_batch(batch, ranks, config.engine.max_micro_batch_size)
+    num_ranks, batch = ranks.world_size(), config.data.global_batch
+    plan = plan_batch(batch, num_ranks, config.engine.max_micro_batch_size)
     too_large = data.val is not None and data.val.multi_label and not data.ranks_classes
     without = f", no mean average precision: logits above {MAX_LOGIT_BYTES >> 20:,} MB" if too_large else ""
     say(
@@ -242,7 +242,7 @@ def _build_engine(config: Config, data: DataSets, device: torch.device, *, from_
         f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
         f"{config.total_steps * batch / data.order.num_train:.1f} epochs; "
         f"validation: {len(data.val_indices):,} images{without}\n"
-        f"batch {batch} = {ranks} ranks x {plan.accumulation} x {plan.micro_batch}"
+        f"batch {batch} = {num_ranks} ranks x {plan.accumulation} x {plan.micro_batch}"
         + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}"
     )
@@ -264,7 +264,7 @@ def _refuse_state(model: torch.nn.Module, name: str) -> None:
 
 
 def _start(config: Config) -> TrainState:
-    distributed.seed_generators(config.seed, 0)
+    ranks.seed_generators(config.seed, 0)
     return TrainState()
 
 
@@ -281,14 +281,14 @@ def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
     saved, reader = read_state(checkpoint), CheckpointReader(checkpoint)
     engine.load(reader, saved["engine"])
     state = TrainState(**saved["train"])
-    same_ranks = saved["world_size"] == distributed.world_size()
-    restored = same_ranks and engine.load_generators(reader.generators(distributed.rank()))
+    same_ranks = saved["world_size"] == ranks.world_size()
+    restored = same_ranks and engine.load_generators(reader.generators(ranks.rank()))
     if not restored:
-        distributed.seed_generators(config.seed, state.step)
+        ranks.seed_generators(config.seed, state.step)
     note = (
         ""
         if restored
-        else f"; random states of dropout drawn anew ({saved['world_size']} ranks then, {distributed.world_size()} now)"
+        else f"; random states of dropout drawn anew ({saved['world_size']} ranks then, {ranks.world_size()} now)"
     )
     say(f"resumed from {checkpoint}{note}")
     return state
@@ -303,15 +303,15 @@ class Journal:
     def __init__(self, folder: Path, config: Config) -> None:
         self._config = config
         self._bad, self._skipped = JsonLines(folder / "bad_samples.jsonl"), JsonLines(folder / "skipped_steps.jsonl")
-        self._samples = JsonLines(folder / f"samples-{distributed.rank():05d}.jsonl") if config.log.samples else None
+        self._samples = JsonLines(folder / f"samples-{ranks.rank():05d}.jsonl") if config.log.samples else None
 
-    def note(self, state: TrainState, batch: Batch, result: StepResult, stop: distributed.StopRequest) -> bool:
+    def note(self, state: TrainState, batch: Batch, result: StepResult, stop: signals.StopRequest) -> bool:
         """Returns, on all ranks alike, whether to stop. Raises BadSamplesError, NonFiniteError."""
         flags = [float(stop.signal_name is not None), float(batch.error is not None)]
         told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [2 + reasons]
-        stopping, failed, *bad = distributed.add_up(told).tolist()
+        stopping, failed, *bad = agreement.add_up(told).tolist()
         if failed:  # nothing of this step is saved
-            distributed.raise_together(batch.error)
+            agreement.raise_together(batch.error)
         if any(bad):
             self._note_bad(state, batch, [int(count) for count in bad])
         if self._samples is not None:
@@ -326,8 +326,8 @@ class Journal:
     def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
         for reason, count in zip(REASONS, counts):
             state.bad_samples[reason] += count
-        records = [record for of_rank in distributed.gather(batch.bad) for record in of_rank]
-        if distributed.is_main():
+        records = [record for of_rank in agreement.gather(batch.bad) for record in of_rank]
+        if ranks.is_main():
             for record in records:
                 self._bad.append({"step": state.step, **record._asdict()})
         seen = state.step * self._config.data.global_batch
@@ -340,13 +340,13 @@ class Journal:
         check_bad_fraction(state.bad_samples, seen, self._config.data.max_bad_fraction)
 
     def _note_skipped(self, state: TrainState, batch: Batch, result: StepResult) -> None:
-        loss = distributed.add_up(result.sums)[0].item()
+        loss = agreement.add_up(result.sums)[0].item()
         state.skipped_steps += 1
         # In fp16 a finite loss with infinite gradients is the search for the loss scale, not a fault.
         searching_scale = self._config.engine.precision == "fp16" and np.isfinite(loss)
         state.skipped_in_a_row = 0 if searching_scale else state.skipped_in_a_row + 1
-        indices = [index for of_rank in distributed.gather(batch.index.tolist()) for index in of_rank if index >= 0]
-        if distributed.is_main():
+        indices = [index for of_rank in agreement.gather(batch.index.tolist()) for index in of_rank if index >= 0]
+        if ranks.is_main():
             self._skipped.append({"step": state.step, "loss": str(loss), "indices": indices})
             warn(f"step {state.step} skipped on all ranks: loss or gradients not finite (loss sum {loss})")
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -363,7 +363,7 @@ class Meter:
         self._config, self._device = config, device
         self._flops_per_image = train_flops(config.model, num_classes)
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        if distributed.is_main():  # what was saved is the sum over all ranks
+        if ranks.is_main():  # what was saved is the sum over all ranks
             self._sums += torch.tensor(state.window, dtype=torch.float64, device=device)
         self._restart()
 
@@ -392,7 +392,7 @@ class Meter:
 
     def window(self) -> list[float]:
         """Returns loss, correct answers and images since the last reading, summed over all ranks."""
-        return distributed.add_up(self._sums).tolist()
+        return agreement.add_up(self._sums).tolist()
 
     def read(
         self, state: TrainState, data: DataSets, lr: float, result: StepResult, engine: Engine
@@ -430,7 +430,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _evaluate(
-    config: Config, data: DataSets, engine: Engine, state: TrainState, log: RunLog, stop: distributed.StopRequest
+    config: Config, data: DataSets, engine: Engine, state: TrainState, log: RunLog, stop: signals.StopRequest
 ) -> bool:
     """Measures what is due into state.metrics, with the averaged weights where they are kept.
 
@@ -451,9 +451,7 @@ def _evaluate(
     return False
 
 
-def _validation_metrics(
-    config: Config, data: DataSets, engine: Engine, stop: distributed.StopRequest
-) -> dict[str, float]:
+def _validation_metrics(config: Config, data: DataSets, engine: Engine, stop: signals.StopRequest) -> dict[str, float]:
     assert data.val is not None
     options = {"batch_size": config.evaluation.batch_size, "image_size": config.model.image_size, "config": config.data}
     batches = eval_batches(data.val, data.val_indices, **options)
@@ -468,9 +466,7 @@ def _validation_metrics(
     return {f"val/{score.metric}": score.value for score in scores} | {"val/images": scores[0].n}
 
 
-def _features_metrics(
-    config: Config, data: DataSets, engine: Engine, stop: distributed.StopRequest
-) -> dict[str, float]:
+def _features_metrics(config: Config, data: DataSets, engine: Engine, stop: signals.StopRequest) -> dict[str, float]:
     """Few-shot accuracy as val/fewshot_10, of nearest neighbours as val/knn_20; images in few-shot's transform."""
     assert data.fewshot is not None
     options = {
@@ -484,7 +480,7 @@ def _features_metrics(
     shots = fewshot.spread_indices(few.num_samples)
     train_features = extract_features(engine.features, few, indices=shots, **options)
     test_features = extract_features(engine.features, test, **options)
-    return distributed.from_main(lambda: _on_features(config, train_features, test_features, engine.device))
+    return agreement.from_main(lambda: _on_features(config, train_features, test_features, engine.device))
 
 
 def _on_features(
@@ -514,7 +510,7 @@ def _save(
         "config": config_to_dict(config),
         "num_classes": data.num_classes,
         "class_names": list(data.train.class_names),
-        "world_size": distributed.world_size(),
+        "world_size": ranks.world_size(),
         "zero_stage": config.engine.zero_stage,
         "versions": versions(),
     }

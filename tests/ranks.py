@@ -9,7 +9,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pretrain.distributed import free_port
+from pretrain.cluster.local import free_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the forkserver starts: gloo ranks on the CPU, GPU or not
 

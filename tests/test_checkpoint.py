@@ -13,7 +13,6 @@ import torch
 from ranks import run_ranks, start_ranks
 
 from pretrain import checkpoint as checkpoints
-from pretrain import distributed
 from pretrain.checkpoint import (
     CheckpointReader,
     DamagedError,
@@ -23,6 +22,7 @@ from pretrain.checkpoint import (
     save_checkpoint,
     step_folders,
 )
+from pretrain.cluster import ranks
 from pretrain.errors import UserError
 
 
@@ -34,7 +34,7 @@ def slices_of(step: int, rank: int, world_size: int, elements: int) -> list[Slic
 
 
 def save(folder: Path, step: int, elements: int = 1000) -> bool:
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = ranks.rank(), ranks.world_size()
     weights = slices_of(step, rank, world, elements)
     moments = [Slice(f"exp_avg/{s.name}", s.shape, s.offset, s.values) for s in weights]
     return save_checkpoint(
@@ -57,17 +57,17 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_on_ranks(folder: Path, step: int) -> bool:
-    distributed.start(60)
+    ranks.start(60)
     return save(folder, step)
 
 
 def save_for_ever(folder: Path, elements: int, first: int) -> None:
     """Saves without pause and tells, after each save, that it was published."""
-    distributed.start(60)
+    ranks.start(60)
     for step in range(first, 1_000_000):
         assert save(folder, step, elements)
         checkpoints.apply_retention(folder, keep_last=2, keep_every_steps=0, keep_best=False)
-        if distributed.is_main():
+        if ranks.is_main():
             (folder / "now.txt").write_text(str(step))
             os.replace(folder / "now.txt", folder / "published.txt")
 
@@ -249,13 +249,13 @@ def fill_the_disk(folder: Path) -> list[bool]:
     """Rank 1 may write files of 1 kB at most, as if its disk were full."""
     import signal
 
-    distributed.start(60)
+    ranks.start(60)
     outcomes = [save(folder, 1)]
-    if distributed.rank() == 1:
+    if ranks.rank() == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     outcomes.append(save(folder, 2))
-    if distributed.rank() == 1:
+    if ranks.rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return [*outcomes, save(folder, 3)]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from tiny import NUM_CLASSES, make_shards
 
-from pretrain import distributed
+from pretrain.cluster import ranks
 from pretrain.config import DataConfig
 from pretrain.data.loader import Batch, eval_batches, single_labels
 from pretrain.data.manifest import Manifest, load_manifest
@@ -48,7 +48,7 @@ def scores_of(manifest: Manifest, batch_size: int, loss: str = "softmax") -> lis
 
 
 def scores_of_rank(manifest: Manifest, batch_size: int) -> list[Score]:
-    distributed.start(60)
+    ranks.start(60)
     return scores_of(manifest, batch_size)
 
 
@@ -168,7 +168,7 @@ def features_of(manifest: Manifest, batch_size: int) -> Features | None:
 
 
 def features_of_rank(manifest: Manifest, batch_size: int) -> Features | None:
-    distributed.start(60)
+    ranks.start(60)
     return features_of(manifest, batch_size)
 
 

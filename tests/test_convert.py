@@ -28,8 +28,8 @@ from torch import nn
 from weights_on_disk import ROOT, load_tool, one_line_error, randomised, run_tool, save_run
 
 import pretrain.models.onnx_file
-from pretrain import distributed
 from pretrain.checkpoint import Slice, save_checkpoint
+from pretrain.cluster import ranks
 from pretrain.config import Config, ModelConfig, config_to_dict, config_to_yaml
 from pretrain.errors import StorageError, UserError
 from pretrain.models import load_model
@@ -588,7 +588,7 @@ def test_arguments_that_do_not_fit_are_told(case: str, source: Path, tmp_path: P
 
 def _save_both(config: Config, folder: Path) -> None:
     """Saves one engine's weights in DeepSpeed's own way and in ours."""
-    device = distributed.start(60)
+    device = ranks.start(60)
     data = _open_data(config)
     engine = _build_engine(config, data, device, from_scratch=True)
     engine._engine.save_checkpoint(str(folder / "theirs"), tag="global_step0")

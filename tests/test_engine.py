@@ -13,8 +13,8 @@ from safetensors import safe_open
 from tiny import NUM_CLASSES, changed, make_shards, tiny_config
 from torch import nn
 
-from pretrain import distributed
 from pretrain.checkpoint import CheckpointReader, Slice, read_state, save_checkpoint
+from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels, train_batches
@@ -38,7 +38,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(config: Config) -> tuple[Engine, Any]:
-    device = distributed.start(60)
+    device = ranks.start(60)
     data = _open_data(config)
     return _build_engine(config, data, device, from_scratch=True), data
 
@@ -48,7 +48,7 @@ def steps(engine: Engine, data: Any, config: Config, first: int, last: int) -> l
     losses = []
     for step, batch in zip(range(first, last), train_batches(data.train, data.order, engine.plan, config, first)):
         result = engine.train_step(batch, learning_rate(config.optim, config.total_steps, step))
-        loss, _, images = distributed.add_up(result.sums).tolist()
+        loss, _, images = agreement.add_up(result.sums).tolist()
         assert images == config.data.global_batch and result.applied
         losses.append(loss / images)
     return losses
@@ -141,7 +141,7 @@ def losses_with_skips(config: Config) -> list[float]:
     losses = []
     for step, batch in zip(range(STEPS), train_batches(data.train, data.order, engine.plan, config, 0)):
         result = engine.train_step(batch, learning_rate(config.optim, config.total_steps, step))
-        loss, _, images = distributed.add_up(result.sums).tolist()
+        loss, _, images = agreement.add_up(result.sums).tolist()
         losses.append(loss / images)
     return losses
 
@@ -263,7 +263,7 @@ def test_guard_sees_slices_that_the_model_does_not_hold(stage: int, shards: Path
 def whole(slices: list[Slice]) -> dict[str, np.ndarray]:
     """Returns the tensors, flattened, of which every rank has slices."""
     pieces = [(s.name, s.offset, s.values.numpy().copy()) for s in slices]
-    gathered = sorted((piece for of_rank in distributed.gather(pieces) for piece in of_rank), key=lambda p: p[:2])
+    gathered = sorted((piece for of_rank in agreement.gather(pieces) for piece in of_rank), key=lambda p: p[:2])
     names = dict.fromkeys(name for name, _, _ in gathered)
     return {name: np.concatenate([values for other, _, values in gathered if other == name]) for name in names}
 
@@ -297,7 +297,7 @@ class FourTensors(Held):
 
 def steps_on_given_gradients(config: Config, arrays: dict[str, Any]) -> list[dict[str, np.ndarray]]:
     """Returns the weights after each of six steps through DeepSpeed, clipping included."""
-    device = distributed.start(60)
+    device = ranks.start(60)
     names = ("a/kernel", "a/bias", "LN/scale", "pos_embedding")
     model = FourTensors(*(torch.from_numpy(arrays[f"init/{name}"]) for name in names))
     engine = Engine(model, config, BatchPlan(1, 1, 0), device)
@@ -497,7 +497,7 @@ def poisoned_step(config: Config, poison: str) -> tuple[bool, bool, bool]:
     before = [s.values.clone() for s in engine.weights() + engine.moments() + engine.averages()]
     model = engine._engine.module
     hook = None
-    if distributed.rank() == distributed.world_size() - 1:
+    if ranks.rank() == ranks.world_size() - 1:
         value = float("nan") if poison == "nan" else float("inf")
         hook = model.register_forward_hook(
             lambda module, inputs, logits: logits + value * (logits[:1].detach() * 0 + 1)

@@ -11,8 +11,8 @@ import yaml
 from tiny import make_shards, tiny_config
 
 from pretrain.checkpoint import newest_valid
+from pretrain.cluster.local import free_port
 from pretrain.config import config_to_dict
-from pretrain.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [

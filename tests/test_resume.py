@@ -310,14 +310,14 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(stage: int, shards
 def vanishing_shard(config: Config) -> tuple[str, int]:
     """Rank 1 loses its view of the shards after some steps."""
     import pretrain.data.loader
-    from pretrain import distributed
+    from pretrain.cluster import ranks
     from pretrain.errors import StorageError
 
     real, reads = pretrain.data.loader.read_sample, [0]
 
     def read(manifest: Any, index: int) -> Any:
         reads[0] += 1
-        if distributed.rank() == 1 and reads[0] > 40:
+        if ranks.rank() == 1 and reads[0] > 40:
             raise StorageError("the shard is gone")
         return real(manifest, index)
 

@@ -15,8 +15,8 @@ from PIL import Image
 from ranks import run_ranks
 from tiny import changed, make_shards, tiny_config
 
-from pretrain import distributed
 from pretrain.checkpoint import newest_valid
+from pretrain.cluster import ranks
 from pretrain.config import Config, DataConfig, config_to_dict
 from pretrain.data.build import Item, build
 from pretrain.data.images import to_float
@@ -209,7 +209,7 @@ IMAGES = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8, generator=tor
 
 def features_of_rank(config: Config) -> np.ndarray:
     """Of ten images, by an engine that has not trained yet."""
-    engine = _build_engine(config, _open_data(config), distributed.start(60), from_scratch=True)
+    engine = _build_engine(config, _open_data(config), ranks.start(60), from_scratch=True)
     return engine.features(IMAGES).float().numpy()
 
 
@@ -231,8 +231,8 @@ def test_features_are_the_heads_input(model: dict[str, Any], shards: Path, tmp_p
     config = changed(config, model=values)
     with torch.no_grad():
         expected = pre_logits(build_model(config.model, 7, config.seed).eval())(IMAGES).numpy()
-    for ranks, stage in ((1, 1), (2, 3)):
-        for found in run_ranks(features_of_rank, ranks, changed(config, engine__zero_stage=stage)):
+    for num_ranks, stage in ((1, 1), (2, 3)):
+        for found in run_ranks(features_of_rank, num_ranks, changed(config, engine__zero_stage=stage)):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

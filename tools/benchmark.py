@@ -130,9 +130,9 @@ class _Plan(NamedTuple):
 def _plan(options: dict[str, Any]) -> _Plan:
     import torch
 
-    from pretrain import distributed
+    from pretrain.cluster import ranks
 
-    device = distributed.start(600)
+    device = ranks.start(600)
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     defaults = {"batch": 128, "warmup": 10, "steps": 40} if gpu else {"batch": 8, "warmup": 2, "steps": 5}

@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image
 
 from pretrain import cli
+from pretrain.cluster.local import free_port
 from pretrain.config import load_config
 from pretrain.data.build import Item, build, finish_manifest, write_samples
 from pretrain.data.characters import CLASS_NAMES, digits_task, render
 from pretrain.data.manifest import Shard, load_manifest
-from pretrain.distributed import free_port
 from pretrain.errors import UserError
 
 SHARD = 5000  # characters a shard

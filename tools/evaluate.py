@@ -22,7 +22,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain import cli, distributed
+from pretrain import cli
+from pretrain.cluster import agreement, ranks
 from pretrain.config import DataConfig, choices_of
 from pretrain.data.examples import sample_names
 from pretrain.data.images import to_float
@@ -170,17 +171,17 @@ def classify(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
     if job.task and (classes := scored_classes(job.task)):
         predict = among(predict, classes)
     if job.task and job.task.metric == "real":
-        labels = distributed.from_main(lambda: _real_labels(manifest))
+        labels = agreement.from_main(lambda: _real_labels(manifest))
         batches, num_scored = relabelled(batches, labels), sum(map(bool, labels))
     logit_bytes = 4 * manifest.num_samples * bench.weights.num_classes
     ranks_classes = manifest.multi_label and logit_bytes <= MAX_LOGIT_BYTES
     if manifest.multi_label and not ranks_classes:
         warn(f"{manifest.path}: no mean average precision: its logits would take {logit_bytes >> 30} GB")
     with cli.progress(job.name or "validation", manifest.num_samples, "images") as advance:
-        told = _told(batches, lambda: advance(bench.arguments.batch_size * distributed.world_size()))
+        told = _told(batches, lambda: advance(bench.arguments.batch_size * ranks.world_size()))
         found = predict_all(predict, told, loss=bench.loss, device=bench.device, keep_logits=ranks_classes)
     n = len(found.index)
-    if n < num_scored and distributed.is_main():
+    if n < num_scored and ranks.is_main():
         warn(f"{manifest.path}: {num_scored - n} of {num_scored} images cannot be read: not scored")
     bench.predictions.append((job, manifest, found))
     scores = scores_of(found)
@@ -204,7 +205,7 @@ def few_shot(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
         train, test = bench.features(name, extract, sets, arguments.fewshot_transform, fewshot.MAX_TRAIN)
         with cli.progress(f"few-shot, {name}", len(arguments.shots) * len(fewshot.SEEDS), "regressions") as advance:
             solve = partial(fewshot.fewshot, shots=arguments.shots, progress=advance)
-            rows += _rows(name, job, distributed.from_main(partial(_on_features, solve, train, test)))
+            rows += _rows(name, job, agreement.from_main(partial(_on_features, solve, train, test)))
     return rows
 
 
@@ -222,7 +223,7 @@ def _extractors(bench: Bench, sets: dict[str, Manifest]) -> dict[str, Extract]:
         pixel_bytes = sum(m.num_samples for m in sets.values()) * 3 * bench.weights.model.image_size**2 * 4
         if pixel_bytes <= MAX_PIXEL_BYTES:
             extractors[PIXELS] = raw_pixels
-        elif distributed.is_main():
+        elif ranks.is_main():
             warn(f"no row for raw pixels: they would take {pixel_bytes >> 30} GB, at most {MAX_PIXEL_BYTES >> 30}")
     return extractors
 
@@ -232,7 +233,7 @@ def nearest_neighbours(bench: Bench, job: Job, sets: dict[str, Manifest]) -> lis
     train, test = bench.features(TRAINED, pre_logits(bench.model), sets)
     with cli.progress(job.name, sets["test"].num_samples, "images") as advance:
         solve = partial(knn.knn, device=bench.device, progress=advance)
-        return _rows(TRAINED, job, distributed.from_main(partial(_on_features, solve, train, test)))
+        return _rows(TRAINED, job, agreement.from_main(partial(_on_features, solve, train, test)))
 
 
 def linear_probe(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
@@ -240,7 +241,7 @@ def linear_probe(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]
     train, test = bench.features(TRAINED, pre_logits(bench.model), sets)
     with cli.progress(job.name, len(probe.GRID) + 1, "regressions") as advance:
         solve = partial(probe.probe, progress=advance)
-        scores, c = distributed.from_main(partial(_on_features, solve, train, test))
+        scores, c = agreement.from_main(partial(_on_features, solve, train, test))
     bench.chosen_c[job.name] = c
     return _rows(TRAINED, job, scores)
 
@@ -306,9 +307,9 @@ def main() -> None:
     if arguments.workers is None:
         arguments.workers = min(4, len(os.sched_getaffinity(0)))
 
-    device = distributed.start(TIMEOUT_S)
+    device = ranks.start(TIMEOUT_S)
     rows, bench, record = _evaluate(arguments, jobs, device)
-    if distributed.is_main():
+    if ranks.is_main():
         out = arguments.out or results_folder(arguments.weights, "evaluation")
         _print_table(rows, str(arguments.weights))
         rows, record = _with_earlier(rows, record, out / "results.json")
@@ -316,7 +317,7 @@ def main() -> None:
         print(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
             _write_predictions(arguments.predictions, bench)
-    distributed.stop()
+    ranks.stop()
     if failed := record["failed"]:
         raise UserError(f"{len(failed)} of {len(jobs)} not scored: {', '.join(failed)}")
 
@@ -375,8 +376,8 @@ def _evaluate(
     arguments: argparse.Namespace, jobs: list[Job], device: torch.device
 ) -> tuple[list[Row], Bench, dict[str, Any]]:
     """Returns the rows, the bench with what else was found, and what is needed to repeat them."""
-    weights = distributed.together(lambda: read_weights(arguments.weights))
-    digest = distributed.from_main(lambda: weights_sha256(weights.source))
+    weights = agreement.together(lambda: read_weights(arguments.weights))
+    digest = agreement.from_main(lambda: weights_sha256(weights.source))
     failed: dict[str, str] = {}
     opened = [
         (job, sets) for job in jobs if (sets := _tried(job, failed, partial(_open, job, weights, arguments.data)))
@@ -401,14 +402,14 @@ def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
         if not job.name:
             raise
         failed[job.name] = str(error)
-        if distributed.is_main():
+        if ranks.is_main():
             warn(f"{job.name} is not scored: {error}")
         return None
 
 
 def _open(job: Job, weights: Weights, root: Path) -> dict[str, Manifest]:
     """Returns a job's data sets, checked before anything is read, on all ranks alike."""
-    return distributed.together(lambda: _opened(job, weights, root))
+    return agreement.together(lambda: _opened(job, weights, root))
 
 
 def _opened(job: Job, weights: Weights, root: Path) -> dict[str, Manifest]:

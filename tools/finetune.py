@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain import cli, finetune
+from pretrain.cluster.local import free_port
 from pretrain.config import Config, config_to_yaml
-from pretrain.distributed import free_port
 from pretrain.errors import NonFiniteError, UserError
 from pretrain.evaluation import tasks
 from pretrain.finetune import Sweep

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain import distributed
+from pretrain.cluster import ranks, signals
 from pretrain.config import Config, DataConfig
 from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.manifest import Manifest
@@ -68,7 +68,7 @@ class _TrainSteps(Dataset):
 
     def __init__(self, manifest: Manifest, order: Order, plan: BatchPlan, config: Config) -> None:
         self._manifest, self._order, self._plan, self._config = manifest, order, plan, config
-        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+        self._rank, self._world_size = ranks.rank(), ranks.world_size()
 
     def __getitem__(self, step: int) -> Batch:
         epochs, indices = self._order.samples(step)
@@ -101,9 +101,9 @@ class _EvalBatches(Dataset):
         self, manifest: Manifest, indices: np.ndarray, batch_size: int, image_size: int, config: DataConfig
     ) -> None:
         self._manifest, self._batch_size, self._image_size, self._config = manifest, batch_size, image_size, config
-        mine = indices[distributed.rank() :: distributed.world_size()]
+        mine = indices[ranks.rank() :: ranks.world_size()]
         # Equal numbers of batches on all ranks: each forward pass is a collective under ZeRO-3.
-        num_batches = -(-len(indices) // (distributed.world_size() * batch_size))
+        num_batches = -(-len(indices) // (ranks.world_size() * batch_size))
         self._parts = [mine[i * batch_size : (i + 1) * batch_size] for i in range(num_batches)]
 
     def __len__(self) -> int:
@@ -202,7 +202,7 @@ def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Ba
         collate_fn=_as_is,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
-        pin_memory=distributed.has_gpu(),
+        pin_memory=ranks.has_gpu(),
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader draws a seed; from the global generator it would shift dropout's
         # Not the default from Python 3.14 on, which imports torch anew for each iterator; workers never touch the GPU.
@@ -230,7 +230,7 @@ def _as_is(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    distributed.ignore_stop_signals()  # else SIGTERM to the group ends workers, and the final save is lost
+    signals.ignore_stop_signals()  # else SIGTERM to the group ends workers, and the final save is lost
 
 
 REASONS = ("tar", "missing", "decode", "label")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pretrain import distributed
+from pretrain.cluster import agreement, ranks
 from pretrain.data.loader import REASONS, Batch, count_reasons
 from pretrain.errors import UserError
 from pretrain.log import warn
@@ -63,7 +63,7 @@ def predict_all(
     parts: list[tuple[torch.Tensor, ...]] = []
     bad = torch.zeros(len(REASONS), dtype=torch.float64)
     for batch in batches:
-        distributed.raise_together(batch.error)
+        agreement.raise_together(batch.error)
         if stop_agreed():
             raise EvaluationStopped
         bad += count_reasons(batch.bad)
@@ -74,9 +74,9 @@ def predict_all(
         classes = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices  # [B, 5]
         found = batch.index, batch.labels, classes, shares.gather(1, classes), losses
         parts.append(tuple(t[batch.valid.to(t.device)] for t in (*found, *([logits] if keep_logits else []))))
-    _warn_of_bad(distributed.add_up(bad).tolist())
+    _warn_of_bad(agreement.add_up(bad).tolist())
     mine = [np.concatenate(_same_width([t.cpu().numpy() for t in column])) for column in zip(*parts)]
-    columns = [np.concatenate(_same_width(column)) for column in zip(*distributed.gather(mine))]
+    columns = [np.concatenate(_same_width(column)) for column in zip(*agreement.gather(mine))]
     if not len(columns[0]):
         raise UserError("no image of the validation set could be read")
     order = np.argsort(columns[0])
@@ -93,7 +93,7 @@ def _same_width(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _warn_of_bad(counts: list[float]) -> None:
-    if any(counts) and distributed.is_main():
+    if any(counts) and ranks.is_main():
         told = ", ".join(f"{count:.0f} {reason}" for reason, count in zip(REASONS, counts) if count)
         warn(f"validation: {sum(counts):.0f} images could not be used and are not scored ({told})")
 

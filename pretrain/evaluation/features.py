@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pretrain import distributed
+from pretrain.cluster import agreement, ranks
 from pretrain.config import DataConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
@@ -75,7 +75,7 @@ def extract_features(
     labels = np.zeros(len(indices), dtype=np.int64)
     values: np.ndarray | None = None  # made when the first batch tells how many features there are
     for batch in batches:
-        distributed.raise_together(batch.error)
+        agreement.raise_together(batch.error)
         if stop_agreed():
             raise EvaluationStopped
         found = extract(batch.images.to(device)).float().cpu()  # [B, D]
@@ -86,16 +86,16 @@ def extract_features(
             )
         mine = tuple(t[batch.valid].numpy() for t in (batch.index, found, batch.labels[:, 0]))
         # A batch at a time: a gather of everything at the end would hold it on every rank.
-        for part_index, part_values, part_labels in distributed.gather(mine):
+        for part_index, part_values, part_labels in agreement.gather(mine):
             places = np.searchsorted(indices, part_index)
             read[places] = True
-            if distributed.is_main():
+            if ranks.is_main():
                 values = np.empty((len(indices), found.shape[1]), dtype=np.float32) if values is None else values
                 values[places], labels[places] = part_values, part_labels
-        progress(min(len(indices), batch_size * distributed.world_size()))
+        progress(min(len(indices), batch_size * ranks.world_size()))
     if not read.any():
         raise UserError(f"{manifest.path}: none of the {len(indices)} images can be read")
-    if not distributed.is_main():
+    if not ranks.is_main():
         return None
     assert values is not None
     if not read.all():

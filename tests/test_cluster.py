@@ -8,28 +8,28 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from pretrain import distributed
+from pretrain.cluster import agreement, ranks, signals
 from pretrain.errors import UserError
 
 
 def agree() -> dict[str, Any]:
-    distributed.start(60)
-    rank = distributed.rank()
+    ranks.start(60)
+    rank = ranks.rank()
 
     def fail() -> None:
         raise UserError("told by rank 0")
 
     try:
-        distributed.from_main(fail)
+        agreement.from_main(fail)
         told = ""
     except UserError as error:
         told = str(error)
-    distributed.seed_generators(1, 2)
+    ranks.seed_generators(1, 2)
     return {
-        "gathered": distributed.gather(rank * 10),
-        "from_main": distributed.from_main(lambda: f"rank {distributed.rank()}"),
-        "sum": distributed.add_up(torch.tensor([1.0, rank])).tolist(),
-        "any": (distributed.any_rank(rank == 2), distributed.any_rank(False)),
+        "gathered": agreement.gather(rank * 10),
+        "from_main": agreement.from_main(lambda: f"rank {ranks.rank()}"),
+        "sum": agreement.add_up(torch.tensor([1.0, rank])).tolist(),
+        "any": (agreement.any_rank(rank == 2), agreement.any_rank(False)),
         "told": told,
         "draw": torch.rand(1).item(),
     }
@@ -49,8 +49,8 @@ def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a launcher and without `start`, every function works."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert distributed.gather(5) == [5] and distributed.from_main(lambda: 6) == 6 and distributed.any_rank(True)
-    assert distributed.add_up(torch.ones(2)).tolist() == [1.0, 1.0] and distributed.is_main()
+    assert agreement.gather(5) == [5] and agreement.from_main(lambda: 6) == 6 and agreement.any_rank(True)
+    assert agreement.add_up(torch.ones(2)).tolist() == [1.0, 1.0] and ranks.is_main()
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_a_contradictory_environment_is_refused(environment: dict, told: str, mo
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=told):
-        distributed.start(5)
+        ranks.start(5)
 
 
 def test_stop_request_remembers_and_a_second_interrupt_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
     """SIGUSR1 and the first SIGINT only set a flag; the second SIGINT raises; old handlers come back."""
     before = signal.getsignal(signal.SIGINT)
-    stop = distributed.StopRequest()
+    stop = signals.StopRequest()
     try:
         assert not stop.agreed()
         os.kill(os.getpid(), signal.SIGUSR1)

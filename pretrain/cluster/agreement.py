@@ -1,0 +1,79 @@
+"""Agreement between ranks: flags, counts, small objects, and errors that all meet together.
+
+Over a CPU group, so that it never waits for the device. Every function works in a world of one rank too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.cluster.ranks import cpu_group, is_main, world_size
+from pretrain.errors import StorageError, UserError
+
+
+def barrier() -> None:
+    """Waits until every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier(group=cpu_group())
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns every rank's (small, picklable) value, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=cpu_group())
+    return values
+
+
+def from_main(make: Callable[[], Any]) -> Any:
+    """Calls `make` on rank 0 and returns its result on every rank; its error is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = make()
+        except Exception as error:
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0, group=cpu_group())
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raises, on all ranks alike, the error that any rank met; does nothing when none did. Called by all ranks.
+
+    An error raised on one rank alone leaves the others waiting in a collective, and the exit code to chance.
+    """
+    if any_rank(error is not None):
+        raise next(found for found in gather(error) if found is not None)
+
+
+def together(make: Callable[[], Any]) -> Any:
+    """Returns what `make` returns on this rank; a user's or a storage error of any rank is raised on all."""
+    result, met = None, None
+    try:
+        result = make()
+    except (UserError, StorageError) as error:
+        met = error
+    raise_together(met)
+    return result
+
+
+def add_up(numbers: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over all ranks of a small tensor, as float64 on the CPU."""
+    total = numbers.detach().to("cpu", torch.float64, copy=True)
+    if dist.is_initialized():
+        dist.all_reduce(total, group=cpu_group())
+    return total
+
+
+def any_rank(flag: bool) -> bool:
+    """Returns whether the flag is set on at least one rank; the same answer on all."""
+    value = torch.tensor(int(flag))
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=cpu_group())
+    return bool(value)

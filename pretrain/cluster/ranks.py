@@ -1,0 +1,110 @@
+"""The ranks of a run: join the process group, know one's number and device, seed the generators.
+
+One process without a launcher is a world of one rank.
+"""
+
+import os
+import random
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pretrain.cluster.local import free_port
+from pretrain.errors import UserError
+
+_cpu_group: Any = None  # gloo, made by `start`
+
+
+def start(timeout_s: int) -> torch.device:
+    """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT describe; returns the device.
+
+    Raises UserError when these variables contradict each other.
+    """
+    global _cpu_group
+    _complete_environment()
+    device = torch.device("cuda", local_rank()) if has_gpu() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # Sums depend on the number of threads; a fixed share of the cores keeps runs repeatable on one machine.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // ranks_here)))
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        except dist.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            if "EADDRINUSE" in str(error):
+                raise UserError(f"{where} is in use, by another run? Give this one --master_port PORT") from None
+            raise UserError(f"rank {rank()} cannot reach rank 0 at {where}: {str(error).splitlines()[0]}") from None
+        _cpu_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+    return device
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    global _cpu_group
+    _cpu_group = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_timeouts(timeout_s: int) -> None:
+    """Gives every group of this process the timeout. DeepSpeed makes groups without one, which wait for 30 minutes."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.set_timeout(timedelta(seconds=timeout_s), group)
+
+
+def cpu_group() -> Any:
+    """The group that agreement goes over; None where there is one process."""
+    return _cpu_group
+
+
+def has_gpu() -> bool:
+    """Whether this run uses GPUs; DS_ACCELERATOR=cpu keeps it, and DeepSpeed, on the CPU."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def rank() -> int:
+    """This process, from 0, over all nodes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Processes over all nodes; each has one device."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process on its node, from 0: the device it uses."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all: rank 0."""
+    return rank() == 0
+
+
+def seed_generators(seed: int, step: int) -> None:
+    """Seeds this rank's generators (dropout, drop path) from (seed, step, rank): ranks differ, restarts repeat."""
+    words = np.random.SeedSequence([seed, step, rank()]).generate_state(2, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0]) % (1 << 32))
+    torch.manual_seed(int(words[1]) >> 1)  # seeds the devices too
+
+
+def _complete_environment() -> None:
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:  # no launcher: one rank
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host's name up, and warns if it fails
+    missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UserError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; check its environment")
+    if not 0 <= rank() < world_size():
+        raise UserError(f"WORLD_SIZE is {world_size()} but RANK is {rank()}: ranks count from 0; check the launcher")
