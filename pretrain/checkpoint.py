@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from pretrain.cluster import agreement, ranks
 from pretrain.errors import UserError
 from pretrain.log import warn
+from pretrain.storage import crc32c, fsync_path, write_text
 
 FORMAT, VERSION = "pretrain-checkpoint", 1
 _STEP_FOLDER = re.compile(r"step-(\d{10})")
@@ -123,10 +124,7 @@ def _publish(
     files.append(_write_json(temporary / "index.json", tensors))
     files.append(_write_json(temporary / "state.json", state))
     manifest = {**header, "files": sorted(files, key=lambda entry: entry["path"])}
-    (temporary / ".MANIFEST.json").write_text(_manifest_text(manifest), encoding="utf-8")
-    fsync_path(temporary / ".MANIFEST.json")
-    os.replace(temporary / ".MANIFEST.json", temporary / "MANIFEST.json")
-    fsync_path(temporary)
+    write_text(temporary / "MANIFEST.json", _manifest_text(manifest))
     if published.exists():  # of the same step: damaged and not used, or saved before its validation was made up for
         os.replace(published, published.with_name(f".trash-{published.name}"))
     os.replace(temporary, published)
@@ -155,15 +153,6 @@ def _file_name(kind: str, rank: int, world: int) -> str:
     return f"{kind}-{rank:05d}-of-{world:05d}.safetensors"
 
 
-def fsync_path(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _attempt(action: Any) -> str | None:
     """Returns what went wrong, None when nothing did."""
     try:
@@ -175,15 +164,6 @@ def _attempt(action: Any) -> str | None:
 
 def _listed(problem: str | None) -> list[str]:
     return [problem] if problem else []
-
-
-def crc32c(path: Path) -> str:
-    """Returns the CRC-32C of a file as 8 hex digits."""
-    checksum = google_crc32c.Checksum()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum.update(block)
-    return checksum.hexdigest().decode()
 
 
 def apply_retention(folder: Path, *, keep_last: int, keep_every_steps: int, keep_best: bool) -> None:

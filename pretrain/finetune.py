@@ -14,8 +14,6 @@ OUT/real/results.json          ImageNet's final runs by ReaL labels, which tools
 
 import json
 import math
-import os
-import socket
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +34,7 @@ from pretrain.errors import UserError
 from pretrain.evaluation.preparation import set_differences
 from pretrain.evaluation.tasks import VTAB, FineTuning, Task, task_folder, vtab_means
 from pretrain.models.weights import read_weights, results_folder, weights_sha256
+from pretrain.storage import write_text
 
 # Google's code (vision_transformer, vit_jax/input_pipeline.py and configs/common.py): Inception crop of 5 to 100 % of
 # the area, flip; evaluation resizes the whole image to the square.
@@ -489,9 +488,6 @@ def percent(found: dict[str, Any]) -> str:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Elements of a job array, on several nodes, write the same file.
-        temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text + "\n", shared=True)  # elements of a job array write the same file
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from None

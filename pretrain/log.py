@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from pretrain.cluster import ranks
+from pretrain.storage import replacing
 
 
 def say(message: str) -> None:
@@ -75,9 +76,8 @@ def rewind(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
 
 
 class RunLog:

@@ -12,7 +12,6 @@ runs/NAME/
 
 import fcntl
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from pretrain.config import (
 from pretrain.data.manifest import Manifest
 from pretrain.errors import ConfigError, UserError
 from pretrain.log import JsonLines, rewind, say
+from pretrain.storage import write_text
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "timm", "omegaconf", "numpy", "pillow")
 _STARTS, _LOCK = "starts.jsonl", "lock"
@@ -97,9 +97,7 @@ def is_done(folder: Path, config: Config) -> bool:
 def mark_done(folder: Path, step: int, metrics: dict[str, float]) -> None:
     """Writes DONE, on rank 0: an exit status alone proves nothing, launchers have lost it."""
     if ranks.is_main():
-        temporary = folder / ".tmp-DONE"
-        temporary.write_text(json.dumps({"step": step, **metrics}) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "DONE")
+        write_text(folder / "DONE", json.dumps({"step": step, **metrics}) + "\n")
 
 
 def fingerprint(train_set: Manifest) -> dict[str, Any]:
@@ -144,8 +142,8 @@ def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any],
         if path.name != _STARTS:  # its history is kept
             rewind(path, step)
     (folder / "DONE").unlink(missing_ok=True)  # of a shorter total_steps
-    (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-    (folder / "deepspeed.json").write_text(json.dumps(deepspeed_config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.yaml", config_to_yaml(config))
+    write_text(folder / "deepspeed.json", json.dumps(deepspeed_config, indent=2) + "\n")
     start = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

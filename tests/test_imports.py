@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A module imports from lower rows; modules of one folder may import each other.
 LAYERS = (
     {"errors"},
-    {"config", "cluster"},
+    {"config", "cluster", "storage"},
     {"log"},
     {"cli", "losses", "optim", "checkpoint"},
     {"data", "models"},

@@ -6,7 +6,6 @@ python tools/benchmark.py model --out models.jsonl    a table: parameters, FLOPs
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.config import HYBRIDS, VIT_SHAPES, Config, config_from_dict, named_model
 from pretrain.errors import UserError
+from pretrain.storage import write_text
 
 if TYPE_CHECKING:  # a wrong argument is told at once, not after the seconds that torch takes
     import torch
@@ -515,9 +515,7 @@ def _write_models(rows: list[dict[str, Any]], out: Path) -> None:
     table = [_COLUMNS, ruler, *map(_model_cells, rows)]
     lines = ["| " + " | ".join(line) + " |" for line in table] + ["", _conditions(rows) + "."]
     for path, text in ((out, [json.dumps(row) for row in rows]), (out.with_suffix(".md"), lines)):
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from pretrain.log import warn
 from pretrain.models.build import build_model
 from pretrain.models.weights import Weights, model_of, read_weights, results_folder, weights_sha256
 from pretrain.run import versions
+from pretrain.storage import replacing, write_text
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
 MAX_PIXEL_BYTES = 16 << 30  # of raw pixels as float32: 28,000 images at 224 px
@@ -648,20 +649,17 @@ def _write(out: Path, pages: dict[str, str | None]) -> None:
                     warn(f"{out / name}: removed, since it is of nothing in results.json any more")
                     (out / name).unlink()
                 continue
-            (out / f".tmp-{name}").write_text(content + "\n", encoding="utf-8")
-            os.replace(out / f".tmp-{name}", out / name)
+            write_text(out / name, content + "\n")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def _write_predictions(path: Path, bench: Bench) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for job, manifest, found in bench.predictions:
                 file.writelines(lines(found, manifest, job.name or "val"))
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another --predictions") from None
     print(path)

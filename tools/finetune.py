@@ -28,6 +28,7 @@ from pretrain.evaluation import tasks
 from pretrain.finetune import Sweep
 from pretrain.report.figures import paper_table, summary
 from pretrain.report.runs import read_runs
+from pretrain.storage import write_text
 
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
@@ -214,7 +215,7 @@ def _train(config: Config, sweep: Sweep, ranks: int) -> int:
     """Runs launch/pretrain.py; returns its exit code, or STOPPED when asked to stop, once no rank writes any more."""
     file = sweep.folder / "configs" / f"{config.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(config_to_yaml(config), encoding="utf-8")
+    write_text(file, config_to_yaml(config), shared=True)
     words = [*_launcher(ranks), str(ROOT / "launch" / "pretrain.py"), "--config", str(file)]
     asked: list[int] = []
 

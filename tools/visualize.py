@@ -5,7 +5,6 @@ python tools/visualize.py WEIGHTS [--image PHOTO ...] [--out DIR] [--tensorboard
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from pretrain.models.inspection import (
 from pretrain.models.positions import Grid
 from pretrain.models.vit import grid_of
 from pretrain.models.weights import model_of, read_weights, results_folder
+from pretrain.storage import replacing, write_text
 
 INTERNALS, ROLLOUT, NUMBERS = "internals.png", "rollout.png", "numbers.json"
 MAX_MAPS = 16  # per side: similarity maps of more places would be too small to read
@@ -159,11 +159,9 @@ def _write(
         if photos:
             pictures[ROLLOUT] = _draw_rollouts(title, photos)
         for name, figure in pictures.items():
-            figure.savefig(out / f".tmp-{name}", dpi=120, format="png")
-            os.replace(out / f".tmp-{name}", out / name)
-        numbers = json.dumps(_numbers(config, filters, positions, photos))
-        (out / f".tmp-{NUMBERS}").write_text(numbers + "\n", encoding="utf-8")
-        os.replace(out / f".tmp-{NUMBERS}", out / NUMBERS)
+            with replacing(out / name) as temporary:
+                figure.savefig(temporary, dpi=120, format="png")
+        write_text(out / NUMBERS, json.dumps(_numbers(config, filters, positions, photos)) + "\n")
         if tensorboard:
             _write_events(out, list(pictures))
     except OSError as error:

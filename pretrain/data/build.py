@@ -4,7 +4,6 @@ A source is a list of `Item`s: where an image is and what its label is. Existing
 """
 
 import gzip
-import hashlib
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ from pretrain.data.manifest import (
 from pretrain.data.order import words
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
+from pretrain.storage import replacing, sha256, write_text
 
 Progress = Callable[[int], None]  # told the number of samples just done
 
@@ -202,9 +202,8 @@ def _write_shard(
     path: Path, number: int, items: Iterable[Item], progress: Progress, check: bool = True
 ) -> tuple[Shard, list[str]]:
     """Writes a tar and its index, and returns the shard and what was left out, with the reason."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    dropped = _write_tar(temporary, number, items, progress, check)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        dropped = _write_tar(temporary, number, items, progress, check)
     return index_tar(path), dropped
 
 
@@ -228,8 +227,6 @@ def _write_tar(path: Path, number: int, items: Iterable[Item], progress: Progres
             writer.write({"__key__": f"{number:06d}{written:06d}", item.ending: data, LABEL_ENDING: label.encode()})
             written += 1
         writer.close()
-        stream.flush()
-        os.fsync(stream.fileno())
     return dropped
 
 
@@ -261,17 +258,13 @@ def index_existing(
 def _brought(source: Path, target: Path) -> Path:
     if source.resolve() == target.resolve():
         return target
-    temporary = target.with_name(f".tmp-{target.name}")
     try:
-        opened = gzip.open(source) if source.suffix == ".gz" else source.open("rb")
-        with opened as reader, temporary.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
-            writer.flush()
-            os.fsync(writer.fileno())
+        with replacing(target) as temporary:
+            opened = gzip.open(source) if source.suffix == ".gz" else source.open("rb")
+            with opened as reader, temporary.open("wb") as writer:
+                shutil.copyfileobj(reader, writer, 1 << 20)
     except (OSError, EOFError, zlib.error) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{source}: cannot be copied to {target} ({error})") from None
-    os.replace(temporary, target)
     return target
 
 
@@ -291,11 +284,9 @@ def _finish(
     multi_label: bool = False,
 ) -> Path:
     if classes:
-        (out / "classes.json").write_text(
-            json.dumps(list(classes), ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
-        )
+        write_text(out / "classes.json", json.dumps(list(classes), ensure_ascii=False, indent=0) + "\n")
     if dropped:
-        (out / "provenance.json").write_text(json.dumps({"dropped": dropped}, indent=1) + "\n", encoding="utf-8")
+        write_text(out / "provenance.json", json.dumps({"dropped": dropped}, indent=1) + "\n")
     options = {"has_names": bool(classes), "shuffle": shuffle, "multi_label": multi_label}
     return write_manifest(out, out.name, shards, num_classes, **options)
 
@@ -332,7 +323,7 @@ def index_tar(path: Path) -> Shard:
     _check_end(path, end)
     if len(set(keys)) < len(keys):
         raise UserError(f"{path}: key {_first_repeated(keys)} occurs twice; members of a sample must follow each other")
-    shard = Shard(path, len(keys), path.stat().st_size, _sha256(path))
+    shard = Shard(path, len(keys), path.stat().st_size, sha256(path))
     offsets = np.array([*starts, end], dtype=np.uint64) // BLOCK
     if int(offsets[-1]) >> 32:
         raise UserError(f"{path}: larger than 2 TiB; use smaller shards")
@@ -396,19 +387,11 @@ def _alone(shard: Shard, num_classes: int) -> Manifest:
     return Manifest(shard.path, "", "", shard.num_samples, num_classes, (), (shard,))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def verify(manifest: Manifest, progress: Progress = lambda _: None) -> Iterator[str]:
     """Yields what is wrong with a data set: digests, indexes, labels and images, every sample decoded."""
     for shard in manifest.shards:
         try:
-            if not shard.path.is_file() or _sha256(shard.path) != shard.sha256:
+            if not shard.path.is_file() or sha256(shard.path) != shard.sha256:
                 yield f"{shard.path}: is missing or is not the file that was indexed (SHA-256 differs)"
                 continue
             load_index(shard)

@@ -15,6 +15,7 @@ from pretrain.data.images import decode
 from pretrain.data.manifest import IMAGE_ENDINGS, Manifest
 from pretrain.data.reader import BadSample, read_sample
 from pretrain.errors import UserError
+from pretrain.storage import write_text
 
 FILE = "examples.jsonl"
 
@@ -49,7 +50,7 @@ def examples_sha256(examples: Iterable[Example]) -> str:
 def write_examples(folder: Path, examples: Iterable[Example]) -> None:
     """Writes the list beside a manifest."""
     text = "".join(json.dumps(example._asdict(), ensure_ascii=False) + "\n" for example in examples)
-    (folder / FILE).write_text(text, encoding="utf-8")
+    write_text(folder / FILE, text)
 
 
 def load_examples(manifest: Manifest) -> list[Example]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.storage import replacing, write_text
 
 FORMAT, VERSION = "pretrain-shards", 1
 INDEX_FORMAT = "pretrain-index"
@@ -145,9 +146,7 @@ def write_manifest(
         ],
     }
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
-    temporary = folder / ".tmp-manifest.json"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / "manifest.json")
+    write_text(folder / "manifest.json", text)
     return folder / "manifest.json"
 
 
@@ -184,9 +183,8 @@ def write_index(shard: Shard, index: ShardIndex) -> None:
         "payload_crc32": f"{zlib.crc32(payload):08x}",
     }
     path = shard.path.with_suffix(".idx")
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(json.dumps(header, sort_keys=True).encode() + b"\n" + payload)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(json.dumps(header, sort_keys=True).encode() + b"\n" + payload)
 
 
 def load_index(shard: Shard) -> ShardIndex:

@@ -20,6 +20,7 @@ from pretrain.data.reader import BadSample
 from pretrain.data.tfrecord import Record, read_features, split_records, tfds_folder
 from pretrain.errors import UserError
 from pretrain.evaluation.tasks import Task
+from pretrain.storage import write_text
 
 FORMAT, VERSION = "pretrain-task", 2
 FILE = "task.json"
@@ -137,9 +138,7 @@ def _write_task(task: Task, out: Path, there: Mapping[str, Prepared]) -> None:
         "differs": differences(task, prepared),
         "splits": {p.split: {"tfds_slice": task.splits[p.split]} | p._asdict() for p in prepared},
     }
-    temporary = out / f".tmp-{FILE}"
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / FILE)
+    write_text(out / FILE, json.dumps(values, indent=1) + "\n")
 
 
 def _in_order(task: Task, there: Mapping[str, Prepared]) -> list[Prepared]:

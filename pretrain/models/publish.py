@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pretrain.checkpoint import fsync_path
 from pretrain.errors import UserError
+from pretrain.storage import fsync_path
 
 # What a conversion writes; an overwritten folder keeps all else that is in it.
 WRITTEN = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "model.onnx", "model.onnx.data")

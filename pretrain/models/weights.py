@@ -18,6 +18,7 @@ from pretrain.models.google import read_google
 from pretrain.models.tensors import LazyTensor, Weights, check_keys, finite, readable
 from pretrain.models.timm_folder import read_timm_folder
 from pretrain.models.transformers_folder import read_transformers_folder
+from pretrain.storage import sha256
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
@@ -101,8 +102,7 @@ def weights_sha256(source: Path) -> str:
         else:
             files = [source]
         for path in files:
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            total.update(path.name.encode() + bytes.fromhex(sha256(path)))
     return total.hexdigest()
 
 

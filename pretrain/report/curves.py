@@ -4,7 +4,6 @@ The page's own lines follow its colour scheme, light or dark, and its text its f
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from pretrain.report.figures import best
 from pretrain.report.runs import Curve, Run
+from pretrain.storage import replacing
 
 # Okabe and Ito's colours, which differ for colour-blind readers too, darkened where they were pale on white. The page
 # has lighter ones on dark, in the same order; from the ninth run on they come again, dashed.
@@ -295,9 +295,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
             Line2D([], [], color="black", ls="--", marker="o", ms=4, lw=1, label="validation"),
         ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False, fontsize=11)
-    temporary = path.with_name(f".tmp-{path.name}")
-    figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
 
 
 def _finish_panel(axes: Any, scale: str) -> None:

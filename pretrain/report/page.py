@@ -5,7 +5,6 @@ The page has no script and forbids itself any, and everything from outside itsel
 
 import json
 import math
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pretrain.errors import UserError
 from pretrain.report import curves, figures
 from pretrain.report.figures import Table, summary
 from pretrain.report.runs import Run
+from pretrain.storage import write_text
 
 NAMES = ("report.html", "curves.png", "report.md", "report.json")
 
@@ -32,18 +32,16 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         curves.draw_curves(runs, out / "curves.png")
-        _write_text(out / "report.html", html(runs, summaries))
-        _write_text(out / "report.md", markdown(summaries, _missing(runs, summaries)))
-        _write_text(out / "report.json", json.dumps(_json_values(record), indent=2, allow_nan=False) + "\n")
+        pages = {
+            "report.html": html(runs, summaries),
+            "report.md": markdown(summaries, _missing(runs, summaries)),
+            "report.json": json.dumps(_json_values(record), indent=2, allow_nan=False) + "\n",
+        }
+        for name, text in pages.items():
+            write_text(out / name, text, errors="replace")  # names may hold halves of characters
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); give another --out") from None
     return [out / name for name in NAMES]
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8", errors="replace")  # names may hold halves of characters
-    os.replace(temporary, path)
 
 
 def _json_values(value: Any) -> Any:

@@ -1,0 +1,63 @@
+"""Files on disk: complete or absent, brought to the disk, and their checksums.
+
+A file is written under a temporary name in its own folder, synced, and renamed: a kill, a full disk or a power cut
+leaves the old file or the new one, never a torn one.
+"""
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import google_crc32c
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yields a name in the same folder to write to; when the block ends well, that file becomes `path`.
+
+    After an error it is removed and `path` is as before. shared: several processes, also on other nodes, may write the
+    same file at the same time; the last one wins. Raises OSError.
+    """
+    own = f"{socket.gethostname()}-{os.getpid()}-" if shared else ""
+    temporary = path.with_name(f".tmp-{own}{path.name}")
+    try:
+        yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def write_text(path: Path, text: str, *, errors: str = "strict", shared: bool = False) -> None:
+    """Makes `path` a UTF-8 file with this text, or leaves it as it was; see `replacing`."""
+    with replacing(path, shared=shared) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+def fsync_path(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def crc32c(path: Path) -> str:
+    """Returns the CRC-32C of a file as 8 hex digits."""
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while block := file.read(4 << 20):
+            checksum.update(block)
+    return checksum.hexdigest().decode()
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

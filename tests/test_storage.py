@@ -1,0 +1,72 @@
+"""Files appear complete or not at all, whatever ends their writing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain import storage
+from pretrain.storage import crc32c, fsync_path, replacing, sha256, write_text
+
+
+def test_a_file_is_replaced_by_one_rename(tmp_path: Path) -> None:
+    """The old text stands until the block has ended; nothing else is left in the folder."""
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old" and temporary.parent == tmp_path
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
+    """Whatever is raised while writing, an interrupt too: the old file stays, the temporary one goes."""
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    for error in (OSError("full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_file_and_folder_are_synced_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content is on the disk before the name is, and the name before the call returns."""
+    done: list[str] = []
+    real = os.replace
+    monkeypatch.setattr(storage, "fsync_path", lambda path: done.append(f"fsync {path.name}"))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), real(a, b)))
+    write_text(tmp_path / "file.txt", "text")
+    assert done == ["fsync .tmp-file.txt", "rename", f"fsync {tmp_path.name}"]
+
+
+def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
+    """kill -9 in the midst of the writing."""
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    program = (
+        "import os, sys; from pathlib import Path; from pretrain.storage import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, path], cwd=Path(__file__).parents[1]).returncode == -9
+    assert path.read_text() == "old"
+    write_text(path, "new")  # over what the kill has left
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_shared_files_have_temporaries_of_their_own(tmp_path: Path) -> None:
+    """Two processes that write the same file do not write into each other's temporary."""
+    with replacing(tmp_path / "file.txt", shared=True) as temporary:
+        assert str(os.getpid()) in temporary.name
+        temporary.write_text("text")
+    fsync_path(tmp_path)
+
+
+def test_checksums(tmp_path: Path) -> None:
+    """The published check values of both."""
+    (tmp_path / "digits").write_bytes(b"123456789")
+    assert crc32c(tmp_path / "digits") == "e3069283"
+    assert sha256(tmp_path / "digits").startswith("15e2b0d3c33891ebb0f1ef609ec41942")
