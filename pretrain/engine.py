@@ -19,7 +19,8 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
-from pretrain.checkpoint import CheckpointReader, Slice, check_names
+from pretrain.checkpoint.layout import Slice
+from pretrain.checkpoint.read import CheckpointReader, check_names
 from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
 from pretrain.data.images import to_float

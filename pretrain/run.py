@@ -6,7 +6,7 @@ runs/NAME/
   metrics.jsonl  tensorboard/    the curves
   batch.png                      one augmented batch
   bad_samples.jsonl  skipped_steps.jsonl  samples-RANK.jsonl    what was left out; the order, when asked for
-  checkpoints/                   see pretrain/checkpoint.py
+  checkpoints/                   see pretrain/checkpoint/layout.py
   DONE                           proof of the end: the last step and its validation
 """
 
@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from pretrain.checkpoint import read_state
+from pretrain.checkpoint.read import read_state
 from pretrain.cluster import agreement, ranks
 from pretrain.config import (
     BRANCH_MAY_CHANGE,

@@ -14,15 +14,10 @@ import numpy as np
 import torch
 from torchvision.utils import make_grid
 
-from pretrain.checkpoint import (
-    CheckpointReader,
-    apply_retention,
-    find_checkpoint,
-    newest_valid,
-    read_state,
-    save_checkpoint,
-    set_aside_newer,
-)
+from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_newer
+from pretrain.checkpoint.read import CheckpointReader, read_state
+from pretrain.checkpoint.retention import apply_retention
+from pretrain.checkpoint.write import save_checkpoint
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.config import Config, config_to_dict
 from pretrain.data.loader import REASONS, Batch, check_bad_fraction, count_reasons, eval_batches, train_batches

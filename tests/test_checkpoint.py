@@ -12,16 +12,12 @@ import pytest
 import torch
 from ranks import run_ranks, start_ranks
 
-from pretrain import checkpoint as checkpoints
-from pretrain.checkpoint import (
-    CheckpointReader,
-    DamagedError,
-    Slice,
-    find_checkpoint,
-    newest_valid,
-    save_checkpoint,
-    step_folders,
-)
+from pretrain.checkpoint import find
+from pretrain.checkpoint.find import find_checkpoint, newest_valid, validate
+from pretrain.checkpoint.layout import DamagedError, Slice, step_folders, step_of
+from pretrain.checkpoint.read import CheckpointReader, check_names, read_state
+from pretrain.checkpoint.retention import apply_retention
+from pretrain.checkpoint.write import save_checkpoint
 from pretrain.cluster import ranks
 from pretrain.errors import UserError
 
@@ -43,11 +39,11 @@ def save(folder: Path, step: int, elements: int = 1000) -> bool:
 
 
 def expect_whole(path: Path, elements: int = 1000) -> None:
-    step = checkpoints.step_of(path)
+    step = step_of(path)
     reader = CheckpointReader(path)
     for kind, name in (("weights", "weight"), ("optimizer", "exp_avg/weight")):
         assert torch.equal(reader.tensor(name, kind), torch.arange(elements, dtype=torch.float32) + step)
-    assert checkpoints.read_state(path)["step"] == step
+    assert read_state(path)["step"] == step
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +62,7 @@ def save_for_ever(folder: Path, elements: int, first: int) -> None:
     ranks.start(60)
     for step in range(first, 1_000_000):
         assert save(folder, step, elements)
-        checkpoints.apply_retention(folder, keep_last=2, keep_every_steps=0, keep_best=False)
+        apply_retention(folder, keep_last=2, keep_every_steps=0, keep_best=False)
         if ranks.is_main():
             (folder / "now.txt").write_text(str(step))
             os.replace(folder / "now.txt", folder / "published.txt")
@@ -102,7 +98,7 @@ def _kill_during_saving(folder: Path, kills: int, seed: int) -> None:
     chance, elements, interrupted = random.Random(seed), 200_000, 0
     for _ in range(kills):
         newest = step_folders(folder)
-        first = checkpoints.step_of(newest[0]) + 1 if newest else 1
+        first = step_of(newest[0]) + 1 if newest else 1
         (folder / "published.txt").write_text("0")  # by the test, before the ranks start
         processes = start_ranks(save_for_ever, 2, folder, elements, first)
         deadline = time.monotonic() + 60
@@ -119,7 +115,7 @@ def _kill_during_saving(folder: Path, kills: int, seed: int) -> None:
         assert published, "the ranks never saved"
         path = newest_valid(folder)
         assert path == step_folders(folder)[0], "the newest one is unreadable"
-        assert checkpoints.step_of(path) >= published
+        assert step_of(path) >= published
         expect_whole(path, elements)
     assert interrupted >= kills // 5, f"only {interrupted} of {kills} kills hit a save"
 
@@ -145,7 +141,7 @@ def test_damage_is_named_and_the_one_before_is_used(
     warning = capsys.readouterr().err
     assert victim.name in warning and "step-0000000002" in warning and warning.count("\n") == 1
     with pytest.raises(DamagedError, match=victim.name):
-        checkpoints.validate(tmp_path / "step-0000000002")
+        validate(tmp_path / "step-0000000002")
 
 
 def test_every_bit_counts(tmp_path: Path) -> None:
@@ -159,24 +155,24 @@ def test_every_bit_counts(tmp_path: Path) -> None:
             content[bit // 8] ^= 1 << bit % 8
             file.write_bytes(content)
             with pytest.raises(DamagedError):
-                checkpoints.validate(file.parent)
+                validate(file.parent)
             content[bit // 8] ^= 1 << bit % 8
         file.write_bytes(content)
-    checkpoints.validate(tmp_path / "step-0000000001")
+    validate(tmp_path / "step-0000000001")
 
 
 def test_an_unreadable_file_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad sector under the newest checkpoint costs an interval, not the run."""
     save(tmp_path, 1)
     save(tmp_path, 2)
-    real = checkpoints.crc32c
+    real = find.crc32c
 
     def failing(path: Path) -> str:
         if "step-0000000002" in str(path) and path.name.startswith("weights"):
             raise OSError(5, "Input/output error")
         return real(path)
 
-    monkeypatch.setattr(checkpoints, "crc32c", failing)
+    monkeypatch.setattr(find, "crc32c", failing)
     assert newest_valid(tmp_path) == tmp_path / "step-0000000001"
 
 
@@ -187,7 +183,7 @@ def test_an_average_is_a_third_kind_that_may_be_missing(tmp_path: Path) -> None:
     path = tmp_path / "step-0000000001"
     assert (path / "average-00000-of-00001.safetensors").is_file()
     assert torch.equal(CheckpointReader(path).tensor("weight", "average"), average.values)
-    checkpoints.validate(path)
+    validate(path)
     save(tmp_path, 2)
     path = tmp_path / "step-0000000002"
     assert not list(path.glob("average*")) and CheckpointReader(path).shapes("average") == {}
@@ -197,7 +193,7 @@ def test_an_average_is_a_third_kind_that_may_be_missing(tmp_path: Path) -> None:
     reader = CheckpointReader(path)
     assert reader.shapes("average") == {} and reader.shapes() == {"weight": (1000,)}
     with pytest.raises(UserError, match="average tensors missing"):
-        checkpoints.check_names(reader, ["weight"], "average")
+        check_names(reader, ["weight"], "average")
 
 
 def test_a_checkpoint_is_found_by_its_run_or_by_its_folder(tmp_path: Path) -> None:
@@ -242,7 +238,7 @@ def test_other_shapes_and_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"weight has shape \(1000,\) in the checkpoint, \(10, 100\) in the model"):
         reader.read_into(Slice("weight", (10, 100), 0, torch.empty(5)))
     with pytest.raises(UserError, match="bias"):
-        checkpoints.check_names(reader, ["weight", "bias"])
+        check_names(reader, ["weight", "bias"])
 
 
 def fill_the_disk(folder: Path) -> list[bool]:
@@ -275,8 +271,8 @@ def test_retention(tmp_path: Path) -> None:
         metrics = {} if score is None else {"val/top1": score}
         save_checkpoint(tmp_path, step, weights, [], {"cpu": torch.get_rng_state()}, {"metrics": metrics})
     (tmp_path / ".tmp-step-0000000070").mkdir()
-    checkpoints.apply_retention(tmp_path, keep_last=2, keep_every_steps=40, keep_best=True)
-    assert [checkpoints.step_of(path) for path in step_folders(tmp_path)] == [60, 50, 40, 20]
+    apply_retention(tmp_path, keep_last=2, keep_every_steps=40, keep_best=True)
+    assert [step_of(path) for path in step_folders(tmp_path)] == [60, 50, 40, 20]
     assert not list(tmp_path.glob(".trash-*"))
 
 

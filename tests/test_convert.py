@@ -28,7 +28,8 @@ from torch import nn
 from weights_on_disk import ROOT, load_tool, one_line_error, randomised, run_tool, save_run
 
 import pretrain.models.onnx_file
-from pretrain.checkpoint import Slice, save_checkpoint
+from pretrain.checkpoint.layout import Slice
+from pretrain.checkpoint.write import save_checkpoint
 from pretrain.cluster import ranks
 from pretrain.config import Config, ModelConfig, config_to_dict, config_to_yaml
 from pretrain.errors import StorageError, UserError

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from tiny import NUM_CLASSES, changed, make_shards, tiny_config
 from torch import nn
 
-from pretrain.checkpoint import CheckpointReader, Slice, read_state, save_checkpoint
+from pretrain.checkpoint.layout import Slice
+from pretrain.checkpoint.read import CheckpointReader, read_state
+from pretrain.checkpoint.write import save_checkpoint
 from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
 from pretrain.data.images import to_float

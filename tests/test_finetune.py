@@ -28,7 +28,8 @@ from tiny import make_shards, tiny_config
 from weights_on_disk import ROOT, load_tool, one_line, save_run
 
 from pretrain import finetune
-from pretrain.checkpoint import newest_valid, step_folders
+from pretrain.checkpoint.find import newest_valid
+from pretrain.checkpoint.layout import step_folders
 from pretrain.config import Config, ModelConfig, config_to_yaml
 from pretrain.data.examples import Example, write_examples
 from pretrain.data.images import eval_image, to_float, train_image

@@ -10,7 +10,7 @@ import torch
 import yaml
 from tiny import make_shards, tiny_config
 
-from pretrain.checkpoint import newest_valid
+from pretrain.checkpoint.find import newest_valid
 from pretrain.cluster.local import free_port
 from pretrain.config import config_to_dict
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from tiny import make_shards, tiny_config
 
-from pretrain.checkpoint import step_folders
+from pretrain.checkpoint.layout import step_folders
 from pretrain.cluster.local import free_port
 from pretrain.config import config_to_dict
 

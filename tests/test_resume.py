@@ -14,7 +14,9 @@ import torch
 from ranks import run_ranks, start_ranks
 from tiny import changed, make_shards, tiny_config
 
-from pretrain.checkpoint import CheckpointReader, newest_valid, read_state, step_folders, step_of
+from pretrain.checkpoint.find import newest_valid
+from pretrain.checkpoint.layout import step_folders, step_of
+from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches

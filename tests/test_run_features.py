@@ -15,7 +15,7 @@ from PIL import Image
 from ranks import run_ranks
 from tiny import changed, make_shards, tiny_config
 
-from pretrain.checkpoint import newest_valid
+from pretrain.checkpoint.find import newest_valid
 from pretrain.cluster import ranks
 from pretrain.config import Config, DataConfig, config_to_dict
 from pretrain.data.build import Item, build

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.checkpoint import Slice, save_checkpoint
+from pretrain.checkpoint.layout import Slice
+from pretrain.checkpoint.write import save_checkpoint
 from pretrain.config import Config, ModelConfig, config_to_dict, config_to_yaml
 from pretrain.models.build import build_model
 from pretrain.models.equivalent import own_tensors

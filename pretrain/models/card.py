@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import read_state
+from pretrain.checkpoint.read import read_state
 from pretrain.config import Config, config_from_dict, non_defaults
 from pretrain.models.tensors import Weights, readable
 from pretrain.models.weights import results_folder

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pretrain.checkpoint import CheckpointReader, newest_valid, read_state, validate
+from pretrain.checkpoint.find import newest_valid, validate
+from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.config import Config, ModelConfig, config_from_dict
 from pretrain.errors import UserError
 from pretrain.models.build import build_model
