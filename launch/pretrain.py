@@ -35,7 +35,7 @@ def main() -> None:
         return
     if os.environ.get("RANK", "0") == "0":
         print(f"{config.name}: loading torch and DeepSpeed", flush=True)
-    from pretrain.train import train  # torch and DeepSpeed take seconds to import; a wrong key is told at once
+    from pretrain.train.run import train
 
     train(config)
 

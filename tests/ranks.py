@@ -15,7 +15,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the forkserver starts: 
 
 _context = multiprocessing.get_context("forkserver")
 # These imports take seconds: once instead of once a rank. The second one is DeepSpeed's, in the midst of initialize.
-_context.set_forkserver_preload(["pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
+_context.set_forkserver_preload(["pretrain.train.run", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

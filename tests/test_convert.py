@@ -44,7 +44,8 @@ from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
 from pretrain.models.verify import Source, our_outputs
 from pretrain.models.weights import read_weights
-from pretrain.train import _build_engine, _open_data
+from pretrain.train.datasets import open_data
+from pretrain.train.run import build_engine
 
 pytestmark = pytest.mark.slow  # most start two processes that import torch and a library
 torch.set_num_threads(1)
@@ -590,8 +591,8 @@ def test_arguments_that_do_not_fit_are_told(case: str, source: Path, tmp_path: P
 def _save_both(config: Config, folder: Path) -> None:
     """Saves one engine's weights in DeepSpeed's own way and in ours."""
     device = ranks.start(60)
-    data = _open_data(config)
-    engine = _build_engine(config, data, device, from_scratch=True)
+    data = open_data(config)
+    engine = build_engine(config, data, device, from_scratch=True)
     engine._engine.save_checkpoint(str(folder / "theirs"), tag="global_step0")
     state = {"step": 0, "metrics": {}, "config": config_to_dict(config), "num_classes": 7, "class_names": []}
     assert save_checkpoint(folder / "ours", 0, engine.weights(), [], {}, state)

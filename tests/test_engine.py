@@ -21,11 +21,13 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
-from pretrain.engine import Engine, check_precision, deepspeed_config
+from pretrain.engine.settings import check_precision, deepspeed_config
+from pretrain.engine.step import Engine
 from pretrain.errors import UserError
 from pretrain.models.build import build_model
 from pretrain.optim import learning_rate, moment_dtypes
-from pretrain.train import _build_engine, _open_data
+from pretrain.train.datasets import open_data
+from pretrain.train.run import build_engine
 
 STEPS = 20
 needs_fp16 = pytest.mark.skipif(
@@ -41,8 +43,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(config: Config) -> tuple[Engine, Any]:
     device = ranks.start(60)
-    data = _open_data(config)
-    return _build_engine(config, data, device, from_scratch=True), data
+    data = open_data(config)
+    return build_engine(config, data, device, from_scratch=True), data
 
 
 def steps(engine: Engine, data: Any, config: Config, first: int, last: int) -> list[float]:
@@ -63,7 +65,7 @@ def losses_of_run(config: Config) -> list[float]:
 
 def plain_losses(config: Config) -> list[float]:
     """The same run as a plain PyTorch loop: one process, no DeepSpeed, no accumulation."""
-    data = _open_data(config)
+    data = open_data(config)
     model = build_model(config.model, data.num_classes, config.seed).train()
     decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and n.endswith("weight")]
     others = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and n.endswith("weight"))]
@@ -528,15 +530,15 @@ def test_not_finite_on_one_rank_skips_all(stage: int, precision: str, max_micro_
 
 def infinite_loss(config: Config) -> tuple[bool, bool]:
     """A loss that is infinite while its gradients are finite."""
-    import pretrain.engine
+    import pretrain.engine.step
 
     engine, data = start(config)
     batch = next(train_batches(data.train, data.order, engine.plan, config, 0))
     engine.train_step(batch, 1e-3)
-    real = pretrain.engine.per_image_loss
-    pretrain.engine.per_image_loss = lambda *arguments: real(*arguments) + float("inf")
+    real = pretrain.engine.step.per_image_loss
+    pretrain.engine.step.per_image_loss = lambda *arguments: real(*arguments) + float("inf")
     skipped = engine.train_step(batch, 1e-3)
-    pretrain.engine.per_image_loss = real
+    pretrain.engine.step.per_image_loss = real
     return skipped.applied, engine.train_step(batch, 1e-3).applied
 
 
@@ -581,7 +583,7 @@ def test_a_precision_that_the_machine_lacks_is_one_line(
 
 
 def names_missing(config: Config) -> list[str]:
-    """The private names of DeepSpeed that engine.py relies on and that are not there."""
+    """The private names of DeepSpeed that engine/slices.py relies on and that are not there."""
     engine, _ = start(config)
     zero, parameter = engine._zero, next(engine._engine.module.parameters())
     if config.engine.zero_stage == 3:
@@ -603,32 +605,6 @@ def names_missing(config: Config) -> list[str]:
 def test_private_names_exist(stage: int, shards: Path) -> None:
     """A new DeepSpeed that renames what checkpoints read fails here, by name."""
     assert run_ranks(names_missing, 1, tiny_config(shards, Path("unused"), engine__zero_stage=stage)) == [[]]
-
-
-def shm_op(config: Config) -> Any:
-    import deepspeed
-
-    start(config)
-    return deepspeed.comm.comm.cdb.shm_comm_op
-
-
-def test_no_compiler_needed(shards: Path) -> None:
-    """DeepSpeed's CPU op, which would be compiled for a minute, is not built."""
-    assert run_ranks(shm_op, 1, tiny_config(shards, Path("unused"))) == [None]
-
-
-def group_timeouts(config: Config) -> list[float]:
-    start(config)
-    import torch.distributed as dist
-
-    groups = dist.distributed_c10d._world.pg_map
-    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
-
-
-def test_every_group_has_the_timeout(shards: Path) -> None:
-    """Also the groups that DeepSpeed makes, which would wait for 30 minutes."""
-    timeouts = run_ranks(group_timeouts, 1, tiny_config(shards, Path("unused"), engine__timeout_s=77))[0]
-    assert set(timeouts) == {77.0}
 
 
 def test_batch_split_keeps_order() -> None:

@@ -39,7 +39,7 @@ from pretrain.errors import UserError
 from pretrain.evaluation.tasks import PAPER_ROWS, TASKS, VTAB, real_labels, task
 from pretrain.models.weights import load_model, read_weights
 from pretrain.optim import learning_rate
-from pretrain.train import train
+from pretrain.train.run import train
 
 torch.set_num_threads(1)
 B16 = finetune.Start(Path("b16.npz"), ModelConfig(name="B", dropout=0.1, head_bias=-10.0, representation_size=768), "0")

@@ -11,11 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A module imports from lower rows; modules of one folder may import each other.
 LAYERS = (
     {"errors"},
-    {"config", "cluster", "storage"},
+    {"config", "cluster", "storage", "provenance"},
     {"log"},
     {"cli", "losses", "optim", "checkpoint"},
     {"data", "models"},
-    {"run"},
     {"engine"},
     {"evaluation"},
     {"train"},

@@ -22,8 +22,8 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import ConfigError, NonFiniteError, UserError
-from pretrain.run import refuse_changes
-from pretrain.train import train
+from pretrain.train.folder import refuse_changes
+from pretrain.train.run import train
 
 LAYOUTS = [("fp32", 1), ("bf16", 1), ("bf16", 3)]
 
@@ -279,15 +279,15 @@ def test_two_processes_cannot_train_in_one_folder(shards: Path, tmp_path: Path) 
 
 def explode(config: Config) -> tuple[str, int]:
     """A run whose loss is NaN from the 7th step on."""
-    import pretrain.engine
+    import pretrain.engine.step
 
-    real, calls = pretrain.engine.per_image_loss, [0]
+    real, calls = pretrain.engine.step.per_image_loss, [0]
 
     def poisoned(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
         return real(*arguments) * (float("nan") if calls[0] > 6 else 1.0)
 
-    pretrain.engine.per_image_loss = poisoned
+    pretrain.engine.step.per_image_loss = poisoned
     try:
         train(config)
     except NonFiniteError as error:
@@ -341,15 +341,15 @@ def test_a_storage_error_of_one_rank_ends_all_with_its_message(shards: Path, tmp
 
 def stop_in_validation(config: Config) -> None:
     """Is asked to stop while the last validation runs."""
-    import pretrain.train
+    import pretrain.train.evaluate
 
-    real = pretrain.train.eval_batches
+    real = pretrain.train.evaluate.eval_batches
 
     def batches(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         yield from real(*arguments, **options)
 
-    pretrain.train.eval_batches = batches
+    pretrain.train.evaluate.eval_batches = batches
     train(config)
 
 
@@ -414,7 +414,7 @@ def scored(config: Config, kind: str) -> dict[str, float]:
     """Scores the held-out samples with the checkpoint's averages, as load_model reads it, or with its weights."""
     from pretrain.evaluation.classification import classification_scores
     from pretrain.models import load_model
-    from pretrain.train import _open_data
+    from pretrain.train.datasets import open_data
 
     run = config.output / config.name
     model = load_model(run)
@@ -426,7 +426,7 @@ def scored(config: Config, kind: str) -> dict[str, float]:
             parameter.data.copy_(reader.tensor(name))
         else:
             assert torch.equal(parameter, reader.tensor(name, "average")), name
-    data = _open_data(config)
+    data = open_data(config)
     assert data.val is not None
     batches = eval_batches(data.val, data.val_indices, batch_size=16, image_size=16, config=config.data)
     with torch.no_grad():

@@ -30,7 +30,8 @@ from pretrain.models import load_model
 from pretrain.models.build import build_model
 from pretrain.report.curves import draw_panels
 from pretrain.report.runs import read_runs
-from pretrain.train import _build_engine, _open_data, train
+from pretrain.train.datasets import open_data
+from pretrain.train.run import build_engine, train
 
 torch.set_num_threads(1)
 
@@ -114,15 +115,15 @@ def stop_in_features(config: Config) -> None:
     import os
     import signal
 
-    import pretrain.train
+    import pretrain.train.evaluate
 
-    real = pretrain.train.extract_features
+    real = pretrain.train.evaluate.extract_features
 
     def extract(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **options)
 
-    pretrain.train.extract_features = extract
+    pretrain.train.evaluate.extract_features = extract
     train(config)
 
 
@@ -177,9 +178,9 @@ def precision_by_hand(folder: Path, shards: Path) -> float:
 
 
 def finish_without_room(config: Config) -> None:
-    import pretrain.train
+    import pretrain.train.datasets
 
-    pretrain.train.MAX_LOGIT_BYTES = 4 * 47 * 8 - 1
+    pretrain.train.datasets.MAX_LOGIT_BYTES = 4 * 47 * 8 - 1
     train(config)
 
 
@@ -209,7 +210,7 @@ IMAGES = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8, generator=tor
 
 def features_of_rank(config: Config) -> np.ndarray:
     """Of ten images, by an engine that has not trained yet."""
-    engine = _build_engine(config, _open_data(config), ranks.start(60), from_scratch=True)
+    engine = build_engine(config, open_data(config), ranks.start(60), from_scratch=True)
     return engine.features(IMAGES).float().numpy()
 
 
@@ -262,4 +263,4 @@ def test_other_classes_are_refused_at_the_start(shards: Path, tmp_path: Path) ->
     manifest["label"]["num_classes"] += 1
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="7 classes.* and .*8 classes.* must have the same classes"):
-        _open_data(with_features(shards, tmp_path, evaluation__fewshot_test=other))
+        open_data(with_features(shards, tmp_path, evaluation__fewshot_test=other))

@@ -20,7 +20,7 @@ from pretrain.data.loader import train_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.data.order import BatchPlan, Order
 from pretrain.models.build import build_model
-from pretrain.train import train
+from pretrain.train.run import train
 
 STEPS = 50
 

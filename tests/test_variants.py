@@ -17,7 +17,7 @@ from pretrain.models.google import write_google
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
 from pretrain.models.weights import read_weights
-from pretrain.train import train
+from pretrain.train.run import train
 
 torch.set_num_threads(1)
 

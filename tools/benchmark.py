@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # a wrong argument is told at once, not after the seconds tha
     import torch
 
     from pretrain.data.loader import Batch
-    from pretrain.engine import Engine
+    from pretrain.engine.step import Engine
 
 # Dense bf16, from data sheets; the figures with 2:4 sparsity are twice as high and mean nothing here.
 PEAK_TFLOP_PER_S = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
@@ -141,7 +141,7 @@ def _plan(options: dict[str, Any]) -> _Plan:
 
 def _engine(config: Config, device: "torch.device") -> "Engine":
     from pretrain.data.order import plan_batch
-    from pretrain.engine import Engine
+    from pretrain.engine.step import Engine
     from pretrain.models.build import build_model
 
     size = config.data.global_batch
@@ -230,8 +230,8 @@ def _run_train(arguments: argparse.Namespace) -> None:
 
 def _measure_train(model: str, compiled: bool, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     from pretrain.models.profile import num_parameters, train_flops
-    from pretrain.run import versions
-    from pretrain.train import peak_memory_bytes
+    from pretrain.provenance import versions
+    from pretrain.train.meter import peak_memory_bytes
 
     plan = _plan(options)
     config = _config(
@@ -281,7 +281,7 @@ def _on_meta(config: Config) -> "torch.nn.Module":
     """The model in the precision of its weights, without memory."""
     import torch
 
-    from pretrain.engine import DTYPES
+    from pretrain.engine.settings import DTYPES
     from pretrain.models.build import build_model
 
     with torch.device("meta"):
@@ -363,7 +363,7 @@ def _measure_model(
     model: str, image_size: int, pooling: str | None, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yields the row with what is counted, then with the forward pass, then with training: each outlives a failure."""
-    from pretrain.run import versions
+    from pretrain.provenance import versions
 
     plan = _plan(options)
     gpu = plan.device.type == "cuda"
@@ -402,7 +402,7 @@ def _forward(config: Config, batch: "Batch") -> "Callable[[], torch.Tensor]":
     import torch
 
     from pretrain.data.images import to_float
-    from pretrain.engine import DTYPES
+    from pretrain.engine.settings import DTYPES
     from pretrain.models.build import build_model
 
     dtype = DTYPES[config.engine.precision]

@@ -26,7 +26,7 @@ from pretrain.models.tensors import Weights
 from pretrain.models.timm_folder import read_timm_folder, write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import for_transformers, read_transformers_folder, write_transformers_folder
 from pretrain.models.verify import Comparison, Source, check_installed, compare, same_tensors
-from pretrain.run import versions
+from pretrain.provenance import versions
 
 
 class Target(NamedTuple):

@@ -47,7 +47,7 @@ from pretrain.evaluation.tasks import TASKS, Task, missing, real_labels, scored_
 from pretrain.log import warn
 from pretrain.models.build import build_model
 from pretrain.models.weights import Weights, model_of, read_weights, results_folder, weights_sha256
-from pretrain.run import versions
+from pretrain.provenance import versions
 from pretrain.storage import replacing, write_text
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"

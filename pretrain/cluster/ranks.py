@@ -54,12 +54,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def set_timeouts(timeout_s: int) -> None:
-    """Gives every group of this process the timeout. DeepSpeed makes groups without one, which wait for 30 minutes."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.set_timeout(timedelta(seconds=timeout_s), group)
-
-
 def cpu_group() -> Any:
     """The group that agreement goes over; None where there is one process."""
     return _cpu_group

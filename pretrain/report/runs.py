@@ -1,6 +1,6 @@
 """What a run's folder holds, read into one plain value; hands on `Run`. Changes nothing in the folder.
 
-metrics.jsonl, starts.jsonl, bad_samples.jsonl, skipped_steps.jsonl, config.yaml, DONE, batch.png (pretrain/run.py);
+metrics.jsonl, starts.jsonl, bad_samples.jsonl, skipped_steps.jsonl, config.yaml, DONE, batch.png (train/folder.py);
 evaluation/results.json (tools/evaluate.py), evaluation/wrong.json, finetune/TASK/results.json and the same below
 finetune-from-scratch (tools/finetune.py), pictures/*.png (tools/visualize.py).
 A folder without a run has what it has: that of converted weights, or the --out of tools/finetune.py.

@@ -12,8 +12,6 @@ runs/NAME/
 
 import fcntl
 import json
-import platform
-import subprocess
 import sys
 import time
 import uuid
@@ -34,9 +32,9 @@ from pretrain.config import (
 from pretrain.data.manifest import Manifest
 from pretrain.errors import ConfigError, UserError
 from pretrain.log import JsonLines, rewind, say
+from pretrain.provenance import commit, versions
 from pretrain.storage import write_text
 
-_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "timm", "omegaconf", "numpy", "pillow")
 _STARTS, _LOCK = "starts.jsonl", "lock"
 _CLAIM_TRIES = 20  # half a second each: a killed run's last processes may need seconds to go
 
@@ -149,24 +147,7 @@ def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any],
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": ranks.world_size(),
         "command": sys.argv,
-        "commit": _commit(),
+        "commit": commit(),
         "versions": versions(),
     }
     JsonLines(folder / _STARTS).append(start)
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide numbers."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
-
-
-def _commit() -> str | None:
-    """The checked-out commit, "+changes" when files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "") if head.returncode == 0 else None

@@ -1,0 +1,8 @@
+"""DeepSpeed around the model. Only this folder knows DeepSpeed."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed's import: no search for one, no warning

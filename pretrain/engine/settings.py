@@ -1,0 +1,68 @@
+"""What DeepSpeed is told: its configuration, derived from ours, and what this machine cannot do."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from pretrain.config import Config
+from pretrain.data.order import BatchPlan
+from pretrain.errors import UserError
+
+TESTED_VERSION = "0.19.8"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def check_version() -> None:
+    """Raises UserError unless DeepSpeed is the tested version: slices.py reads its inside."""
+    if deepspeed.__version__ != TESTED_VERSION:
+        raise UserError(
+            f"deepspeed is {deepspeed.__version__}, but checkpoints read its inside: install {TESTED_VERSION}"
+        )
+
+
+def deepspeed_config(config: Config, plan: BatchPlan, world_size: int) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration, derived from ours; every key that we rely on is written out.
+
+    Defaults are no help: unknown keys are ignored silently, and clipping is 1.0 when it is not named.
+    """
+    precision = config.engine.precision
+    return {
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "train_batch_size": plan.micro_batch * plan.accumulation * world_size,  # masked slots included
+        "gradient_clipping": config.optim.clip_norm,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "fp16": {
+            "enabled": precision == "fp16",
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        },
+        # Several bf16 micro-batches are added up in float32: bf16 would lose the small ones.
+        "data_types": {"grad_accum_dtype": "fp32" if plan.accumulation > 1 and precision == "bf16" else None},
+        "zero_optimization": {
+            "stage": config.engine.zero_stage,
+            "overlap_comm": False,
+            "round_robin_gradients": False,  # makes the map of owned slices wrong
+            "reduce_scatter": True,
+            "contiguous_gradients": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def check_precision(config: Config) -> None:
+    """Raises UserError when DeepSpeed would refuse the precision on this machine, as fp16 on most CPUs."""
+    accelerator: Any = get_accelerator()  # its types say None
+    precision = config.engine.precision
+    supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    if precision in supported and not supported[precision]():
+        device = torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else "this CPU"
+        others = "bf16 or fp32" if precision == "fp16" else "fp16 or fp32"
+        raise UserError(f"engine.precision={precision}: {device} has no instructions for it; choose {others}")

@@ -1,0 +1,103 @@
+"""DeepSpeed's inside: which elements of which parameter this rank owns, where they lie, and how the model is refreshed.
+
+What is read of it holds for the tested version alone; `check` guards it after the start, before each save and after
+each load.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.checkpoint.layout import Slice
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a parameter that this rank owns, inside a flat float32 tensor that the optimizer steps on."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int  # in the flattened parameter
+    flat: torch.Tensor
+    start: int  # in `flat`
+    numel: int
+    model_values: torch.Tensor  # the same elements as the model holds them, in its precision
+
+    def slice_of(self, flat: torch.Tensor, prefix: str = "") -> Slice:
+        values = flat.detach().view(-1).narrow(0, self.start, self.numel)
+        return Slice(prefix + self.name, self.shape, self.offset, values)
+
+
+class OwnedSlices:
+    """The map from a model's parameters to the flat tensors of DeepSpeed's ZeRO optimizer, on this rank."""
+
+    def __init__(self, module: nn.Module, zero: Any, stage: int, moments: dict[str, torch.dtype]) -> None:
+        self._module, self._zero, self._stage = module, zero, stage
+        self._optimizer: Any = zero.optimizer
+        self.moments = moments  # of the optimizer's state, by name
+
+    def parts(self) -> list[Part]:
+        """Returns what this rank owns of each parameter, in the model's order."""
+        parts = (self._owned_part(name, p) for name, p in self._module.named_parameters())
+        return [part for part in parts if part is not None]
+
+    def _owned_part(self, name: str, parameter: Any) -> Part | None:
+        if self._stage == 3:  # each parameter is cut into equal pieces, the last ones padded
+            sub_group, start, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            offset = self._zero._get_param_partition_rank(parameter) * size
+            numel = max(0, min(size, parameter.ds_numel - offset))
+            flat, shape = self._zero.fp32_partitioned_groups_flat[sub_group], tuple(parameter.ds_shape)
+            held = parameter.ds_tensor.detach().view(-1)[:numel]
+        else:  # each group of parameters is one flat tensor, cut into equal pieces
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+            offset, start, numel = (
+                mapping.lp_fragment_address.start,
+                mapping.hp_fragment_address.start,
+                mapping.lp_fragment_address.numel,
+            )
+            shape = tuple(parameter.shape)
+            held = parameter.detach().view(-1)[offset : offset + numel]
+        return Part(name, shape, offset, flat, start, numel, held) if numel else None
+
+    def flat_tensors(self) -> list[torch.Tensor]:
+        """Returns the float32 tensors that the optimizer steps on."""
+        if self._stage == 3:  # param_groups are empty between steps
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return [flat for group in self._optimizer.param_groups for flat in group["params"]]
+
+    def set_optimizer_state(self, step: float, clear_weights: bool = False) -> None:
+        """Makes zero moments and the step count, which the optimizer itself would make in its first step only."""
+        group = self._optimizer.param_groups[0]
+        for flat in self.flat_tensors():
+            state = self._optimizer.state[flat]
+            on_device = group.get("fused") or group.get("capturable")  # keys of torch's AdamW
+            state["step"] = torch.tensor(step, dtype=torch.float32, device=flat.device if on_device else "cpu")
+            for name, dtype in self.moments.items():  # existing tensors are kept: DeepSpeed has views of them
+                state[name].zero_() if name in state else state.__setitem__(name, torch.zeros_like(flat, dtype=dtype))
+            if clear_weights:
+                flat.data.zero_()  # padding is uninitialised memory
+
+    def refresh_model(self) -> None:
+        """Makes the model hold the master weights, rounded to its precision."""
+        if self._stage == 3:
+            self._zero.checkpoint_event_prologue()
+            for group in range(len(self._zero.fp16_groups)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._zero.checkpoint_event_epilogue()
+        else:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+            self._zero.update_lp_params()
+
+    def check(self) -> None:
+        """Asserts that the model holds what the owned slices say, rounded: DeepSpeed's maps have been wrong before."""
+        for part in self.parts():
+            owned = part.slice_of(part.flat).values
+            assert torch.equal(part.model_values, owned.to(part.model_values.dtype)), (
+                f"{part.name}: the owned float32 slice is not what the model holds"
+            )

@@ -1,0 +1,78 @@
+"""What a run trains on and is validated on, checked before anything is built."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pretrain.cluster import ranks
+from pretrain.config import Config
+from pretrain.data.manifest import Manifest, check_shards, load_manifest
+from pretrain.data.order import Order
+from pretrain.errors import ConfigError
+
+MAX_LOGIT_BYTES = 1 << 30  # of float32 on every rank, for mean average precision: 40,000 images of 6,700 classes
+
+
+@dataclass
+class DataSets:
+    """What is trained on and validated on."""
+
+    train: Manifest
+    order: Order
+    val: Manifest | None
+    val_indices: np.ndarray
+    num_classes: int  # of the model's head
+    fewshot: tuple[Manifest, Manifest] | None = None  # to draw shots from, to test them on
+
+    @property
+    def ranks_classes(self) -> bool:
+        """Whether validation has mean average precision: where images have several labels, and logits fit."""
+        logit_bytes = 4 * len(self.val_indices) * self.num_classes
+        return self.val is not None and self.val.multi_label and logit_bytes <= MAX_LOGIT_BYTES
+
+
+def open_data(config: Config) -> DataSets:
+    """Returns the data sets of a run. Raises UserError for those that are not there or do not fit each other."""
+    train_set = load_manifest(config.data.train)
+    val_set = load_manifest(config.data.val) if config.data.val else train_set if config.data.held_out else None
+    for manifest in {m.path: m for m in (train_set, val_set) if m}.values():
+        check_shards(manifest)
+    if val_set is not None and val_set.num_classes != train_set.num_classes:
+        raise ConfigError(
+            f"{val_set.path} has {val_set.num_classes} classes, {train_set.path} has {train_set.num_classes}"
+        )
+    num_classes = config.model.num_classes or train_set.num_classes
+    if num_classes < train_set.num_classes:
+        raise ConfigError(
+            f"model.num_classes ({num_classes}) is smaller than the {train_set.num_classes} of {train_set.path}"
+        )
+    if config.data.held_out >= train_set.num_samples:
+        raise ConfigError(
+            f"data.held_out ({config.data.held_out}) leaves nothing of {train_set.num_samples} samples to train on"
+        )
+    if config.data.global_batch < ranks.world_size():
+        raise ConfigError(
+            f"data.global_batch ({config.data.global_batch}) is smaller than the {ranks.world_size()} ranks; "
+            "use fewer ranks or a recipe with a larger batch"
+        )
+    few = _open_fewshot(config)
+    order = Order(train_set.num_samples, config.data.held_out, config.data.global_batch, config.seed)
+    indices = order.held_out_indices() if config.data.held_out else np.arange(val_set.num_samples if val_set else 0)
+    return DataSets(train_set, order, val_set if config.evaluation.every_steps else None, indices, num_classes, few)
+
+
+def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
+    wanted = config.evaluation
+    if wanted.fewshot_train is None or wanted.fewshot_test is None:
+        return None
+    sets = load_manifest(wanted.fewshot_train), load_manifest(wanted.fewshot_test)
+    for manifest in sets:
+        check_shards(manifest)
+        if manifest.multi_label:
+            raise ConfigError(f"evaluation.fewshot: {manifest.path} has several labels per image; few-shot needs one")
+    if sets[0].num_classes != sets[1].num_classes or sets[0].class_names != sets[1].class_names:
+        raise ConfigError(
+            f"evaluation.fewshot: {sets[0].path} ({sets[0].num_classes} classes) and {sets[1].path} "
+            f"({sets[1].num_classes} classes) must have the same classes under the same names"
+        )
+    return sets

@@ -1,0 +1,75 @@
+"""What went wrong in a step, on any rank: agreed on, counted, written down; and whether to stop."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pretrain.cluster import agreement, ranks, signals
+from pretrain.config import Config
+from pretrain.data.loader import REASONS, Batch, check_bad_fraction, count_reasons
+from pretrain.engine.step import StepResult
+from pretrain.errors import NonFiniteError
+from pretrain.log import JsonLines, say, warn
+from pretrain.train.state import TrainState
+
+MAX_SKIPPED_IN_A_ROW = 3  # steps whose loss or gradients are not finite; then the run stops
+
+
+class Journal:
+    """Agrees with the other ranks after each step, counts what was left out, and writes it down."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._config = config
+        self._bad, self._skipped = JsonLines(folder / "bad_samples.jsonl"), JsonLines(folder / "skipped_steps.jsonl")
+        self._samples = JsonLines(folder / f"samples-{ranks.rank():05d}.jsonl") if config.log.samples else None
+
+    def note(self, state: TrainState, batch: Batch, result: StepResult, stop: signals.StopRequest) -> bool:
+        """Returns, on all ranks alike, whether to stop. Raises BadSamplesError, NonFiniteError."""
+        flags = [float(stop.signal_name is not None), float(batch.error is not None)]
+        told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [2 + reasons]
+        stopping, failed, *bad = agreement.add_up(told).tolist()
+        if failed:  # nothing of this step is saved
+            agreement.raise_together(batch.error)
+        if any(bad):
+            self._note_bad(state, batch, [int(count) for count in bad])
+        if self._samples is not None:
+            used = [[e, i] for e, i in zip(batch.epoch.tolist(), batch.index.tolist()) if i >= 0]
+            self._samples.append({"step": state.step, "samples": used})
+        if result.applied:
+            state.skipped_in_a_row = 0
+        else:
+            self._note_skipped(state, batch, result)
+        return bool(stopping)
+
+    def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
+        for reason, count in zip(REASONS, counts):
+            state.bad_samples[reason] += count
+        records = [record for of_rank in agreement.gather(batch.bad) for record in of_rank]
+        if ranks.is_main():
+            for record in records:
+                self._bad.append({"step": state.step, **record._asdict()})
+        seen = state.step * self._config.data.global_batch
+        total = sum(state.bad_samples.values())
+        if (total & (total - 1)) == 0 or total == sum(counts):  # the first, then each doubling
+            say(
+                f"warning: {total} of {seen} samples so far could not be used, the last: "
+                f"{records[-1].shard}: {records[-1].detail}"
+            )
+        check_bad_fraction(state.bad_samples, seen, self._config.data.max_bad_fraction)
+
+    def _note_skipped(self, state: TrainState, batch: Batch, result: StepResult) -> None:
+        loss = agreement.add_up(result.sums)[0].item()
+        state.skipped_steps += 1
+        # In fp16 a finite loss with infinite gradients is the search for the loss scale, not a fault.
+        searching_scale = self._config.engine.precision == "fp16" and np.isfinite(loss)
+        state.skipped_in_a_row = 0 if searching_scale else state.skipped_in_a_row + 1
+        indices = [index for of_rank in agreement.gather(batch.index.tolist()) for index in of_rank if index >= 0]
+        if ranks.is_main():
+            self._skipped.append({"step": state.step, "loss": str(loss), "indices": indices})
+            warn(f"step {state.step} skipped on all ranks: loss or gradients not finite (loss sum {loss})")
+        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"step {state.step}: loss or gradients not finite in {state.skipped_in_a_row} steps in a row. Lower "
+                "optim.lr, set optim.clip_norm, or look at the samples in skipped_steps.jsonl"
+            )

@@ -1,0 +1,71 @@
+"""The loop: batch, step, what is due."""
+
+from torchvision.utils import make_grid
+
+from pretrain.cluster import signals
+from pretrain.config import Config
+from pretrain.data.loader import train_batches
+from pretrain.engine.step import Engine
+from pretrain.log import RunLog
+from pretrain.optim import learning_rate
+from pretrain.train.datasets import DataSets
+from pretrain.train.evaluate import evaluate
+from pretrain.train.journal import Journal
+from pretrain.train.meter import Meter
+from pretrain.train.save import save
+from pretrain.train.state import TrainState
+
+
+def loop(
+    config: Config,
+    data: DataSets,
+    engine: Engine,
+    state: TrainState,
+    log: RunLog,
+    stop: signals.StopRequest,
+    *,
+    branched: bool,
+) -> None:
+    """Trains from state.step to config.total_steps or until asked to stop, and saves; `state` tells how far it came.
+
+    branched: the run goes on from another run's checkpoint, and saves one of its own before the first step.
+    """
+    meter = Meter(config, data.num_classes, state, engine.device)
+    journal = Journal(config.output / config.name, config)
+    batches = train_batches(data.train, data.order, engine.plan, config, state.step)
+    if branched:  # the other run may delete its checkpoint, or be further on at the next start
+        save(config, data, engine, state, meter, log, must_succeed=True)
+    state.validation_due &= data.val is not None  # evaluation may have been switched off since
+    state.features_due &= data.fewshot is not None
+    if state.validation_due or state.features_due:  # a stop cut it short
+        if evaluate(config, data, engine, state, log, stop):
+            return
+        save(config, data, engine, state, meter, log, must_succeed=False)  # with its score, for keep_best
+    while state.step < config.total_steps:
+        batch = meter.wait_for(batches)
+        if state.step == 0:
+            log.image("batch", make_grid(batch.images[:64], nrow=8))
+        lr = learning_rate(config.optim, config.total_steps, state.step)
+        result = engine.train_step(batch.to(engine.device), lr)
+        state.step += 1
+        state.metrics = {}
+        meter.add(result)
+        stopping = journal.note(state, batch, result, stop)
+        last = state.step == config.total_steps
+        if due(state.step, config.log.every_steps) or last:
+            log.scalars(state.step, meter.read(state, data, lr, result, engine))
+        state.validation_due = data.val is not None and (due(state.step, config.evaluation.every_steps) or last)
+        every = config.evaluation.features_every_steps
+        state.features_due = data.fewshot is not None and (due(state.step, every) or last)
+        with meter.paused():
+            if (state.validation_due or state.features_due) and not stopping:
+                stopping = evaluate(config, data, engine, state, log, stop)
+            if due(state.step, config.checkpoint.every_steps) or last or stopping:
+                save(config, data, engine, state, meter, log, must_succeed=last or stopping)
+        if stopping:
+            break
+
+
+def due(step: int, every_steps: int) -> bool:
+    """Returns whether something done every so many steps is done after `step`; 0 means never."""
+    return bool(every_steps) and step % every_steps == 0

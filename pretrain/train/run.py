@@ -1,0 +1,144 @@
+"""The training run: `train` is its table of contents, loop.py its loop.
+
+deepspeed launch/pretrain.py --config configs/NAME.yaml
+"""
+
+from pathlib import Path
+
+import torch
+
+from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_newer
+from pretrain.checkpoint.read import CheckpointReader, read_state
+from pretrain.cluster import agreement, ranks, signals
+from pretrain.config import Config
+from pretrain.data.order import plan_batch
+from pretrain.engine.settings import check_precision
+from pretrain.engine.step import Engine
+from pretrain.errors import ConfigError
+from pretrain.log import RunLog, say
+from pretrain.models.build import build_model
+from pretrain.models.profile import num_parameters
+from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
+from pretrain.train.datasets import MAX_LOGIT_BYTES, DataSets, open_data
+from pretrain.train.folder import claim, is_done, mark_done, record_start, refuse_changes
+from pretrain.train.loop import loop
+from pretrain.train.state import TrainState
+
+
+def train(config: Config) -> None:
+    """Trains until total_steps or until asked to stop; resumes from the newest valid checkpoint in the run's folder.
+
+    Raises UserError for what the user must change, NonFiniteError, BadSamplesError, StorageError (pretrain/errors.py).
+    """
+    device = ranks.start(config.engine.timeout_s)
+    agreement.together(lambda: check_precision(config))
+    signals.end_with_launcher()
+    stop = signals.StopRequest()
+    folder = config.output / config.name
+    lock = claim(folder)
+    data = agreement.together(lambda: open_data(config))
+    checkpoint = newest_valid(folder / "checkpoints")
+    if checkpoint is not None:
+        refuse_changes(checkpoint, config, data.train)
+    if is_done(folder, config):
+        say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
+        ranks.stop()
+        return
+    origin = _branch_point(config, data) if config.branch_from and checkpoint is None else None
+    engine = build_engine(config, data, device, from_scratch=checkpoint is None)
+    if checkpoint is not None:
+        set_aside_newer(checkpoint)
+    start = checkpoint or origin
+    state = _resume(engine, start, config) if start else _start(config)
+    record_start(folder, config, engine.deepspeed_config, state.step)
+    log = RunLog(folder, state.step, config.total_steps)
+    loop(config, data, engine, state, log, stop, branched=origin is not None)
+    if state.step == config.total_steps and not state.validation_due and not state.features_due:
+        mark_done(folder, state.step, state.metrics)
+        say(f"done: {folder}, step {state.step}" + "".join(f", {k} {v:.4g}" for k, v in state.metrics.items()))
+    else:
+        say(f"stopped as asked at step {state.step}; the same command goes on from there")
+    log.close()
+    engine.close()
+    stop.close()
+    ranks.stop()
+    del lock
+
+
+def build_engine(config: Config, data: DataSets, device: torch.device, *, from_scratch: bool) -> Engine:
+    """Returns the engine of a run, from init_from's weights where it starts `from_scratch`, and tells what it trains.
+
+    Raises UserError for a model that cannot be trained, or weights that do not fit it.
+    """
+    model = build_model(config.model, data.num_classes, config.seed)
+    _refuse_state(model, config.model.name)
+    heads = {name.rpartition(".")[0] for name in classifier_names(model)}
+    if data.fewshot and len(heads) > 1:
+        raise ConfigError(
+            f"evaluation.fewshot_train: {config.model.name} has {len(heads)} heads, so no one input of it"
+        )
+    if from_scratch and config.init_from is not None:
+        weights = read_weights(config.init_from, config.model.image_size)
+        check_same_function(weights, config.model)
+        load_tensors(model, weights, new_head=config.init_new_head)
+        say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
+    num_ranks, batch = ranks.world_size(), config.data.global_batch
+    plan = plan_batch(batch, num_ranks, config.engine.max_micro_batch_size)
+    too_large = data.val is not None and data.val.multi_label and not data.ranks_classes
+    without = f", no mean average precision: logits above {MAX_LOGIT_BYTES >> 20:,} MB" if too_large else ""
+    say(
+        f"{config.output / config.name}: {config.model.name}, {num_parameters(model):,} parameters, "
+        f"{data.num_classes} classes\n"
+        f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
+        f"{config.total_steps * batch / data.order.num_train:.1f} epochs; "
+        f"validation: {len(data.val_indices):,} images{without}\n"
+        f"batch {batch} = {num_ranks} ranks x {plan.accumulation} x {plan.micro_batch}"
+        + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
+        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}"
+    )
+    return Engine(model, config, plan, device)
+
+
+def _refuse_state(model: torch.nn.Module, name: str) -> None:
+    """A checkpoint holds trained parameters. Batch norm's statistics would be lost, and differ between ranks."""
+    saved_names = model.state_dict().keys()
+    if held := [key for key, _ in model.named_buffers() if key in saved_names]:
+        raise ConfigError(
+            f"model.name: {name} keeps statistics ({held[0]}, ...) that checkpoints do not hold; choose a model with "
+            "layer or group norm, for example timm:resnetv2_50x1_bit"
+        )
+    if frozen := [key for key, parameter in model.named_parameters() if not parameter.requires_grad]:
+        raise ConfigError(
+            f"model.name: {name} has frozen parameters ({frozen[0]}, ...), which ZeRO checkpoints do not hold"
+        )
+
+
+def _start(config: Config) -> TrainState:
+    ranks.seed_generators(config.seed, 0)
+    return TrainState()
+
+
+def _branch_point(config: Config, data: DataSets) -> Path:
+    assert config.branch_from is not None
+    origin = find_checkpoint(config.branch_from)
+    refuse_changes(origin, config, data.train, branching=True)
+    if (step := read_state(origin)["step"]) >= config.total_steps:
+        raise ConfigError(f"branch_from: {origin} is at step {step}, but total_steps is {config.total_steps}; raise it")
+    return origin
+
+
+def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
+    saved, reader = read_state(checkpoint), CheckpointReader(checkpoint)
+    engine.load(reader, saved["engine"])
+    state = TrainState(**saved["train"])
+    same_ranks = saved["world_size"] == ranks.world_size()
+    restored = same_ranks and engine.load_generators(reader.generators(ranks.rank()))
+    if not restored:
+        ranks.seed_generators(config.seed, state.step)
+    note = (
+        ""
+        if restored
+        else f"; random states of dropout drawn anew ({saved['world_size']} ranks then, {ranks.world_size()} now)"
+    )
+    say(f"resumed from {checkpoint}{note}")
+    return state
