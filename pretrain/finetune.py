@@ -31,10 +31,10 @@ from pretrain.config import (
 )
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
-from pretrain.evaluation.preparation import set_differences
-from pretrain.evaluation.tasks import VTAB, FineTuning, Task, task_folder, vtab_means
 from pretrain.models.weights import read_weights, results_folder, weights_sha256
 from pretrain.storage import write_text
+from pretrain.tasks.preparation import set_differences
+from pretrain.tasks.table import VTAB, FineTuning, Task, task_folder, vtab_means
 
 # Google's code (vision_transformer, vit_jax/input_pipeline.py and configs/common.py): Inception crop of 5 to 100 % of
 # the area, flip; evaluation resizes the whole image to the square.

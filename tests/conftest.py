@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data.build import Item, build
 from pretrain.data.manifest import Manifest, load_manifest
+from pretrain.shards.build import build
+from pretrain.shards.sources import Item
 
 CLASSES = ["ash", "birch", "cedar", "elm", "fir"]
 

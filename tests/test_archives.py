@@ -10,19 +10,15 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from pretrain.data import archives, matlab
-from pretrain.data.archives import (
-    Original,
-    cifar,
-    class_folders,
-    flowers,
-    imagenet,
-    pack_originals,
-    pets,
-    split_of,
-)
 from pretrain.data.images import decode
 from pretrain.errors import UserError
+from pretrain.shards import imagenet as imagenet_originals
+from pretrain.shards import matlab
+from pretrain.shards.archives import Original
+from pretrain.shards.class_folders import class_folders
+from pretrain.shards.imagenet import DEVKIT, imagenet, val_labels
+from pretrain.shards.originals import cifar, dtd, flowers, pets
+from pretrain.shards.packs import pack_originals, split_of
 
 
 def picture(seed: int, form: str = "jpeg") -> bytes:
@@ -171,8 +167,8 @@ def test_a_matlab_file_that_crashes_its_reader_is_refused(tmp_path: Path, monkey
 @pytest.fixture
 def ilsvrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """ImageNet as downloaded, of 4 validation images and 3 of training; 1,000 classes need a longer label list."""
-    monkeypatch.setattr(archives, "_NUM_VAL", 4)
-    wnids = archives.wnids()
+    monkeypatch.setattr(imagenet_originals, "_NUM_VAL", 4)
+    wnids = imagenet_originals.wnids()
     train = {wnids[5]: [("_18", 1), ("_2", 2)], wnids[999]: [("_7", 3)]}
     inner = {
         f"{wnid}.tar": tar_bytes({f"{wnid}{name}.JPEG": picture(seed) for name, seed in files})
@@ -221,8 +217,8 @@ def test_validation_labels_in_every_form(form: str, ilsvrc: dict[str, Any]) -> N
             "ILSVRC2012_devkit_t12/data/meta.mat": stream.getvalue(),
             "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
         }
-        (folder / archives.DEVKIT).write_bytes(tar_bytes(members, "w:gz"))
-    assert archives.val_labels(folder) == labels
+        (folder / DEVKIT).write_bytes(tar_bytes(members, "w:gz"))
+    assert val_labels(folder) == labels
 
 
 @pytest.mark.parametrize("labels, said", [([1000, 1, 66, 8], "from 1 to 1000"), ([0, 999, 3], "3 validation labels")])
@@ -230,12 +226,12 @@ def test_other_label_lists_are_refused(labels: list[int], said: str, ilsvrc: dic
     """Numbers from 1 are another order of the classes: scores would be near zero without a word."""
     (ilsvrc["folder"] / "val_labels.txt").write_text("".join(f"{label}\n" for label in labels))
     message = refusal(imagenet, ilsvrc["folder"])
-    assert said in message and archives.DEVKIT in message
+    assert said in message and DEVKIT in message
 
 
 def test_imagenet_from_folders(tmp_path: Path) -> None:
     """train/WNID and val/WNID; the validation images in the order of their names, not of their classes."""
-    wnids = archives.wnids()
+    wnids = imagenet_originals.wnids()
     for name in (f"train/{wnids[3]}/{wnids[3]}_1.JPEG", f"val/{wnids[9]}/ILSVRC2012_val_00000001.JPEG"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(picture(1))
@@ -283,7 +279,7 @@ def test_dtd(tmp_path: Path) -> None:
         "dtd/labels/train2.txt": b"lined/l.jpg\n",
     }
     (tmp_path / "dtd-r1.0.1.tar.gz").write_bytes(tar_bytes(images | lists, "w:gz"))
-    splits = archives.dtd(tmp_path)
+    splits = dtd(tmp_path)
     assert listed(splits["train"]) == [
         ("w_1.jpg", 2, images["dtd/images/woven/w_1.jpg"]),
         ("b_2.jpg", 0, images["dtd/images/banded/b_2.jpg"]),
@@ -295,7 +291,7 @@ def test_dtd(tmp_path: Path) -> None:
     ):
         members = {name: data for name, data in (images | lists | changed).items() if data is not None}
         (tmp_path / "dtd-r1.0.1.tar.gz").write_bytes(tar_bytes(members, "w:gz"))
-        assert said in refusal(archives.dtd, tmp_path)
+        assert said in refusal(dtd, tmp_path)
 
 
 def test_linked_folders_are_followed(tmp_path: Path) -> None:

@@ -17,21 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.data.build import (
-    Item,
-    build,
-    finish_manifest,
-    folder_items,
-    index_existing,
-    index_tar,
-    npz_items,
-    verify,
-    write_samples,
-)
 from pretrain.data.images import decode
 from pretrain.data.manifest import Manifest, check_shards, load_index, load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
+from pretrain.shards.build import build, finish_manifest, write_samples
+from pretrain.shards.existing import index_existing
+from pretrain.shards.sources import Item, folder_items, npz_items
+from pretrain.shards.tars import index_tar
+from pretrain.shards.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from pretrain.data import characters
+from pretrain.shards import characters
 
 
 def test_an_image_has_the_promised_shape_and_a_label_in_range() -> None:
@@ -33,7 +33,7 @@ def test_the_same_index_gives_the_same_bytes_in_any_order() -> None:
 def test_a_fresh_process_gives_the_same_bytes() -> None:
     """Nothing depends on the process (string hashing, cache order), so two writers can share one set."""
     program = (
-        "import hashlib; from pretrain.data import characters;"
+        "import hashlib; from pretrain.shards import characters;"
         "print(hashlib.sha256(b''.join(characters.render(i, seed=2)[0].tobytes() for i in (9, 4, 11))).hexdigest())"
     )
     digests = {

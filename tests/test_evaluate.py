@@ -20,7 +20,6 @@ from torch import nn
 from weights_on_disk import load_tool, one_line, one_line_error, run_tool, save_run
 
 from pretrain.config import DataConfig
-from pretrain.data.build import index_existing
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import load_manifest
@@ -29,6 +28,7 @@ from pretrain.evaluation.fewshot import fewshot
 from pretrain.models.build import build_model
 from pretrain.models.weights import weights_sha256
 from pretrain.report.runs import _read_evaluation
+from pretrain.shards.existing import index_existing
 
 torch.set_num_threads(1)
 NAMES = [f"shade {i}" for i in range(7)]

@@ -31,14 +31,16 @@ from pretrain import finetune
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders
 from pretrain.config import Config, ModelConfig, config_to_yaml
-from pretrain.data.examples import Example, write_examples
 from pretrain.data.images import eval_image, to_float, train_image
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
-from pretrain.evaluation.tasks import PAPER_ROWS, TASKS, VTAB, real_labels, task
 from pretrain.models.weights import load_model, read_weights
 from pretrain.optim import learning_rate
+from pretrain.shards.examples import Example, write_examples
+from pretrain.tasks.imagenet_labels import real_labels
+from pretrain.tasks.published import PAPER_ROWS
+from pretrain.tasks.table import TASKS, VTAB, task
 from pretrain.train.run import train
 
 torch.set_num_threads(1)

@@ -15,6 +15,8 @@ LAYERS = (
     {"log"},
     {"cli", "losses", "optim", "checkpoint"},
     {"data", "models"},
+    {"shards"},
+    {"tasks"},
     {"engine"},
     {"evaluation"},
     {"train"},

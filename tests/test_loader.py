@@ -14,7 +14,6 @@ from PIL import Image
 
 from pretrain.config import Config, config_from_dict
 from pretrain.data import reader
-from pretrain.data.build import Item, build, write_samples
 from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.loader import (
     REASONS,
@@ -30,6 +29,8 @@ from pretrain.data.mix import draw_mix, mixed
 from pretrain.data.order import Order, plan_batch, share
 from pretrain.data.reader import parse_label, read_sample
 from pretrain.errors import BadSamplesError, StorageError, UserError
+from pretrain.shards.build import build, write_samples
+from pretrain.shards.sources import Item
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, GLOBAL_BATCH, IMAGE_SIZE = 13, 17, 16  # 221 slots: two borders of epochs with 103 samples

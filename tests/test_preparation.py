@@ -16,17 +16,26 @@ from PIL import Image
 from tfds_records import example, write_split
 from weights_on_disk import load_tool
 
-import pretrain.data.build
-from pretrain.data import archives
-from pretrain.data.archives import wnids
-from pretrain.data.build import Item, build
-from pretrain.data.examples import Example, content_sha256, examples_sha256, load_examples, sample_names, write_examples
+import pretrain.shards.build
 from pretrain.data.images import decode
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
-from pretrain.evaluation.preparation import Source, open_source, prepare, set_differences
-from pretrain.evaluation.tasks import TASKS, VTAB, Task, missing, real_labels, task
+from pretrain.shards import originals as originals_of_authors
+from pretrain.shards.build import build
+from pretrain.shards.examples import (
+    Example,
+    content_sha256,
+    examples_sha256,
+    load_examples,
+    sample_names,
+    write_examples,
+)
+from pretrain.shards.imagenet import wnids
+from pretrain.shards.sources import Item
+from pretrain.tasks.imagenet_labels import real_labels
+from pretrain.tasks.preparation import Source, open_source, prepare, set_differences
+from pretrain.tasks.table import TASKS, VTAB, Task, missing, task
 
 
 def pixels(seed: int, gray: bool = False) -> np.ndarray:
@@ -235,7 +244,7 @@ def test_a_killed_preparation_is_finished_by_another_run(
     _, new = prepare(row, source, whole)
     assert new == ["train", "val", "test"]
     owner, name, last = {
-        "at a shard": (pretrain.data.build, "index_tar", "val-000000.tar"),
+        "at a shard": (pretrain.shards.build, "index_tar", "val-000000.tar"),
         "at task.json": (Path, "write_text", ".tmp-task.json"),
         "at the move": (Path, "replace", "val"),
     }[when]
@@ -432,7 +441,7 @@ def test_vtab_validation_images_of_the_authors(name: str, tmp_path: Path, monkey
     for split, text in lists.items():
         (tmp_path / f"dtd/labels/{split}1.txt").write_text(text)
     if name == "vtab/flowers102":
-        monkeypatch.setattr(archives, "_matlab", matlab_of_flowers)
+        monkeypatch.setattr(originals_of_authors, "_matlab", matlab_of_flowers)
         (tmp_path / "jpg").mkdir()
         for file in ("imagelabels.mat", "setid.mat", *(f"jpg/image_{number:05d}.jpg" for number in range(1, 1301))):
             (tmp_path / file).touch()

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from pretrain.data import reader
-from pretrain.data.build import index_tar
 from pretrain.data.manifest import Manifest, Shard, ShardIndex, load_index, load_manifest, write_index
 from pretrain.data.reader import BadSample, RawSample, parse_label, parse_labels, read_sample
 from pretrain.errors import StorageError, UserError
+from pretrain.shards.tars import index_tar
 
 
 class Member(NamedTuple):

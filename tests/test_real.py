@@ -19,7 +19,7 @@ from pretrain.evaluation.classification import (
     relabelled,
     scores_of,
 )
-from pretrain.evaluation.tasks import real_labels
+from pretrain.tasks.imagenet_labels import real_labels
 
 CPU = torch.device("cpu")
 

@@ -15,11 +15,11 @@ from weights_on_disk import one_line_error, run_tool
 
 from pretrain.config import config_to_yaml
 from pretrain.errors import UserError
-from pretrain.evaluation.tasks import VTAB
 from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, draw_panels, moving_mean
 from pretrain.report.figures import config_differences, losses_table, protocol_scores, starts_table, summary, targets
 from pretrain.report.page import markdown, write_report
 from pretrain.report.runs import read_runs, recipe_score
+from pretrain.tasks.table import VTAB
 
 
 def make_run(output: Path, name: str = "tiny", *, points: int = 4) -> Path:

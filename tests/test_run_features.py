@@ -18,7 +18,6 @@ from tiny import changed, make_shards, tiny_config
 from pretrain.checkpoint.find import newest_valid
 from pretrain.cluster import ranks
 from pretrain.config import Config, DataConfig, config_to_dict
-from pretrain.data.build import Item, build
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
@@ -30,6 +29,8 @@ from pretrain.models import load_model
 from pretrain.models.build import build_model
 from pretrain.report.curves import draw_panels
 from pretrain.report.runs import read_runs
+from pretrain.shards.build import build
+from pretrain.shards.sources import Item
 from pretrain.train.datasets import open_data
 from pretrain.train.run import build_engine, train
 

@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import UserError
-from pretrain.evaluation.tasks import (
-    PAPER_ROWS,
-    TASKS,
-    VTAB,
-    missing,
-    prepare_command,
-    real_labels,
-    scored_classes,
-    task,
-    vtab_means,
-)
+from pretrain.tasks.imagenet_labels import real_labels, scored_classes
+from pretrain.tasks.published import PAPER_ROWS
+from pretrain.tasks.table import TASKS, VTAB, missing, prepare_command, task, vtab_means
 
 OFFICIAL = {  # names of the definitions file
     "caltech101": "vtab/caltech101",
@@ -166,7 +158,7 @@ def test_an_unknown_task_is_refused_with_the_names() -> None:
 
 def test_imagenet_a_and_r_are_scored_on_their_200_classes(test_data: Path) -> None:
     """The classes lie in ImageNet's order, and the class list is ImageNet's."""
-    from pretrain.data.archives import wnids
+    from pretrain.shards.imagenet import wnids
 
     assert list(wnids()) == json.loads((test_data / "imagenet1k_classes.json").read_text())["wnids"]
     for name, first in (("imagenet_a", [6, 11, 13]), ("imagenet_r", [1, 2, 4])):

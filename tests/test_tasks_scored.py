@@ -17,7 +17,6 @@ from torch import nn
 from weights_on_disk import load_tool, run_tool, save_run
 
 from pretrain.config import DataConfig
-from pretrain.data.build import index_existing
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
@@ -26,7 +25,9 @@ from pretrain.evaluation.features import pre_logits
 from pretrain.evaluation.knn import knn
 from pretrain.evaluation.predictions import MAX_WRONG
 from pretrain.evaluation.probe import probe
-from pretrain.evaluation.tasks import scored_classes, task
+from pretrain.shards.existing import index_existing
+from pretrain.tasks.imagenet_labels import scored_classes
+from pretrain.tasks.table import task
 
 pytestmark = pytest.mark.slow  # 520 photos, several times
 torch.set_num_threads(1)

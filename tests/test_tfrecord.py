@@ -12,7 +12,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tfds_records import crc32c, example, framed, write_split
 
-from pretrain.data.tfrecord import (
+from pretrain.errors import UserError
+from pretrain.shards.tfrecord import (
     file_records,
     masked_crc32c,
     parse_example,
@@ -22,7 +23,6 @@ from pretrain.data.tfrecord import (
     split_records,
     tfds_folder,
 )
-from pretrain.errors import UserError
 
 
 def refusal(function: Any, *arguments: Any) -> str:

@@ -14,12 +14,12 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler.cosine_lr import CosineLRScheduler
 
 from pretrain.config import Config, config_from_dict, load_config
-from pretrain.data.build import index_existing
 from pretrain.data.images import to_float
 from pretrain.data.loader import train_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.data.order import BatchPlan, Order
 from pretrain.models.build import build_model
+from pretrain.shards.existing import index_existing
 from pretrain.train.run import train
 
 STEPS = 50

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pretrain.data.images import decode
-from pretrain.evaluation.vtab_labels import (
+from pretrain.tasks.vtab_labels import (
     clevr_count,
     clevr_distance,
     dsprites_orientation,

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from pretrain.config import Config, config_from_dict, config_to_dict
-from pretrain.data.build import Item, build
+from pretrain.shards.build import build
+from pretrain.shards.sources import Item
 
 NUM_CLASSES = 7
 

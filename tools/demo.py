@@ -23,10 +23,11 @@ from PIL import Image
 from pretrain import cli
 from pretrain.cluster.local import free_port
 from pretrain.config import load_config
-from pretrain.data.build import Item, build, finish_manifest, write_samples
-from pretrain.data.characters import CLASS_NAMES, digits_task, render
 from pretrain.data.manifest import Shard, load_manifest
 from pretrain.errors import UserError
+from pretrain.shards.build import build, finish_manifest, write_samples
+from pretrain.shards.characters import CLASS_NAMES, digits_task, render
+from pretrain.shards.sources import Item
 
 SHARD = 5000  # characters a shard
 SEED = 1  # of the characters

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.cluster import agreement, ranks
 from pretrain.config import DataConfig, choices_of
-from pretrain.data.examples import sample_names
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import Manifest, check_shards, load_manifest
@@ -43,12 +42,14 @@ from pretrain.evaluation.classification import (
 )
 from pretrain.evaluation.features import Extract, Features, extract_features, pre_logits, raw_pixels
 from pretrain.evaluation.predictions import lines, wrong_items
-from pretrain.evaluation.tasks import TASKS, Task, missing, real_labels, scored_classes, task, task_folder
 from pretrain.log import warn
 from pretrain.models.build import build_model
 from pretrain.models.weights import Weights, model_of, read_weights, results_folder, weights_sha256
 from pretrain.provenance import versions
+from pretrain.shards.examples import sample_names
 from pretrain.storage import replacing, write_text
+from pretrain.tasks.imagenet_labels import real_labels, scored_classes
+from pretrain.tasks.table import TASKS, Task, missing, task, task_folder
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
 MAX_PIXEL_BYTES = 16 << 30  # of raw pixels as float32: 28,000 images at 224 px

@@ -24,11 +24,11 @@ from pretrain import cli, finetune
 from pretrain.cluster.local import free_port
 from pretrain.config import Config, config_to_yaml
 from pretrain.errors import NonFiniteError, UserError
-from pretrain.evaluation import tasks
 from pretrain.finetune import Sweep
 from pretrain.report.figures import paper_table, summary
 from pretrain.report.runs import read_runs
 from pretrain.storage import write_text
+from pretrain.tasks import table as tasks
 
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 

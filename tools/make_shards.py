@@ -32,8 +32,10 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
 
-    from pretrain.data.build import build, folder_items, index_existing, npz_items
     from pretrain.data.manifest import load_manifest
+    from pretrain.shards.build import build
+    from pretrain.shards.existing import index_existing
+    from pretrain.shards.sources import folder_items, npz_items
 
     if arguments.verify:
         return _verify(arguments.paths)
@@ -77,8 +79,8 @@ def _warn(message: str) -> None:
 
 
 def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) -> None:
-    from pretrain.evaluation.preparation import differences, open_source, prepare
-    from pretrain.evaluation.tasks import task
+    from pretrain.tasks.preparation import differences, open_source, prepare
+    from pretrain.tasks.table import task
 
     row = task(name)
     source = open_source(row, sources)
@@ -97,8 +99,8 @@ def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) 
 
 
 def _verify(paths: list[Path]) -> None:
-    from pretrain.data.build import verify
     from pretrain.data.manifest import load_manifest
+    from pretrain.shards.verify import verify
 
     problems = []
     for path in paths:

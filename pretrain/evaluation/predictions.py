@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pretrain.data.examples import sample_names
 from pretrain.data.images import decode
 from pretrain.data.manifest import Manifest
 from pretrain.data.reader import read_sample
 from pretrain.evaluation.classification import Predictions
+from pretrain.shards.examples import sample_names
 
 MAX_WRONG = 24  # pictures; a page shows them all
 THUMBNAIL = 96  # pixels of a picture's longer side

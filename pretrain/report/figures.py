@@ -10,8 +10,9 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from pretrain.config import Config, non_defaults
-from pretrain.evaluation.tasks import PAPER_ROWS, VTAB, PaperRow, vtab_means
 from pretrain.report.runs import Curve, Run
+from pretrain.tasks.published import PAPER_ROWS, PaperRow
+from pretrain.tasks.table import VTAB, vtab_means
 
 NOTHING = "–"  # in a cell for which nothing was measured
 

@@ -9,7 +9,7 @@ from bisect import bisect_left
 import numpy as np
 from PIL import Image
 
-from pretrain.data.tfrecord import Features
+from pretrain.shards.tfrecord import Features
 
 CLEVR_EDGES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
 KITTI_EDGES = (-100.0, 8.0, 20.0, 999.0)

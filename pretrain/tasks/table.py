@@ -1,25 +1,25 @@
 """The evaluation tasks of the ViT paper as rows of one table: what a set is, where it comes from, how it is scored.
 
-`TASKS[name]` says what preparing, fine-tuning and reporting need to know of a task; `PAPER_ROWS` holds the published
-results. A new task is a new row. docs/tasks.md explains the choices.
+`TASKS[name]` says what preparing, fine-tuning and reporting need to know of a task. A new task is a new row.
+docs/tasks.md explains the choices.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pretrain.data import archives
-from pretrain.data.archives import Splits
 from pretrain.data.order import words
-from pretrain.data.tfrecord import Features
 from pretrain.errors import UserError
-from pretrain.evaluation import vtab_labels as labels
+from pretrain.shards.archives import Splits
+from pretrain.shards.class_folders import class_folders, sorted_class_folders
+from pretrain.shards.imagenet import imagenet, wnids
+from pretrain.shards.originals import cifar, dtd, flowers, pets
+from pretrain.shards.tfrecord import Features
+from pretrain.tasks import vtab_labels as labels
 
 NATURAL, SPECIALISED, STRUCTURED = "natural", "specialised", "structured"
 
@@ -97,28 +97,6 @@ def task(name: str) -> Task:
     return TASKS[name]
 
 
-def scored_classes(task: Task) -> list[int] | None:
-    """Returns the classes whose logits count, in order; None: all. Of ImageNet-A and -R, 200 of the 1000 do."""
-    if task.scored_wnids is None:
-        return None
-    return [archives.wnids().index(wnid) for wnid in archives.wnids(task.scored_wnids)]
-
-
-def real_labels(names: Sequence[str]) -> list[list[int]]:
-    """Returns the ReaL labels of ImageNet validation images by name; an empty list means that one is not scored.
-
-    Folders in front of a name do not count: val/n01751748/ILSVRC2012_val_00000001 is ILSVRC2012_val_00000001. The
-    lists are those of google-research/reassessed-imagenet, as timm ships them. Raises UserError on another name.
-    """
-    lists = json.loads(package_files("timm.data").joinpath("_info", "imagenet_real_labels.json").read_text())
-    by_name = {f"ILSVRC2012_val_{number:08d}": found for number, found in enumerate(lists, start=1)}
-    bare = [name.rpartition("/")[2] for name in names]
-    unknown = next((name for name, key in zip(names, bare) if key not in by_name), None)
-    if unknown is not None:
-        raise UserError(f"{unknown!r} is not an ImageNet validation image (ILSVRC2012_val_00000001): ReaL needs names")
-    return [by_name[key] for key in bare]
-
-
 # --- the table -------------------------------------------------------------------------------------------------------
 
 _IMAGENET = FineTuning(20_000, 500, (0.003, 0.01, 0.03, 0.06), dev_fraction=0.01)
@@ -136,9 +114,9 @@ def _variant(folder_names: Sequence[str]) -> Callable[[Path], Splits]:
     """The reader of an ImageNet variant, whose folders are classes: numbers, or WordNet ids in ImageNet's order."""
 
     def read(source: Path) -> Splits:
-        index = {wnid: number for number, wnid in enumerate(archives.wnids())}
+        index = {wnid: number for number, wnid in enumerate(wnids())}
         classes = {name: index.get(name, number) for number, name in enumerate(folder_names)}
-        return {"test": archives.class_folders(source, classes)}
+        return {"test": class_folders(source, classes)}
 
     return read
 
@@ -165,7 +143,7 @@ def _seeded(read: Callable[[Path], Splits], num_test: int = 0) -> Callable[[Path
 
 def _class_folders(num_classes: int, num_test: int) -> Callable[[Path], Splits]:
     """The reader of a VTAB set that its authors give as one folder for each class, without splits."""
-    return _seeded(lambda source: {"train": archives.sorted_class_folders(source, num_classes)}, num_test)
+    return _seeded(lambda source: {"train": sorted_class_folders(source, num_classes)}, num_test)
 
 
 def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: Sequence[str], **more: Any) -> Task:
@@ -180,7 +158,7 @@ def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: 
         finetuning=None,
         tested_on="synthetic records",
         originals=_variant(folder_names),
-        class_names=archives.wnids(),
+        class_names=wnids(),
         **more,
     )
 
@@ -242,8 +220,8 @@ _ROWS = (
         num_samples={"train": 1_281_167, "val": 50_000},
         url="https://image-net.org/challenges/LSVRC/2012/",
         licence="non-commercial research, registration",
-        originals=archives.imagenet,
-        class_names=archives.wnids(),
+        originals=imagenet,
+        class_names=wnids(),
         tested_on="real",
     ),
     Task(
@@ -271,7 +249,7 @@ _ROWS = (
         7_500,
         "imagenet_a:*.*.*",
         "https://github.com/hendrycks/natural-adv-examples",
-        archives.wnids("imagenet_a"),
+        wnids("imagenet_a"),
         scored_wnids="imagenet_a",
     ),
     _imagenet_variant(
@@ -279,7 +257,7 @@ _ROWS = (
         30_000,
         "imagenet_r:*.*.*",
         "https://github.com/hendrycks/imagenet-r",
-        archives.wnids("imagenet_r"),
+        wnids("imagenet_r"),
         scored_wnids="imagenet_r",
     ),
     _imagenet_variant(
@@ -287,7 +265,7 @@ _ROWS = (
         50_889,
         "imagenet_sketch:*.*.*",
         "https://github.com/HaohanWang/ImageNet-Sketch",
-        archives.wnids(),
+        wnids(),
     ),
     _own(
         "cifar10",
@@ -298,7 +276,7 @@ _ROWS = (
         _CIFAR,
         url=_KRIZHEVSKY,
         licence=_RESEARCH,
-        originals=lambda source: archives.cifar(source, 10),
+        originals=lambda source: cifar(source, 10),
         tested_on="real",
     ),
     _own(
@@ -310,7 +288,7 @@ _ROWS = (
         _CIFAR,
         url=_KRIZHEVSKY,
         licence=_RESEARCH,
-        originals=lambda source: archives.cifar(source, 100),
+        originals=lambda source: cifar(source, 100),
         tested_on="synthetic records",
     ),
     _own(
@@ -322,7 +300,7 @@ _ROWS = (
         _SMALL,
         url=f"{_OXFORD}/pets/",
         licence="CC BY-SA 4.0",
-        originals=archives.pets,
+        originals=pets,
         official_metric="mean_per_class",
         tested_on="synthetic records",
     ),
@@ -338,7 +316,7 @@ _ROWS = (
         num_samples={"train": 1_020, "val": 1_020, "test": 6_149},
         url=f"{_OXFORD}/flowers/102/",
         licence=_RESEARCH,
-        originals=archives.flowers,
+        originals=flowers,
         official_metric="mean_per_class",
         tested_on="synthetic records",
     ),
@@ -349,23 +327,23 @@ _ROWS = (
     ),
     _vtab(
         *("cifar100", NATURAL, 100, "cifar100:3.*.*", "train[45000:45200]", "test", 10_000, _KRIZHEVSKY, _RESEARCH),
-        originals=_seeded(lambda source: archives.cifar(source, 100)),
+        originals=_seeded(lambda source: cifar(source, 100)),
         tested_on="real",
     ),
     _vtab(
         *("dtd", NATURAL, 47, "dtd:3.*.*", _VAL, "test", 1_880, f"{_OXFORD}/dtd/", "research only"),
-        originals=_seeded(archives.dtd),
+        originals=_seeded(dtd),
     ),
     _vtab(
         *("flowers102", NATURAL, 102, "oxford_flowers102:2.*.*", _VAL, "test", 6_149),
         *(f"{_OXFORD}/flowers/102/", _RESEARCH),
-        originals=_seeded(archives.flowers),
+        originals=_seeded(flowers),
         official_metric="mean_per_class",
     ),
     _vtab(
         *("pets", NATURAL, 37, "oxford_iiit_pet:3.*.*", "train[2944:3144]", "test", 3_669),
         *(f"{_OXFORD}/pets/", "CC BY-SA 4.0"),
-        originals=_seeded(archives.pets),
+        originals=_seeded(pets),
         official_metric="mean_per_class",
     ),
     _vtab(
@@ -442,72 +420,3 @@ def vtab_means(scores: Mapping[str, float]) -> dict[str, float]:
     for group in (NATURAL, SPECIALISED, STRUCTURED):
         members[group] = [name for name in members["vtab"] if TASKS[name].group == group]
     return {name: statistics.fmean(scores[member] for member in found) for name, found in members.items() if found}
-
-
-@dataclass(frozen=True)
-class PaperRow:
-    """Published results of one model: accuracy in percent by task, "vtab" being the mean over its 19."""
-
-    model: str
-    upstream: str  # what it was pretrained on; JFT-300M is private, so its rows cannot be reproduced
-    source: str
-    image_size: str  # of fine-tuning, in pixels; two: on ImageNet, and on all other tasks
-    scores: Mapping[str, float]
-
-
-_V1 = "arXiv 2010.11929 v1, as quoted elsewhere; not checked against its text"
-_TABLE_2 = "arXiv 2010.11929 v2 (ICLR 2021), Table 2: means of 3 runs, Polyak averaging on ImageNet"
-_TABLE_5 = "arXiv 2010.11929 v2 (ICLR 2021), Table 5"
-_TABLE_9 = "arXiv 2010.11929 v2 (ICLR 2021), Table 9"
-_COLUMNS = ("imagenet", "real", "cifar10", "cifar100", "pets", "flowers")
-
-
-def _row(model: str, upstream: str, source: str, image_size: str, *scores: float, columns: Sequence[str]) -> PaperRow:
-    return PaperRow(model, upstream, source, image_size, dict(zip(columns, scores, strict=True)))
-
-
-PAPER_ROWS = (
-    _row(
-        *("H/14", "JFT-300M", _V1, "518, 384", 88.36, 90.77, 94.55, 77.16),
-        columns=("imagenet", "real", "cifar100", "vtab"),
-    ),
-    *(
-        _row(*row, columns=(*_COLUMNS, "vtab"))
-        for row in (
-            ("H/14", "JFT-300M", _TABLE_2, "518, 384", 88.55, 90.72, 99.50, 94.55, 97.56, 99.68, 77.63),
-            ("L/16", "JFT-300M", _TABLE_2, "512, 384", 87.76, 90.54, 99.42, 93.90, 97.32, 99.74, 76.28),
-            ("L/16", "ImageNet-21k", _TABLE_2, "512, 384", 85.30, 88.62, 99.15, 93.25, 94.67, 99.61, 72.72),
-        )
-    ),
-    *(
-        _row(*row, columns=_COLUMNS)
-        for row in (
-            ("B/16", "ImageNet", _TABLE_5, "384", 77.91, 83.57, 98.13, 87.13, 93.81, 89.49),
-            ("B/32", "ImageNet", _TABLE_5, "384", 73.38, 79.56, 97.77, 86.31, 92.04, 85.43),
-            ("L/16", "ImageNet", _TABLE_5, "384", 76.53, 82.19, 97.86, 86.35, 93.64, 89.66),
-            ("L/32", "ImageNet", _TABLE_5, "384", 71.16, 77.83, 97.94, 87.07, 91.35, 86.36),
-            ("B/16", "ImageNet-21k", _TABLE_5, "384", 83.97, 88.35, 98.95, 91.67, 94.43, 99.38),
-            ("B/32", "ImageNet-21k", _TABLE_5, "384", 81.28, 86.63, 98.79, 91.97, 93.02, 99.11),
-            ("L/16", "ImageNet-21k", _TABLE_5, "384", 85.15, 88.40, 99.16, 93.44, 94.73, 99.61),
-            ("L/32", "ImageNet-21k", _TABLE_5, "384", 80.99, 85.65, 99.13, 93.04, 93.09, 99.19),
-            ("H/14", "ImageNet-21k", _TABLE_5, "384", 85.13, 88.70, 99.27, 93.82, 94.82, 99.51),
-        )
-    ),
-    *(
-        _row(model, upstream, _TABLE_9, "384", *natural, *specialised, *structured, columns=VTAB)
-        for model, upstream, natural, specialised, structured in (
-            (
-                *("H/14", "JFT-300M", (95.3, 85.5, 75.2, 99.7, 97.2, 65.0, 88.9), (83.3, 96.7, 91.4, 76.6)),
-                (91.7, 63.8, 53.1, 79.4, 63.3, 84.5, 33.2, 51.2),
-            ),
-            (
-                *("L/16", "JFT-300M", (95.4, 81.9, 74.3, 99.7, 96.7, 63.5, 87.4), (83.6, 96.5, 89.7, 77.1)),
-                (86.4, 63.1, 49.7, 74.5, 60.5, 82.2, 36.2, 51.1),
-            ),
-            (
-                *("L/16", "ImageNet-21k", (90.8, 84.1, 74.1, 99.3, 92.7, 61.0, 80.9), (82.5, 95.6, 85.2, 75.3)),
-                (70.3, 56.1, 41.9, 74.7, 64.9, 79.9, 30.5, 41.7),
-            ),
-        )
-    ),
-)

@@ -12,15 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.data.archives import TRAIN_TAR, VAL_TAR, Original, Splits, pack_originals, split_of
-from pretrain.data.build import Item, Progress, build, check_labels, sniffed_ending
-from pretrain.data.examples import Example, content_sha256, examples_sha256, write_examples
 from pretrain.data.manifest import check_shards, load_manifest
 from pretrain.data.reader import BadSample
-from pretrain.data.tfrecord import Record, read_features, split_records, tfds_folder
 from pretrain.errors import UserError
-from pretrain.evaluation.tasks import Task
+from pretrain.shards.archives import Original, Splits
+from pretrain.shards.build import Progress, build, check_labels
+from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples
+from pretrain.shards.imagenet import TRAIN_TAR, VAL_TAR
+from pretrain.shards.packs import pack_originals, split_of
+from pretrain.shards.sources import Item, sniffed_ending
+from pretrain.shards.tfrecord import Record, read_features, split_records, tfds_folder
 from pretrain.storage import write_text
+from pretrain.tasks.table import Task
 
 FORMAT, VERSION = "pretrain-task", 2
 FILE = "task.json"

@@ -1,0 +1,154 @@
+"""Items -> shuffled shards, their indexes, and the manifest, which is written last."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset.writer import TarWriter
+
+from pretrain.data.images import decode
+from pretrain.data.manifest import (
+    LABEL_ENDING,
+    Shard,
+    write_manifest,
+)
+from pretrain.data.order import words
+from pretrain.data.reader import BadSample
+from pretrain.errors import UserError
+from pretrain.shards.sources import Item
+from pretrain.shards.tars import index_tar
+from pretrain.storage import replacing, write_text
+
+Progress = Callable[[int], None]  # told the number of samples just done
+
+
+def build(
+    items: Sequence[Item],
+    classes: Sequence[str],
+    out: Path,
+    *,
+    samples_per_shard: int,
+    seed: int | None,
+    progress: Progress = lambda _: None,
+) -> Path:
+    """Writes the items, shuffled over all shards, and returns the manifest's path. The same items give the same bytes.
+
+    Without a seed they keep their order. Each image is decoded once: one that cannot be is left out, counted by the
+    caller through `progress`, and named in provenance.json. Raises UserError when nothing is left or the folder holds
+    another data set.
+    """
+    start_folder(out)
+    multi_label = _has_lists(items)
+    check_labels(items, classes)
+    plan = np.arange(len(items)) if seed is None else np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
+    shards, dropped = [], []
+    for number in range(-(-len(items) // samples_per_shard)):
+        chosen = plan[number * samples_per_shard : (number + 1) * samples_per_shard]
+        path = out / f"{out.name}-{number:06d}.tar"
+        shard, left_out = _write_shard(path, number, [items[i] for i in chosen], progress)
+        dropped += left_out
+        if shard.num_samples:
+            shards.append(shard)
+    if not shards:
+        raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
+    num_classes = len(classes) or 1 + max(label for item in items for label in _labels(item))
+    return finish(out, shards, num_classes, classes, dropped, _shuffled(seed), multi_label)
+
+
+def check_labels(items: Iterable[Item], classes: Sequence[str]) -> None:
+    """Raises UserError when a label is no class; without names any number is one."""
+    for item in items:
+        for label in _labels(item):
+            if not 0 <= label < (len(classes) or label + 1):
+                raise UserError(f"{item.source}: label {label} is not one of the {len(classes)} classes")
+
+
+def _labels(item: Item) -> list[int]:
+    return item.label if isinstance(item.label, list) else [item.label]
+
+
+def _has_lists(items: Sequence[Item]) -> bool:
+    """Returns whether labels are lists. Raises UserError when only some are, or when one is empty or repeats itself."""
+    kinds = {isinstance(item.label, list) for item in items}
+    for item in items:
+        labels = _labels(item)
+        if len(kinds) > 1:
+            raise UserError(f"{item.source}: label {item.label}: single classes and lists are mixed in this data set")
+        if not labels or len(set(labels)) < len(labels):
+            raise UserError(f"{item.source}: label {item.label} is empty or names a class twice")
+    return kinds == {True}
+
+
+def write_samples(samples: Iterable[tuple[bytes, int]], ending: str, path: Path, number: int) -> Shard:
+    """Writes encoded images and labels as shard `number`, in the given order, and returns it with its index written."""
+    items = (Item(partial(bytes, image), ending, label, "") for image, label in samples)
+    shard, _ = _write_shard(path, number, items, lambda _: None, check=False)
+    return shard
+
+
+def finish_manifest(out: Path, shards: list[Shard], classes: Sequence[str], seed: int) -> Path:
+    """Writes classes.json and the manifest of shards written by `write_samples`, in shuffled order."""
+    return finish(out, shards, len(classes), classes, [], _shuffled(seed))
+
+
+def _shuffled(seed: int | None) -> dict[str, Any]:
+    """What the manifest says of samples that lie in random order over all shards, or in the order they came."""
+    return {"scope": "none"} if seed is None else {"scope": "global", "seed": seed, "method": "permutation"}
+
+
+def _write_shard(
+    path: Path, number: int, items: Iterable[Item], progress: Progress, check: bool = True
+) -> tuple[Shard, list[str]]:
+    """Writes a tar and its index, and returns the shard and what was left out, with the reason."""
+    with replacing(path) as temporary:
+        dropped = _write_tar(temporary, number, items, progress, check)
+    return index_tar(path), dropped
+
+
+def _write_tar(path: Path, number: int, items: Iterable[Item], progress: Progress, check: bool) -> list[str]:
+    """Writes a tar and returns what was left out, with the reason."""
+    dropped = []
+    with path.open("wb") as stream:
+        writer = TarWriter(stream, mtime=0, encoder=False)
+        written = 0
+        for item in items:
+            data = item.read()
+            try:
+                if check:
+                    decode(data)
+            except BadSample as bad:
+                dropped.append(f"{item.source}: {bad}")
+                continue
+            finally:
+                progress(1)
+            label = json.dumps([int(k) for k in item.label]) if isinstance(item.label, list) else str(item.label)
+            writer.write({"__key__": f"{number:06d}{written:06d}", item.ending: data, LABEL_ENDING: label.encode()})
+            written += 1
+        writer.close()
+    return dropped
+
+
+def start_folder(out: Path) -> None:
+    if (out / "manifest.json").exists():
+        raise UserError(f"{out}: holds a data set already; remove it or choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def finish(
+    out: Path,
+    shards: list[Shard],
+    num_classes: int,
+    classes: Sequence[str],
+    dropped: list[str],
+    shuffle: dict,
+    multi_label: bool = False,
+) -> Path:
+    if classes:
+        write_text(out / "classes.json", json.dumps(list(classes), ensure_ascii=False, indent=0) + "\n")
+    if dropped:
+        write_text(out / "provenance.json", json.dumps({"dropped": dropped}, indent=1) + "\n")
+    options = {"has_names": bool(classes), "shuffle": shuffle, "multi_label": multi_label}
+    return write_manifest(out, out.name, shards, num_classes, **options)

@@ -1,0 +1,74 @@
+"""Existing tars, indexed as they are."""
+
+import gzip
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.data.manifest import (
+    Shard,
+)
+from pretrain.data.reader import BadSample, parse_labels, read_sample
+from pretrain.errors import UserError
+from pretrain.shards.build import Progress, finish, start_folder
+from pretrain.shards.tars import alone, index_tar
+from pretrain.storage import replacing
+
+
+def index_existing(
+    tars: Sequence[Path], classes: Sequence[str], out: Path, *, progress: Progress = lambda _: None
+) -> Path:
+    """Indexes existing tars and returns the manifest's path. `.tar.gz` are decompressed; tars elsewhere are copied.
+
+    Raises UserError naming the shard, when one is damaged, holds a sample twice or without image or label.
+    """
+    if not all(path.resolve().parent == out.resolve() for path in tars):
+        start_folder(out)  # else: indexed again, where they lie
+    names = [path.name.removesuffix(".gz") for path in tars]
+    if len(set(names)) < len(names):
+        raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
+    shards, largest_label, multi_label = [], -1, False
+    for path, name in zip(tars, names):
+        shard = index_tar(_brought(path, out / name))
+        if not shard.num_samples:
+            raise UserError(f"{path}: has no samples")
+        multi_label = multi_label if shards else _starts_with_list(shard)
+        largest_label = max(largest_label, _largest_label(shard, len(classes), multi_label))
+        shards.append(shard)
+        progress(1)
+    num_classes = len(classes) or largest_label + 1
+    return finish(out, shards, num_classes, classes, [], {"scope": "none"}, multi_label)
+
+
+def _brought(source: Path, target: Path) -> Path:
+    if source.resolve() == target.resolve():
+        return target
+    try:
+        with replacing(target) as temporary:
+            opened = gzip.open(source) if source.suffix == ".gz" else source.open("rb")
+            with opened as reader, temporary.open("wb") as writer:
+                shutil.copyfileobj(reader, writer, 1 << 20)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{source}: cannot be copied to {target} ({error})") from None
+    return target
+
+
+def _starts_with_list(shard: Shard) -> bool:
+    """Whether the first label of existing tars is a list: then all have to be."""
+    try:
+        return read_sample(alone(shard, 1), 0).label.lstrip().startswith(b"[")
+    except BadSample:
+        return False  # told with its number by `_largest_label`
+
+
+def _largest_label(shard: Shard, num_classes: int, multi_label: bool) -> int:
+    manifest = alone(shard, num_classes or 10**9)
+    labels = []
+    for number in range(shard.num_samples):
+        try:
+            raw = read_sample(manifest, number)
+            labels += parse_labels(raw.label, manifest.num_classes, multi_label)
+        except BadSample as bad:
+            raise UserError(f"{shard.path}: sample {number}: {bad}") from None
+    return max(labels)

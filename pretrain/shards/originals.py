@@ -1,0 +1,142 @@
+"""Original downloads as their authors publish them: CIFAR, Oxford Pets and Flowers, DTD. Pickles are refused."""
+
+import io
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pretrain.errors import UserError
+from pretrain.shards.archives import File, Original, Splits, files_of, found_in, is_image, one_of, original_of
+from pretrain.shards.matlab import read_matlab
+from pretrain.shards.sources import Item
+
+_CIFAR_PIXELS = 3 * 32 * 32  # red plane, green plane, blue plane
+
+
+def cifar(source: Path, num_classes: int) -> Splits:
+    """Returns CIFAR-10 or -100 from `cifar-10-binary.tar.gz`, `cifar-100-binary.tar.gz` or the folder in it."""
+    short = "cifar-10" if num_classes == 10 else "cifar-100"
+    unpacked = f"{short}-batches-bin" if num_classes == 10 else f"{short}-binary"
+    names = f"{short}-binary.tar.gz", unpacked
+    pickled = found_in(source, f"{short}-python.tar.gz", f"{short}-batches-py", f"{short}-python")
+    if pickled and not found_in(source, *names):
+        raise UserError(f"{pickled}: holds pickles, which can run code; download {short}-binary.tar.gz instead")
+    archive = one_of(source, *names)
+    files = {Path(file.name).name: file for file in files_of(archive)}
+    binary = {name: file for name, file in files.items() if name.endswith(".bin")}
+    train = [f"data_batch_{i}.bin" for i in range(1, 6)] if num_classes == 10 else ["train.bin"]
+    test = ["test_batch.bin" if num_classes == 10 else "test.bin"]
+    for name in train + test:
+        if name not in binary:
+            raise UserError(f"{archive}: {name} is missing")
+    label_bytes = 1 if num_classes == 10 else 2  # of CIFAR-100: coarse class, then class
+    listed = files.get("batches.meta.txt" if num_classes == 10 else "fine_label_names.txt")
+    class_names = dict(enumerate(listed.read().decode(errors="replace").split() if listed else []))
+    return {
+        split: [original for name in names for original in _cifar_batch(binary[name], label_bytes, class_names)]
+        for split, names in (("train", train), ("test", test))
+    }
+
+
+def _cifar_batch(file: File, label_bytes: int, class_names: dict[int, str]) -> list[Original]:
+    data = np.frombuffer(file.read(), np.uint8)
+    if len(data) % (label_bytes + _CIFAR_PIXELS):
+        raise UserError(f"{file.source}: {len(data)} bytes are not a multiple of {label_bytes + _CIFAR_PIXELS}; cut?")
+    rows = data.reshape(-1, label_bytes + _CIFAR_PIXELS)
+    name = Path(file.name).name
+    originals = []
+    for i, row in enumerate(rows):
+        label = int(row[label_bytes - 1])
+        item = Item(partial(_png_of_planes, row[label_bytes:]), "png", label, f"{file.source}[{i}]")
+        originals.append(Original(f"{name}[{i}]", item, class_names.get(label, "")))
+    return originals
+
+
+def _png_of_planes(planes: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(planes.reshape(3, 32, 32).transpose(1, 2, 0))).save(file, "png")
+    return file.getvalue()
+
+
+def pets(source: Path) -> Splits:
+    """Returns Oxford-IIIT Pets from images.tar.gz and annotations.tar.gz: trainval.txt as train, and test.txt."""
+    images = {
+        Path(file.name).stem: file
+        for file in files_of(one_of(source, "images.tar.gz", "images.tar", "images"))
+        if is_image(file)
+    }
+    lists = {
+        Path(file.name).name: file
+        for file in files_of(one_of(source, "annotations.tar.gz", "annotations.tar", "annotations"))
+        if file.name.endswith(".txt")
+    }
+    splits = {}
+    for split, name in (("train", "trainval.txt"), ("test", "test.txt")):
+        if name not in lists:
+            raise UserError(f"{source}: annotations hold no {name}")
+        splits[split] = []
+        for line in lists[name].read().decode().splitlines():
+            if not line.strip() or line.startswith("#"):
+                continue
+            # Abyssinian_201 1 1 1: breed and number, class from 1, species, breed within the species
+            key, label = _list_entry(lists[name], line)
+            if key not in images:
+                raise UserError(f"{source}: {name} names {key}, images hold no such file")
+            splits[split].append(original_of(images[key], label - 1, key.rpartition("_")[0]))
+    return splits
+
+
+def _list_entry(file: File, line: str) -> tuple[str, int]:
+    words = line.split()
+    if len(words) < 2 or not words[1].isdigit():
+        raise UserError(f"{file.source}: {line[:60]!r} is not a name and a class")
+    return words[0], int(words[1])
+
+
+def flowers(source: Path) -> Splits:
+    """Returns Oxford Flowers-102 from 102flowers.tgz, imagelabels.mat and setid.mat (trnid, valid, tstid)."""
+    images = {
+        int(match[1]): file
+        for file in files_of(one_of(source, "102flowers.tgz", "102flowers.tar", "jpg"))
+        if (match := re.search(r"image_(\d{5})\.jpg$", file.name))
+    }
+    labels = _matlab(one_of(source, "imagelabels.mat"), "labels")["labels"]  # from 1, of image_00001 and on
+    sets = _matlab(one_of(source, "setid.mat"), "trnid", "valid", "tstid")
+    splits = {}
+    for split, name in (("train", "trnid"), ("val", "valid"), ("test", "tstid")):
+        missing = [i for i in sets[name] if i not in images or not 1 <= i <= len(labels)]
+        if missing:
+            raise UserError(f"{source}: setid.mat names image_{missing[0]:05d}, which has no file or no label")
+        splits[split] = [original_of(images[i], int(labels[i - 1]) - 1) for i in sets[name]]
+    return splits
+
+
+def _matlab(path: Path, *names: str) -> dict[str, list[int]]:
+    """Returns lists of integers from a Matlab file."""
+    try:
+        values = read_matlab(path.read_bytes())
+        return {name: [int(value) for value in values[name]] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a Matlab file with {', '.join(names)} ({error})") from None
+
+
+def dtd(source: Path) -> Splits:
+    """Returns the Describable Textures from dtd-r1.0.1.tar.gz or the folder `dtd`: the first of its ten divisions."""
+    archive = one_of(source, "dtd-r1.0.1.tar.gz", "dtd-r1.0.1.tar", "dtd")
+    files = files_of(archive)
+    images = {"/".join(Path(file.name).parts[-2:]): file for file in files if is_image(file)}
+    lists = {Path(file.name).name: file for file in files if file.name.endswith(".txt")}
+    classes = {name: number for number, name in enumerate(sorted({key.partition("/")[0] for key in images}))}
+    splits = {}
+    for split in ("train", "val", "test"):
+        if f"{split}1.txt" not in lists:
+            raise UserError(f"{archive}: labels/{split}1.txt is missing")
+        keys = lists[f"{split}1.txt"].read().decode().split()  # banded/banded_0002.jpg
+        if unknown := [key for key in keys if key not in images]:
+            raise UserError(f"{archive}: {split}1.txt names {unknown[0]}, which has no file")
+        named = [(key, key.partition("/")[0]) for key in keys]
+        splits[split] = [original_of(images[key], classes[name], name) for key, name in named]
+    return splits

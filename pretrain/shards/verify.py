@@ -1,0 +1,36 @@
+"""Everything of a data set read again: digests, indexes, labels, images."""
+
+from collections.abc import Iterator
+
+from pretrain.data.images import decode
+from pretrain.data.manifest import (
+    Manifest,
+    load_index,
+)
+from pretrain.data.reader import BadSample, parse_labels, read_sample
+from pretrain.errors import UserError
+from pretrain.shards.build import Progress
+from pretrain.shards.tars import alone
+from pretrain.storage import sha256
+
+
+def verify(manifest: Manifest, progress: Progress = lambda _: None) -> Iterator[str]:
+    """Yields what is wrong with a data set: digests, indexes, labels and images, every sample decoded."""
+    for shard in manifest.shards:
+        try:
+            if not shard.path.is_file() or sha256(shard.path) != shard.sha256:
+                yield f"{shard.path}: is missing or is not the file that was indexed (SHA-256 differs)"
+                continue
+            load_index(shard)
+        except UserError as error:
+            yield str(error)
+            continue
+        only = alone(shard, manifest.num_classes)
+        for number in range(shard.num_samples):
+            try:
+                raw = read_sample(only, number)
+                parse_labels(raw.label, manifest.num_classes, manifest.multi_label)
+                decode(raw.image)
+            except BadSample as bad:
+                yield f"{shard.path}: sample {number}: {bad}"
+            progress(1)
