@@ -33,9 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from pretrain.data.manifest import load_manifest
-    from pretrain.shards.build import build
-    from pretrain.shards.existing import index_existing
-    from pretrain.shards.sources import folder_items, npz_items
+    from pretrain.shards.make import make_shards
 
     if arguments.verify:
         return _verify(arguments.paths)
@@ -51,20 +49,13 @@ def main() -> None:
                     f"{option} has no effect with --task, which has its own classes and order; leave it out"
                 )
         return _prepare(arguments.task, sources, out, arguments.samples_per_shard)
-    classes = _class_names(arguments.classes)
-    for source in sources:
-        if not source.exists():
-            raise UserError(f"{source}: not found")
-    if all(source.name.endswith((".tar", ".tar.gz")) for source in sources):
-        with cli.progress("indexing", len(sources), "shards") as advance:
-            path = index_existing(sources, classes, out, progress=advance)
-    elif len(sources) == 1 and (sources[0].is_dir() or sources[0].suffix == ".npz"):
-        items, found = folder_items(sources[0]) if sources[0].is_dir() else npz_items(sources[0])
-        with cli.progress("writing", len(items), "images") as advance:
-            options = {"samples_per_shard": arguments.samples_per_shard, "seed": arguments.seed or 0}
-            path = build(items, classes or found, out, **options, progress=advance)
-    else:
-        raise UserError(f"{', '.join(map(str, sources))}: give one folder, one .npz, or any number of .tar and .tar.gz")
+    path = make_shards(
+        sources,
+        _class_names(arguments.classes),
+        out,
+        samples_per_shard=arguments.samples_per_shard,
+        seed=arguments.seed or 0,
+    )
     manifest = load_manifest(path)
     dropped = (
         len(json.loads((out / "provenance.json").read_text())["dropped"]) if (out / "provenance.json").exists() else 0
