@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import sys
 import time
@@ -28,6 +29,9 @@ def run(main: Callable[[], int | None]) -> None:
 
     Errors without an exit code are defects of ours and keep their traceback (exit 1). An interrupt exits with 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8, terminals need not know accents
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except KeyboardInterrupt:
@@ -79,6 +83,16 @@ def _leave(code: int) -> None:
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them
     sys.exit(code)
+
+
+def shown(text: object) -> str:
+    """Returns a text that any terminal and any file can take: what is not UTF-8 in a name is escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def is_text(name: str) -> bool:
+    """Returns whether a name from the disk is UTF-8."""
+    return shown(name) == name
 
 
 @contextmanager

@@ -4,7 +4,6 @@ python tools/make_shards.py SOURCE... OUT [--classes FILE]
 python tools/make_shards.py --task NAME SOURCE... OUT       (can be repeated: finished splits are kept)
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -26,14 +25,22 @@ def main() -> None:
         "paths", nargs="+", type=Path, metavar="SOURCE... OUT", help="what to read, then the folder to write"
     )
     parser.add_argument("--task", metavar="NAME", help="evaluation set: imagenet, cifar10, pets, vtab/svhn ...")
-    parser.add_argument("--classes", type=Path, help='class names: a JSON list, or an object with "names"')
+    parser.add_argument("--classes", type=Path, help='names in the order of labels: JSON list, or "names"')
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="of folders and .npz (default 10000)")
     parser.add_argument("--seed", type=int, help="of the shuffle (default 0)")
+    parser.add_argument(
+        "--apply-orientation",
+        action="store_true",
+        help="turn photos as their EXIF says (default: as Google's code, not)",
+    )
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
 
     from pretrain.data.manifest import load_manifest
-    from pretrain.shards.make import make_shards
+    from pretrain.shards.build import read_dropped
+    from pretrain.shards.class_list import read_class_list
+    from pretrain.shards.counts import read_counts, table_of
+    from pretrain.shards.make import Options, make_shards
 
     if arguments.verify:
         return _verify(arguments.paths)
@@ -49,20 +56,18 @@ def main() -> None:
                     f"{option} has no effect with --task, which has its own classes and order; leave it out"
                 )
         return _prepare(arguments.task, sources, out, arguments.samples_per_shard)
-    path = make_shards(
-        sources,
-        _class_names(arguments.classes),
-        out,
-        samples_per_shard=arguments.samples_per_shard,
-        seed=arguments.seed or 0,
-    )
+    classes = read_class_list(arguments.classes) if arguments.classes else None
+    options = Options(arguments.samples_per_shard, arguments.seed or 0, arguments.apply_orientation)
+    path, told = make_shards(sources, classes, out, options)
     manifest = load_manifest(path)
-    dropped = (
-        len(json.loads((out / "provenance.json").read_text())["dropped"]) if (out / "provenance.json").exists() else 0
-    )
     print(f"{path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.num_classes} classes")
-    if dropped:
-        _warn(f"{dropped} images left out, {out / 'provenance.json'} names them")
+    print("\n".join(table_of(*read_counts(out))))
+    for title, numbers in (("passed over", told.passed_over), ("pictures", told.notes)):
+        for kind, number in numbers.items():
+            if number:
+                print(f"{title}: {number:,} {kind}")
+    if dropped := read_dropped(out):
+        _warn(f"{len(dropped)} images left out, {out / 'provenance.json'} names them; the first: {dropped[0]}")
 
 
 def _warn(message: str) -> None:
@@ -103,17 +108,6 @@ def _verify(paths: list[Path]) -> None:
         print(problem, file=sys.stderr)
     if problems:
         raise UserError(f"{len(problems)} problems found")
-
-
-def _class_names(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        names = values["names"] if isinstance(values, dict) else values
-        return [name if isinstance(name, str) else ", ".join(name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: expected a JSON list of names, or an object with "names" ({error})') from None
 
 
 if __name__ == "__main__":

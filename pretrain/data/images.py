@@ -20,7 +20,8 @@ from pretrain.data.randaugment import rand_augment
 from pretrain.data.reader import BadSample
 
 MAX_PIXELS = 50_000_000  # a larger image is refused by its header: 172 kB of PNG can decode to gigabytes
-_FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow knows 40 more, and runs Ghostscript for one
+FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow knows 40 more, and runs Ghostscript for one
+_PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", (b"zTXt", b"iTXt")
 MAX_ASPECT = 100  # longer / shorter side
 _TRIES = 10  # of RandomResizedCrop, as in torchvision
 _INCEPTION_TRIES = 100  # of sample_distorted_bounding_box, TensorFlow's default
@@ -33,10 +34,11 @@ def decode(data: bytes) -> torch.Tensor:
 
     Raises BadSample("decode") when it cannot be decoded or has more than 50 megapixels.
     """
+    data = _without_text(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as header:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
                 width, height = header.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("decode", _reason(error)) from None
@@ -56,9 +58,22 @@ def decode(data: bytes) -> torch.Tensor:
     return _decode_with_pillow(data)
 
 
+def _without_text(data: bytes) -> bytes:
+    """Returns a PNG without its compressed text, of which Pillow refuses more than 1 MB; all other data as it is."""
+    if not data.startswith(_PNG) or not any(kind in data for kind in _PNG_TEXT):
+        return data
+    kept, at = [_PNG], len(_PNG)
+    while at < len(data):  # a chunk: length, kind, content, checksum
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in _PNG_TEXT:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
 def _decode_with_pillow(data: bytes) -> torch.Tensor:
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             elif image.mode == "P":

@@ -168,7 +168,10 @@ def key_crc32(key: str) -> int:
 
 
 def write_index(shard: Shard, index: ShardIndex) -> None:
-    """Writes `NAME.idx` beside `NAME.tar`: one line of JSON, then the arrays as little-endian uint32."""
+    """Writes `NAME.idx` beside `NAME.tar`: one line of JSON, then the arrays as little-endian uint32.
+
+    Raises UserError when a file of that name is there that is no index.
+    """
     payload = index.offsets.astype("<u4").tobytes() + index.key_crc32.astype("<u4").tobytes()
     header = {
         "format": INDEX_FORMAT,
@@ -183,8 +186,15 @@ def write_index(shard: Shard, index: ShardIndex) -> None:
         "payload_crc32": f"{zlib.crc32(payload):08x}",
     }
     path = shard.path.with_suffix(".idx")
+    if path.exists() and not _is_index(path):
+        raise UserError(f"{path}: is in the way and no index of ours (other tools write .idx too); move it away")
     with replacing(path) as temporary:
         temporary.write_bytes(json.dumps(header, sort_keys=True).encode() + b"\n" + payload)
+
+
+def _is_index(path: Path) -> bool:
+    with path.open("rb") as file:
+        return INDEX_FORMAT.encode() in file.read(4096)
 
 
 def load_index(shard: Shard) -> ShardIndex:

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import tarfile
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING, Manifest, Shard,
 from pretrain.errors import StorageError
 
 MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
+MAX_IMAGE_BYTES = MAX_SAMPLE_BYTES - (64 << 10)  # what remains for the image beside its headers and its label
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's rule
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _LIST = re.compile(rb"\[\s*(\d{1,9}(?:\s*,\s*\d{1,9})*)\s*\]")
 
@@ -62,16 +65,37 @@ def _parse(data: bytes, wanted_key: int) -> RawSample:
         raise BadSample("tar", "a sparse member or a compressed tar")
     try:
         files = tar_file_expander([{"url": "", "stream": io.BytesIO(data)}], handler=_raise)
-        samples = list(group_by_keys(files, handler=_raise))
+        own = (file for file in files if member_passed_over(file.get("fname", "a.b")) is None)  # {} ends a stream
+        samples = list(group_by_keys(own, handler=_raise))
     except Exception as error:  # tarfile and webdataset raise many types on damaged headers
         raise BadSample("tar", str(error)) from None
-    if len(samples) != 1 or key_crc32(samples[0]["__key__"]) != wanted_key:
+    wanted = [sample for sample in samples if key_crc32(sample["__key__"]) == wanted_key]
+    complete = [sample for sample in samples if not is_stranger(sample.keys())]
+    if len(wanted) != 1 or complete != wanted:
         raise BadSample("tar", "the members are not those of the index")
-    sample = samples[0]
+    sample = wanted[0]
     image = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
     if image is None or LABEL_ENDING not in sample:
         raise BadSample("missing", "no image" if image is None else "no label")
     return RawSample(sample["__key__"], image, sample[LABEL_ENDING])
+
+
+def member_passed_over(name: str) -> str | None:
+    """Returns why a member of a tar is no part of a sample, None when it is.
+
+    What webdataset skips (no ending, its own `__NAME__`), and hidden or system files, which it takes for samples.
+    """
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        return "hidden and system files"
+    if _META.match(name):
+        return "webdataset's own files"
+    return None if "." in parts[-1] else "files without an ending"
+
+
+def is_stranger(endings: Iterable[str]) -> bool:
+    """Returns whether members of one key are no sample: neither an image nor a label, as of README.md."""
+    return not {*IMAGE_ENDINGS, LABEL_ENDING} & set(endings)
 
 
 def parse_label(raw: bytes, num_classes: int) -> int:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.errors import UserError
-from pretrain.shards.sources import Item, files_below
+from pretrain.shards.listing import files_below
+from pretrain.shards.sources import Item
 
 MAX_UNPACKED_BYTES = 4 << 30  # of a compressed archive, held in memory: Oxford Pets has 0.8 GB
 

@@ -1,14 +1,16 @@
 """Items -> shuffled shards, their indexes, and the manifest, which is written last."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from webdataset.writer import TarWriter
 
+from pretrain.cli import shown
 from pretrain.data.images import decode
 from pretrain.data.manifest import (
     LABEL_ENDING,
@@ -16,13 +18,30 @@ from pretrain.data.manifest import (
     write_manifest,
 )
 from pretrain.data.order import words
-from pretrain.data.reader import BadSample
+from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.errors import UserError
+from pretrain.shards.counts import write_counts
 from pretrain.shards.sources import Item
 from pretrain.shards.tars import index_tar
 from pretrain.storage import replacing, write_text
 
 Progress = Callable[[int], None]  # told the number of samples just done
+
+
+class DataSet(NamedTuple):
+    """What a data set holds, before its manifest is written."""
+
+    shards: list[Shard]
+    num_classes: int
+    classes: Sequence[str]
+    counts: Counter[int] | None  # images of each class, where they were counted
+    dropped: list[str]  # what was left out, with the reason
+    multi_label: bool = False
+
+
+def set_name(out: Path) -> str:
+    """Returns what a data set and its shards are called: its folder's name, also where that is given as `.`."""
+    return out.resolve().name or "data"
 
 
 def build(
@@ -44,18 +63,19 @@ def build(
     multi_label = _has_lists(items)
     check_labels(items, classes)
     plan = np.arange(len(items)) if seed is None else np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
-    shards, dropped = [], []
+    shards, dropped, counts = [], [], Counter[int]()
     for number in range(-(-len(items) // samples_per_shard)):
         chosen = plan[number * samples_per_shard : (number + 1) * samples_per_shard]
-        path = out / f"{out.name}-{number:06d}.tar"
-        shard, left_out = _write_shard(path, number, [items[i] for i in chosen], progress)
+        path = out / f"{set_name(out)}-{number:06d}.tar"
+        shard, left_out = _write_shard(path, number, [items[i] for i in chosen], progress, counts)
         dropped += left_out
         if shard.num_samples:
             shards.append(shard)
     if not shards:
         raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
     num_classes = len(classes) or 1 + max(label for item in items for label in _labels(item))
-    return finish(out, shards, num_classes, classes, dropped, _shuffled(seed), multi_label)
+    made = DataSet(shards, num_classes, classes, counts, dropped, multi_label)
+    return finish(out, made, _shuffled(seed))
 
 
 def check_labels(items: Iterable[Item], classes: Sequence[str]) -> None:
@@ -85,13 +105,13 @@ def _has_lists(items: Sequence[Item]) -> bool:
 def write_samples(samples: Iterable[tuple[bytes, int]], ending: str, path: Path, number: int) -> Shard:
     """Writes encoded images and labels as shard `number`, in the given order, and returns it with its index written."""
     items = (Item(partial(bytes, image), ending, label, "") for image, label in samples)
-    shard, _ = _write_shard(path, number, items, lambda _: None, check=False)
+    shard, _ = _write_shard(path, number, items, lambda _: None, Counter(), check=False)
     return shard
 
 
 def finish_manifest(out: Path, shards: list[Shard], classes: Sequence[str], seed: int) -> Path:
     """Writes classes.json and the manifest of shards written by `write_samples`, in shuffled order."""
-    return finish(out, shards, len(classes), classes, [], _shuffled(seed))
+    return finish(out, DataSet(shards, len(classes), classes, None, []), _shuffled(seed))
 
 
 def _shuffled(seed: int | None) -> dict[str, Any]:
@@ -100,35 +120,49 @@ def _shuffled(seed: int | None) -> dict[str, Any]:
 
 
 def _write_shard(
-    path: Path, number: int, items: Iterable[Item], progress: Progress, check: bool = True
+    path: Path, number: int, items: Iterable[Item], progress: Progress, counts: Counter[int], check: bool = True
 ) -> tuple[Shard, list[str]]:
     """Writes a tar and its index, and returns the shard and what was left out, with the reason."""
     with replacing(path) as temporary:
-        dropped = _write_tar(temporary, number, items, progress, check)
+        dropped = _write_tar(temporary, number, items, progress, counts, check)
     return index_tar(path), dropped
 
 
-def _write_tar(path: Path, number: int, items: Iterable[Item], progress: Progress, check: bool) -> list[str]:
-    """Writes a tar and returns what was left out, with the reason."""
+def _write_tar(
+    path: Path, number: int, items: Iterable[Item], progress: Progress, counts: Counter[int], check: bool
+) -> list[str]:
+    """Writes a tar, counts the images of each class, and returns what was left out, with the reason."""
     dropped = []
     with path.open("wb") as stream:
         writer = TarWriter(stream, mtime=0, encoder=False)
         written = 0
         for item in items:
-            data = item.read()
             try:
+                data = _read(item)
                 if check:
                     decode(data)
             except BadSample as bad:
-                dropped.append(f"{item.source}: {bad}")
+                dropped.append(shown(f"{item.source}: {bad}"))
                 continue
             finally:
                 progress(1)
             label = json.dumps([int(k) for k in item.label]) if isinstance(item.label, list) else str(item.label)
             writer.write({"__key__": f"{number:06d}{written:06d}", item.ending: data, LABEL_ENDING: label.encode()})
+            counts.update(_labels(item))
             written += 1
         writer.close()
     return dropped
+
+
+def _read(item: Item) -> bytes:
+    """Reads an image by the rule of those who will read the shard. Raises BadSample."""
+    try:
+        data = item.read()
+    except OSError as error:  # of this file; the disk that is written to has errors of its own
+        raise BadSample("missing", f"cannot be read ({error.strerror})") from None
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadSample("tar", f"{len(data)} bytes, at most {MAX_IMAGE_BYTES}")
+    return data
 
 
 def start_folder(out: Path) -> None:
@@ -137,18 +171,20 @@ def start_folder(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def finish(
-    out: Path,
-    shards: list[Shard],
-    num_classes: int,
-    classes: Sequence[str],
-    dropped: list[str],
-    shuffle: dict,
-    multi_label: bool = False,
-) -> Path:
+def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
+    """Writes classes.json, provenance.json, counts.json and, last, the manifest, whose path it returns."""
+    classes = list(made.classes)
     if classes:
-        write_text(out / "classes.json", json.dumps(list(classes), ensure_ascii=False, indent=0) + "\n")
-    if dropped:
-        write_text(out / "provenance.json", json.dumps({"dropped": dropped}, indent=1) + "\n")
-    options = {"has_names": bool(classes), "shuffle": shuffle, "multi_label": multi_label}
-    return write_manifest(out, out.name, shards, num_classes, **options)
+        write_text(out / "classes.json", json.dumps(classes, ensure_ascii=False, indent=0) + "\n")
+    if made.dropped:
+        write_text(out / "provenance.json", json.dumps({"dropped": made.dropped}, indent=1) + "\n")
+    if made.counts is not None:
+        write_counts(out, [made.counts[label] for label in range(made.num_classes)], classes)
+    options = {"has_names": bool(classes), "shuffle": shuffle, "multi_label": made.multi_label}
+    return write_manifest(out, set_name(out), made.shards, made.num_classes, **options)
+
+
+def read_dropped(folder: Path) -> list[str]:
+    """Returns what was left out of a data set, with the reasons."""
+    path = folder / "provenance.json"
+    return json.loads(path.read_text(encoding="utf-8"))["dropped"] if path.exists() else []

@@ -3,6 +3,7 @@
 import gzip
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,34 +12,40 @@ from pretrain.data.manifest import (
 )
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
-from pretrain.shards.build import Progress, finish, start_folder
+from pretrain.shards.build import DataSet, Progress, finish, start_folder
 from pretrain.shards.tars import alone, index_tar
 from pretrain.storage import replacing
 
 
 def index_existing(
-    tars: Sequence[Path], classes: Sequence[str], out: Path, *, progress: Progress = lambda _: None
+    tars: Sequence[Path],
+    classes: Sequence[str],
+    out: Path,
+    *,
+    progress: Progress = lambda _: None,
+    passed_over: Counter[str] | None = None,
 ) -> Path:
     """Indexes existing tars and returns the manifest's path. `.tar.gz` are decompressed; tars elsewhere are copied.
 
-    Raises UserError naming the shard, when one is damaged, holds a sample twice or without image or label.
+    passed_over: is told how many members belong to no sample, by kind. Raises UserError naming the shard, when one is
+    damaged, holds a sample twice or without image or label.
     """
     if not all(path.resolve().parent == out.resolve() for path in tars):
         start_folder(out)  # else: indexed again, where they lie
     names = [path.name.removesuffix(".gz") for path in tars]
     if len(set(names)) < len(names):
         raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
-    shards, largest_label, multi_label = [], -1, False
+    shards, counts, multi_label = [], Counter[int](), False
     for path, name in zip(tars, names):
-        shard = index_tar(_brought(path, out / name))
+        shard = index_tar(_brought(path, out / name), passed_over)
         if not shard.num_samples:
             raise UserError(f"{path}: has no samples")
         multi_label = multi_label if shards else _starts_with_list(shard)
-        largest_label = max(largest_label, _largest_label(shard, len(classes), multi_label))
+        counts.update(_labels_of(shard, len(classes), multi_label))
         shards.append(shard)
         progress(1)
-    num_classes = len(classes) or largest_label + 1
-    return finish(out, shards, num_classes, classes, [], {"scope": "none"}, multi_label)
+    num_classes = len(classes) or max(counts) + 1
+    return finish(out, DataSet(shards, num_classes, classes, counts, [], multi_label), {"scope": "none"})
 
 
 def _brought(source: Path, target: Path) -> Path:
@@ -59,10 +66,10 @@ def _starts_with_list(shard: Shard) -> bool:
     try:
         return read_sample(alone(shard, 1), 0).label.lstrip().startswith(b"[")
     except BadSample:
-        return False  # told with its number by `_largest_label`
+        return False  # told with its number by `_labels_of`
 
 
-def _largest_label(shard: Shard, num_classes: int, multi_label: bool) -> int:
+def _labels_of(shard: Shard, num_classes: int, multi_label: bool) -> list[int]:
     manifest = alone(shard, num_classes or 10**9)
     labels = []
     for number in range(shard.num_samples):
@@ -71,4 +78,4 @@ def _largest_label(shard: Shard, num_classes: int, multi_label: bool) -> int:
             labels += parse_labels(raw.label, manifest.num_classes, multi_label)
         except BadSample as bad:
             raise UserError(f"{shard.path}: sample {number}: {bad}") from None
-    return max(labels)
+    return labels

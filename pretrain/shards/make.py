@@ -1,14 +1,26 @@
 """A data set from whatever was given: the sources are rows of a table; the first that recognises the paths makes it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain import cli
 from pretrain.errors import UserError
 from pretrain.shards.build import build
+from pretrain.shards.class_list import ClassList, labels_of
+from pretrain.shards.counts import add_to_counts
 from pretrain.shards.existing import index_existing
-from pretrain.shards.sources import Item, folder_items, npz_items
+from pretrain.shards.sources import Item, Told, folder_items, npz_items
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a data set is made of a source."""
+
+    samples_per_shard: int = 10_000
+    seed: int = 0  # of the shuffle
+    apply_orientation: bool = False  # turn photos as their EXIF says; folders only
 
 
 class Source(NamedTuple):
@@ -16,12 +28,22 @@ class Source(NamedTuple):
 
     named: str  # as the error lists it: "one folder"
     recognises: Callable[[Sequence[Path]], bool]
-    items: Callable[[Path], tuple[list[Item], list[str]]] | None  # with class names; None: shards already
+    items: (
+        Callable[[Path, Told, Options], tuple[list[Item], list[str]]] | None
+    )  # with class names; None: shards already
 
 
 SOURCES = (
-    Source("one folder", lambda paths: len(paths) == 1 and paths[0].is_dir(), folder_items),
-    Source("one .npz", lambda paths: len(paths) == 1 and paths[0].suffix == ".npz", npz_items),
+    Source(
+        "one folder",
+        lambda paths: len(paths) == 1 and paths[0].is_dir(),
+        lambda path, told, options: folder_items(path, told, apply_orientation=options.apply_orientation),
+    ),
+    Source(
+        "one .npz",
+        lambda paths: len(paths) == 1 and paths[0].suffix == ".npz",
+        lambda path, told, options: npz_items(path),
+    ),
     Source(
         "any number of .tar and .tar.gz",
         lambda paths: all(path.name.endswith((".tar", ".tar.gz")) and not path.is_dir() for path in paths),
@@ -30,13 +52,11 @@ SOURCES = (
 )
 
 
-def make_shards(
-    sources: Sequence[Path], classes: Sequence[str], out: Path, *, samples_per_shard: int, seed: int
-) -> Path:
-    """Makes the data set OUT, with progress on a terminal, and returns its manifest's path.
+def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, options: Options) -> tuple[Path, Told]:
+    """Makes the data set OUT, with progress on a terminal; returns its manifest's path and what is to be told.
 
-    classes: names, which take the place of those that the source has. Raises UserError when no row of SOURCES
-    recognises the sources, or they cannot be used.
+    classes: a source whose classes have names gets each one's label by its name; elsewhere labels are places in the
+    list. Raises UserError when no row of SOURCES recognises the sources, or they cannot be used.
     """
     for path in sources:
         if not path.exists():
@@ -45,10 +65,30 @@ def make_shards(
     if source is None:
         kinds = ", ".join(row.named for row in SOURCES[:-1]) + f", or {SOURCES[-1].named}"
         raise UserError(f"{', '.join(map(str, sources))}: give {kinds}")
+    told = Told()
     if source.items is None:
+        names = classes.names if classes else ()
         with cli.progress("indexing", len(sources), "shards") as advance:
-            return index_existing(sources, classes, out, progress=advance)
-    items, found = source.items(sources[0])
-    with cli.progress("writing", len(items), "images") as advance:
-        options = {"samples_per_shard": samples_per_shard, "seed": seed}
-        return build(items, classes or found, out, **options, progress=advance)
+            path = index_existing(sources, names, out, progress=advance, passed_over=told.passed_over)
+    else:
+        items, names = source.items(sources[0], told, options)
+        if classes:
+            items, names = _labelled(items, names, classes, told)
+        with cli.progress("writing", len(items), "images") as advance:
+            sizes = {"samples_per_shard": options.samples_per_shard, "seed": options.seed}
+            path = build(items, names, out, **sizes, progress=advance)
+    add_to_counts(out, {"passed_over": told.passed_over, "notes": told.notes})
+    return path, told
+
+
+def _labelled(
+    items: list[Item], found: Sequence[str], classes: ClassList, told: Told
+) -> tuple[list[Item], tuple[str, ...]]:
+    """The items with the labels that their classes' names have in the list, and the list's names."""
+    if not found:  # an archive without names: its labels are places in the list
+        return items, classes.names
+    labels, way = labels_of(found, classes)
+    told.notes[f"classes recognised by {way}"] = len(found)
+    relabelled = [item._replace(label=labels[item.label]) for item in items if isinstance(item.label, int)]
+    assert len(relabelled) == len(items)  # no source with names has several labels to an image
+    return relabelled, classes.names

@@ -1,17 +1,19 @@
 """Where samples come from: image folders, CIFAR-style archives. A source is a list of `Item`s."""
 
-import os
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.data.manifest import (
-    IMAGE_ENDINGS,
-)
+from pretrain.cli import is_text, shown
+from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.errors import UserError
+from pretrain.shards.listing import files_below, is_of_the_system, leads_up, num_files, refuse_broken_link
+from pretrain.shards.pictures import PICTURE_ENDINGS, REFUSED_ENDINGS, ending_of, read_picture, stored_ending
 
 
 class Item(NamedTuple):
@@ -23,15 +25,37 @@ class Item(NamedTuple):
     source: str  # where it came from, for error messages
 
 
-def folder_items(root: Path) -> tuple[list[Item], list[str]]:
-    """Returns the images of root/CLASS/**/*, and the class names: the folders' names in sorted order."""
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    items = [
-        Item(path.read_bytes, _ending(path.name), label, str(path))
-        for label, name in enumerate(classes)
-        for path in files_below(root / name)
-        if _ending(path.name) in IMAGE_ENDINGS
-    ]
+@dataclass
+class Told:
+    """What is to be said of a source beside its images, each kind with its number."""
+
+    passed_over: Counter[str] = field(default_factory=Counter)  # files that are nobody's data
+    notes: Counter[str] = field(default_factory=Counter)  # pictures that were converted, or look otherwise than shown
+
+
+def folder_items(
+    root: Path, told: Told | None = None, *, apply_orientation: bool = False
+) -> tuple[list[Item], list[str]]:
+    """Returns the images of root/CLASS/**/*, and the class names: the folders' names in sorted order.
+
+    Hidden and system folders are no classes, their files no images. Other formats are converted when they are read.
+    Raises UserError for a picture that would be left out: one beside the class folders, one of a format that nothing
+    here reads, one that lies in two classes by links.
+    """
+    told = told or Told()
+    classes = _class_folders(root, told)
+    real_root, reached = root.resolve(), dict[Path, str]()
+    items = []
+    for label, name in enumerate(classes):
+        for path in files_below(root / name, told.passed_over):
+            ending = stored_ending(path.name)
+            if ending is None:
+                _pass_over(path, told)
+                continue
+            real = _real_path(path, root, real_root)
+            if (other := reached.setdefault(real, name)) != name:
+                raise UserError(f"{path}: is in class {other!r} too, by a link; remove one of them")
+            items.append(Item(partial(read_picture, path, told.notes, apply_orientation), ending, label, str(path)))
     if not items:
         raise UserError(
             f"{root}: no images found; expected {root}/CLASS/NAME.jpg (endings: {', '.join(IMAGE_ENDINGS)})"
@@ -39,29 +63,45 @@ def folder_items(root: Path) -> tuple[list[Item], list[str]]:
     return items, classes
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Returns all files below a folder, sorted; links to folders are followed, but for one that leads back up.
+def _class_folders(root: Path, told: Told) -> list[str]:
+    """The names of the class folders, sorted; what else lies beside them is told, or refused when it is a picture."""
+    names, beside = [], []
+    for path in sorted(root.iterdir()):
+        refuse_broken_link(path)
+        if path.is_dir():
+            if is_of_the_system(path.name):
+                told.passed_over["files in hidden and system folders"] += num_files(path)
+            elif path.is_symlink() and leads_up(path):
+                told.passed_over["links that lead back up"] += 1
+            else:
+                names.append(path.name)
+        elif is_of_the_system(path.name):
+            told.passed_over["hidden and system files"] += 1
+        elif stored_ending(path.name):
+            beside.append(path)
+        else:
+            _pass_over(path, told)
+    if names and beside:
+        raise UserError(f"{beside[0]}: is a picture beside the class folders; move it into one, or out of {root}")
+    unreadable = next((name for name in names if not is_text(name)), None)
+    if unreadable is not None:
+        raise UserError(f"{root}/{shown(unreadable)}: the folder's name is not UTF-8, and it names a class; rename it")
+    return names
 
-    Raises UserError on a link to nothing or a folder that cannot be read: images would be missing without a word.
-    """
-    found = []
-    for place, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
-        here = Path(place)
-        folders[:] = [n for n in folders if not ((here / n).is_symlink() and _leads_up(here / n))]
-        for path in (here / name for name in names):
-            if path.is_file():
-                found.append(path)
-            elif path.is_symlink():
-                raise UserError(f"{path}: is a link to {os.readlink(path)}, which is not there; mend or remove it")
-    return sorted(found)
+
+def _pass_over(path: Path, told: Told) -> None:
+    """Counts a file that is no picture. Raises UserError for a picture that nothing here reads."""
+    ending = ending_of(path.name)
+    if ending in REFUSED_ENDINGS or ending in PICTURE_ENDINGS:
+        raise UserError(f"{path}: .{ending} pictures cannot be read here; convert it to JPEG or PNG, or move it away")
+    told.passed_over[f".{ending} files" if ending else "files without an ending"] += 1
 
 
-def _cannot_list(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
-
-
-def _leads_up(link: Path) -> bool:
-    return link.parent.resolve().is_relative_to(link.resolve())
+def _real_path(path: Path, root: Path, real_root: Path) -> Path:
+    """Where a file lies when links are followed; told without asking the disk where there is none on the way."""
+    below = path.relative_to(root)
+    on_the_way = [root / parent for parent in [*below.parents[:-1], below]]
+    return path.resolve() if any(place.is_symlink() for place in on_the_way) else real_root / below
 
 
 def npz_items(path: Path) -> tuple[list[Item], list[str]]:
@@ -83,10 +123,6 @@ def npz_items(path: Path) -> tuple[list[Item], list[str]]:
     return [
         Item(partial(image, i), sniffed_ending(image(i)), int(label[i]), f"{path}[{i}]") for i in range(len(label))
     ], classes
-
-
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2].lower()
 
 
 def sniffed_ending(data: bytes) -> str:

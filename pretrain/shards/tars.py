@@ -1,10 +1,13 @@
 """The index of a tar: where each sample begins, and whether it can be read at all."""
 
 import tarfile
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from pretrain.cli import shown
 from pretrain.data.manifest import (
     BLOCK,
     IMAGE_ENDINGS,
@@ -15,46 +18,73 @@ from pretrain.data.manifest import (
     key_crc32,
     write_index,
 )
+from pretrain.data.reader import is_stranger, member_passed_over
 from pretrain.errors import UserError
 from pretrain.storage import sha256
 
 
-def index_tar(path: Path) -> Shard:
+class _Group(NamedTuple):
+    """Members of one key that follow each other."""
+
+    key: str
+    start: int  # byte of the first one's header
+    endings: set[str]
+
+
+def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
     """Walks a tar's headers, writes its index beside it, and returns the shard.
 
-    Raises UserError when the tar ends early (plain tar reading would lose the rest without a word), when a sample comes
-    twice, or when a sample has no image or no label.
+    What belongs to no sample is passed over and counted by kind, as webdataset does. Raises UserError when the tar ends
+    early (plain tar reading would lose the rest without a word), when a sample comes twice, or when a sample has no
+    image or no label.
     """
-    starts, keys, end = [], [], 0
-    endings: set[str] = set()
+    told = Counter() if passed_over is None else passed_over
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isreg() or member.issparse():
-                    raise UserError(f"{path}: {member.name} is not a plain file")
-                key, ending = _key_and_ending(member.name)
-                if not keys or key != keys[-1]:
-                    _check_members(path, keys, endings)
-                    starts.append(member.offset)
-                    keys.append(key)
-                    endings = set()
-                endings.add(ending)
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+        groups, end = _walk(path, told)
     except UserError:
         raise
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a readable tar ({error})") from None
-    _check_members(path, keys, endings)
+    told["files of no sample"] += sum(len(group.endings) for group in groups if is_stranger(group.endings))
+    groups = [group for group in groups if not is_stranger(group.endings)]
+    _check_order(path, groups)
+    for group in groups:
+        _check_members(path, group)
     _check_end(path, end)
-    if len(set(keys)) < len(keys):
-        raise UserError(f"{path}: key {_first_repeated(keys)} occurs twice; members of a sample must follow each other")
-    shard = Shard(path, len(keys), path.stat().st_size, sha256(path))
-    offsets = np.array([*starts, end], dtype=np.uint64) // BLOCK
+    shard = Shard(path, len(groups), path.stat().st_size, sha256(path))
+    offsets = np.array([*(group.start for group in groups), end], dtype=np.uint64) // BLOCK
     if int(offsets[-1]) >> 32:
         raise UserError(f"{path}: larger than 2 TiB; use smaller shards")
-    crcs = np.array([key_crc32(key) for key in keys], dtype=np.uint32)
+    crcs = np.array([key_crc32(group.key) for group in groups], dtype=np.uint32)
     write_index(shard, ShardIndex(offsets.astype(np.uint32), crcs))
     return shard
+
+
+def _walk(path: Path, told: Counter[str]) -> tuple[list[_Group], int]:
+    """The groups of a tar in their order, and the byte behind its last member."""
+    groups: list[_Group] = []
+    end = 0
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.issparse():
+                raise UserError(f"{path}: {member.name} is sparse: 10 kB of it could become gigabytes; pack it plainly")
+            end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
+            if member.isdir():  # a folder's own entry
+                continue
+            key, ending = _key_and_ending(member.name)
+            why = member_passed_over(member.name)
+            if not why and not member.isreg():
+                if not is_stranger({ending}):
+                    packed = "pack with tar --dereference --hard-dereference"
+                    raise UserError(f"{path}: {shown(member.name)} is not a plain file, and would be skipped; {packed}")
+                why = "links and devices"
+            if why:
+                told[why] += 1
+                continue
+            if not groups or key != groups[-1].key:
+                groups.append(_Group(key, member.offset, set()))
+            groups[-1].endings.add(ending)
+    return groups, end
 
 
 def _key_and_ending(name: str) -> tuple[str, str]:
@@ -64,12 +94,22 @@ def _key_and_ending(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending.lower()
 
 
-def _check_members(path: Path, keys: list[str], endings: set[str]) -> None:
-    if not keys:
-        return
-    for wanted, found in (("image", endings & set(IMAGE_ENDINGS)), ("label (.cls)", endings & {LABEL_ENDING})):
-        if not found:
-            raise UserError(f"{path}: sample {keys[-1]} has no {wanted}, only {', '.join(sorted(endings))}")
+def _check_order(path: Path, groups: list[_Group]) -> None:
+    seen: set[str] = set()
+    for group in groups:
+        if group.key in seen:
+            raise UserError(
+                f"{path}: key {shown(group.key)} occurs twice; members of a sample must follow each other: "
+                "make the tar with tar --sort=name"
+            )
+        seen.add(group.key)
+
+
+def _check_members(path: Path, group: _Group) -> None:
+    for wanted, endings in (("image", set(IMAGE_ENDINGS)), ("label (.cls)", {LABEL_ENDING})):
+        if not group.endings & endings:
+            only = ", ".join(sorted(group.endings))
+            raise UserError(f"{path}: sample {shown(group.key)} has no {wanted}, only {only}")
 
 
 def _check_end(path: Path, end: int) -> None:
@@ -83,10 +123,6 @@ def _check_end(path: Path, end: int) -> None:
                 raise UserError(f"{path}: no tar header at byte {end}; the shard is damaged there")
 
 
-def _first_repeated(keys: list[str]) -> str:
-    seen: set[str] = set()
-    return next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-
-
 def alone(shard: Shard, num_classes: int) -> Manifest:
+    """Returns a data set of this one shard."""
     return Manifest(shard.path, "", "", shard.num_samples, num_classes, (), (shard,))

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.cli import shown
 from pretrain.data.manifest import check_shards, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
 from pretrain.shards.archives import Original, Splits
-from pretrain.shards.build import Progress, build, check_labels
+from pretrain.shards.build import Progress, build, check_labels, read_dropped
 from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples
 from pretrain.shards.imagenet import TRAIN_TAR, VAL_TAR
 from pretrain.shards.packs import pack_originals, split_of
@@ -218,11 +219,11 @@ def _write_split(
     ]
     options = {"samples_per_shard": samples_per_shard, "seed": None, "progress": progress}
     path = build(items, source.class_names, folder, **options)
-    dropped = _dropped(folder)
+    dropped = read_dropped(folder)
     kept = [
         (original, digest)
         for original, digest in zip(originals, digests)
-        if not dropped or not any(line.startswith(f"{original.item.source}: ") for line in dropped)
+        if not dropped or not any(line.startswith(shown(f"{original.item.source}: ")) for line in dropped)
     ]
     assert len(kept) == load_manifest(path).num_samples
     examples = [
@@ -253,11 +254,6 @@ def _read_noting(original: Original, digests: list[str], number: int) -> bytes:
     except BadSample:
         pass  # left out by `build`, which tells it
     return data
-
-
-def _dropped(folder: Path) -> list[str]:
-    path = folder / "provenance.json"
-    return json.loads(path.read_text(encoding="utf-8"))["dropped"] if path.exists() else []
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

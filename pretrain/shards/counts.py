@@ -1,0 +1,48 @@
+"""How many images each class of a data set has, kept beside its manifest as counts.json, and shown."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.storage import write_text
+
+FILE = "counts.json"
+_SHOWN = 40  # classes: more than a screen is no table
+
+
+def write_counts(folder: Path, counts: Sequence[int], classes: Sequence[str]) -> None:
+    """Writes the number of images of each class, in the order of labels; classes: their names, or nothing."""
+    values = {"format": "pretrain-counts", "version": 1, "images": list(counts), "classes": list(classes)}
+    write_text(folder / FILE, json.dumps(values, indent=1) + "\n")
+
+
+def add_to_counts(folder: Path, told: Mapping[str, Mapping[str, int]]) -> None:
+    """Adds what was passed over and noted, each with its number, to a data set's counts."""
+    values: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    values |= {name: dict(numbers) for name, numbers in told.items()}
+    write_text(folder / FILE, json.dumps(values, indent=1) + "\n")
+
+
+def read_counts(folder: Path) -> tuple[list[int], list[str]]:
+    """Returns the number of images of each class, and the classes' names, or nothing."""
+    values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return values["images"], values["classes"]
+
+
+def table_of(counts: Sequence[int], classes: Sequence[str]) -> list[str]:
+    """Returns lines that show how many images each class has; of many classes the ends, and those without images."""
+    names = list(classes) or [str(label) for label in range(len(counts))]
+    width = max(len(f"{count:,}") for count in counts)
+    lines = [f"  {count:{width},} {name}" for count, name in zip(counts, names)]
+    if len(counts) > _SHOWN:
+        order = sorted(range(len(counts)), key=lambda label: (counts[label], label))
+        middle = f"  {len(counts):,} classes: {min(counts):,} to {max(counts):,} images, median "
+        middle += f"{statistics.median(counts):,g}; the fewest and the most:"
+        lines = [middle, *(lines[label] for label in (*order[:5], *order[-5:]))]
+    empty = [names[label] for label, count in enumerate(counts) if not count]
+    if empty:
+        shown = ", ".join(empty[:5]) + (" ..." if len(empty) > 5 else "")
+        lines.append(f"  {len(empty):,} classes have no image: {shown}")
+    return lines

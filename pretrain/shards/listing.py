@@ -1,0 +1,88 @@
+"""Which files of a folder are somebody's data: hidden and system files are passed over, counted by kind, never taken.
+
+Links to folders are followed, once: a folder or a file that is reached a second time counts once.
+"""
+
+import errno
+import os
+from collections import Counter
+from pathlib import Path
+
+from pretrain.errors import UserError
+
+# Of Windows, macOS, Synology and QNAP, Linux; hidden ones (.DS_Store, .Trash-1000, ._x.jpg) begin with a dot.
+_SYSTEM_NAMES = {
+    "__macosx",
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+}
+
+
+def is_of_the_system(name: str) -> bool:
+    """Returns whether a file or folder of this name is hidden or belongs to an operating system."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def files_below(folder: Path, passed_over: Counter[str] | None = None) -> list[Path]:
+    """Returns the files below a folder, sorted; adds to `passed_over` how many were not taken, by kind.
+
+    Links to folders are followed, but for one that leads back up. Raises UserError on a link to nothing, on a loop of
+    links, or on a folder that cannot be read: images would be missing without a word.
+    """
+    told = Counter() if passed_over is None else passed_over
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        here = Path(place)
+        for name in list(folders):
+            if is_of_the_system(name):
+                told["files in hidden and system folders"] += num_files(here / name)
+                folders.remove(name)
+            elif (here / name).is_symlink() and leads_up(here / name):
+                told["links that lead back up"] += 1
+                folders.remove(name)
+        for name in names:
+            if is_of_the_system(name):
+                told["hidden and system files"] += 1
+            elif _is_there(here / name):
+                found.append(here / name)
+    return sorted(found)
+
+
+def leads_up(link: Path) -> bool:
+    """Returns whether a link leads to a folder that it lies in."""
+    return link.parent.resolve().is_relative_to(link.resolve())
+
+
+def refuse_broken_link(path: Path) -> None:
+    """Raises UserError when a link leads to nothing or in a circle."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if not path.is_symlink():
+            raise UserError(f"{path}: cannot be used ({error.strerror})") from None
+        why = "leads in a circle" if error.errno == errno.ELOOP else "is not there"
+        raise UserError(f"{path}: is a link to {os.readlink(path)}, which {why}; mend or remove it") from None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether it is a file; sockets and devices are none."""
+    refuse_broken_link(path)
+    return path.is_file()
+
+
+def num_files(folder: Path) -> int:
+    """Returns how many files lie below a folder."""
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
+def _cannot_list(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")

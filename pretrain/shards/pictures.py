@@ -1,0 +1,89 @@
+"""A picture file as shards hold it: JPEG, PNG and WebP as they are, other formats as PNG, without loss.
+
+Readers of shards decode three formats, whatever a name says. What else people's folders hold is converted here.
+"""
+
+import io
+import warnings
+from collections import Counter
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageOps, features
+
+from pretrain.data.images import FORMATS, MAX_PIXELS
+from pretrain.data.manifest import IMAGE_ENDINGS
+from pretrain.data.reader import BadSample
+
+# Endings of formats that Pillow reads in C code of its own or of a library made for foreign files.
+_CONVERTED = {"bmp": "BMP", "dib": "BMP", "gif": "GIF", "tif": "TIFF", "tiff": "TIFF", "avif": "AVIF", "apng": "PNG"}
+PICTURE_ENDINGS = tuple(_CONVERTED)  # AVIF is one that some builds of Pillow lack
+_JPEG_ENDINGS = ("jfif", "jpe", "jif", "jfi")
+# Pictures that nothing here reads: named, never left out without a word.
+REFUSED_ENDINGS = (
+    *("heic", "heif", "jxl", "jp2", "j2k", "jpf", "jpx", "psd", "svg", "eps", "ico", "tga", "exr", "hdr", "xcf"),
+    *("ppm", "pgm", "pbm", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "srw"),
+)
+
+
+def stored_ending(name: str) -> str | None:
+    """Returns the ending that a picture file has in a shard, None for files that are no pictures."""
+    ending = ending_of(name)
+    if ending in IMAGE_ENDINGS:
+        return ending
+    if ending in _JPEG_ENDINGS:
+        return "jpg"
+    return "png" if _CONVERTED.get(ending) in formats() else None
+
+
+def ending_of(name: str) -> str:
+    """Returns a name's ending in small letters, "" when it has none."""
+    return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+def formats() -> tuple[str, ...]:
+    """Returns the formats that can be converted, as Pillow calls them."""
+    found = (*dict.fromkeys(_CONVERTED.values()),)
+    return found if features.check("avif") else tuple(name for name in found if name != "AVIF")
+
+
+def read_picture(path: Path, notes: Counter[str], apply_orientation: bool = False) -> bytes:
+    """Returns the bytes of a picture file as a shard holds them, and adds to `notes` what was changed or will show.
+
+    apply_orientation: photos that their EXIF says to turn are turned, and stored as PNG. Raises OSError when the file
+    cannot be read, BadSample when it cannot be converted.
+    """
+    data = path.read_bytes()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=(*FORMATS, *formats())) as image:
+                return _stored(image, data, notes, apply_orientation)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        if path.suffix.lower().lstrip(".") in IMAGE_ENDINGS:
+            return data  # the decoder that every reader has says what is wrong with it
+        raise BadSample("decode", str(error)) from None
+
+
+def _stored(image: Image.Image, data: bytes, notes: Counter[str], apply_orientation: bool) -> bytes:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        notes["with transparency, which is dropped: the colours beneath it show"] += 1
+    if turned and not apply_orientation:
+        notes["that their EXIF says to turn, kept as they lie (--apply-orientation turns them)"] += 1
+    if image.format in FORMATS and not (turned and apply_orientation):
+        return data
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample("decode", f"{image.width} x {image.height} pixels")
+    if getattr(image, "n_frames", 1) > 1:
+        notes[f"{image.format} with several pictures, of which the first is taken"] += 1
+    if image.format not in FORMATS:
+        notes[f"{image.format} converted to PNG"] += 1
+    picture: Image.Image = image
+    if turned and apply_orientation:
+        notes["turned as their EXIF says, stored as PNG"] += 1
+        picture = ImageOps.exif_transpose(image)
+    if picture.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "I;16"):
+        picture = picture.convert("RGB")
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()
