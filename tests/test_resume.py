@@ -339,6 +339,39 @@ def test_a_storage_error_of_one_rank_ends_all_with_its_message(shards: Path, tmp
     assert path and path.name == "step-0000000005"
 
 
+def unusable(config: Config, usable: int) -> tuple[str, int]:
+    """Trains on images of which only the first `usable` ones that a rank reads can be decoded."""
+    import pretrain.data.loader
+    from pretrain.data.reader import BadSample
+    from pretrain.errors import BadSamplesError
+
+    real, reads = pretrain.data.loader.decode, [0]
+
+    def decode(data: bytes) -> Any:
+        reads[0] += 1
+        if reads[0] > usable:
+            raise BadSample("decode", "not a JPEG, PNG or WebP")
+        return real(data)
+
+    pretrain.data.loader.decode = decode
+    try:
+        train(config)
+    except BadSamplesError as error:
+        return str(error), error.exit_code
+    return "", 0
+
+
+@pytest.mark.parametrize("usable, step", [(0, 1), (6 * 5 + 1, 7)])
+def test_a_step_without_a_usable_image_ends_the_run(usable: int, step: int, shards: Path, tmp_path: Path) -> None:
+    """Small sets never reach max_bad_fraction: such a run was DONE with a loss of 0. One image on one rank will do."""
+    config = tiny_config(shards, tmp_path)
+    for message, code in run_ranks(unusable, 2, config, usable):
+        assert message.startswith(f"step {step}: none of its 12 images can be used") and code == 78
+    assert not (tmp_path / "tiny" / "DONE").exists()
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 * step - 2 * usable and {row["reason"] for row in rows} == {"decode"}
+
+
 def stop_in_validation(config: Config) -> None:
     """Is asked to stop while the last validation runs."""
     import pretrain.train.evaluate

@@ -9,7 +9,7 @@ from pretrain.cluster import agreement, ranks, signals
 from pretrain.config import Config
 from pretrain.data.loader import REASONS, Batch, check_bad_fraction, count_reasons
 from pretrain.engine.step import StepResult
-from pretrain.errors import NonFiniteError
+from pretrain.errors import BadSamplesError, NonFiniteError
 from pretrain.log import JsonLines, say, warn
 from pretrain.train.state import TrainState
 
@@ -26,13 +26,18 @@ class Journal:
 
     def note(self, state: TrainState, batch: Batch, result: StepResult, stop: signals.StopRequest) -> bool:
         """Returns, on all ranks alike, whether to stop. Raises BadSamplesError, NonFiniteError."""
-        flags = [float(stop.signal_name is not None), float(batch.error is not None)]
-        told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [2 + reasons]
-        stopping, failed, *bad = agreement.add_up(told).tolist()
+        flags = [float(stop.signal_name is not None), float(batch.error is not None), float(batch.valid.sum())]
+        told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [3 + reasons]
+        stopping, failed, num_valid, *bad = agreement.add_up(told).tolist()
         if failed:  # nothing of this step is saved
             agreement.raise_together(batch.error)
         if any(bad):
             self._note_bad(state, batch, [int(count) for count in bad])
+        if not num_valid:  # its loss would be logged as 0, and a small set never reaches max_bad_fraction
+            raise BadSamplesError(
+                f"step {state.step}: none of its {self._config.data.global_batch} images can be used; "
+                "bad_samples.jsonl in the run's folder names them; tools/make_shards.py --verify checks all of a set"
+            )
         if self._samples is not None:
             used = [[e, i] for e, i in zip(batch.epoch.tolist(), batch.index.tolist()) if i >= 0]
             self._samples.append({"step": state.step, "samples": used})
