@@ -104,3 +104,51 @@ def test_the_package_itself_imports_nothing() -> None:
     """`import pretrain` costs nothing and cannot be part of a circle."""
     tree = ast.parse((ROOT / "pretrain" / "__init__.py").read_text())
     assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+def package_graph() -> dict[str, list[str]]:
+    """Which rooms each room imports, in the order of LAYERS."""
+    found: dict[str, set[str]] = {}
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        found.setdefault(group(path), set()).update(other for other, _ in imported_groups(tree) if other != group(path))
+    return {name: sorted(found[name], key=layer) for name in sorted(found, key=layer)}
+
+
+def test_the_graph_of_rooms_is_printed_and_has_no_circle() -> None:
+    """`pytest -s` shows it. LAYERS alone forbids circles between rooms; modules inside a room must have none either."""
+    for name, others in package_graph().items():
+        print(f"{name:12} -> {', '.join(others) or '-'}")
+    imports = {path: set(imported_modules(path)) for path in modules()}
+    while leaves := [path for path, others in imports.items() if not others & imports.keys()]:
+        for path in leaves:
+            del imports[path]
+    assert not imports, f"circles among {sorted(str(path.relative_to(ROOT)) for path in imports)}"
+
+
+def imported_modules(path: Path) -> Iterator[Path]:
+    """The files of this project that a module imports when it is loaded: not those inside functions."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            for end in (".py", "/__init__.py"):
+                if (found := ROOT / (name.replace(".", "/") + end)).is_file() and found != path:
+                    yield found
+
+
+TABLES = ("pretrain/tasks/table.py",)  # a row per line of knowledge: longer than a file of code may be
+
+
+def test_files_and_functions_are_short() -> None:
+    """No file above 400 lines but tables, no function above 60: what is longer holds two topics."""
+    for path in modules():
+        text = path.read_text()
+        name = str(path.relative_to(ROOT))
+        assert name in TABLES or len(text.splitlines()) <= 400, f"{name}: {len(text.splitlines())} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 60, f"{name}:{node.lineno}: {node.name} has {lines} lines"

@@ -134,7 +134,7 @@ def _filled(batch: Batch, manifest: Manifest, crop: Callable[[torch.Tensor, int,
             return batch._replace(error=error)
         else:
             batch.images[slot] = crop(image, epoch, index)
-            labels[slot], batch.valid[slot] = classes, True
+            labels[slot], batch.valid[slot] = manifest.meant(classes), True
     most = max(map(len, labels), default=0)
     padded = torch.tensor([row + [-1] * (max(1, most) - len(row)) for row in labels], dtype=torch.int64)
     padded = padded.reshape(len(labels), max(1, most))  # [slots, L], also without slots

@@ -7,13 +7,14 @@ are read, so that a changed or cut shard is found before it loses samples silent
 import hashlib
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pretrain.data.classes import ClassMatch, has_names
 from pretrain.errors import UserError
 from pretrain.storage import replacing, write_text
 
@@ -47,11 +48,22 @@ class Manifest:
     class_names: tuple[str, ...]  # empty when unknown
     shards: tuple[Shard, ...]
     multi_label: bool = False  # labels are lists of classes, as [3, 17], instead of one class
+    label_map: tuple[int, ...] | None = None  # what each stored label means in another list of classes; None: itself
 
     @cached_property
     def first_indices(self) -> np.ndarray:
         """The index of each shard's first sample, and the end: int64 [shards + 1]."""
         return np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards])]).astype(np.int64)
+
+    def read_as(self, match: ClassMatch, class_names: tuple[str, ...]) -> "Manifest":
+        """Returns the set with its labels read as those of another list of classes."""
+        if not has_names(class_names):
+            return self
+        return replace(self, label_map=match.labels, class_names=class_names)
+
+    def meant(self, labels: list[int]) -> list[int]:
+        """Returns what stored labels mean."""
+        return labels if self.label_map is None else [self.label_map[label] for label in labels]
 
     def locate(self, index: int) -> tuple[Shard, int]:
         """Returns the shard that holds a sample, and the sample's number in it."""

@@ -6,9 +6,11 @@ import numpy as np
 
 from pretrain.cluster import ranks
 from pretrain.config import Config
+from pretrain.data.classes import has_names, match_classes
 from pretrain.data.manifest import Manifest, check_shards, load_manifest
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError
+from pretrain.log import say
 
 MAX_LOGIT_BYTES = 1 << 30  # of float32 on every rank, for mean average precision: 40,000 images of 6,700 classes
 
@@ -37,10 +39,8 @@ def open_data(config: Config) -> DataSets:
     val_set = load_manifest(config.data.val) if config.data.val else train_set if config.data.held_out else None
     for manifest in {m.path: m for m in (train_set, val_set) if m}.values():
         check_shards(manifest)
-    if val_set is not None and val_set.num_classes != train_set.num_classes:
-        raise ConfigError(
-            f"{val_set.path} has {val_set.num_classes} classes, {train_set.path} has {train_set.num_classes}"
-        )
+    if val_set is not None and val_set is not train_set:
+        val_set = _read_as(val_set, train_set)
     num_classes = config.model.num_classes or train_set.num_classes
     if num_classes < train_set.num_classes:
         raise ConfigError(
@@ -70,9 +70,15 @@ def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
         check_shards(manifest)
         if manifest.multi_label:
             raise ConfigError(f"evaluation.fewshot: {manifest.path} has several labels per image; few-shot needs one")
-    if sets[0].num_classes != sets[1].num_classes or sets[0].class_names != sets[1].class_names:
-        raise ConfigError(
-            f"evaluation.fewshot: {sets[0].path} ({sets[0].num_classes} classes) and {sets[1].path} "
-            f"({sets[1].num_classes} classes) must have the same classes under the same names"
-        )
-    return sets
+    return sets[0], _read_as(sets[1], sets[0])
+
+
+def _read_as(theirs: Manifest, ours: Manifest) -> Manifest:
+    """A set with its labels read as those of the set that is trained on, by the classes' names."""
+    if theirs.num_classes != ours.num_classes and not (has_names(theirs.class_names) and has_names(ours.class_names)):
+        raise ConfigError(f"{theirs.path} has {theirs.num_classes} classes, {ours.path} has {ours.num_classes}")
+    sides = theirs.class_names, theirs.num_classes, ours.class_names, ours.num_classes
+    match = match_classes(*sides, their_place=str(theirs.path), our_place=str(ours.path))
+    if match.told:
+        say(match.told)
+    return theirs.read_as(match, ours.class_names)

@@ -11,6 +11,8 @@ from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_ne
 from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.config import Config
+from pretrain.data.classes import match_classes
+from pretrain.data.manifest import Manifest
 from pretrain.data.order import plan_batch
 from pretrain.engine.settings import check_precision
 from pretrain.engine.step import Engine
@@ -18,6 +20,7 @@ from pretrain.errors import ConfigError
 from pretrain.log import RunLog, say
 from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters
+from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
 from pretrain.train.datasets import MAX_LOGIT_BYTES, DataSets, open_data
 from pretrain.train.folder import claim, is_done, mark_done, record_start, refuse_changes
@@ -80,6 +83,8 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     if from_scratch and config.init_from is not None:
         weights = read_weights(config.init_from, config.model.image_size)
         check_same_function(weights, config.model)
+        if not config.init_new_head:
+            _refuse_other_classes(weights, data.train)
         load_tensors(model, weights, new_head=config.init_new_head)
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     num_ranks, batch = ranks.world_size(), config.data.global_batch
@@ -97,6 +102,25 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}"
     )
     return Engine(model, config, plan, device)
+
+
+def _refuse_other_classes(weights: Weights, train_set: Manifest) -> None:
+    """A head goes on only where its classes are the set's, in the same order."""
+    if weights.num_classes != train_set.num_classes:
+        return  # load_tensors tells the shapes
+    sides = train_set.class_names, train_set.num_classes, weights.class_names, weights.num_classes
+    match = match_classes(*sides, their_place=str(train_set.path), our_place=str(weights.source))
+    if match.labels is not None:
+        first = next(number for number, label in enumerate(match.labels) if number != label)
+        names = (
+            f"class {first} is {train_set.class_names[first]!r} there, {weights.class_names[first]!r} in the weights"
+        )
+        raise ConfigError(
+            f"init_from: {train_set.path} has the classes of the head in another order ({names}); make the set with "
+            "tools/make_shards.py --classes and the weights' names, or set init_new_head=true"
+        )
+    if match.told:
+        say(f"init_from: {match.told}")
 
 
 def _refuse_state(model: torch.nn.Module, name: str) -> None:

@@ -1,0 +1,80 @@
+"""Two lists of class names, compared wherever they meet: labels are names, not positions."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pretrain.errors import UserError
+
+
+class ClassMatch(NamedTuple):
+    """What the labels of one side mean on the other."""
+
+    labels: tuple[int, ...] | None  # for each of their labels, ours; None: the same
+    told: str | None  # one line for the user, where there is something to say
+
+
+def match_classes(
+    theirs: Sequence[str], num_theirs: int, ours: Sequence[str], num_ours: int, *, their_place: str, our_place: str
+) -> ClassMatch:
+    """Returns how labels of a data set (`theirs`) are to be read as labels of another set or of weights (`ours`).
+
+    Names in another order, a part of the names, and names that only look equal (composed and decomposed accents) are
+    mapped by name, and told. Where one side has no names, or they are of another kind (WordNet ids and words), labels
+    are taken as they are, and that is told. Raises UserError, naming the first difference, when a class has no
+    counterpart.
+    """
+    if num_theirs > num_ours:
+        raise UserError(f"{their_place} has {num_theirs} classes, {our_place} has {num_ours}")
+    without = [place for place, names in ((their_place, theirs), (our_place, ours)) if not has_names(names)]
+    if len(without) == 2:
+        return ClassMatch(None, None)
+    if without:
+        return ClassMatch(None, f"{without[0]} has no class names: labels are taken to mean the same")
+    if _are_wordnet_ids(theirs) != _are_wordnet_ids(ours):
+        kinds = f"class names of {their_place} ({theirs[0]!r}) and {our_place} ({ours[0]!r}) are of different kinds"
+        return ClassMatch(None, f"{kinds}: labels are taken to mean the same")
+    if list(theirs) == list(ours):
+        return ClassMatch(None, None)
+    return _by_name(theirs, ours, their_place, our_place)
+
+
+def _by_name(theirs: Sequence[str], ours: Sequence[str], their_place: str, our_place: str) -> ClassMatch:
+    places: dict[str, int] = {}
+    for place, name in enumerate(map(_normal, ours)):
+        if name in places:
+            raise UserError(
+                f"{our_place}: classes {places[name]} and {place} are both called {name!r}, so those of {their_place}, "
+                "which stand otherwise, cannot be told apart; give both sides the same names in the same order"
+            )
+        places[name] = place
+    for number, name in enumerate(theirs):
+        if _normal(name) not in places:
+            own = f"{ours[number]!r}" if number < len(ours) else "none"
+            raise UserError(
+                f"{their_place}: class {number} is {name!r}, which {our_place} does not have (its class {number} is "
+                f"{own}); make the set with tools/make_shards.py --classes and the other side's names"
+            )
+    labels = tuple(places[_normal(name)] for name in theirs)
+    if len(set(labels)) < len(labels):
+        again = next(n for n, label in enumerate(labels) if label in labels[:n])
+        raise UserError(f"{their_place}: class {again}, {theirs[again]!r}, stands twice in its list")
+    some = f"{len(theirs)} of the {len(ours)} classes" if len(theirs) < len(ours) else f"the {len(ours)} classes"
+    order = "" if labels == tuple(range(len(labels))) else ", in another order"
+    told = f"{their_place} has {some} of {our_place}{order}: mapped by name"
+    return ClassMatch(None if labels == tuple(range(len(labels))) else labels, told)
+
+
+def has_names(class_names: Sequence[str]) -> bool:
+    """Returns whether names say what a class is: mere numbers are what a set gets whose labels came without."""
+    return bool(class_names) and list(class_names) != [str(number) for number in range(len(class_names))]
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _are_wordnet_ids(class_names: Sequence[str]) -> bool:
+    """ImageNet's names of classes, n01440764: they cannot be compared with words."""
+    return all(re.fullmatch(r"n\d{8}", name) for name in class_names)

@@ -1,0 +1,109 @@
+"""Labels are names, not positions: wherever two lists of classes meet they are compared, mapped by name, or refused."""
+
+import io
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_config
+
+from pretrain.data.classes import ClassMatch, match_classes
+from pretrain.data.loader import eval_batches
+from pretrain.data.manifest import load_manifest
+from pretrain.errors import UserError
+from pretrain.shards.build import build
+from pretrain.shards.sources import Item
+from pretrain.train.datasets import open_data
+
+CAFE = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+
+
+def match(theirs: list[str], ours: list[str], num_theirs: int = 0, num_ours: int = 0) -> ClassMatch:
+    """The match of two lists, the first of `val`, the second of `train`."""
+    counts = num_theirs or len(theirs), num_ours or len(ours)
+    return match_classes(theirs, counts[0], ours, counts[1], their_place="val", our_place="train")
+
+
+def test_equal_lists_are_silent() -> None:
+    """Also two sets without names, and with mere numbers for names."""
+    assert match(["a", "b"], ["a", "b"]) == (None, None)
+    assert match([], [], 3, 3) == (None, None)
+    assert match(["0", "1"], [], 2, 2) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, labels, said",
+    [
+        (["b", "a"], ["a", "b"], (1, 0), "val has the 2 classes of train, in another order: mapped by name"),
+        (["c", "a"], ["a", "b", "c"], (2, 0), "val has 2 of the 3 classes of train, in another order: mapped by name"),
+        (["a", "b"], ["a", "b", "c"], None, "val has 2 of the 3 classes of train: mapped by name"),
+        (["x", CAFE[1]], ["x", CAFE[0]], None, "val has the 2 classes of train: mapped by name"),
+        ([CAFE[1], "x"], ["x", CAFE[0]], (1, 0), "in another order"),
+    ],
+)
+def test_what_can_be_mapped_by_name_is_mapped_and_said(
+    theirs: list[str], ours: list[str], labels: tuple[int, ...] | None, said: str
+) -> None:
+    """Another order, a part of the classes, names that only look equal."""
+    found = match(theirs, ours)
+    assert found.labels == labels and found.told and said in found.told
+
+
+def test_what_cannot_be_compared_is_said_once() -> None:
+    """One side without names; ids on one side and words on the other."""
+    assert match([], ["a", "b"], 2) == (None, "val has no class names: labels are taken to mean the same")
+    assert match(["a", "b"], ["0", "1"]) == (None, "train has no class names: labels are taken to mean the same")
+    told = match(["n01440764"], ["tench"]).told
+    assert told and "('n01440764') and train ('tench') are of different kinds" in told
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, said",
+    [
+        (["b", "c", "d"], ["a", "b", "c"], "val: class 2 is 'd', which train does not have (its class 2 is 'c')"),
+        (["a", "b", "c", "d"], ["a", "b", "c"], "val has 4 classes, train has 3"),
+        (["b", "a"], ["a", "b", "a"], "train: classes 0 and 2 are both called 'a'"),
+        (["a", "a"], ["a", "b"], "val: class 1, 'a', stands twice in its list"),
+    ],
+)
+def test_anything_else_is_refused_with_the_first_difference(theirs: list[str], ours: list[str], said: str) -> None:
+    """The same number of classes is no reason to go on."""
+    with pytest.raises(UserError) as error:
+        match(theirs, ours)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def shards(folder: Path, names: list[str], num_samples: int = 12) -> Path:
+    """A set whose images are of their class's letter alone: (brightness, label)."""
+    items = []
+    for number in range(num_samples):
+        label = number % len(names)
+        file = io.BytesIO()
+        Image.fromarray(np.full((16, 16, 3), 10 * ord(names[label]) % 256, np.uint8)).save(file, "png")
+        items.append(Item(file.getvalue, "png", label, f"{number}"))
+    build(items, names, folder, samples_per_shard=100, seed=0)
+    return folder
+
+
+def test_a_validation_set_of_another_order_is_read_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train a, b, c; validation c, a: each image gets the label that its class has in training. d is refused."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    train, val = shards(tmp_path / "train", ["a", "b", "c"]), shards(tmp_path / "val", ["c", "a"])
+    config = tiny_config(train, tmp_path / "runs", data__val=str(val), evaluation__every_steps=5)
+    data = open_data(config)
+    assert "has 2 of the 3 classes of" in capsys.readouterr().out
+    assert data.val is not None and data.val.class_names == ("a", "b", "c")
+    options = {"batch_size": 12, "image_size": 16, "config": config.data}
+    (batch,) = eval_batches(data.val, data.val_indices, **options)
+    brightness = {10 * ord(name) % 256: label for label, name in enumerate("abc")}
+    assert [brightness[int(image[0, 0, 0])] for image in batch.images] == batch.labels[:, 0].tolist()
+    other = shards(tmp_path / "other", ["b", "c", "d"])
+    with pytest.raises(UserError, match="class 2 is 'd', which .* does not have"):
+        open_data(tiny_config(train, tmp_path / "runs", data__val=str(other)))
+    (few,) = eval_batches(load_manifest(val), data.val_indices, **options)
+    assert few.labels.tolist() != batch.labels.tolist()  # as stored, without the map
