@@ -9,8 +9,7 @@ from pretrain.config import Config
 from pretrain.data.manifest import Manifest, check_shards, load_manifest
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError
-
-MAX_LOGIT_BYTES = 1 << 30  # of float32 on every rank, for mean average precision: 40,000 images of 6,700 classes
+from pretrain.evaluation import classification
 
 
 @dataclass
@@ -27,8 +26,10 @@ class DataSets:
     @property
     def ranks_classes(self) -> bool:
         """Whether validation has mean average precision: where images have several labels, and logits fit."""
-        logit_bytes = 4 * len(self.val_indices) * self.num_classes
-        return self.val is not None and self.val.multi_label and logit_bytes <= MAX_LOGIT_BYTES
+        if self.val is None:
+            return False
+        most = classification.MAX_LOGIT_BYTES_IN_TRAINING
+        return classification.ranks_classes(self.val, len(self.val_indices), self.num_classes, most)
 
 
 def open_data(config: Config) -> DataSets:
