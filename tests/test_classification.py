@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
+from scores import classification_scores
 from tiny import NUM_CLASSES, make_shards
 
 from pretrain.cluster import ranks
@@ -16,7 +17,7 @@ from pretrain.config import DataConfig
 from pretrain.data.loader import Batch, eval_batches, single_labels
 from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.errors import UserError
-from pretrain.evaluation.classification import EvaluationStopped, Score, classification_scores
+from pretrain.evaluation.classification import EvaluationStopped, Score
 from pretrain.evaluation.features import Features, extract_features, raw_pixels
 
 CPU = torch.device("cpu")

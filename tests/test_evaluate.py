@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -17,16 +19,20 @@ from PIL import Image
 from ranks import run_ranks
 from tiny import make_shards, tiny_config
 from torch import nn
-from weights_on_disk import load_tool, one_line, one_line_error, run_tool, save_run
+from weights_on_disk import ROOT, load_tool, one_line, one_line_error, run_tool, save_run
 
 from pretrain.config import DataConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
+from pretrain.evaluation import evaluators, subject
+from pretrain.evaluation.classification import Predict
+from pretrain.evaluation.features import pre_logits
 from pretrain.evaluation.fewshot import fewshot
+from pretrain.evaluation.jobs import as_head_reads
 from pretrain.models.build import build_model
-from pretrain.models.weights import weights_sha256
+from pretrain.models.weights import read_weights, weights_sha256
 from pretrain.report.runs import _read_evaluation
 from pretrain.shards.existing import index_existing
 
@@ -123,7 +129,7 @@ def test_two_ranks_write_the_same_figures(places: tuple[Path, Path, Path, nn.Mod
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
     """tools/evaluate.py in this process, without a process group."""
     module = load_tool("evaluate")
-    monkeypatch.setattr(module.distributed, "start", lambda timeout_s: torch.device("cpu"))
+    monkeypatch.setattr(module.ranks, "start", lambda timeout_s: torch.device("cpu"))
     return module
 
 
@@ -251,7 +257,7 @@ def test_what_tells_weights_apart(kind: str, tmp_path: Path) -> None:
 
 
 def test_real_needs_no_pass_of_its_own(
-    tool: Any, evaluate: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """13 images in 4 batches: as many forward passes for imagenet and real as for one; the same figures and lines."""
     random, names = np.random.default_rng(0), [str(number) for number in range(1000)]
@@ -267,13 +273,16 @@ def test_real_needs_no_pass_of_its_own(
     index_existing([tmp_path / "images.tar"], names, shards)
     save_run(tiny_config(shards, tmp_path), names)
     seen: list[int] = []
-    real_predict = tool.Bench.predict
+    real_logits = subject.logits_of
 
-    def predict(self: Any, images: torch.Tensor) -> torch.Tensor:
-        seen.append(len(images))
-        return real_predict(self, images)
+    def counted(model: nn.Module) -> Predict:
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return real_logits(model)(images)
 
-    monkeypatch.setattr(tool.Bench, "predict", predict)
+        return predict
+
+    monkeypatch.setattr(subject, "logits_of", counted)
     rows, lines = {}, {}
     for tasks in ("imagenet", "real", "imagenet,real"):
         seen.clear()
@@ -284,6 +293,37 @@ def test_real_needs_no_pass_of_its_own(
         rows[tasks], lines[tasks] = table_of(out), (out / "all.jsonl").read_text()
     assert rows["imagenet,real"] == rows["imagenet"] | rows["real"]
     assert lines["imagenet,real"] == lines["imagenet"] + lines["real"]
+
+
+# --- an evaluator more -----------------------------------------------------------------------------------------------
+
+
+def test_the_documented_evaluator_works(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """docs/evaluation.md's function and row, as they stand there: scored by name, and kept by the next call."""
+    train, _, run, model = places
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    function, row = re.findall(r"```python\n(.*?)```", page.partition("## Adding an evaluator")[2], flags=re.DOTALL)
+    names = dict(vars(evaluators))
+    exec(function, names)
+    for kind, evaluator in eval(f"{{{row}}}", names).items():
+        monkeypatch.setitem(evaluators.EVALUATORS, kind, evaluator)
+    (tmp_path / "a").symlink_to(train.parent)
+    options = ["--workers", 0, "--out", tmp_path / "out", "--data", tmp_path, "--tasks"]
+    evaluate(run, *options, "mean:a")
+    evaluate(run, *options, "knn:a")
+    sets = [all_images(train.parent / name) for name in ("train", "test")]
+    with torch.no_grad():
+        x, test_x = (pre_logits(model)(batch.images) for batch in sets)
+    y, test_y = (batch.labels[:, 0] for batch in sets)
+    nearest = torch.cdist(test_x, torch.stack([x[y == number].mean(0) for number in range(7)])).argmin(1)
+    expected = (nearest == test_y).float().mean().item()
+    assert table_of(tmp_path / "out")["mean:a/top1"] == (pytest.approx(expected), 53)
+    assert {"mean:a/train", "mean:a/test", "knn:a/test"} <= set(record_of(tmp_path / "out")["data"])
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -329,12 +369,25 @@ def test_the_exit_code_tells(tmp_path: Path) -> None:
     assert "nowhere: not found" in one_line_error(run_tool("evaluate", tmp_path / "nowhere", "--val", tmp_path))
 
 
-def test_differing_class_names_are_warned_of(
-    places: tuple[Path, Path, Path, nn.Module], tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_class_names_are_matched(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Label 2 must mean the same in the shards and in the head."""
-    _, _, run, _ = places
+    """Labels mean what their names say: a class that the head lacks is refused; another order gives the same score."""
+    _, test, run, _ = places
     shards = make_shards(tmp_path / "test", num_samples=9)
     (shards / "classes.json").write_text(json.dumps([*NAMES[:2], "other", *NAMES[3:]]))
-    tool._check_classes(tool.read_weights(run), load_manifest(shards))
-    assert "1 class names differ" in (told := capsys.readouterr().err) and "class 2 is 'other'" in told
+    with pytest.raises(UserError, match="class 2 is 'other', which .* does not have"):
+        as_head_reads(read_weights(run), load_manifest(shards))
+    turned = Path(shutil.copytree(test, tmp_path / "turned"))
+    (turned / "classes.json").write_text(json.dumps(NAMES[::-1]))
+    evaluate(run, "--val", test, "--workers", 0, "--out", tmp_path / "a", "--predictions", tmp_path / "a.jsonl")
+    evaluate(run, "--val", turned, "--workers", 0, "--out", tmp_path / "b", "--predictions", tmp_path / "b.jsonl")
+    assert "has the 7 classes of" in (told := capsys.readouterr().err) and "in another order: mapped by name" in told
+    rows = [
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("a.jsonl", "b.jsonl")
+    ]
+    assert [row["label"] for row in rows[1]] == [6 - row["label"] for row in rows[0]]
+    assert [row["prediction"] for row in rows[1]] == [row["prediction"] for row in rows[0]]

@@ -15,14 +15,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
 from timm.data.transforms_factory import create_transform
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import InterpolationMode
 
 from pretrain.config import DataConfig
-from pretrain.data.images import decode, eval_image, inception_crop, random_resized_crop, to_float, train_image
+from pretrain.data.images import (
+    decode,
+    decode_upright,
+    eval_image,
+    inception_crop,
+    random_resized_crop,
+    to_float,
+    train_image,
+)
 from pretrain.data.order import uniform, words
 from pretrain.data.reader import BadSample
 
@@ -511,3 +519,21 @@ def test_real_photos_equal_pillow(test_data: Path) -> None:
                 expected = rgb(image)
             assert (decode(data).numpy() == expected).all()
         assert "RGB" in modes
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp"])
+def test_a_persons_photo_is_turned_as_its_exif_says(orientation: int, form: str) -> None:
+    """All eight orientations equal Pillow's exif_transpose, pixel by pixel; what shards hold is decoded as it lies."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form, exif=exif, **({"lossless": True} if form == "webp" else {}))
+    data = file.getvalue()
+    with Image.open(io.BytesIO(data)) as image:
+        turned = Image.fromarray(decode(data).permute(1, 2, 0).numpy())
+        turned.getexif()[0x0112] = image.getexif()[0x0112]
+        expected = np.asarray(ImageOps.exif_transpose(turned))
+    assert np.array_equal(decode_upright(data).permute(1, 2, 0).numpy(), expected)
+    assert decode(data).shape == (3, 16, 24)

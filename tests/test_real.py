@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scores import classification_scores
 
 from pretrain.data.loader import Batch, single_labels
 from pretrain.errors import UserError
 from pretrain.evaluation.classification import (
     Predictions,
-    classification_scores,
     mean_average_precision,
     mean_per_class,
     predict_all,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks, start_ranks
+from scores import classification_scores
 from tiny import changed, make_shards, tiny_config
 
 from pretrain.checkpoint.find import newest_valid
@@ -374,15 +375,15 @@ def test_a_step_without_a_usable_image_ends_the_run(usable: int, step: int, shar
 
 def stop_in_validation(config: Config) -> None:
     """Is asked to stop while the last validation runs."""
-    import pretrain.train.evaluate
+    import pretrain.evaluation.subject
 
-    real = pretrain.train.evaluate.eval_batches
+    real = pretrain.evaluation.subject.eval_batches
 
     def batches(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         yield from real(*arguments, **options)
 
-    pretrain.train.evaluate.eval_batches = batches
+    pretrain.evaluation.subject.eval_batches = batches
     train(config)
 
 
@@ -445,7 +446,6 @@ def test_batch_norm_is_refused(shards: Path, tmp_path: Path) -> None:
 
 def scored(config: Config, kind: str) -> dict[str, float]:
     """Scores the held-out samples with the checkpoint's averages, as load_model reads it, or with its weights."""
-    from pretrain.evaluation.classification import classification_scores
     from pretrain.models import load_model
     from pretrain.train.datasets import open_data
 

@@ -116,15 +116,15 @@ def stop_in_features(config: Config) -> None:
     import os
     import signal
 
-    import pretrain.train.evaluate
+    import pretrain.evaluation.subject
 
-    real = pretrain.train.evaluate.extract_features
+    real = pretrain.evaluation.subject.extract_features
 
     def extract(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **options)
 
-    pretrain.train.evaluate.extract_features = extract
+    pretrain.evaluation.subject.extract_features = extract
     train(config)
 
 
@@ -179,9 +179,9 @@ def precision_by_hand(folder: Path, shards: Path) -> float:
 
 
 def finish_without_room(config: Config) -> None:
-    import pretrain.train.datasets
+    import pretrain.evaluation.classification
 
-    pretrain.train.datasets.MAX_LOGIT_BYTES = 4 * 47 * 8 - 1
+    pretrain.evaluation.classification.MAX_LOGIT_BYTES_IN_TRAINING = 4 * 47 * 8 - 1
     train(config)
 
 

@@ -6,29 +6,17 @@ python tools/predict.py WEIGHTS IMAGE [IMAGE ...] [--top 5] [--json]
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.config import DataConfig
-from pretrain.data.images import decode, eval_image, to_float
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
+from pretrain.evaluation.predictions import Prediction, likeliest
 from pretrain.log import warn
-from pretrain.models.tensors import Weights
 from pretrain.models.weights import model_of, read_weights
-
-
-class Prediction(NamedTuple):
-    """One class of one image."""
-
-    number: int
-    name: str  # the number, when the weights know no names
-    probability: float
 
 
 def main() -> int:
@@ -56,7 +44,7 @@ def main() -> int:
     num_bad = 0
     for path in arguments.images:
         try:
-            predictions = predict(model, weights, path.read_bytes(), arguments.top, device)
+            predictions = likeliest(model, weights, path.read_bytes(), arguments.top, device)
         except (OSError, BadSample) as error:
             num_bad += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -68,22 +56,6 @@ def main() -> int:
     if num_bad:
         print(f"error: {num_bad} of {len(arguments.images)} images cannot be used", file=sys.stderr)
     return 2 if num_bad else 0
-
-
-@torch.no_grad()
-def predict(model: nn.Module, weights: Weights, data: bytes, top: int, device: torch.device) -> list[Prediction]:
-    """Returns the likeliest classes of one encoded image, best first. Raises BadSample when it cannot be decoded."""
-    config = DataConfig(
-        eval_transform=cast(Any, weights.eval_transform),  # one of its literals, as the config wrote it
-        eval_crop=weights.eval_crop,
-        interpolation=cast(Any, weights.interpolation),
-    )
-    image = eval_image(decode(data), weights.model.image_size, config)  # uint8 [3, S, S]
-    logits = model(to_float(image[None].to(device), torch.float32))[0]  # [classes]
-    probabilities = logits.sigmoid() if weights.loss == "sigmoid" else logits.softmax(0)
-    values, numbers = probabilities.topk(min(top, len(probabilities)))
-    names = weights.class_names or [str(number) for number in range(weights.num_classes)]
-    return [Prediction(n, names[n], value) for n, value in zip(numbers.tolist(), values.tolist())]
 
 
 def _print(path: Path, predictions: list[Prediction], *, as_json: bool) -> None:

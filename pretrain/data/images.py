@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
@@ -56,6 +56,21 @@ def decode(data: bytes) -> torch.Tensor:
         except RuntimeError:
             pass  # damaged, or of a kind that torchvision does not know: Pillow decides
     return _decode_with_pillow(data)
+
+
+def decode_upright(data: bytes) -> torch.Tensor:
+    """Returns an encoded image as `decode` does, turned and mirrored as its EXIF orientation says: a person's photo.
+
+    Published protocols ignore the orientation, as TensorFlow's decoder does; so does everything that reads shards.
+    """
+    image = decode(data)
+    with Image.open(io.BytesIO(_without_text(data)), formats=FORMATS) as header:
+        orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+    # As in the EXIF standard: what the stored first row and first column are. 5 to 8 have rows and columns exchanged.
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 2)
+    flipped = [dim for dim, cases in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in cases]
+    return image.flip(flipped).contiguous()
 
 
 def _without_text(data: bytes) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.classes import ClassMatch, has_names
+from pretrain.data.classes import ClassMatch, has_names, match_classes
 from pretrain.errors import UserError
 from pretrain.storage import replacing, write_text
 
@@ -111,6 +111,22 @@ def load_manifest(path: Path) -> Manifest:
     if not manifest.num_samples:
         raise UserError(f"{path}: lists no samples")
     return manifest
+
+
+def read_as(theirs: Manifest, ours: Manifest) -> tuple[Manifest, str | None]:
+    """Returns a set with its labels read as another's, by the classes' names, and what is to be told of that.
+
+    Raises UserError when a class has no counterpart, or when without names the numbers of classes differ.
+    """
+    named = has_names(theirs.class_names) and has_names(ours.class_names)
+    if theirs.num_classes > ours.num_classes or (theirs.num_classes != ours.num_classes and not named):
+        raise UserError(
+            f"{ours.path} ({ours.num_classes} classes) and {theirs.path} ({theirs.num_classes} classes) must have the "
+            "same classes under the same names"
+        )
+    sides = theirs.class_names, theirs.num_classes, ours.class_names, ours.num_classes
+    match = match_classes(*sides, their_place=str(theirs.path), our_place=str(ours.path))
+    return theirs.read_as(match, ours.class_names), match.told
 
 
 def check_shards(manifest: Manifest) -> None:

@@ -1,1 +1,1 @@
-"""Evaluators: each returns rows of (metric, value, n)."""
+"""Evaluators: rows of one table (evaluators.py), of a model under test (subject.py) on data sets."""

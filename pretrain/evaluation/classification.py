@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from pretrain.cluster import agreement, ranks
+from pretrain.data.images import to_float
 from pretrain.data.loader import REASONS, Batch, count_reasons
+from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.log import warn
 from pretrain.losses import per_image_loss
@@ -15,6 +18,9 @@ from pretrain.losses import per_image_loss
 Predict = Callable[[torch.Tensor], torch.Tensor]  # uint8 images [B, 3, H, W] -> logits [B, classes]
 
 TOP = 5
+# Mean average precision ranks all images by their logits, so every rank holds all of them, as float32.
+MAX_LOGIT_BYTES = 4 << 30  # where the model is alone in memory: 50,000 images of 21k classes
+MAX_LOGIT_BYTES_IN_TRAINING = 1 << 30  # beside a run's own memory on each rank: 40,000 images of 6,700 classes
 _UNSCORED = -1e30  # a logit that never wins; finite, since infinity times a weight of 0 is NaN
 
 
@@ -43,6 +49,16 @@ class Predictions(NamedTuple):
 
 class EvaluationStopped(Exception):
     """The evaluation was given up because the run was asked to stop."""
+
+
+def logits_of(model: nn.Module) -> Predict:
+    """Returns the function uint8 images [B, 3, H, W] -> the model's logits [B, classes], in float32."""
+
+    @torch.no_grad()
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        return model(to_float(images, torch.float32))
+
+    return predict
 
 
 @torch.no_grad()
@@ -134,20 +150,6 @@ def relabelled(batches: Iterable[Batch], labels: Sequence[Sequence[int]]) -> Ite
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def classification_scores(
-    predict: Predict,
-    batches: Iterable[Batch],
-    *,
-    loss: str,
-    device: torch.device,
-    stop_agreed: Callable[[], bool] = lambda: False,
-    keep_logits: bool = False,
-) -> list[Score]:
-    """Returns the scores over all ranks; see `scores_of`, and `predict_all` for arguments and errors."""
-    options = {"loss": loss, "device": device, "stop_agreed": stop_agreed, "keep_logits": keep_logits}
-    return scores_of(predict_all(predict, batches, **options))
-
-
 def scores_of(found: Predictions) -> list[Score]:
     """Returns mean loss, top-1 and top-5; with logits, mean average precision too.
 
@@ -159,6 +161,16 @@ def scores_of(found: Predictions) -> list[Score]:
     if found.logits is not None:
         scores.append(Score("mean_average_precision", mean_average_precision(found.logits, found.labels), n))
     return scores
+
+
+def ranks_classes(manifest: Manifest, num_images: int, num_classes: int, max_logit_bytes: int) -> bool:
+    """Returns whether there is mean average precision: where images have several labels, and the logits fit."""
+    return manifest.multi_label and logit_bytes(num_images, num_classes) <= max_logit_bytes
+
+
+def logit_bytes(num_images: int, num_classes: int) -> int:
+    """Returns what the logits of all images take on every rank, in float32."""
+    return 4 * num_images * num_classes
 
 
 def mean_per_class(labels: np.ndarray, predicted: np.ndarray) -> float:

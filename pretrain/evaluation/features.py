@@ -16,6 +16,8 @@ from pretrain.errors import UserError
 from pretrain.evaluation.classification import EvaluationStopped
 from pretrain.log import warn
 
+MAX_PIXEL_BYTES = 16 << 30  # of raw pixels as float32: 28,000 images at 224 px
+
 Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images [B, 3, H, W] -> features [B, D]
 
 

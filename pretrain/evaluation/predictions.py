@@ -1,22 +1,34 @@
-"""What becomes of a model's predictions: a line for each image, and pictures of the most confident mistakes."""
+"""What becomes of predictions: a line for each image, pictures of the most confident mistakes; one image's classes."""
 
 import base64
 import io
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
 
-from pretrain.data.images import decode
+from pretrain.data.images import decode, decode_upright, eval_image
 from pretrain.data.manifest import Manifest
 from pretrain.data.reader import read_sample
-from pretrain.evaluation.classification import Predictions
+from pretrain.evaluation.classification import Predictions, logits_of
+from pretrain.evaluation.subject import eval_config
+from pretrain.models.weights import Weights
 from pretrain.shards.examples import sample_names
 
 MAX_WRONG = 24  # pictures; a page shows them all
 THUMBNAIL = 96  # pixels of a picture's longer side
+
+
+class Prediction(NamedTuple):
+    """One class of one image."""
+
+    number: int
+    name: str  # the number, when the weights know no names
+    probability: float
 
 
 def lines(found: Predictions, manifest: Manifest, task: str) -> Iterator[str]:
@@ -71,3 +83,16 @@ def _thumbnail(data: bytes) -> bytes:
     file = io.BytesIO()
     picture.save(file, "png")
     return file.getvalue()
+
+
+def likeliest(model: nn.Module, weights: Weights, data: bytes, top: int, device: torch.device) -> list[Prediction]:
+    """Returns the `top` likeliest classes of one encoded image, best first, by the weights' own transform and loss.
+
+    A photo is turned as its EXIF says. Raises BadSample when the image cannot be decoded.
+    """
+    image = eval_image(decode_upright(data), weights.model.image_size, eval_config(weights))  # uint8 [3, S, S]
+    logits = logits_of(model)(image[None].to(device))[0]  # [classes]
+    probabilities = logits.sigmoid() if weights.loss == "sigmoid" else logits.softmax(0)
+    values, numbers = probabilities.topk(min(top, len(probabilities)))
+    names = weights.class_names or [str(number) for number in range(weights.num_classes)]
+    return [Prediction(n, names[n], value) for n, value in zip(numbers.tolist(), values.tolist())]

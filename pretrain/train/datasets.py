@@ -6,13 +6,11 @@ import numpy as np
 
 from pretrain.cluster import ranks
 from pretrain.config import Config
-from pretrain.data.classes import has_names, match_classes
-from pretrain.data.manifest import Manifest, check_shards, load_manifest
+from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError
+from pretrain.evaluation import classification
 from pretrain.log import say
-
-MAX_LOGIT_BYTES = 1 << 30  # of float32 on every rank, for mean average precision: 40,000 images of 6,700 classes
 
 
 @dataclass
@@ -29,8 +27,10 @@ class DataSets:
     @property
     def ranks_classes(self) -> bool:
         """Whether validation has mean average precision: where images have several labels, and logits fit."""
-        logit_bytes = 4 * len(self.val_indices) * self.num_classes
-        return self.val is not None and self.val.multi_label and logit_bytes <= MAX_LOGIT_BYTES
+        if self.val is None:
+            return False
+        most = classification.MAX_LOGIT_BYTES_IN_TRAINING
+        return classification.ranks_classes(self.val, len(self.val_indices), self.num_classes, most)
 
 
 def open_data(config: Config) -> DataSets:
@@ -75,10 +75,7 @@ def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
 
 def _read_as(theirs: Manifest, ours: Manifest) -> Manifest:
     """A set with its labels read as those of the set that is trained on, by the classes' names."""
-    if theirs.num_classes != ours.num_classes and not (has_names(theirs.class_names) and has_names(ours.class_names)):
-        raise ConfigError(f"{theirs.path} has {theirs.num_classes} classes, {ours.path} has {ours.num_classes}")
-    sides = theirs.class_names, theirs.num_classes, ours.class_names, ours.num_classes
-    match = match_classes(*sides, their_place=str(theirs.path), our_place=str(ours.path))
-    if match.told:
-        say(match.told)
-    return theirs.read_as(match, ours.class_names)
+    read, told = read_as(theirs, ours)
+    if told:
+        say(told)
+    return read

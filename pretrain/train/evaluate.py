@@ -1,17 +1,14 @@
-"""What is evaluated on the way."""
+"""What is evaluated on the way, by the evaluators that tools/evaluate.py has."""
 
 from dataclasses import replace
 
-import torch
-
-from pretrain.cluster import agreement, signals
+from pretrain.cluster import signals
 from pretrain.config import Config
-from pretrain.data.loader import eval_batches
 from pretrain.engine.step import Engine
-from pretrain.evaluation import fewshot
-from pretrain.evaluation.classification import EvaluationStopped, classification_scores
-from pretrain.evaluation.features import Features, extract_features
-from pretrain.evaluation.knn import knn
+from pretrain.evaluation import classification, fewshot
+from pretrain.evaluation.classification import EvaluationStopped
+from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Job
+from pretrain.evaluation.subject import Images, Reading, Subject, all_images
 from pretrain.log import RunLog
 from pretrain.train.datasets import DataSets
 from pretrain.train.state import TrainState
@@ -24,13 +21,17 @@ def evaluate(
 
     Returns whether it was given up to stop; then all that was due still is.
     """
+    subject = _subject(config, data, engine, stop)
     metrics: dict[str, float] = {}
     with engine.averaged():
         try:
             if state.validation_due:
-                metrics |= _validation_metrics(config, data, engine, stop)
+                assert data.val is not None
+                metrics |= _validation_metrics(subject, Images(data.val, data.val_indices))
             if state.features_due:
-                metrics |= _features_metrics(config, data, engine, stop)
+                assert data.fewshot is not None
+                few, test = map(all_images, data.fewshot)
+                metrics |= _features_metrics(subject, {"train": few, "test": test}, knn=config.evaluation.knn)
         except EvaluationStopped:
             return True
     state.metrics = metrics
@@ -39,44 +40,37 @@ def evaluate(
     return False
 
 
-def _validation_metrics(config: Config, data: DataSets, engine: Engine, stop: signals.StopRequest) -> dict[str, float]:
-    assert data.val is not None
-    options = {"batch_size": config.evaluation.batch_size, "image_size": config.model.image_size, "config": config.data}
-    batches = eval_batches(data.val, data.val_indices, **options)
-    scores = classification_scores(
-        engine.predict,
-        batches,
+def _subject(config: Config, data: DataSets, engine: Engine, stop: signals.StopRequest) -> Subject:
+    """The model in training as evaluators see it. They show no progress, and nothing that the start has told."""
+    few = replace(config.data, eval_transform=fewshot.TRANSFORM, eval_crop=fewshot.CROP)
+    in_few = Reading(few, fewshot.MAX_TRAIN)
+    return Subject(
+        predict=engine.predict,
+        extract=engine.features,
+        num_classes=data.num_classes,
+        image_size=config.model.image_size,
         loss=config.loss,
         device=engine.device,
+        batch_size=config.evaluation.batch_size,
+        own=config.data,
+        readings={"fewshot": in_few, "knn": in_few},  # alike: both are measured on the same features
+        shots=config.evaluation.fewshot_shots,
+        max_logit_bytes=classification.MAX_LOGIT_BYTES_IN_TRAINING,
         stop_agreed=stop.agreed,
-        keep_logits=data.ranks_classes,
     )
-    return {f"val/{score.metric}": score.value for score in scores} | {"val/images": scores[0].n}
 
 
-def _features_metrics(config: Config, data: DataSets, engine: Engine, stop: signals.StopRequest) -> dict[str, float]:
+def _validation_metrics(subject: Subject, images: Images) -> dict[str, float]:
+    rows = EVALUATORS[HEAD].score(subject, Job(HEAD), {"test": images}).rows
+    return {f"val/{row.metric}": row.value for row in rows} | {"val/images": rows[0].n}
+
+
+def _features_metrics(subject: Subject, sets: dict[str, Images], *, knn: bool) -> dict[str, float]:
     """Few-shot accuracy as val/fewshot_10, of nearest neighbours as val/knn_20; images in few-shot's transform."""
-    assert data.fewshot is not None
-    options = {
-        "image_size": config.model.image_size,
-        "batch_size": config.evaluation.batch_size,
-        "config": replace(config.data, eval_transform=fewshot.TRANSFORM, eval_crop=fewshot.CROP),
-        "device": engine.device,
-        "stop_agreed": stop.agreed,
-    }
-    few, test = data.fewshot
-    shots = fewshot.spread_indices(few.num_samples)
-    train_features = extract_features(engine.features, few, indices=shots, **options)
-    test_features = extract_features(engine.features, test, **options)
-    return agreement.from_main(lambda: _on_features(config, train_features, test_features, engine.device))
-
-
-def _on_features(
-    config: Config, train: Features | None, test: Features | None, device: torch.device
-) -> dict[str, float]:
-    assert train is not None and test is not None  # rank 0 has them
-    values = {row.metric: row.value for row in fewshot.fewshot(*train, *test, shots=config.evaluation.fewshot_shots)}
-    metrics = {f"val/fewshot_{k}": values[f"{k}-shot"] for k in config.evaluation.fewshot_shots}
-    if config.evaluation.knn:
-        metrics |= {f"val/knn_{row.metric.removesuffix('-nn')}": row.value for row in knn(*train, *test, device=device)}
+    rows = EVALUATORS["fewshot"].score(subject, Job("fewshot"), sets).rows
+    values = {row.metric: row.value for row in rows}
+    metrics = {f"val/fewshot_{k}": values[f"{k}-shot"] for k in subject.shots}
+    if knn:
+        rows = EVALUATORS["knn"].score(subject, Job("knn"), sets).rows
+        metrics |= {f"val/knn_{row.metric.removesuffix('-nn')}": row.value for row in rows}
     return metrics

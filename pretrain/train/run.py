@@ -17,12 +17,13 @@ from pretrain.data.order import plan_batch
 from pretrain.engine.settings import check_precision
 from pretrain.engine.step import Engine
 from pretrain.errors import ConfigError
+from pretrain.evaluation import classification
 from pretrain.log import RunLog, say
 from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters
 from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
-from pretrain.train.datasets import MAX_LOGIT_BYTES, DataSets, open_data
+from pretrain.train.datasets import DataSets, open_data
 from pretrain.train.folder import claim, is_done, mark_done, record_start, refuse_changes
 from pretrain.train.loop import loop
 from pretrain.train.state import TrainState
@@ -90,7 +91,8 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     num_ranks, batch = ranks.world_size(), config.data.global_batch
     plan = plan_batch(batch, num_ranks, config.engine.max_micro_batch_size)
     too_large = data.val is not None and data.val.multi_label and not data.ranks_classes
-    without = f", no mean average precision: logits above {MAX_LOGIT_BYTES >> 20:,} MB" if too_large else ""
+    most = classification.MAX_LOGIT_BYTES_IN_TRAINING
+    without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     say(
         f"{config.output / config.name}: {config.model.name}, {num_parameters(model):,} parameters, "
         f"{data.num_classes} classes\n"

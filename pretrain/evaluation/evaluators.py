@@ -1,0 +1,237 @@
+"""The evaluators, one row of a table each: by the same rows tools/evaluate.py scores weights and a run is scored.
+
+pretrain.tasks is imported only where a task is scored: it reads timm's lists, a second that a run's start is spared.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pretrain.cluster import agreement, ranks
+from pretrain.data.loader import Batch
+from pretrain.data.manifest import Manifest
+from pretrain.evaluation import fewshot, knn, probe
+from pretrain.evaluation.classification import (
+    OFFICIAL,
+    Predictions,
+    Score,
+    among,
+    logit_bytes,
+    predict_all,
+    ranks_classes,
+    relabelled,
+    scores_of,
+)
+from pretrain.evaluation.features import MAX_PIXEL_BYTES, Extract, Features, raw_pixels
+from pretrain.evaluation.subject import TRAINED, Images, Subject, transform_of
+from pretrain.shards.examples import sample_names
+
+if TYPE_CHECKING:
+    from pretrain.tasks.table import Task
+
+
+class Row(NamedTuple):
+    """One line of results.json."""
+
+    model: str  # "trained", "random weights" or "raw pixels"
+    metric: str  # "top1", "10-shot", "10-shot-std", "imagenet_v2/top1", "knn:pets/20-nn" ...
+    value: float
+    n: int  # images it was measured on
+
+
+class Job(NamedTuple):
+    """A kind of evaluation on a data set."""
+
+    kind: str  # of EVALUATORS
+    name: str = ""  # in front of its metrics: "imagenet_v2", "knn:pets"; "" for --val, --fewshot and in training
+    data: Mapping[str, Path] = {}  # manifests: "test", and "train" where there is something to learn
+    task: "Task | None" = None  # the table's row
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """What results.json calls the data sets."""
+        if self.name:
+            return {role: f"{self.name}/{role}" for role in self.data}
+        return {"test": "val"} if self.kind == HEAD else {role: f"fewshot_{role}" for role in self.data}
+
+    def rows(self, scores: Iterable[Score], model: str = TRAINED) -> list[Row]:
+        """Returns scores under the job's name."""
+        prefix = f"{self.name}/" if self.name else ""
+        return [Row(model, prefix + score.metric, score.value, score.n) for score in scores]
+
+
+class Found(NamedTuple):
+    """What an evaluator returns."""
+
+    rows: list[Row]
+    predictions: Predictions | None = None  # of each image, where the head was scored
+    chosen: Mapping[str, Any] = {}  # by the evaluator, for the record: {"c": 0.1}
+
+
+class Evaluator(NamedTuple):
+    """A row of the table."""
+
+    needs: tuple[str, ...]  # data sets: "test", and "train" where there is something to learn
+    returns: str  # its metrics
+    score: Callable[[Subject, Job, dict[str, Images]], Found]
+    protocol: Callable[[Subject], dict[str, Any]] | None = None  # for results.json; None: that says it all already
+    grows: tuple[str, ...] = ()  # keys of it that each row adds to; the rest is alike for all rows of the kind
+    told: Callable[[dict[str, Any]], list[str]] = lambda _: []  # lines on it for results.md
+
+
+# --- the functions ---------------------------------------------------------------------------------------------------
+
+
+def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
+    """Loss, top-1, top-5 and a task's own metric, by the model's head."""
+    manifest, indices = sets["test"]
+    predict, batches = subject.head(sets["test"])
+    num_scored = len(indices)
+    if job.task and (classes := _scored_classes(job.task)):
+        predict = among(predict, classes)
+    if job.task and job.task.metric == "real":
+        labels = agreement.from_main(lambda: _real_labels(manifest))
+        batches, num_scored = relabelled(batches, labels), sum(bool(labels[index]) for index in indices)
+    keep_logits = ranks_classes(manifest, len(indices), subject.num_classes, subject.max_logit_bytes)
+    if manifest.multi_label and not keep_logits:
+        needed = logit_bytes(len(indices), subject.num_classes)
+        subject.tell(f"{manifest.path}: no mean average precision: its logits would take {needed >> 30} GB")
+    with subject.progress(job.name or "validation", len(indices), "images") as advance:
+        found = predict_all(
+            predict,
+            _told(batches, lambda: advance(subject.batch_size * ranks.world_size())),
+            loss=subject.loss,
+            device=subject.device,
+            stop_agreed=subject.stop_agreed,
+            keep_logits=keep_logits,
+        )
+    n = len(found.index)
+    if n < num_scored and ranks.is_main():
+        subject.tell(f"{manifest.path}: {num_scored - n} of {num_scored} images cannot be read: not scored")
+    scores = scores_of(found)
+    if job.task and job.task.official_metric in OFFICIAL:
+        official = OFFICIAL[job.task.official_metric]
+        scores.append(Score(job.task.official_metric, official(found.labels[:, 0], found.classes[:, 0]), n))
+    return Found(job.rows(scores), predictions=found)
+
+
+def _told(batches: Iterable[Batch], tell: Callable[[], None]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        tell()
+
+
+def _scored_classes(task: "Task") -> list[int] | None:
+    from pretrain.tasks.imagenet_labels import scored_classes
+
+    return scored_classes(task)
+
+
+def _real_labels(manifest: Manifest) -> list[list[int]]:
+    """The ReaL labels of each sample, joined by its name; none where the name cannot be read."""
+    from pretrain.tasks.imagenet_labels import real_labels
+
+    names = sample_names(manifest, range(manifest.num_samples))
+    found = iter(real_labels([name for name in names if name]))
+    return [next(found) if name else [] for name in names]
+
+
+def few_shot(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
+    """big_vision's closed-form regression on 1, 5, 10 and 25 images per class."""
+    rows = []
+    for name, extract in _compared(subject, sets).items():
+        features = subject.features(name, extract, sets, "fewshot")
+        num_regressions = len(subject.shots) * len(fewshot.SEEDS)
+        with subject.progress(f"few-shot, {name}", num_regressions, "regressions") as advance:
+            solve = partial(fewshot.fewshot, shots=subject.shots, progress=advance)
+            rows += job.rows(on_features(solve, features), name)
+    return Found(rows)
+
+
+def _compared(subject: Subject, sets: dict[str, Images]) -> dict[str, Extract]:
+    found = {TRAINED: subject.extract}
+    for name, make in subject.baselines.items():
+        extract = make()
+        pixel_bytes = sum(len(images.indices) for images in sets.values()) * 3 * subject.image_size**2 * 4
+        if extract is not raw_pixels or pixel_bytes <= MAX_PIXEL_BYTES:
+            found[name] = extract
+        elif ranks.is_main():
+            most = MAX_PIXEL_BYTES >> 30
+            subject.tell(f"no row for raw pixels: they would take {pixel_bytes >> 30} GB, at most {most}")
+    return found
+
+
+def nearest_neighbours(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
+    """The vote of the nearest training images."""
+    features = subject.features(TRAINED, subject.extract, sets, "knn")
+    with subject.progress(job.name, len(sets["test"].indices), "images") as advance:
+        solve = partial(knn.knn, device=subject.device, progress=advance)
+        return Found(job.rows(on_features(solve, features)))
+
+
+def linear_probe(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
+    """Logistic regression on all training images."""
+    features = subject.features(TRAINED, subject.extract, sets, "probe")
+    with subject.progress(job.name, len(probe.GRID) + 1, "regressions") as advance:
+        scores, c = on_features(partial(probe.probe, progress=advance), features)
+    return Found(job.rows(scores), chosen={"c": c})
+
+
+def on_features(solve: Callable[..., Any], features: list[Features | None]) -> Any:
+    """Returns on every rank what `solve` says of training and test features, which rank 0 alone has."""
+
+    def solved() -> Any:
+        train, test = features
+        assert train is not None and test is not None
+        return solve(*train, *test)
+
+    return agreement.from_main(solved)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def _fewshot_protocol(subject: Subject) -> dict[str, Any]:
+    config, max_train = subject.reading("fewshot")
+    values = {"shots": subject.shots, "seeds": fewshot.SEEDS, "l2": fewshot.L2}
+    return {**values, "transform": transform_of(config), "max_train": max_train}
+
+
+def _fewshot_told(protocol: dict[str, Any]) -> list[str]:
+    return [
+        f"few-shot: ridge regression on the head's input (l2 {protocol['l2']:g}), mean ± standard deviation over "
+        f"{len(protocol['seeds'])} draws of the training images; evaluation={in_words(protocol['transform'])}"
+    ]
+
+
+def in_words(transform: dict[str, Any]) -> str:
+    """Returns what `transform_of` returned for a line of results.md."""
+    crop = "" if transform["name"] == "vit" else f", crop {transform['crop']:g}"
+    interpolation = transform["interpolation"] if transform["name"] == "timm" else "as big_vision"
+    return f"{transform['name']} ({interpolation}{crop})"
+
+
+HEAD = "classify"  # asked for by a task's bare name and by --val; the others as KIND:NAME
+
+EVALUATORS: dict[str, Evaluator] = {
+    HEAD: Evaluator(("test",), "loss, top1, top5, mean_average_precision, a task's own", classify),
+    "fewshot": Evaluator(
+        ("train", "test"), "1-shot, 1-shot-std ...", few_shot, _fewshot_protocol, ("shots",), _fewshot_told
+    ),
+    "knn": Evaluator(
+        ("train", "test"),
+        "1-nn, 20-nn",
+        nearest_neighbours,
+        lambda _: {"neighbours": knn.NEIGHBOURS, "temperature": knn.TEMPERATURE},
+        told=lambda p: [f"k-nn: cosine similarity, votes weighted by exp(similarity / {p['temperature']:g})"],
+    ),
+    "probe": Evaluator(
+        ("train", "test"),
+        "top1, mean_per_class",
+        linear_probe,
+        lambda _: {"grid": probe.GRID, "held_out": probe.HELD_OUT},
+        ("c",),
+        lambda p: [f"{name}: C = {c:g}" for name, c in p["c"].items()],
+    ),
+}

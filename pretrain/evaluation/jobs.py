@@ -1,0 +1,156 @@
+"""What was asked for: names become jobs, their data sets are opened and checked, and the jobs are done."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain.cluster import agreement, ranks
+from pretrain.data.classes import match_classes
+from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
+from pretrain.errors import UserError
+from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Found, Job
+from pretrain.evaluation.subject import Images, Subject, all_images
+from pretrain.log import warn
+from pretrain.models.weights import Weights
+from pretrain.tasks.table import TASKS, missing, task, task_folder
+
+
+class Opened(NamedTuple):
+    """A job whose data sets are there and fit."""
+
+    job: Job
+    sets: dict[str, Images]
+
+
+class Done(NamedTuple):
+    """A job that was done."""
+
+    job: Job
+    sets: dict[str, Images]
+    found: Found
+
+
+# --- names -> jobs ---------------------------------------------------------------------------------------------------
+
+
+def jobs_of(val: Path | None, few: Sequence[Path] | None, tasks: str | None, root: Path | None) -> list[Job]:
+    """Returns the jobs that are asked for: of --val, --fewshot TRAIN TEST, and --tasks NAME,... on --data ROOT."""
+    jobs = []
+    if val:
+        jobs.append(Job(HEAD, "", {"test": val}))
+    if few:
+        jobs.append(Job("fewshot", "", dict(zip(("train", "test"), few))))
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not names:
+        return jobs
+    if not root:
+        raise UserError("--tasks needs --data ROOT, the folder in which ROOT/TASK/test and so on lie")
+    return jobs + [_job(name, root) for name in dict.fromkeys(names)]
+
+
+def _job(text: str, root: Path) -> Job:
+    kind, colon, name = text.partition(":")
+    if not colon:
+        row = task(text)
+        return Job(HEAD, text, {"test": task_folder(row, root) / row.test_split}, row)
+    if kind not in EVALUATORS or kind == HEAD:
+        *others, last = (f"{known}:NAME" for known in EVALUATORS if known != HEAD)
+        raise UserError(f"--tasks: {text!r} is neither a task nor {', '.join(others)} or {last}")
+    needs = EVALUATORS[kind].needs
+    if (row := TASKS.get(name)) is None:
+        folder = root / name
+        test = "val" if (folder / "val").exists() and not (folder / "test").exists() else "test"
+        splits = {"train": "train", "test": test}
+    else:
+        folder = task_folder(row, root)
+        train = "trainval" if "trainval" in row.splits else "train"  # VTAB's 1,000 images
+        if "train" in needs and train not in row.splits:
+            raise UserError(f"--tasks: {text!r}: {name} has no training images to learn from")
+        splits = {"train": train, "test": row.test_split}
+    return Job(kind, text, {role: folder / splits[role] for role in needs}, row)
+
+
+# --- jobs -> data sets -> rows ---------------------------------------------------------------------------------------
+
+
+def open_jobs(jobs: list[Job], weights: Weights, root: Path | None) -> tuple[list[Opened], dict[str, str]]:
+    """Returns the jobs with their data sets, checked before anything is read, on all ranks alike; and why others fail.
+
+    Raises UserError when none is left, or for a job without a name.
+    """
+    failed: dict[str, str] = {}
+    opened = []
+    for job in jobs:
+        sets = _tried(job, failed, partial(agreement.together, partial(_open, job, weights, root)))
+        if sets is not None:
+            opened.append(Opened(job, sets))
+    if not opened:
+        raise UserError(f"none of {', '.join(failed)} can be scored")
+    return opened, failed
+
+
+def shared_sets(opened: list[Opened]) -> set[Path]:
+    """Returns the data sets that the head is scored on more than once."""
+    scored = [sets["test"].manifest.path for job, sets in opened if job.kind == HEAD]
+    return {path for path in scored if scored.count(path) > 1}
+
+
+def do_jobs(subject: Subject, opened: list[Opened], failed: dict[str, str]) -> list[Done]:
+    """Returns the jobs that were done; why others could not be is added to `failed`. Called by all ranks."""
+    done = []
+    for job, sets in opened:
+        found = _tried(job, failed, partial(EVALUATORS[job.kind].score, subject, job, sets))
+        if found is not None:
+            done.append(Done(job, sets, found))
+    return done
+
+
+def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
+    """Returns what `make` returns on all ranks; a named task that cannot be scored is told and noted, None returned."""
+    try:
+        return make()
+    except UserError as error:
+        if not job.name:
+            raise
+        failed[job.name] = str(error)
+        if ranks.is_main():
+            warn(f"{job.name} is not scored: {error}")
+        return None
+
+
+def _open(job: Job, weights: Weights, root: Path | None) -> dict[str, Images]:
+    if job.task and root and (told := missing(job.task, root, [path.name for path in job.data.values()])):
+        raise UserError(told)
+    sets = {role: load_manifest(path) for role, path in job.data.items()}
+    for manifest in sets.values():
+        check_shards(manifest)
+    if job.kind == HEAD:
+        sets["test"] = as_head_reads(weights, sets["test"])
+        if job.task and job.task.num_classes != weights.num_classes:
+            raise UserError(
+                f"{job.name} has {job.task.num_classes} classes, the head of {weights.source} has "
+                f"{weights.num_classes}: fine-tune it on the task, or score its features, as in knn:{job.name}"
+            )
+        if job.task and sets["test"].label_map is not None:  # its own labels, as ReaL's, count in the set's order
+            raise UserError(f"{job.name}: {weights.source} has its classes in another order; score it with --val")
+    else:
+        sets["test"], told = read_as(sets["test"], sets["train"])
+        _tell(told)
+    return {role: all_images(manifest) for role, manifest in sets.items()}
+
+
+def as_head_reads(weights: Weights, val: Manifest) -> Manifest:
+    """Returns a data set with its labels read as classes of a head, by their names, and tells what was mapped.
+
+    Raises UserError when a class of the set has no counterpart in the head.
+    """
+    sides = val.class_names, val.num_classes, weights.class_names, weights.num_classes
+    match = match_classes(*sides, their_place=str(val.path), our_place=str(weights.source))
+    _tell(match.told)
+    return val.read_as(match, weights.class_names)
+
+
+def _tell(message: str | None) -> None:
+    if message and ranks.is_main():
+        warn(message)

@@ -1,0 +1,233 @@
+"""What an evaluation leaves: rows, the record that repeats them, both merged with an earlier call's, pages, files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.errors import UserError
+from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Row, in_words
+from pretrain.evaluation.jobs import Done, Opened
+from pretrain.evaluation.predictions import lines, wrong_items
+from pretrain.evaluation.subject import Subject, transform_of
+from pretrain.log import warn
+from pretrain.models.weights import Weights
+from pretrain.provenance import versions
+from pretrain.storage import replacing, write_text
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def record_of(
+    subject: Subject, weights: Weights, digest: str, opened: list[Opened], done: list[Done], failed: dict[str, str]
+) -> dict[str, Any]:
+    """Returns what is needed to repeat the rows. digest: `weights_sha256`."""
+    return {
+        "format": "pretrain-evaluation",
+        "version": 1,
+        "weights": str(weights.source),
+        "weights_sha256": digest,
+        "model": weights.model.name,
+        "image_size": subject.image_size,
+        "num_classes": subject.num_classes,
+        "loss": subject.loss,
+        "transform": transform_of(subject.own),
+        "data": {
+            job.roles[role]: {
+                "path": str(manifest.path),
+                "sha256": manifest.sha256,
+                "num_samples": manifest.num_samples,
+                "num_classes": manifest.num_classes,
+            }
+            for job, sets in opened
+            for role, (manifest, _) in sets.items()
+        },
+        **_protocols(subject, done),
+        "failed": failed,
+        "versions": versions(),
+    }
+
+
+def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] | None]:
+    """Returns the protocol of each kind of evaluation that was done, with what was chosen by it; None of the others."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for kind, evaluator in EVALUATORS.items():
+        if evaluator.protocol is None:
+            continue
+        of_kind = [(job, result) for job, _, result in done if job.kind == kind]
+        values = evaluator.protocol(subject)
+        for job, result in of_kind:
+            for key, value in result.chosen.items():
+                values.setdefault(key, {})[job.name] = value
+        found[kind] = values if of_kind else None
+    return found
+
+
+# --- merged with an earlier call's -----------------------------------------------------------------------------------
+
+SHARED = {"weights_sha256": "weights", "loss": "loss", "transform": "transform"}  # alike for all rows of results.json
+
+
+def with_earlier(rows: list[Row], record: dict[str, Any], path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Returns the rows after those of an earlier call that still hold, and what is needed to repeat both.
+
+    An earlier row holds when it is of the same weights, was not measured again, and is not of a data set or by a
+    protocol that now is another one. What is dropped is told.
+    """
+    if not path.is_file():
+        return rows, record
+    record = json.loads(json.dumps(record))  # tuples become lists, as in the file
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        found = [Row(**row) for row in earlier["rows"]]
+        differ = [name for key, name in SHARED.items() if earlier.get(key) != record[key]]
+        again = {(row.model, row.metric) for row in rows}
+        others = [row for row in found if (row.model, row.metric) not in again]
+        kept = [row for row in others if not differ and _holds(row, earlier, record)]
+        merged = _merged_record(kept, earlier, record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warn(f"{path}: cannot be read as an earlier call's ({error!r}); replaced")
+        return rows, record
+    if dropped := [row.metric for row in others if row not in kept]:
+        why = f"other {', '.join(differ) or 'data or protocol'}"
+        warn(f"{path}: {len(dropped)} rows of an earlier call are dropped ({why}): {', '.join(dropped)}")
+    return [*kept, *rows], merged
+
+
+def _holds(row: Row, earlier: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether the new record says nothing of a row's data sets and protocol, or the same as the earlier one."""
+    kind, roles = _origin(row)
+    grows = EVALUATORS[kind].grows if kind in EVALUATORS else ()
+    data, protocol = [], []
+    for values in (earlier, record):
+        data.append({role: of["sha256"] for role, of in values["data"].items() if role.startswith(roles)})
+        protocol.append({key: value for key, value in (values.get(kind) or {}).items() if key not in grows})
+    return all(not now or now == before for before, now in (data, protocol))
+
+
+def _origin(row: Row) -> tuple[str, str]:
+    """Returns a row's kind of evaluation, and what its data sets' names in results.json begin with."""
+    name, _, metric = row.metric.rpartition("/")
+    kind, colon, _ = name.partition(":")
+    if not colon:
+        kind = "fewshot" if "-shot" in metric else HEAD
+    return kind, f"{name}/" if name else "fewshot_" if kind == "fewshot" else "val"
+
+
+def _merged_record(kept: list[Row], earlier: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record with the data sets and protocols of the rows that were kept."""
+    kinds, roles = zip(*map(_origin, kept)) if kept else ((), ())
+    data = {role: of for role, of in earlier["data"].items() if role.startswith(tuple(roles))}
+    merged = {**record, "data": data | record["data"]}
+    for kind, evaluator in EVALUATORS.items():
+        if evaluator.protocol is None or kind not in kinds:
+            continue
+        before, now = earlier[kind], record[kind] or {}
+        merged[kind] = before | now
+        for key in evaluator.grows:
+            merged[kind][key] = _grown(before[key], now.get(key))
+    return merged
+
+
+def _grown(before: Any, now: Any) -> Any:
+    """Lists of numbers are united, dicts of names too."""
+    if isinstance(before, dict):
+        return before | (now or {})
+    return sorted({*before, *(now or [])})
+
+
+# --- tables and pages ------------------------------------------------------------------------------------------------
+
+
+def print_table(rows: list[Row], title: str) -> None:
+    """Shows the rows on the terminal."""
+    header, cells = _cells(rows)
+    table = Table(title=title)
+    for name in header:
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    for line in cells:
+        table.add_row(*line)
+    Console().print(table)
+
+
+def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Returns the table's header and lines: one line per metric, one column per model."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    values = {(row.model, row.metric): row for row in rows}
+    found = []
+    for metric in dict.fromkeys(row.metric for row in rows if not row.metric.endswith("-std")):
+        of_models = [values.get((model, metric)) for model in models]
+        spread = [values.get((model, f"{metric}-std")) for model in models]
+        cells = [_cell(row, std) for row, std in zip(of_models, spread)]
+        found.append([metric, *cells, f"{next(row.n for row in of_models if row):,}"])
+    return ["metric", *models, "images"], found
+
+
+def _cell(row: Row | None, std: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.metric.endswith(("loss", "quadratic_kappa")):
+        return f"{row.value:.4f}"
+    return f"{row.value:.2%}" + (f" ± {100 * std.value:.2f}" if std else "")
+
+
+def pages(rows: list[Row], record: dict[str, Any], done: list[Done]) -> dict[str, str | None]:
+    """Returns the files of results by name, None for one that is to go.
+
+    wrong.json is of the first set that the last call to score the head scored it on.
+    """
+    found: dict[str, str | None] = {}
+    scored = [(result.predictions, sets["test"].manifest) for _, sets, result in done if result.predictions is not None]
+    if scored:
+        found["wrong.json"] = json.dumps({"items": wrong_items(*scored[0])}, indent=1)
+    elif not any(_origin(row)[0] == HEAD for row in rows):  # none of an earlier call stands here either
+        found["wrong.json"] = None
+    found["results.md"] = _markdown(rows, record)
+    found["results.json"] = json.dumps({**record, "rows": [row._asdict() for row in rows]}, indent=2)
+    return found
+
+
+def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
+    header, cells = _cells(rows)
+    table = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
+    text = [f"# {record['weights']}", "", f"Model {record['model']} at {record['image_size']} px.", ""]
+    text += ["| " + " | ".join(line) + " |" for line in table] + [""]
+    text += [f"- {role}: {of['path']}, {of['num_samples']:,} images" for role, of in record["data"].items()]
+    text.append(f"- images as evaluation={in_words(record['transform'])} shows them")
+    for kind, evaluator in EVALUATORS.items():
+        if protocol := record.get(kind):
+            text += [f"- {line}" for line in evaluator.told(protocol)]
+    text += [f"- **not scored**: {reason}" for reason in record["failed"].values()]
+    return "\n".join(text)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_pages(out: Path, contents: dict[str, str | None]) -> None:
+    """Writes the files into a folder, or removes them. Raises UserError where that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            if content is None:
+                if (out / name).exists():
+                    warn(f"{out / name}: removed, since it is of nothing in results.json any more")
+                    (out / name).unlink()
+                continue
+            write_text(out / name, content + "\n")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+
+
+def write_predictions(path: Path, done: list[Done]) -> None:
+    """Writes a line of JSON for each image that the head was scored on. Raises UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for job, sets, found in done:
+                if found.predictions is not None:
+                    file.writelines(lines(found.predictions, sets["test"].manifest, job.name or "val"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --predictions") from None

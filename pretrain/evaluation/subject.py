@@ -1,0 +1,195 @@
+"""The model under test: all that evaluators know of it, whether it was read from disk or is being trained."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from pretrain import cli
+from pretrain.config import DataConfig
+from pretrain.data.loader import Batch, eval_batches
+from pretrain.data.manifest import Manifest
+from pretrain.evaluation import fewshot
+from pretrain.evaluation.classification import MAX_LOGIT_BYTES, Predict, logits_of
+from pretrain.evaluation.features import MAX_PIXEL_BYTES, Extract, Features, extract_features, pre_logits, raw_pixels
+from pretrain.log import warn
+from pretrain.models.build import build_model
+from pretrain.models.weights import Weights, model_of
+
+TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
+
+Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]  # title, total, unit
+
+
+class Images(NamedTuple):
+    """Images of a data set: those that are scored, or learnt from."""
+
+    manifest: Manifest
+    indices: np.ndarray  # int64, ascending
+
+
+class Reading(NamedTuple):
+    """How an evaluator sees images."""
+
+    config: DataConfig  # transform, crop, interpolation; loader processes
+    max_train: int | None = None  # training images at most, at equal distances; None: all
+
+
+def all_images(manifest: Manifest) -> Images:
+    """Returns all images of a data set."""
+    return Images(manifest, np.arange(manifest.num_samples))
+
+
+@contextmanager
+def no_progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Shows nothing, in place of `cli.progress`."""
+    yield lambda _: None
+
+
+@dataclass
+class Subject:
+    """A model under test, and how it is tested."""
+
+    predict: Predict
+    extract: Extract  # the features: the head's input
+    num_classes: int  # of its head
+    image_size: int  # pixels of its input
+    loss: str
+    device: torch.device
+    batch_size: int  # images per rank and forward pass
+    own: DataConfig  # how it sees images itself
+    readings: Mapping[str, Reading]  # of the kinds of evaluation that see images otherwise
+    shots: Sequence[int]  # few-shot's images per class
+    max_logit_bytes: int  # of float32 on every rank; above it there is no mean average precision
+    baselines: Mapping[str, Callable[[], Extract]] = field(default_factory=dict)  # features that few-shot compares with
+    shared: Collection[Path] = ()  # data sets that the head is scored on more than once
+    stop_agreed: Callable[[], bool] = lambda: False
+    progress: Progress = no_progress
+    tell: Callable[[str], None] = lambda _: None  # what a user is to know of the scores; training says it at its start
+    _answers: dict[Path, list[Batch]] = field(default_factory=dict)  # this rank's, of shared sets
+    _kept: dict[tuple, Features | None] = field(default_factory=dict)  # of the last data set, for the next evaluator
+
+    def reading(self, kind: str) -> Reading:
+        """Returns how a kind of evaluation sees images: as the model itself, where nothing else is said."""
+        return self.readings.get(kind, Reading(self.own))
+
+    def head(self, images: Images) -> tuple[Predict, Iterable[Batch]]:
+        """Returns this rank's batches and the function that answers them with logits [B, classes].
+
+        Of a shared set there is one forward pass: later, batches hold their logits in place of images.
+        """
+        path = images.manifest.path
+        if path in self._answers:
+            return nn.Identity(), self._answers[path]
+        options = {"batch_size": self.batch_size, "image_size": self.image_size, "config": self.own}
+        batches = eval_batches(images.manifest, images.indices, **options)
+        return self._remembered(batches, path) if path in self.shared else (self.predict, batches)
+
+    def _remembered(self, batches: Iterator[Batch], path: Path) -> tuple[Predict, Iterator[Batch]]:
+        last: list[torch.Tensor] = []
+
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            last[:] = [self.predict(images)]
+            return last[0]
+
+        def noted() -> Iterator[Batch]:
+            done = []
+            for batch in batches:
+                yield batch
+                done.append(batch._replace(images=last[0].cpu()))
+            self._answers[path] = done  # all of it is there
+
+        return predict, noted()
+
+    def features(self, name: str, extract: Extract, sets: dict[str, Images], kind: str) -> list[Features | None]:
+        """Returns the features of a training and a test set, on rank 0. Those of the last two sets are kept."""
+        config, max_train = reading = self.reading(kind)
+        seen_as = config.eval_transform, config.eval_crop, config.interpolation, max_train
+        keys = {role: (name, images.manifest.path, *seen_as) for role, images in sets.items()}
+        self._kept = {key: found for key, found in self._kept.items() if key in keys.values()}
+        for role, images in sets.items():
+            if keys[role] not in self._kept:
+                self._kept[keys[role]] = self._extracted(name, extract, images, role, reading)
+        return [self._kept[key] for key in keys.values()]
+
+    def _extracted(self, name: str, extract: Extract, images: Images, role: str, reading: Reading) -> Features | None:
+        indices = images.indices
+        if role == "train" and reading.max_train is not None:
+            indices = indices[fewshot.spread_indices(len(indices), reading.max_train)]
+        with self.progress(f"features, {name}", len(indices), "images") as advance:
+            return extract_features(
+                extract,
+                images.manifest,
+                image_size=self.image_size,
+                batch_size=self.batch_size,
+                config=reading.config,
+                device=self.device,
+                indices=indices,
+                max_bytes=MAX_PIXEL_BYTES if extract is raw_pixels else None,
+                progress=advance,
+                stop_agreed=self.stop_agreed,
+            )
+
+
+def transform_of(config: DataConfig) -> dict[str, Any]:
+    """Returns how images are seen, as results.json tells it."""
+    return {"name": config.eval_transform, "crop": config.eval_crop, "interpolation": config.interpolation}
+
+
+def eval_config(weights: Weights, workers: int = 0) -> DataConfig:
+    """Returns how weights see images: in the transform that they carry."""
+    return DataConfig(
+        eval_transform=cast(Any, weights.eval_transform),  # literals, as the config wrote them
+        eval_crop=weights.eval_crop,
+        interpolation=cast(Any, weights.interpolation),
+        workers=workers,
+    )
+
+
+def subject_of(
+    weights: Weights,
+    device: torch.device,
+    *,
+    loss: str | None,
+    batch_size: int,
+    workers: int,
+    shots: Sequence[int],
+    fewshot_transform: str,
+    baselines: bool,
+    shared: Collection[Path],
+) -> Subject:
+    """Returns weights as a model under test.
+
+    loss: None for the one that they were trained with, softmax where that is not known. fewshot_transform: as in
+    DataConfig. baselines: few-shot also with random weights and with raw pixels. shared: see Subject.
+    """
+    model = model_of(weights).to(device)
+    own = eval_config(weights, workers)
+    crop = fewshot.CROP if fewshot_transform == fewshot.TRANSFORM else own.eval_crop
+    few = replace(own, eval_transform=cast(Any, fewshot_transform), eval_crop=crop)
+    others: dict[str, Callable[[], Extract]] = {
+        RANDOM: lambda: pre_logits(build_model(weights.model, weights.num_classes).to(device).eval()),
+        PIXELS: lambda: raw_pixels,
+    }
+    return Subject(
+        predict=logits_of(model),
+        extract=pre_logits(model),
+        num_classes=weights.num_classes,
+        image_size=weights.model.image_size,
+        loss=loss or weights.loss or "softmax",
+        device=device,
+        batch_size=batch_size,
+        own=own,
+        readings={"fewshot": Reading(few, fewshot.MAX_TRAIN)},
+        shots=shots,
+        max_logit_bytes=MAX_LOGIT_BYTES,
+        baselines=others if baselines else {},
+        shared=shared,
+        progress=cli.progress,
+        tell=warn,
+    )
