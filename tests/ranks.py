@@ -9,7 +9,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pretrain.cluster.local import free_port
+from pretrain.cluster.local import free_port, on_cpu, rank_variables
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the forkserver starts: gloo ranks on the CPU, GPU or not
 
@@ -60,14 +60,7 @@ def _outcome(process: Any, deadline: float) -> tuple[str | None, Any]:
 
 
 def _run_rank(pipe: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:
-    values = {
-        "RANK": rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_RANK": rank,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in values.items()}, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    os.environ.update({**rank_variables(rank, world_size, port), **on_cpu(1)})
     try:
         pipe.send((None, function(*args)))
     except BaseException:

@@ -11,6 +11,11 @@ import pytest
 import torch
 from weights_on_disk import load_tool
 
+from pretrain.benchmark.cells import cell_config, cell_rows
+from pretrain.benchmark.measure import summary_ms
+from pretrain.benchmark.models import activation_bytes
+from pretrain.benchmark.models import counted as counted_columns
+from pretrain.benchmark.table import TABLE
 from pretrain.config import VIT_SHAPES, ModelConfig
 from pretrain.data.loader import single_labels
 from pretrain.errors import UserError
@@ -55,7 +60,7 @@ def test_a_wrong_model_is_told_before_anything_runs(what: str) -> None:
 
 def test_counted_columns_equal_the_reference_numbers(test_fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters and FLOPs of the default table at 224 and 384 pixels are those of flops_params.json, exactly."""
-    monkeypatch.setattr(tool, "_activation_bytes", lambda *_: 0)  # half a minute; tested below
+    monkeypatch.setattr("pretrain.benchmark.models.activation_bytes", lambda *_: 0)  # half a minute; tested below
     entries = json.loads((test_fixtures / "flops_params.json").read_text())["models"]
     by_shape = {tuple(shape): name for name, shape in VIT_SHAPES.items()}
     wanted = {}
@@ -65,12 +70,12 @@ def test_counted_columns_equal_the_reference_numbers(test_fixtures: Path, monkey
             shape = (entry["width"], entry["depth"], entry["mlp"], entry["heads"])
             wanted[f"{by_shape[shape]}/{patch}", int(size)] = entry
     compared = 0
-    for model in tool.TABLE:
+    for model in TABLE:
         for size in (224, 384):
             if (model, size) not in wanted:
                 assert model.endswith("/14") and size == 384
                 continue
-            entry, row = wanted[model, size], tool._counted(tool._config(model, size, 1, "fp32"), "cpu")
+            entry, row = wanted[model, size], counted_columns(cell_config(model, size, 1, "fp32"), "cpu")
             found = row["parameters"], row["forward_flops"], row["train_flops"]
             assert found == (entry["params"], entry["flops_fwd_torch_counter"], entry["train_flops_3x"]), (model, size)
             compared += 1
@@ -89,8 +94,8 @@ def test_activations_of_a_vit_are_those_of_its_formula() -> None:
     last_norm = width + 2 + width  # and its output: the head keeps a view of it, the class token, and so all of it
     per_image = tokens * (depth * block + last_norm) + 3 * 64 * 64 + classes  # images, softmax
     label = 8 + 4  # bytes: a class and its weight
-    config = tool._config("Ti/16", 64, batch, "fp32")
-    assert tool._activation_bytes(config, "cpu") == batch * (4 * per_image + label)
+    config = cell_config("Ti/16", 64, batch, "fp32")
+    assert activation_bytes(config, "cpu") == batch * (4 * per_image + label)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,7 @@ def test_activations_of_a_vit_are_those_of_its_formula() -> None:
 )
 def test_activations_are_what_a_real_step_saves(model: str, pooling: Any, precision: str) -> None:
     """Counting without memory gives the bytes of real tensors: distinct addresses, no parameters."""
-    config = tool._config(model, 64, 2, precision, pooling=pooling)
+    config = cell_config(model, 64, 2, precision, pooling=pooling)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     network = build_model(config.model, 1000).to(dtype)
     own = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
@@ -113,7 +118,7 @@ def test_activations_are_what_a_real_step_saves(model: str, pooling: Any, precis
         logits = network(torch.rand(2, 3, 64, 64).to(dtype))
         loss = per_image_loss(logits, *single_labels(torch.tensor([1, 2])), "softmax").sum()
     found = sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
-    assert tool._activation_bytes(config, "cpu") == found > 0
+    assert activation_bytes(config, "cpu") == found > 0
     loss.backward()
 
 
@@ -135,7 +140,7 @@ def test_no_row_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     timed = {**counted("Ti/16"), "forward_ms": {"median": 4.0}, "train_ms": {"median": 8.0}}
     timed |= {"forward_images_per_s": 500.0, "train_images_per_s": 250.0}
     cells = {"Ti/16": ([counted("Ti/16"), timed], None), "S/16": ([counted("S/16")], "ended by signal 9")}
-    monkeypatch.setattr(tool, "_cell_rows", lambda what, cell: cells[cell["model"]])
+    monkeypatch.setattr("pretrain.benchmark.table.cell_rows", lambda what, cell: cells[cell["model"]])
     out = tmp_path / "models.jsonl"
     with pytest.raises(UserError, match="1 of 3 rows are not complete"):
         run_model("--model", "Ti/16", "S/16", "H/14", "--image-size", "64", "--out", str(out))
@@ -162,7 +167,7 @@ def test_reasons_are_found_in_what_a_cell_wrote(monkeypatch: pytest.MonkeyPatch)
     for code, stdout, stderr, expected in ends:
         done = subprocess.CompletedProcess([], code, stdout, stderr)
         monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
-        assert tool._cell_rows("model", {}) == expected
+        assert cell_rows("model", {}) == expected
 
 
 @pytest.mark.slow
@@ -183,4 +188,4 @@ def test_the_table_is_measured(tmp_path: Path) -> None:
 
 def test_deciles_lie_within_what_was_measured() -> None:
     """Of three steps, one of them slow: no decile below the fastest or above the slowest."""
-    assert tool._summary_ms([100.0, 110.0, 400.0]) == {"median": 110.0, "p10": 102.0, "p90": 342.0}
+    assert summary_ms([100.0, 110.0, 400.0]) == {"median": 110.0, "p10": 102.0, "p90": 342.0}

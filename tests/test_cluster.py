@@ -1,7 +1,10 @@
-"""Agreement between ranks, their seeds, and launchers' environments."""
+"""Agreement between ranks, their seeds, launchers' environments, starting ranks here."""
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,10 @@ import torch
 from ranks import run_ranks
 
 from pretrain.cluster import agreement, ranks, signals
+from pretrain.cluster.jobs import array_ranges
 from pretrain.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def agree() -> dict[str, Any]:
@@ -84,3 +90,15 @@ def test_stop_request_remembers_and_a_second_interrupt_interrupts(capfd: pytest.
     finally:
         stop.close()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_starting_ranks_here_needs_no_torch_before_it_asks_for_a_gpu() -> None:
+    """A command line that is wrong is told at once: the launcher's words cost no import of torch."""
+    code = "import sys; from pretrain.cluster import jobs, local; local.launcher(2); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_ranges_of_job_arrays() -> None:
+    """One after the other, from 0 on; what has no job has no array."""
+    assert array_ranges([4, 3]) == ["0-3", "4-6"]
+    assert array_ranges([0, 3]) == ["0-2"] and array_ranges([1, 0]) == ["0-0"]

@@ -36,6 +36,7 @@ from pretrain.errors import StorageError, UserError
 from pretrain.models import load_model
 from pretrain.models.build import build_model
 from pretrain.models.card import changed_settings
+from pretrain.models.convert import TARGETS
 from pretrain.models.equivalent import own_tensors, tensor_shapes
 from pretrain.models.google import write_google
 from pretrain.models.publish import publish_folder
@@ -221,7 +222,7 @@ def test_what_the_target_computes_differently_is_not_published(
         write_timm_folder(weights, out)
         _edit(out / "model.safetensors", lambda tensors: tensors[wrong].mul_(1.0001))
 
-    monkeypatch.setitem(convert.TARGETS, "timm", convert.TARGETS["timm"]._replace(write=write_wrongly))
+    monkeypatch.setitem(TARGETS, "timm", TARGETS["timm"]._replace(write=write_wrongly))
     assert convert.call(tmp_path / "source", tmp_path / "out", "--to", "timm") == 1
     assert "out: not written: more than 1e-05 of the largest" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -236,7 +237,7 @@ def test_a_bias_that_no_logit_shows_is_compared_bit_for_bit(
         write_own_folder(weights, out)
         _edit(out / "model.safetensors", lambda tensors: tensors["blocks.0.attn.qkv.bias"][32:64].add_(0.5))
 
-    monkeypatch.setitem(convert.TARGETS, "pretrain", convert.TARGETS["pretrain"]._replace(write=write_wrongly))
+    monkeypatch.setitem(TARGETS, "pretrain", TARGETS["pretrain"]._replace(write=write_wrongly))
     assert convert.call(source, tmp_path / "out", "--to", "pretrain") == 1
     assert "blocks.0.attn.qkv.bias differs" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -403,8 +404,8 @@ def test_a_failure_leaves_the_old_files(
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    write = convert.TARGETS[target].write
-    monkeypatch.setitem(convert.TARGETS, target, convert.TARGETS[target]._replace(write=lambda *a: (write(*a), full())))
+    write = TARGETS[target].write
+    monkeypatch.setitem(TARGETS, target, TARGETS[target]._replace(write=lambda *a: (write(*a), full())))
     with pytest.raises(StorageError, match="cannot be written .*No space left.* unchanged"):
         convert.call(source, out, "--to", target, "--no-verify", "--overwrite")
     assert everything_in(folder) == before

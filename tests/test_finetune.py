@@ -27,14 +27,18 @@ from slurm import cluster, wait_for
 from tiny import make_shards, tiny_config
 from weights_on_disk import ROOT, load_tool, one_line, save_run
 
-from pretrain import finetune
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders
+from pretrain.cluster.local import on_cpu
 from pretrain.config import Config, ModelConfig, config_to_yaml
 from pretrain.data.images import eval_image, to_float, train_image
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
+from pretrain.finetune import running
+from pretrain.finetune.results import differences_from_paper, results, vtab_results, write_results, write_vtab
+from pretrain.finetune.scores import DIVERGED, RunScore, chosen_lr, claim_sweep, score
+from pretrain.finetune.sweep import Start, Sweep, default_folder, final_runs, plan_sweep, read_start, selecting_runs
 from pretrain.models.weights import load_model, read_weights
 from pretrain.optim import learning_rate
 from pretrain.shards.examples import Example, write_examples
@@ -44,7 +48,7 @@ from pretrain.tasks.table import TASKS, VTAB, task
 from pretrain.train.run import train
 
 torch.set_num_threads(1)
-B16 = finetune.Start(Path("b16.npz"), ModelConfig(name="B", dropout=0.1, head_bias=-10.0, representation_size=768), "0")
+B16 = Start(Path("b16.npz"), ModelConfig(name="B", dropout=0.1, head_bias=-10.0, representation_size=768), "0")
 TINY = ("data.workers=0", "data.global_batch=16", "engine.precision=fp32", "evaluation.batch_size=16")
 
 
@@ -60,12 +64,13 @@ def full_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         name = "vtab/eurosat" if "vtab" in path.parts else path.parts[-3]
         return SimpleNamespace(num_samples=TASKS[name].num_samples[split], sha256=split)
 
-    monkeypatch.setattr(finetune, "load_manifest", say)
-    monkeypatch.setattr(finetune, "set_differences", lambda root: [])
+    monkeypatch.setattr("pretrain.finetune.sweep.load_manifest", say)
+    monkeypatch.setattr("pretrain.finetune.results.load_manifest", say)
+    monkeypatch.setattr("pretrain.finetune.results.set_differences", lambda root: [])
 
 
-def plan(name: str, **changes: Any) -> finetune.Sweep:
-    return finetune.plan_sweep(
+def plan(name: str, **changes: Any) -> Sweep:
+    return plan_sweep(
         task(name), changes.pop("start", B16), **{"data": Path("data"), "out": Path("out"), "num_seeds": 3, **changes}
     )
 
@@ -83,7 +88,7 @@ def plan(name: str, **changes: Any) -> finetune.Sweep:
 def test_table_4(full_sets: None, name: str, steps: int, warmup_steps: int, rates: list[float], held_out: int) -> None:
     """ViT, Table 4 and B.1.1, as literals: steps, rates, held-out share, and what is the same for all of them."""
     sweep = plan(name)
-    selecting, final = finetune.selecting_runs(sweep), finetune.final_runs(sweep, rates[0])
+    selecting, final = selecting_runs(sweep), final_runs(sweep, rates[0])
     assert [config.optim.lr for config in selecting] == rates
     assert [(config.seed, config.optim.lr) for config in final] == [(seed, rates[0]) for seed in range(3)]
     for config in [*selecting, *final]:
@@ -105,29 +110,29 @@ def test_table_4(full_sets: None, name: str, steps: int, warmup_steps: int, rate
     )
     assert all((c.data.train, c.data.held_out) == (folder / "train/manifest.json", 0) for c in final)
     assert all((c.data.val, c.evaluation.every_steps) == (folder / test / "manifest.json", steps) for c in final)
-    assert finetune.differences_from_paper(sweep, TASKS[name].num_samples[test]) == []
+    assert differences_from_paper(sweep, TASKS[name].num_samples[test]) == []
 
 
 def test_vtab_protocol(full_sets: None) -> None:
     """One rate, so nothing to choose; with several, the 200 images decide and the final runs see all 1,000."""
     sweep = plan("vtab/eurosat")
     folder = Path("data").absolute() / "vtab/eurosat"
-    assert finetune.selecting_runs(sweep) == [] and finetune.chosen_lr(sweep) == 0.01
-    for config in finetune.final_runs(sweep, 0.01):
+    assert selecting_runs(sweep) == [] and chosen_lr(sweep) == 0.01
+    for config in final_runs(sweep, 0.01):
         assert (config.total_steps, config.optim.lr, config.data.global_batch) == (2500, 0.01, 512)
         assert (config.data.train, config.data.val) == (
             folder / "trainval/manifest.json",
             folder / "test/manifest.json",
         )
         assert (config.model.image_size, config.model.num_classes, config.data.flip) == (384, 10, 0.0)
-    for config in finetune.selecting_runs(plan("vtab/eurosat", lr_grid=(0.03, 0.01))):
+    for config in selecting_runs(plan("vtab/eurosat", lr_grid=(0.03, 0.01))):
         assert (config.data.train, config.data.val) == (folder / "train/manifest.json", folder / "val/manifest.json")
         assert config.data.held_out == 0
 
 
 def test_vtab_images_are_only_resized(full_sets: None) -> None:
     """No crop and no flip in training, whatever the sides: counting and locating would become impossible."""
-    data = finetune.final_runs(plan("vtab/eurosat"), 0.01)[0].data
+    data = final_runs(plan("vtab/eurosat"), 0.01)[0].data
     for height, width in ((40, 40), (31, 57), (90, 20)):
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
         for index in range(10):
@@ -143,10 +148,10 @@ def test_cuts_are_told(full_sets: None) -> None:
         num_seeds=2,
         overrides=("optim.average_decay=0.9999", "data.workers=0", "engine.compile=true"),
     )
-    config = finetune.selecting_runs(sweep)[0]
+    config = selecting_runs(sweep)[0]
     assert (config.total_steps, config.optim.warmup_steps, config.optim.average_decay) == (200, 10, 0.9999)
     assert sweep.protocol.lr_grid == (0.01, 0.03)
-    told = finetune.differences_from_paper(sweep, 9_000)
+    told = differences_from_paper(sweep, 9_000)
     for part in (
         "steps: 200 ",
         "lr_grid: 0.01 0.03 ",
@@ -172,23 +177,23 @@ HUGE = replace(B16, model=ModelConfig(name="H", patch_size=14))
     ],
 )
 def test_both_imagenet_protocols_are_the_papers(
-    full_sets: None, start: finetune.Start, size: int | None, average: bool, told: list[str]
+    full_sets: None, start: Start, size: int | None, average: bool, told: list[str]
 ) -> None:
     """Table 2's higher resolution with Polyak averages, and Table 5's 384 px without; nothing in between."""
     overrides = ("optim.average_decay=0.9999",) if average else ()
     sweep = plan("imagenet", start=start, image_size=size, overrides=overrides)
-    assert finetune.differences_from_paper(sweep, 50_000) == told
-    elsewhere = finetune.differences_from_paper(plan("pets", start=start, image_size=size, overrides=overrides), 3669)
+    assert differences_from_paper(sweep, 50_000) == told
+    elsewhere = differences_from_paper(plan("pets", start=start, image_size=size, overrides=overrides), 3669)
     assert bool(elsewhere) == (size is not None or average)
 
 
 def test_sizes_that_do_not_fit_the_patches(full_sets: None) -> None:
     """H/14 takes the 378 of 384 pixels that make patches; a size that was asked for is refused."""
     huge = HUGE
-    assert finetune.final_runs(plan("cifar10", start=huge), 0.01)[0].model.image_size == 378
-    assert finetune.final_runs(plan("cifar10", start=huge, image_size=518), 0.01)[0].model.image_size == 518
+    assert final_runs(plan("cifar10", start=huge), 0.01)[0].model.image_size == 378
+    assert final_runs(plan("cifar10", start=huge, image_size=518), 0.01)[0].model.image_size == 518
     with pytest.raises(UserError, match=r"model.image_size \(384\) is not a multiple of model.patch_size \(14\)"):
-        finetune.final_runs(plan("cifar10", start=huge, image_size=384), 0.01)
+        final_runs(plan("cifar10", start=huge, image_size=384), 0.01)
 
 
 @pytest.mark.parametrize(
@@ -231,10 +236,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_sweep(folder: Path, out: Path, **changes: Any) -> finetune.Sweep:
-    start = finetune.read_start(folder / "tiny", from_scratch=changes.pop("from_scratch", False))
+def tiny_sweep(folder: Path, out: Path, **changes: Any) -> Sweep:
+    start = read_start(folder / "tiny", from_scratch=changes.pop("from_scratch", False))
     options = {"num_seeds": 2, "steps": 4, "image_size": 24, "overrides": TINY, **changes}
-    return finetune.plan_sweep(task("pets"), start, data=folder / "data", out=out, **options)
+    return plan_sweep(task("pets"), start, data=folder / "data", out=out, **options)
 
 
 def test_step_0(tiny: Path, tmp_path: Path) -> None:
@@ -242,7 +247,7 @@ def test_step_0(tiny: Path, tmp_path: Path) -> None:
     positions resized as scipy's zoom does it with the class token's row kept, no representation layer, the rest equal.
     """
     sweep = tiny_sweep(tiny, tmp_path, steps=1, overrides=(*TINY, "optim.warmup_steps=1"))
-    config = finetune.final_runs(sweep, 0.03)[0]
+    config = final_runs(sweep, 0.03)[0]
     run_ranks(train, 1, config)
     before, after = read_weights(tiny / "tiny"), read_weights(config.output / config.name)
     assert after.model.image_size == 24 and after.num_classes == 37
@@ -260,7 +265,7 @@ def test_step_0(tiny: Path, tmp_path: Path) -> None:
 def test_from_scratch_is_the_same_recipe(tiny: Path, tmp_path: Path) -> None:
     """The baseline differs in the weights alone."""
     ours, random_ones = (
-        finetune.final_runs(tiny_sweep(tiny, tmp_path, from_scratch=scratch), 0.03)[0] for scratch in (False, True)
+        final_runs(tiny_sweep(tiny, tmp_path, from_scratch=scratch), 0.03)[0] for scratch in (False, True)
     )
     assert ours.init_from == newest_valid(tiny / "tiny" / "checkpoints")
     assert random_ones == replace(ours, init_from=None, init_new_head=False)
@@ -272,26 +277,26 @@ def test_choosing_works_without_the_test_images(tiny: Path, tmp_path: Path) -> N
     shutil.copytree(tiny / "tiny", tmp_path / "tiny")
     sweep = tiny_sweep(tmp_path, tmp_path / "out", lr_grid=(0.01, 0.03))
     shutil.rmtree(data / "pets/test")
-    assert finetune.chosen_lr(sweep) is None
-    for config in finetune.selecting_runs(sweep):
+    assert chosen_lr(sweep) is None
+    for config in selecting_runs(sweep):
         assert not any(name in config_to_yaml(config) for name in ("pets/test", "val/manifest"))
         run_ranks(train, 1, config)
-        found = finetune.score(config)
+        found = score(config)
         assert found is not None and found.num_images == 10
-    assert finetune.chosen_lr(sweep) in (0.01, 0.03)
+    assert chosen_lr(sweep) in (0.01, 0.03)
 
 
 def test_every_test_image_counts_once(tiny: Path, tmp_path: Path) -> None:
     """The score of a final run on 2 ranks is that of all 53 images in one batch, counted by hand."""
-    config = finetune.final_runs(tiny_sweep(tiny, tmp_path, steps=20), 0.03)[0]
+    config = final_runs(tiny_sweep(tiny, tmp_path, steps=20), 0.03)[0]
     run_ranks(train, 2, config)
-    found = finetune.score(config)
+    found = score(config)
     manifest = load_manifest(config.data.val or Path())
     options = {"batch_size": 53, "image_size": 24, "config": config.data}
     (batch,) = eval_batches(manifest, np.arange(53), **options)
     with torch.no_grad():
         logits = load_model(config.output / config.name)(to_float(batch.images, torch.float32))
-    assert found == finetune.RunScore((logits.argmax(1) == batch.labels[:, 0]).double().mean().item(), 53)
+    assert found == RunScore((logits.argmax(1) == batch.labels[:, 0]).double().mean().item(), 53)
     assert 0.0 < found.top1 < 1.0
 
 
@@ -304,7 +309,7 @@ def pretend(config: Config, top1: float | None, num_images: int = 10) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config_to_yaml(config))
     if top1 is None:
-        (folder / finetune.DIVERGED).touch()
+        (folder / DIVERGED).touch()
     else:
         (folder / "DONE").write_text(json.dumps({"step": 4, "val/top1": top1, "val/images": num_images}))
 
@@ -322,62 +327,62 @@ def pretend(config: Config, top1: float | None, num_images: int = 10) -> None:
 def test_the_best_rate_is_chosen(tiny: Path, tmp_path: Path, scores: list[float | None], chosen: float) -> None:
     """By the held-out images; of equals the lowest; never one that diverged; not before all are scored."""
     sweep = tiny_sweep(tiny, tmp_path)
-    for config, top1 in zip(finetune.selecting_runs(sweep), scores):
-        assert finetune.chosen_lr(sweep) is None
+    for config, top1 in zip(selecting_runs(sweep), scores):
+        assert chosen_lr(sweep) is None
         pretend(config, top1)
-    assert finetune.chosen_lr(sweep) == chosen
+    assert chosen_lr(sweep) == chosen
 
 
 def test_no_finite_rate_is_one_line(tiny: Path, tmp_path: Path) -> None:
     """With the way out."""
     sweep = tiny_sweep(tiny, tmp_path)
-    for config in finetune.selecting_runs(sweep):
+    for config in selecting_runs(sweep):
         pretend(config, None)
     with pytest.raises(UserError, match="did not stay finite with any of .* give a lower --lr"):
-        finetune.chosen_lr(sweep)
+        chosen_lr(sweep)
 
 
 def test_results(tiny: Path, tmp_path: Path) -> None:
     """Mean and sample standard deviation of the seeds, the choice, what differs; incomplete until all are done."""
     sweep = tiny_sweep(tiny, tmp_path, lr_grid=(0.01, 0.03))
-    assert finetune.results(sweep) is None
-    for config, top1 in zip(finetune.selecting_runs(sweep), (0.4, 0.5)):
+    assert results(sweep) is None
+    for config, top1 in zip(selecting_runs(sweep), (0.4, 0.5)):
         pretend(config, top1)
-    assert finetune.results(sweep) is None
-    first, second = finetune.final_runs(sweep, 0.03)
+    assert results(sweep) is None
+    first, second = final_runs(sweep, 0.03)
     pretend(second, 0.7, 53)
-    found = finetune.results(sweep)
+    found = results(sweep)
     assert found and (found["values"], found["seeds"], found["std"], found["complete"]) == ([0.7], [1], None, False)
     pretend(first, 0.5, 53)
-    found = finetune.results(sweep)
+    found = results(sweep)
     assert found and found["complete"] and found["values"] == [0.5, 0.7] and found["n"] == 53 and found["lr"] == 0.03
     assert found["mean"] == pytest.approx(0.6) and found["std"] == pytest.approx(0.1 * 2**0.5)
     assert found["selection"] == [{"lr": 0.01, "top1": 0.4, "n": 10}, {"lr": 0.03, "top1": 0.5, "n": 10}]
     assert "no task.json: the set was not prepared by tools/make_shards.py --task" in found["differs"]
-    finetune.write_results(sweep.folder, found)
+    write_results(sweep.folder, found)
     assert json.loads((sweep.folder / "results.json").read_text()) == found
     assert "**60.00% ± 14.14** top1 on 53 test images (2 seeds)" in (sweep.folder / "results.md").read_text()
 
 
 def test_a_score_of_other_settings_is_refused(tiny: Path, tmp_path: Path) -> None:
     """A finished run is used only for the very config that it ran with."""
-    pretend(finetune.selecting_runs(tiny_sweep(tiny, tmp_path))[0], 0.5)
-    longer = finetune.selecting_runs(tiny_sweep(tiny, tmp_path, steps=5))[0]
+    pretend(selecting_runs(tiny_sweep(tiny, tmp_path))[0], 0.5)
+    longer = selecting_runs(tiny_sweep(tiny, tmp_path, steps=5))[0]
     with pytest.raises(UserError, match="other settings .*total_steps: was 4, is 5.* another --out") as caught:
-        finetune.score(longer)
+        score(longer)
     one_line(caught.value)
 
 
 def test_a_sweep_belongs_to_its_weights_and_data(tiny: Path, tmp_path: Path) -> None:
     """Scores of other weights or other images under the same paths are never mixed in."""
     sweep = tiny_sweep(tiny, tmp_path)
-    finetune.claim_sweep(sweep)
-    finetune.claim_sweep(sweep)
-    assert sweep.start.weights and sweep.start.sha256 == finetune.read_start(tiny / "tiny", from_scratch=False).sha256
+    claim_sweep(sweep)
+    claim_sweep(sweep)
+    assert sweep.start.weights and sweep.start.sha256 == read_start(tiny / "tiny", from_scratch=False).sha256
     with pytest.raises(UserError, match="begun with another weights; give another --out"):
-        finetune.claim_sweep(replace(sweep, start=replace(sweep.start, sha256="other")))
+        claim_sweep(replace(sweep, start=replace(sweep.start, sha256="other")))
     with pytest.raises(UserError, match="begun with another data; give another --out"):
-        finetune.claim_sweep(replace(sweep, test=sweep.train))
+        claim_sweep(replace(sweep, test=sweep.train))
 
 
 def vtab_lines(values: list[float]) -> list[dict[str, Any]]:
@@ -391,7 +396,7 @@ def test_vtab_is_the_flat_mean() -> None:
     expected = [(77.63, [86.7, 87.0, 65.0]), (76.28, [85.6, 86.7, 63.0]), (72.72, [83.3, 84.7, 57.5])]
     assert len(rows) == 3
     for row, (mean, groups) in zip(rows, expected):
-        found = finetune.vtab_results(vtab_lines([row.scores[name] for name in VTAB]))
+        found = vtab_results(vtab_lines([row.scores[name] for name in VTAB]))
         assert (found["task"], found["complete"], found["std"]) == ("vtab", True, 0.0)
         assert found["mean"] == pytest.approx(mean, abs=0.02)
         assert list(found["groups"].values()) == pytest.approx(groups, abs=0.06)
@@ -401,12 +406,12 @@ def test_an_incomplete_vtab_says_so(tmp_path: Path) -> None:
     """Wherever the figure goes, its name tells; what is missing is listed; seeds that a task lacks are left out."""
     lines = vtab_lines([0.5, 0.7])
     lines[0] |= {"values": [0.5], "seeds": [1], "complete": False}
-    found = finetune.vtab_results(lines)
+    found = vtab_results(lines)
     assert found["task"] == "vtab, incomplete: 2 of 19 tasks" and not found["complete"]
     assert (found["seeds"], found["mean"], len(found["missing"])) == ([1], pytest.approx(0.6), 17)
-    finetune.write_vtab(tmp_path, found)
+    write_vtab(tmp_path, found)
     assert "Missing: vtab/dtd, " in (tmp_path / "vtab" / "results.md").read_text()
-    assert finetune.vtab_results(vtab_lines([0.5] * 18))["task"] == "vtab, incomplete: 18 of 19 tasks"
+    assert vtab_results(vtab_lines([0.5] * 18))["task"] == "vtab, incomplete: 18 of 19 tasks"
 
 
 @pytest.mark.parametrize(
@@ -422,7 +427,7 @@ def test_default_folders(weights: str, folder: str, tmp_path: Path) -> None:
     path = tmp_path / weights
     path.parent.mkdir(parents=True)
     path.touch() if path.suffix == ".npz" else path.mkdir()
-    assert finetune.default_folder(path, from_scratch=False) == tmp_path / folder
+    assert default_folder(path, from_scratch=False) == tmp_path / folder
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -437,11 +442,11 @@ def call(monkeypatch: pytest.MonkeyPatch, words: list[str], train: Callable[...,
     tool = load_tool("finetune")
     monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
     if train:
-        monkeypatch.setattr(tool, "_train", train)
+        monkeypatch.setattr(running, "train", train)
     return tool.main()
 
 
-def trained(config: Config, sweep: finetune.Sweep, ranks: int) -> int:
+def trained(config: Config, sweep: Sweep, ranks: int) -> int:
     """Instead of seconds of training: higher rates score better, until they diverge."""
     if config.optim.lr > 0.02:
         folder = config.output / config.name
@@ -511,10 +516,9 @@ def test_asked_to_stop(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     script = tmp_path / "launch" / "pretrain.py"
     script.parent.mkdir()
     script.write_text(f"import signal, time\nfrom pathlib import Path\n{wait}Path('saved').touch()\n")
-    tool = load_tool("finetune")
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(running, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
-    config = finetune.selecting_runs(tiny_sweep(tiny, tmp_path))[0]
+    config = selecting_runs(tiny_sweep(tiny, tmp_path))[0]
     pretend(config, 0.5)
 
     def kill() -> None:
@@ -525,7 +529,7 @@ def test_asked_to_stop(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = signal.getsignal(number)  # a shell's background job ignores SIGINT
     killer = threading.Thread(target=kill)
     killer.start()
-    assert tool._train(config, tiny_sweep(tiny, tmp_path), 1) == 130
+    assert running.train(config, tiny_sweep(tiny, tmp_path), 1) == 130
     killer.join()
     assert Path("saved").exists()
     assert signal.getsignal(number) == before
@@ -558,7 +562,7 @@ def test_a_task_that_fails_does_not_stop_the_others(
         for split in ("trainval", "train", "val", "test"):
             shutil.copytree(tiny / "data/vtab/eurosat/train", tmp_path / "data/vtab" / name / split)
 
-    def diverges_on_svhn(config: Config, sweep: finetune.Sweep, ranks: int) -> int:
+    def diverges_on_svhn(config: Config, sweep: Sweep, ranks: int) -> int:
         return 77 if sweep.task.name == "vtab/svhn" else trained(config, sweep, ranks)
 
     words = [*arguments(tiny, tmp_path), "--task", "vtab", "--data", str(tmp_path / "data")]
@@ -569,7 +573,7 @@ def test_a_task_that_fails_does_not_stop_the_others(
 
 # --- real processes --------------------------------------------------------------------------------------------------
 
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, **on_cpu(1)}
 
 
 def start_tool(words: list[str]) -> subprocess.Popen[str]:

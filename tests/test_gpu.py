@@ -11,7 +11,7 @@ import yaml
 from tiny import make_shards, tiny_config
 
 from pretrain.checkpoint.find import newest_valid
-from pretrain.cluster.local import free_port
+from pretrain.cluster.local import launcher
 from pretrain.config import config_to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,15 +26,7 @@ def train_on_gpu(shards: Path, output: Path, *overrides: str) -> None:
     output.mkdir(exist_ok=True)
     file = output / "tiny.yaml"
     file.write_text(yaml.safe_dump(config_to_dict(tiny_config(shards, output, engine__precision="bf16"))))
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "-q",
-        "--num_gpus",
-        "1",
-        "--master_port",
-        str(free_port()),
-    ]
-    command = [*launcher, str(ROOT / "launch" / "pretrain.py"), "--config", str(file), *overrides]
+    command = [*launcher(1), str(ROOT / "launch" / "pretrain.py"), "--config", str(file), *overrides]
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     subprocess.run(command, check=True, env=environment, timeout=500)
 

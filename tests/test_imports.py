@@ -20,7 +20,7 @@ LAYERS = (
     {"engine"},
     {"evaluation"},
     {"train"},
-    {"finetune", "report"},
+    {"finetune", "report", "benchmark"},
     {"launch", "tools"},
 )
 

@@ -15,11 +15,11 @@ import yaml
 from tiny import make_shards, tiny_config
 
 from pretrain.checkpoint.layout import step_folders
-from pretrain.cluster.local import free_port
+from pretrain.cluster.local import launcher, on_cpu
 from pretrain.config import config_to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, **on_cpu(1)}
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -31,9 +31,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(shards: Path, output: Path, *overrides: str, ranks: int = 2) -> list[str]:
     file = output / "tiny.yaml"
     file.write_text(yaml.safe_dump(config_to_dict(tiny_config(shards, output))))
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--num_gpus", str(ranks)]
-    port = ["--master_port", str(free_port())]
-    return [*launcher, *port, str(ROOT / "launch" / "pretrain.py"), "--config", str(file), *overrides]
+    return [*launcher(ranks), str(ROOT / "launch" / "pretrain.py"), "--config", str(file), *overrides]
 
 
 def run(words: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

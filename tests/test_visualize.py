@@ -18,6 +18,7 @@ from pretrain.data.images import decode, eval_image, to_float
 from pretrain.models.inspection import filter_components, look_at, position_similarity
 from pretrain.models.positions import Grid
 from pretrain.models.vit import VisionTransformer
+from pretrain.report.pictures import _mosaic, read_photo, shown_places
 
 torch.set_num_threads(1)
 tool = load_tool("visualize")
@@ -116,14 +117,14 @@ def test_wrong_photos_are_one_line(tmp_path: Path) -> None:
     line = one_line_error(run_tool("visualize", tmp_path / "tiny", "--image", tmp_path / "text.jpg"))
     assert "text.jpg: cannot be decoded" in line
     with pytest.raises(ValueError, match="missing.jpg: cannot be read"):
-        tool._read_photo(tmp_path / "missing.jpg", 16)
+        read_photo(tmp_path / "missing.jpg", 16)
     assert not (tmp_path / "tiny" / "pictures").exists()
 
 
 def test_tiles_stand_in_reading_order_with_gaps() -> None:
     """The second tile is to the right of the first, the third below it."""
     tiles = np.stack([np.full((2, 2, 1), value) for value in (1.0, 2.0, 3.0)])
-    assert tool._mosaic(tiles, 2, 0.0)[..., 0].tolist() == [
+    assert _mosaic(tiles, 2, 0.0)[..., 0].tolist() == [
         [1, 1, 0, 2, 2],
         [1, 1, 0, 2, 2],
         [0, 0, 0, 0, 0],
@@ -134,6 +135,6 @@ def test_tiles_stand_in_reading_order_with_gaps() -> None:
 
 def test_of_many_places_evenly_spread_ones_are_shown() -> None:
     """All of a 14x14 grid; 16 of 24 rows, the first and the last among them."""
-    assert tool.shown_places(Grid(14, 14)) == (list(range(14)), list(range(14)))
-    rows, columns = tool.shown_places(Grid(24, 3))
+    assert shown_places(Grid(14, 14)) == (list(range(14)), list(range(14)))
+    rows, columns = shown_places(Grid(24, 3))
     assert len(rows) == 16 and rows[0] == 0 and rows[-1] == 23 and columns == [0, 1, 2]

@@ -1,6 +1,12 @@
-"""Starting ranks on this machine."""
+"""Starting ranks on this machine: the launcher's words, what a rank is told, whether there is a GPU.
 
+Does not import torch before it is asked for a GPU.
+"""
+
+import os
 import socket
+import sys
+from pathlib import Path
 
 
 def free_port() -> int:
@@ -8,3 +14,53 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def gpu_is_here() -> bool:
+    """Returns whether this machine has a GPU, wanted or not."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def default_num_ranks() -> int:
+    """Returns one rank per GPU of this machine; 1 without one."""
+    import torch
+
+    return torch.cuda.device_count() or 1
+
+
+def launcher(num_ranks: int | None) -> list[str]:
+    """Returns the words before a script and its arguments that start it on so many ranks by DeepSpeed's launcher.
+
+    None: on all GPUs.
+    """
+    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    count = [] if num_ranks is None else ["--num_gpus", str(num_ranks)]
+    return [deepspeed, "-q", *count, "--master_port", str(free_port())]  # another run may have the default port
+
+
+def launcher_or_python(num_ranks: int) -> list[str]:
+    """Returns the words that start a script soonest: DeepSpeed's launcher, plain python for one rank."""
+    # DeepSpeed's imports DeepSpeed twice more, seconds per run: for one rank there is no need of it.
+    return [sys.executable] if num_ranks == 1 else launcher(num_ranks)
+
+
+def environment(num_threads: int | None = None) -> dict[str, str]:
+    """Returns what ranks are started with: this process's variables and, without a GPU, those of `on_cpu`."""
+    return {**os.environ} if gpu_is_here() else {**os.environ, **on_cpu(num_threads)}
+
+
+def on_cpu(num_threads: int | None = None) -> dict[str, str]:
+    """Returns the variables that keep a rank on the CPU, with so many threads; None: its share of the cores."""
+    threads = {} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)}
+    return {"DS_ACCELERATOR": "cpu", **threads}
+
+
+def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Returns what a launcher would tell a rank of a world on this machine."""
+    numbers = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
+    return {name: str(value) for name, value in numbers.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.cluster.local import free_port
+from pretrain.cluster.local import free_port, gpu_is_here, rank_variables
 from pretrain.errors import UserError
 
 _cpu_group: Any = None  # gloo, made by `start`
@@ -61,7 +61,7 @@ def cpu_group() -> Any:
 
 def has_gpu() -> bool:
     """Whether this run uses GPUs; DS_ACCELERATOR=cpu keeps it, and DeepSpeed, on the CPU."""
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return gpu_is_here() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def rank() -> int:
@@ -94,8 +94,7 @@ def seed_generators(seed: int, step: int) -> None:
 
 def _complete_environment() -> None:
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:  # no launcher: one rank
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+        os.environ.update(rank_variables(0, 1, free_port()))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host's name up, and warns if it fails
     missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:

@@ -1,0 +1,23 @@
+"""One cell, measured in this process, which cells.py has started; a line of JSON per row.
+
+python -m pretrain.benchmark train|model CELL      CELL: arguments of `measure` as JSON
+"""
+
+import json
+import sys
+
+from pretrain import cli
+
+
+def main() -> None:
+    what, cell = sys.argv[1:]
+    if what == "train":
+        from pretrain.benchmark.train import measure
+    else:
+        from pretrain.benchmark.models import measure
+    for row in measure(**json.loads(cell)):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

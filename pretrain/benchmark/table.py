@@ -1,0 +1,95 @@
+"""The table of models: a row for a model and image size, also for what could not be measured.
+
+Imports no torch; the cells' processes do.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pretrain.benchmark.cells import NUM_CLASSES, cell_config, cell_rows
+from pretrain.errors import UserError
+from pretrain.storage import write_text
+
+# Patch 14 is the published one of H and g; it does not divide 384, so both have a second row of patch 16.
+TABLE = ["Ti/16", "S/16", "B/16", "L/16", "H/14", "H/16", "g/14", "g/16"]
+MAX_PARAMETERS_ON_CPU = 100_000_000  # trained by default: B takes about a minute, g would take an hour and 20 GB
+_COLUMNS = [
+    "model",
+    "px",
+    "parameters",
+    "GFLOPs forward",
+    "GFLOPs train",
+    "activations [MB]",
+    "forward [ms]",
+    "images/s",
+    "training step [ms]",
+    "images/s",
+    "not timed",
+]
+
+
+def model_row(cell: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Returns a cell's row, and whether something went wrong with it: then its `not_timed` says what."""
+    try:
+        cell_config(cell["model"], cell["image_size"], 8, cell["options"]["precision"])
+    except UserError as error:  # patches do not divide the image: the other sizes of this model may be fine
+        return {
+            "model": cell["model"],
+            "image_size": cell["image_size"],
+            "not_timed": str(error).removeprefix("benchmark: "),
+        }, False
+    found, failure = cell_rows("model", cell)
+    row = found[-1] if found else {"model": cell["model"], "image_size": cell["image_size"]}
+    return (row | {"not_timed": failure}, True) if failure else (row, False)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Prints the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="models", caption=_conditions(rows))
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name in ("model", "not timed") else "right")
+    for row in rows:
+        table.add_row(*_model_cells(row))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def write_table(rows: list[dict[str, Any]], out: Path) -> None:
+    """Writes the rows as JSON lines, and the table beside them as Markdown."""
+    ruler = ["---" if name in ("model", "not timed") else "---:" for name in _COLUMNS]
+    table = [_COLUMNS, ruler, *map(_model_cells, rows)]
+    lines = ["| " + " | ".join(line) + " |" for line in table] + ["", _conditions(rows) + "."]
+    for path, text in ((out, [json.dumps(row) for row in rows]), (out.with_suffix(".md"), lines)):
+        write_text(path, "\n".join(text) + "\n")
+
+
+def _model_cells(row: dict[str, Any]) -> list[str]:
+    cells = [row["model"], str(row["image_size"])]
+    if "parameters" not in row:
+        return [*cells, *[""] * (len(_COLUMNS) - 3), row["not_timed"]]
+    cells += [f"{row['parameters']:,}", *(f"{row[f'{name}_flops'] / 1e9:,.2f}" for name in ("forward", "train"))]
+    cells.append(f"{row['activation_bytes'] / 1e6:,.1f}")
+    for name in ("forward", "train"):
+        timed = f"{name}_ms" in row
+        cells += [_short(row[f"{name}_ms"]["median"]), _short(row[f"{name}_images_per_s"])] if timed else ["", ""]
+    return [*cells, row["not_timed"] or ""]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _conditions(rows: list[dict[str, Any]]) -> str:
+    """One line: what all rows were measured with."""
+    row = next((row for row in rows if "parameters" in row), None)
+    if row is None:
+        return "nothing measured"
+    pooling = f"pooling {row['pooling']}, " if row["pooling"] else ""
+    return (
+        f"{NUM_CLASSES} classes, {pooling}batch {row['batch']}, {row['precision']} weights and activations, eager, "
+        f"{row['device']}, torch {row['versions']['torch']}; FLOPs of one image, activations and times of a batch"
+    )

@@ -1,0 +1,80 @@
+"""Jobs: runs that another process starts, tells to stop, and waits for; and their numbers in SLURM's job arrays."""
+
+import fcntl
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+STOPPED = 130  # exit code when a run was asked to stop, and has saved
+
+
+def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs a command, which it prints, to its end; returns its exit code."""
+    print(f"$ {Path(words[0]).name} {' '.join(words[1:])}", flush=True)
+    with subprocess.Popen(words, env=environment) as process:
+        return process.wait()
+
+
+def run_job(words: Sequence[str], environment: Mapping[str, str], lock: Path) -> int:
+    """Runs a command; returns its exit code, or STOPPED when asked to stop, once no rank writes any more.
+
+    SIGINT, SIGTERM and SIGUSR1 ask for it, and reach the ranks. lock: the file that rank 0 holds while it writes.
+    """
+    asked: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        asked.append(number)
+        if number != signal.SIGINT:  # a terminal tells the ranks itself
+            _pass_on(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        code = start(words, environment)
+        _wait_until_free(lock)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return STOPPED if asked else code
+
+
+def array_ranges(counts: Sequence[int]) -> list[str]:
+    """Returns the ranges of job arrays that do so many jobs each, one after the other: "0-3", "4-6"."""
+    ends = list(accumulate(counts, initial=0))
+    return [f"{first}-{last - 1}" for first, last in zip(ends, ends[1:]) if first < last]
+
+
+def _pass_on(number: int) -> None:
+    """Passes a signal on to the ranks, which save and stop; not to the launcher, which would kill them."""
+    for pid in _descendants(os.getpid()):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            is_launcher = any(word == b"deepspeed.launcher.launch" or word.endswith(b"/deepspeed") for word in command)
+            if not is_launcher:
+                os.kill(pid, number)
+        except OSError:
+            continue  # it has ended
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found = list(children.get(pid, []))
+    for child in found:
+        found += children.get(child, [])
+    return found
+
+
+def _wait_until_free(lock: Path) -> None:
+    """Waits until rank 0, which may still save when its launcher has died of a signal, lets go of the run's lock."""
+    if lock.is_file():
+        with lock.open("a") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)

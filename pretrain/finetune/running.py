@@ -1,0 +1,191 @@
+"""Running sweeps: what is not done yet, all of it or one run of a job array; then the lines of the table.
+
+Whatever stops it, the same command goes on: a run that is done is not repeated, one that is not resumes.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain.cluster.jobs import STOPPED, run_job, start
+from pretrain.cluster.local import default_num_ranks, environment, launcher_or_python
+from pretrain.config import Config, config_to_yaml
+from pretrain.errors import NonFiniteError, UserError
+from pretrain.finetune.results import real_results, results, vtab_results, write_results, write_vtab
+from pretrain.finetune.scores import DIVERGED, chosen_lr, claim_sweep, real_score, score
+from pretrain.finetune.sweep import Start, Sweep, final_runs, plan_sweep, selecting_runs
+from pretrain.storage import write_text
+from pretrain.tasks.table import Task, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for, the same for each task; see plan_sweep."""
+
+    start: Start
+    data: Path
+    out: Path
+    num_seeds: int
+    steps: int | None
+    lr_grid: tuple[float, ...] | None
+    image_size: int | None
+    overrides: tuple[str, ...]
+    num_gpus: int | None  # ranks; None: all GPUs, or one CPU rank
+
+
+class Job(NamedTuple):
+    """An element of a job array: which run of which task."""
+
+    task: Task
+    lr: float | None  # of a selecting run; None: a final run, whose rate is chosen
+    seed: int
+
+
+def plan(tasks: Sequence[Task], options: Options) -> list[Sweep]:
+    """Returns the sweeps whose data is there; the others are named with the command that prepares them.
+
+    Raises UserError when no data is there, or a folder belongs to other weights or data.
+    """
+    absent = [line for task in tasks if (line := missing(task, options.data))]
+    if len(absent) == len(tasks):
+        raise UserError(
+            f"no data: {'; '.join(absent)}"
+            if len(absent) == 1
+            else f"none of {len(absent)} sets is in {options.data}; the first: {absent[0]}"
+        )
+    for line in absent:
+        print(f"missing: {line}", file=sys.stderr)
+    return [_plan_one(task, options) for task in tasks if not missing(task, options.data)]
+
+
+def _plan_one(task: Task, options: Options) -> Sweep:
+    sweep = plan_sweep(
+        task,
+        options.start,
+        data=options.data,
+        out=options.out,
+        num_seeds=options.num_seeds,
+        steps=options.steps,
+        lr_grid=options.lr_grid,
+        image_size=options.image_size,
+        overrides=options.overrides,
+    )
+    final_runs(sweep, sweep.protocol.lr_grid[0])  # a wrong key is told before anything is written
+    claim_sweep(sweep)
+    return sweep
+
+
+def jobs(tasks: Sequence[Task], options: Options) -> list[Job]:
+    """Returns all runs in their order, whether their data is there or not: a number always means the same run."""
+    selecting, final = [], []
+    for task in tasks:
+        grid = sorted(set(options.lr_grid or (task.finetuning.lr_grid if task.finetuning else ())))
+        selecting += [Job(task, lr, 0) for lr in grid if len(grid) > 1]
+        final += [Job(task, None, seed) for seed in range(options.num_seeds)]
+    return selecting + final
+
+
+def run_one(tasks: Sequence[Task], index: int, options: Options) -> int:
+    """Does one of the `jobs` unless it is done; returns 0, or the code to exit with.
+
+    Raises UserError when there is no such job, or a final run's rate is not chosen yet.
+    """
+    listed = jobs(tasks, options)
+    if not 0 <= index < len(listed):
+        raise UserError(f"--run is {index}, expected 0 to {len(listed) - 1}; --list prints the runs")
+    job = listed[index]
+    (sweep,) = plan([job.task], options)
+    if job.lr is not None:
+        return _run(_of_rate(sweep, job.lr), sweep, options, selecting=True)
+    if (lr := chosen_lr(sweep)) is None:
+        raise UserError(f"{sweep.folder}: selecting runs are not done yet; run them first (--list prints them)")
+    return _run(final_runs(sweep, lr)[job.seed], sweep, options, selecting=False)
+
+
+def _of_rate(sweep: Sweep, lr: float) -> Config:
+    return next(config for config in selecting_runs(sweep) if config.optim.lr == lr)
+
+
+def run_sweeps(sweeps: Sequence[Sweep], options: Options) -> int:
+    """Does what is not done yet; returns 0, or the code to exit with: STOPPED, when nothing else was begun."""
+    code = 0
+    for sweep in sweeps:
+        ended = _run_sweep(sweep, options)
+        if ended == STOPPED:
+            return ended
+        code = code or ended  # the tasks are independent: the others go on
+    return code
+
+
+def _run_sweep(sweep: Sweep, options: Options) -> int:
+    for config in selecting_runs(sweep):
+        if code := _run(config, sweep, options, selecting=True):
+            return code
+    lr = chosen_lr(sweep)
+    assert lr is not None
+    for config in final_runs(sweep, lr):
+        if code := _run(config, sweep, options, selecting=False):
+            return code
+    return 0
+
+
+def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool) -> int:
+    """Trains unless that is done, and scores ImageNet's final runs by ReaL; returns 0, else the code to exit with."""
+    folder = config.output / config.name
+    if score(config) is None:
+        code = train(config, sweep, _num_ranks(options))
+        if code == NonFiniteError.exit_code and selecting:
+            print(f"{folder}: learning rate {config.optim.lr:g} is too high, it is not chosen", flush=True)
+            (folder / DIVERGED).touch()
+        elif code == STOPPED or (code <= 0 and score(config) is None):  # below 0: died of a signal
+            print("stopped; the same command goes on", file=sys.stderr)
+            return STOPPED
+        elif score(config) is None:
+            print(f"error: {folder} ended with exit code {code}; what went wrong stands above", file=sys.stderr)
+            return code
+    if selecting:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only its score is needed
+    elif sweep.task.name == "imagenet" and real_score(config) is None:
+        evaluate = [ROOT / "tools" / "evaluate.py", folder, "--tasks", "real", "--data", options.data]
+        code = start([*launcher_or_python(_num_ranks(options)), *map(str, evaluate)], environment())
+        if code:
+            print(f"warning: {folder}: not scored by ReaL labels, see above; the table goes without", file=sys.stderr)
+    return 0
+
+
+def _num_ranks(options: Options) -> int:
+    if options.num_gpus is not None and options.num_gpus < 1:
+        raise UserError(f"--num-gpus is {options.num_gpus}, expected at least 1")
+    return options.num_gpus or default_num_ranks()
+
+
+def train(config: Config, sweep: Sweep, num_ranks: int) -> int:
+    """Runs launch/pretrain.py; returns its exit code, or STOPPED when asked to stop, once no rank writes any more."""
+    file = sweep.folder / "configs" / f"{config.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, config_to_yaml(config), shared=True)
+    words = [*launcher_or_python(num_ranks), str(ROOT / "launch" / "pretrain.py"), "--config", str(file)]
+    return run_job(words, environment(), config.output / config.name / "lock")
+
+
+def collect(sweeps: Sequence[Sweep], out: Path, *, vtab: bool) -> list[dict[str, Any]]:
+    """Writes the line of each task that has one, and returns them; VTAB's mean is the last."""
+    found = []
+    for sweep in sweeps:
+        if (line := results(sweep)) is None:
+            print(f"{sweep.task.name}: no final run is done", file=sys.stderr)
+            continue
+        write_results(sweep.folder, line)
+        found.append(line)
+        if sweep.task.name == "imagenet" and (real := real_results(sweep, line)):
+            write_results(out / "real", real)
+            found.append(real)
+    if vtab and found:
+        found.append(vtab_results(found))
+        write_vtab(out, found[-1])
+    return found

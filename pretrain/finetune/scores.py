@@ -1,0 +1,91 @@
+"""What the runs of a sweep reached, read from what they leave behind, and the choice of the learning rate."""
+
+import json
+from dataclasses import dataclass
+
+from pretrain.config import Config, config_to_dict, load_config, resume_differences
+from pretrain.data.manifest import load_manifest
+from pretrain.errors import UserError
+from pretrain.finetune.sweep import Sweep, selecting_runs, write_out
+
+DIVERGED = "DIVERGED"  # file in the folder of a selecting run whose loss did not stay finite
+
+
+@dataclass(frozen=True)
+class RunScore:
+    """What a finished run reached on the images that it was validated on."""
+
+    top1: float  # -1 where the loss did not stay finite
+    num_images: int
+
+
+def score(config: Config) -> RunScore | None:
+    """Returns the score of a run, None while it is not done. Raises UserError when it ran with other settings."""
+    folder = config.output / config.name
+    ended = [folder / name for name in ("DONE", DIVERGED) if (folder / name).is_file()]
+    if not ended:
+        return None
+    saved = config_to_dict(load_config(folder / "config.yaml"))
+    if differences := resume_differences(saved, config):
+        raise UserError(
+            f"{folder}: was run with other settings ({'; '.join(differences)}); give the old values, or another --out"
+        )
+    if ended[0].name == DIVERGED:
+        return RunScore(-1.0, 0)
+    try:
+        values = json.loads(ended[0].read_text(encoding="utf-8"))
+        return RunScore(float(values["val/top1"]), int(values["val/images"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{ended[0]}: cannot be used ({error!r}); remove {folder} to run it again") from None
+
+
+def chosen_lr(sweep: Sweep) -> float | None:
+    """Returns the rate with the best top-1 on the held-out images, the lowest of equals; None until all are scored.
+
+    The lowest: it changes the weights least. Test images play no part. Raises UserError when no run stayed finite.
+    """
+    rates = sweep.protocol.lr_grid
+    if len(rates) == 1:
+        return rates[0]
+    scores = [score(config) for config in selecting_runs(sweep)]
+    if any(found is None for found in scores):
+        return None
+    best, lr = max((found.top1, -lr) for found, lr in zip(scores, rates) if found)
+    if best < 0:
+        raise UserError(f"{sweep.folder}: the loss did not stay finite with any of {rates}; give a lower --lr")
+    return -lr
+
+
+def claim_sweep(sweep: Sweep) -> None:
+    """Writes sweep.json, or checks it. Raises UserError when the folder belongs to other weights or data."""
+    path = sweep.folder / "sweep.json"
+    used = {"train": sweep.select[0], "val": sweep.select[1], "all of train": sweep.train, "test": sweep.test}
+    own = {
+        "format": "pretrain-sweep",
+        "version": 1,
+        "task": sweep.task.name,
+        "weights": sweep.start.sha256,
+        "data": {name: load_manifest(manifest).sha256 for name, manifest in used.items() if manifest},
+    }
+    if not path.is_file():
+        return write_out(path, json.dumps(own, indent=2))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); move the folder away, or give another --out") from None
+    if different := [key for key in own if found.get(key) != own[key]]:
+        raise UserError(f"{path}: was begun with another {' and '.join(different)}; give another --out")
+
+
+def real_score(config: Config) -> RunScore | None:
+    """Returns what tools/evaluate.py found by ReaL labels for a final run, None when it has not scored them."""
+    path = config.output / config.name / "evaluation" / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return next(
+            (RunScore(float(row["value"]), int(row["n"])) for row in rows if row["metric"] == "real/top1"), None
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: was not written by tools/evaluate.py ({error!r}); move it away") from None

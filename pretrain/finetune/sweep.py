@@ -1,0 +1,232 @@
+"""A sweep: fine-tuning by the paper's protocol as a list of independent pretraining runs with derived configs.
+
+`plan_sweep` hands on a Sweep; `selecting_runs` and `final_runs` are its runs. scores.py reads what they reached,
+results.py makes the table, running.py starts them. docs/finetuning.md explains the protocol.
+
+OUT/TASK/                      vtab/eurosat is vtab-eurosat here
+  sweep.json                   checksums of the weights and the data: the sweep belongs to them
+  configs/NAME.yaml            the derived config of each run
+  select-lr0.003/ ...          a run per learning rate, scored on images held out of train
+  final-lr0.01-seed0/ ...      a run per seed with the chosen rate, scored on the test images at its end
+  results.json  results.md     mean and standard deviation over the seeds
+OUT/real/results.json          ImageNet's final runs by ReaL labels, which tools/evaluate.py scores in each run's folder
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import Config, ModelConfig, config_from_dict
+from pretrain.data.manifest import load_manifest
+from pretrain.errors import UserError
+from pretrain.models.weights import read_weights, results_folder, weights_sha256
+from pretrain.storage import write_text
+from pretrain.tasks.table import FineTuning, Task, task_folder
+
+# Google's code (vision_transformer, vit_jax/input_pipeline.py and configs/common.py): Inception crop of 5 to 100 % of
+# the area, flip; evaluation resizes the whole image to the square.
+_CROPPED = {"crop": "inception", "crop_area": [0.05, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.5}
+# VTAB's code (task_adaptation, data_loader.py): the whole image, no augmentation, which would destroy some labels. An
+# Inception crop of all of the area is the whole image, whatever its sides.
+_WHOLE = {"crop": "inception", "crop_area": [1.0, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.0}
+_GOOGLE_RESIZE = {"interpolation": "bilinear", "antialias": False, "eval_transform": "vit"}
+
+# What the sweep sets itself, with the option that sets it.
+_OWN_KEYS = {
+    "name": "--out",
+    "output": "--out",
+    "total_steps": "--steps",
+    "optim.lr": "--lr",
+    "seed": "--seeds",
+    "model.image_size": "--image-size",
+    "data.train": "--data",
+    "data.val": "--data",
+    "data.held_out": "--data",
+    "init_from": "WEIGHTS",
+    "init_new_head": "WEIGHTS",
+    "branch_from": "WEIGHTS",
+    "model.num_classes": "--task",
+    "evaluation.every_steps": "nothing: each run is scored once, at its end",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What fine-tuning starts from."""
+
+    weights: Path | None  # None: random weights of the architecture, to compare with
+    model: ModelConfig  # of the weights
+    sha256: str | None  # of the weights
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs of one task from one start."""
+
+    task: Task
+    protocol: FineTuning  # the task's, with what was asked for instead
+    start: Start
+    folder: Path
+    train: Path  # manifest of the final runs
+    select: tuple[
+        Path, Path | None, int
+    ]  # manifests to train and to choose on, and images held out where there is none
+    test: Path
+    num_seeds: int
+    overrides: tuple[str, ...]
+
+
+def read_start(weights: Path, *, from_scratch: bool) -> Start:
+    """Returns what the weights are, and the architecture. Raises UserError when they cannot be read."""
+    found = read_weights(weights)
+    source = found.source.absolute()
+    return Start(None, found.model, None) if from_scratch else Start(source, found.model, weights_sha256(source))
+
+
+def default_folder(weights: Path, *, from_scratch: bool) -> Path:
+    """Returns where results lie when no --out says it."""
+    return results_folder(weights, "finetune-from-scratch" if from_scratch else "finetune")
+
+
+def plan_sweep(
+    task: Task,
+    start: Start,
+    *,
+    data: Path,
+    out: Path,
+    num_seeds: int,
+    steps: int | None = None,
+    lr_grid: tuple[float, ...] | None = None,
+    image_size: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Sweep:
+    """Returns the sweep of a task whose data lies below `data`. Reads no data and writes nothing.
+
+    steps: fewer than the paper's scale the warm-up with them. Raises UserError when the task is not fine-tuned on, or a
+    setting is out of range.
+    """
+    if task.finetuning is None:
+        raise UserError(
+            f"{task.name} has no training images: fine-tune on imagenet, then score with tools/evaluate.py --tasks"
+        )
+    for override in overrides:
+        if (key := key_of(override)) in _OWN_KEYS:
+            raise UserError(f"{override}: the sweep sets {key} itself; give {_OWN_KEYS[key]}")
+    if num_seeds < 1 or (steps is not None and steps < 1):
+        raise UserError(f"--seeds is {num_seeds}, --steps {steps}: expected at least 1")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image-size is {image_size}, expected pixels")
+    if lr_grid is not None and (not lr_grid or not all(0 < lr < 1e3 for lr in lr_grid)):
+        raise UserError(f"--lr is {lr_grid}, expected positive rates, as 0.003,0.01")
+    protocol = task.finetuning
+    protocol = replace(
+        protocol,
+        steps=steps or protocol.steps,
+        warmup_steps=round(protocol.warmup_steps * min(1.0, (steps or protocol.steps) / protocol.steps)),
+        lr_grid=tuple(sorted(set(lr_grid or protocol.lr_grid))),
+        image_size=image_size or fitting_size(protocol.image_size, start.model),
+    )
+    splits = {name: (task_folder(task, data) / name / "manifest.json").absolute() for name in task.splits}
+    train = splits[_train_split(protocol)]
+    if protocol.dev_fraction is None:
+        select = splits["train"], splits["val"], 0
+    else:
+        select = train, None, max(1, round(protocol.dev_fraction * load_manifest(train).num_samples))
+    folder = out.absolute() / task.name.replace("/", "-")
+    return Sweep(task, protocol, start, folder, train, select, splits[task.test_split], num_seeds, tuple(overrides))
+
+
+def key_of(override: str) -> str:
+    """Returns the key of KEY=VALUE."""
+    return override.partition("=")[0].strip()
+
+
+def _train_split(protocol: FineTuning) -> str:
+    """The split that final runs train on."""
+    return "trainval" if protocol.dev_fraction is None else "train"
+
+
+def fitting_size(image_size: int, model: ModelConfig) -> int:
+    """Returns the size, less the pixels that fill no patch: 378 of 384 for H/14.
+
+    Google's convolution drops the rest.
+    """
+    return image_size if model.timm_name is not None else image_size - image_size % model.patch_size
+
+
+# --- the runs --------------------------------------------------------------------------------------------------------
+
+
+def selecting_runs(sweep: Sweep) -> list[Config]:
+    """Returns a run per learning rate, from the lowest; none where there is one rate and so nothing to choose."""
+    if len(sweep.protocol.lr_grid) == 1:
+        return []
+    train, val, held_out = sweep.select
+    every_steps = math.ceil(sweep.protocol.steps / 10)
+    data = {"train": str(train), "val": str(val) if val else None, "held_out": held_out}
+    return [_run(sweep, f"select-lr{lr:g}", lr, 0, data, every_steps) for lr in sweep.protocol.lr_grid]
+
+
+def final_runs(sweep: Sweep, lr: float) -> list[Config]:
+    """Returns a run per seed on all training images. Each scores the test images once, after its last step."""
+    data = {"train": str(sweep.train), "val": str(sweep.test), "held_out": 0}
+    return [
+        _run(sweep, f"final-lr{lr:g}-seed{seed}", lr, seed, data, sweep.protocol.steps)
+        for seed in range(sweep.num_seeds)
+    ]
+
+
+def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], evaluate_every_steps: int) -> Config:
+    """The protocol as a pretraining run: ViT, B.1.1 and Table 4; what it leaves open as in vision_transformer."""
+    start, protocol = sweep.start, sweep.protocol
+    # A new head is zero, bias included, and stands on the width: the tanh layer belongs to the old one. The
+    # paper's fine-tuning has no stochastic depth.
+    model = replace(
+        start.model,
+        image_size=protocol.image_size,
+        num_classes=sweep.task.num_classes,
+        representation_size=None,
+        head_bias=0.0,
+        drop_path=0.0,
+    )
+    values = {
+        "name": name,
+        "output": str(sweep.folder),
+        "seed": seed,
+        "total_steps": protocol.steps,
+        "init_from": str(start.weights) if start.weights else None,
+        "init_new_head": start.weights is not None,
+        "model": asdict(model),
+        "data": {
+            **data,
+            "global_batch": protocol.batch_size,
+            **(_WHOLE if sweep.task.group else _CROPPED),
+            **_GOOGLE_RESIZE,
+        },
+        "optim": {
+            "name": "sgd",
+            "lr": lr,
+            "momentum": 0.9,
+            "moment_dtype": "bf16",
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+            "schedule": "cosine",
+            "warmup_steps": protocol.warmup_steps,
+        },
+        "engine": {"max_micro_batch_size": 64},
+        "evaluation": {"every_steps": evaluate_every_steps},
+        "log": {"every_steps": min(50, math.ceil(protocol.steps / 50))},
+        "checkpoint": {"every_steps": min(1000, math.ceil(protocol.steps / 5))},
+    }
+    return config_from_dict(values, sweep.task.name, sweep.overrides)
+
+
+def write_out(path: Path, text: str) -> None:
+    """Writes a file of the results' folder. Raises UserError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text + "\n", shared=True)  # elements of a job array write the same file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
