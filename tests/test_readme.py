@@ -1,4 +1,4 @@
-"""README's file map is true: it lists every file of the program, each once, and nothing that is not there."""
+"""The file map of docs/architecture.md is true: every file of the program, each once, and nothing that is not there."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_file_map_is_complete() -> None:
     """Each Python file, job script and config has its line; package markers do not count."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "architecture.md").read_text()
     listed = re.findall(r"^((?:launch|pretrain|tools|configs)/\S+)  *\S", text, flags=re.MULTILINE)
     found = [path for folder in ("launch", "pretrain", "tools") for path in (ROOT / folder).rglob("*.py")]
     found += [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "launch").glob("*.sbatch")]
@@ -33,3 +33,24 @@ def test_configs_have_their_first_page() -> None:
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]
         for word in ("command:", "hardware:", "time:", "score:"):
             assert any(word in line for line in header), f"{path.name}: no {word}"
+
+
+def test_the_walk_names_functions_that_exist() -> None:
+    """Each `room.file.name` in the walk of a batch is there, so that a reader who looks for it finds it."""
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## Rooms")[0]
+    rooms = {path.name for path in (ROOT / "pretrain").iterdir() if path.is_dir()} | {"losses", "optim", "log"}
+    named = [name for name in re.findall(r"`([a-z_.A-Z0-9]+)", text) if name.partition(".")[0] in rooms and "." in name]
+    assert len(named) > 30
+    for name in named:
+        assert _exists(name.split(".")), name
+
+
+def _exists(parts: list[str]) -> bool:
+    """Whether parts name a module of the package, or what it defines or hands on."""
+    for depth in range(len(parts), 0, -1):
+        place = ROOT.joinpath("pretrain", *parts[:depth])
+        source = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
+        if source.is_file():
+            rest, text = parts[depth:], source.read_text()
+            return all(re.search(rf"\b(def|class) {name}\b|^    {name},$", text, re.M) for name in rest)
+    return len(parts) == 1 and (ROOT / "pretrain" / parts[0]).is_dir()
