@@ -22,8 +22,10 @@ from typing import Any
 
 from pretrain.config import (
     MAY_CHANGE,
+    MINUS_ONE_TO_ONE,
     Config,
     ModelConfig,
+    Normalisation,
     config_from_dict,
     config_to_dict,
     load_config,
@@ -59,6 +61,8 @@ _OWN_KEYS = {
     "init_new_head": "WEIGHTS",
     "branch_from": "WEIGHTS",
     "model.num_classes": "--task",
+    "data.mean": "WEIGHTS",
+    "data.std": "WEIGHTS",
     "evaluation.every_steps": "nothing: each run is scored once, at its end",
 }
 # The highest resolution rows of the paper's Table 2: ImageNet at 512 px for patches of 16, 518 for those of 14, with
@@ -76,6 +80,7 @@ class Start:
     weights: Path | None  # None: random weights of the architecture, to compare with
     model: ModelConfig  # of the weights
     sha256: str | None  # of the weights
+    normalisation: Normalisation = MINUS_ONE_TO_ONE  # of the images that the weights were trained on
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,9 @@ def read_start(weights: Path, *, from_scratch: bool) -> Start:
     """Returns what the weights are, and the architecture. Raises UserError when they cannot be read."""
     found = read_weights(weights)
     source = found.source.absolute()
-    return Start(None, found.model, None) if from_scratch else Start(source, found.model, weights_sha256(source))
+    if from_scratch:
+        return Start(None, found.model, None, found.normalisation)
+    return Start(source, found.model, weights_sha256(source), found.normalisation)
 
 
 def default_folder(weights: Path, *, from_scratch: bool) -> Path:
@@ -217,6 +224,7 @@ def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], ev
             "global_batch": protocol.batch_size,
             **(_WHOLE if sweep.task.group else _CROPPED),
             **_GOOGLE_RESIZE,
+            **start.normalisation._asdict(),
         },
         "optim": {
             "name": "sgd",

@@ -104,6 +104,8 @@ class Bench:
             eval_transform=cast(Any, transform or self.weights.eval_transform),  # literals, as the config wrote them
             eval_crop=crop,
             interpolation=cast(Any, self.weights.interpolation),
+            mean=cast(Any, self.weights.mean),
+            std=cast(Any, self.weights.std),
             workers=self.arguments.workers,
         )
         size = self.weights.model.image_size
@@ -112,7 +114,7 @@ class Bench:
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the logits of uint8 images [B, 3, H, W]."""
-        return self.model(to_float(images, torch.float32))
+        return self.model(to_float(images, torch.float32, self.weights.normalisation))
 
     def head_batches(self, manifest: Manifest) -> Iterable[Batch]:
         """Returns this rank's batches with logits [B, classes] in place of images; of a shared set, from one pass."""
@@ -218,10 +220,10 @@ def _on_features(solve: Callable[..., Any], train: Features | None, test: Featur
 
 
 def _extractors(bench: Bench, sets: dict[str, Manifest]) -> dict[str, Extract]:
-    extractors = {TRAINED: pre_logits(bench.model)}
+    extractors = {TRAINED: pre_logits(bench.model, bench.weights.normalisation)}
     if bench.arguments.baselines:
         untrained = build_model(bench.weights.model, bench.weights.num_classes)
-        extractors[RANDOM] = pre_logits(untrained.to(bench.device).eval())
+        extractors[RANDOM] = pre_logits(untrained.to(bench.device).eval(), bench.weights.normalisation)
         pixel_bytes = sum(m.num_samples for m in sets.values()) * 3 * bench.weights.model.image_size**2 * 4
         if pixel_bytes <= MAX_PIXEL_BYTES:
             extractors[PIXELS] = raw_pixels
@@ -232,7 +234,7 @@ def _extractors(bench: Bench, sets: dict[str, Manifest]) -> dict[str, Extract]:
 
 def nearest_neighbours(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
     """The vote of the nearest training images."""
-    train, test = bench.features(TRAINED, pre_logits(bench.model), sets)
+    train, test = bench.features(TRAINED, pre_logits(bench.model, bench.weights.normalisation), sets)
     with cli.progress(job.name, sets["test"].num_samples, "images") as advance:
         solve = partial(knn.knn, device=bench.device, progress=advance)
         return _rows(TRAINED, job, agreement.from_main(partial(_on_features, solve, train, test)))
@@ -240,7 +242,7 @@ def nearest_neighbours(bench: Bench, job: Job, sets: dict[str, Manifest]) -> lis
 
 def linear_probe(bench: Bench, job: Job, sets: dict[str, Manifest]) -> list[Row]:
     """Logistic regression on all training images."""
-    train, test = bench.features(TRAINED, pre_logits(bench.model), sets)
+    train, test = bench.features(TRAINED, pre_logits(bench.model, bench.weights.normalisation), sets)
     with cli.progress(job.name, len(probe.GRID) + 1, "regressions") as advance:
         solve = partial(probe.probe, progress=advance)
         scores, c = agreement.from_main(partial(_on_features, solve, train, test))
@@ -638,7 +640,8 @@ def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
 
 def _transform(values: dict[str, Any]) -> str:
     crop = "" if values["name"] == "vit" else f", crop {values['crop']:g}"
-    return f"{values['name']} ({values['interpolation'] if values['name'] == 'timm' else 'as big_vision'}{crop})"
+    resizing = values["interpolation"] if values["name"].startswith(("timm", "transformers")) else "as big_vision"
+    return f"{values['name']} ({resizing}{crop})"
 
 
 def _write(out: Path, pages: dict[str, str | None]) -> None:

@@ -77,9 +77,11 @@ def predict(model: nn.Module, weights: Weights, data: bytes, top: int, device: t
         eval_transform=cast(Any, weights.eval_transform),  # one of its literals, as the config wrote it
         eval_crop=weights.eval_crop,
         interpolation=cast(Any, weights.interpolation),
+        mean=cast(Any, weights.mean),
+        std=cast(Any, weights.std),
     )
     image = eval_image(decode(data), weights.model.image_size, config)  # uint8 [3, S, S]
-    logits = model(to_float(image[None].to(device), torch.float32))[0]  # [classes]
+    logits = model(to_float(image[None].to(device), torch.float32, weights.normalisation))[0]  # [classes]
     probabilities = logits.sigmoid() if weights.loss == "sigmoid" else logits.softmax(0)
     values, numbers = probabilities.topk(min(top, len(probabilities)))
     names = weights.class_names or [str(number) for number in range(weights.num_classes)]

@@ -1,10 +1,11 @@
 """Folders of Hugging Face transformers' ViT: `ViTForImageClassification`, and `ViTModel` for weights without a head."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.config import DataConfig, ModelConfig, choices_of
+from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, ModelConfig, Normalisation, choices_of
 from pretrain.errors import UserError
 from pretrain.log import warn
 from pretrain.models.equivalent import (
@@ -77,7 +78,9 @@ def read_transformers_folder(path: Path) -> Weights:
         use, mean, std = _preprocessing(path / "preprocessor_config.json", config.image_size)
     with readable(path / "config.json"):  # a run's own transform, which the processor could not say, came along
         use |= use_of(values.get(OURS, {}), path / "config.json")
-    return for_minus_one_to_one(Weights(path, config, tensors, num_classes, names, **use), mean, std)
+    own = Normalisation(use.get("mean", MINUS_ONE_TO_ONE.mean), use.get("std", MINUS_ONE_TO_ONE.std))
+    weights = replace(Weights(path, config, tensors, num_classes, names, **use), mean=mean, std=std)
+    return replace(weights, **own._asdict()) if own.is_near(Normalisation(mean, std)) else for_minus_one_to_one(weights)
 
 
 class _Preprocessing(NamedTuple):
@@ -204,8 +207,8 @@ def _preprocessor(weights: Weights) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": list(weights.mean),
+        "image_std": list(weights.std),
     }
 
 

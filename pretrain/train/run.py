@@ -79,7 +79,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         )
     if from_scratch and config.init_from is not None:
         weights = read_weights(config.init_from, config.model.image_size)
-        check_same_function(weights, config.model)
+        check_same_function(weights, config.model, config.data)
         load_tensors(model, weights, new_head=config.init_new_head)
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     num_ranks, batch = ranks.world_size(), config.data.global_batch
