@@ -30,12 +30,12 @@ from pretrain.models.tensors import (
     few,
     kept_use,
     per_channel,
-    read_safetensors,
     readable,
     square,
     use_of,
     write_safetensors,
 )
+from pretrain.models.torch_files import tensors_in
 from pretrain.models.vit import NORM_EPS, grid_of
 
 _LAYOUTS = ("timm", "pretrain")  # of the tensors in a folder of ours
@@ -47,19 +47,18 @@ _TOP_KEYS |= {"label_names", "label_descriptions", "labels"}
 _NOT_ARCHITECTURE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
-def read_timm_folder(path: Path) -> Weights:
-    """Returns the weights of a folder that tools/convert.py or timm wrote. Raises UserError when it cannot be used."""
+def read_timm_folder(path: Path, file: Path | None = None) -> Weights:
+    """Returns the weights of a folder that tools/convert.py or timm wrote. Raises UserError when it cannot be used.
+
+    file: of its tensors, where it is not one of the usual names.
+    """
     with readable(path / "config.json"):
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if OURS not in values and "architecture" not in values:
             raise UserError(f"{path}/config.json: is neither timm's nor of tools/convert.py: no 'architecture' in it")
-    if not (path / "model.safetensors").is_file():
-        found = [name for name in ("pytorch_model.bin", "model.pth") if (path / name).exists()]
-        hint = f"; {found[0]} is a pickle, which may execute code: save it as safetensors" if found else ""
-        raise UserError(f"{path}: has no model.safetensors{hint}")
-    tensors = read_safetensors(path / "model.safetensors")
+    tensors = tensors_in(path, file)
     with readable(path / "config.json"):
-        weights = _ours(path, values, tensors) if OURS in values else _foreign(path, values, tensors)
+        weights = _ours(path, values, tensors) if OURS in values else read_foreign(path, values, tensors)
         if problems := list(weights.model.problems()):
             raise UserError(f"{path}/config.json: {'; '.join(problems)}")
     return weights
@@ -81,8 +80,11 @@ def _ours(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) ->
     return weights
 
 
-def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
-    """Weights that timm wrote: our ViT where it computes the same function, else timm's own model."""
+def read_foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
+    """Returns weights that timm wrote: our ViT where it computes the same function, else timm's own model.
+
+    values: of config.json. Raises UserError when they, or the tensors, are not of one model.
+    """
     import timm
     from timm.models._input import get_model_args
 

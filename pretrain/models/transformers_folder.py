@@ -24,7 +24,6 @@ from pretrain.models.tensors import (
     few,
     kept_use,
     per_channel,
-    read_safetensors,
     readable,
     square,
     tensors_from,
@@ -32,6 +31,7 @@ from pretrain.models.tensors import (
     use_of,
     write_safetensors,
 )
+from pretrain.models.torch_files import tensors_in
 from pretrain.models.vit import NORM_EPS
 
 _GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
@@ -57,15 +57,15 @@ _CONFIG_KEYS = {OURS} | set(
 _RESIZED_BY = choices_of(DataConfig, "interpolation")  # what both sides know
 
 
-def read_transformers_folder(path: Path) -> Weights:
-    """Returns the weights of a ViT saved by transformers. Raises UserError when it is another model, or incomplete."""
+def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
+    """Returns the weights of a ViT saved by transformers. Raises UserError when it is another model, or incomplete.
+
+    file: of its tensors, where it is not one of the usual names.
+    """
     with readable(path / "config.json"):
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
         _check_function(values, path)
-    files = [name for name in ("model.safetensors", "model.safetensors.index.json") if (path / name).exists()]
-    if not files:
-        raise UserError(f"{path}: has no model.safetensors; a .bin is a pickle, which may execute code: save it anew")
-    theirs = read_safetensors(path / files[0])
+    theirs = tensors_in(path, file)
     prefix = "vit." if any(name.startswith("vit.") for name in theirs) else ""
     with readable(path / "config.json"):
         num_classes, names = _classes(values, theirs)
