@@ -30,6 +30,7 @@ pytest.importorskip("transformers", reason="transformers is not installed (pip i
 torch.set_num_threads(1)
 NAMES = ("ash", "birch, silver", "cedar")
 POOLER = "pooler.dense.weight"
+SQUASHED: dict[str, Any] = {"eval_transform": "transformers", "eval_crop": 1.0}  # what ViTImageProcessor does
 VARIANTS: dict[str, dict[str, Any]] = {
     "token": {},
     "token_exact": {"gelu": "exact"},
@@ -92,7 +93,7 @@ def test_folders_load_in_a_fresh_process_with_the_same_outputs(tmp_path: Path) -
     for name, variant in VARIANTS.items():
         config, headless = tiny_model(**variant), name.startswith("model")
         model = randomised(build_model(config, 0 if headless else 3))
-        weights = in_memory(model, config, () if headless else NAMES)
+        weights = in_memory(model, config, () if headless else NAMES, **SQUASHED)
         write_transformers_folder(weights, tmp_path / "all" / name)
         expected[name] = model(x).detach()
     found, facts = in_transformers(tmp_path / "all", x)
@@ -209,7 +210,7 @@ def _tensors(change: Any) -> Any:
         (_edited(pretrain=3), "config.json: cannot be read"),
         (_tensors(lambda t: t.update({f"vit.{POOLER}": torch.zeros(32, 32)})), f"tensors unknown: vit.{POOLER}"),
         (_processor(resample=1), r"preprocessor_config.json: resample is 1, expected one of 2 .bilinear., 3 .bicubic."),
-        (_processor(image_mean=[0.5]), "expected three numbers"),
+        (_processor(image_mean=[0.5, 0.5]), "expected three numbers"),
         (_processor(image_std=[0.5, 0, 0.5]), "expected three numbers"),
         (_processor(rescale_factor="1"), "preprocessor_config.json: cannot be read"),
         (_tensors(lambda t: t.pop("classifier.bias")), "tensors missing: classifier.bias"),
@@ -217,7 +218,10 @@ def _tensors(change: Any) -> Any:
         (_tensors(lambda t: t.update({"classifier.bias": torch.zeros(4)})), r"classifier.bias has shape \(4,\)"),
         (_tensors(lambda t: t["classifier.bias"].fill_(float("inf"))), "classifier.bias holds values"),
         (lambda f: os.truncate(f / "model.safetensors", 4000), "model.safetensors: damaged"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a .bin is a pickle"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            "model.bin: .*pickle of more",
+        ),
     ],
 )
 def test_a_damaged_folder_is_one_line(damage: Any, message: str, tmp_path: Path) -> None:
@@ -315,7 +319,8 @@ def test_every_scaling_of_the_processor_is_taken_over(changes: dict[str, Any], t
     import transformers
 
     config = tiny_model()
-    write_transformers_folder(in_memory(randomised(build_model(config, 3)), config, NAMES), tmp_path / "out")
+    model = randomised(build_model(config, 3))
+    write_transformers_folder(in_memory(model, config, NAMES, **SQUASHED), tmp_path / "out")
     _processor(**changes)(tmp_path / "out")
     pixels = torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "out")
@@ -328,8 +333,9 @@ def test_every_scaling_of_the_processor_is_taken_over(changes: dict[str, Any], t
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"size": {"height": 24, "width": 24}}, "size {'height': 24, 'width': 24}"),
-        ({"size": {"shortest_edge": 18}, "do_center_crop": True, "crop_size": 16}, "size {'shortest_edge': 18}"),
+        ({"size": {"height": 24, "width": 24}}, "size {'height': 24, 'width': 24}: not known here"),
+        ({"size": {"height": 24, "width": 16}}, "size is {'height': 24, 'width': 16}, which is not square"),
+        ({"size": {"shortest_edge": 16, "longest_edge": 20}}, "size is {'shortest_edge': 16, 'longest_edge': 20}, exp"),
         ({"do_resize": False}, "do_resize False"),
     ],
 )
@@ -338,13 +344,158 @@ def test_a_processor_that_is_not_known_is_told(
 ) -> None:
     """The weights are of use all the same; how images are evaluated is said."""
     config = tiny_model()
-    write_transformers_folder(in_memory(build_model(config, 3), config, NAMES), tmp_path / "out")
+    write_transformers_folder(in_memory(build_model(config, 3), config, NAMES, **SQUASHED), tmp_path / "out")
     _edited(pretrain={})(tmp_path / "out")
     _processor(**changes)(tmp_path / "out")
     capsys.readouterr()
     assert read_weights(tmp_path / "out").eval_crop == 1.0
     message = capsys.readouterr().err
     assert told in message and "evaluation squashes images to the model's 16 pixels" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": {"shortest_edge": 112}, "do_center_crop": True, "crop_size": {"height": 96, "width": 96}},
+        {"size": 112, "default_to_square": False, "do_center_crop": True, "crop_size": 96},
+        {"size": [112, 112], "do_center_crop": True, "crop_size": [96, 96]},
+        {"size": 96},
+    ],
+)
+def test_sizes_are_those_of_its_processor(changes: dict[str, Any], test_data: Path, tmp_path: Path) -> None:
+    """The shorter side resized instead of a squash, and every form of a size: every pixel, of whole ImageNet photos;
+    and so does the folder that is written again.
+    """
+    import transformers
+
+    config = tiny_model(image_size=96)
+    write_transformers_folder(in_memory(build_model(config, 3), config, NAMES, **SQUASHED), tmp_path / "first")
+    _edited(pretrain={})(tmp_path / "first")
+    (tmp_path / "first" / "preprocessor_config.json").write_text(json.dumps({"resample": 3, **changes}))
+    weights = read_weights(tmp_path / "first")
+    write_transformers_folder(weights, tmp_path / "second")
+    found = read_weights(tmp_path / "second")
+    assert (found.eval_transform, found.eval_crop) == (weights.eval_transform, weights.eval_crop)
+    names = ("eval_transform", "eval_crop", "interpolation")
+    settings = DataConfig(**{name: getattr(weights, name) for name in names})
+    theirs = transformers.ViTImageProcessor.from_pretrained(tmp_path / "first")
+    written = transformers.AutoImageProcessor.from_pretrained(tmp_path / "second")
+    with tarfile.open(test_data / "imagenet_val_fullsize_dev-000000.tar") as tar:
+        photos = [cast(Any, tar.extractfile(m)).read() for m in tar if m.name.endswith(".jpg")][:6:2]
+    for data in photos:
+        found = to_float(eval_image(decode(data), 96, settings), torch.float32)
+        with Image.open(io.BytesIO(data)) as image:
+            for processor in (theirs, written):
+                expected = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+                assert (found - expected).abs().max() < 1e-6
+
+
+def test_keys_that_are_not_known_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They may change the pixels or the function; those that transformers itself writes are known."""
+    import transformers
+
+    theirs: Any = transformers.ViTForImageClassification(
+        transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=48, num_attention_heads=2)
+    )
+    theirs.save_pretrained(tmp_path / "out")
+    transformers.ViTImageProcessor().save_pretrained(tmp_path / "out")
+    read_weights(tmp_path / "out")
+    assert "not known" not in capsys.readouterr().err
+    _edited(num_register_tokens=4)(tmp_path / "out")
+    _processor(do_pad=True)(tmp_path / "out")
+    read_weights(tmp_path / "out")
+    told = capsys.readouterr().err
+    assert "config.json: num_register_tokens: not known here" in told
+    assert "preprocessor_config.json: do_pad: not known here" in told
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": [16, 16], "patch_size": [8, 8]},
+        {"architectures": None},
+        {"architectures": []},
+        {"id2label": None, "label2id": None, "num_labels": 3},
+    ],
+)
+@torch.no_grad()
+def test_other_legal_json_is_read(changes: dict[str, Any], tmp_path: Path) -> None:
+    """What transformers loads, with the same logits."""
+    import transformers
+
+    config = tiny_model()
+    write_transformers_folder(in_memory(randomised(build_model(config, 3)), config, **SQUASHED), tmp_path / "out")
+    _edited(**changes)(tmp_path / "out")
+    theirs: Any = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    expected = theirs(pixels()).logits
+    assert expected.shape == (2, 3)
+    assert (load_model(tmp_path / "out")(pixels()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_one_mean_for_all_channels_is_read(tmp_path: Path) -> None:
+    """image_mean and image_std as numbers, not lists."""
+    config = tiny_model()
+    write_transformers_folder(in_memory(randomised(build_model(config, 3)), config, **SQUASHED), tmp_path / "out")
+    logits = []
+    for mean, std in (([0.4, 0.4, 0.4], [0.2, 0.2, 0.2]), (0.4, 0.2), ([0.4], [0.2])):
+        _processor(image_mean=mean, image_std=std)(tmp_path / "out")
+        logits.append(load_model(tmp_path / "out")(pixels()))
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize(("key", "size"), [("image_size", [16, 24]), ("patch_size", [8, 4])])
+def test_what_is_not_square_says_so(key: str, size: list[int], tmp_path: Path) -> None:
+    """And not that patches do not fit, or that a list is no number."""
+    config = tiny_model()
+    write_transformers_folder(in_memory(build_model(config, 3), config, NAMES), tmp_path / "out")
+    _edited(**{key: size})(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"config.json: {key} is .*, which is not square") as caught:
+        read_weights(tmp_path / "out")
+    one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "problem_type"),
+    [("sigmoid", "multi_label_classification"), ("softmax", "single_label_classification"), (None, None)],
+)
+def test_the_loss_is_its_problem_type(loss: str | None, problem_type: str | None, tmp_path: Path) -> None:
+    """By which its pipeline makes probabilities; read from the folders of others too, and instead of what a folder of
+    ours kept, which a later training may have made stale.
+    """
+    import transformers
+
+    config = tiny_model()
+    write_transformers_folder(
+        in_memory(randomised(build_model(config, 3)), config, NAMES, loss=loss, **SQUASHED), tmp_path / "out"
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).get("problem_type") == problem_type
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8))
+    classify: Any = transformers.pipeline("image-classification", str(tmp_path / "out"))
+    total = sum(row["score"] for row in classify(image))
+    assert (abs(total - 1) < 1e-5) == (loss != "sigmoid")
+    assert read_weights(tmp_path / "out").loss == loss
+    _edited(pretrain={"loss": "softmax"}, problem_type="multi_label_classification")(tmp_path / "out")
+    assert read_weights(tmp_path / "out").loss == "sigmoid"
+    _edited(problem_type="regression")(tmp_path / "out")
+    with pytest.raises(UserError, match="config.json: problem_type is 'regression'"):
+        read_weights(tmp_path / "out")
+
+
+def test_a_mean_that_is_not_google_s_is_written(tmp_path: Path) -> None:
+    """A run with data.mean: its processor says so, and the folder comes back with every bit as it was."""
+    import transformers
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    config = tiny_model()
+    model = randomised(build_model(config, 3))
+    write_transformers_folder(in_memory(model, config, NAMES, mean=mean, std=std), tmp_path / "out")
+    processor: Any = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert (tuple(processor.image_mean), tuple(processor.image_std)) == (mean, std)
+    weights = read_weights(tmp_path / "out")
+    assert weights.normalisation == (mean, std)
+    for tensor, parameter in own_tensors(model).items():
+        assert torch.equal(weights.tensors[tensor].read(), parameter), tensor
 
 
 def test_a_runs_own_transform_and_loss_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,7 +507,7 @@ def test_a_runs_own_transform_and_loss_come_back(tmp_path: Path, capsys: pytest.
     use = {"eval_transform": "timm", "eval_crop": 0.9, "interpolation": "bicubic", "loss": "sigmoid"}
     config = tiny_model()
     write_transformers_folder(in_memory(build_model(config, 3), config, NAMES, **use), tmp_path / "out")
-    assert "evaluated by eval_transform=timm, to which the tools here keep" in capsys.readouterr().err
+    assert "do not have eval_transform=timm, by which these weights were evaluated" in capsys.readouterr().err
     theirs: Any = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
     theirs.save_pretrained(tmp_path / "anew")
     for name in ("out", "anew"):

@@ -19,7 +19,7 @@ from torch import nn
 from weights_on_disk import in_memory, one_line, randomised, save_run, tiny_model
 
 import pretrain.models.weights
-from pretrain.config import ModelConfig
+from pretrain.config import DataConfig, ModelConfig
 from pretrain.errors import UserError
 from pretrain.models import load_model
 from pretrain.models.build import build_model
@@ -355,7 +355,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "transform": (
         lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"].update(eval_transform="squash")),
-        "converted: eval_transform is 'squash', expected one of timm, vit",
+        "converted: eval_transform is 'squash', expected one of timm, timm_squash",
     ),
     "interpolation": (
         lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"].update(interpolation="cubic")),
@@ -463,8 +463,8 @@ def test_weights_of_another_function_are_refused(other: dict[str, Any], said: st
     weights = in_memory(model, config)
     load_tensors(build_model(tiny_model(**other), 3), weights)  # it would fit
     with pytest.raises(UserError, match=said):
-        check_same_function(weights, tiny_model(**other))
-    check_same_function(weights, tiny_model(dropout=0.1, drop_path=0.1, head_bias=-10.0))
+        check_same_function(weights, tiny_model(**other), DataConfig())
+    check_same_function(weights, tiny_model(dropout=0.1, drop_path=0.1, head_bias=-10.0), DataConfig())
 
 
 def test_a_folder_cannot_choose_files_for_timm_to_read(tmp_path: Path) -> None:

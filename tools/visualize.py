@@ -37,7 +37,7 @@ def main() -> None:
     with cli.progress("attention", len(arguments.image), "photos") as advance:
         for path in arguments.image:
             image = read_photo(path, config.image_size)
-            look = look_at(model, config, to_float(image, torch.float32))
+            look = look_at(model, config, to_float(image, torch.float32, weights.normalisation))
             photos.append(Photo(path.name, image.permute(1, 2, 0).numpy(), look))
             advance(1)
     filters, positions = filter_components(model), position_similarity(model, config)

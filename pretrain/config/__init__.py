@@ -25,7 +25,14 @@ from pretrain.config.reading import (
     load_config,
     model_from_dict,
 )
-from pretrain.config.sections import EVAL_CROP_LIMITS, Config, DataConfig, OptimConfig
+from pretrain.config.sections import (
+    EVAL_CROP_LIMITS,
+    MINUS_ONE_TO_ONE,
+    Config,
+    DataConfig,
+    Normalisation,
+    OptimConfig,
+)
 
 __all__ = [
     "BRANCH_MAY_CHANGE",
@@ -33,12 +40,14 @@ __all__ = [
     "HYBRIDS",
     "MAX_DEPTH",
     "MAY_CHANGE",
+    "MINUS_ONE_TO_ONE",
     "TIMM_HYBRIDS",
     "TIMM_SIZES",
     "VIT_SHAPES",
     "Config",
     "DataConfig",
     "ModelConfig",
+    "Normalisation",
     "OptimConfig",
     "VitShape",
     "choices_of",

@@ -6,8 +6,9 @@ Each section checks itself (`problems`), `Config` checks what sections mean toge
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from omegaconf import MISSING
 
@@ -16,6 +17,28 @@ from pretrain.config.model import ModelConfig
 from pretrain.errors import ConfigError
 
 EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
+
+
+class Normalisation(NamedTuple):
+    """What makes a model's input of pixels x in [0, 1]: (x - mean) / std, per channel."""
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def is_near(self, other: "Normalisation") -> bool:
+        """Returns whether both are the same numbers but for the rounding of files."""
+        return all(abs(a - b) < 1e-6 for mine, its in zip(self, other) for a, b in zip(mine, its))
+
+    def problems(self, where: str = "") -> Iterator[str]:
+        """Yields a sentence for each of mean and std that cannot be one."""
+        for name, lowest in (("mean", -1e3), ("std", 1e-6)):
+            values = getattr(self, name)
+            numbers = [v for v in values if isinstance(v, int | float) and isfinite(v) and lowest <= v <= 1e3]
+            if len(numbers) != 3 or len(values) != 3:
+                yield f"{where}{name} is {values}, expected three numbers of {lowest:g} to 1000"
+
+
+MINUS_ONE_TO_ONE = Normalisation()  # Google's: pixels in [-1, 1]
 
 
 @dataclass
@@ -32,15 +55,27 @@ class DataConfig:
     randaugment_magnitude: float = 10.0  # of RandAugment's operations, in TensorFlow's scale of 0 to 10 and beyond
     mixup: float = 0.0  # p of mixup's Beta(p, p), one draw per step; 0: none
     cutmix: float = 0.0  # p of CutMix's Beta(p, p), one draw per step; with mixup too, a coin chooses; 0: none
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops, and of eval_transform=timm and =transformers
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops, and of timm's and transformers' evaluation
     antialias: bool = True  # when crops are made smaller; false: as Google's code
-    eval_transform: Literal["timm", "vit", "big_vision", "fewshot", "transformers"] = "timm"  # see docs/data.md
+    eval_transform: Literal[
+        "timm", "timm_squash", "timm_border", "vit", "big_vision", "fewshot", "transformers", "transformers_shortest"
+    ] = "timm"  # see docs/data.md
     eval_crop: float = 0.875  # evaluation: side of the central crop / side of the resized image; vit has no crop
+    # Input of the model: (x - mean) / std of pixels x in [0, 1], per channel. It belongs to the weights: those of
+    # init_from must have been trained with the same. Google's code: [-1, 1]; many of timm's models: ImageNet's.
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # red, green, blue
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # red, green, blue
     max_bad_fraction: float = 0.001  # stop when more of the samples seen cannot be used (from 10,000 seen, 100 bad)
     workers: int = 4  # loader processes per rank; 0 reads in the training process
     prefetch: int = 2  # steps that each loader process prepares ahead
 
+    @property
+    def normalisation(self) -> Normalisation:
+        """The model's input, as `to_float` makes it."""
+        return Normalisation(tuple(self.mean), tuple(self.std))
+
     def problems(self) -> Iterator[str]:
+        yield from self.normalisation.problems("data.")
         if self.val is not None and self.held_out:
             yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
         for name in ("crop_area", "crop_ratio"):

@@ -6,7 +6,7 @@ The randomness of a training image is keyed by (seed, source, epoch, index) alon
 import io
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from pretrain.config import DataConfig
+from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, Normalisation
 from pretrain.data.order import uniform, words
 from pretrain.data.randaugment import rand_augment
 from pretrain.data.reader import BadSample
@@ -183,23 +183,42 @@ def eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tens
     """Returns an image as evaluation sees it, uint8 [3, size, size], by data.eval_transform (docs/data.md)."""
     if config.eval_transform == "vit":
         return _resize_truncated(image, size, "bilinear")
-    if config.eval_transform == "timm":
+    if config.eval_transform.startswith("timm"):
         return _timm_eval_image(image, size, config)
     resized = round(size / config.eval_crop)  # 256 for 224 and 0.875
-    if config.eval_transform == "transformers":
+    if config.eval_transform.startswith("transformers"):
         # On tensors, as its processor since version 5: 2 % of Pillow's pixels differ, by up to 4 levels (bicubic).
-        return _central_crop(F.resize(image, [resized, resized], _mode(config), antialias=True), size)
+        sides = [resized] if config.eval_transform == "transformers_shortest" else [resized, resized]
+        return _central_crop(F.resize(image, sides, _mode(config), antialias=True), size)
     if config.eval_transform == "fewshot":
         return _central_crop(_resize_truncated(image, resized, "bilinear"), size)
     return _resize_small_and_crop(image, resized, size)
 
 
 def _timm_eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tensor:
-    """The central crop of the image resized so that its shorter side is size / eval_crop, rounded down."""
+    """The central crop of the image resized to size / eval_crop, rounded down: of its shorter side (timm), of both
+    (timm_squash), or of its longer side, with a border of the mean's colour around it (timm_border).
+    """
     # Pillow as in timm: torchvision's own resize is faster, but up to 2 levels off in 0.5 % of the values (bicubic).
     picture: Any = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture = F.resize(picture, [math.floor(size / config.eval_crop)], _mode(config), antialias=True)
+    resized = math.floor(size / config.eval_crop)
+    sides = [resized]
+    if config.eval_transform == "timm_squash":
+        sides = [resized, resized]
+    elif config.eval_transform == "timm_border":
+        ratio = max(image.shape[1:]) / resized
+        sides = [max(1, round(side / ratio)) for side in image.shape[1:]]
+    picture = F.resize(picture, sides, _mode(config), antialias=True)
+    if config.eval_transform == "timm_border":
+        picture = _padded(picture, size, [round(255 * value) for value in config.mean])
     return torch.from_numpy(np.array(F.center_crop(picture, [size, size]))).permute(2, 0, 1)
+
+
+def _padded(picture: Any, size: int, color: list[int]) -> Any:
+    """The picture with a border, where it is smaller than size; the odd pixel goes to the right and the bottom."""
+    missing = [max(0, size - side) for side in picture.size]  # across, down
+    border = [pixels // 2 for pixels in missing] + [(pixels + 1) // 2 for pixels in missing]
+    return F.pad(picture, border, fill=cast(Any, color)) if any(missing) else picture
 
 
 def _resize_small_and_crop(image: torch.Tensor, shorter: int, size: int) -> torch.Tensor:
@@ -231,9 +250,16 @@ def _central_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     return image[:, top : top + size, left : left + size]
 
 
-def to_float(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns uint8 images as the model's input, in [-1, 1] as in Google's code: (x - 127.5) / 127.5."""
-    return (images.to(torch.float32) / 127.5 - 1.0).to(dtype)
+def to_float(images: torch.Tensor, dtype: torch.dtype, normalisation: Normalisation = MINUS_ONE_TO_ONE) -> torch.Tensor:
+    """Returns uint8 images [..., 3, H, W] as the model's input: (x / 255 - mean) / std, as its weights expect it.
+
+    By default in [-1, 1] as in Google's code: (x - 127.5) / 127.5.
+    """
+    pixels = images.to(torch.float32)
+    if normalisation == MINUS_ONE_TO_ONE:
+        return (pixels / 127.5 - 1.0).to(dtype)
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in normalisation)
+    return (pixels / 255).sub_(mean).div_(std).to(dtype)  # torchvision's order, to the last bit
 
 
 def _mode(config: DataConfig) -> F.InterpolationMode:

@@ -47,6 +47,7 @@ class Engine:
         self.plan, self.device = plan, device
         self.dtype = DTYPES[config.engine.precision]
         self._loss, self._label_smoothing = config.loss, config.label_smoothing
+        self._normalisation = config.data.normalisation
         # Each rank's gradient is averaged over ranks and micro-batches; this makes each image weigh 1 / global_batch,
         # however uneven the split (docs/training.md).
         self._loss_weight = ranks.world_size() * plan.accumulation / config.data.global_batch
@@ -96,7 +97,7 @@ class Engine:
         self._engine.train()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro in batch.split(self.plan.micro_batch):
-            logits = self._engine(to_float(micro.images, self.dtype))
+            logits = self._engine(to_float(micro.images, self.dtype, self._normalisation))
             target = micro.labels, micro.label_weights
             losses = per_image_loss(logits, *target, self._loss, self._label_smoothing)
             loss = torch.where(micro.valid, losses, 0.0).sum()
@@ -140,7 +141,7 @@ class Engine:
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the logits of uint8 images [B, 3, H, W], without dropout. A collective under ZeRO-3."""
         self._engine.eval()
-        return self._engine(to_float(images, self.dtype))
+        return self._engine(to_float(images, self.dtype, self._normalisation))
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -152,7 +153,7 @@ class Engine:
         inputs: list[torch.Tensor] = []
         note = _head_of(self._module).register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(1)))
         with torch.compiler.set_stance("force_eager"):  # compiled code does not look for a hook
-            self._engine(to_float(images, self.dtype))
+            self._engine(to_float(images, self.dtype, self._normalisation))
         note.remove()
         (found,) = inputs
         return found

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pretrain.cluster import agreement, ranks
+from pretrain.config import MINUS_ONE_TO_ONE, Normalisation
 from pretrain.data.images import to_float
 from pretrain.data.loader import REASONS, Batch, count_reasons
 from pretrain.data.manifest import Manifest
@@ -51,12 +52,15 @@ class EvaluationStopped(Exception):
     """The evaluation was given up because the run was asked to stop."""
 
 
-def logits_of(model: nn.Module) -> Predict:
-    """Returns the function uint8 images [B, 3, H, W] -> the model's logits [B, classes], in float32."""
+def logits_of(model: nn.Module, normalisation: Normalisation = MINUS_ONE_TO_ONE) -> Predict:
+    """Returns the function uint8 images [B, 3, H, W] -> the model's logits [B, classes], in float32.
+
+    normalisation: of the images that its weights were trained on.
+    """
 
     @torch.no_grad()
     def predict(images: torch.Tensor) -> torch.Tensor:
-        return model(to_float(images, torch.float32))
+        return model(to_float(images, torch.float32, normalisation))
 
     return predict
 

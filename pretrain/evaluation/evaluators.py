@@ -208,7 +208,9 @@ def _fewshot_told(protocol: dict[str, Any]) -> list[str]:
 def in_words(transform: dict[str, Any]) -> str:
     """Returns what `transform_of` returned for a line of results.md."""
     crop = "" if transform["name"] == "vit" else f", crop {transform['crop']:g}"
-    interpolation = transform["interpolation"] if transform["name"] == "timm" else "as big_vision"
+    interpolation = (
+        transform["interpolation"] if transform["name"].startswith(("timm", "transformers")) else "as big_vision"
+    )
     return f"{transform['name']} ({interpolation}{crop})"
 
 

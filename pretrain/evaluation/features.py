@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pretrain.cluster import agreement, ranks
-from pretrain.config import DataConfig
+from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, Normalisation
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import Manifest
@@ -28,15 +28,15 @@ class Features(NamedTuple):
     labels: np.ndarray  # int64 [images]
 
 
-def pre_logits(model: nn.Module) -> Extract:
+def pre_logits(model: nn.Module, normalisation: Normalisation = MINUS_ONE_TO_ONE) -> Extract:
     """Returns the function uint8 images [B, 3, H, W] -> the input of the model's head, float32 [B, D].
 
-    The model is one of this package or of timm, in evaluation mode.
+    The model is one of this package or of timm, in evaluation mode; normalisation: its weights'.
     """
     parts: Any = model  # forward_features and forward_head, as every model of timm has them
 
     def extract(images: torch.Tensor) -> torch.Tensor:
-        tokens = parts.forward_features(to_float(images, torch.float32))
+        tokens = parts.forward_features(to_float(images, torch.float32, normalisation))
         return parts.forward_head(tokens, pre_logits=True)
 
     return extract

@@ -91,7 +91,7 @@ def likeliest(model: nn.Module, weights: Weights, data: bytes, top: int, device:
     A photo is turned as its EXIF says. Raises BadSample when the image cannot be decoded.
     """
     image = eval_image(decode_upright(data), weights.model.image_size, eval_config(weights))  # uint8 [3, S, S]
-    logits = logits_of(model)(image[None].to(device))[0]  # [classes]
+    logits = logits_of(model, weights.normalisation)(image[None].to(device))[0]  # [classes]
     probabilities = logits.sigmoid() if weights.loss == "sigmoid" else logits.softmax(0)
     values, numbers = probabilities.topk(min(top, len(probabilities)))
     names = weights.class_names or [str(number) for number in range(weights.num_classes)]

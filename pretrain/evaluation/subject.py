@@ -147,6 +147,8 @@ def eval_config(weights: Weights, workers: int = 0) -> DataConfig:
         eval_transform=cast(Any, weights.eval_transform),  # literals, as the config wrote them
         eval_crop=weights.eval_crop,
         interpolation=cast(Any, weights.interpolation),
+        mean=cast(Any, weights.mean),
+        std=cast(Any, weights.std),
         workers=workers,
     )
 
@@ -173,12 +175,14 @@ def subject_of(
     crop = fewshot.CROP if fewshot_transform == fewshot.TRANSFORM else own.eval_crop
     few = replace(own, eval_transform=cast(Any, fewshot_transform), eval_crop=crop)
     others: dict[str, Callable[[], Extract]] = {
-        RANDOM: lambda: pre_logits(build_model(weights.model, weights.num_classes).to(device).eval()),
+        RANDOM: lambda: pre_logits(
+            build_model(weights.model, weights.num_classes).to(device).eval(), weights.normalisation
+        ),
         PIXELS: lambda: raw_pixels,
     }
     return Subject(
-        predict=logits_of(model),
-        extract=pre_logits(model),
+        predict=logits_of(model, weights.normalisation),
+        extract=pre_logits(model, weights.normalisation),
         num_classes=weights.num_classes,
         image_size=weights.model.image_size,
         loss=loss or weights.loss or "softmax",

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import Config, ModelConfig, config_from_dict
+from pretrain.config import MINUS_ONE_TO_ONE, Config, ModelConfig, Normalisation, config_from_dict
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.models.weights import read_weights, results_folder, weights_sha256
@@ -48,6 +48,8 @@ _OWN_KEYS = {
     "init_new_head": "WEIGHTS",
     "branch_from": "WEIGHTS",
     "model.num_classes": "--task",
+    "data.mean": "WEIGHTS",
+    "data.std": "WEIGHTS",
     "evaluation.every_steps": "nothing: each run is scored once, at its end",
 }
 
@@ -59,6 +61,7 @@ class Start:
     weights: Path | None  # None: random weights of the architecture, to compare with
     model: ModelConfig  # of the weights
     sha256: str | None  # of the weights
+    normalisation: Normalisation = MINUS_ONE_TO_ONE  # of the images that the weights were trained on
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ def read_start(weights: Path, *, from_scratch: bool) -> Start:
     """Returns what the weights are, and the architecture. Raises UserError when they cannot be read."""
     found = read_weights(weights)
     source = found.source.absolute()
-    return Start(None, found.model, None) if from_scratch else Start(source, found.model, weights_sha256(source))
+    if from_scratch:
+        return Start(None, found.model, None, found.normalisation)
+    return Start(source, found.model, weights_sha256(source), found.normalisation)
 
 
 def default_folder(weights: Path, *, from_scratch: bool) -> Path:
@@ -204,6 +209,7 @@ def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], ev
             "global_batch": protocol.batch_size,
             **(_WHOLE if sweep.task.group else _CROPPED),
             **_GOOGLE_RESIZE,
+            **start.normalisation._asdict(),
         },
         "optim": {
             "name": "sgd",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.read import read_state
-from pretrain.config import Config, config_from_dict, non_defaults
+from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, non_defaults
 from pretrain.models.tensors import Weights, readable
 from pretrain.models.weights import results_folder
 
@@ -23,7 +23,7 @@ def model_card(
     loading: Python lines; proof: what the verification found.
     """
     state = read_state(weights.source) if (weights.source / "state.json").is_file() else {}
-    parts = [_front(weights, target), f"# {title}", _model(weights), f"```python\n{loading}\n```"]
+    parts = [_front(weights, target), f"# {title}", _model(weights, target), f"```python\n{loading}\n```"]
     if state:
         with readable(weights.source / "state.json"):
             config = config_from_dict(state["config"], f"{weights.source}/state.json")
@@ -42,7 +42,7 @@ def _front(weights: Weights, target: str) -> str:
     return f"---\n{library}pipeline_tag: {task}\ntags:\n- vision-transformer\n---"
 
 
-def _model(weights: Weights) -> str:
+def _model(weights: Weights, target: str) -> str:
     config = weights.model
     millions = sum(math.prod(tensor.shape) for tensor in weights.tensors.values()) / 1e6
     named = f"{weights.num_classes} classes" if weights.num_classes else "no head: it returns features"
@@ -53,7 +53,10 @@ def _model(weights: Weights) -> str:
         width, depth, mlp_dim, heads = config.shape
         lines.append(f"{config.name}/{config.patch_size}: width {width}, depth {depth}, MLP {mlp_dim}, {heads} heads;")
         lines.append(f"pooling {config.pooling}, positions {config.positions}, {config.gelu} GELU.")
-    lines.append(f"Input {config.image_size} x {config.image_size} pixels, RGB in [-1, 1]; {named}.")
+    range_of = "RGB in [-1, 1]"
+    if weights.normalisation != MINUS_ONE_TO_ONE and target not in ("npz", "onnx"):
+        range_of = f"RGB in [0, 1] less mean {list(weights.mean)}, divided by {list(weights.std)}"
+    lines.append(f"Input {config.image_size} x {config.image_size} pixels, {range_of}; {named}.")
     lines.append(f"Evaluation transform {weights.eval_transform}, {weights.interpolation} resizing;")
     lines.append(f"probabilities by {weights.loss or 'softmax; the loss of its training is not known'}.")
     return "\n".join(lines)

@@ -35,6 +35,8 @@ def read_deepspeed(path: Path, config: Config) -> Weights:
         eval_crop=config.data.eval_crop,
         interpolation=config.data.interpolation,
         loss=config.loss,
+        mean=config.data.normalisation.mean,
+        std=config.data.normalisation.std,
     )
 
 

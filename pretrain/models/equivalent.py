@@ -1,5 +1,6 @@
 """The same function under another parametrisation: what one format cannot hold, another table or kernel can."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config import HYBRIDS, VIT_SHAPES, ModelConfig
+from pretrain.config import HYBRIDS, MINUS_ONE_TO_ONE, VIT_SHAPES, ModelConfig
 from pretrain.errors import UserError
 from pretrain.models.build import build_model
 from pretrain.models.hybrid import STD_EPS
 from pretrain.models.positions import learned2d_table, resize_axis, resize_table, sincos2d
-from pretrain.models.tensors import LazyTensor, Weights
+from pretrain.models.tensors import LazyTensor, Weights, readable
 from pretrain.models.vit import grid_of
 
 TIMM_STD_VARIANCE = 1e-8  # what timm's hybrids add to the variance
@@ -28,6 +29,13 @@ def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Returns the parameters of a model, and the buffers that it saves."""
     saved = model.state_dict().keys()
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
+
+
+def classifier_names(model: nn.Module) -> set[str]:
+    """Returns the names of the head's tensors."""
+    names = getattr(model, "default_cfg", {}).get("classifier") or "head"  # timm names it per model
+    prefixes = (names,) if isinstance(names, str) else tuple(names)
+    return {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in prefixes}
 
 
 def named_architecture(width: int, depth: int, mlp_dim: int, heads: int, **others: Any) -> ModelConfig:
@@ -65,7 +73,7 @@ def resized(weights: Weights, image_size: int) -> Weights:
     if image_size == config.image_size:
         return weights
     if config.timm_name is not None:
-        return changed(weights, weights.tensors, image_size=image_size)  # a fixed grid is refused when loaded
+        return _resized_by_timm(weights, image_size)
     new = replace(config, image_size=image_size)
     if problems := list(new.problems()):
         raise UserError(f"{weights.source}: at {image_size} pixels: {'; '.join(problems)}")
@@ -82,6 +90,26 @@ def resized(weights: Weights, image_size: int) -> Weights:
             shape = (1, rows, tensor.shape[2])
             tensors[name] = mapped(tensor, shape, lambda t: resize_table(t, old_grid, new_grid))
     return replace(weights, tensors=tensors, model=new)
+
+
+def _resized_by_timm(weights: Weights, image_size: int) -> Weights:
+    """The weights of a timm: model as timm itself loads them at another size. It needs all tensors in memory."""
+    new = changed(weights, weights.tensors, image_size=image_size)
+    with torch.device("meta"):
+        model = build_model(new.model, weights.num_classes)
+    needed = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
+    if all(weights.tensors[name].shape == shape for name, shape in needed.items() if name in weights.tensors):
+        return new
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    where = f"{weights.source}: {weights.model.name} at {image_size} pixels"
+    if convert is None:
+        raise UserError(f"{where}: timm does not resize its tensors; known is {weights.model.image_size}")
+    with readable(weights.source):
+        tensors = dict(convert({name: tensor.read() for name, tensor in weights.tensors.items()}, model))
+    for name, shape in needed.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise UserError(f"{where}: timm leaves {name} {tuple(tensors[name].shape)}, expected {shape}")
+    return replace(new, tensors={n: LazyTensor(tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
 
 
 def with_learned_positions(weights: Weights, *, class_row: bool) -> Weights:
@@ -133,11 +161,21 @@ def _patch_table(weights: Weights) -> LazyTensor:
 
 def without(weights: Weights, *parts: str) -> Weights:
     """Returns the weights without their "head", or without "pre_logits" (the representation layer), or both."""
-    tensors = {name: t for name, t in weights.tensors.items() if name.partition(".")[0] not in parts}
+    left_out = part_names(weights, *parts)
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in left_out}
     model = replace(weights.model, representation_size=None) if "pre_logits" in parts else weights.model
     if "head" not in parts:
         return replace(weights, tensors=tensors, model=model)
     return replace(weights, tensors=tensors, model=model, num_classes=0, class_names=())
+
+
+def part_names(weights: Weights, *parts: str) -> set[str]:
+    """Returns the names of the tensors of "head", "pre_logits", or both; timm names the head per model."""
+    names = {name for name in weights.tensors if name.partition(".")[0] in parts}
+    if "head" not in parts or weights.model.timm_name is None:
+        return names
+    with torch.device("meta"):
+        return classifier_names(build_model(weights.model, weights.num_classes))
 
 
 def kernels_for_timm(weights: Weights) -> Weights:
@@ -167,17 +205,20 @@ def _trunk_kernels(weights: Weights, factor: Callable[[torch.Tensor], torch.Tens
     return replace(weights, tensors=tensors)
 
 
-def for_minus_one_to_one(weights: Weights, mean: tuple[float, ...], std: tuple[float, ...]) -> Weights:
-    """Returns the weights for images in [-1, 1], of a model that was trained on (x - mean) / std with x in [0, 1].
+def for_minus_one_to_one(weights: Weights) -> Weights:
+    """Returns the weights for images in [-1, 1], where they were trained on (x - mean) / std with x in [0, 1].
 
     The patch convolution takes the difference: exact, since patches have no padding. Raises UserError for others.
     """
-    if all(abs(value - 0.5) < 1e-6 for value in (*mean, *std)):
+    mean, std = weights.normalisation
+    is_so = weights.normalisation.is_near(MINUS_ONE_TO_ONE)
+    weights = replace(weights, **MINUS_ONE_TO_ONE._asdict())
+    if is_so:
         return weights
-    if weights.model.timm_name is not None or weights.model.trunk_units is not None:
+    if not has_patch_convolution(weights.model):
         raise UserError(
-            f"{weights.source}: expects images of mean {mean} and deviation {std}, which only a patch convolution can "
-            "take over; weights for mean and deviation 0.5 are needed"
+            f"{weights.source}: expects images of mean {mean} and deviation {std}; the target has them in [-1, 1], and "
+            "only a patch convolution can take over the difference"
         )
     kernel, bias = weights.tensors["patch_embed.proj.weight"], weights.tensors["patch_embed.proj.bias"]
     scale = (0.5 / torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1)
@@ -189,3 +230,8 @@ def for_minus_one_to_one(weights: Weights, mean: tuple[float, ...], std: tuple[f
         ),
     }
     return replace(weights, tensors={**weights.tensors, **turned})
+
+
+def has_patch_convolution(config: ModelConfig) -> bool:
+    """Returns whether pixels meet a plain convolution with a bias first: in every ViT of this package but hybrids."""
+    return config.timm_name is None and config.trunk_units is None

@@ -13,7 +13,12 @@ from typing import NamedTuple
 from pretrain.config import MAX_DEPTH, ModelConfig, stride_of
 from pretrain.errors import UserError
 from pretrain.log import warn
-from pretrain.models.equivalent import named_architecture, tensor_shapes, with_learned_positions
+from pretrain.models.equivalent import (
+    for_minus_one_to_one,
+    named_architecture,
+    tensor_shapes,
+    with_learned_positions,
+)
 from pretrain.models.tensors import (
     LazyTensor,
     Part,
@@ -112,6 +117,7 @@ def for_google(weights: Weights, naming: str) -> Weights:
         reason = "big_vision has no hybrids; vision_transformer has"
     if reason:
         raise UserError(f"{weights.source}: cannot be written as {naming} .npz: {reason}")
+    weights = for_minus_one_to_one(weights)
     if naming == "big_vision" and config.positions == "sincos2d" and config.positions_at == "stem":
         return weights
     return with_learned_positions(weights, class_row=NAMINGS[naming].class_row)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pretrain.config import MINUS_ONE_TO_ONE, Normalisation
 from pretrain.errors import UserError
 from pretrain.models.tensors import Weights
 from pretrain.models.weights import model_of
@@ -18,13 +19,18 @@ _MAX_BYTES = 1_900_000_000  # a protobuf ends at 2 GiB; beyond it the tensors li
 
 
 class _BothOutputs(nn.Module):
-    """Logits [batch, classes], where there is a head, and its input [batch, D]."""
+    """Logits [batch, classes], where there is a head, and its input [batch, D], of images in [-1, 1]."""
 
-    def __init__(self, model: nn.Module, num_classes: int) -> None:
+    def __init__(self, model: nn.Module, num_classes: int, normalisation: Normalisation) -> None:
         super().__init__()
         self.model, self.num_classes = model, num_classes
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation)
+        self.is_plain = normalisation == MINUS_ONE_TO_ONE
+        self.scale, self.shift = nn.Buffer(0.5 / std), nn.Buffer((0.5 - mean) / std)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self.is_plain:  # the weights' own normalisation is a part of the graph
+            images = images * self.scale + self.shift
         tokens = self.model.forward_features(images)  # type: ignore[operator]
         features = self.model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
         return (self.model.forward_head(tokens), features) if self.num_classes else (features,)  # type: ignore[operator]
@@ -51,7 +57,7 @@ def write_onnx(weights: Weights, out: Path) -> None:
         with plain, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it tells its steps
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _BothOutputs(model, weights.num_classes),
+                _BothOutputs(model, weights.num_classes, weights.normalisation),
                 (torch.zeros(2, 3, size, size),),
                 input_names=["images"],
                 output_names=names,
@@ -66,6 +72,8 @@ def write_onnx(weights: Weights, out: Path) -> None:
     assert program is not None
     metadata = program.model.metadata_props
     metadata["pixels"] = "RGB, (x - 127.5) / 127.5"
+    if weights.loss is not None:
+        metadata["loss"] = weights.loss
     if weights.class_names:
         metadata["class_names"] = json.dumps(weights.class_names)
     num_bytes = sum(4 * torch.Size(tensor.shape).numel() for tensor in weights.tensors.values())

@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pretrain.config import EVAL_CROP_LIMITS, Config, DataConfig, ModelConfig, choices_of
+from pretrain.config import (
+    EVAL_CROP_LIMITS,
+    MINUS_ONE_TO_ONE,
+    Config,
+    DataConfig,
+    ModelConfig,
+    Normalisation,
+    choices_of,
+)
 from pretrain.errors import UserError
 
 # Resizing as timm's and torchvision's names have it; the number is Pillow's, which transformers writes.
@@ -52,6 +60,8 @@ class Weights:
     eval_crop: float = 0.875  # as in DataConfig
     interpolation: str = "bicubic"  # as in DataConfig, or another of INTERPOLATIONS
     loss: str | None = None  # with which it was trained; None: its source does not tell
+    mean: tuple[float, ...] = MINUS_ONE_TO_ONE.mean  # of the model's input, per channel, as in DataConfig
+    std: tuple[float, ...] = MINUS_ONE_TO_ONE.std  # of the model's input, per channel, as in DataConfig
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.num_classes:
@@ -63,11 +73,18 @@ class Weights:
         lowest, highest = EVAL_CROP_LIMITS
         if not lowest <= self.eval_crop <= highest:
             raise UserError(f"{self.source}: eval_crop is {self.eval_crop}, expected {lowest} to {highest}")
+        for problem in self.normalisation.problems():
+            raise UserError(f"{self.source}: {problem}")
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What the model takes, as `to_float` makes it of pixels."""
+        return Normalisation(self.mean, self.std)
 
 
 # What a folder's config.json keeps of ours under the key OURS, since no key of timm's or transformers' can say it.
 OURS = "pretrain"
-_USE = ("eval_transform", "eval_crop", "interpolation", "loss")  # fields of Weights
+_USE = ("eval_transform", "eval_crop", "interpolation", "loss", "mean", "std")  # fields of Weights
 
 
 def kept_use(weights: Weights) -> dict[str, Any]:
@@ -82,7 +99,8 @@ def use_of(kept: Mapping[str, Any], source: Path, *others: str) -> dict[str, Any
     """
     if unknown := sorted(kept.keys() - {*_USE, *others}):
         raise UserError(f"{source}: {OURS}.{unknown[0]}: no such key; known are {', '.join((*others, *_USE))}")
-    return {key: kept[key] for key in _USE if key in kept}
+    lists = {key: tuple(kept[key]) for key in ("mean", "std") if key in kept}
+    return {key: kept[key] for key in _USE if key in kept} | lists
 
 
 class Part(NamedTuple):
@@ -127,12 +145,33 @@ def check_keys(source: Path, *, found: Iterable[str], needed: Iterable[str]) -> 
     found_names, needed_names = set(found), set(needed)
     missing, extra = sorted(needed_names - found_names), sorted(found_names - needed_names)
     if missing or extra:
-        told = [f"{what}: {_few(names)}" for what, names in (("missing", missing), ("unknown", extra)) if names]
+        told = [f"{what}: {few(names)}" for what, names in (("missing", missing), ("unknown", extra)) if names]
         raise UserError(f"{source}: tensors {'; '.join(told)}")
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """Returns the first names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def square(size: Any, key: str, path: Path) -> int:
+    """Returns the side of a size that JSON gives as N, [N, N] or {"height": N, "width": N}.
+
+    Raises UserError when it is not square, or no size.
+    """
+    sides: Any = [size.get("height"), size.get("width")] if isinstance(size, Mapping) else size
+    sides = list(sides) if isinstance(sides, list | tuple) else [sides]
+    if len(sides) > 2 or not sides or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+        raise UserError(f"{path}: {key} is {size}, expected pixels, as 224")
+    if len(set(sides)) > 1:
+        raise UserError(f"{path}: {key} is {size}, which is not square; images here are")
+    return sides[0]
+
+
+def per_channel(value: Any) -> tuple[Any, ...]:
+    """Returns a mean or deviation that JSON gives as a list of three, or as one number for all channels, as three."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values * 3 if len(values) == 1 else values
 
 
 def _joined(pieces: list[tuple[Part, LazyTensor]], shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,17 +1,19 @@
 """Folders of `config.json` and `model.safetensors`: what timm writes and loads, and our own with everything in it."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pretrain.config import MAX_DEPTH, TIMM_HYBRIDS, TIMM_SIZES, ModelConfig, model_from_dict, stride_of
 from pretrain.errors import UserError
+from pretrain.log import warn
 from pretrain.models.build import timm_options
 from pretrain.models.equivalent import (
     for_minus_one_to_one,
+    has_patch_convolution,
     kernels_for_timm,
     kernels_from_timm,
     named_architecture,
@@ -25,32 +27,38 @@ from pretrain.models.tensors import (
     LazyTensor,
     Weights,
     check_keys,
+    few,
     kept_use,
-    read_safetensors,
+    per_channel,
     readable,
+    square,
     use_of,
     write_safetensors,
 )
+from pretrain.models.torch_files import tensors_in
 from pretrain.models.vit import NORM_EPS, grid_of
 
 _LAYOUTS = ("timm", "pretrain")  # of the tensors in a folder of ours
+_TRANSFORMS = {"center": "timm", "squash": "timm_squash", "border": "timm_border"}  # by timm's crop_mode
+# Of config.json beside what timm's PretrainedCfg has; those of old files stand at the top.
+_TOP_KEYS = {"architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg"}
+_TOP_KEYS |= {"label_names", "label_descriptions", "labels"}
 # Arguments of timm.create_model that name files and addresses: not a folder's to choose.
 _NOT_ARCHITECTURE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
-def read_timm_folder(path: Path) -> Weights:
-    """Returns the weights of a folder that tools/convert.py or timm wrote. Raises UserError when it cannot be used."""
+def read_timm_folder(path: Path, file: Path | None = None) -> Weights:
+    """Returns the weights of a folder that tools/convert.py or timm wrote. Raises UserError when it cannot be used.
+
+    file: of its tensors, where it is not one of the usual names.
+    """
     with readable(path / "config.json"):
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if OURS not in values and "architecture" not in values:
             raise UserError(f"{path}/config.json: is neither timm's nor of tools/convert.py: no 'architecture' in it")
-    if not (path / "model.safetensors").is_file():
-        found = [name for name in ("pytorch_model.bin", "model.pth") if (path / name).exists()]
-        hint = f"; {found[0]} is a pickle, which may execute code: save it as safetensors" if found else ""
-        raise UserError(f"{path}: has no model.safetensors{hint}")
-    tensors = read_safetensors(path / "model.safetensors")
+    tensors = tensors_in(path, file)
     with readable(path / "config.json"):
-        weights = _ours(path, values, tensors) if OURS in values else _foreign(path, values, tensors)
+        weights = _ours(path, values, tensors) if OURS in values else read_foreign(path, values, tensors)
         if problems := list(weights.model.problems()):
             raise UserError(f"{path}/config.json: {'; '.join(problems)}")
     return weights
@@ -72,13 +80,18 @@ def _ours(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) ->
     return weights
 
 
-def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
-    """Weights that timm wrote: our ViT where it computes the same function, else timm's own model."""
+def read_foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
+    """Returns weights that timm wrote: our ViT where it computes the same function, else timm's own model.
+
+    values: of config.json. Raises UserError when they, or the tensors, are not of one model.
+    """
     import timm
     from timm.models._input import get_model_args
 
     name, arguments = str(values["architecture"]), dict(values.get("model_args") or {})
     cfg = values.get("pretrained_cfg") or values
+    _tell_unknown_keys(path / "config.json", values, cfg)
+    pixels = _preprocessing(path / "config.json", cfg)
     if foreign := arguments.keys() & _NOT_ARCHITECTURE:
         raise UserError(f"{path}/config.json: model_args has {sorted(foreign)}, which reads other files: remove it")
     if isinstance(depth := arguments.get("depth"), int) and depth > MAX_DEPTH:
@@ -95,23 +108,61 @@ def _foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor])
         special = {k: v for k, v in arguments.items() if k != "img_size" and usual.get(k) != v}
         if special:
             raise UserError(f"{path}: {name} with {special} is no plain Vision Transformer; this cannot be loaded here")
-        size = arguments.get("img_size") or tuple(cfg.get("input_size", (3, 224, 224)))[1:]
-        size = max(size) if isinstance(size, (list, tuple)) else size
-        model = ModelConfig(name=f"timm:{name}", image_size=size)
+        size = arguments.get("img_size")
+        model = ModelConfig(name=f"timm:{name}", image_size=square(size, "img_size", path) if size else pixels.size)
     weights = Weights(
         source=path,
         model=model,
         tensors=tensors,
         num_classes=num_classes,
         class_names=_label_names(values, num_classes),
-        eval_crop=float(cfg.get("crop_pct") or 0.875),
-        interpolation=str(cfg.get("interpolation") or "bicubic"),
+        **pixels.use,
     )
     check_keys(path, found=tensors.keys(), needed=own_tensors(theirs).keys())
     if model.trunk_units is not None:
         weights = kernels_from_timm(weights)
-    half = (0.5, 0.5, 0.5)
-    return for_minus_one_to_one(weights, tuple(cfg.get("mean") or half), tuple(cfg.get("std") or half))
+    # A border around the image is of the mean's colour: then the mean stays what it is.
+    keeps = weights.eval_transform == "timm_border" or not has_patch_convolution(model)
+    return weights if keeps else for_minus_one_to_one(weights)
+
+
+class _Preprocessing(NamedTuple):
+    """What timm's evaluation transform does: pixels of the input's side, and fields of Weights."""
+
+    size: int
+    use: dict[str, Any]
+
+
+def _preprocessing(path: Path, cfg: dict[str, Any]) -> _Preprocessing:
+    """Returns timm's own reading of a pretrained_cfg, its defaults included."""
+    from timm.data.config import resolve_data_config
+
+    found = resolve_data_config(pretrained_cfg=cfg)
+    channels, *sides = found["input_size"]
+    if channels != 3:
+        raise UserError(f"{path}: input_size is {list(found['input_size'])}: images here have 3 channels")
+    if found["crop_mode"] not in _TRANSFORMS:
+        raise UserError(f"{path}: crop_mode is {found['crop_mode']!r}, expected one of {', '.join(_TRANSFORMS)}")
+    use = {
+        "eval_transform": _TRANSFORMS[found["crop_mode"]],
+        "eval_crop": float(found["crop_pct"]),
+        "interpolation": str(found["interpolation"]),
+        "mean": per_channel(found["mean"]),
+        "std": per_channel(found["std"]),
+    }
+    return _Preprocessing(square(sides, "input_size", path), use)
+
+
+def _tell_unknown_keys(path: Path, values: dict[str, Any], cfg: dict[str, Any]) -> None:
+    """A key that is not known may say something of the pixels or the function that is not done here."""
+    from timm.models import PretrainedCfg
+
+    of_images = {field.name for field in fields(PretrainedCfg)}
+    unknown = (
+        cfg.keys() - of_images - _TOP_KEYS if cfg is values else (cfg.keys() - of_images) | (values.keys() - _TOP_KEYS)
+    )
+    if unknown:
+        warn(f"{path}: {few(sorted(unknown))}: not known here, and not done")
 
 
 def _label_names(values: dict[str, Any], num_classes: int) -> tuple[str, ...]:
@@ -245,10 +296,9 @@ def _timm_values(weights: Weights) -> dict[str, Any]:
         "pretrained_cfg": {
             "input_size": [3, size, size],
             "fixed_input_size": vit,
-            "interpolation": weights.interpolation,
-            "crop_pct": weights.eval_crop,
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.5, 0.5, 0.5],
+            **_timm_transform(weights),
+            "mean": list(weights.mean),
+            "std": list(weights.std),
             "num_classes": weights.num_classes,
             **({"first_conv": first_conv, "classifier": "head"} if vit else {}),
         },
@@ -256,6 +306,24 @@ def _timm_values(weights: Weights) -> dict[str, Any]:
     if vit:
         values |= {"num_features": config.shape.width, "global_pool": values["model_args"]["global_pool"]}
     return values
+
+
+def _timm_transform(weights: Weights) -> dict[str, Any]:
+    """The keys of timm's evaluation transform, or of the one that is nearest to the weights' own, which is told."""
+    ours = weights.eval_transform
+    if crop_mode := {transform: mode for mode, transform in _TRANSFORMS.items()}.get(ours):
+        return {"interpolation": weights.interpolation, "crop_pct": weights.eval_crop, "crop_mode": crop_mode}
+    squashes = ours in ("vit", "fewshot", "transformers")
+    interpolation = {"vit": "bilinear", "fewshot": "bilinear", "big_vision": "box"}.get(ours, weights.interpolation)
+    warn(
+        f"{weights.source}: timm's transforms do not have eval_transform={ours}, by which these weights were evaluated "
+        f"and to which the tools here keep; written is the nearest, crop_mode={'squash' if squashes else 'center'}"
+    )
+    return {
+        "interpolation": interpolation,
+        "crop_pct": 1.0 if ours == "vit" else weights.eval_crop,
+        "crop_mode": "squash" if squashes else "center",
+    }
 
 
 def _architecture(config: ModelConfig) -> str:

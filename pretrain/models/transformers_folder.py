@@ -1,10 +1,12 @@
 """Folders of Hugging Face transformers' ViT: `ViTForImageClassification`, and `ViTModel` for weights without a head."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.config import DataConfig, ModelConfig, choices_of
+from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, ModelConfig, Normalisation, choices_of
 from pretrain.errors import UserError
 from pretrain.log import warn
 from pretrain.models.equivalent import (
@@ -16,68 +18,119 @@ from pretrain.models.equivalent import (
 from pretrain.models.tensors import (
     INTERPOLATIONS,
     OURS,
+    LazyTensor,
     Part,
     Weights,
+    few,
     kept_use,
-    read_safetensors,
+    per_channel,
     readable,
+    square,
     tensors_from,
     tensors_to,
     use_of,
     write_safetensors,
 )
+from pretrain.models.torch_files import tensors_in
 from pretrain.models.vit import NORM_EPS
 
 _GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+_LOSSES = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}  # by problem_type
+_SQUASH, _SHORTEST = "transformers", "transformers_shortest"  # eval_transform of what its processors do
+# What a file of DeiT's processor need not say, since these are its defaults.
+_OF_DEIT = {"size": 256, "do_center_crop": True, "crop_size": 224, "resample": INTERPOLATIONS["bicubic"]}
+# Keys that are read, or that change neither the pixels nor the function; any other is told.
+_PROCESSOR_KEYS = set(
+    "do_resize size default_to_square resample do_center_crop crop_size do_rescale rescale_factor do_normalize "
+    "image_mean image_std image_processor_type feature_extractor_type processor_class do_convert_rgb data_format "
+    "input_data_format return_tensors device disable_grouping _valid_processor_keys _processor_class".split()
+)
+_CONFIG_KEYS = {OURS} | set(
+    "architectures model_type hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+    "image_size patch_size num_channels qkv_bias layer_norm_eps pooler_act pooler_output_size encoder_stride "
+    "hidden_dropout_prob attention_probs_dropout_prob initializer_range id2label label2id num_labels problem_type "
+    "dtype torch_dtype transformers_version _name_or_path _attn_implementation _attn_implementation_autoset "
+    "return_dict finetuning_task output_attentions output_hidden_states torchscript use_bfloat16 use_cache "
+    "gradient_checkpointing chunk_size_feed_forward is_encoder_decoder is_decoder tie_word_embeddings "
+    "task_specific_params".split()
+)
 _RESIZED_BY = choices_of(DataConfig, "interpolation")  # what both sides know
 
 
-def read_transformers_folder(path: Path) -> Weights:
-    """Returns the weights of a ViT saved by transformers. Raises UserError when it is another model, or incomplete."""
+def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
+    """Returns the weights of a ViT saved by transformers. Raises UserError when it is another model, or incomplete.
+
+    file: of its tensors, where it is not one of the usual names.
+    """
     with readable(path / "config.json"):
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if values.get("hidden_act") not in _GELU:
-            raise UserError(f"{path}/config.json: hidden_act is {values.get('hidden_act')!r}, expected GELU")
-        if not values.get("qkv_bias", True):
-            raise UserError(f"{path}/config.json: qkv_bias is false: our attention has biases")
-        if values.get("layer_norm_eps", 1e-12) != NORM_EPS:
-            warn(
-                f"{path}: layer_norm_eps {values.get('layer_norm_eps', 1e-12)} becomes {NORM_EPS}, which Google's own "
-                "weights were trained with; logits move by some 1e-5"
-            )
-        classifies = "ViTForImageClassification" in values["architectures"]
-        num_classes = len(values.get("id2label", {0: "", 1: ""})) if classifies else 0
-    files = [name for name in ("model.safetensors", "model.safetensors.index.json") if (path / name).exists()]
-    if not files:
-        raise UserError(f"{path}: has no model.safetensors; a .bin is a pickle, which may execute code: save it anew")
-    theirs = read_safetensors(path / files[0])
-    prefix = "vit." if classifies else ""
+        _check_function(values, path)
+    theirs = tensors_in(path, file)
+    prefix = "vit." if any(name.startswith("vit.") for name in theirs) else ""
     with readable(path / "config.json"):
-        pooler = f"{prefix}pooler.dense.weight"
-        pooled = not classifies and pooler in theirs  # ViTForImageClassification has no pooler: there it is unknown
-        if pooled and len(theirs[pooler].shape) != 2:
-            raise UserError(f"{path}: {pooler} has shape {theirs[pooler].shape}, expected 2 axes")
-        if pooled and values.get("pooler_act", "tanh") != "tanh":
-            raise UserError(f"{path}/config.json: pooler_act is {values['pooler_act']!r}, ours is tanh")
-        config = named_architecture(
-            *(values[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")),
-            image_size=values["image_size"],
-            patch_size=values["patch_size"],
-            gelu=_GELU[values["hidden_act"]],
-            representation_size=theirs[pooler].shape[0] if pooled else None,
-        )
-        if problems := list(config.problems()):
-            raise UserError(f"{path}/config.json: {'; '.join(problems)}")
-        labels = {int(number): str(name) for number, name in (values.get("id2label") or {}).items()}
-    names = tuple(labels.get(number, str(number)) for number in range(num_classes))
-    if names == tuple(f"LABEL_{number}" for number in range(num_classes)):
-        names = ()
-    tensors = tensors_from(theirs, _keys(config, num_classes), tensor_shapes(config, num_classes), path)
+        num_classes, names = _classes(values, theirs)
+        config = _architecture(values, theirs, prefix, path)
+    keys = _keys(config, num_classes, prefix)
+    tensors = tensors_from(theirs, keys, tensor_shapes(config, num_classes), path)
     with readable(path / "preprocessor_config.json"):
         use, mean, std = _preprocessing(path / "preprocessor_config.json", config.image_size)
     with readable(path / "config.json"):  # a run's own transform, which the processor could not say, came along
-        use |= use_of(values.get(OURS, {}), path / "config.json")
-    return for_minus_one_to_one(Weights(path, config, tensors, num_classes, names, **use), mean, std)
+        use |= {key: v for key, v in use_of(values.get(OURS, {}), path / "config.json").items() if v is not None}
+        if (problem_type := values.get("problem_type")) is not None:  # of a later training than ours, perhaps
+            if problem_type not in _LOSSES:
+                raise UserError(
+                    f"{path}/config.json: problem_type is {problem_type!r}: no classes, so no probabilities"
+                )
+            use["loss"] = _LOSSES[problem_type]
+    own = Normalisation(use.get("mean", MINUS_ONE_TO_ONE.mean), use.get("std", MINUS_ONE_TO_ONE.std))
+    weights = replace(Weights(path, config, tensors, num_classes, names, **use), mean=mean, std=std)
+    return replace(weights, **own._asdict()) if own.is_near(Normalisation(mean, std)) else for_minus_one_to_one(weights)
+
+
+def _check_function(values: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a setting that is another function than ours; tells what is not known."""
+    if values.get("hidden_act") not in _GELU:
+        raise UserError(f"{path}/config.json: hidden_act is {values.get('hidden_act')!r}, expected GELU")
+    if not values.get("qkv_bias", True):
+        raise UserError(f"{path}/config.json: qkv_bias is false: our attention has biases")
+    if values.get("layer_norm_eps", 1e-12) != NORM_EPS:
+        warn(
+            f"{path}: layer_norm_eps {values.get('layer_norm_eps', 1e-12)} becomes {NORM_EPS}, which Google's own "
+            "weights were trained with; logits move by some 1e-5"
+        )
+    if unknown := sorted(values.keys() - _CONFIG_KEYS):
+        warn(f"{path}/config.json: {few(unknown)}: not known here, and not done")
+
+
+def _classes(values: dict[str, Any], theirs: Mapping[str, LazyTensor]) -> tuple[int, tuple[str, ...]]:
+    """Returns the number of classes, 0 without a head, and their names."""
+    kinds = values.get("architectures") or ()
+    if "ViTForImageClassification" not in kinds and (kinds or "classifier.weight" not in theirs):
+        return 0, ()
+    labels = {int(number): str(name) for number, name in (values.get("id2label") or {}).items()}
+    num_classes = len(labels) or int(values.get("num_labels", 2))
+    names = tuple(labels.get(number, str(number)) for number in range(num_classes)) if labels else ()
+    is_named = names != tuple(f"LABEL_{number}" for number in range(num_classes))
+    return num_classes, names if is_named else ()
+
+
+def _architecture(values: dict[str, Any], theirs: Mapping[str, LazyTensor], prefix: str, path: Path) -> ModelConfig:
+    pooler = f"{prefix}pooler.dense.weight"
+    pooled = not prefix and pooler in theirs  # ViTForImageClassification has no pooler: there it is unknown
+    if pooled and len(theirs[pooler].shape) != 2:
+        raise UserError(f"{path}: {pooler} has shape {theirs[pooler].shape}, expected 2 axes")
+    if pooled and values.get("pooler_act", "tanh") != "tanh":
+        raise UserError(f"{path}/config.json: pooler_act is {values['pooler_act']!r}, ours is tanh")
+    config = named_architecture(
+        *(values[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")),
+        image_size=square(values["image_size"], "image_size", path / "config.json"),
+        patch_size=square(values["patch_size"], "patch_size", path / "config.json"),
+        gelu=_GELU[values["hidden_act"]],
+        representation_size=theirs[pooler].shape[0] if pooled else None,
+    )
+    if problems := list(config.problems()):
+        raise UserError(f"{path}/config.json: {'; '.join(problems)}")
+    return config
 
 
 class _Preprocessing(NamedTuple):
@@ -90,41 +143,51 @@ class _Preprocessing(NamedTuple):
 
 def _preprocessing(path: Path, image_size: int) -> _Preprocessing:
     values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if unknown := sorted(values.keys() - _PROCESSOR_KEYS):
+        warn(f"{path}: {few(unknown)}: not known here, and not done")
+    if "DeiT" in str(values.get("image_processor_type") or values.get("feature_extractor_type")):
+        values = _OF_DEIT | values
     numbers = {INTERPOLATIONS[name]: name for name in _RESIZED_BY}
     resample = values.get("resample", INTERPOLATIONS["bilinear"])
     if resample not in numbers:
         expected = ", ".join(f"{number} ({name})" for number, name in numbers.items())
         raise UserError(f"{path}: resample is {resample}, expected one of {expected}")
-    mean, std = [0.0] * 3, [1.0] * 3
+    mean, std = (0.0,) * 3, (1.0,) * 3
     if values.get("do_normalize", True):
-        mean, std = values.get("image_mean", [0.5] * 3), values.get("image_std", [0.5] * 3)
+        mean, std = per_channel(values.get("image_mean", 0.5)), per_channel(values.get("image_std", 0.5))
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f"{path}: image_mean is {mean} and image_std {std}, expected three numbers, deviations above 0")
+        raise UserError(
+            f"{path}: image_mean is {list(mean)} and image_std {list(std)}, expected three numbers, deviations above 0"
+        )
     scale = 255 * values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 255
-    use = {"eval_transform": "transformers", "interpolation": numbers[resample]}
     return _Preprocessing(
-        use | {"eval_crop": _crop(values, path, image_size)},
+        _resizing(values, path, image_size) | {"interpolation": numbers[resample]},
         tuple(value / scale for value in mean),
         tuple(value / scale for value in std),
     )
 
 
-def _crop(values: dict[str, Any], path: Path, image_size: int) -> float:
-    """Returns the side of the central crop, of DeiT's processor, as a share of the side that images are squashed to."""
-
-    def side(name: str) -> Any:
-        size = values.get(name, image_size)
-        square = isinstance(size, dict) and size.get("height") == size.get("width")
-        return size["height"] if square and "height" in size else size
-
-    resized, kept = side("size"), side("crop_size") if values.get("do_center_crop") else side("size")
-    if kept == image_size and isinstance(resized, int) and resized >= kept and values.get("do_resize", True):
-        return kept / resized
+def _resizing(values: dict[str, Any], path: Path, image_size: int) -> dict[str, Any]:
+    """Returns eval_transform and eval_crop: images are squashed, or their shorter sides resized, then cropped."""
+    size, why = values.get("size", image_size), "not known here"
+    shortest = size.get("shortest_edge") if isinstance(size, dict) and set(size) == {"shortest_edge"} else None
+    if isinstance(size, int) and not values.get("default_to_square", True):
+        shortest = size
+    try:
+        resized = square(size if shortest is None else shortest, "size", path)
+        kept = square(values.get("crop_size", image_size), "crop_size", path)
+    except UserError as error:
+        resized, kept, why = 0, 0, str(error).removeprefix(f"{path}: ")
+    crops = values.get("do_center_crop", False)
+    if kept == image_size and (crops or resized == kept) and resized >= kept and values.get("do_resize", True):
+        if shortest is not None and not crops:
+            warn(f"{path}: size {size} without do_center_crop is not square; evaluation crops the central square")
+        return {"eval_transform": _SQUASH if shortest is None else _SHORTEST, "eval_crop": kept / resized}
     found = ", ".join(
         f"{key} {values[key]}" for key in ("do_resize", "size", "do_center_crop", "crop_size") if key in values
     )
-    warn(f"{path}: {found}: not known here; evaluation squashes images to the model's {image_size} pixels")
-    return 1.0
+    warn(f"{path}: {found}: {why}; evaluation squashes images to the model's {image_size} pixels")
+    return {"eval_transform": _SQUASH, "eval_crop": 1.0}
 
 
 def write_transformers_folder(weights: Weights, out: Path) -> None:
@@ -133,13 +196,14 @@ def write_transformers_folder(weights: Weights, out: Path) -> None:
     Raises UserError, with the reason, when its ViT is another function.
     """
     weights = for_transformers(weights)
-    if weights.eval_transform != "transformers":
+    if weights.eval_transform not in (_SQUASH, _SHORTEST):
         warn(
-            f"{weights.source}: transformers' processor squashes images to a square, antialiased; these weights were "
-            f"evaluated by eval_transform={weights.eval_transform}, to which the tools here keep"
+            f"{weights.source}: transformers' processors do not have eval_transform={weights.eval_transform}, by which "
+            "these weights were evaluated, and to which the tools here keep; written is the nearest"
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_safetensors(out / "model.safetensors", tensors_to(weights.tensors, _keys(weights.model, weights.num_classes)))
+    keys = _keys(weights.model, weights.num_classes, "vit." if weights.num_classes else "")
+    write_safetensors(out / "model.safetensors", tensors_to(weights.tensors, keys))
     for name, values in (("config", _values(weights)), ("preprocessor_config", _preprocessor(weights))):
         (out / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -186,32 +250,33 @@ def _values(weights: Weights) -> dict[str, Any]:
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
         "dtype": "float32",
+        **({"problem_type": {of: name for name, of in _LOSSES.items()}[weights.loss]} if weights.loss else {}),
         OURS: kept_use(weights),  # transformers keeps keys that it does not know
     }
 
 
 def _preprocessor(weights: Weights) -> dict[str, Any]:
-    size = resized = weights.model.image_size
-    if weights.eval_transform == "transformers":
-        resized = round(size / weights.eval_crop)
+    size, squashes = weights.model.image_size, weights.eval_transform in (_SQUASH, "vit", "fewshot")
+    resized = size if weights.eval_transform == "vit" else round(size / weights.eval_crop)
     crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
+    kind = "DeiTImageProcessor" if squashes else "BitImageProcessor"  # which resizes the shorter side
     return {
-        "image_processor_type": "ViTImageProcessor" if resized == size else "DeiTImageProcessor",
+        "image_processor_type": "ViTImageProcessor" if squashes and resized == size else kind,
         "do_resize": True,
-        "size": {"height": resized, "width": resized},
-        **(crop if resized != size else {}),
+        "size": {"height": resized, "width": resized} if squashes else {"shortest_edge": resized},
+        **(crop if resized != size or not squashes else {}),
         "resample": INTERPOLATIONS[weights.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": list(weights.mean),
+        "image_std": list(weights.std),
     }
 
 
-def _keys(config: ModelConfig, num_classes: int) -> dict[str, list[Part]]:
+def _keys(config: ModelConfig, num_classes: int, prefix: str) -> dict[str, list[Part]]:
     """Returns, for each of our tensors, those of transformers, under the names that it saves (not those in memory)."""
-    shapes, prefix = tensor_shapes(config, num_classes), "vit." if num_classes else ""
+    shapes = tensor_shapes(config, num_classes)
     whole = {
         "cls_token": f"{prefix}embeddings.cls_token",
         "pos_embed": f"{prefix}embeddings.position_embeddings",

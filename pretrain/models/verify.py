@@ -17,16 +17,17 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.config import load_config
+from pretrain.config import MINUS_ONE_TO_ONE, Normalisation, load_config
 from pretrain.errors import UserError
 from pretrain.models.deepspeed_pickles import read_deepspeed
-from pretrain.models.equivalent import resized, tensor_shapes, without
+from pretrain.models.equivalent import part_names, resized, tensor_shapes, without
 from pretrain.models.tensors import Weights, check_keys
 from pretrain.models.weights import model_of, read_weights
 
 MAX_RATIO = 1e-5  # of the largest value: float32 rounding gives 1e-7 to 3e-6
 HYBRID_MAX_RATIO = 1e-4  # a trunk's float32 outputs are 1e-5 from its float64 ones already (R26+S, nearly initial)
 _ROOT = Path(__file__).resolve().parents[2]
+_IN_MINUS_ONE_TO_ONE = ("npz", "onnx")  # targets that take images in [-1, 1], whatever the weights' own are
 _LARGE = 100_000_000  # parameters from which on one image must do
 
 
@@ -48,7 +49,7 @@ class Source:
             weights = read_deepspeed(path, load_config(self.config))
             weights = weights if self.image_size is None else resized(weights, self.image_size)
         for part in self.without:
-            if not any(name.partition(".")[0] == part for name in weights.tensors):
+            if not part_names(weights, part):
                 raise UserError(f"{weights.source}: has no {part} to leave out")
         if set(self.without) == {"pre_logits"} and weights.num_classes:
             raise UserError(
@@ -90,7 +91,7 @@ class Comparison(NamedTuple):
 
 
 def compare(source: Source, weights: Weights, target: str, out: Path, work: Path) -> Comparison:
-    """Returns how far a target's own code is from the source's model on random images in [-1, 1].
+    """Returns how far a target's own code is from the source's model on random images, normalised as each expects it.
 
     target: "pretrain", "npz", "timm", "transformers" or "onnx", whose files are at `out`; work: a folder for the
     outputs. Raises UserError when the memory does not suffice, RuntimeError when the target's code fails.
@@ -98,11 +99,12 @@ def compare(source: Source, weights: Weights, target: str, out: Path, work: Path
     size = weights.model.image_size
     num_values = sum(torch.Size(tensor.shape).numel() for tensor in weights.tensors.values())
     images = torch.rand(1 if num_values > _LARGE else 4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    save_file({"images": images * 2 - 1}, work / "images.safetensors")
+    _write_images(images, weights.normalisation, work)
     ours = _run("ours", _OURS, json.dumps(asdict(source)), work)
     argument = str(out)
     if target in ("pretrain", "npz"):
         argument = json.dumps(asdict(Source(str(out), size if target == "npz" else None)))
+    _write_images(images, MINUS_ONE_TO_ONE if target in _IN_MINUS_ONE_TO_ONE else weights.normalisation, work)
     theirs = _run("theirs", _PROGRAMS[target], argument, work)
     outputs, others = load_file(work / "ours.safetensors"), load_file(work / "theirs.safetensors")
     differences = []
@@ -111,6 +113,13 @@ def compare(source: Source, weights: Weights, target: str, out: Path, work: Path
         differences.append(Difference(name, largest_difference, largest_difference / max(largest, 1e-30)))
     max_ratio = MAX_RATIO if weights.model.trunk_units is None else HYBRID_MAX_RATIO
     return Comparison(differences, max_ratio, {"ours": ours, target: theirs})
+
+
+def _write_images(pixels: torch.Tensor, normalisation: Normalisation, work: Path) -> None:
+    """Writes pixels [B, 3, H, W] in [0, 1] as a side's model takes them."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation)
+    images = pixels * 2 - 1 if normalisation == MINUS_ONE_TO_ONE else (pixels - mean) / std
+    save_file({"images": images}, work / "images.safetensors")
 
 
 def check_installed(target: str) -> None:

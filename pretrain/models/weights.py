@@ -11,24 +11,29 @@ from torch import nn
 
 from pretrain.checkpoint.find import newest_valid, validate
 from pretrain.checkpoint.read import CheckpointReader, read_state
-from pretrain.config import Config, ModelConfig, config_from_dict
+from pretrain.config import Config, DataConfig, ModelConfig, config_from_dict
 from pretrain.errors import UserError
 from pretrain.models.build import build_model
-from pretrain.models.equivalent import own_tensors, resized
+from pretrain.models.equivalent import classifier_names, own_tensors, resized
 from pretrain.models.google import read_google
 from pretrain.models.tensors import LazyTensor, Weights, check_keys, finite, readable
+from pretrain.models.timm_checkpoint import read_timm_checkpoint
 from pretrain.models.timm_folder import read_timm_folder
+from pretrain.models.torch_files import is_torch_file
 from pretrain.models.transformers_folder import read_transformers_folder
 from pretrain.storage import sha256
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
+_PICKLES = (".pkl", ".pickle", ".tar")
+_OF_WEIGHTS = r"config\.json$|\.safetensors|\.bin$|\.pth"  # names of files in a folder
 
 
 def load_model(path: Path | str, image_size: int | None = None) -> nn.Module:
-    """Returns the model of a run, a checkpoint, a folder of ours, timm's or transformers', or a Google .npz.
+    """Returns the model of a run, a checkpoint, a folder of ours, timm's or transformers', a Google .npz, or a .pth.
 
-    It is float32 and in evaluation mode, takes images [B, 3, H, W] in [-1, 1] and returns logits [B, classes], or the
-    head's input where there is no head. image_size: pixels, when not the trained ones; learned positions are resized.
+    It is float32 and in evaluation mode, takes images [B, 3, H, W] and returns logits [B, classes], or the head's input
+    where there is no head. Its images are (x - mean) / std of pixels x in [0, 1], with mean and std of
+    `read_weights(path)`: in [-1, 1], but for timm: models and hybrids of other ones, and runs that set data.mean.
+    image_size: pixels, when not the trained ones; learned positions are resized.
     Raises UserError when the weights are missing, damaged or do not fit.
     """
     return model_of(read_weights(Path(path), image_size))
@@ -48,11 +53,11 @@ def read_weights(path: Path, image_size: int | None = None) -> Weights:
 
 
 def _read(path: Path, image_size: int | None) -> Weights:
+    if is_torch_file(path):
+        beside = (path.parent / "config.json").is_file()
+        return _read_folder(path.parent, path) if beside else read_timm_checkpoint(path)
     if (path / "config.json").is_file():
-        with readable(path / "config.json"):
-            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        is_transformers = isinstance(values, dict) and values.get("model_type") == "vit"
-        return read_transformers_folder(path) if is_transformers else read_timm_folder(path)
+        return _read_folder(path)
     if (path / "checkpoints").is_dir():
         checkpoint = newest_valid(path / "checkpoints")
         if checkpoint is None:
@@ -66,8 +71,16 @@ def _read(path: Path, image_size: int | None) -> Weights:
     raise UserError(f"{path}: {_why_not(path)}")
 
 
+def _read_folder(path: Path, file: Path | None = None) -> Weights:
+    """Of transformers, timm or ours, by its config.json."""
+    with readable(path / "config.json"):
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    is_transformers = isinstance(values, dict) and values.get("model_type") == "vit"
+    return read_transformers_folder(path, file) if is_transformers else read_timm_folder(path, file)
+
+
 def _why_not(path: Path) -> str:
-    expected = "expected a run, a checkpoint step-N, a folder with config.json, or Google's .npz"
+    expected = "expected a run, a checkpoint step-N, a folder with config.json, Google's .npz or PyTorch's .pth"
     if not path.exists():
         return f"not found; {expected}"
     if path.suffix in _PICKLES:
@@ -99,7 +112,7 @@ def weights_sha256(source: Path) -> str:
         if (source / "MANIFEST.json").is_file():
             files = [source / "MANIFEST.json"]
         elif source.is_dir():
-            files = sorted(path for path in source.iterdir() if re.search(r"config\.json$|\.safetensors", path.name))
+            files = sorted(path for path in source.iterdir() if re.search(_OF_WEIGHTS, path.name))
         else:
             files = [source]
         for path in files:
@@ -107,8 +120,14 @@ def weights_sha256(source: Path) -> str:
     return total.hexdigest()
 
 
-def check_same_function(weights: Weights, config: ModelConfig) -> None:
+def check_same_function(weights: Weights, config: ModelConfig, data: DataConfig) -> None:
     """Raises UserError when tensors that fit would be read as another function: the settings that no shape shows."""
+    if not weights.normalisation.is_near(data.normalisation):
+        was, now = (
+            f"data.mean={list(mean)} data.std={list(std)}".replace(", ", ",")
+            for mean, std in (weights.normalisation, data.normalisation)
+        )
+        raise UserError(f"{weights.source}: was trained on images of {was}, not of {now}; set them as they were")
     if weights.model.timm_name is not None or config.timm_name is not None:
         return
     settings = ("pooling", "positions", "positions_at", "gelu")
@@ -139,13 +158,6 @@ def load_tensors(model: nn.Module, weights: Weights, *, new_head: bool = False) 
             tensor.copy_(given[name].read())
 
 
-def classifier_names(model: nn.Module) -> set[str]:
-    """Returns the names of the head's tensors."""
-    names = getattr(model, "default_cfg", {}).get("classifier", "head")  # timm names it per model
-    prefixes = (names,) if isinstance(names, str) else tuple(names)
-    return {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in prefixes}
-
-
 def _read_checkpoint(path: Path) -> Weights:
     config = checkpoint_config(path)
     with readable(path):
@@ -165,6 +177,8 @@ def _read_checkpoint(path: Path) -> Weights:
             eval_crop=config.data.eval_crop,
             interpolation=config.data.interpolation,
             loss=config.loss,
+            mean=config.data.normalisation.mean,
+            std=config.data.normalisation.std,
         )
 
 

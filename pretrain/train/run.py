@@ -83,7 +83,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         )
     if from_scratch and config.init_from is not None:
         weights = read_weights(config.init_from, config.model.image_size)
-        check_same_function(weights, config.model)
+        check_same_function(weights, config.model, config.data)
         if not config.init_new_head:
             _refuse_other_classes(weights, data.train)
         load_tensors(model, weights, new_head=config.init_new_head)

@@ -1,0 +1,131 @@
+"""PyTorch's own files of tensors (.pth, .pth.tar, .pt, .ckpt, .bin), of which nothing is executed, and names in them.
+
+A training script saves more than tensors: its optimizer is left aside, its arguments are handed on as plain values.
+"""
+
+import argparse
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pretrain.errors import UserError
+from pretrain.log import warn
+from pretrain.models.tensors import LazyTensor, few, finite, read_safetensors, readable
+
+ENDINGS = (".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
+# Where training scripts keep a model's tensors, averages first: they are what such a run is meant to end with.
+_STATES = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "ema.")  # of DDP, torch.compile, Lightning, averages
+
+
+class Saved(NamedTuple):
+    """What a file of PyTorch's holds."""
+
+    tensors: dict[str, LazyTensor]
+    arch: str | None  # the architecture's name, where the training script wrote it
+    arguments: dict[str, Any]  # of the training script
+
+
+def is_torch_file(path: Path) -> bool:
+    """Returns whether a path names a file that PyTorch writes."""
+    return path.name.endswith(ENDINGS) and path.is_file()
+
+
+def read_torch(path: Path) -> Saved:
+    """Returns the tensors of a file that torch.save wrote, and what it says of them.
+
+    Only tensors and plain values are read (weights_only): the file cannot execute anything. Raises UserError for one
+    that needs more, or holds no tensors.
+    """
+    with readable(path):
+        values = _load(path)
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: holds a {type(values).__name__}, expected the tensors of a model by name")
+    found = [key for key in _STATES if isinstance(values.get(key), Mapping)]
+    state = values[found[0]] if found else values
+    if len(found) > 1:
+        warn(f"{path}: {found[0]} is read; {few(found[1:])} beside it is not")
+    tensors = {
+        str(name): LazyTensor(tuple(tensor.shape), partial(_read, tensor, str(name), path))
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors of a model; its keys are {few(sorted(map(str, values)))}")
+    arguments, arch = values.get("args"), values.get("arch")
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
+    return Saved(plainly_named(tensors, path), arch if isinstance(arch, str) else None, arguments)
+
+
+def tensors_in(folder: Path, file: Path | None = None) -> dict[str, LazyTensor]:
+    """Returns the tensors of a folder of config.json: of safetensors, else of a file of PyTorch's; or those of `file`.
+
+    Raises UserError when there are none.
+    """
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model.pth", "model.pth.tar")
+    files = [file] if file else [folder / name for name in names if (folder / name).is_file()]
+    if not files:
+        raise UserError(f"{folder}: has no model.safetensors, nor {', '.join(names[2:])}")
+    if files[0].name.endswith(ENDINGS):
+        return read_torch(files[0]).tensors
+    return plainly_named(read_safetensors(files[0]), files[0])
+
+
+def _load(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)  # since PyTorch 1.6: tensors are read when asked for
+    try:
+        # timm's arguments stand in a Namespace, a bag of values.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # of pickles that it goes on to refuse
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError:
+        told = "is damaged, or a pickle of more than tensors and plain values"
+        if mapped and (needs := _unsafe(path)):
+            told = f"needs {few(needs)} to be read"
+        raise UserError(
+            f"{path}: {told}, which may execute code: save its tensors alone, with torch.save(model.state_dict(), ...) "
+            "or as safetensors"
+        ) from None
+
+
+def _unsafe(path: Path) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:  # whatever a damaged pickle raises: there is an error to tell already
+        return []
+
+
+def _read(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
+    with readable(path):
+        return finite(tensor.detach().float().clone(), name, path)
+
+
+def plainly_named(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+    """Returns tensors without the prefixes that tools leave in the names of all of them; what was done is told.
+
+    Of averages under "ema." beside the weights the averages are returned.
+    """
+    averages, _ = _stripped({name: tensor for name, tensor in tensors.items() if name.startswith("ema.")})
+    beside, _ = _stripped({name: tensor for name, tensor in tensors.items() if not name.startswith("ema.")})
+    if averages and averages.keys() == beside.keys():
+        warn(f"{path}: the {len(averages)} tensors of ema. are read, not those beside them")
+        return averages
+    plain, taken = _stripped(tensors)
+    if taken:
+        warn(f"{path}: {taken} is taken off the names of its {len(tensors)} tensors")
+    return plain
+
+
+def _stripped(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], str]:
+    """The tensors without what is before all of their names, and what that was."""
+    taken = ""
+    while tensors and (prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)):
+        tensors, taken = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, taken + prefix
+    return tensors, taken
