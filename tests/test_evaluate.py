@@ -275,10 +275,10 @@ def test_real_needs_no_pass_of_its_own(
     seen: list[int] = []
     real_logits = subject.logits_of
 
-    def counted(model: nn.Module) -> Predict:
+    def counted(*arguments: Any) -> Predict:
         def predict(images: torch.Tensor) -> torch.Tensor:
             seen.append(len(images))
-            return real_logits(model)(images)
+            return real_logits(*arguments)(images)
 
         return predict
 
