@@ -32,7 +32,7 @@ from pretrain.report.runs import read_runs
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
 from pretrain.train.datasets import open_data
-from pretrain.train.run import build_engine, train
+from pretrain.train.run import _warn_of_young_averages, build_engine, train
 
 torch.set_num_threads(1)
 
@@ -265,3 +265,21 @@ def test_other_classes_are_refused_at_the_start(shards: Path, tmp_path: Path) ->
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="7 classes.* and .*8 classes.* must have the same classes"):
         open_data(with_features(shards, tmp_path, evaluation__fewshot_test=other))
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "told"),
+    [
+        (0.9999, 40, "kept, still hold 99.6% of the initial weights; 0.89125 would leave 1 %"),
+        (0.9999, 20_000, None),  # the paper's
+        (0.0, 5, None),
+    ],
+)
+def test_averages_that_are_the_initial_weights_are_told(
+    decay: float, steps: int, told: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are what is validated and kept: a run too short for its decay would be scored on where it began."""
+    config = tiny_config(tmp_path, tmp_path, optim__average_decay=decay, total_steps=steps)
+    _warn_of_young_averages(config)
+    said = "".join(capsys.readouterr())
+    assert (told in said and "optim.average_decay (0.9999): after 40 steps" in said) if told else not said

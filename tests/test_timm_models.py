@@ -17,15 +17,17 @@ from timm.data.transforms_factory import create_transform
 from timm.models import save_for_hf
 from tiny import make_shards, tiny_config
 from torch import nn
-from weights_on_disk import one_line, run_tool
+from weights_on_disk import in_memory, one_line, run_tool, save_run
 
-from pretrain.config import Config, DataConfig
+from pretrain.config import Config, DataConfig, ModelConfig
 from pretrain.data.images import decode, eval_image, to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.features import pre_logits
+from pretrain.models.build import build_model
+from pretrain.models.google import for_google
 from pretrain.models.weights import check_same_function, model_of, read_weights
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
@@ -244,6 +246,62 @@ def test_a_normalisation_that_is_none_is_refused(std: list[float], tmp_path: Pat
     """By the configuration; a wrong length by its schema, whose message has no key."""
     with pytest.raises(ConfigError, match="data.std" if len(std) == 3 else "length 2 does not match"):
         tiny_config(tmp_path, tmp_path, data__std=std)
+
+
+# --- conversion ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["pretrain", "timm", "transformers", "npz", "onnx"])
+def test_a_run_of_another_mean_is_converted(target: str, tmp_path: Path) -> None:
+    """The command with its proof: both sides see the same pixels. What is read back is the same function of them,
+    whether the mean went along, into the first convolution or into the graph.
+    """
+    if target in ("transformers", "onnx"):
+        pytest.importorskip({"onnx": "onnxruntime"}.get(target, target))
+    config = tiny_config(tmp_path, tmp_path, **{f"data__{key}": list(value) for key, value in IMAGENET.items()})
+    save_run(config, list("abc"))
+    out = tmp_path / ("out.npz" if target == "npz" else "out")
+    done = run_tool("convert", tmp_path / "tiny", out, "--to", target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    card = (out.with_suffix(".md") if target == "npz" else out / "README.md").read_text()
+    assert ("RGB in [-1, 1]" in card) == (target in ("npz", "onnx"))
+    if target == "onnx":
+        return
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    before, after = read_weights(tmp_path / "tiny"), read_weights(out)
+    assert (after.mean == IMAGENET["mean"]) == (target != "npz")
+    with torch.no_grad():
+        logits = [model_of(w)(to_float(pixels, torch.float32, w.normalisation)) for w in (before, after)]
+    assert_alike(logits[1], logits[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "head"), [("test_convnext3", "head.fc"), ("test_resnet", "fc")])
+@pytest.mark.parametrize("target", ["pretrain", "timm"])
+def test_timms_models_are_converted_with_and_without_their_heads(
+    target: str, name: str, head: str, tmp_path: Path
+) -> None:
+    """The head by timm's name for it, and no more of the model: a norm before it stays."""
+    model = random_timm(name, num_classes=7)
+    timm_folder(model, tmp_path / "t", **IMAGENET)
+    for number, options in enumerate(([], ["--without", "head"])):
+        done = run_tool("convert", tmp_path / "t", tmp_path / f"out{number}", "--to", target, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for found, expected in zip(by_us(tmp_path / "out0", [noise(0)]), by_timm(model, [noise(0)])):
+        assert_alike(found, expected)
+    assert_alike(by_us(tmp_path / "out1", [noise(0)])[0], by_timm(model, [noise(0)])[0])
+    whole, without = (read_weights(tmp_path / f"out{number}") for number in (0, 1))
+    assert whole.tensors.keys() - without.tensors.keys() == {f"{head}.weight", f"{head}.bias"}
+
+
+def test_google_has_no_place_for_the_mean_of_a_hybrid(tmp_path: Path) -> None:
+    """Its first convolution is standardised: refused with the reason."""
+    config = ModelConfig(name="R+Ti", patch_size=32, image_size=64)
+    weights = in_memory(build_model(config, 3), config, **cast(Any, IMAGENET))
+    with pytest.raises(UserError, match="the target has them in .-1, 1., and only a patch convolution") as caught:
+        for_google(weights, "released")
+    one_line(caught.value)
 
 
 # --- whole models, real photos, the tools ----------------------------------------------------------------------------

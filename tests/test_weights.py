@@ -125,6 +125,40 @@ def test_timm_folders_load_in_a_fresh_process_with_the_same_logits(tmp_path: Pat
         assert facts[name] == {"crop_pct": 0.9, "interpolation": "bilinear", "mean": half, "std": half}
 
 
+@pytest.mark.parametrize(
+    ("transform", "crop_mode", "crop_pct", "interpolation"),
+    [
+        ("timm", "center", 0.9, "bicubic"),
+        ("timm_squash", "squash", 0.9, "bicubic"),
+        ("timm_border", "border", 0.9, "bicubic"),
+        ("vit", "squash", 1.0, "bilinear"),
+        ("fewshot", "squash", 0.9, "bilinear"),
+        ("transformers", "squash", 0.9, "bicubic"),
+        ("transformers_shortest", "center", 0.9, "bicubic"),
+        ("big_vision", "center", 0.9, "box"),
+    ],
+)
+def test_timm_is_told_the_nearest_transform(
+    transform: str,
+    crop_mode: str,
+    crop_pct: float,
+    interpolation: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A squash stays a squash: without the key timm crops, and names another class. Its own three without a word."""
+    model, config = random_model("token")
+    mean = (0.4, 0.5, 0.6)
+    write_timm_folder(in_memory(model, config, eval_transform=transform, eval_crop=0.9, mean=mean), tmp_path / "t")
+    cfg = json.loads((tmp_path / "t" / "config.json").read_text())["pretrained_cfg"]
+    assert (cfg["crop_mode"], cfg["crop_pct"], cfg["interpolation"]) == (crop_mode, crop_pct, interpolation)
+    assert (cfg["mean"], cfg["std"]) == ([0.4, 0.5, 0.6], [0.5, 0.5, 0.5])
+    told = capsys.readouterr().err
+    assert (f"do not have eval_transform={transform}" in told) == (not transform.startswith("timm"))
+    weights = read_weights(tmp_path / "t")
+    assert (weights.eval_transform, weights.eval_crop, weights.mean) == (transform, 0.9, mean)
+
+
 def test_a_plain_copy_of_hybrid_kernels_would_not_do(tmp_path: Path) -> None:
     """timm standardises kernels by another rule: copied as they are, its features differ by more than rounding."""
     model, config = random_model("R26+S")
