@@ -73,7 +73,7 @@ def _say(message: str, code: int) -> int:
 
 
 def _rank() -> int:
-    # Not by pretrain.distributed: it imports torch, and a wrong key is told at once.
+    # Not by pretrain.cluster.ranks: it imports torch, and a wrong key is told at once.
     return int(os.environ.get("RANK", 0))
 
 

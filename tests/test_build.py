@@ -424,3 +424,50 @@ def test_a_real_archive_is_written(test_data: Path, tmp_path: Path) -> None:
     assert (manifest.num_samples, manifest.num_classes, len(manifest.shards)) == (200, 100, 2)
     assert Counter(contents(manifest)) == Counter((item.read(), str(item.label).encode()) for item in found)
     assert list(verify(manifest)) == []
+
+
+def test_what_belongs_to_no_sample_is_skipped_by_index_and_reader(tmp_path: Path) -> None:
+    """A tar of a folder as people make it: entries of folders, `./`, hidden files, README, strangers."""
+    tar = tmp_path / "dataset.tar"
+    with tarfile.open(tar, "w") as file:
+        for name in (".", "./dataset", "./dataset/__MACOSX"):
+            folder = tarfile.TarInfo(name)
+            folder.type = tarfile.DIRTYPE
+            file.addfile(folder)
+        for number in range(3):
+            for name, data in (
+                (f"./dataset/{number}.jpg", image_bytes(number)),
+                (f"./dataset/._{number}.jpg", b"mac"),
+                (f"./dataset/{number}.cls", str(number).encode()),
+                (f"./dataset/{number}.json", b"{}"),
+                ("./dataset/.DS_Store", b"x"),
+                ("./dataset/README", b"x"),
+                (f"./dataset/notes{number}.txt", b"x"),
+                (f"./dataset/__MACOSX/{number}.jpg", b"x"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+    told: Counter[str] = Counter()
+    manifest = load_manifest(index_existing([tar], [], tmp_path / "set", passed_over=told))
+    assert contents(manifest) == [(image_bytes(number), str(number).encode()) for number in range(3)]
+    assert told == {"hidden and system files": 9, "files without an ending": 3, "files of no sample": 3}
+
+
+def test_members_out_of_order_say_so(tmp_path: Path) -> None:
+    """All images, then all labels: the cause is their order, not that a sample has no label."""
+    members = good_members()
+    tar = tar_file(tmp_path / "a.tar", members[::2] + members[1::2])
+    message = refusal(index_tar, tar)
+    assert "members of a sample must follow each other" in message and "tar --sort=name" in message
+
+
+def test_an_index_of_another_tool_is_not_overwritten(tmp_path: Path) -> None:
+    """NAME.idx of DALI lies beside NAME.tar."""
+    tar = tar_file(tmp_path / "a.tar", good_members())
+    (tmp_path / "a.idx").write_text("v1.2 6\n")
+    assert "a.idx: is in the way and no index of ours" in refusal(index_tar, tar)
+    assert (tmp_path / "a.idx").read_text() == "v1.2 6\n"
+    (tmp_path / "a.idx").unlink()
+    index_tar(tar)
+    index_tar(tar)  # ours is

@@ -41,6 +41,8 @@ def test_equal_lists_are_silent() -> None:
         (["a", "b"], ["a", "b", "c"], None, "val has 2 of the 3 classes of train: mapped by name"),
         (["x", CAFE[1]], ["x", CAFE[0]], None, "val has the 2 classes of train: mapped by name"),
         ([CAFE[1], "x"], ["x", CAFE[0]], (1, 0), "in another order"),
+        (["1", "3"], ["0", "1", "2", "3"], (1, 3), "val has 2 of the 4 classes of train, in another order"),
+        (["0", "1", "2"], ["0", "10", "2", "1"], (0, 3, 2), "in another order"),
     ],
 )
 def test_what_can_be_mapped_by_name_is_mapped_and_said(
@@ -54,6 +56,8 @@ def test_what_can_be_mapped_by_name_is_mapped_and_said(
 def test_what_cannot_be_compared_is_said_once() -> None:
     """One side without names; ids on one side and words on the other."""
     assert match([], ["a", "b"], 2) == (None, "val has no class names: labels are taken to mean the same")
+    with pytest.raises(UserError, match="of different kinds, and not as many"):
+        match(["tench", "dog"], ["n01440764", "n01443537", "n01484850"])
     assert match(["a", "b"], ["0", "1"]) == (None, "train has no class names: labels are taken to mean the same")
     told = match(["n01440764"], ["tench"]).told
     assert told and "('n01440764') and train ('tench') are of different kinds" in told

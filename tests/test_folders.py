@@ -16,12 +16,13 @@ from PIL import Image, PngImagePlugin, features
 
 from pretrain.data.images import decode
 from pretrain.data.manifest import load_manifest
-from pretrain.data.reader import MAX_IMAGE_BYTES, read_sample
+from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample, read_sample
 from pretrain.errors import UserError
 from pretrain.shards.build import build
 from pretrain.shards.class_list import ClassList, labels_of, read_class_list
 from pretrain.shards.counts import read_counts, table_of
 from pretrain.shards.make import Options, make_shards
+from pretrain.shards.pictures import read_picture
 from pretrain.shards.sources import Item, Told, folder_items
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,6 +265,8 @@ def test_what_folders_may_be_called() -> None:
     assert labels_of([decomposed], ClassList(("thé", composed)))[0] == [1]
     thousand = ClassList(tuple(f"class {n}" for n in range(1000)))
     assert labels_of(["n01440764", "n15075141"], thousand)[0] == [0, 999]
+    own = ClassList(thousand.names, tuple(f"n{n:08d}" for n in range(1000)), "names.json")
+    assert "'n01440764' is not one of the classes" in refusal(labels_of, ["n01440764"], own)  # the list has its own ids
     cranes = ClassList(("crane", "cat", "crane"), source="names.json")
     assert "'crane' stands several times in names.json (0, 2)" in refusal(labels_of, ["crane"], cranes)
 
@@ -275,10 +278,13 @@ def test_class_lists_are_read(tmp_path: Path) -> None:
         (["a", ["b", "bee"]], ("a", "b, bee"), ()),
         ({"names": ["a", "b"], "wnids": ["n1", "n2"]}, ("a", "b"), ("n1", "n2")),
         ({"0": ["n1", "a"], "1": ["n2", "b"]}, ("a", "b"), ("n1", "n2")),
+        ({"0": "tench", "1": "goldfish"}, ("tench", "goldfish"), ()),
     ):
         path.write_text(json.dumps(values))
         assert read_class_list(path)[:2] == (names, ids)
-    for values in ({"other": 1}, 7, {"names": "ab"}, {"names": ["a"], "wnids": ["n1", "n2"]}, [1], [["a", 2]]):
+    for values in ({"other": 1}, 7, {"names": "ab"}, {"names": ["a"], "wnids": ["n1", "n2"]}, [1], [["a", 2]]) + (
+        *({"names": {"0": "a"}}, {"names": ["a", "b"], "wnids": "xy"}, [[]], [""], ["\ud800"], []),
+    ):
         path.write_text(json.dumps(values))
         assert "expected a JSON list of names" in refusal(read_class_list, path)
 
@@ -347,3 +353,64 @@ def test_images_in_memory_are_untouched() -> None:
     file = io.BytesIO()
     Image.fromarray(pixels()).save(file, "png")
     assert decode(file.getvalue()).numpy().tobytes() == as_stored()
+
+
+def test_damaged_pictures_of_other_formats_cost_themselves(tmp_path: Path) -> None:
+    """Pillow raises many types on cut files; wherever a GIF or a TIFF ends, it is left out, and nothing else is."""
+    for ending in ("gif", "tiff"):
+        whole = picture(tmp_path / f"a.{ending}").read_bytes()
+        path = tmp_path / f"cut.{ending}"
+        for size in range(0, len(whole), 7):
+            path.write_bytes(whole[:size])
+            try:
+                read_picture(path, Counter())
+            except BadSample:
+                continue
+
+
+def test_values_that_would_be_clipped_are_refused(tmp_path: Path) -> None:
+    """16-bit TIFF keeps its values; 32-bit and float ones, whose range is not known, are named, never made white."""
+    ramp = np.linspace(0, 65535, 600).reshape(20, 30)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "a.tiff")
+    found = decode(read_picture(tmp_path / "a.tiff", Counter()))
+    assert np.array_equal(found[0].numpy(), ramp.astype(np.uint16) >> 8)
+    for values in (ramp.astype(np.int32), ramp.astype(np.float32)):
+        Image.fromarray(values).save(tmp_path / "b.tiff")
+        with pytest.raises(BadSample, match="whose range is not known"):
+            read_picture(tmp_path / "b.tiff", Counter())
+
+
+def test_a_phones_jpeg_with_a_second_picture_is_kept(tmp_path: Path) -> None:
+    """MPO: its bytes stay, for every JPEG decoder takes the first picture."""
+    first, second = Image.fromarray(pixels(0)), Image.fromarray(pixels(1))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    assert read_picture(tmp_path / "a.jpg", Counter()) == (tmp_path / "a.jpg").read_bytes()
+
+
+def test_an_out_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    """Inside the source, where it would become a class; a file; below a file."""
+    root = tmp_path / "photos"
+    path = picture(root / "cat" / "1.png")
+    assert "would become a class of it" in refusal(make_shards, [root], None, root / "out", Options())
+    for out in (path, path / "out"):
+        items = [Item(bytes, "png", 0, "")]
+        assert "cannot be made a folder" in refusal(build, items, [], out, samples_per_shard=1, seed=0)
+
+
+def test_archives_of_other_labels_are_refused(tmp_path: Path) -> None:
+    """-1 is not the last class; labels that are no whole numbers, no images, a cut file."""
+    blob = np.frombuffer(picture(tmp_path / "1.png").read_bytes(), np.uint8)
+    path = tmp_path / "a.npz"
+
+    def archive(label: Any) -> Path:
+        np.savez(path, blob=blob, offset=np.array([0, len(blob)]), label=label, classes=np.array(["a", "b"]))
+        return path
+
+    names = ClassList(("b", "a"), source="names.json")
+    for label in (-1, 5):
+        assert f"label {label} is not one of" in refusal(
+            make_shards, [archive([label])], names, tmp_path / "o", Options()
+        )
+    assert "expected whole numbers" in refusal(make_shards, [archive([0.9])], None, tmp_path / "o", Options())
+    path.write_bytes(archive([0]).read_bytes()[:200])
+    assert "not an archive of images" in refusal(make_shards, [path], None, tmp_path / "o", Options())

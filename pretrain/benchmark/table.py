@@ -31,7 +31,10 @@ _COLUMNS = [
 
 
 def model_row(cell: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Returns a cell's row, and whether something went wrong with it: then its `not_timed` says what."""
+    """Measures a cell in a process of its own; returns its row, and whether something went wrong with it.
+
+    Then its `not_timed` says what.
+    """
     try:
         cell_config(cell["model"], cell["image_size"], 8, cell["options"]["precision"])
     except UserError as error:  # patches do not divide the image: the other sizes of this model may be fine

@@ -104,6 +104,8 @@ def named_model(name: str) -> NamedModel | None:
 
 @dataclass
 class ModelConfig:
+    """What is trained."""
+
     name: str = MISSING  # Ti S M B L So400m H g G e 22B, a hybrid as R50+B, a name as B/16 or timm's, or timm:NAME
     image_size: int = 224  # height and width of the model's input, pixels
     patch_size: int = 16  # pixels of the input per side of a token; must divide image_size
@@ -162,6 +164,7 @@ class ModelConfig:
         return stride_of(self.trunk_units)
 
     def problems(self) -> Iterator[str]:
+        """Yields a sentence for each thing that is wrong with the section."""
         if self.timm_name is not None:
             own = ("name", "image_size", "num_classes", "dropout", "drop_path")
             for f in fields(self):

@@ -1,6 +1,6 @@
 """A config from a YAML file and `key=value` overrides, and back; every mistake is one line.
 
-omegaconf stays in this file and in the defaults of sections.py.
+omegaconf stays in this file and in the defaults of model.py and sections.py.
 """
 
 import re

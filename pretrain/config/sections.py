@@ -43,6 +43,8 @@ MINUS_ONE_TO_ONE = Normalisation()  # Google's: pixels in [-1, 1]
 
 @dataclass
 class DataConfig:
+    """What is trained on and how its images are seen."""
+
     train: Path = MISSING  # manifest.json of the training shards, or the folder that holds it
     val: Path | None = None  # manifest of validation shards; null: the held-out samples, if any
     held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
@@ -75,6 +77,7 @@ class DataConfig:
         return Normalisation(tuple(self.mean), tuple(self.std))
 
     def problems(self) -> Iterator[str]:
+        """Yields a sentence for each thing that is wrong with the section."""
         yield from self.normalisation.problems("data.")
         if self.val is not None and self.held_out:
             yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
@@ -96,6 +99,8 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
+    """Optimizer, learning rate, averages."""
+
     name: Literal["adamw", "sgd", "lion"] = "adamw"  # elementwise optimizers only: ZeRO flattens tensors
     lr: float = MISSING  # peak learning rate
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's two moments; Lion: of its update and of its momentum
@@ -117,6 +122,7 @@ class OptimConfig:
     average_decay: float = 0.0  # Polyak average = decay * average + (1 - decay) * weights each step; 0: none
 
     def problems(self) -> Iterator[str]:
+        """Yields a sentence for each thing that is wrong with the section."""
         yield from outside(self, "optim", lr=(0, 1e3), eps=(0, 1), weight_decay=(0, 1e3), clip_norm=(0, 1e9))
         yield from outside(self, "optim", warmup_steps=(0, 1 << 40), end_lr=(0, 1e3), timescale_steps=(1, 1 << 40))
         yield from outside(self, "optim", cooldown_steps=(0, 1 << 40), shift_steps=(0, 1 << 40), power=(0.01, 100))
@@ -153,6 +159,8 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig:
+    """Precision, sharding and other machinery that changes no recipe."""
+
     zero_stage: int = 1  # 1: shards optimizer state; 2: and gradients; 3: and weights. 0 is refused (wrong in bf16)
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; master weights are always fp32
     max_micro_batch_size: int = 256  # images per rank and forward pass, at most: what fits in memory
@@ -161,6 +169,7 @@ class EngineConfig:
     timeout_s: int = 600  # a collective that takes longer fails the run instead of hanging it
 
     def problems(self) -> Iterator[str]:
+        """Yields a sentence for each thing that is wrong with the section."""
         if self.zero_stage == 0:
             yield (
                 "engine.zero_stage is 0: DeepSpeed's stage 0 decays weights before the first step in bf16 and lets "
@@ -173,6 +182,8 @@ class EngineConfig:
 
 @dataclass
 class EvalConfig:
+    """What is evaluated on the way."""
+
     every_steps: int = 1000  # evaluate on the validation set after this many steps, and at the end; 0: never
     batch_size: int = 256  # images per rank and forward pass
     fewshot_train: Path | None = None  # manifest of labelled images, of any classes, to draw shots from; null: none
@@ -187,6 +198,7 @@ class EvalConfig:
         return (self.fewshot_every_steps or self.every_steps) if self.fewshot_train else 0
 
     def problems(self) -> Iterator[str]:
+        """Yields a sentence for each thing that is wrong with the section."""
         yield from outside(self, "evaluation", every_steps=(0, 1 << 40), batch_size=(1, 1 << 20))
         yield from outside(self, "evaluation", fewshot_every_steps=(0, 1 << 40))
         if (self.fewshot_train is None) != (self.fewshot_test is None):
@@ -205,27 +217,35 @@ class EvalConfig:
 
 @dataclass
 class LogConfig:
+    """What is written down, and how often."""
+
     every_steps: int = 50  # steps between two lines of the console, metrics.jsonl and TensorBoard
     samples: bool = False  # append the (epoch, index) of every sample to samples-RANK.jsonl: proof of order, 20 B each
 
     def problems(self) -> Iterator[str]:
+        """Yields a sentence for each thing that is wrong with the section."""
         yield from outside(self, "log", every_steps=(1, 1 << 40))
 
 
 @dataclass
 class CheckpointConfig:
+    """When checkpoints are saved, and which are kept."""
+
     every_steps: int = 1000  # save after this many steps, at the end, and when asked to stop
     keep_last: int = 2  # newest checkpoints kept; at least 2, so that one may turn out damaged
     keep_every_steps: int = 0  # checkpoints of these steps are kept for ever; 0: none
     keep_best: bool = False  # also keep the one with the best validation top-1, of those saved at an evaluation
 
     def problems(self) -> Iterator[str]:
+        """Yields a sentence for each thing that is wrong with the section."""
         yield from outside(self, "checkpoint", every_steps=(1, 1 << 40), keep_last=(2, 1 << 20))
         yield from outside(self, "checkpoint", keep_every_steps=(0, 1 << 40))
 
 
 @dataclass
 class Config:
+    """A pretraining run: what load_config hands on, checked as a whole."""
+
     name: str = MISSING  # of the run; its folder is output/name
     output: Path = Path("runs")  # folder of all runs
     seed: int = 0  # of initialisation, order of samples, augmentation and dropout

@@ -27,16 +27,23 @@ def match_classes(
     """
     if num_theirs > num_ours:
         raise UserError(f"{their_place} has {num_theirs} classes, {our_place} has {num_ours}")
-    without = [place for place, names in ((their_place, theirs), (our_place, ours)) if not has_names(names)]
-    if len(without) == 2:
+    for place, names, number in ((their_place, theirs, num_theirs), (our_place, ours, num_ours)):
+        if names and len(names) != number:
+            raise UserError(f"{place} has {len(names)} class names for {number} classes")
+    without = [
+        place
+        for place, names, others in ((their_place, theirs, ours), (our_place, ours, theirs))
+        if not names or (not has_names(names) and not _are_digits(others))
+    ]
+    if len(without) == 2 or list(theirs) == list(ours):
         return ClassMatch(None, None)
     if without:
         return ClassMatch(None, f"{without[0]} has no class names: labels are taken to mean the same")
     if _are_wordnet_ids(theirs) != _are_wordnet_ids(ours):
         kinds = f"class names of {their_place} ({theirs[0]!r}) and {our_place} ({ours[0]!r}) are of different kinds"
+        if num_theirs != num_ours:
+            raise UserError(f"{kinds}, and not as many ({num_theirs}, {num_ours}); give both the same names")
         return ClassMatch(None, f"{kinds}: labels are taken to mean the same")
-    if list(theirs) == list(ours):
-        return ClassMatch(None, None)
     return _by_name(theirs, ours, their_place, our_place)
 
 
@@ -69,6 +76,11 @@ def _by_name(theirs: Sequence[str], ours: Sequence[str], their_place: str, our_p
 def has_names(class_names: Sequence[str]) -> bool:
     """Returns whether names say what a class is: mere numbers are what a set gets whose labels came without."""
     return bool(class_names) and list(class_names) != [str(number) for number in range(len(class_names))]
+
+
+def _are_digits(class_names: Sequence[str]) -> bool:
+    """Numbers may be names too, as those of folders 1, 3, 10, where the other side's are numbers as well."""
+    return bool(class_names) and all(name.isascii() and name.isdigit() for name in class_names)
 
 
 def _normal(name: str) -> str:

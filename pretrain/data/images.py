@@ -1,6 +1,6 @@
 """From encoded bytes to one uint8 image: decoding, the crops of training, and the transforms of evaluation.
 
-The randomness of a training image is keyed by (seed, source, epoch, index) alone: never by rank, worker or restart.
+The randomness of a training image is keyed by (seed, data set, epoch, index) alone: never by rank, worker or restart.
 """
 
 import io
@@ -105,7 +105,7 @@ def _reason(error: Exception) -> str:
 def train_image(image: torch.Tensor, size: int, config: DataConfig, *key: object) -> torch.Tensor:
     """Returns a random crop of an image, resized, perhaps flipped and augmented, uint8 [3, size, size].
 
-    key: (seed, source, epoch, index) of the sample; the same key gives the same pixels.
+    key: (seed, data set, epoch, index) of the sample; the same key gives the same pixels.
     """
     # A fixed number of draws in a fixed order, so that a change of one setting leaves the other draws as they were.
     draws = uniform(words(2 * _TRIES + 3, "v1", "aug", *key))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.classes import ClassMatch, has_names, match_classes
+from pretrain.data.classes import ClassMatch, match_classes
 from pretrain.errors import UserError
 from pretrain.storage import replacing, write_text
 
@@ -57,7 +57,7 @@ class Manifest:
 
     def read_as(self, match: ClassMatch, class_names: tuple[str, ...]) -> "Manifest":
         """Returns the set with its labels read as those of another list of classes."""
-        if not has_names(class_names):
+        if not class_names:
             return self
         return replace(self, label_map=match.labels, class_names=class_names)
 
@@ -98,6 +98,8 @@ def load_manifest(path: Path) -> Manifest:
             shards=shards,
             multi_label=kind == "multi",
         )
+        if not all(isinstance(name, str) for name in manifest.class_names):
+            raise UserError(f"{path}: {names} is not a list of names")
         totals = (values["num_samples"], values["num_shards"], values["num_bytes"])
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; make shards and manifest with tools/make_shards.py") from None
@@ -118,7 +120,7 @@ def read_as(theirs: Manifest, ours: Manifest) -> tuple[Manifest, str | None]:
 
     Raises UserError when a class has no counterpart, or when without names the numbers of classes differ.
     """
-    named = has_names(theirs.class_names) and has_names(ours.class_names)
+    named = bool(theirs.class_names and ours.class_names)
     if theirs.num_classes > ours.num_classes or (theirs.num_classes != ours.num_classes and not named):
         raise UserError(
             f"{ours.path} ({ours.num_classes} classes) and {theirs.path} ({theirs.num_classes} classes) must have the "

@@ -36,7 +36,7 @@ FILL = 128  # grey, where an operation leaves a pixel empty
 def rand_augment(image: torch.Tensor, layers: int, magnitude: float, *key: object) -> torch.Tensor:
     """Returns the image after `layers` operations, each picked among the 16 with equal probability and always applied.
 
-    magnitude: of all operations, 10 for the full scale of AutoAugment. key: (seed, source, epoch, index) of the sample.
+    magnitude: of all operations, 10 for the full scale of AutoAugment. key: (seed, data set, epoch, index).
     """
     if not layers:
         return image

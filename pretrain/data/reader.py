@@ -64,13 +64,14 @@ def _parse(data: bytes, wanted_key: int) -> RawSample:
     if _expands(data):
         raise BadSample("tar", "a sparse member or a compressed tar")
     try:
-        files = tar_file_expander([{"url": "", "stream": io.BytesIO(data)}], handler=_raise)
-        own = (file for file in files if member_passed_over(file.get("fname", "a.b")) is None)  # {} ends a stream
-        samples = list(group_by_keys(own, handler=_raise))
+        files = list(tar_file_expander([{"url": "", "stream": io.BytesIO(data)}], handler=_raise))
+        own = [file for file in files if member_passed_over(file.get("fname", "a.b")) is None]  # {} ends a stream
+        # An index of an earlier version may hold samples below a hidden folder: then there is nothing else.
+        samples = list(group_by_keys(own if any(own) else files, handler=_raise))
     except Exception as error:  # tarfile and webdataset raise many types on damaged headers
         raise BadSample("tar", str(error)) from None
-    wanted = [sample for sample in samples if key_crc32(sample["__key__"]) == wanted_key]
     complete = [sample for sample in samples if not is_stranger(sample.keys())]
+    wanted = [sample for sample in complete if key_crc32(sample["__key__"]) == wanted_key]
     if len(wanted) != 1 or complete != wanted:
         raise BadSample("tar", "the members are not those of the index")
     sample = wanted[0]
@@ -86,6 +87,8 @@ def member_passed_over(name: str) -> str | None:
     What webdataset skips (no ending, its own `__NAME__`), and hidden or system files, which it takes for samples.
     """
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    if not parts:
+        return "files without an ending"
     if any(part.startswith(".") or part == "__MACOSX" for part in parts):
         return "hidden and system files"
     if _META.match(name):
@@ -94,7 +97,7 @@ def member_passed_over(name: str) -> str | None:
 
 
 def is_stranger(endings: Iterable[str]) -> bool:
-    """Returns whether members of one key are no sample: neither an image nor a label, as of README.md."""
+    """Returns whether members of one key are no sample: neither an image nor a label, as those of a read-me file."""
     return not {*IMAGE_ENDINGS, LABEL_ENDING} & set(endings)
 
 

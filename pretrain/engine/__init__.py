@@ -1,4 +1,4 @@
-"""DeepSpeed around the model. Only this folder knows DeepSpeed."""
+"""DeepSpeed around the model. Training knows DeepSpeed here alone."""
 
 import os
 

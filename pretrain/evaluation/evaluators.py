@@ -66,7 +66,7 @@ class Found(NamedTuple):
 
     rows: list[Row]
     predictions: Predictions | None = None  # of each image, where the head was scored
-    chosen: Mapping[str, Any] = {}  # by the evaluator, for the record: {"c": 0.1}
+    chosen: Mapping[str, Any] = {}  # by the evaluator, for the record of its `protocol`: {"c": 0.1}
 
 
 class Evaluator(NamedTuple):

@@ -126,15 +126,15 @@ def _open(job: Job, weights: Weights, root: Path | None) -> dict[str, Images]:
     for manifest in sets.values():
         check_shards(manifest)
     if job.kind == HEAD:
-        sets["test"] = as_head_reads(weights, sets["test"])
         if job.task and job.task.num_classes != weights.num_classes:
             raise UserError(
                 f"{job.name} has {job.task.num_classes} classes, the head of {weights.source} has "
                 f"{weights.num_classes}: fine-tune it on the task, or score its features, as in knn:{job.name}"
             )
+        sets["test"] = as_head_reads(weights, sets["test"])
         if job.task and sets["test"].label_map is not None:  # its own labels, as ReaL's, count in the set's order
             raise UserError(f"{job.name}: {weights.source} has its classes in another order; score it with --val")
-    else:
+    elif "train" in sets:
         sets["test"], told = read_as(sets["test"], sets["train"])
         _tell(told)
     return {role: all_images(manifest) for role, manifest in sets.items()}

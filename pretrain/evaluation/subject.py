@@ -110,7 +110,9 @@ class Subject:
         """Returns the features of a training and a test set, on rank 0. Those of the last two sets are kept."""
         config, max_train = reading = self.reading(kind)
         seen_as = config.eval_transform, config.eval_crop, config.interpolation, max_train
-        keys = {role: (name, images.manifest.path, *seen_as) for role, images in sets.items()}
+        keys = {
+            role: (name, images.manifest.path, images.manifest.label_map, *seen_as) for role, images in sets.items()
+        }
         self._kept = {key: found for key, found in self._kept.items() if key in keys.values()}
         for role, images in sets.items():
             if keys[role] not in self._kept:

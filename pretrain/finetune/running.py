@@ -47,7 +47,8 @@ class Job(NamedTuple):
 
 
 def plan(tasks: Sequence[Task], options: Options) -> list[Sweep]:
-    """Returns the sweeps whose data is there; the others are named with the command that prepares them.
+    """Returns the sweeps whose data is there, each folder claimed by its sweep.json; the others are named with the
+    command that prepares them.
 
     Raises UserError when no data is there, or a folder belongs to other weights or data.
     """

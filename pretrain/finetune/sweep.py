@@ -107,7 +107,7 @@ def plan_sweep(
     image_size: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Sweep:
-    """Returns the sweep of a task whose data lies below `data`. Reads no data and writes nothing.
+    """Returns the sweep of a task whose data lies below `data`. Reads manifests, no images, and writes nothing.
 
     steps: fewer than the paper's scale the warm-up with them. Raises UserError when the task is not fine-tuned on, or a
     setting is out of range.

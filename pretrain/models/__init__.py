@@ -1,4 +1,4 @@
-"""Models: images [batch, 3, height, width] in [-1, 1] -> logits [batch, classes]. They know nothing of DeepSpeed."""
+"""Models: normalised images [batch, 3, height, width] -> logits [batch, classes]; their weights, in every format."""
 
 from pretrain.models.weights import load_model
 

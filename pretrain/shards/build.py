@@ -55,8 +55,8 @@ def build(
 ) -> Path:
     """Writes the items, shuffled over all shards, and returns the manifest's path. The same items give the same bytes.
 
-    Without a seed they keep their order. Each image is decoded once: one that cannot be is left out, counted by the
-    caller through `progress`, and named in provenance.json. Raises UserError when nothing is left or the folder holds
+    Without a seed they keep their order. Each image is decoded once: one that cannot be is left out and named in
+    provenance.json; `progress` counts it all the same. Raises UserError when nothing is left or the folder holds
     another data set.
     """
     start_folder(out)
@@ -168,7 +168,10 @@ def _read(item: Item) -> bytes:
 def start_folder(out: Path) -> None:
     if (out / "manifest.json").exists():
         raise UserError(f"{out}: holds a data set already; remove it or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another one") from None
 
 
 def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.cli import is_text
 from pretrain.config.checks import did_you_mean
 from pretrain.errors import UserError
 from pretrain.shards.imagenet import wnids
@@ -20,7 +21,8 @@ class ClassList(NamedTuple):
 
 
 def read_class_list(path: Path) -> ClassList:
-    """Returns the classes of a JSON file: a list of names, {"names": [...], "wnids": [...]}, or {"0": [id, name], ...}.
+    """Returns the classes of a JSON file: a list of names, {"names": [...], "wnids": [...]}, {"0": [id, name]},
+    or {"0": name}.
 
     A name may be a list of words for it. Raises UserError when it is none of these.
     """
@@ -31,14 +33,30 @@ def read_class_list(path: Path) -> ClassList:
 
 
 def _class_list(values: Any, source: str) -> ClassList:
+    ids: Any = ()
     if isinstance(values, dict) and values and set(values) == {str(number) for number in range(len(values))}:
-        rows = [values[str(number)] for number in range(len(values))]  # Keras: {"0": ["n01440764", "tench"], ...}
-        return ClassList(tuple(str(row[1]) for row in rows), tuple(str(row[0]) for row in rows), source)
-    names = values["names"] if isinstance(values, dict) else values
-    ids = (values.get("wnids") or values.get("ids") or ()) if isinstance(values, dict) else ()
-    if isinstance(names, str) or (ids and len(ids) != len(names)):
-        raise ValueError("names and wnids must be lists of the same length")
-    return ClassList(tuple(n if isinstance(n, str) else ", ".join(n) for n in names), tuple(map(str, ids)), source)
+        rows = [values[str(number)] for number in range(len(values))]
+        if all(isinstance(row, list) and len(row) == 2 for row in rows):  # Keras: {"0": ["n01440764", "tench"], ...}
+            ids, names = [row[0] for row in rows], [row[1] for row in rows]
+        else:  # transformers' id2label: {"0": "tench", ...}
+            names = rows
+    elif isinstance(values, dict):
+        names, ids = values["names"], values.get("wnids") or values.get("ids") or ()
+    else:
+        names = values
+    if not isinstance(names, list) or not names or not isinstance(ids, (list, tuple)):
+        raise ValueError("names and wnids must be lists")
+    if ids and len(ids) != len(names):
+        raise ValueError(f"{len(names)} names and {len(ids)} wnids")
+    return ClassList(tuple(map(_words, names)), tuple(map(_words, ids)), source)
+
+
+def _words(name: Any) -> str:
+    """A name, which may be a list of words for it. Raises ValueError when it is something else."""
+    words = [name] if isinstance(name, str) else name
+    if not isinstance(words, list) or not words or not all(isinstance(w, str) and w and is_text(w) for w in words):
+        raise ValueError(f"{name!r} is not a name")
+    return ", ".join(words)
 
 
 def labels_of(found: Sequence[str], classes: ClassList) -> tuple[list[int], str]:
@@ -46,14 +64,15 @@ def labels_of(found: Sequence[str], classes: ClassList) -> tuple[list[int], str]
 
     found: names of folders, or of an archive's classes. The first way in which all of them have one is taken: the
     classes' names, their ids, names that look equal (composed and decomposed accents), ImageNet's WordNet ids where
-    there are 1000 classes, numbers. Raises UserError that names the first one without a class.
+    there are 1000 names without ids of their own, numbers. Raises UserError that names the first one without a class.
     """
     numbers = {name: int(name) for name in found if name.isascii() and name.isdigit()}
+    is_imagenet = not classes.ids and len(classes.names) == len(wnids())
     ways = (
         ("name", _places(classes.names)),
         ("id", _places(classes.ids)),
         ("name, accents composed", _places([unicodedata.normalize("NFC", name) for name in classes.names])),
-        ("WordNet id in ImageNet's order", _places(wnids() if len(classes.names) == len(wnids()) else ())),
+        ("WordNet id in ImageNet's order", _places(wnids() if is_imagenet else ())),
         ("number", {name: [n] for name, n in numbers.items() if n < len(classes.names)}),
     )
     for way, places in ways:

@@ -16,6 +16,8 @@ from pretrain.shards.build import DataSet, Progress, finish, start_folder
 from pretrain.shards.tars import alone, index_tar
 from pretrain.storage import replacing
 
+MAX_CLASSES = 1 << 20  # of labels without names: a larger one is a number of something else
+
 
 def index_existing(
     tars: Sequence[Path],
@@ -45,6 +47,8 @@ def index_existing(
         shards.append(shard)
         progress(1)
     num_classes = len(classes) or max(counts) + 1
+    if num_classes > MAX_CLASSES:
+        raise UserError(f"{out}: label {max(counts)} makes more than {MAX_CLASSES} classes")
     return finish(out, DataSet(shards, num_classes, classes, counts, [], multi_label), {"scope": "none"})
 
 

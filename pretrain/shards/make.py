@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pretrain import cli
 from pretrain.errors import UserError
-from pretrain.shards.build import build
+from pretrain.shards.build import build, check_labels
 from pretrain.shards.class_list import ClassList, labels_of
 from pretrain.shards.counts import add_to_counts
 from pretrain.shards.existing import index_existing
@@ -24,25 +24,24 @@ class Options:
 
 
 class Source(NamedTuple):
-    """A kind of source. A new kind is a new row of SOURCES."""
+    """A kind of source. A new kind is a new row of SOURCES, before one that recognises more."""
 
     named: str  # as the error lists it: "one folder"
     recognises: Callable[[Sequence[Path]], bool]
-    items: (
-        Callable[[Path, Told, Options], tuple[list[Item], list[str]]] | None
-    )  # with class names; None: shards already
+    # Returns the samples to write, and the names of classes or nothing; None: these are shards already.
+    items: Callable[[Sequence[Path], Told, Options], tuple[list[Item], list[str]]] | None
 
 
 SOURCES = (
     Source(
         "one folder",
         lambda paths: len(paths) == 1 and paths[0].is_dir(),
-        lambda path, told, options: folder_items(path, told, apply_orientation=options.apply_orientation),
+        lambda paths, told, options: folder_items(paths[0], told, apply_orientation=options.apply_orientation),
     ),
     Source(
         "one .npz",
         lambda paths: len(paths) == 1 and paths[0].suffix == ".npz",
-        lambda path, told, options: npz_items(path),
+        lambda paths, told, options: npz_items(paths[0]),
     ),
     Source(
         "any number of .tar and .tar.gz",
@@ -65,13 +64,19 @@ def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, o
     if source is None:
         kinds = ", ".join(row.named for row in SOURCES[:-1]) + f", or {SOURCES[-1].named}"
         raise UserError(f"{', '.join(map(str, sources))}: give {kinds}")
+    if any(path.is_dir() and out.resolve().is_relative_to(path.resolve()) for path in sources):
+        raise UserError(f"{out}: lies inside {sources[0]}, and would become a class of it; choose another folder")
     told = Told()
+    if options.apply_orientation and source.items is not None and not sources[0].is_dir():
+        raise UserError("--apply-orientation is for folders of photos; it has no effect on an archive, leave it out")
+    if options.apply_orientation and source.items is None:
+        raise UserError("--apply-orientation is for folders of photos; it has no effect on tars, leave it out")
     if source.items is None:
         names = classes.names if classes else ()
         with cli.progress("indexing", len(sources), "shards") as advance:
             path = index_existing(sources, names, out, progress=advance, passed_over=told.passed_over)
     else:
-        items, names = source.items(sources[0], told, options)
+        items, names = source.items(sources, told, options)
         if classes:
             items, names = _labelled(items, names, classes, told)
         with cli.progress("writing", len(items), "images") as advance:
@@ -87,6 +92,7 @@ def _labelled(
     """The items with the labels that their classes' names have in the list, and the list's names."""
     if not found:  # an archive without names: its labels are places in the list
         return items, classes.names
+    check_labels(items, found)
     labels, way = labels_of(found, classes)
     told.notes[f"classes recognised by {way}"] = len(found)
     relabelled = [item._replace(label=labels[item.label]) for item in items if isinstance(item.label, int)]

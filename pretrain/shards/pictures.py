@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps, features
 
 from pretrain.data.images import FORMATS, MAX_PIXELS
 from pretrain.data.manifest import IMAGE_ENDINGS
-from pretrain.data.reader import BadSample
+from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 
 # Endings of formats that Pillow reads in C code of its own or of a library made for foreign files.
 _CONVERTED = {"bmp": "BMP", "dib": "BMP", "gif": "GIF", "tif": "TIFF", "tiff": "TIFF", "avif": "AVIF", "apng": "PNG"}
@@ -52,38 +52,55 @@ def read_picture(path: Path, notes: Counter[str], apply_orientation: bool = Fals
     apply_orientation: photos that their EXIF says to turn are turned, and stored as PNG. Raises OSError when the file
     cannot be read, BadSample when it cannot be converted.
     """
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise BadSample("tar", f"{path.stat().st_size} bytes, at most {MAX_IMAGE_BYTES}")
     data = path.read_bytes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=(*FORMATS, *formats())) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadSample("decode", f"{image.width} x {image.height} pixels")
                 return _stored(image, data, notes, apply_orientation)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        if path.suffix.lower().lstrip(".") in IMAGE_ENDINGS:
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow raises many types on damaged files: struct.error, IndexError, TypeError ...
+        if ending_of(path.name) in IMAGE_ENDINGS:
             return data  # the decoder that every reader has says what is wrong with it
-        raise BadSample("decode", str(error)) from None
+        raise BadSample("decode", f"{type(error).__name__}: {error}") from None
 
 
 def _stored(image: Image.Image, data: bytes, notes: Counter[str], apply_orientation: bool) -> bytes:
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+    # MPO is a JPEG with further pictures behind it, as phones write it: its decoder takes the first.
+    kept = image.format in (*FORMATS, "MPO")
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         notes["with transparency, which is dropped: the colours beneath it show"] += 1
-    if turned and not apply_orientation:
+    if turned and not apply_orientation and image.format != "TIFF":
         notes["that their EXIF says to turn, kept as they lie (--apply-orientation turns them)"] += 1
-    if image.format in FORMATS and not (turned and apply_orientation):
+    if kept and not (turned and apply_orientation):
         return data
-    if image.width * image.height > MAX_PIXELS:
-        raise BadSample("decode", f"{image.width} x {image.height} pixels")
-    if getattr(image, "n_frames", 1) > 1:
-        notes[f"{image.format} with several pictures, of which the first is taken"] += 1
-    if image.format not in FORMATS:
+    if not kept:
+        if getattr(image, "n_frames", 1) > 1:
+            notes[f"{image.format} with several pictures, of which the first is taken"] += 1
         notes[f"{image.format} converted to PNG"] += 1
     picture: Image.Image = image
-    if turned and apply_orientation:
+    if turned and image.format == "TIFF":  # Pillow turns it when it is loaded
+        notes["TIFF turned as their tag says"] += 1
+    elif turned:
         notes["turned as their EXIF says, stored as PNG"] += 1
         picture = ImageOps.exif_transpose(image)
-    if picture.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "I;16"):
-        picture = picture.convert("RGB")
     file = io.BytesIO()
-    picture.save(file, "png")
+    _of_8_bits(picture).save(file, "png")
     return file.getvalue()
+
+
+def _of_8_bits(picture: Image.Image) -> Image.Image:
+    """The picture in a mode that PNG holds without loss, or RGB. Raises BadSample where that would clip its values."""
+    if picture.mode == "I;16":
+        if picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(262) == 0:
+            raise BadSample("decode", "16-bit TIFF with white as 0; convert it")
+        return picture
+    if picture.mode.startswith(("I", "F")):
+        raise BadSample("decode", f"pixels of mode {picture.mode}, whose range is not known; convert it to 8 bits")
+    return picture if picture.mode in ("1", "L", "P", "RGB", "RGBA", "LA") else picture.convert("RGB")

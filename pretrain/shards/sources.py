@@ -1,5 +1,7 @@
 """Where samples come from: image folders, CIFAR-style archives. A source is a list of `Item`s."""
 
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,8 +55,12 @@ def folder_items(
                 _pass_over(path, told)
                 continue
             real = _real_path(path, root, real_root)
-            if (other := reached.setdefault(real, name)) != name:
-                raise UserError(f"{path}: is in class {other!r} too, by a link; remove one of them")
+            if real in reached:
+                if reached[real] != name:
+                    raise UserError(f"{path}: is in class {reached[real]!r} too, by a link; remove one of them")
+                told.passed_over["files reached again by links"] += 1
+                continue
+            reached[real] = name
             items.append(Item(partial(read_picture, path, told.notes, apply_orientation), ending, label, str(path)))
     if not items:
         raise UserError(
@@ -107,11 +113,13 @@ def _real_path(path: Path, root: Path, real_root: Path) -> Path:
 def npz_items(path: Path) -> tuple[list[Item], list[str]]:
     """Returns the images of a CIFAR-style archive: arrays blob (encoded images end to end), offset, label, classes."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             blob, offset, label = arrays["blob"], arrays["offset"], arrays["label"]
             classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else []
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not an archive of images (arrays blob, offset, label): {error}") from None
+    if not len(label) or not len(offset) or label.dtype.kind not in "iu":
+        raise UserError(f"{path}: {len(label)} labels of type {label.dtype}, expected whole numbers for its images")
     if len(offset) != len(label) + 1 or int(offset[-1]) != len(blob):
         raise UserError(
             f"{path}: {len(offset)} offsets up to {offset[-1]} for {len(label)} labels and {len(blob)} bytes"

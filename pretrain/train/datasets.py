@@ -74,7 +74,7 @@ def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
 
 
 def _read_as(theirs: Manifest, ours: Manifest) -> Manifest:
-    """A set with its labels read as those of the set that is trained on, by the classes' names."""
+    """A set with its labels read as those of another one, by the classes' names; what was mapped is told."""
     read, told = read_as(theirs, ours)
     if told:
         say(told)

@@ -112,7 +112,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
 
 def _refuse_other_classes(weights: Weights, train_set: Manifest) -> None:
     """A head goes on only where its classes are the set's, in the same order."""
-    if weights.num_classes != train_set.num_classes:
+    if weights.num_classes < train_set.num_classes:
         return  # load_tensors tells the shapes
     sides = train_set.class_names, train_set.num_classes, weights.class_names, weights.num_classes
     match = match_classes(*sides, their_place=str(train_set.path), our_place=str(weights.source))
