@@ -7,15 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from ranks import run_ranks
 from tiny import tiny_config
+from weights_on_disk import save_run
 
+from pretrain.cluster import ranks
+from pretrain.config import Config
 from pretrain.data.classes import ClassMatch, match_classes
 from pretrain.data.loader import eval_batches
-from pretrain.data.manifest import load_manifest
+from pretrain.data.manifest import load_manifest, read_as
 from pretrain.errors import UserError
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
 from pretrain.train.datasets import open_data
+from pretrain.train.run import build_engine
 
 CAFE = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
 
@@ -111,3 +116,48 @@ def test_a_validation_set_of_another_order_is_read_by_name(
         open_data(tiny_config(train, tmp_path / "runs", data__val=str(other)))
     (few,) = eval_batches(load_manifest(val), data.val_indices, **options)
     assert few.labels.tolist() != batch.labels.tolist()  # as stored, without the map
+
+
+def start_from(configs: list[Config]) -> list[str]:
+    """What each start from weights says: of its refusal, "" where there is none."""
+    said = []
+    device = ranks.start(60)
+    for config in configs:
+        try:
+            build_engine(config, open_data(config), device, from_scratch=True).close()
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_head_goes_on_with_its_own_classes_alone(tmp_path: Path) -> None:
+    """init_from: the same names go on; another order, another class, and a part at other places are refused."""
+    origin = tiny_config(tmp_path, tmp_path / "runs", name="origin")
+    save_run(origin, ["a", "b", "c"])
+    configs = [
+        tiny_config(
+            shards(tmp_path / "".join(names), names),
+            tmp_path / "runs",
+            name="next",
+            init_from=str(tmp_path / "runs" / "origin"),
+            model__num_classes=3,
+            init_new_head=new_head,
+        )
+        for names, new_head in (
+            *((["a", "b", "c"], False), (["c", "a"], False), (["b", "a", "c"], False), (["a", "b", "d"], False)),
+            (["c", "b", "a"], True),
+        )
+    ]
+    same, part, turned, other, new = run_ranks(start_from, 1, configs)[0]
+    assert (same, new) == ("", "")
+    for refused in (part, turned):
+        assert "has the classes of the head in another order (class 0 is" in refused and "init_new_head=true" in refused
+    assert "class 2 is 'd', which" in other
+
+
+def test_the_two_sets_of_few_shot_are_read_by_name(tmp_path: Path) -> None:
+    """The test set's labels become those of the set that shots are drawn from."""
+    few, test = shards(tmp_path / "few", ["a", "b", "c"]), shards(tmp_path / "test", ["c", "b", "a"])
+    read, told = read_as(load_manifest(test), load_manifest(few))
+    assert read.label_map == (2, 1, 0) and read.class_names == ("a", "b", "c") and told and "mapped by name" in told

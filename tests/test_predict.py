@@ -1,6 +1,7 @@
 """tools/predict.py: names and probabilities of images, with the weights' own transform; bad images do not stop it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from weights_on_disk import ROOT, load_tool, one_line_error, randomised
+from weights_on_disk import ROOT, load_tool, one_line_error, randomised, run_tool
 
 from pretrain.config import DataConfig, ModelConfig
 from pretrain.data.images import decode, eval_image, to_float
@@ -117,3 +118,27 @@ def test_the_command_itself(tmp_path: Path) -> None:
     assert sorted(line.split()[-1] for line in done.stdout.splitlines()[1:]) == ["0", "1", "2"]
     done = subprocess.run([*command, str(tmp_path / "no"), str(picture)], capture_output=True, text=True, timeout=240)
     assert "no: not found" in one_line_error(done)
+
+
+def test_a_phones_photo_is_seen_upright(tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A photo that its EXIF says to turn has the probabilities of the photo that was turned."""
+    make_weights(tmp_path / "w", class_names=NAMES, loss="softmax")
+    upright = make_image(tmp_path / "upright.png", 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: to be turned by 90 degrees clockwise
+    with Image.open(upright) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "plain.png")
+    assert predict(tmp_path / "w", upright, tmp_path / "lying.png", tmp_path / "plain.png", "--json") == 0
+    first, second, plain = (json.loads(line)["predictions"] for line in capsys.readouterr().out.splitlines())
+    assert first == second and first != plain
+
+
+def test_names_that_are_not_utf8_do_not_stop_it(tmp_path: Path) -> None:
+    """Such a photo is predicted, its name escaped; the others go on."""
+    make_weights(tmp_path / "w", class_names=NAMES, loss="softmax")
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    make_image(Path(odd), 0)
+    done = run_tool("predict", tmp_path / "w", odd, make_image(tmp_path / "b.png", 1))
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9.png" in done.stdout and "b.png" in done.stdout

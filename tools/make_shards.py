@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.errors import UserError
 
+MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
+
 
 def main() -> None:
     parser = cli.parser(
@@ -63,9 +65,11 @@ def main() -> None:
     print(f"{path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.num_classes} classes")
     print("\n".join(table_of(*read_counts(out))))
     for title, numbers in (("passed over", told.passed_over), ("pictures", told.notes)):
-        for kind, number in numbers.items():
-            if number:
-                print(f"{title}: {number:,} {kind}")
+        kinds = [(number, kind) for kind, number in numbers.most_common() if number]
+        for number, kind in kinds[:MAX_KINDS]:
+            print(f"{title}: {number:,} {kind}")
+        if len(kinds) > MAX_KINDS:
+            print(f"{title}: {len(kinds) - MAX_KINDS:,} more kinds, in {out / 'counts.json'}")
     if dropped := read_dropped(out):
         _warn(f"{len(dropped)} images left out, {out / 'provenance.json'} names them; the first: {dropped[0]}")
 

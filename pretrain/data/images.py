@@ -21,6 +21,7 @@ from pretrain.data.reader import BadSample
 
 MAX_PIXELS = 50_000_000  # a larger image is refused by its header: 172 kB of PNG can decode to gigabytes
 FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow knows 40 more, and runs Ghostscript for one
+_MAX_CHUNKS = 10_000  # of a PNG that is looked through: millions of empty ones are made to take memory
 _PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", (b"zTXt", b"iTXt")
 MAX_ASPECT = 100  # longer / shorter side
 _TRIES = 10  # of RandomResizedCrop, as in torchvision
@@ -79,6 +80,8 @@ def _without_text(data: bytes) -> bytes:
         return data
     kept, at = [_PNG], len(_PNG)
     while at < len(data):  # a chunk: length, kind, content, checksum
+        if len(kept) > _MAX_CHUNKS:
+            return data  # Pillow decides
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if data[at + 4 : at + 8] not in _PNG_TEXT:
             kept.append(data[at:end])

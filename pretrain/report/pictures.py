@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pretrain.config import DataConfig, ModelConfig
-from pretrain.data.images import decode, eval_image
+from pretrain.data.images import decode_upright, eval_image
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
 from pretrain.models.inspection import Filters, Look, Positions, mean_distance_px
@@ -36,9 +36,12 @@ class Photo(NamedTuple):
 
 
 def read_photo(path: Path, size: int) -> torch.Tensor:
-    """Returns the central square of a photo, uint8 [3, size, size]. Raises UserError when it cannot be read."""
+    """Returns the central square of a photo, turned as its EXIF says, uint8 [3, size, size].
+
+    Raises UserError when it cannot be read.
+    """
     try:
-        return eval_image(decode(path.read_bytes()), size, DataConfig(eval_crop=1.0))
+        return eval_image(decode_upright(path.read_bytes()), size, DataConfig(eval_crop=1.0))
     except OSError as error:
         raise UserError(f"--image {path}: cannot be read ({error.strerror})") from None
     except BadSample as error:
