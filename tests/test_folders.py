@@ -387,6 +387,13 @@ def test_a_phones_jpeg_with_a_second_picture_is_kept(tmp_path: Path) -> None:
     assert read_picture(tmp_path / "a.jpg", Counter()) == (tmp_path / "a.jpg").read_bytes()
 
 
+def test_an_option_without_effect_is_refused(tmp_path: Path) -> None:
+    """--apply-orientation of tars, which are indexed as they are."""
+    (tmp_path / "a.tar").write_bytes(b"")
+    options = Options(apply_orientation=True)
+    assert "has no effect on" in refusal(make_shards, [tmp_path / "a.tar"], None, tmp_path / "out", options)
+
+
 def test_an_out_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     """Inside the source, where it would become a class; a file; below a file."""
     root = tmp_path / "photos"

@@ -55,7 +55,7 @@ class Manifest:
         """The index of each shard's first sample, and the end: int64 [shards + 1]."""
         return np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards])]).astype(np.int64)
 
-    def read_as(self, match: ClassMatch, class_names: tuple[str, ...]) -> "Manifest":
+    def with_meaning(self, match: ClassMatch, class_names: tuple[str, ...]) -> "Manifest":
         """Returns the set with its labels read as those of another list of classes."""
         if not class_names:
             return self
@@ -128,7 +128,7 @@ def read_as(theirs: Manifest, ours: Manifest) -> tuple[Manifest, str | None]:
         )
     sides = theirs.class_names, theirs.num_classes, ours.class_names, ours.num_classes
     match = match_classes(*sides, their_place=str(theirs.path), our_place=str(ours.path))
-    return theirs.read_as(match, ours.class_names), match.told
+    return theirs.with_meaning(match, ours.class_names), match.told
 
 
 def check_shards(manifest: Manifest) -> None:

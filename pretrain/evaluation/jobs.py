@@ -148,7 +148,7 @@ def as_head_reads(weights: Weights, val: Manifest) -> Manifest:
     sides = val.class_names, val.num_classes, weights.class_names, weights.num_classes
     match = match_classes(*sides, their_place=str(val.path), our_place=str(weights.source))
     _tell(match.told)
-    return val.read_as(match, weights.class_names)
+    return val.with_meaning(match, weights.class_names)
 
 
 def _tell(message: str | None) -> None:

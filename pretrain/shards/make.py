@@ -66,11 +66,11 @@ def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, o
         raise UserError(f"{', '.join(map(str, sources))}: give {kinds}")
     if any(path.is_dir() and out.resolve().is_relative_to(path.resolve()) for path in sources):
         raise UserError(f"{out}: lies inside {sources[0]}, and would become a class of it; choose another folder")
+    if options.apply_orientation and not sources[0].is_dir():
+        raise UserError(
+            f"--apply-orientation is for folders of photos, and has no effect on {sources[0]}; leave it out"
+        )
     told = Told()
-    if options.apply_orientation and source.items is not None and not sources[0].is_dir():
-        raise UserError("--apply-orientation is for folders of photos; it has no effect on an archive, leave it out")
-    if options.apply_orientation and source.items is None:
-        raise UserError("--apply-orientation is for folders of photos; it has no effect on tars, leave it out")
     if source.items is None:
         names = classes.names if classes else ()
         with cli.progress("indexing", len(sources), "shards") as advance:

@@ -87,7 +87,7 @@ def _stored(image: Image.Image, data: bytes, notes: Counter[str], apply_orientat
     picture: Image.Image = image
     if turned and image.format == "TIFF":  # Pillow turns it when it is loaded
         notes["TIFF turned as their tag says"] += 1
-    elif turned:
+    elif turned and apply_orientation:
         notes["turned as their EXIF says, stored as PNG"] += 1
         picture = ImageOps.exif_transpose(image)
     file = io.BytesIO()

@@ -40,7 +40,7 @@ def open_data(config: Config) -> DataSets:
     for manifest in {m.path: m for m in (train_set, val_set) if m}.values():
         check_shards(manifest)
     if val_set is not None and val_set is not train_set:
-        val_set = _read_as(val_set, train_set)
+        val_set = _by_class_names(val_set, train_set)
     num_classes = config.model.num_classes or train_set.num_classes
     if num_classes < train_set.num_classes:
         raise ConfigError(
@@ -70,10 +70,10 @@ def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
         check_shards(manifest)
         if manifest.multi_label:
             raise ConfigError(f"evaluation.fewshot: {manifest.path} has several labels per image; few-shot needs one")
-    return sets[0], _read_as(sets[1], sets[0])
+    return sets[0], _by_class_names(sets[1], sets[0])
 
 
-def _read_as(theirs: Manifest, ours: Manifest) -> Manifest:
+def _by_class_names(theirs: Manifest, ours: Manifest) -> Manifest:
     """A set with its labels read as those of another one, by the classes' names; what was mapped is told."""
     read, told = read_as(theirs, ours)
     if told:
