@@ -1,0 +1,1 @@
+"""Checkpoints: a complete, checksummed folder, or nothing; layout.py shows it."""

@@ -1,0 +1,1 @@
+"""Fine-tuning by the paper's protocol: sweeps of runs."""

@@ -1,0 +1,1 @@
+"""What makes data sets: sources -> shards, indexes, manifest."""

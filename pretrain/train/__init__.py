@@ -1,0 +1,1 @@
+"""A training run: run.py is its table of contents, loop.py its loop."""
