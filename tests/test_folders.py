@@ -246,7 +246,8 @@ def test_labels_are_places_of_names(tmp_path: Path) -> None:
     root = tmp_path / "photos"
     for number, name in enumerate(("n03", "n01")):
         picture(root / name / "1.png", number)
-    make_shards([root], names, tmp_path / "set", Options())
+    told = make_shards([root], names, tmp_path / "set", Options())[1]
+    assert told.classes == "2 of 3 classes of names.json, recognised by name" and not told.notes
     assert stored(tmp_path / "set") == {(2, as_stored(0)): 1, (0, as_stored(1)): 1}
     assert load_manifest(tmp_path / "set").class_names == ("n01", "n02", "n03")
     assert read_counts(tmp_path / "set") == ([1, 0, 1], ["n01", "n02", "n03"])

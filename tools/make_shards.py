@@ -64,6 +64,8 @@ def main() -> None:
     manifest = load_manifest(path)
     print(f"{path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.num_classes} classes")
     print("\n".join(table_of(*read_counts(out))))
+    if told.classes:
+        print(told.classes)
     for title, numbers in (("passed over", told.passed_over), ("pictures", told.notes)):
         kinds = [(number, kind) for kind, number in numbers.most_common() if number]
         for number, kind in kinds[:MAX_KINDS]:

@@ -94,7 +94,7 @@ def _labelled(
         return items, classes.names
     check_labels(items, found)
     labels, way = labels_of(found, classes)
-    told.notes[f"classes recognised by {way}"] = len(found)
+    told.classes = f"{len(found):,} of {len(classes.names):,} classes of {classes.source}, recognised by {way}"
     relabelled = [item._replace(label=labels[item.label]) for item in items if isinstance(item.label, int)]
     assert len(relabelled) == len(items)  # no source with names has several labels to an image
     return relabelled, classes.names

@@ -32,6 +32,7 @@ class Told:
     """What is to be said of a source beside its images, each kind with its number."""
 
     passed_over: Counter[str] = field(default_factory=Counter)  # files that are nobody's data
+    classes: str = ""  # how its classes were recognised in a list of names
     notes: Counter[str] = field(default_factory=Counter)  # pictures that were converted, or look otherwise than shown
 
 
