@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.data.manifest import (
-    Shard,
-)
+from pretrain.data.manifest import Shard
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
 from pretrain.shards.build import DataSet, Progress, finish, start_folder

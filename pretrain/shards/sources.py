@@ -47,7 +47,7 @@ def folder_items(
     """
     told = told or Told()
     classes = _class_folders(root, told)
-    real_root, reached = root.resolve(), dict[Path, str]()
+    reached: dict[Path, str] = {}  # class by real place, links followed
     items = []
     for label, name in enumerate(classes):
         for path in files_below(root / name, told.passed_over):
@@ -55,7 +55,7 @@ def folder_items(
             if ending is None:
                 _pass_over(path, told)
                 continue
-            real = _real_path(path, root, real_root)
+            real = path.resolve()
             if real in reached:
                 if reached[real] != name:
                     raise UserError(f"{path}: is in class {reached[real]!r} too, by a link; remove one of them")
@@ -102,13 +102,6 @@ def _pass_over(path: Path, told: Told) -> None:
     if ending in REFUSED_ENDINGS or ending in PICTURE_ENDINGS:
         raise UserError(f"{path}: .{ending} pictures cannot be read here; convert it to JPEG or PNG, or move it away")
     told.passed_over[f".{ending} files" if ending else "files without an ending"] += 1
-
-
-def _real_path(path: Path, root: Path, real_root: Path) -> Path:
-    """Where a file lies when links are followed; told without asking the disk where there is none on the way."""
-    below = path.relative_to(root)
-    on_the_way = [root / parent for parent in [*below.parents[:-1], below]]
-    return path.resolve() if any(place.is_symlink() for place in on_the_way) else real_root / below
 
 
 def npz_items(path: Path) -> tuple[list[Item], list[str]]:
