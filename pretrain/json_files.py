@@ -1,0 +1,135 @@
+"""JSON from a bad disk or from a stranger: size, nesting and types are compared with limits before a value is used.
+
+Every JSON file of the project is read here: `read_json` for a file, `parse_json` for a text or one line of a log, and
+`Fields` for an object whose values are asked for with their types. What does not fit is one UserError with the place,
+the key, what was found and what is expected.
+"""
+
+import json
+import math
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+from pretrain.errors import UserError
+
+MAX_BYTES = 64 << 20  # a manifest of 300 million images in shards of 10,000 has 5 MB
+MAX_DEPTH = 32  # objects and lists inside each other; ours have 5
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Returns what a file of JSON holds. Raises UserError when it is too large or not JSON, OSError as it comes."""
+    with path.open("rb") as file:
+        text = file.read(max_bytes + 1)
+    if len(text) > max_bytes:
+        raise UserError(f"{path}: has more than {max_bytes:,} bytes, which is the limit of such a file")
+    return parse_json(text, str(path))
+
+
+def parse_json(text: bytes | str, source: str) -> Any:
+    """Returns what a text of JSON (UTF-8) says. Raises UserError naming `source` when it is not JSON or too deep."""
+    try:
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise UserError(f"{source}: is nested more than {MAX_DEPTH} deep") from None
+    except ValueError as error:  # also bytes that are not UTF-8, and numbers of more than 4300 digits
+        raise UserError(f"{source}: is not JSON ({error})") from None
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [inner for inner in level if isinstance(inner, (dict, list))]
+        level = [item for inner in containers for item in (inner.values() if isinstance(inner, dict) else inner)]
+        if not level:
+            return value
+    raise UserError(f"{source}: is nested more than {MAX_DEPTH} deep")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A JSON object, its values by type. A key that is not there, or null, is `default` where one is given.
+
+    Each method raises UserError unless the value is of its type and within its bounds.
+    """
+
+    values: dict[str, Any]
+    source: str  # the file, and where in it
+
+    @classmethod
+    def of(cls, value: object, source: str) -> "Fields":
+        """Returns a value as an object. Raises UserError when it is something else."""
+        if not isinstance(value, dict):
+            raise UserError(f"{source}: is {brief(value)}, expected an object")
+        return cls(value, source)
+
+    def integer(self, key: str, least: int, most: int, default: int | EllipsisType = ...) -> int:
+        """An integer within [least, most]; neither true nor 1.0 is one."""
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self.wrong(key, f"an integer from {least} to {most}")
+        return value
+
+    def number(self, key: str, least: float, most: float, default: float | EllipsisType = ...) -> float:
+        """A finite number within [least, most]."""
+        value = self._get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
+            self.wrong(key, f"a number from {least:g} to {most:g}")
+        if not math.isfinite(value):
+            self.wrong(key, "a finite number")
+        return float(value)
+
+    def flag(self, key: str, default: bool | EllipsisType = ...) -> bool:
+        """true or false."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            self.wrong(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str | EllipsisType = ..., *, max_letters: int = 4096) -> str:
+        """A text without lone surrogates, which no file can hold."""
+        value = self._get(key, default)
+        if not is_text(value) or len(value) > max_letters:
+            self.wrong(key, f"a text of at most {max_letters} letters")
+        return value
+
+    def texts(self, key: str, default: tuple[str, ...] | EllipsisType = ...) -> tuple[str, ...]:
+        """A list of texts."""
+        value = self._get(key, default)
+        if not isinstance(value, (list, tuple)) or not all(map(is_text, value)):
+            self.wrong(key, "a list of texts")
+        return tuple(value)
+
+    def part(self, key: str) -> "Fields":
+        """An object inside this one."""
+        return Fields.of(self._get(key, ...), f"{self.source}: {key}")
+
+    def parts(self, key: str, default: tuple[()] | EllipsisType = ...) -> list["Fields"]:
+        """A list of objects."""
+        value = self._get(key, default)
+        if not isinstance(value, (list, tuple)):
+            self.wrong(key, "a list")
+        return [Fields.of(item, f"{self.source}: {key}[{place}]") for place, item in enumerate(value)]
+
+    def wrong(self, key: str, expected: str) -> Any:
+        """Raises the UserError of a value that is not what is expected."""
+        raise UserError(f"{self.source}: {key} is {brief(self.values.get(key))}, expected {expected}")
+
+    def _get(self, key: str, default: object) -> Any:
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is ...:
+            raise UserError(f"{self.source}: {key} is {'null' if key in self.values else 'missing'}")
+        return default
+
+
+def is_text(value: object) -> bool:
+    """Returns whether a value is a text that UTF-8 can hold; JSON can name half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def brief(value: object) -> str:
+    """Returns a value as an error shows it: escaped and short, however large it is."""
+    short = reprlib.Repr()
+    short.maxstring, short.maxother, short.maxlong, short.maxlevel = 80, 80, 40, 3
+    return short.repr(value)

@@ -1,0 +1,82 @@
+"""JSON of strangers: every wrong type, range, size and nesting is one UserError that names place and key."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.errors import UserError
+from pretrain.json_files import MAX_DEPTH, Fields, parse_json, read_json
+
+DEEP = {
+    "lists": "[" * 100_000,
+    "closed lists": "[" * 200 + "]" * 200,
+    "objects": '{"a":' * 100_000,
+    "one too deep": "[" * (MAX_DEPTH + 1) + "0" + "]" * (MAX_DEPTH + 1),
+}
+
+
+@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP.keys())
+def test_deep_nesting_is_refused(text: str) -> None:
+    """Whether the parser's own limit is met or ours."""
+    with pytest.raises(UserError, match="here: is (nested more|not JSON)"):
+        parse_json(text, "here")
+
+
+def test_allowed_nesting_is_read() -> None:
+    """As deep as the limit says."""
+    text = "[" * MAX_DEPTH + "0" + "]" * MAX_DEPTH
+    assert parse_json(text, "here") == json.loads(text)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"9" * 5000, b"{'a': 1}", b"nul", b"[1,]", b"\xef\xbb\xbf1"])
+def test_what_is_no_json_is_refused(text: bytes, tmp_path: Path) -> None:
+    """One line with the file's name."""
+    path = tmp_path / "file.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match="file.json: is not JSON") as caught:
+        read_json(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_large_file_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    """By its size, which the error tells."""
+    path = tmp_path / "file.json"
+    path.write_text("1" * 1001)
+    with pytest.raises(UserError, match="more than 1,000 bytes"):
+        read_json(path, max_bytes=1000)
+
+
+WRONG = [
+    (value, ask)
+    for ask, values in {
+        "integer": [True, 1.0, "1", [], {}, -1, 11, 10**40, float("nan"), float("inf")],
+        "number": [True, "1", [], {}, -1, 11, 10**400, float("nan"), float("inf")],
+        "flag": [0, 1, "true", []],
+        "text": [1, True, [], "\ud800", "a" * 5000],
+        "texts": ["abc", 1, [1], [None], [["a"]], ["\udfff"], {"a": "b"}],
+        "part": [1, "a", []],
+        "parts": [1, "a", {}, [1], [[]], [None]],
+    }.items()
+    for value in [*values, None]
+]
+
+
+@pytest.mark.parametrize(("value", "ask"), WRONG, ids=lambda item: repr(item)[:24])
+def test_every_other_type_is_refused(value: object, ask: str) -> None:
+    """With the place and the key, in one short line."""
+    bounds = (0, 10) if ask in ("integer", "number") else ()
+    with pytest.raises(UserError, match="here: key") as caught:
+        getattr(Fields({"key": value}, "here"), ask)("key", *bounds)
+    assert len(str(caught.value)) < 400
+
+
+def test_missing_keys_have_defaults_where_one_is_given() -> None:
+    """null counts as missing."""
+    fields = Fields({"null": None, "a": {"b": [{"c": 3}]}}, "here")
+    assert fields.integer("null", 1, 9, 5) == fields.integer("gone", 1, 9, 5) == 5
+    assert fields.part("a").parts("b")[0].integer("c", 0, 9) == 3
+    with pytest.raises(UserError, match="here: gone is missing"):
+        fields.text("gone")
+    with pytest.raises(UserError, match=r"here: a: b\[0\]: d is missing"):
+        fields.part("a").parts("b")[0].text("d")
