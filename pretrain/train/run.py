@@ -14,6 +14,7 @@ from pretrain.config import Config
 from pretrain.data.classes import match_classes
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import plan_batch
+from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_precision
 from pretrain.engine.step import Engine
 from pretrain.errors import ConfigError
@@ -79,7 +80,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     Raises UserError for a model that cannot be trained, or weights that do not fit it.
     """
     model = build_model(config.model, data.num_classes, config.seed)
-    _refuse_state(model, config.model.name)
+    _refuse_state(model, config, from_scratch=from_scratch)
     heads = {name.rpartition(".")[0] for name in classifier_names(model)}
     if data.fewshot and len(heads) > 1:
         raise ConfigError(
@@ -97,6 +98,8 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     too_large = data.val is not None and data.val.multi_label and not data.ranks_classes
     most = classification.MAX_LOGIT_BYTES_IN_TRAINING
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
+    if statistics_of(model):
+        say("batch norm: its statistics stay those of the weights that the run starts from")
     say(
         f"{config.output / config.name}: {config.model.name}, {num_parameters(model):,} parameters, "
         f"{data.num_classes} classes\n"
@@ -129,13 +132,16 @@ def _refuse_other_classes(weights: Weights, train_set: Manifest) -> None:
         say(f"init_from: {match.told}")
 
 
-def _refuse_state(model: torch.nn.Module, name: str) -> None:
-    """A checkpoint holds trained parameters. Batch norm's statistics would be lost, and differ between ranks."""
-    saved_names = model.state_dict().keys()
-    if held := [key for key, _ in model.named_buffers() if key in saved_names]:
+def _refuse_state(model: torch.nn.Module, config: Config, *, from_scratch: bool) -> None:
+    """A checkpoint holds trained parameters, and statistics of batch norm that stay as they were given."""
+    saved_names, name, statistics = model.state_dict().keys(), config.model.name, statistics_of(model)
+    if held := [key for key, _ in model.named_buffers() if key in saved_names and key not in statistics]:
+        raise ConfigError(f"model.name: {name} keeps state ({held[0]}, ...) that checkpoints do not hold")
+    if statistics and from_scratch and config.init_from is None and config.branch_from is None:
         raise ConfigError(
-            f"model.name: {name} keeps statistics ({held[0]}, ...) that checkpoints do not hold; choose a model with "
-            "layer or group norm, for example timm:resnetv2_50x1_bit"
+            f"model.name: {name} has batch norm ({statistics[0]}, ...), whose statistics are not trained here but kept "
+            "from init_from, which is not given; or choose a model with layer or group norm, for example "
+            "timm:resnetv2_50x1_bit"
         )
     if frozen := [key for key, parameter in model.named_parameters() if not parameter.requires_grad]:
         raise ConfigError(
