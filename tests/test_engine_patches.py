@@ -68,3 +68,12 @@ def unpatched_timeouts(config: Config) -> list[float]:
 def test_deepspeed_makes_groups_without_the_timeout(config: Config) -> None:
     """Why it is patched: left alone, its groups wait for 30 minutes. When this fails, the patch can go."""
     assert 1800.0 in run_ranks(unpatched_timeouts, 1, config)[0]
+
+
+def throughput_timer(config: Config) -> bool:
+    return start(config)._engine.tput_timer.config.enabled
+
+
+def test_no_timer_waits_for_the_device(config: Config) -> None:
+    """DeepSpeed's throughput timer, on by default, synchronises twice per micro-batch."""
+    assert run_ranks(throughput_timer, 1, config) == [False]

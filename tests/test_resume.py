@@ -42,6 +42,14 @@ def long_run(shards: Path, output: Path, precision: str, stage: int) -> Config:
     return tiny_config(shards, output, **changes, **random_model, **every)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished `long_run` in fp32 on two ranks, that disturbed ones are compared with."""
+    config = long_run(shards, tmp_path_factory.mktemp("undisturbed"), "fp32", 1)
+    run_ranks(finish, 2, config)
+    return config
+
+
 def finish(config: Config) -> None:
     train(config)
 
@@ -161,11 +169,11 @@ def _global_samples(config: Config) -> dict[int, list]:
     return {step: sorted(samples) for step, samples in steps.items()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_one_rank_stops_all_after_a_save(number: int, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_one_rank_stops_all_after_a_save(
+    number: int, undisturbed: Config, shards: Path, tmp_path: Path
+) -> None:
     """All ranks stop at the same step, saved, without DONE; the next start ends with the undisturbed run's weights."""
-    undisturbed = long_run(shards, tmp_path / "undisturbed", "fp32", 1)
-    run_ranks(finish, 2, undisturbed)
     config = long_run(shards, tmp_path / "stopped", "fp32", 1)
     step = _stop_after(config, 2, step=7, number=number)
     folder = config.output / config.name
@@ -175,10 +183,10 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(number: int, shards: Path, 
     expect_same_run(config, undisturbed)
 
 
-def test_a_damaged_newest_checkpoint_costs_an_interval_not_the_run(shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_costs_an_interval_not_the_run(
+    undisturbed: Config, shards: Path, tmp_path: Path
+) -> None:
     """One bit of the newest checkpoint flips between stop and start: the run goes on from the one before, same end."""
-    undisturbed = long_run(shards, tmp_path / "undisturbed", "fp32", 1)
-    run_ranks(finish, 2, undisturbed)
     config = long_run(shards, tmp_path / "damaged", "fp32", 1)
     _stop_after(config, 2, step=13)
     newest = step_folders(config.output / config.name / "checkpoints")[0]

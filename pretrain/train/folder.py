@@ -8,10 +8,12 @@ runs/NAME/
   bad_samples.jsonl  skipped_steps.jsonl  samples-RANK.jsonl    what was left out; the order, when asked for
   checkpoints/                   see pretrain/checkpoint/layout.py
   DONE                           proof of the end: the last step and its validation
+  STOP.json                      why the last start ended before it, and whether to start again (ending.py)
 """
 
 import fcntl
 import json
+import os
 import sys
 import time
 import uuid
@@ -36,6 +38,7 @@ from pretrain.provenance import commit, versions
 from pretrain.storage import write_text
 
 _STARTS, _LOCK = "starts.jsonl", "lock"
+_JOB = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
 _CLAIM_TRIES = 20  # half a second each: a killed run's last processes may need seconds to go
 
 
@@ -146,6 +149,7 @@ def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any],
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": ranks.world_size(),
+        "job": {name: os.environ[name] for name in _JOB if name in os.environ},
         "command": sys.argv,
         "commit": commit(),
         "versions": versions(),

@@ -24,6 +24,7 @@ from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters
 from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
+from pretrain.train import ending
 from pretrain.train.datasets import DataSets, open_data
 from pretrain.train.folder import claim, is_done, mark_done, record_start, refuse_changes
 from pretrain.train.loop import loop
@@ -33,24 +34,35 @@ from pretrain.train.state import TrainState
 MAX_INITIAL_SHARE = 0.5
 
 
-def train(config: Config) -> None:
+def train(config: Config, stop: signals.StopRequest | None = None) -> None:
     """Trains until total_steps or until asked to stop; resumes from the newest valid checkpoint in the run's folder.
 
-    Raises UserError for what the user must change, NonFiniteError, BadSamplesError, StorageError (pretrain/errors.py).
+    stop: what has been listening for signals since the process began. Raises UserError for what the user must change,
+    NonFiniteError, BadSamplesError, StorageError, LostRankError (pretrain/errors.py).
     """
+    stop = stop or signals.StopRequest()
     device = ranks.start(config.engine.timeout_s)
     agreement.together(lambda: check_precision(config))
-    signals.end_with_launcher()
-    stop = signals.StopRequest()
     folder = config.output / config.name
     lock = claim(folder)
+    with ending.noted(folder):
+        _train(config, folder, device, stop)
+    stop.close()
+    ranks.stop()
+    del lock
+
+
+def _train(config: Config, folder: Path, device: torch.device, stop: signals.StopRequest) -> None:
     data = agreement.together(lambda: open_data(config))
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
-        ranks.stop()
+        return
+    if agreement.any_rank(stop.signal_name is not None):  # heard during the imports
+        ending.note(folder, "asked to stop before the first step")
+        say("stopped as asked before the first step")
         return
     _warn_of_young_averages(config)
     origin = _branch_point(config, data) if config.branch_from and checkpoint is None else None
@@ -66,12 +78,10 @@ def train(config: Config) -> None:
         mark_done(folder, state.step, state.metrics)
         say(f"done: {folder}, step {state.step}" + "".join(f", {k} {v:.4g}" for k, v in state.metrics.items()))
     else:
+        ending.note(folder, f"asked to stop; saved at step {state.step}")
         say(f"stopped as asked at step {state.step}; the same command goes on from there")
     log.close()
     engine.close()
-    stop.close()
-    ranks.stop()
-    del lock
 
 
 def build_engine(config: Config, data: DataSets, device: torch.device, *, from_scratch: bool) -> Engine:
