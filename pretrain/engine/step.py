@@ -74,7 +74,7 @@ class Engine:
         self._frozen.refresh_model(self.dtype)
         self._moments = moment_dtypes(config.optim)
         self._owned = OwnedSlices(model, zero, config.engine.zero_stage, self._moments)
-        after_start(config.engine.timeout_s)
+        after_start(config.engine.timeout_s, zero)
         self._owned.set_optimizer_state(step=0)
         if rounded:
             self._start_from(exact)
