@@ -78,7 +78,8 @@ def _norms_of_stage_3(zero: Any) -> list[torch.Tensor]:
 def _sum_of_squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     if not gradients:  # this rank owns nothing of the group
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).pow(2).sum()
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)  # type: ignore[attr-defined]  # torch hides it
+    return torch.stack(norms).pow(2).sum()
 
 
 def _unscale_and_clip(zero: Any, gradients: list[torch.Tensor], total_norm: torch.Tensor) -> None:
