@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
-from pretrain.cli import shown
+from pretrain.cli import is_text, shown
 from pretrain.data.images import decode
 from pretrain.data.manifest import (
     LABEL_ENDING,
@@ -18,7 +18,7 @@ from pretrain.data.manifest import (
     write_manifest,
 )
 from pretrain.data.order import words
-from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
+from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
 from pretrain.errors import UserError
 from pretrain.shards.counts import write_counts
 from pretrain.shards.sources import Item
@@ -99,6 +99,8 @@ def _has_lists(items: Sequence[Item]) -> bool:
             raise UserError(f"{item.source}: label {item.label}: single classes and lists are mixed in this data set")
         if not labels or len(set(labels)) < len(labels):
             raise UserError(f"{item.source}: label {item.label} is empty or names a class twice")
+        if len(labels) > MAX_LABELS:
+            raise UserError(f"{item.source}: {len(labels)} labels, at most {MAX_LABELS} of an image are read")
     return kinds == {True}
 
 
@@ -166,6 +168,8 @@ def _read(item: Item) -> bytes:
 
 
 def start_folder(out: Path) -> None:
+    if not is_text(set_name(out)):
+        raise UserError(f"{shown(out)}: the folder's name is not UTF-8, and the manifest holds it; choose another one")
     if (out / "manifest.json").exists():
         raise UserError(f"{out}: holds a data set already; remove it or choose another folder")
     try:

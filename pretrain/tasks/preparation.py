@@ -16,7 +16,8 @@ from pretrain.cli import shown
 from pretrain.data.manifest import check_shards, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
-from pretrain.shards.archives import Original, Splits
+from pretrain.json_files import read_json
+from pretrain.shards.archives import Original, Splits, read_text
 from pretrain.shards.build import Progress, build, check_labels, read_dropped
 from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples
 from pretrain.shards.imagenet import TRAIN_TAR, VAL_TAR
@@ -118,7 +119,7 @@ def set_differences(task_root: Path) -> list[str]:
 
 def _read_task(out: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads((out / FILE).read_text(encoding="utf-8"))
+        values = read_json(out / FILE)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ValueError(f"expected an object of format {FORMAT}")
         return values
@@ -314,7 +315,7 @@ def _names_in(splits: Splits) -> list[str]:
 def _label_names(folder: Path) -> list[str]:
     """TFDS's names of the classes of its stored label, where it has one."""
     path = folder / "label.labels.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return read_text(path).splitlines() if path.exists() else []
 
 
 def _is_pack(path: Path) -> bool:
