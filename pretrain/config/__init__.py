@@ -8,6 +8,7 @@ from pretrain.config.changes import BRANCH_MAY_CHANGE, MAY_CHANGE, resume_differ
 from pretrain.config.checks import non_defaults
 from pretrain.config.model import (
     HYBRIDS,
+    MAX_CLASSES,
     MAX_DEPTH,
     TIMM_HYBRIDS,
     TIMM_SIZES,
@@ -38,6 +39,7 @@ __all__ = [
     "BRANCH_MAY_CHANGE",
     "EVAL_CROP_LIMITS",
     "HYBRIDS",
+    "MAX_CLASSES",
     "MAX_DEPTH",
     "MAY_CHANGE",
     "MINUS_ONE_TO_ONE",
