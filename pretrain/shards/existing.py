@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.data.manifest import Shard
+from pretrain.config import MAX_CLASSES
+from pretrain.data.manifest import Shard, file_inside
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
 from pretrain.shards.build import DataSet, Progress, finish, start_folder
 from pretrain.shards.tars import alone, index_tar
 from pretrain.storage import replacing
-
-MAX_CLASSES = 1 << 20  # of labels without names: a larger one is a number of something else
 
 
 def index_existing(
@@ -31,7 +30,7 @@ def index_existing(
     damaged, holds a sample twice or without image or label.
     """
     if not all(path.resolve().parent == out.resolve() for path in tars):
-        start_folder(out)  # else: indexed again, where they lie
+        start_folder(out, classes)  # else: indexed again, where they lie
     names = [path.name.removesuffix(".gz") for path in tars]
     if len(set(names)) < len(names):
         raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
@@ -52,6 +51,7 @@ def index_existing(
 
 def _brought(source: Path, target: Path) -> Path:
     if source.resolve() == target.resolve():
+        file_inside(target.parent, target)
         return target
     try:
         with replacing(target) as temporary:
