@@ -384,10 +384,11 @@ def test_a_score_of_other_settings_is_refused(tiny: Path, tmp_path: Path) -> Non
     one_line(caught.value)
 
 
-def test_what_is_no_score_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_what_is_no_score_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DONE, results.json of ReaL labels and sweep.json: types and ranges, in one line with the way out."""
     sweep = tiny_sweep(tiny, tmp_path)
     config = selecting_runs(sweep)[0]
+    monkeypatch.setattr("pretrain.finetune.scores.load_config", lambda _: config)
     pretend(config, 0.5)
     folder = config.output / config.name
     (folder / "evaluation").mkdir()

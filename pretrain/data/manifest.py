@@ -191,7 +191,7 @@ def check_shards(manifest: Manifest) -> None:
 
     Raises UserError naming the first that is not, StorageError when the disk does not say.
     """
-    folder, real_folder = manifest.path.parent, cache(_real)  # nearly all shards lie in one folder
+    folder, real_folder = manifest.path.parent, cache(_real_folder)  # nearly all shards lie in one folder
     listed: dict[str, Path] = {}
     for shard in manifest.shards:
         try:
@@ -207,11 +207,11 @@ def check_shards(manifest: Manifest) -> None:
             raise UserError(f"{manifest.path}: lists {shard.path.name}, which is the same file as {first.name}")
 
 
-def _real(folder: str | Path) -> str:
-    return os.path.realpath(folder)
+def _real_folder(folder: str) -> str:
+    return os.path.join(os.path.realpath(folder), "")  # with a slash at its end
 
 
-def file_inside(folder: Path, path: Path, real_folder: Callable[[str | Path], str] = _real) -> tuple[str, int]:
+def file_inside(folder: Path, path: Path, real_folder: Callable[[str], str] = _real_folder) -> tuple[str, int]:
     """Returns where a file of a data set's folder really lies, and its size in bytes.
 
     The folder itself may be a link, and links inside it are followed. real_folder: says where a folder really lies.
@@ -219,11 +219,10 @@ def file_inside(folder: Path, path: Path, real_folder: Callable[[str | Path], st
     when nothing is there; StorageError when the disk does not say.
     """
     try:
+        parent, name = os.path.split(path)
         status = os.lstat(path)
-        real = os.path.join(real_folder(os.path.dirname(path)), path.name)
-        if stat.S_ISLNK(status.st_mode):
-            real = _real(path)
-        if not real.startswith(os.path.join(real_folder(folder), "")):
+        real = os.path.realpath(path) if stat.S_ISLNK(status.st_mode) else real_folder(parent) + name
+        if not real.startswith(real_folder(str(folder))):
             raise UserError(
                 f"{path}: leads to {real}, outside the data set's folder; move that file here, or give the "
                 "folder where manifest and shards really lie (the folder itself may be a link)"
