@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from pretrain.errors import UserError
 
 MAX_BYTES = 64 << 20  # a manifest of 300 million images in shards of 10,000 has 5 MB
+MAX_MARKS = 3 << 20  # of , : [ and {: 64 MB of small objects become 1.7 GB; 300,000 shards need 2.7 million
 MAX_DEPTH = 32  # objects and lists inside each other; ours have 5
 
 
@@ -42,7 +43,13 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def parse_json(text: bytes | str, source: str) -> Any:
-    """Returns what a text of JSON (UTF-8) says. Raises UserError naming `source` when it is not JSON or too deep."""
+    """Returns what a text of JSON (UTF-8) says.
+
+    Raises UserError naming `source` when it is not JSON, too deep, or would become far larger in memory than it is.
+    """
+    marks = (b",", b":", b"[", b"{") if isinstance(text, bytes) else (",", ":", "[", "{")
+    if sum(text.count(mark) for mark in marks) > MAX_MARKS:  # pyright: ignore[reportArgumentType]
+        raise UserError(f"{source}: holds more than {MAX_MARKS:,} values")
     try:
         value = json.loads(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:
