@@ -288,6 +288,21 @@ def test_class_lists_are_read(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(values))
         assert "expected a JSON list of names" in refusal(read_class_list, path)
+    for values in (
+        ["a" * 5000],
+        [["a"] * 2000],
+        ["a", {"b": 1}],
+        [None],
+        [["a", []]],
+        [0.5],
+        {"0": None},
+        {"names": []},
+    ):
+        path.write_text(json.dumps(values))
+        assert len(refusal(read_class_list, path)) < 500
+    for text in ("", "[" * 100_000, "[" * 100 + "]" * 100, "9" * 5000):
+        path.write_text(text)
+        assert f"{path}: is n" in refusal(read_class_list, path)
 
 
 def test_the_table_of_counts(tmp_path: Path) -> None:

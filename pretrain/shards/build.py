@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
-from pretrain.cli import is_text, shown
+from pretrain.cli import shown
+from pretrain.config import MAX_CLASSES
+from pretrain.data.classes import check_names
 from pretrain.data.images import decode
 from pretrain.data.manifest import (
     LABEL_ENDING,
@@ -20,6 +22,7 @@ from pretrain.data.manifest import (
 from pretrain.data.order import words
 from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, is_text, read_json
 from pretrain.shards.counts import write_counts
 from pretrain.shards.sources import Item
 from pretrain.shards.tars import index_tar
@@ -59,7 +62,7 @@ def build(
     provenance.json; `progress` counts it all the same. Raises UserError when nothing is left or the folder holds
     another data set.
     """
-    start_folder(out)
+    start_folder(out, classes)
     multi_label = _has_lists(items)
     check_labels(items, classes)
     plan = np.arange(len(items)) if seed is None else np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
@@ -79,11 +82,12 @@ def build(
 
 
 def check_labels(items: Iterable[Item], classes: Sequence[str]) -> None:
-    """Raises UserError when a label is no class; without names any number is one."""
+    """Raises UserError when a label is no class; without names any number below MAX_CLASSES is one."""
+    most = len(classes) or MAX_CLASSES
     for item in items:
         for label in _labels(item):
-            if not 0 <= label < (len(classes) or label + 1):
-                raise UserError(f"{item.source}: label {label} is not one of the {len(classes)} classes")
+            if not 0 <= label < most:
+                raise UserError(f"{item.source}: label {label} is not one of the {most} classes")
 
 
 def _labels(item: Item) -> list[int]:
@@ -167,9 +171,14 @@ def _read(item: Item) -> bytes:
     return data
 
 
-def start_folder(out: Path) -> None:
+def start_folder(out: Path, classes: Sequence[str] = ()) -> None:
+    """Makes the folder of a new data set. Raises UserError when that cannot be, or its names cannot be kept."""
     if not is_text(set_name(out)):
-        raise UserError(f"{shown(out)}: the folder's name is not UTF-8, and the manifest holds it; choose another one")
+        raise UserError(f"{shown(out)}: the folder's name is not UTF-8, and it names the data set; choose another one")
+    if classes:
+        check_names(classes, len(classes), f"{out}: classes")
+    if len(classes) > MAX_CLASSES:
+        raise UserError(f"{out}: {len(classes)} classes, at most {MAX_CLASSES}")
     if (out / "manifest.json").exists():
         raise UserError(f"{out}: holds a data set already; remove it or choose another folder")
     try:
@@ -192,6 +201,6 @@ def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
 
 
 def read_dropped(folder: Path) -> list[str]:
-    """Returns what was left out of a data set, with the reasons."""
+    """Returns what was left out of a data set, with the reasons. Raises UserError when the list cannot be read."""
     path = folder / "provenance.json"
-    return json.loads(path.read_text(encoding="utf-8"))["dropped"] if path.exists() else []
+    return list(Fields.of(read_json(path), str(path)).texts("dropped")) if path.exists() else []

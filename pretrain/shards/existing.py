@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pretrain.cli import is_text, shown
-from pretrain.data.manifest import Shard
+from pretrain.config import MAX_CLASSES
+from pretrain.data.manifest import Shard, file_inside
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
 from pretrain.shards.build import DataSet, Progress, finish, start_folder
-from pretrain.shards.sources import MAX_CLASSES
 from pretrain.shards.tars import alone, index_tar
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.storage import replacing
@@ -32,7 +32,7 @@ def index_existing(
     damaged, holds a sample twice or without image or label.
     """
     if not all(path.resolve().parent == out.resolve() for path in tars):
-        start_folder(out)  # else: indexed again, where they lie
+        start_folder(out, classes)  # else: indexed again, where they lie
     names = [path.name.removesuffix(".gz") for path in tars]
     if len(set(names)) < len(names):
         raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
@@ -69,6 +69,7 @@ def _removed_on_refusal() -> Iterator[list[Path]]:
 def _brought(source: Path, target: Path, brought: list[Path]) -> Path:
     """A tar in its place; where it was copied or unpacked, it and its index to be are added to `brought`."""
     if source.resolve() == target.resolve():
+        file_inside(target.parent, target)
         return target
     limit = max_unpacked_bytes(source)
     try:
