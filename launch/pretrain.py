@@ -37,7 +37,7 @@ def main() -> None:
         print(f"{config.name}: loading torch and DeepSpeed", flush=True)
     from pretrain.train.run import train
 
-    train(config)
+    train(config, arguments.config)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Jobs: runs that another process starts, tells to stop, and waits for; and their numbers in SLURM's job arrays."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -76,5 +77,5 @@ def _descendants(pid: int) -> list[int]:
 def _wait_until_free(lock: Path) -> None:
     """Waits until rank 0, which may still save when its launcher has died of a signal, lets go of the run's lock."""
     if lock.is_file():
-        with lock.open("a") as file:
+        with lock.open("a") as file, contextlib.suppress(OSError):  # a file system without locks: nobody holds one
             fcntl.lockf(file, fcntl.LOCK_EX)

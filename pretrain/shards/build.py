@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
-from pretrain.cli import shown
 from pretrain.data.images import decode
 from pretrain.data.manifest import (
     LABEL_ENDING,
@@ -20,6 +19,7 @@ from pretrain.data.manifest import (
 from pretrain.data.order import words
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.shards.counts import write_counts
 from pretrain.shards.sources import Item
 from pretrain.shards.tars import index_tar

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.cli import is_text
 from pretrain.config.checks import did_you_mean
 from pretrain.errors import UserError
+from pretrain.json_files import is_text
 from pretrain.shards.imagenet import wnids
 
 

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.cli import shown
 from pretrain.data.manifest import check_shards, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.shards.archives import Original, Splits
 from pretrain.shards.build import Progress, build, check_labels, read_dropped
 from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples

@@ -32,9 +32,10 @@ from pretrain.train.state import TrainState
 MAX_INITIAL_SHARE = 0.5
 
 
-def train(config: Config) -> None:
+def train(config: Config, recipe: Path | None = None) -> None:
     """Trains until total_steps or until asked to stop; resumes from the newest valid checkpoint in the run's folder.
 
+    recipe: the file that the config was read from, of which the folder keeps a copy.
     Raises UserError for what the user must change, NonFiniteError, BadSamplesError, StorageError (pretrain/errors.py).
     """
     device = ranks.start(config.engine.timeout_s)
@@ -58,7 +59,7 @@ def train(config: Config) -> None:
         set_aside_newer(checkpoint)
     start = checkpoint or origin
     state = _resume(engine, start, config) if start else _start(config)
-    record_start(folder, config, engine.deepspeed_config, state.step)
+    record_start(folder, config, engine.deepspeed_config, state.step, recipe)
     log = RunLog(folder, state.step, config.total_steps)
     loop(config, data, engine, state, log, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
@@ -99,13 +100,13 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     say(
         f"{config.output / config.name}: {config.model.name}, {num_parameters(model):,} parameters, "
-        f"{data.num_classes} classes\n"
+        f"{data.num_classes} classes",
         f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
         f"{config.total_steps * batch / data.order.num_train:.1f} epochs; "
-        f"validation: {len(data.val_indices):,} images{without}\n"
+        f"validation: {len(data.val_indices):,} images{without}",
         f"batch {batch} = {num_ranks} ranks x {plan.accumulation} x {plan.micro_batch}"
         + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
-        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}"
+        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     )
     return Engine(model, config, plan, device)
 
