@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 from pretrain.errors import StorageError
 from pretrain.escape import shown
@@ -69,7 +70,7 @@ def _say(message: str, code: int) -> int:
     if _rank() > 0:
         time.sleep(_WAIT_FOR_RANK_0_S)
         message = f"rank {_rank()}: {message}"
-    print(shown(message), file=sys.stderr, flush=True)
+    tell(message, sys.stderr)
     return code
 
 
@@ -84,6 +85,11 @@ def _leave(code: int) -> None:
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them
     sys.exit(code)
+
+
+def tell(line: object, stream: TextIO | None = None) -> None:
+    """Prints a line that may hold names of files and classes, which do nothing to the terminal."""
+    print(shown(line), file=stream or sys.stdout, flush=True)
 
 
 def print_table(

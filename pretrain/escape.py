@@ -12,7 +12,7 @@ def shown(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def markdown(text: object) -> str:
+def in_markdown(text: object) -> str:
     """Returns text that Markdown shows as it is: no cell, tag, link, code, formula or emphasis begins in it."""
     plain = shown(" ".join(str(text).split()))
     plain = re.sub(r"([\\|\[`*~$])", r"\\\1", plain)
@@ -21,7 +21,7 @@ def markdown(text: object) -> str:
     return plain.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def markdown_code(text: object) -> str:
+def code_in_markdown(text: object) -> str:
     """Returns text as a piece of code inside a Markdown line: its fence is longer than any backticks in it."""
     plain = shown(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))

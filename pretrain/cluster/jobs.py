@@ -10,12 +10,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from pretrain.escape import shown
+
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
 
 def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a command, which it prints, to its end; returns its exit code."""
-    print(f"$ {Path(words[0]).name} {' '.join(words[1:])}", flush=True)
+    print(shown(f"$ {Path(words[0]).name} {' '.join(words[1:])}"), flush=True)
     with subprocess.Popen(words, env=environment) as process:
         return process.wait()
 
