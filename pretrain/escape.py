@@ -16,7 +16,7 @@ def in_markdown(text: object) -> str:
     """Returns text that Markdown shows as it is: no cell, tag, link, code, formula or emphasis begins in it."""
     plain = shown(" ".join(str(text).split()))
     plain = re.sub(r"([\\|\[`*~$])", r"\\\1", plain)
-    plain = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", plain)  # inside a word it is only itself
+    plain = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", plain)  # inside a word it is only itself
     plain = plain.replace("://", r"\://").replace("www.", r"www\.")  # GitHub makes links of bare addresses
     return plain.replace("&", "&amp;").replace("<", "&lt;")
 

@@ -83,6 +83,13 @@ def _append(path: Path, line: bytes) -> None:
         os.close(descriptor)
 
 
+def tell_lost_lines() -> None:
+    """Warns of the lines that this process could not write, once."""
+    for path, count in _lost_lines.items():
+        warn(f"{path}: {count:,} lines could not be written")
+    _lost_lines.clear()
+
+
 def not_a_link(path: str | Path, flags: int) -> int:
     """Opens a file of a run's folder. Somebody else may have made it, with a link that leads to any file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
@@ -175,9 +182,7 @@ class RunLog:
     def close(self) -> None:
         """Ends the TensorBoard file, and tells what was lost."""
         self._to_board(lambda board: board.close())
-        for path, count in _lost_lines.items():
-            warn(f"{path}: {count:,} lines could not be written")
-        _lost_lines.clear()
+        tell_lost_lines()
 
     def _to_board(self, write: Callable[[Any], Any]) -> None:
         if self._board is None:

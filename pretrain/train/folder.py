@@ -76,7 +76,11 @@ def _take_lock(folder: Path, held: list[TextIO]) -> str:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output=") from None
     held.append(file)
-    _lock(file, folder)
+    try:
+        _lock(file, folder)
+    except UserError:
+        file.close()
+        raise
     token = uuid.uuid4().hex
     with _named(folder / _LOCK):
         file.truncate(0)
