@@ -51,7 +51,7 @@ def main() -> None:
     from pretrain.train.run import train
 
     gc.enable()
-    train(config, STOP)
+    train(config, recipe=arguments.config, stop=STOP)
 
 
 if __name__ == "__main__":

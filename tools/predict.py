@@ -48,7 +48,7 @@ def main() -> int:
         except (OSError, BadSample) as error:
             num_bad += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            print(cli.shown(f"{path}: cannot be used ({reason})"), file=sys.stderr)
+            cli.tell(f"{path}: cannot be used ({reason})", sys.stderr)
             if arguments.json:
                 print(json.dumps({"image": str(path), "error": reason}), flush=True)
             continue
@@ -63,9 +63,9 @@ def _print(path: Path, predictions: list[Prediction], *, as_json: bool) -> None:
         rows = [{"class": p.number, "name": p.name, "probability": p.probability} for p in predictions]
         print(json.dumps({"image": str(path), "predictions": rows}), flush=True)
         return
-    print(cli.shown(path))
+    cli.tell(path)
     for prediction in predictions:
-        print(f"  {prediction.probability:7.2%}  {cli.shown(prediction.name)}", flush=True)
+        cli.tell(f"  {prediction.probability:7.2%}  {prediction.name}")
 
 
 if __name__ == "__main__":

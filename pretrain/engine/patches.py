@@ -6,6 +6,7 @@ DeepSpeed changes: tests/test_engine_patches.py.
 
 import os
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -49,7 +50,7 @@ def _lighten_step(zero: Any) -> None:
     if type(zero) is DeepSpeedZeroOptimizer:
         zero.check_overflow = lambda partition_gradients=True: None
         zero.scaled_global_norm = lambda norm_type=2: _global_norm(zero)
-        zero.unscale_and_clip_grads = lambda grads, total_norm: _unscale_and_clip(zero, grads, total_norm)
+        zero.unscale_and_clip_grads = partial(_unscale_and_clip, zero)
         zero._update_model_bit16_weights = lambda group_index: None
     elif type(zero) is DeepSpeedZeroOptimizer_Stage3:
         zero._get_norm_groups = lambda: _norms_of_stage_3(zero)
@@ -82,12 +83,12 @@ def _sum_of_squares(gradients: list[torch.Tensor], device: torch.device) -> torc
     return torch.stack(norms).pow(2).sum()
 
 
-def _unscale_and_clip(zero: Any, gradients: list[torch.Tensor], total_norm: torch.Tensor) -> None:
+def _unscale_and_clip(zero: Any, grad_groups_flat: list[torch.Tensor], total_norm: torch.Tensor) -> None:
     """DeepSpeed's, less a test of the norm that step() has made: it waits for the device, once per group."""
     if zero.clip_grad == 0.0 and zero.loss_scale == 1.0:
         return
     scale = zero.loss_scale
     if zero.clip_grad > 0.0:
         scale = torch.clamp((total_norm / zero.loss_scale + 1e-6) / zero.clip_grad, min=1.0) * zero.loss_scale
-    for gradient in gradients:
+    for gradient in grad_groups_flat:
         gradient.data.mul_(1.0 / scale)

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from pretrain import cli
 from pretrain.errors import UserError
+from pretrain.escape import in_markdown
 from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Row, in_words
 from pretrain.evaluation.jobs import Done, Opened
 from pretrain.evaluation.predictions import lines, wrong_items
@@ -153,13 +152,7 @@ def _grown(before: Any, now: Any) -> Any:
 
 def print_table(rows: list[Row], title: str) -> None:
     """Shows the rows on the terminal."""
-    header, cells = _cells(rows)
-    table = Table(title=title)
-    for name in header:
-        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
-    for line in cells:
-        table.add_row(*line)
-    Console().print(table)
+    cli.print_table(title, *_cells(rows), no_wrap=True)
 
 
 def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -201,15 +194,27 @@ def pages(rows: list[Row], record: dict[str, Any], done: list[Done]) -> dict[str
 
 def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
     header, cells = _cells(rows)
-    table = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
-    text = [f"# {record['weights']}", "", f"Model {record['model']} at {record['image_size']} px.", ""]
+    table = [
+        map(in_markdown, header),
+        ["---", *["---:"] * (len(header) - 1)],
+        *(map(in_markdown, row) for row in cells),
+    ]
+    text = [
+        f"# {in_markdown(record['weights'])}",
+        "",
+        f"Model {in_markdown(record['model'])} at {record['image_size']} px.",
+        "",
+    ]
     text += ["| " + " | ".join(line) + " |" for line in table] + [""]
-    text += [f"- {role}: {of['path']}, {of['num_samples']:,} images" for role, of in record["data"].items()]
+    text += [
+        f"- {in_markdown(role)}: {in_markdown(of['path'])}, {of['num_samples']:,} images"
+        for role, of in record["data"].items()
+    ]
     text.append(f"- images as evaluation={in_words(record['transform'])} shows them")
     for kind, evaluator in EVALUATORS.items():
         if protocol := record.get(kind):
             text += [f"- {line}" for line in evaluator.told(protocol)]
-    text += [f"- **not scored**: {reason}" for reason in record["failed"].values()]
+    text += [f"- **not scored**: {in_markdown(reason)}" for reason in record["failed"].values()]
     return "\n".join(text)
 
 

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pretrain.cli import is_text, shown
 from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.tar_headers import BadHeader, end_of, members
 from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import is_text
 from pretrain.shards.listing import files_below
 from pretrain.shards.sources import Item
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.cli import shown
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.json_files import is_text
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
-from pretrain.cli import shown
 from pretrain.config import MAX_CLASSES
 from pretrain.data.classes import check_names
 from pretrain.data.images import decode
@@ -22,6 +21,7 @@ from pretrain.data.manifest import (
 from pretrain.data.order import words
 from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.json_files import Fields, is_text, read_json
 from pretrain.shards.counts import write_counts
 from pretrain.shards.sources import Item

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pretrain.cli import is_text, shown
 from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import Shard, file_inside
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import is_text
 from pretrain.shards.build import DataSet, Progress, finish, start_folder
 from pretrain.shards.tars import alone, index_tar
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large

@@ -6,9 +6,9 @@ from functools import lru_cache
 from importlib.resources import files as package_files
 from pathlib import Path
 
-from pretrain.cli import shown
 from pretrain.data.tar_headers import members
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.shards.archives import (
     UNREADABLE,
     Original,

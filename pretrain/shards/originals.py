@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pretrain.cli import shown
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.shards.archives import (
     File,
     Original,

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from pretrain.cli import shown
 from pretrain.data.manifest import LABEL_ENDING
 from pretrain.data.reader import MAX_LABEL_BYTES
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.shards.archives import Original, content_of, is_image, members_of, original_of
 from pretrain.shards.sources import npz_items
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.cli import is_text, shown
 from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import is_text
 from pretrain.shards.arrays import names_of, read_arrays, whole_numbers
 from pretrain.shards.listing import files_below, is_of_the_system, leads_up, num_files, refuse_broken_link
 from pretrain.shards.pictures import PICTURE_ENDINGS, REFUSED_ENDINGS, ending_of, read_picture, stored_ending

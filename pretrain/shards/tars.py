@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.cli import shown
 from pretrain.data.manifest import (
     BLOCK,
     IMAGE_ENDINGS,
@@ -20,6 +19,7 @@ from pretrain.data.manifest import (
 from pretrain.data.reader import is_stranger, member_passed_over
 from pretrain.data.tar_headers import BadHeader, end_of, members
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.storage import sha256
 
 

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.cli import shown
 from pretrain.data.manifest import check_shards, file_inside, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.json_files import Fields, brief, read_json
 from pretrain.shards.archives import Original, Splits, read_text
 from pretrain.shards.build import Progress, build, check_labels, read_dropped

@@ -34,11 +34,12 @@ from pretrain.train.state import TrainState
 MAX_INITIAL_SHARE = 0.5
 
 
-def train(config: Config, stop: signals.StopRequest | None = None) -> None:
+def train(config: Config, *, recipe: Path | None = None, stop: signals.StopRequest | None = None) -> None:
     """Trains until total_steps or until asked to stop; resumes from the newest valid checkpoint in the run's folder.
 
-    stop: what has been listening for signals since the process began. Raises UserError for what the user must change,
-    NonFiniteError, BadSamplesError, StorageError, LostRankError (pretrain/errors.py).
+    recipe: the file that the config was read from, of which the folder keeps a copy. stop: what has been listening for
+    signals since the process began. Raises UserError for what the user must change, NonFiniteError, BadSamplesError,
+    StorageError, LostProcessError (pretrain/errors.py).
     """
     stop = stop or signals.StopRequest()
     device = ranks.start(config.engine.timeout_s)
@@ -46,13 +47,13 @@ def train(config: Config, stop: signals.StopRequest | None = None) -> None:
     folder = config.output / config.name
     lock = claim(folder)
     with ending.noted(folder):
-        _train(config, folder, device, stop)
+        _train(config, folder, device, recipe, stop)
     stop.close()
     ranks.stop()
     del lock
 
 
-def _train(config: Config, folder: Path, device: torch.device, stop: signals.StopRequest) -> None:
+def _train(config: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
     data = agreement.together(lambda: open_data(config))
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
@@ -71,7 +72,7 @@ def _train(config: Config, folder: Path, device: torch.device, stop: signals.Sto
         set_aside_newer(checkpoint)
     start = checkpoint or origin
     state = _resume(engine, start, config) if start else _start(config)
-    record_start(folder, config, engine.deepspeed_config, state.step)
+    record_start(folder, config, engine.deepspeed_config, state.step, recipe)
     log = RunLog(folder, state.step, config.total_steps)
     loop(config, data, engine, state, log, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
@@ -112,13 +113,13 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         say("batch norm: its statistics stay those of the weights that the run starts from")
     say(
         f"{config.output / config.name}: {config.model.name}, {num_parameters(model):,} parameters, "
-        f"{data.num_classes} classes\n"
+        f"{data.num_classes} classes",
         f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
         f"{config.total_steps * batch / data.order.num_train:.1f} epochs; "
-        f"validation: {len(data.val_indices):,} images{without}\n"
+        f"validation: {len(data.val_indices):,} images{without}",
         f"batch {batch} = {num_ranks} ranks x {plan.accumulation} x {plan.micro_batch}"
         + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
-        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}"
+        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     )
     return Engine(model, config, plan, device)
 
