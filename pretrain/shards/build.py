@@ -20,6 +20,7 @@ from pretrain.data.manifest import (
 from pretrain.data.order import words
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.errors import UserError
+from pretrain.log import warn
 from pretrain.shards.counts import write_counts
 from pretrain.shards.sources import Item
 from pretrain.shards.tars import index_tar
@@ -140,7 +141,7 @@ def _write_tar(
             try:
                 data = _read(item)
                 if check:
-                    decode(data)
+                    decode(data, partial(_warn_of_damage, item))
             except BadSample as bad:
                 dropped.append(shown(f"{item.source}: {bad}"))
                 continue
@@ -152,6 +153,10 @@ def _write_tar(
             written += 1
         writer.close()
     return dropped
+
+
+def _warn_of_damage(item: Item, complaint: str) -> None:
+    warn(shown(f"{item.source}: is damaged, and kept: {complaint}"))
 
 
 def _read(item: Item) -> bytes:
