@@ -175,7 +175,7 @@ def test_an_unreadable_file_costs_itself(tmp_path: Path) -> None:
 
 def test_builder_and_reader_have_one_rule_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What every reader would refuse is not written; the largest that is written can be read."""
-    monkeypatch.setattr("pretrain.shards.build.decode", lambda data: None)
+    monkeypatch.setattr("pretrain.shards.build.decode", lambda *_: None)
     monkeypatch.setattr("pretrain.data.reader._expands", lambda data: False)
     sizes = (MAX_IMAGE_BYTES, MAX_IMAGE_BYTES + 1)
     items = [Item(lambda n=n: bytes(n), "png", 0, f"{n}.png") for n in sizes]

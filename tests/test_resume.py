@@ -356,11 +356,11 @@ def unusable(config: Config, usable: int) -> tuple[str, int]:
 
     real, reads = pretrain.data.loader.decode, [0]
 
-    def decode(data: bytes) -> Any:
+    def decode(data: bytes, *told: Any) -> Any:
         reads[0] += 1
         if reads[0] > usable:
             raise BadSample("decode", "not a JPEG, PNG or WebP")
-        return real(data)
+        return real(data, *told)
 
     pretrain.data.loader.decode = decode
     try:

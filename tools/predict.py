@@ -43,8 +43,9 @@ def main() -> int:
         warn(f"{arguments.weights}: probabilities are softmax; the loss that it was trained with is not known")
     num_bad = 0
     for path in arguments.images:
+        damage: list[str] = []
         try:
-            predictions = likeliest(model, weights, path.read_bytes(), arguments.top, device)
+            predictions = likeliest(model, weights, path.read_bytes(), arguments.top, device, damage.append)
         except (OSError, BadSample) as error:
             num_bad += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -52,6 +53,8 @@ def main() -> int:
             if arguments.json:
                 print(json.dumps({"image": str(path), "error": reason}), flush=True)
             continue
+        for complaint in damage:
+            warn(f"{path}: is damaged ({complaint})")
         _print(path, predictions, as_json=arguments.json)
     if num_bad:
         print(f"error: {num_bad} of {len(arguments.images)} images cannot be used", file=sys.stderr)

@@ -28,7 +28,7 @@ _LIST = re.compile(rb"\[\s*(\d{1,9}(?:\s*,\s*\d{1,9})*)\s*\]")
 
 
 class BadSample(Exception):
-    """A sample cannot be used. `reason`: tar, missing, decode or label (docs/data.md)."""
+    """A sample cannot be used. `reason`: tar, missing, decode, label or damaged (docs/data.md)."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)

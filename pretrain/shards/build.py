@@ -23,6 +23,7 @@ from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
 from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, is_text, read_json
+from pretrain.log import warn
 from pretrain.shards.counts import write_counts
 from pretrain.shards.sources import Item
 from pretrain.shards.tars import index_tar
@@ -146,7 +147,7 @@ def _write_tar(
             try:
                 data = _read(item)
                 if check:
-                    decode(data)
+                    decode(data, partial(_warn_of_damage, item))
             except BadSample as bad:
                 dropped.append(shown(f"{item.source}: {bad}"))
                 continue
@@ -158,6 +159,10 @@ def _write_tar(
             written += 1
         writer.close()
     return dropped
+
+
+def _warn_of_damage(item: Item, complaint: str) -> None:
+    warn(shown(f"{item.source}: is damaged, and kept: {complaint}"))
 
 
 def _read(item: Item) -> bytes:

@@ -6,7 +6,8 @@ runs/NAME/
   starts.jsonl                   each start: step, versions, commit, ranks, command
   metrics.jsonl  tensorboard/    the curves
   batch.png                      one augmented batch
-  bad_samples.jsonl  skipped_steps.jsonl  samples-RANK.jsonl    what was left out; the order, when asked for
+  bad_samples.jsonl  skipped_steps.jsonl  damaged_samples.jsonl    what was left out, or used though damaged
+  samples-RANK.jsonl             the order, when asked for
   checkpoints/                   see pretrain/checkpoint/layout.py
   DONE                           proof of the end: the last step and its validation
   STOP.json                      why the last start ended before it, and whether to start again (ending.py)

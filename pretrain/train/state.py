@@ -15,6 +15,7 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     bad_samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    damaged_samples: int = 0  # used nevertheless
     metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation after this very step, if there was one
     window: list[float] = field(
         default_factory=lambda: [0.0, 0.0, 0.0]

@@ -32,7 +32,7 @@ from fuzz.mutate import (
     zipped,
 )
 from pretrain.data.manifest import Shard, ShardIndex, key_crc32, load_manifest, write_index
-from pretrain.data.reader import BadSample, parse_labels, read_sample
+from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
 from pretrain.models.build import build_model
 from pretrain.shards.archives import files_of
@@ -379,7 +379,7 @@ def task_tar(folder: Path) -> Target:
     def call(data: bytes, own: Path) -> None:
         (own / "a.tar.gz").write_bytes(data)
         for file in files_of(own / "a.tar.gz"):
-            file.read()
+            file.read(MAX_IMAGE_BYTES)
 
     made = source_targz(folder)
     return Target(made.good, made.seeds, made.slow, _changed_gzip, call)
