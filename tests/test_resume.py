@@ -252,6 +252,15 @@ def test_other_data_is_refused(stopped: Config, tmp_path: Path) -> None:
     assert "manifest_sha256" in run_ranks(refusal, 1, changed(stopped, data__train=str(other)))[0]
 
 
+def test_other_names_of_the_classes_are_refused(stopped: Config, shards: Path, tmp_path: Path) -> None:
+    """In the same data set: a name changed in its place is no part of the manifest."""
+    renamed = Path(shutil.copytree(shards, tmp_path / shards.name))
+    names = json.loads((renamed / "classes.json").read_text())
+    (renamed / "classes.json").write_text(json.dumps([*names[:2], "other", *names[3:]]))
+    message = run_ranks(refusal, 1, changed(stopped, data__train=str(renamed)))[0]
+    assert "data class 2: was 'shade 2', is 'other'" in message
+
+
 def test_what_may_change_may_change(stopped: Config, shards: Path, tmp_path: Path) -> None:
     """Intervals, workers, ZeRO stage, micro-batch, the data's place and a longer rsqrt run are no other run."""
     moved = tmp_path / "moved"

@@ -40,7 +40,7 @@ from pretrain.config import (
 )
 from pretrain.data.manifest import Manifest
 from pretrain.errors import ConfigError, StorageError, UserError
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields, brief, read_json
 from pretrain.log import MAX_STEP, JsonLines, not_a_link, rewind, say, warn
 from pretrain.provenance import UNKNOWN, commit, versions
 from pretrain.storage import fsync_path, write_text
@@ -173,6 +173,11 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
     for key, value in data["order"].items():
         if order.get(key) != value:
             differences.append(f"data {key}: was {order.get(key)}, is {value}")
+    # Names lie beside the manifest, whose SHA-256 does not cover them.
+    for number, (was, now) in enumerate(zip(of_state.texts("class_names", ()), train_set.class_names)):
+        if was != now:
+            differences.append(f"data class {number}: was {brief(was)}, is {brief(now)}")
+            break
     if differences:
         way_out = "start with init_from instead of branch_from" if branching else "start another run with name=..."
         raise ConfigError(
