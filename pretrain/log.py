@@ -57,7 +57,11 @@ class JsonLines:
 
 def sync(folder: Path) -> None:
     """Brings a folder's *.jsonl to the disk, so that they outlive a crash of the machine."""
-    for path in folder.glob("*.jsonl"):
+    try:
+        paths = [folder / name for name in os.listdir(folder) if name.endswith(".jsonl")]
+    except OSError as error:
+        return warn(f"{folder}: {error.strerror}; its logs may not outlive a crash of the machine now")
+    for path in paths:
         try:
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -2,15 +2,24 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "timm", "omegaconf", "numpy", "pillow")
 
 
+@cache  # described once: what is on the disk may change while the process runs, or fail to be read
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide numbers."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+    """Returns the versions of Python and of the packages that decide numbers, "unknown" where they cannot be read."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except (metadata.PackageNotFoundError, OSError):
+        return "unknown"
 
 
 def commit() -> str | None:

@@ -15,7 +15,6 @@ import json
 import sys
 import time
 import uuid
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -104,7 +103,7 @@ def fingerprint(train_set: Manifest) -> dict[str, Any]:
         "format": "pretrain-data-state",
         "version": 1,
         "order": {"name": "permuted", "version": "v1", "manifest_sha256": train_set.sha256},
-        "pixels": {name: metadata.version(name) for name in ("torchvision", "pillow")},
+        "pixels": {name: versions()[name] for name in ("torchvision", "pillow")},
     }
 
 
