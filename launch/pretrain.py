@@ -2,15 +2,22 @@
 
 deepspeed launch/pretrain.py --config configs/NAME.yaml [key=value ...]
 
-The same command again resumes. `python launch/pretrain.py ...` runs one rank; torchrun works too.
+The same command again resumes. `python launch/pretrain.py ...` runs one rank; torchrun works too, and under SLURM plain
+`srun python launch/pretrain.py ...` with a task for each GPU (launch/pretrain.sbatch).
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
 
 # This file's folder comes first on sys.path, where `pretrain` would be this file instead of the package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pretrain.cluster import signals
+
+# Before imports that take seconds, in which SIGUSR1, SLURM's warning, would end the process.
+STOP = signals.StopRequest() if __name__ == "__main__" else None
 
 from pretrain import cli
 from pretrain.config import config_to_yaml, load_config
@@ -28,16 +35,23 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config, for example optim.lr=1e-3"
     )
+    parser.add_argument("--print-folder", action="store_true", help="print the run's folder and exit")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(config_to_yaml(config), end="")
         return
-    if os.environ.get("RANK", "0") == "0":
+    if arguments.print_folder:
+        print(config.output / config.name)
+        return
+    signals.end_with_launcher()
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"{config.name}: loading torch and DeepSpeed", flush=True)
+    gc.disable()  # thousands of modules are made, and nothing is thrown away: a fifth of the imports' time
     from pretrain.train.run import train
 
-    train(config)
+    gc.enable()
+    train(config, recipe=arguments.config, stop=STOP)
 
 
 if __name__ == "__main__":

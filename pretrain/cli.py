@@ -7,10 +7,12 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 from pretrain.errors import StorageError
+from pretrain.escape import shown
 
 _WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
 
@@ -68,7 +70,7 @@ def _say(message: str, code: int) -> int:
     if _rank() > 0:
         time.sleep(_WAIT_FOR_RANK_0_S)
         message = f"rank {_rank()}: {message}"
-    print(message, file=sys.stderr, flush=True)
+    tell(message, sys.stderr)
     return code
 
 
@@ -85,14 +87,31 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
-def shown(text: object) -> str:
-    """Returns a text that any terminal and any file can take: what is not UTF-8 in a name is escaped."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+def tell(line: object, stream: TextIO | None = None) -> None:
+    """Prints a line that may hold names of files and classes, which do nothing to the terminal."""
+    print(shown(line), file=stream or sys.stdout, flush=True)
 
 
-def is_text(name: str) -> bool:
-    """Returns whether a name from the disk is UTF-8."""
-    return shown(name) == name
+def print_table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    text_columns: Sequence[int] = (0,),
+    caption: str | None = None,
+    no_wrap: bool = False,
+) -> None:
+    """Shows a table on the terminal, every cell as it is; text_columns are aligned left, the others hold figures."""
+    from rich.console import Console  # 0.1 s to import, only where it is used
+    from rich.table import Table
+    from rich.text import Text  # a str would be markup, in which a name may open or close a tag
+
+    table = Table(title=Text(shown(title)), caption=None if caption is None else Text(shown(caption)))
+    for number, name in enumerate(header):
+        table.add_column(Text(shown(name)), justify="left" if number in text_columns else "right", no_wrap=no_wrap)
+    for row in rows:
+        table.add_row(*(Text(shown(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @contextmanager
@@ -100,7 +119,8 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
     """Shows a progress bar on a terminal, nothing elsewhere; yields a function that is told how many more are done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
+    name = TextColumn("{task.description}", markup=False)  # it may be a data set's
+    columns = name, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
     with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(shown(title), total=total)
         yield lambda count: bar.advance(task, count)

@@ -21,6 +21,12 @@ class StorageError(OSError):
     exit_code = 75
 
 
+class LostProcessError(RuntimeError):
+    """A rank or a loader worker died or hangs: the same command goes on from the newest checkpoint."""
+
+    exit_code = 76
+
+
 class NonFiniteError(ArithmeticError):
     """Loss or gradients were not finite for too many steps in a row."""
 

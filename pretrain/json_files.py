@@ -7,29 +7,49 @@ the key, what was found and what is expected.
 
 import json
 import math
+import os
 import reprlib
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, NoReturn
 
 from pretrain.errors import UserError
 
 MAX_BYTES = 64 << 20  # a manifest of 300 million images in shards of 10,000 has 5 MB
+MAX_MARKS = 3 << 20  # of , : [ and {: 64 MB of small objects become 1.7 GB; 300,000 shards need 2.7 million
 MAX_DEPTH = 32  # objects and lists inside each other; ours have 5
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
     """Returns what a file of JSON holds. Raises UserError when it is too large or not JSON, OSError as it comes."""
-    with path.open("rb") as file:
+    return parse_json(read_bytes(path, max_bytes=max_bytes), str(path))
+
+
+def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """Returns a file's bytes. Raises UserError when it is too large or no plain file, OSError as it comes."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{path}: is not a plain file")
         text = file.read(max_bytes + 1)
     if len(text) > max_bytes:
         raise UserError(f"{path}: has more than {max_bytes:,} bytes, which is the limit of such a file")
-    return parse_json(text, str(path))
+    return text
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer, for ever
 
 
 def parse_json(text: bytes | str, source: str) -> Any:
-    """Returns what a text of JSON (UTF-8) says. Raises UserError naming `source` when it is not JSON or too deep."""
+    """Returns what a text of JSON (UTF-8) says.
+
+    Raises UserError naming `source` when it is not JSON, too deep, or would become far larger in memory than it is.
+    """
+    marks = (b",", b":", b"[", b"{") if isinstance(text, bytes) else (",", ":", "[", "{")
+    if sum(text.count(mark) for mark in marks) > MAX_MARKS:  # pyright: ignore[reportArgumentType]
+        raise UserError(f"{source}: holds more than {MAX_MARKS:,} values")
     try:
         value = json.loads(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:
@@ -110,7 +130,7 @@ class Fields:
             self.wrong(key, "a list")
         return [Fields.of(item, f"{self.source}: {key}[{place}]") for place, item in enumerate(value)]
 
-    def wrong(self, key: str, expected: str) -> Any:
+    def wrong(self, key: str, expected: str) -> NoReturn:
         """Raises the UserError of a value that is not what is expected."""
         raise UserError(f"{self.source}: {key} is {brief(self.values.get(key))}, expected {expected}")
 
@@ -125,7 +145,7 @@ class Fields:
 
 def is_text(value: object) -> bool:
     """Returns whether a value is a text that UTF-8 can hold; JSON can name half of a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
 def brief(value: object) -> str:

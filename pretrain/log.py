@@ -1,13 +1,16 @@
 """What a run writes while it trains: the console, metrics.jsonl, TensorBoard. Rank 0 speaks.
 
-A disk that fills up must not end the training: a failing writer warns once and is then off.
+A disk that fills up must not end the training: a writer that fails warns once for each cause, and the end of the log
+tells how many lines were lost.
 """
 
 import contextlib
 import json
 import os
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,13 +19,19 @@ import torch
 from PIL import Image
 
 from pretrain.cluster import ranks
+from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import Fields, parse_json
 from pretrain.storage import replacing
 
+MAX_STEP = 10**12  # no run has more; a larger number in a log is damage
 
-def say(message: str) -> None:
-    """Prints a line on rank 0."""
+
+def say(*lines: str) -> None:
+    """Prints lines on rank 0."""
     if ranks.is_main():
-        _print(message, sys.stdout)
+        for line in lines:
+            _print(line, sys.stdout)
 
 
 def warn(message: str) -> None:
@@ -34,7 +43,10 @@ def warn(message: str) -> None:
 def _print(message: str, stream: TextIO) -> None:
     # Often a file on the same full disk, or a pipe whose reader has gone: no reason to end a training.
     with contextlib.suppress(OSError):
-        print(message, file=stream, flush=True)
+        print(shown(message), file=stream, flush=True)
+
+
+_lost_lines: Counter[Path] = Counter()  # of this process, by file; told when the run's log is closed
 
 
 class JsonLines:
@@ -42,25 +54,53 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._failed = False
+        self._told: set[int | None] = set()  # causes
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Writes one line."""
+        """Writes one line, or nothing of it."""
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            _append(self.path, (json.dumps(row) + "\n").encode())
         except OSError as error:
-            if not self._failed:
+            _lost_lines[self.path] += 1
+            if error.errno not in self._told:
                 warn(f"{self.path}: {error.strerror}; the training goes on without what it would have logged here")
-            self._failed = True
+            self._told.add(error.errno)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Adds a line to a file, which is as before when that fails: the next line must not go on behind half of one."""
+    descriptor = not_a_link(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def tell_lost_lines() -> None:
+    """Warns of the lines that this process could not write, once."""
+    for path, count in _lost_lines.items():
+        warn(f"{path}: {count:,} lines could not be written")
+    _lost_lines.clear()
+
+
+def not_a_link(path: str | Path, flags: int) -> int:
+    """Opens a file of a run's folder. Somebody else may have made it, with a link that leads to any file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync(folder: Path) -> None:
     """Brings a folder's *.jsonl to the disk, so that they outlive a crash of the machine."""
     try:
-        paths = [folder / name for name in os.listdir(folder) if name.endswith(".jsonl")]
+        paths = list(folder.glob("*.jsonl"))
     except OSError as error:
-        return warn(f"{folder}: {error.strerror}; its logs may not outlive a crash of the machine now")
+        return warn(f"{folder}: {error.strerror}; its logs may not be on the disk yet")
     for path in paths:
         try:
             with path.open("rb") as file:
@@ -70,18 +110,34 @@ def sync(folder: Path) -> None:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drops the lines of steps after `step` and a torn last line, so that a resumed run does not log a step twice."""
+    """Drops the lines of steps after `step` and a torn last line, so that a resumed run does not log a step twice.
+
+    A line that is damaged is dropped with a warning. What cannot be rewritten stays as it is, with a warning.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            continue
-    with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(kept))
+    damaged = 0
+    try:
+        with open(path, "rb", opener=not_a_link) as file, replacing(path) as temporary, temporary.open("wb") as kept:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # the last one, torn by a kill
+                try:
+                    of_line = step_of(line)
+                except UserError:
+                    damaged += 1
+                    continue
+                if of_line <= step:
+                    kept.write(line)
+    except OSError as error:
+        return warn(f"{path}: {error.strerror}; lines of steps after {step} stay in it, and come again")
+    if damaged:
+        warn(f"{path}: {damaged} damaged lines left out")
+
+
+def step_of(line: bytes) -> int:
+    """Returns the step of a log's line. Raises UserError when it is damaged."""
+    return Fields.of(parse_json(line, "line"), "line").integer("step", 0, MAX_STEP)
 
 
 class RunLog:
@@ -93,9 +149,7 @@ class RunLog:
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._board: Any = None
         if ranks.is_main():
-            from torch.utils.tensorboard.writer import SummaryWriter  # 1 s to import: only where it writes
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._board = _board(folder / "tensorboard", step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Logs named numbers of `step` to all writers; the console's line ends with the time left."""
@@ -114,9 +168,10 @@ class RunLog:
         if ranks.is_main():
             self._to_board(lambda board: board.add_image(name, image))
             try:
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(self._folder / f"{name}.png")
+                with replacing(self._folder / f"{name}.png") as temporary:
+                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "png")
             except OSError as error:
-                warn(f"{name}.png: {error.strerror}")
+                warn(f"{self._folder / name}.png: {error.strerror}")
 
     def sync(self) -> None:
         """Called before a checkpoint is published: what it covers must be on disk."""
@@ -125,8 +180,9 @@ class RunLog:
         self._to_board(lambda board: board.flush())
 
     def close(self) -> None:
-        """Ends the TensorBoard file."""
+        """Ends the TensorBoard file, and tells what was lost."""
         self._to_board(lambda board: board.close())
+        tell_lost_lines()
 
     def _to_board(self, write: Callable[[Any], Any]) -> None:
         if self._board is None:
@@ -136,6 +192,29 @@ class RunLog:
         except OSError as error:  # its writer raises on a full disk, out of any call
             warn(f"TensorBoard: {error.strerror or error}; off for the rest of this run")
             self._board = None
+
+
+def _board(folder: Path, first_step: int) -> Any:
+    """Returns TensorBoard's writer, which is to show no earlier run's steps from the first one on; None on a bad disk.
+
+    Its thread ends with a traceback on stderr where the disk is full. The next call raises the same error, and that is
+    told; the traceback is not.
+    """
+    from torch.utils.tensorboard.writer import SummaryWriter  # 1 s to import: only where it writes
+
+    before = threading.excepthook
+
+    def quiet(arguments: threading.ExceptHookArgs) -> None:
+        of_board = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (of_board and isinstance(arguments.exc_value, OSError)):
+            before(arguments)
+
+    threading.excepthook = quiet
+    try:
+        return SummaryWriter(str(folder), purge_step=first_step)
+    except OSError as error:
+        warn(f"{folder}: {error.strerror or error}; the training goes on without TensorBoard's files")
+        return None
 
 
 def duration(seconds: float) -> str:

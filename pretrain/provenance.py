@@ -9,26 +9,35 @@ from pathlib import Path
 _PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "timm", "omegaconf", "numpy", "pillow")
 
 
-@cache  # described once: what is on the disk may change while the process runs, or fail to be read
+UNKNOWN = "unknown"  # in place of a version that cannot be read
+
+
+@cache  # read once, at the start: a disk that fails later is no reason to end a training
+def _versions() -> tuple[tuple[str, str], ...]:
+    return ("python", platform.python_version()), *((name, _version(name)) for name in _PACKAGES)
+
+
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide numbers, "unknown" where they cannot be read."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    """Returns the versions of Python and of the packages that decide numbers; UNKNOWN where one cannot be read."""
+    return dict(_versions())
 
 
-def _version(package: str) -> str:
+def _version(name: str) -> str:
     try:
-        return metadata.version(package)
-    except (metadata.PackageNotFoundError, OSError):
-        return "unknown"
+        return metadata.version(name) or UNKNOWN
+    except (OSError, metadata.PackageNotFoundError, UnicodeError, KeyError):
+        return UNKNOWN
 
 
+@cache
 def commit() -> str | None:
     """The checked-out commit, "+changes" when files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     git = ["git", "-C", str(root)]
+    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 10}
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], **options)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "") if head.returncode == 0 else None

@@ -17,7 +17,16 @@ from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
 
+# By the time of all tests in them, longest first: two files run at a time, and a long one must not begin last.
+LONG_FILES = ("timm_loop", "timm_models", "finetune", "convert", "variants", "resume", "engine", "demo", "transformers")
+
 CLASSES = ["ash", "birch", "cedar", "elm", "fir"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of the longest files first; else the order stays."""
+    place = {f"test_{name}": number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG_FILES)))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""A real SLURM cluster of one node with two made-up GPUs, in namespaces of its own: no packet, process or file leaves.
+"""A real SLURM cluster of two nodes in namespaces of its own: no packet, process or file leaves.
 
-slurmctld and slurmd run as root; a requeued job starts again after seconds instead of minutes (cred_expire).
+Both nodes, with two made-up GPUs each, are slurmds of one host name with an address of their own. slurmctld and slurmd
+run as root; a requeued job starts again after seconds instead of minutes (cred_expire).
 """
 
 import os
@@ -24,11 +25,11 @@ AuthInfo=cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/d
+SlurmdSpoolDir={folder}/d/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -43,8 +44,9 @@ ReturnToService=2
 KillWait=5
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=2,bf_interval=2
 GresTypes=gpu
-NodeName=node1 CPUs=16 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes=node1 Default=YES MaxTime=INFINITE State=UP
+NodeName=node1 NodeHostname=node1 NodeAddr=10.77.0.1 Port=17001 CPUs=16 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=node2 NodeHostname=node1 NodeAddr=10.77.0.2 Port=17002 CPUs=16 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 NAMESPACES = """
 set -e
@@ -52,11 +54,13 @@ hostname node1
 mount --bind "$1" /etc/hosts
 ip link set lo up
 ip address add 10.77.0.1/32 dev lo  # getaddrinfo's AI_ADDRCONFIG wants one that is not 127.0.0.1
+ip address add 10.77.0.2/32 dev lo
 """
 START = """
 cd "$(dirname "$1")"
 slurmctld -D -c > slurmctld.out 2>&1 &
-slurmd -D -N node1 > slurmd.out 2>&1 &
+slurmd -D -N node1 > slurmd1.out 2>&1 &
+slurmd -D -N node2 > slurmd2.out 2>&1 &
 wait
 """
 
@@ -73,9 +77,9 @@ def cluster(folder: Path) -> Iterator[Callable[..., str]]:
     probe = [*namespaces, "bash", "-c", NAMESPACES, "bash", "/etc/hosts"]
     if os.geteuid() != 0 or subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("namespaces need root, and leave to make them")
-    for name in ("state", "d"):  # short: sockets lie in d, and their paths have at most 107 characters
+    for name in ("state", "d/node1", "d/node2"):  # short: sockets lie in d, and their paths have at most 107 characters
         (folder / name).mkdir(parents=True)
-    (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 node1\n")
+    (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n")
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder))
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
     binaries = Path(sys.executable).parent  # `python` of a job is this one
@@ -95,7 +99,7 @@ def cluster(folder: Path) -> Iterator[Callable[..., str]]:
 
         for _ in range(200):
             try:
-                if run("sinfo", "--noheader", "--states=idle", "--format=%D") == "1":
+                if run("sinfo", "--noheader", "--states=idle", "--format=%D") == "2":
                     break
             except (AssertionError, subprocess.TimeoutExpired):
                 time.sleep(0.1)

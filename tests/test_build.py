@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pretrain.config import MAX_CLASSES
 from pretrain.data.images import decode
 from pretrain.data.manifest import Manifest, check_shards, load_index, load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
-from pretrain.shards.build import build, finish_manifest, write_samples
+from pretrain.shards.build import build, finish_manifest, read_dropped, write_samples
+from pretrain.shards.counts import read_counts
 from pretrain.shards.existing import index_existing
 from pretrain.shards.sources import Item, folder_items, npz_items
 from pretrain.shards.tars import index_tar
@@ -320,11 +323,11 @@ def test_verify_finds_a_flipped_bit(own_shards: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[load_index(manifest.shards[1]).byte_range(7)[0] + 1700] ^= 1
     shard.write_bytes(data)
-    assert list(verify(manifest)) == [f"{shard}: is missing or is not the file that was indexed (SHA-256 differs)"]
+    assert list(verify(manifest)) == [f"{shard}: is not the file that was indexed (SHA-256 differs)"]
     manifest.shards[0].path.with_suffix(".idx").write_bytes(b"{}\n")
     manifest.shards[2].path.unlink()
     problems = list(verify(manifest))
-    assert len(problems) == 3 and "does not fit its shard" in problems[0] and "is missing" in problems[2]
+    assert len(problems) == 3 and "does not fit its shard" in problems[0] and "but not found" in problems[2]
 
 
 def test_verify_names_samples_that_cannot_be_used(tmp_path: Path) -> None:
@@ -375,7 +378,7 @@ def test_the_command_line_makes_and_checks_a_set(tmp_path: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 2
     assert found.stderr.splitlines() == [
-        f"{shard}: is missing or is not the file that was indexed (SHA-256 differs)",
+        f"{shard}: is not the file that was indexed (SHA-256 differs)",
         "error: 1 problems found",
     ]
 
@@ -471,3 +474,59 @@ def test_an_index_of_another_tool_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a.idx").unlink()
     index_tar(tar)
     index_tar(tar)  # ours is
+
+
+def test_what_nobody_could_read_again_is_not_written(tmp_path: Path) -> None:
+    """Labels and names beyond the limits of a manifest are refused before anything is written."""
+    for label, classes, said in (
+        (MAX_CLASSES, [], f"label {MAX_CLASSES} is not one of the {MAX_CLASSES} classes"),
+        (10**18, [], "label 1000000000000000000"),
+        (-1, [], "label -1"),
+        (0, ["a" * 5000], "class 0 is 'aaa"),
+        (0, ["a", "\udcff"], r"class 1 is '\\udcff'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            build([Item(lambda: b"", "png", label, "x")], classes, tmp_path / "set", samples_per_shard=5, seed=0)
+    with pytest.raises(UserError, match=r"x\\udcff: the folder's name is not UTF-8"):
+        build([Item(lambda: b"", "png", 0, "x")], [], tmp_path / "x\udcff", samples_per_shard=5, seed=0)
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_a_link_is_not_indexed_where_it_lies(own_shards: Path, tmp_path: Path) -> None:
+    """A folder of links to tars elsewhere would be a set that no training takes; said before its index is written."""
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "a.tar"
+    link.symlink_to(own_shards / "trees-000000.tar")
+    with pytest.raises(UserError, match="a.tar: leads to .*, outside the data set's folder"):
+        index_existing([link], [], tmp_path / "links")
+    assert list((tmp_path / "links").iterdir()) == [link]
+    assert load_manifest(index_existing([link], [], tmp_path / "copied")).num_samples == 40
+
+
+def test_verify_finds_links_out_of_the_folder(own_shards: Path, tmp_path: Path) -> None:
+    """Of a shard and of an index: the other shards are checked all the same."""
+    for name in ("trees-000000.tar", "trees-000001.idx"):
+        (own_shards / name).symlink_to((own_shards / name).rename(tmp_path / name))
+    problems = list(verify(load_manifest(own_shards)))
+    assert len(problems) == 2 and all("outside the data set's folder" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", "5", "{}", '{"dropped": 5, "images": 5}'])
+@pytest.mark.parametrize("name, read", [("provenance.json", read_dropped), ("counts.json", read_counts)])
+def test_lists_beside_the_manifest_are_read_by_type(name: str, read: Callable, text: str, tmp_path: Path) -> None:
+    """What was left out, and how many images each class has: one line, or the list."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "images, classes",
+    [([1.0], []), ([True], []), ([-1], []), ([None], []), ([float("nan")], []), ({"a": 1}, []), ([1, 2], ["a"])]
+    + [([1], [5]), ([1], "a"), ([1], None)],
+)
+def test_counts_are_whole_numbers_one_for_each_class(images: Any, classes: Any, tmp_path: Path) -> None:
+    """Else their table could not be shown."""
+    (tmp_path / "counts.json").write_text(json.dumps({"images": images, "classes": classes}))
+    with pytest.raises(UserError, match="counts.json: "):
+        read_counts(tmp_path)

@@ -318,7 +318,7 @@ def test_a_listing_that_fails_is_a_warning(
         assert "old checkpoints could not be looked for" in capsys.readouterr().err
         assert save(tmp_path, 2)
         log.sync(tmp_path)
-        assert "may not outlive" in capsys.readouterr().err
+        assert "may not be on the disk yet" in capsys.readouterr().err
         patch.setattr(write, "write_text", fail)
         assert not save(tmp_path, 3)
         assert "NOT SAVED at step 3" in (told := capsys.readouterr().err) and "checkpoint: not known" in told

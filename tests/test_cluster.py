@@ -13,6 +13,7 @@ from ranks import run_ranks
 
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.cluster.jobs import array_ranges
+from pretrain.cluster.local import gpus_asked_for
 from pretrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,15 +82,77 @@ def test_stop_request_remembers_and_a_second_interrupt_interrupts(capfd: pytest.
     before = signal.getsignal(signal.SIGINT)
     stop = signals.StopRequest()
     try:
-        assert not stop.agreed()
+        assert stop.signal_name is None
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.signal_name == "SIGUSR1" and stop.agreed()
+        assert stop.signal_name == "SIGUSR1"
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         stop.close()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_gone_terminal_stops_after_a_save_but_not_under_nohup(ignored: bool) -> None:
+    """SIGHUP is remembered; where nohup has had it ignored it stays so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        stop = signals.StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        stop.close()
+        assert stop.signal_name == (None if ignored else "SIGHUP")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_stop_is_remembered_when_nobody_reads_stderr() -> None:
+    """A handler that raises would end the training without a save."""
+    code = """
+import os, signal
+from pretrain.cluster.signals import StopRequest
+stop = StopRequest()
+read, write = os.pipe(); os.close(read); os.dup2(write, 2)
+os.kill(os.getpid(), signal.SIGTERM)
+os.close(2)
+os.kill(os.getpid(), signal.SIGUSR1)
+print(stop.signal_name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "SIGUSR1\n")
+
+
+def test_gpus_that_were_asked_for_and_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training on the CPU instead would take a hundred times as long, and say nothing."""
+    if torch.cuda.is_available():
+        pytest.skip("there are GPUs")
+    for name in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.rank_variables(0, 1, 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=0,1 asks for GPUs, but PyTorch finds none"):
+        ranks.start(5)
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": ""}, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ({"SLURM_GPUS_ON_NODE": "0"}, None),
+        ({"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2"),
+        ({"SLURM_STEP_GPUS": "0"}, "SLURM_STEP_GPUS=0"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}, "CUDA_VISIBLE_DEVICES=GPU-8932f937"),
+    ],
+)
+def test_who_asks_for_gpus(variables: dict, asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables by which users and SLURM give a process its GPUs; those that give none."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert gpus_asked_for() == asked
 
 
 def test_starting_ranks_here_needs_no_torch_before_it_asks_for_a_gpu() -> None:

@@ -421,3 +421,91 @@ def test_a_misspelt_key_ends_the_launch_at_once(tmp_path: Path) -> None:
     assert done.stderr == "error: optim.lrr=1: optim.lrr: no such key in optim. Did you mean: 'optim.lr'?\n"
     assert done.stdout == ""
     assert time.monotonic() - start < 20
+
+
+# --- configs of strangers --------------------------------------------------------------------------------------------
+
+LARGE = {
+    "300 lists": ("zz: " + "[" * 300, "nested more than 16 deep"),
+    "100,000 lists": ("zz: " + "[" * 100_000, "more than 100,000 bytes"),
+    "lists within the bytes": ("zz: " + "[" * 90_000, "nested more than 16 deep"),
+    "sections in braces": ("zz: " + "{a: " * 300, "nested more than 16 deep"),
+    "lists of dashes": ("zz:\n" + "- " * 300, "nested more than 16 deep"),
+    "sections by their margins": ("\n".join(" " * n + "a:" for n in range(300)), "nested more than 16 deep"),
+    "50 MB": ("#" * 50_000_000, "more than 100,000 bytes"),
+    "a long word": ("zz: " + "x" * 50_000, "more than 4,096 letters"),
+    "a number to the base of 60": ("seed: " + "9:" * 40_000 + "1", "more than 4,096 letters"),
+    "many values": ("zz: [" + "1," * 40_000 + "]", "more than 2,000 values"),
+    "an anchor that grows": (
+        "a0: &a0 [x,x,x,x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{f'*a{n},' * 9}]\n" for n in range(9)),
+        "expansion exceeds",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), LARGE.values(), ids=LARGE.keys())
+def test_a_config_too_large_is_refused_at_once(text: str, said: str, tmp_path: Path) -> None:
+    """Before its parser, which has died of it (C has no RecursionError): by the number of bytes, levels, values."""
+    began = time.process_time()
+    assert said in refusal(written(tmp_path, yaml.safe_dump(SMALLEST) + text))
+    assert time.process_time() - began < 2
+
+
+CHAIN = ("output", "data.train", "data.val", "init_from", "evaluation.fewshot_train")
+
+
+def chain(times: int) -> list[str]:
+    """Overrides of which each names the next one so many times."""
+    last = [f"{CHAIN[-1]}=" + "a" * 50]
+    return [f"{here}=" + f"${{{there}}}" * times for here, there in zip(CHAIN, CHAIN[1:])] + last
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (chain(200), "more than 4,096 letters"),
+        (chain(9), "references lead to"),
+        (["output=${output}"], "in a circle"),
+        (["output=${data.train}", "data.train=${output}x"], "in a circle"),
+        (["data.train=${data}"], "in a circle"),
+        (["data.train=${.val}", "data.val=${.train}"], "in a circle"),
+        (["zz=" + "[" * 100_000], "nested more than 16 deep"),
+        (["a." * 5000 + "b=1"], "nested more than 16 deep"),
+        (["name=" + "x" * 200_000], "more than 100,000 bytes"),
+        (["name=" + "${" * 5000], "more than 4,096 letters"),
+        (["name=" + "${" * 900], "not a valid value"),
+        (["optim.lr=1" + "0" * 400], "too large"),
+        (["optim.lr=!!float ''"], "not a valid value"),
+        (["seed=!!bool x"], "not a valid value"),
+        (["seed=!!timestamp x"], "not a valid value"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_hostile_overrides_are_refused_at_once(overrides: list[str], said: str, tmp_path: Path) -> None:
+    """References that multiply, circles, depth, length, and tags at which PyYAML stumbles: one short line."""
+    began = time.process_time()
+    message = refusal(written(tmp_path, SMALLEST), *overrides)
+    assert said in message and len(message) < 1000
+    assert time.process_time() - began < 2
+
+
+def test_references_in_measure_are_followed(tmp_path: Path) -> None:
+    """Through several values, to a value beside one's own, and twice in one value."""
+    overrides = [
+        "output=/x/${name}",
+        "init_from=${output}/${output}",
+        "data.train=${.val}/t",
+        "data.val=${..init_from}",
+    ]
+    config = smallest(tmp_path, *overrides)
+    assert (str(config.init_from), str(config.data.train)) == ("/x/trial/x/trial", "/x/trial/x/trial/t")
+
+
+def test_a_dict_of_json_has_the_same_limits() -> None:
+    """Such as a checkpoint's state.json holds: depth, number, letters, references."""
+    deep: Any = 1
+    for _ in range(500):
+        deep = [deep]
+    for value in (deep, [1] * 5000, "x" * 5000, "${a}" * 2000):
+        with pytest.raises(ConfigError, match="nested|values|letters"):
+            config_from_dict({**SMALLEST, "init_from": value}, "state.json")

@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from tiny import make_shards, tiny_config
+from tiny import changed, make_shards, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import pretrain.engine.patches
 import pretrain.engine.step
 from pretrain.cluster import ranks
 from pretrain.config import Config
+from pretrain.data.loader import train_batches
 from pretrain.engine.step import Engine
 from pretrain.train.datasets import open_data
 from pretrain.train.run import build_engine
@@ -61,10 +64,105 @@ def test_every_group_has_the_timeout(config: Config) -> None:
 
 
 def unpatched_timeouts(config: Config) -> list[float]:
-    pretrain.engine.step.after_start = lambda timeout_s: None
+    pretrain.engine.step.after_start = lambda timeout_s, zero: None
     return group_timeouts(config)
 
 
 def test_deepspeed_makes_groups_without_the_timeout(config: Config) -> None:
     """Why it is patched: left alone, its groups wait for 30 minutes. When this fails, the patch can go."""
     assert 1800.0 in run_ranks(unpatched_timeouts, 1, config)[0]
+
+
+def throughput_timer(config: Config) -> bool:
+    return start(config)._engine.tput_timer.config.enabled
+
+
+def test_no_timer_waits_for_the_device(config: Config) -> None:
+    """DeepSpeed's throughput timer, on by default, synchronises twice per micro-batch."""
+    assert run_ranks(throughput_timer, 1, config) == [False]
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def steps_with_faults(config: Config, patched: bool) -> list[Any]:
+    """12 steps, clipped; the loss is NaN on the last rank in one, a gradient infinite on the first in another."""
+    if not patched:
+        pretrain.engine.patches._lighten_step = lambda zero: None
+    engine = start(config)
+    plain_loss, data, told, step = pretrain.engine.step.per_image_loss, open_data(config), [], 0
+
+    def loss_with_faults(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if step == 7 and ranks.is_main():
+            logits.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+        nan = float("nan") if step == 4 and ranks.rank() == ranks.world_size() - 1 else 1.0
+        return plain_loss(logits, *arguments) * nan
+
+    pretrain.engine.step.per_image_loss = loss_with_faults
+    batches = train_batches(data.train, data.order, engine.plan, config, 0)
+    for step in range(1, 13):
+        result = engine.train_step(next(batches), lr=1e-2)
+        told.append((result.sums.tolist() if step != 4 else None, result.applied, float(result.grad_norm)))
+    parts = {part.name: part.values.tolist() for part in [*engine.weights(), *engine.moments()]}
+    return [told, parts, engine.state()]
+
+
+@pytest.mark.parametrize("layout", [(1, "fp32", 64), (2, "fp32", 2), (3, "fp32", 64), (1, "bf16", 64), (3, "bf16", 64)])
+def test_the_light_step_has_the_same_bits(layout: tuple[int, str, int], config: Config) -> None:
+    """Two ranks, also with micro-batches: losses, norms, weights, moments; both faults are skipped on all ranks."""
+    stage, precision, micro = layout
+    of_layout = {"engine__zero_stage": stage, "engine__precision": precision, "engine__max_micro_batch_size": micro}
+    config = changed(config, **of_layout, optim__clip_norm=0.05, model__drop_path=0.1)
+    ours, theirs = (run_ranks(steps_with_faults, 2, config, patched) for patched in (True, False))
+    for (told, parts, state), (their_told, their_parts, their_state) in zip(ours, theirs, strict=True):
+        assert told == their_told and state == their_state
+        assert [number for number, (_, applied, _) in enumerate(told, 1) if not applied] == [4, 7]
+        assert parts == their_parts and state["optimizer_step"] == 10
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, each a launch on a GPU, and those that wait for the device."""
+
+    count = waits = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = ("view", "detach", "alias", "t.default", "slice", "select", "as_strided", "unbind", "narrow", "expand")
+        self.count += not any(f"aten.{name}" in str(function) for name in views)
+        self.waits += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def launches_of_a_step(config: Config, patched: bool) -> tuple[int, int]:
+    if not patched:
+        pretrain.engine.patches._lighten_step = lambda zero: None
+    engine = start(config)
+    data, found = open_data(config), Launches()
+    plain_step = engine._engine.step
+
+    def counted() -> None:
+        with found:
+            plain_step()
+
+    batches = train_batches(data.train, data.order, engine.plan, config, 0)
+    engine.train_step(next(batches), lr=1e-2)
+    engine._engine.step = counted
+    engine.train_step(next(batches), lr=1e-2)
+    return found.count, found.waits
+
+
+# ZeRO-3 gathers each parameter that it keeps whole between steps, small ones, by itself: 296 of its launches.
+@pytest.mark.parametrize(("stage", "most"), [(1, 100), (2, 100), (3, 400)])
+def test_a_step_of_24_blocks_has_few_launches(stage: int, most: int, config: Config) -> None:
+    """On one rank. A storm of launches, or a value read from the device, fails here."""
+    deep = changed(config, engine__zero_stage=stage, engine__precision="bf16", model__depth=24)
+    count, waits = run_ranks(launches_of_a_step, 1, deep, True)[0]
+    print(f"ZeRO {stage}: {count} launches, {waits} waits for the device")
+    assert count <= most and waits <= 3
+
+
+def test_deepspeed_alone_has_thousands(config: Config) -> None:
+    """Why it is patched. When this fails, the patches can go."""
+    deep = changed(config, engine__precision="bf16", model__depth=24)
+    count, waits = run_ranks(launches_of_a_step, 1, deep, False)[0]
+    print(f"DeepSpeed alone: {count} launches, {waits} waits")
+    assert count > 3000 and waits > 3

@@ -31,6 +31,7 @@ from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
 from pretrain.evaluation.fewshot import fewshot
 from pretrain.evaluation.jobs import as_head_reads
+from pretrain.evaluation.results import pages, with_earlier
 from pretrain.models.build import build_model
 from pretrain.models.weights import read_weights, weights_sha256
 from pretrain.report.runs import _read_evaluation
@@ -238,6 +239,49 @@ def test_rows_of_other_weights_are_dropped(
     (out / "results.json").write_text('{"rows": [1]}')
     evaluate(run, *near)
     assert "cannot be read as an earlier call's" in capsys.readouterr().err and len(table_of(out)) == 2
+
+
+def test_what_does_not_fit_in_an_earlier_record_is_replaced(
+    places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stands in results.json: the new rows are kept, the file replaced with one warning, NaN is a number."""
+    train, test, run, _ = places
+    path = tmp_path / "results.json"
+    row, new = ["trained", "top1", 0.5, 10], evaluators.Row("trained", "a/top1", 0.25, 20)
+    data = {"path": "x", "sha256": "0", "num_samples": 10, "num_classes": 7}
+    record: dict[str, Any] = {"weights": "w", "weights_sha256": "0", "model": "Ti", "image_size": 16, "loss": "softmax"}
+    record |= {"transform": {"name": "vit", "crop": 1, "interpolation": "x"}, "data": {"a/test": data}, "failed": {}}
+    record |= dict.fromkeys(("fewshot", "knn", "probe"))
+    shot = {"shots": [5], "seeds": [0], "l2": 1.0, "transform": record["transform"], "max_train": 9}
+    good = {**record, "data": {"val": data, "fewshot_test": data}, "fewshot": shot}
+
+    def merged(text: str) -> tuple[int, str]:
+        path.write_text(text)
+        rows, kept = with_earlier([new], record, path)
+        pages(rows, kept, [])
+        assert rows[-1] == new and kept["data"]["a/test"] == data
+        return len(rows), capsys.readouterr().err
+
+    def with_row(**changes: Any) -> dict[str, Any]:
+        return {**good, "rows": [{**dict(zip(evaluators.Row._fields, row)), **changes}]}
+
+    for fine in (with_row(), with_row(value=float("nan")), with_row(metric="5-shot"), with_row(value=1)):
+        assert merged(json.dumps(fine)) == (2, "")
+    wrong = [with_row(**{key: v}) for key in ("model", "metric") for v in (5, None, [], {}, "\ud800")]
+    wrong += [with_row(value=v) for v in (None, "1", [], True, 10**400)]
+    wrong += [with_row(n=v) for v in (None, "1", 1.5, float("inf"), True, -1)]
+    wrong += [
+        {**with_row(), "data": v} for v in (None, [], 5, {"val": 5}, {"val": {}}, {"val": {**data, "path": "\ud800"}})
+    ]
+    wrong += [{**with_row(), "data": {"val": {**data, "num_samples": v}}} for v in (None, "1", [], {})]
+    wrong += [{**with_row(metric="5-shot"), "fewshot": v} for v in (None, [], 5, {}, {**shot, "l2": "1"})]
+    wrong += [{**with_row(metric="5-shot"), "fewshot": {**shot, key: 5}} for key in ("shots", "seeds", "transform")]
+    wrong += [{**with_row(), "rows": v} for v in (None, 5, {}, [5], [[]], [{}])]
+    texts = [*map(json.dumps, wrong), "", "[" * 100_000, '{"rows":' * 100_000, "9" * 5000, "[]", "5", "null"]
+    for text in texts:
+        found, told = merged(text)
+        assert found == 1 and len(told.splitlines()) == 1, text[:500]
+        assert "cannot be read as an earlier call's" in told and len(told) < 600, text[:500]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])

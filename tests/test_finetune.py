@@ -37,7 +37,7 @@ from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune import running
 from pretrain.finetune.results import differences_from_paper, results, vtab_results, write_results, write_vtab
-from pretrain.finetune.scores import DIVERGED, RunScore, chosen_lr, claim_sweep, score
+from pretrain.finetune.scores import DIVERGED, RunScore, chosen_lr, claim_sweep, real_score, score
 from pretrain.finetune.sweep import Start, Sweep, default_folder, final_runs, plan_sweep, read_start, selecting_runs
 from pretrain.models.weights import load_model, read_weights
 from pretrain.optim import learning_rate
@@ -303,6 +303,17 @@ def test_every_test_image_counts_once(tiny: Path, tmp_path: Path) -> None:
 # --- choosing, and the table -----------------------------------------------------------------------------------------
 
 
+WRONG_SCORES: list[Any] = [
+    {"val/top1": value, "val/images": 10, "rows": [{"metric": "real/top1", "value": value, "n": 10}]}
+    for value in (None, "0.5", [], True, -0.5, 1.5, 50, float("nan"), float("inf"), 10**400)
+]
+WRONG_SCORES += [
+    {"val/top1": 0.5, "val/images": n, "rows": [{"metric": "real/top1", "value": 0.5, "n": n}]}
+    for n in (None, "10", [], True, -1, 10**30, float("nan"), float("inf"))
+]
+WRONG_SCORES += [{"rows": rows} for rows in (None, 5, {}, [5], [[]], [{}], [{"metric": 5}])]
+
+
 def pretend(config: Config, top1: float | None, num_images: int = 10) -> None:
     """Writes what a finished run leaves; None: a diverged one."""
     folder = config.output / config.name
@@ -371,6 +382,24 @@ def test_a_score_of_other_settings_is_refused(tiny: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="other settings .*total_steps: was 4, is 5.* another --out") as caught:
         score(longer)
     one_line(caught.value)
+
+
+def test_what_is_no_score_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DONE, results.json of ReaL labels and sweep.json: types and ranges, in one line with the way out."""
+    sweep = tiny_sweep(tiny, tmp_path)
+    config = selecting_runs(sweep)[0]
+    monkeypatch.setattr("pretrain.finetune.scores.load_config", lambda _: config)
+    pretend(config, 0.5)
+    folder = config.output / config.name
+    (folder / "evaluation").mkdir()
+    ask = {folder / "DONE": (score, config, "remove"), sweep.folder / "sweep.json": (claim_sweep, sweep, "give")}
+    ask[folder / "evaluation" / "results.json"] = (real_score, config, "move")
+    for text in ["", "[" * 100_000, "[]", "5", "9" * 5000, *map(json.dumps, WRONG_SCORES)]:
+        for path, (read, argument, said) in ask.items():
+            path.write_text(text)
+            with pytest.raises(UserError, match=said) as caught:
+                read(argument)
+            one_line(caught.value)
 
 
 def test_a_sweep_belongs_to_its_weights_and_data(tiny: Path, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_an_unreadable_file_costs_itself(tmp_path: Path) -> None:
 
 def test_builder_and_reader_have_one_rule_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What every reader would refuse is not written; the largest that is written can be read."""
-    monkeypatch.setattr("pretrain.shards.build.decode", lambda data: None)
+    monkeypatch.setattr("pretrain.shards.build.decode", lambda *_: None)
     monkeypatch.setattr("pretrain.data.reader._expands", lambda data: False)
     sizes = (MAX_IMAGE_BYTES, MAX_IMAGE_BYTES + 1)
     items = [Item(lambda n=n: bytes(n), "png", 0, f"{n}.png") for n in sizes]
@@ -288,6 +288,21 @@ def test_class_lists_are_read(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(values))
         assert "expected a JSON list of names" in refusal(read_class_list, path)
+    for values in (
+        ["a" * 5000],
+        [["a"] * 2000],
+        ["a", {"b": 1}],
+        [None],
+        [["a", []]],
+        [0.5],
+        {"0": None},
+        {"names": []},
+    ):
+        path.write_text(json.dumps(values))
+        assert len(refusal(read_class_list, path)) < 500
+    for text in ("", "[" * 100_000, "[" * 100 + "]" * 100, "9" * 5000):
+        path.write_text(text)
+        assert f"{path}: is n" in refusal(read_class_list, path)
 
 
 def test_the_table_of_counts(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import UserError
-from pretrain.json_files import MAX_DEPTH, Fields, parse_json, read_json
+from pretrain.json_files import MAX_DEPTH, MAX_MARKS, Fields, parse_json, read_json
 
 DEEP = {
     "lists": "[" * 100_000,
@@ -45,6 +45,13 @@ def test_a_large_file_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
     path.write_text("1" * 1001)
     with pytest.raises(UserError, match="more than 1,000 bytes"):
         read_json(path, max_bytes=1000)
+
+
+@pytest.mark.parametrize("item", [b"[],", b"{},", b'{"a":1},', b'"ab",', b"1.5,"])
+def test_values_are_counted_before_they_are_built(item: bytes) -> None:
+    """Thirty megabytes of small values would become hundreds."""
+    with pytest.raises(UserError, match="here: holds more than 3,145,728 values"):
+        parse_json(b"[" + item * (MAX_MARKS // sum(map(item.count, (b",", b":", b"[", b"{"))) + 1) + b"0]", "here")
 
 
 WRONG = [

@@ -15,7 +15,7 @@ import yaml
 from tiny import make_shards, tiny_config
 
 from pretrain.checkpoint.layout import step_folders
-from pretrain.cluster.local import launcher, on_cpu
+from pretrain.cluster.local import free_port, launcher, on_cpu, rank_variables
 from pretrain.config import config_to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,16 +146,62 @@ def test_ctrl_c_saves_and_stops(shards: Path, tmp_path: Path) -> None:
     _expect_nobody(process.pid)
 
 
-def test_death_of_the_launcher_leaves_no_orphans(shards: Path, tmp_path: Path) -> None:
-    """launch.py is killed: DeepSpeed's ranks would go on for ever; ours save and stop."""
+@pytest.mark.parametrize(
+    ("launcher_word", "number"), [(b"deepspeed.launcher.launch", signal.SIGKILL), (b"/deepspeed", signal.SIGUSR1)]
+)
+def test_death_of_the_launcher_leaves_no_orphans(
+    launcher_word: bytes, number: int, shards: Path, tmp_path: Path
+) -> None:
+    """launch.py, or `deepspeed` above it, is ended: DeepSpeed's ranks would go on for ever; ours save and stop."""
     process = _start(command(shards, tmp_path, "total_steps=100000", "checkpoint.every_steps=100000"))
     _wait_for_steps(tmp_path / "tiny", 5)
     for pid in _processes_of(process.pid):
-        if b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:5]
+        if any(word.endswith(launcher_word) for word in words):
+            os.kill(pid, number)
     process.communicate(timeout=60)
     assert len(step_folders(tmp_path / "tiny" / "checkpoints")) == 1 and not (tmp_path / "tiny" / "DONE").exists()
+    assert json.loads((tmp_path / "tiny" / "STOP.json").read_text())["retry"]
     _expect_nobody(process.pid)
+
+
+def test_a_signal_in_the_imports_stops_before_the_first_step(shards: Path, tmp_path: Path) -> None:
+    """SIGUSR1 ends a process that has not said otherwise; SLURM would call the job failed."""
+    words = [sys.executable, *command(shards, tmp_path)[6:]]
+    process = _start(words)
+    assert process.stdout is not None and "loading torch" in process.stdout.readline()
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped as asked before the first step" in output, output
+    stop = json.loads((tmp_path / "tiny" / "STOP.json").read_text())
+    assert stop == {"reason": "asked to stop before the first step", "retry": True, "exit_code": 0}
+    done = run(words)
+    assert done.returncode == 0 and (tmp_path / "tiny" / "DONE").exists()
+    assert not (tmp_path / "tiny" / "STOP.json").exists()
+
+
+def test_a_lost_rank_ends_the_others_in_one_line(shards: Path, tmp_path: Path) -> None:
+    """kill -9 of rank 1: rank 0 says what happened, with an exit code of its own, and that it is worth a retry."""
+    _, *words = [sys.executable, *command(shards, tmp_path, "total_steps=100000")[6:]]
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=ENVIRONMENT | rank_variables(rank, 2, port),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    _wait_for_steps(tmp_path / "tiny", 5)
+    ranks[1].kill()
+    _, told = ranks[0].communicate(timeout=60)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 76 and "Traceback" not in told, told
+    assert "error: rank 0 of 2 lost another process of the run" in told
+    assert json.loads((tmp_path / "tiny" / "STOP.json").read_text())["retry"] is True
 
 
 def _expect_nobody(group: int) -> None:

@@ -1,14 +1,20 @@
 """Logs: nothing twice after a resume, nothing lost by a kill, and a full disk for logs does not end the training."""
 
+import errno
 import json
+import os
 import resource
 import signal
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import run_ranks
 
-from pretrain.log import JsonLines, RunLog, duration, rewind
+from pretrain import log as log_module
+from pretrain.log import JsonLines, RunLog, duration, rewind, sync
 
 
 def test_rewind_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
@@ -22,6 +28,97 @@ def test_rewind_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
         file.write(b'{"step": 2, "lo')
     rewind(path, 2)
     assert path.read_bytes() == b"".join(expected)
+
+
+UNUSABLE = [
+    b'{"loss": 1}',  # no step
+    b"[1, 2]",
+    b"7",
+    b"{",
+    b"\xff\xfe",
+    b'{"step": "1"}',
+    b'{"step": null}',
+    b'{"step": true}',
+    b'{"step": 1.5}',
+    b'{"step": -1}',
+    b'{"step": Infinity}',
+    b'{"step": 1e400}',
+    b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"step": 1, "x": ' + b"[" * 100_000 + b"}",
+    b'{"step": 1, "x": ' + b"[" * 100 + b"]" * 100 + b"}",
+    b"",
+]
+
+
+def test_rewind_leaves_out_what_is_no_line_of_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever stands there, a run can be resumed: a warning with the number, the others stay byte for byte."""
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 1, "loss": NaN}\n', b'{"step": 2}\n']
+    path.write_bytes(good[0] + b"\n".join(UNUSABLE) + b"\n" + good[1] + b'{"step": 3}\n{"step": 2, "lo')
+    rewind(path, 2)
+    assert path.read_bytes() == b"".join(good)
+    assert f"metrics.jsonl: {len(UNUSABLE)} damaged lines left out" in capsys.readouterr().err
+
+
+def test_rewind_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder or a link in its place, or no room for the new file: the run goes on, warned."""
+    (tmp_path / "other").write_text('{"step": 9}\n')
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "other")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name in ("link.jsonl", "folder.jsonl"):
+        rewind(tmp_path / name, 2)
+        assert f"{name}: " in capsys.readouterr().err
+    assert (tmp_path / "other").read_text() == '{"step": 9}\n'
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's folder that somebody else made could lead into any file."""
+    (tmp_path / "other").write_text("precious")
+    for name, target in (("metrics.jsonl", "other"), ("new.jsonl", "not there yet")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        JsonLines(tmp_path / name).append({"step": 1})
+        assert name in capsys.readouterr().err
+    assert (tmp_path / "other").read_text() == "precious" and not (tmp_path / "not there yet").exists()
+
+
+def test_a_line_that_did_not_fit_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a line is taken back, so that the next one is whole; the end tells how many lines were lost."""
+    log = JsonLines(tmp_path / "a.jsonl")
+    log.append({"step": 1})
+    real, room = os.write, [5]
+
+    def write(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = real(descriptor, data[: room[0]])
+        room[0] -= taken
+        return taken
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", write)
+        log.append({"step": 2})
+        log.append({"step": 3})
+    log.append({"step": 4})
+    assert (tmp_path / "a.jsonl").read_text() == '{"step": 1}\n{"step": 4}\n'
+    log_module.tell_lost_lines()
+    log_module.tell_lost_lines()
+    told = capsys.readouterr().err
+    assert told.count("No space left on device") == 1 and told.count("a.jsonl: 2 lines could not be written") == 1
+
+
+def test_logs_that_cannot_be_listed_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before each save; it must not end a training."""
+
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "glob", fail)
+    sync(tmp_path)
+    assert "Input/output error" in capsys.readouterr().err
 
 
 def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
@@ -42,18 +139,34 @@ def test_a_full_disk_warns_once(capsys: pytest.CaptureFixture[str]) -> None:
 def log_on_a_full_disk(folder: Path) -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
-    log = RunLog(folder, 0, 1000)
-    for step in range(1000):
-        log.scalars(step, {"train/loss": 1.0 / (step + 1)})
-        log.sync()
-    log.close()
+    with (folder / "stderr").open("w") as sys.stderr:
+        log = RunLog(folder, 0, 1000)
+        for step in range(1000):
+            log.scalars(step, {"train/loss": 1.0 / (step + 1)})
+            log.sync()
+        log.close()
     return len(list(folder.glob("tensorboard/*")))
 
 
 def test_tensorboard_and_metrics_on_a_full_disk(tmp_path: Path) -> None:
-    """Files may grow to 8 kB: TensorBoard and metrics.jsonl stop there, the run goes on."""
+    """Files may grow to 8 kB: TensorBoard and metrics.jsonl stop there, the run goes on; each is told in a line."""
     assert run_ranks(log_on_a_full_disk, 1, tmp_path) == [1]
     assert (tmp_path / "metrics.jsonl").stat().st_size <= 8_000
+    told = (tmp_path / "stderr").read_text().splitlines()
+    assert len(told) == 3 and all(line.startswith("warning: ") for line in told), told
+    assert "lines could not be written" in told[2]
+
+
+def test_tensorboard_that_cannot_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file where its folder should be: the training goes on without."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # which RunLog wraps
+    (tmp_path / "tensorboard").write_text("")
+    log = RunLog(tmp_path, 0, 10)
+    log.scalars(5, {"train/loss": 1.0})
+    log.close()
+    assert "tensorboard: " in capsys.readouterr().err and (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0m05s"), (75.4, "1m15s"), (7260, "2h01m")])

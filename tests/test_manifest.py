@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pretrain.config import MAX_CLASSES
+from pretrain.data import manifest as manifest_module
 from pretrain.data.manifest import (
+    MAX_SHARD_BYTES,
+    MAX_SHARD_SAMPLES,
     Manifest,
     Shard,
     ShardIndex,
@@ -18,6 +23,7 @@ from pretrain.data.manifest import (
     write_index,
     write_manifest,
 )
+from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
 
 
@@ -77,15 +83,15 @@ def test_the_manifest_is_canonical_json(shard_folder: Path) -> None:
         ({"num_shards": 2}, "its list adds up to (103, 3, "),
         ({"num_bytes": 1}, "says (103, 3, 1)"),
         ({"shards": [], "num_samples": 0, "num_shards": 0, "num_bytes": 0}, "lists no samples"),
-        ({"shards": None}, "not a manifest of shards"),
-        ({"shards": [{"path": "a.tar"}]}, "'num_samples'"),
-        ({"label": {"names": None}}, "'num_classes'"),
+        ({"shards": None}, "shards is null"),
+        ({"shards": [{"path": "a.tar"}]}, "shards[0]: num_bytes is missing"),
+        ({"label": {"names": None}}, "label: num_classes is missing"),
         ({"label": {"kind": "boxes", "names": None, "num_classes": 5}}, "'boxes', expected one of class, multi"),
         ({"label": {"names": None, "num_classes": "many"}}, "'many'"),
         ({"label": {"names": "nothing.json", "num_classes": 5}}, "nothing.json: not found"),
-        ({"label": {"names": "../secret.json", "num_classes": 5}}, "lies outside the manifest's folder"),
-        ({"shards": [{"path": "../x.tar", "num_samples": 1, "num_bytes": 1, "sha256": ""}]}, "lies outside"),
-        ({"shards": [{"path": "/etc/passwd", "num_samples": 1, "num_bytes": 1, "sha256": ""}]}, "lies outside"),
+        ({"label": {"names": "../secret.json", "num_classes": 5}}, "expected a path inside the manifest's folder"),
+        ({"shards": [{"path": "../x.tar"}]}, "'../x.tar', expected a path inside"),
+        ({"shards": [{"path": "/etc/passwd"}]}, "'/etc/passwd', expected a path inside"),
     ],
 )
 def test_a_wrong_manifest_is_refused(changes: dict[str, Any], said: str, own_shards: Path) -> None:
@@ -97,7 +103,7 @@ def test_a_wrong_manifest_is_refused(changes: dict[str, Any], said: str, own_sha
 def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
     """Empty, cut and foreign files are refused by name."""
     (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
-    assert f"{tmp_path / 'manifest.json'}: not a manifest of shards" in refusal(tmp_path)
+    assert f"{tmp_path / 'manifest.json'}: is " in refusal(tmp_path)
 
 
 def test_a_missing_manifest_names_the_tool(tmp_path: Path) -> None:
@@ -124,7 +130,7 @@ def test_missing_and_cut_shards_are_found_at_the_start(own_shards: Path) -> None
 
 def test_an_index_reads_back_as_written(tmp_path: Path) -> None:
     """Offsets and key checksums survive the file, up to the largest 32-bit block (2 TiB)."""
-    shard = Shard(tmp_path / "a.tar", 3, 1 << 40, "digest")
+    shard = Shard(tmp_path / "a.tar", 3, 1 << 41, "digest")
     offsets, keys = np.array([0, 3, 9, (1 << 32) - 1]), np.array([1, 0, (1 << 32) - 1])
     write_index(shard, ShardIndex(offsets, keys))
     index = load_index(shard)
@@ -170,7 +176,7 @@ def test_an_index_of_another_shard_is_refused(own_shards: Path) -> None:
 
 def test_a_manifest_reads_back_as_written(tmp_path: Path) -> None:
     """Names in any language survive; the same shards give the same bytes."""
-    shards = [Shard(tmp_path / "ä-0.tar", 2, 1024, "aa"), Shard(tmp_path / "ä-1.tar", 1, 512, "bb")]
+    shards = [Shard(tmp_path / f"ä-{n}.tar", 2 - n, 4096, f"{n}" * 64) for n in range(2)]
     written = []
     for _ in range(2):
         path = write_manifest(tmp_path, "bäume", shards, 4, has_names=False, shuffle={"scope": "none"})
@@ -178,3 +184,207 @@ def test_a_manifest_reads_back_as_written(tmp_path: Path) -> None:
     manifest = load_manifest(path)
     assert manifest.shards == tuple(shards) and manifest.name == "bäume" and manifest.class_names == ()
     assert written[0] == written[1]
+
+
+# --- from strangers --------------------------------------------------------------------------------------------------
+
+NAN, INFINITY = float("nan"), float("inf")
+NUMBERS = [None, True, "5", [], {}, 5.0, NAN, INFINITY, -1, 10**12, 10**30]
+WRONG_VALUES: dict[str, list[Any]] = {  # key of the manifest, or of its first shard -> what it must not be
+    "label": [None, [], 5, "x", True, INFINITY],
+    "label.num_classes": [*NUMBERS, 0, MAX_CLASSES + 1],
+    "label.kind": [5, [], "boxes"],
+    "label.names": [5, ["classes.json"], ".", "..", "x/../classes.json", "/classes.json", "a\0b", "b" * 256],
+    "name": [None, 5, [], "\ud800"],
+    "version": ["1", 2, 1.5, [], -1],
+    "num_samples": [*NUMBERS, 103.0, 0, 104],
+    "num_shards": [*NUMBERS, 3.0],
+    "num_bytes": [*NUMBERS, 0],
+    "shards": [None, {}, 5, "x", [None], [[]], [5]],
+    "shard.num_samples": [*NUMBERS, 40.0, 0, MAX_SHARD_SAMPLES + 1],
+    "shard.num_bytes": [*NUMBERS, 0, 1023, MAX_SHARD_BYTES + 1],
+    "shard.sha256": [None, [], {}, 5, "", "g" * 64, "a" * 63, "a" * 65, "A" * 64 + "\n"],
+    "shard.path": [None, 5, [], "", ".", "..", "./a.tar", "x//a.tar", "x/../a.tar", "a.tar/", "a\0.tar", "a.idx"]
+    + ["a.npz", "\ud800.tar", "a" * 5000, "a" * 252 + ".tar", "\u00e4" * 126 + ".tar", "x/" * 2500 + "a.tar"],
+}
+
+
+@pytest.mark.parametrize("key", WRONG_VALUES)
+def test_every_value_is_checked_for_type_and_range(key: str, own_shards: Path) -> None:
+    """Whatever stands in the place of a value: one short line that names the file, and nothing is allocated by it."""
+    path = own_shards / "manifest.json"
+    good = path.read_text()
+    *place, last = key.split(".")
+    for value in WRONG_VALUES[key]:
+        values = json.loads(good)
+        at = values["shards"][0] if place == ["shard"] else values["label"] if place else values
+        at[last] = value
+        path.write_text(json.dumps(values))
+        said = refusal(path)
+        assert said.startswith(str(path)) and len(said) < 500, value
+    path.write_text(good)
+    assert load_manifest(path).num_samples == 103
+
+
+@pytest.mark.parametrize("again", [[0, 0], [0, 1, 2, 1], [2, 2, 2, 2]], ids=str)
+def test_a_shard_that_is_listed_twice_is_refused(again: list[int], own_shards: Path) -> None:
+    """Though the totals fit: its samples would come as often."""
+    values = json.loads((own_shards / "manifest.json").read_text())
+    values["shards"] = shards = [values["shards"][number] for number in again]
+    totals = {f"num_{key}": sum(shard[f"num_{key}"] for shard in shards) for key in ("samples", "bytes")}
+    changed(own_shards, shards=shards, num_shards=len(shards), **totals)
+    assert f"lists '{shards[-1]['path']}' twice" in refusal(own_shards)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "classes.json"])
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 200_000, "[" * 40 + "]" * 40, "9" * 5000, "\ufeff[]"], ids=len
+)
+def test_deep_nesting_and_long_numbers_are_refused(text: str, file: str, own_shards: Path) -> None:
+    """In both files, by their names."""
+    (own_shards / file).write_text(text)
+    assert refusal(own_shards).startswith(f"{own_shards / file}: is n")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a"], [], ["a"] * 4, ["a"] * 100, {"0": "a"}, "abcde", 5, None, [0, 1, 2, 3, 4], [None] * 5, [["a"]] * 5]
+    + [[*"abcd", "\udcff"], [*"abcd", "x" * 5000], [*"abcd", {"name": "e"}], [*"abcd", True]],
+    ids=repr,
+)
+def test_class_names_are_as_many_texts_as_classes(names: Any, own_shards: Path) -> None:
+    """Others would become the names of the weights' classes, or be lost without a word."""
+    (own_shards / "classes.json").write_text(json.dumps(names))
+    said = refusal(own_shards)
+    assert said.startswith(f"{own_shards / 'classes.json'}: ") and len(said) < 400
+
+
+def test_the_manifest_does_not_look_at_shards(tmp_path: Path) -> None:
+    """30,000 of them would take seconds on a shared disk: that is for `check_shards`."""
+    shards = [Shard(tmp_path / f"{n}.tar", 3, 1 << 20, f"{n:064x}") for n in range(500)]
+    manifest = load_manifest(write_manifest(tmp_path, "absent", shards, 4, has_names=False, shuffle=None))
+    assert manifest.num_samples == 1500
+    with pytest.raises(UserError, match="0.tar: listed in .* but not found"):
+        check_shards(manifest)
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def moved_out(path: Path, aside: Path) -> None:
+    """Moves a file to another folder and leaves a link to it."""
+    aside.mkdir(exist_ok=True)
+    path.symlink_to(path.rename(aside / path.name))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "classes.json", "trees-000001.tar", "trees-000001.idx"])
+def test_a_link_out_of_the_folder_is_refused(name: str, own_shards: Path, tmp_path: Path) -> None:
+    """Of every file: what it leads to may be any file of the reader's."""
+    moved_out(own_shards / name, tmp_path / "trees-elsewhere")  # a name that begins alike is another folder
+    with pytest.raises(UserError, match=rf"{name}: leads to .*trees-elsewhere/{name}, outside the data set's folder"):
+        check_shards(load_manifest(own_shards))
+
+
+def test_other_ways_out_of_the_folder_are_refused(own_shards: Path, tmp_path: Path) -> None:
+    """By a folder that is a link, in two steps, to nothing, and in a circle."""
+    (own_shards / "far").symlink_to(tmp_path)
+    names = {"far/a.tar": None, "step.tar": "far/a.tar", "gone.tar": tmp_path / "nothing", "round.tar": "round.tar"}
+    for name, target in names.items():
+        if target:
+            (own_shards / name).symlink_to(target)
+    (tmp_path / "a.tar").write_bytes(bytes(4096))
+    for name in names:
+        shard = {"path": name, "num_samples": 1, "num_bytes": 4096, "sha256": "0" * 64}
+        changed(own_shards, shards=[shard], num_samples=1, num_shards=1, num_bytes=4096)
+        with pytest.raises(UserError, match=f"{name}: (leads to|cannot be looked at)") as caught:
+            check_shards(load_manifest(own_shards))
+        assert "\n" not in str(caught.value)
+
+
+def test_links_within_the_folder_and_to_the_folder_are_followed(own_shards: Path, tmp_path: Path) -> None:
+    """A set on another disk is reached by one link; its files may lie in folders of their own."""
+    for name in ("classes.json", "trees-000000.tar", "trees-000002.idx"):
+        moved_out(own_shards / name, own_shards / "parts")
+    (tmp_path / "link").symlink_to(own_shards)
+    (tmp_path / "again").symlink_to("link")
+    for folder in (own_shards, tmp_path / "link", tmp_path / "again"):
+        manifest = load_manifest(folder)
+        check_shards(manifest)
+        assert load_index(manifest.shards[2]).offsets[0] == 0
+
+
+def test_two_names_of_one_shard_are_found(own_shards: Path) -> None:
+    """A link from one listed shard to another one, with an index of its own."""
+    for ending in ("tar", "idx"):
+        (own_shards / f"again.{ending}").symlink_to(f"trees-000000.{ending}")
+    first = json.loads((own_shards / "manifest.json").read_text())["shards"][0]
+    shards = [first, {**first, "path": "again.tar"}]
+    changed(own_shards, shards=shards, num_samples=80, num_shards=2, num_bytes=2 * first["num_bytes"])
+    with pytest.raises(UserError, match="lists again.tar, which is the same file as trees-000000.tar"):
+        check_shards(load_manifest(own_shards))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "classes.json", "trees-000001.tar", "trees-000001.idx"])
+def test_what_is_no_file_is_refused(name: str, own_shards: Path) -> None:
+    """A pipe would wait for its writer, for ever; a folder has no bytes."""
+    for make in (os.mkfifo, os.mkdir):
+        path = own_shards / name
+        path.rename(own_shards / "aside")
+        make(path)
+        with pytest.raises(UserError, match=f"{name}: is not a file"):
+            check_shards(load_manifest(own_shards))
+        path.unlink() if path.is_fifo() else path.rmdir()
+        (own_shards / "aside").rename(path)
+
+
+# --- indexes with a valid checksum -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "offsets, said",
+    [
+        ([0, 9, 6, 12, 15], "sample 1 ends at block 6"),
+        ([0, 6, 6, 12, 15], "sample 1 ends at block 6"),
+        ([(1 << 32) - 1, 6, 9, 12, 15], "sample 0 ends at block 6"),
+        ([0, 3, 6, 9, 0], "sample 3 ends at block 0"),
+        ([0, 3, 6, 9, 17], "its last sample ends at byte 8704, the shard has 8192"),
+        ([0, 3, 6, 9, (1 << 32) - 1], "its last sample ends at byte"),
+        ([16, 17, 18, 19, 20], "its last sample ends at byte"),
+    ],
+)
+def test_offsets_that_fall_or_overlap_are_damaged_data(offsets: list[int], said: str, tmp_path: Path) -> None:
+    """Though the checksum fits. Not a disk that fails for now: reading again cannot help, exit 2."""
+    shard = Shard(tmp_path / "a.tar", 4, 8192, "digest")
+    shard.path.write_bytes(bytes(8192))
+    write_index(shard, ShardIndex(np.array(offsets), np.zeros(4)))
+    with pytest.raises(UserError, match=said) as caught:
+        read_sample(Manifest(tmp_path, "", "", 4, 5, (), (shard,)), 1)
+    assert caught.value.exit_code == 2 and "a.idx: does not fit its shard" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 3000, b'{"a":' * 800, b"[]", b"5", b"null", b"9" * 4090, b"", b"{" + b" " * 9000]
+)
+def test_an_index_whose_header_is_none_is_refused(line: bytes, own_shards: Path) -> None:
+    """Nested, of another type, or longer than any header."""
+    shard = load_manifest(own_shards).shards[0]
+    path = shard.path.with_suffix(".idx")
+    path.write_bytes(line + b"\n" + path.read_bytes().partition(b"\n")[2])
+    with pytest.raises(UserError, match="a.*.idx: (does not fit its shard|has more than)") as caught:
+        load_index(shard)
+    assert len(str(caught.value)) < 600
+
+
+def test_an_index_is_not_read_beyond_what_its_samples_need(own_shards: Path) -> None:
+    """A terabyte of holes behind it costs nothing; a number of samples that needs as much is none."""
+    shard = load_manifest(own_shards).shards[0]
+    os.truncate(shard.path.with_suffix(".idx"), 1 << 40)
+    with pytest.raises(UserError, match="has more than 4,420 bytes"):
+        load_index(shard)
+
+
+def test_nobody_writes_an_index_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of samples holds for the writer too."""
+    monkeypatch.setattr(manifest_module, "MAX_SHARD_SAMPLES", 2)
+    with pytest.raises(UserError, match="a.tar: has 3 samples, at most 2"):
+        write_index(Shard(tmp_path / "a.tar", 3, 8192, ""), ShardIndex(np.arange(4), np.zeros(3)))

@@ -216,7 +216,14 @@ def test_a_set_that_was_not_prepared_has_one_reason(tmp_path: Path) -> None:
     assert "version 1, not 2: prepare the set again" in only
     for text in ("{", "[]", '{"format": "x"}', '{"format": "pretrain-task", "version": 2}'):
         (tmp_path / "task.json").write_text(text)
-        assert "task.json: not the list of a prepared task" in refusal(set_differences, tmp_path)
+        assert f"{tmp_path / 'task.json'}: " in refusal(set_differences, tmp_path)
+    start = '{"format": "pretrain-task", "version": '
+    for text in (
+        *("true}", "1.0}", "null}", "[]}", '2, "differs": 5}', '2, "differs": [5]}', '2, "differs": "abc"}'),
+        "[" * 9**5,
+    ):
+        (tmp_path / "task.json").write_text(start + text)
+        assert f"{tmp_path / 'task.json'}: " in refusal(set_differences, tmp_path)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -301,9 +308,18 @@ def test_what_is_there_is_checked_before_anything_is_written(tmp_path: Path) -> 
     assert "class 0 is called '0' there and 'a' in the source" in told(
         source._replace(splits=train, class_names=["a"] * 47)
     )
-    assert "is of vtab/dtd, version 2, not of vtab/svhn" in told(source, replace(row, name="vtab/svhn"))
+    assert "is of 'vtab/dtd', version 2, not of vtab/svhn" in told(source, replace(row, name="vtab/svhn"))
     unknown = [o._replace(item=o.item._replace(label=47)) for o in source.splits["test"]]
     assert "label 47 is not one of the 47" in told(source._replace(splits=source.splits | {"test": unknown}))
+    kept = json.loads((out / "task.json").read_text())
+    val = kept["splits"]["val"]
+    wrong = [{"../val": val}, {"": val}, [val], {"val": []}, {"val": None}, {"val": {**val, "source": 5}}]
+    wrong += [{"val": {**val, "num_samples": number}} for number in (3.0, "3", -1, 10**30, float("inf"))]
+    for splits in wrong:
+        (out / "task.json").write_text(json.dumps(kept | {"splits": splits}))
+        before = tree(out)
+        assert f"{out / 'task.json'}: splits" in told(source)
+    (out / "task.json").write_text(json.dumps(kept))
     (out / "train").mkdir()
     (out / "train/holiday.jpg").write_bytes(b"x")
     before = tree(out)
@@ -337,7 +353,28 @@ def test_names_without_a_list_are_the_keys(tmp_path: Path) -> None:
     (tmp_path / "set/examples.jsonl").write_text("")
     assert "lists 0 examples" in refusal(load_examples, manifest)
     (tmp_path / "set/examples.jsonl").write_text('{"index": 0}\n')
-    assert "not a list of examples" in refusal(load_examples, manifest)
+    assert "examples.jsonl: line 1: id is missing" in refusal(load_examples, manifest)
+    good = {"index": 0, "id": "x", "label": 0, "sha256": "0" * 64}
+    texts = [
+        "[" * 100_000,
+        "5",
+        "[]",
+        "\xff",
+        '"' + "a" * 100_000,
+        "9" * 5000,
+        json.dumps(good) + "\n" + json.dumps(good),
+    ]
+    wrong = {"index": [1, 0.0, True, None, "0"], "id": [5, "\ud800", [], "a" * 5000], "label": [0.0, -1, 10**30, "0"]}
+    texts += [json.dumps({**good, key: value}) for key, values in wrong.items() for value in values]
+    for text in texts:
+        (tmp_path / "set/examples.jsonl").write_text(text, encoding="latin-1")
+        assert len(refusal(load_examples, manifest)) < 400
+    (tmp_path / "set/examples.jsonl").unlink()
+    (tmp_path / "examples.jsonl").write_text(json.dumps({**good, "id": "a\u2028b"}, ensure_ascii=False) + "\n")
+    (tmp_path / "set/examples.jsonl").symlink_to(tmp_path / "examples.jsonl")
+    assert "outside the data set's folder" in refusal(load_examples, manifest)
+    (tmp_path / "examples.jsonl").replace(tmp_path / "set/examples.jsonl")
+    assert load_examples(manifest)[0].id == "a\u2028b"
 
 
 IDS = {  # as each source names its samples -> as predictions.jsonl and wrong.json show them

@@ -55,7 +55,7 @@ def tar_bytes(*members: Member, form: int = tarfile.USTAR_FORMAT) -> bytes:
 def set_of(path: Path, data: bytes, key: str, end: int | None = None) -> Manifest:
     """A set of one shard with one sample, indexed by hand, as whoever makes a hostile set would."""
     path.write_bytes(data)
-    shard = Shard(path, 1, len(data), "")
+    shard = Shard(path, 1, max(len(data), end or 0), "")
     offsets = np.array([0, (end or len(data)) // 512])
     write_index(shard, ShardIndex(offsets, np.array([zlib.crc32(key.encode())])))
     return Manifest(path, "hostile", "", 1, 5, (), (shard,))

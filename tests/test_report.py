@@ -246,14 +246,14 @@ name: large
 
 
 def test_the_recipes_promise_is_the_line_of_the_run(tmp_path: Path) -> None:
-    """The header's paragraph, its table's line for this run's name; of the file that the last command named."""
+    """The header's paragraph, its table's line for this run's name; of the copy in the run's folder."""
     assert recipe_score(RECIPE, "small") == "B/32: 74.91. top-1 after fine-tuning"
     assert recipe_score(RECIPE, "large") == "B/16: 79.15. top-1 after fine-tuning"
     assert recipe_score(RECIPE, "other") == "top-1 after fine-tuning"
     assert recipe_score("name: x\n", "x") is None
     run = make_run(tmp_path, "small")
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    start = {"step": 0, "command": ["x.py", "--config", str(tmp_path / "recipe.yaml")]}
+    (run / "recipe.yaml").write_text(RECIPE)
+    start = {"step": 0, "recipe": "recipes/of_mine.yaml"}
     (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
     found = targets([summary(one) for one in read_runs([run, run])])
     assert [(target["score"], len(target["runs"])) for target in found] == [("B/32: 74.91. top-1 after fine-tuning", 2)]

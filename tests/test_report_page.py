@@ -58,7 +58,7 @@ def add_everything(run: Path, word: str = "plain") -> None:
     items = [{**item, "png_base64": base64.b64encode(png()).decode()}] * (MAX_WRONG + 5)
     (run / "evaluation" / "wrong.json").write_text(json.dumps({"items": items}))
     (run / "bad_samples.jsonl").write_text(json.dumps({"step": 3, "reason": word}) + "\n")
-    start = {"step": 0, "time": word, "world_size": word, "commit": word, "command": [word], "versions": {word: word}}
+    start = {"step": 0, "time": word, "world_size": 2, "commit": word, "command": [word], "versions": {word: word}}
     (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 20, f"val/{word}-shot": 0.5, f"val/{word}10-shot": 0.5}) + "\n")

@@ -42,6 +42,14 @@ def long_run(shards: Path, output: Path, precision: str, stage: int) -> Config:
     return tiny_config(shards, output, **changes, **random_model, **every)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished `long_run` in fp32 on two ranks, that disturbed ones are compared with."""
+    config = long_run(shards, tmp_path_factory.mktemp("undisturbed"), "fp32", 1)
+    run_ranks(finish, 2, config)
+    return config
+
+
 def finish(config: Config) -> None:
     train(config)
 
@@ -161,11 +169,11 @@ def _global_samples(config: Config) -> dict[int, list]:
     return {step: sorted(samples) for step, samples in steps.items()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_one_rank_stops_all_after_a_save(number: int, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_one_rank_stops_all_after_a_save(
+    number: int, undisturbed: Config, shards: Path, tmp_path: Path
+) -> None:
     """All ranks stop at the same step, saved, without DONE; the next start ends with the undisturbed run's weights."""
-    undisturbed = long_run(shards, tmp_path / "undisturbed", "fp32", 1)
-    run_ranks(finish, 2, undisturbed)
     config = long_run(shards, tmp_path / "stopped", "fp32", 1)
     step = _stop_after(config, 2, step=7, number=number)
     folder = config.output / config.name
@@ -175,10 +183,10 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(number: int, shards: Path, 
     expect_same_run(config, undisturbed)
 
 
-def test_a_damaged_newest_checkpoint_costs_an_interval_not_the_run(shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_costs_an_interval_not_the_run(
+    undisturbed: Config, shards: Path, tmp_path: Path
+) -> None:
     """One bit of the newest checkpoint flips between stop and start: the run goes on from the one before, same end."""
-    undisturbed = long_run(shards, tmp_path / "undisturbed", "fp32", 1)
-    run_ranks(finish, 2, undisturbed)
     config = long_run(shards, tmp_path / "damaged", "fp32", 1)
     _stop_after(config, 2, step=13)
     newest = step_folders(config.output / config.name / "checkpoints")[0]
@@ -348,11 +356,11 @@ def unusable(config: Config, usable: int) -> tuple[str, int]:
 
     real, reads = pretrain.data.loader.decode, [0]
 
-    def decode(data: bytes) -> Any:
+    def decode(data: bytes, *told: Any) -> Any:
         reads[0] += 1
         if reads[0] > usable:
             raise BadSample("decode", "not a JPEG, PNG or WebP")
-        return real(data)
+        return real(data, *told)
 
     pretrain.data.loader.decode = decode
     try:
@@ -435,10 +443,47 @@ def test_init_from_starts_from_the_weights(shards: Path, tmp_path: Path) -> None
     assert _losses(tmp_path / "third" / "tiny")[1] == pytest.approx(random_start, rel=1e-3)
 
 
-def test_batch_norm_is_refused(shards: Path, tmp_path: Path) -> None:
-    """A model whose statistics a checkpoint would lose is refused before anything is trained."""
+def test_batch_norm_without_statistics_to_keep_is_refused(shards: Path, tmp_path: Path) -> None:
+    """Statistics are not trained: a model that has some starts from weights, or is refused at the start."""
     config = changed(tiny_config(shards, tmp_path), model={"name": "timm:resnet18", "image_size": 32})
-    assert "keeps statistics (bn1.running_mean" in run_ranks(refusal, 1, config)[0]
+    assert "resnet18 has batch norm (bn1.running_mean" in run_ranks(refusal, 1, config)[0]
+
+
+@pytest.mark.parametrize(("precision", "stage", "decay"), [("fp32", 1, 0.0), ("bf16", 3, 0.5)])
+def test_batch_norm_keeps_the_statistics_of_its_weights(
+    precision: str, stage: int, decay: float, shards: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, also where the model is rounded and after a resume; the same losses on one rank as on two."""
+    import timm
+    from timm.models import save_for_hf
+
+    from pretrain.models.weights import read_weights
+
+    source = timm.create_model("test_resnet", num_classes=7)
+    with torch.no_grad():
+        for name, tensor in source.state_dict().items():
+            if "running" in name:
+                tensor.uniform_(0.5, 1.5)
+    source.default_cfg.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    save_for_hf(source, tmp_path / "timm", safe_serialization=True)
+    layout = {"engine__zero_stage": stage, "engine__precision": precision, "optim__average_decay": decay}
+    whole = tiny_config(shards, tmp_path / "whole", init_from=tmp_path / "timm", **layout, log__every_steps=1)
+    whole = changed(whole, model={"name": "timm:test_resnet", "image_size": 32})
+    run_ranks(finish, 2, whole)
+    stopped = changed(whole, output=str(tmp_path / "stopped"))
+    _stop_after(stopped, 2, step=4)
+    run_ranks(finish, 2, stopped)
+    expect_same_run(stopped, whole)
+    found, given = (read_weights(path).tensors for path in (whole.output / "tiny", tmp_path / "timm"))
+    kept = [name for name in given if "running" in name]
+    assert found.keys() == given.keys() and kept
+    assert all(torch.equal(found[name].read(), given[name].read()) for name in kept)
+    trained = [name for name in given if name.endswith("conv1.weight")]
+    assert trained and not any(torch.equal(found[name].read(), given[name].read()) for name in trained)
+    if precision == "fp32":
+        alone = changed(whole, output=str(tmp_path / "alone"))
+        run_ranks(finish, 1, alone)
+        assert _losses(alone.output / "tiny") == pytest.approx(_losses(whole.output / "tiny"), rel=1e-5)
 
 
 # --- averages --------------------------------------------------------------------------------------------------------

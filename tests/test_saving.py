@@ -10,7 +10,6 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from ranks import run_ranks, start_ranks
 from test_resume import expect_same_run, finish
 from tiny import make_shards, tiny_config
 
-from pretrain import log, provenance
+from pretrain import log
 from pretrain.checkpoint.find import newest_valid, validate
 from pretrain.checkpoint.layout import Slice, step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader
@@ -188,21 +187,6 @@ def test_an_error_at_every_call_of_a_save(step: int, tmp_path: Path) -> None:
     expect_no_failure(tmp_path, step, [FULL, FAILING], f"{WRITING} {LOOKING}" if ALL else WRITING, sample=None)
 
 
-def test_packages_that_cannot_be_read_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No reason to end a training; and what describes the process is read once."""
-
-    def missing(name: str) -> str:
-        raise OSError(5, "Input/output error") if name == "torch" else metadata.PackageNotFoundError(name)
-
-    provenance.versions.cache_clear()
-    before = provenance.versions()
-    monkeypatch.setattr(metadata, "version", missing)
-    assert provenance.versions() == before and before["torch"] != "unknown"
-    provenance.versions.cache_clear()
-    assert {value for key, value in provenance.versions().items() if key != "python"} == {"unknown"}
-    provenance.versions.cache_clear()
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -221,6 +205,11 @@ def test_a_state_of_other_types_is_refused(change: dict[str, Any]) -> None:
     """The key is named; a NaN that a validation gave is a number, and a key that is missing has its default."""
     good = json.loads(json.dumps(asdict(TrainState(step=3, metrics={"val/loss": float("nan")}))))
     assert str(TrainState.of(Fields.of(good, "x"))) == str(TrainState(step=3, metrics={"val/loss": float("nan")}))
+    others = {"step": 1, "skipped_steps": 2, "skipped_in_a_row": 3, "damaged_samples": 4, "window": [1.0, 2.0, 3.0]}
+    others |= {"validation_due": True, "features_due": True, "bad_samples": dict.fromkeys(good["bad_samples"], 5)}
+    full = {**good, **others, "metrics": {"val/top1": 0.5}}
+    assert asdict(TrainState.of(Fields.of(full, "x"))) == full  # no field is forgotten
+    assert {*others, "metrics"} == good.keys()
     del good["features_due"]
     assert TrainState.of(Fields.of(good, "x")).features_due is False
     with pytest.raises(UserError, match=f"^x.*{next(iter(change))}"):

@@ -40,8 +40,8 @@ def main() -> int:
     if not convert(conversion, weights):
         return 1
     names = f", {len(weights.class_names)} class names" if weights.class_names else ""
-    print(f"{arguments.out}: {len(weights.tensors)} tensors, {weights.num_classes} classes{names}. To load it:")
-    print(loading(arguments.to, weights, str(arguments.out)))
+    cli.tell(f"{arguments.out}: {len(weights.tensors)} tensors, {weights.num_classes} classes{names}. To load it:")
+    print(loading(arguments.to, weights, cli.shown(arguments.out)))
     if arguments.push:
         from pretrain.models.hub import push
 

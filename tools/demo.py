@@ -54,10 +54,10 @@ def main() -> None:
     _step(6, "report")
     _run(sys.executable, "tools/report.py", run, pretrained, random, "--out", out / "report")
     print(f"\ndone in {(time.monotonic() - began) / 60:.1f} minutes")
-    print(f"table:   {run / 'evaluation' / 'results.md'}")
-    print(f"curves:  {out / 'report' / 'curves.png'}")
-    print(f"page:    {out / 'report' / 'report.html'}")
-    print(f"weights: {out / 'weights'}")
+    cli.tell(f"table:   {run / 'evaluation' / 'results.md'}")
+    cli.tell(f"curves:  {out / 'report' / 'curves.png'}")
+    cli.tell(f"page:    {out / 'report' / 'report.html'}")
+    cli.tell(f"weights: {out / 'weights'}")
 
 
 def _train(out: Path, config: str, *overrides: str) -> Path:
@@ -75,7 +75,7 @@ def _train(out: Path, config: str, *overrides: str) -> Path:
 def _run(*command: object) -> None:
     words = [str(word) for word in command]
     shown = [Path(words[0]).name, *words[1:]]
-    print("$ " + " ".join(shown), flush=True)
+    cli.tell("$ " + " ".join(shown))
     code = subprocess.run(words, cwd=ROOT, env=environment(num_threads=1)).returncode
     if code:
         raise UserError(f"{' '.join(shown[:2])} ended with exit code {code}; what went wrong stands above")

@@ -53,10 +53,10 @@ def main() -> None:
         print_table(rows, str(arguments.weights))
         rows, record = with_earlier(rows, record, out / "results.json")
         write_pages(out, pages(rows, record, done))
-        print(f"{out / 'results.json'}, {out / 'results.md'}")
+        cli.tell(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
             write_predictions(arguments.predictions, done)
-            print(arguments.predictions)
+            cli.tell(arguments.predictions)
     ranks.stop()
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} not scored: {', '.join(failed)}")

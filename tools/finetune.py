@@ -10,9 +10,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
-from rich.table import Table
-
 from pretrain import cli
 from pretrain.cluster.jobs import STOPPED, array_ranges
 from pretrain.errors import UserError
@@ -99,23 +96,18 @@ def _list(listed: list[Job]) -> int:
 
 
 def _show(found: list[dict[str, Any]], out: Path, *, vtab: bool) -> None:
-    table = Table(title=str(out))
-    for name in ("task", "metric", "mean", "seeds", "lr", "images"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    rows = []
     for line in found:
         lr = "" if line["lr"] is None else f"{line['lr']:g}"
         seeds = str(len(line["values"])) + ("" if line["complete"] else ", incomplete")
-        table.add_row(line["task"], line["metric"], percent(line), seeds, lr, f"{line['n']:,}")
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table)
+        rows.append([line["task"], line["metric"], percent(line), seeds, lr, f"{line['n']:,}"])
+    header = ("task", "metric", "mean", "seeds", "lr", "images")
+    cli.print_table(str(out), header, rows, text_columns=(0, 1))
     for line in found[-1:] if vtab else found:
         if line["differs"]:
-            print(f"{line['task']}: not the paper's protocol: {'; '.join(line['differs'])}")
+            cli.tell(f"{line['task']}: not the paper's protocol: {'; '.join(line['differs'])}")
     beside = paper_table([summary(run) for run in read_runs([out])])
-    table = Table(*beside.header, title="top-1 beside the paper's")
-    for row in beside.rows:
-        table.add_row(*row)
-    console.print(table)
+    cli.print_table("top-1 beside the paper's", beside.header, beside.rows, text_columns=beside.text_columns)
 
 
 if __name__ == "__main__":

@@ -62,22 +62,23 @@ def main() -> None:
     options = Options(arguments.samples_per_shard, arguments.seed or 0, arguments.apply_orientation)
     path, told = make_shards(sources, classes, out, options)
     manifest = load_manifest(path)
-    print(f"{path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.num_classes} classes")
-    print("\n".join(table_of(*read_counts(out))))
+    cli.tell(f"{path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.num_classes} classes")
+    for line in table_of(*read_counts(out)):
+        cli.tell(line)
     if told.classes:
-        print(told.classes)
+        cli.tell(told.classes)
     for title, numbers in (("passed over", told.passed_over), ("pictures", told.notes)):
         kinds = [(number, kind) for kind, number in numbers.most_common() if number]
         for number, kind in kinds[:MAX_KINDS]:
-            print(f"{title}: {number:,} {kind}")
+            cli.tell(f"{title}: {number:,} {kind}")
         if len(kinds) > MAX_KINDS:
-            print(f"{title}: {len(kinds) - MAX_KINDS:,} more kinds, in {out / 'counts.json'}")
+            cli.tell(f"{title}: {len(kinds) - MAX_KINDS:,} more kinds, in {out / 'counts.json'}")
     if dropped := read_dropped(out):
         _warn(f"{len(dropped)} images left out, {out / 'provenance.json'} names them; the first: {dropped[0]}")
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    cli.tell(f"warning: {message}", sys.stderr)
 
 
 def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) -> None:
@@ -91,7 +92,7 @@ def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) 
     for split in prepared:
         folder = out / split.split
         kept = "" if split.split in new else "kept, as task.json lists it: "
-        print(f"{folder / 'manifest.json'}: {kept}{split.num_samples} samples, examples {split.examples_sha256}")
+        cli.tell(f"{folder / 'manifest.json'}: {kept}{split.num_samples} samples, examples {split.examples_sha256}")
         if split.left_out:
             _warn(f"{split.split}: {split.left_out} images left out, {folder / 'provenance.json'} names them")
     if absent := [split for split in row.splits if split not in [one.split for one in prepared]]:
@@ -109,9 +110,9 @@ def _verify(paths: list[Path]) -> None:
         manifest = load_manifest(path)
         with cli.progress("checking", manifest.num_samples, "samples") as advance:
             problems += list(verify(manifest, advance))
-        print(f"{manifest.path}: {manifest.num_samples} samples, {len(problems)} problems")
+        cli.tell(f"{manifest.path}: {manifest.num_samples} samples, {len(problems)} problems")
     for problem in problems[:20]:
-        print(problem, file=sys.stderr)
+        cli.tell(problem, sys.stderr)
     if problems:
         raise UserError(f"{len(problems)} problems found")
 

@@ -43,15 +43,18 @@ def main() -> int:
         warn(f"{arguments.weights}: probabilities are softmax; the loss that it was trained with is not known")
     num_bad = 0
     for path in arguments.images:
+        damage: list[str] = []
         try:
-            predictions = likeliest(model, weights, path.read_bytes(), arguments.top, device)
+            predictions = likeliest(model, weights, path.read_bytes(), arguments.top, device, damage.append)
         except (OSError, BadSample) as error:
             num_bad += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            print(f"{path}: cannot be used ({reason})", file=sys.stderr)
+            cli.tell(f"{path}: cannot be used ({reason})", sys.stderr)
             if arguments.json:
                 print(json.dumps({"image": str(path), "error": reason}), flush=True)
             continue
+        for complaint in damage:
+            warn(f"{path}: is damaged ({complaint})")
         _print(path, predictions, as_json=arguments.json)
     if num_bad:
         print(f"error: {num_bad} of {len(arguments.images)} images cannot be used", file=sys.stderr)
@@ -63,9 +66,9 @@ def _print(path: Path, predictions: list[Prediction], *, as_json: bool) -> None:
         rows = [{"class": p.number, "name": p.name, "probability": p.probability} for p in predictions]
         print(json.dumps({"image": str(path), "predictions": rows}), flush=True)
         return
-    print(path)
+    cli.tell(path)
     for prediction in predictions:
-        print(f"  {prediction.probability:7.2%}  {prediction.name}", flush=True)
+        cli.tell(f"  {prediction.probability:7.2%}  {prediction.name}")
 
 
 if __name__ == "__main__":

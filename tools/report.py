@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or arguments.runs[0] / "report"
     for path in write_report(read_runs(arguments.runs), out):
-        print(path)
+        cli.tell(path)
 
 
 if __name__ == "__main__":

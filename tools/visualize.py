@@ -45,7 +45,7 @@ def main() -> None:
     title = f"{arguments.weights}: {model_title(config)}"
     written = write_pictures(out, title, config, filters, positions, photos, tensorboard=arguments.tensorboard)
     for path in written:
-        print(path)
+        cli.tell(path)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ Imports no torch; the cells' processes do.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from pretrain import cli
 from pretrain.benchmark.cells import NUM_CLASSES, cell_config, cell_rows
 from pretrain.errors import UserError
+from pretrain.escape import in_markdown
 from pretrain.storage import write_text
 
 # Patch 14 is the published one of H and g; it does not divide 384, so both have a second row of patch 16.
@@ -50,21 +51,15 @@ def model_row(cell: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="models", caption=_conditions(rows))
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name in ("model", "not timed") else "right")
-    for row in rows:
-        table.add_row(*_model_cells(row))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    text_columns = [number for number, name in enumerate(_COLUMNS) if name in ("model", "not timed")]
+    cells = map(_model_cells, rows)
+    cli.print_table("models", _COLUMNS, cells, text_columns=text_columns, caption=_conditions(rows))
 
 
 def write_table(rows: list[dict[str, Any]], out: Path) -> None:
     """Writes the rows as JSON lines, and the table beside them as Markdown."""
     ruler = ["---" if name in ("model", "not timed") else "---:" for name in _COLUMNS]
-    table = [_COLUMNS, ruler, *map(_model_cells, rows)]
+    table = [_COLUMNS, ruler, *(map(in_markdown, _model_cells(row)) for row in rows)]
     lines = ["| " + " | ".join(line) + " |" for line in table] + ["", _conditions(rows) + "."]
     for path, text in ((out, [json.dumps(row) for row in rows]), (out.with_suffix(".md"), lines)):
         write_text(path, "\n".join(text) + "\n")

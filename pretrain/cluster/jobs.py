@@ -1,5 +1,6 @@
 """Jobs: runs that another process starts, tells to stop, and waits for; and their numbers in SLURM's job arrays."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -9,12 +10,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from pretrain.escape import shown
+
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
 
 def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a command, which it prints, to its end; returns its exit code."""
-    print(f"$ {Path(words[0]).name} {' '.join(words[1:])}", flush=True)
+    print(shown(f"$ {Path(words[0]).name} {' '.join(words[1:])}"), flush=True)
     with subprocess.Popen(words, env=environment) as process:
         return process.wait()
 
@@ -76,5 +79,5 @@ def _descendants(pid: int) -> list[int]:
 def _wait_until_free(lock: Path) -> None:
     """Waits until rank 0, which may still save when its launcher has died of a signal, lets go of the run's lock."""
     if lock.is_file():
-        with lock.open("a") as file:
+        with lock.open("a") as file, contextlib.suppress(OSError):  # a file system without locks: nobody holds one
             fcntl.lockf(file, fcntl.LOCK_EX)

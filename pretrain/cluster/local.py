@@ -23,6 +23,15 @@ def gpu_is_here() -> bool:
     return torch.cuda.is_available()
 
 
+def gpus_asked_for() -> str | None:
+    """Returns the variable, with its value, by which somebody has given this process GPUs; None when nobody has."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        value = os.environ.get(name, "").strip()
+        if value not in ("", "0" if name == "SLURM_GPUS_ON_NODE" else "", "-1", "NoDevFiles"):
+            return f"{name}={value}"
+    return None
+
+
 def default_num_ranks() -> int:
     """Returns one rank per GPU of this machine; 1 without one."""
     import torch

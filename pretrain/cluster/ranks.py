@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.cluster.local import free_port, gpu_is_here, rank_variables
+from pretrain.cluster import slurm
+from pretrain.cluster.local import free_port, gpu_is_here, gpus_asked_for, rank_variables
 from pretrain.errors import UserError
 
 _cpu_group: Any = None  # gloo, made by `start`
@@ -21,11 +22,12 @@ _cpu_group: Any = None  # gloo, made by `start`
 def start(timeout_s: int) -> torch.device:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT describe; returns the device.
 
-    Raises UserError when these variables contradict each other.
+    Under plain srun SLURM's variables describe it. Raises UserError when they contradict each other, or when GPUs were
+    asked for and are not there.
     """
     global _cpu_group
-    _complete_environment()
-    device = torch.device("cuda", local_rank()) if has_gpu() else torch.device("cpu")
+    complete_environment()
+    device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -92,12 +94,33 @@ def seed_generators(seed: int, step: int) -> None:
     torch.manual_seed(int(words[1]) >> 1)  # seeds the devices too
 
 
-def _complete_environment() -> None:
+def complete_environment() -> None:
+    """Sets the variables that no launcher has set: of a task of srun, or of a world of one rank."""
+    if "RANK" not in os.environ and slurm.is_task(os.environ):
+        os.environ.update(slurm.rank_variables(os.environ))
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:  # no launcher: one rank
         os.environ.update(rank_variables(0, 1, free_port()))
+    if os.environ.get("MASTER_ADDR") == "127.0.0.1":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host's name up, and warns if it fails
     missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise UserError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; check its environment")
     if not 0 <= rank() < world_size():
         raise UserError(f"WORLD_SIZE is {world_size()} but RANK is {rank()}: ranks count from 0; check the launcher")
+
+
+def _device() -> torch.device:
+    if not has_gpu():
+        asked = gpus_asked_for()
+        if asked and os.environ.get("DS_ACCELERATOR") != "cpu":  # it would run a hundred times slower, and say nothing
+            raise UserError(
+                f"{asked} asks for GPUs, but PyTorch finds none here: look at nvidia-smi and the driver; "
+                "DS_ACCELERATOR=cpu trains on the CPU"
+            )
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1 and slurm.is_task(os.environ):
+        os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task: each task sees its own alone; DeepSpeed reads it too
+    if local_rank() >= count:
+        raise UserError(f"LOCAL_RANK is {local_rank()}, but this process sees {count} GPUs; start one rank per GPU")
+    return torch.device("cuda", local_rank())

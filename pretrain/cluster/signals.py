@@ -1,48 +1,47 @@
-"""The wish to stop: SIGTERM, SIGINT and SIGUSR1, and the launcher's death."""
+"""The wish to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP, and the death of the launcher. Imports no torch.
 
-import ctypes
+`StopRequest` is made in the first lines of a command, before imports that take seconds: SIGUSR1 would end it there.
+"""
+
 import os
 import signal
-import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from pretrain.cluster.agreement import any_rank
-from pretrain.cluster.ranks import rank
-
-
-def end_with_launcher() -> None:
-    """Has this process asked to stop (SIGTERM) when DeepSpeed's launch.py dies, which otherwise leaves orphans.
-
-    Only under that launcher: a plain shell may be closed while its jobs go on.
-    """
-    try:
-        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-    except OSError:
-        return  # not Linux
-    if b"deepspeed.launcher.launch" in parent:
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# A plain shell may be closed while its jobs go on; these start ranks for nobody but themselves.
+_LAUNCHERS = (
+    "deepspeed",
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torchrun",
+    "torch.distributed.run",
+)
+_LOOK_EVERY_S = 1.0
 
 
 class StopRequest:
-    """Hears SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) and remembers; the loop decides when to stop.
+    """Hears SIGTERM, SIGINT, SIGUSR1 (SLURM's warning) and SIGHUP, and remembers; the loop decides when to stop.
 
-    A second SIGINT interrupts at once.
+    A second SIGINT interrupts at once. SIGHUP that is ignored, as under nohup, stays so.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._previous = {number: signal.signal(number, self._note) for number in _STOP_SIGNALS}
+        heard = [n for n in _STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heard}
 
     def _note(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
-        print(f"rank {rank()}: {self.signal_name}: saving and stopping after this step", file=sys.stderr, flush=True)
-
-    def agreed(self) -> bool:
-        """Returns, on every rank alike, whether any rank was asked to stop."""
-        return any_rank(self.signal_name is not None)
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        told = f"rank {rank}: {self.signal_name}: saving and stopping after this step\n"
+        with suppress(OSError):  # the terminal may be gone, and a handler that raises ends the training unsaved
+            os.write(2, told.encode())  # print may be interrupted in itself, and then raises
 
     def close(self) -> None:
         """Restores the handlers found before."""
@@ -50,10 +49,53 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
 def ignore_stop_signals() -> None:
     """For child processes: a signal to the whole group must not end them before the loop has saved."""
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+class _Process(NamedTuple):
+    number: int
+    started: str  # in clock ticks since boot: numbers are used again
+
+
+def end_with_launcher() -> None:
+    """Has this process asked to stop (SIGTERM) when a launcher that it descends from dies, which else leaves orphans.
+
+    All of them are watched, as one may leave the next one alive: `deepspeed` its launch.py, and that its ranks.
+    """
+    watched = _launchers_above()
+    if not watched:
+        return
+
+    def watch() -> None:
+        while all(_started(process.number) == process.started for process in watched):
+            time.sleep(_LOOK_EVERY_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _launchers_above() -> list[_Process]:
+    found: list[_Process] = []
+    number = os.getppid()
+    while number > 1:
+        try:
+            words = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            parent = int(Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+        except OSError:  # not Linux, or gone this moment: then its own parent's death is seen instead
+            break
+        if any(word in _LAUNCHERS or Path(word).name in _LAUNCHERS for word in words[:8]):
+            found.append(_Process(number, _started(number)))
+        number = parent
+    return found
+
+
+def _started(number: int) -> str:
+    """When a process has started; "" when there is none, or only what its parent has not yet taken note of."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]

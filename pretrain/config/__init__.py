@@ -8,7 +8,10 @@ from pretrain.config.changes import BRANCH_MAY_CHANGE, MAY_CHANGE, resume_differ
 from pretrain.config.checks import non_defaults
 from pretrain.config.model import (
     HYBRIDS,
+    MAX_CLASSES,
     MAX_DEPTH,
+    MAX_IMAGE_SIZE,
+    MAX_WIDTH,
     TIMM_HYBRIDS,
     TIMM_SIZES,
     VIT_SHAPES,
@@ -38,7 +41,10 @@ __all__ = [
     "BRANCH_MAY_CHANGE",
     "EVAL_CROP_LIMITS",
     "HYBRIDS",
+    "MAX_CLASSES",
     "MAX_DEPTH",
+    "MAX_IMAGE_SIZE",
+    "MAX_WIDTH",
     "MAY_CHANGE",
     "MINUS_ONE_TO_ONE",
     "TIMM_HYBRIDS",

@@ -67,6 +67,8 @@ TIMM_HYBRIDS = {
 
 # Far above every known ViT: numbers of somebody's file beyond them are no model, and would take minutes to refuse.
 MAX_DEPTH, MAX_WIDTH = 1024, 65_536
+MAX_IMAGE_SIZE = 4096  # pixels
+MAX_CLASSES = 1 << 20  # ImageNet-21k has 21,841, Landmarks 203,094
 
 
 def stride_of(trunk_units: list[int] | None) -> int:
@@ -176,9 +178,9 @@ class ModelConfig:
             yield f"model.name is {self.name!r}, expected one of {names}, a name as B/16 or timm's, or timm:NAME.{hint}"
         else:
             yield from self._vit_problems()
-        if self.num_classes is not None and self.num_classes < 1:
-            yield f"model.num_classes is {self.num_classes}, expected at least 1"
-        yield from outside(self, "model", dropout=(0, 0.99), drop_path=(0, 0.99), image_size=(1, 4096))
+        if self.num_classes is not None and not 1 <= self.num_classes <= MAX_CLASSES:
+            yield f"model.num_classes is {self.num_classes}, expected 1 to {MAX_CLASSES}"
+        yield from outside(self, "model", dropout=(0, 0.99), drop_path=(0, 0.99), image_size=(1, MAX_IMAGE_SIZE))
         yield from outside(self, "model", head_bias=(-1e3, 1e3))
 
     def _vit_problems(self) -> Iterator[str]:

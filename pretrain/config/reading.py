@@ -1,5 +1,6 @@
 """A config from a YAML file and `key=value` overrides, and back; every mistake is one line.
 
+Files come with runs of other people: their size, nesting and references have limits, compared before anything is built.
 omegaconf stays in this file and in the defaults of model.py and sections.py.
 """
 
@@ -17,6 +18,25 @@ from pretrain.config.checks import did_you_mean
 from pretrain.config.model import ModelConfig
 from pretrain.config.sections import Config
 from pretrain.errors import ConfigError
+
+MAX_BYTES = 100_000  # of a file or an override; a complete config has 3,000, our longest recipe 5,000
+MAX_NESTING = 16  # sections and lists inside each other; ours have 3. libyaml dies of a hundred thousand
+MAX_LETTERS = 4096  # of one value: the longest path
+MAX_VALUES = 2000  # of a whole config; ours have 100. omegaconf takes a millisecond for each
+MAX_REFERENCES = 1000  # ${key} of a whole config, those that are met on the way to a value counted each time
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# What omegaconf and PyYAML raise on text and values that they cannot take; PyYAML's tags stumble in several ways.
+_REFUSED = (
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -66,15 +86,16 @@ def config_to_yaml(config: Config) -> str:
 def _merge(merged: Any, values: Any, source: str) -> Any:
     """Returns `merged` changed by `values`, which may be of any shape. Raises ConfigError."""
     try:
-        values = OmegaConf.create(values)
-        plain = OmegaConf.to_container(values)
-        _refuse_resolvers(source, plain)  # whoever wrote it: file, override, somebody's checkpoint
+        plain = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
+        _check_values(plain, source)  # whoever wrote it: file, override, somebody's checkpoint
         if wrong := "; ".join(_wrong_shapes(plain, _schema())):
             raise ConfigError(f"{source}: {wrong}")
-        return OmegaConf.merge(merged, values)
+        merged = OmegaConf.merge(merged, OmegaConf.create(values))
+        _check_references(OmegaConf.to_container(merged), source)
+        return merged
     except ConfigError:
         raise
-    except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+    except _REFUSED as error:
         raise ConfigError(f"{source}: {_first_line(error)}") from None
 
 
@@ -86,15 +107,15 @@ def _wrong_shapes(values: Any, schema: dict[str, Any], prefix: str = "") -> Iter
             if isinstance(value, dict):
                 yield from _wrong_shapes(value, expected, f"{prefix}{key}.")
             else:
-                yield f"{prefix}{key} is {value}, expected a section with {', '.join(expected)}"
+                yield f"{prefix}{key} is {_short(value)}, expected a section with {', '.join(expected)}"
         elif expected == "tuple[float, float]" and not isinstance(value, str):  # a string may refer to another key
             if not isinstance(value, list) or [type(item) in (int, float) for item in value] != [True, True]:
-                yield f"{prefix}{key} is {value}, expected two numbers, for example [0.5, 1.0]"
+                yield f"{prefix}{key} is {_short(value)}, expected two numbers, for example [0.5, 1.0]"
 
 
 def _to_config(source: str, values: Any, overrides: Sequence[str]) -> Config:
     merged, given = OmegaConf.structured(Config), set()
-    for origin, part in [(source, values), *((text, _read_override(text)) for text in overrides)]:
+    for origin, part in [(source, values), *((_short(text), _read_override(text)) for text in overrides)]:
         merged = _merge(merged, part, origin)
         given |= {key for key, _ in flatten(OmegaConf.to_container(OmegaConf.create(part)))}
     try:
@@ -109,46 +130,139 @@ def _to_config(source: str, values: Any, overrides: Sequence[str]) -> Config:
                 raise ConfigError(f"model.{key} is {value}, but {written} has {said}; remove one, or give {plain}")
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    except OmegaConfBaseException as error:
+    except _REFUSED as error:
         raise ConfigError(f"{source}: {_first_line(error)}") from None
     return config
 
 
 def _read_yaml(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"{path}: cannot be read ({_reason(error)}){did_you_mean(path.name, near)}") from None
     try:
+        _check_text(text, str(path))
         values = OmegaConf.create(text)
+    except ConfigError:
+        raise
     except AssertionError:  # omegaconf's answer to a file that holds one number
         values = None
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except _REFUSED as error:
+        raise ConfigError(f"{path}: not valid YAML: {_short(' '.join(str(error).split()), 600)}") from None
     if not OmegaConf.is_dict(values):
         raise ConfigError(f"{path}: expected `key: value` lines")
     return values
 
 
 def _read_override(text: str) -> Any:
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")) or key.startswith("-"):
-        raise ConfigError(f"{text!r} is not an override; write KEY=VALUE, for example optim.lr=1e-3")
+        raise ConfigError(f"{_short(text)!r} is not an override; write KEY=VALUE, for example optim.lr=1e-3")
+    if key.count(".") >= MAX_NESTING:
+        raise ConfigError(f"{_short(text)}: is nested more than {MAX_NESTING} deep")
     try:
+        _check_text(value, _short(text))
         return OmegaConf.from_dotlist([text])
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{text}: not a valid value: {' '.join(str(error).split())}") from None
+    except ConfigError:
+        raise
+    except _REFUSED as error:
+        raise ConfigError(f"{_short(text)}: not a valid value: {_short(' '.join(str(error).split()), 600)}") from None
 
 
-def _refuse_resolvers(source: str, value: Any) -> None:
-    # ${oc.env:NAME} would copy a secret into the saved config; plain ${key} references are fine. Parsed values are
-    # searched: YAML has several ways to write a "$".
+def _check_text(text: str, source: str) -> None:
+    """Raises ConfigError for YAML that is too large, too deep, or has too long a word; its parser has no such limits.
+
+    The events of YAML's grammar are counted, which needs no recursion, and no further than the limits.
+    """
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        raise ConfigError(f"{source}: has more than {MAX_BYTES:,} bytes, which is the limit of a config")
+    depth = values = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_LETTERS:
+            raise ConfigError(f"{source}: {_short(event.value)} has more than {MAX_LETTERS:,} letters")
+        values += isinstance(event, yaml.NodeEvent)  # keys too
+        if depth > MAX_NESTING:
+            raise ConfigError(f"{source}: is nested more than {MAX_NESTING} deep")
+        if values > 2 * MAX_VALUES:
+            raise ConfigError(f"{source}: has more than {MAX_VALUES:,} values")
+
+
+def _check_values(values: Any, source: str) -> None:
+    """Raises ConfigError for more or deeper values than a config has, and for resolvers.
+
+    ${oc.env:NAME} would copy a secret into the saved config; plain ${key} references are fine. Parsed values are
+    searched: YAML has several ways to write a "$".
+    """
+    for number, value in enumerate(_leaves(values, source)):
+        if number >= MAX_VALUES:
+            raise ConfigError(f"{source}: has more than {MAX_VALUES:,} values")
+        if isinstance(value, str) and len(value) > MAX_LETTERS:
+            raise ConfigError(f"{source}: {_short(value)} has more than {MAX_LETTERS:,} letters")
+        if isinstance(value, str) and "${" in _REFERENCE.sub("", value):
+            raise ConfigError(
+                f"{source}: {_short(value)!r}: ${{...:...}} resolvers are not allowed, only ${{key}}; give the value"
+            )
+
+
+def _leaves(value: Any, source: str, depth: int = 0) -> Iterator[Any]:
+    if depth > MAX_NESTING:
+        raise ConfigError(f"{source}: is nested more than {MAX_NESTING} deep")
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
-            _refuse_resolvers(source, item)
-    elif isinstance(value, str) and "${" in re.sub(r"\$\{[\w.]+\}", "", value):
-        raise ConfigError(f"{source}: {value!r}: ${{...:...}} resolvers are not allowed, only ${{key}}; give the value")
+            yield from _leaves(item, source, depth + 1)
+    else:
+        yield value
+
+
+_REFERENCE = re.compile(r"\$\{(\.*)([\w.]+)\}")  # leading dots count sections upwards, one being the value's own
+
+
+def _check_references(config: Any, source: str) -> None:
+    """Raises ConfigError for references that would grow without bound: each of a value's may name a value with more."""
+    counts: dict[str, int] = {}
+
+    def count(value: Any, key: str, steps: int) -> int:
+        if steps > 2 * MAX_NESTING:
+            raise ConfigError(f"{source}: {key}: its ${{key}} references go in a circle, or too far")
+        if key not in counts and isinstance(value, (dict, list)):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            counts[key] = sum(count(item, f"{key}.{name}".lstrip("."), steps + 1) for name, item in items)
+        elif key not in counts:
+            found = [_referred(key, *match.groups()) for match in _REFERENCE.finditer(str(value))]
+            counts[key] = sum(1 + count(_value_at(config, name), name, steps + 1) for name in found)
+        return counts[key]
+
+    if (total := count(config, "", 0)) > MAX_REFERENCES:
+        raise ConfigError(f"{source}: its ${{key}} references lead to {total:,} more; at most {MAX_REFERENCES:,}")
+
+
+def _referred(key: str, dots: str, name: str) -> str:
+    """The complete key of a reference in the value of `key`."""
+    above = key.split(".")[: -len(dots)] if dots else []
+    return ".".join([*above, name])
+
+
+def _value_at(config: Any, key: str) -> Any:
+    """The value of a key such as data.train or stair_steps.0, None where there is none."""
+    for part in key.split("."):
+        if isinstance(config, list) and part.isdecimal() and int(part) < len(config):
+            config = config[int(part)]
+        elif isinstance(config, dict):
+            config = config.get(part)
+        else:
+            return None
+    return config
+
+
+def _short(value: Any, letters: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= letters else f"{text[:letters]}..."
 
 
 def _first_line(error: Exception) -> str:

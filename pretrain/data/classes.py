@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pretrain.errors import UserError
+from pretrain.json_files import brief, is_text
+
+MAX_NAME_LETTERS = 4096  # of a class: it may be a list of all words for it
 
 
 class ClassMatch(NamedTuple):
@@ -71,6 +74,20 @@ def _by_name(theirs: Sequence[str], ours: Sequence[str], their_place: str, our_p
     order = "" if labels == tuple(range(len(labels))) else ", in another order"
     told = f"{their_place} has {some} of {our_place}{order}: mapped by name"
     return ClassMatch(None if labels == tuple(range(len(labels))) else labels, told)
+
+
+def check_names(names: object, num_classes: int, source: str) -> tuple[str, ...]:
+    """Returns the names of a set's classes. Raises UserError unless they are as many texts as there are classes."""
+    if not isinstance(names, (list, tuple)):
+        raise UserError(f"{source}: is {brief(names)}, expected a list of names")
+    if len(names) != num_classes:
+        raise UserError(f"{source}: has {len(names)} class names for {num_classes} classes")
+    for number, name in enumerate(names):
+        if not is_text(name) or len(name) > MAX_NAME_LETTERS:
+            raise UserError(
+                f"{source}: class {number} is {brief(name)}, expected a name of at most {MAX_NAME_LETTERS} letters"
+            )
+    return tuple(names)
 
 
 def has_names(class_names: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ The randomness of a training image is keyed by (seed, data set, epoch, index) al
 import io
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -15,63 +16,80 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, Normalisation
+from pretrain.data import headers
+from pretrain.data.damage import listen
 from pretrain.data.order import uniform, words
 from pretrain.data.randaugment import rand_augment
 from pretrain.data.reader import BadSample
 
-MAX_PIXELS = 50_000_000  # a larger image is refused by its header: 172 kB of PNG can decode to gigabytes
 FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow knows 40 more, and runs Ghostscript for one
-_MAX_CHUNKS = 10_000  # of a PNG that is looked through: millions of empty ones are made to take memory
 _PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", (b"zTXt", b"iTXt")
-MAX_ASPECT = 100  # longer / shorter side
+# A larger image is resized in bands of rows, so that its copies in other types stay small. Where all is uint8 the
+# pixels are those of one piece; where it is float, or tall and Pillow's, some values round to the next level.
+# A band of floats has more than 32 MB, which malloc gives back at once; smaller ones stay in its heap.
+_PIECE, _BAND = 16_000_000, 4_000_000  # pixels
 _TRIES = 10  # of RandomResizedCrop, as in torchvision
 _INCEPTION_TRIES = 100  # of sample_distorted_bounding_box, TensorFlow's default
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
-def decode(data: bytes) -> torch.Tensor:
+def decode(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.Tensor:
     """Returns an encoded image as uint8 [3, height, width], gray and CMYK as RGB, EXIF orientation not applied.
 
-    Raises BadSample("decode") when it cannot be decoded or has more than 50 megapixels.
+    told: is handed what the decoder complains of where a JPEG is damaged and gives pixels nevertheless. Raises
+    BadSample("decode") when it cannot be decoded or is beyond the limits of data/headers.py.
     """
+    headers.check_parts(data)
+    is_jpeg = data.startswith(b"\xff\xd8")
+    kept = headers.jpeg_coefficients(data) if is_jpeg else 0
     data = _without_text(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                width, height = header.size
+                (width, height), form = header.size, header.format
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("decode", _reason(error)) from None
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample(
-            "decode", f"{width} x {height} pixels: no picture, and gigabytes once its shorter side is resized"
-        )
-    if width * height > MAX_PIXELS:
-        raise BadSample("decode", f"{width} x {height} pixels")
-    if data.startswith(b"\xff\xd8"):  # JPEG: torchvision takes 2/3 of Pillow's time. A damaged PNG can crash it
+    headers.check_size(width, height)
+    refused = None
+    if is_jpeg:  # torchvision takes 2/3 of Pillow's time. A damaged PNG can crash it
+        headers.check_memory(width, height, headers.TORCHVISION_JPEG + kept, data)
         try:
-            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-            assert isinstance(image, torch.Tensor)  # a list of images gives a list
+            image, heard = listen(lambda: _decode_jpeg(data))
+            for complaint in heard:
+                told(complaint)
             return image
-        except RuntimeError:
-            pass  # damaged, or of a kind that torchvision does not know: Pillow decides
-    return _decode_with_pillow(data)
+        except RuntimeError as error:  # damaged, or of a kind that torchvision does not know: Pillow decides
+            refused = str(error).partition("\n")[0]
+    headers.check_memory(width, height, headers.PILLOW.get(form or "", headers.PILLOW["JPEG"]) + kept, data)
+    image = _decode_with_pillow(data)
+    if refused is not None:
+        told(refused)
+    return image
 
 
-def decode_upright(data: bytes) -> torch.Tensor:
+def _decode_jpeg(data: bytes) -> torch.Tensor:
+    image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    assert isinstance(image, torch.Tensor)  # a list of images gives a list
+    return image
+
+
+def decode_upright(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.Tensor:
     """Returns an encoded image as `decode` does, turned and mirrored as its EXIF orientation says: a person's photo.
 
     Published protocols ignore the orientation, as TensorFlow's decoder does; so does everything that reads shards.
     """
-    image = decode(data)
+    image = decode(data, told)
     with Image.open(io.BytesIO(_without_text(data)), formats=FORMATS) as header:
         orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
     # As in the EXIF standard: what the stored first row and first column are. 5 to 8 have rows and columns exchanged.
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 2)
-    flipped = [dim for dim, cases in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in cases]
-    return image.flip(flipped).contiguous()
+    if flipped := [dim for dim, cases in ((0, (3, 4, 7, 8)), (1, (2, 3, 6, 7))) if orientation in cases]:
+        for channel in image:  # one by one: a third of the memory
+            channel.copy_(channel.flip(flipped))
+    return image
 
 
 def _without_text(data: bytes) -> bytes:
@@ -80,8 +98,6 @@ def _without_text(data: bytes) -> bytes:
         return data
     kept, at = [_PNG], len(_PNG)
     while at < len(data):  # a chunk: length, kind, content, checksum
-        if len(kept) > _MAX_CHUNKS:
-            return data  # Pillow decides
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if data[at + 4 : at + 8] not in _PNG_TEXT:
             kept.append(data[at:end])
@@ -92,12 +108,19 @@ def _without_text(data: bytes) -> bytes:
 def _decode_with_pillow(data: bytes) -> torch.Tensor:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip to white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode == "P":
-                image = image.convert("RGBA")  # a palette may have transparency; its colors stay as they are
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError) as error:
+            pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+            rows = max(1, _BAND // 4 // image.width)
+            for top in range(0, image.height, rows):  # a second image of the whole size would double the memory
+                part = image.crop((0, top, image.width, min(top + rows, image.height)))
+                if part.mode.startswith("I"):  # 16-bit gray, which `convert` would clip to white
+                    part = Image.fromarray((np.asarray(part) >> 8).astype(np.uint8))
+                elif part.mode == "P":
+                    part = part.convert("RGBA")  # a palette may have transparency; its colors stay as they are
+                pixels[top : top + rows] = np.asarray(part.convert("RGB"))
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many types on damaged files: struct.error, IndexError, TypeError ...
         raise BadSample("decode", _reason(error)) from None
 
 
@@ -126,9 +149,32 @@ def train_image(image: torch.Tensor, size: int, config: DataConfig, *key: object
 
 def _crop_and_resize(image: torch.Tensor, box: Box, size: int, config: DataConfig) -> torch.Tensor:
     top, left, height, width = box
-    if config.antialias:
-        return F.resized_crop(image, top, left, height, width, [size, size], _mode(config), antialias=True)
-    return _resize_truncated(image[:, top : top + height, left : left + width], size, config.interpolation)
+    image = image[:, top : top + height, left : left + width]
+    return (
+        _resize(image, (size, size), config)
+        if config.antialias
+        else _resize_truncated(image, size, config.interpolation)
+    )
+
+
+def _resize(image: torch.Tensor, size: tuple[int, int], config: DataConfig) -> torch.Tensor:
+    """torchvision's antialiased resize to (height, width), uint8."""
+    return _in_bands(image, size, lambda part, to: F.resize(part, list(to), _mode(config), antialias=True))
+
+
+def _in_bands(
+    image: torch.Tensor, size: tuple[int, int], resize: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+) -> torch.Tensor:
+    """Returns an image resized to (height, width): at once, or where it is large across in bands of rows, then down.
+
+    resize: to the given (height, width), one direction after the other, as all of them do inside.
+    """
+    height, width = image.shape[1:]
+    if height * width <= _PIECE:
+        return resize(image, size)
+    rows = max(1, _BAND // width)
+    bands = [resize(image[:, top : top + rows], (min(rows, height - top), size[1])) for top in range(0, height, rows)]
+    return resize(torch.cat(bands, dim=1), size)
 
 
 def inception_crop(
@@ -191,8 +237,9 @@ def eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tens
     resized = round(size / config.eval_crop)  # 256 for 224 and 0.875
     if config.eval_transform.startswith("transformers"):
         # On tensors, as its processor since version 5: 2 % of Pillow's pixels differ, by up to 4 levels (bicubic).
-        sides = [resized] if config.eval_transform == "transformers_shortest" else [resized, resized]
-        return _central_crop(F.resize(image, sides, _mode(config), antialias=True), size)
+        shortest = config.eval_transform == "transformers_shortest"
+        sides = _shorter_side_to(resized, image) if shortest else (resized, resized)
+        return _central_crop(_resize(image, sides, config), size)
     if config.eval_transform == "fewshot":
         return _central_crop(_resize_truncated(image, resized, "bilinear"), size)
     return _resize_small_and_crop(image, resized, size)
@@ -202,19 +249,36 @@ def _timm_eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torc
     """The central crop of the image resized to size / eval_crop, rounded down: of its shorter side (timm), of both
     (timm_squash), or of its longer side, with a border of the mean's colour around it (timm_border).
     """
-    # Pillow as in timm: torchvision's own resize is faster, but up to 2 levels off in 0.5 % of the values (bicubic).
-    picture: Any = Image.fromarray(image.permute(1, 2, 0).numpy())
     resized = math.floor(size / config.eval_crop)
-    sides = [resized]
+    sides = _shorter_side_to(resized, image)
     if config.eval_transform == "timm_squash":
-        sides = [resized, resized]
+        sides = (resized, resized)
     elif config.eval_transform == "timm_border":
         ratio = max(image.shape[1:]) / resized
-        sides = [max(1, round(side / ratio)) for side in image.shape[1:]]
-    picture = F.resize(picture, sides, _mode(config), antialias=True)
+        sides = max(1, round(image.shape[1] / ratio)), max(1, round(image.shape[2] / ratio))
+
+    # Pillow as in timm: torchvision's own resize is faster, but up to 2 levels off in 0.5 % of the values (bicubic).
+    def resize(part: torch.Tensor, to: tuple[int, int]) -> torch.Tensor:
+        return _tensor(F.resize(_picture(part), list(to), _mode(config), antialias=True))
+
+    picture = _picture(_in_bands(image, sides, resize))
     if config.eval_transform == "timm_border":
         picture = _padded(picture, size, [round(255 * value) for value in config.mean])
-    return torch.from_numpy(np.array(F.center_crop(picture, [size, size]))).permute(2, 0, 1)
+    return _tensor(F.center_crop(picture, [size, size]))
+
+
+def _shorter_side_to(shorter: int, image: torch.Tensor) -> tuple[int, int]:
+    """Returns an image's height and width when its shorter side is resized to this, rounded as by torchvision."""
+    height, width = image.shape[1:]
+    return int(shorter * height / min(height, width)), int(shorter * width / min(height, width))
+
+
+def _picture(image: torch.Tensor) -> Any:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def _tensor(picture: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _padded(picture: Any, size: int, color: list[int]) -> Any:
@@ -230,7 +294,10 @@ def _resize_small_and_crop(image: torch.Tensor, shorter: int, size: int) -> torc
     # Only the rows and columns that the crop keeps. float64 and a hair up: an average that is a whole number must not
     # be truncated to the one below.
     rows, columns = (_area_weights(side, round(side * factor), size) for side in image.shape[1:])
-    return (rows @ image.double() @ columns.T + 1e-6).to(torch.uint8)
+    height = max(1, _BAND // 2 // image.shape[2])  # of a band: all at once would take 24 bytes per pixel, and as a copy
+    bands = zip(rows.split(height, dim=1), image.split(height, dim=1))
+    averages = sum((part @ (band.double() @ columns.T) for part, band in bands), torch.tensor(1e-6).double())
+    return averages.to(torch.uint8)
 
 
 def _area_weights(side: int, resized: int, kept: int) -> torch.Tensor:
@@ -244,8 +311,15 @@ def _area_weights(side: int, resized: int, kept: int) -> torch.Tensor:
 
 def _resize_truncated(image: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
     """TensorFlow's resize to a square: half-pixel centres, no antialias, back to uint8 by truncation."""
-    resized = torch.nn.functional.interpolate(image[None].float(), (size, size), mode=interpolation, antialias=False)
-    return resized[0].clamp(0, 255).to(torch.uint8)  # bicubic goes beyond
+
+    def resize(part: torch.Tensor, to: tuple[int, int]) -> torch.Tensor:
+        return torch.nn.functional.interpolate(part[None].float(), to, mode=interpolation, antialias=False)[0]
+
+    if image.shape[1] > image.shape[2] and image.shape[1] * image.shape[2] > _PIECE:  # down first: the less floats
+        resized = _in_bands(image.transpose(1, 2), (size, size), resize).transpose(1, 2)
+    else:
+        resized = _in_bands(image, (size, size), resize)
+    return resized.clamp(0, 255).to(torch.uint8)  # bicubic goes beyond
 
 
 def _central_crop(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -25,12 +25,12 @@ from pretrain.errors import BadSamplesError, StorageError, UserError
 
 
 class BadRecord(NamedTuple):
-    """A sample that was replaced by a masked slot."""
+    """A sample that was replaced by a masked slot, or a damaged one that is used."""
 
     epoch: int
     index: int
     shard: str
-    reason: str  # tar, missing, decode or label
+    reason: str  # of REASONS
     detail: str
 
 
@@ -47,6 +47,7 @@ class Batch(NamedTuple):
     epoch: torch.Tensor  # int64 [slots]
     index: torch.Tensor  # int64 [slots]; -1 where a slot only fills up the micro-batch
     bad: list[BadRecord]
+    damaged: list[BadRecord] = []  # samples that are used nevertheless
     error: UserError | StorageError | None = None  # ends the run; handed on so that all ranks raise it together
 
     def to(self, device: torch.device) -> "Batch":
@@ -78,7 +79,7 @@ class _TrainSteps(Dataset):
         batch = _empty_batch(self._plan.micro_batch * self._plan.accumulation, self._config.model.image_size)
         batch.epoch[: len(mine)] = torch.from_numpy(epochs[mine])
         batch.index[: len(mine)] = torch.from_numpy(indices[mine])
-        batch = _filled(batch, self._manifest, self._crop)
+        batch = _filled(batch, self._manifest, self._crop, self._config.data.strict_images)
         mix = draw_mix(self._config.data, self._config.model.image_size, self._config.seed, step)
         if mix is None or batch.error is not None:
             return batch
@@ -86,7 +87,7 @@ class _TrainSteps(Dataset):
         slots = [slot for slot in {partner(mine[0]), partner(mine[-1])} if slot not in mine and slot < len(indices)]
         others = _empty_batch(len(slots), self._config.model.image_size)
         others.epoch[:], others.index[:] = torch.from_numpy(epochs[slots]), torch.from_numpy(indices[slots])
-        others = _filled(others, self._manifest, self._crop)
+        others = _filled(others, self._manifest, self._crop, self._config.data.strict_images)
         if others.error is not None:
             return batch._replace(error=others.error)
         return _mixed(batch, mine, others, slots, mix)
@@ -114,21 +115,33 @@ class _EvalBatches(Dataset):
     def __getitem__(self, number: int) -> Batch:
         batch = _empty_batch(self._batch_size, self._image_size)
         batch.index[: len(self._parts[number])] = torch.from_numpy(self._parts[number])
-        return _filled(batch, self._manifest, lambda image, *_: eval_image(image, self._image_size, self._config))
+
+        def crop(image: torch.Tensor, _epoch: int, _index: int) -> torch.Tensor:
+            return eval_image(image, self._image_size, self._config)
+
+        return _filled(batch, self._manifest, crop, self._config.strict_images)
 
 
-def _filled(batch: Batch, manifest: Manifest, crop: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Batch:
+def _filled(
+    batch: Batch, manifest: Manifest, crop: Callable[[torch.Tensor, int, int], torch.Tensor], strict: bool
+) -> Batch:
     """Reads the samples that a batch's indices name into its slots; `crop` gets an image, its epoch and its index.
 
-    A bad sample leaves its slot masked, and a record. An error that ends the run is handed on in the batch.
+    A bad sample leaves its slot masked, and a record; strict: damaged images too. An error that ends the run is handed
+    on in the batch.
     """
     labels: list[list[int]] = [[] for _ in batch.index]
+    damaged: list[BadRecord] = []
     for slot, (epoch, index) in enumerate(zip(batch.epoch.tolist(), batch.index.tolist())):
         if index < 0:
             continue
         try:
             raw = read_sample(manifest, index)
-            image, classes = decode(raw.image), parse_labels(raw.label, manifest.num_classes, manifest.multi_label)
+            damage: list[str] = []
+            image = decode(raw.image, damage.append)
+            classes = parse_labels(raw.label, manifest.num_classes, manifest.multi_label)
+            if damage and strict:
+                raise BadSample("damaged", f"{raw.key}: {damage[0]}")
         except BadSample as bad:
             shard, _ = manifest.locate(index)
             batch.bad.append(BadRecord(epoch, index, shard.path.name, bad.reason, str(bad)))
@@ -136,11 +149,14 @@ def _filled(batch: Batch, manifest: Manifest, crop: Callable[[torch.Tensor, int,
             return batch._replace(error=error)
         else:
             batch.images[slot] = crop(image, epoch, index)
+            if damage:
+                shard, _ = manifest.locate(index)
+                damaged.append(BadRecord(epoch, index, shard.path.name, "damaged", f"{raw.key}: {damage[0]}"))
             labels[slot], batch.valid[slot] = manifest.meant(classes), True
     most = max(map(len, labels), default=0)
     padded = torch.tensor([row + [-1] * (max(1, most) - len(row)) for row in labels], dtype=torch.int64)
     padded = padded.reshape(len(labels), max(1, most))  # [slots, L], also without slots
-    return batch._replace(labels=padded, label_weights=(padded >= 0).float())
+    return batch._replace(labels=padded, label_weights=(padded >= 0).float(), damaged=damaged)
 
 
 def _mixed(batch: Batch, mine: range, others: Batch, other_slots: list[int], mix: Mix) -> Batch:
@@ -262,12 +278,12 @@ def _start_worker(worker: int) -> None:
     signals.ignore_stop_signals()  # else SIGTERM to the group ends workers, and the final save is lost
 
 
-REASONS = ("tar", "missing", "decode", "label")
+REASONS = ("tar", "missing", "decode", "label", "damaged")
 _MIN_SEEN, _MIN_BAD = 10_000, 100  # before that, a fraction says little
 
 
 def count_reasons(records: list[BadRecord]) -> torch.Tensor:
-    """Returns how many records have each of REASONS, float64 [4]."""
+    """Returns how many records have each of REASONS, float64 [5]."""
     return torch.tensor([float(sum(r.reason == reason for r in records)) for reason in REASONS], dtype=torch.float64)
 
 

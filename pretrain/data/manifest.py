@@ -1,21 +1,29 @@
 """What a data set consists of: its shards in order, with counts, sizes and checksums, and each shard's sample offsets.
 
 `manifest.json` lists the shards; `NAME.idx` beside `NAME.tar` says where each sample begins. Both are checked when they
-are read, so that a changed or cut shard is found before it loses samples silently.
+are read, so that a changed or cut shard is found before it loses samples silently. What they claim is compared with
+limits before it is used, and no link leads out of the set's folder: a set may come from a stranger.
 """
 
+import errno
 import hashlib
 import json
+import os
+import re
+import stat
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pretrain.data.classes import ClassMatch, match_classes
-from pretrain.errors import UserError
+from pretrain.config import MAX_CLASSES
+from pretrain.data.classes import ClassMatch, check_names, match_classes
+from pretrain.errors import StorageError, UserError
+from pretrain.json_files import Fields, brief, parse_json, read_bytes, read_json
 from pretrain.storage import replacing, write_text
 
 FORMAT, VERSION = "pretrain-shards", 1
@@ -24,6 +32,14 @@ BLOCK = 512  # bytes; every tar member begins at a multiple of it
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_ENDING = "cls"
 LABEL_KINDS = ("class", "multi")  # a `.cls` member holds an integer, or a JSON list of integers
+
+MAX_SHARD_BYTES = 4 << 40  # offsets of 32 bits reach 2 TiB; zeros may follow the last sample
+MAX_SHARD_SAMPLES = 1 << 24  # all of ImageNet-21k in one tar; its index has 128 MiB
+_MIN_SAMPLE_BYTES = 2 * BLOCK  # the headers of image and label
+_MAX_SAMPLES = 1 << 48  # of a set, so that sums stay within 64 bits
+_MAX_HEADER_BYTES = 4096  # of an index; ours have 300
+_MAX_NAME_BYTES = 255  # of a file, as Linux has it
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -72,47 +88,86 @@ class Manifest:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Reads manifest.json, or the one in a folder. Raises UserError when it is missing, foreign or inconsistent."""
+    """Reads manifest.json, or the one in a folder. Raises UserError when it is missing, foreign or inconsistent.
+
+    Shards are not looked at: 30,000 of them would take seconds on a shared disk. See `check_shards`.
+    """
     path = path / "manifest.json" if path.is_dir() else path
     try:
-        text = path.read_bytes()
-        values = json.loads(text)
-        if (values["format"], values["version"]) != (FORMAT, VERSION):
-            raise UserError(
-                f"{path}: is {values['format']!r} version {values['version']}, expected {FORMAT!r} {VERSION}"
-            )
-        shards = tuple(
-            Shard(_inside(path, s["path"]), int(s["num_samples"]), int(s["num_bytes"]), s["sha256"])
-            for s in values["shards"]
-        )
-        kind, names = values["label"].get("kind", "class"), values["label"]["names"]
+        file_inside(path.parent, path)
+        text = read_bytes(path)
+        values = Fields.of(parse_json(text, str(path)), str(path))
+        found = values.text("format", ""), values.integer("version", 0, 1 << 16, 0)
+        if found != (FORMAT, VERSION):
+            raise UserError(f"{path}: is {brief(found[0])} version {found[1]}, expected {FORMAT!r} {VERSION}")
+        label = values.part("label")
+        kind = label.text("kind", "class")
         if kind not in LABEL_KINDS:
-            raise UserError(f"{path}: labels are of kind {kind!r}, expected one of {', '.join(LABEL_KINDS)}")
+            label.wrong("kind", f"one of {', '.join(LABEL_KINDS)}")
+        shards = _shards_of(values, path.parent)
+        num_classes = label.integer("num_classes", 1, MAX_CLASSES)
         manifest = Manifest(
             path=path,
-            name=values["name"],
+            name=values.text("name"),
             sha256=hashlib.sha256(text).hexdigest(),
-            num_samples=values["num_samples"],
-            num_classes=int(values["label"]["num_classes"]),
-            class_names=tuple(json.loads(_inside(path, names).read_text(encoding="utf-8"))) if names else (),
+            num_samples=values.integer("num_samples", 0, _MAX_SAMPLES),
+            num_classes=num_classes,
+            class_names=_read_names(label, path.parent, num_classes),
             shards=shards,
             multi_label=kind == "multi",
         )
-        if not all(isinstance(name, str) for name in manifest.class_names):
-            raise UserError(f"{path}: {names} is not a list of names")
-        totals = (values["num_samples"], values["num_shards"], values["num_bytes"])
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{error.filename}: not found; make shards and manifest with tools/make_shards.py") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
+    except (OSError, ValueError) as error:  # also a path with a zero byte
+        if isinstance(error, (UserError, StorageError)):
             raise
-        raise UserError(f"{path}: not a manifest of shards ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: cannot be read as a manifest ({error})") from None
+    totals = tuple(values.integer(key, 0, 1 << 63) for key in ("num_samples", "num_shards", "num_bytes"))
     listed = (sum(s.num_samples for s in shards), len(shards), sum(s.num_bytes for s in shards))
     if totals != listed:
         raise UserError(f"{path}: says {totals} samples, shards and bytes, its list adds up to {listed}")
     if not manifest.num_samples:
         raise UserError(f"{path}: lists no samples")
     return manifest
+
+
+def _shards_of(values: Fields, folder: Path) -> tuple[Shard, ...]:
+    """The shards that a manifest lists. Raises UserError when one claims what no shard can have, or comes twice."""
+    shards: dict[str, Shard] = {}
+    for entry in values.parts("shards"):
+        name = _file_name(entry, "path")
+        if not name.endswith(".tar"):
+            entry.wrong("path", "a name that ends in .tar")
+        if name in shards:
+            raise UserError(f"{values.source}: lists {brief(name)} twice; list each shard once")
+        num_bytes = entry.integer("num_bytes", _MIN_SAMPLE_BYTES, MAX_SHARD_BYTES)
+        most = min(MAX_SHARD_SAMPLES, num_bytes // _MIN_SAMPLE_BYTES)
+        num_samples = entry.integer("num_samples", 1, most)
+        sha256 = entry.text("sha256")
+        if not _SHA256.fullmatch(sha256):
+            entry.wrong("sha256", "64 hexadecimal digits")
+        shards[name] = Shard(folder / name, num_samples, num_bytes, sha256)
+    return tuple(shards.values())
+
+
+def _read_names(label: Fields, folder: Path, num_classes: int) -> tuple[str, ...]:
+    """The names of the classes, as many as there are; none where the manifest names no file of them."""
+    if not label.text("names", ""):
+        return ()
+    path = folder / _file_name(label, "names")
+    file_inside(folder, path)
+    return check_names(read_json(path), num_classes, str(path))
+
+
+def _file_name(entry: Fields, key: str) -> str:
+    """The name of a file below the manifest's folder: a set from elsewhere must not make us read other files."""
+    name = entry.text(key)
+    parts = name.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts):
+        entry.wrong(key, "a path inside the manifest's folder, as a.tar or train/a.tar")
+    if "\0" in name or any(len(part.encode()) > _MAX_NAME_BYTES for part in parts):
+        entry.wrong(key, f"a path whose parts have at most {_MAX_NAME_BYTES} bytes, none of them zero")
+    return name
 
 
 def read_as(theirs: Manifest, ours: Manifest) -> tuple[Manifest, str | None]:
@@ -132,15 +187,56 @@ def read_as(theirs: Manifest, ours: Manifest) -> tuple[Manifest, str | None]:
 
 
 def check_shards(manifest: Manifest) -> None:
-    """Checks that every shard and index is there with the right size. Raises UserError naming the first that is not."""
+    """Checks that every shard and index is there, in the set's folder and once, each shard with the right size.
+
+    Raises UserError naming the first that is not, StorageError when the disk does not say.
+    """
+    folder, real_folder = manifest.path.parent, cache(_real_folder)  # nearly all shards lie in one folder
+    listed: dict[str, Path] = {}
     for shard in manifest.shards:
-        for path in (shard.path, shard.path.with_suffix(".idx")):
-            if not path.is_file():
-                raise UserError(f"{path}: listed in {manifest.path} but not found")
-        if (found := shard.path.stat().st_size) != shard.num_bytes:
+        try:
+            real, num_bytes = file_inside(folder, shard.path, real_folder)
+            file_inside(folder, shard.path.with_suffix(".idx"), real_folder)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"{error.filename}: listed in {manifest.path} but not found") from None
+        if num_bytes != shard.num_bytes:
             raise UserError(
-                f"{shard.path}: has {found} bytes, {manifest.path.name} says {shard.num_bytes}; index it again"
+                f"{shard.path}: has {num_bytes} bytes, {manifest.path.name} says {shard.num_bytes}; index it again"
             )
+        if (first := listed.setdefault(real, shard.path)) != shard.path:
+            raise UserError(f"{manifest.path}: lists {shard.path.name}, which is the same file as {first.name}")
+
+
+def _real_folder(folder: str) -> str:
+    return os.path.join(os.path.realpath(folder), "")  # with a slash at its end
+
+
+def file_inside(folder: Path, path: Path, real_folder: Callable[[str], str] = _real_folder) -> tuple[str, int]:
+    """Returns where a file of a data set's folder really lies, and its size in bytes.
+
+    The folder itself may be a link, and links inside it are followed. real_folder: says where a folder really lies.
+    Raises UserError when a link leads out of the folder, or the file is none; FileNotFoundError or NotADirectoryError
+    when nothing is there; StorageError when the disk does not say.
+    """
+    try:
+        parent, name = os.path.split(path)
+        status = os.lstat(path)
+        real = os.path.realpath(path) if stat.S_ISLNK(status.st_mode) else real_folder(parent) + name
+        if not real.startswith(real_folder(str(folder))):
+            raise UserError(
+                f"{path}: leads to {real}, outside the data set's folder; move that file here, or give the "
+                "folder where manifest and shards really lie (the folder itself may be a link)"
+            )
+        if stat.S_ISLNK(status.st_mode):
+            status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        kind = UserError if error.errno in (errno.ELOOP, errno.ENAMETOOLONG) else StorageError
+        raise kind(f"{path}: cannot be looked at ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: is not a file")
+    return real, status.st_size
 
 
 def write_manifest(
@@ -200,8 +296,12 @@ def key_crc32(key: str) -> int:
 def write_index(shard: Shard, index: ShardIndex) -> None:
     """Writes `NAME.idx` beside `NAME.tar`: one line of JSON, then the arrays as little-endian uint32.
 
-    Raises UserError when a file of that name is there that is no index.
+    Raises UserError when a file of that name is there that is no index, or when it would be too large to be read.
     """
+    if shard.num_samples > MAX_SHARD_SAMPLES:
+        raise UserError(
+            f"{shard.path}: has {shard.num_samples} samples, at most {MAX_SHARD_SAMPLES}; use smaller shards"
+        )
     payload = index.offsets.astype("<u4").tobytes() + index.key_crc32.astype("<u4").tobytes()
     header = {
         "format": INDEX_FORMAT,
@@ -228,31 +328,38 @@ def _is_index(path: Path) -> bool:
 
 
 def load_index(shard: Shard) -> ShardIndex:
-    """Reads a shard's index. Raises UserError when it is damaged or belongs to another shard."""
+    """Reads a shard's index. Raises UserError when it is damaged or belongs to another shard, OSError as it comes."""
     path = shard.path.with_suffix(".idx")
+    payload_bytes = 4 * (2 * shard.num_samples + 1)
     try:
-        line, _, payload = path.read_bytes().partition(b"\n")
-        header = json.loads(line)
+        data = read_bytes(path, max_bytes=_MAX_HEADER_BYTES + payload_bytes)
+        line, _, payload = data[:_MAX_HEADER_BYTES].partition(b"\n")
+        payload = data[len(line) + 1 :]
+        header = Fields.of(parse_json(line, "its first line"), "its first line").values
         expected = {"format": INDEX_FORMAT, "version": VERSION, "keys": "crc32", "unit_bytes": BLOCK, "offsets": "<u4"}
         expected |= {"shard_bytes": shard.num_bytes, "shard_sha256": shard.sha256, "num_samples": shard.num_samples}
         expected |= {"payload_crc32": f"{zlib.crc32(payload):08x}"}
         wrong = [
-            f"{key} is {header.get(key)!r}, expected {value!r}"
+            f"{key} is {brief(header.get(key))}, expected {value!r}"
             for key, value in expected.items()
             if header.get(key) != value
         ]
-        if wrong or len(payload) != 4 * (2 * shard.num_samples + 1):
+        if wrong or len(payload) != payload_bytes:
             raise ValueError("; ".join(wrong) or f"{len(payload)} bytes of offsets")
+        arrays = np.frombuffer(payload, "<u4")
+        index = ShardIndex(arrays[: shard.num_samples + 1], arrays[shard.num_samples + 1 :])
+        _check_offsets(index, shard)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with tools/make_shards.py") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: does not fit its shard ({error}); index the shard again") from None
-    arrays = np.frombuffer(payload, "<u4")
-    return ShardIndex(arrays[: shard.num_samples + 1], arrays[shard.num_samples + 1 :])
+    return index
 
 
-def _inside(manifest: Path, name: str) -> Path:
-    """A manifest names files below its own folder only: one from elsewhere must not make us read other files."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"{manifest}: {name!r} lies outside the manifest's folder")
-    return manifest.parent / name
+def _check_offsets(index: ShardIndex, shard: Shard) -> None:
+    """Raises ValueError unless each sample begins behind the one before, and the last ends within the shard."""
+    falls = np.flatnonzero(index.offsets[1:] <= index.offsets[:-1])
+    if len(falls):
+        raise ValueError(f"sample {falls[0]} ends at block {index.offsets[falls[0] + 1]}, where it has not begun")
+    if (end := int(index.offsets[-1]) * BLOCK) > shard.num_bytes:
+        raise ValueError(f"its last sample ends at byte {end}, the shard has {shard.num_bytes}")

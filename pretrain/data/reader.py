@@ -7,7 +7,6 @@ the rest of the shard (plain tar reading ends there without a word).
 import io
 import os
 import re
-import tarfile
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,17 +15,20 @@ os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING, Manifest, Shard, ShardIndex, key_crc32, load_index
+from pretrain.data.tar_headers import MAX_SAMPLE_HEADERS, members
 from pretrain.errors import StorageError
 
 MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
 MAX_IMAGE_BYTES = MAX_SAMPLE_BYTES - (64 << 10)  # what remains for the image beside its headers and its label
+MAX_LABELS = 1000  # of one image: all rows of a batch are as long as the longest, 4096 of 1000 labels take 50 MB
+MAX_LABEL_BYTES = 16 << 10  # of their list
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's rule
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _LIST = re.compile(rb"\[\s*(\d{1,9}(?:\s*,\s*\d{1,9})*)\s*\]")
 
 
 class BadSample(Exception):
-    """A sample cannot be used. `reason`: tar, missing, decode or label (docs/data.md)."""
+    """A sample cannot be used. `reason`: tar, missing, decode, label or damaged (docs/data.md)."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -62,8 +64,11 @@ def read_sample(manifest: Manifest, index: int) -> RawSample:
 
 def _parse(data: bytes, wanted_key: int) -> RawSample:
     if _expands(data):
-        raise BadSample("tar", "a sparse member or a compressed tar")
+        raise BadSample("tar", "a compressed tar, which is not unpacked")
     try:
+        if not _has_plain_headers(data):
+            for _ in members(io.BytesIO(data), 0, len(data), of_sample=True):
+                pass  # raises what tarfile must not meet
         files = list(tar_file_expander([{"url": "", "stream": io.BytesIO(data)}], handler=_raise))
         own = [file for file in files if member_passed_over(file.get("fname", "a.b")) is None]  # {} ends a stream
         # An index of an earlier version may hold samples below a hidden folder: then there is nothing else.
@@ -116,6 +121,8 @@ def parse_labels(raw: bytes, num_classes: int, multi_label: bool) -> list[int]:
     """
     if not multi_label:
         return [parse_label(raw, num_classes)]
+    if len(raw) > MAX_LABEL_BYTES or raw.count(b",") >= MAX_LABELS:
+        raise BadSample("label", f"a list of {len(raw)} bytes, at most {MAX_LABELS} labels in {MAX_LABEL_BYTES} bytes")
     match = _LIST.fullmatch(raw.strip())
     labels = [int(text) for text in match[1].split(b",")] if match else []
     if not labels or max(labels) >= num_classes or len(set(labels)) < len(labels):
@@ -124,29 +131,23 @@ def parse_labels(raw: bytes, num_classes: int, multi_label: bool) -> list[int]:
 
 
 def _expands(data: bytes) -> bool:
-    """Whether reading would give more bytes than there are: 10 kB of sparse or compressed tar can become gigabytes."""
-    if data.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"]\0\0\x80", b"(\xb5/\xfd")) or data[4:10] == b"1AY&SY":
-        return True  # webdataset has tarfile guess: gzip, xz, lzma, zstd, bzip2
-    if _has_plain_headers(data):
-        return False
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            return any(member.issparse() for member in tar)  # also those that PAX headers describe
-    except Exception:  # tarfile raises many types on damaged headers
-        return False  # not readable at all
+    """Whether webdataset would have tarfile unpack it, maybe to gigabytes: gzip, xz, lzma, zstd, bzip2."""
+    return data.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"]\0\0\x80", b"(\xb5/\xfd")) or data[4:10] == b"1AY&SY"
 
 
 def _has_plain_headers(data: bytes) -> bool:
-    """Whether all members are regular files whose size is in octal digits, as nearly always: then none is sparse.
+    """Whether all members, not too many, are regular files with a size in octal digits, as nearly always.
 
-    tarfile's answer takes as long as decoding a small image; where the headers are anything else, it is asked.
+    Then no limit of `tar_headers` can be broken; to ask there takes as long as decoding a small image.
     """
     at = 0
-    while at < len(data):
+    for _ in range(MAX_SAMPLE_HEADERS):
         if data[at + 156 : at + 157] != b"0" or not _OCTAL.fullmatch(size := data[at + 124 : at + 136]):
             return False
         at += 512 + -(-int(size[:11], 8) // 512) * 512
-    return True
+        if at >= len(data):
+            return True
+    return False
 
 
 def _raise(error: Exception) -> bool:

@@ -6,9 +6,14 @@ DeepSpeed changes: tests/test_engine_patches.py.
 
 import os
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 
 def before_start() -> None:
@@ -16,9 +21,11 @@ def before_start() -> None:
     _without_compiler()
 
 
-def after_start(timeout_s: int) -> None:
-    """What DeepSpeed has to be given once it has started."""
+def after_start(timeout_s: int, zero: Any) -> None:
+    """What DeepSpeed, and its ZeRO optimizer, have to be given once they have started."""
     _set_group_timeouts(timeout_s)
+    if zero.dtype != torch.float16:  # whose search for a loss scale has not been tried with these
+        _lighten_step(zero)
 
 
 def _without_compiler() -> None:
@@ -31,3 +38,57 @@ def _set_group_timeouts(timeout_s: int) -> None:
     """Gives every group of this process the timeout. DeepSpeed makes groups without one, which wait for 30 minutes."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.set_timeout(timedelta(seconds=timeout_s), group)
+
+
+def _lighten_step(zero: Any) -> None:
+    """Replaces what `step` does tensor by tensor, thousands of launches for a deep model, by a few; with the same bits.
+
+    Stages 1 and 2 look through every gradient for what is not finite, which shows in the norm too; step() refuses such
+    a norm itself. They and stage 3 take norms one by one, and give the parameters addresses that they have already.
+    With bf16 accumulation of several micro-batches on stage 1 DeepSpeed has another class, which stays as it is.
+    """
+    if type(zero) is DeepSpeedZeroOptimizer:
+        zero.check_overflow = lambda partition_gradients=True: None
+        zero.scaled_global_norm = lambda norm_type=2: _global_norm(zero)
+        zero.unscale_and_clip_grads = partial(_unscale_and_clip, zero)
+        zero._update_model_bit16_weights = lambda group_index: None
+    elif type(zero) is DeepSpeedZeroOptimizer_Stage3:
+        zero._get_norm_groups = lambda: _norms_of_stage_3(zero)
+        zero._unflatten_partitioned_parameters = lambda sub_group_id: None
+
+
+def _global_norm(zero: Any) -> torch.Tensor:
+    """The norm of all gradients of all ranks, float32; not finite where a gradient is not."""
+    squares = []
+    for group, params in enumerate(zero.params_in_partition):
+        gradients = [g for g in zero.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
+        squares.append(_sum_of_squares(gradients[: len(params)], zero.device).float())
+    total = torch.stack(squares)
+    dist.all_reduce(total, group=zero.dp_process_group)
+    return torch.linalg.vector_norm(total.sqrt())
+
+
+def _norms_of_stage_3(zero: Any) -> list[torch.Tensor]:
+    """The norm of each group of parameters, float64; not finite where a gradient is not."""
+    groups = range(len(zero.fp16_groups))
+    total = torch.stack([_sum_of_squares(list(zero.averaged_gradients[group]), zero.device) for group in groups])
+    dist.all_reduce(total, group=zero._get_param_partition_group(zero.fp16_groups[0][0]))
+    return list((total**0.5).unbind())
+
+
+def _sum_of_squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    if not gradients:  # this rank owns nothing of the group
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)  # type: ignore[attr-defined]  # torch hides it
+    return torch.stack(norms).pow(2).sum()
+
+
+def _unscale_and_clip(zero: Any, grad_groups_flat: list[torch.Tensor], total_norm: torch.Tensor) -> None:
+    """DeepSpeed's, less a test of the norm that step() has made: it waits for the device, once per group."""
+    if zero.clip_grad == 0.0 and zero.loss_scale == 1.0:
+        return
+    scale = zero.loss_scale
+    if zero.clip_grad > 0.0:
+        scale = torch.clamp((total_norm / zero.loss_scale + 1e-6) / zero.clip_grad, min=1.0) * zero.loss_scale
+    for gradient in grad_groups_flat:
+        gradient.data.mul_(1.0 / scale)

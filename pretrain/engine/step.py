@@ -19,6 +19,7 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
+from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.patches import after_start, before_start
 from pretrain.engine.settings import DTYPES, check_precision, check_version, deepspeed_config
 from pretrain.engine.slices import OwnedSlices
@@ -56,6 +57,7 @@ class Engine:
             _checkpoint_activations(model)
         if config.engine.compile:
             compile_blocks(model)
+        self._frozen = FrozenStatistics(model)
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
         self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size())
         before_start()
@@ -69,9 +71,10 @@ class Engine:
         self._zero: Any = zero
         self._optimizer: Any = self._zero.optimizer
         self._module = model
+        self._frozen.refresh_model(self.dtype)
         self._moments = moment_dtypes(config.optim)
         self._owned = OwnedSlices(model, zero, config.engine.zero_stage, self._moments)
-        after_start(config.engine.timeout_s)
+        after_start(config.engine.timeout_s, zero)
         self._owned.set_optimizer_state(step=0)
         if rounded:
             self._start_from(exact)
@@ -84,7 +87,7 @@ class Engine:
     @torch.no_grad()
     def _start_from(self, exact: dict[str, torch.Tensor]) -> None:
         """Makes the master weights the given float32 ones: DeepSpeed takes them from the model's, rounded already."""
-        for part in self.weights():
+        for part in self._trained():
             part.values.copy_(exact[part.name].view(-1).narrow(0, part.offset, part.values.numel()))
         self._owned.refresh_model()
 
@@ -95,6 +98,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.train()
+        self._frozen.freeze()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro in batch.split(self.plan.micro_batch):
             logits = self._engine(to_float(micro.images, self.dtype, self._normalisation))
@@ -166,7 +170,10 @@ class Engine:
     # --- what a checkpoint holds ---
 
     def weights(self) -> list[Slice]:
-        """Returns the float32 master weights that this rank owns; views, to be written or filled."""
+        """Returns the float32 master weights that this rank owns, rank 0 also frozen statistics; views."""
+        return self._trained() + (self._frozen.slices() if ranks.is_main() else [])
+
+    def _trained(self) -> list[Slice]:
         return [part.slice_of(part.flat) for part in self._owned.parts()]
 
     def moments(self) -> list[Slice]:
@@ -175,7 +182,11 @@ class Engine:
         return [part.slice_of(states[part.flat][m], f"{m}/") for part in self._owned.parts() for m in self._moments]
 
     def averages(self) -> list[Slice]:
-        """Returns the Polyak averages of the same slices, none when they are not kept; views."""
+        """Returns the Polyak averages of the same slices, none when they are not kept; views, to be written."""
+        frozen = self._frozen.slices() if self._averages and ranks.is_main() else []
+        return self._averaged() + frozen
+
+    def _averaged(self) -> list[Slice]:
         return [part.slice_of(self._averages[part.flat]) for part in self._owned.parts() if self._averages]
 
     def state(self) -> dict[str, Any]:
@@ -198,14 +209,15 @@ class Engine:
     def load(self, reader: CheckpointReader, state: dict[str, Any]) -> None:
         """Restores weights, moments, averages and `state` from a checkpoint of any world size and ZeRO stage."""
         self._owned.set_optimizer_state(step=state["optimizer_step"], clear_weights=True)
-        self._fill(reader, self.weights(), "weights")
+        self._fill(reader, self._trained() + self._frozen.slices(), "weights")
         self._fill(reader, self.moments(), "optimizer")
         if self._averages:
-            self._fill(reader, self.averages(), "average")
+            self._fill(reader, self._averaged(), "average")
         for name, value in (state["loss_scaler"] or {}).items():
             if self.dtype == torch.float16:
                 setattr(self._zero.loss_scaler, name, value)
         self._owned.refresh_model()
+        self._frozen.refresh_model(self.dtype)
         self.check()
 
     def load_generators(self, states: dict[str, torch.Tensor]) -> bool:
@@ -228,7 +240,8 @@ class Engine:
     def _fill(self, reader: CheckpointReader, parts: list[Slice], kind: str) -> None:
         names = [name for name, _ in self._engine.module.named_parameters()]
         prefixes = [f"{moment}/" for moment in self._moments] if kind == "optimizer" else [""]
-        check_names(reader, [prefix + name for prefix in prefixes for name in names], kind)
+        frozen = self._frozen.names if kind != "optimizer" else []
+        check_names(reader, [prefix + name for prefix in prefixes for name in names] + frozen, kind)
         for part in parts:
             reader.read_into(part, kind)
 

@@ -81,12 +81,13 @@ def predict_all(
     between two batches, UserError when no image can be read.
     """
     parts: list[tuple[torch.Tensor, ...]] = []
-    bad = torch.zeros(len(REASONS), dtype=torch.float64)
+    bad, damaged = torch.zeros(len(REASONS), dtype=torch.float64), torch.zeros(1)
     for batch in batches:
         agreement.raise_together(batch.error)
         if stop_agreed():
             raise EvaluationStopped
         bad += count_reasons(batch.bad)
+        damaged += len(batch.damaged)
         batch = batch.to(device)
         logits = predict(batch.images).float()
         losses = per_image_loss(logits, batch.labels, batch.label_weights, loss)
@@ -94,7 +95,8 @@ def predict_all(
         classes = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices  # [B, 5]
         found = batch.index, batch.labels, classes, shares.gather(1, classes), losses
         parts.append(tuple(t[batch.valid.to(t.device)] for t in (*found, *([logits] if keep_logits else []))))
-    _warn_of_bad(agreement.add_up(bad).tolist())
+    *counts, num_damaged = agreement.add_up(torch.cat([bad, damaged.double()])).tolist()
+    _warn_of_bad(counts, num_damaged)
     mine = [np.concatenate(_same_width([t.cpu().numpy() for t in column])) for column in zip(*parts)]
     columns = [np.concatenate(_same_width(column)) for column in zip(*agreement.gather(mine))]
     if not len(columns[0]):
@@ -112,7 +114,12 @@ def _same_width(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.pad(array, ((0, 0), (0, widest - array.shape[1])), constant_values=-1) for array in arrays]
 
 
-def _warn_of_bad(counts: list[float]) -> None:
+def _warn_of_bad(counts: list[float], num_damaged: float) -> None:
+    if num_damaged and ranks.is_main():
+        warn(
+            f"validation: {num_damaged:.0f} damaged images are scored as they are decoded; "
+            "tools/make_shards.py --verify names them"
+        )
     if any(counts) and ranks.is_main():
         told = ", ".join(f"{count:.0f} {reason}" for reason, count in zip(REASONS, counts) if count)
         warn(f"validation: {sum(counts):.0f} images could not be used and are not scored ({told})")

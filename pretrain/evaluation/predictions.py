@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,12 +85,20 @@ def _thumbnail(data: bytes) -> bytes:
     return file.getvalue()
 
 
-def likeliest(model: nn.Module, weights: Weights, data: bytes, top: int, device: torch.device) -> list[Prediction]:
+def likeliest(
+    model: nn.Module,
+    weights: Weights,
+    data: bytes,
+    top: int,
+    device: torch.device,
+    told: Callable[[str], None] = lambda _: None,
+) -> list[Prediction]:
     """Returns the `top` likeliest classes of one encoded image, best first, by the weights' own transform and loss.
 
-    A photo is turned as its EXIF says. Raises BadSample when the image cannot be decoded.
+    A photo is turned as its EXIF says. told: is handed what is damaged in it. Raises BadSample when the image cannot be
+    decoded.
     """
-    image = eval_image(decode_upright(data), weights.model.image_size, eval_config(weights))  # uint8 [3, S, S]
+    image = eval_image(decode_upright(data, told), weights.model.image_size, eval_config(weights))  # uint8 [3, S, S]
     logits = logits_of(model, weights.normalisation)(image[None].to(device))[0]  # [classes]
     probabilities = logits.sigmoid() if weights.loss == "sigmoid" else logits.softmax(0)
     values, numbers = probabilities.topk(min(top, len(probabilities)))

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from pretrain import cli
 from pretrain.errors import UserError
+from pretrain.escape import in_markdown
 from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Row, in_words
 from pretrain.evaluation.jobs import Done, Opened
 from pretrain.evaluation.predictions import lines, wrong_items
 from pretrain.evaluation.subject import Subject, transform_of
+from pretrain.json_files import Fields, read_json
 from pretrain.log import warn
 from pretrain.models.weights import Weights
 from pretrain.provenance import versions
@@ -67,6 +67,7 @@ def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] |
 
 # --- merged with an earlier call's -----------------------------------------------------------------------------------
 
+_MOST = 1 << 53  # a whole number up to here is one in JSON of any reader
 SHARED = {"weights_sha256": "weights", "loss": "loss", "transform": "transform"}  # alike for all rows of results.json
 
 
@@ -80,20 +81,28 @@ def with_earlier(rows: list[Row], record: dict[str, Any], path: Path) -> tuple[l
         return rows, record
     record = json.loads(json.dumps(record))  # tuples become lists, as in the file
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        found = [Row(**row) for row in earlier["rows"]]
+        fields = Fields.of(read_json(path), str(path))
+        earlier, found = fields.values, [_row(entry) for entry in fields.parts("rows")]
         differ = [name for key, name in SHARED.items() if earlier.get(key) != record[key]]
         again = {(row.model, row.metric) for row in rows}
         others = [row for row in found if (row.model, row.metric) not in again]
         kept = [row for row in others if not differ and _holds(row, earlier, record)]
         merged = _merged_record(kept, earlier, record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _markdown([*kept, *rows], merged).encode()  # so that what does not fit is found before it is kept
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         warn(f"{path}: cannot be read as an earlier call's ({error!r}); replaced")
         return rows, record
     if dropped := [row.metric for row in others if row not in kept]:
         why = f"other {', '.join(differ) or 'data or protocol'}"
         warn(f"{path}: {len(dropped)} rows of an earlier call are dropped ({why}): {', '.join(dropped)}")
     return [*kept, *rows], merged
+
+
+def _row(entry: Fields) -> Row:
+    value = entry.values.get("value")
+    if not isinstance(value, float):  # a loss may be NaN
+        value = entry.number("value", -_MOST, _MOST)
+    return Row(entry.text("model"), entry.text("metric"), value, entry.integer("n", 0, _MOST))
 
 
 def _holds(row: Row, earlier: dict[str, Any], record: dict[str, Any]) -> bool:
@@ -143,13 +152,7 @@ def _grown(before: Any, now: Any) -> Any:
 
 def print_table(rows: list[Row], title: str) -> None:
     """Shows the rows on the terminal."""
-    header, cells = _cells(rows)
-    table = Table(title=title)
-    for name in header:
-        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
-    for line in cells:
-        table.add_row(*line)
-    Console().print(table)
+    cli.print_table(title, *_cells(rows), no_wrap=True)
 
 
 def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -191,15 +194,27 @@ def pages(rows: list[Row], record: dict[str, Any], done: list[Done]) -> dict[str
 
 def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
     header, cells = _cells(rows)
-    table = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
-    text = [f"# {record['weights']}", "", f"Model {record['model']} at {record['image_size']} px.", ""]
+    table = [
+        map(in_markdown, header),
+        ["---", *["---:"] * (len(header) - 1)],
+        *(map(in_markdown, row) for row in cells),
+    ]
+    text = [
+        f"# {in_markdown(record['weights'])}",
+        "",
+        f"Model {in_markdown(record['model'])} at {record['image_size']} px.",
+        "",
+    ]
     text += ["| " + " | ".join(line) + " |" for line in table] + [""]
-    text += [f"- {role}: {of['path']}, {of['num_samples']:,} images" for role, of in record["data"].items()]
+    text += [
+        f"- {in_markdown(role)}: {in_markdown(of['path'])}, {of['num_samples']:,} images"
+        for role, of in record["data"].items()
+    ]
     text.append(f"- images as evaluation={in_words(record['transform'])} shows them")
     for kind, evaluator in EVALUATORS.items():
         if protocol := record.get(kind):
             text += [f"- {line}" for line in evaluator.told(protocol)]
-    text += [f"- **not scored**: {reason}" for reason in record["failed"].values()]
+    text += [f"- **not scored**: {in_markdown(reason)}" for reason in record["failed"].values()]
     return "\n".join(text)
 
 

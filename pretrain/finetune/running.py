@@ -14,6 +14,7 @@ from pretrain.cluster.jobs import STOPPED, run_job, start
 from pretrain.cluster.local import default_num_ranks, environment, launcher_or_python
 from pretrain.config import Config, config_to_yaml
 from pretrain.errors import NonFiniteError, UserError
+from pretrain.escape import shown
 from pretrain.finetune.results import real_results, results, vtab_results, write_results, write_vtab
 from pretrain.finetune.scores import DIVERGED, chosen_lr, claim_sweep, real_score, score
 from pretrain.finetune.sweep import Start, Sweep, final_runs, plan_sweep, selecting_runs
@@ -60,7 +61,7 @@ def plan(tasks: Sequence[Task], options: Options) -> list[Sweep]:
             else f"none of {len(absent)} sets is in {options.data}; the first: {absent[0]}"
         )
     for line in absent:
-        print(f"missing: {line}", file=sys.stderr)
+        print(shown(f"missing: {line}"), file=sys.stderr)
     return [_plan_one(task, options) for task in tasks if not missing(task, options.data)]
 
 
@@ -141,13 +142,13 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool) -> 
     if score(config) is None:
         code = train(config, sweep, _num_ranks(options))
         if code == NonFiniteError.exit_code and selecting:
-            print(f"{folder}: learning rate {config.optim.lr:g} is too high, it is not chosen", flush=True)
+            print(f"{shown(folder)}: learning rate {config.optim.lr:g} is too high, it is not chosen", flush=True)
             (folder / DIVERGED).touch()
         elif code == STOPPED or (code <= 0 and score(config) is None):  # below 0: died of a signal
             print("stopped; the same command goes on", file=sys.stderr)
             return STOPPED
         elif score(config) is None:
-            print(f"error: {folder} ended with exit code {code}; what went wrong stands above", file=sys.stderr)
+            print(f"error: {shown(folder)} ended with exit code {code}; what went wrong stands above", file=sys.stderr)
             return code
     if selecting:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only its score is needed
@@ -155,7 +156,10 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool) -> 
         evaluate = [ROOT / "tools" / "evaluate.py", folder, "--tasks", "real", "--data", options.data]
         code = start([*launcher_or_python(_num_ranks(options)), *map(str, evaluate)], environment())
         if code:
-            print(f"warning: {folder}: not scored by ReaL labels, see above; the table goes without", file=sys.stderr)
+            print(
+                f"warning: {shown(folder)}: not scored by ReaL labels, see above; the table goes without",
+                file=sys.stderr,
+            )
     return 0
 
 

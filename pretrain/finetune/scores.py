@@ -7,7 +7,9 @@ from pretrain.config import Config, config_to_dict, load_config, resume_differen
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.sweep import Sweep, selecting_runs, write_out
+from pretrain.json_files import Fields, read_json
 
+_MAX_IMAGES = 1 << 48  # of a data set
 DIVERGED = "DIVERGED"  # file in the folder of a selecting run whose loss did not stay finite
 
 
@@ -33,10 +35,10 @@ def score(config: Config) -> RunScore | None:
     if ended[0].name == DIVERGED:
         return RunScore(-1.0, 0)
     try:
-        values = json.loads(ended[0].read_text(encoding="utf-8"))
-        return RunScore(float(values["val/top1"]), int(values["val/images"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{ended[0]}: cannot be used ({error!r}); remove {folder} to run it again") from None
+        values = Fields.of(read_json(ended[0]), str(ended[0]))
+        return RunScore(values.number("val/top1", 0, 1), int(values.number("val/images", 0, _MAX_IMAGES)))
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}: cannot be used as a score; remove {folder} to run it again") from None
 
 
 def chosen_lr(sweep: Sweep) -> float | None:
@@ -70,8 +72,8 @@ def claim_sweep(sweep: Sweep) -> None:
     if not path.is_file():
         return write_out(path, json.dumps(own, indent=2))
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = Fields.of(read_json(path), str(path)).values
+    except (OSError, UserError) as error:
         raise UserError(f"{path}: cannot be read ({error}); move the folder away, or give another --out") from None
     if different := [key for key in own if found.get(key) != own[key]]:
         raise UserError(f"{path}: was begun with another {' and '.join(different)}; give another --out")
@@ -83,9 +85,8 @@ def real_score(config: Config) -> RunScore | None:
     if not path.is_file():
         return None
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return next(
-            (RunScore(float(row["value"]), int(row["n"])) for row in rows if row["metric"] == "real/top1"), None
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: was not written by tools/evaluate.py ({error!r}); move it away") from None
+        rows = Fields.of(read_json(path), str(path)).parts("rows")
+        found = next((row for row in rows if row.text("metric") == "real/top1"), None)
+        return found and RunScore(found.number("value", 0, 1), found.integer("n", 0, _MAX_IMAGES))
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: was not written by tools/evaluate.py ({error}); move it away") from None

@@ -24,6 +24,17 @@ def build_model(config: ModelConfig, num_classes: int, seed: int = 0) -> nn.Modu
     return model
 
 
+def outline(config: ModelConfig, num_classes: int) -> nn.Module:
+    """Returns the model on "meta": names, shapes and types of its tensors, without their memory or values.
+
+    Raises ConfigError when timm does not know `timm:NAME`.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        if config.timm_name is not None:
+            return _build_timm(config, num_classes, seed=0)
+        return VisionTransformer(config, num_classes)
+
+
 def _build_timm(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     import timm  # 2 s to import: only where it is used
 

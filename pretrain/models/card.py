@@ -1,7 +1,6 @@
 """A model card: what the weights are, how they were made, what they scored, and how to load them, as Markdown."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,9 +8,11 @@ from typing import Any
 
 from pretrain.checkpoint.read import read_state
 from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, non_defaults
-from pretrain.models.tensors import Weights, readable
+from pretrain.json_files import Fields, parse_json
+from pretrain.models.tensors import Weights, read_fields, readable
 from pretrain.models.weights import results_folder
 
+_MOST = 1 << 40  # images
 LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx"}  # Hugging Face's names
 
 
@@ -22,13 +23,14 @@ def model_card(
 
     loading: Python lines; proof: what the verification found.
     """
-    state = read_state(weights.source) if (weights.source / "state.json").is_file() else {}
+    place = weights.source / "state.json"
+    state = read_state(weights.source) if place.is_file() else {}
     parts = [_front(weights, target), f"# {title}", _model(weights, target), f"```python\n{loading}\n```"]
     if state:
-        with readable(weights.source / "state.json"):
-            config = config_from_dict(state["config"], f"{weights.source}/state.json")
+        with readable(place):
+            config = config_from_dict(state["config"], str(place))
             parts += ["## Recipe", _recipe(config, state), "## Data", _data(config, state)]
-    if scores := [*_validation(state), *_evaluation(weights.source)]:
+    if scores := [*_validation(Fields(state, str(place))), *_evaluation(weights.source)]:
         parts += ["## Scores", "\n".join(scores)]
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts += ["## Conversion", f"```\n{command}\n```", proof, f"Versions: {used}."]
@@ -83,25 +85,25 @@ def _data(config: Config, state: Mapping[str, Any]) -> str:
         facts.append(f"manifest SHA-256 `{sha256}`")
     manifest = folder / (path.name if path.suffix == ".json" else "manifest.json")
     if manifest.is_file() and hashlib.sha256(text := manifest.read_bytes()).hexdigest() == sha256:
-        facts.append(f"{json.loads(text)['num_samples']:,} samples")
+        values = Fields.of(parse_json(text, str(manifest)), str(manifest))
+        facts.append(f"{values.integer('num_samples', 0, _MOST):,} samples")
     return ", ".join(facts) + "."
 
 
-def _validation(state: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in state.get("metrics", {}).items():
-        yield f"- {name} {value:.4g} (at the end of this checkpoint's step)"
+def _validation(state: Fields) -> Iterator[str]:
+    for name, value in (state.part("metrics").values if state.values.get("metrics") else {}).items():
+        if isinstance(value, int | float):  # a metric that was not finite may be null
+            yield f"- {name} {value:.4g} (at the end of this checkpoint's step)"
 
 
 def _evaluation(source: Path) -> Iterator[str]:
     """Rows of tools/evaluate.py, beside the run of a checkpoint or in a converted folder."""
-    path = results_folder(source, "evaluation") / "results.json"
-    if not path.is_file():
+    folder = results_folder(source, "evaluation").parent
+    if not (folder / "evaluation" / "results.json").is_file():
         return
-    with readable(path):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        for row in results["rows"]:
-            about = [str(value) for key, value in row.items() if key not in ("metric", "value", "n") and value]
-            told = f"- {row['metric']} {row['value']:.4g} on {row['n']:,} images"
-            yield (
-                told + (f" ({', '.join(about)})" if about else "") + f", measured on `{Path(results['weights']).name}`"
-            )
+    results = read_fields(folder, "evaluation/results.json")
+    name = Path(results.text("weights")).name
+    for row in results.parts("rows"):
+        about = [str(value) for key, value in row.values.items() if key not in ("metric", "value", "n") and value]
+        told = f"- {row.text('metric')} {row.number('value', -1e9, 1e9):.4g} on {row.integer('n', 0, _MOST):,} images"
+        yield told + (f" ({', '.join(about)})" if about else "") + f", measured on `{name}`"

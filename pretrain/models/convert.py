@@ -13,6 +13,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from pretrain.errors import StorageError
+from pretrain.escape import shown
 from pretrain.models.card import model_card
 from pretrain.models.google import class_names_file, for_google, read_google, write_google
 from pretrain.models.onnx_file import write_onnx
@@ -158,7 +159,7 @@ def _verify(conversion: Conversion, weights: Weights, out: Path, work: Path) -> 
     target, problem = TARGETS[conversion.target], None
     if target.read and target.expected:
         problem = same_tensors(target.expected(weights, conversion.naming), target.read(out, weights.model.image_size))
-        print("tensors read back: " + (problem or "all equal, bit for bit"))
+        print(shown("tensors read back: " + (problem or "all equal, bit for bit")))
     with staging(work / "verification") as folder:
         comparison = compare(conversion.source, weights, conversion.target, out, folder)
     for name, title in (("logits", "largest logit difference"), ("features", "of the head's input")):
@@ -170,7 +171,7 @@ def _verify(conversion: Conversion, weights: Weights, out: Path, work: Path) -> 
     if comparison.passed and not problem:
         return comparison
     reason = problem or f"more than {comparison.max_ratio:g} of the largest"
-    print(f"error: {conversion.out}: not written: {reason}", file=sys.stderr)
+    print(shown(f"error: {conversion.out}: not written: {reason}"), file=sys.stderr)
     return None
 
 

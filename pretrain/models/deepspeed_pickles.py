@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pretrain.config import Config
-from pretrain.errors import UserError
 from pretrain.models.tensors import LazyTensor, Weights, finite, readable
 
 
@@ -44,14 +43,9 @@ def _states(path: Path, tag: str | None, source: Path) -> dict[str, Any]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     told = io.StringIO()  # it prints, and shows a progress bar
-    try:
-        with readable(source), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag, lazy_mode=True) or {})
-    except UserError:
-        raise
-    except Exception as error:  # whatever a pickle may raise
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{source}: cannot be read ({type(error).__name__}: {reason})") from None
+    # Exception: whatever a pickle may raise.
+    with readable(source, Exception), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag, lazy_mode=True) or {})
 
 
 def _read(source: Path, name: str, tensor: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pretrain.config import HYBRIDS, MINUS_ONE_TO_ONE, VIT_SHAPES, ModelConfig
 from pretrain.errors import UserError
-from pretrain.models.build import build_model
+from pretrain.models.build import outline
 from pretrain.models.hybrid import STD_EPS
 from pretrain.models.positions import learned2d_table, resize_axis, resize_table, sincos2d
 from pretrain.models.tensors import LazyTensor, Weights, readable
@@ -21,8 +21,7 @@ TIMM_STD_VARIANCE = 1e-8  # what timm's hybrids add to the variance
 
 def tensor_shapes(config: ModelConfig, num_classes: int) -> dict[str, tuple[int, ...]]:
     """Returns name -> shape of every tensor of a model's checkpoint, without its memory."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in own_tensors(build_model(config, num_classes)).items()}
+    return {name: tuple(tensor.shape) for name, tensor in own_tensors(outline(config, num_classes)).items()}
 
 
 def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -95,8 +94,7 @@ def resized(weights: Weights, image_size: int) -> Weights:
 def _resized_by_timm(weights: Weights, image_size: int) -> Weights:
     """The weights of a timm: model as timm itself loads them at another size. It needs all tensors in memory."""
     new = changed(weights, weights.tensors, image_size=image_size)
-    with torch.device("meta"):
-        model = build_model(new.model, weights.num_classes)
+    model = outline(new.model, weights.num_classes)
     needed = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
     if all(weights.tensors[name].shape == shape for name, shape in needed.items() if name in weights.tensors):
         return new
@@ -174,8 +172,7 @@ def part_names(weights: Weights, *parts: str) -> set[str]:
     names = {name for name in weights.tensors if name.partition(".")[0] in parts}
     if "head" not in parts or weights.model.timm_name is None:
         return names
-    with torch.device("meta"):
-        return classifier_names(build_model(weights.model, weights.num_classes))
+    return classifier_names(outline(weights.model, weights.num_classes))
 
 
 def kernels_for_timm(weights: Weights) -> Weights:

@@ -12,23 +12,25 @@ from typing import NamedTuple
 
 from pretrain.config import MAX_DEPTH, ModelConfig, stride_of
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, read_json
 from pretrain.log import warn
+from pretrain.models.claims import building
 from pretrain.models.equivalent import (
     for_minus_one_to_one,
     named_architecture,
     tensor_shapes,
     with_learned_positions,
 )
+from pretrain.models.npz_file import read_npz, rows_of, write_npz
 from pretrain.models.tensors import (
+    MAX_JSON_BYTES,
     LazyTensor,
     Part,
     Weights,
-    read_npz,
+    file_in,
     readable,
-    rows_of,
     tensors_from,
     tensors_to,
-    write_npz,
 )
 
 
@@ -54,6 +56,7 @@ NAMINGS = {
     "big_vision": Naming(*_TODAY, "pos_embedding", class_row=False, flat_group_norm=True),
 }
 _SCANNED = "Transformer/encoderblock/"
+_MAX_STAGES = 10  # of a trunk: each halves the side of its map
 WRITTEN = ("released", "vit_jax", "big_vision")  # what --naming offers
 
 
@@ -69,8 +72,9 @@ def read_google(path: Path, image_size: int | None = None) -> Weights:
     config, num_classes = _architecture(arrays, naming, path, image_size)
     if problems := list(config.problems()):
         raise UserError(f"{path}: {'; '.join(problems)}")
-    keys = google_keys(config, num_classes, naming)
-    tensors = tensors_from(arrays, keys, tensor_shapes(config, num_classes), path)
+    with building(path, len(arrays)):
+        keys, shapes = google_keys(config, num_classes, naming), tensor_shapes(config, num_classes)
+    tensors = tensors_from(arrays, keys, shapes, path)
     return Weights(
         source=path,
         model=config,
@@ -99,8 +103,8 @@ def class_names_file(path: Path) -> Path:
 def _read_names(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
-    with readable(path):
-        return tuple(str(name) for name in json.loads(path.read_text(encoding="utf-8")))
+    with readable(file_in(path.parent, path.name)):
+        return Fields({"names": read_json(path, max_bytes=MAX_JSON_BYTES)}, str(path)).texts("names")
 
 
 def for_google(weights: Weights, naming: str) -> Weights:
@@ -232,6 +236,8 @@ def _trunk_units(arrays: Mapping[str, LazyTensor], path: Path) -> list[int] | No
     if "conv_root/kernel" not in arrays:
         return None
     stages = _count(arrays, "block", 1, path)
+    if stages > _MAX_STAGES:
+        raise UserError(f"{path}: its trunk has {stages} stages, expected at most {_MAX_STAGES}")
     return [_count(arrays, f"block{stage}/unit", 1, path) for stage in range(1, 1 + stages)]
 
 

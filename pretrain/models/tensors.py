@@ -5,7 +5,6 @@ So converting holds one tensor at a time, whatever the size of the model.
 """
 
 import json
-import lzma
 import math
 import os
 import struct
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain.config import (
     EVAL_CROP_LIMITS,
+    MAX_CLASSES,
+    MAX_IMAGE_SIZE,
     MINUS_ONE_TO_ONE,
     Config,
     DataConfig,
@@ -32,9 +34,19 @@ from pretrain.config import (
     choices_of,
 )
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, brief, is_text, read_json
 
 # Resizing as timm's and torchvision's names have it; the number is Pillow's, which transformers writes.
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+# What a file of weights may claim.
+MAX_TENSORS = 20_000  # a ViT of MAX_DEPTH blocks has 16,400 in .npz; ViT-22B with its optimizer's moments 2,400
+MAX_HEADER_BYTES = 16 << 20  # of safetensors: MAX_TENSORS entries of 256 letters
+MAX_JSON_BYTES = 16 << 20  # of config.json: ImageNet-21k's names both ways have 2 MB
+_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; those of 8 bits have scales elsewhere
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+_LARGEST = 1e9  # of a number whose bounds are known elsewhere
 
 
 class LazyTensor(NamedTuple):
@@ -42,13 +54,14 @@ class LazyTensor(NamedTuple):
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    is_float: bool = True  # false: its file has whole numbers, as counters of batch norm are
 
 
 @dataclass(frozen=True)
 class Weights:
     """A trained model: its architecture, its tensors by timm's names, and what it needs to be used.
 
-    Raises UserError when the class names are not as many as the classes, or a setting is none that there is.
+    Raises UserError when the class names are not as many as the classes, no texts, or a setting is none that there is.
     """
 
     source: Path
@@ -64,12 +77,18 @@ class Weights:
     std: tuple[float, ...] = MINUS_ONE_TO_ONE.std  # of the model's input, per channel, as in DataConfig
 
     def __post_init__(self) -> None:
+        if not is_whole(self.num_classes) or not 0 <= self.num_classes <= MAX_CLASSES:
+            found = brief(self.num_classes)
+            raise UserError(f"{self.source}: num_classes is {found}, expected 0 (no head) to {MAX_CLASSES}")
+        if other := [name for name in self.class_names if not is_text(name)]:
+            raise UserError(f"{self.source}: a class is called {brief(other[0])}, expected a text")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UserError(f"{self.source}: has {len(self.class_names)} class names for {self.num_classes} classes")
         allowed = {"eval_transform": choices_of(DataConfig, "eval_transform"), "interpolation": tuple(INTERPOLATIONS)}
         for name, choices in (allowed | {"loss": (*choices_of(Config, "loss"), None)}).items():
             if (value := getattr(self, name)) not in choices:
-                raise UserError(f"{self.source}: {name} is {value!r}, expected one of {', '.join(map(str, choices))}")
+                expected = ", ".join(map(str, choices))
+                raise UserError(f"{self.source}: {name} is {brief(value)}, expected one of {expected}")
         lowest, highest = EVAL_CROP_LIMITS
         if not lowest <= self.eval_crop <= highest:
             raise UserError(f"{self.source}: eval_crop is {self.eval_crop}, expected {lowest} to {highest}")
@@ -92,15 +111,21 @@ def kept_use(weights: Weights) -> dict[str, Any]:
     return {key: getattr(weights, key) for key in _USE}
 
 
-def use_of(kept: Mapping[str, Any], source: Path, *others: str) -> dict[str, Any]:
+def use_of(kept: Fields, *others: str) -> dict[str, Any]:
     """Returns fields of Weights from what `kept_use` returned, and perhaps keys `others` beside it.
 
-    Raises UserError for any other key.
+    Raises UserError for any other key, and for a value of another type.
     """
-    if unknown := sorted(kept.keys() - {*_USE, *others}):
-        raise UserError(f"{source}: {OURS}.{unknown[0]}: no such key; known are {', '.join((*others, *_USE))}")
-    lists = {key: tuple(kept[key]) for key in ("mean", "std") if key in kept}
-    return {key: kept[key] for key in _USE if key in kept} | lists
+    if unknown := sorted(kept.values.keys() - {*_USE, *others}):
+        known = ", ".join((*others, *_USE))
+        raise UserError(f"{kept.source}.{unknown[0][:100]}: no such key; known are {known}")
+    return {key: _use_value(kept, key) for key in _USE if kept.values.get(key) is not None}
+
+
+def _use_value(kept: Fields, key: str) -> Any:
+    if key in ("mean", "std"):
+        return per_channel(kept, key)
+    return kept.number(key, -_LARGEST, _LARGEST) if key == "eval_crop" else kept.text(key)  # Weights knows their bounds
 
 
 class Part(NamedTuple):
@@ -125,6 +150,8 @@ def tensors_from(theirs: Mapping[str, LazyTensor], keys: KeyMap, ours: Mapping[s
     for name, part in needed.items():
         if theirs[name].shape != part.shape:
             raise UserError(f"{source}: {name} has shape {theirs[name].shape}, expected {part.shape}")
+        if not theirs[name].is_float:
+            raise UserError(f"{source}: {name} holds whole numbers, expected {', '.join(_FLOATS)}")
     return {
         name: LazyTensor(shape, partial(_joined, [(part, theirs[part.name]) for part in keys[name]], shape))
         for name, shape in ours.items()
@@ -151,27 +178,43 @@ def check_keys(source: Path, *, found: Iterable[str], needed: Iterable[str]) -> 
 
 def few(names: list[str]) -> str:
     """Returns the first names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(name[:100] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def square(size: Any, key: str, path: Path) -> int:
+def square(size: Any, key: str, source: object) -> int:
     """Returns the side of a size that JSON gives as N, [N, N] or {"height": N, "width": N}.
 
     Raises UserError when it is not square, or no size.
     """
     sides: Any = [size.get("height"), size.get("width")] if isinstance(size, Mapping) else size
     sides = list(sides) if isinstance(sides, list | tuple) else [sides]
-    if len(sides) > 2 or not sides or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
-        raise UserError(f"{path}: {key} is {size}, expected pixels, as 224")
+    if len(sides) > 2 or not sides or not all(is_whole(side) and 1 <= side <= MAX_IMAGE_SIZE for side in sides):
+        raise UserError(f"{source}: {key} is {brief(size)}, expected pixels, as 224, at most {MAX_IMAGE_SIZE}")
     if len(set(sides)) > 1:
-        raise UserError(f"{path}: {key} is {size}, which is not square; images here are")
+        raise UserError(f"{source}: {key} is {size}, which is not square; images here are")
     return sides[0]
 
 
-def per_channel(value: Any) -> tuple[Any, ...]:
-    """Returns a mean or deviation that JSON gives as a list of three, or as one number for all channels, as three."""
-    values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    return values * 3 if len(values) == 1 else values
+def per_channel(fields: Fields, key: str, default: float | EllipsisType = ...) -> tuple[float, ...]:
+    """Returns a mean or deviation that JSON gives as a list of three, or as one number for all channels, as three.
+
+    Raises UserError when it is something else.
+    """
+    value = fields.values.get(key)
+    if not isinstance(value, list | tuple):
+        value = (fields.number(key, -_LARGEST, _LARGEST, default),)
+    if len(value) not in (1, 3) or not all(map(_is_number, value)):
+        fields.wrong(key, "three numbers")
+    return tuple(map(float, value)) * (3 // len(value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+def is_whole(value: object) -> bool:
+    """Returns whether a value is an integer; neither true nor 1.0 is one."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _joined(pieces: list[tuple[Part, LazyTensor]], shape: tuple[int, ...]) -> torch.Tensor:
@@ -209,39 +252,81 @@ def finite(tensor: torch.Tensor, name: str, source: Path) -> torch.Tensor:
 
 # What libraries raise for a file's values. AssertionError: timm's answer to arguments that do not go together.
 _UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError)
+_UNREADABLE += (ArithmeticError,)
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """What cannot be read is the user's file, not our defect: one line, which names it."""
+def readable(path: Path, *others: type[Exception]) -> Iterator[None]:
+    """What cannot be read is the user's file, not our defect: one line, which names it.
+
+    others: what may be raised beside the usual, as Exception, where a library builds what the file says.
+    """
     try:
         yield
     except UserError:
         raise
-    except _UNREADABLE as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from None
-    except (SafetensorError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+    except (SafetensorError, zipfile.BadZipFile, zlib.error, struct.error) as error:
         raise UserError(f"{path}: damaged, or not what its name says ({_first_line(error)})") from None
+    except (*_UNREADABLE, *others) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from None
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
+    return (str(error).splitlines() or ["no message"])[0][:500]
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """Returns the path of a file in a folder that others may have made.
+
+    Raises UserError when it is a link out of the folder, by which their folder would show or send on any file of this
+    machine. In Hugging Face's cache, models--OWNER--NAME/snapshots/REVISION, files are links to blobs of models--*.
+    """
+    path = folder / name
+    with readable(path):
+        root, target = folder.resolve(), path.resolve()
+        if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+            root = root.parent.parent
+    if not target.is_relative_to(root):
+        raise UserError(f"{path}: is a link to {target}, outside of its folder; put the file itself there")
+    return path
+
+
+def read_fields(folder: Path, name: str) -> Fields:
+    """Returns the object that a file of JSON in a folder of weights holds. Raises UserError."""
+    path = file_in(folder, name)
+    with readable(path):
+        return Fields.of(read_json(path, max_bytes=MAX_JSON_BYTES), str(path))
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Returns the tensors of a .safetensors file, or of all the files that `model.safetensors.index.json` names."""
+    """Returns the tensors of a .safetensors file, or of all the files that `model.safetensors.index.json` names.
+
+    Floats of 2, 4 and 8 bytes, and whole numbers, which are marked. Raises UserError for other types.
+    """
     files = [path]
     if path.name.endswith(".index.json"):
-        with readable(path):
-            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-            files = [path.parent / Path(name).name for name in sorted(names)]
-    tensors = {}
+        named = read_fields(path.parent, path.name).part("weight_map")
+        files = [file_in(path.parent, name) for name in sorted({Path(named.text(key)).name for key in named.values})]
+    tensors: dict[str, LazyTensor] = {}
     for file in files:
-        with readable(file), safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                shape = tuple(opened.get_slice(name).get_shape())
-                tensors[name] = LazyTensor(shape, partial(_read_from_safetensors, file, name))
+        with readable(file):
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                limit = f"a header of {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}"
+                raise UserError(f"{file}: damaged, or not what its name says ({limit})")
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: _in_safetensors(file, name, opened.get_slice(name)) for name in opened.keys()}
+        if len(tensors) > MAX_TENSORS:
+            raise UserError(f"{file}: has {len(tensors):,} tensors, expected at most {MAX_TENSORS:,}")
     return tensors
+
+
+def _in_safetensors(path: Path, name: str, found: Any) -> LazyTensor:
+    kind = found.get_dtype()
+    if kind not in (*_FLOATS, *_INTEGERS):
+        raise UserError(f"{path}: {name[:100]} is of type {kind}, expected one of {', '.join(_FLOATS)}")
+    return LazyTensor(tuple(found.get_shape()), partial(_read_from_safetensors, path, name), kind in _FLOATS)
 
 
 def _read_from_safetensors(path: Path, name: str) -> torch.Tensor:
@@ -262,83 +347,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
-            file.write(_array(name, tensor).data)
+            file.write(array_of(name, tensor).data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_npz(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Writes float32 arrays, one at a time, uncompressed: what `numpy.savez` writes."""
-    with path.open("wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for name, tensor in tensors.items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, _array(name, tensor), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _array(name: str, tensor: LazyTensor) -> np.ndarray:
+def array_of(name: str, tensor: LazyTensor) -> np.ndarray:
+    """Returns a tensor's values, float32, as they are written."""
     values = tensor.read()
     assert tuple(values.shape) == tensor.shape, f"{name}: {tuple(values.shape)} is not {tensor.shape}"
     return np.ascontiguousarray(values.to(torch.float32).numpy())
-
-
-def read_npz(path: Path) -> dict[str, LazyTensor]:
-    """Returns the arrays of an .npz file. Executes nothing: pickled objects are refused.
-
-    Floats of 2, 4 and 8 bytes, and bfloat16, which numpy stores as 2 bytes of no type. Other numbers, such as the steps
-    that stand beside the weights in a training state, are refused when they are read.
-    """
-    with readable(path), zipfile.ZipFile(path) as archive:
-        return {
-            info.filename.removesuffix(".npy"): _array_of(archive, info, path)
-            for info in archive.infolist()
-            if not info.is_dir()
-        }
-
-
-def _array_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> LazyTensor:
-    name = info.filename.removesuffix(".npy")
-    with archive.open(info) as member:
-        shape, _, dtype = _array_header(member)
-        start = member.tell()
-    if dtype.hasobject:
-        raise UserError(f"{path}: {name} holds Python objects, which would execute code; only numbers are read")
-    if start + math.prod(shape) * dtype.itemsize != info.file_size:
-        raise UserError(f"{path}: {name} is said to have shape {shape}, but has {info.file_size - start} bytes")
-    return LazyTensor(shape, partial(_read_from_npz, path, info.filename))
-
-
-def _array_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(member)
-
-
-def _read_from_npz(path: Path, filename: str, row: int | None = None) -> torch.Tensor:
-    """Returns one array, or one entry of its first axis."""
-    name = filename.removesuffix(".npy")
-    with readable(path), zipfile.ZipFile(path) as archive, archive.open(filename) as member:
-        if row is None:
-            array = np.lib.format.read_array(member, allow_pickle=False)
-        else:  # a depth's worth of blocks is too much to hold for one of them
-            shape, fortran, dtype = _array_header(member)
-            if fortran:
-                raise UserError(f"{path}: {name} is stored column by column; save it in C order")
-            num_bytes = math.prod(shape[1:]) * dtype.itemsize
-            member.seek(member.tell() + row * num_bytes)
-            array = np.frombuffer(member.read(num_bytes), dtype).reshape(shape[1:])
-        if not (array.dtype.kind == "f" or (array.dtype.kind, array.dtype.itemsize) == ("V", 2)):
-            raise UserError(f"{path}: {name} is of type {array.dtype}, expected floating-point numbers")
-        if array.dtype.kind == "V":
-            tensor = torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(np.array(array, order="C"))
-        return finite(tensor.float(), name, path)
-
-
-def rows_of(path: Path, name: str, stacked: LazyTensor) -> list[LazyTensor]:
-    """Returns the entries of an .npz array's first axis, each of which is read alone."""
-    read = (partial(_read_from_npz, path, f"{name}.npy", row) for row in range(stacked.shape[0]))
-    return [LazyTensor(stacked.shape[1:], entry) for entry in read]

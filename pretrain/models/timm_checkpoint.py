@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pretrain.errors import UserError
+from pretrain.json_files import Fields
 from pretrain.log import warn
 from pretrain.models.equivalent import classifier_names
 from pretrain.models.tensors import Weights, per_channel, readable
@@ -23,7 +24,7 @@ def read_timm_checkpoint(path: Path) -> Weights:
     import timm
 
     saved = read_torch(path)
-    full_name = str(saved.arguments.get("model") or saved.arch or "")
+    full_name = str(saved.arguments.get("model") or saved.arch or "")[:100]
     name = full_name.partition(".")[0]
     if name not in timm.list_models():
         told = f"its arch, {full_name!r}, is no model of timm's" if full_name else "does not tell its architecture"
@@ -31,10 +32,11 @@ def read_timm_checkpoint(path: Path) -> Weights:
     if not saved.arguments:
         warn(f"{path}: does not tell how its images were seen; taken is what timm's {name} has as default")
     with readable(path):
-        return read_foreign(path, _as_config(full_name, saved), saved.tensors)
+        config = _as_config(full_name, saved, path)
+    return read_foreign(path, Fields(config, str(path)), saved.tensors)
 
 
-def _as_config(full_name: str, saved: Saved) -> dict[str, Any]:
+def _as_config(full_name: str, saved: Saved, path: Path) -> dict[str, Any]:
     """What timm would have written as config.json."""
     import timm
     from timm.data.config import resolve_data_config
@@ -45,7 +47,7 @@ def _as_config(full_name: str, saved: Saved) -> dict[str, Any]:
     given = {key: arguments[key] for key in ("img_size", *_KEPT) if arguments.get(key)}
     if given.get("input_size"):
         given["input_size"] = tuple(given["input_size"])
-    given |= {key: per_channel(given[key]) for key in ("mean", "std") if key in given}
+    given |= {key: per_channel(Fields(given, str(path)), key) for key in ("mean", "std") if key in given}
     resolved = resolve_data_config(given, pretrained_cfg=cfg)
     model_args = dict(arguments.get("model_kwargs") or {})
     if arguments.get("img_size"):

@@ -7,10 +7,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pretrain.config import MAX_DEPTH, TIMM_HYBRIDS, TIMM_SIZES, ModelConfig, model_from_dict, stride_of
+from pretrain.config import (
+    EVAL_CROP_LIMITS,
+    MAX_CLASSES,
+    TIMM_HYBRIDS,
+    TIMM_SIZES,
+    ModelConfig,
+    model_from_dict,
+    stride_of,
+)
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, brief
 from pretrain.log import warn
 from pretrain.models.build import timm_options
+from pretrain.models.claims import building, check_arguments
 from pretrain.models.equivalent import (
     for_minus_one_to_one,
     has_patch_convolution,
@@ -28,9 +38,10 @@ from pretrain.models.tensors import (
     Weights,
     check_keys,
     few,
+    is_whole,
     kept_use,
     per_channel,
-    readable,
+    read_fields,
     square,
     use_of,
     write_safetensors,
@@ -43,6 +54,7 @@ _TRANSFORMS = {"center": "timm", "squash": "timm_squash", "border": "timm_border
 # Of config.json beside what timm's PretrainedCfg has; those of old files stand at the top.
 _TOP_KEYS = {"architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg"}
 _TOP_KEYS |= {"label_names", "label_descriptions", "labels"}
+_PIXELS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # of pretrained_cfg
 # Arguments of timm.create_model that name files and addresses: not a folder's to choose.
 _NOT_ARCHITECTURE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
@@ -52,25 +64,26 @@ def read_timm_folder(path: Path, file: Path | None = None) -> Weights:
 
     file: of its tensors, where it is not one of the usual names.
     """
-    with readable(path / "config.json"):
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if OURS not in values and "architecture" not in values:
-            raise UserError(f"{path}/config.json: is neither timm's nor of tools/convert.py: no 'architecture' in it")
+    values = read_fields(path, "config.json")
+    if not values.values.keys() & {OURS, "architecture"}:
+        raise UserError(f"{values.source}: is neither timm's nor of tools/convert.py: no 'architecture' in it")
     tensors = tensors_in(path, file)
-    with readable(path / "config.json"):
-        weights = _ours(path, values, tensors) if OURS in values else read_foreign(path, values, tensors)
-        if problems := list(weights.model.problems()):
-            raise UserError(f"{path}/config.json: {'; '.join(problems)}")
+    weights = _ours(path, values, tensors) if OURS in values.values else read_foreign(path, values, tensors)
+    if problems := list(weights.model.problems()):
+        raise UserError(f"{values.source}: {'; '.join(problems)}")
     return weights
 
 
-def _ours(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
-    ours = values[OURS]
-    model = model_from_dict(ours["model"], f"{path}/config.json")
-    num_classes, layout = int(values["num_classes"]), ours.get("layout", "timm")
+def _ours(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> Weights:
+    ours = Fields(values.part(OURS).values, f"{values.source}: {OURS}")
+    check_arguments(ours.part("model").values, f"{values.source}: model")
+    model = model_from_dict(ours.values["model"], values.source)
+    if problems := list(model.problems()):
+        raise UserError(f"{values.source}: {'; '.join(problems)}")
+    num_classes, layout = values.integer("num_classes", 0, MAX_CLASSES), ours.text("layout", "timm")
     if layout not in _LAYOUTS:
-        raise UserError(f"{path}/config.json: {OURS}.layout is {layout!r}, expected one of {', '.join(_LAYOUTS)}")
-    use = use_of(ours, path / "config.json", "layout", "model")
+        raise UserError(f"{values.source}: {OURS}.layout is {brief(layout)}, expected one of {', '.join(_LAYOUTS)}")
+    use = use_of(ours, "layout", "model")
     weights = Weights(path, model, tensors, num_classes, _label_names(values, num_classes), **use)
     if layout == "timm":
         if model.timm_name is None and model.positions == "sincos2d":  # written as a table, for timm
@@ -80,7 +93,7 @@ def _ours(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) ->
     return weights
 
 
-def read_foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTensor]) -> Weights:
+def read_foreign(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> Weights:
     """Returns weights that timm wrote: our ViT where it computes the same function, else timm's own model.
 
     values: of config.json. Raises UserError when they, or the tensors, are not of one model.
@@ -88,27 +101,27 @@ def read_foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTens
     import timm
     from timm.models._input import get_model_args
 
-    name, arguments = str(values["architecture"]), dict(values.get("model_args") or {})
-    cfg = values.get("pretrained_cfg") or values
-    _tell_unknown_keys(path / "config.json", values, cfg)
-    pixels = _preprocessing(path / "config.json", cfg)
-    if foreign := arguments.keys() & _NOT_ARCHITECTURE:
-        raise UserError(f"{path}/config.json: model_args has {sorted(foreign)}, which reads other files: remove it")
-    if isinstance(depth := arguments.get("depth"), int) and depth > MAX_DEPTH:
-        raise UserError(f"{path}/config.json: model_args.depth is {depth}, expected at most {MAX_DEPTH}")
-    num_classes = int(arguments.pop("num_classes", values.get("num_classes", cfg.get("num_classes", 0))))
+    name, arguments = values.text("architecture"), _arguments(values)
+    cfg = values.part("pretrained_cfg") if values.values.get("pretrained_cfg") else values
+    _tell_unknown_keys(values, cfg)
+    pixels = _preprocessing(cfg)
     if name not in timm.list_models():
-        raise UserError(f"{path}: timm has no model {name!r}")
-    with torch.device("meta"):
-        theirs = timm.create_model(name, num_classes=num_classes, **arguments)
-    model = _as_ours(theirs, num_classes)
+        raise UserError(f"{path}: timm has no model {brief(name)}")
+    num_classes = cfg.integer("num_classes", 0, MAX_CLASSES, 0)
+    for said in (values, Fields(arguments, f"{values.source}: model_args")):  # the innermost one counts
+        num_classes = said.integer("num_classes", 0, MAX_CLASSES, num_classes)
+    others = {key: value for key, value in arguments.items() if key != "num_classes"}
+    with building(Path(values.source), len(tensors)), torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=num_classes, **others)
+        model = _as_ours(theirs, num_classes)
+        usual = get_model_args(timm.create_model(name)) if model is None else {}
     if model is None:
-        with torch.device("meta"):
-            usual = get_model_args(timm.create_model(name))
-        special = {k: v for k, v in arguments.items() if k != "img_size" and usual.get(k) != v}
+        special = {k: v for k, v in others.items() if k != "img_size" and usual.get(k) != v}
         if special:
-            raise UserError(f"{path}: {name} with {special} is no plain Vision Transformer; this cannot be loaded here")
-        size = arguments.get("img_size")
+            raise UserError(
+                f"{path}: {name} with {brief(special)} is no plain Vision Transformer; this cannot be loaded here"
+            )
+        size = others.get("img_size")
         model = ModelConfig(name=f"timm:{name}", image_size=square(size, "img_size", path) if size else pixels.size)
     weights = Weights(
         source=path,
@@ -126,6 +139,17 @@ def read_foreign(path: Path, values: dict[str, Any], tensors: dict[str, LazyTens
     return weights if keeps else for_minus_one_to_one(weights)
 
 
+def _arguments(values: Fields) -> dict[str, Any]:
+    """Returns what timm.create_model is to be called with. Raises UserError for what is not a folder's to choose."""
+    if not values.values.get("model_args"):
+        return {}
+    arguments = dict(values.part("model_args").values)
+    if foreign := arguments.keys() & _NOT_ARCHITECTURE:
+        raise UserError(f"{values.source}: model_args has {sorted(foreign)}, which reads other files: remove it")
+    check_arguments(arguments, f"{values.source}: model_args")
+    return arguments
+
+
 class _Preprocessing(NamedTuple):
     """What timm's evaluation transform does: pixels of the input's side, and fields of Weights."""
 
@@ -133,40 +157,42 @@ class _Preprocessing(NamedTuple):
     use: dict[str, Any]
 
 
-def _preprocessing(path: Path, cfg: dict[str, Any]) -> _Preprocessing:
+def _preprocessing(cfg: Fields) -> _Preprocessing:
     """Returns timm's own reading of a pretrained_cfg, its defaults included."""
     from timm.data.config import resolve_data_config
 
-    found = resolve_data_config(pretrained_cfg=cfg)
-    channels, *sides = found["input_size"]
+    given = {key: cfg.values[key] for key in _PIXELS if cfg.values.get(key)}
+    found = Fields(resolve_data_config(pretrained_cfg={"architecture": ""} | given), cfg.source)  # it asks for one key
+    size = found.values["input_size"]
+    if not isinstance(size, list | tuple) or not all(map(is_whole, size)) or len(size) not in (2, 3):
+        found.wrong("input_size", "channels, height and width")
+    channels, *sides = size
     if channels != 3:
-        raise UserError(f"{path}: input_size is {list(found['input_size'])}: images here have 3 channels")
-    if found["crop_mode"] not in _TRANSFORMS:
-        raise UserError(f"{path}: crop_mode is {found['crop_mode']!r}, expected one of {', '.join(_TRANSFORMS)}")
+        raise UserError(f"{cfg.source}: input_size is {list(size)}: images here have 3 channels")
+    if found.text("crop_mode") not in _TRANSFORMS:
+        found.wrong("crop_mode", f"one of {', '.join(_TRANSFORMS)}")
     use = {
-        "eval_transform": _TRANSFORMS[found["crop_mode"]],
-        "eval_crop": float(found["crop_pct"]),
-        "interpolation": str(found["interpolation"]),
-        "mean": per_channel(found["mean"]),
-        "std": per_channel(found["std"]),
+        "eval_transform": _TRANSFORMS[found.text("crop_mode")],
+        "eval_crop": found.number("crop_pct", *EVAL_CROP_LIMITS),
+        "interpolation": found.text("interpolation"),
+        "mean": per_channel(found, "mean"),
+        "std": per_channel(found, "std"),
     }
-    return _Preprocessing(square(sides, "input_size", path), use)
+    return _Preprocessing(square(sides, "input_size", cfg.source), use)
 
 
-def _tell_unknown_keys(path: Path, values: dict[str, Any], cfg: dict[str, Any]) -> None:
+def _tell_unknown_keys(values: Fields, cfg: Fields) -> None:
     """A key that is not known may say something of the pixels or the function that is not done here."""
     from timm.models import PretrainedCfg
 
-    of_images = {field.name for field in fields(PretrainedCfg)}
-    unknown = (
-        cfg.keys() - of_images - _TOP_KEYS if cfg is values else (cfg.keys() - of_images) | (values.keys() - _TOP_KEYS)
-    )
+    of_images, top, inner = {field.name for field in fields(PretrainedCfg)}, values.values.keys(), cfg.values.keys()
+    unknown = inner - of_images - _TOP_KEYS if cfg is values else (inner - of_images) | (top - _TOP_KEYS)
     if unknown:
-        warn(f"{path}: {few(sorted(unknown))}: not known here, and not done")
+        warn(f"{values.source}: {few(sorted(unknown))}: not known here, and not done")
 
 
-def _label_names(values: dict[str, Any], num_classes: int) -> tuple[str, ...]:
-    return tuple(str(name) for name in values.get("label_names") or ()) if num_classes else ()
+def _label_names(values: Fields, num_classes: int) -> tuple[str, ...]:
+    return values.texts("label_names", ()) if num_classes else ()
 
 
 def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:

@@ -16,7 +16,8 @@ import torch
 
 from pretrain.errors import UserError
 from pretrain.log import warn
-from pretrain.models.tensors import LazyTensor, few, finite, read_safetensors, readable
+from pretrain.models.npz_file import open_archive
+from pretrain.models.tensors import LazyTensor, few, file_in, finite, read_safetensors, readable
 
 ENDINGS = (".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
 # Where training scripts keep a model's tensors, averages first: they are what such a run is meant to end with.
@@ -51,11 +52,7 @@ def read_torch(path: Path) -> Saved:
     state = values[found[0]] if found else values
     if len(found) > 1:
         warn(f"{path}: {found[0]} is read; {few(found[1:])} beside it is not")
-    tensors = {
-        str(name): LazyTensor(tuple(tensor.shape), partial(_read, tensor, str(name), path))
-        for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    tensors = {str(name): _lazy(t, str(name), path) for name, t in state.items() if isinstance(t, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no tensors of a model; its keys are {few(sorted(map(str, values)))}")
     arguments, arch = values.get("args"), values.get("arch")
@@ -70,7 +67,7 @@ def tensors_in(folder: Path, file: Path | None = None) -> dict[str, LazyTensor]:
     Raises UserError when there are none.
     """
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model.pth", "model.pth.tar")
-    files = [file] if file else [folder / name for name in names if (folder / name).is_file()]
+    files = [file] if file else [file_in(folder, name) for name in names if (folder / name).is_file()]
     if not files:
         raise UserError(f"{folder}: has no model.safetensors, nor {', '.join(names[2:])}")
     if files[0].name.endswith(ENDINGS):
@@ -80,6 +77,9 @@ def tensors_in(folder: Path, file: Path | None = None) -> dict[str, LazyTensor]:
 
 def _load(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)  # since PyTorch 1.6: tensors are read when asked for
+    if mapped:
+        with open_archive(path):  # one that unpacks to far more than it has is refused
+            pass
     try:
         # timm's arguments stand in a Namespace, a bag of values.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
@@ -100,6 +100,16 @@ def _unsafe(path: Path) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except Exception:  # whatever a damaged pickle raises: there is an error to tell already
         return []
+
+
+def _lazy(tensor: torch.Tensor, name: str, path: Path) -> LazyTensor:
+    if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path}: {name[:100]} is said to have shape {tuple(tensor.shape)}, for which it has no values")
+    if tensor.is_complex() or tensor.is_quantized or (tensor.is_floating_point() and tensor.element_size() < 2):
+        raise UserError(
+            f"{path}: {name[:100]} is of type {tensor.dtype}, expected float32, float16, bfloat16 or float64"
+        )
+    return LazyTensor(tuple(tensor.shape), partial(_read, tensor, name, path), tensor.is_floating_point())
 
 
 def _read(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:

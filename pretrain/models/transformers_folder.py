@@ -6,9 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, ModelConfig, Normalisation, choices_of
+from pretrain.config import (
+    MAX_CLASSES,
+    MAX_DEPTH,
+    MAX_WIDTH,
+    MINUS_ONE_TO_ONE,
+    DataConfig,
+    ModelConfig,
+    Normalisation,
+    choices_of,
+)
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, brief
 from pretrain.log import warn
+from pretrain.models.claims import building
 from pretrain.models.equivalent import (
     for_minus_one_to_one,
     named_architecture,
@@ -22,9 +33,10 @@ from pretrain.models.tensors import (
     Part,
     Weights,
     few,
+    is_whole,
     kept_use,
     per_channel,
-    readable,
+    read_fields,
     square,
     tensors_from,
     tensors_to,
@@ -62,74 +74,78 @@ def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
 
     file: of its tensors, where it is not one of the usual names.
     """
-    with readable(path / "config.json"):
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        _check_function(values, path)
+    values = read_fields(path, "config.json")
+    _check_function(values)
     theirs = tensors_in(path, file)
     prefix = "vit." if any(name.startswith("vit.") for name in theirs) else ""
-    with readable(path / "config.json"):
-        num_classes, names = _classes(values, theirs)
-        config = _architecture(values, theirs, prefix, path)
-    keys = _keys(config, num_classes, prefix)
-    tensors = tensors_from(theirs, keys, tensor_shapes(config, num_classes), path)
-    with readable(path / "preprocessor_config.json"):
-        use, mean, std = _preprocessing(path / "preprocessor_config.json", config.image_size)
-    with readable(path / "config.json"):  # a run's own transform, which the processor could not say, came along
-        use |= {key: v for key, v in use_of(values.get(OURS, {}), path / "config.json").items() if v is not None}
-        if (problem_type := values.get("problem_type")) is not None:  # of a later training than ours, perhaps
-            if problem_type not in _LOSSES:
-                raise UserError(
-                    f"{path}/config.json: problem_type is {problem_type!r}: no classes, so no probabilities"
-                )
-            use["loss"] = _LOSSES[problem_type]
+    num_classes, names = _classes(values, theirs)
+    config = _architecture(values, theirs, prefix, path)
+    with building(path, len(theirs)):
+        keys, shapes = _keys(config, num_classes, prefix), tensor_shapes(config, num_classes)
+    tensors = tensors_from(theirs, keys, shapes, path)
+    use, mean, std = _preprocessing(path, config.image_size)
+    if OURS in values.values:  # a run's own transform, which the processor could not say, came along
+        use |= use_of(Fields(values.part(OURS).values, f"{values.source}: {OURS}"))
+    if problem_type := values.text("problem_type", ""):  # of a later training than ours, perhaps
+        if problem_type not in _LOSSES:
+            raise UserError(f"{values.source}: problem_type is {brief(problem_type)}: no classes, so no probabilities")
+        use["loss"] = _LOSSES[problem_type]
     own = Normalisation(use.get("mean", MINUS_ONE_TO_ONE.mean), use.get("std", MINUS_ONE_TO_ONE.std))
     weights = replace(Weights(path, config, tensors, num_classes, names, **use), mean=mean, std=std)
     return replace(weights, **own._asdict()) if own.is_near(Normalisation(mean, std)) else for_minus_one_to_one(weights)
 
 
-def _check_function(values: dict[str, Any], path: Path) -> None:
+def _check_function(values: Fields) -> None:
     """Raises UserError for a setting that is another function than ours; tells what is not known."""
-    if values.get("hidden_act") not in _GELU:
-        raise UserError(f"{path}/config.json: hidden_act is {values.get('hidden_act')!r}, expected GELU")
-    if not values.get("qkv_bias", True):
-        raise UserError(f"{path}/config.json: qkv_bias is false: our attention has biases")
-    if values.get("layer_norm_eps", 1e-12) != NORM_EPS:
+    if values.text("hidden_act", "") not in _GELU:
+        values.wrong("hidden_act", "GELU")
+    if not values.flag("qkv_bias", True):
+        raise UserError(f"{values.source}: qkv_bias is false: our attention has biases")
+    if (epsilon := values.number("layer_norm_eps", 0, 1, 1e-12)) != NORM_EPS:
         warn(
-            f"{path}: layer_norm_eps {values.get('layer_norm_eps', 1e-12)} becomes {NORM_EPS}, which Google's own "
-            "weights were trained with; logits move by some 1e-5"
+            f"{values.source}: layer_norm_eps {epsilon} becomes {NORM_EPS}, which Google's own weights were trained "
+            "with; logits move by some 1e-5"
         )
-    if unknown := sorted(values.keys() - _CONFIG_KEYS):
-        warn(f"{path}/config.json: {few(unknown)}: not known here, and not done")
+    if unknown := sorted(values.values.keys() - _CONFIG_KEYS):
+        warn(f"{values.source}: {few(unknown)}: not known here, and not done")
 
 
-def _classes(values: dict[str, Any], theirs: Mapping[str, LazyTensor]) -> tuple[int, tuple[str, ...]]:
+def _classes(values: Fields, theirs: Mapping[str, LazyTensor]) -> tuple[int, tuple[str, ...]]:
     """Returns the number of classes, 0 without a head, and their names."""
-    kinds = values.get("architectures") or ()
+    kinds = values.texts("architectures", ())
     if "ViTForImageClassification" not in kinds and (kinds or "classifier.weight" not in theirs):
         return 0, ()
-    labels = {int(number): str(name) for number, name in (values.get("id2label") or {}).items()}
-    num_classes = len(labels) or int(values.get("num_labels", 2))
-    names = tuple(labels.get(number, str(number)) for number in range(num_classes)) if labels else ()
+    labels = values.part("id2label") if values.values.get("id2label") else None
+    if labels is None:
+        return values.integer("num_labels", 1, MAX_CLASSES, 2), ()
+    num_classes = len(labels.values)
+    if num_classes > MAX_CLASSES:
+        raise UserError(f"{labels.source}: has {num_classes:,} classes, expected at most {MAX_CLASSES:,}")
+    numbers = map(str, range(num_classes))
+    names = tuple(labels.text(number) if number in labels.values else number for number in numbers)
     is_named = names != tuple(f"LABEL_{number}" for number in range(num_classes))
     return num_classes, names if is_named else ()
 
 
-def _architecture(values: dict[str, Any], theirs: Mapping[str, LazyTensor], prefix: str, path: Path) -> ModelConfig:
+def _architecture(values: Fields, theirs: Mapping[str, LazyTensor], prefix: str, path: Path) -> ModelConfig:
     pooler = f"{prefix}pooler.dense.weight"
     pooled = not prefix and pooler in theirs  # ViTForImageClassification has no pooler: there it is unknown
     if pooled and len(theirs[pooler].shape) != 2:
         raise UserError(f"{path}: {pooler} has shape {theirs[pooler].shape}, expected 2 axes")
-    if pooled and values.get("pooler_act", "tanh") != "tanh":
-        raise UserError(f"{path}/config.json: pooler_act is {values['pooler_act']!r}, ours is tanh")
+    if pooled and values.text("pooler_act", "tanh") != "tanh":
+        raise UserError(f"{values.source}: pooler_act is {brief(values.values['pooler_act'])}, ours is tanh")
     config = named_architecture(
-        *(values[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")),
-        image_size=square(values["image_size"], "image_size", path / "config.json"),
-        patch_size=square(values["patch_size"], "patch_size", path / "config.json"),
-        gelu=_GELU[values["hidden_act"]],
+        values.integer("hidden_size", 1, MAX_WIDTH),
+        values.integer("num_hidden_layers", 1, MAX_DEPTH),
+        values.integer("intermediate_size", 1, MAX_WIDTH),
+        values.integer("num_attention_heads", 1, MAX_WIDTH),
+        image_size=square(values.values.get("image_size"), "image_size", values.source),
+        patch_size=square(values.values.get("patch_size"), "patch_size", values.source),
+        gelu=_GELU[values.text("hidden_act")],
         representation_size=theirs[pooler].shape[0] if pooled else None,
     )
     if problems := list(config.problems()):
-        raise UserError(f"{path}/config.json: {'; '.join(problems)}")
+        raise UserError(f"{values.source}: {'; '.join(problems)}")
     return config
 
 
@@ -142,49 +158,48 @@ class _Preprocessing(NamedTuple):
 
 
 def _preprocessing(path: Path, image_size: int) -> _Preprocessing:
-    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if unknown := sorted(values.keys() - _PROCESSOR_KEYS):
-        warn(f"{path}: {few(unknown)}: not known here, and not done")
-    if "DeiT" in str(values.get("image_processor_type") or values.get("feature_extractor_type")):
-        values = _OF_DEIT | values
+    name = "preprocessor_config.json"
+    values = read_fields(path, name) if (path / name).exists() else Fields({}, str(path / name))
+    if unknown := sorted(values.values.keys() - _PROCESSOR_KEYS):
+        warn(f"{values.source}: {few(unknown)}: not known here, and not done")
+    if "DeiT" in values.text("image_processor_type", values.text("feature_extractor_type", "")):
+        values = Fields(_OF_DEIT | values.values, values.source)
     numbers = {INTERPOLATIONS[name]: name for name in _RESIZED_BY}
-    resample = values.get("resample", INTERPOLATIONS["bilinear"])
+    resample = values.integer("resample", 0, 5, INTERPOLATIONS["bilinear"])
     if resample not in numbers:
-        expected = ", ".join(f"{number} ({name})" for number, name in numbers.items())
-        raise UserError(f"{path}: resample is {resample}, expected one of {expected}")
+        values.wrong("resample", "one of " + ", ".join(f"{number} ({name})" for number, name in numbers.items()))
     mean, std = (0.0,) * 3, (1.0,) * 3
-    if values.get("do_normalize", True):
-        mean, std = per_channel(values.get("image_mean", 0.5)), per_channel(values.get("image_std", 0.5))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(
-            f"{path}: image_mean is {list(mean)} and image_std {list(std)}, expected three numbers, deviations above 0"
-        )
-    scale = 255 * values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 255
+    if values.flag("do_normalize", True):
+        mean, std = per_channel(values, "image_mean", 0.5), per_channel(values, "image_std", 0.5)
+    if min(std) <= 0:
+        values.wrong("image_std", "three numbers above 0")
+    scale = 255 * values.number("rescale_factor", 1e-6, 1e6, 1 / 255) if values.flag("do_rescale", True) else 255
     return _Preprocessing(
-        _resizing(values, path, image_size) | {"interpolation": numbers[resample]},
+        _resizing(values, image_size) | {"interpolation": numbers[resample]},
         tuple(value / scale for value in mean),
         tuple(value / scale for value in std),
     )
 
 
-def _resizing(values: dict[str, Any], path: Path, image_size: int) -> dict[str, Any]:
+def _resizing(fields: Fields, image_size: int) -> dict[str, Any]:
     """Returns eval_transform and eval_crop: images are squashed, or their shorter sides resized, then cropped."""
+    values, path = {key: value for key, value in fields.values.items() if value is not None}, fields.source
     size, why = values.get("size", image_size), "not known here"
     shortest = size.get("shortest_edge") if isinstance(size, dict) and set(size) == {"shortest_edge"} else None
-    if isinstance(size, int) and not values.get("default_to_square", True):
+    if is_whole(size) and not fields.flag("default_to_square", True):
         shortest = size
     try:
         resized = square(size if shortest is None else shortest, "size", path)
         kept = square(values.get("crop_size", image_size), "crop_size", path)
     except UserError as error:
         resized, kept, why = 0, 0, str(error).removeprefix(f"{path}: ")
-    crops = values.get("do_center_crop", False)
-    if kept == image_size and (crops or resized == kept) and resized >= kept and values.get("do_resize", True):
+    crops = fields.flag("do_center_crop", False)
+    if kept == image_size and (crops or resized == kept) and resized >= kept and fields.flag("do_resize", True):
         if shortest is not None and not crops:
             warn(f"{path}: size {size} without do_center_crop is not square; evaluation crops the central square")
         return {"eval_transform": _SQUASH if shortest is None else _SHORTEST, "eval_crop": kept / resized}
     found = ", ".join(
-        f"{key} {values[key]}" for key in ("do_resize", "size", "do_center_crop", "crop_size") if key in values
+        f"{key} {brief(values[key])}" for key in ("do_resize", "size", "do_center_crop", "crop_size") if key in values
     )
     warn(f"{path}: {found}: {why}; evaluation squashes images to the model's {image_size} pixels")
     return {"eval_transform": _SQUASH, "eval_crop": 1.0}

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from pretrain.config import MINUS_ONE_TO_ONE, Normalisation, load_config
 from pretrain.errors import UserError
+from pretrain.models.claims import check_tensors
 from pretrain.models.deepspeed_pickles import read_deepspeed
-from pretrain.models.equivalent import part_names, resized, tensor_shapes, without
-from pretrain.models.tensors import Weights, check_keys
+from pretrain.models.equivalent import part_names, resized, without
+from pretrain.models.tensors import Weights
 from pretrain.models.weights import model_of, read_weights
 
 MAX_RATIO = 1e-5  # of the largest value: float32 rounding gives 1e-7 to 3e-6
@@ -59,15 +60,6 @@ class Source:
         weights = without(weights, *self.without)
         check_tensors(weights)
         return weights
-
-
-def check_tensors(weights: Weights) -> None:
-    """Raises UserError, naming a tensor, unless the weights are exactly those of their architecture."""
-    shapes = tensor_shapes(weights.model, weights.num_classes)
-    check_keys(weights.source, found=weights.tensors.keys(), needed=shapes.keys())
-    for name, shape in shapes.items():
-        if (found := tuple(weights.tensors[name].shape)) != shape:
-            raise UserError(f"{weights.source}: {name} has shape {found}, expected {shape}")
 
 
 class Difference(NamedTuple):

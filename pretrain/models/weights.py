@@ -1,7 +1,6 @@
 """One door for weights: whatever holds a Vision Transformer becomes a model, or is refused with the reason."""
 
 import hashlib
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,15 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint.find import read_newest, refusing_vanished, validate
-from pretrain.checkpoint.layout import MAX_CLASSES
 from pretrain.checkpoint.read import CheckpointReader, read_state
-from pretrain.config import Config, DataConfig, ModelConfig, config_from_dict
+from pretrain.config import MAX_CLASSES, Config, DataConfig, ModelConfig, config_from_dict
 from pretrain.errors import UserError
 from pretrain.json_files import Fields
 from pretrain.models.build import build_model
+from pretrain.models.claims import check_fit, check_tensors
 from pretrain.models.equivalent import classifier_names, own_tensors, resized
 from pretrain.models.google import read_google
-from pretrain.models.tensors import LazyTensor, Weights, check_keys, finite, readable
+from pretrain.models.tensors import LazyTensor, Weights, file_in, finite, read_fields, readable
 from pretrain.models.timm_checkpoint import read_timm_checkpoint
 from pretrain.models.timm_folder import read_timm_folder
 from pretrain.models.torch_files import is_torch_file
@@ -49,8 +48,12 @@ def model_of(weights: Weights) -> nn.Module:
 
 
 def read_weights(path: Path, image_size: int | None = None) -> Weights:
-    """Reads a run (its newest valid checkpoint), a checkpoint step-N, a folder of ours, timm's, transformers', .npz."""
+    """Reads a run (its newest valid checkpoint), a checkpoint step-N, a folder of ours, timm's, transformers', .npz.
+
+    Raises UserError unless its tensors are exactly those of its architecture, before anything of their size is built.
+    """
     weights = _read(path, image_size)
+    check_tensors(weights)
     return weights if image_size is None else resized(weights, image_size)
 
 
@@ -75,9 +78,8 @@ def _read(path: Path, image_size: int | None) -> Weights:
 
 def _read_folder(path: Path, file: Path | None = None) -> Weights:
     """Of transformers, timm or ours, by its config.json."""
-    with readable(path / "config.json"):
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    is_transformers = isinstance(values, dict) and values.get("model_type") == "vit"
+    values = read_fields(path, "config.json").values
+    is_transformers = values.get("model_type") == "vit"
     return read_transformers_folder(path, file) if is_transformers else read_timm_folder(path, file)
 
 
@@ -114,7 +116,8 @@ def weights_sha256(source: Path) -> str:
         if (source / "MANIFEST.json").is_file():
             files = [source / "MANIFEST.json"]
         elif source.is_dir():
-            files = sorted(path for path in source.iterdir() if re.search(_OF_WEIGHTS, path.name))
+            names = sorted(path.name for path in source.iterdir() if re.search(_OF_WEIGHTS, path.name))
+            files = [file_in(source, name) for name in names]
         else:
             files = [source]
         for path in files:
@@ -150,13 +153,10 @@ def load_tensors(model: nn.Module, weights: Weights, *, new_head: bool = False) 
         head = classifier_names(model) | {name for name in given if name.startswith("pre_logits.") and name not in own}
         own = {name: tensor for name, tensor in own.items() if name not in head}
         given = {name: tensor for name, tensor in given.items() if name not in head}
-    check_keys(weights.source, found=given.keys(), needed=own.keys())
+    hints = dict.fromkeys(classifier_names(model), "; set init_new_head=true to start a new head")
+    check_fit(own, given, weights.source, hints)
     with torch.no_grad():
         for name, tensor in own.items():
-            if tuple(tensor.shape) != given[name].shape:
-                hint = "; set init_new_head=true to start a new head" if name in classifier_names(model) else ""
-                shapes = f"{given[name].shape} in {weights.source}, {tuple(tensor.shape)} in the model"
-                raise UserError(f"{name}: shape {shapes}{hint}")
             tensor.copy_(given[name].read())
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.escape import shown
+from pretrain.log import warn
 from pretrain.report.figures import best
 from pretrain.report.runs import Curve, Run
 from pretrain.storage import replacing
@@ -39,6 +41,8 @@ PANELS = (
     PanelOf("Speed", "images per second, all ranks", ("train/images_per_s",), 1, "from zero"),
     PanelOf("Waiting for data", "time of rank 0 [%]", ("train/data_wait",), 100, "from zero"),
 )
+_MAX_NAME = 120  # letters of a legend's line
+MAX_PANELS = 60  # besides; a PNG has no more than 65,535 pixels a side
 _MANY = 100  # points; from here on the mean over a window is drawn over the pale raw curve
 
 
@@ -49,7 +53,10 @@ def panels_of(runs: Sequence[Run]) -> list[PanelOf]:
         (metric for metric in found if not metric.endswith("-std")),
         key=lambda m: [int(p) if p.isdigit() else p for p in _digits(m)],
     )
-    return [*PANELS, *(PanelOf(m.removeprefix("val/"), "images [%]", (m,), 100, "from zero") for m in natural)]
+    if len(natural) > MAX_PANELS:
+        warn(f"only {MAX_PANELS} of {len(natural)} accuracies over steps are drawn; without {natural[MAX_PANELS]} ...")
+    shown_ones = natural[:MAX_PANELS]
+    return [*PANELS, *(PanelOf(m.removeprefix("val/"), "images [%]", (m,), 100, "from zero") for m in shown_ones)]
 
 
 def _digits(text: str) -> list[str]:
@@ -324,8 +331,9 @@ def _legend(run: Run) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns text that matplotlib shows as it is: a pair of "$" would be a formula."""
-    return text.replace("$", r"\$")
+    """Returns text that matplotlib shows as it is: a pair of "$" would be a formula. A long one is cut."""
+    line = shown(text)
+    return (line if len(line) <= _MAX_NAME else f"{line[:_MAX_NAME]}...").replace("$", r"\$")
 
 
 def _draw_curve(axes: Any, curve: Curve, factor: float, color: str, dots: bool) -> None:

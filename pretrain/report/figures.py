@@ -44,7 +44,7 @@ def summary(run: Run) -> dict[str, Any]:
     """Returns a run's figures as JSON values: last and best metrics, what was left out, and what it ran with."""
     last_start = run.starts[-1] if run.starts else {}
     config = run.config
-    rate = run.curves.get("train/images_per_s")
+    rates = _finite_values(run, "train/images_per_s")
     return {
         "run": run.name,
         "folder": str(run.folder),
@@ -57,7 +57,7 @@ def summary(run: Run) -> dict[str, Any]:
         "scores": protocol_scores(run),
         "last": {metric: finite(values[-1]) for metric, (_, values) in sorted(run.curves.items())},
         "best": {metric: best(run.curves[metric], *how) for metric, how in _BEST.items() if metric in run.curves},
-        "median_images_per_s": finite(np.median(rate[1])) if rate else None,
+        "median_images_per_s": float(np.median(rates)) if rates.size else None,
         "skipped_steps": _count(run, "train/skipped_steps"),
         "skipped_at": run.skipped_at,
         "bad_samples": _count(run, "train/bad_samples"),
@@ -91,16 +91,22 @@ _BEST: dict[str, tuple[Callable[[np.ndarray], Any]]] = {
 
 
 def best(curve: Curve, position: Callable[[np.ndarray], Any]) -> dict[str, Any] | None:
-    """Returns step and value at `position`, np.nanargmax or np.nanargmin; None when no value is a number."""
-    steps, values = curve
+    """Returns step and value at `position`, np.nanargmax or np.nanargmin; None when no value is finite."""
+    steps, values = curve[0], np.where(np.isfinite(curve[1]), curve[1], np.nan)
     if np.isnan(values).all():
         return None
     found = int(position(values))  # the first of equals
-    return {"step": int(steps[found]), "value": finite(values[found])}
+    return {"step": int(steps[found]), "value": float(values[found])}
 
 
 def _count(run: Run, metric: str) -> int | None:
-    return int(run.curves[metric][1][-1]) if metric in run.curves else None
+    values = _finite_values(run, metric)
+    return int(values[-1]) if values.size else None
+
+
+def _finite_values(run: Run, metric: str) -> np.ndarray:
+    values = run.curves[metric][1] if metric in run.curves else np.empty(0)
+    return values[np.isfinite(values)]
 
 
 def finite(value: Any) -> float | None:

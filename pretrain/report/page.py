@@ -5,7 +5,6 @@ The page has no script and forbids itself any, and everything from outside itsel
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.escape import code_in_markdown, in_markdown, shown
 from pretrain.report import curves, figures
 from pretrain.report.figures import Table, summary
 from pretrain.report.runs import Run
@@ -114,6 +114,7 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # of everything: names of runs, classes and files are whatever someone wrote
+        finalize=_harmless,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -129,6 +130,11 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _harmless(value: Any) -> Any:
+    """Escapes what turns the direction of writing and the like, but for the lines of a config."""
+    return "\n".join(map(shown, value.split("\n"))) if type(value) is str else value  # markup is a str of its own
+
+
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
@@ -142,21 +148,19 @@ def markdown(
     if (vtab := figures.vtab_table(summaries)).rows:
         lines += ["", "### VTAB, task by task", "", *_lines(vtab)]
     for target in figures.targets(summaries):
-        lines += [
-            "",
-            f"Target of {_text(', '.join(target['runs']))} ({_text(target['recipe'])}): {_text(target['score'])}",
-        ]
+        names, recipe, score = map(in_markdown, (", ".join(target["runs"]), target["recipe"], target["score"]))
+        lines += ["", f"Target of {names} ({recipe}): {score}"]
     lines += ["", "## What was left out", "", *_lines(figures.losses_table(summaries))]
     if any(values["finetuning"] for values in summaries):
         lines += ["", "## Fine-tuning", "", *_lines(figures.finetuning_table(summaries))]
     lines += [*_hint(missing, "finetuning"), *_hint(missing, "evaluation")]
     for values in summaries:
-        lines += ["", f"## {_text(values['run'])}", ""]
-        lines += [f"- {name}: {_text(fact)}" for name, fact in _facts(values).items()]
+        lines += ["", f"## {in_markdown(values['run'])}", ""]
+        lines += [f"- {name}: {in_markdown(fact)}" for name, fact in _facts(values).items()]
         if values["starts"]:
             lines += ["", *_lines(figures.starts_table(values))]
         if values["evaluation"]:
-            lines += ["", f"Evaluation of {_text(values['evaluation']['weights'])}:", ""]
+            lines += ["", f"Evaluation of {in_markdown(values['evaluation']['weights'])}:", ""]
             lines += _lines(figures.evaluation_table(values))
     if (configs := figures.config_table(summaries)).rows:
         lines += ["", "## Differs from the defaults", "", *_lines(configs)]
@@ -167,15 +171,10 @@ def _hint(missing: Mapping[str, Mapping[str, str]], part: str) -> list[str]:
     if part not in missing:
         return []
     command = missing[part]["command"]
-    return ["", _text(missing[part]["text"]) + (f" `{command}`" if command else "")]
+    return ["", in_markdown(missing[part]["text"]) + (f" {code_in_markdown(command)}" if command else "")]
 
 
 def _lines(table: Table) -> list[str]:
     rule = ["---" if column in table.text_columns else "---:" for column in range(len(table.header))]
-    header, *rows = ([_text(cell) for cell in row] for row in (table.header, *table.rows))
+    header, *rows = ([in_markdown(cell) for cell in row] for row in (table.header, *table.rows))
     return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
-
-
-def _text(value: Any) -> str:
-    """Returns text that Markdown shows as it is: no cell, tag, link or code begins in it."""
-    return re.sub(r"([|\[`])", r"\\\1", " ".join(str(value).split())).replace("<", "&lt;")

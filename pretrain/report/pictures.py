@@ -16,6 +16,7 @@ from pretrain.config import DataConfig, ModelConfig
 from pretrain.data.images import decode_upright, eval_image
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
+from pretrain.log import warn
 from pretrain.models.inspection import Filters, Look, Positions, mean_distance_px
 from pretrain.models.positions import Grid
 from pretrain.models.vit import grid_of
@@ -40,8 +41,12 @@ def read_photo(path: Path, size: int) -> torch.Tensor:
 
     Raises UserError when it cannot be read.
     """
+
+    def told(complaint: str) -> None:
+        warn(f"--image {path}: is damaged ({complaint})")
+
     try:
-        return eval_image(decode_upright(path.read_bytes()), size, DataConfig(eval_crop=1.0))
+        return eval_image(decode_upright(path.read_bytes(), told), size, DataConfig(eval_crop=1.0))
     except OSError as error:
         raise UserError(f"--image {path}: cannot be read ({error.strerror})") from None
     except BadSample as error:

@@ -1,44 +1,37 @@
 """What a run's folder holds, read into one plain value; hands on `Run`. Changes nothing in the folder.
 
-metrics.jsonl, starts.jsonl, bad_samples.jsonl, skipped_steps.jsonl, config.yaml, DONE, batch.png (train/folder.py);
-evaluation/results.json (tools/evaluate.py), evaluation/wrong.json, finetune/TASK/results.json and the same below
-finetune-from-scratch (tools/finetune.py), pictures/*.png (tools/visualize.py).
+metrics.jsonl, starts.jsonl, bad_samples.jsonl, skipped_steps.jsonl, config.yaml, recipe.yaml, DONE, batch.png
+(train/folder.py); evaluation/results.json (tools/evaluate.py), evaluation/wrong.json, finetune/TASK/results.json and
+the same below finetune-from-scratch (tools/finetune.py), pictures/*.png (tools/visualize.py).
 A folder without a run has what it has: that of converted weights, or the --out of tools/finetune.py.
-Folders travel between people: nothing in them is trusted, pictures least.
+Folders travel between people: nothing in them is trusted, pictures least. Links that lead out of the folder are not
+followed; a line or picture that cannot be used is left out with a warning.
 """
 
 import base64
-import binascii
-import io
-import json
+import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pretrain.config import Config, load_config
 from pretrain.errors import ConfigError, UserError
-from pretrain.log import warn
+from pretrain.json_files import Fields, read_json
+from pretrain.log import MAX_STEP, warn
+from pretrain.report.files import MAX_PICTURE_BYTES, Picture, inside, lines, picture, picture_file, read_text
 
-ROOT = Path(__file__).resolve().parents[2]
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values
 MAX_WRONG = 48  # thumbnails of one run on the page: a screenful or two
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG or JPEG that can be shown."""
-
-    name: str  # of its file, without the ending
-    data_uri: str
-    width: int  # pixels
-    height: int
+MAX_PICTURES = 50
+MAX_METRICS, MAX_REASONS = 200, 20  # different ones of a run; ours log some 30, and have 6 reasons
+MAX_VALUE = 1e100  # beyond it a figure is damage, and its square no number
+MAX_COUNT = 10**15
 
 
 @dataclass(frozen=True)
@@ -88,8 +81,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    curves = _read_curves(folder / "metrics.jsonl")
-    evaluation = _read_evaluation(folder / "evaluation" / "results.json")
+    curves = _read_curves(folder)
+    evaluation = _read_evaluation(folder)
     finetuning = [_read_finetuning(path) for path in _finetuning_files(folder)]
     if not (curves or evaluation or finetuning):
         if not folder.is_dir():
@@ -98,187 +91,232 @@ def _read_run(folder: Path, name: str) -> Run:
             f"{folder}: nothing to report: no metrics.jsonl of a run that has logged something, and no results of "
             "tools/evaluate.py or tools/finetune.py"
         )
-    starts = list(_read_lines(folder / "starts.jsonl"))
-    bad = Counter(str(row.get("reason")) for row in _read_lines(folder / "bad_samples.jsonl"))
+    starts = list(lines(folder, "starts.jsonl", _start))
     wrong, num_wrong = _read_wrong(folder)
-    config = folder / "config.yaml"
+    config_text = read_text(folder, "config.yaml")
     return Run(
         folder=folder,
         name=name,
         curves=curves,
         starts=starts,
-        config=_read_config(config) if config.is_file() else None,
-        config_text=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        config=None if config_text is None else _read_config(folder / "config.yaml"),
+        config_text=config_text,
         evaluation=evaluation,
         finetuning=finetuning,
-        bad_samples=dict(bad.most_common()),
-        skipped_at=[row["step"] for row in _read_lines(folder / "skipped_steps.jsonl")],
+        bad_samples=_read_bad_samples(folder),
+        skipped_at=list(lines(folder, "skipped_steps.jsonl", _step)),
         pictures=_read_pictures(folder),
         wrong=wrong,
         num_wrong=num_wrong,
-        target=_read_target(starts[-1], folder.resolve().name) if starts else None,
+        target=_read_target(folder, starts[-1]) if starts else None,
         done=(folder / "DONE").is_file(),
     )
-
-
-def _read_curves(path: Path) -> dict[str, Curve]:
-    points: dict[str, list[tuple[int, float]]] = {}
-    for row in _read_lines(path):
-        for metric, value in row.items():
-            if metric != "step" and isinstance(value, (int, float)):
-                points.setdefault(metric, []).append((row["step"], value))
-    return {metric: (np.array(s), np.array(v, dtype=float)) for metric, p in points.items() for s, v in [zip(*p)]}
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines that are whole: the last one of a running or killed run may be torn. No file has no lines."""
-    torn = 0
-    if not path.is_file():
-        return
-    with path.open("rb") as file:  # line by line: bad_samples.jsonl of a large run has millions
-        for line in file:
-            try:
-                row = json.loads(line)
-                row = {**row, "step": int(row["step"])}
-            except (ValueError, KeyError, TypeError):
-                torn += 1
-                continue
-            yield row
-    if torn:
-        warn(f"{path}: {torn} damaged lines left out")
 
 
 def _read_config(path: Path) -> Config | None:
     try:
         return load_config(path)
     except ConfigError as error:  # of another version: its text is shown all the same
-        warn(f"{error}; reported without it")
-        return None
+        return warn(f"{error}; reported without it")
 
 
-def _read_evaluation(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+
+def _step(row: Fields) -> int:
+    return row.integer("step", 0, MAX_STEP)
+
+
+def _read_curves(folder: Path) -> dict[str, Curve]:
+    points: dict[str, tuple[list[int], list[float]]] = {}
+    first_too_many = None
+    for step, row in lines(folder, "metrics.jsonl", _metrics):
+        for metric, value in row.items():
+            if metric not in points and len(points) >= MAX_METRICS:
+                first_too_many = first_too_many or metric
+                continue
+            steps, values = points.setdefault(metric, ([], []))
+            steps.append(step)
+            values.append(value)
+    if first_too_many is not None:
+        warn(f"{folder}/metrics.jsonl: has more than {MAX_METRICS} metrics; {first_too_many} and others left out")
+    return {metric: (np.array(steps), np.array(values)) for metric, (steps, values) in points.items()}
+
+
+def _metrics(row: Fields) -> tuple[int, dict[str, float]]:
+    """The step and its figures; what is text or a list is none."""
+    numbers = [key for key, value in row.values.items() if key != "step" and type(value) in (int, float)]
+    return _step(row), {key: _figure(row, key) for key in numbers}
+
+
+def _figure(row: Fields, key: str) -> float:
+    """A number; NaN and infinity are what a run that diverged has logged."""
+    value = row.values.get(key)
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    return row.number(key, -MAX_VALUE, MAX_VALUE)
+
+
+def _start(row: Fields) -> dict[str, Any]:
+    """What starts.jsonl tells of one start; what an earlier version did not write is None."""
+    versions = row.part("versions") if row.values.get("versions") is not None else None
+    return {
+        "step": _step(row),
+        "time": row.text("time", "") or None,
+        "world_size": row.integer("world_size", 0, MAX_COUNT, 0) or None,
+        "command": list(row.texts("command", ())) or None,
+        "recipe": row.text("recipe", "") or None,
+        "commit": row.text("commit", "") or None,
+        "versions": versions and {name: versions.text(name) for name in versions.values},
+    }
+
+
+def _read_bad_samples(folder: Path) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for reason in lines(folder, "bad_samples.jsonl", _reason):
+        counts[reason if reason in counts or len(counts) < MAX_REASONS else "others"] += 1
+    return dict(counts.most_common())
+
+
+def _reason(row: Fields) -> str:
+    _step(row)
+    return row.text("reason", "None")
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _written_by(tool: str, path: Path) -> Iterator[None]:
+    """Tells that a file of results is not what the tool writes."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != "pretrain-evaluation":
-            raise ValueError(f"its format is {values['format']!r}")
-        kinds = {"model": str, "metric": str, "value": float, "n": int}
-        rows = [{name: kind(row[name]) for name, kind in kinds.items()} for row in values["rows"]]
-        return {**values, "weights": str(values["weights"]), "rows": rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: was not written by tools/evaluate.py ({error}); move it away") from None
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); move it away") from None
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: was not written by tools/{tool}.py ({reason}); move it away") from None
+
+
+def _read_evaluation(folder: Path) -> dict[str, Any] | None:
+    if (path := inside(folder, "evaluation/results.json")) is None:
+        return None
+    with _written_by("evaluate", path):
+        values = Fields.of(read_json(path), str(path))
+        if (found := values.text("format")) != "pretrain-evaluation":
+            raise UserError(f"its format is {found!r}")
+        rows = [
+            {
+                "model": row.text("model"),
+                "metric": row.text("metric"),
+                "value": _figure(row, "value"),
+                "n": row.integer("n", 0, MAX_COUNT),
+            }
+            for row in values.parts("rows")
+        ]
+        return {**values.values, "weights": values.text("weights"), "rows": rows}
 
 
 def _finetuning_files(folder: Path) -> list[Path]:
     """The results of each task: below a run or weights, or in the folder that tools/finetune.py's --out named."""
-    own = [path for path in folder.glob("*/results.json") if _format_of(path) == "pretrain-finetuning"]
+    own = [path for path in folder.glob("*/results.json") if _is_finetuning(folder, path)]
     found = {*folder.glob("finetune*/**/results.json"), *own}
-    return sorted(path for path in found if path.parent.name != "evaluation")  # of a final run, by tools/evaluate.py
+    found = {path for path in found if path.parent.name != "evaluation"}  # of a final run, by tools/evaluate.py
+    return sorted(path for path in found if inside(folder, str(path.relative_to(folder))))
 
 
-def _format_of(path: Path) -> Any:
+def _is_finetuning(folder: Path, path: Path) -> bool:
+    if inside(folder, str(path.relative_to(folder))) is None:
+        return False
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["format"]
-    except (ValueError, KeyError, TypeError):
-        return None  # somebody else's file
+        return Fields.of(read_json(path), "").text("format") == "pretrain-finetuning"
+    except (OSError, UserError):
+        return False  # somebody else's file
 
 
 def _read_finetuning(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+    with _written_by("finetune", path):
+        values = Fields.of(read_json(path), str(path))
+        done = values.flag("complete", True)
         return {
-            "task": str(values["task"]),
-            "metric": str(values["metric"]),
-            "mean": float(values["mean"]),
-            "std": None if values.get("std") is None else float(values["std"]),
-            "values": [float(value) for value in values.get("values") or []],
-            "lr": None if values.get("lr") is None else float(values["lr"]),
-            "n": None if values.get("n") is None else int(values["n"]),
-            "from_scratch": bool(values.get("from_scratch", False)),
-            "differs": [str(difference) for difference in values.get("differs") or []]
-            + ([] if values.get("complete", True) else ["not all seeds are done"]),
+            "task": values.text("task"),
+            "metric": values.text("metric"),
+            "mean": _figure(values, "mean"),
+            "std": None if values.values.get("std") is None else _figure(values, "std"),
+            "values": _figures(values, "values"),
+            "lr": None if values.values.get("lr") is None else _figure(values, "lr"),
+            "n": None if values.values.get("n") is None else values.integer("n", 0, MAX_COUNT),
+            "from_scratch": values.flag("from_scratch", False),
+            "differs": [*values.texts("differs", ()), *([] if done else ["not all seeds are done"])],
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: was not written by tools/finetune.py ({error!r}); move it away") from None
+
+
+def _figures(values: Fields, key: str) -> list[float]:
+    found = values.values.get(key) or []
+    if not isinstance(found, list):
+        values.wrong(key, "a list of numbers")
+    each = Fields({f"{key}[{place}]": value for place, value in enumerate(found)}, values.source)
+    return [_figure(each, place) for place in each.values]
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def _read_pictures(folder: Path) -> list[Picture]:
-    paths = [folder / "batch.png", *sorted(folder.glob("pictures/*.png"))]
-    found = [_picture(path.stem, path.read_bytes(), str(path)) for path in paths if path.is_file()]
+    names = ["batch.png", *sorted(f"pictures/{path.name}" for path in folder.glob("pictures/*.png"))]
+    if len(names) > MAX_PICTURES:
+        warn(f"{folder}: has more than {MAX_PICTURES} pictures; {names[MAX_PICTURES]} and what follows are left out")
+    paths = [path for name in names[:MAX_PICTURES] if (path := inside(folder, name))]
+    found = [picture_file(path.stem, path) for path in paths]
     return [picture for picture in found if picture]
-
-
-def _picture(name: str, content: bytes, source: str) -> Picture | None:
-    """Returns bytes as something to show; warns and returns None when they are not a PNG or JPEG."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-                image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        warn(f"{source}: not a picture that can be shown ({' '.join(str(error).split())}); left out")
-        return None
-    kind = "png" if image.format == "PNG" else "jpeg"
-    return Picture(name, f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size)
 
 
 def _read_wrong(folder: Path) -> tuple[list[WrongPrediction], int]:
     """Returns the first MAX_WRONG wrong predictions, and how many the file has."""
-    path = folder / "evaluation" / "wrong.json"
-    if not path.is_file():
+    if (path := inside(folder, "evaluation/wrong.json")) is None:
         return [], 0
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))["items"]
-        return [
-            WrongPrediction(
-                name=str(item["name"]),
-                label=str(item["label"]),
-                predicted=str(item["predicted"]),
-                probability=None if item.get("probability") is None else float(item["probability"]),
-                picture=_wrong_picture(folder, item, str(path)),
-            )
-            for item in items[:MAX_WRONG]
-        ], len(items)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be used as wrong predictions ({error!r}); move it away") from None
+        items = Fields.of(read_json(path), str(path)).parts("items")
+        return (
+            [
+                WrongPrediction(
+                    name=item.text("name"),
+                    label=item.text("label", max_letters=1 << 16),  # of several classes
+                    predicted=item.text("predicted"),
+                    probability=None if item.values.get("probability") is None else item.number("probability", 0, 1),
+                    picture=_wrong_picture(folder, item, str(path)),
+                )
+                for item in items[:MAX_WRONG]
+            ],
+            len(items),
+        )
+    except (OSError, UserError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: cannot be used as wrong predictions ({reason}); move it away") from None
 
 
-def _wrong_picture(folder: Path, item: dict[str, Any], source: str) -> Picture | None:
-    name = str(item["name"])
-    if "png_base64" in item:
+def _wrong_picture(folder: Path, item: Fields, source: str) -> Picture | None:
+    name = item.text("name")
+    if content := item.text("png_base64", "", max_letters=2 * MAX_PICTURE_BYTES):
         try:
-            return _picture(name, base64.b64decode(item["png_base64"], validate=True), f"{source}: {name}")
-        except binascii.Error:
-            warn(f"{source}: {name}: png_base64 is not base64; left out")
-            return None
-    if "path" not in item:
+            return picture(name, base64.b64decode(content, validate=True), f"{source}: {name}")
+        except ValueError:  # also letters that are not ASCII
+            return warn(f"{source}: {name}: png_base64 is not base64; left out")
+    if not (place := item.text("path", "")):
         return None
-    path = (folder / "evaluation" / item["path"]).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():  # a page must not carry other files away
-        warn(f"{source}: {name}: no file {item['path']} in the run's folder; left out")
-        return None
-    return _picture(name, path.read_bytes(), str(path))
+    if (path := inside(folder, f"evaluation/{place}")) is None:
+        return warn(f"{source}: {name}: no file {place} in the run's folder; left out")
+    return picture_file(name, path)
 
 
 # --- the recipe's promise --------------------------------------------------------------------------------------------
 
 
-def _read_target(start: dict[str, Any], name: str) -> Target | None:
-    """Returns what the recipe named in the last command promises; None where that file is not at hand."""
-    words = [str(word) for word in start.get("command") or []]
-    recipe = next((after for word, after in zip(words, words[1:]) if word == "--config"), None)
-    recipe = recipe or next((word.partition("=")[2] for word in words if word.startswith("--config=")), None)
-    if recipe is None or Path(recipe).suffix not in (".yaml", ".yml"):
-        return None
-    for path in (Path(recipe), ROOT / recipe):
-        if path.is_file():
-            score = recipe_score(path.read_text(encoding="utf-8", errors="replace"), name)
-            return Target(recipe, score) if score else None
-    return None
+def _read_target(folder: Path, start: dict[str, Any]) -> Target | None:
+    """Returns what the recipe of the last start promises, by the copy that the folder has; None without one."""
+    text = read_text(folder, "recipe.yaml") if start["recipe"] else None
+    score = recipe_score(text, folder.resolve().name) if text else None
+    return Target(start["recipe"], score) if score else None
 
 
 def recipe_score(text: str, name: str) -> str | None:

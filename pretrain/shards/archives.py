@@ -1,23 +1,30 @@
 """Files inside folders and tars, without unpacking: what the readers of original downloads read.
 
-Members of plain tars are read where they lie, compressed ones are held in memory (4 GiB at most: the large sets are
-plain tars or folders).
+Members of plain tars are read where they lie, compressed ones are held in memory (the large sets are plain tars or
+folders). What is read has a limit, and is compared with it before.
 """
 
+import gzip
 import os
-import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from pretrain.data.manifest import IMAGE_ENDINGS
+from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
+from pretrain.data.tar_headers import BadHeader, end_of, members
 from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import is_text
 from pretrain.shards.listing import files_below
 from pretrain.shards.sources import Item
+from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 
 MAX_UNPACKED_BYTES = 4 << 30  # of a compressed archive, held in memory: Oxford Pets has 0.8 GB
+MAX_LIST_BYTES = 16 << 20  # of a list of files or labels; ImageNet's has 2 MB
+UNREADABLE = (BadHeader, OSError, EOFError, zlib.error)  # what a damaged tar or .gz leads to
 
 
 class Original(NamedTuple):
@@ -35,44 +42,62 @@ class File(NamedTuple):
     """A file of a folder or an archive."""
 
     name: str  # path below the folder or in the archive
-    read: Callable[[], bytes]
+    read: Callable[[int], bytes]  # its bytes; raises BadSample when there are more than so many
     source: str  # for error messages; one of its own for each
 
 
 def files_of(path: Path) -> list[File]:
     """Returns the files of a folder, a .tar, or a .tar.gz or .tgz, sorted by name. Links to folders are followed."""
     if path.is_dir():
-        return [File(str(file.relative_to(path)), file.read_bytes, str(file)) for file in files_below(path)]
+        return [File(str(file.relative_to(path)), partial(read_file, file), str(file)) for file in files_below(path)]
     if path.suffix == ".zip":
         raise UserError(f"{path}: zip archives are not read; unpack it and give the folder")
     if not path.is_file():
         raise UserError(f"{path}: not found")
+    return sorted(members_of(path), key=lambda file: file.name)
+
+
+def members_of(path: Path) -> list[File]:
+    """Returns the files of a .tar, or a .tar.gz or .tgz, in its order. Raises UserError when it cannot be read."""
     try:
-        return sorted(members_of(path), key=lambda file: file.name)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        if path.name.endswith((".gz", ".tgz")):
+            return list(_packed_members(path))
+        with path.open("rb") as file:
+            return list(plain_members(path, file, 0, path.stat().st_size))
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable tar ({error})") from None
 
 
-def members_of(path: Path) -> Iterable[File]:
-    packed = path.name.endswith((".gz", ".tgz"))
-    with tarfile.open(path, "r:gz" if packed else "r:") as tar:
-        total = 0
-        for member in tar:
-            if not member.isreg() or member.issparse():
-                continue
-            name, source = member.name.removeprefix("./"), f"{path}[{member.name}]"
-            if not packed:
-                yield File(name, partial(read_at, path, member.offset_data, member.size), source)
-                continue
-            total += member.size
-            if total > MAX_UNPACKED_BYTES:
+def plain_members(path: Path, file: BinaryIO, start: int, end: int) -> Iterable[File]:
+    """Yields the files of a tar that lies in `path`, opened as `file`, from byte `start` to `end`."""
+    for member in members(file, start, end):
+        if member.isreg():
+            read = partial(read_at, path, member.offset_data, member.size)
+            yield File(member.name.removeprefix("./"), read, f"{path}[{member.name}]")
+
+
+def _packed_members(path: Path) -> Iterable[File]:
+    limit = max_unpacked_bytes(path)
+    with gzip.open(path) as unpacked:
+        for member in members(unpacked, 0, 1 << 62):  # how much there is, nobody knows
+            if end_of(member) > MAX_UNPACKED_BYTES:
                 raise UserError(f"{path}: more than {MAX_UNPACKED_BYTES >> 30} GiB unpacked; unpack it to a folder")
-            content = tar.extractfile(member)
-            assert content is not None  # a regular file has content
-            yield File(name, partial(bytes, content.read()), source)
+            if end_of(member) > limit:
+                raise UserError(f"{path}: {too_large(end_of(member), limit)}")
+            if not member.isreg():
+                continue
+            source = f"{path}[{member.name}]"
+            unpacked.seek(member.offset_data)
+            content = unpacked.read(member.size)
+            if len(content) < member.size:
+                raise EOFError(f"ends within {member.name}")
+            yield File(member.name.removeprefix("./"), partial(_read_bytes, content), source)
+        while unpacked.tell() < limit and unpacked.read(1 << 20):
+            pass  # to its end, where the checksum of all is
 
 
-def read_at(path: Path, offset: int, num_bytes: int) -> bytes:
+def read_at(path: Path, offset: int, num_bytes: int, limit: int) -> bytes:
+    _check_size(num_bytes, limit)
     with path.open("rb") as file:
         data = os.pread(file.fileno(), num_bytes, offset)
     if len(data) < num_bytes:
@@ -80,9 +105,46 @@ def read_at(path: Path, offset: int, num_bytes: int) -> bytes:
     return data
 
 
+def read_file(path: Path, limit: int) -> bytes:
+    _check_size(path.stat().st_size, limit)
+    return path.read_bytes()
+
+
+def _read_bytes(data: bytes, limit: int) -> bytes:
+    _check_size(len(data), limit)
+    return data
+
+
+def _check_size(num_bytes: int, limit: int) -> None:
+    if num_bytes > limit:
+        raise BadSample("tar", f"{num_bytes} bytes, at most {limit}")
+
+
+def content_of(file: File, limit: int) -> bytes:
+    """Returns what a file holds that is no image. Raises UserError when it is larger than the limit."""
+    try:
+        return file.read(limit)
+    except BadSample as bad:
+        raise UserError(f"{file.source}: {bad}") from None
+
+
+def text_of(file: File) -> str:
+    """Returns a list of files or labels. What is not UTF-8 in it is replaced, and is then no name and no label."""
+    return content_of(file, MAX_LIST_BYTES).decode(errors="replace")
+
+
+def read_text(path: Path) -> str:
+    """Returns what `text_of` does, of a file on the disk."""
+    return text_of(File(path.name, partial(read_file, path), str(path)))
+
+
 def original_of(file: File, label: int, class_name: str = "") -> Original:
+    if not is_text(file.name):
+        raise UserError(f"{shown(file.source)}: the name is not UTF-8, and the list of examples holds it; rename it")
     ending = file.name.rpartition(".")[2].lower()
-    return Original(Path(file.name).name, Item(file.read, ending, label, file.source), class_name)
+    return Original(
+        Path(file.name).name, Item(partial(file.read, MAX_IMAGE_BYTES), ending, label, file.source), class_name
+    )
 
 
 def is_image(file: File) -> bool:

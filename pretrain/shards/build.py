@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
-from pretrain.cli import shown
+from pretrain.config import MAX_CLASSES
+from pretrain.data.classes import check_names
 from pretrain.data.images import decode
 from pretrain.data.manifest import (
     LABEL_ENDING,
@@ -18,8 +19,11 @@ from pretrain.data.manifest import (
     write_manifest,
 )
 from pretrain.data.order import words
-from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
+from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
 from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import Fields, is_text, read_json
+from pretrain.log import warn
 from pretrain.shards.counts import write_counts
 from pretrain.shards.sources import Item
 from pretrain.shards.tars import index_tar
@@ -59,7 +63,7 @@ def build(
     provenance.json; `progress` counts it all the same. Raises UserError when nothing is left or the folder holds
     another data set.
     """
-    start_folder(out)
+    start_folder(out, classes)
     multi_label = _has_lists(items)
     check_labels(items, classes)
     plan = np.arange(len(items)) if seed is None else np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
@@ -79,11 +83,12 @@ def build(
 
 
 def check_labels(items: Iterable[Item], classes: Sequence[str]) -> None:
-    """Raises UserError when a label is no class; without names any number is one."""
+    """Raises UserError when a label is no class; without names any number below MAX_CLASSES is one."""
+    most = len(classes) or MAX_CLASSES
     for item in items:
         for label in _labels(item):
-            if not 0 <= label < (len(classes) or label + 1):
-                raise UserError(f"{item.source}: label {label} is not one of the {len(classes)} classes")
+            if not 0 <= label < most:
+                raise UserError(f"{item.source}: label {label} is not one of the {most} classes")
 
 
 def _labels(item: Item) -> list[int]:
@@ -99,6 +104,8 @@ def _has_lists(items: Sequence[Item]) -> bool:
             raise UserError(f"{item.source}: label {item.label}: single classes and lists are mixed in this data set")
         if not labels or len(set(labels)) < len(labels):
             raise UserError(f"{item.source}: label {item.label} is empty or names a class twice")
+        if len(labels) > MAX_LABELS:
+            raise UserError(f"{item.source}: {len(labels)} labels, at most {MAX_LABELS} of an image are read")
     return kinds == {True}
 
 
@@ -140,7 +147,7 @@ def _write_tar(
             try:
                 data = _read(item)
                 if check:
-                    decode(data)
+                    decode(data, partial(_warn_of_damage, item))
             except BadSample as bad:
                 dropped.append(shown(f"{item.source}: {bad}"))
                 continue
@@ -154,6 +161,10 @@ def _write_tar(
     return dropped
 
 
+def _warn_of_damage(item: Item, complaint: str) -> None:
+    warn(shown(f"{item.source}: is damaged, and kept: {complaint}"))
+
+
 def _read(item: Item) -> bytes:
     """Reads an image by the rule of those who will read the shard. Raises BadSample."""
     try:
@@ -165,7 +176,14 @@ def _read(item: Item) -> bytes:
     return data
 
 
-def start_folder(out: Path) -> None:
+def start_folder(out: Path, classes: Sequence[str] = ()) -> None:
+    """Makes the folder of a new data set. Raises UserError when that cannot be, or its names cannot be kept."""
+    if not is_text(set_name(out)):
+        raise UserError(f"{shown(out)}: the folder's name is not UTF-8, and it names the data set; choose another one")
+    if classes:
+        check_names(classes, len(classes), f"{out}: classes")
+    if len(classes) > MAX_CLASSES:
+        raise UserError(f"{out}: {len(classes)} classes, at most {MAX_CLASSES}")
     if (out / "manifest.json").exists():
         raise UserError(f"{out}: holds a data set already; remove it or choose another folder")
     try:
@@ -188,6 +206,6 @@ def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
 
 
 def read_dropped(folder: Path) -> list[str]:
-    """Returns what was left out of a data set, with the reasons."""
+    """Returns what was left out of a data set, with the reasons. Raises UserError when the list cannot be read."""
     path = folder / "provenance.json"
-    return json.loads(path.read_text(encoding="utf-8"))["dropped"] if path.exists() else []
+    return list(Fields.of(read_json(path), str(path)).texts("dropped")) if path.exists() else []

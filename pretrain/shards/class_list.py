@@ -1,14 +1,15 @@
 """The classes that a user gives, and which label a folder has among them: by its name, never by its position."""
 
-import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.cli import is_text
+from pretrain.config import MAX_CLASSES
 from pretrain.config.checks import did_you_mean
+from pretrain.data.classes import MAX_NAME_LETTERS
 from pretrain.errors import UserError
+from pretrain.json_files import brief, is_text, read_json
 from pretrain.shards.imagenet import wnids
 
 
@@ -27,8 +28,12 @@ def read_class_list(path: Path) -> ClassList:
     A name may be a list of words for it. Raises UserError when it is none of these.
     """
     try:
-        return _class_list(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        values = read_json(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        return _class_list(values, str(path))
+    except ValueError as error:
         raise UserError(f'{path}: expected a JSON list of names, or an object with "names" ({error})') from None
 
 
@@ -41,11 +46,13 @@ def _class_list(values: Any, source: str) -> ClassList:
         else:  # transformers' id2label: {"0": "tench", ...}
             names = rows
     elif isinstance(values, dict):
-        names, ids = values["names"], values.get("wnids") or values.get("ids") or ()
+        names, ids = values.get("names"), values.get("wnids") or values.get("ids") or ()
     else:
         names = values
     if not isinstance(names, list) or not names or not isinstance(ids, (list, tuple)):
         raise ValueError("names and wnids must be lists")
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"{len(names)} names, at most {MAX_CLASSES}")
     if ids and len(ids) != len(names):
         raise ValueError(f"{len(names)} names and {len(ids)} wnids")
     return ClassList(tuple(map(_words, names)), tuple(map(_words, ids)), source)
@@ -55,8 +62,10 @@ def _words(name: Any) -> str:
     """A name, which may be a list of words for it. Raises ValueError when it is something else."""
     words = [name] if isinstance(name, str) else name
     if not isinstance(words, list) or not words or not all(isinstance(w, str) and w and is_text(w) for w in words):
-        raise ValueError(f"{name!r} is not a name")
-    return ", ".join(words)
+        raise ValueError(f"{brief(name)} is not a name")
+    if len(joined := ", ".join(words)) > MAX_NAME_LETTERS:
+        raise ValueError(f"{brief(joined)} has {len(joined)} letters, at most {MAX_NAME_LETTERS}")
+    return joined
 
 
 def labels_of(found: Sequence[str], classes: ClassList) -> tuple[list[int], str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain.errors import UserError
+from pretrain.json_files import Fields, read_json
 from pretrain.storage import write_text
 
 FILE = "counts.json"
@@ -20,15 +22,24 @@ def write_counts(folder: Path, counts: Sequence[int], classes: Sequence[str]) ->
 
 def add_to_counts(folder: Path, told: Mapping[str, Mapping[str, int]]) -> None:
     """Adds what was passed over and noted, each with its number, to a data set's counts."""
-    values: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    values: dict[str, Any] = _read(folder).values
     values |= {name: dict(numbers) for name, numbers in told.items()}
     write_text(folder / FILE, json.dumps(values, indent=1) + "\n")
 
 
 def read_counts(folder: Path) -> tuple[list[int], list[str]]:
-    """Returns the number of images of each class, and the classes' names, or nothing."""
-    values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    return values["images"], values["classes"]
+    """Returns the number of images of each class, and the classes' names, or nothing. Raises UserError."""
+    values = _read(folder)
+    images, classes = values.values.get("images"), list(values.texts("classes"))
+    if not isinstance(images, list) or not all(type(count) is int and count >= 0 for count in images):
+        values.wrong("images", "a list of numbers of images")
+    if classes and len(classes) != len(images):
+        raise UserError(f"{values.source}: has {len(classes)} class names for {len(images)} numbers of images")
+    return images, classes
+
+
+def _read(folder: Path) -> Fields:
+    return Fields.of(read_json(folder / FILE), str(folder / FILE))
 
 
 def table_of(counts: Sequence[int], classes: Sequence[str]) -> list[str]:

@@ -7,17 +7,20 @@ images and labels, whatever tool packed them.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from pretrain.config import MAX_CLASSES
 from pretrain.data.images import decode
-from pretrain.data.manifest import IMAGE_ENDINGS, Manifest
+from pretrain.data.manifest import IMAGE_ENDINGS, Manifest, file_inside
 from pretrain.data.reader import BadSample, read_sample
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, parse_json
 from pretrain.storage import write_text
 
 FILE = "examples.jsonl"
+_MAX_LINE_BYTES = 64 << 10  # an id is a file's name or TFDS's, of some hundred letters at most
 
 
 class Example(NamedTuple):
@@ -57,14 +60,30 @@ def load_examples(manifest: Manifest) -> list[Example]:
     """Reads the list beside a manifest. Raises UserError when it is missing or does not fit."""
     path = manifest.path.parent / FILE
     try:
-        examples = [Example(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        file_inside(path.parent, path)
+        with path.open("rb") as file:
+            examples = list(_lines(file, path, manifest))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; prepare the set with tools/make_shards.py --task") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a list of examples ({error})") from None
-    if [example.index for example in examples] != list(range(manifest.num_samples)):
+    except OSError as error:
+        raise UserError(f"{path}: not a list of examples ({error.strerror})") from None
+    if len(examples) != manifest.num_samples:
         raise UserError(f"{path}: lists {len(examples)} examples, {manifest.path} has {manifest.num_samples}")
     return examples
+
+
+def _lines(file: BinaryIO, path: Path, manifest: Manifest) -> Iterator[Example]:
+    """Yields the examples, one a line. Raises UserError when there are more than samples, or one is no example."""
+    for index in range(manifest.num_samples + 1):
+        line = file.readline(_MAX_LINE_BYTES)
+        if not line:
+            return
+        if index == manifest.num_samples:
+            raise UserError(f"{path}: lists more examples than the {manifest.num_samples} of {manifest.path}")
+        values = Fields.of(parse_json(line, f"{path}: line {index + 1}"), f"{path}: line {index + 1}")
+        if values.integer("index", 0, manifest.num_samples) != index:
+            values.wrong("index", str(index))
+        yield Example(index, values.text("id"), values.integer("label", 0, MAX_CLASSES), values.text("sha256"))
 
 
 def sample_names(manifest: Manifest, indices: Sequence[int]) -> list[str]:

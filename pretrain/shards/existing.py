@@ -1,20 +1,22 @@
 """Existing tars, indexed as they are."""
 
 import gzip
-import shutil
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from pretrain.data.manifest import Shard
+from pretrain.config import MAX_CLASSES
+from pretrain.data.manifest import Shard, file_inside
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import is_text
 from pretrain.shards.build import DataSet, Progress, finish, start_folder
 from pretrain.shards.tars import alone, index_tar
+from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.storage import replacing
-
-MAX_CLASSES = 1 << 20  # of labels without names: a larger one is a number of something else
 
 
 def index_existing(
@@ -31,35 +33,58 @@ def index_existing(
     damaged, holds a sample twice or without image or label.
     """
     if not all(path.resolve().parent == out.resolve() for path in tars):
-        start_folder(out)  # else: indexed again, where they lie
+        start_folder(out, classes)  # else: indexed again, where they lie
     names = [path.name.removesuffix(".gz") for path in tars]
     if len(set(names)) < len(names):
         raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
+    if unreadable := next((name for name in names if not is_text(name)), None):
+        raise UserError(f"{shown(unreadable)}: the tar's name is not UTF-8, and the manifest names it; rename it")
     shards, counts, multi_label = [], Counter[int](), False
-    for path, name in zip(tars, names):
-        shard = index_tar(_brought(path, out / name), passed_over)
-        if not shard.num_samples:
-            raise UserError(f"{path}: has no samples")
-        multi_label = multi_label if shards else _starts_with_list(shard)
-        counts.update(_labels_of(shard, len(classes), multi_label))
-        shards.append(shard)
-        progress(1)
-    num_classes = len(classes) or max(counts) + 1
-    if num_classes > MAX_CLASSES:
-        raise UserError(f"{out}: label {max(counts)} makes more than {MAX_CLASSES} classes")
+    with _removed_on_refusal() as brought:
+        for path, name in zip(tars, names):
+            shard = index_tar(_brought(path, out / name, brought), passed_over)
+            if not shard.num_samples:
+                raise UserError(f"{path}: has no samples")
+            multi_label = multi_label if shards else _starts_with_list(shard)
+            counts.update(_labels_of(shard, len(classes), multi_label))
+            shards.append(shard)
+            progress(1)
+        num_classes = len(classes) or max(counts) + 1
+        if num_classes > MAX_CLASSES:
+            raise UserError(f"{out}: label {max(counts)} makes more than {MAX_CLASSES} classes")
     return finish(out, DataSet(shards, num_classes, classes, counts, [], multi_label), {"scope": "none"})
 
 
-def _brought(source: Path, target: Path) -> Path:
+@contextmanager
+def _removed_on_refusal() -> Iterator[list[Path]]:
+    """Yields a list for the files that are brought; when a tar is refused, all are removed: nobody can use them."""
+    brought: list[Path] = []
+    try:
+        yield brought
+    except UserError:
+        for path in brought:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _brought(source: Path, target: Path, brought: list[Path]) -> Path:
+    """A tar in its place; where it was copied or unpacked, it and its index to be are added to `brought`."""
     if source.resolve() == target.resolve():
+        file_inside(target.parent, target)
         return target
+    limit = max_unpacked_bytes(source)
     try:
         with replacing(target) as temporary:
             opened = gzip.open(source) if source.suffix == ".gz" else source.open("rb")
             with opened as reader, temporary.open("wb") as writer:
-                shutil.copyfileobj(reader, writer, 1 << 20)
+                while block := reader.read(1 << 20):
+                    if writer.tell() + len(block) > limit:
+                        raise UserError(f"{source}: {too_large(writer.tell() + len(block), limit)}")
+                    writer.write(block)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{source}: cannot be copied to {target} ({error})") from None
+    index = target.with_suffix(".idx")
+    brought += [target] if index.exists() else [target, index]  # one that lies there may be another tool's
     return target
 
 

@@ -1,23 +1,37 @@
 """ImageNet as its authors publish it: two tars, or folders, and the labels of its validation images."""
 
 import re
-import tarfile
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.resources import files as package_files
 from pathlib import Path
 
-import numpy as np
-
+from pretrain.data.tar_headers import members
 from pretrain.errors import UserError
-from pretrain.shards.archives import File, Original, Splits, files_of, found_in, is_image, one_of, original_of, read_at
+from pretrain.escape import shown
+from pretrain.shards.archives import (
+    UNREADABLE,
+    Original,
+    Splits,
+    content_of,
+    files_of,
+    found_in,
+    is_image,
+    one_of,
+    original_of,
+    plain_members,
+    read_text,
+    text_of,
+)
+from pretrain.shards.arrays import read_arrays, whole_numbers
 from pretrain.shards.class_folders import class_folders, class_of
-from pretrain.shards.matlab import read_matlab
+from pretrain.shards.matlab import MAX_MATLAB_BYTES, read_matlab, whole
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 VAL_LABELS = ("val_labels.txt", "imagenet_2012_validation_synset_labels.txt", "val.txt", "imagenet_val_labels.npz")
 _NUM_VAL = 50_000
+_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 @lru_cache(maxsize=4)
@@ -52,16 +66,13 @@ def _train_tar(path: Path, classes: dict[str, int]) -> list[Original]:
     """Returns the images of a tar that holds a tar for each class, nNNNNNNNN.tar."""
     originals = []
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
-            members = sorted((member for member in outer if member.isreg()), key=lambda member: member.name)
-            for member in members:
+        with path.open("rb") as file:
+            outer = [member for member in members(file, 0, path.stat().st_size) if member.isreg()]
+            for member in sorted(outer, key=lambda member: member.name):
                 label = class_of(Path(member.name).stem, classes, path)
-                file.seek(member.offset_data)
-                with tarfile.open(fileobj=file, mode="r:") as inner:  # its offsets count from the file's beginning
-                    for image in sorted((m for m in inner if m.isreg()), key=lambda m: m.name):
-                        read = partial(read_at, path, image.offset_data, image.size)
-                        originals.append(original_of(File(image.name, read, f"{path}[{image.name}]"), label))
-    except tarfile.TarError as error:
+                images = plain_members(path, file, member.offset_data, member.offset_data + member.size)
+                originals += [original_of(image, label) for image in sorted(images, key=lambda image: image.name)]
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable tar of tars ({error})") from None
     return originals
 
@@ -73,7 +84,7 @@ def _flat_val(path: Path, labels: Sequence[int]) -> list[Original]:
             continue
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", Path(file.name).name)
         if not match or not 1 <= int(match[1]) <= _NUM_VAL:
-            raise UserError(f"{path}: {file.name} is not ILSVRC2012_val_00000001.JPEG to _{_NUM_VAL:08d}.JPEG")
+            raise UserError(f"{path}: {shown(file.name)} is not ILSVRC2012_val_00000001.JPEG to _{_NUM_VAL:08d}.JPEG")
         originals.append(original_of(file, labels[int(match[1]) - 1]))
     return originals
 
@@ -99,25 +110,26 @@ def val_labels(folder: Path) -> list[int]:
 def _devkit_labels(devkit: Path) -> list[int]:
     """ILSVRC2012 numbers its classes in an order of its own, which meta.mat maps to WordNet ids."""
     found = {Path(file.name).name: file for file in files_of(devkit)}
+    for name in ("meta.mat", _TRUTH):
+        if name not in found:
+            raise UserError(f"{devkit}: holds no {name}")
     try:
-        synsets = read_matlab(found["meta.mat"].read())["synsets"]
-        wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        synsets = read_matlab(content_of(found["meta.mat"], MAX_MATLAB_BYTES))["synsets"]
+        wnid_of = {whole(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
         index = {wnid: number for number, wnid in enumerate(wnids())}
-        truth = found["ILSVRC2012_validation_ground_truth.txt"].read().split()
-        return [index[wnid_of[int(number)]] for number in truth]
+        return [index[wnid_of[int(number)]] for number in text_of(found[_TRUTH]).split()]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{devkit}: meta.mat or the validation ground truth cannot be used ({error!r})") from None
+        raise UserError(f"{devkit}: meta.mat or the validation ground truth cannot be used ({error!r:.200})") from None
 
 
 def _label_list(path: Path) -> list[int]:
+    if path.suffix == ".npz":
+        return whole_numbers(read_arrays(path, ("label",))["label"], f"{path}: label", -(10**9), 10**9)
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays["label"].astype(int).tolist()
         index = {wnid: number for number, wnid in enumerate(wnids())}
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if len(lines[0]) > 1:
+        lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
+        if lines and len(lines[0]) > 1:
             lines.sort()  # "ILSVRC2012_val_00000001.JPEG 65": by name
-        return [index[words[-1]] if words[-1] in index else int(words[-1]) for words in lines]
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path}: not a list of labels ({error})") from None
+        return [index[words[-1]] if words[-1] in index else int(words[-1][:20]) for words in lines]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a list of labels ({error!s:.200})") from None

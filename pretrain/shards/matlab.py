@@ -8,8 +8,11 @@ import subprocess
 import sys
 from typing import Any
 
+MAX_MATLAB_BYTES = 64 << 20  # of a file; ImageNet's meta.mat has 1 MB
 _TIMEOUT_S = 120
 _MAX_MEMORY_BYTES = 4 << 30  # of address space: a damaged size must not fill the machine
+_MAX_VALUES = 1 << 20  # of a file; imagelabels.mat has 8189
+_MAX_OUTPUT_BYTES = 64 << 20
 
 
 def read_matlab(data: bytes) -> dict[str, list[Any]]:
@@ -17,6 +20,8 @@ def read_matlab(data: bytes) -> dict[str, list[Any]]:
 
     Raises ValueError when it cannot be read.
     """
+    from pretrain.json_files import parse_json  # not above: in the process below there may be no package `pretrain`
+
     # -P: this file's folder is not searched for modules.
     command = [sys.executable, "-P", "-W", "ignore", __file__]
     try:
@@ -25,8 +30,19 @@ def read_matlab(data: bytes) -> dict[str, list[Any]]:
         raise ValueError(f"reading it took more than {_TIMEOUT_S} s") from None
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines() or [""]
-        raise ValueError(lines[-1] if done.returncode > 0 else f"the reader crashed, signal {-done.returncode}")
-    return json.loads(done.stdout)
+        raise ValueError(lines[-1][:200] if done.returncode > 0 else f"the reader crashed, signal {-done.returncode}")
+    if len(done.stdout) > _MAX_OUTPUT_BYTES:
+        raise ValueError(f"more than {_MAX_OUTPUT_BYTES} bytes as text")
+    return parse_json(done.stdout, "its arrays")
+
+
+def whole(value: object) -> int:
+    """Returns a number of a Matlab file, where most are floating point, as an integer. Raises ValueError."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -(10**9) <= value <= 10**9:
+        raise ValueError(f"{value!r:.40} is not a whole number")
+    if value != int(value):
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(value)
 
 
 def _main() -> None:
@@ -37,7 +53,10 @@ def _main() -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
     arrays = loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)
-    values = {name: _plain(array) for name, array in arrays.items() if not name.startswith("__")}
+    arrays = {name: array for name, array in arrays.items() if not name.startswith("__")}
+    if sum(getattr(array, "size", 1) for array in arrays.values()) > _MAX_VALUES:
+        raise ValueError(f"more than {_MAX_VALUES} values")
+    values = {name: _plain(array) for name, array in arrays.items()}
     print(json.dumps(values, default=str))  # what is neither number nor text is not needed
 
 

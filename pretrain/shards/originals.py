@@ -9,11 +9,25 @@ import numpy as np
 from PIL import Image
 
 from pretrain.errors import UserError
-from pretrain.shards.archives import File, Original, Splits, files_of, found_in, is_image, one_of, original_of
-from pretrain.shards.matlab import read_matlab
+from pretrain.escape import shown
+from pretrain.shards.archives import (
+    File,
+    Original,
+    Splits,
+    content_of,
+    files_of,
+    found_in,
+    is_image,
+    one_of,
+    original_of,
+    read_file,
+    text_of,
+)
+from pretrain.shards.matlab import MAX_MATLAB_BYTES, read_matlab, whole
 from pretrain.shards.sources import Item
 
 _CIFAR_PIXELS = 3 * 32 * 32  # red plane, green plane, blue plane
+_MAX_CIFAR_BYTES = 256 << 20  # of a batch: the largest, CIFAR-100's train.bin, has 154 MB
 
 
 def cifar(source: Path, num_classes: int) -> Splits:
@@ -34,7 +48,7 @@ def cifar(source: Path, num_classes: int) -> Splits:
             raise UserError(f"{archive}: {name} is missing")
     label_bytes = 1 if num_classes == 10 else 2  # of CIFAR-100: coarse class, then class
     listed = files.get("batches.meta.txt" if num_classes == 10 else "fine_label_names.txt")
-    class_names = dict(enumerate(listed.read().decode(errors="replace").split() if listed else []))
+    class_names = dict(enumerate(text_of(listed).split() if listed else []))
     return {
         split: [original for name in names for original in _cifar_batch(binary[name], label_bytes, class_names)]
         for split, names in (("train", train), ("test", test))
@@ -42,7 +56,7 @@ def cifar(source: Path, num_classes: int) -> Splits:
 
 
 def _cifar_batch(file: File, label_bytes: int, class_names: dict[int, str]) -> list[Original]:
-    data = np.frombuffer(file.read(), np.uint8)
+    data = np.frombuffer(content_of(file, _MAX_CIFAR_BYTES), np.uint8)
     if len(data) % (label_bytes + _CIFAR_PIXELS):
         raise UserError(f"{file.source}: {len(data)} bytes are not a multiple of {label_bytes + _CIFAR_PIXELS}; cut?")
     rows = data.reshape(-1, label_bytes + _CIFAR_PIXELS)
@@ -78,20 +92,20 @@ def pets(source: Path) -> Splits:
         if name not in lists:
             raise UserError(f"{source}: annotations hold no {name}")
         splits[split] = []
-        for line in lists[name].read().decode().splitlines():
+        for line in text_of(lists[name]).splitlines():
             if not line.strip() or line.startswith("#"):
                 continue
             # Abyssinian_201 1 1 1: breed and number, class from 1, species, breed within the species
             key, label = _list_entry(lists[name], line)
             if key not in images:
-                raise UserError(f"{source}: {name} names {key}, images hold no such file")
+                raise UserError(f"{source}: {name} names {shown(key)}, images hold no such file")
             splits[split].append(original_of(images[key], label - 1, key.rpartition("_")[0]))
     return splits
 
 
 def _list_entry(file: File, line: str) -> tuple[str, int]:
     words = line.split()
-    if len(words) < 2 or not words[1].isdigit():
+    if len(words) < 2 or not re.fullmatch(r"[0-9]{1,9}", words[1]):
         raise UserError(f"{file.source}: {line[:60]!r} is not a name and a class")
     return words[0], int(words[1])
 
@@ -116,11 +130,12 @@ def flowers(source: Path) -> Splits:
 
 def _matlab(path: Path, *names: str) -> dict[str, list[int]]:
     """Returns lists of integers from a Matlab file."""
+    file = File(path.name, partial(read_file, path), str(path))
     try:
-        values = read_matlab(path.read_bytes())
-        return {name: [int(value) for value in values[name]] for name in names}
+        values = read_matlab(content_of(file, MAX_MATLAB_BYTES))
+        return {name: [whole(value) for value in values[name]] for name in names}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a Matlab file with {', '.join(names)} ({error})") from None
+        raise UserError(f"{path}: not a Matlab file with {', '.join(names)} ({error!s:.200})") from None
 
 
 def dtd(source: Path) -> Splits:
@@ -134,9 +149,9 @@ def dtd(source: Path) -> Splits:
     for split in ("train", "val", "test"):
         if f"{split}1.txt" not in lists:
             raise UserError(f"{archive}: labels/{split}1.txt is missing")
-        keys = lists[f"{split}1.txt"].read().decode().split()  # banded/banded_0002.jpg
+        keys = text_of(lists[f"{split}1.txt"]).split()  # banded/banded_0002.jpg
         if unknown := [key for key in keys if key not in images]:
-            raise UserError(f"{archive}: {split}1.txt names {unknown[0]}, which has no file")
+            raise UserError(f"{archive}: {split}1.txt names {shown(unknown[0])}, which has no file")
         named = [(key, key.partition("/")[0]) for key in keys]
         splits[split] = [original_of(images[key], classes[name], name) for key, name in named]
     return splits

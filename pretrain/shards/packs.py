@@ -1,13 +1,13 @@
 """Packs that somebody has cut into splits already: .npz, or tars of KEY.jpg and KEY.cls."""
 
 import re
-import tarfile
-import zlib
 from pathlib import Path
 
 from pretrain.data.manifest import LABEL_ENDING
+from pretrain.data.reader import MAX_LABEL_BYTES
 from pretrain.errors import UserError
-from pretrain.shards.archives import Original, is_image, members_of, original_of
+from pretrain.escape import shown
+from pretrain.shards.archives import Original, content_of, is_image, members_of, original_of
 from pretrain.shards.sources import npz_items
 
 _SPLIT_WORD = re.compile(r"(?<![a-z])(trainval|train|val|validation|dev_?test|test)(?![a-z])")
@@ -27,17 +27,15 @@ def pack_originals(path: Path) -> list[Original]:
         labels = [item.label for item in items if isinstance(item.label, int)]  # all of them: an array of integers
         named = [classes[label] if label < len(classes) else "" for label in labels]
         return [Original(f"{path.name}[{i}]", item, named[i]) for i, item in enumerate(items)]
-    try:
-        members = list(members_of(path))
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable tar ({error})") from None
+    members = members_of(path)
     labels = {name.rpartition(".")[0]: file for file in members if (name := file.name).endswith(f".{LABEL_ENDING}")}
     originals = []
     for file in members:
         key = file.name.rpartition(".")[0]
         if is_image(file):
-            text = labels[key].read().strip() if key in labels else b""
-            if not text.isdigit():
-                raise UserError(f"{path}: {file.name} has no label; expected {key}.{LABEL_ENDING} with digits")
+            text = content_of(labels[key], MAX_LABEL_BYTES).strip() if key in labels else b""
+            if not text.isdigit() or len(text) > 9:
+                named = f"{shown(file.name)} has no label; expected {shown(key)}.{LABEL_ENDING} with digits"
+                raise UserError(f"{path}: {named}")
             originals.append(original_of(file, int(text))._replace(id=key))
     return originals

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, features
 
-from pretrain.data.images import FORMATS, MAX_PIXELS
+from pretrain.data import headers
+from pretrain.data.images import FORMATS
 from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 
@@ -55,12 +56,16 @@ def read_picture(path: Path, notes: Counter[str], apply_orientation: bool = Fals
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise BadSample("tar", f"{path.stat().st_size} bytes, at most {MAX_IMAGE_BYTES}")
     data = path.read_bytes()
+    headers.check_parts(data)
+    if data.startswith(b"\xff\xd8"):
+        headers.jpeg_coefficients(data)  # its limits
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=(*FORMATS, *formats())) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadSample("decode", f"{image.width} x {image.height} pixels")
+                headers.check_size(image.width, image.height)
+                if image.format not in (*FORMATS, "MPO"):  # becomes a PNG, which has to be read again
+                    headers.check_memory(image.width, image.height, headers.PILLOW["PNG"], b"")
                 return _stored(image, data, notes, apply_orientation)
     except BadSample:
         raise

@@ -1,7 +1,5 @@
 """Where samples come from: image folders, CIFAR-style archives. A source is a list of `Item`s."""
 
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,9 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.cli import is_text, shown
+from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import is_text
+from pretrain.shards.arrays import names_of, read_arrays, whole_numbers
 from pretrain.shards.listing import files_below, is_of_the_system, leads_up, num_files, refuse_broken_link
 from pretrain.shards.pictures import PICTURE_ENDINGS, REFUSED_ENDINGS, ending_of, read_picture, stored_ending
 
@@ -106,24 +107,27 @@ def _pass_over(path: Path, told: Told) -> None:
 
 def npz_items(path: Path) -> tuple[list[Item], list[str]]:
     """Returns the images of a CIFAR-style archive: arrays blob (encoded images end to end), offset, label, classes."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            blob, offset, label = arrays["blob"], arrays["offset"], arrays["label"]
-            classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else []
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not an archive of images (arrays blob, offset, label): {error}") from None
-    if not len(label) or not len(offset) or label.dtype.kind not in "iu":
-        raise UserError(f"{path}: {len(label)} labels of type {label.dtype}, expected whole numbers for its images")
-    if len(offset) != len(label) + 1 or int(offset[-1]) != len(blob):
+    arrays = read_arrays(path, ("blob", "offset", "label"), optional=("classes",))
+    blob, offset = arrays["blob"], arrays["offset"]
+    labels = whole_numbers(arrays["label"], f"{path}: label", 0, MAX_CLASSES - 1)
+    classes = names_of(arrays["classes"], f"{path}: classes") if "classes" in arrays else []
+    if blob.dtype != np.uint8:
+        raise UserError(f"{path}: blob is {blob.dtype}, expected uint8: encoded images end to end")
+    if not labels:
+        raise UserError(f"{path}: has no samples")
+    offsets = whole_numbers(offset, f"{path}: offset", 0, len(blob))
+    if len(offsets) != len(labels) + 1 or offsets[-1] != len(blob) or sorted(offsets) != offsets:
         raise UserError(
-            f"{path}: {len(offset)} offsets up to {offset[-1]} for {len(label)} labels and {len(blob)} bytes"
+            f"{path}: {len(offsets)} offsets up to {offsets[-1] if offsets else 0} for {len(labels)} labels and "
+            f"{len(blob)} bytes, expected one more than labels, rising to the last byte"
         )
 
     def image(number: int) -> bytes:
-        return blob[offset[number] : offset[number + 1]].tobytes()
+        return blob[offsets[number] : offsets[number + 1]].tobytes()
 
+    endings = [sniffed_ending(blob[start : start + 12].tobytes()) for start in offsets[:-1]]
     return [
-        Item(partial(image, i), sniffed_ending(image(i)), int(label[i]), f"{path}[{i}]") for i in range(len(label))
+        Item(partial(image, i), ending, label, f"{path}[{i}]") for i, (ending, label) in enumerate(zip(endings, labels))
     ], classes
 
 

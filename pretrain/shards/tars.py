@@ -1,13 +1,11 @@
 """The index of a tar: where each sample begins, and whether it can be read at all."""
 
-import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.cli import shown
 from pretrain.data.manifest import (
     BLOCK,
     IMAGE_ENDINGS,
@@ -19,7 +17,9 @@ from pretrain.data.manifest import (
     write_index,
 )
 from pretrain.data.reader import is_stranger, member_passed_over
+from pretrain.data.tar_headers import BadHeader, end_of, members
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.storage import sha256
 
 
@@ -41,9 +41,7 @@ def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
     told = Counter() if passed_over is None else passed_over
     try:
         groups, end = _walk(path, told)
-    except UserError:
-        raise
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except (BadHeader, OSError) as error:
         raise UserError(f"{path}: not a readable tar ({error})") from None
     told["files of no sample"] += sum(len(group.endings) for group in groups if is_stranger(group.endings))
     groups = [group for group in groups if not is_stranger(group.endings)]
@@ -64,11 +62,9 @@ def _walk(path: Path, told: Counter[str]) -> tuple[list[_Group], int]:
     """The groups of a tar in their order, and the byte behind its last member."""
     groups: list[_Group] = []
     end = 0
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if member.issparse():
-                raise UserError(f"{path}: {member.name} is sparse: 10 kB of it could become gigabytes; pack it plainly")
-            end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
+    with path.open("rb") as file:
+        for member in members(file, 0, path.stat().st_size):
+            end = end_of(member)
             if member.isdir():  # a folder's own entry
                 continue
             key, ending = _key_and_ending(member.name)

@@ -4,7 +4,6 @@ A TFDS folder holds `NAME-SPLIT.tfrecord-00003-of-00016`. A record is framed by 
 tf.train.Example: a map from a feature's path (`objects/location`) to a flat list of bytes, floats or integers.
 """
 
-import json
 import os
 import re
 import struct
@@ -16,8 +15,13 @@ from typing import Any, NamedTuple
 import google_crc32c
 
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, read_json
 
 Features = dict[str, list[Any]]  # bytes, float or int, by the feature's path
+
+MAX_RECORD_BYTES = 64 << 20  # as of a sample in a shard
+MAX_NUMBER_BYTES = 1 << 20  # of a feature that is a list of numbers, each becomes 36 bytes
+MAX_FIELDS = 100_000  # of a message; an Example has one for each feature, an unpacked list one for each number
 
 _INFO = "dataset_info.json"
 _FRAME_BYTES = 8 + 4 + 4  # around a record: its length, the length's checksum, and the record's checksum behind it
@@ -104,28 +108,28 @@ def split_files(folder: Path, dataset: str, split: str) -> list[Path]:
 
 def _shard_lengths(folder: Path, split: str) -> list[int]:
     """What dataset_info.json says of a split's files; nothing when it is not there."""
-    try:
-        splits = _dataset_info(folder).get("splits", [])
-        return [int(n) for entry in splits if entry["name"] == split for n in entry.get("shardLengths", [])]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _no_description(folder, error) from None
+    of_split = [entry for entry in _dataset_info(folder).parts("splits", ()) if entry.text("name") == split]
+    return [int(length) for entry in of_split for length in _lengths(entry)]
 
 
-def _dataset_info(folder: Path) -> dict[str, Any]:
+def _lengths(entry: Fields) -> list[str]:
+    """protobuf writes 64-bit integers as texts, people as numbers."""
+    values = entry.values.get("shardLengths", [])
+    lengths = [str(value) for value in values] if isinstance(values, list) else ["?"]
+    if not all(re.fullmatch(r"[0-9]{1,12}", length) for length in lengths):
+        entry.wrong("shardLengths", "a list of whole numbers")
+    return lengths
+
+
+def _dataset_info(folder: Path) -> Fields:
     """TFDS's description of a set; empty when it is not there."""
+    path = folder / _INFO
     try:
-        values = json.loads((folder / _INFO).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"a {type(values).__name__} instead of an object")
-        return values
+        return Fields.of(read_json(path), str(path))
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise _no_description(folder, error) from None
-
-
-def _no_description(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder / _INFO}: not a description of a TFDS data set ({error})")
+        return Fields({}, str(path))
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: not a description of a TFDS data set ({error})") from None
 
 
 def tfds_folder(source: Path, builder: str) -> Path:
@@ -162,8 +166,8 @@ def tfds_folder(source: Path, builder: str) -> Path:
 
 def _config_of(folder: Path) -> str:
     """What dataset_info.json says, or without it the folder: eurosat/rgb/2.0.0, next to eurosat/all/2.0.0."""
-    name = _dataset_info(folder).get("configName")
-    return str(name) if name else (folder.parent if _is_version(folder.name) else folder).name
+    name = _dataset_info(folder).text("configName", "")
+    return name if name else (folder.parent if _is_version(folder.name) else folder).name
 
 
 def _is_version(name: str) -> bool:
@@ -186,6 +190,8 @@ def file_records(path: Path) -> Iterator[Record]:
             length, checksum = struct.unpack("<QI", header)
             if masked_crc32c(header[:8]) != checksum:
                 raise UserError(f"{path}: byte {offset}: the length of record {number} is damaged (CRC differs)")
+            if length > MAX_RECORD_BYTES:
+                raise UserError(f"{path}: byte {offset}: a record of {length} bytes, at most {MAX_RECORD_BYTES}")
             if offset + length + _FRAME_BYTES > size:
                 raise UserError(f"{path}: cut at byte {size}, in record {number} of {length} bytes")
             yield Record(path, number, offset + 12, length)
@@ -246,6 +252,8 @@ def _items(kind: int, data: bytes) -> list[Any]:
     values = [value for number, value in _fields(data) if number == 1]
     if kind == 1:
         return values
+    if sum(len(value) for value in values if isinstance(value, bytes)) > MAX_NUMBER_BYTES:
+        raise ValueError(f"a list of numbers of more than {MAX_NUMBER_BYTES} bytes")
     if kind == 2:
         packed = b"".join(values)
         return list(struct.unpack(f"<{len(packed) // 4}f", packed))
@@ -257,8 +265,11 @@ def _items(kind: int, data: bytes) -> list[Any]:
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Yields a protobuf message's fields: (number, int for varints, else the bytes)."""
-    position = 0
+    position = count = 0
     while position < len(data):
+        count += 1
+        if count > MAX_FIELDS:
+            raise ValueError(f"more than {MAX_FIELDS} fields in a message")
         key, position = _varint(data, position)
         wire = key & 7
         if wire == 0:

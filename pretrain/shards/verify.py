@@ -1,12 +1,11 @@
 """Everything of a data set read again: digests, indexes, labels, images."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from pretrain.cli import shown
 from pretrain.data.images import decode
-from pretrain.data.manifest import (
-    Manifest,
-    load_index,
-)
+from pretrain.data.manifest import Manifest, check_shards, load_index
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
 from pretrain.shards.build import Progress
@@ -15,11 +14,12 @@ from pretrain.storage import sha256
 
 
 def verify(manifest: Manifest, progress: Progress = lambda _: None) -> Iterator[str]:
-    """Yields what is wrong with a data set: digests, indexes, labels and images, every sample decoded."""
+    """Yields what is wrong with a data set: digests, indexes, labels and images; every sample is decoded."""
     for shard in manifest.shards:
         try:
-            if not shard.path.is_file() or sha256(shard.path) != shard.sha256:
-                yield f"{shard.path}: is missing or is not the file that was indexed (SHA-256 differs)"
+            check_shards(replace(manifest, shards=(shard,)))
+            if sha256(shard.path) != shard.sha256:
+                yield f"{shard.path}: is not the file that was indexed (SHA-256 differs)"
                 continue
             load_index(shard)
         except UserError as error:
@@ -30,7 +30,10 @@ def verify(manifest: Manifest, progress: Progress = lambda _: None) -> Iterator[
             try:
                 raw = read_sample(only, number)
                 parse_labels(raw.label, manifest.num_classes, manifest.multi_label)
-                decode(raw.image)
+                damage: list[str] = []
+                decode(raw.image, damage.append)
+                if damage:
+                    yield f"{shard.path}: sample {number}: {shown(raw.key)}: damaged: {damage[0]}"
             except BadSample as bad:
                 yield f"{shard.path}: sample {number}: {bad}"
             progress(1)

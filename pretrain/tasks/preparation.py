@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pretrain.cli import shown
-from pretrain.data.manifest import check_shards, load_manifest
+from pretrain.data.manifest import check_shards, file_inside, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
-from pretrain.shards.archives import Original, Splits
+from pretrain.escape import shown
+from pretrain.json_files import Fields, brief, read_json
+from pretrain.shards.archives import Original, Splits, read_text
 from pretrain.shards.build import Progress, build, check_labels, read_dropped
 from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples
 from pretrain.shards.imagenet import TRAIN_TAR, VAL_TAR
@@ -30,6 +31,7 @@ FORMAT, VERSION = "pretrain-task", 2
 FILE = "task.json"
 RECORDS, ORIGINALS, PACKS = "TFDS records", "original files", "packs"
 
+_MOST = 1 << 48  # samples of a split, in somebody's task.json
 _UNFINISHED = ".unfinished"  # below OUT: a split is written there, and moved to its place when it is complete
 _NAME_FEATURES = ("file_name", "image/file_name", "filename", "image/filename", "name", "id")  # as TFDS's sets have it
 
@@ -105,31 +107,30 @@ def set_differences(task_root: Path) -> list[str]:
     values = _read_task(task_root)
     if values is None:
         return [f"no {FILE}: the set was not prepared by tools/make_shards.py --task"]
-    if values.get("version") != VERSION:
-        return [f"{FILE} is of version {values.get('version')}, not {VERSION}: prepare the set again"]
-    try:
-        return [str(reason) for reason in values["differs"]]
-    except (KeyError, TypeError) as error:
-        raise _not_a_task(task_root, error) from None
+    if (version := _version(values)) != VERSION:
+        return [f"{FILE} is of version {version}, not {VERSION}: prepare the set again"]
+    return list(values.texts("differs"))
 
 
 # --- task.json -------------------------------------------------------------------------------------------------------
 
 
-def _read_task(out: Path) -> dict[str, Any] | None:
+def _read_task(out: Path) -> Fields | None:
+    path = out / FILE
     try:
-        values = json.loads((out / FILE).read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise ValueError(f"expected an object of format {FORMAT}")
-        return values
-    except FileNotFoundError:
+        file_inside(out, path)
+        values = Fields.of(read_json(path), str(path))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise _not_a_task(out, error) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if values.text("format") != FORMAT:
+        values.wrong("format", f"{FORMAT}, the list of a prepared task")
+    return values
 
 
-def _not_a_task(out: Path, error: Exception) -> UserError:
-    return UserError(f"{out / FILE}: not the list of a prepared task ({type(error).__name__}: {error})")
+def _version(values: Fields) -> int:
+    return values.integer("version", 0, 1 << 16)
 
 
 def _write_task(task: Task, out: Path, there: Mapping[str, Prepared]) -> None:
@@ -157,16 +158,29 @@ def _finished(task: Task, out: Path) -> dict[str, Prepared]:
     values = _read_task(out)
     if values is None:
         return {}
-    if (values.get("task"), values.get("version")) != (task.name, VERSION):
+    found = values.text("task"), _version(values)
+    if found != (task.name, VERSION):
         raise UserError(
-            f"{out / FILE}: is of {values.get('task')}, version {values.get('version')}, not of {task.name}, version "
+            f"{out / FILE}: is of {brief(found[0])}, version {found[1]}, not of {task.name}, version "
             f"{VERSION}; remove {out} or choose another folder"
         )
-    try:
-        entries = [Prepared(**{key: entry[key] for key in Prepared._fields}) for entry in values["splits"].values()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _not_a_task(out, error) from None
-    return {entry.split: entry for entry in entries if (out / entry.split / "manifest.json").exists()}
+    splits = values.part("splits")
+    if unknown := [split for split in splits.values if split not in task.splits]:
+        raise UserError(f"{splits.source}: has {brief(unknown[0])}, {task.name} has {', '.join(task.splits)}")
+    entries = {split: _prepared(split, splits.part(split)) for split in splits.values}
+    return {split: entry for split, entry in entries.items() if (out / split / "manifest.json").exists()}
+
+
+def _prepared(split: str, entry: Fields) -> Prepared:
+    return Prepared(
+        split=split,
+        source=entry.text("source"),
+        source_sha256=entry.text("source_sha256"),
+        num_samples=entry.integer("num_samples", 0, _MOST),
+        num_expected=entry.integer("num_expected", 0, _MOST),
+        left_out=entry.integer("left_out", 0, _MOST),
+        examples_sha256=entry.text("examples_sha256"),
+    )
 
 
 def _check_place(folder: Path, there: Prepared | None, source: Source, originals: Sequence[Original]) -> None:
@@ -314,7 +328,7 @@ def _names_in(splits: Splits) -> list[str]:
 def _label_names(folder: Path) -> list[str]:
     """TFDS's names of the classes of its stored label, where it has one."""
     path = folder / "label.labels.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return read_text(path).splitlines() if path.exists() else []
 
 
 def _is_pack(path: Path) -> bool:

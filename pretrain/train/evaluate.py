@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pretrain.cluster import signals
+from pretrain.cluster import agreement, signals
 from pretrain.config import Config
 from pretrain.engine.step import Engine
 from pretrain.evaluation import classification, fewshot
@@ -56,7 +56,7 @@ def _subject(config: Config, data: DataSets, engine: Engine, stop: signals.StopR
         readings={"fewshot": in_few, "knn": in_few},  # alike: both are measured on the same features
         shots=config.evaluation.fewshot_shots,
         max_logit_bytes=classification.MAX_LOGIT_BYTES_IN_TRAINING,
-        stop_agreed=stop.agreed,
+        stop_agreed=lambda: agreement.any_rank(stop.signal_name is not None),
     )
 
 

@@ -2,19 +2,29 @@
 
 runs/NAME/
   config.yaml  deepspeed.json    the complete config of the last start, and what DeepSpeed was given
+  recipe.yaml                    the file that the last start's config was read from, as it was written
   starts.jsonl                   each start: step, versions, commit, ranks, command
   metrics.jsonl  tensorboard/    the curves
   batch.png                      one augmented batch
-  bad_samples.jsonl  skipped_steps.jsonl  samples-RANK.jsonl    what was left out; the order, when asked for
+  bad_samples.jsonl  skipped_steps.jsonl  damaged_samples.jsonl    what was left out, or used though damaged
+  samples-RANK.jsonl             the order, when asked for
   checkpoints/                   see pretrain/checkpoint/layout.py
   DONE                           proof of the end: the last step and its validation
+  STOP.json                      why the last start ended before it, and whether to start again (ending.py)
+  .room-for-DONE                 until then: its place on the disk, which logs may fill
+
+Somebody else may have made the folder: nothing is written through a link in it.
 """
 
+import errno
 import fcntl
 import json
+import os
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,12 +39,16 @@ from pretrain.config import (
     resume_differences,
 )
 from pretrain.data.manifest import Manifest
-from pretrain.errors import ConfigError, UserError
-from pretrain.log import JsonLines, rewind, say
-from pretrain.provenance import commit, versions
-from pretrain.storage import write_text
+from pretrain.errors import ConfigError, StorageError, UserError
+from pretrain.json_files import Fields, read_json
+from pretrain.log import MAX_STEP, JsonLines, not_a_link, rewind, say, warn
+from pretrain.provenance import UNKNOWN, commit, versions
+from pretrain.storage import fsync_path, write_text
 
-_STARTS, _LOCK = "starts.jsonl", "lock"
+_JOB = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+_STARTS, _LOCK, _ROOM = "starts.jsonl", "lock", ".room-for-DONE"
+_ROOM_BYTES = 4096  # more than DONE ever has: a step and some scores
+_MAX_RECIPE_BYTES = 1 << 20
 _CLAIM_TRIES = 20  # half a second each: a killed run's last processes may need seconds to go
 
 
@@ -61,40 +75,79 @@ def _take_lock(folder: Path, held: list[TextIO]) -> str:
     """Locks the folder, appends the open file to `held`, and returns what it wrote into it."""
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("a+")
+        file = open(folder / _LOCK, "a+", opener=not_a_link)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output=") from None
     held.append(file)
-    for _attempt in range(_CLAIM_TRIES):
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes, gone with a kill
-        except OSError:
-            time.sleep(0.5)
-            continue
-        token = uuid.uuid4().hex
+    try:
+        _lock(file, folder)
+    except UserError:
+        file.close()
+        raise
+    token = uuid.uuid4().hex
+    with _named(folder / _LOCK):
         file.truncate(0)
         file.write(token)
         file.flush()
-        return token
+    return token
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    for _attempt in range(_CLAIM_TRIES):
+        try:
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loaders, gone with a kill
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # the two of a lock that somebody has
+                return warn(
+                    f"{folder}: its file system gives no locks ({error.strerror}); "
+                    "see to it that no second process trains in this folder"
+                )
+            time.sleep(0.5)
     raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another name=")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns the error of a disk, which names no file when it is full, into a StorageError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}); make room, and the same command goes on"
+        ) from None
 
 
 def is_done(folder: Path, config: Config) -> bool:
     """Returns whether the run has reached config.total_steps, on every rank alike."""
 
     def reached() -> bool:
+        path = folder / "DONE"
         try:
-            return json.loads((folder / "DONE").read_text(encoding="utf-8"))["step"] >= config.total_steps
-        except (OSError, ValueError, KeyError):
+            return Fields.of(read_json(path), str(path)).integer("step", 0, MAX_STEP) >= config.total_steps
+        except (OSError, UserError):
             return False
 
     return agreement.from_main(reached)
 
 
 def mark_done(folder: Path, step: int, metrics: dict[str, float]) -> None:
-    """Writes DONE, on rank 0: an exit status alone proves nothing, launchers have lost it."""
-    if ranks.is_main():
-        write_text(folder / "DONE", json.dumps({"step": step, **metrics}) + "\n")
+    """Writes DONE, on rank 0: an exit status alone proves nothing, launchers have lost it.
+
+    Into the room that the start has made for it, so that a disk full of logs does not keep the proof away.
+    """
+    if not ranks.is_main():
+        return
+    with _named(folder / "DONE"):
+        with open(folder / _ROOM, "wb", opener=_keep_blocks) as file:
+            file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
+            file.truncate()
+        fsync_path(folder / _ROOM)
+        os.replace(folder / _ROOM, folder / "DONE")
+        fsync_path(folder)
+
+
+def _keep_blocks(path: str, flags: int) -> int:
+    return not_a_link(path, flags & ~os.O_TRUNC)
 
 
 def fingerprint(train_set: Manifest) -> dict[str, Any]:
@@ -113,40 +166,63 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
     branching: `config` starts another run there, which may have another name, length and schedule.
     """
     saved, data = read_state(checkpoint), fingerprint(train_set)
-    before = config_to_dict(config_from_dict(saved["config"], f"{checkpoint}/state.json"))  # with keys added since
+    of_state = Fields.of(saved, f"{checkpoint}/state.json")
+    before = config_to_dict(config_from_dict(of_state.part("config").values, of_state.source))  # with keys added since
+    order, pixels = (of_state.part("data").part(key).values for key in ("order", "pixels"))
     differences = resume_differences(before, config, BRANCH_MAY_CHANGE if branching else ())
     for key, value in data["order"].items():
-        if saved["data"]["order"].get(key) != value:
-            differences.append(f"data {key}: was {saved['data']['order'].get(key)}, is {value}")
+        if order.get(key) != value:
+            differences.append(f"data {key}: was {order.get(key)}, is {value}")
     if differences:
         way_out = "start with init_from instead of branch_from" if branching else "start another run with name=..."
         raise ConfigError(
             f"{checkpoint}: was written with other settings ({'; '.join(differences)}); "
             f"give them the old values, or {way_out}"
         )
-    if saved["data"]["pixels"] != data["pixels"]:
-        say(
-            "warning: decoders changed since the checkpoint, pixels may differ: "
-            f"{saved['data']['pixels']} -> {data['pixels']}"
-        )
+    if pixels != data["pixels"]:
+        say(f"warning: decoders changed since the checkpoint, pixels may differ: {pixels} -> {data['pixels']}")
 
 
-def record_start(folder: Path, config: Config, deepspeed_config: dict[str, Any], step: int) -> None:
-    """Writes what this start runs with, and drops log lines after `step`, which will be written again. Rank 0."""
+def record_start(
+    folder: Path, config: Config, deepspeed_config: dict[str, Any], step: int, recipe: Path | None = None
+) -> None:
+    """Writes what this start runs with, and drops log lines after `step`, which will be written again. Rank 0.
+
+    recipe: the file that the config was read from. Raises StorageError where the config cannot be written.
+    """
     if not ranks.is_main():
         return
     for path in folder.glob("*.jsonl"):
         if path.name != _STARTS:  # its history is kept
             rewind(path, step)
-    (folder / "DONE").unlink(missing_ok=True)  # of a shorter total_steps
-    write_text(folder / "config.yaml", config_to_yaml(config))
-    write_text(folder / "deepspeed.json", json.dumps(deepspeed_config, indent=2) + "\n")
+    texts = {"config.yaml": config_to_yaml(config), "deepspeed.json": json.dumps(deepspeed_config, indent=2) + "\n"}
+    for name, text in {**texts, _ROOM: " " * _ROOM_BYTES}.items():
+        with _named(folder / name):
+            write_text(folder / name, text)
+    with _named(folder / "DONE"):
+        (folder / "DONE").unlink(missing_ok=True)  # of a shorter total_steps
+    if recipe is not None:
+        _keep_recipe(recipe, folder)
+    if unknown := [name for name, version in versions().items() if version == UNKNOWN]:
+        warn(f"the versions of {', '.join(unknown)} cannot be read, and are recorded as {UNKNOWN}")
     start = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": ranks.world_size(),
+        "job": {name: os.environ[name] for name in _JOB if name in os.environ},
         "command": sys.argv,
+        "recipe": None if recipe is None else str(recipe),
         "commit": commit(),
         "versions": versions(),
     }
     JsonLines(folder / _STARTS).append(start)
+
+
+def _keep_recipe(recipe: Path, folder: Path) -> None:
+    """Copies the recipe, whose header tells the score to expect: the report reads no file outside the folder."""
+    try:
+        with recipe.open("rb") as file:
+            text = file.read(_MAX_RECIPE_BYTES)
+        write_text(folder / "recipe.yaml", text.decode(errors="replace"))
+    except OSError as error:
+        warn(f"{recipe}: could not be copied to {folder / 'recipe.yaml'} ({error.strerror})")

@@ -22,17 +22,25 @@ class Journal:
     def __init__(self, folder: Path, config: Config) -> None:
         self._config = config
         self._bad, self._skipped = JsonLines(folder / "bad_samples.jsonl"), JsonLines(folder / "skipped_steps.jsonl")
+        self._damaged = JsonLines(folder / "damaged_samples.jsonl")
         self._samples = JsonLines(folder / f"samples-{ranks.rank():05d}.jsonl") if config.log.samples else None
 
     def note(self, state: TrainState, batch: Batch, result: StepResult, stop: signals.StopRequest) -> bool:
         """Returns, on all ranks alike, whether to stop. Raises BadSamplesError, NonFiniteError."""
-        flags = [float(stop.signal_name is not None), float(batch.error is not None), float(batch.valid.sum())]
-        told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [3 + reasons]
-        stopping, failed, num_valid, *bad = agreement.add_up(told).tolist()
+        flags = [
+            float(stop.signal_name is not None),
+            float(batch.error is not None),
+            float(batch.valid.sum()),
+            float(len(batch.damaged)),
+        ]
+        told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [4 + reasons]
+        stopping, failed, num_valid, damaged, *bad = agreement.add_up(told).tolist()
         if failed:  # nothing of this step is saved
             agreement.raise_together(batch.error)
         if any(bad):
             self._note_bad(state, batch, [int(count) for count in bad])
+        if damaged:
+            self._note_damaged(state, batch, int(damaged))
         if not num_valid:  # its loss would be logged as 0, and a small set never reaches max_bad_fraction
             raise BadSamplesError(
                 f"step {state.step}: none of its {self._config.data.global_batch} images can be used; "
@@ -49,7 +57,7 @@ class Journal:
 
     def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
         for reason, count in zip(REASONS, counts):
-            state.bad_samples[reason] += count
+            state.bad_samples[reason] = state.bad_samples.get(reason, 0) + count  # an older run may not know it
         records = [record for of_rank in agreement.gather(batch.bad) for record in of_rank]
         if ranks.is_main():
             for record in records:
@@ -62,6 +70,18 @@ class Journal:
                 f"{records[-1].shard}: {records[-1].detail}"
             )
         check_bad_fraction(state.bad_samples, seen, self._config.data.max_bad_fraction)
+
+    def _note_damaged(self, state: TrainState, batch: Batch, count: int) -> None:
+        state.damaged_samples += count
+        records = [record for of_rank in agreement.gather(batch.damaged) for record in of_rank]
+        if ranks.is_main():
+            for record in records:
+                self._damaged.append({"step": state.step, **record._asdict()})
+        if (total := state.damaged_samples) & (total - 1) == 0 or total == count:  # the first, then each doubling
+            say(
+                f"warning: {total} damaged images so far, used all the same (data.strict_images=true leaves them out; "
+                f"damaged_samples.jsonl names them), the last: {records[-1].shard}: {records[-1].detail}"
+            )
 
     def _note_skipped(self, state: TrainState, batch: Batch, result: StepResult) -> None:
         loss = agreement.add_up(result.sums)[0].item()

@@ -72,6 +72,7 @@ class Meter:
             "train/memory_gb": peak_memory_bytes(self._device) / 1e9,
             "train/epoch": state.step * self._config.data.global_batch / data.order.num_train,
             "train/bad_samples": sum(state.bad_samples.values()),
+            "train/damaged_samples": state.damaged_samples,
             "train/skipped_steps": state.skipped_steps,
         }
         if result.applied:

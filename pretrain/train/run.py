@@ -14,6 +14,7 @@ from pretrain.config import Config
 from pretrain.data.classes import match_classes
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import plan_batch
+from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_precision
 from pretrain.engine.step import Engine
 from pretrain.errors import ConfigError
@@ -24,6 +25,7 @@ from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters
 from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
+from pretrain.train import ending
 from pretrain.train.datasets import DataSets, open_data
 from pretrain.train.folder import claim, is_done, mark_done, record_start, refuse_changes
 from pretrain.train.loop import loop
@@ -33,24 +35,36 @@ from pretrain.train.state import TrainState
 MAX_INITIAL_SHARE = 0.5
 
 
-def train(config: Config) -> None:
+def train(config: Config, *, recipe: Path | None = None, stop: signals.StopRequest | None = None) -> None:
     """Trains until total_steps or until asked to stop; resumes from the newest valid checkpoint in the run's folder.
 
-    Raises UserError for what the user must change, NonFiniteError, BadSamplesError, StorageError (pretrain/errors.py).
+    recipe: the file that the config was read from, of which the folder keeps a copy. stop: what has been listening for
+    signals since the process began. Raises UserError for what the user must change, NonFiniteError, BadSamplesError,
+    StorageError, LostProcessError (pretrain/errors.py).
     """
+    stop = stop or signals.StopRequest()
     device = ranks.start(config.engine.timeout_s)
     agreement.together(lambda: check_precision(config))
-    signals.end_with_launcher()
-    stop = signals.StopRequest()
     folder = config.output / config.name
     lock = claim(folder)
+    with ending.noted(folder):
+        _train(config, folder, device, recipe, stop)
+    stop.close()
+    ranks.stop()
+    del lock
+
+
+def _train(config: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
     data = agreement.together(lambda: open_data(config))
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
-        ranks.stop()
+        return
+    if agreement.any_rank(stop.signal_name is not None):  # heard during the imports
+        ending.note(folder, "asked to stop before the first step")
+        say("stopped as asked before the first step")
         return
     _warn_of_young_averages(config)
     origin = _branch_point(config, data) if config.branch_from and checkpoint is None else None
@@ -59,19 +73,17 @@ def train(config: Config) -> None:
         set_aside_newer(checkpoint)
     start = checkpoint or origin
     state = _resume(engine, start, config) if start else _start(config)
-    record_start(folder, config, engine.deepspeed_config, state.step)
+    record_start(folder, config, engine.deepspeed_config, state.step, recipe)
     log = RunLog(folder, state.step, config.total_steps)
     loop(config, data, engine, state, log, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
         mark_done(folder, state.step, state.metrics)
         say(f"done: {folder}, step {state.step}" + "".join(f", {k} {v:.4g}" for k, v in state.metrics.items()))
     else:
+        ending.note(folder, f"asked to stop; saved at step {state.step}")
         say(f"stopped as asked at step {state.step}; the same command goes on from there")
     log.close()
     engine.close()
-    stop.close()
-    ranks.stop()
-    del lock
 
 
 def build_engine(config: Config, data: DataSets, device: torch.device, *, from_scratch: bool) -> Engine:
@@ -80,7 +92,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     Raises UserError for a model that cannot be trained, or weights that do not fit it.
     """
     model = build_model(config.model, data.num_classes, config.seed)
-    _refuse_state(model, config.model.name)
+    _refuse_state(model, config, from_scratch=from_scratch)
     heads = {name.rpartition(".")[0] for name in classifier_names(model)}
     if data.fewshot and len(heads) > 1:
         raise ConfigError(
@@ -98,15 +110,17 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     too_large = data.val is not None and data.val.multi_label and not data.ranks_classes
     most = classification.MAX_LOGIT_BYTES_IN_TRAINING
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
+    if statistics_of(model):
+        say("batch norm: its statistics stay those of the weights that the run starts from")
     say(
         f"{config.output / config.name}: {config.model.name}, {num_parameters(model):,} parameters, "
-        f"{data.num_classes} classes\n"
+        f"{data.num_classes} classes",
         f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
         f"{config.total_steps * batch / data.order.num_train:.1f} epochs; "
-        f"validation: {len(data.val_indices):,} images{without}\n"
+        f"validation: {len(data.val_indices):,} images{without}",
         f"batch {batch} = {num_ranks} ranks x {plan.accumulation} x {plan.micro_batch}"
         + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
-        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}"
+        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     )
     return Engine(model, config, plan, device)
 
@@ -130,13 +144,16 @@ def _refuse_other_classes(weights: Weights, train_set: Manifest) -> None:
         say(f"init_from: {match.told}")
 
 
-def _refuse_state(model: torch.nn.Module, name: str) -> None:
-    """A checkpoint holds trained parameters. Batch norm's statistics would be lost, and differ between ranks."""
-    saved_names = model.state_dict().keys()
-    if held := [key for key, _ in model.named_buffers() if key in saved_names]:
+def _refuse_state(model: torch.nn.Module, config: Config, *, from_scratch: bool) -> None:
+    """A checkpoint holds trained parameters, and statistics of batch norm that stay as they were given."""
+    saved_names, name, statistics = model.state_dict().keys(), config.model.name, statistics_of(model)
+    if held := [key for key, _ in model.named_buffers() if key in saved_names and key not in statistics]:
+        raise ConfigError(f"model.name: {name} keeps state ({held[0]}, ...) that checkpoints do not hold")
+    if statistics and from_scratch and config.init_from is None and config.branch_from is None:
         raise ConfigError(
-            f"model.name: {name} keeps statistics ({held[0]}, ...) that checkpoints do not hold; choose a model with "
-            "layer or group norm, for example timm:resnetv2_50x1_bit"
+            f"model.name: {name} has batch norm ({statistics[0]}, ...), whose statistics are not trained here but kept "
+            "from init_from, which is not given; or choose a model with layer or group norm, for example "
+            "timm:resnetv2_50x1_bit"
         )
     if frozen := [key for key, parameter in model.named_parameters() if not parameter.requires_grad]:
         raise ConfigError(

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from pretrain.checkpoint.layout import MAX_STEP
 from pretrain.data.loader import REASONS
 from pretrain.json_files import Fields
 
-MAX_BAD_SAMPLES = 2**63 - 1  # a count over a whole run
+MAX_COUNT = 2**63 - 1  # of steps or samples, over a whole run
 
 
 @dataclass
@@ -19,6 +18,7 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     bad_samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    damaged_samples: int = 0  # used nevertheless
     metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation after this very step, if there was one
     window: list[float] = field(
         default_factory=lambda: [0.0, 0.0, 0.0]
@@ -28,7 +28,7 @@ class TrainState:
     def of(cls, saved: Fields) -> "TrainState":
         """Returns the state that a checkpoint's state.json holds as "train". Raises UserError for another type."""
         none = cls()
-        counts = ("step", "skipped_steps", "skipped_in_a_row")
+        counts = ("step", "skipped_steps", "skipped_in_a_row", "damaged_samples")
         flags = ("validation_due", "features_due")
         bad, metrics = saved.part("bad_samples"), saved.part("metrics")
         window = saved.values.get("window", none.window)
@@ -38,9 +38,9 @@ class TrainState:
             if not _is_number(value):
                 metrics.wrong(name, "a number")
         return cls(
-            **{name: saved.integer(name, 0, MAX_STEP, getattr(none, name)) for name in counts},
+            **{name: saved.integer(name, 0, MAX_COUNT, getattr(none, name)) for name in counts},
             **{name: saved.flag(name, getattr(none, name)) for name in flags},
-            bad_samples={reason: bad.integer(reason, 0, MAX_BAD_SAMPLES, 0) for reason in REASONS},
+            bad_samples={reason: bad.integer(reason, 0, MAX_COUNT, 0) for reason in REASONS},
             metrics=dict(metrics.values),
             window=window,
         )

@@ -1,0 +1,53 @@
+"""SLURM's words for ranks: a script under plain `srun` learns its place in the world. Imports no torch."""
+
+import re
+from collections.abc import Mapping
+
+from pretrain.errors import UserError
+
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # above: the batch script, an interactive shell and the like, which are no tasks
+
+
+def is_task(environment: Mapping[str, str]) -> bool:
+    """Returns whether this process is a task that srun has started."""
+    step = environment.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP and "SLURM_PROCID" in environment
+
+
+def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns what torchrun would have told this task: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, an address.
+
+    MASTER_ADDR and MASTER_PORT that are there already are kept. Raises UserError when WORLD_SIZE is there and differs.
+    """
+    world = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
+    if (given := environment.get("WORLD_SIZE", world)) != world:
+        raise UserError(
+            f"WORLD_SIZE is {given}, but srun has started {world} tasks; leave it to SLURM, or ask for {given}"
+        )
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_here(environment)),
+        "MASTER_ADDR": "127.0.0.1" if alone else first_host(nodes),
+        "MASTER_PORT": str(20000 + (8 * job + step) % 20000),  # of the job and its step: others may share the node
+    }
+    return found | {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
+
+
+def first_host(nodes: str) -> str:
+    """Returns the first name of a list as SLURM writes it: `gpu[003-017,020],login` begins with gpu003."""
+    entry = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", entry)
+
+
+def _tasks_here(environment: Mapping[str, str]) -> int:
+    """Returns the number of tasks on this node, from a list such as `8(x3),4`: nodes in order, repetitions in ()."""
+    counts: list[int] = []
+    for entry in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, times = entry.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts[int(environment["SLURM_NODEID"])]

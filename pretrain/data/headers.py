@@ -1,0 +1,123 @@
+"""What an image file says of itself before it is decoded, against limits of memory and time.
+
+A worker process stays within 300 MB, and an image within 2 seconds: a few kilobytes can say that they are gigabytes.
+"""
+
+import re
+
+from pretrain.data.reader import BadSample
+
+MAX_PIXELS = 50_000_000  # width x height, of any image: what a camera or a phone takes
+MAX_DECODE_BYTES = 270_000_000  # of memory to decode one image, its file included; 300 MB leave 30 for its resize
+MAX_ASPECT = 100  # longer / shorter side
+MAX_SCANS = 50  # of a JPEG; each takes a pass over the whole image. Usual: 1, or about 10 (progressive)
+MAX_PARTS = 50_000  # segments and stray bytes before a JPEG's first scan; chunks of PNG and WebP
+MAX_HEADER_BYTES = 16 << 20  # before a JPEG's first scan: Pillow's joining of EXIF takes the square of its size
+MAX_PROFILES = 100  # of colour in a PNG, each of which Pillow unpacks to as much as 1 MB
+
+# Bytes per pixel when a decoder takes the most. 3 are the result's.
+TORCHVISION_JPEG = 3  # row by row
+PILLOW = {"JPEG": 7, "PNG": 7, "WEBP": 18}  # its own image of up to 4; the canvas and the copies of WebP
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within a scan, FF 00 and FF D0-D7 are data
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SOS, _EOI = 0xDA, 0xD9
+_ALONE = {0x00, 0x01, *range(0xD0, 0xD9)}  # markers without a segment
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises BadSample("decode") for an image of too many pixels, or that is too long for its width."""
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample(
+            "decode", f"{width} x {height} pixels: no picture, and gigabytes once its shorter side is resized"
+        )
+    if width * height > MAX_PIXELS:
+        raise BadSample("decode", f"{width} x {height} pixels, at most {MAX_PIXELS:,} in all")
+
+
+def check_memory(width: int, height: int, bytes_per_pixel: float, data: bytes) -> None:
+    """Raises BadSample("decode") when an image takes more than MAX_DECODE_BYTES to decode.
+
+    The file is counted three times: the sample's, the decoder's and the file object's.
+    """
+    needed = width * height * bytes_per_pixel + 3 * len(data)
+    if needed > MAX_DECODE_BYTES:
+        raise BadSample(
+            "decode",
+            f"{width} x {height} pixels take {needed / 1e6:.0f} MB to decode in this format, at most "
+            f"{MAX_DECODE_BYTES / 1e6:.0f}; store it smaller, or as a baseline JPEG",
+        )
+
+
+def check_parts(data: bytes) -> None:
+    """Raises BadSample("decode") for a PNG or WebP of too many chunks: Pillow takes microseconds for each."""
+    if data.startswith(_PNG):
+        at, head, order = len(_PNG), 12, "big"  # length, kind, content, checksum
+        if data.count(b"iCCP") > MAX_PROFILES:
+            raise BadSample("decode", f"PNG with more than {MAX_PROFILES} colour profiles")
+    elif data.startswith(b"RIFF"):
+        at, head, order = 12, 8, "little"  # kind, length, content
+    else:
+        return
+    for _ in range(MAX_PARTS):
+        if at >= len(data):
+            return
+        start = at if order == "big" else at + 4
+        length = int.from_bytes(data[start : start + 4], order)
+        at += head + length + (length % 2 if order == "little" else 0)
+    raise BadSample("decode", f"more than {MAX_PARTS} chunks")
+
+
+def jpeg_coefficients(data: bytes) -> float:
+    """Returns how many bytes per pixel a decoder keeps between a JPEG's scans; 0 when one scan holds the whole image.
+
+    What is no JPEG that can be read gives 0 too: the decoder says what is wrong. Raises BadSample("decode") when there
+    are too many scans, or too much before the first.
+    """
+    frame, first_scan = _frame_and_scan(data)
+    if not frame or first_scan + 4 >= len(data) or len(data) < frame + 10 + 3 * data[frame + 9]:
+        return 0
+    components = data[frame + 9]
+    progressive = data[frame + 1] & 0x03 == 2
+    if data[first_scan + 4] == components and not progressive:
+        return 0
+    _check_scans(data, first_scan)
+    factors = [(data[at] >> 4, data[at] & 15) for at in range(frame + 11, frame + 10 + 3 * components, 3)]
+    largest = max((h for h, _ in factors), default=0) * max((v for _, v in factors), default=0)
+    return 2 * sum(h * v for h, v in factors) / max(1, largest)  # int16 for each value of each component
+
+
+def _frame_and_scan(data: bytes) -> tuple[int, int]:
+    """Returns where the frame's marker is, 0 when there is none, and that of the first scan, of the end, or the end."""
+    frame, at, parts, size = 0, 2, 0, len(data)
+    while at + 3 < size:
+        parts += 1
+        if parts > MAX_PARTS or at > MAX_HEADER_BYTES:
+            raise BadSample(
+                "decode",
+                f"JPEG with more than {MAX_PARTS} segments or {MAX_HEADER_BYTES >> 20} MB before its first scan",
+            )
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker == 0xFF:
+            at += 1  # stray bytes and filling, one by one as Pillow steps over them
+        elif marker == _SOS or marker == _EOI:
+            break
+        elif marker in _ALONE:
+            at += 2
+        else:
+            if marker in _FRAMES:
+                frame = at
+            at += 2 + max(2, data[at + 2] << 8 | data[at + 3])
+    return frame, at
+
+
+def _check_scans(data: bytes, at: int) -> None:
+    """Raises BadSample when more than MAX_SCANS begin from `at` on, where the first does."""
+    scans = 0
+    while (match := _NEXT_MARKER.search(data, at)) is not None and data[match.start() + 1] != _EOI:
+        at = match.start() + 2
+        at += max(2, int.from_bytes(data[at : at + 2], "big"))
+        scans += data[match.start() + 1] == _SOS
+        if scans > MAX_SCANS:
+            raise BadSample("decode", f"JPEG with more than {MAX_SCANS} scans")

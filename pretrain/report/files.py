@@ -1,0 +1,109 @@
+"""Files of a folder that is not trusted: those that lie in it, within limits of size; pictures that can be shown."""
+
+import base64
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pretrain.config.reading import MAX_BYTES as MAX_TEXT_BYTES
+from pretrain.errors import UserError
+from pretrain.json_files import Fields, parse_json
+from pretrain.log import warn
+
+MAX_LOG_BYTES, MAX_LINE_BYTES = 512 << 20, 1 << 20  # a million lines of 20 metrics; the rest of a log is not read
+MAX_PICTURE_BYTES, MAX_PIXELS = 32 << 20, 50_000_000  # ours have at most 4096 pixels a side
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG or JPEG that can be shown."""
+
+    name: str  # of its file, without the ending
+    data_uri: str
+    width: int  # pixels
+    height: int
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """Returns the path of a file in the folder, None where there is none.
+
+    A link that leads out of the folder is told and not followed: a page must not carry other files away.
+    """
+    path = folder / name
+    try:
+        real = path.resolve()
+        if not real.is_file():
+            return None
+        if real.is_relative_to(folder.resolve()):
+            return path
+    except (OSError, RuntimeError, ValueError):  # links in a circle; a name with a zero byte
+        return None
+    warn(f"{path}: leads out of {folder}; left out")
+    return None
+
+
+def read_text(folder: Path, name: str) -> str | None:
+    """Returns what a small file of text holds; None where there is none, or with a warning where it cannot be used."""
+    if (path := inside(folder, name)) is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        return warn(f"{path}: cannot be read ({error.strerror}); left out")
+    if len(text) > MAX_TEXT_BYTES:
+        return warn(f"{path}: has more than {MAX_TEXT_BYTES:,} bytes; left out")
+    return text.decode(errors="replace")
+
+
+def lines(folder: Path, name: str, use: Callable[[Fields], Any]) -> Iterator[Any]:
+    """Yields what `use` makes of each line of a log. No file has no lines.
+
+    Lines for which it raises UserError are left out and counted: the last one of a running or killed run may be torn.
+    """
+    if (path := inside(folder, name)) is None:
+        return
+    damaged = 0
+    with path.open("rb") as file:  # line by line: bad_samples.jsonl of a large run has millions
+        while file.tell() < MAX_LOG_BYTES and (line := file.readline(MAX_LINE_BYTES)):
+            try:
+                found = use(Fields.of(parse_json(line, "line"), "line"))
+            except UserError:
+                damaged += 1
+                continue
+            yield found
+        if file.read(1):
+            warn(f"{path}: what comes after its first {MAX_LOG_BYTES:,} bytes is left out")
+    if damaged:
+        warn(f"{path}: {damaged} damaged lines left out")
+
+
+def picture_file(name: str, path: Path) -> Picture | None:
+    try:
+        with path.open("rb") as file:
+            return picture(name, file.read(MAX_PICTURE_BYTES + 1), str(path))
+    except OSError as error:
+        return warn(f"{path}: cannot be read ({error.strerror}); left out")
+
+
+def picture(name: str, content: bytes, source: str) -> Picture | None:
+    """Returns bytes as something to show; warns and returns None when they are not a PNG or JPEG, or too large."""
+    if len(content) > MAX_PICTURE_BYTES:
+        return warn(f"{source}: has more than {MAX_PICTURE_BYTES:,} bytes; left out")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+                if math.prod(image.size) > MAX_PIXELS:
+                    return warn(f"{source}: has more than {MAX_PIXELS:,} pixels; left out")
+                image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return warn(f"{source}: not a picture that can be shown ({' '.join(str(error).split())}); left out")
+    kind = "png" if image.format == "PNG" else "jpeg"
+    return Picture(name, f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size)

@@ -1,0 +1,80 @@
+"""Arrays of a data set's .npz: what its headers claim is compared with limits before an array is read."""
+
+import io
+import struct
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import is_text
+from pretrain.shards.unpacking import max_unpacked_bytes, too_large
+
+MAX_HEADER_BYTES = 10_000  # of an array: numpy's own limit, which it compares after it has read as many
+_LENGTHS = {(1, 0): "<H", (2, 0): "<I"}  # of the header, by the format's version; 3.0 is for records
+
+
+def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Returns one-dimensional arrays of numbers or text of a .npz, by name. Raises UserError, also when one lacks."""
+    try:
+        limit = max_unpacked_bytes(path)
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            wanted = [*names, *(name for name in optional if name in entries)]
+            total = sum(entries[name].file_size for name in wanted)
+            if total > limit:
+                raise ValueError(too_large(total, limit))
+            return {name: _read_array(archive, entries[name]) for name in wanted}
+    except KeyError as error:
+        reason = f"no array {error}"
+    except Exception as error:  # zipfile, zlib and numpy's parser raise whatever stray bytes lead to
+        reason = f"{type(error).__name__}: {error!s:.200}"
+    expected = ", ".join(names)
+    raise UserError(f"{path}: not an archive of images (arrays {expected}): {' '.join(reason.split())}") from None
+
+
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _LENGTHS:
+            raise ValueError(f"format {version} of an array")
+        length = file.read(struct.calcsize(_LENGTHS[version]))
+        header_bytes = struct.unpack(_LENGTHS[version], length)[0]
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {header_bytes:,} bytes, at most {MAX_HEADER_BYTES:,}")
+        header = io.BytesIO(length + file.read(header_bytes))
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(header)
+        if len(shape) != 1 or dtype.kind not in "iufUS" or not dtype.itemsize:
+            raise ValueError(f"{entry.filename} is {dtype} of shape {shape}, expected one row of numbers or text")
+        data = file.read()
+        if shape[0] * dtype.itemsize != len(data):
+            raise ValueError(f"{entry.filename} has {len(data):,} bytes for {dtype} of shape {shape}")
+        return np.frombuffer(data, dtype)
+
+
+def whole_numbers(array: np.ndarray, source: str, least: int, most: int) -> list[int]:
+    """Returns an array of integers as a list. Raises UserError unless they are integers from `least` to `most`."""
+    if array.dtype.kind not in "iu":
+        raise UserError(f"{source} is {array.dtype}, expected whole numbers")
+    wrong = np.flatnonzero((array < least) | (array > most))
+    if len(wrong):
+        raise UserError(f"{source} {array[wrong[0]]} is not one of {least}..{most} (number {wrong[0]})")
+    return array.tolist()
+
+
+def names_of(array: np.ndarray, source: str) -> list[str]:
+    """Returns an array of text or whole numbers as names. Raises UserError when one is no UTF-8."""
+    if array.dtype.kind == "f":
+        raise UserError(f"{source} is {array.dtype}, expected text")
+    try:
+        names = [name.decode() if isinstance(name, bytes) else str(name) for name in array]
+    except (ValueError, SystemError) as error:  # bytes that are not UTF-8; numbers that are no letter
+        raise UserError(f"{source} cannot be read as text ({error!s:.200})") from None
+    for number, name in enumerate(names):
+        if not is_text(name):
+            raise UserError(f"{source} {shown(name)} (number {number}) has half of a letter, which no file can hold")
+    return names

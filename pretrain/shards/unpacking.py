@@ -1,0 +1,16 @@
+"""How much a compressed file may become: a megabyte of zeros must not fill a disk or the memory."""
+
+from pathlib import Path
+
+MAX_UNPACKED_RATIO = 100  # to the packed bytes: images have 1 to 2, tars of very small ones 15, zeros 1000
+FREE_UNPACKED_BYTES = 64 << 20  # whatever the ratio
+
+
+def max_unpacked_bytes(path: Path) -> int:
+    """Returns how many bytes a compressed file may become."""
+    return max(FREE_UNPACKED_BYTES, MAX_UNPACKED_RATIO * path.stat().st_size)
+
+
+def too_large(num_bytes: int, limit: int) -> str:
+    """Returns what an error says of a file that becomes more."""
+    return f"becomes {num_bytes:,} bytes or more, at most {limit:,} (the larger of 64 MB and 100 times its own size)"

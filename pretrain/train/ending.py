@@ -1,0 +1,70 @@
+"""How a run ended, for whoever starts it again: `DONE` in its folder, or `STOP.json` {reason, retry, exit_code}.
+
+Exit codes do not tell: launchers lose them, and SLURM replaces them by those of the ranks that it ends.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pretrain.cluster import ranks
+from pretrain.errors import LostProcessError, StorageError
+from pretrain.storage import write_text
+
+_FILE = "STOP.json"
+# What gloo, NCCL and PyTorch's loader say of a process that is gone or does not answer; all but the first are plain
+# RuntimeErrors.
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Socket closed",
+    "DataLoader worker",
+)
+
+
+@contextmanager
+def noted(folder: Path) -> Iterator[None]:
+    """Leaves the reason in STOP.json when the block ends by an error, which it raises again.
+
+    A collective that ended because another process is gone, or hangs, becomes LostProcessError.
+    """
+    if ranks.is_main():
+        (folder / _FILE).unlink(missing_ok=True)  # of an earlier start
+    try:
+        yield
+    except Exception as error:
+        lost = _lost_process(error)
+        note(folder, lost or error)
+        if lost is not None:
+            raise lost from None
+        raise
+
+
+def note(folder: Path, reason: Exception | str) -> None:
+    """Writes STOP.json, on rank 0: whether the same command, as it is, may get further."""
+    if not ranks.is_main():
+        return
+    exit_code = 0 if isinstance(reason, str) else getattr(reason, "exit_code", 1)
+    # A defect of ours may be one of the machine: whoever starts again gives up when no start gets further.
+    retry = exit_code in (0, 1, StorageError.exit_code, LostProcessError.exit_code)
+    values = {"reason": str(reason) or type(reason).__name__, "retry": retry, "exit_code": exit_code}
+    with suppress(OSError):  # a full disk is told by the error itself
+        write_text(folder / _FILE, json.dumps(values) + "\n", errors="backslashreplace")
+
+
+def _lost_process(error: Exception) -> LostProcessError | None:
+    told = str(error)
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in told for w in _LOST))):
+        return None
+    first = next(
+        (line.strip() for line in told.splitlines() if any(word in line for word in _LOST)), told.splitlines()[0]
+    )
+    return LostProcessError(
+        f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run, which is gone or hangs: its own "
+        f"message stands above, or in the log of its node ({first[:200]}); the same command goes on from the newest "
+        "checkpoint"
+    )

@@ -1,0 +1,323 @@
+"""Images of strangers and bad disks: memory, time and damage, each input small and made here."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from pretrain.config import DataConfig
+from pretrain.data import headers, images
+from pretrain.data.images import decode, eval_image, train_image
+from pretrain.data.reader import BadSample
+
+MB = 1_000_000
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def flat_png(side: int, depth: int, color: int) -> bytes:
+    """A black PNG of a few kilobytes; color: 0 gray, 2 RGB, 4 gray and alpha, 6 RGB and alpha."""
+    row = bytes(1 + side * {0: 1, 2: 3, 4: 2, 6: 4}[color] * depth // 8)
+    packer = zlib.compressobj(1)
+    pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(kind, data)
+        for kind, data in (
+            (b"IHDR", struct.pack(">IIBBBBB", side, side, depth, color, 0, 0, 0)),
+            (b"IDAT", pixels),
+            (b"IEND", b""),
+        )
+    )
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def photo(height: int = 240, width: int = 320, **options: object) -> bytes:
+    """A JPEG with something everywhere, so that a hole shows."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    return encoded(Image.fromarray(pixels), "jpeg", quality=90, **options)
+
+
+def many_scans(data: bytes, number: int) -> bytes:
+    """A JPEG whose last scan comes `number` times more."""
+    start = data.rindex(b"\xff\xda")
+    return data[:-2] + data[start:-2] * number + b"\xff\xd9"
+
+
+# --- memory and time -------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import io, resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_hostile_images as t
+from PIL import Image
+from pretrain.config import DataConfig
+from pretrain.data.images import decode, eval_image, train_image
+from pretrain.data.reader import BadSample
+def settings(**changes): return DataConfig(train=Path("unused"), global_batch=1, **changes)
+whole = dict(crop_area=(0.97, 0.98), crop_ratio=(0.98, 1.0))
+def use(data):
+    image = decode(data)
+    train_image(image, 224, settings(**whole), 0, "t", 0, 0)
+    google = settings(antialias=False, interpolation="bilinear", crop="inception", **whole)
+    train_image(image, 224, google, 0, "t", 0, 0)
+    eval_image(image, 224, settings(eval_transform="timm"))
+    eval_image(image, 224, settings(eval_transform="vit"))
+for form in ("jpeg", "png", "webp"): use(t.encoded(Image.new("RGB", (300, 200)), form))
+data = sys.stdin.buffer.read()
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+cpu = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+try: use(data)
+except BadSample as bad: print(bad, file=sys.stderr)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1000)
+"""
+
+LARGE = {  # each just within the limits, or just beyond them
+    "jpeg": lambda: encoded(Image.new("RGB", (7070, 7070)), "jpeg"),
+    "png 16 bits": lambda: flat_png(5900, 16, 2),
+    "webp": lambda: encoded(Image.new("RGB", (3800, 3800)), "webp", lossless=True, method=0),
+    "progressive": lambda: encoded(Image.new("RGB", (5300, 5300)), "jpeg", progressive=True, subsampling=0),
+    "png 50 megapixels": lambda: flat_png(7070, 16, 0),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_no_image_takes_300_mb(case: str) -> None:
+    """Decoded, cropped and evaluated in a process of its own, the largest images of each format stay within 300 MB.
+
+    A 50-megapixel PNG of 16 bits took 616 MB, a WebP 1,044, the transforms of a JPEG up to 1,785.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED],
+        cwd=Path(__file__).parent,
+        input=LARGE[case](),
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:].decode()
+    assert int(done.stdout) < 300, done.stderr.decode()
+    assert (b"at most 270" in done.stderr) == (case == "png 50 megapixels")
+
+
+def test_the_limits_are_told() -> None:
+    """An error names the size, what it takes and what is allowed; photos of cameras and phones pass."""
+    with pytest.raises(
+        BadSample, match=r"decode: 7000 x 7000 pixels take 343 MB to decode in this format, at most 270"
+    ):
+        headers.check_memory(7000, 7000, headers.PILLOW["PNG"], b"")
+    headers.check_size(8064, 6048)  # 48 megapixels, as phones take them
+    headers.check_memory(8064, 6048, headers.TORCHVISION_JPEG, bytes(25 * MB))
+    headers.check_memory(6000, 4000, headers.TORCHVISION_JPEG + 6, bytes(15 * MB))  # progressive, colour at full size
+    assert headers.jpeg_coefficients(photo()) == 0
+    smooth = Image.new("RGB", (64, 64))
+    assert headers.jpeg_coefficients(encoded(smooth, "jpeg", progressive=True, subsampling=2)) == 3
+    assert headers.jpeg_coefficients(encoded(smooth, "jpeg", progressive=True, subsampling=0)) == 6
+
+
+def baseline_scans(number: int) -> bytes:
+    """A baseline JPEG whose first scan holds one of its components only: that is decoded in several passes too."""
+    data = bytearray(photo(64, 64, subsampling=0))
+    at = data.index(b"\xff\xda")
+    scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" + bytes(data[at + 14 : -2])
+    return bytes(data[:at]) + scan * number + b"\xff\xd9"
+
+
+HEAD, REST = photo()[:2], photo()[2:]
+PNG_HEAD, PNG_REST = flat_png(64, 8, 2)[:33], flat_png(64, 8, 2)[33:]
+RIFF = encoded(Image.new("RGB", (80, 100)), "webp")
+TOO_MANY = {
+    "scans": (many_scans(photo(progressive=True), 500), "more than 50 scans"),
+    "scans behind a false end": (
+        many_scans(photo(progressive=True)[:-2] + b"\xff\xfe\0\x04\xff\xd9\xff\xd9", 500),
+        "more than 50 scans",
+    ),
+    "baseline scans": (baseline_scans(60), "more than 50 scans"),
+    "segments": (HEAD + b"\xff\xfe\0\x02" * 1_000_000 + REST, "more than 50000 segments"),
+    "stray bytes": (HEAD + photo()[2:20] + bytes(4 * MB) + photo()[20:], "more than 50000 segments"),
+    "EXIF": (HEAD + (b"\xff\xe1\xfd\xe8Exif\0\0" + bytes(64992)) * 900 + REST, "16 MB before its first scan"),
+    "chunks": (PNG_HEAD + chunk(b"abCd", b"") * 400_000 + PNG_REST, "more than 50000 chunks"),
+    "chunks of WebP": (RIFF + b"abcd\0\0\0\0" * 400_000, "more than 50000 chunks"),
+    "profiles": (PNG_HEAD + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(MB))) * 200 + PNG_REST, "colour profiles"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MANY)
+def test_work_is_bounded_before_it_begins(case: str) -> None:
+    """Scans took 20 s for 325 kB; a million empty segments, stray bytes or chunks half a minute, in Pillow's parser."""
+    data, reason = TOO_MANY[case]
+    began = os.times().user
+    with pytest.raises(BadSample, match=f"decode: .*{reason}"):
+        decode(data)
+    assert os.times().user - began < 2
+
+
+def test_usual_files_have_few_parts() -> None:
+    """Progressive files of 10 scans, with another picture or a film appended, and 40 more scans pass."""
+    plain = photo(progressive=True)
+    for data in (plain, plain + photo() + os.urandom(4 * MB), many_scans(plain, 40)):
+        assert decode(data).shape == (3, 240, 320)
+
+
+@pytest.mark.parametrize("height, width", [(2100, 2050), (350, 12_000), (12_000, 350)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bands_give_the_pixels_of_one_piece(
+    height: int, width: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large images are resized in bands. The same pixels, or a level apart: vit, tall images of timm."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    image = image.permute(2, 0, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for piece in (1 << 21, 1 << 40):
+            monkeypatch.setattr(images, "_PIECE", piece)
+            monkeypatch.setattr(images, "_BAND", min(piece, 1 << 26) // 8)
+            settings = DataConfig(train=Path("unused"), global_batch=1, crop_area=(0.99, 1.0), crop_ratio=(0.9, 1.1))
+            results.append(
+                [
+                    train_image(image, 64, settings, 0, "t", 0, 0),
+                    *(
+                        eval_image(image, 64, DataConfig(train=Path("unused"), global_batch=1, eval_transform=name))
+                        for name in (
+                            "transformers",
+                            "transformers_shortest",
+                            "big_vision",
+                            "vit",
+                            "timm",
+                            "timm_border",
+                        )
+                    ),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    pairs = list(zip(*results))
+    square = height < 2 * width
+    exact = [*pairs[:4], *(pairs[5:] if square else [])]
+    assert all(torch.equal(a, b) for a, b in exact)
+    for banded, whole in pairs[4:]:  # floats; of tall images Pillow resizes the height first
+        assert (banded.int() - whole.int()).abs().max() <= 1
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def damaged(kind: str, data: bytes) -> bytes:
+    """A JPEG that decodes, with less in it than there was."""
+    half = len(data) // 2
+    if kind == "tail lost":
+        return data[:half] + b"\xff\xd9"
+    if kind == "hole":
+        return data[:half] + bytes(500) + data[half + 500 :]
+    if kind == "random bytes":
+        return data[:half] + np.random.default_rng(1).bytes(60).replace(b"\xff", b"a") + data[half + 60 :]
+    return data[:half] + b"\xff\xd3" + data[half:]  # a restart marker where there is none
+
+
+DAMAGES = ("tail lost", "hole", "random bytes", "stray marker")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_damaged_jpeg_is_told_and_its_pixels_stay(
+    kind: str, progressive: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What libjpeg warns of is handed on, nothing comes to stderr, and the pixels are the decoder's own."""
+    data = damaged(kind, photo(progressive=progressive))
+    told: list[str] = []
+    image = decode(data, told.append)
+    assert len(told) == 1 and told[0].startswith(("Corrupt JPEG data", "Inconsistent progression"))
+    assert capfd.readouterr() == ("", "")
+    alone = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    assert isinstance(alone, torch.Tensor) and torch.equal(alone, image)
+    assert "Corrupt" in capfd.readouterr().err or progressive
+    decode(photo(progressive=progressive), told.append)
+    assert len(told) == 1  # and nothing is left over for the next image
+
+
+def test_what_others_write_meanwhile_reaches_stderr(capfd: pytest.CaptureFixture[str], monkeypatch: object) -> None:
+    """Text of other threads goes on to stderr, after an exception too; a child of a fork hears only itself."""
+    from pretrain.data.damage import listen
+
+    def noisy() -> int:
+        os.write(2, b"progress 3/10\rCorrupt JPEG data: bad Huffman code\nhello\n")
+        return 7
+
+    assert listen(noisy) == (7, ["Corrupt JPEG data: bad Huffman code"])
+    assert capfd.readouterr().err == "progress 3/10\rhello\n"
+
+    def failing() -> None:
+        os.write(2, b"before\n")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        listen(failing)
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "before\nafter\n"
+
+    def both() -> None:
+        child = os.fork()
+        if not child:
+            os.write(2, b"x" * 10_000)
+            os._exit(listen(noisy)[1] != ["Corrupt JPEG data: bad Huffman code"])
+        assert os.waitpid(child, 0)[1] == 0
+
+    both()
+    assert listen(lambda: 1) == (1, [])
+
+
+def test_threads_hear_their_own_images(capfd: pytest.CaptureFixture[str]) -> None:
+    """Four threads decode good and damaged images at once: each hears of its own, and stderr is itself afterwards."""
+    good, bad = photo(), damaged("hole", photo())
+    wrong: list[int] = []
+
+    def work(data: bytes, expected: int) -> None:
+        for _ in range(20):
+            told: list[str] = []
+            decode(data, told.append)
+            if len(told) != expected:
+                wrong.append(len(told))
+
+    threads = [threading.Thread(target=work, args=(data, n)) for data, n in ((good, 0), (bad, 1)) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.write(2, b"end\n")
+    assert wrong == [] and capfd.readouterr().err == "end\n"
+
+
+def test_without_stderr_images_are_decoded() -> None:
+    """A daemon has closed it: the image is used, nothing is told."""
+    program = (
+        "import os; os.close(2)\n"
+        "from test_hostile_images import damaged, photo\n"
+        "from pretrain.data.images import decode\n"
+        "print(decode(damaged('hole', photo())).shape[0])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    assert done.returncode == 0 and json.loads(done.stdout) == 3

@@ -1,0 +1,153 @@
+"""A run's folder: no locks, full disks, unreadable versions, links that others made."""
+
+import errno
+import fcntl
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_config
+
+from pretrain import provenance
+from pretrain.config import config_to_dict
+from pretrain.errors import StorageError, UserError
+from pretrain.train import folder as run_folder
+from pretrain.train.folder import claim, fingerprint, is_done, mark_done, record_start, refuse_changes
+
+
+def failing(number: int) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_told(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That is no other run: training goes on at once, warned with the reason."""
+    monkeypatch.setattr(fcntl, "lockf", failing(number))
+    monkeypatch.setattr(run_folder.time, "sleep", lambda _: pytest.fail("waits for a lock that nobody has"))
+    lock = claim(tmp_path / "run")
+    assert lock is not None
+    lock.close()
+    assert f"gives no locks ({os.strerror(number)})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_somebody_holds_is_another_run(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some seconds of waiting."""
+    monkeypatch.setattr(fcntl, "lockf", failing(number))
+    monkeypatch.setattr(run_folder.time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match="another process trains in this folder"):
+        claim(tmp_path / "run")
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """Of a folder that somebody else made: the lock, the config, the recipe, DONE."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    other.write_text("precious")
+    (run / "lock").symlink_to(other)
+    with pytest.raises(UserError, match="run: cannot be written"):
+        claim(run)
+    for name in ("config.yaml", "deepspeed.json", "recipe.yaml", "DONE", ".room-for-DONE", "starts.jsonl"):
+        (run / name).symlink_to(other)
+    (tmp_path / "recipe.yaml").write_text("# score: 1")
+    record_start(run, tiny_config(tmp_path, tmp_path), {}, 0, tmp_path / "recipe.yaml")
+    mark_done(run, 3, {})
+    assert other.read_text() == "precious"
+    assert (run / "recipe.yaml").read_text() == "# score: 1" and json.loads((run / "DONE").read_text()) == {"step": 3}
+
+
+def test_done_has_its_room_from_the_start(tmp_path: Path) -> None:
+    """Its block is taken before logs fill the disk: the file of the start becomes DONE, in place."""
+    config = tiny_config(tmp_path, tmp_path)
+    record_start(tmp_path, config, {}, 0)
+    room = tmp_path / ".room-for-DONE"
+    number, size = room.stat().st_ino, room.stat().st_size
+    mark_done(tmp_path, 20, {"val/top1": 0.5})
+    done = tmp_path / "DONE"
+    assert done.read_text() == '{"step": 20, "val/top1": 0.5}\n' and done.stat().st_ino == number and size >= 4096
+    assert not room.exists() and is_done(tmp_path, config)
+    mark_done(tmp_path, 20, {})  # also where nobody made room
+    assert done.read_text() == '{"step": 20}\n'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[20]", "20", '{"step": "20"}', '{"step": 1e400}', '{"step": NaN}', "[" * 100_000, '{"step": true}']
+)
+def test_a_damaged_done_is_none(text: str, tmp_path: Path) -> None:
+    """The run goes on from its checkpoint and writes another."""
+    (tmp_path / "DONE").write_text(text)
+    assert not is_done(tmp_path, tiny_config(tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize("place", ["write_text", "mark_done"])
+def test_a_full_disk_names_the_file(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A StorageError, so that the same command is tried again."""
+    if place == "write_text":
+        monkeypatch.setattr(run_folder, "write_text", failing(errno.ENOSPC))
+        with pytest.raises(StorageError, match="config.yaml: cannot be written .No space left"):
+            record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 0)
+        return
+    monkeypatch.setattr(os, "replace", failing(errno.ENOSPC))
+    with pytest.raises(StorageError, match="DONE: cannot be written .No space left"):
+        mark_done(tmp_path, 1, {})
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), metadata.PackageNotFoundError("x"), KeyError("Version")])
+def test_versions_that_cannot_be_read_are_unknown(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A warning at the start, once; they are not read again."""
+
+    def version(name: str) -> str:
+        if name == "timm":
+            raise error
+        return "1"
+
+    provenance._versions.cache_clear()
+    monkeypatch.setattr(metadata, "version", version)
+    try:
+        record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 0)
+        monkeypatch.setattr(metadata, "version", lambda _: pytest.fail("read again"))
+        assert provenance.versions()["torch"] == "1"
+    finally:
+        provenance._versions.cache_clear()
+    assert "the versions of timm cannot be read" in capsys.readouterr().err
+    assert json.loads((tmp_path / "starts.jsonl").read_text())["versions"]["timm"] == "unknown"
+
+
+def test_damaged_logs_do_not_keep_a_run_from_its_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines without a step, lists, halves; each file is told."""
+    for name in ("metrics.jsonl", "bad_samples.jsonl", "samples-00000.jsonl"):
+        (tmp_path / name).write_text('{"loss": 1}\n[1]\n{"step": 1}\n{"st')
+    record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 5)
+    assert (tmp_path / "samples-00000.jsonl").read_text() == '{"step": 1}\n'
+    assert capsys.readouterr().err.count("2 damaged lines left out") == 3
+
+
+def test_a_recipe_that_cannot_be_copied_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It decides nothing."""
+    record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 0, tmp_path / "gone.yaml")
+    assert "gone.yaml: could not be copied" in capsys.readouterr().err
+    assert json.loads((tmp_path / "starts.jsonl").read_text())["recipe"] == str(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("change", [{"config": 1}, {"data": []}, {"data": {"order": 3, "pixels": {}}}, {"data": None}])
+def test_a_checkpoint_of_another_kind_is_refused(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manifest: Any
+) -> None:
+    """In one line that names the key."""
+    config = tiny_config(tmp_path, tmp_path)
+    state = {"config": config_to_dict(config), "data": fingerprint(manifest), **change}
+    monkeypatch.setattr(run_folder, "read_state", lambda _: state)
+    with pytest.raises(UserError, match="state.json: "):
+        refuse_changes(tmp_path, config, manifest)
