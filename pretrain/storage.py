@@ -4,9 +4,12 @@ A file is written under a temporary name in its own folder, synced, and renamed:
 leaves the old file or the new one, never a torn one.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,13 +42,31 @@ def write_text(path: Path, text: str, *, errors: str = "strict", shared: bool = 
         temporary.write_text(text, encoding="utf-8", errors=errors)
 
 
+# Some network and FUSE file systems cannot sync a folder; there a rename is as safe as it gets.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
 def fsync_path(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all in it, or a link, never what it leads to. Nothing there is fine.
+
+    Raises OSError.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def crc32c(path: Path) -> str:

@@ -7,19 +7,21 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks, start_ranks
 
-from pretrain.checkpoint import find
+from pretrain import log
+from pretrain.checkpoint import find, write
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, validate
-from pretrain.checkpoint.layout import DamagedError, Slice, step_folders, step_of
+from pretrain.checkpoint.layout import DamagedError, Slice, manifest_text, step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader, check_names, read_state
 from pretrain.checkpoint.retention import apply_retention
 from pretrain.checkpoint.write import save_checkpoint
 from pretrain.cluster import ranks
-from pretrain.errors import UserError
+from pretrain.errors import StorageError, UserError
 
 
 def slices_of(step: int, rank: int, world_size: int, elements: int) -> list[Slice]:
@@ -290,3 +292,237 @@ def test_no_pickle_in_a_checkpoint(tmp_path: Path) -> None:
     """Every file is JSON or safetensors."""
     save(tmp_path, 1)
     assert {path.suffix for path in (tmp_path / "step-0000000001").iterdir()} == {".json", ".safetensors"}
+
+
+def no_listing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """From now on this folder cannot be listed, by whatever function."""
+    for name in ("scandir", "listdir"):
+        real = getattr(os, name)
+
+        def failing(path: Any = ".", real: Any = real) -> Any:
+            if str(path) == str(folder):
+                raise OSError(5, "Input/output error", str(path))
+            return real(path)
+
+        monkeypatch.setattr(os, name, failing)
+
+
+def test_a_listing_that_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a save, before one, and when a failed save tells the newest one; at a start it is no fresh start."""
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        no_listing(patch, tmp_path)
+        apply_retention(tmp_path, keep_last=2, keep_every_steps=0, keep_best=True)
+        assert "old checkpoints could not be looked for" in capsys.readouterr().err
+        assert save(tmp_path, 2)
+        log.sync(tmp_path)
+        assert "may not be on the disk yet" in capsys.readouterr().err
+        patch.setattr(write, "write_text", fail)
+        assert not save(tmp_path, 3)
+        assert "NOT SAVED at step 3" in (told := capsys.readouterr().err) and "checkpoint: not known" in told
+        with pytest.raises(StorageError, match="cannot be listed"):
+            newest_valid(tmp_path)
+    expect_whole(newest_valid(tmp_path) or tmp_path)
+    assert newest_valid(tmp_path / "none") is None
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+LINKED = ["weights-00000-of-00001.safetensors", "generators-00000.safetensors", "index.json", "state.json"]
+
+
+@pytest.mark.parametrize("kind", ["link", "link inside", "pipe", "folder"])
+@pytest.mark.parametrize("name", [*LINKED, "MANIFEST.json"])
+def test_what_is_no_file_of_the_checkpoint_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+    """A link, even to the same bytes, a pipe or a folder in a file's place: named, and nothing waits for it."""
+    save(tmp_path, 1)
+    path = tmp_path / "step-0000000001" / name
+    outside = path.with_name("moved") if kind == "link inside" else tmp_path / "outside"
+    path.rename(outside)
+    {"pipe": os.mkfifo, "folder": os.mkdir}.get(kind, lambda path: path.symlink_to(outside))(path)
+    with pytest.raises(DamagedError, match=f"{name} is (a link|not a file)"):
+        validate(path.parent)
+    if name.endswith(".json"):
+        with pytest.raises(DamagedError, match=f"{name} is (a link|not a file)"):
+            read_state(path.parent) if name == "state.json" else CheckpointReader(path.parent)
+            find.read_manifest(path.parent)
+    elif name.startswith("weights"):
+        with pytest.raises(DamagedError, match=f"{name} is (a link|not a file)"):
+            CheckpointReader(path.parent).tensor("weight")
+
+
+def test_names_that_lead_out_are_refused(tmp_path: Path) -> None:
+    """In the manifest and in the index, although the checksums are right; what is not listed is not read."""
+    save(tmp_path, 1)
+    path = tmp_path / "step-0000000001"
+    (path / "evil.pkl").write_bytes(b"not read")
+    validate(path)
+    index = json.loads((path / "index.json").read_text())
+    shutil.copy(path / "weights-00000-of-00001.safetensors", tmp_path / "outside")
+    index["weights"]["weight"]["slices"][0][2] = "../outside"
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DamagedError, match="'../outside' is not the name of a file in it"):
+        CheckpointReader(path).tensor("weight")
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["files"][0]["path"] = "../outside"
+    del manifest["crc32c"]
+    (path / "MANIFEST.json").write_text(manifest_text(manifest))
+    with pytest.raises(DamagedError, match="'../outside' is not the name of a file in it"):
+        validate(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("state.json", "[]", "expected an object"),
+        ("state.json", "[" * 200_000, "nested"),
+        ("state.json", "nonsense", "is not JSON"),
+        ("index.json", '{"weights": []}', "weights: is"),
+        ("index.json", '{"weights": {"weight": {"shape": [2.0], "slices": []}}, "optimizer": {}}', "expected"),
+        ("index.json", '{"weights": {"weight": {"shape": [-1], "slices": []}}, "optimizer": {}}', "expected"),
+        (
+            "index.json",
+            '{"weights": {"weight": {"shape": [1], "slices": [[0, true, 3]]}}, "optimizer": {}}',
+            "expected",
+        ),
+        ("index.json", '{"weights": {"weight": null}, "optimizer": {}}', "expected"),
+        ("MANIFEST.json", "{}", "MANIFEST.json cannot be used"),
+        ("MANIFEST.json", '{"files": 1e400, "crc32c": 3}', "MANIFEST.json cannot be used"),
+        ("MANIFEST.json", "[" * 200_000, "nested"),
+    ],
+)
+def test_json_of_another_kind_is_one_line(file: str, text: str, told: str, tmp_path: Path) -> None:
+    """Types and nesting are checked where the file is read: one line, which names it."""
+    save(tmp_path, 1)
+    path = tmp_path / "step-0000000001"
+    (path / file).write_text(text)
+    read = {"state.json": read_state, "index.json": CheckpointReader, "MANIFEST.json": validate}[file]
+    with pytest.raises(UserError, match=told) as caught:
+        read(path)
+    assert file in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_types_in_a_signed_manifest(tmp_path: Path) -> None:
+    """Whoever writes a manifest can give it the right checksum: the types of its entries are checked all the same."""
+    save(tmp_path, 1)
+    path = tmp_path / "step-0000000001"
+    good = {key: value for key, value in json.loads((path / "MANIFEST.json").read_text()).items() if key != "crc32c"}
+    for change in ({"files": None}, {"files": [3]}, {"files": [{"path": 1}]}, {"version": True}, {"format": ["x"]}):
+        (path / "MANIFEST.json").write_text(manifest_text({**good, **change}))
+        with pytest.raises(DamagedError, match="MANIFEST.json cannot be used"):
+            validate(path)
+
+
+@pytest.mark.parametrize("name", [".tmp-step-0000000002", ".trash-step-0000000001", ".old-step-0000000002"])
+@pytest.mark.parametrize("kind", ["link", "dead link", "file", "folder"])
+def test_whatever_is_in_the_way_of_a_save_is_removed(kind: str, name: str, tmp_path: Path) -> None:
+    """A link, never what it leads to; a file; a folder with files in it."""
+    folder, target = tmp_path / "checkpoints", tmp_path / "target"
+    target.mkdir()
+    (target / "kept.txt").write_text("kept")
+    save(folder, 1)
+    save(folder, 2)
+    if kind == "file":
+        (folder / name).write_text("x")
+    elif kind == "folder":
+        shutil.copytree(target, folder / name)
+    else:
+        (folder / name).symlink_to(target if kind == "link" else tmp_path / "nowhere")
+    assert save(folder, 2)
+    apply_retention(folder, keep_last=1, keep_every_steps=0, keep_best=False)
+    assert os.listdir(folder) == ["step-0000000002"] and os.listdir(target) == ["kept.txt"]
+    expect_whole(folder / "step-0000000002")
+
+
+def test_retention_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    """An old step that somebody keeps elsewhere and linked."""
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for step in (1, 2, 3):
+        save(folder, step)
+    (folder / "step-0000000001").rename(elsewhere)
+    (folder / "step-0000000001").symlink_to(elsewhere)
+    apply_retention(folder, keep_last=2, keep_every_steps=0, keep_best=False)
+    assert sorted(os.listdir(folder)) == ["step-0000000002", "step-0000000003"]
+    assert (elsewhere / "MANIFEST.json").is_file()
+
+
+def test_a_step_that_is_being_replaced_counts(tmp_path: Path) -> None:
+    """Dead between the two renames: the old one is found, read and resumed from, and the next save puts it back."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "step-0000000002").rename(tmp_path / ".old-step-0000000002")
+    shutil.copytree(tmp_path / "step-0000000001", tmp_path / ".tmp-step-0000000002")
+    found = newest_valid(tmp_path)
+    assert found == tmp_path / ".old-step-0000000002"
+    expect_whole(found)
+    find.set_aside_newer(found)
+    assert save(tmp_path, 3)
+    assert sorted(os.listdir(tmp_path)) == [f"step-000000000{step}" for step in (1, 2, 3)]
+    expect_whole(tmp_path / "step-0000000002")
+    (tmp_path / "step-0000000002").rename(tmp_path / ".old-step-0000000002")
+    shutil.copytree(tmp_path / ".old-step-0000000002", tmp_path / "step-0000000002")
+    assert [step_of(path) for path in step_folders(tmp_path)] == [3, 2, 1]
+
+
+def vanishing(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """A training deletes the newest checkpoint while its files are being read, and has saved the next one before."""
+    real, left = find.crc32c, [times]
+
+    def reading(path: Path) -> str:
+        if left[0] and path.name.startswith("weights"):
+            left[0] -= 1
+            newest = step_of(step_folders(folder)[0])
+            save(folder, newest + 1)
+            apply_retention(folder, keep_last=1, keep_every_steps=0, keep_best=False)
+        return real(path)
+
+    monkeypatch.setattr(find, "crc32c", reading)
+
+
+def test_the_next_newest_is_taken_when_the_chosen_one_vanishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it is being checked or read; no warning of damage. A step named outright is told to be gone."""
+    save(tmp_path, 1)
+    vanishing(tmp_path, monkeypatch, times=3)
+    assert newest_valid(tmp_path) == tmp_path / "step-0000000004"
+    assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    taken = []
+
+    def read(path: Path) -> dict:
+        taken.append(step_of(path))
+        if len(taken) < 3:
+            save(tmp_path, taken[-1] + 1)
+            apply_retention(tmp_path, keep_last=1, keep_every_steps=0, keep_best=False)
+        return read_state(path)
+
+    assert find.read_newest(tmp_path, read)["step"] == 6 and taken == [4, 5, 6]
+    vanishing(tmp_path, monkeypatch, times=1)
+    with pytest.raises(StorageError, match="was deleted while it was read"):
+        validate(tmp_path / "step-0000000006")
+    vanishing(tmp_path, monkeypatch, times=1000)
+    with pytest.raises(StorageError, match="deleted faster than they can be read; raise checkpoint.keep_last"):
+        newest_valid(tmp_path)
+
+
+def test_a_step_replaced_while_it_is_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saved again in the meantime, with other bytes: it is looked at again."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    real, replaced = find.crc32c, []
+
+    def reading(path: Path) -> str:
+        if not replaced:
+            replaced.append(save(tmp_path, 2, elements=2000))
+        return real(path)
+
+    monkeypatch.setattr(find, "crc32c", reading)
+    assert newest_valid(tmp_path) == tmp_path / "step-0000000002"
+    assert replaced == [True] and capsys.readouterr().err == ""

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -453,3 +455,24 @@ def test_the_limit_of_bad_samples() -> None:
         )
     with pytest.raises(BadSamplesError, match=r"\(60 tar, 41 decode\)"):
         check_bad_fraction({"tar": 60, "decode": 41, "label": 0}, 100_000, 0.001)
+
+
+def test_a_full_shared_memory_is_called_that(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before loader processes start, in training and evaluation: they would wait for ever. Without them none is needed.
+
+    Room for all but one byte of what they need is not enough.
+    """
+    settings, manifest = config(shard_folder, workers=2, prefetch=3), load_manifest(shard_folder)
+    order = Order(manifest.num_samples, 0, GLOBAL_BATCH, 0)
+    plan = plan_batch(GLOBAL_BATCH, 1, 17)
+    needed = (2 * 3 + 1) * (17 * 3 * IMAGE_SIZE**2 + (256 << 10))
+    for free in (4096, 64 << 10, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(
+            StorageError, match="/dev/shm: the shared memory has .* MB free; 2 loader processes .*shm-size"
+        ):
+            train_batches(manifest, order, plan, settings, 0)
+        with pytest.raises(StorageError, match="shared memory"):
+            eval_batches(manifest, np.arange(9), batch_size=17, image_size=IMAGE_SIZE, config=settings.data)
+    alone = config(shard_folder, workers=0)
+    assert next(train_batches(manifest, order, plan, alone, 0)).valid.any()

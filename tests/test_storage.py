@@ -1,5 +1,6 @@
 """Files appear complete or not at all, whatever ends their writing."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import storage
-from pretrain.storage import crc32c, fsync_path, replacing, sha256, write_text
+from pretrain.storage import crc32c, fsync_path, remove, replacing, sha256, write_text
 
 
 def test_a_file_is_replaced_by_one_rename(tmp_path: Path) -> None:
@@ -70,3 +71,35 @@ def test_checksums(tmp_path: Path) -> None:
     (tmp_path / "digits").write_bytes(b"123456789")
     assert crc32c(tmp_path / "digits") == "e3069283"
     assert sha256(tmp_path / "digits").startswith("15e2b0d3c33891ebb0f1ef609ec41942")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_folders_is_fine(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says of a folder is passed over; of a file, or a failing disk, it is an error."""
+
+    def fsync(descriptor: int, number: int = number) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(os, "fsync", fsync)
+    fsync_path(tmp_path)
+    with pytest.raises(OSError):
+        fsync_path(tmp_path / "file")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: fsync(descriptor, errno.EIO))
+    with pytest.raises(OSError):
+        fsync_path(tmp_path)
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    """Of links, dead ones too, the link goes; of folders all that is in them; nothing is no error."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("x")
+    for target in ("folder", "folder/file", "nowhere"):
+        (tmp_path / "link").symlink_to(target)
+        remove(tmp_path / "link")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "file"]
+    remove(tmp_path / "folder")
+    remove(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())

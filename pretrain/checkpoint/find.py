@@ -1,33 +1,96 @@
 """Which checkpoint counts: the newest that is complete and undamaged."""
 
+import errno
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from pretrain.checkpoint.layout import DamagedError, read_manifest, step_folders, step_of
+from pretrain.checkpoint.layout import DamagedError, flaw_of_file, read_manifest, step_folders, step_of
 from pretrain.cluster import agreement, ranks
-from pretrain.errors import UserError
+from pretrain.errors import StorageError, UserError
 from pretrain.log import warn
-from pretrain.storage import crc32c
+from pretrain.storage import crc32c, remove
+
+_LOOKS = 10  # at a run whose training deletes or replaces the very checkpoint that is being read
+_TOO_FAST = "{}: its checkpoints are deleted faster than they can be read; raise checkpoint.keep_last"
 
 
 def newest_valid(folder: Path) -> Path | None:
     """Returns the newest checkpoint that is complete and undamaged, None when there is none. Called by all ranks.
 
-    Each damaged one is passed over with a warning that names the file at fault; ranks share the reading. Raises
-    DamagedError when there are checkpoints but none is valid: a silent fresh start would lose the run.
+    Each damaged one is passed over with a warning that names the file at fault; ranks share the reading. When the
+    training deletes or replaces what is being read, the newest one is looked for again. Raises DamagedError when there
+    are checkpoints but none is valid: a silent fresh start would lose the run. Raises StorageError when the folder
+    cannot be listed, or its checkpoints vanish each time.
     """
-    folders = agreement.from_main(lambda: step_folders(folder))
+    for _look in range(_LOOKS):
+        folders = agreement.from_main(lambda: _listed(folder))
+        newest, vanished = _first_valid(folders)
+        if newest is not None or not folders:
+            return newest
+        if not vanished:
+            count = len(folders)
+            raise DamagedError(f"{folder}: none of the {count} checkpoints is valid; move them away to start afresh")
+    raise StorageError(_TOO_FAST.format(folder))
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return step_folders(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be listed ({error.strerror})") from None
+
+
+def _first_valid(folders: list[Path]) -> tuple[Path | None, bool]:
+    """The first undamaged one; None, and whether that is so because one was deleted or replaced in the meantime."""
     for path in folders:
+        before = agreement.from_main(lambda path=path: _identity(path))
         problems = _damages_shared(path)
         if not problems:
-            return path
+            return path, False
+        if agreement.from_main(lambda path=path, before=before: before is None or _identity(path) != before):
+            return None, True
         if ranks.is_main():
             warn(f"{path}: {problems[0]}; trying the checkpoint before it")
-    if folders:
-        raise DamagedError(f"{folder}: none of the {len(folders)} checkpoints is valid; move them away to start afresh")
-    return None
+    return None, False
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a folder from another one of the same name; None when it is gone."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return None if error.errno in (errno.ENOENT, errno.ESTALE) else ()
+    return status.st_dev, status.st_ino
+
+
+def _refuse_if_vanished(path: Path) -> None:
+    """Raises StorageError when a checkpoint that was there is not any more: a training deletes old ones as it saves."""
+    if _identity(path) is None:
+        raise StorageError(f"{path}: was deleted while it was read; the run's folder stands for its newest checkpoint")
+
+
+def read_newest(folder: Path, read: Callable[[Path], Any]) -> Any:
+    """Returns what `read` makes of the newest valid checkpoint, None when there is none. Called by all ranks.
+
+    When the training deletes the checkpoint in the midst of it, `read` is called with the one that is newest then.
+    """
+    for _look in range(_LOOKS):
+        checkpoint = newest_valid(folder)
+        if checkpoint is None:
+            return None
+        result, met = None, None
+        try:
+            with refusing_vanished(checkpoint):
+                result = read(checkpoint)
+        except (UserError, StorageError) as error:
+            met = error
+        if not agreement.any_rank(isinstance(met, StorageError)):
+            agreement.raise_together(met)
+            return result
+    raise StorageError(_TOO_FAST.format(folder))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -37,7 +100,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if agreement.from_main(lambda: (path / "MANIFEST.json").is_file()):
         if problems := _damages_shared(path):
-            raise DamagedError(f"{path}: {problems[0]}")
+            agreement.from_main(lambda: _refuse(path, problems[0]))
         return path
     if agreement.from_main(lambda: (path / "checkpoints").is_dir()):
         newest = newest_valid(path / "checkpoints")
@@ -47,23 +110,41 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def set_aside_newer(checkpoint: Path) -> None:
-    """Renames the checkpoints newer than the one in use, which are damaged, to damaged-step-N. Rank 0 only.
+    """Renames the checkpoints newer than the one in use, which are damaged, to damaged-step-N. Called by all ranks.
 
-    The run goes on before their step: they must not count as checkpoints kept.
+    The run goes on before their step: they must not count as checkpoints kept. Raises OSError, on all ranks.
     """
-    if ranks.is_main():
-        for path in step_folders(checkpoint.parent):
-            if step_of(path) > step_of(checkpoint):
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(path, aside)
-                warn(f"{path} is now {aside.name}: delete it when you have looked at it")
+    agreement.from_main(lambda: _set_aside_newer(checkpoint))
+
+
+def _set_aside_newer(checkpoint: Path) -> None:
+    for path in step_folders(checkpoint.parent):
+        if step_of(path) > step_of(checkpoint):
+            aside = path.with_name(f"damaged-{path.name}")
+            remove(aside)
+            os.replace(path, aside)
+            warn(f"{path} is now {aside.name}: delete it when you have looked at it")
+
+
+@contextmanager
+def refusing_vanished(path: Path) -> Iterator[None]:
+    """Around the reading of a checkpoint: an error is a StorageError when a training has deleted it in the meantime."""
+    try:
+        yield
+    except (OSError, UserError):
+        _refuse_if_vanished(path)
+        raise
 
 
 def validate(path: Path) -> None:
     """Checks a checkpoint folder. Raises DamagedError, naming the file and what is wrong with it."""
     if problem := next(_damages(path, share=False), None):
-        raise DamagedError(f"{path}: {problem}")
+        _refuse(path, problem)
+
+
+def _refuse(path: Path, problem: str) -> None:
+    _refuse_if_vanished(path)
+    raise DamagedError(f"{path}: {problem}")
 
 
 def _damages_shared(path: Path) -> list[str]:
@@ -74,16 +155,17 @@ def _damages_shared(path: Path) -> list[str]:
 def _damages(path: Path, share: bool = True) -> Iterator[str]:
     """Yields what is wrong, over this rank's share of the files."""
     try:
-        files = [(entry["path"], entry["bytes"], entry["crc32c"]) for entry in read_manifest(path)["files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"MANIFEST.json cannot be used ({error})"
+        files = read_manifest(path)
+    except (OSError, UserError) as error:
+        reason = str(error).removeprefix(f"{path / 'MANIFEST.json'}: ").removeprefix(f"{path}: ")
+        yield f"MANIFEST.json cannot be used ({reason})"
         return
     rank, world = (ranks.rank(), ranks.world_size()) if share else (0, 1)
     for name, num_bytes, checksum in files[rank::world]:
-        file = path / Path(name).name
+        file = path / name
         try:
-            if not file.is_file():
-                yield f"{name} is missing"
+            if flaw := flaw_of_file(path, name):
+                yield flaw
             elif file.stat().st_size != num_bytes:
                 yield f"{name} has {file.stat().st_size} bytes, MANIFEST.json says {num_bytes}"
             elif (found := crc32c(file)) != checksum:

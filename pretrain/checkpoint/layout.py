@@ -11,10 +11,15 @@
 
 A folder is written under a temporary name and published by one rename. The newest valid one wins. There is no pickle
 in it and no world size baked in: any number of ranks reads the slices that overlap what it owns now.
+
+Beside the steps there may be .tmp-step-N, a save that is under way or was killed; .old-step-N, a step that is being
+saved again: it counts as long as there is no step-N; and .trash-step-N, which is being deleted.
 """
 
 import json
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +28,15 @@ import google_crc32c
 import torch
 
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, brief, read_json
 
 FORMAT, VERSION = "pretrain-checkpoint", 1
-_STEP_FOLDER = re.compile(r"step-(\d{10})")
+_OLD = ".old-"
+_STEP_FOLDER = re.compile(rf"(?:{re.escape(_OLD)})?step-(\d{{10}})")
+# An entry of index.json has 75 bytes: 2,000 tensors (g/14 with two moments and averages) in slices of 1,700 ranks.
+MAX_INDEX_BYTES = 256 << 20
+MAX_STEP = 10**10 - 1  # ten digits in a folder's name
+MAX_FILE_BYTES = 2**63 - 1  # of any file system
 KINDS = ("weights", "optimizer", "average")
 
 
@@ -54,9 +65,42 @@ def file_name(kind: str, rank: int, world: int) -> str:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Returns the published checkpoints of a run, newest first."""
-    found = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    """Returns the published checkpoints of a run, newest first; none when there is no such folder.
+
+    Raises OSError when it cannot be listed: a glob may pass over that, and the run would begin anew.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = {entry.name for entry in entries if _STEP_FOLDER.fullmatch(entry.name) and entry.is_dir()}
+    except FileNotFoundError:
+        return []
+    found = [folder / name for name in names if not (name.startswith(_OLD) and name.removeprefix(_OLD) in names)]
     return sorted(found, key=step_of, reverse=True)
+
+
+def set_aside(published: Path) -> Path:
+    """Returns the name of a published step while the same step is saved again."""
+    return published.with_name(f"{_OLD}{published.name}")
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """Returns the path of a checkpoint's file. Raises DamagedError unless it is a file in that very folder."""
+    if flaw := flaw_of_file(folder, name):
+        raise DamagedError(f"{folder}: {flaw}")
+    return folder / name
+
+
+def flaw_of_file(folder: Path, name: str) -> str | None:
+    """Says why a name is not that of a file in a checkpoint's folder, None when it is. Raises OSError."""
+    if name != Path(name).name:
+        return f"{brief(name)} is not the name of a file in it"
+    try:
+        mode = (folder / name).lstat().st_mode
+    except FileNotFoundError:
+        return f"{name} is missing"
+    if stat.S_ISLNK(mode):
+        return f"{name} is a link, which may lead anywhere; put the file itself in its place"
+    return None if stat.S_ISREG(mode) else f"{name} is not a file"
 
 
 def step_of(path: Path) -> int:
@@ -66,12 +110,15 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    text = (path / "MANIFEST.json").read_text(encoding="utf-8")
-    manifest = json.loads(text)
-    manifest.pop("crc32c")
-    if text != manifest_text(manifest):
-        raise ValueError("its text does not have the checksum that it names")
-    if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-        raise ValueError(f"{manifest['format']!r} version {manifest['version']}, expected {FORMAT!r} {VERSION}")
-    return manifest
+def read_manifest(path: Path) -> list[tuple[str, int, str]]:
+    """Returns name, bytes and CRC-32C of each file of a checkpoint. Raises UserError, OSError."""
+    file = own_file(path, "MANIFEST.json")
+    manifest = Fields.of(read_json(file), str(file))
+    unsigned = {key: value for key, value in manifest.values.items() if key != "crc32c"}
+    if file.read_text(encoding="utf-8") != manifest_text(unsigned):
+        raise UserError(f"{file}: its text does not have the checksum that it names")
+    found = manifest.text("format"), manifest.integer("version", 0, MAX_STEP)
+    if found != (FORMAT, VERSION):
+        raise UserError(f"{file}: {brief(found[0])} version {found[1]}, expected {FORMAT!r} {VERSION}")
+    rows = manifest.parts("files")
+    return [(row.text("path"), row.integer("bytes", 0, MAX_FILE_BYTES), row.text("crc32c")) for row in rows]

@@ -1,21 +1,23 @@
 """Any part of any tensor of a checkpoint, on any number of ranks."""
 
-import json
+import math
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from pretrain.checkpoint.layout import KINDS, DamagedError, Slice
+from pretrain.checkpoint.layout import KINDS, MAX_INDEX_BYTES, DamagedError, Slice, own_file
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, brief, read_json
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Returns a checkpoint's state.json."""
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    """Returns the object in a checkpoint's state.json. Raises UserError when it is none."""
+    file = own_file(path, "state.json")
+    return Fields.of(read_json(file), str(file)).values
 
 
 class CheckpointReader:
@@ -23,9 +25,11 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.index = json.loads((path / "index.json").read_text(encoding="utf-8"))
-        self._open = lru_cache(maxsize=64)(lambda file: safe_open(path / Path(file).name, framework="pt"))
-        self.index.setdefault("average", {})  # absent from checkpoints of earlier versions
+        file = own_file(path, "index.json")
+        index = Fields.of(read_json(file, max_bytes=MAX_INDEX_BYTES), str(file))
+        index.values.setdefault("average", {})  # absent from checkpoints of earlier versions
+        self.index = {kind: index.part(kind).values for kind in KINDS}
+        self._open = lru_cache(maxsize=64)(lambda name: safe_open(own_file(path, name), framework="pt"))
         for kind in KINDS:
             for name, entry in self.index[kind].items():
                 self._check_tiling(kind, name, entry)
@@ -53,7 +57,12 @@ class CheckpointReader:
         for offset, numel, file in entry["slices"]:
             low, high = max(offset, part.offset), min(offset + numel, end)
             if low < high:
-                values = self._open(file).get_slice(part.name)[low - offset : high - offset]
+                try:
+                    values = self._open(file).get_slice(part.name)[low - offset : high - offset]
+                except SafetensorError as error:
+                    raise DamagedError(f"{self.path}: damaged, {file} is not what index.json says ({error})") from None
+                if values.shape != (high - low,):
+                    raise DamagedError(f"{self.path}: damaged, {file}: {part.name} is shorter than index.json says")
                 part.values.narrow(0, low - part.offset, high - low).copy_(values)
 
     def generators(self, rank: int) -> dict[str, torch.Tensor]:
@@ -61,20 +70,39 @@ class CheckpointReader:
         name = f"generators-{rank:05d}.safetensors"
         if not (self.path / name).exists():
             return {}
-        with safe_open(self.path / name, framework="pt") as file:
+        with safe_open(own_file(self.path, name), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
 
     def _check_tiling(self, kind: str, name: str, entry: dict[str, Any]) -> None:
         """Slices must cover every element once: a stray or missing file would leave garbage in the weights."""
+        if not _is_entry(entry):
+            expected = '{"shape": [...], "slices": [[offset, elements, file], ...]}'
+            raise DamagedError(f"{self.path}/index.json: {kind}: {brief(name)} is {brief(entry)}, expected {expected}")
         end = 0
         for offset, numel, _file in entry["slices"]:
             if offset != end:
                 raise DamagedError(f"{self.path}: {kind} {name}: slices end at {end}, the next one starts at {offset}")
             end += numel
-        if end != torch.Size(entry["shape"]).numel():
-            raise DamagedError(
-                f"{self.path}: {kind} {name}: slices end at {end} of {torch.Size(entry['shape']).numel()}"
-            )
+        if end != (numel := math.prod(entry["shape"])):
+            raise DamagedError(f"{self.path}: {kind} {name}: slices end at {end} of {numel}")
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a value is what index.json holds for a tensor; it says nothing about the slices' order."""
+    if not isinstance(entry, dict) or not (
+        isinstance(entry.get("shape"), list) and isinstance(entry.get("slices"), list)
+    ):
+        return False
+    if not all(map(_is_size, entry["shape"])):
+        return False
+    return all(
+        isinstance(row, list) and len(row) == 3 and _is_size(row[0]) and _is_size(row[1]) and isinstance(row[2], str)
+        for row in entry["slices"]
+    )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def check_names(reader: CheckpointReader, names: Iterable[str], kind: str = "weights") -> None:

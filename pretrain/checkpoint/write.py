@@ -2,8 +2,7 @@
 
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pretrain.checkpoint.layout import FORMAT, KINDS, VERSION, Slice, file_name, manifest_text, step_folders
+from pretrain.checkpoint.layout import FORMAT, KINDS, VERSION, Slice, file_name, manifest_text, set_aside, step_folders
 from pretrain.cluster import agreement, ranks
 from pretrain.log import warn
-from pretrain.storage import crc32c, fsync_path, write_text
+from pretrain.storage import crc32c, fsync_path, remove, write_text
 
 
 def save_checkpoint(
@@ -34,7 +33,7 @@ def save_checkpoint(
     rank, world = ranks.rank(), ranks.world_size()
     temporary = folder / f".tmp-step-{step:010d}"
     published = folder / f"step-{step:010d}"
-    problem = attempt(lambda: _make_temporary(temporary)) if ranks.is_main() else None
+    problem = attempt(_make_temporary, temporary) if ranks.is_main() else None
     agreement.barrier()
     slices = {kind: part for kind, part in zip(KINDS, (weights, optimizer, average)) if part or kind != "average"}
     parts = {file_name(kind, rank, world): {s.name: s.values for s in part} for kind, part in slices.items()}
@@ -48,9 +47,9 @@ def save_checkpoint(
         files = [entry for _, of_rank, _ in gathered for entry in of_rank]
         header = {"format": FORMAT, "version": VERSION, "step": step, "world_size": world}
         tensors = _tensor_index([rows for _, _, rows in gathered], world)
-        problems = problems or _listed(attempt(lambda: _publish(temporary, published, header, files, tensors, state)))
+        problems = problems or _listed(attempt(_publish, temporary, published, header, files, tensors, state))
         if problems:
-            shutil.rmtree(temporary, ignore_errors=True)
+            attempt(remove, temporary)
             warn(
                 f"CHECKPOINT NOT SAVED at step {step}: {'; '.join(problems)}. Newest checkpoint: {_newest_name(folder)}"
             )
@@ -58,9 +57,22 @@ def save_checkpoint(
 
 
 def _make_temporary(temporary: Path) -> None:
-    for stale in [*temporary.parent.glob(".tmp-step-*"), *temporary.parent.glob(".trash-*")]:
-        shutil.rmtree(stale, ignore_errors=True)  # left by a killed save
-    temporary.mkdir(parents=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    attempt(_clean_up, temporary.parent)  # if not now, at the next save
+    remove(temporary)
+    temporary.mkdir()
+
+
+def _clean_up(folder: Path) -> None:
+    """Removes what killed saves left, links among it, and puts a step back that was being replaced."""
+    names = os.listdir(folder)
+    for path in [folder / name for name in names if name.startswith((".tmp-step-", ".trash-"))]:
+        attempt(remove, path)
+    for published in [folder / name.removeprefix(".old-") for name in names if name.startswith(".old-step-")]:
+        if published.name in names:
+            attempt(remove, set_aside(published))
+        else:
+            os.replace(set_aside(published), published)
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -87,10 +99,19 @@ def _publish(
     files.append(_write_json(temporary / "state.json", state))
     manifest = {**header, "files": sorted(files, key=lambda entry: entry["path"])}
     write_text(temporary / "MANIFEST.json", manifest_text(manifest))
-    if published.exists():  # of the same step: damaged and not used, or saved before its validation was made up for
-        os.replace(published, published.with_name(f".trash-{published.name}"))
-    os.replace(temporary, published)
+    old = set_aside(published)
+    again = os.path.lexists(published)  # damaged and not used, or saved before its validation was made up for
+    if again:
+        remove(old)
+        os.replace(published, old)  # readers know this name: a death before the next rename loses nothing
+    try:
+        os.replace(temporary, published)
+    except OSError:
+        if again:
+            os.replace(old, published)
+        raise
     fsync_path(published.parent)
+    attempt(remove, old)
 
 
 def _tensor_index(rows_of_ranks: list[list[tuple]], world: int) -> dict[str, Any]:
@@ -105,10 +126,10 @@ def _tensor_index(rows_of_ranks: list[list[tuple]], world: int) -> dict[str, Any
     return tensors
 
 
-def attempt(action: Any) -> str | None:
+def attempt(action: Callable[..., Any], *arguments: Any) -> str | None:
     """Returns what went wrong, None when nothing did."""
     try:
-        action()
+        action(*arguments)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         return f"{type(error).__name__}: {error}"
     return None
@@ -119,5 +140,8 @@ def _listed(problem: str | None) -> list[str]:
 
 
 def _newest_name(folder: Path) -> str:
-    folders = step_folders(folder)
+    try:
+        folders = step_folders(folder)
+    except OSError as error:
+        return f"not known ({error.strerror})"
     return folders[0].name if folders else "none"

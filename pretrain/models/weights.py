@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pretrain.checkpoint.find import newest_valid, validate
+from pretrain.checkpoint.find import read_newest, refusing_vanished, validate
 from pretrain.checkpoint.read import CheckpointReader, read_state
-from pretrain.config import Config, DataConfig, ModelConfig, config_from_dict
+from pretrain.config import MAX_CLASSES, Config, DataConfig, ModelConfig, config_from_dict
 from pretrain.errors import UserError
+from pretrain.json_files import Fields
 from pretrain.models.build import build_model
 from pretrain.models.claims import check_fit, check_tensors
 from pretrain.models.equivalent import classifier_names, own_tensors, resized
@@ -63,10 +64,10 @@ def _read(path: Path, image_size: int | None) -> Weights:
     if (path / "config.json").is_file():
         return _read_folder(path)
     if (path / "checkpoints").is_dir():
-        checkpoint = newest_valid(path / "checkpoints")
-        if checkpoint is None:
+        weights = read_newest(path / "checkpoints", _read_checkpoint)
+        if weights is None:
             raise UserError(f"{path}: has no checkpoint yet")
-        return _read_checkpoint(checkpoint)
+        return weights
     if (path / "MANIFEST.json").is_file():
         validate(path)
         return _read_checkpoint(path)
@@ -160,10 +161,10 @@ def load_tensors(model: nn.Module, weights: Weights, *, new_head: bool = False) 
 
 
 def _read_checkpoint(path: Path) -> Weights:
-    config = checkpoint_config(path)
-    with readable(path):
-        state, reader = read_state(path), CheckpointReader(path)
-        names = tuple(state["class_names"])  # fewer where model.num_classes is more than the data has
+    with refusing_vanished(path), readable(path):
+        config = checkpoint_config(path)
+        state, reader = Fields.of(read_state(path), f"{path}/state.json"), CheckpointReader(path)
+        num_classes, names = state.integer("num_classes", 1, MAX_CLASSES), state.texts("class_names")
         kind = "average" if reader.shapes("average") else "weights"  # what a run with averages is meant to end with
         return Weights(
             source=path,
@@ -172,8 +173,8 @@ def _read_checkpoint(path: Path) -> Weights:
                 name: LazyTensor(tuple(shape), partial(_checkpoint_tensor, path, name, kind))
                 for name, shape in reader.shapes(kind).items()
             },
-            num_classes=state["num_classes"],
-            class_names=names if len(names) == state["num_classes"] else (),
+            num_classes=num_classes,
+            class_names=names if len(names) == num_classes else (),  # fewer where the data has fewer than the model
             eval_transform=config.data.eval_transform,
             eval_crop=config.data.eval_crop,
             interpolation=config.data.interpolation,
@@ -185,7 +186,7 @@ def _read_checkpoint(path: Path) -> Weights:
 
 def _checkpoint_tensor(path: Path, name: str, kind: str) -> torch.Tensor:
     # A reader for each tensor: it keeps its files mapped, and what was read of them counts as this process's memory.
-    with readable(path):
+    with refusing_vanished(path), readable(path):
         return finite(CheckpointReader(path).tensor(name, kind), name, path)
 
 

@@ -19,6 +19,7 @@ from pretrain.engine.settings import check_precision
 from pretrain.engine.step import Engine
 from pretrain.errors import ConfigError
 from pretrain.evaluation import classification
+from pretrain.json_files import Fields
 from pretrain.log import RunLog, say
 from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters
@@ -187,7 +188,7 @@ def _branch_point(config: Config, data: DataSets) -> Path:
 def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
     saved, reader = read_state(checkpoint), CheckpointReader(checkpoint)
     engine.load(reader, saved["engine"])
-    state = TrainState(**saved["train"])
+    state = TrainState.of(Fields.of(saved["train"], f"{checkpoint}/state.json: train"))
     same_ranks = saved["world_size"] == ranks.world_size()
     restored = same_ranks and engine.load_generators(reader.generators(ranks.rank()))
     if not restored:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 
 from pretrain.data.loader import REASONS
+from pretrain.json_files import Fields
+
+MAX_COUNT = 2**63 - 1  # of steps or samples, over a whole run
 
 
 @dataclass
@@ -20,3 +23,29 @@ class TrainState:
     window: list[float] = field(
         default_factory=lambda: [0.0, 0.0, 0.0]
     )  # loss, correct, images since the last log line
+
+    @classmethod
+    def of(cls, saved: Fields) -> "TrainState":
+        """Returns the state that a checkpoint's state.json holds as "train". Raises UserError for another type."""
+        none = cls()
+        counts = ("step", "skipped_steps", "skipped_in_a_row", "damaged_samples")
+        flags = ("validation_due", "features_due")
+        bad, metrics = saved.part("bad_samples"), saved.part("metrics")
+        window = saved.values.get("window", none.window)
+        if not isinstance(window, list) or len(window) != 3 or not all(map(_is_number, window)):
+            saved.wrong("window", "three numbers")
+        for name, value in metrics.values.items():
+            if not _is_number(value):
+                metrics.wrong(name, "a number")
+        return cls(
+            **{name: saved.integer(name, 0, MAX_COUNT, getattr(none, name)) for name in counts},
+            **{name: saved.flag(name, getattr(none, name)) for name in flags},
+            bad_samples={reason: bad.integer(reason, 0, MAX_COUNT, 0) for reason in REASONS},
+            metrics=dict(metrics.values),
+            window=window,
+        )
+
+
+def _is_number(value: object) -> bool:
+    """NaN included: a validation may have given it."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

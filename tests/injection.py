@@ -1,0 +1,112 @@
+"""System calls that fail, or that kill their process: strace's injection into a process that waits for it."""
+
+import mmap
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+# What a save does to a disk, and how it looks at it. A question mark: not on every machine.
+WRITING = (
+    "?write ?pwrite64 ?writev ?fsync ?fdatasync ?rename ?renameat ?renameat2 ?openat ?open ?unlink ?unlinkat ?mkdir "
+    "?mkdirat ?rmdir ?ftruncate ?fallocate ?chmod ?fchmod ?fchmodat ?getdents64"
+)
+LOOKING = "?read ?pread64 ?close ?lseek ?stat ?lstat ?fstat ?newfstatat ?statx ?mmap"
+
+
+class Point(NamedTuple):
+    """The n-th call of a kind, and what happens there: "signal=KILL", "error=EIO"."""
+
+    call: str
+    n: int
+    effect: str
+
+
+def why_not() -> str | None:
+    """Says why strace cannot be used here, None when it can."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    done = subprocess.run(
+        ["strace", "-qq", "-e", "trace=none", "-e", "inject=getppid:error=EIO", sys.executable, "-c", ""],
+        capture_output=True,
+        text=True,
+    )
+    return f"strace cannot trace here ({done.stderr.strip()[:100]})" if done.returncode else None
+
+
+class Gate:
+    """Where a process waits before and after what strace is to look at: three counts in memory that both sides map.
+
+    Nothing of WRITING or LOOKING is called between `enter` and `leave` but by what is between them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            path.write_bytes(bytes(12))
+        with path.open("r+b") as file:
+            self._counts = memoryview(mmap.mmap(file.fileno(), 12)).cast("I")  # entered, left, waits ended
+
+    def enter(self) -> None:
+        """In the process: waits until the other side lets it in."""
+        self._counts[0] += 1
+        self._wait()
+
+    def leave(self) -> None:
+        """In the process: waits until the other side lets it go."""
+        self._counts[1] += 1
+        self._wait()
+
+    def _wait(self) -> None:
+        while self._counts[2] < self._counts[0] + self._counts[1]:
+            time.sleep(0.001)
+
+    def reached(self, *, left: bool = False, ended: Callable[[], bool] = lambda: False) -> bool:
+        """Waits until the process waits, before or after; returns False when it has `ended` instead."""
+        while self._counts[2] >= self._counts[0] + self._counts[1]:
+            if ended():
+                return False
+            time.sleep(0.001)
+        assert (self._counts[0] == self._counts[1]) == left
+        return True
+
+    def open(self) -> None:
+        """Lets the process go on."""
+        self._counts[2] += 1
+
+
+@contextmanager
+def traced(pid: int, calls: str, log: Path, point: Point | None = None) -> Iterator[None]:
+    """strace looks at a process, all its threads included, while the block runs."""
+    inject = [] if point is None else ["-e", f"inject={point.call}:{point.effect}:when={point.n}"]
+    names = calls.replace(" ", ",") if point is None else point.call
+    command = ["strace", "-f", "-p", str(pid), "-o", str(log), "-e", f"trace={names}", *inject]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        line = strace.stderr.readline()
+        assert "attached" in line, line
+        try:
+            yield
+            strace.send_signal(signal.SIGINT)  # it lets go of the process
+            strace.communicate(timeout=2)
+        except subprocess.TimeoutExpired:
+            pass  # it may wait for ever for a thread of a process that was killed
+        finally:
+            strace.kill()
+
+
+def counted(log: Path, pid: int) -> Counter[str]:
+    """How often one thread made each call, as `traced` wrote it down."""
+    found = re.findall(rf"^{pid} +(\w+)\(", log.read_text(errors="replace"), flags=re.MULTILINE)
+    return Counter(found)
+
+
+def points(counts: Counter[str], effects: list[str]) -> list[Point]:
+    """Every call of every kind, with each effect."""
+    return [Point(call, n, effect) for effect in effects for call in sorted(counts) for n in range(1, counts[call] + 1)]

@@ -1,0 +1,351 @@
+"""Bad luck while saving: at every system call of a save a kill, a full disk, a failing disk. strace injects it.
+
+PRETRAIN_TEST_STRACE=all tries every call; without it a sample is drawn, fewer without the slow tests.
+docs/reliability.md has the counts.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from injection import LOOKING, WRITING, Gate, Point, counted, points, traced, why_not
+from ranks import run_ranks, start_ranks
+from test_resume import expect_same_run, finish
+from tiny import make_shards, tiny_config
+
+from pretrain import log
+from pretrain.checkpoint.find import newest_valid, validate
+from pretrain.checkpoint.layout import Slice, step_folders, step_of
+from pretrain.checkpoint.read import CheckpointReader
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.json_files import Fields
+from pretrain.train.run import train
+from pretrain.train.save import save
+from pretrain.train.state import TrainState
+
+ALL = os.environ.get("PRETRAIN_TEST_STRACE") == "all"
+KILL, FULL, FAILING = "signal=KILL", "error=ENOSPC", "error=EIO"
+needs_strace = pytest.mark.skipif(bool(why_not()), reason=why_not() or "")
+
+
+def save_step(config: Config, step: int, *, must_succeed: bool = False) -> None:
+    """What a run does at a save, its engine replaced by a tensor of which every element is the step."""
+    weights = [Slice("weight", (100,), 0, torch.full((100,), float(step)))]
+    engine: Any = SimpleNamespace(
+        check=lambda: None,
+        state=lambda: {"optimizer_step": float(step), "loss_scaler": None},
+        weights=lambda: weights,
+        moments=lambda: [Slice("exp_avg/weight", (100,), 0, weights[0].values)],
+        averages=lambda: [],
+        generators=lambda: {"cpu": torch.get_rng_state()},
+    )
+    train = SimpleNamespace(sha256="0" * 64, class_names=["a", "b"])
+    data: Any = SimpleNamespace(train=train, num_classes=2)
+    meter: Any = SimpleNamespace(window=lambda: [0.0, 0.0, 0.0])
+    run_log: Any = SimpleNamespace(sync=lambda: log.sync(config.output / config.name))
+    save(config, data, engine, TrainState(step=step), meter, run_log, must_succeed=must_succeed)
+
+
+def expect_sound(config: Config, at_least: int, valid: int) -> None:
+    """The newest step is readable, none is lost, and so many are valid."""
+    folder = config.output / config.name / "checkpoints"
+    found = step_folders(folder)
+    assert len(found) >= valid, f"only {found} are left"
+    for path in found:
+        validate(path)
+        assert bool((CheckpointReader(path).tensor("weight") == step_of(path)).all()), path
+    assert newest_valid(folder) == found[0] and step_of(found[0]) >= at_least, f"newest is {found[0]}"
+
+
+def tried(config: Config, steps: list[int], calls: str, point: Point | None) -> tuple[int, Counter[str]]:
+    """Saves the steps in a child, the first one under strace; returns how it ended and its calls."""
+    gate = Gate(config.output / "gate")
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            os.dup2(os.open(config.output / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+            gate.enter()
+            save_step(config, steps[0])
+            gate.leave()
+            for step in steps[1:]:
+                save_step(config, step, must_succeed=True)
+            code = 0
+        finally:
+            os._exit(code)
+    status: list[int] = []
+
+    def ended() -> bool:
+        found, how = os.waitpid(pid, os.WNOHANG)
+        status.extend([how] if found else [])
+        return bool(found)
+
+    assert gate.reached()
+    with traced(pid, calls, config.output / "trace", point):
+        gate.open()
+        alive = gate.reached(left=True, ended=ended)
+    if alive:
+        gate.open()
+        status.append(os.waitpid(pid, 0)[1])
+    return os.waitstatus_to_exitcode(status[0]), counted(config.output / "trace", pid)
+
+
+def check_point(config: Config, step: int, point: Point) -> str | None:
+    """Tries one point at the save of `step` beside the steps 1 and 2; returns what is wrong after it."""
+    run = config.output / config.name
+    steps = [step] if point.effect == KILL else [step, step + 1]
+    code, _ = tried(config, steps, WRITING, point)
+    told = (config.output / "stderr").read_text()
+    try:
+        if point.effect == KILL:
+            assert code == -9, f"ended with {code}: {told}"
+            expect_sound(config, at_least=2, valid=2)
+            save_step(config, step + 1, must_succeed=True)  # the next start's
+        assert code in (0, -9), f"ended with {code}: {told}"
+        expect_sound(config, at_least=step + 1, valid=2)
+        left = [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+        assert not left, f"{left} is left"
+    except Exception as error:  # all points are tried, and all failures told
+        return f"{point}: {type(error).__name__}: {error}"
+    return None
+
+
+def sweep(folder: Path, step: int, effects: list[str], calls: str, sample: int | None) -> tuple[int, list[str]]:
+    """Saves `step` beside the steps 1 and 2, once for each point or for a sample; returns their number and failures.
+
+    Step 2 is a step saved twice.
+    """
+    template = tiny_config(folder, folder / "template", checkpoint__keep_last=2)
+    (template.output / "tiny").mkdir(parents=True)
+    (template.output / "tiny" / "metrics.jsonl").write_text('{"step": 1}\n')
+    for before in (1, 2):
+        save_step(template, before)
+    failures, tries = [], 0
+
+    def fresh(name: str) -> Config:
+        shutil.copytree(template.output, folder / name)
+        return tiny_config(folder, folder / name, checkpoint__keep_last=2)
+
+    code, counts = tried(fresh("counted"), [step], calls, None)
+    assert code == 0 and counts["fsync"] > 5, (code, counts)
+    todo = points(counts, effects)
+    for point in todo if sample is None else random.Random(0).sample(todo, min(sample, len(todo))):
+        tries += 1
+        failure = check_point(fresh("try"), step, point)
+        failures += [failure] if failure else []
+        shutil.rmtree(folder / "try")
+    return tries, failures
+
+
+def expect_no_failure(tmp_path: Path, step: int, effects: list[str], calls: str, sample: int | None) -> None:
+    ((tries, failures),) = run_ranks(sweep, 1, tmp_path, step, effects, calls, sample, timeout_s=3000)
+    print(f"{tries} points")
+    assert not failures, "\n".join(failures)
+    assert tries == sample or (sample is None and tries > 60)
+
+
+AGAIN = pytest.mark.parametrize("step", [3, 2], ids=["next_step", "step_again"])
+
+
+@needs_strace
+@AGAIN
+def test_a_kill_at_some_calls_of_a_save(step: int, tmp_path: Path) -> None:
+    """SIGKILL: two valid checkpoints at every instant, the newest readable, and the next save leaves nothing over."""
+    expect_no_failure(tmp_path, step, [KILL], WRITING, sample=20)
+
+
+@needs_strace
+@AGAIN
+def test_an_error_at_some_calls_of_a_save(step: int, tmp_path: Path) -> None:
+    """A full or failing disk: the process goes on, the next save succeeds, and nothing is left over."""
+    expect_no_failure(tmp_path, step, [FULL, FAILING], f"{WRITING} {LOOKING}", sample=15)
+
+
+@needs_strace
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@AGAIN
+def test_a_kill_at_every_call_of_a_save(step: int, tmp_path: Path) -> None:
+    """The same at all of them."""
+    expect_no_failure(tmp_path, step, [KILL], WRITING, sample=None)
+
+
+@needs_strace
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@AGAIN
+def test_an_error_at_every_call_of_a_save(step: int, tmp_path: Path) -> None:
+    """The same at all of them; those that only look at the disk when all is asked for."""
+    expect_no_failure(tmp_path, step, [FULL, FAILING], f"{WRITING} {LOOKING}" if ALL else WRITING, sample=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": True},
+        {"step": -1},
+        {"step": 1.0},
+        {"validation_due": 1},
+        {"bad_samples": []},
+        {"bad_samples": {"tar": "3"}},
+        {"metrics": {"val/top1": "good"}},
+        {"window": [0, 0]},
+        {"window": 3},
+    ],
+)
+def test_a_state_of_other_types_is_refused(change: dict[str, Any]) -> None:
+    """The key is named; a NaN that a validation gave is a number, and a key that is missing has its default."""
+    good = json.loads(json.dumps(asdict(TrainState(step=3, metrics={"val/loss": float("nan")}))))
+    assert str(TrainState.of(Fields.of(good, "x"))) == str(TrainState(step=3, metrics={"val/loss": float("nan")}))
+    others = {"step": 1, "skipped_steps": 2, "skipped_in_a_row": 3, "damaged_samples": 4, "window": [1.0, 2.0, 3.0]}
+    others |= {"validation_due": True, "features_due": True, "bad_samples": dict.fromkeys(good["bad_samples"], 5)}
+    full = {**good, **others, "metrics": {"val/top1": 0.5}}
+    assert asdict(TrainState.of(Fields.of(full, "x"))) == full  # no field is forgotten
+    assert {*others, "metrics"} == good.keys()
+    del good["features_due"]
+    assert TrainState.of(Fields.of(good, "x")).features_due is False
+    with pytest.raises(UserError, match=f"^x.*{next(iter(change))}"):
+        TrainState.of(Fields.of({**good, **change}, "x"))
+
+
+# --- real trainings --------------------------------------------------------------------------------------------------
+
+
+def gated_training(config: Config, victim: int, gate_file: Path) -> None:
+    """Trains; rank `victim` waits at a gate before and after each save."""
+    import pretrain.train.loop
+    from pretrain.cluster import ranks
+
+    real, gate = pretrain.train.loop.save, Gate(gate_file)
+
+    def gated(*arguments: Any, **options: Any) -> None:
+        if ranks.rank() != victim:
+            return real(*arguments, **options)
+        gate.enter()
+        real(*arguments, **options)
+        gate.leave()
+
+    pretrain.train.loop.save = gated
+    train(config)
+
+
+class Training:
+    """A training on some ranks, one of which waits before and after each of its saves."""
+
+    def __init__(self, config: Config, num_ranks: int, victim: int) -> None:
+        config.output.mkdir(exist_ok=True)
+        self._trace, file = config.output / "trace", config.output / "gate"
+        file.unlink(missing_ok=True)
+        self._gate = Gate(file)
+        self._processes = start_ranks(gated_training, num_ranks, config, victim, file)
+        self._victim = self._processes[victim]
+
+    def save(self, point: Point | None = None) -> Counter[str] | None:
+        """Lets the next save happen, under strace; returns its calls, None when the rank did not live through it."""
+        assert self._gate.reached(ended=self._ended), self.outcomes()
+        with traced(self._victim.pid, WRITING, self._trace, point):
+            self._gate.open()
+            alive = self._gate.reached(left=True, ended=self._ended)
+        if not alive:
+            return None
+        self._gate.open()
+        return counted(self._trace, self._victim.pid)
+
+    def outcomes(self) -> list[str | None]:
+        """Waits for the end; returns what went wrong on each rank."""
+        try:
+            return [process.results.recv()[0] if process.results.poll(60) else "timeout" for process in self._processes]
+        except EOFError:
+            return ["died"]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends all ranks, as a launcher does when one has died."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _ended(self) -> bool:
+        return not self._victim.is_alive() or self._victim.results.poll()
+
+
+RANKS = pytest.mark.parametrize(("num_ranks", "victim"), [(1, 0), (2, 0), (2, 1)])
+MORE = 8  # saves beyond those that are disturbed
+
+
+def prepared(tmp_path: Path, num_ranks: int, victim: int, effects: list[str], sample: int) -> Any:
+    """Returns an undisturbed run that has ended, another one that has saved four times, and what to do to its saves.
+
+    They have dropout, so that random states count, and save at each step.
+    """
+    shards = make_shards(tmp_path / "squares")
+    options: dict[str, Any] = {"model__dropout": 0.1, "checkpoint__every_steps": 1, "checkpoint__keep_last": 2}
+
+    def config(name: str, steps: int) -> Config:
+        return tiny_config(shards, tmp_path / name, total_steps=steps, **options)
+
+    training = Training(config("counted", 1000), num_ranks, victim)
+    counts = [training.save() for _ in range(5)][-1]
+    training.kill()
+    todo = points(counts or Counter(), effects)
+    todo = todo if ALL else random.Random(victim).sample(todo, min(sample, len(todo)))
+    undisturbed, disturbed = config("undisturbed", len(todo) + MORE), config("disturbed", len(todo) + MORE)
+    run_ranks(finish, num_ranks, undisturbed)
+    training = Training(disturbed, num_ranks, victim)
+    for _ in range(4):
+        training.save()
+    return undisturbed, disturbed, training, todo
+
+
+def expect_two_valid(config: Config) -> None:
+    folder = config.output / config.name / "checkpoints"
+    found = step_folders(folder)
+    for path in found:
+        validate(path)
+    assert len(found) >= 2 and newest_valid(folder) == found[0]
+
+
+@needs_strace
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@RANKS
+def test_trainings_killed_in_their_saves_end_alike(num_ranks: int, victim: int, tmp_path: Path) -> None:
+    """A training killed in its first save after each start, at another call each time: the same bits at the end."""
+    undisturbed, killed, training, todo = prepared(tmp_path, num_ranks, victim, [KILL], sample=4)
+    training.kill()
+    missed = []
+    for point in todo:
+        training = Training(killed, num_ranks, victim)
+        missed += [point] if training.save(point) is not None else []
+        training.kill()
+        expect_two_valid(killed)
+    run_ranks(finish, num_ranks, killed)
+    expect_same_run(killed, undisturbed)
+    print(f"{len(todo) - len(missed)} kills; not reached: {missed}")
+    assert len(missed) <= len(todo) // 4
+
+
+@needs_strace
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@RANKS
+def test_a_training_on_a_failing_disk_ends_alike(num_ranks: int, victim: int, tmp_path: Path) -> None:
+    """ENOSPC or EIO in save after save, at another call each time: it trains to its end, with the same bits."""
+    undisturbed, failing, training, todo = prepared(tmp_path, num_ranks, victim, [FULL, FAILING], sample=20)
+    for point in todo:
+        assert training.save(point) is not None, f"{point}: {training.outcomes()}"
+        expect_two_valid(failing)
+    for _ in range(MORE - 4):
+        training.save()
+    assert training.outcomes() == [None] * num_ranks
+    expect_same_run(failing, undisturbed)
+    print(f"{len(todo)} errors")
