@@ -142,7 +142,7 @@ def test_what_timm_fills_in_is_filled_in(tmp_path: Path) -> None:
         ({"input_size": (3, 160, 96)}, r"input_size is \[160, 96\], which is not square"),
         ({"input_size": (1, 160, 160)}, r"input_size is \[1, 160, 160\]: images here have 3 channels"),
         ({"std": (0.2, 0.0, 0.2)}, r"std is \(0.2, 0.0, 0.2\), expected three numbers"),
-        ({"mean": (0.2, 0.3)}, r"mean is \(0.2, 0.3\), expected three numbers"),
+        ({"mean": (0.2, 0.3)}, r"mean is \[0.2, 0.3\], expected three numbers"),
     ],
 )
 def test_pixels_that_are_not_made_here_are_refused(cfg: dict[str, Any], message: str, tmp_path: Path) -> None:
