@@ -14,12 +14,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
+from tiny import tiny_config
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pretrain.config import DataConfig
+from pretrain.config import Config, DataConfig
 from pretrain.data import headers, images
 from pretrain.data.images import decode, eval_image, train_image
+from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import BadSample
+from pretrain.shards.build import build
+from pretrain.shards.sources import Item
+from pretrain.shards.verify import verify
+from pretrain.train.run import train
 
 MB = 1_000_000
 
@@ -321,3 +328,50 @@ def test_without_stderr_images_are_decoded() -> None:
         [sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, timeout=120
     )
     assert done.returncode == 0 and json.loads(done.stdout) == 3
+
+
+# --- from the shard to the log ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_damage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 24 images; two of them are JPEGs that lost half of their data, or have a hole, and are decoded."""
+    whole = photo(64, 64)
+    cut, hole = whole[: len(whole) // 2] + b"\xff\xd9", bytearray(whole)
+    hole[len(whole) // 2 : len(whole) // 2 + 500] = bytes(500)
+    contents = [whole] * 22 + [cut, bytes(hole)]
+    items = [Item(lambda c=c: c, "jpg", number % 7, f"photo {number}") for number, c in enumerate(contents)]
+    folder = tmp_path_factory.mktemp("shards") / "photos"
+    build(items, [f"class {number}" for number in range(7)], folder, samples_per_shard=24, seed=0)
+    return folder
+
+
+def finish(config: Config) -> None:
+    train(config)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_run_tells_of_damaged_images_and_leaves_them_out_when_asked(
+    strict: bool, with_damage: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks, two epochs: each damaged image is counted each time, named with its file, and used, or not."""
+    config = tiny_config(with_damage, tmp_path, total_steps=4, data__strict_images=strict, data__max_bad_fraction=0.5)
+    run_ranks(finish, 2, config)
+    told, name = capfd.readouterr(), "bad_samples.jsonl" if strict else "damaged_samples.jsonl"
+    assert "Premature end" not in told.err and "Corrupt JPEG" not in told.err
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / name).read_text().splitlines()]
+    assert len(rows) == 4 and {row["reason"] for row in rows} == {"damaged"}
+    assert all(row["shard"] == "photos-000000.tar" and "JPEG" in row["detail"] for row in rows)
+    last = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["train/damaged_samples"], last["train/bad_samples"]) == ((0, 4) if strict else (4, 0))
+    used = [
+        len(json.loads(line)["samples"])
+        for line in (tmp_path / "tiny" / "samples-00000.jsonl").read_text().splitlines()
+    ]
+    assert used == [6] * 4
+
+
+def test_verify_names_damaged_images(with_damage: Path) -> None:
+    """By shard, number and key."""
+    told = list(verify(load_manifest(with_damage)))
+    assert len(told) == 2 and all("photos-000000.tar: sample" in line and ": damaged: " in line for line in told)
