@@ -24,8 +24,7 @@ def before_start() -> None:
 def after_start(timeout_s: int, zero: Any) -> None:
     """What DeepSpeed, and its ZeRO optimizer, have to be given once they have started."""
     _set_group_timeouts(timeout_s)
-    if zero.dtype != torch.float16:  # whose search for a loss scale has not been tried with these
-        _lighten_step(zero)
+    _lighten_step(zero)
 
 
 def _without_compiler() -> None:
@@ -45,8 +44,11 @@ def _lighten_step(zero: Any) -> None:
 
     Stages 1 and 2 look through every gradient for what is not finite, which shows in the norm too; step() refuses such
     a norm itself. They and stage 3 take norms one by one, and give the parameters addresses that they have already.
-    With bf16 accumulation of several micro-batches on stage 1 DeepSpeed has another class, which stays as it is.
+    As they are stay fp16, whose search for a loss scale has not been tried with this, and the class that DeepSpeed has
+    for bf16 accumulation of several micro-batches on stage 1.
     """
+    if getattr(zero, "dtype", None) == torch.float16:
+        return
     if type(zero) is DeepSpeedZeroOptimizer:
         zero.check_overflow = lambda partition_gradients=True: None
         zero.scaled_global_norm = lambda norm_type=2: _global_norm(zero)
