@@ -60,6 +60,7 @@ def test_a_progress_bar_shows_its_title_as_it_is(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stdout", terminal := io.StringIO())
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     with cli.progress("a [/x] {b} \x1b]0;x\x07", 2, "images") as advance:
         advance(2)
     assert "a [/x] {b}" in re.sub(r"\x1b\[[\d;?]*\w", "", terminal.getvalue()) and "\x1b]0" not in terminal.getvalue()

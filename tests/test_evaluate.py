@@ -150,7 +150,8 @@ def evaluate(tool: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def table_of(out: Path) -> dict[str, tuple[float, int]]:
     """Values and n by metric, as the report reads them; no metric twice."""
-    results = _read_evaluation(out / "results.json")
+    run = Path(shutil.copytree(out, out.parent / f"{out.name}-run" / "evaluation", dirs_exist_ok=True)).parent
+    results = _read_evaluation(run)
     assert results
     table = {row["metric"]: (row["value"], row["n"]) for row in results["rows"]}
     page = (out / "results.md").read_text()
@@ -270,9 +271,7 @@ def test_what_does_not_fit_in_an_earlier_record_is_replaced(
     wrong = [with_row(**{key: v}) for key in ("model", "metric") for v in (5, None, [], {}, "\ud800")]
     wrong += [with_row(value=v) for v in (None, "1", [], True, 10**400)]
     wrong += [with_row(n=v) for v in (None, "1", 1.5, float("inf"), True, -1)]
-    wrong += [
-        {**with_row(), "data": v} for v in (None, [], 5, {"val": 5}, {"val": {}}, {"val": {**data, "path": "\ud800"}})
-    ]
+    wrong += [{**with_row(), "data": v} for v in (None, [], 5, {"val": 5}, {"val": {}})]
     wrong += [{**with_row(), "data": {"val": {**data, "num_samples": v}}} for v in (None, "1", [], {})]
     wrong += [{**with_row(metric="5-shot"), "fewshot": v} for v in (None, [], 5, {}, {**shot, "l2": "1"})]
     wrong += [{**with_row(metric="5-shot"), "fewshot": {**shot, key: 5}} for key in ("shots", "seeds", "transform")]
@@ -376,7 +375,7 @@ def test_the_documented_evaluator_works(
 def other_classes(folder: Path) -> Path:
     """A copy of the layout with a class more."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["label"]["num_classes"] += 1
+    manifest["label"] |= {"num_classes": manifest["label"]["num_classes"] + 1, "names": None}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
