@@ -76,7 +76,7 @@ def _say(message: str, code: int) -> int:
 
 def _rank() -> int:
     # Not by pretrain.cluster.ranks: it imports torch, and a wrong key is told at once.
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def _leave(code: int) -> None:

@@ -22,9 +22,9 @@ MAX_MARKS = 3 << 20  # of , : [ and {: 64 MB of small objects become 1.7 GB; 300
 MAX_DEPTH = 32  # objects and lists inside each other; ours have 5
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_marks: int = MAX_MARKS) -> Any:
     """Returns what a file of JSON holds. Raises UserError when it is too large or not JSON, OSError as it comes."""
-    return parse_json(read_bytes(path, max_bytes=max_bytes), str(path))
+    return parse_json(read_bytes(path, max_bytes=max_bytes), str(path), max_marks)
 
 
 def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -42,14 +42,14 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer, for ever
 
 
-def parse_json(text: bytes | str, source: str) -> Any:
+def parse_json(text: bytes | str, source: str, max_marks: int = MAX_MARKS) -> Any:
     """Returns what a text of JSON (UTF-8) says.
 
     Raises UserError naming `source` when it is not JSON, too deep, or would become far larger in memory than it is.
     """
     marks = (b",", b":", b"[", b"{") if isinstance(text, bytes) else (",", ":", "[", "{")
-    if sum(text.count(mark) for mark in marks) > MAX_MARKS:  # pyright: ignore[reportArgumentType]
-        raise UserError(f"{source}: holds more than {MAX_MARKS:,} values")
+    if sum(text.count(mark) for mark in marks) > max_marks:  # pyright: ignore[reportArgumentType]
+        raise UserError(f"{source}: holds more than {max_marks:,} values")
     try:
         value = json.loads(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:

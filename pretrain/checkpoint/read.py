@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pretrain.checkpoint.layout import KINDS, MAX_INDEX_BYTES, DamagedError, Slice, own_file
+from pretrain.checkpoint.layout import KINDS, MAX_INDEX_BYTES, MAX_INDEX_MARKS, DamagedError, Slice, own_file
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, read_json
 
@@ -26,7 +26,7 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         file = own_file(path, "index.json")
-        index = Fields.of(read_json(file, max_bytes=MAX_INDEX_BYTES), str(file))
+        index = Fields.of(read_json(file, max_bytes=MAX_INDEX_BYTES, max_marks=MAX_INDEX_MARKS), str(file))
         index.values.setdefault("average", {})  # absent from checkpoints of earlier versions
         self.index = {kind: index.part(kind).values for kind in KINDS}
         self._open = lru_cache(maxsize=64)(lambda name: safe_open(own_file(path, name), framework="pt"))

@@ -25,10 +25,11 @@ def gpu_is_here() -> bool:
 
 def gpus_asked_for() -> str | None:
     """Returns the variable, with its value, by which somebody has given this process GPUs; None when nobody has."""
+    # The first that is there decides: a step may have been given none of its job's, and a user may hide them.
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
-        value = os.environ.get(name, "").strip()
-        if value not in ("", "0" if name == "SLURM_GPUS_ON_NODE" else "", "-1", "NoDevFiles"):
-            return f"{name}={value}"
+        if (value := os.environ.get(name)) is not None:
+            none = value.strip() in ("", "-1", "NoDevFiles") or (name == "SLURM_GPUS_ON_NODE" and value == "0")
+            return None if none else f"{name}={value}"
     return None
 
 

@@ -17,6 +17,7 @@ from pretrain.cluster.local import free_port, gpu_is_here, gpus_asked_for, rank_
 from pretrain.errors import UserError
 
 _cpu_group: Any = None  # gloo, made by `start`
+_from_slurm = False  # whether srun has started the ranks
 
 
 def start(timeout_s: int) -> torch.device:
@@ -32,9 +33,8 @@ def start(timeout_s: int) -> torch.device:
         torch.cuda.set_device(device)
     else:
         # Sums depend on the number of threads; a fixed share of the cores keeps runs repeatable on one machine.
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // ranks_here)))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // ranks_here())))
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         try:
@@ -42,7 +42,9 @@ def start(timeout_s: int) -> torch.device:
         except dist.DistNetworkError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             if "EADDRINUSE" in str(error):
-                raise UserError(f"{where} is in use, by another run? Give this one --master_port PORT") from None
+                raise UserError(
+                    f"{where} is in use, by another run? Give this one --master_port PORT, or MASTER_PORT=PORT"
+                ) from None
             raise UserError(f"rank {rank()} cannot reach rank 0 at {where}: {str(error).splitlines()[0]}") from None
         _cpu_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     return device
@@ -81,6 +83,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def ranks_here() -> int:
+    """Processes of the run on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
 def is_main() -> bool:
     """Whether this process speaks for all: rank 0."""
     return rank() == 0
@@ -96,8 +103,11 @@ def seed_generators(seed: int, step: int) -> None:
 
 def complete_environment() -> None:
     """Sets the variables that no launcher has set: of a task of srun, or of a world of one rank."""
+    global _from_slurm
     if "RANK" not in os.environ and slurm.is_task(os.environ):
-        os.environ.update(slurm.rank_variables(os.environ))
+        variables = slurm.rank_variables(os.environ)
+        if _from_slurm := variables["WORLD_SIZE"] != "1":  # alone: several may be started in one step, by hand
+            os.environ.update(variables)
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:  # no launcher: one rank
         os.environ.update(rank_variables(0, 1, free_port()))
     if os.environ.get("MASTER_ADDR") == "127.0.0.1":
@@ -119,7 +129,7 @@ def _device() -> torch.device:
             )
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if count == 1 and slurm.is_task(os.environ):
+    if count == 1 and _from_slurm:
         os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task: each task sees its own alone; DeepSpeed reads it too
     if local_rank() >= count:
         raise UserError(f"LOCAL_RANK is {local_rank()}, but this process sees {count} GPUs; start one rank per GPU")

@@ -86,7 +86,9 @@ def _launchers_above() -> list[_Process]:
             parent = int(Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
         except OSError:  # not Linux, or gone this moment: then its own parent's death is seen instead
             break
-        if any(word in _LAUNCHERS or Path(word).name in _LAUNCHERS for word in words[:8]):
+        script = Path(words[1]).name if len(words) > 1 else ""
+        module = words[words.index("-m") + 1 :][:1] if "-m" in words[:4] else []
+        if any(word in _LAUNCHERS for word in (Path(words[0]).name, script, *module)):
             found.append(_Process(number, _started(number)))
         number = parent
     return found

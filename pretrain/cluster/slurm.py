@@ -19,6 +19,17 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
     MASTER_ADDR and MASTER_PORT that are there already are kept. Raises UserError when WORLD_SIZE is there and differs.
     """
+    try:
+        return _rank_variables(environment)
+    except KeyError as error:  # a container that was not given all of them
+        raise UserError(f"a task of srun, but {error.args[0]} is not set; hand all SLURM_* variables on") from None
+    except UserError:
+        raise
+    except (ValueError, IndexError):
+        raise UserError("SLURM's variables contradict each other; set RANK, WORLD_SIZE, LOCAL_RANK yourself") from None
+
+
+def _rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     world = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
     if (given := environment.get("WORLD_SIZE", world)) != world:
         raise UserError(

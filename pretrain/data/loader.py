@@ -198,8 +198,9 @@ def train_batches(
     """Yields this rank's share, accumulation * micro_batch slots, of the steps start_step .. total_steps - 1."""
     steps = _TrainSteps(manifest, order, plan, config)
     slots = plan.micro_batch * plan.accumulation
-    _check_shared_memory(slots, config.model.image_size, config.data)
-    return _prepared(steps, range(start_step, config.total_steps), config.data)
+    numbers = range(start_step, config.total_steps)
+    _check_shared_memory(slots, len(numbers), config.model.image_size, config.data)
+    return _prepared(steps, numbers, config.data)
 
 
 def eval_batches(
@@ -210,7 +211,7 @@ def eval_batches(
     The last batch, and ranks with fewer samples, are filled up with masked slots: each sample is seen exactly once.
     """
     batches = _EvalBatches(manifest, indices, batch_size, image_size, config)
-    _check_shared_memory(batch_size, image_size, config)
+    _check_shared_memory(batch_size, len(batches), image_size, config)
     return _prepared(batches, range(len(batches)), config)
 
 
@@ -218,19 +219,21 @@ _SHARED_MEMORY = Path("/dev/shm")
 _BESIDE_IMAGES = 256 << 10  # bytes of a batch's labels, mask and semaphores, each of which fills whole pages
 
 
-def _check_shared_memory(slots: int, image_size: int, config: DataConfig) -> None:
-    """Raises StorageError, on all ranks, when loader processes have no room to hand batches of so many slots over.
+def _check_shared_memory(slots: int, num_batches: int, image_size: int, config: DataConfig) -> None:
+    """Raises StorageError, on all ranks, when a node's loader processes have no room to hand batches of `slots` over.
 
     Told before they start: where it is full, torch's answer is a process that waits for ever, or a bus error.
     """
-    needed = (config.workers * config.prefetch + 1) * (slots * 3 * image_size**2 + _BESIDE_IMAGES)
+    batches = min(num_batches, config.workers * config.prefetch) + 1
+    needed = ranks.ranks_here() * batches * (slots * 3 * image_size**2 + _BESIDE_IMAGES)
 
     def check() -> None:
         if not config.workers or not _SHARED_MEMORY.is_dir() or shutil.disk_usage(_SHARED_MEMORY).free >= needed:
             return
         raise StorageError(
             f"{_SHARED_MEMORY}: the shared memory has {shutil.disk_usage(_SHARED_MEMORY).free / 1e6:.1f} MB free; "
-            f"{config.workers} loader processes with {config.prefetch} batches each need {needed / 1e6:.1f} MB. Make "
+            f"{config.workers} loader processes with {config.prefetch} batches each, of all ranks here, need "
+            f"{needed / 1e6:.1f} MB. Make "
             "it larger (docker run --shm-size, mount -o remount,size=), or lower data.workers or data.prefetch; "
             "data.workers=0 needs none"
         )

@@ -8,20 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch.distributed as dist
-
 from pretrain.cluster import ranks
 from pretrain.errors import LostProcessError, StorageError
 from pretrain.storage import write_text
 
 _FILE = "STOP.json"
-# What gloo, NCCL and PyTorch's loader say of a process that is gone or does not answer; all but the first are plain
-# RuntimeErrors.
+# What gloo, NCCL and PyTorch's loader say of a process that is gone or does not answer.
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
     "Socket closed",
+    "remote process exited",
+    "Watchdog caught collective operation timeout",
     "DataLoader worker",
 )
 
@@ -58,7 +57,7 @@ def note(folder: Path, reason: Exception | str) -> None:
 
 def _lost_process(error: Exception) -> LostProcessError | None:
     told = str(error)
-    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in told for w in _LOST))):
+    if not (isinstance(error, RuntimeError) and any(words in told for words in _LOST)):
         return None
     first = next(
         (line.strip() for line in told.splitlines() if any(word in line for word in _LOST)), told.splitlines()[0]
