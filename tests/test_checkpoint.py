@@ -526,3 +526,11 @@ def test_a_step_replaced_while_it_is_read_is_not_called_damaged(
     monkeypatch.setattr(find, "crc32c", reading)
     assert newest_valid(tmp_path) == tmp_path / "step-0000000002"
     assert replaced == [True] and capsys.readouterr().err == ""
+
+
+def test_an_index_of_hundreds_of_ranks_is_read(tmp_path: Path) -> None:
+    """ZeRO-3 has a slice of every tensor on every rank: more values than any other JSON file may hold."""
+    slices = ",".join(f'[{number},1,"weights-{number:05d}-of-00800.safetensors"]' for number in range(800))
+    entries = ",".join(f'"block{number}":{{"shape":[800],"slices":[{slices}]}}' for number in range(1000))
+    (tmp_path / "index.json").write_text(f'{{"weights":{{{entries}}},"optimizer":{{}}}}')
+    assert len(CheckpointReader(tmp_path).shapes()) == 1000
