@@ -284,8 +284,10 @@ def file_in(folder: Path, name: str) -> Path:
     path = folder / name
     with readable(path):
         root, target = folder.resolve(), path.resolve()
-        if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-            root = root.parent.parent
+        for inner in (root, *root.parents):  # the snapshot itself, or a folder in it
+            if inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--"):
+                root = inner.parent.parent
+                break
     if not target.is_relative_to(root):
         raise UserError(f"{path}: is a link to {target}, outside of its folder; put the file itself there")
     return path
