@@ -212,6 +212,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
+def number_as_text(value: Any) -> Any:
+    """Returns a number or truth value as text, since some call their classes so; any other value as it is."""
+    return str(value) if isinstance(value, int | float) else value
+
+
 def is_whole(value: object) -> bool:
     """Returns whether a value is an integer; neither true nor 1.0 is one."""
     return isinstance(value, int) and not isinstance(value, bool)
