@@ -238,6 +238,19 @@ def test_photos_are_turned_when_asked(tmp_path: Path) -> None:
     assert stored(tmp_path / "turned") == {(0, upright): 1, (0, clear): 1}
 
 
+@pytest.mark.parametrize("form, side", [("jpg", 5300), ("webp", 4100)])
+def test_photos_too_large_to_be_turned_are_refused(form: str, side: int, tmp_path: Path) -> None:
+    """Before they are decoded: a progressive JPEG takes 13 bytes per pixel, a WebP 18. As they lie they are kept."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options: dict[str, Any] = {"progressive": True, "subsampling": 0} if form == "jpg" else {"method": 0, "quality": 1}
+    path = tmp_path / f"1.{form}"
+    Image.new("RGB", (side, side)).save(path, exif=exif, **options)
+    assert read_picture(path, Counter()) == path.read_bytes()
+    with pytest.raises(BadSample, match=f"{side} x {side} pixels take .* MB to decode"):
+        read_picture(path, Counter(), apply_orientation=True)
+
+
 def test_labels_are_places_of_names(tmp_path: Path) -> None:
     """A subset of the classes, in another order: every folder gets the label of its own name."""
     names = ClassList(("n01", "n02", "n03"), source="names.json")

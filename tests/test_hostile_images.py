@@ -150,13 +150,19 @@ def baseline_scans(number: int) -> bytes:
     return bytes(data[:at]) + scan * number + b"\xff\xd9"
 
 
+PROGRESSIVE = encoded(Image.new("RGB", (64, 64)), "jpeg", progressive=True)
 HEAD, REST = photo()[:2], photo()[2:]
 PNG_HEAD, PNG_REST = flat_png(64, 8, 2)[:33], flat_png(64, 8, 2)[33:]
 RIFF = encoded(Image.new("RGB", (80, 100)), "webp")
+RIFF_OF_4_MB = RIFF[:4] + struct.pack("<I", len(RIFF) - 8 + 8 * 400_000) + RIFF[8:]
 TOO_MANY = {
     "scans": (many_scans(photo(progressive=True), 500), "more than 50 scans"),
     "scans behind a false end": (
         many_scans(photo(progressive=True)[:-2] + b"\xff\xfe\0\x04\xff\xd9\xff\xd9", 500),
+        "more than 50 scans",
+    ),
+    "scans behind a marker without a length": (
+        PROGRESSIVE[:-2] + b"\xff\x01" + PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2] * 250 + b"\xff\xd9",
         "more than 50 scans",
     ),
     "baseline scans": (baseline_scans(60), "more than 50 scans"),
@@ -164,7 +170,7 @@ TOO_MANY = {
     "stray bytes": (HEAD + photo()[2:20] + bytes(4 * MB) + photo()[20:], "more than 50000 segments"),
     "EXIF": (HEAD + (b"\xff\xe1\xfd\xe8Exif\0\0" + bytes(64992)) * 900 + REST, "16 MB before its first scan"),
     "chunks": (PNG_HEAD + chunk(b"abCd", b"") * 400_000 + PNG_REST, "more than 50000 chunks"),
-    "chunks of WebP": (RIFF + b"abcd\0\0\0\0" * 400_000, "more than 50000 chunks"),
+    "chunks of WebP": (RIFF_OF_4_MB + b"abcd\0\0\0\0" * 400_000, "more than 50000 chunks"),
     "profiles": (PNG_HEAD + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(MB))) * 200 + PNG_REST, "colour profiles"),
 }
 
@@ -184,6 +190,22 @@ def test_usual_files_have_few_parts() -> None:
     plain = photo(progressive=True)
     for data in (plain, plain + photo() + os.urandom(4 * MB), many_scans(plain, 40)):
         assert decode(data).shape == (3, 240, 320)
+
+
+@pytest.mark.parametrize("form", ["png", "png with text", "webp", "jpeg"])
+def test_what_follows_the_end_is_no_part(form: str) -> None:
+    """Zeros and chunks behind the picture's own end, which no decoder looks at."""
+    data = {
+        "png": PNG_HEAD + PNG_REST,
+        "png with text": PNG_HEAD + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(4 * MB))) + PNG_REST,
+        "webp": RIFF,
+        "jpeg": photo(),
+    }[form]
+    shape = decode(data).shape
+    for tail in (bytes(2 * MB), chunk(b"abCd", b"") * 100_000, b"abcd\0\0\0\0" * 100_000):
+        began = os.times().user
+        assert decode(data + tail).shape == shape
+        assert os.times().user - began < 2
 
 
 @pytest.mark.parametrize("height, width", [(2100, 2050), (350, 12_000), (12_000, 350)])
@@ -328,6 +350,23 @@ def test_without_stderr_images_are_decoded() -> None:
         [sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, timeout=120
     )
     assert done.returncode == 0 and json.loads(done.stdout) == 3
+
+
+@pytest.mark.parametrize("missing", ["os.memfd_create", "os.ftruncate", "os.dup"])
+def test_without_memory_to_listen_images_are_decoded(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system call that fails is no damage of the image, and the next one is heard again."""
+    from pretrain.data import damage
+
+    def failing(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(damage, "_memory", [])
+    with monkeypatch.context() as patch:
+        patch.setattr(missing, failing)
+        assert decode(photo()).shape == (3, 240, 320)
+    told: list[str] = []
+    decode(damaged("hole", photo()), told.append)
+    assert len(told) == 1
 
 
 # --- from the shard to the log ---------------------------------------------------------------------------------------

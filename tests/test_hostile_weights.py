@@ -438,7 +438,7 @@ def test_classes_are_counted_within_a_limit(count: Any, tmp_path: Path) -> None:
         read_weights(tmp_path / "f")
 
 
-@pytest.mark.parametrize("names", [[1, 2, 3], [None] * 3, [["a"]] * 3, "abc", {"a": 1, "b": 2, "c": 3}, ["\ud800"] * 3])
+@pytest.mark.parametrize("names", [[None] * 3, [["a"]] * 3, "abc", {"a": 1, "b": 2, "c": 3}, ["\ud800"] * 3])
 def test_class_names_are_texts(names: Any, tmp_path: Path) -> None:
     """Of a folder of ours, and by number of transformers."""
     write_own_folder(model(), tmp_path / "own")
@@ -453,6 +453,28 @@ def test_class_names_are_texts(names: Any, tmp_path: Path) -> None:
             UserError, match="config.json: (label_names|id2label).* is (null|.*, expected a (list of )?text)"
         ):
             read_weights(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        ([1, 2.5, True], ("1", "2.5", "True")),
+        ({"0": "a", "1": "b", "2": "c"}, ("a", "b", "c")),
+        ({"2": "c", "0": 7}, ("7", "1", "c")),
+    ],
+)
+def test_class_names_may_be_numbers_or_stand_by_number(names: Any, expected: tuple[str, ...], tmp_path: Path) -> None:
+    """As people's own scripts write them: digits that are called 0 to 9, timm's names by number."""
+    write_timm_folder(model(), tmp_path / "timm")
+    write_transformers_folder(model(), tmp_path / "theirs")
+    labels = names if isinstance(names, dict) else {str(number): name for number, name in enumerate(names)}
+    for folder, change in (("timm", {"label_names": names}), ("theirs", {"id2label": labels})):
+        path = tmp_path / folder / "config.json"
+        values = json.loads(path.read_text()) | change
+        values.pop("pretrain", None)
+        path.write_text(json.dumps(values))
+        if folder == "timm" or len(labels) == 3:  # of transformers, they say how many classes there are
+            assert read_weights(tmp_path / folder).class_names == expected
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -521,6 +543,10 @@ def test_hugging_faces_cache_is_read(tmp_path: Path) -> None:
     weights = model()
     write_own_folder(weights, tmp_path / "own")
     assert (load_model(snapshot)(x) - load_model(tmp_path / "own")(x)).abs().max() < 1e-4
+    (snapshot / "onnx" / "vit").mkdir(parents=True)  # some keep several models in one repository
+    for path in list(snapshot.glob("*.*")):
+        (snapshot / "onnx" / "vit" / path.name).symlink_to(Path("../../../../blobs") / path.readlink().name)
+    assert (load_model(snapshot / "onnx" / "vit")(x) - load_model(tmp_path / "own")(x)).abs().max() < 1e-4
     linked(snapshot / "config.json", tmp_path / "elsewhere.json")
     (tmp_path / "elsewhere.json").unlink()
     (tmp_path / "elsewhere.json").write_bytes((cache / "blobs" / f"{0:040}").read_bytes())

@@ -537,3 +537,29 @@ def test_a_persons_photo_is_turned_as_its_exif_says(orientation: int, form: str)
         expected = np.asarray(ImageOps.exif_transpose(turned))
     assert np.array_equal(decode_upright(data).permute(1, 2, 0).numpy(), expected)
     assert decode(data).shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF at all", b"Exif\0\0MM", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp"])
+def test_a_photo_with_damaged_exif_stays_as_it_lies(exif: bytes, form: str) -> None:
+    """Its pixels are there; what cannot be read is told, and says nothing."""
+    file, told = io.BytesIO(), []
+    Image.new("RGB", (24, 16)).save(file, form, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert decode_upright(file.getvalue(), told.append).shape == (3, 16, 24)
+    assert told in ([], ["EXIF cannot be read"])
+    assert told or form == "jpeg" or b"TIFF" not in exif  # Pillow passes over a JPEG's
+
+
+@pytest.mark.parametrize("error", [SyntaxError, ValueError, IndexError, KeyError, struct.error, TypeError])
+def test_errors_of_exif_of_any_type_are_told(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, told = io.BytesIO(), []
+    Image.new("RGB", (24, 16)).save(file, "jpeg")
+
+    def failing(_: object) -> None:
+        raise error("damaged")
+
+    monkeypatch.setattr(Image.Image, "getexif", failing)
+    assert decode_upright(file.getvalue(), told.append).shape == (3, 16, 24)
+    assert told == ["EXIF cannot be read"]

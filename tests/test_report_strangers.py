@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from test_hostile_images import chunk, flat_png, many_scans, photo
 from test_report import RECIPE, add_evaluation, make_run, write_finetuning
 
 from pretrain.errors import UserError
@@ -94,6 +95,24 @@ def test_a_recipe_named_by_others_is_not_read(tmp_path: Path) -> None:
     start = {"step": 0, "recipe": str(private), "command": ["x.py", "--config", str(private), f"--config={private}"]}
     (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
     assert SECRET not in pages(run)
+
+
+PNG = flat_png(8, 8, 2)
+PICTURES = {
+    "profile": (PNG[:-12] + chunk(b"iCCP", b"a\0") + PNG[-12:], "not a picture that can be shown"),
+    "chunks": (PNG[:33] + chunk(b"abCd", b"") * 60_000 + PNG[33:], "more than 50000 chunks"),
+    "scans": (many_scans(photo(64, 64, progressive=True), 100), "more than 50 scans"),
+    "memory": (photo(8, 8, progressive=True).replace(b"\0\x08\0\x08\x03", b"\x1a\0\x1a\0\x03", 1), "MB to decode"),
+}
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_damaged_and_costly_pictures_are_left_out(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As those of a data set are: whatever Pillow raises, and before it takes seconds or gigabytes."""
+    content, said = PICTURES[case]
+    assert files.picture("x", content, "run/x.png") is None
+    line = capsys.readouterr().err
+    assert "run/x.png: not a picture that can be shown" in line and said in line and line.count("\n") == 1
 
 
 BAD_LINES: list[Any] = [

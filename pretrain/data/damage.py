@@ -15,7 +15,8 @@ _COMPLAINT = re.compile(
     rb"|Unknown Adobe color transform|Warning: unknown JFIF revision|Application transferred too many)[^\r\n]*\r?\n?"
 )
 
-# stderr belongs to the whole process: one image at a time, and no fork while it points elsewhere.
+# stderr belongs to the whole process: one image at a time, and no os.fork while it points elsewhere. A subprocess is
+# started without these hooks: what it writes to an inherited stderr in its first moments may land in the memory file.
 _lock = threading.RLock()
 _memory: list[tuple[int, mmap.mmap]] = []  # the process's file in memory, and its first page; made when first needed
 
@@ -31,16 +32,16 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 def listen(call: Callable[[], T]) -> tuple[T, list[str]]:
     """Returns what `call` returns, and what libjpeg wrote to stderr meanwhile; other text goes on to stderr.
 
-    Where stderr is closed, or there is no descriptor left, nothing is heard. Takes four system calls.
+    Where stderr is closed, or there is no descriptor or memory left for it, nothing is heard. Takes four system calls.
     """
     with _lock:
         try:
+            memory, page = _memory_file()
             real = os.dup(2)
         except OSError:
             return call(), []
         heard: list[str] = []
         try:
-            memory, page = _memory_file()
             os.dup2(memory, 2)
             try:
                 result = call()
@@ -56,8 +57,14 @@ def listen(call: Callable[[], T]) -> tuple[T, list[str]]:
 def _memory_file() -> tuple[int, mmap.mmap]:
     if not _memory:
         number = os.memfd_create("stderr", os.MFD_CLOEXEC)
-        os.ftruncate(number, mmap.PAGESIZE)  # a mapped byte tells without a system call whether something was written
-        _memory.append((number, mmap.mmap(number, mmap.PAGESIZE)))
+        try:
+            os.ftruncate(
+                number, mmap.PAGESIZE
+            )  # a mapped byte tells without a system call whether anything was written
+            _memory.append((number, mmap.mmap(number, mmap.PAGESIZE)))
+        except OSError:
+            os.close(number)
+            raise
     return _memory[0]
 
 

@@ -51,17 +51,22 @@ def check_memory(width: int, height: int, bytes_per_pixel: float, data: bytes) -
 
 
 def check_parts(data: bytes) -> None:
-    """Raises BadSample("decode") for a PNG or WebP of too many chunks: Pillow takes microseconds for each."""
+    """Raises BadSample("decode") for a PNG or WebP of too many chunks: Pillow takes microseconds for each.
+
+    What follows a file's own end, as zeros that fill up a block, is looked at by no decoder.
+    """
+    end = len(data)
     if data.startswith(_PNG):
         at, head, order = len(_PNG), 12, "big"  # length, kind, content, checksum
         if data.count(b"iCCP") > MAX_PROFILES:
             raise BadSample("decode", f"PNG with more than {MAX_PROFILES} colour profiles")
     elif data.startswith(b"RIFF"):
         at, head, order = 12, 8, "little"  # kind, length, content
+        end = min(end, 8 + int.from_bytes(data[4:8], order))
     else:
         return
     for _ in range(MAX_PARTS):
-        if at >= len(data):
+        if at >= end or (order == "big" and data[at + 4 : at + 8] == b"IEND"):
             return
         start = at if order == "big" else at + 4
         length = int.from_bytes(data[start : start + 4], order)
@@ -116,8 +121,10 @@ def _check_scans(data: bytes, at: int) -> None:
     """Raises BadSample when more than MAX_SCANS begin from `at` on, where the first does."""
     scans = 0
     while (match := _NEXT_MARKER.search(data, at)) is not None and data[match.start() + 1] != _EOI:
-        at = match.start() + 2
+        marker, at = data[match.start() + 1], match.start() + 2
+        if marker in _ALONE:
+            continue
         at += max(2, int.from_bytes(data[at : at + 2], "big"))
-        scans += data[match.start() + 1] == _SOS
+        scans += marker == _SOS
         if scans > MAX_SCANS:
             raise BadSample("decode", f"JPEG with more than {MAX_SCANS} scans")

@@ -82,7 +82,11 @@ def decode_upright(data: bytes, told: Callable[[str], None] = lambda _: None) ->
     """
     image = decode(data, told)
     with Image.open(io.BytesIO(_without_text(data)), formats=FORMATS) as header:
-        orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+        try:
+            orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # of many types, as in decoding; the pixels are there
+            told("EXIF cannot be read")
+            orientation = 1
     # As in the EXIF standard: what the stored first row and first column are. 5 to 8 have rows and columns exchanged.
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 2)
@@ -99,8 +103,11 @@ def _without_text(data: bytes) -> bytes:
     kept, at = [_PNG], len(_PNG)
     while at < len(data):  # a chunk: length, kind, content, checksum
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] not in _PNG_TEXT:
+        kind = data[at + 4 : at + 8]
+        if kind not in _PNG_TEXT:
             kept.append(data[at:end])
+        if kind == b"IEND":  # what follows is no part of the picture
+            break
         at = end
     return b"".join(kept)
 

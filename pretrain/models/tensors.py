@@ -212,6 +212,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
+def number_as_text(value: Any) -> Any:
+    """Returns a number or truth value as text, since some call their classes so; any other value as it is."""
+    return str(value) if isinstance(value, int | float) else value
+
+
 def is_whole(value: object) -> bool:
     """Returns whether a value is an integer; neither true nor 1.0 is one."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -284,8 +289,10 @@ def file_in(folder: Path, name: str) -> Path:
     path = folder / name
     with readable(path):
         root, target = folder.resolve(), path.resolve()
-        if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-            root = root.parent.parent
+        for inner in (root, *root.parents):  # the snapshot itself, or a folder in it
+            if inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--"):
+                root = inner.parent.parent
+                break
     if not target.is_relative_to(root):
         raise UserError(f"{path}: is a link to {target}, outside of its folder; put the file itself there")
     return path

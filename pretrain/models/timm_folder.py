@@ -40,6 +40,7 @@ from pretrain.models.tensors import (
     few,
     is_whole,
     kept_use,
+    number_as_text,
     per_channel,
     read_fields,
     square,
@@ -192,7 +193,16 @@ def _tell_unknown_keys(values: Fields, cfg: Fields) -> None:
 
 
 def _label_names(values: Fields, num_classes: int) -> tuple[str, ...]:
-    return values.texts("label_names", ()) if num_classes else ()
+    """Returns the names of the classes, () where there are none: of a list, or an object by number as timm has it."""
+    names = values.values.get("label_names")
+    if isinstance(names, dict) and names:
+        numbers = [str(number) for number in range(num_classes)]
+        if num_classes and not names.keys() <= set(numbers):
+            values.wrong("label_names", "a list of texts, or an object of texts by their numbers")
+        names = [names.get(number, number) for number in numbers]
+    if isinstance(names, list):
+        names = [number_as_text(name) for name in names]
+    return Fields({"label_names": names}, values.source).texts("label_names", ()) if num_classes else ()
 
 
 def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:

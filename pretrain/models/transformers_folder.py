@@ -35,6 +35,7 @@ from pretrain.models.tensors import (
     few,
     is_whole,
     kept_use,
+    number_as_text,
     per_channel,
     read_fields,
     square,
@@ -121,6 +122,7 @@ def _classes(values: Fields, theirs: Mapping[str, LazyTensor]) -> tuple[int, tup
     num_classes = len(labels.values)
     if num_classes > MAX_CLASSES:
         raise UserError(f"{labels.source}: has {num_classes:,} classes, expected at most {MAX_CLASSES:,}")
+    labels = Fields({key: number_as_text(name) for key, name in labels.values.items()}, labels.source)
     numbers = map(str, range(num_classes))
     names = tuple(labels.text(number) if number in labels.values else number for number in numbers)
     is_named = names != tuple(f"LABEL_{number}" for number in range(num_classes))

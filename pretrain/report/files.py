@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from pretrain.config.reading import MAX_BYTES as MAX_TEXT_BYTES
+from pretrain.data import headers
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, parse_json
 from pretrain.log import warn
@@ -97,13 +98,19 @@ def picture(name: str, content: bytes, source: str) -> Picture | None:
     if len(content) > MAX_PICTURE_BYTES:
         return warn(f"{source}: has more than {MAX_PICTURE_BYTES:,} bytes; left out")
     try:
+        headers.check_parts(content)
+        coefficients = headers.jpeg_coefficients(content) if content.startswith(b"\xff\xd8") else 0
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
                 if math.prod(image.size) > MAX_PIXELS:
                     return warn(f"{source}: has more than {MAX_PIXELS:,} pixels; left out")
+                if image.format == "JPEG":
+                    headers.check_memory(*image.size, headers.PILLOW["JPEG"] + coefficients, content)
                 image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many types on damaged files: struct.error, IndexError, TypeError ...
         return warn(f"{source}: not a picture that can be shown ({' '.join(str(error).split())}); left out")
     kind = "png" if image.format == "PNG" else "jpeg"
     return Picture(name, f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size)

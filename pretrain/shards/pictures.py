@@ -57,15 +57,18 @@ def read_picture(path: Path, notes: Counter[str], apply_orientation: bool = Fals
         raise BadSample("tar", f"{path.stat().st_size} bytes, at most {MAX_IMAGE_BYTES}")
     data = path.read_bytes()
     headers.check_parts(data)
+    coefficients = 0  # bytes per pixel that its decoder keeps beside the pixels
     if data.startswith(b"\xff\xd8"):
-        headers.jpeg_coefficients(data)  # its limits
+        coefficients = headers.jpeg_coefficients(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=(*FORMATS, *formats())) as image:
                 headers.check_size(image.width, image.height)
-                if image.format not in (*FORMATS, "MPO"):  # becomes a PNG, which has to be read again
-                    headers.check_memory(image.width, image.height, headers.PILLOW["PNG"], b"")
+                if image.format not in (*FORMATS, "MPO") or (apply_orientation and _turned(image)):
+                    # It becomes a PNG: it is decoded here, and the PNG has to be read again.
+                    most = headers.PILLOW.get(image.format or "", headers.PILLOW["PNG"])
+                    headers.check_memory(image.width, image.height, most + coefficients, b"")
                 return _stored(image, data, notes, apply_orientation)
     except BadSample:
         raise
@@ -78,7 +81,7 @@ def read_picture(path: Path, notes: Counter[str], apply_orientation: bool = Fals
 def _stored(image: Image.Image, data: bytes, notes: Counter[str], apply_orientation: bool) -> bytes:
     # MPO is a JPEG with further pictures behind it, as phones write it: its decoder takes the first.
     kept = image.format in (*FORMATS, "MPO")
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    turned = _turned(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         notes["with transparency, which is dropped: the colours beneath it show"] += 1
     if turned and not apply_orientation and image.format != "TIFF":
@@ -98,6 +101,11 @@ def _stored(image: Image.Image, data: bytes, notes: Counter[str], apply_orientat
     file = io.BytesIO()
     _of_8_bits(picture).save(file, "png")
     return file.getvalue()
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether a picture's EXIF says to turn or mirror it."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
 
 
 def _of_8_bits(picture: Image.Image) -> Image.Image:
