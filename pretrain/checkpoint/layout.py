@@ -93,7 +93,7 @@ def own_file(folder: Path, name: str) -> Path:
 
 def flaw_of_file(folder: Path, name: str) -> str | None:
     """Says why a name is not that of a file in a checkpoint's folder, None when it is. Raises OSError."""
-    if name != Path(name).name:
+    if name != Path(name).name or "\0" in name:
         return f"{brief(name)} is not the name of a file in it"
     try:
         mode = (folder / name).lstat().st_mode

@@ -53,7 +53,7 @@ def tfrecord(folder: Path) -> Target:
         framed(records[0]) + b"\0",
     ]
     good = [b"".join(map(framed, records)), framed(records[0])]
-    slow = [framed(b"") * 300_000, framed(field(1, field(1, b"")) * 200_000)]
+    slow = [framed(b"") * 60_000, framed(field(1, field(1, b"")) * 200_000)]
     slow += [framed(field(1, b"".join(field(1, field(1, b"%d" % n)) for n in range(100_000))))]
     slow += [framed(field(1, field(1, field(1, b"a") + field(2, field(3, field(1, b"\1" * 1_000_000))))))]
     return Target(good, seeds, slow, mutate, call)
