@@ -17,7 +17,7 @@ MAX_EXTENDED_BYTES = 64 << 10  # of one extended header, a long name or PAX reco
 MAX_EXTENDED_HEADERS = 8  # before one member: tarfile calls itself for each; one or two are usual
 MAX_NAME_BYTES = 4096  # PATH_MAX of Linux; webdataset's pattern takes time by its square
 MAX_DIGITS = 255  # in a row in PAX records, as a file's name may have; tarfile's pattern takes time by its square
-# Of a sample, which each epoch reads anew: at most 0.2 s, or 2 s for names full of slashes.
+# Of a sample, which each epoch reads anew: about 0.5 s for as many, 2 s where names are full of slashes.
 MAX_SAMPLE_HEADERS = 10_000  # folders and files that are passed over stand between samples
 MAX_SAMPLE_MEMBERS = 1000  # those that are no folders and not passed over; extended headers, too, are at most so many
 MAX_SAMPLE_EXTENDED_BYTES = 32 << 10  # of all its extended headers together
