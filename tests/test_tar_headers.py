@@ -154,10 +154,10 @@ def test_hostile_headers_are_refused(door: Callable[[bytes, Path], None], tmp_pa
 @pytest.mark.parametrize(
     "data, said",
     [
-        (SAMPLE + b"".join(member(f"a.{number}", b"") for number in range(64_000)), "more than 1000 headers"),
-        (SAMPLE + member("a.txt", b"", b"5") * 64_000, "more than 1000 headers"),
+        (SAMPLE + b"".join(member(f"a.{number}", b"") for number in range(64_000)), "more than 1000 members"),
+        (SAMPLE + member("a.txt", b"", b"5") * 64_000, "more than 10000 headers"),
         (SAMPLE + (pax(b"comment=" + b"c" * 1000) + member("a.txt", b"")) * 60, "more than 32768 bytes of extended"),
-        (SAMPLE + (LONG * 7 + member("a.txt", b"")) * 900, "more than 1000 headers"),
+        (SAMPLE + (LONG * 7 + member("a.txt", b"")) * 900, "more than 1000 extended headers"),
     ],
 )
 def test_a_sample_has_limits_of_its_own(data: bytes, said: str) -> None:
@@ -166,6 +166,24 @@ def test_a_sample_has_limits_of_its_own(data: bytes, said: str) -> None:
     with pytest.raises(BadSample, match=said):
         reader._parse(data, key_crc32("z"))
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "strangers",
+    [
+        [("folder/", b"5")] * 1200,
+        [(f"folder/README{number}", b"0") for number in range(1200)],
+        [(f"folder/.{number}.jpg", b"0") for number in range(1200)],
+        [("a/" * 49, b"5"), ("a/" * 49 + "b", b"0")] * 4900,
+    ],
+    ids=["folders", "files without an ending", "hidden files", "as many as may be"],
+)
+def test_strangers_between_samples_are_many(strangers: list[tuple[str, bytes]]) -> None:
+    """They lie in the range of the sample before them, which is read, in a bounded time."""
+    data = SAMPLE + b"".join(member(name, b"", kind) for name, kind in strangers)
+    start = time.process_time()
+    assert reader._parse(data, key_crc32("a")) == ("a", b"x", b"1")
+    assert time.process_time() - start < 4
 
 
 def written(form: int, seed: int) -> bytes:

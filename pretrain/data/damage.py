@@ -15,8 +15,8 @@ _COMPLAINT = re.compile(
     rb"|Unknown Adobe color transform|Warning: unknown JFIF revision|Application transferred too many)[^\r\n]*\r?\n?"
 )
 
-# stderr belongs to the whole process: one image at a time, and no os.fork while it points elsewhere. A subprocess is
-# started without these hooks: what it writes to an inherited stderr in its first moments may land in the memory file.
+# stderr belongs to the whole process: one image at a time, and no os.fork while it points elsewhere. Python's
+# subprocess does not call these hooks: a program that it starts meanwhile keeps the file in memory as its stderr.
 _lock = threading.RLock()
 _memory: list[tuple[int, mmap.mmap]] = []  # the process's file in memory, and its first page; made when first needed
 

@@ -15,7 +15,7 @@ os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING, Manifest, Shard, ShardIndex, key_crc32, load_index
-from pretrain.data.tar_headers import MAX_SAMPLE_HEADERS, members
+from pretrain.data.tar_headers import MAX_SAMPLE_MEMBERS, members
 from pretrain.errors import StorageError
 
 MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
@@ -67,8 +67,7 @@ def _parse(data: bytes, wanted_key: int) -> RawSample:
         raise BadSample("tar", "a compressed tar, which is not unpacked")
     try:
         if not _has_plain_headers(data):
-            for _ in members(io.BytesIO(data), 0, len(data), of_sample=True):
-                pass  # raises what tarfile must not meet
+            _check_headers(data)
         files = list(tar_file_expander([{"url": "", "stream": io.BytesIO(data)}], handler=_raise))
         own = [file for file in files if member_passed_over(file.get("fname", "a.b")) is None]  # {} ends a stream
         # An index of an earlier version may hold samples below a hidden folder: then there is nothing else.
@@ -135,13 +134,22 @@ def _expands(data: bytes) -> bool:
     return data.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"]\0\0\x80", b"(\xb5/\xfd")) or data[4:10] == b"1AY&SY"
 
 
+def _check_headers(data: bytes) -> None:
+    """Raises BadHeader for what tarfile must not meet, BadSample for more members than a sample may have."""
+    own = 0
+    for member in members(io.BytesIO(data), 0, len(data), of_sample=True):
+        own += not member.isdir() and member_passed_over(member.name) is None
+        if own > MAX_SAMPLE_MEMBERS:
+            raise BadSample("tar", f"more than {MAX_SAMPLE_MEMBERS} members in one sample")
+
+
 def _has_plain_headers(data: bytes) -> bool:
     """Whether all members, not too many, are regular files with a size in octal digits, as nearly always.
 
     Then no limit of `tar_headers` can be broken; to ask there takes as long as decoding a small image.
     """
     at = 0
-    for _ in range(MAX_SAMPLE_HEADERS):
+    for _ in range(MAX_SAMPLE_MEMBERS):
         if data[at + 156 : at + 157] != b"0" or not _OCTAL.fullmatch(size := data[at + 124 : at + 136]):
             return False
         at += 512 + -(-int(size[:11], 8) // 512) * 512

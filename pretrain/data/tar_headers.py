@@ -17,8 +17,9 @@ MAX_EXTENDED_BYTES = 64 << 10  # of one extended header, a long name or PAX reco
 MAX_EXTENDED_HEADERS = 8  # before one member: tarfile calls itself for each; one or two are usual
 MAX_NAME_BYTES = 4096  # PATH_MAX of Linux; webdataset's pattern takes time by its square
 MAX_DIGITS = 255  # in a row in PAX records, as a file's name may have; tarfile's pattern takes time by its square
-# Of a sample, which each epoch reads anew: at most 0.1 s, or 1 s for names full of slashes.
-MAX_SAMPLE_HEADERS = 1000  # extended ones included
+# Of a sample, which each epoch reads anew: about 0.5 s for as many, 2 s where names are full of slashes.
+MAX_SAMPLE_HEADERS = 10_000  # folders and files that are passed over stand between samples
+MAX_SAMPLE_MEMBERS = 1000  # those that are no folders and not passed over; extended headers, too, are at most so many
 MAX_SAMPLE_EXTENDED_BYTES = 32 << 10  # of all its extended headers together
 
 _LONG_NAME, _LONG_LINK, _GLOBAL = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE
@@ -50,7 +51,7 @@ def members(
     limits of a sample hold too. Ends at the tar's own end, or at `end` between members. Raises BadHeader.
     """
     offset = first = start
-    extended, num_headers, extended_bytes = _Extended(), 0, 0
+    extended, num_headers, num_extended, extended_bytes = _Extended(), 0, 0, 0
     while offset < end:
         file.seek(offset)
         header = file.read(min(BLOCK, end - offset))
@@ -62,7 +63,10 @@ def members(
         info = _parsed(header, offset, end)
         data = offset + BLOCK
         if info.type in _EXTENDED:
+            num_extended += 1
             extended_bytes += info.size
+            if of_sample and num_extended > MAX_SAMPLE_MEMBERS:
+                raise BadHeader(f"byte {offset}: more than {MAX_SAMPLE_MEMBERS} extended headers in one sample")
             if of_sample and extended_bytes > MAX_SAMPLE_EXTENDED_BYTES:
                 raise BadHeader(
                     f"byte {offset}: more than {MAX_SAMPLE_EXTENDED_BYTES} bytes of extended headers in one sample"
