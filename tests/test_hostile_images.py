@@ -371,7 +371,7 @@ def test_without_memory_to_listen_images_are_decoded(missing: str, monkeypatch: 
 
 @pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80}, {"quality": 80, "exif": b"Exif\0\0"}])
 def test_a_webp_tells_its_size_before_it_is_opened(options: dict) -> None:
-    """Lossless, lossy, and with other parts: Pillow takes memory for all of it as it opens it."""
+    """Lossless, lossy, and with other parts: Pillow reserves memory for all of it as it opens it."""
     data = encoded(Image.fromarray(np.zeros((33, 47, 3), np.uint8)), "webp", **options)
     assert headers._webp_size(data) == (47, 33)
 

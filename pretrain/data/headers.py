@@ -53,7 +53,7 @@ def check_memory(width: int, height: int, bytes_per_pixel: float, data: bytes) -
 def check_parts(data: bytes) -> None:
     """Raises BadSample("decode") for a PNG or WebP of too many chunks: Pillow takes microseconds for each.
 
-    And for a WebP that is too large: Pillow makes room for two of its canvases as it opens it.
+    And for a WebP that is too large: Pillow reserves two of its canvases as it opens it.
     What follows a file's own end, as zeros that fill up a block, is looked at by no decoder.
     """
     end = len(data)
