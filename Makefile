@@ -7,19 +7,22 @@ BIN := $(VENV)/bin
 # of tests/conftest.py, the longest first, so that none is alone at the end.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
-.PHONY: demo test test-all check coverage format install lock preflight clean
+.PHONY: demo test test-all test-long check coverage format install lock preflight clean
 
 demo: install
 	$(BIN)/python tools/demo.py
 
 test: install
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
 test-all: install
-	$(PYTEST)
+	$(PYTEST) -m "not long"
+
+test-long: install
+	$(PYTEST) -m long
 
 coverage: install
-	$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered
+	$(PYTEST) -m "not slow and not long" --cov --cov-report=term-missing:skip-covered
 
 check: install
 	$(BIN)/ruff format --check .

@@ -171,6 +171,7 @@ def test_an_error_at_some_calls_of_a_save(step: int, tmp_path: Path) -> None:
 
 @needs_strace
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 @AGAIN
 def test_a_kill_at_every_call_of_a_save(step: int, tmp_path: Path) -> None:
@@ -180,6 +181,7 @@ def test_a_kill_at_every_call_of_a_save(step: int, tmp_path: Path) -> None:
 
 @needs_strace
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 @AGAIN
 def test_an_error_at_every_call_of_a_save(step: int, tmp_path: Path) -> None:

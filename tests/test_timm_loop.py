@@ -114,7 +114,7 @@ def losses_of_a_plain_loop(config: Config, num_classes: int) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("augmentation", ["the recipe's", "none"])
+@pytest.mark.parametrize("augmentation", [pytest.param("the recipe's", marks=pytest.mark.long), "none"])
 def test_the_s16_recipe_at_reduced_size_against_timms_optimizer(
     augmentation: str, test_data: Path, tmp_path: Path
 ) -> None:

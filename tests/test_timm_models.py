@@ -314,10 +314,13 @@ LARGE = [
     "eva02_tiny_patch14_224",
     "resnet50",
 ]
+# One of each kind always: tokens, windows, batch norm.
+ALWAYS = ("vit_small_patch14_dinov2", "swin_tiny_patch4_window7_224", "resnet50")
+SOME_AND_ALL = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in LARGE]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", SOME_AND_ALL)
 def test_the_tools_say_of_real_photos_what_timm_says(name: str, photos: list[bytes], tmp_path: Path) -> None:
     """A folder as timm writes it, in its own resolution (518 pixels of DINOv2): features and logits; the probabilities
     of predict.py and, example by example, of evaluate.py are those of timm's transform and model.
@@ -357,7 +360,7 @@ def test_the_tools_say_of_real_photos_what_timm_says(name: str, photos: list[byt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", SOME_AND_ALL)
 def test_timms_backbones_are_fine_tuned(name: str, tmp_path: Path) -> None:
     """A backbone without a head, at another resolution than its own: the run carries the weights' normalisation, and
     batch norm's statistics.
