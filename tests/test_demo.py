@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.long  # `make demo` is what is checked before a change lands
 @pytest.mark.timeout(600)
 def test_demo_from_data_to_report(tmp_path: Path) -> None:
     """Every step ends well, from another folder too, and prints where the table, the curves and the weights are."""
