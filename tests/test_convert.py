@@ -473,7 +473,7 @@ NORM = {"transformers": "vit.layernorm.bias", "npz": "Transformer/encoder_norm/b
 DAMAGES = {
     "missing": "{source}.*: tensors missing: {norm}",
     "extra": "{source}.*: tensors unknown: surplus",
-    "shape": "{source}.*: {norm} has shape \\(31,\\), expected \\(32,\\)",
+    "shape": "({source}.*: {norm} has shape \\(31,\\), expected|{norm}: shape \\(31,\\) in .*{source}.*,) \\(32,\\)",
     "nan": "{source}.*: {norm} holds values that are not finite",
     "truncated": "{source}.*(cannot be read|damaged|bytes)",
     "pickle": "{source}.*(cannot be read|damaged|Python objects|bytes)",
