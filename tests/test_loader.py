@@ -473,6 +473,6 @@ def test_a_full_shared_memory_is_called_that(shard_folder: Path, monkeypatch: py
         ):
             train_batches(manifest, order, plan, settings, 0)
         with pytest.raises(StorageError, match="shared memory"):
-            eval_batches(manifest, np.arange(9), batch_size=17, image_size=IMAGE_SIZE, config=settings.data)
+            eval_batches(manifest, np.arange(103), batch_size=17, image_size=IMAGE_SIZE, config=settings.data)
     alone = config(shard_folder, workers=0)
     assert next(train_batches(manifest, order, plan, alone, 0)).valid.any()
