@@ -238,7 +238,7 @@ def test_photos_are_turned_when_asked(tmp_path: Path) -> None:
     assert stored(tmp_path / "turned") == {(0, upright): 1, (0, clear): 1}
 
 
-@pytest.mark.parametrize("form, side", [("jpg", 5300)])
+@pytest.mark.parametrize("form, side", [("jpg", 5300), ("webp", 4100)])
 def test_photos_too_large_to_be_turned_are_refused(form: str, side: int, tmp_path: Path) -> None:
     """Before they are decoded: a progressive JPEG takes 13 bytes per pixel, a WebP 18. As they lie they are kept."""
     exif = Image.Exif()

@@ -53,7 +53,6 @@ def check_memory(width: int, height: int, bytes_per_pixel: float, data: bytes) -
 def check_parts(data: bytes) -> None:
     """Raises BadSample("decode") for a PNG or WebP of too many chunks: Pillow takes microseconds for each.
 
-    And for a WebP that is too large: Pillow reserves two of its canvases as it opens it.
     What follows a file's own end, as zeros that fill up a block, is looked at by no decoder.
     """
     end = len(data)
@@ -62,9 +61,6 @@ def check_parts(data: bytes) -> None:
         if data.count(b"iCCP") > MAX_PROFILES:
             raise BadSample("decode", f"PNG with more than {MAX_PROFILES} colour profiles")
     elif data.startswith(b"RIFF"):
-        if size := _webp_size(data):
-            check_size(*size)
-            check_memory(*size, PILLOW["WEBP"], data)
         at, head, order = 12, 8, "little"  # kind, length, content
         end = min(end, 8 + int.from_bytes(data[4:8], order))
     else:
@@ -76,19 +72,6 @@ def check_parts(data: bytes) -> None:
         length = int.from_bytes(data[start : start + 4], order)
         at += head + length + (length % 2 if order == "little" else 0)
     raise BadSample("decode", f"more than {MAX_PARTS} chunks")
-
-
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Returns width and height as a WebP's first chunk has them (RFC 9649), None for one of another kind."""
-    kind = data[12:16]
-    if kind == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if kind == b"VP8 ":
-        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-    return None
 
 
 def jpeg_coefficients(data: bytes) -> float:
