@@ -20,6 +20,7 @@ from pretrain.cluster import signals
 STOP = signals.StopRequest() if __name__ == "__main__" else None
 
 from pretrain import cli
+from pretrain.cluster.slurm import rank_so_far
 from pretrain.config import config_to_yaml, load_config
 
 
@@ -45,7 +46,7 @@ def main() -> None:
         print(config.output / config.name)
         return
     signals.end_with_launcher()
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if not rank_so_far(os.environ):
         print(f"{config.name}: loading torch and DeepSpeed", flush=True)
     gc.disable()  # thousands of modules are made, and nothing is thrown away: a fifth of the imports' time
     from pretrain.train.run import train

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from pretrain.cluster.slurm import rank_so_far  # not cluster.ranks, which imports torch: a wrong key is told at once
 from pretrain.errors import StorageError
 from pretrain.escape import shown
 
@@ -67,16 +68,11 @@ def _on_os_error(error: OSError) -> int:
 
 def _say(message: str, code: int) -> int:
     """Rank 0 tells what all ranks met. Another rank tells it only if rank 0, whose exit ends this one too, does not."""
-    if _rank() > 0:
+    if (rank := rank_so_far(os.environ)) > 0:
         time.sleep(_WAIT_FOR_RANK_0_S)
-        message = f"rank {_rank()}: {message}"
+        message = f"rank {rank}: {message}"
     tell(message, sys.stderr)
     return code
-
-
-def _rank() -> int:
-    # Not by pretrain.cluster.ranks: it imports torch, and a wrong key is told at once.
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def _leave(code: int) -> None:

@@ -27,7 +27,7 @@ def start(timeout_s: int) -> torch.device:
     asked for and are not there.
     """
     global _cpu_group
-    complete_environment()
+    _complete_environment()
     device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -101,7 +101,7 @@ def seed_generators(seed: int, step: int) -> None:
     torch.manual_seed(int(words[1]) >> 1)  # seeds the devices too
 
 
-def complete_environment() -> None:
+def _complete_environment() -> None:
     """Sets the variables that no launcher has set: of a task of srun, or of a world of one rank."""
     global _from_slurm
     if "RANK" not in os.environ and slurm.is_task(os.environ):

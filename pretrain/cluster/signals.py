@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.cluster.slurm import rank_so_far
+
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A plain shell may be closed while its jobs go on; these start ranks for nobody but themselves.
 _LAUNCHERS = (
@@ -38,8 +40,7 @@ class StopRequest:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-        told = f"rank {rank}: {self.signal_name}: saving and stopping after this step\n"
+        told = f"rank {rank_so_far(os.environ)}: {self.signal_name}: saving and stopping after this step\n"
         with suppress(OSError):  # the terminal may be gone, and a handler that raises ends the training unsaved
             os.write(2, told.encode())  # print may be interrupted in itself, and then raises
 

@@ -14,6 +14,11 @@ def is_task(environment: Mapping[str, str]) -> bool:
     return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP and "SLURM_PROCID" in environment
 
 
+def rank_so_far(environment: Mapping[str, str]) -> int:
+    """Returns this process's rank as its launcher or srun tells it, before it has joined the others; 0 without one."""
+    return int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
+
+
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns what torchrun would have told this task: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, an address.
 

@@ -7,7 +7,7 @@ import torch
 
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.config import Config
-from pretrain.data.loader import REASONS, Batch, check_bad_fraction, count_reasons
+from pretrain.data.loader import REASONS, BadRecord, Batch, check_bad_fraction, count_reasons
 from pretrain.engine.step import StepResult
 from pretrain.errors import BadSamplesError, NonFiniteError
 from pretrain.log import JsonLines, say, warn
@@ -58,13 +58,10 @@ class Journal:
     def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
         for reason, count in zip(REASONS, counts):
             state.bad_samples[reason] = state.bad_samples.get(reason, 0) + count  # an older run may not know it
-        records = [record for of_rank in agreement.gather(batch.bad) for record in of_rank]
-        if ranks.is_main():
-            for record in records:
-                self._bad.append({"step": state.step, **record._asdict()})
+        records = _written(self._bad, state.step, batch.bad)
         seen = state.step * self._config.data.global_batch
         total = sum(state.bad_samples.values())
-        if (total & (total - 1)) == 0 or total == sum(counts):  # the first, then each doubling
+        if _worth_telling(total, sum(counts)):
             say(
                 f"warning: {total} of {seen} samples so far could not be used, the last: "
                 f"{records[-1].shard}: {records[-1].detail}"
@@ -73,11 +70,8 @@ class Journal:
 
     def _note_damaged(self, state: TrainState, batch: Batch, count: int) -> None:
         state.damaged_samples += count
-        records = [record for of_rank in agreement.gather(batch.damaged) for record in of_rank]
-        if ranks.is_main():
-            for record in records:
-                self._damaged.append({"step": state.step, **record._asdict()})
-        if (total := state.damaged_samples) & (total - 1) == 0 or total == count:  # the first, then each doubling
+        records = _written(self._damaged, state.step, batch.damaged)
+        if _worth_telling(total := state.damaged_samples, count):
             say(
                 f"warning: {total} damaged images so far, used all the same (data.strict_images=true leaves them out; "
                 f"damaged_samples.jsonl names them), the last: {records[-1].shard}: {records[-1].detail}"
@@ -98,3 +92,17 @@ class Journal:
                 f"step {state.step}: loss or gradients not finite in {state.skipped_in_a_row} steps in a row. Lower "
                 "optim.lr, set optim.clip_norm, or look at the samples in skipped_steps.jsonl"
             )
+
+
+def _written(log: JsonLines, step: int, records: list[BadRecord]) -> list[BadRecord]:
+    """Returns the records of all ranks, which rank 0 writes down."""
+    gathered = [record for of_rank in agreement.gather(records) for record in of_rank]
+    if ranks.is_main():
+        for record in gathered:
+            log.append({"step": step, **record._asdict()})
+    return gathered
+
+
+def _worth_telling(total: int, added: int) -> bool:
+    """Whether a count is told: the first, then each that is a power of two."""
+    return total & (total - 1) == 0 or total == added
