@@ -113,10 +113,12 @@ def print_table(
 @contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Shows a progress bar on a terminal, nothing elsewhere; yields a function that is told how many more are done."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     name = TextColumn("{task.description}", markup=False)  # it may be a data set's
     columns = name, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
-    with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
+    console = Console()  # rich's own for all is what stdout was at its first use
+    with Progress(*columns, console=console, disable=not sys.stdout.isatty(), transient=True) as bar:
         task = bar.add_task(shown(title), total=total)
         yield lambda count: bar.advance(task, count)

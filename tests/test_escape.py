@@ -56,7 +56,9 @@ def test_tables_show_names_as_they_are(name: str, capsys: pytest.CaptureFixture[
 
 
 def test_a_progress_bar_shows_its_title_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Titles name data sets."""
+    """Titles name data sets. A bar shown where there was no terminal leaves nothing behind."""
+    with cli.progress("elsewhere", 1, "images") as advance:
+        advance(1)
     monkeypatch.setattr("sys.stdout", terminal := io.StringIO())
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")

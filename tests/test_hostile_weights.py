@@ -296,7 +296,7 @@ CLAIMS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "a long text": (timm_asks("vit_tiny_patch16_224", act_layer="x" * 10_000), "has 10000 letters"),
     "own: depth": ({"num_classes": 3, "pretrain": {"model": OWN | {"depth": 1024}}}, LARGER),
     "own: width": ({"num_classes": 3, "pretrain": {"model": OWN | {"width": 65_536}}}, "shape"),
-    "own: classes": ({"num_classes": 1_000_000, "pretrain": {"model": OWN}}, "head.(weight|bias): shape"),
+    "own: classes": ({"num_classes": 1_000_000, "pretrain": {"model": OWN}}, "head.(weight|bias) has shape"),
     "own: trunk": (
         {"num_classes": 3, "pretrain": {"model": OWN | {"trunk": [1] * MILLION}}},
         r"model.trunk is \[1, .* at most 65536 in all",

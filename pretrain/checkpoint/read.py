@@ -51,7 +51,7 @@ class CheckpointReader:
         if entry is None:
             raise UserError(f"{self.path}: has no {kind} tensor {part.name}, which the model needs")
         if tuple(entry["shape"]) != tuple(part.shape):
-            shapes = f"{tuple(entry['shape'])} in the checkpoint, {tuple(part.shape)} in the model"
+            shapes = f"{tuple(entry['shape'])}, expected {tuple(part.shape)}"
             raise UserError(f"{self.path}: {part.name} has shape {shapes}")
         end = part.offset + part.values.numel()
         for offset, numel, file in entry["slices"]:

@@ -105,7 +105,7 @@ def check_fit(
     check_keys(source, found=given.keys(), needed=own.keys())
     for name, tensor in own.items():
         if tuple(tensor.shape) != given[name].shape:
-            shapes = f"{given[name].shape} in {source}, {tuple(tensor.shape)} in the model"
-            raise UserError(f"{name}: shape {shapes}{hints.get(name, '')}")
+            shapes = f"{given[name].shape}, expected {tuple(tensor.shape)}"
+            raise UserError(f"{source}: {name} has shape {shapes}{hints.get(name, '')}")
         if tensor.is_floating_point() and not given[name].is_float:
             raise UserError(f"{source}: {name} holds whole numbers, expected floating-point numbers")
