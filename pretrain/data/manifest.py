@@ -71,6 +71,11 @@ class Manifest:
         """The index of each shard's first sample, and the end: int64 [shards + 1]."""
         return np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards])]).astype(np.int64)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of its shards lies elsewhere."""
+        return False
+
     def with_meaning(self, match: ClassMatch, class_names: tuple[str, ...]) -> "Manifest":
         """Returns the set with its labels read as those of another list of classes."""
         if not class_names:
