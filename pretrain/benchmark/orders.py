@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.lanes import choose_lanes, fits, read_amplification
+from pretrain.data.manifest import block_samples
 from pretrain.data.order import Order, share
 from pretrain.data.permutation import permute
 from pretrain.errors import UserError
@@ -23,11 +24,11 @@ def order_rows(
 
     per_node: ranks of a node. Raises UserError for a set or a batch that no run has.
     """
-    order = Order(num_samples, 0, global_batch, 0, choose_lanes(num_samples, sample_bytes, global_batch))
-    assert order.lanes
-    if not fits(order.lanes, num_samples, global_batch, 1 << 30):
+    lanes = choose_lanes(block_samples(num_samples, num_samples * sample_bytes), num_samples, global_batch)
+    order = Order(num_samples, 0, global_batch, 0, lanes)
+    if not fits(lanes, num_samples, global_batch, 1 << 30):
         raise UserError(f"--batch {global_batch}, --samples {num_samples}: beyond 64 bits, with which lanes counts")
-    yield {"what": "numbers", **asdict(order.lanes)}
+    yield {"what": "numbers", **asdict(lanes)}
     for world_size in world_sizes:
         if world_size > global_batch:
             raise UserError(f"--ranks: {world_size} is more than --batch ({global_batch})")

@@ -13,8 +13,6 @@ import numpy as np
 
 from pretrain.data.permutation import permute, scatter
 
-_BLOCK_BYTES = 8 << 20  # of one request: at 100 KB a sample, 12 requests for 1,000 samples
-_MIN_BLOCK_SAMPLES, _MAX_BLOCK_SAMPLES = 64, 4096  # at least: 16 requests for 1,000 samples, however large they are
 _SLOTS_OF_A_LANE = 8  # fewer: more open blocks over all nodes, and slower to the first batch; more: less well mixed
 MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS = 1 << 24, 1 << 10  # that a checkpoint may claim
 
@@ -28,11 +26,10 @@ class Lanes:
     window_blocks: int = 1  # blocks that are shuffled together: more mix sorted shards better, and keep more open
 
 
-def choose_lanes(num_samples: int, sample_bytes: float, global_batch: int) -> Lanes:
-    """Returns the numbers for a set of samples of `sample_bytes` on average: blocks of about 8 MiB."""
-    block = min(max(int(_BLOCK_BYTES / max(1, sample_bytes)), _MIN_BLOCK_SAMPLES), _MAX_BLOCK_SAMPLES)
-    block = max(1, min(block, num_samples // 4))
-    return Lanes(block, max(1, min(-(-global_batch // _SLOTS_OF_A_LANE), num_samples // (4 * block))))
+def choose_lanes(block_samples: int, num_samples: int, global_batch: int) -> Lanes:
+    """Returns the numbers for a set of which `num_samples` are trained on, and which is read in such blocks."""
+    most = num_samples // (4 * block_samples)
+    return Lanes(block_samples, max(1, min(-(-global_batch // _SLOTS_OF_A_LANE), most)))
 
 
 def fits(lanes: Lanes, num_samples: int, global_batch: int, steps: int) -> bool:
@@ -74,15 +71,18 @@ def place(
         these = epoch == value
         start, key = low[these], (seed, int(value))
         within = scatter(at[these] - start, high[these] - start, start, "window", *key)
-        places[these] = _of_blocks(start + within, lanes.block_samples, N, *key)
+        places[these] = row_of_blocks(start + within, lanes.block_samples, N, "block", *key)
     return epoch, places
 
 
-def _of_blocks(at: np.ndarray, block_samples: int, num_samples: int, *key: object) -> np.ndarray:
-    """Returns the places in the data set of places on the axis; what fills no block stays at the end of both."""
+def row_of_blocks(at: np.ndarray, block_samples: int, num_samples: int, *key: object) -> np.ndarray:
+    """Returns the places in the data set of places in a row of its blocks, permuted by `key`.
+
+    What fills no block stays at the end of both.
+    """
     full = at < num_samples // block_samples * block_samples
     result = at.copy()
-    blocks = permute(at[full] // block_samples, num_samples // block_samples, "block", *key)
+    blocks = permute(at[full] // block_samples, num_samples // block_samples, *key)
     result[full] = blocks * block_samples + at[full] % block_samples
     return result
 

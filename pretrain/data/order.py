@@ -6,12 +6,11 @@ storage where one sample costs a request. No memory, no state: the step number a
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from pretrain.data.lanes import Lanes, place
+from pretrain.data.lanes import Lanes, place, row_of_blocks
 from pretrain.data.permutation import permute
 
 Steps = int | range | np.ndarray
@@ -43,12 +42,6 @@ class Order:
         """Samples of a block, which are read together; None where samples are read one by one."""
         return self.lanes.block_samples if self.lanes else None
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the data set; the last one may be shorter."""
-        assert self.block_samples is not None
-        return -(-self.num_train // self.block_samples)
-
     def samples(self, steps: Steps, slots: Slots | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns (epoch, index) of the slots of steps: two int64 [slots], or [steps, slots] of several steps.
 
@@ -59,7 +52,7 @@ class Order:
         if self.lanes:
             at = (part.copy() for part in np.broadcast_arrays(of_step, wanted))
             epochs, places = place(self.lanes, self.num_train, self.global_batch, self.seed, *at)
-            return epochs, places + np.searchsorted(self._trained_before_held_out, places, side="right")
+            return epochs, self._beyond_held_out(places)
         positions = of_step * self.global_batch + wanted
         epochs = positions // self.num_train
         indices = np.empty_like(positions)
@@ -70,39 +63,33 @@ class Order:
         return epochs, self._beyond_held_out(indices)
 
     def blocks(self, steps: Steps, slots: Slots | None = None) -> np.ndarray:
-        """Returns the numbers of the blocks that hold the slots of steps, int64, in the order of their first use."""
-        numbers, first = np.unique(self.block_of(self.samples(steps, slots)[1]), return_index=True)
+        """Returns the numbers of the blocks that hold the slots of steps, int64, in the order of their first use.
+
+        Block k is the samples k * block_samples and so on of the manifest. Only `lanes` has blocks.
+        """
+        assert self.block_samples is not None
+        numbers, first = np.unique(self.samples(steps, slots)[1] // self.block_samples, return_index=True)
         return numbers[np.argsort(first)]
-
-    def block_of(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the number of the block that holds each sample, int64 of the same shape, in the manifest's order."""
-        assert self.block_samples is not None
-        trained_before = indices - np.searchsorted(self._sorted_held_out, indices)
-        return np.minimum(trained_before // self.block_samples, self.num_blocks - 1)
-
-    def block_bounds(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the first index of each block and the one behind its last; held-out samples lie in blocks too."""
-        assert self.block_samples is not None
-        edges = self.block_samples * numbers, self.block_samples * (numbers + 1)
-        first, end = (at + np.searchsorted(self._trained_before_held_out, at) for at in edges)
-        return first, np.where(numbers == self.num_blocks - 1, self.num_samples, end)
 
     def held_out_indices(self) -> np.ndarray:
         """Returns the indices that validation uses, int64 [held_out]."""
-        return permute(np.arange(self.held_out), self.num_samples, "held-out")
-
-    def _beyond_held_out(self, indices: np.ndarray) -> np.ndarray:
         # The split does not depend on the seed, so that runs with several seeds are validated on the same images.
-        return permute(indices + self.held_out, self.num_samples, "held-out") if self.held_out else indices
+        places = np.arange(self.held_out)
+        if self.lanes:
+            return row_of_blocks(places, self.lanes.block_samples, self.num_samples, "held-out")
+        return permute(places, self.num_samples, "held-out")
 
-    @cached_property
-    def _sorted_held_out(self) -> np.ndarray:
-        return np.sort(self.held_out_indices())  # 8 B each
-
-    @cached_property
-    def _trained_before_held_out(self) -> np.ndarray:
-        """How many samples that are trained on lie before each held-out one."""
-        return self._sorted_held_out - np.arange(self.held_out)
+    def _beyond_held_out(self, places: np.ndarray) -> np.ndarray:
+        """The index of each of the places 0..num_train-1 of what is trained on."""
+        if not self.held_out:
+            return places
+        if not self.lanes:
+            return permute(places + self.held_out, self.num_samples, "held-out")
+        # Blocks begin where blocks of the manifest do: what is left of the last held-out one comes behind all others.
+        block, count = self.lanes.block_samples, self.num_samples
+        first = -(-self.held_out // block) * block if self.held_out < count // block * block else self.held_out
+        at = np.where(places + first < count, places + first, places + first - count + self.held_out)
+        return row_of_blocks(at, block, count, "held-out")
 
 
 def share(count: int, rank: int, world_size: int) -> range:

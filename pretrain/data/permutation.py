@@ -35,6 +35,7 @@ def scatter(places: np.ndarray, sizes: np.ndarray, tweaks: np.ndarray, *key: obj
 
     Element i lies at places[i] of the permutation of 0..sizes[i]-1 that `key` and tweaks[i] name.
     """
+    assert (places < sizes).all()  # others might walk for ever
     result = np.empty_like(places)
     bits = np.maximum(2, np.frexp((sizes - 1).astype(np.float64))[1])  # exact: sizes lie below 2^53
     round_keys = words(_ROUNDS, "v1", "scatter", *key)

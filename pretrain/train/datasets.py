@@ -25,6 +25,12 @@ class DataSets:
     num_classes: int  # of the model's head
     fewshot: tuple[Manifest, Manifest] | None = None  # to draw shots from, to test them on
 
+    def follow(self, order: Order) -> None:
+        """Takes the order that a checkpoint's run began with, and the held-out samples that are its."""
+        self.order = order
+        if order.held_out:
+            self.val_indices = order.held_out_indices()
+
     @property
     def ranks_classes(self) -> bool:
         """Whether validation has mean average precision: where images have several labels, and logits fit."""
@@ -67,8 +73,7 @@ def _choose_order(config: Config, train_set: Manifest) -> Order:
     order = Order(train_set.num_samples, config.data.held_out, config.data.global_batch, config.seed)
     if config.data.order == "permuted" or (config.data.order == "auto" and not train_set.is_remote):
         return order
-    sample_bytes = sum(shard.num_bytes for shard in train_set.shards) / train_set.num_samples
-    lanes = choose_lanes(order.num_train, sample_bytes, order.global_batch)
+    lanes = choose_lanes(train_set.block_samples, order.num_train, order.global_batch)
     if not fits(lanes, order.num_train, order.global_batch, config.total_steps):
         raise ConfigError(
             f"data.order: total_steps ({config.total_steps}) x global_batch ({order.global_batch}) is beyond the 64 "

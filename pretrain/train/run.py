@@ -60,7 +60,7 @@ def _train(config: Config, folder: Path, device: torch.device, recipe: Path | No
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)
-        data.order = resumed_order(checkpoint, data.order, config.total_steps)
+        data.follow(resumed_order(checkpoint, data.order, config.total_steps))
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
         return
@@ -200,7 +200,7 @@ def _branch_point(config: Config, data: DataSets) -> Path:
     refuse_changes(origin, config, data.train, branching=True)
     if (step := read_state(origin)["step"]) >= config.total_steps:
         raise ConfigError(f"branch_from: {origin} is at step {step}, but total_steps is {config.total_steps}; raise it")
-    data.order = resumed_order(origin, data.order, config.total_steps)
+    data.follow(resumed_order(origin, data.order, config.total_steps))
     return origin
 
 
