@@ -215,6 +215,28 @@ def test_memory_counts_averages_and_bf16_moments() -> None:
     compare_cells(2, WITH_AVERAGES)
 
 
+def recomputing_config(recompute: bool) -> Config:
+    return config_of(
+        {"name": "Ti/16", "depth": 4, "drop_path": 0.1},
+        data={"global_batch": 16},
+        engine={"checkpoint_activations": recompute},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_make_the_peak(recompute: bool) -> None:
+    """One rank, 16 images of full size on small buckets: what the whole step takes, also with recomputation."""
+    config, share = recomputing_config(recompute), 1e-3
+    (measured,) = run_ranks(measured_peak, 1, config, share, timeout_s=800)
+    layout = layout_of(config, 1, 1, 256, recompute)
+    buckets = {"bucket": int(share * BUCKET_ELEMENTS), "prefetch": int(share * PREFETCH_ELEMENTS)}
+    found = memory(config, NUM_CLASSES, layout, **buckets)
+    print(recompute, found.peak / measured, found)
+    close(found.peak, measured)
+
+
 def test_constants_are_those_of_their_owners() -> None:
     """What the plan repeats because it must not import torch: the piece of an update, the peaks."""
     assert memory_module._PIECE_ELEMENTS == PIECE_ELEMENTS
