@@ -1,16 +1,23 @@
 """Makes WebDataset shards with their index and manifest, or checks existing ones.
 
-python tools/make_shards.py SOURCE... OUT [--classes FILE]
+python tools/make_shards.py SOURCE... OUT [--classes FILE]      (can be repeated: complete shards are kept)
 python tools/make_shards.py --task NAME SOURCE... OUT       (can be repeated: finished splits are kept)
 """
 
+import re
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.shards.resizing import Resizing
+    from pretrain.shards.sources import Told
 
 MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
 
@@ -35,32 +42,77 @@ def main() -> None:
         action="store_true",
         help="turn photos as their EXIF says (default: as Google's code, not)",
     )
+    _add_building(parser)
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
 
-    from pretrain.data.manifest import load_manifest
-    from pretrain.shards.build import read_dropped
     from pretrain.shards.class_list import read_class_list
-    from pretrain.shards.counts import read_counts, table_of
-    from pretrain.shards.make import Options, make_shards
+    from pretrain.shards.make import Options, make_part, make_shards
 
     if arguments.verify:
         return _verify(arguments.paths)
     if len(arguments.paths) < 2:
         raise UserError("give at least one SOURCE and then the folder OUT to write")
     *sources, out = arguments.paths
-    if arguments.samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard is {arguments.samples_per_shard}, expected at least 1")
+    for option in ("--samples-per-shard", "--workers", "--shorter-side"):
+        value = getattr(arguments, option[2:].replace("-", "_"))
+        if value is not None and value < 1:
+            raise UserError(f"{option} is {value}, expected at least 1")
     if arguments.task:
-        for option, value in (("--classes", arguments.classes), ("--seed", arguments.seed)):
-            if value is not None:
-                raise UserError(
-                    f"{option} has no effect with --task, which has its own classes and order; leave it out"
-                )
+        for option in ("--classes", "--seed", "--workers", "--part", "--shorter-side", "--quality"):
+            if getattr(arguments, option[2:].replace("-", "_")) is not None:
+                raise UserError(f"{option} has no effect with --task; leave it out")
         return _prepare(arguments.task, sources, out, arguments.samples_per_shard)
     classes = read_class_list(arguments.classes) if arguments.classes else None
-    options = Options(arguments.samples_per_shard, arguments.seed or 0, arguments.apply_orientation)
-    path, told = make_shards(sources, classes, out, options)
+    options = Options(
+        arguments.samples_per_shard,
+        arguments.seed or 0,
+        arguments.apply_orientation,
+        _resizing(arguments.shorter_side, arguments.quality),
+        arguments.workers,
+    )
+    if arguments.part:
+        done, number = make_part(sources, classes, out, _part(arguments.part), options)
+        return cli.tell(f"{out}: {done:,} of {number:,} shards are complete; the command without --part finishes it")
+    _tell(out, *make_shards(sources, classes, out, options))
+
+
+def _add_building(parser: ArgumentParser) -> None:
+    parser.add_argument("--shorter-side", type=int, metavar="S", help="make larger images this small: JPEG, S pixels")
+    parser.add_argument("--quality", type=int, metavar="Q", help="of these JPEGs, 1 to 100 (default 95)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="write every N-th shard, from the I-th on, I from 0: an element of a SLURM array; then the command "
+        "without it writes what is missing and the manifest",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UserError(f"--part is {text!r}, expected I/N, I from 0 to N - 1: 0/4, 1/4, 2/4, 3/4")
+    return int(found[1]), int(found[2])
+
+
+def _resizing(shorter_side: int | None, quality: int | None) -> "Resizing | None":
+    from pretrain.shards.resizing import Resizing
+
+    if shorter_side is None:
+        if quality is not None:
+            raise UserError("--quality is of images that --shorter-side makes smaller, which is not given")
+        return None
+    if not 1 <= (quality or 95) <= 100 or quality == 0:
+        raise UserError(f"--quality is {quality}, expected 1 to 100")
+    return Resizing(shorter_side, quality or 95)
+
+
+def _tell(out: Path, path: Path, told: "Told") -> None:
+    from pretrain.data.manifest import load_manifest
+    from pretrain.shards.build import read_dropped
+    from pretrain.shards.counts import read_counts, table_of
+
     manifest = load_manifest(path)
     cli.tell(f"{path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.num_classes} classes")
     for line in table_of(*read_counts(out)):
