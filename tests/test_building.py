@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -222,10 +223,10 @@ def command(source: Path, out: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(3000)])],
-)
+SLOW, LONG = (pytest.mark.slow, pytest.mark.timeout(1500)), (pytest.mark.long, pytest.mark.timeout(6000))
+
+
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=SLOW), pytest.param(20, marks=LONG)])
 def test_killed_at_any_moment(kills: int, tmp_path: Path) -> None:
     """kill -9 of the command, or of it and its processes, while it makes shards: the bytes of an undisturbed build."""
     root, out = photos(tmp_path / "photos", 40 * kills, side=90), tmp_path / "out" / "set"
@@ -240,8 +241,7 @@ def test_killed_at_any_moment(kills: int, tmp_path: Path) -> None:
         (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
         process.communicate()
         assert out.exists()
-    process = command(root, out)
-    assert process.communicate()[1].decode().count("warning") == 1 and process.returncode == 0  # the broken one
+    make_shards([root], None, out, SMALL)
     assert tree(out) == tree(tmp_path / "whole" / "set")
 
 
@@ -259,6 +259,121 @@ def test_links_are_found_among_packed_names(tmp_path: Path) -> None:
     assert "a/00.png" in names and "a/3.png" not in names and len(names) == len(set(names)) == 11
     assert told.passed_over["files reached again by links"] == 1
     assert [items[k].label for k in range(len(items))] == [item.label for item in items] == list(items.labels)
+
+
+# --- lists, and tars of classes --------------------------------------------------------------------------------------
+
+
+def stored(folder: Path) -> set[tuple[bytes, int]]:
+    """(image, label) of all samples."""
+    manifest = load_manifest(folder)
+    samples = [read_sample(manifest, index) for index in range(manifest.num_samples)]
+    return {(sample.image, int(sample.label)) for sample in samples}
+
+
+def few(root: Path) -> dict[str, bytes]:
+    """Three pictures a/0.png, b/1.png, a/2.png."""
+    found = {}
+    for number, name in enumerate(("a/0.png", "b/1.png", "a/2.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(number)).save(root / name)
+        found[name] = (root / name).read_bytes()
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, text, labels, names",
+    [
+        ("x.csv", "path,label\na/0.png,dog\nb/1.png,cat\n./a/2.png,dog\n", (1, 0, 1), ("cat", "dog")),
+        ("x.csv", '\ufeffid,Label,File_Name\n7,2,a/0.png\n\n8,0,"b/1.png"\n9,02,a/2.png\n', (2, 0, 2), ()),
+        (
+            "x.jsonl",
+            '{"path": "a/0.png", "label": 1}\n{"label": 0, "path": "b/1.png"}\n{"path": "a/2.png", "label": 3}\n',
+            (1, 0, 3),
+            (),
+        ),
+    ],
+)
+def test_lists_of_paths_and_labels(
+    name: str, text: str, labels: tuple[int, ...], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Columns by name, in any order; labels are numbers, or names numbered in sorted order."""
+    images = few(tmp_path)
+    (tmp_path / name).write_text(text)
+    make_shards([tmp_path / name], None, tmp_path / "set", SMALL)
+    assert stored(tmp_path / "set") == set(zip(images.values(), labels))
+    assert load_manifest(tmp_path / "set").class_names == names
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ("", "lists no images"),
+        ("path\n", "line 1: ['path'], expected one column label"),
+        ("path,label,class\n", "expected one column label"),
+        ("path,label\na/0.png\n", "line 2: has 1 columns"),
+        ("path,label\n/etc/passwd,1\n", "is absolute, or has .. in it"),
+        ("path,label\na/../../x.png,1\n", "is absolute, or has .. in it"),
+        ("path,label\nout/x.png,1\n", "leads out of the list's folder"),
+        ("path,label\na,1\n", "'a' is no file"),
+        ("path,label\na/9.png,1\n", "line 2: 'a/9.png' is not there"),
+        ("path,label\nx.csv,1\n", "is no picture"),
+        ("path,label\na/0.png,1\na/0.png,2\n", "is listed already"),
+        ("path,label\na/0.png,1\na/link.png,1\n", "'a/link.png' is listed already, as 'a/0.png'"),
+        ("path,label\na/0.png,\n", "'' is no label"),
+        ("path,label\na/0.png,9999999\n", "label 9999999 is not one of"),
+        ('path,label\n"a/0.png,1\n', "line 2: is no line of CSV"),
+        ("path,label\n" + "a" * 70_000 + ",1\n", "line 2: more than 65536 bytes"),
+        ("path,label\n" + "a" * 5000 + ",1\n", "is not there"),
+        ("path,label\na/\0.png,1\n", "is no path"),
+    ],
+)
+def test_lists_that_cannot_be_used(lines: str, said: str, tmp_path: Path) -> None:
+    """One line, with the place in the list; nothing outside its folder is read."""
+    few(tmp_path / "in")
+    (tmp_path / "x.png").write_bytes(b"x")
+    (tmp_path / "in" / "out").symlink_to(tmp_path)
+    (tmp_path / "in" / "a" / "link.png").symlink_to("0.png")
+    (tmp_path / "in" / "x.csv").write_text(lines)
+    message = refusal(make_shards, [tmp_path / "in" / "x.csv"], None, tmp_path / "set", SMALL)
+    assert said in message and len(message) < 500 and not list(tmp_path.glob("set/*.tar"))
+
+
+def test_bytes_and_json_that_are_no_list(tmp_path: Path) -> None:
+    """Not UTF-8, and lines of JSON of other types."""
+    few(tmp_path)
+    for name, data, said in (
+        ("x.csv", b"path,label\na/\xff.png,1\n", "line 2: a/"),
+        ("x.jsonl", b"[]\n", "line 1: is [], expected an object"),
+        ("x.jsonl", b'{"path": "a/0.png", "label": 1.5}\n', "label is 1.5"),
+        ("x.jsonl", b'{"path": "a/0.png", "label": -1}\n', "label is -1"),
+        ("x.jsonl", b'{"path": ["a/0.png"], "label": 1}\n', "path is ['a/0.png']"),
+        ("x.jsonl", b"[" * 60_000 + b"\n", "is nested"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert said in refusal(make_shards, [tmp_path / name], None, tmp_path / "set", SMALL)
+
+
+def test_a_tar_for_each_class(tmp_path: Path) -> None:
+    """As ImageNet-21k comes: classes are the tars' names; with two processes and with names of classes too."""
+    images = few(tmp_path / "in")
+    root = tmp_path / "tars"
+    root.mkdir()
+    for name in ("n02", "n01"):
+        with tarfile.open(root / f"{name}.tar", "w") as tar:
+            for number, path in enumerate(images):
+                if (number % 2 == 0) == (name == "n02"):
+                    tar.add(tmp_path / "in" / path, f"{name}_{number}.png")
+            if name == "n01":
+                tar.add(__file__, "README")
+    _, told = make_shards([root], None, tmp_path / "set", SMALL)
+    assert stored(tmp_path / "set") == set(zip(images.values(), (1, 0, 1)))
+    assert (
+        load_manifest(tmp_path / "set").class_names == ("n01", "n02")
+        and told.passed_over["files without an ending"] == 1
+    )
+    os.truncate(root / "n01.tar", 700)
+    assert "n01.tar: not a readable tar" in refusal(make_shards, [root], None, tmp_path / "cut", SMALL)
 
 
 # --- smaller images --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ end, and its label, and becomes an `Item` when its shard is written.
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -53,7 +53,7 @@ class PackedItems(Sequence[Item]):
         """Returns the items of some indices, which add to `notes` when they are read."""
         return [self._item_of(self.reference(index), self.labels[index], notes) for index in indices]
 
-    def without(self, dropped: set[int]) -> "PackedItems":
+    def without(self, dropped: Container[int]) -> "PackedItems":
         """Returns the items but some; they keep their order and the digest of all."""
         kept = PackedItems(self._item_of)
         for index in range(len(self)):

@@ -10,9 +10,12 @@ from pretrain import cli
 from pretrain.errors import UserError
 from pretrain.shards.build import How, build, build_part, check_labels
 from pretrain.shards.class_list import ClassList, labels_of
+from pretrain.shards.class_tars import class_tar_items, is_of_class_tars
 from pretrain.shards.counts import add_to_counts
 from pretrain.shards.existing import index_existing
 from pretrain.shards.items import Item, PackedItems
+from pretrain.shards.listed import ENDINGS as LIST_ENDINGS
+from pretrain.shards.listed import listed_items
 from pretrain.shards.resizing import Resizing
 from pretrain.shards.sources import Told, folder_items, npz_items
 
@@ -37,18 +40,31 @@ class Source(NamedTuple):
     recognises: Callable[[Sequence[Path]], bool]
     # Returns the samples to write, and the names of classes or nothing; None: these are shards already.
     items: Callable[[Sequence[Path], Told, Options], tuple[Sequence[Item], list[str]]] | None
+    has_files: bool = False  # of pictures, which may be of any format, and turned
 
 
 SOURCES = (
     Source(
-        "one folder",
+        "one folder (of class folders, or of a tar for each class)",
+        lambda paths: len(paths) == 1 and paths[0].is_dir() and is_of_class_tars(paths[0]),
+        lambda paths, told, options: class_tar_items(paths[0], told),
+    ),
+    Source(
+        "",  # named above
         lambda paths: len(paths) == 1 and paths[0].is_dir(),
         lambda paths, told, options: folder_items(paths[0], told, apply_orientation=options.apply_orientation),
+        has_files=True,
     ),
     Source(
         "one .npz",
         lambda paths: len(paths) == 1 and paths[0].suffix == ".npz",
         lambda paths, told, options: npz_items(paths[0]),
+    ),
+    Source(
+        f"one list of paths and labels ({', '.join(LIST_ENDINGS)})",
+        lambda paths: len(paths) == 1 and paths[0].suffix in LIST_ENDINGS,
+        lambda paths, told, options: listed_items(paths[0], apply_orientation=options.apply_orientation),
+        has_files=True,
     ),
     Source(
         "any number of .tar and .tar.gz",
@@ -102,13 +118,13 @@ def _source_of(sources: Sequence[Path], out: Path, options: Options) -> Source:
             raise UserError(f"{path}: not found")
     source = next((row for row in SOURCES if row.recognises(sources)), None)
     if source is None:
-        kinds = ", ".join(row.named for row in SOURCES[:-1]) + f", or {SOURCES[-1].named}"
+        kinds = ", ".join(row.named for row in SOURCES[:-1] if row.named) + f", or {SOURCES[-1].named}"
         raise UserError(f"{', '.join(map(str, sources))}: give {kinds}")
     if any(path.is_dir() and out.resolve().is_relative_to(path.resolve()) for path in sources):
         raise UserError(f"{out}: lies inside {sources[0]}, and would become a class of it; choose another folder")
-    if options.apply_orientation and not sources[0].is_dir():
+    if options.apply_orientation and not source.has_files:
         raise UserError(
-            f"--apply-orientation is for folders of photos, and has no effect on {sources[0]}; leave it out"
+            f"--apply-orientation is for folders and lists of photos, and has no effect on {sources[0]}; leave it out"
         )
     if options.resizing and source.items is None:
         raise UserError(f"--shorter-side has no effect on {sources[0]}, which is indexed as it is; leave it out")

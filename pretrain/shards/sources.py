@@ -42,21 +42,26 @@ def folder_items(
     told = told or Told()
     classes = _class_folders(root, told)
     items = PackedItems(partial(file_item, root, apply_orientation))
-    places = array("q")  # of the files, links followed: 64 bits of a digest
+    words = array("q")
     for label, name in enumerate(classes):
         for path in files_below(root / name, told.passed_over):
             if stored_ending(path.name) is None:
                 _pass_over(path, told)
                 continue
             append_file(items, root, path, label)
-            places.append(_place_word(path))
+            words.append(place_word(path))
     if not items:
         raise UserError(
             f"{root}: no images found; expected {root}/CLASS/NAME.jpg (endings: {', '.join(IMAGE_ENDINGS)})"
         )
-    if again := _reached_again(root, items, places, classes):
+    again = same_files(root, items, words)
+    for index, first in again.items():
+        if items.labels[index] != items.labels[first]:
+            path, other = root / items.reference(index), classes[items.labels[first]]
+            raise UserError(f"{path}: is in class {other!r} too, by a link; remove one of them")
+    if again:
         told.passed_over["files reached again by links"] += len(again)
-        items = items.without(again)
+        items = items.without(again.keys())
     return items, classes
 
 
@@ -74,24 +79,22 @@ def append_file(items: PackedItems, root: Path, path: Path, label: int) -> None:
     items.append(str(path.relative_to(root)), label, (status.st_size, status.st_mtime_ns))
 
 
-def _place_word(path: Path) -> int:
+def place_word(path: Path) -> int:
+    """Returns 64 bits of a digest of where a file really lies, links followed."""
     return int.from_bytes(blake2b(os.fsencode(os.path.realpath(path)), digest_size=8).digest(), "big", signed=True)
 
 
-def _reached_again(root: Path, items: PackedItems, places: array, classes: list[str]) -> set[int]:
-    """The items whose files stand before them already, reached by a link. Raises UserError for one in two classes."""
-    words = np.asarray(places)
-    order = np.argsort(words, kind="stable")
-    equal = np.flatnonzero(words[order[1:]] == words[order[:-1]])
-    reached: dict[str, int] = {}  # item by real place, of those few that have one word
-    again: set[int] = set()
+def same_files(root: Path, items: PackedItems, words: array) -> dict[int, int]:
+    """Returns which items of `file_item` are files of earlier ones, with the first item. words: their `place_word`s."""
+    found = np.asarray(words)
+    order = np.argsort(found, kind="stable")
+    equal = np.flatnonzero(found[order[1:]] == found[order[:-1]])
+    first: dict[str, int] = {}  # item by real place, of those few that have one word
+    again = {}
     for index in sorted({int(index) for place in equal for index in order[place : place + 2]}):
-        path = root / items.reference(index)
-        first = reached.setdefault(os.path.realpath(path), index)
-        if items.labels[first] != items.labels[index]:
-            raise UserError(f"{path}: is in class {classes[items.labels[first]]!r} too, by a link; remove one of them")
-        if first != index:
-            again.add(index)
+        earlier = first.setdefault(os.path.realpath(root / items.reference(index)), index)
+        if earlier != index:
+            again[index] = earlier
     return again
 
 
