@@ -18,6 +18,7 @@ import pytest
 from halves import half
 from PIL import Image
 
+from pretrain import cli
 from pretrain.data.images import decode
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
@@ -243,6 +244,20 @@ def test_killed_at_any_moment(kills: int, tmp_path: Path) -> None:
         assert out.exists()
     make_shards([root], None, out, SMALL)
     assert tree(out) == tree(tmp_path / "whole" / "set")
+
+
+def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's log has a line each minute, with the rate since the one before and the time left."""
+    now = [0.0]
+    monkeypatch.setattr("pretrain.cli.time.monotonic", lambda: now[0])
+    with cli.progress("writing", 100_000, "images") as advance:
+        advance(40_000)  # complete already
+        for _ in range(140):
+            now[0] += 1
+            advance(10)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("writing: 40,600 of 100,000 images, 677/s") and first.endswith("minutes left")
+    assert second == "writing: 41,200 of 100,000 images, 10/s, 98 minutes left"
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
