@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -258,6 +259,35 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("writing: 40,600 of 100,000 images, 677/s") and first.endswith("minutes left")
     assert second == "writing: 41,200 of 100,000 images, 10/s, 98 minutes left"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--part", "4/4"], "--part is '4/4', expected I/N"),
+        (["--part", ""], "--part is '', expected I/N"),
+        (["--part", "-1/4"], "expected I/N"),
+        (["--workers", "0"], "--workers is 0, expected at least 1"),
+        (["--shorter-side", "0"], "--shorter-side is 0"),
+        (["--shorter-side", "9", "--quality", "101"], "--quality is 101, expected 1 to 100"),
+        (["--quality", "90"], "give both"),
+        (["--task", "pets", "--part", "0/2"], "--part has no effect with --task"),
+    ],
+)
+def test_options_that_cannot_be(options: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line each."""
+    first, *rest = options
+    monkeypatch.setattr(sys, "argv", ["make_shards.py", "in", "out", f"{first}={rest[0]}", *rest[1:]])
+    main = runpy.run_path(str(ROOT / "tools" / "make_shards.py"))["main"]
+    assert said in refusal(main)
+
+
+def test_tars_that_are_shards_have_no_parts(tmp_path: Path) -> None:
+    """What would have no effect is refused."""
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert "--part has no effect" in refusal(make_part, [tmp_path / "a.tar"], None, tmp_path / "o", (0, 2), SMALL)
+    smaller = replace(SMALL, resizing=Resizing(5, 90))
+    assert "--shorter-side has no" in refusal(make_shards, [tmp_path / "a.tar"], None, tmp_path / "o", smaller)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

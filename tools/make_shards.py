@@ -16,7 +16,6 @@ from pretrain import cli
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
-    from pretrain.shards.resizing import Resizing
     from pretrain.shards.sources import Told
 
 MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
@@ -24,8 +23,9 @@ MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... a
 
 def main() -> None:
     parser = cli.parser(
-        "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg), a CIFAR-style\n"
-        ".npz, or existing WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.\n"
+        "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg or CLASS.tar),\n"
+        "a list of paths and labels (.csv, .jsonl), a CIFAR-style .npz, or existing WebDataset tars (.tar, .tar.gz),\n"
+        "which are indexed as they are. --verify checks them.\n"
         "With --task, makes the splits of an evaluation set from a TFDS folder, the authors' downloads, or packs that\n"
         "are named for their splits (docs/tasks.md).",
         "python tools/make_shards.py tiny_imagenet_train-*.tar.gz data/tiny-train --classes tiny_imagenet_classes.json",
@@ -45,10 +45,6 @@ def main() -> None:
     _add_building(parser)
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
-
-    from pretrain.shards.class_list import read_class_list
-    from pretrain.shards.make import Options, make_part, make_shards
-
     if arguments.verify:
         return _verify(arguments.paths)
     if len(arguments.paths) < 2:
@@ -63,16 +59,19 @@ def main() -> None:
             if getattr(arguments, option[2:].replace("-", "_")) is not None:
                 raise UserError(f"{option} has no effect with --task; leave it out")
         return _prepare(arguments.task, sources, out, arguments.samples_per_shard)
+    part = _part(arguments.part) if arguments.part is not None else None
+    quality = _quality(arguments.quality, arguments.shorter_side)
+
+    from pretrain.shards.class_list import read_class_list
+    from pretrain.shards.make import Options, make_part, make_shards
+    from pretrain.shards.resizing import Resizing
+
     classes = read_class_list(arguments.classes) if arguments.classes else None
-    options = Options(
-        arguments.samples_per_shard,
-        arguments.seed or 0,
-        arguments.apply_orientation,
-        _resizing(arguments.shorter_side, arguments.quality),
-        arguments.workers,
-    )
-    if arguments.part:
-        done, number = make_part(sources, classes, out, _part(arguments.part), options)
+    resizing = Resizing(arguments.shorter_side, quality) if arguments.shorter_side else None
+    turned, workers = arguments.apply_orientation, arguments.workers
+    options = Options(arguments.samples_per_shard, arguments.seed or 0, turned, resizing, workers)
+    if part:
+        done, number = make_part(sources, classes, out, part, options)
         return cli.tell(f"{out}: {done:,} of {number:,} shards are complete; the command without --part finishes it")
     _tell(out, *make_shards(sources, classes, out, options))
 
@@ -96,16 +95,12 @@ def _part(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _resizing(shorter_side: int | None, quality: int | None) -> "Resizing | None":
-    from pretrain.shards.resizing import Resizing
-
-    if shorter_side is None:
-        if quality is not None:
-            raise UserError("--quality is of images that --shorter-side makes smaller, which is not given")
-        return None
-    if not 1 <= (quality or 95) <= 100 or quality == 0:
+def _quality(quality: int | None, shorter_side: int | None) -> int:
+    if quality is not None and shorter_side is None:
+        raise UserError("--quality is of images that --shorter-side makes smaller; give both, or leave it out")
+    if quality is not None and not 1 <= quality <= 100:
         raise UserError(f"--quality is {quality}, expected 1 to 100")
-    return Resizing(shorter_side, quality or 95)
+    return quality or 95
 
 
 def _tell(out: Path, path: Path, told: "Told") -> None:
