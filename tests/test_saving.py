@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -404,6 +404,30 @@ def slow_training(config: Config, slow: int, go: Path) -> None:
     if int(os.environ["RANK"]) == slow:
         pretrain.checkpoint.write._written = written
     train(config)
+
+
+def noted(folder: Path) -> list[int]:
+    """The steps at which the journal takes a save further that rank 0 has done at step 1, rank 1 at step 3."""
+    from pretrain.cluster import ranks
+    from pretrain.data.loader import Batch
+    from pretrain.engine.step import StepResult
+    from pretrain.train.journal import Journal
+
+    ranks.start(60)
+    config = tiny_config(folder, folder, log__samples=False)
+    ones, step, taken = torch.ones(6, dtype=torch.long), 0, []
+    batch = Batch(ones, ones[:, None], ones[:, None], ones.bool(), ones, ones, [])
+    saver: Any = SimpleNamespace(advance=lambda: (taken.append(step), setattr(saver, "done", False)))
+    journal, stop = Journal(folder, config), cast(Any, SimpleNamespace(signal_name=None))
+    for step in range(6):
+        saver.done = not taken and step >= (3 if ranks.rank() else 1)
+        assert not journal.note(TrainState(step=step), batch, StepResult(torch.ones(3), 1.0, True), stop, saver)
+    return taken
+
+
+def test_a_save_goes_on_in_the_same_step_on_all_ranks(tmp_path: Path) -> None:
+    """In the first one in which all have done their share, and not before."""
+    assert run_ranks(noted, 2, tmp_path) == [[3], [3]]
 
 
 @pytest.mark.parametrize("asked", [0, 1])
