@@ -331,6 +331,22 @@ def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path, monkeypat
     assert memory[0] == memory[1]
 
 
+def test_no_memory_for_the_copy_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the bytes and the way out; the training goes on."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't allocate memory\n at somewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(behind.torch, "empty", full)
+        assert not save(tmp_path, 1, copies=HostCopies())
+    told = capsys.readouterr().err
+    assert "NOT SAVED at step 1: rank 0" in told and "checkpoint.behind=false" in told and told.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_fault_of_ours_in_the_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is neither lost nor called a full disk."""
     monkeypatch.setattr(write, "_sealed", lambda path: {}["no such key"])

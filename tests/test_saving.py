@@ -70,12 +70,12 @@ def wait_in_jobs(gate: Gate, part: int, *, first_only: bool = False) -> None:
     """From now on the thread of one part of each save waits at the gate before and after its work."""
     real, jobs = Job._run, [0]
 
-    def run(job: Job) -> None:
+    def run(self: Job) -> None:
         number, jobs[0] = jobs[0], jobs[0] + 1
         waits = number == part if first_only else number % 2 == part
         if waits:
             gate.enter()
-        real(job)
+        real(self)
         if waits:
             gate.leave()
 
@@ -100,7 +100,7 @@ def tried(config: Config, steps: list[int], part: int | None, calls: str, point:
         code = 1
         try:
             os.dup2(os.open(config.output / "stderr", os.O_WRONLY | os.O_CREAT), 2)
-            if part is AT_ONCE:
+            if part is None:  # at once
                 gate.enter()
                 save_step(config, steps[0])
                 gate.leave()

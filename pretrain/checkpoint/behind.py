@@ -81,7 +81,7 @@ def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple
 
 def wait_for_copies() -> None:
     """Waits until the copies begun have come: the next step changes what they are of."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
 
 
