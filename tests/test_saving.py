@@ -21,7 +21,7 @@ import pytest
 import torch
 from injection import LOOKING, WRITING, Gate, Point, counted, points, traced, why_not
 from ranks import run_ranks, start_ranks
-from test_resume import expect_same_run, finish, wait_for_steps
+from test_resume import expect_same_run, finish, steps_logged, wait_for_steps
 from tiny import make_shards, tiny_config
 
 from pretrain import log
@@ -430,24 +430,23 @@ def test_a_save_goes_on_in_the_same_step_on_all_ranks(tmp_path: Path) -> None:
     assert run_ranks(noted, 2, tmp_path) == [[3], [3]]
 
 
-@pytest.mark.parametrize("asked", [0, 1])
-def test_a_stop_while_a_save_is_under_way(asked: int, tmp_path: Path) -> None:
+def test_a_stop_while_a_save_is_under_way(tmp_path: Path) -> None:
     """Training goes on while rank 1 cannot write; asked to stop, it waits for that save, makes its own, and ends. What
     follows is the undisturbed run, bit for bit."""
     shards = make_shards(tmp_path / "squares")
-    options: dict[str, Any] = {"model__dropout": 0.1, "checkpoint__every_steps": 6, "total_steps": 40}
+    options: dict[str, Any] = {"model__dropout": 0.1, "checkpoint__every_steps": 6, "total_steps": 20}
     stopped, undisturbed = (tiny_config(shards, tmp_path / name, **options) for name in ("stopped", "undisturbed"))
     folder, go = stopped.output / stopped.name / "checkpoints", tmp_path / "go"
     processes = start_ranks(slow_training, 2, stopped, 1, go)
     wait_for_steps(stopped, processes, 9)
     assert step_folders(folder) == [] and (folder / ".tmp-step-0000000006").is_dir()
-    os.kill(processes[asked].pid, signal.SIGTERM)
+    os.kill(processes[1].pid, signal.SIGTERM)
     time.sleep(0.2)
     assert step_folders(folder) == []
     go.touch()
     assert [process.results.recv() for process in processes if process.results.poll(100)] == [(None, None)] * 2
     found = [step_of(path) for path in step_folders(folder)]
-    assert len(found) == 2 and found[1] == 6 and 9 <= found[0] <= 12
+    assert found[-1] == 6 and 9 <= found[0] == steps_logged(stopped) < 20  # and 12, where this test was slow to look
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     run_ranks(finish, 2, stopped)
     run_ranks(finish, 2, undisturbed)
