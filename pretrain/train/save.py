@@ -15,9 +15,9 @@ from pretrain.errors import NonFiniteError, StorageError, UserError
 from pretrain.log import RunLog
 from pretrain.provenance import versions
 from pretrain.train.datasets import DataSets
-from pretrain.train.folder import fingerprint
+from pretrain.train.folder import digest_of_starts, fingerprint
 from pretrain.train.meter import Meter
-from pretrain.train.state import TrainState
+from pretrain.train.state import TrainState, receipt
 
 
 class Saver:
@@ -91,12 +91,15 @@ class Saver:
     def _everything_else(self, state: TrainState) -> dict[str, Any]:
         """What is not a tensor, as state.json holds it."""
         config, data = self._config, self._data
+        of_data = fingerprint(data.train, data.order)
         return {
             "step": state.step,
             "train": asdict(state),
             "metrics": state.metrics,
             "engine": self._engine.state(),
-            "data": fingerprint(data.train),
+            "data": of_data,
+            "receipt": receipt(state, data.order, of_data["order"]),
+            "starts_sha256": digest_of_starts(config.output / config.name),
             "config": config_to_dict(config),
             "num_classes": data.num_classes,
             "class_names": list(data.train.class_names),
