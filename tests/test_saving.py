@@ -57,7 +57,8 @@ def save_step(config: Config, step: int, *, must_succeed: bool = False) -> None:
         generators=lambda: {"cpu": torch.get_rng_state()},
     )
     train = SimpleNamespace(sha256="0" * 64, class_names=["a", "b"])
-    data: Any = SimpleNamespace(train=train, num_classes=2)
+    order = SimpleNamespace(name="permuted", lanes=None, seed=0, global_batch=12, num_samples=101, held_out=0)
+    data: Any = SimpleNamespace(train=train, order=order, num_classes=2)
     meter: Any = SimpleNamespace(window=lambda: [0.0, 0.0, 0.0])
     run_log: Any = SimpleNamespace(sync=lambda: log.sync(config.output / config.name))
     saver = Saver(config, data, engine, run_log)
