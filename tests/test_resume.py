@@ -328,9 +328,17 @@ def test_two_processes_cannot_train_in_one_folder(shards: Path, tmp_path: Path) 
 
 
 def explode(config: Config) -> tuple[str, int]:
-    """A run whose loss is NaN from the 7th step on."""
+    """A run whose loss is NaN from the 7th step on, on a slow disk."""
+    import pretrain.checkpoint.write
     import pretrain.engine.step
 
+    write = pretrain.checkpoint.write._written
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(1)
+        return write(*arguments)
+
+    pretrain.checkpoint.write._written = slowly
     real, calls = pretrain.engine.step.per_image_loss, [0]
 
     def poisoned(*arguments: Any) -> torch.Tensor:
@@ -347,7 +355,8 @@ def explode(config: Config) -> tuple[str, int]:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_three_steps_in_a_row_that_are_not_finite_end_the_run(stage: int, shards: Path, tmp_path: Path) -> None:
-    """It stops with the step and exit code 77; the checkpoint of step 5 and the skipped samples are there."""
+    """It stops with the step and exit code 77; the checkpoint of step 5, though it was under way, and the skipped
+    samples are there."""
     config = tiny_config(shards, tmp_path, engine__zero_stage=stage)
     for message, code in run_ranks(explode, 2, config):
         assert message.startswith("step 9: loss or gradients not finite in 3 steps in a row") and code == 77

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "log.every_steps",
     "log.samples",
     "checkpoint.every_steps",
+    "checkpoint.behind",
     "checkpoint.keep_last",
     "checkpoint.keep_every_steps",
     "checkpoint.keep_best",

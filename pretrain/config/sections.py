@@ -234,6 +234,7 @@ class CheckpointConfig:
     """When checkpoints are saved, and which are kept."""
 
     every_steps: int = 1000  # save after this many steps, at the end, and when asked to stop
+    behind: bool = True  # write beside the next steps, from a copy in host memory; false: training waits for the disk
     keep_last: int = 2  # newest checkpoints kept; at least 2, so that one may turn out damaged
     keep_every_steps: int = 0  # checkpoints of these steps are kept for ever; 0: none
     keep_best: bool = False  # also keep the one with the best validation top-1, of those saved at an evaluation

@@ -12,7 +12,7 @@ from pretrain.train.datasets import DataSets
 from pretrain.train.evaluate import evaluate
 from pretrain.train.journal import Journal
 from pretrain.train.meter import Meter
-from pretrain.train.save import save
+from pretrain.train.save import Saver
 from pretrain.train.state import TrainState
 
 
@@ -32,15 +32,16 @@ def loop(
     """
     meter = Meter(config, data.num_classes, state, engine.device)
     journal = Journal(config.output / config.name, config)
+    saver = Saver(config, data, engine, log)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
     if branched:  # the other run may delete its checkpoint, or be further on at the next start
-        save(config, data, engine, state, meter, log, must_succeed=True)
+        saver.save(state, meter, must_succeed=True)
     state.validation_due &= data.val is not None  # evaluation may have been switched off since
     state.features_due &= data.fewshot is not None
     if state.validation_due or state.features_due:  # a stop cut it short
         if evaluate(config, data, engine, state, log, stop):
             return
-        save(config, data, engine, state, meter, log, must_succeed=False)  # with its score, for keep_best
+        saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
     while state.step < config.total_steps:
         batch = meter.wait_for(batches)
         if state.step == 0:
@@ -50,7 +51,8 @@ def loop(
         state.step += 1
         state.metrics = {}
         meter.add(result)
-        stopping = journal.note(state, batch, result, stop)
+        with saver.finished_before_errors():
+            stopping = journal.note(state, batch, result, stop, saver)
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
             log.scalars(state.step, meter.read(state, data, lr, result, engine))
@@ -59,11 +61,13 @@ def loop(
         state.features_due = data.fewshot is not None and (due(state.step, every) or last)
         with meter.paused():
             if (state.validation_due or state.features_due) and not stopping:
+                saver.finish()  # the steps that would take it further are far away
                 stopping = evaluate(config, data, engine, state, log, stop)
             if due(state.step, config.checkpoint.every_steps) or last or stopping:
-                save(config, data, engine, state, meter, log, must_succeed=last or stopping)
+                saver.save(state, meter, must_succeed=last or stopping)
         if stopping:
             break
+    saver.finish()
 
 
 def due(step: int, every_steps: int) -> bool:
