@@ -14,7 +14,7 @@ from pathlib import Path
 # This file's folder comes first on sys.path, where `pretrain` would be this file instead of the package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain.cluster import signals
+from pretrain.cluster import signals, watchdog
 
 # Before imports that take seconds, in which SIGUSR1, SLURM's warning, would end the process.
 STOP = signals.StopRequest() if __name__ == "__main__" else None
@@ -49,10 +49,11 @@ def main() -> None:
     if not rank_so_far(os.environ):
         print(f"{config.name}: loading torch and DeepSpeed", flush=True)
     gc.disable()  # thousands of modules are made, and nothing is thrown away: a fifth of the imports' time
-    from pretrain.train.run import train
+    with watchdog.watching(config.output / config.name, config.engine.watchdog_s, config.engine.timeout_s):
+        from pretrain.train.run import train
 
-    gc.enable()
-    train(config, recipe=arguments.config, stop=STOP)
+        gc.enable()
+        train(config, recipe=arguments.config, stop=STOP)
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def _as_is(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    signals.ignore_stop_signals()  # else SIGTERM to the group ends workers, and the final save is lost
+    signals.live_as_long_as_parent()  # else SIGTERM to the group ends workers, and the final save is lost
 
 
 REASONS = ("tar", "missing", "decode", "label", "damaged")

@@ -2,7 +2,7 @@
 
 from torchvision.utils import make_grid
 
-from pretrain.cluster import signals
+from pretrain.cluster import signals, watchdog
 from pretrain.config import Config
 from pretrain.data.loader import train_batches
 from pretrain.engine.step import Engine
@@ -42,7 +42,9 @@ def loop(
             return
         save(config, data, engine, state, meter, log, must_succeed=False)  # with its score, for keep_best
     while state.step < config.total_steps:
+        watchdog.section("data", state.step)
         batch = meter.wait_for(batches)
+        watchdog.section("step")
         if state.step == 0:
             log.image("batch", make_grid(batch.images[:64], nrow=8))
         lr = learning_rate(config.optim, config.total_steps, state.step)

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_newer
 from pretrain.checkpoint.read import CheckpointReader, read_state
-from pretrain.cluster import agreement, ranks, signals
+from pretrain.cluster import agreement, ranks, signals, watchdog
 from pretrain.config import Config
 from pretrain.data.classes import match_classes
 from pretrain.data.manifest import Manifest
@@ -43,14 +43,16 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
     StorageError, LostProcessError (pretrain/errors.py).
     """
     stop = stop or signals.StopRequest()
-    device = ranks.start(config.engine.timeout_s)
-    agreement.together(lambda: check_precision(config))
     folder = config.output / config.name
-    lock = claim(folder)
-    with ending.noted(folder):
-        _train(config, folder, device, recipe, stop)
+    with watchdog.watching(folder, config.engine.watchdog_s, config.engine.timeout_s):
+        device = ranks.start(config.engine.timeout_s)
+        agreement.together(lambda: check_precision(config))
+        lock = claim(folder)
+        with ending.noted(folder):
+            _train(config, folder, device, recipe, stop)
+        watchdog.section("end")
+        ranks.stop()
     stop.close()
-    ranks.stop()
     del lock
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from pretrain.checkpoint.retention import apply_retention
 from pretrain.checkpoint.write import save_checkpoint
-from pretrain.cluster import ranks
+from pretrain.cluster import ranks, watchdog
 from pretrain.config import Config, config_to_dict
 from pretrain.engine.step import Engine
 from pretrain.errors import StorageError
@@ -24,6 +24,7 @@ def save(
     Raises StorageError when it `must_succeed` and did not; else the training goes on, warned.
     """
     folder = config.output / config.name / "checkpoints"
+    watchdog.section("save", state.step)
     engine.check()
     log.sync()
     state.window = meter.window()
