@@ -117,6 +117,11 @@ def _named(path: Path) -> Iterator[None]:
         ) from None
 
 
+def has_started(folder: Path) -> bool:
+    """Returns whether an earlier start came as far as its first step."""
+    return (folder / _STARTS).is_file()
+
+
 def is_done(folder: Path, config: Config) -> bool:
     """Returns whether the run has reached config.total_steps, on every rank alike."""
 

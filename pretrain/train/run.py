@@ -17,7 +17,7 @@ from pretrain.data.order import plan_batch
 from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_precision
 from pretrain.engine.step import Engine
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, NotFoundError, StorageError
 from pretrain.evaluation import classification
 from pretrain.json_files import Fields
 from pretrain.log import RunLog, say
@@ -27,7 +27,7 @@ from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
 from pretrain.train import ending
 from pretrain.train.datasets import DataSets, open_data
-from pretrain.train.folder import claim, is_done, mark_done, record_start, refuse_changes
+from pretrain.train.folder import claim, has_started, is_done, mark_done, record_start, refuse_changes
 from pretrain.train.loop import loop
 from pretrain.train.state import TrainState
 
@@ -57,7 +57,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
 
 
 def _train(config: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
-    data = agreement.together(lambda: open_data(config))
+    data = agreement.together(lambda: _open_data(config, folder))
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)
@@ -86,6 +86,19 @@ def _train(config: Config, folder: Path, device: torch.device, recipe: Path | No
         say(f"stopped as asked at step {state.step}; the same command goes on from there")
     log.close()
     engine.close()
+
+
+def _open_data(config: Config, folder: Path) -> DataSets:
+    """The data sets of a run. What an earlier start has found and this one does not is on a disk that is away."""
+    try:
+        return open_data(config)
+    except NotFoundError as error:
+        if not has_started(folder):
+            raise
+        raise StorageError(
+            f"{error.args[0].partition(';')[0]}; an earlier start of this run found its data, so the disk may be away: "
+            "the same command goes on when it is back"
+        ) from None
 
 
 def build_engine(config: Config, data: DataSets, device: torch.device, *, from_scratch: bool) -> Engine:
