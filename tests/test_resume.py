@@ -398,11 +398,11 @@ def vanishing_shard(config: Config) -> tuple[str, int]:
 
 
 def test_a_storage_error_of_one_rank_ends_all_with_its_message(shards: Path, tmp_path: Path) -> None:
-    """No rank is left in a collective, no exit code is left to chance, and nothing of that step is saved."""
+    """No rank is left in a collective, no exit code is left to chance; the step before that one is saved."""
     config = tiny_config(shards, tmp_path)
     assert run_ranks(vanishing_shard, 2, config) == [("the shard is gone", 75)] * 2
     path = newest_valid(tmp_path / "tiny" / "checkpoints")
-    assert path and path.name == "step-0000000005"
+    assert path and path.name == "step-0000000006"
 
 
 def unusable(config: Config, usable: int) -> tuple[str, int]:
