@@ -33,6 +33,9 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_ENDING = "cls"
 LABEL_KINDS = ("class", "multi")  # a `.cls` member holds an integer, or a JSON list of integers
 
+BLOCK_BYTES = 8 << 20  # of one request: at 100 KB a sample, 12 requests for 1,000 samples
+MIN_BLOCK_SAMPLES, MAX_BLOCK_SAMPLES = 64, 4096  # 16 requests for 1,000 samples, however large they are
+
 MAX_SHARD_BYTES = 4 << 40  # offsets of 32 bits reach 2 TiB; zeros may follow the last sample
 MAX_SHARD_SAMPLES = 1 << 24  # all of ImageNet-21k in one tar; its index has 128 MiB
 _MIN_SAMPLE_BYTES = 2 * BLOCK  # the headers of image and label
@@ -71,6 +74,16 @@ class Manifest:
         """The index of each shard's first sample, and the end: int64 [shards + 1]."""
         return np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards])]).astype(np.int64)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of its shards lies elsewhere."""
+        return False
+
+    @cached_property
+    def block_samples(self) -> int:
+        """How many consecutive samples are read at once from remote shards: about 8 MiB."""
+        return block_samples(self.num_samples, sum(shard.num_bytes for shard in self.shards))
+
     def with_meaning(self, match: ClassMatch, class_names: tuple[str, ...]) -> "Manifest":
         """Returns the set with its labels read as those of another list of classes."""
         if not class_names:
@@ -85,6 +98,12 @@ class Manifest:
         """Returns the shard that holds a sample, and the sample's number in it."""
         shard = int(np.searchsorted(self.first_indices, index, side="right")) - 1
         return self.shards[shard], index - int(self.first_indices[shard])
+
+
+def block_samples(num_samples: int, num_bytes: int) -> int:
+    """Returns how many consecutive samples of a set are read at once, where a read is a request."""
+    samples = min(max(int(BLOCK_BYTES * num_samples / max(1, num_bytes)), MIN_BLOCK_SAMPLES), MAX_BLOCK_SAMPLES)
+    return max(1, min(samples, num_samples // 4))
 
 
 def load_manifest(path: Path) -> Manifest:
