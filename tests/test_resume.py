@@ -19,7 +19,7 @@ from tiny import changed, make_shards, tiny_config
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader, read_state
-from pretrain.cluster import ranks
+from pretrain.cluster.ranks import rank as own_rank
 from pretrain.config import Config
 from pretrain.data import reader
 from pretrain.data.images import to_float
@@ -238,7 +238,7 @@ def _with_a_broken_disk(config: Config) -> str:
 
     def pread(*arguments: int) -> bytes:
         calls[0] += 1
-        if calls[0] > 60 and ranks.rank() == 1:
+        if calls[0] > 60 and own_rank() == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(*arguments)
 
