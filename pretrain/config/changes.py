@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "engine.compile",
     "engine.checkpoint_activations",
     "engine.timeout_s",
+    "engine.watchdog_s",
     "evaluation.every_steps",
     "evaluation.batch_size",
     "evaluation.fewshot_train",

@@ -169,6 +169,7 @@ class EngineConfig:
     compile: bool = False  # torch.compile each block: faster on GPUs, minutes at the start
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, about 30 % slower
     timeout_s: int = 600  # a collective that takes longer fails the run instead of hanging it
+    watchdog_s: int = 300  # a rank silent for longer than this, and than 5 times its usual, is ended (76); 0: never
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
@@ -179,7 +180,9 @@ class EngineConfig:
             )
         elif self.zero_stage not in (1, 2, 3):
             yield f"engine.zero_stage is {self.zero_stage}, expected 1, 2 or 3"
-        yield from outside(self, "engine", max_micro_batch_size=(1, 1 << 20), timeout_s=(1, 86_400))
+        yield from outside(
+            self, "engine", max_micro_batch_size=(1, 1 << 20), timeout_s=(1, 86_400), watchdog_s=(0, 86_400)
+        )
 
 
 @dataclass

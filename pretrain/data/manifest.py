@@ -22,10 +22,10 @@ import numpy as np
 
 from pretrain.config import MAX_CLASSES
 from pretrain.data.classes import ClassMatch, check_names, match_classes
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import NotFoundError, StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, brief, parse_json, read_bytes, read_json
-from pretrain.storage import replacing, write_text
+from pretrain.storage import PASSING_ERRORS, replacing, write_text
 
 FORMAT, VERSION = "pretrain-shards", 1
 INDEX_FORMAT = "pretrain-index"
@@ -112,8 +112,8 @@ def load_manifest(path: Path) -> Manifest:
 
     Shards are not looked at: 30,000 of them would take seconds on a shared disk. See `check_shards`.
     """
-    path = path / "manifest.json" if path.is_dir() else path
     try:
+        path = path / "manifest.json" if path.is_dir() else path
         file_inside(path.parent, path)
         text = read_bytes(path)
         values = Fields.of(parse_json(text, str(path)), str(path))
@@ -137,12 +137,14 @@ def load_manifest(path: Path) -> Manifest:
             multi_label=kind == "multi",
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
+        raise NotFoundError(
             f"{shown(error.filename)}: not found; make shards and manifest with tools/make_shards.py"
         ) from None
     except (OSError, ValueError) as error:  # also a path with a zero byte
         if isinstance(error, (UserError, StorageError)):
             raise
+        if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
+            raise StorageError(f"{path}: cannot be read for now ({error.strerror})") from None
         raise UserError(f"{path}: cannot be read as a manifest ({error})") from None
     totals = tuple(values.integer(key, 0, 1 << 63) for key in ("num_samples", "num_shards", "num_bytes"))
     listed = (sum(s.num_samples for s in shards), len(shards), sum(s.num_bytes for s in shards))
@@ -220,7 +222,7 @@ def check_shards(manifest: Manifest) -> None:
             real, num_bytes = file_inside(folder, shard.path, real_folder)
             file_inside(folder, shard.path.with_suffix(".idx"), real_folder)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"{error.filename}: listed in {manifest.path} but not found") from None
+            raise NotFoundError(f"{error.filename}: listed in {manifest.path} but not found") from None
         if num_bytes != shard.num_bytes:
             raise UserError(
                 f"{shard.path}: has {num_bytes} bytes, {manifest.path.name} says {shard.num_bytes}; index it again"

@@ -27,23 +27,27 @@ class Journal:
         self._samples = JsonLines(folder / f"samples-{ranks.rank():05d}.jsonl") if config.log.samples else None
 
     def note(
-        self, state: TrainState, batch: Batch, result: StepResult, stop: signals.StopRequest, saver: Saver
+        self,
+        state: TrainState,
+        batch: Batch,
+        result: StepResult,
+        stop: signals.StopRequest,
+        following: Batch | None,
+        saver: Saver,
     ) -> bool:
-        """Returns, on all ranks alike, whether to stop; takes `saver` further when all ranks are done.
+        """Returns, on all ranks alike, whether to stop: asked to, or by an error of any rank's `following` batch.
 
-        Raises, on all ranks alike, BadSamplesError, NonFiniteError, the batch's error.
+        Takes `saver` further when all ranks are done. Raises BadSamplesError, NonFiniteError.
         """
         flags = [
             float(stop.signal_name is not None),
-            float(batch.error is not None),
+            float(following is not None and following.error is not None),
             float(batch.valid.sum()),
             float(len(batch.damaged)),
             float(saver.done),
         ]
         told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [5 + reasons]
         stopping, failed, num_valid, damaged, done, *bad = agreement.add_up(told).tolist()
-        if failed:  # nothing of this step is saved
-            agreement.raise_together(batch.error)
         if done == ranks.world_size():
             saver.advance()
         if any(bad):
@@ -62,7 +66,7 @@ class Journal:
             state.skipped_in_a_row = 0
         else:
             self._note_skipped(state, batch, result)
-        return bool(stopping)
+        return bool(stopping or failed)
 
     def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
         for reason, count in zip(REASONS, counts):

@@ -2,7 +2,7 @@
 
 from torchvision.utils import make_grid
 
-from pretrain.cluster import signals
+from pretrain.cluster import agreement, signals
 from pretrain.config import Config
 from pretrain.data.loader import train_batches
 from pretrain.engine.step import Engine
@@ -30,7 +30,7 @@ def loop(
 
     branched: the run goes on from another run's checkpoint, and saves one of its own before the first step.
     """
-    meter = Meter(config, data.num_classes, state, engine.device)
+    meter = Meter(config, data.num_classes, state, engine)
     journal = Journal(config.output / config.name, config)
     saver = Saver(config, data, engine, log)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
@@ -42,8 +42,11 @@ def loop(
         if evaluate(config, data, engine, state, log, stop):
             return
         saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
-    while state.step < config.total_steps:
-        batch = meter.wait_for(batches)
+    following = meter.wait_for(batches, state.step) if state.step < config.total_steps else None
+    with saver.finished_before_errors():
+        agreement.raise_together(following.error if following else None)
+    while following is not None:
+        batch = following
         if state.step == 0:
             log.image("batch", make_grid(batch.images[:64], nrow=8))
         lr = learning_rate(config.optim, config.total_steps, state.step)
@@ -51,8 +54,10 @@ def loop(
         state.step += 1
         state.metrics = {}
         meter.add(result)
+        # Before the ranks agree: an error of the next step's data is raised after a save of this one.
+        following = meter.wait_for(batches, state.step) if state.step < config.total_steps else None
         with saver.finished_before_errors():
-            stopping = journal.note(state, batch, result, stop, saver)
+            stopping = journal.note(state, batch, result, stop, following, saver)
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
             log.scalars(state.step, meter.read(state, data, lr, result, engine))
@@ -66,6 +71,7 @@ def loop(
             if due(state.step, config.checkpoint.every_steps) or last or stopping:
                 saver.save(state, meter, must_succeed=last or stopping)
         if stopping:
+            agreement.raise_together(following.error if following else None)
             break
     saver.finish()
 

@@ -8,7 +8,7 @@ from typing import Any
 from pretrain.checkpoint.behind import HostCopies
 from pretrain.checkpoint.retention import apply_retention
 from pretrain.checkpoint.write import Save
-from pretrain.cluster import ranks
+from pretrain.cluster import ranks, watchdog
 from pretrain.config import Config, config_to_dict
 from pretrain.engine.step import Engine
 from pretrain.errors import NonFiniteError, StorageError, UserError
@@ -40,6 +40,7 @@ class Saver:
         the training goes on, warned.
         """
         self.finish()
+        watchdog.section("save", state.step)
         engine = self._engine
         engine.check()
         self._log.sync()
@@ -77,7 +78,10 @@ class Saver:
     def finish(self) -> bool:
         """Waits until nothing is under way; returns whether what was has been published."""
         under_way, self._under_way = self._under_way, None
-        return under_way is None or under_way.finish()
+        if under_way is None:
+            return True
+        watchdog.section("save")
+        return under_way.finish()
 
     @contextmanager
     def finished_before_errors(self) -> Iterator[None]:
