@@ -1,5 +1,6 @@
 """A data set from whatever was given: the sources are rows of a table; the first that recognises the paths makes it."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pretrain.errors import UserError
 from pretrain.shards.build import build, check_labels
 from pretrain.shards.class_list import ClassList, labels_of
 from pretrain.shards.counts import add_to_counts
+from pretrain.shards.elsewhere import are_urls, expanded, index_urls
 from pretrain.shards.existing import index_existing
 from pretrain.shards.sources import Item, Told, folder_items, npz_items
 
@@ -58,6 +60,8 @@ def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, o
     list. Raises UserError when no row of SOURCES recognises the sources, or they cannot be used.
     """
     for path in sources:
+        if re.match("(https?|s3|gs|pipe):", str(path)):  # of a URL a path keeps one slash
+            raise UserError(f"{path}: give --index for shards that stay on a server")
         if not path.exists():
             raise UserError(f"{path}: not found")
     source = next((row for row in SOURCES if row.recognises(sources)), None)
@@ -82,6 +86,22 @@ def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, o
         with cli.progress("writing", len(items), "images") as advance:
             sizes = {"samples_per_shard": options.samples_per_shard, "seed": options.seed}
             path = build(items, names, out, **sizes, progress=advance)
+    add_to_counts(out, {"passed_over": told.passed_over, "notes": told.notes})
+    return path, told
+
+
+def index_shards(patterns: Sequence[str], classes: ClassList | None, out: Path, options: Options) -> tuple[Path, Told]:
+    """Makes a data set of shards that stay on their server, or of local tars; otherwise as `make_shards`.
+
+    patterns: paths and URLs as webdataset writes them, with {000..127}.
+    """
+    sources = expanded(patterns)
+    if not are_urls(sources):
+        return make_shards([Path(source) for source in sources], classes, out, options)
+    told = Told()
+    names = classes.names if classes else ()
+    with cli.progress("indexing", len(sources), "shards") as advance:
+        path = index_urls(sources, names, out, progress=advance, passed_over=told.passed_over)
     add_to_counts(out, {"passed_over": told.passed_over, "notes": told.notes})
     return path, told
 
