@@ -23,11 +23,13 @@ class Site:
     """The files below a folder, and what goes wrong with requests for them."""
 
     folder: Path
-    fault: Callable[[int], str] = lambda _: ""  # of the n-th request: one of FAULTS, a status, "to:ADDRESS"
+    fault: Callable[[int], str] = lambda _: ""  # of the n-th request: one of FAULTS, "one byte", a status, "to:ADDRESS"
     latency_s: float = 0.0
+    chunk_bytes: int = 0  # a body is sent in such pieces, one each ms
     stall_s: float = 30.0  # or until the server ends
     url: str = ""
     requests: list[tuple[str, int, int]] = field(default_factory=list)  # name, first byte, byte behind the last
+    connections: int = 0
     sent: int = 0  # bytes of bodies
     faults: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -84,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        with self.of.lock:
+            self.of.connections += 1
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -125,8 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(206, headers)
         if fault == "bytes":
             data = bytes(byte ^ 1 for byte in data)
-        if fault in ("stall", "half-way"):
-            self._send(data[: len(data) // 2])
+        if fault in ("stall", "half-way", "one byte"):
+            self._send(data[: 1 if fault == "one byte" else len(data) // 2])
             if fault == "stall":
                 site.ended.wait(site.stall_s)
             self.close_connection = True
@@ -140,6 +144,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send(self, data: bytes) -> None:
-        self.wfile.write(data)
+        size = self.of.chunk_bytes or len(data)
+        for start in range(0, len(data), size):
+            self.wfile.write(data[start : start + size])
+            if self.of.chunk_bytes:
+                time.sleep(0.001)
         with self.of.lock:
             self.of.sent += len(data)

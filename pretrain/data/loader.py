@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.config import Config, DataConfig
+from pretrain.data import fetcher
 from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.manifest import Manifest
 from pretrain.data.mix import Mix, draw_mix, mixed, partner
@@ -72,8 +73,11 @@ class _TrainSteps(Dataset):
     def __init__(self, manifest: Manifest, order: Order, plan: BatchPlan, config: Config) -> None:
         self._manifest, self._order, self._plan, self._config = manifest, order, plan, config
         self._rank, self._world_size = ranks.rank(), ranks.world_size()
+        self.fetcher: fetcher.Fetcher | None = None
 
     def __getitem__(self, step: int) -> Batch:
+        if self.fetcher:
+            self.fetcher.note(step)
         epochs, indices = self._order.samples(step)
         mine = share(len(indices), self._rank, self._world_size)
         batch = _empty_batch(self._plan.micro_batch * self._plan.accumulation, self._config.model.image_size)
@@ -200,6 +204,7 @@ def train_batches(
     slots = plan.micro_batch * plan.accumulation
     numbers = range(start_step, config.total_steps)
     _check_shared_memory(slots, len(numbers), config.model.image_size, config.data)
+    steps.fetcher = fetcher.start(manifest, order, numbers)
     return _prepared(steps, numbers, config.data)
 
 
