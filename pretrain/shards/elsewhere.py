@@ -45,8 +45,8 @@ def expanded(patterns: Sequence[str]) -> list[str]:
         try:
             if math.prod(spans) <= MAX_URLS:
                 found += islice(braceexpand(pattern), MAX_URLS + 1)
-        except ValueError as error:
-            raise UserError(f"{brief(without_secrets(pattern))}: is no pattern as a-{{00..99}}.tar ({error})") from None
+        except ValueError:
+            raise UserError(f"{brief(without_secrets(pattern))}: is no pattern as a-{{00..99}}.tar") from None
         if max(math.prod(spans), len(found)) > MAX_URLS:
             raise UserError(f"{brief(without_secrets(pattern))}: stands for more than {MAX_URLS:,} shards")
     return found

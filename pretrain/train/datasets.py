@@ -58,6 +58,7 @@ def open_data(config: Config) -> DataSets:
             "use fewer ranks or a recipe with a larger batch"
         )
     few = _open_fewshot(config)
+    _warn_of_small_store(train_set)
     order = Order(train_set.num_samples, config.data.held_out, config.data.global_batch, config.seed)
     indices = order.held_out_indices() if config.data.held_out else np.arange(val_set.num_samples if val_set else 0)
     return DataSets(train_set, order, val_set if config.evaluation.every_steps else None, indices, num_classes, few)
@@ -70,6 +71,18 @@ def _open(path: Path, config: Config) -> Manifest:
     store = store_at(config.data.store, config.data.store_gb)
     make_folder(store.folder)
     return replace(manifest, store=store)
+
+
+def _warn_of_small_store(manifest: Manifest) -> None:
+    """In the order `permuted` neighbours of a block are wanted at all times of an epoch."""
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards if shard.url)
+    if manifest.store and num_bytes > manifest.store.max_bytes:
+        blocks = 1 - manifest.store.max_bytes / num_bytes
+        say(
+            f"warning: {manifest.path}: {num_bytes / 1e9:.1f} GB of remote shards do not fit data.store_gb "
+            f"({manifest.store.max_bytes / 1e9:g}): {blocks:.0%} of all samples will download a whole block of "
+            f"{manifest.block_samples}. Raise it, or take the order for remote shards"
+        )
 
 
 def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
