@@ -32,7 +32,6 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits are short, and blocks are small: 8 samples."""
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(remote, "MAX_WAIT_S", 0.01)
-    monkeypatch.setattr(remote, "SILENCE_S", 0.5)
     monkeypatch.setattr(manifest_module, "MIN_BLOCK_SAMPLES", 8)
     monkeypatch.setattr(manifest_module, "BLOCK_BYTES", 1)
 

@@ -114,7 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault.isdigit() or not path.is_file():
             return self._head(int(fault or 404), {"Content-Length": "0"})
-        data = path.read_bytes()[start:end]
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(end - start)
         total = path.stat().st_size
         if fault == "whole":
             self._head(200, {"Content-Length": str(total)})

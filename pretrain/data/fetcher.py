@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def start(manifest: Manifest, order: Order, steps: range) -> Fetcher | None:
     return Fetcher(manifest, order, range(shares[0].start, shares[1].stop), steps)
 
 
-def _end(process: multiprocessing.process.BaseProcess, owner: int) -> None:
+def _end(process: BaseProcess, owner: int) -> None:
     if os.getpid() == owner:  # not in a loader process, which has a copy
         process.kill()
         process.join()
