@@ -6,7 +6,6 @@ The same command again resumes. `python launch/pretrain.py ...` runs one rank; t
 `srun python launch/pretrain.py ...` with a task for each GPU (launch/pretrain.sbatch).
 """
 
-import gc
 import os
 import sys
 from pathlib import Path
@@ -48,10 +47,8 @@ def main() -> None:
     signals.end_with_launcher()
     if not rank_so_far(os.environ):
         print(f"{config.name}: loading torch and DeepSpeed", flush=True)
-    gc.disable()  # thousands of modules are made, and nothing is thrown away: a fifth of the imports' time
-    from pretrain.train.run import train
-
-    gc.enable()
+    with cli.loading():
+        from pretrain.train.run import train
     train(config, recipe=arguments.config, stop=STOP)
 
 

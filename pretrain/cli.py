@@ -2,17 +2,20 @@
 
 import argparse
 import errno
+import gc
 import io
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from pretrain.cluster.slurm import rank_so_far  # not cluster.ranks, which imports torch: a wrong key is told at once
-from pretrain.errors import StorageError
+from pretrain.errors import StorageError, UserError
 from pretrain.escape import shown
 
 _WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
@@ -25,6 +28,27 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
     )
     result.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by `deepspeed`
     return result
+
+
+def check_found(path: Path, expected: str) -> None:
+    """Raises UserError when nothing is there: asked before what takes seconds to import."""
+    if not path.exists():
+        raise UserError(f"{path}: not found; expected {expected}")
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For imports that take seconds: faster, and with a word for who watches a terminal."""
+    word = threading.Timer(2.0, lambda: print("loading torch", file=sys.stderr, flush=True))
+    word.daemon = True
+    if sys.stderr.isatty():
+        word.start()
+    gc.disable()  # thousands of modules are made, and nothing is thrown away: a fifth of the time
+    try:
+        yield
+    finally:
+        gc.enable()
+        word.cancel()
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -55,6 +55,46 @@ def test_a_wrong_model_is_told_before_anything_runs(what: str) -> None:
     assert "--model X/16: expected SIZE/PATCH" in result.stderr
 
 
+# --- the order of samples --------------------------------------------------------------------------------------------
+
+
+def run_order(*arguments: str) -> None:
+    """The command in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["benchmark.py", "order", *arguments])
+        tool.main()
+
+
+def test_reading_and_mixing_of_an_order(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lanes read whole blocks, as often as nodes share lanes; they mix shuffled shards as permuted does, not sorted."""
+    run_order("--samples", "128000", "--classes", "100", "--batch", "512", "--ranks", "8", "60")
+    numbers, few, many, *mixing = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (numbers["block_samples"], numbers["num_lanes"]) == (83, 64)
+    assert few["read_amplification_per_rank"] == 1.0
+    assert many["read_amplification_per_node"] == 1.094  # of 7 borders of nodes, 6 cut one of the 64 lanes
+    assert few["requests_per_1000_images"] == 12.0
+    of = {(row["order"], row["shards"]): row for row in mixing}
+    assert len(of) == 4 and {row["ideal"] for row in mixing} == {99.4}
+    for key, row in of.items():
+        assert (row["classes_of_a_step"] < 60) if key == ("lanes", "sorted") else row["classes_of_a_step"] > 98
+        assert (row["variance_over_mean"] > 4) if key == ("lanes", "sorted") else 0.8 < row["variance_over_mean"] < 1.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--samples", "0"), "--samples is 0, expected 1 to 2"),
+        (("--ranks", "0"), "--ranks is .0., expected numbers from 1 on"),
+        (("--batch", "4", "--ranks", "5"), "--ranks: 5 is more than --batch"),
+        (("--batch", str(1 << 17)), "--batch 131072, --samples 1281167: beyond 64 bits"),
+    ],
+)
+def test_sizes_that_no_run_has_are_refused(arguments: tuple[str, ...], told: str) -> None:
+    """In one line that names the option."""
+    with pytest.raises(UserError, match=told):
+        run_order(*arguments)
+
+
 # --- the table of models ---------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from tiny import make_shards, tiny_config
 from torch import nn
 from weights_on_disk import ROOT, load_tool, one_line, one_line_error, run_tool, save_run
 
+from pretrain.cluster import ranks
 from pretrain.config import DataConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
@@ -130,7 +131,7 @@ def test_two_ranks_write_the_same_figures(places: tuple[Path, Path, Path, nn.Mod
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
     """tools/evaluate.py in this process, without a process group."""
     module = load_tool("evaluate")
-    monkeypatch.setattr(module.ranks, "start", lambda timeout_s: torch.device("cpu"))
+    monkeypatch.setattr(ranks, "start", lambda timeout_s: torch.device("cpu"))
     return module
 
 

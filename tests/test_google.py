@@ -16,7 +16,8 @@ from weights_on_disk import in_memory, one_line, randomised, tiny_model
 from pretrain.errors import UserError
 from pretrain.models import load_model
 from pretrain.models.build import build_model
-from pretrain.models.google import NAMINGS, WRITTEN, class_names_file, write_google
+from pretrain.models.formats import NPZ_NAMINGS
+from pretrain.models.google import NAMINGS, class_names_file, write_google
 from pretrain.models.positions import Grid, resize_table
 from pretrain.models.weights import read_weights
 
@@ -122,7 +123,7 @@ MODELS: dict[str, dict[str, Any]] = {
 CANNOT = {("map", "released"), ("map", "vit_jax"), ("hybrid", "big_vision"), ("stem_only", "big_vision")}
 
 
-@pytest.mark.parametrize("naming", WRITTEN)
+@pytest.mark.parametrize("naming", NPZ_NAMINGS)
 @pytest.mark.parametrize("variant", MODELS)
 def test_every_model_survives_every_naming(variant: str, naming: str, tmp_path: Path) -> None:
     """Random values in every tensor: the same logits after writing and reading, and what reads as the same model comes
@@ -149,7 +150,7 @@ def test_every_model_survives_every_naming(variant: str, naming: str, tmp_path: 
 
 
 @pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
-@pytest.mark.parametrize("naming", WRITTEN)
+@pytest.mark.parametrize("naming", NPZ_NAMINGS)
 def test_prefixes_scanned_blocks_and_bfloat16_are_understood(naming: str, prefix: str, tmp_path: Path) -> None:
     """The same tensors from any tree of a training state, whose optimizer counts in integers, with blocks stacked along
     an axis, and bf16 as void.

@@ -31,7 +31,7 @@ from pretrain.data.images import (
     to_float,
     train_image,
 )
-from pretrain.data.order import uniform, words
+from pretrain.data.permutation import uniform, words
 from pretrain.data.reader import BadSample
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

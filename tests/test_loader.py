@@ -18,6 +18,7 @@ from PIL import Image
 from pretrain.config import Config, config_from_dict
 from pretrain.data import reader
 from pretrain.data.images import decode, eval_image, train_image
+from pretrain.data.lanes import Lanes
 from pretrain.data.loader import (
     REASONS,
     BadRecord,
@@ -67,7 +68,8 @@ def rank_batches(
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     settings, manifest = config(shards, **data), load_manifest(shards)
-    order = Order(manifest.num_samples, settings.data.held_out, GLOBAL_BATCH, settings.seed)
+    lanes = Lanes(block_samples=8, num_lanes=3) if settings.data.order == "lanes" else None
+    order = Order(manifest.num_samples, settings.data.held_out, GLOBAL_BATCH, settings.seed, lanes)
     plan = plan_batch(GLOBAL_BATCH, world_size, 4)
     batches = list(train_batches(manifest, order, plan, settings, start))
     for batch in batches:
@@ -159,6 +161,33 @@ def test_a_restart_continues_where_the_run_was(
     """Starting at step k gives the steps k, k+1, ... of the uninterrupted run, on another number of ranks too."""
     assert global_steps(shard_folder, monkeypatch, 1, start=start) == alone[start:]
     assert global_steps(shard_folder, monkeypatch, 3, start=start, workers=1 if start == 6 else 0) == alone[start:]
+
+
+@pytest.fixture(scope="module")
+def lanes_alone(shard_folder: Path) -> list[list[tuple]]:
+    """The steps of the order lanes as one rank without workers reads them, mixed."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return global_steps(shard_folder, monkeypatch, 1, order="lanes", held_out=9, mixup=0.8)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "workers", "start"), [(1, 3, 0), (2, 2, 0), (3, 1, 5), (4, 0, 0), (6, 0, 11), (8, 0, 0)]
+)
+def test_lanes_give_the_same_batches_to_any_ranks_and_workers(
+    world_size: int,
+    workers: int,
+    start: int,
+    lanes_alone: list[list[tuple]],
+    alone: list[list[tuple]],
+    shard_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Samples, labels and mixed pixels of every slot, from any step on; each sample once per epoch; another order."""
+    options = {"order": "lanes", "held_out": 9, "mixup": 0.8, "workers": workers, "start": start}
+    assert global_steps(shard_folder, monkeypatch, world_size, **options) == lanes_alone[start:]
+    first = [slot[1] for step in lanes_alone for slot in step if slot[0] == 0]
+    assert len(first) == len(set(first)) == 103 - 9
+    assert first != [slot[1] for step in alone for slot in step][: len(first)]
 
 
 def test_held_out_samples_are_not_trained_on(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pretrain.data.order import BatchPlan, Order, permute, plan_batch, share, uniform, words
+from pretrain.data.order import BatchPlan, Order, plan_batch, share
+from pretrain.data.permutation import permute, uniform, words
 
 SIZES = [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 4095, 4096, 4097, 65535, 65536, 65537, 100_003]
 

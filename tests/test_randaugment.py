@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pretrain.data.order import uniform, words
+from pretrain.data.permutation import uniform, words
 from pretrain.data.randaugment import OPERATIONS, augment, rand_augment
 
 SIZES = [(7, 9), (13, 5), (3, 3)]

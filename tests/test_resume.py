@@ -102,9 +102,9 @@ def test_kill_9_at_a_random_step(shards: Path, tmp_path: Path) -> None:
 
 
 def test_kill_9_with_averages_and_bf16_momenta(shards: Path, tmp_path: Path) -> None:
-    """The same with a Polyak average that is validated on the way, and a momentum in bf16."""
+    """The same with a Polyak average that is validated on the way, a momentum in bf16, and the order lanes."""
     optim = {"name": "lion", "lr": 1e-3, "betas": [0.9, 0.99], "moment_dtype": "bf16", "average_decay": 0.9}
-    changes = {"optim": optim, "data__held_out": 23, "evaluation__every_steps": 6}
+    changes = {"optim": optim, "data__held_out": 23, "evaluation__every_steps": 6, "data__order": "lanes"}
     _kill_at_random_steps(shards, tmp_path, "bf16", 1, kills=1, seed=4, changes=changes)
 
 
@@ -134,10 +134,20 @@ def _kill_at_random_steps(
     expect_same_run(killed, undisturbed)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_another_number_of_ranks_sees_the_same_global_batches(ranks: int, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "order"),
+    [
+        (1, "lanes"),
+        (3, "permuted"),
+        pytest.param(1, "permuted", marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param(3, "lanes", marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+)
+def test_another_number_of_ranks_sees_the_same_global_batches(
+    ranks: int, order: str, shards: Path, tmp_path: Path
+) -> None:
     """2 ranks, then 1 or 3: the samples of every step, in order, and the loss of every log line are the same."""
-    options: dict[str, Any] = {"checkpoint__every_steps": 8, "log__every_steps": 2}
+    options: dict[str, Any] = {"checkpoint__every_steps": 8, "log__every_steps": 2, "data__order": order}
     whole = tiny_config(shards, tmp_path / "whole", **options)
     run_ranks(finish, 2, whole)
     moved = tiny_config(shards, tmp_path / "moved", **options)
@@ -145,6 +155,27 @@ def test_another_number_of_ranks_sees_the_same_global_batches(ranks: int, shards
     run_ranks(finish, ranks, changed(moved, engine__zero_stage=3, engine__max_micro_batch_size=3))
     assert _global_samples(moved) == _global_samples(whole)
     assert _losses(moved.output / "tiny") == pytest.approx(_losses(whole.output / "tiny"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["lanes", pytest.param("permuted", marks=pytest.mark.long)])
+def test_kill_9_and_another_number_of_ranks(order: str, shards: Path, tmp_path: Path) -> None:
+    """Killed on 2 ranks at a random step, then on 3: each step's samples are those of one undisturbed rank."""
+    whole = tiny_config(shards, tmp_path / "whole", data__order=order, total_steps=40)
+    run_ranks(finish, 1, whole)
+    killed = changed(whole, output=str(tmp_path / "killed"))
+    for ranks, step in ((2, 7), (3, random.Random(0).randrange(12, 25))):
+        processes = start_ranks(train, ranks, killed)
+        wait_for_steps(killed, processes, step)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+    assert not (killed.output / "tiny" / "DONE").exists(), "killed too late"
+    run_ranks(finish, 1, killed)
+    # The logs of ranks that the last start no longer has were rewound to its checkpoint.
+    assert _global_samples(killed) == _global_samples(whole)
+    assert len(_global_samples(whole)) == 40
 
 
 def _stop_after(config: Config, ranks: int, step: int, number: int = signal.SIGTERM, to_rank: int = 1) -> int:
@@ -226,6 +257,7 @@ def refusal(config: Config) -> str:
         ({"engine__precision": "bf16"}, "engine.precision: was fp32, is bf16"),
         ({"data__held_out": 3}, "data.held_out: was 0, is 3"),
         ({"total_steps": 300}, "total_steps: was 400, is 300"),
+        ({"data__order": "lanes"}, "data.order: was 'permuted', is 'lanes'"),
     ],
 )
 def test_a_changed_config_is_refused_with_the_difference(change: dict, told: str, stopped: Config) -> None:

@@ -85,9 +85,6 @@ def test_curve_of_this_system_and_of_timm(test_data: Path, tmp_path: Path) -> No
     assert min(ours) < ours[0] - 0.05, "nothing was learnt"
 
 
-RECIPE_STEPS = 200
-
-
 def losses_of_a_plain_loop(config: Config, num_classes: int) -> list[float]:
     """timm's optimizer, schedule and loss for mixed labels, around the same first weights and the same batches."""
     model = build_model(config.model, num_classes, config.seed).train()
@@ -114,11 +111,18 @@ def losses_of_a_plain_loop(config: Config, num_classes: int) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("augmentation", [pytest.param("the recipe's", marks=pytest.mark.long), "none"])
+@pytest.mark.parametrize(
+    ("augmentation", "steps"),
+    [
+        ("none", 60),
+        pytest.param("none", 200, marks=pytest.mark.long),
+        pytest.param("the recipe's", 200, marks=pytest.mark.long),
+    ],
+)
 def test_the_s16_recipe_at_reduced_size_against_timms_optimizer(
-    augmentation: str, test_data: Path, tmp_path: Path
+    augmentation: str, steps: int, test_data: Path, tmp_path: Path
 ) -> None:
-    """200 steps of configs/plain_s16_imagenet1k.yaml (inception crop, GAP, sincos2d, tanh layer), smaller, on real
+    """Steps of configs/plain_s16_imagenet1k.yaml (inception crop, GAP, sincos2d, tanh layer), smaller, on real
     photos; with its RandAugment and mixup, under which so small a model learns nothing in 200 steps, and without.
 
     With first moments in float32 the recipes are equal, and so are the curves: every loss to 1e-5, relative, as in the
@@ -130,7 +134,7 @@ def test_the_s16_recipe_at_reduced_size_against_timms_optimizer(
     here = [f"output={tmp_path / 'runs'}", f"data.train={tmp_path / 'photos'}", "data.held_out=0", "data.workers=0"]
     here += ["engine.compile=false", "engine.precision=fp32", "evaluation.every_steps=0", "log.every_steps=1"]
     # The rate follows the square root of the batch: 1e-3 * (64 / 1024) ** 0.5. At 1e-3 rounding grows to 3e-3.
-    short = [f"total_steps={RECIPE_STEPS}", "optim.warmup_steps=20", "data.global_batch=64", "optim.lr=2.5e-4"]
+    short = [f"total_steps={steps}", "optim.warmup_steps=20", "data.global_batch=64", "optim.lr=2.5e-4"]
     if augmentation == "none":
         short += ["data.randaugment_layers=0", "data.mixup=0"]
     recipe = Path(__file__).resolve().parents[1] / "configs" / "plain_s16_imagenet1k.yaml"
@@ -147,6 +151,6 @@ def test_the_s16_recipe_at_reduced_size_against_timms_optimizer(
     print(f"largest relative difference over {len(ours)} steps: {worst:.2e}; with bf16 moments {apart:.2e}")
     if target := os.environ.get("PRETRAIN_TEST_CURVES_S16"):  # a folder, for docs/results.md
         (Path(target) / f"s16-{augmentation[:4]}.json").write_text(json.dumps(curves))
-    assert len(ours) == len(theirs) == len(bf16) == RECIPE_STEPS
+    assert len(ours) == len(theirs) == len(bf16) == steps
     assert worst < 1e-5 < apart < 0.05
-    assert augmentation != "none" or sum(bf16[-20:]) < sum(bf16[:20]) - 20 * 0.05, "nothing was learnt"
+    assert augmentation != "none" or steps < 200 or sum(bf16[-20:]) < sum(bf16[:20]) - 20 * 0.05, "nothing was learnt"

@@ -277,8 +277,15 @@ def test_a_run_of_another_mean_is_converted(target: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "head"), [("test_convnext3", "head.fc"), ("test_resnet", "fc")])
-@pytest.mark.parametrize("target", ["pretrain", "timm"])
+@pytest.mark.parametrize(
+    ("target", "name", "head"),
+    [
+        ("pretrain", "test_convnext3", "head.fc"),
+        ("timm", "test_resnet", "fc"),
+        pytest.param("timm", "test_convnext3", "head.fc", marks=pytest.mark.long),
+        pytest.param("pretrain", "test_resnet", "fc", marks=pytest.mark.long),
+    ],
+)
 def test_timms_models_are_converted_with_and_without_their_heads(
     target: str, name: str, head: str, tmp_path: Path
 ) -> None:

@@ -100,9 +100,8 @@ def test_every_kind_of_model_is_drawn(changes: dict[str, Any], tmp_path: Path, m
 def test_without_photos_there_is_no_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Filters and positions alone; the third panel says what it needs."""
     save_run(tiny_config(tmp_path, tmp_path), ["a", "b"])
-    read, times = tool.read_weights, []
-    monkeypatch.setattr(tool, "read_weights", lambda *arguments: times.append(1) or read(*arguments))
-    monkeypatch.setattr(pretrain.models.weights, "read_weights", None)
+    read, times = pretrain.models.weights.read_weights, []
+    monkeypatch.setattr(pretrain.models.weights, "read_weights", lambda *words: times.append(1) or read(*words))
     visualize(monkeypatch, tmp_path / "tiny")
     assert len(times) == 1  # a checkpoint's checksums are those of all its bytes
     folder = tmp_path / "tiny" / "pictures"

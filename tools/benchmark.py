@@ -2,6 +2,7 @@
 
 python tools/benchmark.py train --model B/16 L/16     the training step: images/s, FLOP/s, MFU, memory
 python tools/benchmark.py model --out models.jsonl    a table: parameters, FLOPs, activations, latencies
+python tools/benchmark.py order --samples 300000000   reading and mixing by the order of samples, without images
 """
 
 import argparse
@@ -14,31 +15,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.benchmark.cells import cell_config, cell_rows, check_name
+from pretrain.benchmark.orders import order_rows
 from pretrain.benchmark.table import MAX_PARAMETERS_ON_CPU, TABLE, model_row, print_table, write_table
 from pretrain.errors import UserError
 
 
 def main() -> None:
     parser = cli.parser(
-        "Measures speed and size with the code that trains. `train --help` and `model --help` tell the rest.",
+        "Measures speed and size with the code that trains. `train --help` and so on tell the rest.",
         "python tools/benchmark.py train --model B/16 L/16 --compile on off",
     )
-    commands = parser.add_subparsers(dest="what", required=True, metavar="train|model", help="what to measure")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="train|model|order", help="what to measure")
     _add_train(commands)
     _add_model(commands)
+    _add_order(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
 
-def _add_command(commands: Any, name: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Adds a command with the options that both have."""
-    parser = commands.add_parser(
+def _add_parser(commands: Any, name: str, description: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
         name,
         help=description.partition(".")[0].lower(),
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _add_command(commands: Any, name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Adds a command with the options of those that time a model."""
+    parser = _add_parser(commands, name, description, example)
     parser.add_argument("--batch", type=int, help="images per step (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--warmup", type=int, help="steps before timing (default: 10 on a GPU, 2 on a CPU)")
@@ -142,6 +149,46 @@ def _run_model(arguments: argparse.Namespace) -> None:
     print_table(rows)
     if failures:
         raise UserError(f"{failures} of {len(cells)} rows are not complete; their last column says why")
+
+
+def _add_order(commands: Any) -> None:
+    parser = _add_parser(
+        commands,
+        "order",
+        "Computes what the order of samples makes of reading and mixing. JSON lines: the numbers of the order lanes;\n"
+        "for each number of ranks, how many bytes are read for each that is used where each rank, or each node, reads\n"
+        "for itself, and requests per 1,000 images; for both orders, the classes of a step beside those of an ideal\n"
+        "shuffle, with shards that are shuffled and shards sorted by class. No images are needed.",
+        "python tools/benchmark.py order --samples 300000000 --ranks 504 512",
+    )
+    parser.add_argument("--samples", type=int, default=1_281_167, help="of the data set (default 1,281,167)")
+    parser.add_argument(
+        "--kb", type=int, default=100, help="of a sample on average, in thousands of bytes (default 100)"
+    )
+    parser.add_argument("--classes", type=int, default=1000, help="all equally large (default 1000)")
+    parser.add_argument("--batch", type=int, default=4096, help="images per step over all ranks (default 4096)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64, 504, 512], help="default 1 8 64 504 512")
+    parser.add_argument("--ranks-per-node", type=int, default=8, help="default 8")
+    parser.set_defaults(run=_run_order)
+
+
+def _run_order(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    for name in ("samples", "kb", "classes", "batch", "ranks_per_node"):
+        least = 2 if name == "classes" else 1  # one class has no mix
+        if not least <= given[name] <= 1 << 40:
+            raise UserError(f"--{name.replace('_', '-')} is {given[name]}, expected {least} to 2^40")
+    if min(arguments.ranks) < 1:
+        raise UserError(f"--ranks is {arguments.ranks}, expected numbers from 1 on")
+    for row in order_rows(
+        num_samples=arguments.samples,
+        sample_bytes=1000 * arguments.kb,
+        num_classes=arguments.classes,
+        global_batch=arguments.batch,
+        world_sizes=arguments.ranks,
+        per_node=arguments.ranks_per_node,
+    ):
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

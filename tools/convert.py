@@ -12,13 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.errors import UserError
-from pretrain.models.convert import TARGETS, Conversion, check_place, convert, loading, published
-from pretrain.models.google import WRITTEN
-from pretrain.models.verify import Source, check_installed
+from pretrain.models.formats import NPZ_NAMINGS, READABLE, WRITABLE
 
 
 def main() -> int:
-    arguments = _parse()
+    arguments = _arguments()
+    with cli.loading():
+        from pretrain.models.convert import Conversion, check_place, convert, loading, published
+        from pretrain.models.verify import Source, check_installed
+
     config = str(arguments.config.resolve()) if arguments.trust_pickle else None
     conversion = Conversion(
         source=Source(str(arguments.weights.resolve()), arguments.image_size, tuple(arguments.without), config),
@@ -49,7 +51,7 @@ def main() -> int:
     return 0
 
 
-def _parse() -> argparse.Namespace:
+def _arguments() -> argparse.Namespace:
     parser = cli.parser(
         "Converts a run (its newest valid checkpoint), a checkpoint step-N, a folder of ours, timm or transformers,\n"
         "a Google .npz, or, with --trust-pickle, a checkpoint that DeepSpeed wrote. Two further processes check that\n"
@@ -58,8 +60,8 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="what to convert")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; with --to npz a file NAME.npz")
-    parser.add_argument("--to", choices=TARGETS, required=True, help="format")
-    parser.add_argument("--naming", choices=WRITTEN, help="of npz: as published (default), or of the code of today")
+    parser.add_argument("--to", choices=WRITABLE, required=True, help="format")
+    parser.add_argument("--naming", choices=NPZ_NAMINGS, help="of npz: as published (default), or of the code of today")
     parser.add_argument(
         "--without", choices=["head", "pre_logits"], nargs="+", default=[], help="parts to leave out of the result"
     )
@@ -80,6 +82,7 @@ def _parse() -> argparse.Namespace:
         raise UserError(f"{arguments.out}: --to npz writes a file; give a name that ends in .npz")
     if arguments.image_size is not None and arguments.image_size < 1:
         raise UserError(f"--image-size is {arguments.image_size}, expected pixels")
+    cli.check_found(arguments.weights, READABLE)
     return arguments
 
 

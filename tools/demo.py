@@ -15,7 +15,6 @@ from pretrain import cli
 from pretrain.cluster.local import environment, gpu_is_here, launcher
 from pretrain.config import load_config
 from pretrain.errors import UserError
-from pretrain.shards.demo_sets import make_characters, make_digits
 
 
 def main() -> None:
@@ -32,6 +31,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if any(override.startswith(("name=", "output=")) for override in arguments.overrides):
         raise UserError("name= and output= are the demo's own; give --out for another place")
+    with cli.loading():
+        from pretrain.shards.demo_sets import make_characters, make_digits
+
     began, out = time.monotonic(), arguments.out.resolve()  # the commands below run in the repository
     _step(1, f"data: {arguments.images:,} printed characters, and real handwriting")
     make_characters(out / "characters", arguments.images)

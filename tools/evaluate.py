@@ -11,23 +11,32 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.cluster import agreement, ranks
 from pretrain.config import DataConfig, choices_of
 from pretrain.errors import UserError
-from pretrain.evaluation import fewshot
-from pretrain.evaluation.evaluators import HEAD, Job
-from pretrain.evaluation.jobs import do_jobs, jobs_of, open_jobs, shared_sets
-from pretrain.evaluation.results import pages, print_table, record_of, with_earlier, write_pages, write_predictions
-from pretrain.evaluation.subject import subject_of
-from pretrain.models.weights import read_weights, results_folder, weights_sha256
+from pretrain.models.formats import READABLE
 
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
 
 
 def main() -> None:
     arguments = _arguments()
+    with cli.loading():
+        from pretrain.cluster import agreement, ranks
+        from pretrain.evaluation import fewshot
+        from pretrain.evaluation.jobs import do_jobs, jobs_of, open_jobs, shared_sets
+        from pretrain.evaluation.results import (
+            pages,
+            print_table,
+            record_of,
+            with_earlier,
+            write_pages,
+            write_predictions,
+        )
+        from pretrain.evaluation.subject import subject_of
+        from pretrain.models.weights import read_weights, results_folder, weights_sha256
+
     jobs = jobs_of(arguments.val, arguments.fewshot, arguments.tasks, arguments.data)
-    _check(arguments, jobs)
+    _check_kinds(arguments, {job.kind for job in jobs})
     workers = min(4, len(os.sched_getaffinity(0))) if arguments.workers is None else arguments.workers
 
     device = ranks.start(TIMEOUT_S)
@@ -40,8 +49,8 @@ def main() -> None:
         loss=arguments.loss,
         batch_size=arguments.batch_size,
         workers=workers,
-        shots=sorted(set(arguments.shots)),
-        fewshot_transform=arguments.fewshot_transform,
+        shots=sorted(set(arguments.shots or fewshot.SHOTS)),
+        fewshot_transform=arguments.fewshot_transform or fewshot.TRANSFORM,
         baselines=arguments.baselines,
         shared=shared_sets(opened),
     )
@@ -78,11 +87,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--fewshot", type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="shards of any classes: to learn from, to test"
     )
-    parser.add_argument("--shots", type=int, nargs="+", default=fewshot.SHOTS, metavar="K", help="images per class")
+    parser.add_argument("--shots", type=int, nargs="+", metavar="K", help="images per class (default 1 5 10 25)")
     parser.add_argument(
         "--fewshot-transform",
         choices=choices_of(DataConfig, "eval_transform"),
-        default=fewshot.TRANSFORM,
         help="how few-shot sees images (default fewshot: big_vision's, squashed and cropped)",
     )
     parser.add_argument(
@@ -95,25 +103,28 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="loader processes per rank (default: up to 4, as cores allow)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write a line of JSON for each image")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the results (default: WEIGHTS/evaluation)")
-    return parser.parse_args()
-
-
-def _check(arguments: argparse.Namespace, jobs: list[Job]) -> None:
-    if not jobs:
+    arguments = parser.parse_args()
+    if not (arguments.val or arguments.fewshot or arguments.tasks):
         raise UserError("nothing to evaluate: give --val MANIFEST, --fewshot TRAIN TEST, or --tasks and --data")
-    kinds = {job.kind for job in jobs}
+    for name, lowest in (("batch_size", 1), ("workers", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < lowest:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")
+    if arguments.shots and min(arguments.shots) < 1:
+        raise UserError(f"--shots is {arguments.shots}, expected numbers of at least 1")
+    cli.check_found(arguments.weights, READABLE)
+    return arguments
+
+
+def _check_kinds(arguments: argparse.Namespace, kinds: set[str]) -> None:
+    from pretrain.evaluation.evaluators import HEAD
+
     if arguments.baselines and "fewshot" not in kinds:
         raise UserError(
             "--baselines compares few-shot accuracies: it needs --fewshot TRAIN TEST or --tasks fewshot:NAME"
         )
     if arguments.predictions and HEAD not in kinds:
         raise UserError("--predictions are of the model's head: it needs --val MANIFEST or a task without a colon")
-    for name, lowest in (("batch_size", 1), ("workers", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < lowest:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")
-    if min(arguments.shots) < 1:
-        raise UserError(f"--shots is {arguments.shots}, expected numbers of at least 1")
 
 
 if __name__ == "__main__":

@@ -3,25 +3,25 @@
 python tools/finetune.py WEIGHTS --task cifar10 [--data ROOT] [--out DIR] [--seeds 3] [key=value ...]
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.cluster.jobs import STOPPED, array_ranges
 from pretrain.errors import UserError
-from pretrain.finetune.results import percent
-from pretrain.finetune.running import Job, Options, collect, jobs, plan, run_one, run_sweeps
-from pretrain.finetune.sweep import default_folder, read_start
-from pretrain.report.figures import paper_table, summary
-from pretrain.report.runs import read_runs
-from pretrain.tasks.table import VTAB, task
+from pretrain.models.formats import READABLE
+
+if TYPE_CHECKING:
+    from pretrain.finetune.running import Job, Options
 
 
-def main() -> int:
+def _arguments() -> argparse.Namespace:
     parser = cli.parser(
         "Fine-tunes weights by the paper's protocol: SGD, a learning rate chosen on images held out of train, then\n"
         "all of train for each seed, and every test image scored once. Each run is a restartable pretraining run; the\n"
@@ -44,6 +44,15 @@ def main() -> int:
     only.add_argument("--collect", action="store_true", help="train nothing: make the table from what is there")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config of every run")
     arguments = parser.parse_intermixed_args()
+    cli.check_found(arguments.weights, READABLE)
+    return arguments
+
+
+def main() -> int:
+    arguments = _arguments()
+    with cli.loading():
+        from pretrain.finetune.running import collect, jobs, plan, run_one, run_sweeps
+        from pretrain.tasks.table import VTAB, task
 
     vtab = arguments.task == "vtab"
     chosen = [task(name) for name in (VTAB if vtab else [arguments.task])]
@@ -65,6 +74,9 @@ def main() -> int:
 
 
 def _options(arguments: argparse.Namespace) -> Options:
+    from pretrain.finetune.running import Options
+    from pretrain.finetune.sweep import default_folder, read_start
+
     return Options(
         start=read_start(arguments.weights, from_scratch=arguments.from_scratch),
         data=arguments.data,
@@ -96,6 +108,10 @@ def _list(listed: list[Job]) -> int:
 
 
 def _show(found: list[dict[str, Any]], out: Path, *, vtab: bool) -> None:
+    from pretrain.finetune.results import percent
+    from pretrain.report.figures import paper_table, summary
+    from pretrain.report.runs import read_runs
+
     rows = []
     for line in found:
         lr = "" if line["lr"] is None else f"{line['lr']:g}"

@@ -3,23 +3,25 @@
 python tools/predict.py WEIGHTS IMAGE [IMAGE ...] [--top 5] [--json]
 """
 
+from __future__ import annotations
+
+import argparse
 import json
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
-from pretrain.evaluation.predictions import Prediction, likeliest
-from pretrain.log import warn
-from pretrain.models.weights import model_of, read_weights
+from pretrain.models.formats import READABLE
+
+if TYPE_CHECKING:
+    from pretrain.evaluation.predictions import Prediction
 
 
-def main() -> int:
+def _arguments() -> argparse.Namespace:
     parser = cli.parser(
         "Prints the likeliest classes of each image, with the weights' own evaluation transform; probabilities are\n"
         "softmax or sigmoid as in training, softmax with a word where that is not known. An image that cannot be used\n"
@@ -34,6 +36,20 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.top < 1:
         raise UserError(f"--top is {arguments.top}, expected at least 1")
+    cli.check_found(arguments.weights, READABLE)
+    return arguments
+
+
+def main() -> int:
+    arguments = _arguments()
+    with cli.loading():
+        import torch
+
+        from pretrain.data.reader import BadSample
+        from pretrain.evaluation.predictions import likeliest
+        from pretrain.log import warn
+        from pretrain.models.weights import model_of, read_weights
+
     weights = read_weights(arguments.weights, arguments.image_size)
     if not weights.num_classes:
         raise UserError(f"{arguments.weights}: has no head, so it tells features, not classes")

@@ -9,8 +9,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.report.page import write_report
-from pretrain.report.runs import read_runs
 
 
 def main() -> None:
@@ -22,6 +20,12 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: report in the first RUN)")
     arguments = parser.parse_args()
+    for run in arguments.runs:
+        cli.check_found(run, "the folder of a run, such as runs/NAME")
+    with cli.loading():
+        from pretrain.report.page import write_report
+        from pretrain.report.runs import read_runs
+
     out = arguments.out or arguments.runs[0] / "report"
     for path in write_report(read_runs(arguments.runs), out):
         cli.tell(path)

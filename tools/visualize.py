@@ -3,21 +3,17 @@
 python tools/visualize.py WEIGHTS [--image PHOTO ...] [--out DIR] [--tensorboard]
 """
 
+import argparse
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.data.images import to_float
-from pretrain.models.inspection import check_inspectable, filter_components, look_at, position_similarity
-from pretrain.models.weights import model_of, read_weights, results_folder
-from pretrain.report.pictures import Photo, model_title, read_photo, write_pictures
+from pretrain.models.formats import READABLE
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = cli.parser(
         "Draws the ViT paper's figure 7 (principal components of the patch filters, similarity of position\n"
         "embeddings, attention distance by depth and head) and, of each photo, figure 6 (attention rollout). Writes\n"
@@ -31,6 +27,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the pictures (default: WEIGHTS/pictures)")
     parser.add_argument("--tensorboard", action="store_true", help="also write the pictures as an event file into DIR")
     arguments = parser.parse_args()
+    cli.check_found(arguments.weights, READABLE)
+    for photo in arguments.image:
+        cli.check_found(photo, "a JPEG, PNG or WebP file")
+    return arguments
+
+
+def main() -> None:
+    arguments = _arguments()
+    with cli.loading():
+        import torch
+
+        from pretrain.data.images import to_float
+        from pretrain.models.inspection import check_inspectable, filter_components, look_at, position_similarity
+        from pretrain.models.weights import model_of, read_weights, results_folder
+        from pretrain.report.pictures import Photo, model_title, read_photo, write_pictures
+
     weights = read_weights(arguments.weights)
     config, model = weights.model, check_inspectable(model_of(weights))
     photos = []

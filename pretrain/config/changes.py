@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "branch_from",
     "data.train",
     "data.val",
+    "data.order",  # the checkpoint's own order is compared with it
     "data.max_bad_fraction",
     "data.workers",
     "data.prefetch",

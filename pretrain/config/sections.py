@@ -48,6 +48,7 @@ class DataConfig:
     train: Path = MISSING  # manifest.json of the training shards, or the folder that holds it
     val: Path | None = None  # manifest of validation shards; null: the held-out samples, if any
     held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
+    order: Literal["auto", "permuted", "lanes"] = "auto"  # of samples; auto: lanes for remote shards (docs/data.md)
     global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
     crop: Literal["random_resized", "inception"] = "random_resized"  # torchvision's, or TensorFlow's (the paper)
     crop_area: tuple[float, float] = (0.08, 1.0)  # of a crop: share of the image's area; Google's code: 0.05 to 1

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, Normalisation
 from pretrain.data import headers
 from pretrain.data.damage import listen
-from pretrain.data.order import uniform, words
+from pretrain.data.permutation import uniform, words
 from pretrain.data.randaugment import rand_augment
 from pretrain.data.reader import BadSample
 

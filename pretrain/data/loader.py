@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.config import Config, DataConfig
@@ -67,34 +67,50 @@ def single_labels(classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return classes[:, None], torch.ones(len(classes), 1)
 
 
+_SLOTS_AHEAD = 4096  # of steps to come, drawn in one call of at most 10 ms: a call takes 1 ms however few they are
+
+
 class _TrainSteps(Dataset):
     """Item `step` is this rank's share of that step."""
 
     def __init__(self, manifest: Manifest, order: Order, plan: BatchPlan, config: Config) -> None:
         self._manifest, self._order, self._plan, self._config = manifest, order, plan, config
-        self._rank, self._world_size = ranks.rank(), ranks.world_size()
+        self._mine = share(order.global_batch, ranks.rank(), ranks.world_size())
+        # At most two partners lie on other ranks: of the first slot and of the last. Their losses are told there.
+        wanted = {partner(self._mine[0]), partner(self._mine[-1])} if config.data.mixup or config.data.cutmix else set()
+        self._others = [slot for slot in wanted if slot not in self._mine and slot < order.global_batch]
         self.fetcher: fetcher.Fetcher | None = None
+        self._ahead: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getitem__(self, step: int) -> Batch:
         if self.fetcher:
             self.fetcher.note(step)
-        epochs, indices = self._order.samples(step)
-        mine = share(len(indices), self._rank, self._world_size)
+        mine, slots = self._mine, self._others
+        epochs, indices = self._samples(step)
         batch = _empty_batch(self._plan.micro_batch * self._plan.accumulation, self._config.model.image_size)
-        batch.epoch[: len(mine)] = torch.from_numpy(epochs[mine])
-        batch.index[: len(mine)] = torch.from_numpy(indices[mine])
+        batch.epoch[: len(mine)] = torch.from_numpy(epochs[: len(mine)])
+        batch.index[: len(mine)] = torch.from_numpy(indices[: len(mine)])
         batch = _filled(batch, self._manifest, self._crop, self._config.data.strict_images)
         mix = draw_mix(self._config.data, self._config.model.image_size, self._config.seed, step)
         if mix is None or batch.error is not None:
             return batch
-        # At most two partners lie on other ranks: of the first slot and of the last. Their losses are told there.
-        slots = [slot for slot in {partner(mine[0]), partner(mine[-1])} if slot not in mine and slot < len(indices)]
         others = _empty_batch(len(slots), self._config.model.image_size)
-        others.epoch[:], others.index[:] = torch.from_numpy(epochs[slots]), torch.from_numpy(indices[slots])
+        others.epoch[:] = torch.from_numpy(epochs[len(mine) :])
+        others.index[:] = torch.from_numpy(indices[len(mine) :])
         others = _filled(others, self._manifest, self._crop, self._config.data.strict_images)
         if others.error is not None:
             return batch._replace(error=others.error)
         return _mixed(batch, mine, others, slots, mix)
+
+    def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, index) of this rank's slots and of the others, drawn for many steps at once."""
+        if step not in self._ahead:
+            worker = get_worker_info()
+            stride = worker.num_workers if worker else 1  # workers take turns
+            slots = [*self._mine, *self._others]
+            steps = range(step, step + max(1, _SLOTS_AHEAD // len(slots)) * stride, stride)
+            self._ahead = dict(zip(steps, zip(*self._order.samples(steps, slots))))
+        return self._ahead[step]
 
     def _crop(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
         key = (self._config.seed, self._manifest.name, epoch, index)

@@ -1,9 +1,9 @@
 """What a data set consists of: its shards in order, with counts, sizes and checksums, and each shard's sample offsets.
 
-`manifest.json` lists the shards; `NAME.idx` beside `NAME.tar` says where each sample begins. A shard may lie elsewhere
-(https://, s3:// ...): then only its index is in the folder. Both are checked when they are read, so that a changed or
-cut shard is found before it loses samples silently. What they claim is compared with
-limits before it is used, and no link leads out of the set's folder: a set may come from a stranger.
+`manifest.json` lists the shards; `NAME.idx` beside `NAME.tar`, or alone where the shard is remote, says where each
+sample begins. Both are checked when they are read, so that a changed or cut shard is found before it loses samples
+silently. What they claim is compared with limits before it is used, and no link leads out of the set's folder: a set
+may come from a stranger.
 """
 
 import errno
@@ -36,11 +36,11 @@ BLOCK = 512  # bytes; every tar member begins at a multiple of it
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_ENDING = "cls"
 LABEL_KINDS = ("class", "multi")  # a `.cls` member holds an integer, or a JSON list of integers
+BLOCK_BYTES = 8 << 20  # of one request: at 100 KB a sample, 12 requests for 1,000 samples
+MIN_BLOCK_SAMPLES, MAX_BLOCK_SAMPLES = 64, 4096  # 16 requests for 1,000 samples, however large they are
 
 MAX_SHARD_BYTES = 4 << 40  # offsets of 32 bits reach 2 TiB; zeros may follow the last sample
 MAX_SHARD_SAMPLES = 1 << 24  # all of ImageNet-21k in one tar; its index has 128 MiB
-BLOCK_BYTES = 8 << 20  # of a remote shard, read at once: 12 requests for 1,000 images of 100 KB
-MIN_BLOCK_SAMPLES, MAX_BLOCK_SAMPLES = 64, 4096  # 64: at most 20 requests for 1,000 images, borders included
 _MIN_SAMPLE_BYTES = 2 * BLOCK  # the headers of image and label
 _MAX_SAMPLES = 1 << 48  # of a set, so that sums stay within 64 bits
 _MAX_HEADER_BYTES = 4096  # of an index; ours have 300
@@ -57,11 +57,6 @@ class Shard:
     num_bytes: int
     sha256: str
     url: str = ""  # where a remote shard lies
-
-    @property
-    def place(self) -> str:
-        """Where it lies, as messages name it."""
-        return self.url or str(self.path)
 
 
 @dataclass(frozen=True)
@@ -85,16 +80,14 @@ class Manifest:
         return any(shard.url for shard in self.shards)
 
     @cached_property
-    def block_samples(self) -> int:
-        """How many consecutive samples are read at once from remote shards: about 8 MiB."""
-        mean_bytes = sum(shard.num_bytes for shard in self.shards) / self.num_samples
-        samples = min(max(int(BLOCK_BYTES / mean_bytes), MIN_BLOCK_SAMPLES), MAX_BLOCK_SAMPLES)
-        return max(1, min(samples, self.num_samples // 4))
-
-    @cached_property
     def first_indices(self) -> np.ndarray:
         """The index of each shard's first sample, and the end: int64 [shards + 1]."""
         return np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards])]).astype(np.int64)
+
+    @cached_property
+    def block_samples(self) -> int:
+        """How many consecutive samples are read at once from remote shards: about 8 MiB."""
+        return block_samples(self.num_samples, sum(shard.num_bytes for shard in self.shards))
 
     def with_meaning(self, match: ClassMatch, class_names: tuple[str, ...]) -> "Manifest":
         """Returns the set with its labels read as those of another list of classes."""
@@ -110,6 +103,12 @@ class Manifest:
         """Returns the shard that holds a sample, and the sample's number in it."""
         shard = int(np.searchsorted(self.first_indices, index, side="right")) - 1
         return self.shards[shard], index - int(self.first_indices[shard])
+
+
+def block_samples(num_samples: int, num_bytes: int) -> int:
+    """Returns how many consecutive samples of a set are read at once, where a read is a request."""
+    samples = min(max(int(BLOCK_BYTES * num_samples / max(1, num_bytes)), MIN_BLOCK_SAMPLES), MAX_BLOCK_SAMPLES)
+    return max(1, min(samples, num_samples // 4))
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -221,13 +220,12 @@ def check_shards(manifest: Manifest) -> None:
     listed: dict[str, Path] = {}
     for shard in manifest.shards:
         try:
-            if not shard.url:
-                real, num_bytes = file_inside(folder, shard.path, real_folder)
+            # The size of a remote shard is compared with each answer of its server.
+            known = (shard.url, shard.num_bytes) if shard.url else None
+            real, num_bytes = known or file_inside(folder, shard.path, real_folder)
             file_inside(folder, shard.path.with_suffix(".idx"), real_folder)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"{error.filename}: listed in {manifest.path} but not found") from None
-        if shard.url:  # its size is compared with each answer of the server
-            continue
         if num_bytes != shard.num_bytes:
             raise UserError(
                 f"{shard.path}: has {num_bytes} bytes, {manifest.path.name} says {shard.num_bytes}; index it again"
@@ -362,8 +360,8 @@ def _is_index(path: Path) -> bool:
 def load_index(shard: Shard) -> ShardIndex:
     """Reads a shard's index. Raises UserError when it is damaged or belongs to another shard, OSError as it comes."""
     path = shard.path.with_suffix(".idx")
-    num_samples = shard.num_samples
     try:
+        num_samples = shard.num_samples
         data = read_bytes(path, max_bytes=_MAX_HEADER_BYTES + 4 * (3 * num_samples + 1))
         line, _, payload = data[:_MAX_HEADER_BYTES].partition(b"\n")
         payload = data[len(line) + 1 :]

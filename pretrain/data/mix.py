@@ -10,7 +10,7 @@ import torch
 from scipy.special import betaincinv
 
 from pretrain.config import DataConfig
-from pretrain.data.order import uniform, words
+from pretrain.data.permutation import uniform, words
 
 
 class Mix(NamedTuple):

@@ -10,7 +10,7 @@ import math
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from pretrain.data.order import uniform, words
+from pretrain.data.permutation import uniform, words
 
 OPERATIONS = (
     "AutoContrast",

@@ -57,7 +57,6 @@ NAMINGS = {
 }
 _SCANNED = "Transformer/encoderblock/"
 _MAX_STAGES = 10  # of a trunk: each halves the side of its map
-WRITTEN = ("released", "vit_jax", "big_vision")  # what --naming offers
 
 
 def read_google(path: Path, image_size: int | None = None) -> Weights:

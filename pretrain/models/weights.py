@@ -16,6 +16,7 @@ from pretrain.json_files import Fields
 from pretrain.models.build import build_model
 from pretrain.models.claims import check_fit, check_tensors
 from pretrain.models.equivalent import classifier_names, own_tensors, resized
+from pretrain.models.formats import READABLE
 from pretrain.models.google import read_google
 from pretrain.models.tensors import LazyTensor, Weights, file_in, finite, read_fields, readable
 from pretrain.models.timm_checkpoint import read_timm_checkpoint
@@ -84,7 +85,7 @@ def _read_folder(path: Path, file: Path | None = None) -> Weights:
 
 
 def _why_not(path: Path) -> str:
-    expected = "expected a run, a checkpoint step-N, a folder with config.json, Google's .npz or PyTorch's .pth"
+    expected = f"expected {READABLE}"
     if not path.exists():
         return f"not found; {expected}"
     if path.suffix in _PICKLES:

@@ -18,7 +18,7 @@ from pretrain.data.manifest import (
     Shard,
     write_manifest,
 )
-from pretrain.data.order import words
+from pretrain.data.permutation import words
 from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
 from pretrain.errors import UserError
 from pretrain.escape import shown

@@ -20,7 +20,7 @@ def verify(manifest: Manifest, progress: Progress = lambda _: None) -> Iterator[
         try:
             check_shards(replace(manifest, shards=(shard,)))
             with local_copy(shard) as here:
-                yield from (f"{shard.place}: {problem}" for problem in _problems(manifest, here, progress))
+                yield from (f"{shard.url or shard.path}: {problem}" for problem in _problems(manifest, here, progress))
         except UserError as error:
             yield str(error)
 

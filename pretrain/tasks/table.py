@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.order import words
+from pretrain.data.permutation import words
 from pretrain.errors import UserError
 from pretrain.shards.archives import Splits
 from pretrain.shards.class_folders import class_folders, sorted_class_folders

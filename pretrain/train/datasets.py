@@ -7,6 +7,7 @@ import numpy as np
 
 from pretrain.cluster import ranks
 from pretrain.config import Config
+from pretrain.data.lanes import choose_lanes, fits
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.data.order import Order
 from pretrain.data.store import make_folder, store_at
@@ -25,6 +26,12 @@ class DataSets:
     val_indices: np.ndarray
     num_classes: int  # of the model's head
     fewshot: tuple[Manifest, Manifest] | None = None  # to draw shots from, to test them on
+
+    def follow(self, order: Order) -> None:
+        """Takes the order that a checkpoint's run began with, and the held-out samples that are its."""
+        self.order = order
+        if order.held_out:
+            self.val_indices = order.held_out_indices()
 
     @property
     def ranks_classes(self) -> bool:
@@ -58,8 +65,9 @@ def open_data(config: Config) -> DataSets:
             "use fewer ranks or a recipe with a larger batch"
         )
     few = _open_fewshot(config)
-    _warn_of_small_store(train_set)
-    order = Order(train_set.num_samples, config.data.held_out, config.data.global_batch, config.seed)
+    order = _choose_order(config, train_set)
+    if order.lanes is None:
+        _warn_of_small_store(train_set)
     indices = order.held_out_indices() if config.data.held_out else np.arange(val_set.num_samples if val_set else 0)
     return DataSets(train_set, order, val_set if config.evaluation.every_steps else None, indices, num_classes, few)
 
@@ -83,6 +91,20 @@ def _warn_of_small_store(manifest: Manifest) -> None:
             f"({manifest.store.max_bytes / 1e9:g}): {blocks:.0%} of all samples will download a whole block of "
             f"{manifest.block_samples}. Raise it, or take the order for remote shards"
         )
+
+
+def _choose_order(config: Config, train_set: Manifest) -> Order:
+    """The order of a run that begins. One that goes on has its checkpoint's: see `resumed_order` in folder.py."""
+    order = Order(train_set.num_samples, config.data.held_out, config.data.global_batch, config.seed)
+    if config.data.order == "permuted" or (config.data.order == "auto" and not train_set.is_remote):
+        return order
+    lanes = choose_lanes(train_set.block_samples, order.num_train, order.global_batch)
+    if not fits(lanes, order.num_train, order.global_batch, config.total_steps):
+        raise ConfigError(
+            f"data.order: total_steps ({config.total_steps}) x global_batch ({order.global_batch}) is beyond the 64 "
+            "bits that the order lanes counts with; lower one of them, or set data.order=permuted"
+        )
+    return replace(order, lanes=lanes)
 
 
 def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:

@@ -25,6 +25,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +39,9 @@ from pretrain.config import (
     config_to_yaml,
     resume_differences,
 )
+from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
 from pretrain.data.manifest import Manifest
+from pretrain.data.order import Order
 from pretrain.errors import ConfigError, StorageError, UserError
 from pretrain.json_files import Fields, brief, read_json
 from pretrain.log import MAX_STEP, JsonLines, not_a_link, rewind, say, warn
@@ -150,13 +153,14 @@ def _keep_blocks(path: str, flags: int) -> int:
     return not_a_link(path, flags & ~os.O_TRUNC)
 
 
-def fingerprint(train_set: Manifest) -> dict[str, Any]:
+def fingerprint(train_set: Manifest, order: Order) -> dict[str, Any]:
     """Returns what decides the order of samples and their pixels, as a checkpoint's state.json holds it."""
+    numbers = asdict(order.lanes) if order.lanes else {}
     return {
         "format": "pretrain-data-state",
         "version": 1,
-        "order": {"name": "permuted", "version": "v1", "manifest_sha256": train_set.sha256},
-        "pixels": {name: versions()[name] for name in ("torchvision", "pillow")},
+        "order": {"name": order.name, "version": "v1", "manifest_sha256": train_set.sha256, **numbers},
+        "pixels": _pixels(),
     }
 
 
@@ -165,12 +169,13 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
 
     branching: `config` starts another run there, which may have another name, length and schedule.
     """
-    saved, data = read_state(checkpoint), fingerprint(train_set)
-    of_state = Fields.of(saved, f"{checkpoint}/state.json")
+    of_state = _state(checkpoint)
     before = config_to_dict(config_from_dict(of_state.part("config").values, of_state.source))  # with keys added since
     order, pixels = (of_state.part("data").part(key).values for key in ("order", "pixels"))
     differences = resume_differences(before, config, BRANCH_MAY_CHANGE if branching else ())
-    for key, value in data["order"].items():
+    if config.data.order not in ("auto", order.get("name")):
+        differences.append(f"data.order: was {brief(order.get('name'))}, is {config.data.order!r}")
+    for key, value in {"version": "v1", "manifest_sha256": train_set.sha256}.items():
         if order.get(key) != value:
             differences.append(f"data {key}: was {order.get(key)}, is {value}")
     # Names lie beside the manifest, whose SHA-256 does not cover them.
@@ -184,8 +189,33 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
             f"{checkpoint}: was written with other settings ({'; '.join(differences)}); "
             f"give them the old values, or {way_out}"
         )
-    if pixels != data["pixels"]:
-        say(f"warning: decoders changed since the checkpoint, pixels may differ: {pixels} -> {data['pixels']}")
+    if pixels != (now := _pixels()):
+        say(f"warning: decoders changed since the checkpoint, pixels may differ: {pixels} -> {now}")
+
+
+def resumed_order(checkpoint: Path, order: Order, steps: int) -> Order:
+    """Returns `order` with the numbers that the checkpoint's run began with, whatever would be chosen today.
+
+    Raises UserError when they are no order's, or not one of `steps` steps.
+    """
+    saved = _state(checkpoint).part("data").part("order")
+    if (name := saved.text("name")) == "permuted":
+        return replace(order, lanes=None)
+    if name != "lanes":
+        saved.wrong("name", "permuted or lanes")
+    most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": order.global_batch, "window_blocks": MAX_WINDOW_BLOCKS}
+    lanes = Lanes(**{key: saved.integer(key, 1, limit) for key, limit in most.items()})
+    if not fits(lanes, order.num_train, order.global_batch, steps):
+        saved.wrong("num_lanes", f"what {order.num_train} samples and {steps} steps of {order.global_batch} allow")
+    return replace(order, lanes=lanes)
+
+
+def _state(checkpoint: Path) -> Fields:
+    return Fields.of(read_state(checkpoint), f"{checkpoint}/state.json")
+
+
+def _pixels() -> dict[str, str]:
+    return {name: versions()[name] for name in ("torchvision", "pillow")}
 
 
 def record_start(

@@ -12,8 +12,9 @@ from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.config import Config
 from pretrain.data.classes import match_classes
+from pretrain.data.lanes import read_amplification
 from pretrain.data.manifest import Manifest
-from pretrain.data.order import plan_batch
+from pretrain.data.order import Order, plan_batch, share
 from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_precision
 from pretrain.engine.step import Engine
@@ -27,7 +28,7 @@ from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
 from pretrain.train import ending
 from pretrain.train.datasets import DataSets, open_data
-from pretrain.train.folder import claim, is_done, mark_done, record_start, refuse_changes
+from pretrain.train.folder import claim, is_done, mark_done, record_start, refuse_changes, resumed_order
 from pretrain.train.loop import loop
 from pretrain.train.state import TrainState
 
@@ -59,6 +60,7 @@ def _train(config: Config, folder: Path, device: torch.device, recipe: Path | No
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)
+        data.follow(resumed_order(checkpoint, data.order, config.total_steps))
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
         return
@@ -118,11 +120,27 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
         f"{config.total_steps * batch / data.order.num_train:.1f} epochs; "
         f"validation: {len(data.val_indices):,} images{without}",
+        *_told(data.order),
         f"batch {batch} = {num_ranks} ranks x {plan.accumulation} x {plan.micro_batch}"
         + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     )
     return Engine(model, config, plan, device)
+
+
+def _told(order: Order) -> list[str]:
+    """The numbers of the order lanes, and what they make of the reading."""
+    if order.lanes is None:
+        return []
+    shares = [share(order.global_batch, rank, ranks.world_size()) for rank in range(ranks.world_size())]
+    here = ranks.ranks_here()
+    nodes = [
+        range(some[0].start, some[-1].stop) for some in (shares[at : at + here] for at in range(0, len(shares), here))
+    ]
+    return [
+        f"order: {order.lanes.num_lanes} lanes of blocks of {order.lanes.block_samples} samples; each node reads "
+        f"{read_amplification(order.lanes, order.global_batch, nodes):.2f} x the bytes that it uses"
+    ]
 
 
 def _refuse_other_classes(weights: Weights, train_set: Manifest) -> None:
@@ -182,6 +200,7 @@ def _branch_point(config: Config, data: DataSets) -> Path:
     refuse_changes(origin, config, data.train, branching=True)
     if (step := read_state(origin)["step"]) >= config.total_steps:
         raise ConfigError(f"branch_from: {origin} is at step {step}, but total_steps is {config.total_steps}; raise it")
+    data.follow(resumed_order(origin, data.order, config.total_steps))
     return origin
 
 

@@ -32,7 +32,7 @@ def save(
         "train": asdict(state),
         "metrics": state.metrics,
         "engine": engine.state(),
-        "data": fingerprint(data.train),
+        "data": fingerprint(data.train, data.order),
         "config": config_to_dict(config),
         "num_classes": data.num_classes,
         "class_names": list(data.train.class_names),
