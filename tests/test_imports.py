@@ -20,7 +20,7 @@ LAYERS = (
     {"engine"},
     {"evaluation"},
     {"train"},
-    {"finetune", "report", "benchmark"},
+    {"finetune", "report", "benchmark", "audit"},
     {"launch", "tools"},
 )
 

@@ -89,6 +89,7 @@ def test_the_manifest_is_canonical_json(shard_folder: Path) -> None:
         ({"label": {"kind": "boxes", "names": None, "num_classes": 5}}, "'boxes', expected one of class, multi"),
         ({"label": {"names": None, "num_classes": "many"}}, "'many'"),
         ({"label": {"names": "nothing.json", "num_classes": 5}}, "nothing.json: not found"),
+        ({"label": {"names": "a\n\x1b", "num_classes": 5}}, r"a\n\x1b: not found"),
         ({"label": {"names": "../secret.json", "num_classes": 5}}, "expected a path inside the manifest's folder"),
         ({"shards": [{"path": "../x.tar"}]}, "'../x.tar', expected a path inside"),
         ({"shards": [{"path": "/etc/passwd"}]}, "'/etc/passwd', expected a path inside"),

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from pretrain.data.lanes import Lanes
 from pretrain.data.order import BatchPlan, Order, plan_batch, share
-from pretrain.data.permutation import permute, uniform, words
+from pretrain.data.permutation import permute, scatter, uniform, unpermute, unscatter, words
 
 SIZES = [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 4095, 4096, 4097, 65535, 65536, 65537, 100_003]
 
@@ -177,3 +178,29 @@ def test_examples_of_plans() -> None:
     assert plan_batch(4096, 8, 256) == BatchPlan(256, 2, 0)
     assert plan_batch(64, 3, 256) == BatchPlan(22, 1, 2)
     assert plan_batch(24, 2, 5) == BatchPlan(4, 3, 0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_unpermute_is_the_inverse(size: int) -> None:
+    """Every position comes back, in every size; in many small permutations too."""
+    positions = np.arange(size)
+    assert (unpermute(permute(positions, size, "test", 3), size, "test", 3) == positions).all()
+    sizes = 1 + positions % 90
+    many = positions % sizes, sizes, positions, "test", 3
+    assert (unscatter(scatter(*many), *many[1:]) == many[0]).all()
+
+
+LANES = (None, Lanes(4, 3), Lanes(2, 5, window_blocks=2))
+
+
+@pytest.mark.parametrize("lanes", LANES, ids=str)
+@pytest.mark.parametrize(("size", "held_out", "batch"), [(101, 0, 12), (101, 7, 12), (50, 0, 7), (40, 4, 61)])
+def test_closed_forms_agree_with_the_steps(size: int, held_out: int, batch: int, lanes: Lanes | None) -> None:
+    """`steps_of` finds the step of each sample, and of no held-out one; `seen` counts what the steps before hold."""
+    order = Order(size, held_out, batch, 3, lanes)
+    epochs = np.concatenate([order.samples(step)[0] for step in range(25)])
+    for step in range(25):
+        assert (order.steps_of(*order.samples(step)) == step).all()
+        for epoch in range(80):
+            assert order.seen(epoch, step) == (epochs[: step * batch] == epoch).sum()
+    assert (order.steps_of(np.zeros(held_out, np.int64), order.held_out_indices()) == -1).all()

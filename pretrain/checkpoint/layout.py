@@ -22,13 +22,15 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
-import torch
 
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, read_json
+
+if TYPE_CHECKING:  # tools/audit.py reads a run without its second of imports
+    import torch
 
 FORMAT, VERSION = "pretrain-checkpoint", 1
 _OLD = ".old-"
@@ -48,7 +50,7 @@ class Slice:
     name: str  # "blocks.0.attn.qkv.weight"; with a moment in front in the optimizer's files: "exp_avg/blocks..."
     shape: tuple[int, ...]  # of the whole tensor
     offset: int  # of the first element
-    values: torch.Tensor  # [elements], float32 (a moment may be bfloat16); saving reads it, loading writes into it
+    values: "torch.Tensor"  # [elements], float32 (a moment may be bfloat16); saving reads it, loading writes into it
 
 
 class DamagedError(UserError):

@@ -10,7 +10,7 @@ from pretrain.data.reader import BadSample
 MAX_PIXELS = 50_000_000  # width x height, of any image: what a camera or a phone takes
 MAX_DECODE_BYTES = 270_000_000  # of memory to decode one image, its file included; 300 MB leave 30 for its resize
 MAX_ASPECT = 100  # longer / shorter side
-MAX_SCANS = 50  # of a JPEG; each takes a pass over the whole image. Usual: 1, or about 10 (progressive)
+MAX_SCANS = 20  # of a JPEG; each takes a pass over the image, 50 ms of the largest. Usual: 1, or 10 (progressive)
 MAX_PARTS = 50_000  # segments and stray bytes before a JPEG's first scan; chunks of PNG and WebP
 MAX_HEADER_BYTES = 16 << 20  # before a JPEG's first scan: Pillow's joining of EXIF takes the square of its size
 MAX_PROFILES = 100  # of colour in a PNG, each of which Pillow unpacks to as much as 1 MB

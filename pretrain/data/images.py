@@ -28,6 +28,7 @@ _PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", (b"zTXt", b"iTXt")
 # pixels are those of one piece; where it is float, or tall and Pillow's, some values round to the next level.
 # A band of floats has more than 32 MB, which malloc gives back at once; smaller ones stay in its heap.
 _PIECE, _BAND = 16_000_000, 4_000_000  # pixels
+_AREA_ROWS = 32  # of big_vision's new pixels at a time: as float64, all would take more than the image itself
 _TRIES = 10  # of RandomResizedCrop, as in torchvision
 _INCEPTION_TRIES = 100  # of sample_distorted_bounding_box, TensorFlow's default
 
@@ -164,24 +165,34 @@ def _crop_and_resize(image: torch.Tensor, box: Box, size: int, config: DataConfi
     )
 
 
-def _resize(image: torch.Tensor, size: tuple[int, int], config: DataConfig) -> torch.Tensor:
-    """torchvision's antialiased resize to (height, width), uint8."""
-    return _in_bands(image, size, lambda part, to: F.resize(part, list(to), _mode(config), antialias=True))
+def _resize(image: torch.Tensor, size: tuple[int, int], config: DataConfig, kept: Box | None = None) -> torch.Tensor:
+    """torchvision's antialiased resize to (height, width), uint8; of the result the box `kept`."""
+    return _in_bands(image, size, lambda part, to: F.resize(part, list(to), _mode(config), antialias=True), kept)
 
 
 def _in_bands(
-    image: torch.Tensor, size: tuple[int, int], resize: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+    image: torch.Tensor,
+    size: tuple[int, int],
+    resize: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+    kept: Box | None = None,
 ) -> torch.Tensor:
-    """Returns an image resized to (height, width): at once, or where it is large across in bands of rows, then down.
+    """Returns the box `kept` (default: all) of an image resized to (height, width).
 
-    resize: to the given (height, width), one direction after the other, as all of them do inside.
+    resize: to the given (height, width), one direction after the other, as all of them do inside. A large image is
+    resized across in bands of rows, then down, a tall one the other way; what is not kept is left out in between.
     """
     height, width = image.shape[1:]
+    top, left, rows, columns = kept or (0, 0, *size)
     if height * width <= _PIECE:
-        return resize(image, size)
-    rows = max(1, _BAND // width)
-    bands = [resize(image[:, top : top + rows], (min(rows, height - top), size[1])) for top in range(0, height, rows)]
-    return resize(torch.cat(bands, dim=1), size)
+        return resize(image, size)[:, top : top + rows, left : left + columns]
+    if height > 2 * width:
+        bands = image.split(max(1, _BAND // height), dim=2)
+        bands = [resize(band, (size[0], band.shape[2]))[:, top : top + rows].clone() for band in bands]
+        return resize(torch.cat(bands, dim=2), (rows, size[1]))[:, :, left : left + columns]
+    bands = image.split(max(1, _BAND // width), dim=1)
+    # A copy, not a view of what is left out.
+    bands = [resize(band, (band.shape[1], size[1]))[:, :, left : left + columns].clone() for band in bands]
+    return resize(torch.cat(bands, dim=1), (size[0], columns))[:, top : top + rows]
 
 
 def inception_crop(
@@ -246,7 +257,7 @@ def eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tens
         # On tensors, as its processor since version 5: 2 % of Pillow's pixels differ, by up to 4 levels (bicubic).
         shortest = config.eval_transform == "transformers_shortest"
         sides = _shorter_side_to(resized, image) if shortest else (resized, resized)
-        return _central_crop(_resize(image, sides, config), size)
+        return _resize(image, sides, config, _central_box(sides, size))
     if config.eval_transform == "fewshot":
         return _central_crop(_resize_truncated(image, resized, "bilinear"), size)
     return _resize_small_and_crop(image, resized, size)
@@ -268,10 +279,12 @@ def _timm_eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torc
     def resize(part: torch.Tensor, to: tuple[int, int]) -> torch.Tensor:
         return _tensor(F.resize(_picture(part), list(to), _mode(config), antialias=True))
 
-    picture = _picture(_in_bands(image, sides, resize))
+    top, left = (round(max(0, side - size) / 2) for side in sides)  # torchvision's, to the even number
+    kept = top, left, min(sides[0], size), min(sides[1], size)
+    image = _in_bands(image, sides, resize, kept)
     if config.eval_transform == "timm_border":
-        picture = _padded(picture, size, [round(255 * value) for value in config.mean])
-    return _tensor(F.center_crop(picture, [size, size]))
+        return _tensor(_padded(_picture(image), size, [round(255 * value) for value in config.mean]))
+    return image
 
 
 def _shorter_side_to(shorter: int, image: torch.Tensor) -> tuple[int, int]:
@@ -298,22 +311,37 @@ def _padded(picture: Any, size: int, color: list[int]) -> Any:
 def _resize_small_and_crop(image: torch.Tensor, shorter: int, size: int) -> torch.Tensor:
     """big_vision's resize_small to `shorter`, which averages areas, then the central crop."""
     factor = shorter / min(image.shape[1:])
-    # Only the rows and columns that the crop keeps. float64 and a hair up: an average that is a whole number must not
-    # be truncated to the one below.
-    rows, columns = (_area_weights(side, round(side * factor), size) for side in image.shape[1:])
-    height = max(1, _BAND // 2 // image.shape[2])  # of a band: all at once would take 24 bytes per pixel, and as a copy
-    bands = zip(rows.split(height, dim=1), image.split(height, dim=1))
-    averages = sum((part @ (band.double() @ columns.T) for part, band in bands), torch.tensor(1e-6).double())
-    return averages.to(torch.uint8)
+    rows, columns = (_areas(side, round(side * factor), size) for side in image.shape[1:])
+    image = image[:, :, columns[0][0] : columns[-1][0] + len(columns[-1][1])]
+    columns = [(first - columns[0][0], shares) for first, shares in columns]
+    parts = []
+    for at in range(0, size, _AREA_ROWS):
+        across = _averages(image, rows[at : at + _AREA_ROWS])
+        parts.append(_averages(across.transpose(1, 2), columns).transpose(1, 2))
+    # A hair up: an average that is a whole number must not be truncated to the one below.
+    return (torch.cat(parts, dim=1) + 1e-6).to(torch.uint8)
 
 
-def _area_weights(side: int, resized: int, kept: int) -> torch.Tensor:
-    """Returns what share of each old pixel is in each new one, float64 [kept, side], for the central `kept` pixels."""
-    scale = side / resized
-    start = (torch.arange(kept, dtype=torch.float64) + (resized - kept) // 2)[:, None] * scale  # [kept, 1]
-    old = torch.arange(side, dtype=torch.float64)  # [side]
-    overlap = torch.minimum(start + scale, old + 1) - torch.maximum(start, old)
-    return overlap.clamp(min=0) / scale
+def _averages(image: torch.Tensor, areas: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Returns the rows of an image [3, height, width] averaged over each of these areas, float64 [3, areas, width]."""
+    averages = image.new_empty((3, len(areas), image.shape[2]), dtype=torch.float64)
+    for new, (first, shares) in enumerate(areas):
+        averages[:, new] = shares @ image[:, first : first + len(shares)].double()
+    return averages
+
+
+def _areas(side: int, resized: int, kept: int) -> list[tuple[int, torch.Tensor]]:
+    """Returns for each of the central `kept` of `resized` new pixels its first old one and the shares of those in it.
+
+    Shares: float64, of sum 1.
+    """
+    scale, areas = side / resized, []
+    for new in range((resized - kept) // 2, (resized - kept) // 2 + kept):
+        start = new * scale
+        old = torch.arange(int(start), min(side, math.ceil(start + scale)), dtype=torch.float64)
+        overlap = (old + 1).clamp(max=start + scale) - old.clamp(min=start)
+        areas.append((int(start), overlap / scale))
+    return areas
 
 
 def _resize_truncated(image: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
@@ -322,15 +350,16 @@ def _resize_truncated(image: torch.Tensor, size: int, interpolation: str) -> tor
     def resize(part: torch.Tensor, to: tuple[int, int]) -> torch.Tensor:
         return torch.nn.functional.interpolate(part[None].float(), to, mode=interpolation, antialias=False)[0]
 
-    if image.shape[1] > image.shape[2] and image.shape[1] * image.shape[2] > _PIECE:  # down first: the less floats
-        resized = _in_bands(image.transpose(1, 2), (size, size), resize).transpose(1, 2)
-    else:
-        resized = _in_bands(image, (size, size), resize)
-    return resized.clamp(0, 255).to(torch.uint8)  # bicubic goes beyond
+    return _in_bands(image, (size, size), resize).clamp(0, 255).to(torch.uint8)  # bicubic goes beyond
+
+
+def _central_box(sides: tuple[int, int], size: int) -> Box:
+    top, left = ((side - size) // 2 for side in sides)  # torchvision's rounds the half pixel
+    return top, left, size, size
 
 
 def _central_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    top, left = ((side - size) // 2 for side in image.shape[1:])  # torchvision's rounds the half pixel
+    top, left, _, _ = _central_box((image.shape[1], image.shape[2]), size)
     return image[:, top : top + size, left : left + size]
 
 

@@ -6,12 +6,12 @@ samples from K blocks of the whole set, and each block is used up within a few s
 windows of the axis. A pure function of seed, step and slot: no memory, no state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.data.permutation import permute, scatter
+from pretrain.data.permutation import permute, scatter, unpermute, unscatter
 
 _SLOTS_OF_A_LANE = 8  # fewer: more open blocks over all nodes, and slower to the first batch; more: less well mixed
 MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS = 1 << 24, 1 << 10  # that a checkpoint may claim
@@ -80,11 +80,44 @@ def row_of_blocks(at: np.ndarray, block_samples: int, num_samples: int, *key: ob
 
     What fills no block stays at the end of both.
     """
+    return _by_blocks(permute, at, block_samples, num_samples, *key)
+
+
+def place_in_row(places: np.ndarray, block_samples: int, num_samples: int, *key: object) -> np.ndarray:
+    """Returns the inverse of `row_of_blocks`."""
+    return _by_blocks(unpermute, places, block_samples, num_samples, *key)
+
+
+def _by_blocks(
+    send: Callable[..., np.ndarray], at: np.ndarray, block_samples: int, num_samples: int, *key: object
+) -> np.ndarray:
     full = at < num_samples // block_samples * block_samples
     result = at.copy()
-    blocks = permute(at[full] // block_samples, num_samples // block_samples, *key)
+    blocks = send(at[full] // block_samples, num_samples // block_samples, *key)
     result[full] = blocks * block_samples + at[full] % block_samples
     return result
+
+
+def step_of(lanes: Lanes, num_samples: int, global_batch: int, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
+    """Returns the steps that hold `places` of the data set in an epoch: the inverse of `place`; int64 of one shape."""
+    N, G, K = num_samples, global_batch, lanes.num_lanes
+    borders = np.arange(K + 1) * G // K
+    cuts = (epoch + 1) * N * borders // G - epoch * N * borders // G
+    at = place_in_row(places, lanes.block_samples, N, "block", seed, epoch)
+    lane = np.searchsorted(cuts, at, side="right") - 1
+    first, end, window = borders[lane], borders[lane + 1], lanes.window_blocks * lanes.block_samples
+    low, high = cuts[lane], cuts[lane + 1]
+    start, stop = np.maximum(at // window * window, low), np.minimum((at // window + 1) * window, high)
+    at = start + unscatter(at - start, stop - start, start, "window", seed, epoch)
+    given = at - low + epoch * N * end // G - epoch * N * first // G
+    return given // (end - first)
+
+
+def seen(lanes: Lanes, num_samples: int, global_batch: int, epoch: int, steps: int) -> int:
+    """Returns how many samples of an epoch the first `steps` steps hold."""
+    borders = np.arange(lanes.num_lanes + 1) * global_batch // lanes.num_lanes
+    before, after = (np.diff(number * num_samples * borders // global_batch) for number in (epoch, epoch + 1))
+    return int(np.clip(steps * np.diff(borders) - before, 0, after - before).sum())
 
 
 def read_amplification(lanes: Lanes, global_batch: int, readers: Sequence[range]) -> float:

@@ -27,6 +27,7 @@ from pretrain.data.classes import ClassMatch, check_names, match_classes
 from pretrain.data.remote import check_url, file_name, is_url
 from pretrain.data.store import Store
 from pretrain.errors import StorageError, UserError
+from pretrain.escape import shown
 from pretrain.json_files import Fields, brief, parse_json, read_bytes, read_json
 from pretrain.storage import replacing, write_text
 
@@ -141,7 +142,9 @@ def load_manifest(path: Path) -> Manifest:
             multi_label=kind == "multi",
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{error.filename}: not found; make shards and manifest with tools/make_shards.py") from None
+        raise UserError(
+            f"{shown(error.filename)}: not found; make shards and manifest with tools/make_shards.py"
+        ) from None
     except (OSError, ValueError) as error:  # also a path with a zero byte
         if isinstance(error, (UserError, StorageError)):
             raise

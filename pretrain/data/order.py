@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.data.lanes import Lanes, place, row_of_blocks
-from pretrain.data.permutation import permute
+from pretrain.data.lanes import Lanes, place, place_in_row, row_of_blocks, seen, step_of
+from pretrain.data.permutation import permute, unpermute
 
 Steps = int | range | np.ndarray
 Slots = range | list[int] | np.ndarray
@@ -62,6 +62,27 @@ class Order:
             indices[these] = permute(positions[these] % self.num_train, self.num_train, *key)
         return epochs, self._beyond_held_out(indices)
 
+    def seen(self, epoch: int, steps: int) -> int:
+        """Returns how many samples of an epoch the first `steps` steps hold."""
+        if self.lanes:
+            return seen(self.lanes, self.num_train, self.global_batch, epoch, steps)
+        return min(max(0, steps * self.global_batch - epoch * self.num_train), self.num_train)
+
+    def steps_of(self, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Returns the step that holds each (epoch, index), -1 for a held-out index: int64, the inverse of `samples`."""
+        places = self._places_of(indices)
+        steps = np.full(len(indices), -1, np.int64)
+        order = np.argsort(epochs, kind="stable")
+        order = order[places[order] >= 0]
+        for same in np.split(order, np.flatnonzero(np.diff(epochs[order])) + 1) if len(order) else ():
+            epoch = int(epochs[same[0]])
+            if self.lanes:
+                steps[same] = step_of(self.lanes, self.num_train, self.global_batch, self.seed, epoch, places[same])
+            else:
+                within = unpermute(places[same], self.num_train, "epoch", self.seed, epoch)
+                steps[same] = (epoch * self.num_train + within) // self.global_batch
+        return steps
+
     def blocks(self, steps: Steps, slots: Slots | None = None) -> np.ndarray:
         """Returns the numbers of the blocks that hold the slots of steps, int64, in the order of their first use.
 
@@ -85,11 +106,31 @@ class Order:
             return places
         if not self.lanes:
             return permute(places + self.held_out, self.num_samples, "held-out")
-        # Blocks begin where blocks of the manifest do: what is left of the last held-out one comes behind all others.
-        block, count = self.lanes.block_samples, self.num_samples
-        first = -(-self.held_out // block) * block if self.held_out < count // block * block else self.held_out
+        first, count = self._first_whole_block, self.num_samples
         at = np.where(places + first < count, places + first, places + first - count + self.held_out)
-        return row_of_blocks(at, block, count, "held-out")
+        return row_of_blocks(at, self.lanes.block_samples, count, "held-out")
+
+    def _places_of(self, indices: np.ndarray) -> np.ndarray:
+        """The inverse of `_beyond_held_out`; below 0 for held-out indices."""
+        if not self.held_out:
+            return indices
+        if not self.lanes:
+            return unpermute(indices, self.num_samples, "held-out") - self.held_out
+        first, count = self._first_whole_block, self.num_samples
+        at = place_in_row(indices, self.lanes.block_samples, count, "held-out")
+        return np.where(at >= first, at - first, np.where(at < self.held_out, -1, at - self.held_out + count - first))
+
+    @property
+    def _first_whole_block(self) -> int:
+        """Where, in the row whose beginning is held out, blocks begin that are trained on as a whole.
+
+        Blocks of `lanes` begin where blocks of the manifest do: what is left of the last held-out one comes behind all
+        others.
+        """
+        assert self.lanes is not None
+        block = self.lanes.block_samples
+        has_one = self.held_out < self.num_samples // block * block
+        return -(-self.held_out // block) * block if has_one else self.held_out
 
 
 def share(count: int, rank: int, world_size: int) -> range:

@@ -1,10 +1,13 @@
 """Keyed random words, and permutations that need no memory: what a run draws depends on keys alone."""
 
+from collections.abc import Callable
 from hashlib import blake2b
 
 import numpy as np
 
 _ROUNDS = 8  # of the Feistel network; even, so that its two halves end with the sizes they began with
+
+_Network = Callable[[np.ndarray, int, np.ndarray, np.ndarray | None], np.ndarray]
 
 
 def words(count: int, *parts: object) -> np.ndarray:
@@ -30,11 +33,28 @@ def permute(positions: np.ndarray, size: int, *key: object) -> np.ndarray:
     return _walk(positions, size, max(2, (size - 1).bit_length()), words(_ROUNDS, "v1", "permute", *key))
 
 
+def unpermute(results: np.ndarray, size: int, *key: object) -> np.ndarray:
+    """Returns the positions that `permute` sends to `results`; int64, any shape."""
+    round_keys = words(_ROUNDS, "v1", "permute", *key)
+    return _walk(results, size, max(2, (size - 1).bit_length()), round_keys, network=_feistel_back)
+
+
 def scatter(places: np.ndarray, sizes: np.ndarray, tweaks: np.ndarray, *key: object) -> np.ndarray:
     """Returns where many small permutations send places; all int64 [n].
 
     Element i lies at places[i] of the permutation of 0..sizes[i]-1 that `key` and tweaks[i] name.
     """
+    return _scattered(places, sizes, tweaks, key, _feistel)
+
+
+def unscatter(results: np.ndarray, sizes: np.ndarray, tweaks: np.ndarray, *key: object) -> np.ndarray:
+    """Returns the places that `scatter` sends to `results`; all int64 [n]."""
+    return _scattered(results, sizes, tweaks, key, _feistel_back)
+
+
+def _scattered(
+    places: np.ndarray, sizes: np.ndarray, tweaks: np.ndarray, key: tuple[object, ...], network: _Network
+) -> np.ndarray:
     assert (places < sizes).all()  # others might walk for ever
     result = np.empty_like(places)
     bits = np.maximum(2, np.frexp((sizes - 1).astype(np.float64))[1])  # exact: sizes lie below 2^53
@@ -42,17 +62,23 @@ def scatter(places: np.ndarray, sizes: np.ndarray, tweaks: np.ndarray, *key: obj
     for some in np.unique(bits):  # one, or a few where permutations are shorter than the others
         these = bits == some
         tweak = _mix(tweaks[these].astype(np.uint64))
-        result[these] = _walk(places[these], sizes[these].astype(np.uint64), int(some), round_keys, tweak)
+        result[these] = _walk(places[these], sizes[these].astype(np.uint64), int(some), round_keys, tweak, network)
     return result
 
 
 def _walk(
-    positions: np.ndarray, size: int | np.ndarray, bits: int, round_keys: np.ndarray, tweak: np.ndarray | None = None
+    positions: np.ndarray,
+    size: int | np.ndarray,
+    bits: int,
+    round_keys: np.ndarray,
+    tweak: np.ndarray | None = None,
+    network: _Network | None = None,
 ) -> np.ndarray:
     """Goes through the network until each position has come out below its size."""
-    result = _feistel(positions.astype(np.uint64), bits, round_keys, tweak)
+    network = network or _feistel
+    result = network(positions.astype(np.uint64), bits, round_keys, tweak)
     while (outside := result >= size).any():
-        result[outside] = _feistel(result[outside], bits, round_keys, None if tweak is None else tweak[outside])
+        result[outside] = network(result[outside], bits, round_keys, None if tweak is None else tweak[outside])
     return result.astype(np.int64)
 
 
@@ -62,6 +88,15 @@ def _feistel(values: np.ndarray, bits: int, round_keys: np.ndarray, tweak: np.nd
     for round_key in round_keys if tweak is None else round_keys[:, None] + tweak:
         left, right = right, left ^ (_mix(right + round_key) & _mask(left_bits))
         left_bits, right_bits = right_bits, left_bits
+    return left << np.uint64(right_bits) | right
+
+
+def _feistel_back(values: np.ndarray, bits: int, round_keys: np.ndarray, tweak: np.ndarray | None) -> np.ndarray:
+    left_bits, right_bits = bits - bits // 2, bits // 2  # as after an even number of rounds
+    left, right = values >> np.uint64(right_bits), values & _mask(right_bits)
+    for round_key in (round_keys if tweak is None else round_keys[:, None] + tweak)[::-1]:
+        left_bits, right_bits = right_bits, left_bits
+        left, right = right ^ (_mix(left + round_key) & _mask(left_bits)), left
     return left << np.uint64(right_bits) | right
 
 

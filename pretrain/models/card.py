@@ -13,6 +13,13 @@ from pretrain.models.tensors import Weights, read_fields, readable
 from pretrain.models.weights import results_folder
 
 _MOST = 1 << 40  # images
+_RECEIPT = {
+    "seed": "seed",
+    "global_batch": "global batch",
+    "steps": "steps",
+    "samples_seen": "samples seen",
+    "skipped_steps": "steps skipped",
+}
 LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx"}  # Hugging Face's names
 
 
@@ -87,7 +94,23 @@ def _data(config: Config, state: Mapping[str, Any]) -> str:
     if manifest.is_file() and hashlib.sha256(text := manifest.read_bytes()).hexdigest() == sha256:
         values = Fields.of(parse_json(text, str(manifest)), str(manifest))
         facts.append(f"{values.integer('num_samples', 0, _MOST):,} samples")
-    return ", ".join(facts) + "."
+    return ", ".join(facts) + "." + _receipt(Fields(dict(state), "state.json"))
+
+
+def _receipt(state: Fields) -> str:
+    """What tools/audit.py adds up again; checkpoints of earlier versions have none."""
+    if not state.values.get("receipt"):
+        return ""
+    told = state.part("receipt")
+    bad = {reason: count for reason, count in told.part("bad_samples").values.items() if count}
+    reasons = f" ({', '.join(f'{count} {reason}' for reason, count in bad.items())})" if bad else ""
+    numbers = {key: told.integer(key, 0, 1 << 63) for key in (*_RECEIPT, "held_out", "damaged_samples")}
+    return (
+        f"\nReceipt: order {told.text('name')} {told.text('version')}, "
+        + ", ".join(f"{name} {numbers[key]:,}" for key, name in _RECEIPT.items())
+        + f"; held out {numbers['held_out']:,}, bad {sum(bad.values()):,}{reasons}, used though damaged "
+        f"{numbers['damaged_samples']:,}. `tools/audit.py RUN` adds it up again."
+    )
 
 
 def _validation(state: Fields) -> Iterator[str]:

@@ -18,6 +18,7 @@ Somebody else may have made the folder: nothing is written through a link in it.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fit
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, StorageError, UserError
-from pretrain.json_files import Fields, brief, read_json
+from pretrain.json_files import Fields, brief, read_bytes, read_json
 from pretrain.log import MAX_STEP, JsonLines, not_a_link, rewind, say, warn
 from pretrain.provenance import UNKNOWN, commit, versions
 from pretrain.storage import fsync_path, write_text
@@ -244,6 +245,11 @@ def record_start(
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": ranks.world_size(),
+        "seed": config.seed,
+        "global_batch": config.data.global_batch,
+        "held_out": config.data.held_out,
+        "samples_logged": config.log.samples,
+        "starts_before": digest_of_starts(folder),
         "job": {name: os.environ[name] for name in _JOB if name in os.environ},
         "command": sys.argv,
         "recipe": None if recipe is None else str(recipe),
@@ -251,6 +257,17 @@ def record_start(
         "versions": versions(),
     }
     JsonLines(folder / _STARTS).append(start)
+
+
+def digest_of_starts(folder: Path) -> str:
+    """Returns the SHA-256 of a run's starts so far, of no starts where they cannot be read.
+
+    The next start and each checkpoint keep it: a start that is changed or removed later is found (tools/audit.py).
+    """
+    try:
+        return hashlib.sha256(read_bytes(folder / _STARTS)).hexdigest()
+    except (OSError, UserError):
+        return hashlib.sha256(b"").hexdigest()
 
 
 def _keep_recipe(recipe: Path, folder: Path) -> None:

@@ -11,9 +11,9 @@ from pretrain.errors import StorageError
 from pretrain.log import RunLog
 from pretrain.provenance import versions
 from pretrain.train.datasets import DataSets
-from pretrain.train.folder import fingerprint
+from pretrain.train.folder import digest_of_starts, fingerprint
 from pretrain.train.meter import Meter
-from pretrain.train.state import TrainState
+from pretrain.train.state import TrainState, receipt
 
 
 def save(
@@ -27,12 +27,15 @@ def save(
     engine.check()
     log.sync()
     state.window = meter.window()
+    of_data = fingerprint(data.train, data.order)
     everything_else = {
         "step": state.step,
         "train": asdict(state),
         "metrics": state.metrics,
         "engine": engine.state(),
-        "data": fingerprint(data.train, data.order),
+        "data": of_data,
+        "receipt": receipt(state, data.order, of_data["order"]),
+        "starts_sha256": digest_of_starts(config.output / config.name),
         "config": config_to_dict(config),
         "num_classes": data.num_classes,
         "class_names": list(data.train.class_names),

@@ -1,8 +1,11 @@
 """What a resumed run goes on from, apart from tensors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pretrain.data.loader import REASONS
+from pretrain.data.order import Order
 from pretrain.json_files import Fields
 
 MAX_COUNT = 2**63 - 1  # of steps or samples, over a whole run
@@ -44,6 +47,25 @@ class TrainState:
             metrics=dict(metrics.values),
             window=window,
         )
+
+
+def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a checkpoint and a model card say of the samples seen, for tools/audit.py to add up again.
+
+    identity: name and version of the order, and the manifest's SHA-256.
+    """
+    return {
+        **identity,
+        "seed": order.seed,
+        "global_batch": order.global_batch,
+        "num_samples": order.num_samples,
+        "held_out": order.held_out,
+        "steps": state.step,
+        "samples_seen": state.step * order.global_batch,
+        "bad_samples": dict(state.bad_samples),
+        "damaged_samples": state.damaged_samples,
+        "skipped_steps": state.skipped_steps,
+    }
 
 
 def _is_number(value: object) -> bool:

@@ -1,0 +1,138 @@
+"""Is the data set on the disk the one that the run names, and do its samples fail where, and only where, it says so."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pretrain.audit.folder import LeftOut, Run
+from pretrain.audit.logs import lie
+from pretrain.audit.records import Outcome
+from pretrain.data.manifest import Manifest
+from pretrain.storage import sha256
+
+MAX_SAMPLES_READ = 4096  # of a choice, for each of two checks: 2 ms a sample
+MAX_SHARD_BYTES_READ = 2 << 30  # of a choice of shards: SHA-256 takes 2 s a gigabyte
+
+
+def check_manifest(run: Run) -> Outcome:
+    """The manifest on the disk has the digest that the run names, and the number of samples."""
+    place, identity = run.identity
+    manifest = run.manifest
+    if manifest.sha256 != (named := identity.get("manifest_sha256")):
+        lie(manifest.path, f"SHA-256 {manifest.sha256[:16]}...", f"{str(named)[:16]}..., as {place} says")
+    if manifest.num_samples != run.order.num_samples:
+        lie(manifest.path, f"{manifest.num_samples} samples", f"{run.order.num_samples}, as {place} says")
+    return Outcome("manifest on the disk: its digest, number of samples", 1)
+
+
+def check_classes(run: Run) -> Outcome:
+    """The classes' names beside the manifest, which its digest does not cover, are those of the checkpoints."""
+    if run.manifest.sha256 != run.identity[1].get("manifest_sha256"):
+        raise LeftOut("the data set on the disk is another one")
+    newest, names = run.saved[-1], run.manifest.class_names
+    said = newest.state.texts("class_names", ())
+    for number, (was, now) in enumerate(zip(said, names)):
+        if was != now:
+            lie(
+                run.manifest.path.parent / "classes.json",
+                f"class {number} is {now!r}",
+                f"{was!r}, as {newest.place} says",
+            )
+    if len(said) != len(names):
+        lie(newest.place, f"{len(said)} class names", f"the {len(names)} of {run.manifest.path.parent}")
+    return Outcome("names of classes", len(names))
+
+
+def check_shard_bytes(run: Run) -> Outcome:
+    """Shards have the SHA-256 that the manifest lists: a choice of them, or all."""
+    shards, chosen, num_bytes = run.own_data.shards, [], 0
+    for number in np.random.default_rng([run.options.seed, 2]).permutation(len(shards)).tolist():
+        num_bytes += shards[number].num_bytes
+        if chosen and not run.options.full and num_bytes > MAX_SHARD_BYTES_READ:
+            break
+        chosen.append(shards[number])
+    for shard in chosen:
+        if (found := sha256(shard.path)) != shard.sha256:
+            lie(shard.path, f"SHA-256 {found[:16]}...", f"{shard.sha256[:16]}..., as {run.manifest.path} says")
+    rest = len(shards) - len(chosen)
+    return Outcome(
+        "shards on the disk: SHA-256; sizes of all", len(chosen), f"{rest:,} more shards: --full" if rest else ""
+    )
+
+
+def check_listed_again(run: Run) -> Outcome:
+    """Listed samples are read again, each once: does it fail, for that reason, in that shard?"""
+    manifest = run.own_data
+    places: dict[int, tuple[str, str, str]] = {}
+    for listed in (run.bad, run.damaged):
+        for number, (index, reason, shard) in enumerate(zip(listed.indices.tolist(), listed.reasons, listed.shards)):
+            own = manifest.locate(index)[0].path.name if index < manifest.num_samples else "no shard"
+            if shard != own:
+                lie(listed.place(number), f"index {index} is in {shard}", own)
+            places.setdefault(index, (listed.place(number), reason, shard))
+    indices = _chosen(run, np.array(sorted(places), np.int64), 3)
+    for index, found in zip(indices, _reasons(manifest, indices)):
+        place, reason, _ = places[index]
+        if found != reason:
+            lie(place, f"index {index} is {reason}", f"{found or 'good'}, as it is when read again")
+    left = len(places) - len(indices)
+    return Outcome("bad and damaged samples, read again", len(indices), f"{left:,} more: --full" if left else "")
+
+
+def check_steps_again(run: Run) -> Outcome:
+    """All samples of a choice of steps are read again: is what fails listed, and nothing else?"""
+    manifest, first, batch = run.own_data, run.first_step, run.order.global_batch
+    steps = np.arange(first, run.trained)
+    if not run.options.full:
+        most = max(1, MAX_SAMPLES_READ // batch)
+        steps = np.sort(np.random.default_rng([run.options.seed, 4]).permutation(len(steps))[:most]) + first
+    known = {
+        (epoch, index): reason
+        for listed in (run.bad, run.damaged)
+        for epoch, index, reason in zip(listed.epochs.tolist(), listed.indices.tolist(), listed.reasons)
+    }
+    count = 0
+    for step in steps.tolist():
+        epochs, indices = run.order.samples(step)
+        if len(indices) > MAX_SAMPLES_READ and not run.options.full:
+            some = np.random.default_rng([run.options.seed, 5]).permutation(len(indices))[:MAX_SAMPLES_READ]
+            epochs, indices = epochs[some], indices[some]
+        for epoch, index, found in zip(epochs.tolist(), indices.tolist(), _reasons(manifest, indices.tolist())):
+            listed = known.get((epoch, index))
+            if found != listed:
+                name = "damaged_samples" if "damaged" in (found, listed) and not _strict(run) else "bad_samples"
+                said = f"lists it as {listed}" if listed else "does not list it"
+                what = f"epoch {epoch}, index {index} (step {step + 1})"
+                lie(run.folder / f"{name}.jsonl", f"{what}: {said}", f"{found or 'good'}, as it is when read again")
+            count += 1
+    left = run.trained - first - len(steps)
+    return Outcome(
+        f"samples of {len(steps):,} steps, read again", count, f"{left:,} more steps: --full" if left else ""
+    )
+
+
+def _chosen(run: Run, indices: np.ndarray, key: int) -> list[int]:
+    if run.options.full or len(indices) <= MAX_SAMPLES_READ:
+        return indices.tolist()
+    return np.sort(np.random.default_rng([run.options.seed, key]).choice(indices, MAX_SAMPLES_READ, False)).tolist()
+
+
+def _strict(run: Run) -> bool:
+    return run.config.data.strict_images
+
+
+def _reasons(manifest: Manifest, indices: list[int]) -> Iterator[str | None]:
+    """Yields why each sample is bad or damaged, None where it is neither: as training reads it."""
+    from pretrain.data.images import decode  # torch: a second, and only where samples are read
+    from pretrain.data.reader import BadSample, parse_labels, read_sample
+
+    for index in indices:
+        damage: list[str] = []
+        try:
+            raw = read_sample(manifest, index)
+            decode(raw.image, damage.append)
+            parse_labels(raw.label, manifest.num_classes, manifest.multi_label)
+        except BadSample as bad:
+            yield bad.reason
+        else:
+            yield "damaged" if damage else None

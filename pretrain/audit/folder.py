@@ -1,0 +1,298 @@
+"""What a run's folder says of itself, read when a check asks for it: starts, checkpoints, logs; the data set it names.
+
+Imports no torch: the audit begins at once.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.audit.logs import Lie, lie, open_log, rows
+from pretrain.checkpoint.layout import MAX_STEP, own_file, read_manifest, step_folders, step_of
+from pretrain.config import Config, load_config
+from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
+from pretrain.data.manifest import Manifest, check_shards, load_manifest
+from pretrain.data.order import Order
+from pretrain.errors import UserError
+from pretrain.json_files import Fields, brief, read_json
+from pretrain.storage import crc32c
+
+ORDERS = (("permuted", "v1"), ("lanes", "v1"))  # names and versions
+MAX_RANKS = 1 << 20
+MAX_COUNT = 2**63 - 1
+_MAX_STARTS_BYTES = 256 << 20
+
+
+class LeftOut(Exception):
+    """A check cannot be made, for a reason that is told; it is not passed either."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is looked at."""
+
+    full: bool  # every step, every listed sample, every byte
+    data: Path | None  # where the data set lies, when not where the config says; None: there
+    no_data: bool
+    seed: int  # of what is chosen
+
+
+@dataclass(frozen=True)
+class Start:
+    """A line of starts.jsonl."""
+
+    place: str  # file and line
+    step: int
+    world_size: int
+    values: Fields
+    before: str  # SHA-256 of the lines before it
+    until: str  # and of those up to its own
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The steps first..last that one start has left in the logs."""
+
+    first: int
+    last: int  # MAX_STEP for those of the last start
+    world_size: int
+    samples_logged: bool | None  # None: not recorded
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, as its folder says."""
+
+    path: Path
+    step: int
+    state: Fields
+
+    @property
+    def place(self) -> Path:
+        """The file to name in a message."""
+        return self.path / "state.json"
+
+    @property
+    def train(self) -> Fields:
+        """The run's counters."""
+        return self.state.part("train")
+
+    @property
+    def receipt(self) -> Fields | None:
+        """What it says of the samples seen; None in checkpoints of earlier versions."""
+        return self.state.part("receipt") if self.state.values.get("receipt") else None
+
+    @property
+    def starts(self) -> str:
+        """SHA-256 of the starts until it was saved; "" where that is not recorded."""
+        return self.state.text("starts_sha256", "")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """bad_samples.jsonl or damaged_samples.jsonl as columns: int64 steps, epochs and indices, reasons, shards."""
+
+    path: Path
+    steps: np.ndarray
+    epochs: np.ndarray
+    indices: np.ndarray
+    reasons: list[str]
+    shards: list[str]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def place(self, number: int) -> str:
+        """The line to name in a message."""
+        return f"{self.path}: line {number + 1}"
+
+    def counts(self, until: int) -> dict[str, int]:
+        """Returns how many samples of steps up to `until` are listed, by reason."""
+        told: dict[str, int] = {}
+        for reason, step in zip(self.reasons, self.steps.tolist()):
+            if step <= until:
+                told[reason] = told.get(reason, 0) + 1
+        return told
+
+
+class Run:
+    """A run's folder. Each part is read when first asked for, and raises UserError, of which Lie is one."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder}: has no config.yaml; expected the folder of a run, such as runs/NAME")
+        self.folder, self.options = folder, options
+
+    @cached_property
+    def done(self) -> Fields | None:
+        """What DONE says; None while there is none."""
+        path = self.folder / "DONE"
+        return Fields.of(read_json(path), str(path)) if os.path.lexists(path) else None
+
+    @cached_property
+    def saved(self) -> list[Saved]:
+        """The checkpoints, oldest first; their state.json has the checksum that their manifest gives."""
+        found = []
+        for path in reversed(step_folders(self.folder / "checkpoints")):
+            try:
+                found.append(_saved(path))
+            except (UserError, OSError):
+                if path.exists():  # else a training has just deleted it, as it does with old ones
+                    raise
+        return found
+
+    @cached_property
+    def config(self) -> Config:
+        """That of the last start."""
+        return load_config(self.folder / "config.yaml")
+
+    @cached_property
+    def starts(self) -> list[Start]:
+        """The lines of starts.jsonl."""
+        path = self.folder / "starts.jsonl"
+        if not os.path.lexists(path):
+            raise Lie(f"{path}: is missing; expected a line for each start")
+        with open_log(path) as file:
+            text = file.read(_MAX_STARTS_BYTES)
+        found, begin = [], 0
+        for fields in rows(path):
+            step, world_size = fields.integer("step", 0, MAX_STEP), fields.integer("world_size", 1, MAX_RANKS)
+            before = hashlib.sha256(text[:begin]).hexdigest()
+            begin = text.index(b"\n", begin) + 1
+            until = hashlib.sha256(text[:begin]).hexdigest()
+            found.append(Start(fields.source, step, world_size, fields, before, until))
+        if not found:
+            raise Lie(f"{path}: is empty; expected a line for each start")
+        return found
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """Which start the logs of each step are of: a start drops the lines after its step, and writes them again."""
+        kept: list[Start] = []
+        for start in self.starts:
+            while kept and kept[-1].step >= start.step:
+                kept.pop()
+            kept.append(start)
+        ends = [*(start.step for start in kept[1:]), MAX_STEP]
+        return [
+            Segment(s.step + 1, end, s.world_size, s.values.flag("samples_logged") if _tells_logged(s) else None)
+            for s, end in zip(kept, ends)
+        ]
+
+    @cached_property
+    def first_step(self) -> int:
+        """0; of a run that branched off, the step of the other run's checkpoint."""
+        return self.starts[0].step
+
+    @cached_property
+    def trained(self) -> int:
+        """The steps that count: those of the newest checkpoint. Later ones are still to be saved, or trained again."""
+        if not self.saved:
+            raise LeftOut("no checkpoint yet")
+        return self.saved[-1].step
+
+    @cached_property
+    def identity(self) -> tuple[str, Mapping[str, Any]]:
+        """What the newest checkpoint says of order and data set, and the file that says it."""
+        if not self.saved:
+            raise LeftOut("no checkpoint yet")
+        newest = self.saved[-1]
+        return str(newest.place), newest.state.part("data").part("order").values
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The data set on the disk."""
+        if self.options.no_data:
+            raise LeftOut("--no-data")
+        path = self.options.data or self.config.data.train
+        if not path.exists():
+            raise LeftOut(f"{path} is not here; give its place with --data")
+        return load_manifest(path)
+
+    @cached_property
+    def own_data(self) -> Manifest:
+        """The data set, where it is the run's and all of it is here: else its samples prove nothing."""
+        if self.manifest.sha256 != self.identity[1].get("manifest_sha256"):
+            raise LeftOut("the data set on the disk is another one")
+        paths = [path for s in self.manifest.shards for path in (s.path, s.path.with_suffix(".idx"))]
+        if missing := sum(not path.exists() for path in paths):
+            raise LeftOut(f"{missing} of {len(paths)} shards and indexes are not here")
+        check_shards(self.manifest)
+        return self.manifest
+
+    @cached_property
+    def order(self) -> Order:
+        """The order of the run's samples. Its size is the receipt's, or the manifest's where there is no receipt."""
+        place, identity = self.identity
+        if (key := (identity.get("name"), identity.get("version"))) not in ORDERS:
+            known = " or ".join(" ".join(names) for names in ORDERS)
+            lie(place, f"order {brief(key[0])} version {brief(key[1])}", known)
+        receipt = self.saved[-1].receipt
+        size = self.manifest.num_samples if receipt is None else receipt.integer("num_samples", 1, MAX_COUNT)
+        data = self.config.data
+        if data.held_out >= size:
+            lie(self.folder / "config.yaml", f"data.held_out is {data.held_out}", f"less than the {size} samples")
+        order = Order(size, data.held_out, data.global_batch, self.config.seed)
+        return replace(order, lanes=self._lanes(order)) if key[0] == "lanes" else order
+
+    def _lanes(self, order: Order) -> Lanes:
+        """The numbers of the order lanes, which the newest checkpoint names."""
+        numbers = Fields(dict(self.identity[1]), f"{self.identity[0]}: data: order")
+        most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": order.global_batch, "window_blocks": MAX_WINDOW_BLOCKS}
+        lanes = Lanes(**{name: numbers.integer(name, 1, limit) for name, limit in most.items()})
+        if not fits(lanes, order.num_train, order.global_batch, self.trained):
+            numbers.wrong("num_lanes", f"what {order.num_train} samples in batches of {order.global_batch} allow")
+        return lanes
+
+    @cached_property
+    def bad(self) -> Listed:
+        """Samples that could not be used."""
+        return _listed(self.folder / "bad_samples.jsonl")
+
+    @cached_property
+    def damaged(self) -> Listed:
+        """Samples that were used though damaged."""
+        return _listed(self.folder / "damaged_samples.jsonl")
+
+    @cached_property
+    def skipped(self) -> list[Fields]:
+        """Steps whose update was left out."""
+        return list(rows(self.folder / "skipped_steps.jsonl"))
+
+    @cached_property
+    def metrics(self) -> list[Fields]:
+        """The lines of the curves."""
+        return list(rows(self.folder / "metrics.jsonl"))
+
+
+def _tells_logged(start: Start) -> bool:
+    return start.values.values.get("samples_logged") is not None
+
+
+def _saved(path: Path) -> Saved:
+    for name, num_bytes, checksum in read_manifest(path):
+        file = own_file(path, name)
+        if (size := file.stat().st_size) != num_bytes:
+            lie(file, f"has {size} bytes", f"the {num_bytes} that MANIFEST.json names")
+        if name.endswith(".json") and (found := crc32c(file)) != checksum:
+            lie(file, f"has CRC-32C {found}", f"the {checksum} that MANIFEST.json names")
+    file = own_file(path, "state.json")
+    return Saved(path, step_of(path), Fields.of(read_json(file), str(file)))
+
+
+def _listed(path: Path) -> Listed:
+    numbers: list[tuple[int, int, int]] = []
+    reasons, shards = [], []
+    for row in rows(path):
+        step, epoch = row.integer("step", 1, MAX_STEP), row.integer("epoch", 0, MAX_COUNT)
+        numbers.append((step, epoch, row.integer("index", 0, MAX_COUNT)))
+        reasons.append(row.text("reason"))
+        shards.append(row.text("shard"))
+    columns = np.array(numbers, np.int64).reshape(-1, 3)
+    return Listed(path, columns[:, 0], columns[:, 1], columns[:, 2], reasons, shards)

@@ -1,0 +1,137 @@
+"""A run's logs, line by line and by step; a folder may come from anybody, and nothing in it is trusted."""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from pretrain.checkpoint.layout import MAX_STEP
+from pretrain.errors import UserError
+from pretrain.json_files import Fields, parse_json
+
+MAX_LINE_BYTES = 64 << 20  # a rank's samples of one step: 2 million of them
+_HEAD = re.compile(rb'\{"step": (\d{1,10})[,}]')  # as json.dumps writes it
+
+
+class Lie(UserError):
+    """Something in a run's folder does not agree with the rest: the file, what it says, and what is expected."""
+
+
+def lie(place: object, found: object, expected: object) -> NoReturn:
+    """Raises Lie as one line."""
+    raise Lie(f"{place}: {found}; expected {expected}")
+
+
+def rows(path: Path) -> Iterator[Fields]:
+    """Yields the lines of a log; none where there is no file. A torn last line is left out: a kill leaves one.
+
+    Raises Lie for a line that is none, or whose step is below that of the line before.
+    """
+    if not os.path.lexists(path):
+        return
+    last = 0
+    with open_log(path) as file:
+        number = 0
+        while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+            number += 1
+            source = f"{path}: line {number}"
+            try:
+                fields = Fields.of(parse_json(line, source), source)
+                step = fields.integer("step", 0, MAX_STEP)
+            except UserError as error:
+                raise Lie(str(error)) from None
+            if step < last and path.name != "starts.jsonl":
+                lie(source, f"step {step} after step {last}", "steps in order")
+            last = step
+            yield fields
+        if len(line) == MAX_LINE_BYTES:
+            raise Lie(f"{path}: line {number + 1} has more than {MAX_LINE_BYTES:,} bytes")
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Opens a log. Raises Lie where it is no plain file; a link may lead anywhere."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise Lie(f"{path}: is not a plain file")
+    return file
+
+
+class StepLines:
+    """A log with one line for each of many steps in order, of which those of a few steps are looked up.
+
+    Steps that are asked for one after the other are read one after the other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open_log(path)
+        self._before, self._line = -1, b""  # step of the line before the next one; the next one
+        self._read()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def line_of(self, step: int) -> bytes | None:
+        """Returns the line of a step, None when there is none. Raises Lie when there are two, or it is damaged."""
+        if self._next != step and not self._before < step < self._next:
+            self._seek(step)
+        if self._next != step:
+            return None
+        line = self._line
+        self._before = step
+        self._read()
+        if self._next == step:
+            lie(self.path, f"step {step} has two lines", "one: no step is trained twice")
+        return line
+
+    def has_step(self, first: int, last: int) -> bool:
+        """Returns whether there is a line of any step from `first` to `last`."""
+        self._seek(first)
+        return self._next <= last
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last whole line, 0 when there is none."""
+        self._seek(MAX_STEP + 1)
+        end, length = self._file.tell() - len(self._line), 4096
+        while True:
+            self._file.seek(max(0, end - length))
+            tail = self._file.read(min(end, length))
+            if not tail or b"\n" in tail[:-1] or length >= end:
+                line = tail[:-1].rpartition(b"\n")[2]
+                return self._step(line) if line else 0
+            length *= 8
+
+    def _read(self) -> None:
+        self._line = self._file.readline(MAX_LINE_BYTES)
+        if len(self._line) == MAX_LINE_BYTES:
+            raise Lie(f"{self.path}: a line has more than {MAX_LINE_BYTES:,} bytes")
+        torn = not self._line.endswith(b"\n")
+        self._next = MAX_STEP + 1 if torn else self._step(self._line)
+
+    def _step(self, line: bytes) -> int:
+        if match := _HEAD.match(line):
+            return int(match[1])
+        raise Lie(f"{self.path}: a line begins with {line[:40]!r}, expected its step")
+
+    def _seek(self, step: int) -> None:
+        """Goes to the first line whose step is not below `step`, by halves: a log may have gigabytes."""
+        low, high = 0, os.fstat(self._file.fileno()).st_size  # the line begins in [low, high]
+        while low < high:
+            middle = (low + high) // 2
+            self._file.seek(max(0, middle - 1))
+            if middle:
+                self._file.readline(MAX_LINE_BYTES)  # to the first line that begins at `middle` or behind
+            begin = self._file.tell()
+            line = self._file.readline(MAX_LINE_BYTES)
+            if begin >= high or not line.endswith(b"\n") or self._step(line) >= step:
+                high = middle
+            else:
+                low = begin + len(line)
+        self._file.seek(low)
+        self._before = step - 1
+        self._read()

@@ -1,0 +1,237 @@
+"""Does what a run lists of samples follow from the order: which step held each, what every epoch adds up to."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.audit.folder import LeftOut, Listed, Run, Segment
+from pretrain.audit.logs import StepLines, lie
+from pretrain.audit.records import Outcome
+from pretrain.checkpoint.layout import MAX_STEP
+from pretrain.data.order import share
+from pretrain.json_files import Fields, brief, parse_json
+
+MAX_CHOSEN_STEPS = 256  # whose lines in samples-RANK.jsonl are compared
+MAX_CHOSEN_LINES = 20_000  # of all ranks: looking one up in a large log takes a millisecond
+MAX_LISTED_EPOCHS = 3  # each a line of its own in the table, the newest
+
+
+def check_listed(run: Run) -> Outcome:
+    """Each bad or damaged sample belongs to the step that it is listed for, and is listed once."""
+    for listed in (run.bad, run.damaged):
+        _check_steps(run, listed)
+        _check_once(listed)
+    return Outcome("bad and damaged samples against the order: is it of that step?", len(run.bad) + len(run.damaged))
+
+
+def _check_steps(run: Run, listed: Listed) -> None:
+    if not len(listed):
+        return
+    if (too_large := np.flatnonzero(listed.indices >= run.order.num_samples)).size:
+        first = int(too_large[0])
+        lie(listed.place(first), f"index {listed.indices[first]}", f"less than the {run.order.num_samples} samples")
+    held = run.order.steps_of(listed.epochs, listed.indices) + 1  # state.step counts the steps done
+    wrong = np.flatnonzero(held != listed.steps)
+    if wrong.size:
+        first = int(wrong[0])
+        where = f"step {held[first]}" if held[first] else "no step: it is held out"
+        sample = f"epoch {listed.epochs[first]}, index {listed.indices[first]} at step {listed.steps[first]}"
+        lie(listed.place(first), sample, f"{where}, by the order")
+    late = np.flatnonzero(listed.steps > run.trained)
+    if run.done is not None and late.size:
+        lie(listed.place(int(late[0])), f"step {listed.steps[late[0]]}", f"at most {run.trained}, the last one")
+    early = np.flatnonzero(listed.steps <= run.first_step)
+    if early.size:
+        lie(listed.place(int(early[0])), f"step {listed.steps[early[0]]}", f"more than {run.first_step}, its first")
+
+
+def _check_once(listed: Listed) -> None:
+    order = np.lexsort((listed.indices, listed.epochs))
+    again = (np.diff(listed.epochs[order]) == 0) & (np.diff(listed.indices[order]) == 0)
+    if again.any():
+        second = int(order[int(np.flatnonzero(again)[0]) + 1])
+        sample = f"epoch {listed.epochs[second]}, index {listed.indices[second]}"
+        lie(listed.place(second), f"{sample} is listed twice", "once: an epoch has each sample once")
+
+
+def check_every_epoch(run: Run) -> Outcome:
+    """A sample that is bad in one epoch is bad in each that has come to it: its bytes do not change."""
+    if len(versions := _decoders(run)) > 1:
+        raise LeftOut(f"decoders changed between starts ({'; '.join(map(str, versions))})")
+    count = 0
+    for listed in (run.bad, run.damaged):
+        reasons = dict(zip(listed.indices.tolist(), listed.reasons))
+        for number, (index, reason) in enumerate(zip(listed.indices.tolist(), listed.reasons)):
+            if reasons[index] != reason:
+                lie(listed.place(number), f"index {index}: {reason}", f"{reasons[index]}, as its other lines say")
+        indices = np.unique(listed.indices)
+        told = set(zip(listed.epochs.tolist(), listed.indices.tolist()))
+        for epoch in range(_epochs_begun(run)) if len(indices) else ():
+            steps = run.order.steps_of(np.full(len(indices), epoch), indices) + 1
+            for index, step in zip(indices.tolist(), steps.tolist()):
+                if run.first_step < step <= run.trained and (epoch, index) not in told:
+                    lie(
+                        listed.path,
+                        f"has no line for epoch {epoch}, index {index} (step {step})",
+                        f"one: it is {reasons[index]} in another epoch",
+                    )
+                count += 1
+    return Outcome("listed samples in all other epochs: listed there too?", count)
+
+
+def _decoders(run: Run) -> set[tuple[object, ...]]:
+    found = [start.values.values.get("versions") for start in run.starts]
+    return {tuple(v.get(name) for name in ("torchvision", "pillow")) for v in found if isinstance(v, dict)}
+
+
+def check_skipped(run: Run) -> Outcome:
+    """The samples of each skipped step are those of the order, and a step is skipped once."""
+    last = run.first_step
+    for row in run.skipped:
+        step = row.integer("step", 1, MAX_STEP)
+        if step <= last:
+            lie(row.source, f"step {step} after step {last}", "each step once")
+        if run.done is not None and step > run.trained:
+            lie(row.source, f"step {step}", f"at most {run.trained}, the last one")
+        if row.values.get("indices") != run.order.samples(step - 1)[1].tolist():
+            lie(row.source, f"indices {brief(row.values.get('indices'))}", f"those of step {step} by the order")
+        last = step
+    return Outcome("samples of skipped steps against the order", len(run.skipped))
+
+
+def _epochs_begun(run: Run) -> int:
+    epochs = 0
+    while run.order.seen(epochs, run.trained):
+        epochs += 1
+    return epochs
+
+
+def check_epochs(run: Run) -> list[Outcome]:
+    """Adds up every epoch: used, bad, skipped, held out. All epochs together have all slots of the steps."""
+    order, begun = run.order, _epochs_begun(run)
+    bad: dict[int, Counter[str]] = {}
+    for epoch, step, reason in zip(run.bad.epochs.tolist(), run.bad.steps.tolist(), run.bad.reasons):
+        if step <= run.trained:
+            bad.setdefault(epoch, Counter())[reason] += 1
+    skipped = _skipped_by_epoch(run)
+    slots, used, finished, told = 0, 0, 0, []
+    for epoch in range(begun):
+        seen = order.seen(epoch, run.trained)
+        own = seen - bad.get(epoch, Counter()).total() - skipped[epoch]
+        if own < 0:
+            lie(run.bad.path, f"epoch {epoch} has {seen - own} bad and skipped samples", f"at most the {seen} seen")
+        slots, used, finished = slots + seen, used + own, finished + (seen == order.num_train)
+        if epoch >= begun - MAX_LISTED_EPOCHS:
+            told.append(Outcome(_sum(run, epoch, seen, own, bad.get(epoch, Counter()), skipped[epoch]), seen))
+    if slots != run.trained * order.global_batch:
+        lie(run.saved[-1].place, f"{run.trained} steps", f"slots of the epochs' sum, {slots}")
+    total = sum((counter.total() for counter in bad.values()), 0)
+    whole = (
+        f"{finished:,} finished of {begun:,}, each {order.num_samples:,} samples; {used:,} used + {total:,} bad + "
+        f"{sum(skipped.values()):,} skipped = {slots:,} = {run.trained:,} steps x {order.global_batch:,}"
+    )
+    branched = f"bad and skipped ones up to step {run.first_step}, of the other run" if run.first_step else ""
+    return [Outcome(whole, begun, branched), *told]
+
+
+def _sum(run: Run, epoch: int, seen: int, used: int, bad: Counter[str], skipped: int) -> str:
+    reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in sorted(bad.items()))})" if bad else ""
+    parts = f"{used:,} used + {bad.total():,} bad{reasons} + {skipped:,} skipped"
+    if seen == run.order.num_train:
+        return f"epoch {epoch}: {parts} + {run.order.held_out:,} held out = {run.order.num_samples:,}"
+    return f"epoch {epoch}, under way: {parts} = {seen:,} of {run.order.num_train:,}"
+
+
+def _skipped_by_epoch(run: Run) -> Counter[int]:
+    """Samples in steps without an update that are not bad, by epoch."""
+    found: Counter[int] = Counter()
+    bad = Counter(zip(run.bad.epochs.tolist(), run.bad.steps.tolist())) if run.skipped else Counter()
+    for row in run.skipped:
+        if (step := row.integer("step", 1, MAX_STEP)) <= run.trained:
+            for epoch, count in Counter(run.order.samples(step - 1)[0].tolist()).items():
+                found[epoch] += count - bad[epoch, step]
+    return found
+
+
+def check_sample_logs(run: Run) -> Outcome:
+    """samples-RANK.jsonl has each step once, on the ranks that its start had, with the samples of the order."""
+    paths = {int(path.stem.removeprefix("samples-")): path for path in run.folder.glob("samples-?????.jsonl")}
+    segments = [segment for segment in run.segments if segment.first <= run.trained]
+    if not paths:
+        logged = any(segment.samples_logged for segment in segments)
+        raise LeftOut(
+            "no samples-RANK.jsonl here" + (", though they were written" if logged else ": log.samples is off")
+        )
+    logs = {rank: StepLines(path) for rank, path in sorted(paths.items())}
+    try:
+        logged = [s for s in segments if _is_logged(s, logs, run.trained)]
+        steps = _chosen(run, [(s.first, min(s.last, run.trained)) for s in logged], max(1, len(logs)))
+        count = 0
+        for step in steps:
+            segment = next(s for s in logged if s.first <= step <= s.last)
+            _check_step(run, step, segment, logs)
+            count += segment.world_size
+        for log in logs.values():
+            if run.done is not None and log.last_step > run.trained:
+                lie(log.path, f"has a line of step {log.last_step}", f"none behind {run.trained}, the last one")
+    finally:
+        for log in logs.values():
+            log.close()
+    of_steps = sum(min(s.last, run.trained) - s.first + 1 for s in logged)
+    told = [] if len(steps) == of_steps else [f"{of_steps - len(steps):,} of {of_steps:,} logged steps: --full"]
+    if of_steps < run.trained - run.first_step:
+        told.append(f"{run.trained - run.first_step - of_steps:,} steps were not logged")
+    return Outcome(f"lines of samples-RANK.jsonl, of {len(steps):,} steps, against the order", count, "; ".join(told))
+
+
+def _is_logged(segment: Segment, logs: dict[int, StepLines], trained: int) -> bool:
+    if segment.samples_logged is not None:
+        return segment.samples_logged
+    last = min(segment.last, trained)  # an earlier version does not say: where any line is, all must be
+    return any(log.has_step(segment.first, last) for log in logs.values())
+
+
+def _chosen(run: Run, spans: list[tuple[int, int]], num_logs: int) -> list[int]:
+    total = sum(last - first + 1 for first, last in spans)
+    most = total if run.options.full else min(MAX_CHOSEN_STEPS, max(1, MAX_CHOSEN_LINES // num_logs))
+    places = range(total)
+    if total > most:
+        random = np.random.default_rng([run.options.seed, 1])
+        places = np.sort(random.choice(total, most, replace=False)).tolist()
+    ends = np.cumsum([last - first + 1 for first, last in spans])
+    found = []
+    for place in places:
+        span = int(np.searchsorted(ends, place, side="right"))
+        found.append(spans[span][1] - (int(ends[span]) - 1 - place))
+    return found
+
+
+def _check_step(run: Run, step: int, segment: Segment, logs: dict[int, StepLines]) -> None:
+    epochs, indices = run.order.samples(step - 1)
+    expected = np.stack([epochs, indices], axis=1)
+    for rank in range(segment.world_size):
+        path = run.folder / f"samples-{rank:05d}.jsonl"
+        line = logs[rank].line_of(step) if rank in logs else None
+        if line is None:
+            lie(path, f"has no line of step {step} where it belongs", f"one, of {segment.world_size} ranks")
+        own = expected[share(len(indices), rank, segment.world_size)]
+        if (found := _samples(line, path, step)) != own.tolist():
+            lie(path, *_difference(step, found, own.tolist()))
+    for rank in logs:
+        if rank >= segment.world_size and logs[rank].line_of(step) is not None:
+            lie(logs[rank].path, f"has a line of step {step}", f"none: that start had {segment.world_size} ranks")
+
+
+def _samples(line: bytes, path: Path, step: int) -> object:
+    source = f"{path}: step {step}"
+    return Fields.of(parse_json(line, source, max_marks=1 << 40), source).values.get("samples")
+
+
+def _difference(step: int, found: object, expected: list[list[int]]) -> tuple[str, str]:
+    """What a line has, and what it should have."""
+    if not isinstance(found, list) or len(found) != len(expected):
+        count = len(found) if isinstance(found, list) else brief(found)
+        return f"step {step} has {count} samples", f"{len(expected)}, this rank's share of the step"
+    place = next(number for number, pair in enumerate(found) if pair != expected[number])
+    return f"step {step}, sample {place} is [epoch, index] {brief(found[place])}", f"{expected[place]}, by the order"
