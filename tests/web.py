@@ -147,9 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, data: bytes) -> None:
         size = self.of.chunk_bytes or len(data)
+        with self.of.lock:
+            self.of.sent += len(data)  # before the client can have it, and look
         for start in range(0, len(data), size):
             self.wfile.write(data[start : start + size])
             if self.of.chunk_bytes:
                 time.sleep(0.001)
-        with self.of.lock:
-            self.of.sent += len(data)

@@ -223,8 +223,7 @@ def check_shards(manifest: Manifest) -> None:
     listed: dict[str, Path] = {}
     for shard in manifest.shards:
         try:
-            # The size of a remote shard is compared with each answer of its server.
-            known = (shard.url, shard.num_bytes) if shard.url else None
+            known = (shard.url, shard.num_bytes) if shard.url else None  # each answer of its server tells its size
             real, num_bytes = known or file_inside(folder, shard.path, real_folder)
             file_inside(folder, shard.path.with_suffix(".idx"), real_folder)
         except (FileNotFoundError, NotADirectoryError) as error:
