@@ -13,7 +13,7 @@ from pathlib import Path
 # This file's folder comes first on sys.path, where `pretrain` would be this file instead of the package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain.cluster import signals
+from pretrain.cluster import signals, watchdog
 
 # Before imports that take seconds, in which SIGUSR1, SLURM's warning, would end the process.
 STOP = signals.StopRequest() if __name__ == "__main__" else None
@@ -47,9 +47,10 @@ def main() -> None:
     signals.end_with_launcher()
     if not rank_so_far(os.environ):
         print(f"{config.name}: loading torch and DeepSpeed", flush=True)
-    with cli.loading():
-        from pretrain.train.run import train
-    train(config, recipe=arguments.config, stop=STOP)
+    with watchdog.watching(config.output / config.name, config.engine.watchdog_s, config.engine.timeout_s):
+        with cli.loading():
+            from pretrain.train.run import train
+        train(config, recipe=arguments.config, stop=STOP)
 
 
 if __name__ == "__main__":

@@ -134,15 +134,50 @@ def print_table(
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
+_TELL_EVERY_S = 60.0  # of progress where there is no terminal: a job's log
+
+
 @contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar on a terminal, nothing elsewhere; yields a function that is told how many more are done."""
+    """Shows a progress bar with rate and time left on a terminal, elsewhere a line on stderr each minute.
+
+    Yields a function that is told how many more are done; what it is told first may have been done before.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Task as BarTask
+    from rich.text import Text
+
+    if not sys.stdout.isatty():
+        yield _Lines(shown(title), total, unit).advance
+        return
+
+    class Rate(ProgressColumn):
+        def render(self, task: BarTask) -> Text:
+            return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
     name = TextColumn("{task.description}", markup=False)  # it may be a data set's
-    columns = name, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
+    columns = name, BarColumn(), MofNCompleteColumn(), TextColumn(unit), Rate(), TimeRemainingColumn()
     console = Console()  # rich's own for all is what stdout was at its first use
-    with Progress(*columns, console=console, disable=not sys.stdout.isatty(), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(shown(title), total=total)
         yield lambda count: bar.advance(task, count)
+
+
+class _Lines:
+    """Progress as lines, each with the rate since the line before."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._done, self._told, self._told_at = 0, 0, time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        seconds = time.monotonic() - self._told_at
+        if seconds < _TELL_EVERY_S:
+            return
+        rate = (self._done - self._told) / seconds
+        left = f", {(self._total - self._done) / rate / 60:,.0f} minutes left" if rate else ""
+        done = f"{self._done:,} of {self._total:,} {self._unit}"
+        tell(f"{self._title}: {done}, {rate:,.0f}/s{left}", sys.stderr)
+        self._told, self._told_at = self._done, time.monotonic()

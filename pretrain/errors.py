@@ -15,6 +15,10 @@ class ConfigError(UserError):
     """A key or a value of the configuration is wrong."""
 
 
+class NotFoundError(UserError):
+    """A file that the user names is not there; it may be on a disk that is away."""
+
+
 class StorageError(OSError):
     """Reading or writing failed for now: the same command may succeed later."""
 

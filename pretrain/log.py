@@ -227,8 +227,8 @@ def duration(seconds: float) -> str:
 def _worth_a_look(name: str, value: float) -> bool:
     """The console shows what one watches; the rest, and counts of nothing, are in the files."""
     counts, quiet = (
-        ("train/bad_samples", "train/skipped_steps"),
-        ("train/tflop_per_s", "train/memory_gb", "train/epoch"),
+        ("train/bad_samples", "train/skipped_steps", "train/loss_spikes"),
+        ("train/tflop_per_s", "train/memory_gb", "train/epoch", "train/own_s", "train/own_s_max", "train/slow_rank"),
     )
     return name not in quiet and not (name in counts and value == 0)
 

@@ -16,6 +16,20 @@ from pathlib import Path
 
 import google_crc32c
 
+# Of a disk over the network that is away, or hiccups: the same call may succeed in a while.
+PASSING_ERRORS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EREMOTEIO,
+    errno.ENOTCONN,
+    errno.ECONNRESET,
+    errno.ESHUTDOWN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
+
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
@@ -69,11 +83,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+_READ_BYTES = 1 << 20  # the interpreter is held while a piece is summed: short, as the training runs beside it
+
+
 def crc32c(path: Path) -> str:
     """Returns the CRC-32C of a file as 8 hex digits."""
     checksum = google_crc32c.Checksum()
     with path.open("rb") as file:
-        while block := file.read(4 << 20):
+        while block := file.read(_READ_BYTES):
             checksum.update(block)
     return checksum.hexdigest().decode()
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -42,19 +43,25 @@ def why_not() -> str | None:
 
 
 class Gate:
-    """Where a process waits before and after what strace is to look at: three counts in memory that both sides map.
+    """Where a thread waits before and after what strace is to look at: four numbers in memory that both sides map.
 
     Nothing of WRITING or LOOKING is called between `enter` and `leave` but by what is between them.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            path.write_bytes(bytes(12))
+            path.write_bytes(bytes(16))
         with path.open("r+b") as file:
-            self._counts = memoryview(mmap.mmap(file.fileno(), 12)).cast("I")  # entered, left, waits ended
+            self._counts = memoryview(mmap.mmap(file.fileno(), 16)).cast("I")  # entered, left, waits ended, thread
+
+    @property
+    def thread(self) -> int:
+        """The number of the thread that waits or waited last, as strace knows it."""
+        return self._counts[3]
 
     def enter(self) -> None:
         """In the process: waits until the other side lets it in."""
+        self._counts[3] = threading.get_native_id()
         self._counts[0] += 1
         self._wait()
 
@@ -82,11 +89,11 @@ class Gate:
 
 
 @contextmanager
-def traced(pid: int, calls: str, log: Path, point: Point | None = None) -> Iterator[None]:
-    """strace looks at a process, all its threads included, while the block runs."""
+def traced(thread: int, calls: str, log: Path, point: Point | None = None) -> Iterator[None]:
+    """strace looks at one thread while the block runs."""
     inject = [] if point is None else ["-e", f"inject={point.call}:{point.effect}:when={point.n}"]
     names = calls.replace(" ", ",") if point is None else point.call
-    command = ["strace", "-f", "-p", str(pid), "-o", str(log), "-e", f"trace={names}", *inject]
+    command = ["strace", "-p", str(thread), "-o", str(log), "-e", f"trace={names}", *inject]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         assert strace.stderr is not None
         line = strace.stderr.readline()
@@ -101,10 +108,9 @@ def traced(pid: int, calls: str, log: Path, point: Point | None = None) -> Itera
             strace.kill()
 
 
-def counted(log: Path, pid: int) -> Counter[str]:
-    """How often one thread made each call, as `traced` wrote it down."""
-    found = re.findall(rf"^{pid} +(\w+)\(", log.read_text(errors="replace"), flags=re.MULTILINE)
-    return Counter(found)
+def counted(log: Path) -> Counter[str]:
+    """How often each call was made, as `traced` wrote it down."""
+    return Counter(re.findall(r"^(\w+)\(", log.read_text(errors="replace"), flags=re.MULTILINE))
 
 
 def points(counts: Counter[str], effects: list[str]) -> list[Point]:

@@ -47,7 +47,21 @@ def test_a_cell_is_one_json_line(tmp_path: Path) -> None:
     assert values["ms_per_step"]["p10"] <= values["ms_per_step"]["median"] <= values["ms_per_step"]["p90"]
 
 
-@pytest.mark.parametrize("what", ["train", "model"])
+@pytest.mark.slow
+def test_saves_are_one_json_line(tmp_path: Path) -> None:
+    """What training waits for, at once and behind it; nothing is left in the folder."""
+    options = ["--image-size", "32", "--batch", "4", "--steps", "2", "--precision", "fp32", "--folder", str(tmp_path)]
+    result = benchmark("save", "--model", "Ti/16", *options)
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["checkpoint_gb"] == pytest.approx(12 * values["parameters"] / 1e9, abs=2e-3)
+    assert all(values[name]["median"] > 0 for name in ("blocked_ms_at_once", "blocked_ms_behind", "ms_per_step"))
+    assert values["until_published_ms"]["median"] > values["blocked_ms_behind"]["median"]
+    assert list(tmp_path.iterdir()) == []
+    assert "is no folder" in benchmark("save", "--folder", str(tmp_path / "none")).stderr
+
+
+@pytest.mark.parametrize("what", ["train", "model", "save"])
 def test_a_wrong_model_is_told_before_anything_runs(what: str) -> None:
     """Exit code 2, one line."""
     result = benchmark(what, "--model", "B/16", "X/16")

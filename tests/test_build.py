@@ -391,7 +391,7 @@ def test_the_command_lines_mistakes_end_in_one_line(tmp_path: Path) -> None:
     mistakes = {
         f"{tmp_path / 'nothing.tar'} {tmp_path / 'out'}": "nothing.tar: not found",
         f"{tar}": "give at least one SOURCE and then the folder OUT",
-        f"{tar} {tmp_path / 'classes.json'} {tmp_path / 'out'}": "give one folder, one .npz, or any number of .tar",
+        f"{tar} {tmp_path / 'classes.json'} {tmp_path / 'out'}": "give one folder (of class folders",
         f"{tar} {tmp_path / 'out'} --classes {tmp_path / 'classes.json'}": "expected a JSON list of names",
         f"{tar} {tmp_path / 'out'} --classes {tmp_path / 'two.json'}": "label: b'2' is not an integer in 0..1",
         f"{tmp_path / 'classes.json'} {tmp_path / 'out'}": "give one folder",

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks, start_ranks
+from safetensors.torch import save_file
 
 from pretrain import log
-from pretrain.checkpoint import find, write
+from pretrain.checkpoint import behind, find, write
+from pretrain.checkpoint.behind import HostCopies
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, validate
 from pretrain.checkpoint.layout import DamagedError, Slice, manifest_text, step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader, check_names, read_state
 from pretrain.checkpoint.retention import apply_retention
-from pretrain.checkpoint.write import save_checkpoint
+from pretrain.checkpoint.write import Save, save_checkpoint
 from pretrain.cluster import ranks
 from pretrain.errors import StorageError, UserError
 
@@ -31,13 +34,17 @@ def slices_of(step: int, rank: int, world_size: int, elements: int) -> list[Slic
     return [Slice("weight", (elements,), piece.start, values[piece.start : piece.stop])]
 
 
-def save(folder: Path, step: int, elements: int = 1000) -> bool:
+def save(folder: Path, step: int, elements: int = 1000, copies: HostCopies | None = None) -> bool:
+    """Saves; behind the caller when there are `copies`, who changes the tensors while it is under way."""
     rank, world = ranks.rank(), ranks.world_size()
     weights = slices_of(step, rank, world, elements)
     moments = [Slice(f"exp_avg/{s.name}", s.shape, s.offset, s.values) for s in weights]
-    return save_checkpoint(
-        folder, step, weights, moments, {"cpu": torch.get_rng_state()}, {"step": step, "metrics": {}}
-    )
+    contents = weights, moments, {"cpu": torch.get_rng_state()}, {"step": step, "metrics": {}}
+    if copies is None:
+        return save_checkpoint(folder, step, *contents)
+    under_way = Save(folder, step, *contents, copies=copies)
+    weights[0].values.fill_(-1)
+    return under_way.finish()
 
 
 def expect_whole(path: Path, elements: int = 1000) -> None:
@@ -60,10 +67,11 @@ def save_on_ranks(folder: Path, step: int) -> bool:
 
 
 def save_for_ever(folder: Path, elements: int, first: int) -> None:
-    """Saves without pause and tells, after each save, that it was published."""
+    """Saves without pause, behind itself, and tells, after each save, that it was published."""
     ranks.start(60)
+    copies = HostCopies()
     for step in range(first, 1_000_000):
-        assert save(folder, step, elements)
+        assert save(folder, step, elements, copies)
         apply_retention(folder, keep_last=2, keep_every_steps=0, keep_best=False)
         if ranks.is_main():
             (folder / "now.txt").write_text(str(step))
@@ -243,27 +251,109 @@ def test_other_shapes_and_names_are_refused(tmp_path: Path) -> None:
         check_names(reader, ["weight", "bias"])
 
 
-def fill_the_disk(folder: Path) -> list[bool]:
+def fill_the_disk(folder: Path, later: bool) -> list[bool]:
     """Rank 1 may write files of 1 kB at most, as if its disk were full."""
     import signal
 
     ranks.start(60)
-    outcomes = [save(folder, 1)]
+    copies = HostCopies() if later else None
+    outcomes = [save(folder, 1, copies=copies)]
     if ranks.rank() == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    outcomes.append(save(folder, 2))
+    outcomes.append(save(folder, 2, copies=copies))
     if ranks.rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return [*outcomes, save(folder, 3)]
+    return [*outcomes, save(folder, 3, copies=copies)]
 
 
-def test_full_disk_on_one_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_full_disk_on_one_rank(later: bool, tmp_path: Path) -> None:
     """A rank that cannot write: nobody publishes, the earlier checkpoint stays, the next save works."""
-    assert run_ranks(fill_the_disk, 2, tmp_path) == [[True, False, True]] * 2
+    assert run_ranks(fill_the_disk, 2, tmp_path, later) == [[True, False, True]] * 2
     assert [path.name for path in step_folders(tmp_path)] == ["step-0000000003", "step-0000000001"]
     assert not list(tmp_path.glob(".tmp-*"))
     expect_whole(newest_valid(tmp_path) or tmp_path)
+
+
+MANY_TYPES = {
+    "b": torch.arange(3.0),
+    "a": torch.ones(5, dtype=torch.bfloat16),
+    "c": torch.arange(7, dtype=torch.uint8),
+    'é "\n': torch.arange(3),
+    "d": torch.ones(2, 3, dtype=torch.float64),
+    "h": torch.ones(1, dtype=torch.float16),
+    "scalar": torch.tensor(2.0),
+    "B": torch.arange(6.0)[::2],
+}
+
+
+@pytest.mark.parametrize("names", ["", "b", "b a", "bacdh", [*MANY_TYPES]])
+def test_files_are_those_of_safetensors(names: Any, tmp_path: Path) -> None:
+    """Byte for byte, whatever types, names and shapes, also when the copy is taken again and larger than a piece."""
+    tensors = {name: MANY_TYPES[name].contiguous() for name in MANY_TYPES if name in names}
+    tensors |= {"large": torch.arange(3_000_001.0)} if len(names) > 1 else {}
+    copy = behind.FileCopy({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    assert copy.fits(tensors) and not copy.fits({"other": torch.ones(1)})
+    copy.take({name: MANY_TYPES.get(name, tensor) for name, tensor in tensors.items()})
+    copy.write(tmp_path / "ours")
+    save_file(tensors, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, moments, random states and state change while the writer waits; the memory of copies is taken once."""
+    go, real = threading.Event(), write._sealed
+    monkeypatch.setattr(write, "_sealed", lambda path: go.wait(60) and real(path))
+    copies, memory = HostCopies(), []
+    for step in (1, 2):
+        go.clear()
+        (weights,) = slices_of(step, 0, 1, 1000)
+        moments = [Slice("exp_avg/weight", (1000,), 0, weights.values.clone())]
+        generators, state = (
+            {"cpu": torch.full((16,), step, dtype=torch.uint8)},
+            {"step": step, "metrics": {"top1": 0.5}},
+        )
+        under_way = Save(tmp_path, step, [weights], moments, generators, state, copies=copies)
+        assert not under_way.done
+        for tensor in (weights.values, moments[0].values, generators["cpu"]):
+            tensor.fill_(77)
+        state["step"] = 77
+        state["metrics"].clear()
+        go.set()
+        assert under_way.finish() and under_way.done
+        path = tmp_path / f"step-{step:010d}"
+        expect_whole(path)
+        validate(path)
+        assert read_state(path)["metrics"] == {"top1": 0.5}
+        assert CheckpointReader(path).generators(0)["cpu"].tolist() == [step] * 16
+        memory.append([copy._bytes.data_ptr() for copy in copies._kept.values()])
+    assert memory[0] == memory[1]
+
+
+def test_no_memory_for_the_copy_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the bytes and the way out; the training goes on."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't allocate memory\n at somewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(behind.torch, "empty", full)
+        assert not save(tmp_path, 1, copies=HostCopies())
+    told = capsys.readouterr().err
+    assert "NOT SAVED at step 1: rank 0" in told and "checkpoint.behind=false" in told and told.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_fault_of_ours_in_the_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is neither lost nor called a full disk."""
+    monkeypatch.setattr(write, "_sealed", lambda path: {}["no such key"])
+    with pytest.raises(KeyError, match="no such key"):
+        save(tmp_path, 1, copies=HostCopies())
+    monkeypatch.undo()
+    assert save(tmp_path, 1)
 
 
 def test_retention(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_what_a_resumed_run_may_change() -> None:
     hints = {key: hint for key, hint in _leaf_types().items() if key in MAY_CHANGE}
     for key, hint in hints.items():
         value = 3 if key == "engine.zero_stage" else 0.5 if hint is float else other_values.get(hint, "elsewhere")
-        value = {"evaluation.fewshot_shots": [3], "data.order": "lanes"}.get(key, value)
+        value = {"evaluation.fewshot_shots": [3], "data.order": "lanes", "checkpoint.behind": False}.get(key, value)
         changed = config_from_dict(merged(base, nested(key, value)), "trial")
         assert changed != config, key
         assert resume_differences(saved, changed) == [], key

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from tiny import make_shards, tiny_config
 
+from pretrain.checkpoint.behind import HostCopies
 from pretrain.checkpoint.find import newest_valid
 from pretrain.cluster.local import launcher
 from pretrain.config import config_to_dict
@@ -51,3 +53,15 @@ def test_benchmark_reports_mfu() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     result = subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=300)
     assert '"images_per_s"' in result.stdout
+
+
+def test_copies_are_pinned_and_whole(tmp_path: Path) -> None:
+    """Taken on the device's stream, waited for, written: the bytes of safetensors; later steps do not touch them."""
+    tensors = {"b": torch.arange(3_000_001.0, device="cuda"), "a": torch.ones(5, dtype=torch.bfloat16, device="cuda")}
+    save_file(tensors, tmp_path / "theirs")
+    copy = HostCopies().take({"ours": tensors})["ours"]
+    for tensor in tensors.values():
+        tensor.zero_()
+    copy.write(tmp_path / "ours")
+    assert copy._bytes.is_pinned()
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

@@ -200,7 +200,8 @@ def test_a_lost_rank_ends_the_others_in_one_line(shards: Path, tmp_path: Path) -
     _, told = ranks[0].communicate(timeout=60)
     ranks[1].communicate()
     assert ranks[0].returncode == 76 and "Traceback" not in told, told
-    assert "error: rank 0 of 2 lost another process of the run" in told
+    named = f"error: rank 0 of 2 lost another process of the run: rank 1 on {socket.gethostname()} (process "
+    assert f"{named}{ranks[1].pid}) is gone, in section" in told
     assert json.loads((tmp_path / "tiny" / "STOP.json").read_text())["retry"] is True
 
 

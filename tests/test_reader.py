@@ -1,5 +1,6 @@
 """Reading raw samples: what plain tar reading gives, and damage costs only the sample that it hits."""
 
+import errno
 import gzip
 import io
 import os
@@ -7,7 +8,7 @@ import pickle
 import tarfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -265,16 +266,36 @@ def test_a_vanished_shard_is_a_storage_error(own_shards: Path) -> None:
     assert isinstance(read_sample(manifest, 50), RawSample)
 
 
-def test_a_read_error_is_a_storage_error(own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO and its like pass through as StorageError with the place, not as a bad sample."""
+@pytest.mark.parametrize(
+    ("number", "failures", "tries"),
+    [(errno.EIO, 4, 5), (errno.ESTALE, 1, 2), (errno.ETIMEDOUT, 99, 5), (errno.EIO, 99, 5), (errno.EACCES, 99, 1)],
+)
+@pytest.mark.parametrize("call", ["pread", "open"])
+def test_a_read_that_fails_is_tried_again(
+    call: str, number: int, failures: int, tries: int, own_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the back-off lasts, the file reopened each time; then StorageError with the place, no bad sample."""
+    manifest, waited, tried = load_manifest(own_shards), list[float](), list[int]()
+    whole, real = read_sample(manifest, 0), getattr(os, call)
+    reader._open_shard.cache_clear()
 
-    def broken(*_: int) -> bytes:
-        raise OSError(5, "Input/output error")
+    def broken(*arguments: Any, **named: Any) -> Any:
+        tried.append(1)
+        if len(tried) <= failures:
+            raise OSError(number, os.strerror(number))
+        return real(*arguments, **named)
 
-    manifest = load_manifest(own_shards)
-    monkeypatch.setattr(reader.os, "pread", broken)
-    with pytest.raises(StorageError, match=r"bytes 0 to \d+ cannot be read \(Input/output error\)"):
-        read_sample(manifest, 0)
+    monkeypatch.setattr(reader.time, "sleep", waited.append)
+    monkeypatch.setattr(reader.os, call, broken)
+    if failures < tries:
+        assert read_sample(manifest, 0) == whole
+    else:
+        what = r"bytes 0 to \d+ cannot be read" if call == "pread" else "cannot be opened"
+        with pytest.raises(StorageError, match=rf"{what} \({os.strerror(number)}"):
+            read_sample(manifest, 0)
+    monkeypatch.undo()
+    assert waited == list(reader.RETRY_AFTER_S[: tries - 1])
+    assert len(tried) >= tries if call == "open" else len(tried) == tries
 
 
 def test_a_missing_index_is_the_users_error(own_shards: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that is killed, stopped or moved to other ranks is the same run. Real kills of real training processes."""
 
+import errno
 import json
 import os
 import random
@@ -18,11 +19,13 @@ from tiny import changed, make_shards, tiny_config
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader, read_state
+from pretrain.cluster.ranks import rank as own_rank
 from pretrain.config import Config
+from pretrain.data import reader
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.errors import ConfigError, NonFiniteError, UserError
+from pretrain.errors import ConfigError, NonFiniteError, StorageError, UserError
 from pretrain.train.folder import refuse_changes
 from pretrain.train.run import train
 
@@ -229,6 +232,51 @@ def test_a_damaged_newest_checkpoint_costs_an_interval_not_the_run(
     expect_same_run(config, undisturbed)
 
 
+def _with_a_broken_disk(config: Config) -> str:
+    """Trains; one shard cannot be read any more from some step on."""
+    real, calls = os.pread, [0]
+
+    def pread(*arguments: int) -> bytes:
+        calls[0] += 1
+        if calls[0] > 60 and own_rank() == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments)
+
+    reader.RETRY_AFTER_S = (0.0, 0.0)
+    os.pread = pread
+    try:
+        train(config)
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
+def test_a_failing_disk_costs_no_step(undisturbed: Config, shards: Path, tmp_path: Path) -> None:
+    """Shards that cannot be read any more on one rank: saved at the last whole step, 75 on all, the same end."""
+    config = changed(long_run(shards, tmp_path / "broken", "fp32", 1), data__workers=0, checkpoint__every_steps=1000)
+    told = run_ranks(_with_a_broken_disk, 2, config)
+    assert told[0] == told[1] and "cannot be read (Input/output error, 3 times in 0 s)" in told[0]
+    folder = config.output / config.name
+    step = steps_logged(config)
+    assert 5 <= step < 40 and [step_of(path) for path in step_folders(folder / "checkpoints")] == [step]
+    assert json.loads((folder / "STOP.json").read_text())["exit_code"] == 75
+    shutil.move(shards, away := shards.with_name("away"))
+    try:
+        assert run_ranks(_storage_error, 1, config)[0].count("an earlier start of this run found its data") == 1
+    finally:
+        shutil.move(away, shards)
+    run_ranks(finish, 2, config)
+    expect_same_run(config, undisturbed)
+
+
+def _storage_error(config: Config) -> str:
+    try:
+        train(config)
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
 # --- what a resumed run may change -----------------------------------------------------------------------------------
 
 
@@ -328,9 +376,17 @@ def test_two_processes_cannot_train_in_one_folder(shards: Path, tmp_path: Path) 
 
 
 def explode(config: Config) -> tuple[str, int]:
-    """A run whose loss is NaN from the 7th step on."""
+    """A run whose loss is NaN from the 7th step on, on a slow disk."""
+    import pretrain.checkpoint.write
     import pretrain.engine.step
 
+    write = pretrain.checkpoint.write._written
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(1)
+        return write(*arguments)
+
+    pretrain.checkpoint.write._written = slowly
     real, calls = pretrain.engine.step.per_image_loss, [0]
 
     def poisoned(*arguments: Any) -> torch.Tensor:
@@ -347,7 +403,8 @@ def explode(config: Config) -> tuple[str, int]:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_three_steps_in_a_row_that_are_not_finite_end_the_run(stage: int, shards: Path, tmp_path: Path) -> None:
-    """It stops with the step and exit code 77; the checkpoint of step 5 and the skipped samples are there."""
+    """It stops with the step and exit code 77; the checkpoint of step 5, though it was under way, and the skipped
+    samples are there."""
     config = tiny_config(shards, tmp_path, engine__zero_stage=stage)
     for message, code in run_ranks(explode, 2, config):
         assert message.startswith("step 9: loss or gradients not finite in 3 steps in a row") and code == 77
@@ -382,11 +439,11 @@ def vanishing_shard(config: Config) -> tuple[str, int]:
 
 
 def test_a_storage_error_of_one_rank_ends_all_with_its_message(shards: Path, tmp_path: Path) -> None:
-    """No rank is left in a collective, no exit code is left to chance, and nothing of that step is saved."""
+    """No rank is left in a collective, no exit code is left to chance; the step before that one is saved."""
     config = tiny_config(shards, tmp_path)
     assert run_ranks(vanishing_shard, 2, config) == [("the shard is gone", 75)] * 2
     path = newest_valid(tmp_path / "tiny" / "checkpoints")
-    assert path and path.name == "step-0000000005"
+    assert path and path.name == "step-0000000006"
 
 
 def unusable(config: Config, usable: int) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 python tools/benchmark.py train --model B/16 L/16     the training step: images/s, FLOP/s, MFU, memory
 python tools/benchmark.py model --out models.jsonl    a table: parameters, FLOPs, activations, latencies
+python tools/benchmark.py save --model B/16           how long training waits for a checkpoint, at once and behind it
 python tools/benchmark.py order --samples 300000000   reading and mixing by the order of samples, without images
 """
 
@@ -22,13 +23,16 @@ from pretrain.errors import UserError
 
 def main() -> None:
     parser = cli.parser(
-        "Measures speed and size with the code that trains. `train --help` and so on tell the rest.",
+        "Measures speed and size with the code that trains. COMMAND --help tells the rest.",
         "python tools/benchmark.py train --model B/16 L/16 --compile on off",
     )
-    commands = parser.add_subparsers(dest="what", required=True, metavar="train|model|order", help="what to measure")
+    commands = parser.add_subparsers(
+        dest="what", required=True, metavar="train|model|order|save", help="what to measure"
+    )
     _add_train(commands)
     _add_model(commands)
     _add_order(commands)
+    _add_save(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
@@ -91,11 +95,15 @@ def _run_train(arguments: argparse.Namespace) -> None:
             rows, failure = cell_rows("train", {"model": model, "compiled": compiled == "on", "options": options})
             if failure:
                 raise UserError(f"{model}, compile {compiled}: {failure}")
-            line = json.dumps(rows[-1])
-            print(line, flush=True)
-            if arguments.out:
-                with arguments.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            _print_row(rows[-1], arguments.out)
+
+
+def _print_row(row: dict[str, Any], out: Path | None) -> None:
+    line = json.dumps(row)
+    print(line, flush=True)
+    if out:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def _add_model(commands: Any) -> None:
@@ -149,6 +157,40 @@ def _run_model(arguments: argparse.Namespace) -> None:
     print_table(rows)
     if failures:
         raise UserError(f"{failures} of {len(cells)} rows are not complete; their last column says why")
+
+
+def _add_save(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "save",
+        "Times how long training waits for a checkpoint. --steps saves written while it waits (checkpoint.behind off)\n"
+        "alternate with as many behind its steps, from a copy in host memory; one JSON line per model: medians and\n"
+        "deciles of both, the first save, which takes the memory, and the steps beside a save and without one.",
+        "python tools/benchmark.py save --model B/16 --image-size 32 --folder /data",
+    )
+    parser.add_argument("--model", nargs="+", default=["B/16"], metavar="NAME", help="SIZE/PATCH, or timm:NAME")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels (default 224)")
+    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (default: where TMPDIR is)")
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+    parser.set_defaults(run=_run_save)
+
+
+def _run_save(arguments: argparse.Namespace) -> None:
+    folder = arguments.folder
+    if folder and not folder.is_dir():
+        raise UserError(f"--folder {folder}: is no folder; give one on the disk that is to be measured")
+    options = {
+        **_options(arguments),
+        "image_size": arguments.image_size,
+        "folder": str(folder.resolve()) if folder else None,
+    }
+    for model in arguments.model:  # a wrong name is told before the first cell runs
+        cell_config(model, arguments.image_size, 8, arguments.precision)
+    for model in arguments.model:
+        rows, failure = cell_rows("save", {"model": model, "options": options})
+        if failure:
+            raise UserError(f"{model}: {failure}")
+        _print_row(rows[-1], arguments.out)
 
 
 def _add_order(commands: Any) -> None:

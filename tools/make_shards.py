@@ -1,11 +1,13 @@
 """Makes WebDataset shards with their index and manifest, or checks existing ones.
 
-python tools/make_shards.py SOURCE... OUT [--classes FILE]
+python tools/make_shards.py SOURCE... OUT [--classes FILE]      (can be repeated: complete shards are kept)
 python tools/make_shards.py --index URL... OUT [--classes FILE]
 python tools/make_shards.py --task NAME SOURCE... OUT       (can be repeated: finished splits are kept)
 """
 
+import re
 import sys
+from argparse import ArgumentParser
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +25,9 @@ MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... a
 
 def main() -> None:
     parser = cli.parser(
-        "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg), a CIFAR-style\n"
-        ".npz, or existing WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.\n"
+        "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg or CLASS.tar),\n"
+        "a list of paths and labels (.csv, .jsonl), a CIFAR-style .npz, or existing WebDataset tars (.tar, .tar.gz),\n"
+        "which are indexed as they are. --verify checks them.\n"
         "With --index, tars stay on their server (https://, s3://, gs://, with patterns as train-{000..127}.tar), and\n"
         "OUT gets their indexes and the manifest (docs/data.md).\n"
         "With --task, makes the splits of an evaluation set from a TFDS folder, the authors' downloads, or packs that\n"
@@ -42,34 +45,71 @@ def main() -> None:
         action="store_true",
         help="turn photos as their EXIF says (default: as Google's code, not)",
     )
+    _add_building(parser)
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
-
-    from pretrain.shards.class_list import read_class_list
-    from pretrain.shards.make import Options, index_shards, make_shards
-
     if arguments.verify:
         return _verify([Path(path) for path in arguments.paths])
     if len(arguments.paths) < 2:
         raise UserError("give at least one SOURCE and then the folder OUT to write")
     sources, out = [Path(path) for path in arguments.paths[:-1]], Path(arguments.paths[-1])
-    if arguments.samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard is {arguments.samples_per_shard}, expected at least 1")
+    for option in ("--samples-per-shard", "--workers", "--shorter-side"):
+        value = getattr(arguments, option[2:].replace("-", "_"))
+        if value is not None and value < 1:
+            raise UserError(f"{option} is {value}, expected at least 1")
     if arguments.task:
-        for option, value in (("--classes", arguments.classes), ("--seed", arguments.seed)):
-            if value is not None:
-                raise UserError(
-                    f"{option} has no effect with --task, which has its own classes and order; leave it out"
-                )
+        for option in ("--classes", "--seed", "--workers", "--part", "--shorter-side", "--quality"):
+            if getattr(arguments, option[2:].replace("-", "_")) is not None:
+                raise UserError(f"{option} has no effect with --task; leave it out")
         return _prepare(arguments.task, sources, out, arguments.samples_per_shard)
+    part = _part(arguments.part, arguments.index) if arguments.part is not None else None
+    quality = _quality(arguments.quality, arguments.shorter_side)
+
+    from pretrain.shards.class_list import read_class_list
+    from pretrain.shards.make import Options, index_shards, make_part, make_shards
+    from pretrain.shards.resizing import Resizing
+
     classes = read_class_list(arguments.classes) if arguments.classes else None
-    options = Options(arguments.samples_per_shard, arguments.seed or 0, arguments.apply_orientation)
+    resizing = Resizing(arguments.shorter_side, quality) if arguments.shorter_side else None
+    turned, workers = arguments.apply_orientation, arguments.workers
+    options = Options(arguments.samples_per_shard, arguments.seed or 0, turned, resizing, workers)
+    if part:
+        done, number = make_part(sources, classes, out, part, options)
+        return cli.tell(f"{out}: {done:,} of {number:,} shards are complete; the command without --part finishes it")
     make = partial(index_shards, arguments.paths[:-1]) if arguments.index else partial(make_shards, sources)
-    path, told = make(classes, out, options)
-    _tell(path, told, out)
+    _tell(out, *make(classes, out, options))
 
 
-def _tell(path: Path, told: "Told", out: Path) -> None:
+def _add_building(parser: ArgumentParser) -> None:
+    parser.add_argument("--shorter-side", type=int, metavar="S", help="make larger images this small: JPEG, S pixels")
+    parser.add_argument("--quality", type=int, metavar="Q", help="of these JPEGs, 1 to 100 (default 95)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="write every N-th shard, from the I-th on, I from 0: an element of a SLURM array; then the command "
+        "without it writes what is missing and the manifest",
+    )
+
+
+def _part(text: str, is_index: bool) -> tuple[int, int]:
+    if is_index:
+        raise UserError("--part has no effect with --index, which writes no shards; leave it out")
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UserError(f"--part is {text!r}, expected I/N, I from 0 to N - 1: 0/4, 1/4, 2/4, 3/4")
+    return int(found[1]), int(found[2])
+
+
+def _quality(quality: int | None, shorter_side: int | None) -> int:
+    if quality is not None and shorter_side is None:
+        raise UserError("--quality is of images that --shorter-side makes smaller; give both, or leave it out")
+    if quality is not None and not 1 <= quality <= 100:
+        raise UserError(f"--quality is {quality}, expected 1 to 100")
+    return quality or 95
+
+
+def _tell(out: Path, path: Path, told: "Told") -> None:
     from pretrain.data.manifest import load_manifest
     from pretrain.shards.build import read_dropped
     from pretrain.shards.counts import read_counts, table_of

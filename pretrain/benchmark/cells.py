@@ -45,7 +45,7 @@ def cell_config(
 def cell_rows(what: str, cell: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
     """Measures a cell in a process of its own; returns the rows that it printed and, when it failed, why.
 
-    what: "train" or "model".
+    what: "train", "model" or "save".
     """
     # A fresh process per cell: what one leaves behind (compiler caches, allocator) must not reach the next.
     command = [sys.executable, "-P", "-m", "pretrain.benchmark", what, json.dumps(cell)]

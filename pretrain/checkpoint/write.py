@@ -2,14 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
+from pretrain.checkpoint.behind import FileCopy, HostCopies, Job, wait_for_copies
 from pretrain.checkpoint.layout import FORMAT, KINDS, VERSION, Slice, file_name, manifest_text, set_aside, step_folders
 from pretrain.cluster import agreement, ranks
 from pretrain.log import warn
@@ -30,30 +29,93 @@ def save_checkpoint(
     Returns whether it was published. On failure (a full disk) the temporary folder is removed, rank 0 warns, and no
     earlier checkpoint is touched.
     """
-    rank, world = ranks.rank(), ranks.world_size()
-    temporary = folder / f".tmp-step-{step:010d}"
-    published = folder / f"step-{step:010d}"
-    problem = attempt(_make_temporary, temporary) if ranks.is_main() else None
-    agreement.barrier()
-    slices = {kind: part for kind, part in zip(KINDS, (weights, optimizer, average)) if part or kind != "average"}
-    parts = {file_name(kind, rank, world): {s.name: s.values for s in part} for kind, part in slices.items()}
-    parts[f"generators-{rank:05d}.safetensors"] = dict(generators)
-    entries: list[dict[str, Any]] = []
-    problem = problem or attempt(lambda: entries.extend(_write_tensors(temporary / n, t) for n, t in parts.items()))
-    index = [(s.name, s.shape, s.offset, s.values.numel(), kind) for kind, part in slices.items() for s in part]
-    gathered = agreement.gather((problem, entries, index))
-    problems = [f"rank {r}: {p}" for r, (p, _, _) in enumerate(gathered) if p]
-    if ranks.is_main():
-        files = [entry for _, of_rank, _ in gathered for entry in of_rank]
-        header = {"format": FORMAT, "version": VERSION, "step": step, "world_size": world}
-        tensors = _tensor_index([rows for _, _, rows in gathered], world)
-        problems = problems or _listed(attempt(_publish, temporary, published, header, files, tensors, state))
+    return Save(folder, step, weights, optimizer, generators, state, average).finish()
+
+
+class Save:
+    """One save, as `save_checkpoint` makes it, in two parts: every rank writes; when all have, rank 0 publishes.
+
+    Made and used by all ranks, `done` excepted. With `copies` nothing but copying holds up the caller, who may go on
+    and change the tensors: each part is done behind it, and waits, `done` on this rank, for `advance`. At most one save
+    of a folder may be under way. `when_published` is called on rank 0, after the rename, in the second part.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        weights: list[Slice],
+        optimizer: list[Slice],
+        generators: Mapping[str, torch.Tensor],
+        state: dict[str, Any],
+        average: Sequence[Slice] = (),
+        *,
+        copies: HostCopies | None = None,
+        when_published: Callable[[], None] = lambda: None,
+    ) -> None:
+        rank, self._world = ranks.rank(), ranks.world_size()
+        self._folder, self._step, self._when_published = folder, step, when_published
+        self._temporary = folder / f".tmp-step-{step:010d}"
+        self._behind = copies is not None
+        # Text, as of now: the training goes on changing what it is made of.
+        self._state = _json_text(state) if ranks.is_main() else ""
+        slices = {kind: part for kind, part in zip(KINDS, (weights, optimizer, average)) if part or kind != "average"}
+        files = {file_name(kind, rank, self._world): {s.name: s.values for s in part} for kind, part in slices.items()}
+        files[f"generators-{rank:05d}.safetensors"] = dict(generators)
+        self._index = [(s.name, s.shape, s.offset, s.values.numel(), k) for k, part in slices.items() for s in part]
+        # On all ranks before any of them writes: what is in the way is removed, the folder is there.
+        problem = agreement.from_main(lambda: attempt(_make_temporary, self._temporary))
+        contents: Iterable[tuple[str, FileCopy]] = _one_by_one(files)
+        if problem:
+            contents, problem = (), problem if ranks.is_main() else None  # told once
+        elif copies is not None:
+            taken: dict[str, FileCopy] = {}
+            problem = attempt(lambda: taken.update(copies.take(files)))
+            contents = taken.items()
+        self._writing = Job(lambda: _written(self._temporary, contents, problem), behind=self._behind)
+        self._publishing: Job | None = None
+        self.published: bool | None = None  # None: under way
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank's share of the part under way is done: `advance` is due when it is so on all ranks."""
+        return (self._publishing or self._writing).done
+
+    def advance(self) -> None:
+        """Ends the part under way, waiting for it, and begins the next one; after the second, `published` is set."""
+        if self._publishing is None:
+            problem, entries = self._writing.result()
+            gathered = agreement.gather((problem, entries, self._index))
+            main = ranks.is_main()
+            self._publishing = Job(lambda: main and self._publish(gathered), behind=main and self._behind)
+        else:
+            self.published = agreement.from_main(self._publishing.result)
+
+    def finish(self) -> bool:
+        """Waits for all that is left to do; returns whether it was published."""
+        while self.published is None:
+            self.advance()
+        return self.published
+
+    def _publish(self, gathered: list[tuple]) -> bool:
+        """Rank 0's second part: what all ranks wrote becomes a checkpoint, or nothing is left of it."""
+        problems = [f"rank {r}: {p}" for r, (p, _, _) in enumerate(gathered) if p]
+        if not problems:
+            files = [entry for _, of_rank, _ in gathered for entry in of_rank]
+            header = {"format": FORMAT, "version": VERSION, "step": self._step, "world_size": self._world}
+            index = _json_text(_tensor_index([rows for _, _, rows in gathered], self._world))
+            texts = {"index.json": index, "state.json": self._state}
+            published = self._folder / f"step-{self._step:010d}"
+            problems = _listed(attempt(_publish, self._temporary, published, header, files, texts))
         if problems:
-            attempt(remove, temporary)
+            attempt(remove, self._temporary)
             warn(
-                f"CHECKPOINT NOT SAVED at step {step}: {'; '.join(problems)}. Newest checkpoint: {_newest_name(folder)}"
+                f"CHECKPOINT NOT SAVED at step {self._step}: {'; '.join(problems)}. "
+                f"Newest checkpoint: {_newest_name(self._folder)}"
             )
-    return agreement.from_main(lambda: not problems)
+        else:
+            self._when_published()
+        return not problems
 
 
 def _make_temporary(temporary: Path) -> None:
@@ -75,15 +137,34 @@ def _clean_up(folder: Path) -> None:
             os.replace(set_aside(published), published)
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors makes files that only their owner reads
-    return _sealed(path)
+def _one_by_one(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[tuple[str, FileCopy]]:
+    """Yields a copy of each file when it is asked for, and keeps none: one of them in memory at a time."""
+    for name, tensors in files.items():
+        copy = FileCopy(tensors)
+        copy.take(tensors)
+        wait_for_copies()
+        yield name, copy
 
 
-def _write_json(path: Path, value: Any) -> dict[str, Any]:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return _sealed(path)
+def _written(
+    temporary: Path, contents: Iterable[tuple[str, FileCopy]], problem: str | None
+) -> tuple[str | None, list[dict[str, Any]]]:
+    """Writes this rank's files unless there is a problem already; returns what went wrong, and the manifest's entries.
+
+    The entries are incomplete when something went wrong.
+    """
+    entries: list[dict[str, Any]] = []
+
+    def write() -> None:
+        for name, copy in contents:
+            copy.write(temporary / name)
+            entries.append(_sealed(temporary / name))
+
+    return problem or attempt(write), entries
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
 def _sealed(path: Path) -> dict[str, Any]:
@@ -93,10 +174,11 @@ def _sealed(path: Path) -> dict[str, Any]:
 
 
 def _publish(
-    temporary: Path, published: Path, header: dict, files: list[dict], tensors: dict[str, Any], state: dict[str, Any]
+    temporary: Path, published: Path, header: dict[str, Any], files: list[dict[str, Any]], texts: dict[str, str]
 ) -> None:
-    files.append(_write_json(temporary / "index.json", tensors))
-    files.append(_write_json(temporary / "state.json", state))
+    for name, text in texts.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+        files.append(_sealed(temporary / name))
     manifest = {**header, "files": sorted(files, key=lambda entry: entry["path"])}
     write_text(temporary / "MANIFEST.json", manifest_text(manifest))
     old = set_aside(published)
@@ -130,7 +212,7 @@ def attempt(action: Callable[..., Any], *arguments: Any) -> str | None:
     """Returns what went wrong, None when nothing did."""
     try:
         action(*arguments)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+    except OSError as error:
         return f"{type(error).__name__}: {error}"
     return None
 

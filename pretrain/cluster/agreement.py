@@ -1,6 +1,7 @@
 """Agreement between ranks: flags, counts, small objects, and errors that all meet together.
 
-Over a CPU group, so that it never waits for the device. Every function works in a world of one rank too.
+Over a CPU group, so that it never waits for the device. Every function works in a world of one rank too. Whoever has
+agreed gets on, and says so to the watchdog.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.cluster.ranks import cpu_group, is_main, world_size
+from pretrain.cluster.watchdog import beat
 from pretrain.errors import StorageError, UserError
 
 
@@ -17,6 +19,7 @@ def barrier() -> None:
     """Waits until every rank has come here."""
     if dist.is_initialized():
         dist.barrier(group=cpu_group())
+    beat()
 
 
 def gather(value: Any) -> list[Any]:
@@ -25,6 +28,7 @@ def gather(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group=cpu_group())
+    beat()
     return values
 
 
@@ -38,6 +42,7 @@ def from_main(make: Callable[[], Any]) -> Any:
             outcome[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0, group=cpu_group())
+    beat()
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -68,6 +73,7 @@ def add_up(numbers: torch.Tensor) -> torch.Tensor:
     total = numbers.detach().to("cpu", torch.float64, copy=True)
     if dist.is_initialized():
         dist.all_reduce(total, group=cpu_group())
+    beat()
     return total
 
 
@@ -76,4 +82,5 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor(int(flag))
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX, group=cpu_group())
+    beat()
     return bool(value)

@@ -3,6 +3,7 @@
 `StopRequest` is made in the first lines of a command, before imports that take seconds: SIGUSR1 would end it there.
 """
 
+import ctypes
 import os
 import signal
 import threading
@@ -23,6 +24,7 @@ _LAUNCHERS = (
     "torch.distributed.run",
 )
 _LOOK_EVERY_S = 1.0
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class StopRequest:
@@ -50,10 +52,15 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def ignore_stop_signals() -> None:
-    """For child processes: a signal to the whole group must not end them before the loop has saved."""
+def live_as_long_as_parent() -> None:
+    """For child processes: a signal to the whole group must not end them before the loop has saved.
+
+    They end when it ends, however that happens; also one that is stopped.
+    """
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Process(NamedTuple):

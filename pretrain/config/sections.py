@@ -172,6 +172,7 @@ class EngineConfig:
     compile: bool = False  # torch.compile each block: faster on GPUs, minutes at the start
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, about 30 % slower
     timeout_s: int = 600  # a collective that takes longer fails the run instead of hanging it
+    watchdog_s: int = 300  # a rank silent for longer than this, and than 5 times its usual, is ended (76); 0: never
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
@@ -182,7 +183,9 @@ class EngineConfig:
             )
         elif self.zero_stage not in (1, 2, 3):
             yield f"engine.zero_stage is {self.zero_stage}, expected 1, 2 or 3"
-        yield from outside(self, "engine", max_micro_batch_size=(1, 1 << 20), timeout_s=(1, 86_400))
+        yield from outside(
+            self, "engine", max_micro_batch_size=(1, 1 << 20), timeout_s=(1, 86_400), watchdog_s=(0, 86_400)
+        )
 
 
 @dataclass
@@ -237,6 +240,7 @@ class CheckpointConfig:
     """When checkpoints are saved, and which are kept."""
 
     every_steps: int = 1000  # save after this many steps, at the end, and when asked to stop
+    behind: bool = True  # write beside the next steps, from a copy in host memory; false: training waits for the disk
     keep_last: int = 2  # newest checkpoints kept; at least 2, so that one may turn out damaged
     keep_every_steps: int = 0  # checkpoints of these steps are kept for ever; 0: none
     keep_best: bool = False  # also keep the one with the best validation top-1, of those saved at an evaluation

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain.cluster import agreement, ranks, signals
+from pretrain.cluster.limits import check_memory, check_open_files
 from pretrain.config import Config, DataConfig
 from pretrain.data import fetcher
 from pretrain.data.images import decode, eval_image, train_image
@@ -219,7 +220,7 @@ def train_batches(
     steps = _TrainSteps(manifest, order, plan, config)
     slots = plan.micro_batch * plan.accumulation
     numbers = range(start_step, config.total_steps)
-    _check_shared_memory(slots, len(numbers), config.model.image_size, config.data)
+    _check_room(slots, len(numbers), config.model.image_size, config.data)
     steps.fetcher = fetcher.start(manifest, order, numbers)
     return _prepared(steps, numbers, config.data)
 
@@ -232,30 +233,39 @@ def eval_batches(
     The last batch, and ranks with fewer samples, are filled up with masked slots: each sample is seen exactly once.
     """
     batches = _EvalBatches(manifest, indices, batch_size, image_size, config)
-    _check_shared_memory(batch_size, len(batches), image_size, config)
+    _check_room(batch_size, len(batches), image_size, config)
     return _prepared(batches, range(len(batches)), config)
 
 
 _SHARED_MEMORY = Path("/dev/shm")
+_FILES_PER_BATCH = 6  # its tensors, each a piece of shared memory
+_FILES_PER_WORKER = 8  # pipes and semaphores, and what its start needs for a moment
+_FILES_BESIDE = 32  # logs, checkpoints, shards that this process reads itself
+_WORKER_BYTES = 64 << 20  # of a loader process: what it does not share with its rank
 _BESIDE_IMAGES = 256 << 10  # bytes of a batch's labels, mask and semaphores, each of which fills whole pages
 
 
-def _check_shared_memory(slots: int, num_batches: int, image_size: int, config: DataConfig) -> None:
+def _check_room(slots: int, num_batches: int, image_size: int, config: DataConfig) -> None:
     """Raises StorageError, on all ranks, when a node's loader processes have no room to hand batches of `slots` over.
 
-    Told before they start: where it is full, torch's answer is a process that waits for ever, or a bus error.
+    UserError when too few files may be open. Told before they start: where it is full, torch's answer is a process
+    that waits for ever, or a bus error.
     """
     batches = min(num_batches, config.workers * config.prefetch) + 1
     needed = ranks.ranks_here() * batches * (slots * 3 * image_size**2 + _BESIDE_IMAGES)
+    why = f"{config.workers} loader processes with {config.prefetch} batches each"
 
     def check() -> None:
-        if not config.workers or not _SHARED_MEMORY.is_dir() or shutil.disk_usage(_SHARED_MEMORY).free >= needed:
+        if not config.workers:
+            return
+        check_open_files(batches * _FILES_PER_BATCH + config.workers * _FILES_PER_WORKER + _FILES_BESIDE, why)
+        check_memory(needed + ranks.ranks_here() * config.workers * _WORKER_BYTES, f"{why}, of all ranks here")
+        if not _SHARED_MEMORY.is_dir() or shutil.disk_usage(_SHARED_MEMORY).free >= needed:
             return
         raise StorageError(
             f"{_SHARED_MEMORY}: the shared memory has {shutil.disk_usage(_SHARED_MEMORY).free / 1e6:.1f} MB free; "
-            f"{config.workers} loader processes with {config.prefetch} batches each, of all ranks here, need "
-            f"{needed / 1e6:.1f} MB. Make "
-            "it larger (docker run --shm-size, mount -o remount,size=), or lower data.workers or data.prefetch; "
+            f"{why}, of all ranks here, need {needed / 1e6:.1f} MB. Make it "
+            "larger (docker run --shm-size, mount -o remount,size=), or lower data.workers or data.prefetch; "
             "data.workers=0 needs none"
         )
 
@@ -299,7 +309,7 @@ def _as_is(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    signals.ignore_stop_signals()  # else SIGTERM to the group ends workers, and the final save is lost
+    signals.live_as_long_as_parent()  # else SIGTERM to the group ends workers, and the final save is lost
 
 
 REASONS = ("tar", "missing", "decode", "label", "damaged")

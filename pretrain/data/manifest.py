@@ -26,10 +26,10 @@ from pretrain.config import MAX_CLASSES
 from pretrain.data.classes import ClassMatch, check_names, match_classes
 from pretrain.data.remote import check_url, file_name, is_url
 from pretrain.data.store import Store
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import NotFoundError, StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, brief, parse_json, read_bytes, read_json
-from pretrain.storage import replacing, write_text
+from pretrain.storage import PASSING_ERRORS, replacing, write_text
 
 FORMAT, VERSION = "pretrain-shards", 1
 INDEX_FORMAT, INDEX_VERSION = "pretrain-index", 2  # version 1 has no checksums of samples, and is still read
@@ -117,8 +117,8 @@ def load_manifest(path: Path) -> Manifest:
 
     Shards are not looked at: 30,000 of them would take seconds on a shared disk. See `check_shards`.
     """
-    path = path / "manifest.json" if path.is_dir() else path
     try:
+        path = path / "manifest.json" if path.is_dir() else path
         file_inside(path.parent, path)
         text = read_bytes(path)
         values = Fields.of(parse_json(text, str(path)), str(path))
@@ -142,12 +142,13 @@ def load_manifest(path: Path) -> Manifest:
             multi_label=kind == "multi",
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{shown(error.filename)}: not found; make shards and manifest with tools/make_shards.py"
-        ) from None
+        missing = shown(error.filename)
+        raise NotFoundError(f"{missing}: not found; make shards and manifest with tools/make_shards.py") from None
     except (OSError, ValueError) as error:  # also a path with a zero byte
         if isinstance(error, (UserError, StorageError)):
             raise
+        if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
+            raise StorageError(f"{path}: cannot be read for now ({error.strerror})") from None
         raise UserError(f"{path}: cannot be read as a manifest ({error})") from None
     totals = tuple(values.integer(key, 0, 1 << 63) for key in ("num_samples", "num_shards", "num_bytes"))
     listed = (sum(s.num_samples for s in shards), len(shards), sum(s.num_bytes for s in shards))
@@ -227,7 +228,7 @@ def check_shards(manifest: Manifest) -> None:
             real, num_bytes = known or file_inside(folder, shard.path, real_folder)
             file_inside(folder, shard.path.with_suffix(".idx"), real_folder)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"{error.filename}: listed in {manifest.path} but not found") from None
+            raise NotFoundError(f"{error.filename}: listed in {manifest.path} but not found") from None
         if num_bytes != shard.num_bytes:
             raise UserError(
                 f"{shard.path}: has {num_bytes} bytes, {manifest.path.name} says {shard.num_bytes}; index it again"
@@ -363,15 +364,14 @@ def load_index(shard: Shard) -> ShardIndex:
     """Reads a shard's index. Raises UserError when it is damaged or belongs to another shard, OSError as it comes."""
     path = shard.path.with_suffix(".idx")
     try:
-        num_samples = shard.num_samples
-        data = read_bytes(path, max_bytes=_MAX_HEADER_BYTES + 4 * (3 * num_samples + 1))
+        data = read_bytes(path, max_bytes=_MAX_HEADER_BYTES + 4 * (3 * shard.num_samples + 1))
         line, _, payload = data[:_MAX_HEADER_BYTES].partition(b"\n")
         payload = data[len(line) + 1 :]
         header = Fields.of(parse_json(line, "its first line"), "its first line").values
         version = 1 if header.get("version") == 1 else INDEX_VERSION
-        payload_bytes = 4 * ((1 + version) * num_samples + 1)
+        payload_bytes = 4 * ((1 + version) * shard.num_samples + 1)
         expected = {"format": INDEX_FORMAT, "version": version, "keys": "crc32", "unit_bytes": BLOCK, "offsets": "<u4"}
-        expected |= {"shard_bytes": shard.num_bytes, "shard_sha256": shard.sha256, "num_samples": num_samples}
+        expected |= {"shard_bytes": shard.num_bytes, "shard_sha256": shard.sha256, "num_samples": shard.num_samples}
         expected |= {"payload_crc32": f"{zlib.crc32(payload):08x}"}
         wrong = [
             f"{key} is {brief(header.get(key))}, expected {value!r}"
@@ -381,7 +381,7 @@ def load_index(shard: Shard) -> ShardIndex:
         if wrong or len(payload) != payload_bytes:
             raise ValueError("; ".join(wrong) or f"{len(payload)} bytes of offsets")
         arrays = np.frombuffer(payload, "<u4")
-        parts = np.split(arrays, [num_samples + 1, 2 * num_samples + 1])
+        parts = np.split(arrays, [shard.num_samples + 1, 2 * shard.num_samples + 1])
         index = ShardIndex(parts[0], parts[1], parts[2] if version > 1 else None)
         _check_offsets(index, shard)
     except FileNotFoundError:

@@ -7,10 +7,11 @@ the rest of the shard (plain tar reading ends there without a word).
 import io
 import os
 import re
+import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -28,11 +29,14 @@ from pretrain.data.manifest import (
 from pretrain.data.store import Block, store_at
 from pretrain.data.tar_headers import MAX_SAMPLE_MEMBERS, members
 from pretrain.errors import StorageError
+from pretrain.storage import PASSING_ERRORS
 
 MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
 MAX_IMAGE_BYTES = MAX_SAMPLE_BYTES - (64 << 10)  # what remains for the image beside its headers and its label
 MAX_LABELS = 1000  # of one image: all rows of a batch are as long as the longest, 4096 of 1000 labels take 50 MB
 MAX_LABEL_BYTES = 16 << 10  # of their list
+# A read that fails as those of network disks do for a moment is tried again after so many seconds, the file reopened.
+RETRY_AFTER_S = (0.5, 2.0, 8.0, 20.0)
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's rule
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _LIST = re.compile(rb"\[\s*(\d{1,9}(?:\s*,\s*\d{1,9})*)\s*\]")
@@ -61,19 +65,36 @@ def read_sample(manifest: Manifest, index: int) -> RawSample:
     when the bytes are not the indexed sample, StorageError when they cannot be read for now.
     """
     shard, number = manifest.locate(index)
-    descriptor, shard_index = _open_shard(shard)
-    start, end = shard_index.byte_range(number)
+    start, end, key = _patiently(shard, "cannot be opened", lambda: _place(_open_shard(shard)[1], number))
     if end - start > MAX_SAMPLE_BYTES:
         raise BadSample("tar", f"{end - start} bytes in one sample")
-    if descriptor is None:
-        return _parse(_from_store(manifest, index, number, shard_index), int(shard_index.key_crc32[number]))
-    try:
-        data = os.pread(descriptor.number, end - start, start)
-    except OSError as error:
-        raise StorageError(f"{shard.path}: bytes {start} to {end} cannot be read ({error.strerror})") from None
+    if shard.url:
+        return _parse(_from_store(manifest, index, number, _open_shard(shard)[1]), key)
+    what = f"bytes {start} to {end} cannot be read"
+    data = _patiently(shard, what, lambda: os.pread(_descriptor(shard), end - start, start))
     if len(data) != end - start:
         raise BadSample("tar", f"the shard ends at byte {start + len(data)}")
-    return _parse(data, int(shard_index.key_crc32[number]))
+    return _parse(data, key)
+
+
+def _place(index: ShardIndex, number: int) -> tuple[int, int, int]:
+    """A sample's first byte, the first one after it, the checksum of its key."""
+    return *index.byte_range(number), int(index.key_crc32[number])
+
+
+def _patiently(shard: Shard, what: str, read: Callable[[], Any]) -> Any:
+    """Returns what `read` returns, after as many tries as RETRY_AFTER_S has waits, and one. Raises StorageError."""
+    for wait_s in (*RETRY_AFTER_S, None):
+        try:
+            return read()
+        except StorageError:
+            raise
+        except OSError as error:
+            if wait_s is None or error.errno not in PASSING_ERRORS:
+                tries = f", {len(RETRY_AFTER_S) + 1} times in {sum(RETRY_AFTER_S):g} s" if wait_s is None else ""
+                raise StorageError(f"{shard.path}: {what} ({error.strerror}{tries})") from None
+            _open_shard.cache_clear()  # a descriptor of a server that was away stays stale
+            time.sleep(wait_s)
 
 
 def block_of(manifest: Manifest, index: int) -> Block | None:
@@ -223,8 +244,11 @@ class _Descriptor:
 
 @lru_cache(maxsize=128)  # per process; a limit of 1024 descriptors is common. 10k samples: 80 kB of index each
 def _open_shard(shard: Shard) -> tuple[_Descriptor | None, ShardIndex]:
-    """An open shard, None where it is remote, and its index."""
-    try:
-        return None if shard.url else _Descriptor(os.open(shard.path, os.O_RDONLY)), load_index(shard)
-    except OSError as error:
-        raise StorageError(f"{shard.path}: cannot be opened ({error.strerror})") from None
+    """An open shard, None where it is remote, and its index. Raises OSError."""
+    return None if shard.url else _Descriptor(os.open(shard.path, os.O_RDONLY)), load_index(shard)
+
+
+def _descriptor(shard: Shard) -> int:
+    opened = _open_shard(shard)[0]
+    assert opened is not None
+    return opened.number

@@ -4,7 +4,8 @@ The gradient is clipped, and the optimizer stepped, inside `self._engine.step()`
 Where its slices of weights and moments lie is told by slices.py.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -162,6 +163,12 @@ class Engine:
         (found,) = inputs
         return found
 
+    def on_forward(self, note: Callable[[float], None]) -> None:
+        """Has each forward pass of the training tell its seconds, on a GPU those of an earlier pass."""
+        clock = _ForwardClock(note, self.device)
+        self._module.register_forward_pre_hook(lambda module, _: clock.begin() if module.training else None)
+        self._module.register_forward_hook(lambda module, *_: clock.end() if module.training else None)
+
     @property
     def loss_scale(self) -> float | None:
         """The fp16 loss scale, None in other precisions."""
@@ -244,6 +251,29 @@ class Engine:
         check_names(reader, [prefix + name for prefix in prefixes for name in names] + frozen, kind)
         for part in parts:
             reader.read_into(part, kind)
+
+
+class _ForwardClock:
+    """Times forward passes without waiting for the device."""
+
+    def __init__(self, note: Callable[[float], None], device: torch.device) -> None:
+        self._note, self._gpu, self._began = note, device.type == "cuda", 0.0
+        self._pending: list[tuple[Any, Any]] = []  # events of passes that the device may not have finished
+
+    def begin(self) -> None:
+        if self._gpu:
+            self._pending.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._pending[-1][0].record()
+        else:
+            self._began = time.perf_counter()
+
+    def end(self) -> None:
+        if not self._gpu:
+            return self._note(time.perf_counter() - self._began)
+        self._pending[-1][1].record()
+        while self._pending and self._pending[0][1].query():
+            first, last = self._pending.pop(0)
+            self._note(first.elapsed_time(last) / 1000)
 
 
 def _head_of(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import ModelConfig
 from pretrain.models.build import build_model
+from pretrain.sizes import is_plain, plain_forward_macs
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -16,19 +17,10 @@ def num_parameters(model: nn.Module) -> int:
 def forward_macs(config: ModelConfig, num_classes: int) -> int:
     """Returns the multiply-adds of one image's forward pass.
 
-    The ViT: patch convolution, q, k, v, attention, MLP and head; norms, softmax, GELU, biases are not counted. Equal to
-    torch's flop counter, which is asked for what is not a plain ViT: trunks, MAP heads, relative positions, timm's.
+    By formula for a plain ViT (pretrain/sizes.py), which is what torch's flop counter says; it is asked for what is not
+    one: trunks, relative positions, timm's.
     """
-    plain = config.timm_name is None and config.trunk_units is None and config.pooling != "map"
-    if not plain or config.positions == "relative":
-        return _counted_macs(config, num_classes)
-    width, depth, mlp_dim, _ = config.shape
-    patches = (config.image_size // config.patch_size) ** 2
-    tokens = patches + (config.pooling == "token")
-    block = tokens * (4 * width**2 + 2 * width * mlp_dim) + 2 * tokens**2 * width
-    rep = config.representation_size
-    head = width * num_classes if rep is None else width * rep + rep * num_classes
-    return patches * 3 * config.patch_size**2 * width + depth * block + head
+    return plain_forward_macs(config, num_classes) if is_plain(config) else _counted_macs(config, num_classes)
 
 
 def train_flops(config: ModelConfig, num_classes: int) -> int:

@@ -1,13 +1,15 @@
 """Items -> shuffled shards, their indexes, and the manifest, which is written last."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 from webdataset.writer import TarWriter
 
 from pretrain.config import MAX_CLASSES
@@ -24,12 +26,15 @@ from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, is_text, read_json
 from pretrain.log import warn
-from pretrain.shards.counts import write_counts
-from pretrain.shards.sources import Item
+from pretrain.shards import unfinished
+from pretrain.shards.counts import add_to_counts, write_counts
+from pretrain.shards.items import Item, PackedItems, digest_of, taken
+from pretrain.shards.pool import Progress, results
+from pretrain.shards.resizing import NOTE, Resizing, resized
+from pretrain.shards.sources import Told
 from pretrain.shards.tars import index_tar
+from pretrain.shards.unfinished import Done, Plan
 from pretrain.storage import replacing, write_text
-
-Progress = Callable[[int], None]  # told the number of samples just done
 
 
 class DataSet(NamedTuple):
@@ -41,6 +46,19 @@ class DataSet(NamedTuple):
     counts: Counter[int] | None  # images of each class, where they were counted
     dropped: list[str]  # what was left out, with the reason
     multi_label: bool = False
+    provenance: Mapping[str, Any] = {}  # what was done to the images, beside what was left out
+    told: Mapping[str, Mapping[str, int]] = {}  # for counts.json: what was passed over and noted, each with its number
+
+
+class How(NamedTuple):
+    """How shards are written."""
+
+    workers: int = 1  # processes; 1: this one
+    resizing: Resizing | None = None
+    source: Plan = {}  # what the bytes depend on beside items, classes, seed and size: the source's options
+
+
+ALONE = How()
 
 
 def set_name(out: Path) -> str:
@@ -56,35 +74,140 @@ def build(
     samples_per_shard: int,
     seed: int | None,
     progress: Progress = lambda _: None,
+    how: How = ALONE,
+    told: Told | None = None,
 ) -> Path:
-    """Writes the items, shuffled over all shards, and returns the manifest's path. The same items give the same bytes.
+    """Writes the items, shuffled over all shards, and returns the manifest's path. The same items give the same bytes,
+    with any number of processes, and however often the build was killed and begun again.
 
     Without a seed they keep their order. Each image is decoded once: one that cannot be is left out and named in
-    provenance.json; `progress` counts it all the same. Raises UserError when nothing is left or the folder holds
-    another data set.
+    provenance.json; `progress` counts it all the same. told: what was passed over, for counts.json; is told the notes
+    on pictures. Raises UserError when nothing is left, or the folder holds another data set or another's beginning.
     """
-    start_folder(out, classes)
-    multi_label = _has_lists(items)
-    check_labels(items, classes)
-    plan = np.arange(len(items)) if seed is None else np.argsort(words(len(items), "v1", "plan", seed), kind="stable")
-    shards, dropped, counts = [], [], Counter[int]()
-    for number in range(-(-len(items) // samples_per_shard)):
-        chosen = plan[number * samples_per_shard : (number + 1) * samples_per_shard]
-        path = out / f"{set_name(out)}-{number:06d}.tar"
-        shard, left_out = _write_shard(path, number, [items[i] for i in chosen], progress, counts)
-        dropped += left_out
-        if shard.num_samples:
-            shards.append(shard)
-    if not shards:
+    plan = _plan(items, classes, samples_per_shard, seed, how)
+    if (out / "manifest.json").exists() and unfinished.plan_of(out) == plan:  # killed at its last step
+        unfinished.clear(out)
+        return out / "manifest.json"
+    shards = _Shards(items, classes, out, samples_per_shard, seed, plan)
+    complete = shards.write(range(shards.number), how, progress)
+    notes = told.notes if told else Counter[str]()
+    for done in complete:
+        notes.update(done.notes)
+    dropped = [line for done in complete for line in done.dropped]
+    written = [done.shard for done in complete if done.shard.num_samples]
+    if not written:
+        unfinished.clear(out)
         raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
-    num_classes = len(classes) or 1 + max(label for item in items for label in _labels(item))
-    made = DataSet(shards, num_classes, classes, counts, dropped, multi_label)
-    return finish(out, made, _shuffled(seed))
+    made = DataSet(
+        written,
+        len(classes) or 1 + _largest_label(items),
+        classes,
+        sum((done.counts for done in complete), Counter[int]()),
+        dropped,
+        shards.multi_label,
+        {"resized": how.resizing._asdict() | {"num_images": notes[NOTE]}} if how.resizing else {},
+        {"passed_over": told.passed_over, "notes": notes} if told else {},
+    )
+    path = finish(out, made, _shuffled(seed))
+    unfinished.clear(out)
+    return path
+
+
+def build_part(
+    items: Sequence[Item],
+    classes: Sequence[str],
+    out: Path,
+    part: tuple[int, int],
+    *,
+    samples_per_shard: int,
+    seed: int | None,
+    progress: Progress = lambda _: None,
+    how: How = ALONE,
+) -> tuple[int, int]:
+    """Writes every n-th shard of what `build` would write, from the i-th on; part: (i, n), 0 <= i < n.
+
+    Parts may be written at the same time, on several machines. `build` writes what is missing, and the manifest.
+    Returns the number of shards that are complete, and of all. Raises UserError as `build`.
+    """
+    plan = _plan(items, classes, samples_per_shard, seed, how)
+    shards = _Shards(items, classes, out, samples_per_shard, seed, plan)
+    shards.write(range(part[0], shards.number, part[1]), how, progress)
+    return sum(shards.done(number) is not None for number in range(shards.number)), shards.number
+
+
+def _plan(items: Sequence[Item], classes: Sequence[str], samples_per_shard: int, seed: int | None, how: How) -> Plan:
+    """All that the bytes of the set depend on."""
+    return {
+        "seed": seed,
+        "samples per shard": samples_per_shard,
+        "shorter side": how.resizing and how.resizing.shorter_side,
+        "quality": how.resizing and how.resizing.quality,
+        "number of images": len(items),
+        "list of images (names, labels, sizes, times)": digest_of(items),
+        "list of classes": hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest(),
+        "Pillow": PIL.__version__,  # converted pictures are as it writes them
+        **how.source,
+    }
+
+
+class _Shards:
+    """The shards of a set that is begun: which items each has, and which are complete."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        classes: Sequence[str],
+        out: Path,
+        samples_per_shard: int,
+        seed: int | None,
+        plan: Plan,
+    ) -> None:
+        start_folder(out, classes)
+        self.multi_label = _has_lists(items)
+        check_labels(items, classes)
+        self._items, self._out, self._size = items, out, samples_per_shard
+        size = len(items)
+        self._order = np.arange(size) if seed is None else np.argsort(words(size, "v1", "plan", seed), kind="stable")
+        self.number = -(-size // samples_per_shard)
+        self._folder = unfinished.begin(out, plan)
+
+    def write(self, numbers: range, how: How, progress: Progress) -> list[Done]:
+        """Writes those of some shards that are not complete yet; returns all of them, in order."""
+        unfinished.remove_torn(self._out, set_name(self._out), numbers)
+        there = {number: done for number in numbers if (done := self.done(number))}
+        progress(sum(done.shard.num_samples + len(done.dropped) for done in there.values()))
+        missing = [number for number in numbers if number not in there]
+        tasks = (self._task(number, how.resizing) for number in missing)
+        for number, done in results(_write_shard, tasks, min(how.workers, max(1, len(missing))), progress):
+            unfinished.keep(self._folder, number, done)
+            there[number] = done
+        return [there[number] for number in numbers]
+
+    def done(self, number: int) -> Done | None:
+        """Returns a shard that is complete."""
+        return unfinished.read(self._folder, number, self._path(number))
+
+    def _path(self, number: int) -> Path:
+        return self._out / f"{set_name(self._out)}-{number:06d}.tar"
+
+    def _task(self, number: int, resizing: Resizing | None) -> "_Task":
+        chosen = self._order[number * self._size : (number + 1) * self._size]
+        notes = Counter[str]()
+        return _Task(self._path(number), number, taken(self._items, chosen.tolist(), notes), notes, resizing)
+
+
+def _largest_label(items: Sequence[Item]) -> int:
+    if isinstance(items, PackedItems):
+        return max(items.labels)
+    return max(label for item in items for label in _labels(item))
 
 
 def check_labels(items: Iterable[Item], classes: Sequence[str]) -> None:
     """Raises UserError when a label is no class; without names any number below MAX_CLASSES is one."""
     most = len(classes) or MAX_CLASSES
+    if isinstance(items, PackedItems):  # without an object for each
+        labels = np.asarray(items.labels)
+        items = items.take(np.flatnonzero((labels < 0) | (labels >= most))[:1].tolist(), Counter())
     for item in items:
         for label in _labels(item):
             if not 0 <= label < most:
@@ -97,6 +220,8 @@ def _labels(item: Item) -> list[int]:
 
 def _has_lists(items: Sequence[Item]) -> bool:
     """Returns whether labels are lists. Raises UserError when only some are, or when one is empty or repeats itself."""
+    if isinstance(items, PackedItems):
+        return False
     kinds = {isinstance(item.label, list) for item in items}
     for item in items:
         labels = _labels(item)
@@ -112,8 +237,8 @@ def _has_lists(items: Sequence[Item]) -> bool:
 def write_samples(samples: Iterable[tuple[bytes, int]], ending: str, path: Path, number: int) -> Shard:
     """Writes encoded images and labels as shard `number`, in the given order, and returns it with its index written."""
     items = (Item(partial(bytes, image), ending, label, "") for image, label in samples)
-    shard, _ = _write_shard(path, number, items, lambda _: None, Counter(), check=False)
-    return shard
+    _, done = _write_shard(_Task(path, number, items, Counter(), None, check=False), lambda _: None)
+    return done.shard
 
 
 def finish_manifest(out: Path, shards: list[Shard], classes: Sequence[str], seed: int) -> Path:
@@ -126,39 +251,58 @@ def _shuffled(seed: int | None) -> dict[str, Any]:
     return {"scope": "none"} if seed is None else {"scope": "global", "seed": seed, "method": "permutation"}
 
 
-def _write_shard(
-    path: Path, number: int, items: Iterable[Item], progress: Progress, counts: Counter[int], check: bool = True
-) -> tuple[Shard, list[str]]:
-    """Writes a tar and its index, and returns the shard and what was left out, with the reason."""
-    with replacing(path) as temporary:
-        dropped = _write_tar(temporary, number, items, progress, counts, check)
-    return index_tar(path), dropped
+class _Task(NamedTuple):
+    """A shard to be written; sent to another process where there are several."""
+
+    path: Path
+    number: int
+    items: Iterable[Item]
+    notes: Counter[str]  # the one that items add to when they are read
+    resizing: Resizing | None
+    check: bool = True  # whether images are decoded
 
 
-def _write_tar(
-    path: Path, number: int, items: Iterable[Item], progress: Progress, counts: Counter[int], check: bool
-) -> list[str]:
+def _write_shard(task: _Task, progress: Progress) -> tuple[int, Done]:
+    """Writes a tar and its index, and returns the shard's number and what is to be known of it."""
+    counts = Counter[int]()
+    with replacing(task.path, shared=True) as temporary:
+        dropped = _write_tar(temporary, task, progress, counts)
+    return task.number, Done(index_tar(task.path), dropped, counts, task.notes)
+
+
+def _write_tar(path: Path, task: _Task, progress: Progress, counts: Counter[int]) -> list[str]:
     """Writes a tar, counts the images of each class, and returns what was left out, with the reason."""
     dropped = []
     with path.open("wb") as stream:
         writer = TarWriter(stream, mtime=0, encoder=False)
         written = 0
-        for item in items:
+        for item in task.items:
             try:
-                data = _read(item)
-                if check:
-                    decode(data, partial(_warn_of_damage, item))
+                data, ending = _as_stored(item, task)
             except BadSample as bad:
                 dropped.append(shown(f"{item.source}: {bad}"))
                 continue
             finally:
                 progress(1)
             label = json.dumps([int(k) for k in item.label]) if isinstance(item.label, list) else str(item.label)
-            writer.write({"__key__": f"{number:06d}{written:06d}", item.ending: data, LABEL_ENDING: label.encode()})
+            writer.write({"__key__": f"{task.number:06d}{written:06d}", ending: data, LABEL_ENDING: label.encode()})
             counts.update(_labels(item))
             written += 1
         writer.close()
     return dropped
+
+
+def _as_stored(item: Item, task: _Task) -> tuple[bytes, str]:
+    """An image as the shard holds it, and its ending. Raises BadSample when it cannot be read or decoded."""
+    data = _read(item)
+    if not task.check:
+        return data, item.ending
+    image = decode(data, partial(_warn_of_damage, item))
+    smaller = resized(image, task.resizing) if task.resizing else None
+    if smaller is None:
+        return data, item.ending
+    task.notes[NOTE] += 1
+    return smaller, "jpg"
 
 
 def _warn_of_damage(item: Item, complaint: str) -> None:
@@ -197,10 +341,12 @@ def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
     classes = list(made.classes)
     if classes:
         write_text(out / "classes.json", json.dumps(classes, ensure_ascii=False, indent=0) + "\n")
-    if made.dropped:
-        write_text(out / "provenance.json", json.dumps({"dropped": made.dropped}, indent=1) + "\n")
+    if made.dropped or made.provenance:
+        write_text(out / "provenance.json", json.dumps({"dropped": made.dropped, **made.provenance}, indent=1) + "\n")
     if made.counts is not None:
         write_counts(out, [made.counts[label] for label in range(made.num_classes)], classes)
+        if made.told:
+            add_to_counts(out, made.told)
     options = {"has_names": bool(classes), "shuffle": shuffle, "multi_label": made.multi_label}
     return write_manifest(out, set_name(out), made.shards, made.num_classes, **options)
 

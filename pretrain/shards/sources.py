@@ -1,11 +1,12 @@
-"""Where samples come from: image folders, CIFAR-style archives. A source is a list of `Item`s."""
+"""Where samples come from: image folders, CIFAR-style archives. A source is a sequence of `Item`s."""
 
+import os
+from array import array
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,17 +16,9 @@ from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
 from pretrain.shards.arrays import names_of, read_arrays, whole_numbers
+from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listing import files_below, is_of_the_system, leads_up, num_files, refuse_broken_link
 from pretrain.shards.pictures import PICTURE_ENDINGS, REFUSED_ENDINGS, ending_of, read_picture, stored_ending
-
-
-class Item(NamedTuple):
-    """A sample to be written."""
-
-    read: Callable[[], bytes]  # the encoded image
-    ending: str  # jpg, png, webp
-    label: int | list[int]  # a class, or all classes of the image; one kind for a whole data set
-    source: str  # where it came from, for error messages
 
 
 @dataclass
@@ -39,7 +32,7 @@ class Told:
 
 def folder_items(
     root: Path, told: Told | None = None, *, apply_orientation: bool = False
-) -> tuple[list[Item], list[str]]:
+) -> tuple[PackedItems, list[str]]:
     """Returns the images of root/CLASS/**/*, and the class names: the folders' names in sorted order.
 
     Hidden and system folders are no classes, their files no images. Other formats are converted when they are read.
@@ -48,27 +41,61 @@ def folder_items(
     """
     told = told or Told()
     classes = _class_folders(root, told)
-    reached: dict[Path, str] = {}  # class by real place, links followed
-    items = []
+    items = PackedItems(partial(file_item, root, apply_orientation))
+    words = array("q")
     for label, name in enumerate(classes):
         for path in files_below(root / name, told.passed_over):
-            ending = stored_ending(path.name)
-            if ending is None:
+            if stored_ending(path.name) is None:
                 _pass_over(path, told)
                 continue
-            real = path.resolve()
-            if real in reached:
-                if reached[real] != name:
-                    raise UserError(f"{path}: is in class {reached[real]!r} too, by a link; remove one of them")
-                told.passed_over["files reached again by links"] += 1
-                continue
-            reached[real] = name
-            items.append(Item(partial(read_picture, path, told.notes, apply_orientation), ending, label, str(path)))
+            append_file(items, root, path, label)
+            words.append(place_word(path))
     if not items:
         raise UserError(
             f"{root}: no images found; expected {root}/CLASS/NAME.jpg (endings: {', '.join(IMAGE_ENDINGS)})"
         )
+    again = same_files(root, items, words)
+    for index, first in again.items():
+        if items.labels[index] != items.labels[first]:
+            path, other = root / items.reference(index), classes[items.labels[first]]
+            raise UserError(f"{path}: is in class {other!r} too, by a link; remove one of them")
+    if again:
+        told.passed_over["files reached again by links"] += len(again)
+        items = items.without(again.keys())
     return items, classes
+
+
+def file_item(root: Path, apply_orientation: bool, reference: str, label: int, notes: Counter[str]) -> Item:
+    """Returns the item of a picture file, whose reference is its path below the root."""
+    path = root / reference
+    ending = stored_ending(path.name)
+    assert ending is not None  # else it is no picture, and was not taken
+    return Item(partial(read_picture, path, notes, apply_orientation), ending, label, str(path))
+
+
+def append_file(items: PackedItems, root: Path, path: Path, label: int) -> None:
+    """Adds a picture file to items of `file_item`, with its size and time, by which a later run knows it again."""
+    status = path.stat()
+    items.append(str(path.relative_to(root)), label, (status.st_size, status.st_mtime_ns))
+
+
+def place_word(path: Path) -> int:
+    """Returns 64 bits of a digest of where a file really lies, links followed."""
+    return int.from_bytes(blake2b(os.fsencode(os.path.realpath(path)), digest_size=8).digest(), "big", signed=True)
+
+
+def same_files(root: Path, items: PackedItems, words: array) -> dict[int, int]:
+    """Returns which items of `file_item` are files of earlier ones, with the first item. words: their `place_word`s."""
+    found = np.asarray(words)
+    order = np.argsort(found, kind="stable")
+    equal = np.flatnonzero(found[order[1:]] == found[order[:-1]])
+    first: dict[str, int] = {}  # item by real place, of those few that have one word
+    again = {}
+    for index in sorted({int(index) for place in equal for index in order[place : place + 2]}):
+        earlier = first.setdefault(os.path.realpath(root / items.reference(index)), index)
+        if earlier != index:
+            again[index] = earlier
+    return again
 
 
 def _class_folders(root: Path, told: Told) -> list[str]:
@@ -122,12 +149,10 @@ def npz_items(path: Path) -> tuple[list[Item], list[str]]:
             f"{len(blob)} bytes, expected one more than labels, rising to the last byte"
         )
 
-    def image(number: int) -> bytes:
-        return blob[offsets[number] : offsets[number + 1]].tobytes()
-
-    endings = [sniffed_ending(blob[start : start + 12].tobytes()) for start in offsets[:-1]]
+    images = [blob[start:end] for start, end in zip(offsets, offsets[1:])]  # views, sent one by one to processes
     return [
-        Item(partial(image, i), ending, label, f"{path}[{i}]") for i, (ending, label) in enumerate(zip(endings, labels))
+        Item(image.tobytes, sniffed_ending(image[:12].tobytes()), label, f"{path}[{i}]")
+        for i, (image, label) in enumerate(zip(images, labels))
     ], classes
 
 

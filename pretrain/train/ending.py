@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pretrain.cluster import ranks
+from pretrain.cluster import ranks, watchdog
 from pretrain.errors import LostProcessError, StorageError
 from pretrain.storage import write_text
 
 _FILE = "STOP.json"
+_WAIT_FOR_REPORT_S = 5.0  # the process beside a rank looks twice a second; a shared disk may take longer
 # What gloo, NCCL and PyTorch's loader say of a process that is gone or does not answer.
 _LOST = (
     "Connection closed by peer",
@@ -33,10 +34,12 @@ def noted(folder: Path) -> Iterator[None]:
     """
     if ranks.is_main():
         (folder / _FILE).unlink(missing_ok=True)  # of an earlier start
+        watchdog.forget_reports(folder)
+    watchdog.tell_also(lambda lost: note(folder, lost))
     try:
         yield
     except Exception as error:
-        lost = _lost_process(error)
+        lost = _lost_process(error, folder)
         note(folder, lost or error)
         if lost is not None:
             raise lost from None
@@ -55,13 +58,19 @@ def note(folder: Path, reason: Exception | str) -> None:
         write_text(folder / _FILE, json.dumps(values) + "\n", errors="backslashreplace")
 
 
-def _lost_process(error: Exception) -> LostProcessError | None:
+def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
     told = str(error)
     if not (isinstance(error, RuntimeError) and any(words in told for words in _LOST)):
         return None
     first = next(
         (line.strip() for line in told.splitlines() if any(word in line for word in _LOST)), told.splitlines()[0]
     )
+    known = watchdog.lost_others(folder, _WAIT_FOR_REPORT_S) if ranks.world_size() > 1 else []
+    if known:
+        return LostProcessError(
+            f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run: {known[0]}; the same "
+            "command goes on from the newest checkpoint"
+        )
     return LostProcessError(
         f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run, which is gone or hangs: its own "
         f"message stands above, or in the log of its node ({first[:200]}); the same command goes on from the newest "

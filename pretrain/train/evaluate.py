@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pretrain.cluster import agreement, signals
+from pretrain.cluster import agreement, signals, watchdog
 from pretrain.config import Config
 from pretrain.engine.step import Engine
 from pretrain.evaluation import classification, fewshot
@@ -21,6 +21,7 @@ def evaluate(
 
     Returns whether it was given up to stop; then all that was due still is.
     """
+    watchdog.section("evaluate", state.step)
     subject = _subject(config, data, engine, stop)
     metrics: dict[str, float] = {}
     with engine.averaged():

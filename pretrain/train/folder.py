@@ -11,6 +11,7 @@ runs/NAME/
   checkpoints/                   see pretrain/checkpoint/layout.py
   DONE                           proof of the end: the last step and its validation
   STOP.json                      why the last start ended before it, and whether to start again (ending.py)
+  lost-rank-N.txt waiting-rank-N.txt    of a rank that hung, or waited for such a one: a line, its threads' stacks
   .room-for-DONE                 until then: its place on the disk, which logs may fill
 
 Somebody else may have made the folder: nothing is written through a link in it.
@@ -119,6 +120,11 @@ def _named(path: Path) -> Iterator[None]:
         raise StorageError(
             f"{path}: cannot be written ({error.strerror}); make room, and the same command goes on"
         ) from None
+
+
+def has_started(folder: Path) -> bool:
+    """Returns whether an earlier start came as far as its first step."""
+    return (folder / _STARTS).is_file()
 
 
 def is_done(folder: Path, config: Config) -> bool:

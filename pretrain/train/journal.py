@@ -11,6 +11,7 @@ from pretrain.data.loader import REASONS, BadRecord, Batch, check_bad_fraction, 
 from pretrain.engine.step import StepResult
 from pretrain.errors import BadSamplesError, NonFiniteError
 from pretrain.log import JsonLines, say, warn
+from pretrain.train.save import Saver
 from pretrain.train.state import TrainState
 
 MAX_SKIPPED_IN_A_ROW = 3  # steps whose loss or gradients are not finite; then the run stops
@@ -25,18 +26,30 @@ class Journal:
         self._damaged = JsonLines(folder / "damaged_samples.jsonl")
         self._samples = JsonLines(folder / f"samples-{ranks.rank():05d}.jsonl") if config.log.samples else None
 
-    def note(self, state: TrainState, batch: Batch, result: StepResult, stop: signals.StopRequest) -> bool:
-        """Returns, on all ranks alike, whether to stop. Raises BadSamplesError, NonFiniteError."""
+    def note(
+        self,
+        state: TrainState,
+        batch: Batch,
+        result: StepResult,
+        stop: signals.StopRequest,
+        following: Batch | None,
+        saver: Saver,
+    ) -> bool:
+        """Returns, on all ranks alike, whether to stop: asked to, or by an error of any rank's `following` batch.
+
+        Takes `saver` further when all ranks are done. Raises BadSamplesError, NonFiniteError.
+        """
         flags = [
             float(stop.signal_name is not None),
-            float(batch.error is not None),
+            float(following is not None and following.error is not None),
             float(batch.valid.sum()),
             float(len(batch.damaged)),
+            float(saver.done),
         ]
-        told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [4 + reasons]
-        stopping, failed, num_valid, damaged, *bad = agreement.add_up(told).tolist()
-        if failed:  # nothing of this step is saved
-            agreement.raise_together(batch.error)
+        told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [5 + reasons]
+        stopping, failed, num_valid, damaged, done, *bad = agreement.add_up(told).tolist()
+        if done == ranks.world_size():
+            saver.advance()
         if any(bad):
             self._note_bad(state, batch, [int(count) for count in bad])
         if damaged:
@@ -53,7 +66,7 @@ class Journal:
             state.skipped_in_a_row = 0
         else:
             self._note_skipped(state, batch, result)
-        return bool(stopping)
+        return bool(stopping or failed)
 
     def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
         for reason, count in zip(REASONS, counts):

@@ -2,7 +2,7 @@
 
 from torchvision.utils import make_grid
 
-from pretrain.cluster import signals
+from pretrain.cluster import agreement, signals
 from pretrain.config import Config
 from pretrain.data.loader import train_batches
 from pretrain.engine.step import Engine
@@ -12,7 +12,7 @@ from pretrain.train.datasets import DataSets
 from pretrain.train.evaluate import evaluate
 from pretrain.train.journal import Journal
 from pretrain.train.meter import Meter
-from pretrain.train.save import save
+from pretrain.train.save import Saver
 from pretrain.train.state import TrainState
 
 
@@ -30,19 +30,23 @@ def loop(
 
     branched: the run goes on from another run's checkpoint, and saves one of its own before the first step.
     """
-    meter = Meter(config, data.num_classes, state, engine.device)
+    meter = Meter(config, data.num_classes, state, engine)
     journal = Journal(config.output / config.name, config)
+    saver = Saver(config, data, engine, log)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
     if branched:  # the other run may delete its checkpoint, or be further on at the next start
-        save(config, data, engine, state, meter, log, must_succeed=True)
+        saver.save(state, meter, must_succeed=True)
     state.validation_due &= data.val is not None  # evaluation may have been switched off since
     state.features_due &= data.fewshot is not None
     if state.validation_due or state.features_due:  # a stop cut it short
         if evaluate(config, data, engine, state, log, stop):
             return
-        save(config, data, engine, state, meter, log, must_succeed=False)  # with its score, for keep_best
-    while state.step < config.total_steps:
-        batch = meter.wait_for(batches)
+        saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
+    following = meter.wait_for(batches, state.step) if state.step < config.total_steps else None
+    with saver.finished_before_errors():
+        agreement.raise_together(following.error if following else None)
+    while following is not None:
+        batch = following
         if state.step == 0:
             log.image("batch", make_grid(batch.images[:64], nrow=8))
         lr = learning_rate(config.optim, config.total_steps, state.step)
@@ -50,7 +54,10 @@ def loop(
         state.step += 1
         state.metrics = {}
         meter.add(result)
-        stopping = journal.note(state, batch, result, stop)
+        # Before the ranks agree: an error of the next step's data is raised after a save of this one.
+        following = meter.wait_for(batches, state.step) if state.step < config.total_steps else None
+        with saver.finished_before_errors():
+            stopping = journal.note(state, batch, result, stop, following, saver)
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
             log.scalars(state.step, meter.read(state, data, lr, result, engine))
@@ -59,11 +66,14 @@ def loop(
         state.features_due = data.fewshot is not None and (due(state.step, every) or last)
         with meter.paused():
             if (state.validation_due or state.features_due) and not stopping:
+                saver.finish()  # the steps that would take it further are far away
                 stopping = evaluate(config, data, engine, state, log, stop)
             if due(state.step, config.checkpoint.every_steps) or last or stopping:
-                save(config, data, engine, state, meter, log, must_succeed=last or stopping)
+                saver.save(state, meter, must_succeed=last or stopping)
         if stopping:
+            agreement.raise_together(following.error if following else None)
             break
+    saver.finish()
 
 
 def due(step: int, every_steps: int) -> bool:

@@ -1,39 +1,58 @@
 """What is measured between two log lines."""
 
 import resource
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import median
 
 import torch
 
-from pretrain.cluster import agreement, ranks
+from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.config import Config
 from pretrain.data.loader import Batch
 from pretrain.engine.step import Engine, StepResult
+from pretrain.log import say
 from pretrain.models.profile import train_flops
 from pretrain.train.datasets import DataSets
+from pretrain.train.outliers import LossSpikes, slow_rank
 from pretrain.train.state import TrainState
+
+MAX_STEPS = 1000  # between two log lines, whose losses are looked at one by one
 
 
 class Meter:
     """What is measured between two log lines: loss and accuracy over all ranks, rate, waiting for data."""
 
-    def __init__(self, config: Config, num_classes: int, state: TrainState, device: torch.device) -> None:
-        self._config, self._device = config, device
+    def __init__(self, config: Config, num_classes: int, state: TrainState, engine: Engine) -> None:
+        self._config, self._device = config, engine.device
         self._flops_per_image = train_flops(config.model, num_classes)
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         if ranks.is_main():  # what was saved is the sum over all ranks
-            self._sums += torch.tensor(state.window, dtype=torch.float64, device=device)
+            self._sums += torch.tensor(state.window, dtype=torch.float64, device=self._device)
+        self._spikes = LossSpikes()
+        self._hosts = agreement.gather(socket.gethostname())
+        # Under ZeRO 3 a forward pass waits for the others' weights: then only the waiting for data is a rank's own.
+        self._forward_s = 0.0
+        if config.engine.zero_stage < 3 and ranks.world_size() > 1:
+            engine.on_forward(self._add_forward)
         self._restart()
 
     def _restart(self) -> None:
         self._started, self._steps, self._waited_s, self._paused_s = time.perf_counter(), 0, 0.0, 0.0
+        self._step_sums: list[torch.Tensor] = []
+        self._forward_s = 0.0
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """Returns the next batch and counts the time until it came."""
+    def _add_forward(self, seconds: float) -> None:
+        self._forward_s += seconds
+
+    def wait_for(self, batches: Iterator[Batch], step: int) -> Batch:
+        """Returns the next batch and counts the time until it came. step: the last one that is finished."""
         began = time.perf_counter()
+        watchdog.section("data", step)
         batch = next(batches)
+        watchdog.section("step")
         self._waited_s += time.perf_counter() - began
         return batch
 
@@ -41,6 +60,7 @@ class Meter:
         """Counts a step; nothing is read from the device."""
         if result.applied:
             self._sums += result.sums
+            self._step_sums = [*self._step_sums[1 - MAX_STEPS :], result.sums]
         self._steps += 1
 
     @contextmanager
@@ -58,7 +78,7 @@ class Meter:
         self, state: TrainState, data: DataSets, lr: float, result: StepResult, engine: Engine
     ) -> dict[str, float]:
         """Returns the numbers of a log line and starts anew."""
-        loss, correct, images = self.window()
+        (loss, correct, images), waited_s, forward_s, losses = self._gathered()
         elapsed = time.perf_counter() - self._started - self._paused_s
         rate = self._steps * self._config.data.global_batch / elapsed
         self._sums.zero_()
@@ -75,11 +95,41 @@ class Meter:
             "train/damaged_samples": state.damaged_samples,
             "train/skipped_steps": state.skipped_steps,
         }
+        numbers["train/loss_spikes"] = self._spikes.count(losses)
+        numbers |= self._told_of_slow(waited_s, forward_s, elapsed)
         if result.applied:
             numbers["train/grad_norm"] = float(result.grad_norm)
         if engine.loss_scale is not None:
             numbers["train/loss_scale"] = engine.loss_scale
         self._restart()
+        return numbers
+
+    def _gathered(self) -> tuple[list[float], list[float], list[float], list[float]]:
+        """Returns in one reduction: sums of the window; each rank's seconds for data and forward; each step's loss."""
+        world, steps = ranks.world_size(), len(self._step_sums)
+        own = torch.zeros(2, world, dtype=torch.float64)
+        own[:, ranks.rank()] = torch.tensor([self._waited_s, self._forward_s])
+        of_steps = torch.stack(self._step_sums) if steps else self._sums.new_zeros(0, 3)  # [steps, 3]
+        parts = self._sums.cpu(), own.view(-1), of_steps.cpu().view(-1)
+        sums, waited_s, forward_s, per_step = agreement.add_up(torch.cat(parts)).split([3, world, world, 3 * steps])
+        losses = [loss / images for loss, _, images in per_step.view(steps, 3).tolist() if images]
+        return sums.tolist(), waited_s.tolist(), forward_s.tolist(), losses
+
+    def _told_of_slow(self, waited_s: list[float], forward_s: list[float], elapsed_s: float) -> dict[str, float]:
+        """Names the slow rank, if there is one; returns the ranks' own times as numbers of the log."""
+        if len(waited_s) < 2:
+            return {}
+        own_s = [waited + forward for waited, forward in zip(waited_s, forward_s)]
+        per_step = 1 / max(1, self._steps)
+        numbers = {"train/own_s": median(own_s) * per_step, "train/own_s_max": max(own_s) * per_step}
+        slow = slow_rank(own_s, elapsed_s)
+        if slow is not None:
+            numbers["train/slow_rank"] = slow
+            say(
+                f"warning: rank {slow} on {self._hosts[slow]} is slow: {own_s[slow] * per_step:.3g} s of its own per "
+                f"step, data {waited_s[slow] * per_step:.3g} s, forward {forward_s[slow] * per_step:.3g} s; "
+                f"the median is {median(own_s) * per_step:.3g} s"
+            )
         return numbers
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_newer
 from pretrain.checkpoint.read import CheckpointReader, read_state
-from pretrain.cluster import agreement, ranks, signals
+from pretrain.cluster import agreement, ranks, signals, watchdog
 from pretrain.config import Config
 from pretrain.data.classes import match_classes
 from pretrain.data.lanes import read_amplification
@@ -18,7 +18,7 @@ from pretrain.data.order import Order, plan_batch, share
 from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_precision
 from pretrain.engine.step import Engine
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, NotFoundError, StorageError
 from pretrain.evaluation import classification
 from pretrain.json_files import Fields
 from pretrain.log import RunLog, say
@@ -28,7 +28,15 @@ from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
 from pretrain.train import ending
 from pretrain.train.datasets import DataSets, open_data
-from pretrain.train.folder import claim, is_done, mark_done, record_start, refuse_changes, resumed_order
+from pretrain.train.folder import (
+    claim,
+    has_started,
+    is_done,
+    mark_done,
+    record_start,
+    refuse_changes,
+    resumed_order,
+)
 from pretrain.train.loop import loop
 from pretrain.train.state import TrainState
 
@@ -44,19 +52,21 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
     StorageError, LostProcessError (pretrain/errors.py).
     """
     stop = stop or signals.StopRequest()
-    device = ranks.start(config.engine.timeout_s)
-    agreement.together(lambda: check_precision(config))
     folder = config.output / config.name
-    lock = claim(folder)
-    with ending.noted(folder):
-        _train(config, folder, device, recipe, stop)
+    with watchdog.watching(folder, config.engine.watchdog_s, config.engine.timeout_s):
+        device = ranks.start(config.engine.timeout_s)
+        agreement.together(lambda: check_precision(config))
+        lock = claim(folder)
+        with ending.noted(folder):
+            _train(config, folder, device, recipe, stop)
+        watchdog.section("end")
+        ranks.stop()
     stop.close()
-    ranks.stop()
     del lock
 
 
 def _train(config: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
-    data = agreement.together(lambda: open_data(config))
+    data = agreement.together(lambda: _open_data(config, folder))
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)
@@ -86,6 +96,19 @@ def _train(config: Config, folder: Path, device: torch.device, recipe: Path | No
         say(f"stopped as asked at step {state.step}; the same command goes on from there")
     log.close()
     engine.close()
+
+
+def _open_data(config: Config, folder: Path) -> DataSets:
+    """The data sets of a run. What an earlier start has found and this one does not is on a disk that is away."""
+    try:
+        return open_data(config)
+    except NotFoundError as error:
+        if not has_started(folder):
+            raise
+        raise StorageError(
+            f"{error.args[0].partition(';')[0]}; an earlier start of this run found its data, so the disk may be away: "
+            "the same command goes on when it is back"
+        ) from None
 
 
 def build_engine(config: Config, data: DataSets, device: torch.device, *, from_scratch: bool) -> Engine:

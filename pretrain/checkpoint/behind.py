@@ -1,0 +1,134 @@
+"""What lets a save go on behind the training: a copy in host memory, laid out as the file's bytes, and a thread.
+
+The thread calls no collective: it may meet those of the training in another order on every rank.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.errors import StorageError
+
+# The order of types in a safetensors file, larger elements first, and its names for them.
+_TYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
+_ORDER = list(_TYPES)
+_ALIGNMENT = 8  # of the first tensor's bytes in the file
+_WRITE_BYTES = 4 << 20  # a write at a time: one of all bytes holds up what else goes to that disk
+
+
+class FileCopy:
+    """The bytes of a safetensors file of some tensors, in host memory: those that `safetensors.torch.save_file` writes.
+
+    Made for tensors of some names, types and shapes; `take` copies the values of such ones, as often as one likes.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._header, places = _layout(tensors)
+        size = len(self._header) + max((end for _, end in places.values()), default=0)
+        pinned = any(tensor.is_cuda for tensor in tensors.values())  # else a copy from a GPU goes by another buffer
+        try:
+            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        except RuntimeError as error:
+            raise StorageError(
+                f"no room in host memory for a copy of {size:,} bytes; free some, or set checkpoint.behind=false "
+                f"({str(error).splitlines()[0]})"
+            ) from None
+        self._bytes[: len(self._header)] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
+        self._views = {
+            name: self._bytes[len(self._header) + start : len(self._header) + end].view(tensors[name].dtype)
+            for name, (start, end) in places.items()
+        }
+
+    def fits(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Returns whether `take` may be called with these."""
+        return _layout(tensors)[0] == self._header
+
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copies the values; those of a GPU have come when its stream has been waited for, see `wait_for_copies`."""
+        for name, tensor in tensors.items():
+            self._views[name].copy_(tensor.detach().reshape(-1), non_blocking=True)
+
+    def write(self, path: Path) -> None:
+        """Writes the file, in pieces. Raises OSError."""
+        left = self._bytes.numpy().data
+        with path.open("wb", buffering=0) as file:
+            while left:
+                left = left[file.write(left[:_WRITE_BYTES]) :]
+
+
+def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The head of a safetensors file, its length in front, and where each tensor's bytes begin and end behind it."""
+    entries, places, end = {}, {}, 0
+    for name in sorted(tensors, key=lambda name: (_ORDER.index(tensors[name].dtype), name)):
+        tensor = tensors[name]
+        places[name] = start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def wait_for_copies() -> None:
+    """Waits until the copies begun have come: the next step changes what they are of."""
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+
+
+class HostCopies:
+    """Copies of all files of a rank's checkpoints: memory that is taken at the first save, and kept."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, FileCopy] = {}
+
+    def take(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, FileCopy]:
+        """Returns a copy of each file's tensors, good until the next call. Raises StorageError without memory."""
+        for name, tensors in files.items():
+            if name not in self._kept or not self._kept[name].fits(tensors):
+                self._kept[name] = FileCopy(tensors)
+            self._kept[name].take(tensors)
+        wait_for_copies()
+        return {name: self._kept[name] for name in files}
+
+
+class Job:
+    """Work that is done behind the caller, in a thread of its own, or at once.
+
+    The thread is a daemon: a process that ends by an error does not wait for it.
+    """
+
+    def __init__(self, work: Callable[[], Any], *, behind: bool) -> None:
+        self._work = work
+        self._outcome: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="saving", daemon=True)
+        self._thread.start() if behind else self._run()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self._work()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        """Waits for the end; returns what the work returned, raises what it raised."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._outcome

@@ -1,0 +1,47 @@
+"""What this process may use of its machine: open files, memory; compared with what is needed before it runs out."""
+
+import os
+import resource
+from pathlib import Path
+
+from pretrain.errors import StorageError, UserError
+
+
+def check_open_files(needed: int, why: str) -> None:
+    """Raises the soft limit as far as the hard one allows. Raises UserError when `needed` more than now do not fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    now = len(os.listdir("/dev/fd")) if Path("/dev/fd").is_dir() else 0
+    if hard not in (resource.RLIM_INFINITY, -1) and hard < now + needed:
+        raise UserError(
+            f"open files: the limit is {hard}, {now} are open, and {needed} more are needed for {why}; raise it "
+            "(ulimit -n 4096, LimitNOFILE=, docker run --ulimit nofile=4096), or lower data.workers or data.prefetch"
+        )
+
+
+def check_memory(needed: int, why: str) -> None:
+    """Raises StorageError when this machine, or what this job may use of it, has not so many bytes free."""
+    free = free_memory_bytes()
+    if free is not None and free < needed:
+        raise StorageError(
+            f"memory: {free / 1e9:.1f} GB are free here, {needed / 1e9:.1f} GB are needed for {why}; ask for more, or "
+            "lower data.workers or data.prefetch"
+        )
+
+
+def free_memory_bytes() -> int | None:
+    """Returns what a process here may still take, of the machine's memory and of its control group; None: unknown."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip().lstrip("/")
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, most - used + int(cached.get("inactive_file", 0)))
+    except (OSError, ValueError, IndexError):
+        pass  # no limit, or the older kind of control groups
+    return free

@@ -1,0 +1,155 @@
+"""The process beside each rank that sees what the rank cannot see itself: that it is stopped, blocked, or gone.
+
+`watchdog.py` starts it as a script, before the heavy imports: the standard library alone, 10 MB. Both read one
+heartbeat in shared memory. It ends with its rank.
+"""
+
+import mmap
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+SECTIONS = ("start", "data", "step", "evaluate", "save", "end")
+LOOK_EVERY_S = 0.5
+STOPPED_S = 45.0  # a stopped process does not come back by itself; told within a minute, and Ctrl-Z stops both
+BLOCKED_S = 10.0  # beyond a section's limit: the rank's own thread, which tells more, had its chance
+STACKS_S = 2.0  # for the rank to write its stacks
+DUMP_SIGNAL = signal.SIGUSR2  # faulthandler's own handler answers it, also when no Python code can run
+
+_BEAT = struct.Struct("<QQdI?")
+HEARTBEAT_BYTES = mmap.PAGESIZE
+
+
+class Beat(NamedTuple):
+    """What a rank last said of itself."""
+
+    count: int  # of beats; whether it changes tells whether the rank gets on
+    step: int  # finished
+    limit_s: float  # of the section, between two beats
+    section: int  # of SECTIONS
+    ended: bool  # in order: nobody needs to look any more
+
+
+def write_beat(memory: mmap.mmap, beat: Beat) -> None:
+    """Says so to whoever looks."""
+    _BEAT.pack_into(memory, 0, *beat)
+
+
+def read_beat(memory: mmap.mmap) -> Beat:
+    """Returns what was said last."""
+    return Beat(*_BEAT.unpack_from(memory, 0))
+
+
+class Age:
+    """How long a count has been the same, in seconds that this process was awake: a suspended machine ages nothing."""
+
+    def __init__(self) -> None:
+        self.seconds, self._count, self._looked = 0.0, -1, time.monotonic()
+
+    def look(self, count: int) -> float:
+        """Returns the age; called every LOOK_EVERY_S."""
+        now = time.monotonic()
+        self.seconds = 0.0 if count != self._count else self.seconds + min(now - self._looked, 4 * LOOK_EVERY_S)
+        self._count, self._looked = count, now
+        return self.seconds
+
+
+def state_of(number: int) -> str:
+    """Returns a process's state as /proc tells it: R, S, D (waits for a disk), T (stopped), Z; "" when it is gone."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def stopped_children(parent: int) -> list[int]:
+    """Returns the processes that `parent` has started and somebody has stopped."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, of = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue  # it has ended
+        if state == "T" and int(of) == parent:
+            found.append(int(path.parent.name))
+    return found
+
+
+def report(folder: Path, rank: int, line: str, stacks: str = "", *, waiting: bool = False) -> None:
+    """Writes into the run's folder how a rank was lost: a line, then the stacks of its threads.
+
+    Complete or not at all, where the disk does not take it. waiting: it waited for others, whose loss is the cause.
+    """
+    path = folder / f"{'waiting' if waiting else 'lost'}-rank-{rank:05d}.txt"
+    temporary = path.with_name(f".{path.name}")
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "w", errors="backslashreplace") as file:
+            file.write(f"{line}\n{stacks}")
+        os.replace(temporary, path)
+
+
+def place(rank: int, process: int, beat: Beat) -> tuple[str, str]:
+    """Returns who and where, for the line that tells how a rank was lost."""
+    where = f"in section {SECTIONS[beat.section]} after step {beat.step}"
+    return f"rank {rank} on {socket.gethostname()} (process {process})", where
+
+
+def read_stacks(descriptor: int) -> str:
+    """Returns what faulthandler has written into a file so far."""
+    return os.pread(descriptor, 1 << 20, 0).decode(errors="replace")
+
+
+def _watch(memory: mmap.mmap, stacks: int, rank: int, process: int, folder: Path, stopped_s: float) -> None:
+    age, stopped_for = Age(), 0.0
+    while True:
+        time.sleep(LOOK_EVERY_S)
+        beat = read_beat(memory)
+        if beat.ended:
+            return
+        who, where = place(rank, process, beat)
+        if os.getppid() != process:
+            line = f"{who} is gone, {where}: killed, or out of memory"
+            return _tell(folder, rank, line, "")
+        silent_s = age.look(beat.count)
+        stopped_for = stopped_for + LOOK_EVERY_S if state_of(process) == "T" else 0.0
+        if stopped_for >= stopped_s:
+            line = f"{who} is stopped, {where}: for {stopped_for:.0f} s, the limit is {stopped_s:g} s; it was ended"
+        elif silent_s >= beat.limit_s + BLOCKED_S:
+            line = (
+                f"{who} is blocked, {where}: {silent_s:.0f} s without a sign of life, the limit is {beat.limit_s:.0f} s"
+            )
+            with suppress(OSError):
+                os.kill(process, DUMP_SIGNAL)
+            time.sleep(STACKS_S)
+        else:
+            continue
+        with suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+        return _tell(folder, rank, line, read_stacks(stacks))
+
+
+def _tell(folder: Path, rank: int, line: str, stacks: str) -> None:
+    report(folder, rank, line, stacks)
+    with suppress(OSError):
+        os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
+
+
+def main() -> None:
+    """Watches the process that has started this one."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the rank saves, which takes a while
+    heartbeat, stacks, rank, process, folder, stopped_s = sys.argv[1:]
+    memory = mmap.mmap(int(heartbeat), HEARTBEAT_BYTES)
+    _watch(memory, int(stacks), int(rank), int(process), Path(folder), float(stopped_s))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The watchdog: ends a rank that hangs, and says which one, where, and what each of its threads was doing.
+
+Without collectives, which are what hangs. A rank says which section it is in and that it gets on (`section`, `beat`); a
+thread of its own compares the time since with the section's limit, learned from the run; a process beside it
+(monitor.py) covers a rank that is stopped, blocked or gone. Who waits for others learns of them from the run's folder.
+Imports no torch.
+"""
+
+import faulthandler
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pretrain.cluster import monitor
+from pretrain.cluster.monitor import SECTIONS, Age, Beat
+from pretrain.cluster.slurm import rank_so_far
+from pretrain.errors import LostProcessError
+from pretrain.escape import shown
+
+FACTOR = 5  # a section may take so many times its longest silence of late
+FIRST_FACTOR = 10  # of the floor: until a section has come FIRST times, with compilation and cold disks
+FIRST, REMEMBERED = 3, 16  # visits of a section
+WAITING_S = 20.0  # a rank that waits for others lets them speak first
+LOOK_AROUND_S = 10.0  # without a sign of life: then others' reports are looked for
+_MAX_LINE = 1000  # characters of a report that are told
+_WAITS_IN = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"), os.path.join("cluster", "agree"))
+
+_watch: "_Watch | None" = None
+
+
+@contextmanager
+def watching(folder: Path, floor_s: int, timeout_s: int) -> Iterator[None]:
+    """Watches this rank; does nothing where it is watched already, or floor_s is 0.
+
+    folder: the run's, where it tells how it was lost. floor_s: no limit is shorter. timeout_s: after which the others
+    give up on a collective; a longer floor is cut to it.
+    """
+    global _watch
+    if _watch is not None or not floor_s:
+        yield
+        return
+    _watch = _Watch(folder, min(floor_s, timeout_s))
+    try:
+        yield
+    except Exception as error:
+        _watch.ended_by(error)
+        raise
+    finally:
+        _watch.close()
+        _watch = None
+
+
+def section(name: str, step: int | None = None) -> None:
+    """Says that this rank enters a part of the run, of SECTIONS; step: the last one that is finished."""
+    if _watch is not None:
+        _watch.enter(name, step)
+
+
+def beat() -> None:
+    """Says that this rank gets on."""
+    if _watch is not None:
+        _watch.beat()
+
+
+def tell_also(function: Callable[[LostProcessError], None]) -> None:
+    """Has the watchdog call a function with what it tells, before it ends the process."""
+    if _watch is not None:
+        _watch.also = function
+
+
+def forget_reports(folder: Path) -> None:
+    """Deletes what an earlier start has told of lost ranks."""
+    with suppress(OSError):
+        for path in [*folder.glob("lost-rank-*.txt"), *folder.glob("waiting-rank-*.txt")]:
+            path.unlink()
+
+
+def lost_others(folder: Path, wait_s: float = 0.0) -> list[str]:
+    """Returns what is told of other ranks that were lost, a line each; waits for the first, at most `wait_s`."""
+    own, until = f"lost-rank-{rank_so_far(os.environ):05d}.txt", time.monotonic() + wait_s
+    while True:
+        found = []
+        with suppress(OSError):
+            for path in sorted(folder.glob("lost-rank-*.txt"), key=lambda path: path.stat().st_mtime):
+                if path.name != own:
+                    with open(path, errors="replace", opener=_not_a_link) as file:
+                        found.append(shown(file.readline(_MAX_LINE).strip()))
+        if found or time.monotonic() >= until:
+            return found
+        time.sleep(0.2)
+
+
+def _not_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
+class _Watch:
+    """One rank's heartbeat, the thread that looks at it, the process beside it."""
+
+    def __init__(self, folder: Path, floor_s: float) -> None:
+        self._folder, self._floor_s, self._rank = folder.absolute(), floor_s, rank_so_far(os.environ)
+        self._stopped_s = min(monitor.STOPPED_S, floor_s)
+        self._longest: dict[str, deque[float]] = {name: deque(maxlen=REMEMBERED) for name in SECTIONS}
+        self._section, self._silence_s, self._last = "start", 0.0, time.monotonic()
+        self.also: Callable[[LostProcessError], None] = lambda error: None
+        self._heartbeat, self._stacks = _shared_file(), _shared_file()
+        os.ftruncate(self._heartbeat, monitor.HEARTBEAT_BYTES)
+        self._memory = mmap.mmap(self._heartbeat, monitor.HEARTBEAT_BYTES)
+        self._beat = Beat(0, 0, self._limit_s(), SECTIONS.index("start"), False)
+        monitor.write_beat(self._memory, self._beat)
+        faulthandler.register(monitor.DUMP_SIGNAL, file=self._stacks, all_threads=True)
+        passed = (self._heartbeat, self._stacks)
+        words = [sys.executable, "-I", "-S", monitor.__file__, *map(str, passed), str(self._rank), str(os.getpid())]
+        self._monitor = subprocess.Popen(
+            [*words, str(self._folder), str(self._stopped_s)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=passed,
+        )
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def enter(self, name: str, step: int | None) -> None:
+        self._note_silence()
+        self._longest[self._section].append(self._silence_s)
+        self._section, self._silence_s = name, 0.0
+        self._beat = Beat(
+            self._beat.count, self._beat.step if step is None else step, self._limit_s(), SECTIONS.index(name), False
+        )
+        self.beat()
+
+    def beat(self) -> None:
+        self._note_silence()
+        self._beat = self._beat._replace(count=self._beat.count + 1)
+        monitor.write_beat(self._memory, self._beat)
+
+    def ended_by(self, error: Exception) -> None:
+        """Tells the others of an error that they may not have met: one of ours, which is not agreed upon."""
+        if not hasattr(error, "exit_code"):
+            who, where = monitor.place(self._rank, os.getpid(), self._beat)
+            monitor.report(
+                self._folder, self._rank, f"{who} ended, {where}: {type(error).__name__}: {error}".splitlines()[0]
+            )
+
+    def close(self) -> None:
+        """Ends the watching, in order."""
+        self._closing.set()
+        self._thread.join()
+        monitor.write_beat(self._memory, self._beat._replace(ended=True))
+        faulthandler.unregister(monitor.DUMP_SIGNAL)
+        self._monitor.wait()
+        os.close(self._heartbeat)
+        os.close(self._stacks)
+
+    def _note_silence(self) -> None:
+        now = time.monotonic()
+        self._silence_s, self._last = max(self._silence_s, now - self._last), now
+
+    def _limit_s(self) -> float:
+        seen = self._longest[self._section]
+        first = FIRST_FACTOR * self._floor_s if len(seen) < FIRST else 0.0
+        return max(self._floor_s, first, FACTOR * max(seen, default=0.0))
+
+    def _look(self) -> None:
+        age, looked_around = Age(), 0.0
+        while not self._closing.wait(monitor.LOOK_EVERY_S):
+            silent_s, beat = age.look(self._beat.count), self._beat
+            if silent_s < min(self._stopped_s, LOOK_AROUND_S):
+                looked_around = silent_s
+                continue
+            if SECTIONS[beat.section] in ("data", "evaluate") and silent_s >= self._stopped_s:
+                if stopped := monitor.stopped_children(os.getpid()):
+                    self._end(beat, f"waits for loader process {stopped[0]}, stopped", silent_s, self._stopped_s)
+            waiting = self._waits_for_others()
+            if waiting and silent_s - looked_around >= LOOK_AROUND_S / 2:
+                looked_around = silent_s
+                if others := lost_others(self._folder):
+                    self._end(beat, f"lost another: {others[0]}", silent_s, beat.limit_s, waiting=True)
+            if silent_s >= beat.limit_s + (WAITING_S if waiting else 0):
+                what = "waits for other ranks" if waiting else "hangs"
+                self._end(beat, what, silent_s, beat.limit_s, waiting=waiting)
+
+    def _waits_for_others(self) -> bool:
+        """Whether the main thread is in a collective, as far as its innermost Python frames tell."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        for _ in range(12):
+            if frame is None:
+                return False
+            if any(part in frame.f_code.co_filename for part in _WAITS_IN):
+                return True
+            frame = frame.f_back
+        return False
+
+    def _end(self, beat: Beat, what: str, silent_s: float, limit_s: float, *, waiting: bool = False) -> None:
+        """Tells what happened, and ends the process. waiting: for others, who are not to name this one as the cause."""
+        who, where = monitor.place(self._rank, os.getpid(), beat)
+        line = f"{who} {what}, {where}: {silent_s:.0f} s without a sign of life, the limit is {limit_s:.0f} s"
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        stacks = monitor.read_stacks(self._stacks)
+        monitor.report(self._folder, self._rank, line, stacks, waiting=waiting)
+        with suppress(OSError):
+            os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
+        with suppress(Exception):
+            self.also(LostProcessError(line))
+        monitor.write_beat(self._memory, beat._replace(ended=True))
+        os._exit(LostProcessError.exit_code)
+
+
+def _shared_file() -> int:
+    """Returns a file that is on no disk, where there is such a thing."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("pretrain-watchdog")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _not_in_children() -> None:
+    global _watch
+    _watch = None  # a loader process must not beat for its rank
+
+
+os.register_at_fork(after_in_child=_not_in_children)

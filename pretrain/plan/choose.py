@@ -1,0 +1,71 @@
+"""Which stage, micro-batch and recomputation a run should have on so many GPUs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pretrain.config import Config
+from pretrain.data.order import plan_batch
+from pretrain.plan.memory import Layout, Memory, memory
+from pretrain.plan.speed import Cluster, Step, step
+
+# Images of a forward pass that are tried as engine.max_micro_batch_size.
+MICRO_BATCHES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+# Of a GPU's memory, for tensors: the rest is the CUDA context, NCCL's buffers and the allocator's gaps. Assumed.
+USABLE_SHARE = 0.92
+_ALIKE = 1.01  # steps that differ by less are as fast as each other: the simpler one is chosen
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout with what it costs."""
+
+    layout: Layout
+    memory: Memory
+    step: Step
+
+
+def layout_of(config: Config, num_ranks: int, stage: int, max_micro_batch: int, recompute: bool) -> Layout:
+    """Returns how the engine would spread a step."""
+    plan = plan_batch(config.data.global_batch, num_ranks, max_micro_batch)
+    return Layout(num_ranks, stage, plan.micro_batch, plan.accumulation, recompute)
+
+
+def price(config: Config, num_classes: int, layout: Layout, cluster: Cluster, mfu: float) -> Choice:
+    """Returns a layout with its memory and its time."""
+    return Choice(layout, memory(config, num_classes, layout), step(config, num_classes, layout, cluster, mfu))
+
+
+def best(
+    config: Config, num_classes: int, num_ranks: int, cluster: Cluster, mfu: float, usable_bytes: float
+) -> Choice | None:
+    """Returns the fastest layout that fits, None when none does.
+
+    Among equally fast ones: without recomputation, the lowest stage, the largest micro-batch.
+    """
+    choices = _choices(config, num_classes, num_ranks, cluster, mfu)
+    fitting = [choice for choice in choices if choice.memory.peak <= usable_bytes]
+    if not fitting:
+        return None
+    fastest = min(choice.step.total_s for choice in fitting)
+    alike = [choice for choice in fitting if choice.step.total_s <= fastest * _ALIKE]
+    return min(alike, key=_simplicity)
+
+
+def smallest(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, mfu: float) -> Choice:
+    """Returns the layout that needs least memory."""
+    choices = _choices(config, num_classes, num_ranks, cluster, mfu)
+    return min(choices, key=lambda choice: choice.memory.peak)
+
+
+def _choices(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, mfu: float) -> Iterator[Choice]:
+    layouts = {
+        layout_of(config, num_ranks, stage, micro, recompute): None
+        for recompute in (False, True)
+        for stage in (1, 2, 3)
+        for micro in MICRO_BATCHES
+    }
+    return (price(config, num_classes, layout, cluster, mfu) for layout in layouts)
+
+
+def _simplicity(choice: Choice) -> tuple[bool, int, int]:
+    return choice.layout.recompute, choice.layout.stage, -choice.layout.micro_batch

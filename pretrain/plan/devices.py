@@ -1,0 +1,39 @@
+"""What GPUs and their nodes can do: data sheets, and what is assumed where there is none."""
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU and its share of a node. Rates are per second and per direction."""
+
+    name: str
+    peak_flops: float  # dense bf16; the figures with 2:4 sparsity are twice as high and mean nothing here
+    memory_bytes: int  # what torch sees of it
+    memory_rate: float  # bytes
+    link_rate: float  # bytes over NVLink
+
+
+# Data sheets of the SXM forms; memory as torch.cuda.get_device_properties tells it, memory of B200 from its sheet.
+DEVICES = {
+    "a100": Device("a100", 312e12, int(79.1 * GIB), 2.04e12, 300e9),
+    "h100": Device("h100", 989e12, int(79.1 * GIB), 3.35e12, 450e9),
+    "h200": Device("h200", 989e12, int(139.8 * GIB), 4.8e12, 450e9),
+    "b200": Device("b200", 2250e12, int(178 * GIB), 8.0e12, 900e9),
+}
+
+# Of the ceiling model: a matrix product reaches this share of the peak, a pointwise kernel this share of the memory's
+# rate, and the whole step this share of the ceiling of both. The first two are assumed, the last is fitted: L/16 on an
+# H200 35.9 % (stable-pretraining), g/14 on A100 44.5 % (NeMo). None was measured with this code.
+PRODUCT_SHARE, MEMORY_SHARE, STEP_SHARE = 0.8, 0.9, 0.7
+# A compiled block with a bf16 residual moves 100 x width bf16 elements per token while it computes 72 x width^2 FLOPs.
+_BYTES_PER_FLOP_AND_WIDTH = 200 / 72
+
+
+def assumed_mfu(device: Device, width: int) -> float:
+    """Returns the share of the peak that a compiled step on one GPU is assumed to reach, for a model's width."""
+    products, memory = PRODUCT_SHARE * device.peak_flops, MEMORY_SHARE * device.memory_rate
+    ceiling = PRODUCT_SHARE / (1 + _BYTES_PER_FLOP_AND_WIDTH * products / memory / width)
+    return STEP_SHARE * ceiling

@@ -1,0 +1,199 @@
+"""Memory of one rank by formula: what the engine's DeepSpeed holds, phase by phase, and what a forward pass saves.
+
+Equal to what the real engine holds on CPU ranks (tests/test_plan.py). Not in it: the CUDA context, NCCL's buffers, the
+allocator's gaps; `Memory.peak` is of tensors alone.
+"""
+
+from dataclasses import dataclass
+
+from pretrain.config import Config
+from pretrain.sizes import num_tokens, plain_parameters
+
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size, which engine/settings.py leaves as it is: 1 GB in bf16
+PREFETCH_ELEMENTS = 50_000_000  # ZeRO 3 gathers so much ahead: stage3_prefetch_bucket_size
+_LIVE_ELEMENTS = 1_000_000_000  # ZeRO 3 keeps gathered weights up to this: stage3_max_live_parameters
+_FALLBACK_ELEMENTS = 500_000_000  # DeepSpeed's BF16_Optimizer reduces gradients in pieces of this
+_PIECE_ELEMENTS = 1 << 24  # optim.PIECE_ELEMENTS, which cannot be imported without torch
+_PIECES = 3  # float32 temporaries of one piece in an update that is not fused
+_ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread: ranks, images of a forward pass on a rank, forward passes of a step, recomputation."""
+
+    num_ranks: int
+    stage: int
+    micro_batch: int
+    accumulation: int
+    recompute: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. What a phase adds is on top of `rest`, which lives all the time."""
+
+    weights: int
+    gradients: int  # at the end of the backward pass, sums of micro-batches included
+    optimizer: int  # float32 master weights and moments
+    averages: int
+    buckets: int
+    activations: int  # saved for the backward pass, logits and loss included
+    rest: int
+    phases: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment."""
+        return max(self.phases.values())
+
+    @property
+    def worst_phase(self) -> str:
+        """The name of that moment."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+
+def moment_bytes(config: Config) -> int:
+    """Returns the bytes per parameter of the optimizer's moments."""
+    first = 2 if config.optim.moment_dtype == "bf16" else 4
+    return first + 4 if config.optim.name == "adamw" else first
+
+
+def activation_bytes(config: Config, num_classes: int, images: int, recompute: bool) -> tuple[int, int]:
+    """Returns what a forward pass of `images` saves for its backward pass, and what that adds at its start.
+
+    Of the eager model with fused attention, which saves q, k, v, its output and a float32 per head and token. A
+    compiled block saves no more. With `recompute` one block's are made again at a time.
+    """
+    model, item = config.model, _ELEMENT_BYTES[config.engine.precision]
+    width, depth, mlp_dim, heads = model.shape
+    tokens = num_tokens(model)
+    norms = 2 * 2 * 4  # mean and deviation, float32
+    block = tokens * (item * (8 * width + 2 * mlp_dim) + norms + 4 * heads)
+    if model.dropout:  # masks behind the projection and both layers of the MLP, a byte each
+        block += tokens * (2 * width + mlp_dim)
+    held = tokens * width * item  # a block's input, and the gradient that comes to it
+    blocks = depth * held + block if recompute else depth * block
+    ends = 3 * model.image_size**2 * item + 2 * held + _head_bytes(config, num_classes)
+    ends += tokens * width if model.dropout else 0
+    if model.pooling == "map":
+        ends += tokens * 2 * width * item
+    start = 2 * held + tokens * mlp_dim * item  # gradients inside the last block
+    return images * (blocks + ends), images * start
+
+
+def _head_bytes(config: Config, num_classes: int) -> int:
+    """Logits as the model makes them and in float32; what the loss saves beside them."""
+    return num_classes * (_ELEMENT_BYTES[config.engine.precision] + 8)
+
+
+def memory(
+    config: Config,
+    num_classes: int,
+    layout: Layout,
+    *,
+    bucket: int = BUCKET_ELEMENTS,
+    prefetch: int = PREFETCH_ELEMENTS,
+) -> Memory:
+    """Returns the memory of a rank that trains `config`'s model in this layout.
+
+    Stage 0 is plain data parallelism, for comparison: the engine refuses it. bucket, prefetch: elements that are
+    reduced, gathered at a time.
+    """
+    activations = activation_bytes(config, num_classes, layout.micro_batch, layout.recompute)
+    model = config.model
+    images = layout.micro_batch * layout.accumulation * 3 * model.image_size**2  # uint8, the rank's whole share
+    matrix = largest_parameter(config, num_classes)
+    return _memory(config, plain_parameters(model, num_classes), layout, bucket, activations, images, matrix, prefetch)
+
+
+def largest_parameter(config: Config, num_classes: int) -> int:
+    """Returns the elements of the largest matrix."""
+    width, _, mlp_dim, _ = config.model.shape
+    return max(width * mlp_dim, 3 * width**2, width * num_classes, 3 * config.model.patch_size**2 * width)
+
+
+def _memory(
+    config: Config,
+    num_parameters: int,
+    layout: Layout,
+    bucket: int,
+    activations: tuple[int, int],
+    images: int,
+    largest: int,
+    prefetch: int,
+) -> Memory:
+    item, p, ranks = _ELEMENT_BYTES[config.engine.precision], num_parameters, layout.num_ranks
+    part = -(-p // ranks) if layout.stage else p
+    rounded = item < 4
+    accumulates = layout.accumulation > 1
+    in_float32 = accumulates and config.engine.precision == "bf16"  # gradients of several micro-batches
+    unsharded = in_float32 and layout.stage == 1  # DeepSpeed's BF16_Optimizer
+    weights = item * (part if layout.stage == 3 else p)
+    optimizer = part * (4 + moment_bytes(config))
+    averages = 4 * part if config.optim.average_decay else 0
+    kept = bucket * item if layout.stage == 3 else 0
+    if unsharded:
+        kept += 4 * p
+    elif layout.stage == 3:
+        kept += part * (4 if in_float32 else item)
+    rest = weights + optimizer + averages + kept + images
+    fused = config.optim.name == "adamw" and config.optim.moment_dtype == "fp32"
+    update = 0 if fused else _PIECES * 4 * min(part, _PIECE_ELEMENTS)
+    saved, start = activations
+    backward, end, step = _phases(item, p, part, layout, bucket, in_float32, (saved, start), largest, prefetch)
+    if not rounded:
+        step -= item * part  # the gradients are float32 already
+    phases = {
+        "start": 4 * p,  # the whole model in float32, before it is cut
+        "backward": rest + backward,
+        "reduce": rest + end,
+        "step": rest + step + update,
+    }
+    held = part if layout.stage >= 2 else p
+    gradients = held * (4 if in_float32 and layout.stage >= 2 else item) + (4 * p if unsharded else 0)
+    return Memory(weights, gradients, optimizer, averages, bucket * item, saved, rest, phases)
+
+
+def _phases(
+    item: int,
+    p: int,
+    part: int,
+    layout: Layout,
+    bucket: int,
+    in_float32: bool,
+    activations: tuple[int, int],
+    largest: int,
+    prefetch: int,
+) -> tuple[int, int, int]:
+    """What the backward pass's start, its end with the reduction, and the step hold beside `rest`."""
+    saved, start = activations
+    if layout.stage == 0:  # plain data parallelism: whole gradients, reduced in place
+        return saved + start + (item * p if layout.accumulation > 1 else 0), item * p, item * p + 4 * p
+    shared = largest if layout.num_ranks > 1 else 0
+    filled = min(bucket, p)  # elements of the first reduction
+    left = saved * (p - filled) // p  # activations that are not used up when it comes
+    if layout.stage == 1 and in_float32:
+        pieces = min(p, _FALLBACK_ELEMENTS)
+        return item * p + saved + start, item * p + (4 + item) * pieces, item * p
+    if layout.stage == 1:
+        whole = item * p * (layout.accumulation > 1)  # of the micro-batches before
+        end = item * p + item * max(bucket, part)
+        # own gradients are copied, with the whole of a parameter that two ranks share
+        return item * bucket + whole + saved + start, end + item * shared, (2 * item + 4) * part + item * shared
+    pending = item * largest if bucket < p else 0  # a gradient that waits until the bucket has room
+    if layout.stage == 2:
+        own = 4 * part if in_float32 else item * (part + shared)
+        before = own if layout.accumulation > 1 else 0
+        joined = item * filled if layout.num_ranks > 1 or in_float32 else 0  # slices of several ranks, copied together
+        if in_float32:
+            joined += 4 * largest
+        reduced = own + joined if in_float32 or bucket < p else max(own, joined)
+        end = item * bucket + reduced + left + pending
+        return item * bucket + before + saved + start, end, own if in_float32 else item * shared + (2 * item + 4) * part
+    gathered = item * min(p, _LIVE_ELEMENTS) if layout.num_ranks > 1 else 0
+    ahead = item * min(p, 2 * prefetch) if layout.num_ranks > 1 else 0  # joined pieces that are not cut up yet
+    copies = item * filled + (4 if in_float32 else item) * filled // layout.num_ranks
+    end = copies + left + pending + gathered * (p - filled) // p
+    return gathered + max(ahead, start) + saved, end, 4 * part + (0 if in_float32 else item * part)

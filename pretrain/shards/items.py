@@ -1,0 +1,101 @@
+"""What a data set is made of: a list of `Item`s, or as many as a disk holds, kept in a few arrays.
+
+An object for each image would take a kilobyte: 14 million of them 14 GB. Here an image is its name's bytes, where they
+end, and its label, and becomes an `Item` when its shard is written.
+"""
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import NamedTuple, overload
+
+import numpy as np
+
+
+class Item(NamedTuple):
+    """A sample to be written."""
+
+    read: Callable[[], bytes]  # the encoded image
+    ending: str  # jpg, png, webp
+    label: int | list[int]  # a class, or all classes of the image; one kind for a whole data set
+    source: str  # where it came from, for error messages
+
+
+# Makes the item of a reference; what is to be said of its picture is added to the counter when it is read. It is sent
+# to other processes: a function of a module, or a `partial` of one.
+ItemOf = Callable[[str, int, Counter[str]], Item]
+
+
+class PackedItems(Sequence[Item]):
+    """Items in arrays: bytes of the references, their ends, their labels. Indexing makes the item."""
+
+    def __init__(self, item_of: ItemOf) -> None:
+        self.labels = array("i")
+        self._item_of = item_of
+        self._texts = bytearray()
+        self._ends = array("q", [0])
+        self._hash = hashlib.sha256()
+
+    def append(self, reference: str, label: int, stamp: object = "") -> None:
+        """Adds an item. stamp: what else says that a later run finds the same file, as its size and time."""
+        text = reference.encode("utf-8", "surrogateescape")
+        self._texts += text
+        self._ends.append(len(self._texts))
+        self.labels.append(label)
+        self._hash.update(b"%d %d " % (len(text), label) + text + f" {stamp}\n".encode())
+
+    def reference(self, index: int) -> str:
+        """Returns what `append` was given."""
+        return self._texts[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+
+    def take(self, indices: Iterable[int], notes: Counter[str]) -> list[Item]:
+        """Returns the items of some indices, which add to `notes` when they are read."""
+        return [self._item_of(self.reference(index), self.labels[index], notes) for index in indices]
+
+    def without(self, dropped: Container[int]) -> "PackedItems":
+        """Returns the items but some; they keep their order and the digest of all."""
+        kept = PackedItems(self._item_of)
+        for index in range(len(self)):
+            if index not in dropped:
+                kept.append(self.reference(index), self.labels[index])
+        kept._hash = self._hash
+        return kept
+
+    def relabelled(self, labels: Sequence[int]) -> "PackedItems":
+        """Returns the items with labels[k] in place of each label k. Shares the rest; these are not used any more."""
+        self.labels = array("i", np.asarray(labels, dtype=np.int32)[np.asarray(self.labels)].tobytes())
+        return self
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of references, labels and stamps, as they were appended."""
+        return self._hash.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        found = range(len(self))[index]
+        return self.take(found, Counter()) if isinstance(found, range) else self.take([found], Counter())[0]
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))
+
+
+def taken(items: Sequence[Item], indices: Iterable[int], notes: Counter[str]) -> list[Item]:
+    """Returns some items, of either kind of sequence; packed ones add to `notes` when they are read."""
+    return items.take(indices, notes) if isinstance(items, PackedItems) else [items[index] for index in indices]
+
+
+def digest_of(items: Sequence[Item]) -> str:
+    """Returns the SHA-256 of what items are: names and labels; of packed ones also their stamps."""
+    if isinstance(items, PackedItems):
+        return items.digest()
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(f"{item.label} {item.ending} {item.source}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""Images that a list names: CSV or JSON lines, a path and a label each.
+
+A list may come from elsewhere: its paths stay below its own folder, links followed.
+"""
+
+import csv
+import io
+import os
+from array import array
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from pretrain.config import MAX_CLASSES
+from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.json_files import Fields, brief, is_text, parse_json
+from pretrain.shards.items import PackedItems
+from pretrain.shards.pictures import stored_ending
+from pretrain.shards.sources import append_file, file_item, place_word, same_files
+
+ENDINGS = (".csv", ".jsonl")
+MAX_LINE_BYTES = 1 << 16  # of a list; a path and a label have some hundred
+_PATH, _LABEL = ("path", "file", "file_name", "filename", "image"), ("label", "class", "class_name")
+_MAX_COLUMNS = 1000
+
+
+def listed_items(path: Path, *, apply_orientation: bool = False) -> tuple[PackedItems, list[str]]:
+    """Returns the images of a list, in its order, and the names of classes, or nothing where labels are numbers.
+
+    A list is a CSV whose first line names the columns, or JSON lines; of both the columns path and label are read.
+    Names of classes get their numbers in sorted order. Raises UserError, naming the line, for a path that leads out of
+    the list's folder, is not there, or comes twice, and for a label that is neither a class's number nor a name.
+    """
+    root = path.parent
+    real_root = os.path.join(os.path.realpath(root), "")
+    items = PackedItems(partial(file_item, root, apply_orientation))
+    numbers: dict[str, int] = {}  # of labels, in the order they came
+    words = array("q")
+    for place, (name, label) in _rows(path):
+        file = _checked(root, real_root, name, place)
+        append_file(items, root, file, numbers.setdefault(label, len(numbers)))
+        words.append(place_word(file))
+        if len(numbers) > MAX_CLASSES:
+            raise UserError(f"{place}: more than {MAX_CLASSES} classes")
+    for index, first in same_files(root, items, words).items():
+        twice = brief(items.reference(index)), brief(items.reference(first))
+        raise UserError(f"{path}: {twice[0]} is listed already, as {twice[1]}; list each image once")
+    if not items:
+        raise UserError(f"{path}: lists no images; expected a line with a path and a label for each")
+    if all(label.isascii() and label.isdigit() and len(label) <= len(str(MAX_CLASSES)) for label in numbers):
+        return items.relabelled([int(label) for label in numbers]), []
+    names = sorted(numbers)
+    places = {name: place for place, name in enumerate(names)}
+    return items.relabelled([places[label] for label in numbers]), names
+
+
+def _checked(root: Path, real_root: str, name: str, place: str) -> Path:
+    file = root / name
+    if Path(name).is_absolute() or ".." in file.parts[len(root.parts) :]:
+        raise UserError(
+            f"{place}: {brief(name)} is absolute, or has .. in it; paths lie below the list's folder {root}"
+        )
+    try:
+        real = os.path.realpath(file, strict=True)
+    except (OSError, ValueError):
+        raise UserError(f"{place}: {brief(name)} is not there; paths are relative to the list's folder") from None
+    if not real.startswith(real_root):
+        raise UserError(f"{place}: {brief(name)} leads out of the list's folder {root}; move the list above its images")
+    if not os.path.isfile(real):
+        raise UserError(f"{place}: {brief(name)} is no file")
+    if stored_ending(file.name) is None:
+        raise UserError(f"{place}: {brief(name)} is no picture that can be read here; convert it to JPEG or PNG")
+    return file
+
+
+def _rows(path: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yields where a line is, for errors, and its path and label."""
+    with path.open("rb") as file:
+        lines = _lines(path, file)
+        yield from _of_csv(path, lines) if path.suffix == ".csv" else _of_json(lines)
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        place = f"{path}: line {number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(f"{place}: more than {MAX_LINE_BYTES} bytes, which is the limit of a line")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{place}: {shown(line.decode(errors='replace').strip())} is not UTF-8") from None
+        if text.strip():
+            yield place, text
+
+
+def _of_csv(path: Path, lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, str]]]:
+    columns: tuple[int, int] | None = None
+    for place, text in lines:
+        try:
+            (row,) = csv.reader(io.StringIO(text), strict=True)  # a quoted name does not go on in the next line
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"{place}: is no line of CSV ({error})") from None
+        if len(row) > _MAX_COLUMNS:
+            raise UserError(f"{place}: has {len(row)} columns, at most {_MAX_COLUMNS}")
+        if columns is None:
+            columns = _column(row, _PATH, place), _column(row, _LABEL, place)
+            continue
+        if max(columns) >= len(row):
+            raise UserError(f"{place}: has {len(row)} columns, the first line names more")
+        yield place, _row(row[columns[0]], row[columns[1]], place)
+
+
+def _column(names: list[str], wanted: tuple[str, ...], place: str) -> int:
+    found = [number for number, name in enumerate(names) if name.strip().lower() in wanted]
+    if len(found) != 1:
+        raise UserError(f"{place}: {brief(names)}, expected one column {wanted[0]} (or {', '.join(wanted[1:])})")
+    return found[0]
+
+
+def _of_json(lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, str]]]:
+    for place, text in lines:
+        fields = Fields.of(parse_json(text, place), place)
+        keys = [_column(list(fields.values), wanted, place) for wanted in (_PATH, _LABEL)]
+        name, label = (list(fields.values)[key] for key in keys)
+        value = fields.values[label]
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        number = str(fields.integer(label, 0, MAX_CLASSES - 1)) if is_number else fields.text(label)
+        yield place, _row(fields.text(name), number, place)
+
+
+def _row(name: str, label: str, place: str) -> tuple[str, str]:
+    if not name or "\0" in name or not is_text(name):
+        raise UserError(f"{place}: {brief(name)} is no path")
+    if not label.strip() or not is_text(label):
+        raise UserError(f"{place}: {brief(label)} is no label")
+    return name, label.strip()

@@ -1,0 +1,128 @@
+"""Tasks in processes of their own, one at a time in each: results as they come, and how far all of them are.
+
+A task is made when a process is free for it, so that only as many are in memory as there are processes. When this
+process is killed, its workers end at their next word; when a worker is killed, that is one line.
+"""
+
+import multiprocessing
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn, TypeVar
+
+from pretrain.errors import LostProcessError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Progress = Callable[[int], None]  # told the number of samples just done
+
+_EVERY_S = 0.2  # a worker's words; one for each image would keep the one who listens to 64 workers from all else
+
+
+def results(
+    function: Callable[[Task, Progress], Result], tasks: Iterable[Task], workers: int, progress: Progress
+) -> Iterator[Result]:
+    """Yields what `function` makes of each task, in any order, with so many processes; 1: in this one.
+
+    function: of a module, or a `partial` of one; what it raises is raised here. Raises LostProcessError when a worker
+    ends by itself.
+    """
+    if workers == 1:
+        for task in tasks:
+            yield function(task, progress)
+        return
+    # spawn: a forked process would share the threads' locks of the libraries that decode.
+    context = multiprocessing.get_context("spawn")
+    processes: dict[Connection, Any] = {}
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(function, theirs), daemon=True)
+            process.start()
+            theirs.close()  # else its end would not be noticed
+            processes[ours] = process
+        yield from _share_out(iter(tasks), dict(processes), progress)
+    finally:
+        for connection, process in processes.items():
+            connection.close()
+            process.terminate()
+        for process in processes.values():
+            process.join()
+
+
+def _share_out(tasks: Iterator[Any], processes: dict[Connection, Any], progress: Progress) -> Iterator[Any]:
+    def hand_on(connection: Connection) -> None:
+        try:
+            connection.send(next(tasks))
+        except StopIteration:
+            del processes[connection]
+
+    try:
+        for connection in list(processes):
+            hand_on(connection)
+        while processes:
+            for connection in wait(list(processes)):
+                assert isinstance(connection, Connection)
+                kind, value = connection.recv()
+                if kind == "done":
+                    progress(value)
+                    continue
+                if kind == "error":
+                    raise value
+                hand_on(connection)
+                yield value
+    except (EOFError, ConnectionError):
+        time.sleep(0.1)  # until the operating system knows its exit code
+        codes = {process.exitcode for process in processes.values()} - {None, 0}
+        raise LostProcessError(
+            f"a process that writes shards has ended (exit code {', '.join(map(str, codes)) or 'unknown'}; -9 is often "
+            "too little memory: give fewer --workers); the same command goes on with the shards that are complete"
+        ) from None
+
+
+def _work(function: Callable[[Any, Progress], Any], connection: Connection) -> None:
+    """A worker: a task, its result, the next one, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the one who listens ends the others
+    words = _Words(connection)
+    try:
+        while True:
+            task = connection.recv()
+            signal.signal(signal.SIGTERM, _leave)
+            try:
+                result = function(task, words.add)
+            except (BrokenPipeError, ConnectionError):
+                return
+            except Exception as error:
+                if not hasattr(error, "exit_code"):  # a defect of ours, whose traceback would be lost on the way
+                    error.add_note("".join(traceback.format_exception(error)))
+                connection.send(("error", error))
+                return
+            finally:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            words.send()
+            connection.send(("result", result))
+    except (EOFError, ConnectionError):
+        return
+
+
+def _leave(*_: object) -> NoReturn:
+    sys.exit(143)  # out of the task, which removes its temporary file
+
+
+class _Words:
+    """How many samples a worker has done, told now and then."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._count, self._sent_at = connection, 0, time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._count += count
+        if time.monotonic() - self._sent_at > _EVERY_S:
+            self.send()
+
+    def send(self) -> None:
+        self._connection.send(("done", self._count))
+        self._count, self._sent_at = 0, time.monotonic()

@@ -1,0 +1,116 @@
+"""OUT/.unfinished-set: what a data set is being made of, and which of its shards are complete, until its manifest is.
+
+A build that was killed goes on from here. Each complete shard has a file, written after the shard; a set of other
+images or options is not mixed with what is there.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.config import MAX_CLASSES
+from pretrain.data.manifest import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Shard
+from pretrain.errors import UserError
+from pretrain.json_files import Fields, brief, read_json
+from pretrain.storage import remove, write_text
+
+FOLDER = ".unfinished-set"
+FORMAT, VERSION = "pretrain-unfinished-set", 1
+
+Plan = Mapping[str, int | str | None]  # all that the bytes of a set depend on, by a name for the user
+
+
+class Done(NamedTuple):
+    """A complete shard."""
+
+    shard: Shard
+    dropped: list[str]  # what was left out, with the reason
+    counts: Counter[int]  # images of each class
+    notes: Counter[str]  # pictures that were converted, or look otherwise than shown
+
+
+def plan_of(out: Path) -> Plan | None:
+    """Returns the plan of the unfinished set in a folder, None where there is none."""
+    path = out / FOLDER / "plan.json"
+    if not path.exists():
+        return None
+    values = Fields.of(read_json(path), str(path)).values
+    head = {"format": FORMAT, "version": VERSION}
+    if {name: values.pop(name, None) for name in head} != head:
+        raise UserError(f"{path}: is no {FORMAT} {VERSION}; remove {out} to begin anew")
+    return values
+
+
+def begin(out: Path, plan: Plan) -> Path:
+    """Returns the folder of an unfinished set, made or found. Raises UserError when one of another plan is there."""
+    folder = out / FOLDER
+    if plan_of(out) is None:
+        folder.mkdir(exist_ok=True)
+        text = json.dumps({"format": FORMAT, "version": VERSION, **plan}, indent=1) + "\n"
+        write_text(folder / "plan.json", text, shared=True)
+    found = plan_of(out) or {}
+    for name in {**plan, **found}:
+        if found.get(name) != plan.get(name):
+            was = f"{brief(found.get(name))} and is now {brief(plan.get(name))}"
+            raise UserError(
+                f"{out}: holds the unfinished data set of another command: its {name} was {was}; give that command "
+                f"again to finish it, or remove {out} to begin anew"
+            )
+    return folder
+
+
+def keep(folder: Path, number: int, done: Done) -> None:
+    """Writes down that shard `number` is complete, with its index."""
+    values = {
+        "num_samples": done.shard.num_samples,
+        "num_bytes": done.shard.num_bytes,
+        "sha256": done.shard.sha256,
+        "dropped": done.dropped,
+        "counts": {str(label): count for label, count in sorted(done.counts.items())},
+        "notes": dict(done.notes),  # in the order they came, as counts.json has them
+    }
+    write_text(_file(folder, number), json.dumps(values) + "\n", shared=True)
+
+
+def read(folder: Path, number: int, path: Path) -> Done | None:
+    """Returns shard `number`, which lies at `path`, None unless it is complete. Raises UserError for a damaged file."""
+    file = _file(folder, number)
+    if not file.exists() or not path.exists() or not path.with_suffix(".idx").exists():
+        return None
+    values = Fields.of(read_json(file), str(file))
+    num_bytes = values.integer("num_bytes", 0, MAX_SHARD_BYTES)
+    if path.stat().st_size != num_bytes:
+        return None
+    shard = Shard(path, values.integer("num_samples", 0, MAX_SHARD_SAMPLES), num_bytes, values.text("sha256"))
+    counts, notes = values.part("counts"), values.part("notes")
+    return Done(
+        shard,
+        list(values.texts("dropped")),
+        Counter({_label(label): counts.integer(label, 0, MAX_SHARD_BYTES) for label in counts.values}),
+        Counter({note: notes.integer(note, 0, MAX_SHARD_BYTES) for note in notes.values}),
+    )
+
+
+def _label(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(MAX_CLASSES)) else 0
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.json"
+
+
+def clear(out: Path) -> None:
+    """Forgets the unfinished set, when its manifest is written."""
+    remove(out / FOLDER)
+
+
+def remove_torn(out: Path, name: str, numbers: range) -> None:
+    """Removes what killed processes have left of these shards under temporary names."""
+    torn = re.compile(rf"\.tmp-.*{re.escape(name)}-(\d+)\.(?:tar|idx)")
+    for path in out.iterdir():
+        found = torn.fullmatch(path.name)
+        if found and int(found[1]) in numbers:
+            path.unlink(missing_ok=True)

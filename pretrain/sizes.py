@@ -1,0 +1,61 @@
+"""Parameters and multiply-adds of a plain ViT by formula: without torch, and without building the model."""
+
+from pretrain.config import ModelConfig
+
+
+def is_plain(config: ModelConfig) -> bool:
+    """Returns whether the formulas hold: a ViT of this package, without a trunk and without relative positions."""
+    return config.timm_name is None and config.trunk_units is None and config.positions != "relative"
+
+
+def num_patches(config: ModelConfig) -> int:
+    """Returns the patches of an image."""
+    return (config.image_size // config.patch_size) ** 2
+
+
+def num_tokens(config: ModelConfig) -> int:
+    """Returns the tokens of a block: the patches and the class token."""
+    return num_patches(config) + (config.pooling == "token")
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Returns the parameters of one block: q, k, v, projection, MLP and two norms; no table of positions."""
+    width, _, mlp_dim, _ = config.shape
+    return 4 * width**2 + 2 * width * mlp_dim + mlp_dim + 9 * width
+
+
+def plain_parameters(config: ModelConfig, num_classes: int) -> int:
+    """Returns the trainable numbers of a plain ViT, those of `build_model`."""
+    width, depth, mlp_dim, _ = config.shape
+    total = 3 * config.patch_size**2 * width + width + depth * block_parameters(config) + 2 * width
+    total += width * (config.pooling == "token")
+    total += _table_parameters(config) * (depth if config.positions_at == "every_layer" else 1)
+    if config.pooling == "map":  # probe, q, k, v, projection, norm, MLP
+        total += 4 * width**2 + 2 * width * mlp_dim + mlp_dim + 8 * width
+    rep = config.representation_size
+    total += 0 if rep is None else width * rep + rep
+    return total + (rep or width) * num_classes + num_classes
+
+
+def _table_parameters(config: ModelConfig) -> int:
+    if config.positions == "learned2d":  # half the channels for each column and each row
+        side = config.image_size // config.patch_size
+        return 2 * side * (config.shape.width // 2)
+    rows = num_patches(config) + (config.pooling == "token" and config.class_position)
+    return rows * config.shape.width if config.positions == "learned" else 0
+
+
+def plain_forward_macs(config: ModelConfig, num_classes: int) -> int:
+    """Returns the multiply-adds of one image's forward pass through a plain ViT.
+
+    Patch convolution, q, k, v, attention, MLP and head; norms, softmax, GELU and biases are not counted.
+    """
+    width, depth, mlp_dim, _ = config.shape
+    tokens = num_tokens(config)
+    block = tokens * (4 * width**2 + 2 * width * mlp_dim) + 2 * tokens**2 * width
+    pool = 0
+    if config.pooling == "map":
+        pool = 2 * width**2 + 2 * width * mlp_dim + tokens * 2 * width**2 + 2 * tokens * width
+    rep = config.representation_size
+    head = width * num_classes if rep is None else width * rep + rep * num_classes
+    return num_patches(config) * 3 * config.patch_size**2 * width + depth * block + pool + head

@@ -1,0 +1,41 @@
+"""What stands out in a window of steps, by medians, which one outlier does not move: slow ranks, spikes of the loss."""
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+SLOW_FACTOR = 1.5  # a rank is slow whose own time is so many times the others' median
+SLOW_SHARE = 0.05  # and above it by this share of the whole time: milliseconds of nothing are no news
+SPIKE_DEVIATIONS = 6.0  # a loss so many robust standard deviations above the median is a spike
+SPIKE_WINDOW, SPIKE_MIN = 128, 32  # losses compared with; fewer say little
+_DEVIATION = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
+
+
+def slow_rank(own_s: Sequence[float], elapsed_s: float) -> int | None:
+    """Returns the slowest rank, when it is slow, by the seconds of each rank that were not spent waiting for others."""
+    if len(own_s) < 2:
+        return None
+    slowest = max(range(len(own_s)), key=own_s.__getitem__)
+    others = median([*own_s[:slowest], *own_s[slowest + 1 :]])
+    slow = own_s[slowest] > SLOW_FACTOR * others and own_s[slowest] - others > SLOW_SHARE * elapsed_s
+    return slowest if slow else None
+
+
+class LossSpikes:
+    """Compares each step's loss with those of the steps before it, since the start of this process."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+
+    def count(self, losses: Sequence[float]) -> int:
+        """Returns how many of the next steps' losses are spikes. None is compared with a spike."""
+        found = 0
+        for loss in losses:
+            if len(self._losses) >= SPIKE_MIN:
+                middle = median(self._losses)
+                spread = _DEVIATION * median(abs(value - middle) for value in self._losses)
+                if loss > middle + SPIKE_DEVIATIONS * max(spread, 1e-6 * abs(middle)):
+                    found += 1
+                    continue
+            self._losses.append(loss)
+        return found

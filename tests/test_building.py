@@ -1,0 +1,444 @@
+"""Building shards with several processes, in parts, and after kills: the same bytes whatever happens on the way."""
+
+import hashlib
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from halves import half
+from PIL import Image
+
+from pretrain import cli
+from pretrain.data.images import decode
+from pretrain.data.manifest import load_manifest
+from pretrain.data.reader import read_sample
+from pretrain.errors import LostProcessError, UserError
+from pretrain.shards import build as build_module
+from pretrain.shards.items import PackedItems
+from pretrain.shards.make import Options, make_part, make_shards
+from pretrain.shards.pool import results
+from pretrain.shards.resizing import Resizing
+from pretrain.shards.sources import Told, folder_items
+from pretrain.shards.unfinished import FOLDER
+from pretrain.shards.verify import verify
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = Options(samples_per_shard=7, seed=3)
+
+
+def pixels(seed: int, side: int = 9) -> np.ndarray:
+    """A small picture."""
+    return np.random.default_rng(seed).integers(0, 256, (side, side + 3, 3)).astype(np.uint8)
+
+
+def photos(root: Path, count: int = 40, side: int = 9) -> Path:
+    """A folder of three classes, with a broken image, a BMP, a text file, and a name that is not UTF-8."""
+    for number in range(count):
+        path = root / "abc"[number % 3] / f"{number}.{'png' if number % 2 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(number, side)).save(path)
+    Image.fromarray(pixels(count)).save(root / "a" / "x.bmp")
+    (root / "b" / "broken.jpg").write_bytes(b"\xff\xd8broken")
+    (root / "b" / "notes.txt").write_text("x")
+    os.rename(root / "c" / "2.jpg", os.fsencode(root / "c") + b"/\xff.jpg")
+    return root
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file, hidden ones too."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def refusal(function: Any, *arguments: Any, **options: Any) -> str:
+    """The message with which a call is refused, checked to be one line."""
+    with pytest.raises(UserError) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of photos that most tests read."""
+    return photos(tmp_path_factory.mktemp("source") / "photos")
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The files of an undisturbed build in this process."""
+    out = tmp_path_factory.mktemp("whole") / "set"
+    make_shards([source], None, out, SMALL)
+    assert list(verify(load_manifest(out))) == []
+    return tree(out)
+
+
+def test_processes_give_the_same_bytes(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    """Two processes: shards, indexes, counts, what was left out and noted, manifest."""
+    _, told = make_shards([source], None, tmp_path / "set", replace(SMALL, workers=2))
+    assert tree(tmp_path / "set") == whole
+    assert told.notes["BMP converted to PNG"] == 1 and told.passed_over[".txt files"] == 1
+    assert set(whole) >= {"manifest.json", "classes.json", "counts.json", "provenance.json", "set-000005.idx"}
+
+
+def test_the_bytes_are_those_of_earlier_versions(tmp_path: Path) -> None:
+    """Order, keys and members of a set do not change: training runs resume on what was made before."""
+    for number in range(11):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(PNG + bytes([number]))  # no bytes that depend on an encoder's version
+    make_shards([tmp_path / "photos"], None, tmp_path / "set", Options(samples_per_shard=4, seed=5))
+    found = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted((tmp_path / "set").glob("*.tar"))]
+    assert found == EARLIER
+
+
+# One grey pixel; what follows the end of a PNG is no part of it.
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c636800000082008177cd72b60000000049454e44ae426082"
+)
+EARLIER = ["6ff54ab4a7530328", "8c8af473295dc7ed", "5316986049163686"]
+
+
+def test_parts_and_then_the_rest(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    """Elements of an array write their shards, in any order, again without harm; the whole command writes the rest."""
+    out = tmp_path / "set"
+    assert make_part([source], None, out, (2, 3), SMALL) == (2, 6)
+    assert make_part([source], None, out, (0, 3), SMALL) == (4, 6)
+    assert not (out / "manifest.json").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert make_part([source], None, out, (0, 3), SMALL) == (4, 6)
+    make_shards([source], None, out, SMALL)
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before  # not written twice
+    assert tree(out) == whole
+
+
+@pytest.mark.parametrize("when", ["index_tar", "finish", "clear"])
+def test_an_interrupted_build_goes_on(
+    when: str, source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted at a shard's index, before the manifest, and behind it: the same command finishes."""
+    owner = build_module.unfinished if when == "clear" else build_module
+    real, calls = getattr(owner, when), []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == (4 if when == "index_tar" else 1):
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    out = tmp_path / "set"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, when, interrupted)
+        make_shards([source], None, out, SMALL)
+    assert (out / FOLDER).exists()
+    (out / ".tmp-host-1-set-000004.tar").write_bytes(b"torn")
+    make_shards([source], None, out, SMALL)
+    left = {".tmp-host-1-set-000004.tar"} if when == "clear" else set()
+    assert {name: digest for name, digest in tree(out).items() if name not in left} == whole
+    assert "holds a data set already" in refusal(make_shards, [source], None, out, SMALL)
+
+
+def test_another_plan_is_refused_by_what_differs(tmp_path: Path) -> None:
+    """Options, images, their sizes, times and labels; nothing that is there is touched."""
+    root, out = photos(tmp_path / "photos"), tmp_path / "set"
+    make_part([root], None, out, (0, 2), SMALL)
+    before = tree(out)
+    for options, said in (
+        (replace(SMALL, seed=4), "its seed was 3 and is now 4"),
+        (replace(SMALL, samples_per_shard=8), "its samples per shard was 7 and is now 8"),
+        (replace(SMALL, apply_orientation=True), "its --apply-orientation was 0 and is now 1"),
+        (replace(SMALL, resizing=Resizing(5, 90)), "its shorter side was None and is now 5"),
+    ):
+        message = refusal(make_shards, [root], None, out, options)
+        assert said in message and f"remove {out}" in message
+    path = root / "a" / "0.jpg"
+    data, status = path.read_bytes(), path.stat()
+    for change in (lambda: path.write_bytes(data + b"x"), path.touch, lambda: path.rename(root / "b" / "0.jpg")):
+        change()
+        assert "list of images" in refusal(make_shards, [root], None, out, SMALL)
+        (root / "b" / "0.jpg").rename(path) if not path.exists() else path.write_bytes(data)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    (root / "a" / "new.jpg").write_bytes(data)
+    assert "its number of images was 42 and is now 43" in refusal(make_shards, [root], None, out, SMALL)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "without index"])
+def test_a_shard_that_is_not_complete_is_written_again(
+    damage: str, source: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    """Its size is compared with what was written down."""
+    out = tmp_path / "set"
+    make_part([source], None, out, (0, 1), SMALL)
+    path = out / "set-000002.tar"
+    if damage == "cut":
+        os.truncate(path, 1024)
+    else:
+        (path if damage == "removed" else path.with_suffix(".idx")).unlink()
+    make_shards([source], None, out, SMALL)
+    assert tree(out) == whole
+
+
+def test_images_that_nobody_can_decode_leave_no_beginning(tmp_path: Path) -> None:
+    """The user mends them, which changes their times, and gives the same command."""
+    path = tmp_path / "photos" / "a" / "1.jpg"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\xff\xd8")
+    assert "none of the 1 images" in refusal(make_shards, [tmp_path / "photos"], None, tmp_path / "set", SMALL)
+    Image.fromarray(pixels(0)).save(path)
+    make_shards([tmp_path / "photos"], None, tmp_path / "set", SMALL)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_results_and_errors_of_processes() -> None:
+    """All results; an error as it was raised; a killed process is one line."""
+    told: list[int] = []
+    assert sorted(results(half, range(0, 12, 2), 2, told.append)) == [0, 1, 2, 3, 4, 5] and sum(told) == 6
+    with pytest.raises(UserError, match="^7 is odd$"):
+        list(results(half, [2, 7], 2, told.append))
+    with pytest.raises(LostProcessError, match="exit code -9.*the same command goes on") as lost:
+        list(results(half, [2, -2, 4], 2, told.append))
+    assert "\n" not in str(lost.value) and lost.value.exit_code == 76
+
+
+def command(source: Path, out: Path, *options: str) -> subprocess.Popen:
+    """tools/make_shards.py, with two processes."""
+    line = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(source), str(out)]
+    line += ["--samples-per-shard", "7", "--seed", "3", "--workers", "2", *options]
+    return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+SLOW, LONG = (pytest.mark.slow, pytest.mark.timeout(1500)), (pytest.mark.long, pytest.mark.timeout(6000))
+
+
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=SLOW), pytest.param(20, marks=LONG)])
+def test_killed_at_any_moment(kills: int, tmp_path: Path) -> None:
+    """kill -9 of the command, or of it and its processes, while it makes shards: the bytes of an undisturbed build."""
+    root, out = photos(tmp_path / "photos", 40 * kills, side=90), tmp_path / "out" / "set"
+    make_shards([root], None, tmp_path / "whole" / "set", SMALL)
+    moments = random.Random(kills)
+    for kill in range(kills):
+        process = command(root, out)
+        there = len(list(out.glob("*.tar")))
+        while process.poll() is None and len(list(out.glob("*.tar"))) == there:
+            time.sleep(0.01)  # until it has begun to write, however slow the machine is
+        time.sleep(moments.uniform(0, 0.3))
+        (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert out.exists()
+    make_shards([root], None, out, SMALL)
+    assert tree(out) == tree(tmp_path / "whole" / "set")
+
+
+def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's log has a line each minute, with the rate since the one before and the time left."""
+    now = [0.0]
+    monkeypatch.setattr("pretrain.cli.time.monotonic", lambda: now[0])
+    with cli.progress("writing", 100_000, "images") as advance:
+        advance(40_000)  # complete already
+        for _ in range(140):
+            now[0] += 1
+            advance(10)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("writing: 40,600 of 100,000 images, 677/s") and first.endswith("minutes left")
+    assert second == "writing: 41,200 of 100,000 images, 10/s, 98 minutes left"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--part", "4/4"], "--part is '4/4', expected I/N"),
+        (["--part", ""], "--part is '', expected I/N"),
+        (["--part", "-1/4"], "expected I/N"),
+        (["--workers", "0"], "--workers is 0, expected at least 1"),
+        (["--shorter-side", "0"], "--shorter-side is 0"),
+        (["--shorter-side", "9", "--quality", "101"], "--quality is 101, expected 1 to 100"),
+        (["--quality", "90"], "give both"),
+        (["--task", "pets", "--part", "0/2"], "--part has no effect with --task"),
+    ],
+)
+def test_options_that_cannot_be(options: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line each."""
+    first, *rest = options
+    monkeypatch.setattr(sys, "argv", ["make_shards.py", "in", "out", f"{first}={rest[0]}", *rest[1:]])
+    main = runpy.run_path(str(ROOT / "tools" / "make_shards.py"))["main"]
+    assert said in refusal(main)
+
+
+def test_tars_that_are_shards_have_no_parts(tmp_path: Path) -> None:
+    """What would have no effect is refused."""
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert "--part has no effect" in refusal(make_part, [tmp_path / "a.tar"], None, tmp_path / "o", (0, 2), SMALL)
+    smaller = replace(SMALL, resizing=Resizing(5, 90))
+    assert "--shorter-side has no" in refusal(make_shards, [tmp_path / "a.tar"], None, tmp_path / "o", smaller)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_links_are_found_among_packed_names(tmp_path: Path) -> None:
+    """The first in order stays, as with an object for each; what comes behind keeps its place."""
+    root = photos(tmp_path / "photos", 9)
+    (root / "a" / "00.png").symlink_to(root / "a" / "3.png")  # before its file
+    told = Told()
+    items, _ = folder_items(root, told)
+    assert isinstance(items, PackedItems)
+    names = [item.source.removeprefix(f"{root}/") for item in items]
+    assert "a/00.png" in names and "a/3.png" not in names and len(names) == len(set(names)) == 11
+    assert told.passed_over["files reached again by links"] == 1
+    assert [items[k].label for k in range(len(items))] == [item.label for item in items] == list(items.labels)
+
+
+# --- lists, and tars of classes --------------------------------------------------------------------------------------
+
+
+def stored(folder: Path) -> set[tuple[bytes, int]]:
+    """(image, label) of all samples."""
+    manifest = load_manifest(folder)
+    samples = [read_sample(manifest, index) for index in range(manifest.num_samples)]
+    return {(sample.image, int(sample.label)) for sample in samples}
+
+
+def few(root: Path) -> dict[str, bytes]:
+    """Three pictures a/0.png, b/1.png, a/2.png."""
+    found = {}
+    for number, name in enumerate(("a/0.png", "b/1.png", "a/2.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(number)).save(root / name)
+        found[name] = (root / name).read_bytes()
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, text, labels, names",
+    [
+        ("x.csv", "path,label\na/0.png,dog\nb/1.png,cat\n./a/2.png,dog\n", (1, 0, 1), ("cat", "dog")),
+        ("x.csv", '\ufeffid,Label,File_Name\n7,2,a/0.png\n\n8,0,"b/1.png"\n9,02,a/2.png\n', (2, 0, 2), ()),
+        (
+            "x.jsonl",
+            '{"path": "a/0.png", "label": 1}\n{"label": 0, "path": "b/1.png"}\n{"path": "a/2.png", "label": 3}\n',
+            (1, 0, 3),
+            (),
+        ),
+    ],
+)
+def test_lists_of_paths_and_labels(
+    name: str, text: str, labels: tuple[int, ...], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Columns by name, in any order; labels are numbers, or names numbered in sorted order."""
+    images = few(tmp_path)
+    (tmp_path / name).write_text(text)
+    make_shards([tmp_path / name], None, tmp_path / "set", SMALL)
+    assert stored(tmp_path / "set") == set(zip(images.values(), labels))
+    assert load_manifest(tmp_path / "set").class_names == names
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ("", "lists no images"),
+        ("path\n", "line 1: ['path'], expected one column label"),
+        ("path,label,class\n", "expected one column label"),
+        ("path,label\na/0.png\n", "line 2: has 1 columns"),
+        ("path,label\n/etc/passwd,1\n", "is absolute, or has .. in it"),
+        ("path,label\na/../../x.png,1\n", "is absolute, or has .. in it"),
+        ("path,label\nout/x.png,1\n", "leads out of the list's folder"),
+        ("path,label\na,1\n", "'a' is no file"),
+        ("path,label\na/9.png,1\n", "line 2: 'a/9.png' is not there"),
+        ("path,label\nx.csv,1\n", "is no picture"),
+        ("path,label\na/0.png,1\na/0.png,2\n", "is listed already"),
+        ("path,label\na/0.png,1\na/link.png,1\n", "'a/link.png' is listed already, as 'a/0.png'"),
+        ("path,label\na/0.png,\n", "'' is no label"),
+        ("path,label\na/0.png,9999999\n", "label 9999999 is not one of"),
+        ('path,label\n"a/0.png,1\n', "line 2: is no line of CSV"),
+        ("path,label\n" + "a" * 70_000 + ",1\n", "line 2: more than 65536 bytes"),
+        ("path,label\n" + "a" * 5000 + ",1\n", "is not there"),
+        ("path,label\na/\0.png,1\n", "is no path"),
+    ],
+)
+def test_lists_that_cannot_be_used(lines: str, said: str, tmp_path: Path) -> None:
+    """One line, with the place in the list; nothing outside its folder is read."""
+    few(tmp_path / "in")
+    (tmp_path / "x.png").write_bytes(b"x")
+    (tmp_path / "in" / "out").symlink_to(tmp_path)
+    (tmp_path / "in" / "a" / "link.png").symlink_to("0.png")
+    (tmp_path / "in" / "x.csv").write_text(lines)
+    message = refusal(make_shards, [tmp_path / "in" / "x.csv"], None, tmp_path / "set", SMALL)
+    assert said in message and len(message) < 500 and not list(tmp_path.glob("set/*.tar"))
+
+
+def test_bytes_and_json_that_are_no_list(tmp_path: Path) -> None:
+    """Not UTF-8, and lines of JSON of other types."""
+    few(tmp_path)
+    for name, data, said in (
+        ("x.csv", b"path,label\na/\xff.png,1\n", "line 2: a/"),
+        ("x.jsonl", b"[]\n", "line 1: is [], expected an object"),
+        ("x.jsonl", b'{"path": "a/0.png", "label": 1.5}\n', "label is 1.5"),
+        ("x.jsonl", b'{"path": "a/0.png", "label": -1}\n', "label is -1"),
+        ("x.jsonl", b'{"path": ["a/0.png"], "label": 1}\n', "path is ['a/0.png']"),
+        ("x.jsonl", b"[" * 60_000 + b"\n", "is nested"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert said in refusal(make_shards, [tmp_path / name], None, tmp_path / "set", SMALL)
+
+
+def test_a_tar_for_each_class(tmp_path: Path) -> None:
+    """As ImageNet-21k comes: classes are the tars' names; with two processes and with names of classes too."""
+    images = few(tmp_path / "in")
+    root = tmp_path / "tars"
+    root.mkdir()
+    for name in ("n02", "n01"):
+        with tarfile.open(root / f"{name}.tar", "w") as tar:
+            for number, path in enumerate(images):
+                if (number % 2 == 0) == (name == "n02"):
+                    tar.add(tmp_path / "in" / path, f"{name}_{number}.png")
+            if name == "n01":
+                tar.add(__file__, "README")
+    _, told = make_shards([root], None, tmp_path / "set", SMALL)
+    assert stored(tmp_path / "set") == set(zip(images.values(), (1, 0, 1)))
+    assert (
+        load_manifest(tmp_path / "set").class_names == ("n01", "n02")
+        and told.passed_over["files without an ending"] == 1
+    )
+    os.truncate(root / "n01.tar", 700)
+    assert "n01.tar: not a readable tar" in refusal(make_shards, [root], None, tmp_path / "cut", SMALL)
+
+
+# --- smaller images --------------------------------------------------------------------------------------------------
+
+
+def test_larger_images_are_made_smaller(tmp_path: Path) -> None:
+    """Only those; the shorter side is as asked, the pixels near Pillow's of the whole picture; provenance says it."""
+    root = tmp_path / "photos" / "a"
+    root.mkdir(parents=True)
+    smooth = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
+    Image.fromarray(smooth).save(root / "large.png")
+    Image.fromarray(smooth.transpose(1, 0, 2)[:, :20]).save(root / "small.jpg")
+    options = Options(resizing=Resizing(20, 95))
+    _, told = make_shards([tmp_path / "photos"], None, tmp_path / "set", options)
+    manifest = load_manifest(tmp_path / "set")
+    found = {decode(data).shape: data for data in (read_sample(manifest, index).image for index in range(2))}
+    assert set(found) == {(3, 20, 30), (3, 90, 20)}
+    assert found[(3, 90, 20)] == (root / "small.jpg").read_bytes()
+    whole = np.asarray(Image.fromarray(smooth).resize((30, 20), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.abs(decode(found[(3, 20, 30)]).numpy().astype(int) - whole).mean() < 3
+    values = json.loads((tmp_path / "set" / "provenance.json").read_text())
+    assert values["resized"] == {"shorter_side": 20, "quality": 95, "num_images": 1} and values["dropped"] == []
+    assert sum(told.notes.values()) == 1

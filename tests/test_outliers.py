@@ -1,0 +1,73 @@
+"""Slow ranks and spikes of the loss, by medians; and that a run tells them."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import run_ranks
+from tiny import make_shards, tiny_config
+
+from pretrain.cluster import ranks
+from pretrain.config import Config
+from pretrain.data import loader
+from pretrain.models import vit
+from pretrain.train.outliers import SPIKE_MIN, LossSpikes, slow_rank
+from pretrain.train.run import train
+
+
+@pytest.mark.parametrize(
+    ("own_s", "slow"),
+    [
+        ([1.0], None),
+        ([1.0, 1.0], None),
+        ([1.0, 1.4, 1.0, 1.0], None),
+        ([1.0, 1.6, 1.0, 1.0], 1),
+        ([1.0, 1.1, 0.9, 8.0], 3),
+        ([0.0, 0.04, 0.0, 0.0], None),  # many times nothing
+        ([2.0, 1.0], 0),
+    ],
+)
+def test_the_slow_rank(own_s: list[float], slow: int | None) -> None:
+    """More than 1.5 times the others' median, and worth a look."""
+    assert slow_rank(own_s, elapsed_s=2.0) == slow
+
+
+def test_spikes_stand_out_of_the_losses_before_them() -> None:
+    """A falling, noisy curve has none; three injected ones are counted, also side by side, not an early one."""
+    random = np.random.default_rng(0)
+    curve = 5 - np.arange(1000) / 400 + 0.05 * random.standard_normal(1000)
+    assert LossSpikes().count(curve.tolist()) == 0
+    for place, factor in ((500, 10.0), (501, 10.0), (700, 1.5), (3, 100.0)):
+        curve[place] *= factor
+    spikes = LossSpikes()
+    assert [spikes.count(curve[i : i + 50].tolist()) for i in range(0, 1000, 50)] == [0] * 10 + [2, 0, 0, 0, 1] + [
+        0
+    ] * 5
+    assert LossSpikes().count([1.0] * SPIKE_MIN + [1.0, 2.0, 1.0]) == 1
+
+
+def slowed(config: Config, where: str) -> None:
+    """Trains; rank 1 sleeps in each step, in its data or in its forward pass."""
+    if ranks.rank() == 1:
+        owner, name = (loader._TrainSteps, "__getitem__") if where == "data" else (vit.VisionTransformer, "forward")
+        inner = getattr(owner, name)
+
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.2)
+            return inner(*arguments)
+
+        setattr(owner, name, slow)
+    train(config)
+
+
+@pytest.mark.parametrize("where", ["data", pytest.param("forward", marks=pytest.mark.slow)])
+def test_a_slow_rank_is_named(where: str, tmp_path: Path) -> None:
+    """In the log line after its steps, with what it takes its time for; the losses of steps are looked at."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, total_steps=10)
+    run_ranks(slowed, 2, config, where)
+    rows = [json.loads(line) for line in (config.output / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/slow_rank"] for row in rows] == [1, 1]
+    assert all(row["train/own_s_max"] > 0.15 and row["train/loss_spikes"] == 0 for row in rows)

@@ -1,0 +1,362 @@
+"""The plan: sizes equal the built model's, memory equals what the real engine holds, choices fit, one-line errors."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch.profiler import ProfilerActivity, profile
+
+import pretrain.engine.step as engine_step
+from pretrain.benchmark.models import activation_bytes as saved_bytes
+from pretrain.benchmark.train import PEAK_TFLOP_PER_S
+from pretrain.cluster import ranks
+from pretrain.config import Config, ModelConfig, config_from_dict
+from pretrain.data.loader import Batch, single_labels
+from pretrain.data.order import plan_batch
+from pretrain.engine.settings import deepspeed_config
+from pretrain.models.build import build_model, outline
+from pretrain.models.profile import _counted_macs, num_parameters
+from pretrain.optim import PIECE_ELEMENTS, build_optimizer
+from pretrain.plan import memory as memory_module
+from pretrain.plan.choose import Choice, best, layout_of, smallest
+from pretrain.plan.devices import DEVICES, assumed_mfu
+from pretrain.plan.failures import Failures, best_interval_s, goodput
+from pretrain.plan.memory import BUCKET_ELEMENTS, PREFETCH_ELEMENTS, Layout, activation_bytes, memory
+from pretrain.plan.speed import Cluster, communication_s, volume
+from pretrain.sizes import plain_forward_macs, plain_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_CLASSES = 1000
+H100 = Cluster(DEVICES["h100"], gpus_per_node=8, network_rate=400e9)
+
+
+def config_of(model: dict[str, Any], **sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {
+        "name": "plan",
+        "total_steps": 1000,
+        "model": model,
+        "data": {"train": "none", "global_batch": 1024},
+        "optim": {"lr": 1e-3, "weight_decay": 0.1},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return config_from_dict(values, "plan")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "B/16"},
+        {"name": "22B/14"},
+        {"name": "g/14", "pooling": "map", "class_position": False},
+        {"name": "Ti/16", "pooling": "gap", "positions": "sincos2d"},
+        {"name": "S/32", "positions": "learned2d", "representation_size": 384},
+        {"name": "Ti/16", "positions_at": "every_layer", "image_size": 384},
+    ],
+    ids=lambda model: "-".join(str(value) for value in model.values()),
+)
+def test_sizes_are_those_of_the_built_model(model: dict[str, Any]) -> None:
+    """Parameters and multiply-adds by formula equal the model's on meta and torch's flop counter, exactly."""
+    config = ModelConfig(**model)
+    assert plain_parameters(config, NUM_CLASSES) == num_parameters(outline(config, NUM_CLASSES))
+    if model["name"] != "22B/14":  # seconds
+        assert plain_forward_macs(config, NUM_CLASSES) == _counted_macs(config, NUM_CLASSES)
+
+
+def close(predicted: float, measured: float) -> None:
+    """Within 5 %, and never more than 2 % too low."""
+    assert -0.02 <= predicted / measured - 1 <= 0.05, (predicted / measured, predicted, measured)
+
+
+@pytest.mark.parametrize(
+    "model, sections",
+    [
+        ({"name": "B/16"}, {}),
+        ({"name": "L/16", "depth": 6}, {}),
+        ({"name": "H/14", "depth": 6}, {}),
+        ({"name": "B/16", "pooling": "gap"}, {}),
+        ({"name": "B/16", "pooling": "map", "class_position": False}, {}),
+        ({"name": "S/16", "drop_path": 0.1}, {}),
+        ({"name": "Ti/16"}, {"engine": {"precision": "fp32"}}),
+    ],
+    ids=str,
+)
+def test_activations_are_what_the_model_saves(model: dict[str, Any], sections: dict[str, Any]) -> None:
+    """The formula against the storages that a real forward pass of two images saves, fused attention, bf16."""
+    config = config_of(model, data={"global_batch": 2}, **sections)
+    predicted, _ = activation_bytes(config, NUM_CLASSES, 2, recompute=False)
+    close(predicted, saved_bytes(config, "cpu"))
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+def scaled(name: str, stage: int, accumulation: int, world_size: int, **optim: Any) -> tuple[Config, float]:
+    """A model of true width with two blocks and images of two patches a side; and its share of the parameters.
+
+    Buckets are scaled by that share, so that gradients fill them as often as those of the whole model. What grows with
+    the depth are parameters alone: none of DeepSpeed's tensors counts blocks.
+    """
+    patch = int(name.partition("/")[2])
+    config = config_of(
+        {"name": name, "depth": 2, "image_size": 2 * patch},
+        data={"global_batch": 2 * accumulation * world_size},
+        engine={"zero_stage": stage, "max_micro_batch_size": 2},
+        optim=optim,
+    )
+    whole = plain_parameters(ModelConfig(name=name), NUM_CLASSES)
+    return config, plain_parameters(config.model, NUM_CLASSES) / whole
+
+
+def tensors() -> list[torch.Tensor]:
+    """All tensors that take memory; DeepSpeed keeps some on meta."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return [tensor for tensor in found if tensor.device.type != "meta"]
+
+
+def measured_peak(config: Config, share: float) -> int:
+    """Bytes that the engine's tensors take at the worst moment of its second step, on this rank.
+
+    At rest they are counted by the garbage collector, in the step by the allocator's events. AdamW is the fused one, as
+    on a GPU.
+    """
+    device = ranks.start(600)
+    plan = plan_batch(config.data.global_batch, ranks.world_size(), config.engine.max_micro_batch_size)
+
+    def with_buckets(*args: Any) -> dict[str, Any]:
+        values = deepspeed_config(*args)
+        values["zero_optimization"]["reduce_bucket_size"] = int(share * BUCKET_ELEMENTS)
+        values["zero_optimization"]["stage3_prefetch_bucket_size"] = int(share * PREFETCH_ELEMENTS)
+        return values
+
+    def fused(*args: Any) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(*args)
+        for group in optimizer.param_groups if isinstance(optimizer, torch.optim.AdamW) else []:
+            group["fused"] = True
+        return optimizer
+
+    engine_step.deepspeed_config, engine_step.build_optimizer = with_buckets, fused  # type: ignore[assignment]
+    before = tensors()
+    ours = {tensor.untyped_storage().data_ptr() for tensor in before}
+    engine = engine_step.Engine(build_model(config.model, NUM_CLASSES), config, plan, device)
+    size, side = plan.micro_batch * plan.accumulation, config.model.image_size
+    labels = torch.zeros(size, dtype=torch.int64)
+    images = torch.zeros(size, 3, side, side, dtype=torch.uint8)
+    batch = Batch(images, *single_labels(labels), torch.ones(size, dtype=torch.bool), labels, labels, [])
+    engine.train_step(batch, 1e-4)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors()}
+    rest = sum(nbytes for pointer, nbytes in storages.items() if pointer not in ours)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        engine.train_step(batch, 1e-4)
+    events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now = most = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    engine.close()
+    return rest + most
+
+
+def measure_cells(cells: list[tuple[str, int, int, dict[str, Any]]]) -> list[int]:
+    """The peaks of several cells (model, stage, accumulation, optimizer) on this rank, one after the other."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    return [measured_peak(*scaled(name, stage, times, world_size, **optim)) for name, stage, times, optim in cells]
+
+
+def compare_cells(world_size: int, cells: list[tuple[str, int, int, dict[str, Any]]]) -> None:
+    measured = run_ranks(measure_cells, world_size, cells, timeout_s=1500)
+    problems = []
+    for number, (name, stage, times, optim) in enumerate(cells):
+        config, share = scaled(name, stage, times, world_size, **optim)
+        layout = layout_of(config, world_size, stage, 2, recompute=False)
+        buckets = {"bucket": int(share * BUCKET_ELEMENTS), "prefetch": int(share * PREFETCH_ELEMENTS)}
+        found = memory(config, NUM_CLASSES, layout, **buckets)
+        worst = max(peaks[number] for peaks in measured)
+        ratio = found.peak / worst
+        told = f"{world_size} ranks, {name}, ZeRO {stage}, {times} micro-batches, {optim}: {ratio:.4f}"
+        print(f"{told} ({found.worst_phase}, {worst / 1e6:.1f} MB)")
+        if not 0.98 <= ratio <= 1.05:
+            problems.append(f"{told}: {found}")
+    assert not problems, "\n".join(problems)
+
+
+B16 = [("B/16", stage, 1, {}) for stage in (1, 2, 3)] + [("B/16", stage, 2, {}) for stage in (1, 2, 3)]
+WITH_AVERAGES = [("B/16", 1, 1, {"average_decay": 0.99, "moment_dtype": "bf16"})]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_memory_is_what_the_engine_holds() -> None:
+    """Two ranks, B/16, ZeRO 1 to 3."""
+    compare_cells(2, B16[:3])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("name", ["B/16", "L/16", "H/14"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_memory_is_what_the_engine_holds_in_every_layout(name: str, world_size: int) -> None:
+    """1, 2 and 4 ranks, three widths, ZeRO 1 to 3, one and two micro-batches."""
+    compare_cells(world_size, [(name, *rest) for _, *rest in B16])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1600)
+def test_memory_counts_averages_and_bf16_moments() -> None:
+    """Two ranks: Polyak averages, a first moment in bf16 and the temporaries of its update."""
+    compare_cells(2, WITH_AVERAGES)
+
+
+def recomputing_config(recompute: bool) -> Config:
+    return config_of(
+        {"name": "Ti/16", "depth": 4, "drop_path": 0.1},
+        data={"global_batch": 16},
+        engine={"checkpoint_activations": recompute},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_make_the_peak(recompute: bool) -> None:
+    """One rank, 16 images of full size on small buckets: what the whole step takes, also with recomputation."""
+    config, share = recomputing_config(recompute), 1e-3
+    (measured,) = run_ranks(measured_peak, 1, config, share, timeout_s=800)
+    layout = layout_of(config, 1, 1, 256, recompute)
+    buckets = {"bucket": int(share * BUCKET_ELEMENTS), "prefetch": int(share * PREFETCH_ELEMENTS)}
+    found = memory(config, NUM_CLASSES, layout, **buckets)
+    print(recompute, found.peak / measured, found)
+    close(found.peak, measured)
+
+
+def test_constants_are_those_of_their_owners() -> None:
+    """What the plan repeats because it must not import torch: the piece of an update, the peaks."""
+    assert memory_module._PIECE_ELEMENTS == PIECE_ELEMENTS
+    for name, peak in PEAK_TFLOP_PER_S.items():
+        assert DEVICES[name.lower()].peak_flops == peak * 1e12
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = DeepSpeedZeroConfig()
+    assert zero.reduce_bucket_size == BUCKET_ELEMENTS and zero.prefetch_bucket_size == PREFETCH_ELEMENTS
+    assert zero.max_live_parameters == memory_module._LIVE_ELEMENTS
+
+
+# --- time, failures, choices ------------------------------------------------------------------------------------------
+
+
+def test_communication_is_the_ring_s() -> None:
+    """L/16: 3.6 ms on 8 GPUs over NVLink, 4.5 ms on 64 with 8 network cards a node, 36 ms with one."""
+    config = config_of({"name": "L/16"})
+    one_card = Cluster(H100.device, 8, 50e9)
+    for num_ranks, cluster, ms in ((1, H100, 0.0), (8, H100, 3.55), (64, H100, 4.49), (64, one_card, 35.9)):
+        for stage in (1, 2, 3):  # one micro-batch: the same bytes in all
+            sent = volume(config, NUM_CLASSES, Layout(num_ranks, stage, 1024 // num_ranks, 1, False))
+            assert 1000 * communication_s(sent, num_ranks, cluster) == pytest.approx(ms, rel=0.01)
+    three = volume(config, NUM_CLASSES, Layout(8, 3, 32, 4, False))
+    assert three.total == pytest.approx(4 * 3 * 2 * plain_parameters(config.model, NUM_CLASSES) * 7 / 8)
+
+
+def test_the_interval_loses_least() -> None:
+    """Young: 30 s and 100 h give 77 min and 1.3 % lost; no other interval gives more."""
+    failures = Failures(mtbf_gpu_h=100, detect_s=0, restart_s=0)
+    interval = best_interval_s(30, failures.mtbf_s(1))
+    assert interval / 60 == pytest.approx(77.5, abs=0.1)
+    reached = goodput(interval, 30, failures, 1)
+    assert 1 - reached == pytest.approx(0.013, abs=0.0005)
+    assert all(goodput(interval * factor, 30, failures, 1) < reached for factor in (0.5, 0.8, 1.25, 2))
+    assert goodput(interval, 30, Failures(100, 1800, 1800), 1) == pytest.approx(reached * (1 - 0.01), rel=1e-3)
+    assert goodput(1e6, 30, Failures(1, 600, 600), 10_000) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["S/16", "L/16", "G/14", "22B/14"])
+@pytest.mark.parametrize("gpus", [1, 8, 64])
+def test_the_choice_fits_and_is_the_simplest_of_the_fastest(name: str, gpus: int) -> None:
+    config = config_of({"name": name})
+    usable = 0.92 * H100.device.memory_bytes
+    mfu = assumed_mfu(H100.device, config.model.shape.width)
+    choice: Choice | None = best(config, NUM_CLASSES, gpus, H100, mfu, usable)
+    least = smallest(config, NUM_CLASSES, gpus, H100, mfu).memory.peak
+    if choice is None:
+        assert name == "22B/14" and least > usable
+        return
+    assert choice.memory.peak <= usable and least <= choice.memory.peak
+    assert choice.layout.num_ranks * choice.layout.micro_batch * choice.layout.accumulation >= 1024
+    if name == "S/16":
+        assert choice.layout.stage == 1 and not choice.layout.recompute
+    half = best(config, NUM_CLASSES, gpus, H100, mfu, usable / 2)
+    assert half is None or half.step.total_s >= choice.step.total_s / 1.01
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+CONFIG = "configs/augreg_imagenet1k.yaml"
+
+
+def plan(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    start = ["-c", code] if code else [str(ROOT / "tools" / "plan.py")]
+    return subprocess.run(
+        [sys.executable, *start, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=250, env=os.environ
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model.name=L/16", "--gpus", "1,8,64"],
+        ["model.name=22B/14", "model.dropout=0", "--gpus", "1,4096"],
+        ["--table", "--gpu", "b200"],
+    ],
+    ids=["L16", "22B", "table"],
+)
+def test_the_tables_fit_80_columns(arguments: list[str], tmp_path: Path) -> None:
+    """The choice comes first, what it rests on last; the JSON is whole."""
+    result = plan("--config", CONFIG, *arguments, "--json", str(tmp_path / "plan.json"))
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+    assert "predicted" in lines[0] and any("--mfu" in line for line in lines[-30:])
+    assert json.loads((tmp_path / "plan.json").read_text())["plan"]
+
+
+def test_no_torch_and_few_seconds() -> None:
+    """The plan is there within 5 s of processor time, because it never imports torch."""
+    code = (
+        "import runpy, sys, time\n"
+        "try:\n    runpy.run_path('tools/plan.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
+        "assert time.process_time() < 5, time.process_time()"
+    )
+    result = plan("--config", CONFIG, code=code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--gpus", "0"], "--gpus: 0 of them, expected 1 to 4096"),
+        (["--gpus", "8192"], "--gpus: 8192 of them, expected 1 to 4096"),
+        (["--gpus", "eight"], "--gpus is 'eight', expected numbers"),
+        (["--mfu", "40"], "--mfu is 40, expected above 0 and up to 1"),
+        (["--price", "nan"], "--price is nan"),
+        (["--classes", "0"], "--classes is 0, expected 1 to"),
+        (["--restart-s", "-1"], "--restart-s is -1, expected above 0"),
+        (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["model.name=R50+B/16"], "R50+B is no plain ViT"),
+        (["model.name=timm:resnet50", "model.head_bias=0", "data.workers=0"], "timm:resnet50 is no plain ViT"),
+        (["engine.zero_stage=0"], "engine.zero_stage is 0"),
+    ],
+    ids=lambda value: value[0] + value[-1] if isinstance(value, list) else "",
+)
+def test_errors_are_one_line(arguments: list[str], told: str) -> None:
+    result = plan("--config", CONFIG, *arguments)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
+    assert told in result.stderr

@@ -1,0 +1,217 @@
+"""Ranks that hang, are stopped, blocked or killed: told in one line that names them, and nothing is left running."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import start_ranks
+from tiny import make_shards, tiny_config
+
+from pretrain import cli
+from pretrain.cluster import monitor, signals, watchdog
+from pretrain.config import Config
+from pretrain.train import journal
+from pretrain.train.run import train
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.timeout(280)
+LIMIT_S = 4  # of these runs; a stopped process is ended after it, anything else after ten times as long at first
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards") / "squares")
+
+
+def command(config: Config, hangs_on: int | None, how: str) -> None:
+    """What the command line does, in a session of its own and with its own log; one rank hangs after step 6."""
+    os.setsid()
+    rank = os.environ["RANK"]
+    log = os.open(config.output / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if rank == str(hangs_on):
+        inner = journal.Journal.note
+
+        def note(self: Any, state: Any, *rest: Any) -> bool:
+            if state.step == 6:
+                {"sleeps": time.sleep, "blocks": ctypes.PyDLL(None).sleep}[how](1000)
+            return inner(self, state, *rest)
+
+        journal.Journal.note = note
+    cli.run(lambda: train(config, stop=signals.StopRequest()))
+
+
+class Run:
+    """A run's ranks, and what is left of them."""
+
+    def __init__(self, config: Config, num_ranks: int, hangs_on: int | None = None, how: str = "") -> None:
+        self.folder = config.output / config.name
+        self.logs = [config.output / f"rank{rank}.log" for rank in range(num_ranks)]
+        self.ranks = start_ranks(command, num_ranks, config, hangs_on, how)
+
+    def wait_for_steps(self, steps: int) -> None:
+        log = self.folder / "samples-00000.jsonl"
+        until = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") >= steps):
+            assert time.monotonic() < until and all(rank.is_alive() for rank in self.ranks), self.told()
+            time.sleep(0.05)
+
+    def codes(self) -> list[int]:
+        """The exit codes of all ranks, once no process of theirs is left."""
+        for rank in self.ranks:
+            rank.join(timeout=120)
+        until = time.monotonic() + 60
+        while left := [number for rank in self.ranks for number in processes_of(rank.pid)]:
+            assert time.monotonic() < until, f"left behind: {left}"
+            time.sleep(0.1)
+        return [rank.exitcode for rank in self.ranks]
+
+    def told(self) -> list[str]:
+        """The errors that each rank told, or all of its log where there is none."""
+        logs = [log.read_text(errors="replace") if log.exists() else "" for log in self.logs]
+        return ["\n".join(line for line in log.splitlines() if "error: " in line) or log for log in logs]
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            for number in processes_of(rank.pid):
+                os.kill(number, signal.SIGKILL)
+            rank.kill()
+            rank.join()
+
+
+def processes_of(session: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture
+def start(shards: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Starts a run that goes on until something happens to it."""
+    started: list[Run] = []
+
+    def begin(num_ranks: int, hangs_on: int | None = None, how: str = "", **changes: Any) -> Run:
+        changes = {"engine__watchdog_s": LIMIT_S, "total_steps": 100_000, "checkpoint__every_steps": 100_000, **changes}
+        started.append(Run(tiny_config(shards, tmp_path, **changes), num_ranks, hangs_on, how))
+        return started[-1]
+
+    yield begin
+    for run in started:
+        run.close()
+
+
+@pytest.mark.parametrize(
+    ("lost", "number", "what"),
+    [
+        pytest.param(0, signal.SIGSTOP, "is stopped", marks=pytest.mark.slow),
+        (1, signal.SIGSTOP, "is stopped"),
+        (1, signal.SIGKILL, "is gone"),
+    ],
+)
+def test_a_lost_rank_is_named_by_the_others(lost: int, number: int, what: str, start: Callable[..., Run]) -> None:
+    """One of two ranks is stopped, or killed: the process beside it tells and ends it, the other names it and ends."""
+    run = start(2)
+    run.wait_for_steps(5)
+    os.kill(run.ranks[lost].pid, number)
+    codes, told, other = run.codes(), run.told(), 1 - lost
+    assert codes[lost] == -signal.SIGKILL and codes[other] == 76, told
+    assert f"(process {run.ranks[lost].pid}) {what}, in section " in told[lost]
+    assert f"rank {other} of 2 lost another process of the run: rank {lost} on" in told[other], told
+    assert f"{what}, in section" in told[other] and "\n" not in told[other]
+    assert "Traceback" not in run.logs[other].read_text()
+    if other == 0:
+        stop = json.loads((run.folder / "STOP.json").read_text())
+        assert stop["exit_code"] == 76 and stop["retry"] and f"rank {lost} on" in stop["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["sleeps", "blocks"])
+def test_a_hanging_rank_is_ended_with_its_stacks(how: str, start: Callable[..., Run]) -> None:
+    """A rank that does not come back, with the interpreter free or held: stacks in the log and in the run's folder."""
+    run = start(2, hangs_on=1, how=how)
+    codes, told = run.codes(), run.told()
+    assert codes == [76, 76 if how == "sleeps" else -signal.SIGKILL], told
+    what = "hangs" if how == "sleeps" else "is blocked"
+    assert f"(process {run.ranks[1].pid}) {what}, in section step after step" in told[1]
+    assert "rank 0 of 2 lost another process of the run: rank 1 on" in told[0], told
+    report = (run.folder / "lost-rank-00001.txt").read_text()
+    for text in (report, run.logs[1].read_text()):
+        assert "in note" in text and "test_watchdog.py" in text
+
+
+def test_a_stopped_loader_process_is_named(start: Callable[..., Run]) -> None:
+    """SIGSTOP of a worker: the rank that waits says so, ends, and takes the worker with it."""
+    run = start(1, data__workers=1)
+    run.wait_for_steps(3)
+    (worker,) = [n for n in processes_of(run.ranks[0].pid) if n != run.ranks[0].pid and b"monitor.py" not in words(n)]
+    os.kill(worker, signal.SIGSTOP)
+    assert run.codes() == [76], run.told()
+    assert f"waits for loader process {worker}, stopped, in section data after step" in run.told()[0]
+    stop = json.loads((run.folder / "STOP.json").read_text())
+    assert stop["exit_code"] == 76 and stop["retry"]
+
+
+def words(number: int) -> bytes:
+    return Path(f"/proc/{number}/cmdline").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_not_watched(start: Callable[..., Run]) -> None:
+    """engine.watchdog_s=0: no process beside the rank; and a watched one that ends well leaves nothing behind."""
+    run = start(1, total_steps=3, engine__watchdog_s=0)
+    assert run.codes() == [0] and not list(run.folder.glob("*rank-*.txt"))
+    run = start(1, total_steps=4)
+    assert run.codes() == [0] and not list(run.folder.glob("*rank-*.txt"))
+
+
+def test_limits_are_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first generous, then a few times the longest silence of late, never below the floor; each section apart."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watch = watchdog._Watch.__new__(watchdog._Watch)
+    watch._floor_s, watch._last, watch._silence_s, watch._section = 10.0, clock[0], 0.0, "start"
+    watch._longest = {name: watchdog.deque(maxlen=watchdog.REMEMBERED) for name in monitor.SECTIONS}
+    watch._memory = watchdog.mmap.mmap(-1, monitor.HEARTBEAT_BYTES)
+    watch._beat = monitor.Beat(0, 0, 0.0, 0, False)
+    limits = []
+    for visit in range(30):
+        watch.enter("step", visit)
+        limits.append(monitor.read_beat(watch._memory).limit_s)
+        clock[0] += 60 if visit == 0 else 4  # the first one compiles
+        watch.enter("data", visit)
+    assert limits[0] == 100 and limits[1:17] == [300] * 16 and limits[17:] == [20] * 13
+    assert monitor.read_beat(watch._memory) == (60, 29, 10.0, 1, False)
+
+
+def test_a_suspended_machine_ages_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Age counts this process's own waking time: a job that SLURM suspends, a laptop that is closed, is not ended."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    age = monitor.Age()
+    assert age.look(1) == 0
+    clock[0] += 0.5
+    assert age.look(1) == 0.5
+    clock[0] += 3600
+    assert age.look(1) == 0.5 + 4 * monitor.LOOK_EVERY_S and age.look(2) == 0
+
+
+def test_the_process_beside_a_rank_imports_little() -> None:
+    """It is started for each rank, before the rank's imports."""
+    code = f"import sys; sys.argv = ['m']; import runpy; runpy.run_path({monitor.__file__!r}); print(len(sys.modules))"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 120
