@@ -1,12 +1,14 @@
 """Makes WebDataset shards with their index and manifest, or checks existing ones.
 
 python tools/make_shards.py SOURCE... OUT [--classes FILE]      (can be repeated: complete shards are kept)
+python tools/make_shards.py --index URL... OUT [--classes FILE]
 python tools/make_shards.py --task NAME SOURCE... OUT       (can be repeated: finished splits are kept)
 """
 
 import re
 import sys
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +28,14 @@ def main() -> None:
         "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg or CLASS.tar),\n"
         "a list of paths and labels (.csv, .jsonl), a CIFAR-style .npz, or existing WebDataset tars (.tar, .tar.gz),\n"
         "which are indexed as they are. --verify checks them.\n"
+        "With --index, tars stay on their server (https://, s3://, gs://, with patterns as train-{000..127}.tar), and\n"
+        "OUT gets their indexes and the manifest (docs/data.md).\n"
         "With --task, makes the splits of an evaluation set from a TFDS folder, the authors' downloads, or packs that\n"
         "are named for their splits (docs/tasks.md).",
         "python tools/make_shards.py tiny_imagenet_train-*.tar.gz data/tiny-train --classes tiny_imagenet_classes.json",
     )
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="SOURCE... OUT", help="what to read, then the folder to write"
-    )
+    parser.add_argument("paths", nargs="+", metavar="SOURCE... OUT", help="what to read, then the folder to write")
+    parser.add_argument("--index", action="store_true", help="of shards on a server, or existing tars, by patterns")
     parser.add_argument("--task", metavar="NAME", help="evaluation set: imagenet, cifar10, pets, vtab/svhn ...")
     parser.add_argument("--classes", type=Path, help='names in the order of labels: JSON list, or "names"')
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="of folders and .npz (default 10000)")
@@ -46,10 +49,10 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
     if arguments.verify:
-        return _verify(arguments.paths)
+        return _verify([Path(path) for path in arguments.paths])
     if len(arguments.paths) < 2:
         raise UserError("give at least one SOURCE and then the folder OUT to write")
-    *sources, out = arguments.paths
+    sources, out = [Path(path) for path in arguments.paths[:-1]], Path(arguments.paths[-1])
     for option in ("--samples-per-shard", "--workers", "--shorter-side"):
         value = getattr(arguments, option[2:].replace("-", "_"))
         if value is not None and value < 1:
@@ -59,11 +62,11 @@ def main() -> None:
             if getattr(arguments, option[2:].replace("-", "_")) is not None:
                 raise UserError(f"{option} has no effect with --task; leave it out")
         return _prepare(arguments.task, sources, out, arguments.samples_per_shard)
-    part = _part(arguments.part) if arguments.part is not None else None
+    part = _part(arguments.part, arguments.index) if arguments.part is not None else None
     quality = _quality(arguments.quality, arguments.shorter_side)
 
     from pretrain.shards.class_list import read_class_list
-    from pretrain.shards.make import Options, make_part, make_shards
+    from pretrain.shards.make import Options, index_shards, make_part, make_shards
     from pretrain.shards.resizing import Resizing
 
     classes = read_class_list(arguments.classes) if arguments.classes else None
@@ -73,7 +76,8 @@ def main() -> None:
     if part:
         done, number = make_part(sources, classes, out, part, options)
         return cli.tell(f"{out}: {done:,} of {number:,} shards are complete; the command without --part finishes it")
-    _tell(out, *make_shards(sources, classes, out, options))
+    make = partial(index_shards, arguments.paths[:-1]) if arguments.index else partial(make_shards, sources)
+    _tell(out, *make(classes, out, options))
 
 
 def _add_building(parser: ArgumentParser) -> None:
@@ -88,7 +92,9 @@ def _add_building(parser: ArgumentParser) -> None:
     )
 
 
-def _part(text: str) -> tuple[int, int]:
+def _part(text: str, is_index: bool) -> tuple[int, int]:
+    if is_index:
+        raise UserError("--part has no effect with --index, which writes no shards; leave it out")
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
     if not found or not int(found[1]) < int(found[2]):
         raise UserError(f"--part is {text!r}, expected I/N, I from 0 to N - 1: 0/4, 1/4, 2/4, 3/4")

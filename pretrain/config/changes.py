@@ -18,6 +18,8 @@ MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.workers",
     "data.prefetch",
+    "data.store",
+    "data.store_gb",
     "engine.zero_stage",
     "engine.max_micro_batch_size",
     "engine.compile",

@@ -72,6 +72,8 @@ class DataConfig:
     strict_images: bool = False  # true: a JPEG that libjpeg warns of is a bad sample; false: it is told, and used
     workers: int = 4  # loader processes per rank; 0 reads in the training process
     prefetch: int = 2  # steps that each loader process prepares ahead
+    store: Path | None = None  # local folder for blocks of remote shards; null: the user's own in $TMPDIR, or /tmp
+    store_gb: float = 32.0  # bound of that folder in 10^9 bytes; a set that fits is downloaded once
 
     @property
     def normalisation(self) -> Normalisation:
@@ -95,6 +97,7 @@ class DataConfig:
             self, "data", global_batch=(1, 1 << 24), held_out=(0, 1 << 40), flip=(0, 1), eval_crop=EVAL_CROP_LIMITS
         )
         yield from outside(self, "data", max_bad_fraction=(0, 1), workers=(0, 256), prefetch=(1, 256))
+        yield from outside(self, "data", store_gb=(1e-3, 1e6))
         yield from outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
         yield from outside(self, "data", mixup=(0, 1e3), cutmix=(0, 1e3))
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.cluster.limits import check_memory, check_open_files
 from pretrain.config import Config, DataConfig
+from pretrain.data import fetcher
 from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.manifest import Manifest
 from pretrain.data.mix import Mix, draw_mix, mixed, partner
@@ -79,9 +80,12 @@ class _TrainSteps(Dataset):
         # At most two partners lie on other ranks: of the first slot and of the last. Their losses are told there.
         wanted = {partner(self._mine[0]), partner(self._mine[-1])} if config.data.mixup or config.data.cutmix else set()
         self._others = [slot for slot in wanted if slot not in self._mine and slot < order.global_batch]
+        self.fetcher: fetcher.Fetcher | None = None
         self._ahead: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getitem__(self, step: int) -> Batch:
+        if self.fetcher:
+            self.fetcher.note(step)
         mine, slots = self._mine, self._others
         epochs, indices = self._samples(step)
         batch = _empty_batch(self._plan.micro_batch * self._plan.accumulation, self._config.model.image_size)
@@ -217,6 +221,7 @@ def train_batches(
     slots = plan.micro_batch * plan.accumulation
     numbers = range(start_step, config.total_steps)
     _check_room(slots, len(numbers), config.model.image_size, config.data)
+    steps.fetcher = fetcher.start(manifest, order, numbers)
     return _prepared(steps, numbers, config.data)
 
 

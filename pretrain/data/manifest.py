@@ -1,8 +1,9 @@
 """What a data set consists of: its shards in order, with counts, sizes and checksums, and each shard's sample offsets.
 
-`manifest.json` lists the shards; `NAME.idx` beside `NAME.tar` says where each sample begins. Both are checked when they
-are read, so that a changed or cut shard is found before it loses samples silently. What they claim is compared with
-limits before it is used, and no link leads out of the set's folder: a set may come from a stranger.
+`manifest.json` lists the shards; `NAME.idx` beside `NAME.tar`, or alone where the shard is remote, says where each
+sample begins. Both are checked when they are read, so that a changed or cut shard is found before it loses samples
+silently. What they claim is compared with limits before it is used, and no link leads out of the set's folder: a set
+may come from a stranger.
 """
 
 import errno
@@ -16,24 +17,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
 
 from pretrain.config import MAX_CLASSES
 from pretrain.data.classes import ClassMatch, check_names, match_classes
+from pretrain.data.remote import check_url, file_name, is_url
+from pretrain.data.store import Store
 from pretrain.errors import NotFoundError, StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, brief, parse_json, read_bytes, read_json
 from pretrain.storage import PASSING_ERRORS, replacing, write_text
 
 FORMAT, VERSION = "pretrain-shards", 1
-INDEX_FORMAT = "pretrain-index"
+INDEX_FORMAT, INDEX_VERSION = "pretrain-index", 2  # version 1 has no checksums of samples, and is still read
 BLOCK = 512  # bytes; every tar member begins at a multiple of it
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_ENDING = "cls"
 LABEL_KINDS = ("class", "multi")  # a `.cls` member holds an integer, or a JSON list of integers
-
 BLOCK_BYTES = 8 << 20  # of one request: at 100 KB a sample, 12 requests for 1,000 samples
 MIN_BLOCK_SAMPLES, MAX_BLOCK_SAMPLES = 64, 4096  # 16 requests for 1,000 samples, however large they are
 
@@ -50,10 +53,11 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 class Shard:
     """A tar file of samples, as the manifest lists it."""
 
-    path: Path
+    path: Path  # its index lies beside it; of a remote shard only that
     num_samples: int
     num_bytes: int
     sha256: str
+    url: str = ""  # where a remote shard lies
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,17 @@ class Manifest:
     shards: tuple[Shard, ...]
     multi_label: bool = False  # labels are lists of classes, as [3, 17], instead of one class
     label_map: tuple[int, ...] | None = None  # what each stored label means in another list of classes; None: itself
+    store: Store | None = None  # where blocks of remote shards are kept; None: the default one
+
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether any of its shards lies elsewhere."""
+        return any(shard.url for shard in self.shards)
 
     @cached_property
     def first_indices(self) -> np.ndarray:
         """The index of each shard's first sample, and the end: int64 [shards + 1]."""
         return np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards])]).astype(np.int64)
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether any of its shards lies elsewhere."""
-        return False
 
     @cached_property
     def block_samples(self) -> int:
@@ -137,9 +142,8 @@ def load_manifest(path: Path) -> Manifest:
             multi_label=kind == "multi",
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFoundError(
-            f"{shown(error.filename)}: not found; make shards and manifest with tools/make_shards.py"
-        ) from None
+        missing = shown(error.filename)
+        raise NotFoundError(f"{missing}: not found; make shards and manifest with tools/make_shards.py") from None
     except (OSError, ValueError) as error:  # also a path with a zero byte
         if isinstance(error, (UserError, StorageError)):
             raise
@@ -159,7 +163,8 @@ def _shards_of(values: Fields, folder: Path) -> tuple[Shard, ...]:
     """The shards that a manifest lists. Raises UserError when one claims what no shard can have, or comes twice."""
     shards: dict[str, Shard] = {}
     for entry in values.parts("shards"):
-        name = _file_name(entry, "path")
+        url = entry.text("path") if is_url(entry.text("path")) else ""
+        name = _file_name(entry, "name", file_name(check_url(url))) if url else _file_name(entry, "path")
         if not name.endswith(".tar"):
             entry.wrong("path", "a name that ends in .tar")
         if name in shards:
@@ -170,7 +175,7 @@ def _shards_of(values: Fields, folder: Path) -> tuple[Shard, ...]:
         sha256 = entry.text("sha256")
         if not _SHA256.fullmatch(sha256):
             entry.wrong("sha256", "64 hexadecimal digits")
-        shards[name] = Shard(folder / name, num_samples, num_bytes, sha256)
+        shards[name] = Shard(folder / name, num_samples, num_bytes, sha256, url)
     return tuple(shards.values())
 
 
@@ -183,9 +188,9 @@ def _read_names(label: Fields, folder: Path, num_classes: int) -> tuple[str, ...
     return check_names(read_json(path), num_classes, str(path))
 
 
-def _file_name(entry: Fields, key: str) -> str:
+def _file_name(entry: Fields, key: str, default: str | EllipsisType = ...) -> str:
     """The name of a file below the manifest's folder: a set from elsewhere must not make us read other files."""
-    name = entry.text(key)
+    name = entry.text(key, default)
     parts = name.split("/")
     if not {"", ".", ".."}.isdisjoint(parts):
         entry.wrong(key, "a path inside the manifest's folder, as a.tar or train/a.tar")
@@ -219,7 +224,8 @@ def check_shards(manifest: Manifest) -> None:
     listed: dict[str, Path] = {}
     for shard in manifest.shards:
         try:
-            real, num_bytes = file_inside(folder, shard.path, real_folder)
+            known = (shard.url, shard.num_bytes) if shard.url else None  # each answer of its server tells its size
+            real, num_bytes = known or file_inside(folder, shard.path, real_folder)
             file_inside(folder, shard.path.with_suffix(".idx"), real_folder)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"{error.filename}: listed in {manifest.path} but not found") from None
@@ -291,7 +297,8 @@ def write_manifest(
         "shuffle": shuffle,
         "image": None,
         "shards": [
-            {"path": s.path.name, "num_samples": s.num_samples, "num_bytes": s.num_bytes, "sha256": s.sha256}
+            {"path": s.url or s.path.name, "num_samples": s.num_samples, "num_bytes": s.num_bytes, "sha256": s.sha256}
+            | ({"name": s.path.name} if s.url else {})
             for s in shards
         ],
     }
@@ -306,6 +313,7 @@ class ShardIndex:
 
     offsets: np.ndarray  # uint32 [samples + 1], in blocks of 512 bytes: each sample's first header, then the end
     key_crc32: np.ndarray  # uint32 [samples]: CRC-32 of each key
+    sample_crc32: np.ndarray | None = None  # uint32 [samples]: of each byte range; not in indexes of version 1
 
     def byte_range(self, sample: int) -> tuple[int, int]:
         """Returns the first byte of a sample and the first byte after it."""
@@ -326,10 +334,11 @@ def write_index(shard: Shard, index: ShardIndex) -> None:
         raise UserError(
             f"{shard.path}: has {shard.num_samples} samples, at most {MAX_SHARD_SAMPLES}; use smaller shards"
         )
-    payload = index.offsets.astype("<u4").tobytes() + index.key_crc32.astype("<u4").tobytes()
+    arrays = [index.offsets, index.key_crc32] + ([] if index.sample_crc32 is None else [index.sample_crc32])
+    payload = b"".join(array.astype("<u4").tobytes() for array in arrays)
     header = {
         "format": INDEX_FORMAT,
-        "version": VERSION,
+        "version": 1 if index.sample_crc32 is None else INDEX_VERSION,
         "shard": shard.path.name,
         "shard_bytes": shard.num_bytes,
         "shard_sha256": shard.sha256,
@@ -354,13 +363,14 @@ def _is_index(path: Path) -> bool:
 def load_index(shard: Shard) -> ShardIndex:
     """Reads a shard's index. Raises UserError when it is damaged or belongs to another shard, OSError as it comes."""
     path = shard.path.with_suffix(".idx")
-    payload_bytes = 4 * (2 * shard.num_samples + 1)
     try:
-        data = read_bytes(path, max_bytes=_MAX_HEADER_BYTES + payload_bytes)
+        data = read_bytes(path, max_bytes=_MAX_HEADER_BYTES + 4 * (3 * shard.num_samples + 1))
         line, _, payload = data[:_MAX_HEADER_BYTES].partition(b"\n")
         payload = data[len(line) + 1 :]
         header = Fields.of(parse_json(line, "its first line"), "its first line").values
-        expected = {"format": INDEX_FORMAT, "version": VERSION, "keys": "crc32", "unit_bytes": BLOCK, "offsets": "<u4"}
+        version = 1 if header.get("version") == 1 else INDEX_VERSION
+        payload_bytes = 4 * ((1 + version) * shard.num_samples + 1)
+        expected = {"format": INDEX_FORMAT, "version": version, "keys": "crc32", "unit_bytes": BLOCK, "offsets": "<u4"}
         expected |= {"shard_bytes": shard.num_bytes, "shard_sha256": shard.sha256, "num_samples": shard.num_samples}
         expected |= {"payload_crc32": f"{zlib.crc32(payload):08x}"}
         wrong = [
@@ -371,7 +381,8 @@ def load_index(shard: Shard) -> ShardIndex:
         if wrong or len(payload) != payload_bytes:
             raise ValueError("; ".join(wrong) or f"{len(payload)} bytes of offsets")
         arrays = np.frombuffer(payload, "<u4")
-        index = ShardIndex(arrays[: shard.num_samples + 1], arrays[shard.num_samples + 1 :])
+        parts = np.split(arrays, [shard.num_samples + 1, 2 * shard.num_samples + 1])
+        index = ShardIndex(parts[0], parts[1], parts[2] if version > 1 else None)
         _check_offsets(index, shard)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with tools/make_shards.py") from None

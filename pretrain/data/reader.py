@@ -8,6 +8,7 @@ import io
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,7 +16,17 @@ from typing import Any, NamedTuple
 os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING, Manifest, Shard, ShardIndex, key_crc32, load_index
+from pretrain.data.manifest import (
+    BLOCK,
+    IMAGE_ENDINGS,
+    LABEL_ENDING,
+    Manifest,
+    Shard,
+    ShardIndex,
+    key_crc32,
+    load_index,
+)
+from pretrain.data.store import Block, store_at
 from pretrain.data.tar_headers import MAX_SAMPLE_MEMBERS, members
 from pretrain.errors import StorageError
 from pretrain.storage import PASSING_ERRORS
@@ -50,14 +61,17 @@ class RawSample(NamedTuple):
 def read_sample(manifest: Manifest, index: int) -> RawSample:
     """Returns sample `index` of the data set.
 
-    Raises BadSample when the bytes are not the indexed sample, StorageError when they cannot be read for now.
+    Of a remote shard it is read from the store, which downloads its block first where it is not there. Raises BadSample
+    when the bytes are not the indexed sample, StorageError when they cannot be read for now.
     """
     shard, number = manifest.locate(index)
     start, end, key = _patiently(shard, "cannot be opened", lambda: _place(_open_shard(shard)[1], number))
     if end - start > MAX_SAMPLE_BYTES:
         raise BadSample("tar", f"{end - start} bytes in one sample")
+    if shard.url:
+        return _parse(_from_store(manifest, index, number, _open_shard(shard)[1]), key)
     what = f"bytes {start} to {end} cannot be read"
-    data = _patiently(shard, what, lambda: os.pread(_open_shard(shard)[0].number, end - start, start))
+    data = _patiently(shard, what, lambda: os.pread(_descriptor(shard), end - start, start))
     if len(data) != end - start:
         raise BadSample("tar", f"the shard ends at byte {start + len(data)}")
     return _parse(data, key)
@@ -81,6 +95,41 @@ def _patiently(shard: Shard, what: str, read: Callable[[], Any]) -> Any:
                 raise StorageError(f"{shard.path}: {what} ({error.strerror}{tries})") from None
             _open_shard.cache_clear()  # a descriptor of a server that was away stays stale
             time.sleep(wait_s)
+
+
+def block_of(manifest: Manifest, index: int) -> Block | None:
+    """Returns the block of a remote shard that holds a sample, None when it lies in a local shard.
+
+    Blocks are `Manifest.block_samples` consecutive samples; one on the border of two shards is two, one in each.
+    """
+    shard, number = manifest.locate(index)
+    if not shard.url:
+        return None
+    size = manifest.block_samples
+    first = number - min(number, index % size)
+    end = min(shard.num_samples, number + size - index % size)
+    offsets = _open_shard(shard)[1].offsets
+    return Block(shard.url, shard.sha256, shard.num_bytes, int(offsets[first]) * BLOCK, int(offsets[end]) * BLOCK)
+
+
+def _from_store(manifest: Manifest, index: int, number: int, shard_index: ShardIndex) -> bytes:
+    """A remote sample's bytes, as they were indexed. A block with others is downloaded anew, once."""
+    block, (start, end) = block_of(manifest, index), shard_index.byte_range(number)
+    store = manifest.store or store_at(None)
+    assert block is not None
+    for tries in (1, 2):
+        data = store.read(block, start, end)
+        if len(data) == end - start and is_intact(data, shard_index, number):
+            return data
+        if tries == 1:
+            store.discard(block)
+    raise BadSample("tar", f"bytes {start} to {end} of {block.url} are not those that were indexed")
+
+
+def is_intact(data: bytes, shard_index: ShardIndex, number: int) -> bool:
+    """Returns whether a sample's bytes are those that were indexed; an index of version 1 cannot tell."""
+    sums = shard_index.sample_crc32
+    return sums is None or zlib.crc32(data) == int(sums[number])
 
 
 def _parse(data: bytes, wanted_key: int) -> RawSample:
@@ -194,5 +243,12 @@ class _Descriptor:
 
 
 @lru_cache(maxsize=128)  # per process; a limit of 1024 descriptors is common. 10k samples: 80 kB of index each
-def _open_shard(shard: Shard) -> tuple[_Descriptor, ShardIndex]:
-    return _Descriptor(os.open(shard.path, os.O_RDONLY)), load_index(shard)
+def _open_shard(shard: Shard) -> tuple[_Descriptor | None, ShardIndex]:
+    """An open shard, None where it is remote, and its index. Raises OSError."""
+    return None if shard.url else _Descriptor(os.open(shard.path, os.O_RDONLY)), load_index(shard)
+
+
+def _descriptor(shard: Shard) -> int:
+    opened = _open_shard(shard)[0]
+    assert opened is not None
+    return opened.number

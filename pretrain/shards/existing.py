@@ -45,8 +45,8 @@ def index_existing(
             shard = index_tar(_brought(path, out / name, brought), passed_over)
             if not shard.num_samples:
                 raise UserError(f"{path}: has no samples")
-            multi_label = multi_label if shards else _starts_with_list(shard)
-            counts.update(_labels_of(shard, len(classes), multi_label))
+            multi_label = multi_label if shards else starts_with_list(shard)
+            counts.update(labels_of(shard, len(classes), multi_label))
             shards.append(shard)
             progress(1)
         num_classes = len(classes) or max(counts) + 1
@@ -88,15 +88,16 @@ def _brought(source: Path, target: Path, brought: list[Path]) -> Path:
     return target
 
 
-def _starts_with_list(shard: Shard) -> bool:
-    """Whether the first label of existing tars is a list: then all have to be."""
+def starts_with_list(shard: Shard) -> bool:
+    """Returns whether the first label of existing tars is a list: then all have to be."""
     try:
         return read_sample(alone(shard, 1), 0).label.lstrip().startswith(b"[")
     except BadSample:
-        return False  # told with its number by `_labels_of`
+        return False  # told with its number by `labels_of`
 
 
-def _labels_of(shard: Shard, num_classes: int, multi_label: bool) -> list[int]:
+def labels_of(shard: Shard, num_classes: int, multi_label: bool) -> list[int]:
+    """Returns all labels of a tar that lies here, num_classes=0: of any class. Raises UserError for a bad one."""
     manifest = alone(shard, num_classes or 10**9)
     labels = []
     for number in range(shard.num_samples):

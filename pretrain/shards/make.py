@@ -1,6 +1,7 @@
 """A data set from whatever was given: the sources are rows of a table; the first that recognises the paths makes it."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pretrain.shards.build import How, build, build_part, check_labels
 from pretrain.shards.class_list import ClassList, labels_of
 from pretrain.shards.class_tars import class_tar_items, is_of_class_tars
 from pretrain.shards.counts import add_to_counts
+from pretrain.shards.elsewhere import are_urls, expanded, index_urls
 from pretrain.shards.existing import index_existing
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listed import ENDINGS as LIST_ENDINGS
@@ -114,6 +116,8 @@ def make_part(
 def _source_of(sources: Sequence[Path], out: Path, options: Options) -> Source:
     """The row of SOURCES. Raises UserError when there is none, or an option has no effect on it."""
     for path in sources:
+        if re.match("(https?|s3|gs|pipe):", str(path)):  # of a URL a path keeps one slash
+            raise UserError(f"{path}: give --index for shards that stay on a server")
         if not path.exists():
             raise UserError(f"{path}: not found")
     source = next((row for row in SOURCES if row.recognises(sources)), None)
@@ -147,6 +151,25 @@ def _how(num_images: int, sources: Sequence[Path], options: Options) -> How:
     files = [(path.stat().st_size, path.stat().st_mtime_ns) for path in sources if path.is_file()]
     plan = {"--apply-orientation": int(options.apply_orientation), "sources (sizes, times)": str(files)}
     return How(workers, options.resizing, plan)
+
+
+def index_shards(patterns: Sequence[str], classes: ClassList | None, out: Path, options: Options) -> tuple[Path, Told]:
+    """Makes a data set of shards that stay on their server, or of local tars; otherwise as `make_shards`.
+
+    patterns: paths and URLs as webdataset writes them, with {000..127}.
+    """
+    sources = expanded(patterns)
+    if not are_urls(sources):
+        return make_shards([Path(source) for source in sources], classes, out, options)
+    for option, given in (("apply-orientation", options.apply_orientation), ("shorter-side", options.resizing)):
+        if given:
+            raise UserError(f"--{option} has no effect on {sources[0]}, which stays as it is; leave it out")
+    told = Told()
+    names = classes.names if classes else ()
+    with cli.progress("indexing", len(sources), "shards") as advance:
+        path = index_urls(sources, names, out, progress=advance, passed_over=told.passed_over)
+    add_to_counts(out, {"passed_over": told.passed_over, "notes": told.notes})
+    return path, told
 
 
 def _labelled(

@@ -1,5 +1,8 @@
 """The index of a tar: where each sample begins, and whether it can be read at all."""
 
+import hashlib
+import math
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +23,8 @@ from pretrain.data.reader import is_stranger, member_passed_over
 from pretrain.data.tar_headers import BadHeader, end_of, members
 from pretrain.errors import UserError
 from pretrain.escape import shown
-from pretrain.storage import sha256
+
+_PIECE_BYTES = 1 << 20  # of a file, read at a time
 
 
 class _Group(NamedTuple):
@@ -49,13 +53,29 @@ def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
     for group in groups:
         _check_members(path, group)
     _check_end(path, end)
-    shard = Shard(path, len(groups), path.stat().st_size, sha256(path))
     offsets = np.array([*(group.start for group in groups), end], dtype=np.uint64) // BLOCK
     if int(offsets[-1]) >> 32:
         raise UserError(f"{path}: larger than 2 TiB; use smaller shards")
-    crcs = np.array([key_crc32(group.key) for group in groups], dtype=np.uint32)
-    write_index(shard, ShardIndex(offsets.astype(np.uint32), crcs))
+    keys = np.array([key_crc32(group.key) for group in groups], dtype=np.uint32)
+    digest, sums = _checksums(path, [*(group.start for group in groups), end])
+    shard = Shard(path, len(groups), path.stat().st_size, digest)
+    write_index(shard, ShardIndex(offsets.astype(np.uint32), keys, sums))
     return shard
+
+
+def _checksums(path: Path, borders: list[int]) -> tuple[str, np.ndarray]:
+    """A file's SHA-256, and the CRC-32 of each range between two of `borders`, uint32; all read once."""
+    digest, sums = hashlib.sha256(), np.zeros(len(borders) - 1, dtype=np.uint32)
+    with path.open("rb") as file:
+        for number, (start, end) in enumerate(zip([0, *borders], [*borders, None])):
+            left, crc = math.inf if end is None else end - start, 0
+            while left and (piece := file.read(int(min(left, _PIECE_BYTES)))):
+                digest.update(piece)
+                crc = zlib.crc32(piece, crc)
+                left -= len(piece)
+            if 0 < number <= len(sums):  # the first range lies before the samples, the last one behind them
+                sums[number - 1] = crc
+    return digest.hexdigest(), sums
 
 
 def _walk(path: Path, told: Counter[str]) -> tuple[list[_Group], int]:

@@ -1,6 +1,7 @@
 """What a run trains on and is validated on, checked before anything is built."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from pretrain.config import Config
 from pretrain.data.lanes import choose_lanes, fits
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.data.order import Order
+from pretrain.data.store import make_folder, store_at
 from pretrain.errors import ConfigError
 from pretrain.evaluation import classification
 from pretrain.log import say
@@ -42,8 +44,8 @@ class DataSets:
 
 def open_data(config: Config) -> DataSets:
     """Returns the data sets of a run. Raises UserError for those that are not there or do not fit each other."""
-    train_set = load_manifest(config.data.train)
-    val_set = load_manifest(config.data.val) if config.data.val else train_set if config.data.held_out else None
+    train_set = _open(config.data.train, config)
+    val_set = _open(config.data.val, config) if config.data.val else train_set if config.data.held_out else None
     for manifest in {m.path: m for m in (train_set, val_set) if m}.values():
         check_shards(manifest)
     if val_set is not None and val_set is not train_set:
@@ -64,8 +66,31 @@ def open_data(config: Config) -> DataSets:
         )
     few = _open_fewshot(config)
     order = _choose_order(config, train_set)
+    if order.lanes is None:
+        _warn_of_small_store(train_set)
     indices = order.held_out_indices() if config.data.held_out else np.arange(val_set.num_samples if val_set else 0)
     return DataSets(train_set, order, val_set if config.evaluation.every_steps else None, indices, num_classes, few)
+
+
+def _open(path: Path, config: Config) -> Manifest:
+    manifest = load_manifest(path)
+    if not manifest.is_remote:
+        return manifest
+    store = store_at(config.data.store, config.data.store_gb)
+    make_folder(store.folder)
+    return replace(manifest, store=store)
+
+
+def _warn_of_small_store(manifest: Manifest) -> None:
+    """In the order `permuted` neighbours of a block are wanted at all times of an epoch."""
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards if shard.url)
+    if manifest.store and num_bytes > manifest.store.max_bytes:
+        blocks = 1 - manifest.store.max_bytes / num_bytes
+        say(
+            f"warning: {manifest.path}: {num_bytes / 1e9:.1f} GB of remote shards do not fit data.store_gb "
+            f"({manifest.store.max_bytes / 1e9:g}): {blocks:.0%} of all samples will download a whole block of "
+            f"{manifest.block_samples}. Raise it, or take the order for remote shards"
+        )
 
 
 def _choose_order(config: Config, train_set: Manifest) -> Order:
@@ -86,7 +111,7 @@ def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
     wanted = config.evaluation
     if wanted.fewshot_train is None or wanted.fewshot_test is None:
         return None
-    sets = load_manifest(wanted.fewshot_train), load_manifest(wanted.fewshot_test)
+    sets = _open(wanted.fewshot_train, config), _open(wanted.fewshot_test, config)
     for manifest in sets:
         check_shards(manifest)
         if manifest.multi_label:

@@ -1,0 +1,115 @@
+"""The node's fetcher: a process that walks the order ahead of the training and fills the store of remote blocks.
+
+Downloads in the loader's processes would cost them a tenth of their decoding. Nothing depends on the fetcher: a loader
+process that finds a block missing waits for whoever downloads it, or downloads it itself.
+"""
+
+import mmap
+import multiprocessing
+import os
+import signal
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+
+import numpy as np
+
+from pretrain.cluster import ranks
+from pretrain.data.manifest import Manifest
+from pretrain.data.order import Order, share
+from pretrain.data.reader import block_of
+from pretrain.data.store import Block, store_at
+from pretrain.errors import StorageError, UserError
+
+DEPTH = 32  # blocks ahead of the training: at 500 images/s those of 5 s, longer than a stalled connection is waited for
+THREADS = 8
+_STEPS_AHEAD = 1024  # beyond the training; where the store holds all, nothing else would stop the walk
+_REMEMBERED = 4096  # blocks, so that one that many steps use is looked for once
+_PAUSE_S = 0.02
+
+
+class Fetcher:
+    """A running fetcher, as the training sees it."""
+
+    def __init__(self, manifest: Manifest, order: Order, slots: range, steps: range) -> None:
+        self._reached = memoryview(mmap.mmap(-1, 8)).cast("q")  # shared with processes forked from now on
+        self.note(steps.start)
+        # Forked, as loader processes are: its connections are made there, and it never touches the GPU.
+        process = multiprocessing.get_context("fork").Process(
+            target=_run, args=(manifest, order, slots, steps, self._reached, os.getpid()), daemon=True
+        )
+        process.start()
+        self.pid = process.pid
+        self._end = weakref.finalize(self, _end, process, os.getpid())
+
+    def note(self, step: int) -> None:
+        """Tells which step is being read; a later one stays."""
+        self._reached[0] = max(self._reached[0], step)
+
+
+def start(manifest: Manifest, order: Order, steps: range) -> Fetcher | None:
+    """Starts a node's fetcher for the steps of a run, on its first rank; None elsewhere, and for local shards."""
+    if not manifest.is_remote or ranks.local_rank() or not steps:
+        return None
+    first, last = ranks.rank(), min(ranks.rank() + ranks.ranks_here(), ranks.world_size()) - 1
+    shares = [share(order.global_batch, rank, ranks.world_size()) for rank in (first, last)]
+    return Fetcher(manifest, order, range(shares[0].start, shares[1].stop), steps)
+
+
+def _end(process: BaseProcess, owner: int) -> None:
+    if os.getpid() == owner:  # not in a loader process, which has a copy
+        process.kill()
+        process.join()
+
+
+def blocks_of(manifest: Manifest, order: Order, slots: range, step: int) -> Iterator[Block]:
+    """Yields the blocks that some slots of a step need, in the order of their first use."""
+    indices = order.samples(step)[1][slots.start : slots.stop]
+    shards = np.searchsorted(manifest.first_indices, indices, side="right")
+    places = indices // manifest.block_samples * (len(manifest.shards) + 1) + shards
+    for slot in np.sort(np.unique(places, return_index=True)[1]):
+        if block := block_of(manifest, int(indices[slot])):
+            yield block
+
+
+def _run(manifest: Manifest, order: Order, slots: range, steps: range, reached: memoryview, parent: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # the rank's own handlers save checkpoints
+    store = manifest.store or store_at(None)
+    known: OrderedDict[str, None] = OrderedDict()
+    under_way: deque[tuple[int, Future[None]]] = deque()
+
+    def fetch(block: Block) -> None:
+        with suppress(StorageError, UserError):  # a loader process meets the same error, and tells it
+            store.ensure(block)
+
+    def wait(depth: int, step: int) -> None:
+        """Waits until fewer than `depth` blocks are ahead of the training, and `step` is near."""
+        while True:
+            while under_way and under_way[0][0] <= reached[0] and under_way[0][1].done():
+                under_way.popleft()
+            if os.getppid() != parent:
+                os._exit(0)
+            if len(under_way) < depth and step < reached[0] + _STEPS_AHEAD:
+                return
+            time.sleep(_PAUSE_S)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for step in steps:
+            if step < reached[0]:  # overtaken
+                continue
+            wait(DEPTH, step)
+            for block in blocks_of(manifest, order, slots, step):
+                new = block.name not in known
+                known[block.name] = None
+                known.move_to_end(block.name)
+                if new:
+                    wait(DEPTH, step)
+                    under_way.append((step, pool.submit(fetch, block)))
+                if len(known) > _REMEMBERED:
+                    known.popitem(last=False)
+        wait(1, steps.start)

@@ -1,0 +1,276 @@
+"""A range of bytes of a file that is read over the network: http(s), s3 and gs, by one loop of our own.
+
+It goes on at the byte it has reached, checks status, range and length of every answer, and gives up on silence within
+seconds. s3 and gs are read through signed addresses. Credentials come from the environment; no message shows one.
+"""
+
+import http.client
+import os
+import random
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import PurePosixPath
+from urllib.parse import unquote, urljoin, urlsplit
+
+from pretrain.errors import StorageError, UserError
+from pretrain.json_files import brief
+
+SCHEMES = ("http", "https", "s3", "gs")
+SILENCE_S = 3.0  # between two arrivals of bytes, and until a connection stands
+MAX_TRIES = 9  # in a row without news; their waits add up to about 20 seconds
+FIRST_WAIT_S, MAX_WAIT_S = 0.05, 8.0  # before the second try; doubled for each further one
+MIN_PROGRESS_BYTES = 64 << 10  # that make a try count as none: else a server could send a byte at a time for ever
+MAX_REDIRECTS = 5
+SIGNED_FOR_S = 900  # an address is used at once
+_PIECE_BYTES = 256 << 10  # received at a time; with 64 KB it takes twice the CPU time
+_URL = re.compile("[!-~]{1,2048}")  # printable ASCII: urlsplit would drop line ends without a word
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+_REDIRECTS = (301, 302, 303, 307, 308)
+_PASSING = (408, 425, 429)  # of 4xx: the same request may succeed later
+
+
+def is_url(text: str) -> bool:
+    """Returns whether a text names a scheme, known or not, rather than a path."""
+    return "://" in text or text.startswith("pipe:")
+
+
+def check_url(text: str) -> str:
+    """Returns the URL of a file to be read. Raises UserError, without its secrets, when it cannot be or holds some."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise UserError(f"{brief(without_secrets(text))}: is no URL") from None
+    where = brief(without_secrets(text))
+    if parts.scheme not in SCHEMES:
+        raise UserError(f"{where}: is not read, expected a path or a URL of {', '.join(SCHEMES)}")
+    if not _URL.fullmatch(text) or not parts.hostname or port == 0:
+        raise UserError(f"{where}: is no URL of at most 2048 printable ASCII characters; write others as %20")
+    if "@" in parts.netloc or parts.query or parts.fragment or "?" in text:
+        raise UserError(
+            f"{where}: holds a user, a query or a fragment, which may be a secret and would be saved; give the plain "
+            "URL, credentials in the environment, and s3:// or gs:// for what needs a signature"
+        )
+    return text
+
+
+def without_secrets(url: str) -> str:
+    """Returns a URL without user, password, query and fragment."""
+    return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url, maxsplit=1)[0])
+
+
+def file_name(url: str) -> str:
+    """Returns what a URL's file is called."""
+    return unquote(PurePosixPath(urlsplit(url).path).name)
+
+
+def download(url: str, start: int, end: int, num_bytes: int, write: Callable[[bytes], object]) -> None:
+    """Hands bytes start .. end-1 of a file of `num_bytes` to `write`, in order, in pieces.
+
+    An error of `write` passes as it comes. Raises StorageError when the network or the server fails for longer than
+    MAX_TRIES tries, UserError when the file is not there, may not be read, or is not of `num_bytes`.
+    """
+    at, tries, arrived = start, 0, 0
+    pieces = _received(url, at, end, num_bytes)
+    while at < end:
+        try:
+            piece = next(pieces)
+        except UserError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            tries = 0 if arrived >= MIN_PROGRESS_BYTES else tries
+            arrived, tries = 0, tries + 1
+            if tries == MAX_TRIES:
+                raise _given_up(url, error, f"bytes {at} to {end}") from None
+            wait_before(tries)
+            pieces = _received(url, at, end, num_bytes)
+        else:
+            write(piece)
+            at += len(piece)
+            arrived += len(piece)
+
+
+def num_bytes_of(url: str) -> int:
+    """Returns the size of a file. Raises as `download` does."""
+    for tries in range(1, MAX_TRIES + 1):
+        try:
+            response = _answer(url, 0, 1)
+            total = _total(response, 0, 1)
+            response.read()
+            return total
+        except UserError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            _forget_connections()
+            if tries == MAX_TRIES:
+                raise _given_up(url, error, "its first byte") from None
+            wait_before(tries)
+    raise AssertionError
+
+
+def wait_before(tries: int) -> None:
+    """Waits before the next of several tries: twice as long each time, and never together with others."""
+    time.sleep(min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1)) * random.uniform(0.5, 1))
+
+
+class _NotTheRange(OSError):
+    """An answer that is no part of the file we mean; when it stays so, no later try will help."""
+
+
+def _given_up(url: str, error: Exception, what: str) -> UserError | StorageError:
+    if isinstance(error, _NotTheRange):
+        return UserError(f"{url}: {error}")
+    return StorageError(f"{url}: {what} cannot be read for now ({_reason(error)}, after {MAX_TRIES} tries)")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the address, which may be signed."""
+    if isinstance(error, TimeoutError):
+        return f"nothing arrived for {SILENCE_S:g} s"
+    if isinstance(error, http.client.HTTPException):
+        return f"no HTTP answer, {type(error).__name__}"
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def _received(url: str, at: int, end: int, num_bytes: int) -> Iterator[bytes]:
+    """Yields the bytes of one answer as they arrive. Raises OSError and HTTPException as they come, also for few."""
+    left = end - at
+    try:
+        response = _answer(url, at, end)
+        if (total := _total(response, at, end)) != num_bytes:
+            raise _NotTheRange(f"has {total} bytes, the manifest says {num_bytes}; index it again")
+        while left:
+            piece = response.read1(min(left, _PIECE_BYTES))
+            if not piece:
+                raise OSError(f"the answer ended {left} bytes early")
+            if left == len(piece):
+                response.read()  # of nothing: the connection is free for the next request
+            left -= len(piece)
+            yield piece
+    finally:
+        if left:  # what is left of the answer must not be taken for the next one
+            _forget_connections()
+
+
+def _total(response: http.client.HTTPResponse, at: int, end: int) -> int:
+    """The size of the whole file, of an answer that is checked to hold bytes at .. end-1 of it."""
+    if response.status == 200:
+        raise _NotTheRange("the server sends the whole file where a part was asked for; it has to know byte ranges")
+    if response.status != 206:
+        raise OSError(f"status {response.status}")
+    match = _CONTENT_RANGE.fullmatch(response.getheader("Content-Range", "").strip())
+    length = response.getheader("Content-Length", str(end - at)).strip()
+    if not match or (int(match[1]), int(match[2])) != (at, end - 1) or length != str(end - at):
+        raise OSError("the answer is another range than was asked for")
+    if response.getheader("Content-Encoding", "identity") != "identity":
+        raise _NotTheRange("the server sends it compressed")
+    return int(match[3])
+
+
+def _answer(url: str, at: int, end: int) -> http.client.HTTPResponse:
+    """The answer to a request for a range, behind redirects. Raises UserError where no later try would help."""
+    address = _address(url)
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = urlsplit(address)
+        connection = _connection(parts.scheme, parts.netloc)
+        headers = {"Range": f"bytes={at}-{end - 1}", "Accept-Encoding": "identity"}
+        try:
+            connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), headers=headers)
+            response = connection.getresponse()
+        except ssl.SSLCertVerificationError as error:
+            raise UserError(f"{url}: {parts.hostname} is not trusted ({error.verify_message})") from None
+        if response.status not in _REDIRECTS:
+            _refuse(url, response.status)
+            return response
+        _forget_connections()
+        address = _redirected(url, address, response.getheader("Location", ""))
+    raise UserError(f"{url}: leads from address to address, more than {MAX_REDIRECTS} times")
+
+
+def _refuse(url: str, status: int) -> None:
+    if status in (401, 403):
+        raise UserError(f"{url}: may not be read (status {status}); credentials are taken from the environment")
+    if status in (404, 410):
+        raise UserError(f"{url}: not found (status {status})")
+    if status == 416:
+        raise UserError(f"{url}: ends before a sample that its index lists (status 416); index it again")
+    if 400 <= status < 500 and status not in _PASSING:
+        raise UserError(f"{url}: the server refuses it (status {status})")
+
+
+def _redirected(url: str, address: str, location: str) -> str:
+    target = urljoin(address, location)
+    secure = urlsplit(address).scheme == "https"
+    if not location or urlsplit(target).scheme not in (("https",) if secure else ("http", "https")):
+        raise UserError(
+            f"{url}: leads to {brief(without_secrets(target))}; only {'https' if secure else 'http and https'} is "
+            "followed from there"
+        )
+    return target
+
+
+def _address(url: str) -> str:
+    """Where a file is asked for: its URL, or an address signed with the environment's credentials."""
+    scheme = urlsplit(url).scheme
+    return url if scheme in ("http", "https") else _sign(scheme, url)
+
+
+def _sign(scheme: str, url: str) -> str:
+    try:
+        import fsspec
+
+        # The instance belongs to this process: one of the parent's does not survive a fork, and fsspec sees to that.
+        return fsspec.filesystem(scheme).sign(url, expiration=SIGNED_FOR_S)
+    except ImportError:
+        raise UserError(
+            f"{url}: {scheme}:// needs a package that is missing: pip install 'vit-pretrain[remote]'"
+        ) from None
+    except Exception as error:  # botocore's and google's own; their texts may hold parts of a key
+        if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError"):
+            raise UserError(
+                f"{url}: no credentials in the environment; a public file is read by its https:// address"
+            ) from None
+        raise OSError(f"cannot be signed, {type(error).__name__}") from None
+
+
+class _Connections(dict[tuple[str, str], http.client.HTTPConnection]):
+    """Open connections by scheme and place; closed when their thread ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pid = os.getpid()
+
+    def __del__(self) -> None:
+        while self:
+            self.popitem()[1].close()
+
+
+_local = threading.local()
+
+
+def _connection(scheme: str, place: str) -> http.client.HTTPConnection:
+    """A connection of this thread and this process: a forked child would share its parent's socket."""
+    open_ones = getattr(_local, "connections", None)
+    if open_ones is None or open_ones.pid != os.getpid():
+        open_ones = _local.connections = _Connections()
+    if (scheme, place) not in open_ones:
+        if scheme == "https":
+            made = http.client.HTTPSConnection(place, timeout=SILENCE_S, context=_tls())
+        else:
+            made = http.client.HTTPConnection(place, timeout=SILENCE_S)
+        open_ones[scheme, place] = made
+    return open_ones[scheme, place]
+
+
+def _forget_connections() -> None:
+    """Closes this thread's connections: an answer on one of them was not read to its end."""
+    _local.connections = _Connections()
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()

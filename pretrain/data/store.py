@@ -1,0 +1,216 @@
+"""The node's store: blocks of remote shards as files, shared by all processes of a node, bounded, safe against kills.
+
+A block is downloaded to NAME.part and renamed to NAME. The partial file is the lock: whoever holds its flock appends to
+it, the kernel frees it when that process dies, and the next one goes on at the byte reached. There are no lock files,
+no process numbers, no time limits. The folder must not lie on a network file system, where flock may mean nothing.
+"""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.config import DataConfig
+from pretrain.data.remote import download
+from pretrain.errors import StorageError, UserError
+
+_PART = ".part"
+_TOUCH_S = 60  # a block that is read is marked as used this often
+_ABANDONED_S = 3600  # an unfinished block that nobody has written to for so long is removed where room is needed
+_CHECKS = 64  # the bound is looked at once for each 1/64 of it that a process has downloaded
+_KEPT = 15 / 16  # of the bound, after blocks have been removed
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive bytes of a remote shard: some samples."""
+
+    url: str
+    sha256: str  # of the shard
+    shard_bytes: int
+    start: int  # first byte
+    end: int  # first byte behind
+
+    @property
+    def name(self) -> str:
+        """Its file's name; it says whose bytes these are, wherever the shard may lie."""
+        return f"{self.sha256}-{self.start}-{self.end}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of blocks, and how many bytes they may take."""
+
+    folder: Path
+    max_bytes: int
+
+    def read(self, block: Block, start: int, end: int) -> bytes:
+        """Returns bytes start .. end-1 of a shard, which lie in `block`; fewer when its file was cut.
+
+        Downloads the block when it is not here. Raises StorageError, and UserError for a shard that cannot be had.
+        """
+        descriptor = self._opened(block)
+        try:
+            if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_S:
+                os.utime(descriptor)
+            return os.pread(descriptor, end - start, start - block.start)
+        except OSError as error:
+            raise StorageError(f"{self.folder}: cannot be read ({error.strerror})") from None
+        finally:
+            os.close(descriptor)
+
+    def ensure(self, block: Block) -> None:
+        """Downloads a block unless it is here. Raises as `read`."""
+        os.close(self._opened(block))
+
+    def discard(self, block: Block) -> None:
+        """Removes a block whose bytes are wrong."""
+        with _told(self.folder), suppress(FileNotFoundError):
+            os.unlink(self.folder / block.name)
+
+    def _opened(self, block: Block) -> int:
+        path = self.folder / block.name
+        with _told(self.folder):
+            while True:
+                with suppress(FileNotFoundError):
+                    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._download(block, path)
+
+    def _download(self, block: Block, path: Path) -> None:
+        """Makes a block's file; also returns without it, when somebody else was faster or it must be tried again."""
+        part = path.with_name(path.name + _PART)
+        try:
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # the folder was removed meanwhile, or never made
+            return make_folder(self.folder)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_at(descriptor, part):
+                return  # finished or removed while we waited
+            if path.exists():
+                return os.unlink(part)
+            reached = os.fstat(descriptor).st_size
+            if reached > block.end - block.start:
+                os.ftruncate(descriptor, reached := 0)
+            self._make_room(block.end - block.start)
+            write = _Appender(self.folder, descriptor)
+            download(block.url, block.start + reached, block.end, block.shard_bytes, write)
+            os.rename(part, path)
+        finally:
+            os.close(descriptor)
+
+    def _make_room(self, needed: int) -> None:
+        """Removes the blocks that were used longest ago when all would take more than the bound, now and then."""
+        unchecked = _unchecked.get(self.folder, self.max_bytes) + needed
+        if unchecked < self.max_bytes // _CHECKS:
+            _unchecked[self.folder] = unchecked
+            return
+        _unchecked[self.folder] = 0
+        guard = os.open(self.folder / ".evict", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_oldest(self.folder, self.max_bytes - needed)
+        except BlockingIOError:
+            pass  # another process is at it
+        finally:
+            os.close(guard)
+
+
+_unchecked: dict[Path, int] = {}  # bytes that this process has downloaded since it last looked at the bound
+
+
+def remove_oldest(folder: Path, max_bytes: int) -> None:
+    """Removes blocks, those used longest ago first, unless all take at most `max_bytes`; then some more, for a while.
+
+    Files that are open stay readable. Unfinished blocks are removed when they were left by a process that died.
+    """
+    files = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
+                    status = entry.stat(follow_symlinks=False)
+                    files.append((status.st_mtime, status.st_size, entry.path))
+    total = sum(size for _, size, _ in files)
+    if total <= max_bytes:
+        return
+    for used, size, path in sorted(files):
+        if total <= max_bytes * _KEPT:
+            return
+        with suppress(FileNotFoundError):
+            if not path.endswith(_PART):
+                os.unlink(path)
+                total -= size
+            elif time.time() - used > _ABANDONED_S and _remove_unlocked(path):
+                total -= size
+
+
+def _remove_unlocked(path: str) -> bool:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(descriptor, Path(path)):
+            os.unlink(path)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class _Appender:
+    """Appends pieces to a file; an error is the store's, never the network's."""
+
+    def __init__(self, folder: Path, descriptor: int) -> None:
+        self._folder, self._descriptor = folder, descriptor
+
+    def __call__(self, piece: bytes) -> None:
+        with _told(self._folder):
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        out = "; lower data.store_gb, or let data.store name a folder with room" if full else ""
+        raise StorageError(f"{folder}: the store of remote blocks fails ({error.strerror}{out})") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a store's folder. Raises UserError when it cannot be one, or is another user's."""
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        owner = os.stat(folder).st_uid
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be the store ({error.strerror}); let data.store name another one") from None
+    if owner != os.geteuid() and os.geteuid() != 0:
+        raise UserError(f"{folder}: belongs to another user, who could change the blocks; set data.store")
+
+
+def default_folder() -> Path:
+    """Returns where blocks are kept unless data.store says otherwise: the user's own folder in $TMPDIR, or /tmp."""
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"pretrain-store-{os.geteuid()}"
+
+
+def store_at(folder: Path | None, num_gb: float = DataConfig.store_gb) -> Store:
+    """Returns the store in a folder, None: the default one, of at most `num_gb` (10^9 bytes)."""
+    return Store(folder or default_folder(), int(num_gb * 1e9))

@@ -1,0 +1,203 @@
+"""Remote files: what is read over the network is what lies there, or the reason is told in one line without secrets."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain.data import remote
+from pretrain.data.remote import check_url, download, num_bytes_of, without_secrets
+from pretrain.errors import StorageError, UserError
+from tests.web import FAULTS, Site, at_random, every, served
+
+DATA = os.urandom(700_000)
+LASTING = {  # a fault in every answer: the error, and what it says
+    "503": (StorageError, r"cannot be read for now \(status 503, after 9 tries\)"),
+    "429": (StorageError, "status 429"),
+    "silence": (StorageError, "nothing arrived for 0.3 s"),
+    "range": (StorageError, "another range than was asked for"),
+    "short": (StorageError, "another range"),
+    "nonsense": (StorageError, "no HTTP answer"),
+    "total": (UserError, r"has 700512 bytes, the manifest says 700000; index it again"),
+    "whole": (UserError, "sends the whole file where a part was asked for"),
+    "gzip": (UserError, "compressed"),
+    "404": (UserError, r"not found \(status 404\)"),
+    "403": (UserError, r"may not be read \(status 403\); credentials are taken from the environment"),
+    "400": (UserError, "refuses it"),
+    "416": (UserError, "ends before a sample"),
+    "to:file:///etc/passwd": (UserError, "leads to 'file:///etc/passwd'; only http and https"),
+    "to:pipe:id": (UserError, "leads to 'pipe:id'"),
+    "to:/a.tar": (UserError, "more than 5 times"),
+}
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits are short: it is their outcome that matters here."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "MAX_WAIT_S", 0.01)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """A server of one file, DATA."""
+    (tmp_path / "a.tar").write_bytes(DATA)
+    with served(Site(tmp_path)) as site:
+        yield site
+
+
+def read(url: str, start: int = 0, end: int = len(DATA), num_bytes: int = len(DATA)) -> bytes:
+    """The bytes of a range."""
+    pieces = bytearray()
+    download(url, start, end, num_bytes, pieces.extend)
+    return bytes(pieces)
+
+
+def test_ranges_are_the_bytes_that_lie_there(site: Site) -> None:
+    """Any range, over one connection; nothing is asked for twice."""
+    for start, end in ((0, 1), (5, 300_000), (0, len(DATA)), (len(DATA) - 1, len(DATA))):
+        assert read(f"{site.url}/a.tar", start, end) == DATA[start:end]
+    assert num_bytes_of(f"{site.url}/a.tar") == len(DATA)
+    assert len(site.requests) == 5 and site.connections == 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "bytes"])
+def test_a_fault_that_passes_costs_nothing(site: Site, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second answer fails: the bytes are exact, and those that had arrived are not sent again."""
+    if kind in ("stall", "silence"):
+        monkeypatch.setattr(remote, "SILENCE_S", 0.3)
+    site.fault = every(2, kind)
+    for start in range(0, len(DATA), 100_000):
+        assert read(f"{site.url}/a.tar", start, start + 100_000) == DATA[start : start + 100_000]
+    assert site.faults[kind] >= 3
+    if kind == "half-way":
+        assert site.sent == len(DATA), "bytes that had arrived were asked for again"
+
+
+@pytest.mark.parametrize("kind", LASTING)
+def test_a_fault_that_lasts_is_told(site: Site, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying later is left to exit code 75; what no later try would mend is the user's."""
+    if kind == "silence":
+        monkeypatch.setattr(remote, "SILENCE_S", 0.3)
+    site.fault = lambda _: kind
+    error, said = LASTING[kind]
+    with pytest.raises(error, match=said) as caught:
+        read(f"{site.url}/a.tar")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{site.url}/a.tar: ")
+    assert len(site.requests) <= remote.MAX_TRIES
+
+
+def test_progress_makes_tries_new_but_a_byte_is_none(site: Site) -> None:
+    """Answers that each break off half-way are fine; a server that sends single bytes is given up."""
+    site.fault = lambda number: "half-way" if number < 3 else "503" if number % 9 else ""
+    assert read(f"{site.url}/a.tar") == DATA
+    site.fault = lambda _: "one byte"
+    with pytest.raises(StorageError, match="ended .* bytes early"):
+        read(f"{site.url}/a.tar")
+
+
+def test_redirects_are_followed_to_http_alone(site: Site) -> None:
+    """A redirect leads to the file; its query, which may be a signature, is in no message."""
+    site.fault = lambda number: "to:/a.tar?signature=secret" if number == 0 else "403"
+    with pytest.raises(UserError) as caught:
+        read(f"{site.url}/b.tar")
+    assert "secret" not in str(caught.value)
+    site.requests.clear()
+    site.fault = lambda number: "to:/a.tar" if number % 2 == 0 else ""
+    assert read(f"{site.url}/b.tar") == DATA
+
+
+def test_nobody_there() -> None:
+    """A port that nobody listens to is a matter of time; neither is a name that is not known the user's mistake."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(StorageError, match="refused"):
+            read(f"http://127.0.0.1:{unused.getsockname()[1]}/a.tar")
+
+
+def test_errors_of_the_writer_pass(site: Site) -> None:
+    """A full disk is not taken for a failing network."""
+
+    def full(_: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        download(f"{site.url}/a.tar", 0, 1000, len(DATA), full)
+    assert not isinstance(caught.value, StorageError) and len(site.requests) == 1
+    assert read(f"{site.url}/a.tar", 0, 1000) == DATA[:1000], "the rest of the answer was taken for the next one"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("pipe:cat x.tar", "file:///x.tar", "ftp://h/x.tar", "://x.tar", "http://x.tar:port/x.tar", "http:///x.tar"),
+        *(
+            "http://h/a b.tar",
+            "http://h/a\n.tar",
+            "http://h/ä.tar",
+            "http://h:0/x.tar",
+            "s3:///x.tar",
+            "http://[/x.tar",
+        ),
+        *("https://me:secret@h/x.tar", "https://secret@h/x.tar", "https://h/x.tar?secret", "s3://b/x.tar#secret"),
+        "https://h/x.tar?X-Amz-Signature=secret",
+    ],
+)
+def test_urls_that_are_refused(url: str) -> None:
+    """One line without secrets; a URL that could hold one is never saved."""
+    with pytest.raises(UserError) as caught:
+        check_url(url)
+    assert "secret" not in str(caught.value).replace("a secret", "") and "\n" not in str(caught.value)
+    assert "secret" not in without_secrets(url)
+
+
+def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3 and gs need an optional dependency."""
+    import fsspec
+
+    def missing(*args: object, **more: object) -> object:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(UserError, match=re.escape("s3://b/x.tar: s3:// needs a package")):
+        read("s3://b/x.tar")
+
+
+def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signed addresses of an S3 server: exact ranges, a missing key told, no signature in the message."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    import s3fs
+
+    threaded = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    threaded.start()
+    try:
+        host, port = threaded.get_host_and_port()
+        for name, value in (
+            ("ACCESS_KEY_ID", "k"),
+            ("SECRET_ACCESS_KEY", "s"),
+            ("ENDPOINT_URL", f"http://{host}:{port}"),
+        ):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        files = s3fs.S3FileSystem()
+        files.mkdir("bucket")
+        files.pipe_file("bucket/a.tar", DATA)
+        assert num_bytes_of("s3://bucket/a.tar") == len(DATA)
+        assert read("s3://bucket/a.tar", 5, 300_000) == DATA[5:300_000]
+        with pytest.raises(UserError, match="not found") as caught:
+            read("s3://bucket/b.tar")
+        assert "ignature" not in str(caught.value)
+    finally:
+        threaded.stop()
+
+
+def test_many_faults_at_random(site: Site) -> None:
+    """A fifth of the answers fail in some way: every byte arrives, once."""
+    site.fault = at_random(0.2, tuple(kind for kind in FAULTS if kind not in ("bytes", "silence", "stall")))
+    for start in range(0, len(DATA), 10_000):
+        assert read(f"{site.url}/a.tar", start, start + 10_000) == DATA[start : start + 10_000]
+    assert site.faults.total() > 5
