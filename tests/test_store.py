@@ -183,7 +183,7 @@ def _reader(far: Manifest, seed: int) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [20, pytest.param(300, marks=pytest.mark.long)])
 def test_readers_killed_at_random(site: Site, far: Manifest, kills: int) -> None:
     """Four processes share a store and are killed while they download: no byte is wrong, nobody waits for the dead."""
     site.fault, site.latency_s, site.chunk_bytes = at_random(0.1, PASSING), 0.002, 256
