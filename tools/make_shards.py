@@ -43,14 +43,6 @@ def main() -> None:
     )
     parser.add_argument("--task", metavar="NAME", help="evaluation set: imagenet, cifar10, pets, vtab/svhn ...")
     parser.add_argument("--classes", type=Path, help='names in the order of labels: JSON list, or "names"')
-    parser.add_argument("--samples-per-shard", type=int, help="of folders and .npz (default 10000)")
-    parser.add_argument("--seed", type=int, help="of the shuffle (default 0)")
-    parser.add_argument(
-        "--apply-orientation",
-        action="store_true",
-        default=None,
-        help="turn photos as their EXIF says (default: as Google's code, not)",
-    )
     _add_building(parser)
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
@@ -92,6 +84,14 @@ def main() -> None:
 
 
 def _add_building(parser: ArgumentParser) -> None:
+    parser.add_argument("--samples-per-shard", type=int, help="of folders and .npz (default 10000)")
+    parser.add_argument("--seed", type=int, help="of the shuffle (default 0)")
+    parser.add_argument(
+        "--apply-orientation",
+        action="store_true",
+        default=None,
+        help="turn photos as their EXIF says (default: as Google's code, not)",
+    )
     parser.add_argument("--shorter-side", type=int, metavar="S", help="make larger images this small: JPEG, S pixels")
     parser.add_argument("--quality", type=int, metavar="Q", help="of these JPEGs, 1 to 100 (default 95)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
