@@ -15,3 +15,15 @@ def half(task: int, progress: Callable[[int], None]) -> float:
     if task % 2:
         raise UserError(f"{task} is odd")
     return task / 2
+
+
+class Asked:
+    """Becomes, where it is unpickled, what SIGINT does there."""
+
+    def __reduce__(self) -> tuple:
+        return signal.getsignal, (signal.SIGINT,)
+
+
+def interrupt_at_start(heard: object, task: int, progress: Callable[[int], None]) -> bool:
+    """Returns whether SIGINT was heard when `heard`, once an `Asked`, came here: before the worker's own first line."""
+    return heard is not signal.SIG_IGN

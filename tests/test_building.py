@@ -1,6 +1,9 @@
 """Building shards with several processes, in parts, and after kills: the same bytes whatever happens on the way."""
 
+import errno
+import gc
 import hashlib
+import io
 import json
 import os
 import random
@@ -11,20 +14,22 @@ import sys
 import tarfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from halves import half
+from halves import Asked, half, interrupt_at_start
 from PIL import Image
 
 from pretrain import cli
 from pretrain.data.images import decode
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
-from pretrain.errors import LostProcessError, UserError
+from pretrain.errors import LostProcessError, StorageError, UserError
 from pretrain.shards import build as build_module
+from pretrain.shards.class_list import ClassList, read_class_list
 from pretrain.shards.items import PackedItems
 from pretrain.shards.make import Options, make_part, make_shards
 from pretrain.shards.pool import results
@@ -146,14 +151,57 @@ def test_an_interrupted_build_goes_on(
         patch.setattr(owner, when, interrupted)
         make_shards([source], None, out, SMALL)
     assert (out / FOLDER).exists()
-    (out / ".tmp-host-1-set-000004.tar").write_bytes(b"torn")
+    torn, young = out / ".tmp-host-1-set-000004.tar", out / ".tmp-host-2-set-000004.tar"
+    for path, age_s in ((torn, 700), (young, 500)):  # another node may still write the younger one
+        path.write_bytes(b"torn")
+        os.utime(path, (time.time() - age_s,) * 2)
     make_shards([source], None, out, SMALL)
-    left = {".tmp-host-1-set-000004.tar"} if when == "clear" else set()
-    assert {name: digest for name, digest in tree(out).items() if name not in left} == whole
+    assert young.read_bytes() == b"torn"
+    young.unlink()
+    assert tree(out) == whole
     assert "holds a data set already" in refusal(make_shards, [source], None, out, SMALL)
 
 
-def test_another_plan_is_refused_by_what_differs(tmp_path: Path) -> None:
+def test_what_became_old_meanwhile_is_removed_at_the_end(source: Path, tmp_path: Path) -> None:
+    """A killed process's file, too young at the start of a build, is gone when the set is complete."""
+    out = tmp_path / "set"
+    torn = out / ".tmp-host-1-set-000004.tar"
+    out.mkdir()
+    torn.write_bytes(b"torn")
+    os.utime(torn, (time.time() - 500,) * 2)
+    items, names = folder_items(source)
+
+    def older(_: int) -> None:
+        os.utime(torn, (time.time() - 700,) * 2)
+
+    build_module.build(items, names, out, samples_per_shard=7, seed=3, progress=older)
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("last", ["000000.json", "plan.json"])
+def test_killed_while_it_forgets_what_was_unfinished(
+    last: str, source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first file, and after the plan: the same command is done, or says that the set is there."""
+    real, out = os.unlink, tmp_path / "set"
+
+    def killed(path: Any, **options: Any) -> None:
+        real(path, **options)
+        if os.path.basename(path) == last:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "unlink", killed)
+        make_shards([source], None, out, SMALL)
+    assert (out / FOLDER / "plan.json").exists() == (last != "plan.json")
+    if last == "plan.json":
+        assert "holds a data set already" in refusal(make_shards, [source], None, out, SMALL)
+    else:
+        make_shards([source], None, out, SMALL)
+    assert tree(out) == whole and not (out / FOLDER).exists()
+
+
+def test_another_plan_is_refused_by_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Options, images, their sizes, times and labels; nothing that is there is touched."""
     root, out = photos(tmp_path / "photos"), tmp_path / "set"
     make_part([root], None, out, (0, 2), SMALL)
@@ -166,6 +214,9 @@ def test_another_plan_is_refused_by_what_differs(tmp_path: Path) -> None:
     ):
         message = refusal(make_shards, [root], None, out, options)
         assert said in message and f"remove {out}" in message
+    with monkeypatch.context() as patch:
+        patch.setattr("torchvision.__version__", "0")  # it decodes: what is left out depends on it
+        assert "its torchvision was" in refusal(make_shards, [root], None, out, SMALL)
     path = root / "a" / "0.jpg"
     data, status = path.read_bytes(), path.stat()
     for change in (lambda: path.write_bytes(data + b"x"), path.touch, lambda: path.rename(root / "b" / "0.jpg")):
@@ -176,6 +227,44 @@ def test_another_plan_is_refused_by_what_differs(tmp_path: Path) -> None:
     (root / "a" / "new.jpg").write_bytes(data)
     assert "its number of images was 42 and is now 43" in refusal(make_shards, [root], None, out, SMALL)
     assert tree(out) == before
+
+
+def test_a_corrected_list_of_classes_is_another_plan(source: Path, tmp_path: Path) -> None:
+    """The same names and images, one folder's id at another place: old and new labels do not mix in one set."""
+
+    def listed(*wnids: str) -> ClassList:
+        (tmp_path / "classes.json").write_text(json.dumps({"names": ["one", "two", "three"], "wnids": wnids}))
+        return read_class_list(tmp_path / "classes.json")
+
+    make_part([source], listed("a", "b", "c"), tmp_path / "set", (0, 2), SMALL)
+    assert "its list of images" in refusal(make_shards, [source], listed("b", "a", "c"), tmp_path / "set", SMALL)
+    make_shards([source], listed("a", "b", "c"), tmp_path / "set", SMALL)
+
+
+def test_a_read_that_fails_for_a_moment_loses_no_image(
+    source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the build with the code for "try again", without noise of what was open; the same command goes on."""
+    real, noise = Path.read_bytes, []
+
+    def away(path: Path) -> bytes:
+        if path.name == "9.png":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", noise.append)
+        patch.setattr(Path, "read_bytes", away)
+        with pytest.raises(
+            StorageError, match="9.png: cannot be read for now .Stale file handle.; the same comm"
+        ) as told:
+            make_shards([source], None, tmp_path / "set", SMALL)
+        assert told.value.exit_code == 75
+        del told
+        gc.collect()
+    assert not noise
+    make_shards([source], None, tmp_path / "set", SMALL)
+    assert tree(tmp_path / "set") == whole
 
 
 @pytest.mark.parametrize("damage", ["cut", "removed", "without index"])
@@ -218,6 +307,13 @@ def test_results_and_errors_of_processes() -> None:
     assert "\n" not in str(lost.value) and lost.value.exit_code == 76
 
 
+def test_an_interrupt_at_the_start_of_a_process_is_the_listener_s() -> None:
+    """The terminal sends it to all: a process is deaf to it from its birth; this one hears it."""
+    before = signal.getsignal(signal.SIGINT)
+    assert list(results(partial(interrupt_at_start, Asked()), [1, 2], 2, lambda _: None)) == [False, False]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def command(source: Path, out: Path, *options: str) -> subprocess.Popen:
     """tools/make_shards.py, with two processes."""
     line = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(source), str(out)]
@@ -243,6 +339,8 @@ def test_killed_at_any_moment(kills: int, tmp_path: Path) -> None:
         (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
         process.communicate()
         assert out.exists()
+    for path in out.glob(".tmp-*"):
+        os.utime(path, (time.time() - 700,) * 2)  # what is younger may be another node's
     make_shards([root], None, out, SMALL)
     assert tree(out) == tree(tmp_path / "whole" / "set")
 
@@ -261,6 +359,11 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
     assert second == "writing: 41,200 of 100,000 images, 10/s, 98 minutes left"
 
 
+OF_WRITING = [["--workers", "2"], ["--seed", "0"], ["--samples-per-shard", "10000"]]
+OF_ALL = [*OF_WRITING, ["--classes", "x"], ["--part", "0/2"], ["--shorter-side", "9"], ["--quality", "9"]]
+OF_ALL += [["--task", "pets"], ["--index"], ["--apply-orientation"]]
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -272,12 +375,21 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
         (["--shorter-side", "9", "--quality", "101"], "--quality is 101, expected 1 to 100"),
         (["--quality", "90"], "give both"),
         (["--task", "pets", "--part", "0/2"], "--part has no effect with --task"),
+        (["--apply-orientation", "--task", "pets"], "--apply-orientation has no effect with --task"),
+        (["--index", "--task", "pets"], "--index has no effect with --task"),
+        *(([*option, "--index"], f"{option[0]} has no effect with --index") for option in OF_WRITING),
+        *(
+            (option, f"{option[0]} has no effect on in.tar, which is indexed as it is; leave it out")
+            for option in OF_WRITING
+        ),
+        *(([*option, "--verify"], f"{option[0]} has no effect with --verify") for option in OF_ALL),
     ],
 )
 def test_options_that_cannot_be(options: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line each."""
     first, *rest = options
-    monkeypatch.setattr(sys, "argv", ["make_shards.py", "in", "out", f"{first}={rest[0]}", *rest[1:]])
+    given = [f"{first}={rest[0]}", *rest[1:]] if rest and not rest[0].startswith("--") else options
+    monkeypatch.setattr(sys, "argv", ["make_shards.py", "in.tar", "out", *given])
     main = runpy.run_path(str(ROOT / "tools" / "make_shards.py"))["main"]
     assert said in refusal(main)
 
@@ -419,6 +531,34 @@ def test_a_tar_for_each_class(tmp_path: Path) -> None:
     )
     os.truncate(root / "n01.tar", 700)
     assert "n01.tar: not a readable tar" in refusal(make_shards, [root], None, tmp_path / "cut", SMALL)
+
+
+@pytest.mark.parametrize(
+    "members, damage, said",
+    [
+        (["1.jpg", "2.jpg"], lambda data: data[:1024], "b.tar: ends without the empty block that ends a tar"),
+        (["1.jpg", "2.jpg"], lambda data: data[:1024] + bytes(512) + data[1536:], "b.tar: no tar header at byte 1024"),
+        (["1.jpg", "1.cls"], lambda data: data, "b.tar: 1.cls holds labels (.cls): these are WebDataset shards; give"),
+        ([], lambda data: b"", "b.tar: ends without"),
+    ],
+    ids=["cut between members", "a header lost", "shards", "empty"],
+)
+def test_tars_that_are_no_classes(members: list[str], damage: Any, said: str, tmp_path: Path) -> None:
+    """What would lose images without a word, or take shards for classes."""
+    for name, names, change in (("a", ["0.jpg"], lambda data: data), ("b", members, damage)):
+        path = tmp_path / "tars" / f"{name}.tar"
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for member in names:
+                info = tarfile.TarInfo(member)
+                info.size = 1
+                tar.addfile(info, io.BytesIO(b"1"))
+        path.write_bytes(change(path.read_bytes()))
+    assert said in refusal(make_shards, [tmp_path / "tars"], None, tmp_path / "set", SMALL)
+    (tmp_path / "tars" / "b.tar").unlink()
+    message = refusal(make_shards, [tmp_path / "tars"], None, tmp_path / "set", SMALL)
+    assert "tars: holds a single tar, which makes a single class" in message and "a.tar" in message
+    assert not list(tmp_path.glob("set/*.tar"))
 
 
 # --- smaller images --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,47 @@ def test_no_torch_and_few_seconds() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_what_is_assumed_is_said_where_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each row by option, config and size; "given" where an option was used; a save costs what training waits for."""
+    main = runpy.run_path(str(ROOT / "tools" / "plan.py"))["main"]
+
+    def assumed(*arguments: str) -> tuple[dict[str, tuple[str, ...]], dict[str, Any], str]:
+        line = ["plan.py", "--config", str(ROOT / CONFIG), "--json", str(tmp_path / "x.json"), *arguments]
+        monkeypatch.setattr(sys, "argv", line)
+        main()
+        told = capsys.readouterr()
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.out.splitlines()]
+        values = json.loads((tmp_path / "x.json").read_text())
+        return {row[0]: tuple(row[1:]) for row in rows if len(row) == 4}, values["plan"], told.err
+
+    def goodputs(values: dict[str, Any]) -> list[float]:
+        return [row["goodput"] for row in values["saving"]["goodput"]]
+
+    large = "model.name=g/14"  # 10.2 GB
+    rows, values, warned = assumed(large)
+    assert warned == "" and rows["MFU on one GPU"] == ("36.9%", "--mfu", "of a compiled step")
+    size = values["saving"]["checkpoint_bytes"] / 1e9
+    assert rows["a save waits"] == (f"{size / 20:.1f} s", "--save-s", "size, --copy-gb-s")
+    assert rows["copy to the host"] == ("20 GB/s", "--copy-gb-s", "PCIe, not measured")
+    waiting, waits, _ = assumed(large, "checkpoint.behind=false")
+    assert waiting["a save waits"] == (f"{size:.1f} s", "--save-s", "size, --write-gb-s")
+    assert "copy to the host" not in waiting and waiting["checkpoints' disk"][2] == "not measured"
+    assert all(behind > at_once for behind, at_once in zip(goodputs(values), goodputs(waits)))
+    _, slow, _ = assumed(large, "--write-gb-s", "0.001")  # the next save waits for the disk, and a failure costs more
+    assert goodputs(slow)[-1] < goodputs(values)[-1] - 0.1 and slow["saving"]["goodput"][-1]["interval_s"] >= size * 1e3
+    options = ["--mfu", "0.368", "--save-s", "3", "--price", "2.5", "--classes", "1000"]
+    rows, _, warned = assumed(large, "engine.compile=false", *options)
+    found = {name for name, row in rows.items() if row[2] == "given"}
+    assert warned == "" and found == {"classes", "MFU on one GPU", "a save waits", "price of a GPU hour"}
+    _, _, warned = assumed("engine.compile=false")
+    assert warned.startswith("warning: engine.compile=false: ") and warned.count("\n") == 1
+    rows, _, _ = assumed("--table")
+    assert rows["MFU, B/16"][0] == "28.7%" and rows["MFU, 22B/14"][0] > "45%" and "MFU on one GPU" not in rows
+    assert "a save waits" not in rows
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
@@ -353,6 +395,9 @@ def test_no_torch_and_few_seconds() -> None:
         (["--classes", "0"], "--classes is 0, expected 1 to"),
         (["--restart-s", "-1"], "--restart-s is -1, expected above 0"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--json", "tests"], "--json tests: is a folder, expected a file"),
+        (["--table", "--gpus", "1,8,64"], "--gpus has no effect with --table; leave it out"),
+        (["--table", "--price", "2.5"], "--price has no effect with --table; leave it out"),
         (["model.name=R50+B/16"], "R50+B is no plain ViT"),
         (["model.name=timm:resnet50", "model.head_bias=0", "data.workers=0"], "timm:resnet50 is no plain ViT"),
         (["engine.zero_stage=0"], "engine.zero_stage is 0"),

@@ -7,10 +7,11 @@ python tools/make_shards.py --task NAME SOURCE... OUT       (can be repeated: fi
 
 import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,6 +21,8 @@ from pretrain.errors import UserError
 if TYPE_CHECKING:
     from pretrain.shards.sources import Told
 
+_OF_WRITING = ("--workers", "--seed", "--samples-per-shard")
+_ALL = ("--index", "--task", "--classes", "--apply-orientation", "--part", "--shorter-side", "--quality", *_OF_WRITING)
 MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
 
 
@@ -35,44 +38,44 @@ def main() -> None:
         "python tools/make_shards.py tiny_imagenet_train-*.tar.gz data/tiny-train --classes tiny_imagenet_classes.json",
     )
     parser.add_argument("paths", nargs="+", metavar="SOURCE... OUT", help="what to read, then the folder to write")
-    parser.add_argument("--index", action="store_true", help="of shards on a server, or existing tars, by patterns")
+    parser.add_argument(
+        "--index", action="store_true", default=None, help="of shards on a server, or existing tars, by patterns"
+    )
     parser.add_argument("--task", metavar="NAME", help="evaluation set: imagenet, cifar10, pets, vtab/svhn ...")
     parser.add_argument("--classes", type=Path, help='names in the order of labels: JSON list, or "names"')
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="of folders and .npz (default 10000)")
-    parser.add_argument("--seed", type=int, help="of the shuffle (default 0)")
-    parser.add_argument(
-        "--apply-orientation",
-        action="store_true",
-        help="turn photos as their EXIF says (default: as Google's code, not)",
-    )
     _add_building(parser)
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
     if arguments.verify:
+        _refuse(arguments, _ALL, "with --verify")
         return _verify([Path(path) for path in arguments.paths])
     if len(arguments.paths) < 2:
         raise UserError("give at least one SOURCE and then the folder OUT to write")
     sources, out = [Path(path) for path in arguments.paths[:-1]], Path(arguments.paths[-1])
     for option in ("--samples-per-shard", "--workers", "--shorter-side"):
-        value = getattr(arguments, option[2:].replace("-", "_"))
+        value = _value(arguments, option)
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}, expected at least 1")
+    samples_per_shard = arguments.samples_per_shard or 10_000
     if arguments.task:
-        for option in ("--classes", "--seed", "--workers", "--part", "--shorter-side", "--quality"):
-            if getattr(arguments, option[2:].replace("-", "_")) is not None:
-                raise UserError(f"{option} has no effect with --task; leave it out")
-        return _prepare(arguments.task, sources, out, arguments.samples_per_shard)
-    part = _part(arguments.part, arguments.index) if arguments.part is not None else None
+        others = [option for option in _ALL if option not in ("--task", "--samples-per-shard")]
+        _refuse(arguments, others, "with --task")
+        return _prepare(arguments.task, sources, out, samples_per_shard)
+    if arguments.index:
+        _refuse(arguments, ("--part", *_OF_WRITING), "with --index, which writes no shards")
+    part = _part(arguments.part) if arguments.part is not None else None
     quality = _quality(arguments.quality, arguments.shorter_side)
 
     from pretrain.shards.class_list import read_class_list
-    from pretrain.shards.make import Options, index_shards, make_part, make_shards
+    from pretrain.shards.make import Options, are_shards, index_shards, make_part, make_shards
     from pretrain.shards.resizing import Resizing
 
+    if not arguments.index and are_shards(sources):
+        _refuse(arguments, _OF_WRITING, f"on {sources[0]}, which is indexed as it is")
     classes = read_class_list(arguments.classes) if arguments.classes else None
     resizing = Resizing(arguments.shorter_side, quality) if arguments.shorter_side else None
-    turned, workers = arguments.apply_orientation, arguments.workers
-    options = Options(arguments.samples_per_shard, arguments.seed or 0, turned, resizing, workers)
+    turned, workers = bool(arguments.apply_orientation), arguments.workers
+    options = Options(samples_per_shard, arguments.seed or 0, turned, resizing, workers)
     if part:
         done, number = make_part(sources, classes, out, part, options)
         return cli.tell(f"{out}: {done:,} of {number:,} shards are complete; the command without --part finishes it")
@@ -81,6 +84,14 @@ def main() -> None:
 
 
 def _add_building(parser: ArgumentParser) -> None:
+    parser.add_argument("--samples-per-shard", type=int, help="of folders and .npz (default 10000)")
+    parser.add_argument("--seed", type=int, help="of the shuffle (default 0)")
+    parser.add_argument(
+        "--apply-orientation",
+        action="store_true",
+        default=None,
+        help="turn photos as their EXIF says (default: as Google's code, not)",
+    )
     parser.add_argument("--shorter-side", type=int, metavar="S", help="make larger images this small: JPEG, S pixels")
     parser.add_argument("--quality", type=int, metavar="Q", help="of these JPEGs, 1 to 100 (default 95)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
@@ -92,9 +103,18 @@ def _add_building(parser: ArgumentParser) -> None:
     )
 
 
-def _part(text: str, is_index: bool) -> tuple[int, int]:
-    if is_index:
-        raise UserError("--part has no effect with --index, which writes no shards; leave it out")
+def _value(arguments: Namespace, option: str) -> Any:
+    return getattr(arguments, option[2:].replace("-", "_"))
+
+
+def _refuse(arguments: Namespace, options: Iterable[str], where: str) -> None:
+    """Raises UserError for the first of these options that is given."""
+    for option in options:
+        if _value(arguments, option) is not None:
+            raise UserError(f"{option} has no effect {where}; leave it out")
+
+
+def _part(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
     if not found or not int(found[1]) < int(found[2]):
         raise UserError(f"--part is {text!r}, expected I/N, I from 0 to N - 1: 0/4, 1/4, 2/4, 3/4")

@@ -15,12 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.config import Config, load_config
+from pretrain.config import Config, ModelConfig, load_config
 from pretrain.errors import UserError
 from pretrain.plan.choose import USABLE_SHARE
 from pretrain.plan.devices import DEVICES, GIB, assumed_mfu
 from pretrain.plan.failures import Failures
-from pretrain.plan.report import Assumptions, checkpoint_bytes, show, show_models
+from pretrain.plan.report import TABLE_MODELS, Assumptions, checkpoint_bytes, show, show_models
 from pretrain.plan.speed import Cluster
 from pretrain.sizes import is_plain
 from pretrain.storage import write_text
@@ -32,16 +32,71 @@ LOADER_RATE, LOADER_RATE_RANDAUGMENT = 496.0, 275.0
 
 
 def main() -> None:
-    parser = _parser()
-    arguments = parser.parse_intermixed_args()
+    arguments = _parser().parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     if not is_plain(config.model):
         raise UserError(
             f"model.name: {config.model.name} is no plain ViT with absolute positions, which alone has formulas; "
             "tools/benchmark.py model counts it"
         )
+    used = {name for name, value in vars(arguments).items() if value is not None}
+    if arguments.table:
+        for name in ("gpus", *_OF_THE_RUN):
+            if name in used:
+                raise UserError(f"--{name.replace('_', '-')} has no effect with --table; leave it out")
+    for name, value in _DEFAULTS.items():
+        if name not in used:
+            setattr(arguments, name, value)
     gpus = _numbers(arguments.gpus, config)
-    for name in ("mfu", "price", "loader_rate", "image_kb", "write_gb_s", "mtbf_h", "usable", "network_gb_s"):
+    _check(arguments)
+    device = DEVICES[arguments.gpu]
+    cluster = Cluster(device, arguments.gpus_per_node, arguments.network_gb_s * 1e9)
+    given, rows = _assumptions(arguments, config)
+    if arguments.table:
+        values: object = show_models(
+            config, cluster, given, lambda other: arguments.mfu or assumed_mfu(device, other.model.shape.width)
+        )
+        rows = [row for row in rows if _name(row[2]) not in _OF_THE_RUN]
+    else:
+        values = show(config, gpus, cluster, given)
+    told = [[*row[:3], "given" if _name(row[2]) in used - {"gpu"} else row[3]] for row in rows]
+    cli.print_table("Assumed", ["", "", "change by", "source"], told, text_columns=(0, 2, 3))
+    if not config.engine.compile and not arguments.mfu:
+        of_compiled = (
+            "the assumed MFU, and so time and price, are of a compiled step; an eager one is slower: give --mfu"
+        )
+        cli.tell(f"warning: engine.compile=false: {of_compiled}", sys.stderr)
+    if arguments.out_json is not None:
+        content = {"config": config.name, "gpu": device.name, "assumed": [row[:2] for row in told], "plan": values}
+        write_text(arguments.out_json, json.dumps(content, indent=1) + "\n")
+
+
+_DEFAULTS = {
+    "gpus": "1,8,64",
+    "price": 2.5,
+    "usable": USABLE_SHARE,
+    "gpus_per_node": 8,
+    "network_gb_s": 400.0,
+    "image_kb": 110.0,
+    "copy_gb_s": 20.0,  # of one GPU, pinned: PCIe 4 moves up to 32; those of a node share its memory
+    "write_gb_s": 1.0,
+    "mtbf_h": 50_000.0,
+    "restart_s": 300.0,
+}
+# What a table of sizes does not use: it has no run.
+_OF_THE_RUN = (
+    *("price", "loader_rate", "image_kb", "copy_gb_s", "write_gb_s", "save_s", "mtbf_h", "detect_s", "restart_s"),
+)
+_MOST = {"mfu": 1.0, "usable": 1.0}
+
+
+def _name(option: str) -> str:
+    return option[2:].replace("-", "_")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    rates = "loader_rate", "image_kb", "copy_gb_s", "write_gb_s", "mtbf_h", "usable", "network_gb_s"
+    for name in ("mfu", "price", *rates):
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and 0 < value <= _MOST.get(name, 1e12)):
             raise UserError(
@@ -57,22 +112,8 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}, expected above 0 and up to 1e6")
     if arguments.out_json is not None and not arguments.out_json.parent.is_dir():
         raise UserError(f"--json {arguments.out_json}: there is no folder {arguments.out_json.parent}")
-    device = DEVICES[arguments.gpu]
-    cluster = Cluster(device, arguments.gpus_per_node, arguments.network_gb_s * 1e9)
-    given, told = _assumptions(arguments, config)
-    if arguments.table:
-        values: object = show_models(
-            config, cluster, given, lambda other: arguments.mfu or assumed_mfu(device, other.model.shape.width)
-        )
-    else:
-        values = show(config, gpus, cluster, given)
-    cli.print_table("Assumed", ["", "", "change by", "source"], told, text_columns=(0, 2, 3))
-    if arguments.out_json is not None:
-        content = {"config": config.name, "gpu": device.name, "assumed": [row[:2] for row in told], "plan": values}
-        write_text(arguments.out_json, json.dumps(content, indent=1) + "\n")
-
-
-_MOST = {"mfu": 1.0, "usable": 1.0}
+    if arguments.out_json is not None and arguments.out_json.is_dir():
+        raise UserError(f"--json {arguments.out_json}: is a folder, expected a file")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config, for example optim.lr=1e-3"
     )
-    parser.add_argument("--gpus", default="1,8,64", metavar="N,N", help="numbers of GPUs (default 1,8,64)")
+    parser.add_argument("--gpus", metavar="N,N", help="numbers of GPUs (default 1,8,64)")
     parser.add_argument("--gpu", choices=list(DEVICES), default="h100", help="(default h100)")
     parser.add_argument(
         "--table", action="store_true", help="choices for B, L, H, g, G, e, 22B on 1 to 512 GPUs instead"
@@ -93,19 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, dest="out_json", metavar="FILE", help="write the numbers too")
     parser.add_argument("--classes", type=int, help="outputs of the head (default: model.num_classes, else 1000)")
     parser.add_argument("--mfu", type=float, help="of one GPU without recomputation, 0 to 1 (default: by width)")
-    parser.add_argument("--price", type=float, default=2.5, help="of a GPU's hour (default 2.5)")
-    parser.add_argument("--usable", type=float, default=USABLE_SHARE, help=f"share of memory (default {USABLE_SHARE})")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="(default 8)")
-    parser.add_argument("--network-gb-s", type=float, default=400, help="of a node, GB/s one way (default 400: 8 x 50)")
+    parser.add_argument("--price", type=float, help="of a GPU's hour (default 2.5)")
+    parser.add_argument("--usable", type=float, help=f"share of memory (default {USABLE_SHARE})")
+    parser.add_argument("--gpus-per-node", type=int, help="(default 8)")
+    parser.add_argument("--network-gb-s", type=float, help="of a node, GB/s one way (default 400: 8 x 50)")
     parser.add_argument("--loader-rate", type=float, help="images per second and core (default 496, 275 RandAugment)")
-    parser.add_argument("--image-kb", type=float, default=110, help="of a file (default 110)")
-    parser.add_argument("--write-gb-s", type=float, default=1.0, help="of the checkpoints' disk (default 1)")
-    parser.add_argument(
-        "--save-s", type=float, help="that a save keeps training waiting (default: size / --write-gb-s)"
-    )
-    parser.add_argument("--mtbf-h", type=float, default=50_000, help="hours of a GPU between failures (default 50000)")
+    parser.add_argument("--image-kb", type=float, help="of a file (default 110)")
+    parser.add_argument("--copy-gb-s", type=float, help="of a save's copy into host memory (default 20)")
+    parser.add_argument("--write-gb-s", type=float, help="of the checkpoints' disk (default 1)")
+    parser.add_argument("--save-s", type=float, help="that a save keeps training waiting (default: size / --copy-gb-s)")
+    parser.add_argument("--mtbf-h", type=float, help="hours of a GPU between failures (default 50000)")
     parser.add_argument("--detect-s", type=float, help="from a failure to the end (default: engine.timeout_s)")
-    parser.add_argument("--restart-s", type=float, default=300, help="from the end to the next step (default 300)")
+    parser.add_argument("--restart-s", type=float, help="from the end to the next step (default 300)")
     return parser
 
 
@@ -130,14 +170,18 @@ def _assumptions(arguments: argparse.Namespace, config: Config) -> tuple[Assumpt
     augmented = config.data.randaugment_layers > 0
     loader = arguments.loader_rate or (LOADER_RATE_RANDAUGMENT if augmented else LOADER_RATE)
     size = checkpoint_bytes(config, classes)
-    save_s = arguments.save_s or size / 1e9 / arguments.write_gb_s
+    behind, write_s = config.checkpoint.behind, size / 1e9 / arguments.write_gb_s
+    copied_s = size / 1e9 / arguments.copy_gb_s
+    save_s = arguments.save_s or (copied_s if behind else write_s)
     detect_s = arguments.detect_s or config.engine.timeout_s
     usable = arguments.usable * device.memory_bytes
-    failures = Failures(arguments.mtbf_h, detect_s, arguments.restart_s)
-    given = Assumptions(classes, mfu, usable, arguments.price, loader, arguments.image_kb * 1e3, save_s, failures)
-    told = [
+    disk_s = write_s if behind else 0.0  # a failure meanwhile, and what was trained since the copy, costs the save
+    failures = Failures(arguments.mtbf_h, detect_s, arguments.restart_s + disk_s)
+    bytes_of_image = arguments.image_kb * 1e3
+    given = Assumptions(classes, mfu, usable, arguments.price, loader, bytes_of_image, save_s, disk_s, failures)
+    return given, [
         ["classes", f"{classes:,}", "--classes", "config, or 1000"],
-        ["MFU on one GPU", f"{mfu:.1%}", "--mfu", "by width, assumed"],
+        *_mfu_rows(arguments, mfu),
         ["peak, dense bf16", f"{device.peak_flops / 1e12:,.0f} TF/s", "--gpu", "data sheet"],
         ["memory for tensors", f"{usable / GIB:.1f} GiB", "--usable", "not measured"],
         ["NVLink one way", f"{device.link_rate / 1e9:,.0f} GB/s", "--gpu", "data sheet"],
@@ -146,12 +190,22 @@ def _assumptions(arguments: argparse.Namespace, config: Config) -> tuple[Assumpt
         ["price of a GPU hour", f"{arguments.price:g}", "--price", "an example"],
         ["loader per core", f"{loader:,.0f} img/s", "--loader-rate", "performance.md"],
         ["size of an image", f"{arguments.image_kb:g} kB", "--image-kb", "ImageNet"],
-        ["a save waits", f"{save_s:.1f} s", "--save-s", "size, --write-gb-s"],
+        *([["copy to the host", f"{arguments.copy_gb_s:g} GB/s", "--copy-gb-s", "PCIe, not measured"]] * behind),
+        ["checkpoints' disk", f"{arguments.write_gb_s:g} GB/s", "--write-gb-s", "not measured"],
+        ["a save waits", f"{save_s:.1f} s", "--save-s", f"size, {'--copy-gb-s' if behind else '--write-gb-s'}"],
         ["failures, per GPU", f"{arguments.mtbf_h:,.0f} h", "--mtbf-h", "Llama 3: 50,600 h"],
         ["until a failure ends", f"{detect_s:,.0f} s", "--detect-s", "engine.timeout_s"],
         ["until it trains again", f"{arguments.restart_s:,.0f} s", "--restart-s", "not measured"],
     ]
-    return given, told
+
+
+def _mfu_rows(arguments: argparse.Namespace, mfu: float) -> list[list[str]]:
+    """The MFU of the config's model; of a table that of each size."""
+    if not arguments.table or arguments.mfu:
+        return [["MFU on one GPU", f"{mfu:.1%}", "--mfu", "of a compiled step"]]
+    widths = {name: ModelConfig(name=name).shape.width for name in TABLE_MODELS}
+    each = {name: assumed_mfu(DEVICES[arguments.gpu], width) for name, width in widths.items()}
+    return [[f"MFU, {name}", f"{share:.1%}", "--mfu", "of a compiled step"] for name, share in each.items()]
 
 
 if __name__ == "__main__":

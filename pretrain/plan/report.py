@@ -29,6 +29,7 @@ class Assumptions:
     loader_rate: float  # images per second and core
     image_bytes: float
     save_s: float  # training waits for so long
+    disk_s: float  # a save that is written behind the training needs so long until it counts, and the next may begin
     failures: Failures
 
 
@@ -223,11 +224,12 @@ def _show_saving(config: Config, choice: Choice, given: Assumptions) -> dict[str
     rows, values = [], []
     for count in sorted({*GOODPUT_GPUS, choice.layout.num_ranks}):
         mtbf = given.failures.mtbf_s(count)
-        interval = best_interval_s(given.save_s, mtbf)
-        at_best, as_is = (goodput(i, given.save_s, given.failures, count) for i in (interval, every_s))
+        interval = _best_interval_s(given, count)
+        waits = (given.save_s + max(0.0, given.disk_s - i) for i in (interval, every_s))  # for the save before it too
+        at_best, as_is = (goodput(i, wait, given.failures, count) for i, wait in zip((interval, every_s), waits))
         rows.append([f"{count:,}", _span(mtbf), _span(interval), f"{at_best:.1%}", f"{as_is:.1%}"])
         values.append({"gpus": count, "mtbf_s": mtbf, "interval_s": interval, "goodput": at_best, "as_set": as_is})
-    best_steps = best_interval_s(given.save_s, given.failures.mtbf_s(choice.layout.num_ranks)) / choice.step.total_s
+    best_steps = _best_interval_s(given, choice.layout.num_ranks) / choice.step.total_s
     told = f"{size / 1e9:.2f} GB each, {kept} on the disk: {size * kept / 1e9:,.1f} GB"
     cli.print_table(
         f"Checkpoints: {told}",
@@ -236,6 +238,11 @@ def _show_saving(config: Config, choice: Choice, given: Assumptions) -> dict[str
         caption=f"on {choice.layout.num_ranks} GPUs: checkpoint.every_steps={max(1, round(best_steps)):,} loses least",
     )
     return {"checkpoint_bytes": size, "kept": kept, "every_s": every_s, "best_steps": best_steps, "goodput": values}
+
+
+def _best_interval_s(given: Assumptions, num_gpus: int) -> float:
+    """Young's interval, but no shorter than the disk needs."""
+    return max(given.disk_s, best_interval_s(given.save_s, given.failures.mtbf_s(num_gpus)))
 
 
 def show_models(config: Config, cluster: Cluster, given: Assumptions, mfu_of: Any) -> list[dict[str, Any]]:

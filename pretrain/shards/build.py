@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
+import torchvision
 from webdataset.writer import TarWriter
 
 from pretrain.config import MAX_CLASSES
@@ -22,7 +23,7 @@ from pretrain.data.manifest import (
 )
 from pretrain.data.permutation import words
 from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
-from pretrain.errors import UserError
+from pretrain.errors import StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, is_text, read_json
 from pretrain.log import warn
@@ -34,7 +35,7 @@ from pretrain.shards.resizing import NOTE, Resizing, resized
 from pretrain.shards.sources import Told
 from pretrain.shards.tars import index_tar
 from pretrain.shards.unfinished import Done, Plan
-from pretrain.storage import replacing, write_text
+from pretrain.storage import PASSING_ERRORS, replacing, write_text
 
 
 class DataSet(NamedTuple):
@@ -85,9 +86,12 @@ def build(
     on pictures. Raises UserError when nothing is left, or the folder holds another data set or another's beginning.
     """
     plan = _plan(items, classes, samples_per_shard, seed, how)
-    if (out / "manifest.json").exists() and unfinished.plan_of(out) == plan:  # killed at its last step
-        unfinished.clear(out)
-        return out / "manifest.json"
+    if (out / "manifest.json").exists():
+        found = unfinished.plan_of(out)
+        if found in (plan, None):  # killed at its last step
+            unfinished.clear(out, set_name(out))
+        if found == plan:
+            return out / "manifest.json"
     shards = _Shards(items, classes, out, samples_per_shard, seed, plan)
     complete = shards.write(range(shards.number), how, progress)
     notes = told.notes if told else Counter[str]()
@@ -96,7 +100,7 @@ def build(
     dropped = [line for done in complete for line in done.dropped]
     written = [done.shard for done in complete if done.shard.num_samples]
     if not written:
-        unfinished.clear(out)
+        unfinished.clear(out, set_name(out))
         raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
     made = DataSet(
         written,
@@ -109,7 +113,7 @@ def build(
         {"passed_over": told.passed_over, "notes": notes} if told else {},
     )
     path = finish(out, made, _shuffled(seed))
-    unfinished.clear(out)
+    unfinished.clear(out, set_name(out))
     return path
 
 
@@ -146,6 +150,7 @@ def _plan(items: Sequence[Item], classes: Sequence[str], samples_per_shard: int,
         "list of images (names, labels, sizes, times)": digest_of(items),
         "list of classes": hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest(),
         "Pillow": PIL.__version__,  # converted pictures are as it writes them
+        "torchvision": torchvision.__version__,  # it decodes: what is left out, and made smaller
         **how.source,
     }
 
@@ -273,8 +278,7 @@ def _write_shard(task: _Task, progress: Progress) -> tuple[int, Done]:
 def _write_tar(path: Path, task: _Task, progress: Progress, counts: Counter[int]) -> list[str]:
     """Writes a tar, counts the images of each class, and returns what was left out, with the reason."""
     dropped = []
-    with path.open("wb") as stream:
-        writer = TarWriter(stream, mtime=0, encoder=False)
+    with path.open("wb") as stream, TarWriter(stream, mtime=0, encoder=False) as writer:
         written = 0
         for item in task.items:
             try:
@@ -288,7 +292,6 @@ def _write_tar(path: Path, task: _Task, progress: Progress, counts: Counter[int]
             writer.write({"__key__": f"{task.number:06d}{written:06d}", ending: data, LABEL_ENDING: label.encode()})
             counts.update(_labels(item))
             written += 1
-        writer.close()
     return dropped
 
 
@@ -310,10 +313,16 @@ def _warn_of_damage(item: Item, complaint: str) -> None:
 
 
 def _read(item: Item) -> bytes:
-    """Reads an image by the rule of those who will read the shard. Raises BadSample."""
+    """Reads an image by the rule of those who will read the shard. Raises BadSample, or StorageError for a passing one:
+    an image is not left out for good because its disk was away.
+    """
     try:
         data = item.read()
     except OSError as error:  # of this file; the disk that is written to has errors of its own
+        if error.errno in PASSING_ERRORS:
+            raise StorageError(
+                shown(f"{item.source}: cannot be read for now ({error.strerror}); the same command goes on")
+            ) from None
         raise BadSample("missing", f"cannot be read ({error.strerror})") from None
     if len(data) > MAX_IMAGE_BYTES:
         raise BadSample("tar", f"{len(data)} bytes, at most {MAX_IMAGE_BYTES}")

@@ -5,9 +5,9 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from pretrain.data.manifest import IMAGE_ENDINGS
+from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
-from pretrain.data.tar_headers import BadHeader, members
+from pretrain.data.tar_headers import BadHeader, end_of, members
 from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
@@ -15,6 +15,7 @@ from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listing import is_of_the_system
 from pretrain.shards.pictures import ending_of, stored_ending
 from pretrain.shards.sources import Told
+from pretrain.shards.tars import check_end
 
 
 def is_of_class_tars(folder: Path) -> bool:
@@ -27,7 +28,8 @@ def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
     """Returns the images of folder/CLASS.tar, and the class names in sorted order.
 
     Only headers are read: 14 million in some minutes where the disk seeks fast. Members that are no JPEG, PNG or WebP,
-    and files that are no tar, are passed over and counted. Raises UserError for a tar that cannot be read to its end.
+    and files that are no tar, are passed over and counted. Raises UserError for a tar that cannot be read to its end,
+    for WebDataset shards, whose labels are in them, and for a single tar.
     """
     items = PackedItems(partial(tar_item, folder))
     names = []
@@ -39,6 +41,11 @@ def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
             raise UserError(f"{shown(path)}: the tar's name is not UTF-8, and it names a class; rename it")
         _add_members(path, len(names), items, told)
         names.append(path.stem)
+    if len(names) == 1:
+        raise UserError(
+            f"{folder}: holds a single tar, which makes a single class; add the tars of the other classes, or unpack "
+            f"{names[0]}.tar if it holds folders of classes"
+        )
     if not items:
         raise UserError(f"{folder}: no images found in its {len(names)} tars; expected {folder}/CLASS.tar with JPEGs")
     return items, names
@@ -46,12 +53,18 @@ def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
 
 def _add_members(path: Path, label: int, items: PackedItems, told: Told) -> None:
     status = path.stat()
-    stamp = status.st_size, status.st_mtime_ns
+    stamp, end = (status.st_size, status.st_mtime_ns), 0
     try:
         with path.open("rb") as file:
             for member in members(file, 0, status.st_size):
+                end = end_of(member)
                 if member.isdir():
                     continue
+                if ending_of(member.name) == LABEL_ENDING:
+                    raise UserError(
+                        f"{path}: {shown(member.name)} holds labels (.cls): these are WebDataset shards; give the tars "
+                        "themselves, not their folder"
+                    )
                 if not member.isreg() or is_of_the_system(Path(member.name).name):
                     told.passed_over["links, devices and hidden files in tars"] += 1
                 elif stored_ending(member.name) is None or ending_of(member.name) not in _KEPT:
@@ -60,6 +73,7 @@ def _add_members(path: Path, label: int, items: PackedItems, told: Told) -> None
                 else:
                     reference = f"{path.name}\0{member.offset_data}\0{member.size}\0{member.name}"
                     items.append(reference, label, stamp)
+        check_end(path, end)
     except (BadHeader, OSError) as error:
         raise UserError(f"{path}: not a readable tar ({error}); get it again, or move it away") from None
 

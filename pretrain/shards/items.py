@@ -68,8 +68,10 @@ class PackedItems(Sequence[Item]):
         return self
 
     def digest(self) -> str:
-        """Returns the SHA-256 of references, labels and stamps, as they were appended."""
-        return self._hash.hexdigest()
+        """Returns the SHA-256 of references, labels and stamps as they were appended, and of the labels now."""
+        digest = self._hash.copy()
+        digest.update(self.labels)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -76,6 +76,11 @@ SOURCES = (
 )
 
 
+def are_shards(sources: Sequence[Path]) -> bool:
+    """Returns whether sources are shards already, which are indexed as they are, and not written."""
+    return SOURCES[-1].recognises(sources)
+
+
 def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, options: Options) -> tuple[Path, Told]:
     """Makes the data set OUT, with progress on a terminal; returns its manifest's path and what is to be told.
 

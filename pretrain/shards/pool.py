@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, TypeVar
 
@@ -27,8 +28,8 @@ def results(
 ) -> Iterator[Result]:
     """Yields what `function` makes of each task, in any order, with so many processes; 1: in this one.
 
-    function: of a module, or a `partial` of one; what it raises is raised here. Raises LostProcessError when a worker
-    ends by itself.
+    function: of a module, or a `partial` of one; what it raises is raised here. With several processes, of the main
+    thread alone, which hears interrupts. Raises LostProcessError when a worker ends by itself.
     """
     if workers == 1:
         for task in tasks:
@@ -41,7 +42,8 @@ def results(
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(function, theirs), daemon=True)
-            process.start()
+            with _deaf_to_interrupts():
+                process.start()
             theirs.close()  # else its end would not be noticed
             processes[ours] = process
         yield from _share_out(iter(tasks), dict(processes), progress)
@@ -51,6 +53,16 @@ def results(
             process.terminate()
         for process in processes.values():
             process.join()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start here inherit it: the terminal sends an interrupt to all, and they need seconds to import."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 def _share_out(tasks: Iterator[Any], processes: dict[Connection, Any], progress: Progress) -> Iterator[Any]:
@@ -85,7 +97,6 @@ def _share_out(tasks: Iterator[Any], processes: dict[Connection, Any], progress:
 
 def _work(function: Callable[[Any, Progress], Any], connection: Connection) -> None:
     """A worker: a task, its result, the next one, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the one who listens ends the others
     words = _Words(connection)
     try:
         while True:

@@ -52,7 +52,7 @@ def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
     _check_order(path, groups)
     for group in groups:
         _check_members(path, group)
-    _check_end(path, end)
+    check_end(path, end)
     offsets = np.array([*(group.start for group in groups), end], dtype=np.uint64) // BLOCK
     if int(offsets[-1]) >> 32:
         raise UserError(f"{path}: larger than 2 TiB; use smaller shards")
@@ -128,7 +128,11 @@ def _check_members(path: Path, group: _Group) -> None:
             raise UserError(f"{path}: sample {shown(group.key)} has no {wanted}, only {only}")
 
 
-def _check_end(path: Path, end: int) -> None:
+def check_end(path: Path, end: int) -> None:
+    """Raises UserError unless there is nothing but zeros behind a tar's last member, which ends at `end`.
+
+    A cut, or a header that became zeros, would lose what comes behind it without a word.
+    """
     with path.open("rb") as file:
         file.seek(end)
         if not file.read(1):
@@ -136,7 +140,7 @@ def _check_end(path: Path, end: int) -> None:
         file.seek(end)
         while block := file.read(1 << 20):
             if block.count(0) != len(block):
-                raise UserError(f"{path}: no tar header at byte {end}; the shard is damaged there")
+                raise UserError(f"{path}: no tar header at byte {end}; the tar is damaged there")
 
 
 def alone(shard: Shard, num_classes: int) -> Manifest:

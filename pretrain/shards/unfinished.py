@@ -6,8 +6,9 @@ images or options is not mixed with what is there.
 
 import json
 import re
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from pretrain.storage import remove, write_text
 
 FOLDER = ".unfinished-set"
 FORMAT, VERSION = "pretrain-unfinished-set", 1
+_PLAN = "plan.json"
+TORN_AFTER_S = 600  # a writer adds to its file all the time; and clocks of nodes differ
 
 Plan = Mapping[str, int | str | None]  # all that the bytes of a set depend on, by a name for the user
 
@@ -34,7 +37,7 @@ class Done(NamedTuple):
 
 def plan_of(out: Path) -> Plan | None:
     """Returns the plan of the unfinished set in a folder, None where there is none."""
-    path = out / FOLDER / "plan.json"
+    path = out / FOLDER / _PLAN
     if not path.exists():
         return None
     values = Fields.of(read_json(path), str(path)).values
@@ -50,7 +53,7 @@ def begin(out: Path, plan: Plan) -> Path:
     if plan_of(out) is None:
         folder.mkdir(exist_ok=True)
         text = json.dumps({"format": FORMAT, "version": VERSION, **plan}, indent=1) + "\n"
-        write_text(folder / "plan.json", text, shared=True)
+        write_text(folder / _PLAN, text, shared=True)
     found = plan_of(out) or {}
     for name in {**plan, **found}:
         if found.get(name) != plan.get(name):
@@ -102,15 +105,33 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.json"
 
 
-def clear(out: Path) -> None:
-    """Forgets the unfinished set, when its manifest is written."""
-    remove(out / FOLDER)
+def clear(out: Path, name: str) -> None:
+    """Forgets the unfinished set of this name, when its manifest is written. Killed on the way, it can be called again:
+    the plan goes last.
+    """
+    remove_torn(out, name)
+    folder = out / FOLDER
+    if folder.is_dir() and not folder.is_symlink():
+        for path in folder.iterdir():
+            if path.name != _PLAN:
+                path.unlink(missing_ok=True)
+    remove(folder)
 
 
-def remove_torn(out: Path, name: str, numbers: range) -> None:
-    """Removes what killed processes have left of these shards under temporary names."""
+def remove_torn(out: Path, name: str, numbers: Container[int] | None = None) -> None:
+    """Removes what killed processes have left of these shards, None: of all, under temporary names.
+
+    What is younger than TORN_AFTER_S stays: another node may be writing it.
+    """
     torn = re.compile(rf"\.tmp-.*{re.escape(name)}-(\d+)\.(?:tar|idx)")
     for path in out.iterdir():
         found = torn.fullmatch(path.name)
-        if found and int(found[1]) in numbers:
+        if found and (numbers is None or int(found[1]) in numbers) and _age_s(path) > TORN_AFTER_S:
             path.unlink(missing_ok=True)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # another node has just finished it
+        return 0.0
