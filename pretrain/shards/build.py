@@ -1,5 +1,6 @@
 """Items -> shuffled shards, their indexes, and the manifest, which is written last."""
 
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -319,7 +320,7 @@ def _read(item: Item) -> bytes:
     try:
         data = item.read()
     except OSError as error:  # of this file; the disk that is written to has errors of its own
-        if error.errno in PASSING_ERRORS:
+        if error.errno in PASSING_ERRORS - {errno.EIO}:  # which may be a bad sector: it would end every further start
             raise StorageError(
                 shown(f"{item.source}: cannot be read for now ({error.strerror}); the same command goes on")
             ) from None
