@@ -27,6 +27,7 @@ from pretrain.models.card import model_card
 from pretrain.models.weights import read_weights
 from pretrain.storage import crc32c
 from pretrain.train.run import train
+from pretrain.train.save import Saver
 from pretrain.train.state import TrainState, receipt
 
 STEPS, BATCH, HELD_OUT = 20, 12, 7
@@ -43,19 +44,34 @@ def finish(config: Config) -> None:
     train(config)
 
 
+def hang_at_8(config: Config) -> None:
+    """Trains until step 8 is to be saved, when step 4 has been, and waits there to be killed."""
+    save = Saver.save
+
+    def hanging(self: Saver, state: TrainState, *args: Any, **options: Any) -> None:
+        if state.step == 8:
+            self.finish()
+            time.sleep(600)
+        save(self, state, *args, **options)
+
+    Saver.save = hanging
+    train(config)
+
+
 @pytest.fixture(scope="module")
 def case(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """2 ranks, killed after step 7, then 3 to the end: 2 epochs and a half of 96, with bad and damaged samples."""
+    """2 ranks, killed after step 8 with step 4 saved, then 3 to the end: 2.5 epochs of 96, bad and damaged samples."""
     folder = tmp_path_factory.mktemp("audit")
     shards = Path(shutil.copytree(shard_folder, folder / "trees"))
     plant_damage(shards)
     every = {"evaluation__every_steps": 10, "checkpoint__every_steps": 4, "total_steps": STEPS}
     config = tiny_config(shards, folder, data__global_batch=BATCH, data__held_out=HELD_OUT, **every)
-    processes = start_ranks(train, 2, config)
-    log, deadline = folder / "tiny" / "samples-00000.jsonl", time.monotonic() + 240
-    while not log.exists() or log.read_text().count("\n") < 7:
+    processes = start_ranks(hang_at_8, 2, config)
+    logs, deadline = [folder / "tiny" / f"samples-0000{rank}.jsonl" for rank in (0, 1)], time.monotonic() + 240
+    saved = folder / "tiny" / "checkpoints" / "step-0000000004"
+    while not saved.exists() or any(log.read_text().count("\n") < 8 for log in logs):
         assert any(process.is_alive() for process in processes) and time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.02)
     for process in processes:
         process.kill()
         process.join()
