@@ -334,7 +334,9 @@ def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path, monkeypat
 def test_no_memory_for_the_copy_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the bytes and the way out; the training goes on."""
+    """With the bytes and the way out. The files are written at once; where there is not even room for one, not saved,
+    and the training goes on.
+    """
 
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("can't allocate memory\n at somewhere")
@@ -343,8 +345,12 @@ def test_no_memory_for_the_copy_is_told(
         patch.setattr(behind.torch, "empty", full)
         assert not save(tmp_path, 1, copies=HostCopies())
     told = capsys.readouterr().err
-    assert "NOT SAVED at step 1: rank 0" in told and "checkpoint.behind=false" in told and told.count("\n") == 1
+    assert "NOT SAVED at step 1: rank 0" in told and "checkpoint.behind=false" in told and told.count("\n") == 2
     assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(behind, "free_memory_bytes", lambda: 1000)
+    assert save(tmp_path, 1, copies=HostCopies())
+    told = capsys.readouterr().err
+    assert "0.0 GB of host memory are free" in told and "written while training waits" in told
 
 
 def test_a_fault_of_ours_in_the_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,43 @@ def test_redirects_are_followed_to_http_alone(site: Site) -> None:
     assert read(f"{site.url}/b.tar") == DATA
 
 
+@pytest.mark.parametrize("target", ["/\u00e4.tar", "http://[bad/x.tar", "http://a..b/x.tar", "http://h:port/x.tar"])
+def test_redirects_to_no_address_are_told(site: Site, target: str) -> None:
+    """One line, as for any redirect that is not followed."""
+    site.fault = lambda _: f"to:{target}"
+    with pytest.raises(UserError, match="leads to") as caught:
+        read(f"{site.url}/b.tar")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_more_is_read_than_was_asked_for() -> None:
+    """A server that never ends, in an answer without a length, is not read into memory."""
+    data, sent = b"x" * 1000, []
+
+    def serve(listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection, suppress(OSError):
+                    connection.recv(4096)
+                    head = (
+                        "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-999/1000\r\nConnection: close\r\n\r\n"
+                    )
+                    connection.sendall(head.encode() + data)
+                    for _ in range(400):
+                        connection.sendall(bytes(1 << 16))
+                        sent.append(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,), daemon=True)
+        thread.start()
+        with pytest.raises(StorageError, match="more arrives than was asked for"):
+            read(f"http://127.0.0.1:{listening.getsockname()[1]}/a.tar", 0, 1000, 1000)
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+    assert len(sent) < 9 * 100  # what sockets hold on their way
+
+
 def test_nobody_there() -> None:
     """A port that nobody listens to is a matter of time; neither is a name that is not known the user's mistake."""
     with socket.socket() as unused:
@@ -144,6 +183,7 @@ def test_errors_of_the_writer_pass(site: Site) -> None:
         ),
         *("https://me:secret@h/x.tar", "https://secret@h/x.tar", "https://h/x.tar?secret", "s3://b/x.tar#secret"),
         "https://h/x.tar?X-Amz-Signature=secret",
+        *("https://me:12/secret@h/x.tar", "http://a..b/x.tar", f"http://{'a' * 64}/x.tar"),
     ],
 )
 def test_urls_that_are_refused(url: str) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.audit.checks import audit
+from pretrain.audit.folder import Options
 from pretrain.data import manifest as manifest_module
 from pretrain.data import remote, store
 from pretrain.data.manifest import Manifest, load_manifest
@@ -222,6 +224,56 @@ def test_one_download_for_all(site: Site, far: Manifest) -> None:
     assert site.sent == sum(block.end - block.start for block in blocks_of(far))
 
 
+def test_only_blocks_are_removed(tmp_path: Path) -> None:
+    """A folder that holds other files as well keeps them, whatever the bound."""
+    block = tmp_path / f"{'0' * 64}-0-512"
+    for path in (tmp_path / "thesis.tex", tmp_path / "train-000.tar", block):
+        path.write_bytes(bytes(512))
+    store.remove_oldest(tmp_path, 100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex", "train-000.tar"]
+
+
+@pytest.mark.parametrize("kind", ["a link", "open to all", "another user's"])
+def test_the_default_folder_is_nobody_elses(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies where everybody may write: what somebody has put in its place is not read, by the tools neither."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    folder = default_folder()
+    if kind == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir(mode=0o700)
+    if kind == "open to all":
+        folder.chmod(0o777)
+    elif kind == "another user's":
+        owner = folder.stat().st_uid
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+        monkeypatch.setattr(store, "default_folder", lambda: folder)
+    store._check_once.cache_clear()
+    with pytest.raises(UserError, match="another user could change the blocks"):
+        store_at(None).ensure(Block("http://127.0.0.1:1/x.tar", "0" * 64, 1024, 0, 512))
+
+
+def test_a_link_in_the_store_is_not_followed(site: Site, far: Manifest, tmp_path: Path) -> None:
+    """Nothing is appended to the file that it leads to."""
+    block, victim = blocks_of(far)[0], tmp_path / "victim"
+    victim.write_text("precious")
+    assert far.store
+    far.store.folder.mkdir(exist_ok=True)
+    (far.store.folder / f"{block.name}.part").symlink_to(victim)
+    with pytest.raises(StorageError, match="symbolic links"):
+        far.store.ensure(block)
+    assert victim.read_text() == "precious"
+
+
+def test_a_block_larger_than_the_store_is_told(far: Manifest) -> None:
+    """Before anything is downloaded or removed."""
+    block = blocks_of(far)[0]
+    small = Store(far.store.folder, block.end - block.start - 1) if far.store else None
+    with pytest.raises(UserError, match="does not fit data.store_gb"):
+        small.ensure(block)  # pyright: ignore
+
+
 @pytest.mark.slow
 def test_training_over_the_network_is_training_on_the_disk(tmp_path: Path) -> None:
     """The same samples in the same steps, and the same losses; a second run asks nothing of the server."""
@@ -236,6 +288,9 @@ def test_training_over_the_network_is_training_on_the_disk(tmp_path: Path) -> No
         run_ranks(train, 1, replace(far, name="again"))
         assert site.sent == sent, "the second run downloaded what the store has"
     run_ranks(train, 1, tiny_config(local, tmp_path / "near", total_steps=4, data__order="lanes"))
+    found = audit(tmp_path / "far" / "tiny", Options(full=True, data=None, no_data=False, seed=0))
+    assert not any(row.wrong for row in found)
+    assert {row.check for row in found if row.left_out} <= {"shards", "scores"}, found
     runs = [tmp_path / "far" / "tiny", tmp_path / "far" / "again", tmp_path / "near" / "tiny"]
     for name in ("samples-00000.jsonl", "metrics.jsonl"):
         texts = [_without_times((run / name).read_text()) for run in runs]

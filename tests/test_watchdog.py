@@ -215,3 +215,23 @@ def test_the_process_beside_a_rank_imports_little() -> None:
     code = f"import sys; sys.argv = ['m']; import runpy; runpy.run_path({monitor.__file__!r}); print(len(sys.modules))"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 120
+
+
+def test_reports_of_an_earlier_start_end_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank looks before it has met rank 0, which deletes them; what is written from then on counts."""
+    monkeypatch.setenv("RANK", "0")
+    old = tmp_path / "lost-rank-00001.txt"
+    old.write_text("rank 1 is gone\n")
+    with watchdog.watching(tmp_path, 300, 600):
+        assert watchdog.lost_others(tmp_path) == []
+        (tmp_path / "lost-rank-00002.txt").write_text("rank 2 hangs\n")
+        assert watchdog.lost_others(tmp_path) == ["rank 2 hangs"]
+        time.sleep(0.01)
+        old.write_text("rank 1 is gone again\n")
+        assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
+    assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
+
+
+def test_who_waits_may_speak_before_it_is_called_blocked() -> None:
+    """The process beside a rank ends it when its own thread has had its chance."""
+    assert monitor.BLOCKED_S > watchdog.WAITING_S + watchdog.LOOK_AROUND_S / 2

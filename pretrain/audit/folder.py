@@ -20,6 +20,7 @@ from pretrain.config import Config, load_config
 from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
 from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
 from pretrain.data.order import Order
+from pretrain.data.store import store_at
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, parse_json, read_json
 from pretrain.storage import crc32c
@@ -230,14 +231,16 @@ class Run:
         path = self.options.data or self.config.data.train
         if not path.exists():
             raise LeftOut(f"{path} is not here; give its place with --data")
-        return load_manifest(path)
+        manifest, data = load_manifest(path), self.config.data
+        return replace(manifest, store=store_at(data.store, data.store_gb)) if manifest.is_remote else manifest
 
     @cached_property
     def own_data(self) -> Manifest:
         """The data set, where it is the run's and all of it is here: else its samples prove nothing."""
         if self.manifest.sha256 != self.identity[1].get("manifest_sha256"):
             raise LeftOut("the data set on the disk is another one")
-        paths = [path for s in self.manifest.shards for path in (s.path, s.path.with_suffix(".idx"))]
+        shards = self.manifest.shards
+        paths = [s.path.with_suffix(".idx") for s in shards] + [s.path for s in shards if not s.url]
         if missing := sum(not path.exists() for path in paths):
             raise LeftOut(f"{missing} of {len(paths)} shards and indexes are not here")
         check_shards(self.manifest)

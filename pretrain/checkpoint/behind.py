@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pretrain.cluster import ranks
+from pretrain.cluster.limits import free_memory_bytes
 from pretrain.errors import StorageError
 
 # The order of types in a safetensors file, larger elements first, and its names for them.
@@ -33,10 +35,10 @@ class FileCopy:
     Made for tensors of some names, types and shapes; `take` copies the values of such ones, as often as one likes.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], *, pinned: bool = True) -> None:
         self._header, places = _layout(tensors)
         size = len(self._header) + max((end for _, end in places.values()), default=0)
-        pinned = any(tensor.is_cuda for tensor in tensors.values())  # else a copy from a GPU goes by another buffer
+        pinned &= any(tensor.is_cuda for tensor in tensors.values())  # else a copy from a GPU goes by another buffer
         try:
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         except RuntimeError as error:
@@ -93,12 +95,27 @@ class HostCopies:
 
     def take(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, FileCopy]:
         """Returns a copy of each file's tensors, good until the next call. Raises StorageError without memory."""
+        missing = [name for name, part in files.items() if name not in self._kept or not self._kept[name].fits(part)]
+        _check_room(sum(t.numel() * t.element_size() for name in missing for t in files[name].values()))
+        try:
+            self._kept |= {name: FileCopy(files[name]) for name in missing}
+        except StorageError:
+            self._kept.clear()
+            raise
         for name, tensors in files.items():
-            if name not in self._kept or not self._kept[name].fits(tensors):
-                self._kept[name] = FileCopy(tensors)
             self._kept[name].take(tensors)
         wait_for_copies()
         return {name: self._kept[name] for name in files}
+
+
+def _check_room(num_bytes: int) -> None:
+    """Raises StorageError unless all ranks of this node can have so much: an allocation fails only when it is used."""
+    free = free_memory_bytes()
+    if num_bytes and free is not None and free < (needed := num_bytes * ranks.ranks_here()):
+        raise StorageError(
+            f"{free / 1e9:.1f} GB of host memory are free, {needed / 1e9:.1f} GB are needed for copies of this node's "
+            "ranks; free some, or set checkpoint.behind=false"
+        )
 
 
 class Job:

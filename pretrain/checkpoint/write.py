@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from pretrain.checkpoint.layout import FORMAT, KINDS, VERSION, Slice, file_name,
 from pretrain.cluster import agreement, ranks
 from pretrain.log import warn
 from pretrain.storage import crc32c, fsync_path, remove, write_text
+
+_SLOW_S = 3600.0  # a save that lasts longer is taken for one that hangs
+_LOOK_EVERY_S = 0.05
 
 
 def save_checkpoint(
@@ -70,8 +74,11 @@ class Save:
             contents, problem = (), problem if ranks.is_main() else None  # told once
         elif copies is not None:
             taken: dict[str, FileCopy] = {}
-            problem = attempt(lambda: taken.update(copies.take(files)))
-            contents = taken.items()
+            if lack := attempt(lambda: taken.update(copies.take(files))):
+                warn(f"step {step}: {lack}; this rank's files are written while training waits")
+                self._behind = False
+            else:
+                contents = taken.items()
         self._writing = Job(lambda: _written(self._temporary, contents, problem), behind=self._behind)
         self._publishing: Job | None = None
         self.published: bool | None = None  # None: under way
@@ -92,8 +99,14 @@ class Save:
             self.published = agreement.from_main(self._publishing.result)
 
     def finish(self) -> bool:
-        """Waits for all that is left to do; returns whether it was published."""
+        """Waits for all that is left to do; returns whether it was published.
+
+        Ranks wait for each other with signs of life: a disk may be slow. Beyond an hour the watchdog judges.
+        """
+        until = time.monotonic() + _SLOW_S
         while self.published is None:
+            while agreement.any_rank(not self.done and time.monotonic() < until):
+                time.sleep(_LOOK_EVERY_S)
             self.advance()
         return self.published
 
@@ -140,7 +153,7 @@ def _clean_up(folder: Path) -> None:
 def _one_by_one(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[tuple[str, FileCopy]]:
     """Yields a copy of each file when it is asked for, and keeps none: one of them in memory at a time."""
     for name, tensors in files.items():
-        copy = FileCopy(tensors)
+        copy = FileCopy(tensors, pinned=False)  # pinned memory is never given back
         copy.take(tensors)
         wait_for_copies()
         yield name, copy

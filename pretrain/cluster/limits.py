@@ -41,7 +41,12 @@ def free_memory_bytes() -> int | None:
         group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip().lstrip("/")
         most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, most - used + int(cached.get("inactive_file", 0)))
+        given_back = (
+            "inactive_file",
+            "active_file",
+            "slab_reclaimable",
+        )  # when somebody needs it, as shards read often
+        free = min(free, most - used + sum(int(cached.get(name, 0)) for name in given_back))
     except (OSError, ValueError, IndexError):
         pass  # no limit, or the older kind of control groups
     return free

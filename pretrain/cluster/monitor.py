@@ -18,7 +18,7 @@ from typing import NamedTuple
 SECTIONS = ("start", "data", "step", "evaluate", "save", "end")
 LOOK_EVERY_S = 0.5
 STOPPED_S = 45.0  # a stopped process does not come back by itself; told within a minute, and Ctrl-Z stops both
-BLOCKED_S = 10.0  # beyond a section's limit: the rank's own thread, which tells more, had its chance
+BLOCKED_S = 30.0  # beyond a section's limit: the rank's own thread, which tells more and may wait 20 s, had its chance
 STACKS_S = 2.0  # for the rank to write its stacks
 DUMP_SIGNAL = signal.SIGUSR2  # faulthandler's own handler answers it, also when no Python code can run
 
@@ -137,9 +137,9 @@ def _watch(memory: mmap.mmap, stacks: int, rank: int, process: int, folder: Path
 
 
 def _tell(folder: Path, rank: int, line: str, stacks: str) -> None:
-    report(folder, rank, line, stacks)
-    with suppress(OSError):
+    with suppress(OSError):  # before the report: what hangs may be the disk
         os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
+    report(folder, rank, line, stacks)
 
 
 def main() -> None:

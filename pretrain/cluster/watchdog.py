@@ -30,8 +30,9 @@ FIRST_FACTOR = 10  # of the floor: until a section has come FIRST times, with co
 FIRST, REMEMBERED = 3, 16  # visits of a section
 WAITING_S = 20.0  # a rank that waits for others lets them speak first
 LOOK_AROUND_S = 10.0  # without a sign of life: then others' reports are looked for
+_MONITOR_ENDS_S = 10.0  # it looks every half second
 _MAX_LINE = 1000  # characters of a report that are told
-_WAITS_IN = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"), os.path.join("cluster", "agree"))
+_WAITS_IN = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
 
 _watch: "_Watch | None" = None
 
@@ -78,24 +79,29 @@ def tell_also(function: Callable[[LostProcessError], None]) -> None:
 
 def forget_reports(folder: Path) -> None:
     """Deletes what an earlier start has told of lost ranks."""
-    with suppress(OSError):
-        for path in [*folder.glob("lost-rank-*.txt"), *folder.glob("waiting-rank-*.txt")]:
+    for path in [*folder.glob("lost-rank-*.txt"), *folder.glob("waiting-rank-*.txt")]:
+        with suppress(OSError):
             path.unlink()
 
 
 def lost_others(folder: Path, wait_s: float = 0.0) -> list[str]:
     """Returns what is told of other ranks that were lost, a line each; waits for the first, at most `wait_s`."""
     own, until = f"lost-rank-{rank_so_far(os.environ):05d}.txt", time.monotonic() + wait_s
+    passed_over = _watch.earlier if _watch is not None else set()
     while True:
         found = []
         with suppress(OSError):
             for path in sorted(folder.glob("lost-rank-*.txt"), key=lambda path: path.stat().st_mtime):
-                if path.name != own:
+                if path.name != own and _identity(path) not in passed_over:
                     with open(path, errors="replace", opener=_not_a_link) as file:
                         found.append(shown(file.readline(_MAX_LINE).strip()))
         if found or time.monotonic() >= until:
             return found
         time.sleep(0.2)
+
+
+def _identity(path: Path) -> tuple[str, int]:
+    return path.name, path.stat().st_mtime_ns
 
 
 def _not_a_link(path: str, flags: int) -> int:
@@ -108,6 +114,10 @@ class _Watch:
     def __init__(self, folder: Path, floor_s: float) -> None:
         self._folder, self._floor_s, self._rank = folder.absolute(), floor_s, rank_so_far(os.environ)
         self._stopped_s = min(monitor.STOPPED_S, floor_s)
+        # Reports of an earlier start: rank 0 deletes them, but this rank looks before it has met rank 0.
+        self.earlier: set[tuple[str, int]] = set()
+        with suppress(OSError):
+            self.earlier = {_identity(path) for path in folder.glob("lost-rank-*.txt")}
         self._longest: dict[str, deque[float]] = {name: deque(maxlen=REMEMBERED) for name in SECTIONS}
         self._section, self._silence_s, self._last = "start", 0.0, time.monotonic()
         self.also: Callable[[LostProcessError], None] = lambda error: None
@@ -157,7 +167,11 @@ class _Watch:
         self._thread.join()
         monitor.write_beat(self._memory, self._beat._replace(ended=True))
         faulthandler.unregister(monitor.DUMP_SIGNAL)
-        self._monitor.wait()
+        try:
+            self._monitor.wait(_MONITOR_ENDS_S)
+        except subprocess.TimeoutExpired:  # stopped, or writing a report to a disk that hangs
+            self._monitor.kill()
+            self._monitor.wait()
         os.close(self._heartbeat)
         os.close(self._stacks)
 
@@ -206,9 +220,9 @@ class _Watch:
         line = f"{who} {what}, {where}: {silent_s:.0f} s without a sign of life, the limit is {limit_s:.0f} s"
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         stacks = monitor.read_stacks(self._stacks)
-        monitor.report(self._folder, self._rank, line, stacks, waiting=waiting)
-        with suppress(OSError):
+        with suppress(OSError):  # before the report: what hangs may be the disk
             os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
+        monitor.report(self._folder, self._rank, line, stacks, waiting=waiting)
         with suppress(Exception):
             self.also(LostProcessError(line))
         monitor.write_beat(self._memory, beat._replace(ended=True))

@@ -37,6 +37,7 @@ MAX_LABELS = 1000  # of one image: all rows of a batch are as long as the longes
 MAX_LABEL_BYTES = 16 << 10  # of their list
 # A read that fails as those of network disks do for a moment is tried again after so many seconds, the file reopened.
 RETRY_AFTER_S = (0.5, 2.0, 8.0, 20.0)
+MAX_TRYING_S = 60.0  # no further try after that: one may itself last for minutes
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's rule
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _LIST = re.compile(rb"\[\s*(\d{1,9}(?:\s*,\s*\d{1,9})*)\s*\]")
@@ -71,7 +72,7 @@ def read_sample(manifest: Manifest, index: int) -> RawSample:
     if shard.url:
         return _parse(_from_store(manifest, index, number, _open_shard(shard)[1]), key)
     what = f"bytes {start} to {end} cannot be read"
-    data = _patiently(shard, what, lambda: os.pread(_descriptor(shard), end - start, start))
+    data = _patiently(shard, what, lambda: _pread(shard, start, end))
     if len(data) != end - start:
         raise BadSample("tar", f"the shard ends at byte {start + len(data)}")
     return _parse(data, key)
@@ -83,14 +84,19 @@ def _place(index: ShardIndex, number: int) -> tuple[int, int, int]:
 
 
 def _patiently(shard: Shard, what: str, read: Callable[[], Any]) -> Any:
-    """Returns what `read` returns, after as many tries as RETRY_AFTER_S has waits, and one. Raises StorageError."""
+    """Returns what `read` returns, after as many tries as RETRY_AFTER_S has waits, and one. Raises StorageError.
+
+    Where a try itself lasts for minutes, as on a mount that is away, there are fewer: the watchdog waits less long.
+    """
+    began = time.monotonic()
     for wait_s in (*RETRY_AFTER_S, None):
         try:
             return read()
         except StorageError:
             raise
         except OSError as error:
-            if wait_s is None or error.errno not in PASSING_ERRORS:
+            late = time.monotonic() - began > MAX_TRYING_S
+            if wait_s is None or late or error.errno not in PASSING_ERRORS:
                 tries = f", {len(RETRY_AFTER_S) + 1} times in {sum(RETRY_AFTER_S):g} s" if wait_s is None else ""
                 raise StorageError(f"{shard.path}: {what} ({error.strerror}{tries})") from None
             _open_shard.cache_clear()  # a descriptor of a server that was away stays stale
@@ -105,10 +111,10 @@ def block_of(manifest: Manifest, index: int) -> Block | None:
     shard, number = manifest.locate(index)
     if not shard.url:
         return None
+    offsets = _patiently(shard, "cannot be opened", lambda: _open_shard(shard)[1].offsets)
     size = manifest.block_samples
     first = number - min(number, index % size)
     end = min(shard.num_samples, number + size - index % size)
-    offsets = _open_shard(shard)[1].offsets
     return Block(shard.url, shard.sha256, shard.num_bytes, int(offsets[first]) * BLOCK, int(offsets[end]) * BLOCK)
 
 
@@ -248,7 +254,12 @@ def _open_shard(shard: Shard) -> tuple[_Descriptor | None, ShardIndex]:
     return None if shard.url else _Descriptor(os.open(shard.path, os.O_RDONLY)), load_index(shard)
 
 
-def _descriptor(shard: Shard) -> int:
-    opened = _open_shard(shard)[0]
+def _pread(shard: Shard, start: int, end: int) -> bytes:
+    opened = _open_shard(shard)[0]  # held until it is read: another thread may empty the cache meanwhile
     assert opened is not None
-    return opened.number
+    return os.pread(opened.number, end - start, start)
+
+
+def forget_shards() -> None:
+    """Closes what is open: the space of a removed file is free only then."""
+    _open_shard.cache_clear()

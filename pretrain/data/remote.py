@@ -28,6 +28,7 @@ MAX_REDIRECTS = 5
 SIGNED_FOR_S = 900  # an address is used at once
 _PIECE_BYTES = 256 << 10  # received at a time; with 64 KB it takes twice the CPU time
 _URL = re.compile("[!-~]{1,2048}")  # printable ASCII: urlsplit would drop line ends without a word
+_REDIRECTED = re.compile("[!-~]{1,16384}")  # a signed one may be long
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PASSING = (408, 425, 429)  # of 4xx: the same request may succeed later
@@ -50,17 +51,24 @@ def check_url(text: str) -> str:
         raise UserError(f"{where}: is not read, expected a path or a URL of {', '.join(SCHEMES)}")
     if not _URL.fullmatch(text) or not parts.hostname or port == 0:
         raise UserError(f"{where}: is no URL of at most 2048 printable ASCII characters; write others as %20")
-    if "@" in parts.netloc or parts.query or parts.fragment or "?" in text:
+    if not _is_host(parts.hostname):
+        raise UserError(f"{where}: names no host")
+    if "@" in text or parts.query or parts.fragment or "?" in text:
         raise UserError(
-            f"{where}: holds a user, a query or a fragment, which may be a secret and would be saved; give the plain "
-            "URL, credentials in the environment, and s3:// or gs:// for what needs a signature"
+            f"{where}: holds a user, a query or a fragment, which may be a secret and would be saved; give the URL "
+            "without (an @ in it as %40), credentials in the environment, and s3:// or gs:// for what needs a signature"
         )
     return text
 
 
 def without_secrets(url: str) -> str:
     """Returns a URL without user, password, query and fragment."""
-    return re.sub(r"//[^/?#]*@", "//", re.split("[?#]", url, maxsplit=1)[0])
+    return re.sub("//.*@", "//", re.split("[?#]", url, maxsplit=1)[0])
+
+
+def _is_host(name: str) -> bool:
+    """Whether a name can be asked for: its parts are neither empty nor longer than DNS allows."""
+    return all(0 < len(part) < 64 for part in name.rstrip(".").split("."))
 
 
 def file_name(url: str) -> str:
@@ -100,7 +108,8 @@ def num_bytes_of(url: str) -> int:
         try:
             response = _answer(url, 0, 1)
             total = _total(response, 0, 1)
-            response.read()
+            if len(response.read(2)) != 1:
+                raise OSError("the answer is not the byte that was asked for")
             return total
         except UserError:
             raise
@@ -147,8 +156,8 @@ def _received(url: str, at: int, end: int, num_bytes: int) -> Iterator[bytes]:
             piece = response.read1(min(left, _PIECE_BYTES))
             if not piece:
                 raise OSError(f"the answer ended {left} bytes early")
-            if left == len(piece):
-                response.read()  # of nothing: the connection is free for the next request
+            if left == len(piece) and response.read(1):  # the end is seen: the connection is free for the next request
+                raise OSError("more arrives than was asked for")
             left -= len(piece)
             yield piece
     finally:
@@ -203,8 +212,16 @@ def _refuse(url: str, status: int) -> None:
 
 
 def _redirected(url: str, address: str, location: str) -> str:
-    target = urljoin(address, location)
     secure = urlsplit(address).scheme == "https"
+    try:
+        target = urljoin(address, location)
+        parts = urlsplit(target)
+        _ = parts.port  # of the wrong form: ValueError
+        is_address = bool(_REDIRECTED.fullmatch(target)) and _is_host(parts.hostname or "none")
+    except ValueError:
+        target, is_address = location, False
+    if not is_address:
+        raise UserError(f"{url}: leads to {brief(without_secrets(target))}, which is no address")
     if not location or urlsplit(target).scheme not in (("https",) if secure else ("http", "https")):
         raise UserError(
             f"{url}: leads to {brief(without_secrets(target))}; only {'https' if secure else 'http and https'} is "

@@ -8,10 +8,13 @@ no process numbers, no time limits. The folder must not lie on a network file sy
 import errno
 import fcntl
 import os
+import re
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pretrain.config import DataConfig
@@ -19,6 +22,8 @@ from pretrain.data.remote import download
 from pretrain.errors import StorageError, UserError
 
 _PART = ".part"
+_BLOCK_FILE = re.compile(rf"[0-9a-f]{{64}}-\d+-\d+({re.escape(_PART)})?")  # no other file is ever removed
+_OWN = os.O_CLOEXEC | os.O_NOFOLLOW  # a link in the folder is nobody's block
 _TOUCH_S = 60  # a block that is read is marked as used this often
 _ABANDONED_S = 3600  # an unfinished block that nobody has written to for so long is removed where room is needed
 _CHECKS = 64  # the bound is looked at once for each 1/64 of it that a process has downloaded
@@ -55,8 +60,6 @@ class Store:
         """
         descriptor = self._opened(block)
         try:
-            if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_S:
-                os.utime(descriptor)
             return os.pread(descriptor, end - start, start - block.start)
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be read ({error.strerror})") from None
@@ -73,18 +76,28 @@ class Store:
             os.unlink(self.folder / block.name)
 
     def _opened(self, block: Block) -> int:
+        """A block's file, marked as used."""
         path = self.folder / block.name
+        _check_once(self.folder)
         with _told(self.folder):
             while True:
                 with suppress(FileNotFoundError):
-                    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    descriptor = os.open(path, os.O_RDONLY | _OWN)
+                    if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_S:
+                        os.utime(descriptor)
+                    return descriptor
                 self._download(block, path)
 
     def _download(self, block: Block, path: Path) -> None:
         """Makes a block's file; also returns without it, when somebody else was faster or it must be tried again."""
+        if (num_bytes := block.end - block.start) > self.max_bytes:
+            raise UserError(
+                f"{block.url}: a block of {num_bytes / 1e9:.2f} GB does not fit data.store_gb "
+                f"({self.max_bytes / 1e9:g}); raise it"
+            )
         part = path.with_name(path.name + _PART)
         try:
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_APPEND | _OWN, 0o600)
         except FileNotFoundError:  # the folder was removed meanwhile, or never made
             return make_folder(self.folder)
         try:
@@ -94,9 +107,9 @@ class Store:
             if path.exists():
                 return os.unlink(part)
             reached = os.fstat(descriptor).st_size
-            if reached > block.end - block.start:
+            if reached > num_bytes:
                 os.ftruncate(descriptor, reached := 0)
-            self._make_room(block.end - block.start)
+            self._make_room(num_bytes)
             write = _Appender(self.folder, descriptor)
             download(block.url, block.start + reached, block.end, block.shard_bytes, write)
             os.rename(part, path)
@@ -110,7 +123,7 @@ class Store:
             _unchecked[self.folder] = unchecked
             return
         _unchecked[self.folder] = 0
-        guard = os.open(self.folder / ".evict", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        guard = os.open(self.folder / ".evict", os.O_RDWR | os.O_CREAT | _OWN, 0o600)
         try:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_oldest(self.folder, self.max_bytes - needed)
@@ -132,7 +145,7 @@ def remove_oldest(folder: Path, max_bytes: int) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
-                if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
+                if _BLOCK_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     status = entry.stat(follow_symlinks=False)
                     files.append((status.st_mtime, status.st_size, entry.path))
     total = sum(size for _, size, _ in files)
@@ -150,7 +163,7 @@ def remove_oldest(folder: Path, max_bytes: int) -> None:
 
 
 def _remove_unlocked(path: str) -> bool:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDWR | _OWN)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(descriptor, Path(path)):
@@ -196,14 +209,24 @@ def _told(folder: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a store's folder. Raises UserError when it cannot be one, or is another user's."""
+    """Makes a store's folder. Raises UserError when it cannot be one, or when another user could change the blocks.
+
+    The default one lies where everybody may write, so it must be this user's own, no link, and closed to others.
+    """
+    is_default = folder == default_folder()
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        owner = os.stat(folder).st_uid
+        found = os.lstat(folder) if is_default else os.stat(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be the store ({error.strerror}); let data.store name another one") from None
-    if owner != os.geteuid() and os.geteuid() != 0:
-        raise UserError(f"{folder}: belongs to another user, who could change the blocks; set data.store")
+    own = found.st_uid == os.geteuid() or (os.geteuid() == 0 and not is_default)
+    if not stat.S_ISDIR(found.st_mode) or not own or (is_default and found.st_mode & 0o022):
+        raise UserError(f"{folder}: another user could change the blocks in it; set data.store, or TMPDIR for a tool")
+
+
+@cache
+def _check_once(folder: Path) -> None:
+    make_folder(folder)
 
 
 def default_folder() -> Path:

@@ -20,6 +20,7 @@ from braceexpand import braceexpand
 
 from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import Shard, load_index, write_index
+from pretrain.data.reader import forget_shards
 from pretrain.data.remote import check_url, download, is_url, num_bytes_of, without_secrets
 from pretrain.errors import StorageError, UserError
 from pretrain.json_files import Fields, brief, read_json
@@ -104,10 +105,17 @@ def local_names(urls: Sequence[str]) -> list[str]:
     for count in range(1, max(map(len, parts)) + 1):
         names = ["-".join(own[-count:]) for own in parts]
         if len(set(names)) == len(names):
+            if wrong := next((url for url, name in zip(urls, names) if not is_file_name(name)), None):
+                raise UserError(f"{wrong}: its name is too long for the files made of it, or has a zero byte")
             if wrong := next((url for url, name in zip(urls, names) if not name.endswith(".tar")), None):
                 raise UserError(f"{wrong}: a shard's name ends in .tar; a compressed one cannot be read in parts")
             return names
     raise UserError(f"{urls[0]}: the shards' names cannot be told apart")
+
+
+def is_file_name(name: str) -> bool:
+    """Returns whether a shard's files beside it can be made: their endings are longer than its own."""
+    return "\0" not in name and len(name.encode()) <= 240
 
 
 class _Walk(NamedTuple):
@@ -138,6 +146,7 @@ def _walked(out: Path, work: Path, num_classes: int, url: str, name: str) -> _Wa
     except UserError as error:  # names the copy, which the user has never seen
         raise UserError(str(error).replace(str(copy), url)) from None
     finally:
+        forget_shards()
         copy.unlink(missing_ok=True)
         copy.with_suffix(".idx").unlink(missing_ok=True)
     values = {"url": url, "num_bytes": num_bytes, "num_samples": shard.num_samples, "sha256": shard.sha256}
@@ -184,7 +193,10 @@ def local_copy(shard: Shard) -> Iterator[Shard]:
         copy = Path(folder) / shard.path.name
         download_to(copy, shard.url, shard.num_bytes)
         shutil.copyfile(shard.path.with_suffix(".idx"), copy.with_suffix(".idx"))
-        yield replace(shard, path=copy, url="")
+        try:
+            yield replace(shard, path=copy, url="")
+        finally:
+            forget_shards()
 
 
 def are_urls(sources: Sequence[str]) -> bool:

@@ -66,8 +66,6 @@ def open_data(config: Config) -> DataSets:
         )
     few = _open_fewshot(config)
     order = _choose_order(config, train_set)
-    if order.lanes is None:
-        _warn_of_small_store(train_set)
     indices = order.held_out_indices() if config.data.held_out else np.arange(val_set.num_samples if val_set else 0)
     return DataSets(train_set, order, val_set if config.evaluation.every_steps else None, indices, num_classes, few)
 
@@ -81,8 +79,18 @@ def _open(path: Path, config: Config) -> Manifest:
     return replace(manifest, store=store)
 
 
-def _warn_of_small_store(manifest: Manifest) -> None:
-    """In the order `permuted` neighbours of a block are wanted at all times of an epoch."""
+def warn_of_small_store(manifest: Manifest, order: Order) -> None:
+    """Says when remote blocks would leave a node's store before all their samples were used."""
+    if order.lanes and manifest.store:  # each lane has its blocks open; where they do not fit, none is found again
+        mean_bytes = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_samples
+        share_of_lanes = min(1, (ranks.ranks_here() / ranks.world_size()) + 1 / order.lanes.num_lanes)
+        blocks = order.lanes.num_lanes * share_of_lanes * order.lanes.window_blocks * order.lanes.block_samples
+        if (needed := 1.25 * blocks * mean_bytes) > manifest.store.max_bytes:
+            say(
+                f"warning: {manifest.path}: data.store_gb ({manifest.store.max_bytes / 1e9:g}) is less than the blocks "
+                f"that a node has in use; each would be downloaded many times. Raise it to {needed / 1e9:.1f}"
+            )
+        return
     num_bytes = sum(shard.num_bytes for shard in manifest.shards if shard.url)
     if manifest.store and num_bytes > manifest.store.max_bytes:
         blocks = 1 - manifest.store.max_bytes / num_bytes

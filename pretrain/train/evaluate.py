@@ -35,6 +35,8 @@ def evaluate(
                 metrics |= _features_metrics(subject, {"train": few, "test": test}, knn=config.evaluation.knn)
         except EvaluationStopped:
             return True
+        finally:
+            watchdog.section("step")
     state.metrics = metrics
     state.validation_due = state.features_due = False
     log.scalars(state.step, state.metrics)

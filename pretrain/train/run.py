@@ -27,7 +27,7 @@ from pretrain.models.profile import num_parameters
 from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
 from pretrain.train import ending
-from pretrain.train.datasets import DataSets, open_data
+from pretrain.train.datasets import DataSets, open_data, warn_of_small_store
 from pretrain.train.folder import (
     claim,
     has_started,
@@ -80,6 +80,7 @@ def _train(config: Config, folder: Path, device: torch.device, recipe: Path | No
         return
     _warn_of_young_averages(config)
     origin = _branch_point(config, data) if config.branch_from and checkpoint is None else None
+    warn_of_small_store(data.train, data.order)
     engine = build_engine(config, data, device, from_scratch=checkpoint is None)
     if checkpoint is not None:
         set_aside_newer(checkpoint)

@@ -62,6 +62,7 @@ class Saver:
             )
         if self._copies is None:
             self.finish()
+        watchdog.section("step")
 
     @property
     def done(self) -> bool:
@@ -81,7 +82,9 @@ class Saver:
         if under_way is None:
             return True
         watchdog.section("save")
-        return under_way.finish()
+        published = under_way.finish()
+        watchdog.section("step")
+        return published
 
     @contextmanager
     def finished_before_errors(self) -> Iterator[None]:
