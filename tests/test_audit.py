@@ -1,32 +1,44 @@
 """The audit of a run: an honest folder adds up, and each of many lies in it is found and named."""
 
 import hashlib
+import io
 import json
+import os
 import re
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pytest
 from ranks import run_ranks, start_ranks
 from tiny import changed, tiny_config
 
+from pretrain.audit import folder as audit_folder
+from pretrain.audit import records, samples
 from pretrain.audit.checks import Finding, audit
-from pretrain.audit.folder import Options
+from pretrain.audit.folder import LeftOut, Options, Run
+from pretrain.audit.logs import Lie, open_log
 from pretrain.checkpoint.layout import manifest_text
 from pretrain.config import Config, config_from_dict, config_to_dict, config_to_yaml
 from pretrain.data.manifest import BLOCK, Shard, load_index, load_manifest, write_manifest
 from pretrain.data.order import Order
+from pretrain.errors import UserError
+from pretrain.json_files import Fields
+from pretrain.models import card
 from pretrain.models.card import model_card
 from pretrain.models.weights import read_weights
 from pretrain.storage import crc32c
 from pretrain.train.run import train
+from pretrain.train.save import Saver
 from pretrain.train.state import TrainState, receipt
 
 STEPS, BATCH, HELD_OUT = 20, 12, 7
@@ -43,19 +55,34 @@ def finish(config: Config) -> None:
     train(config)
 
 
+def hang_at_8(config: Config) -> None:
+    """Trains until step 8 is to be saved, when step 4 has been, and waits there to be killed."""
+    save = Saver.save
+
+    def hanging(self: Saver, state: TrainState, *args: Any, **options: Any) -> None:
+        if state.step == 8:
+            self.finish()
+            time.sleep(600)
+        save(self, state, *args, **options)
+
+    Saver.save = hanging
+    train(config)
+
+
 @pytest.fixture(scope="module")
 def case(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """2 ranks, killed after step 7, then 3 to the end: 2 epochs and a half of 96, with bad and damaged samples."""
+    """2 ranks, killed after step 8 with step 4 saved, then 3 to the end: 2.5 epochs of 96, bad and damaged samples."""
     folder = tmp_path_factory.mktemp("audit")
     shards = Path(shutil.copytree(shard_folder, folder / "trees"))
     plant_damage(shards)
     every = {"evaluation__every_steps": 10, "checkpoint__every_steps": 4, "total_steps": STEPS}
     config = tiny_config(shards, folder, data__global_batch=BATCH, data__held_out=HELD_OUT, **every)
-    processes = start_ranks(train, 2, config)
-    log, deadline = folder / "tiny" / "samples-00000.jsonl", time.monotonic() + 240
-    while not log.exists() or log.read_text().count("\n") < 7:
+    processes = start_ranks(hang_at_8, 2, config)
+    logs, deadline = [folder / "tiny" / f"samples-0000{rank}.jsonl" for rank in (0, 1)], time.monotonic() + 240
+    saved = folder / "tiny" / "checkpoints" / "step-0000000004"
+    while not saved.exists() or any(log.read_text().count("\n") < 8 for log in logs):
         assert any(process.is_alive() for process in processes) and time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.02)
     for process in processes:
         process.kill()
         process.join()
@@ -124,6 +151,9 @@ def test_an_honest_run_adds_up(case: Case) -> None:
 
 def forget(run: Path) -> None:
     """Leaves out what earlier versions did not write."""
+    (run / "damaged_samples.jsonl").unlink()
+    edit_states(run, lambda state: state["train"].pop("damaged_samples"))
+    edit_lines(run / "metrics.jsonl", lambda rows: [row.pop("train/damaged_samples", None) for row in rows] and None)
     for key in ("receipt", "starts_sha256"):
         edit_states(run, lambda state, key=key: state.pop(key))
     new = ("seed", "global_batch", "held_out", "samples_logged", "starts_before")
@@ -134,6 +164,26 @@ def tear(run: Path) -> None:
     """The next line of each log is half written."""
     for path in run.glob("*s*.jsonl"):
         path.write_text(path.read_text() + '{"step": 21, "sam')
+
+
+def add_start(run: Path, **values: Any) -> None:
+    """Appends a start like the last one, chained to the lines before it."""
+    text = (run / "starts.jsonl").read_bytes()
+    row = json.loads(text.splitlines()[-1]) | {"starts_before": hashlib.sha256(text).hexdigest()} | values
+    (run / "starts.jsonl").write_bytes(text + json.dumps(row).encode() + b"\n")
+
+
+def branch(run: Path) -> None:
+    """Makes it a run that branched off at step 2 of another, was killed in its first save, and branched off at 4."""
+    for path in run.glob("*s*.jsonl"):
+        if path.name != "starts.jsonl":
+            edit_lines(path, lambda rows: [row for row in rows if row["step"] > 4])
+    edit_lines(
+        run / "starts.jsonl", lambda r: [r[0] | {"step": 2, "branched": True}, r[1] | {"step": 4, "branched": True}]
+    )
+    edit_config(run, "branch_from: null", "branch_from: other")
+    edit_states(run, put("config", branch_from="other"))
+    chain_starts(run)
 
 
 def without_logs(run: Path) -> None:
@@ -151,6 +201,7 @@ HONEST: dict[str, tuple[Callable[[Path, Path], Any], dict[str, str]]] = {
         lambda run, _: without_logs(run),
         {"sample logs": "no samples-RANK.jsonl here, though they were written"},
     ),
+    "a file that is no rank's log": (lambda run, _: (run / "samples-00abc.jsonl").touch(), {}),
     "a torn last line": (lambda run, _: tear(run), {}),
     "of an earlier version": (
         lambda run, _: forget(run),
@@ -158,7 +209,13 @@ HONEST: dict[str, tuple[Callable[[Path, Path], Any], dict[str, str]]] = {
             "starts": "2 of an earlier version",
             "history": "name no start",
             "receipts": "3 checkpoints of an earlier version",
+            "steps again": "damage was not listed",
         },
+    ),
+    "killed twice between the last save and DONE": (lambda run, _: [add_start(run, step=20) for _ in "ab"], {}),
+    "branched off, killed in its first save, branched off again": (
+        lambda run, _: branch(run),
+        {"counts": "what the run that it branched from left out", "epochs": "up to step 4, of the other run"},
     ),
     "another place of the data": (
         lambda _, shards: shutil.rmtree(shards),
@@ -203,11 +260,65 @@ def test_a_run_under_way_adds_up_as_far_as_it_is_saved(case: Case, tmp_path: Pat
 def test_a_model_card_carries_the_receipt(case: Case) -> None:
     """In words, with what was left out by reason."""
     checkpoint = case.run / "checkpoints" / "step-0000000020"
-    card = model_card(read_weights(checkpoint), "npz", title="", command="", versions={}, loading="", proof="")
+    text = model_card(read_weights(checkpoint), "npz", title="", command="", versions={}, loading="", proof="")
     assert (
         "Receipt: order permuted v1, seed 0, global batch 12, steps 20, samples seen 240, steps skipped 0; held out 7, "
         "bad 12 (6 decode, 3 label, 3 tar), used though damaged 4. `tools/audit.py RUN` adds it up again."
-    ) in card
+    ) in text
+
+
+@pytest.mark.parametrize("reading", ["read_manifest", "crc32c"])
+def test_a_checkpoint_that_is_deleted_meanwhile_is_left_out(
+    reading: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a training does with old ones, between their listing and their reading."""
+    run, read = Path(shutil.copytree(case.run, tmp_path / "run")), getattr(records, reading)
+
+    def after_deletion(path: Path) -> Any:
+        shutil.rmtree(run / "checkpoints" / "step-0000000012", ignore_errors=True)
+        return read(path)
+
+    monkeypatch.setattr(records, reading, after_deletion)
+    found = look(run, no_data=True, full=True)
+    assert not wrong(found)
+    assert next(f.left_out for f in found if f.check == "files") == "1 checkpoints, deleted meanwhile"
+
+
+def test_a_start_that_is_added_meanwhile_changes_nothing(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines are those of one reading."""
+    run, opened = Path(shutil.copytree(case.run, tmp_path / "run")), audit_folder.open_log
+
+    def open_and_add(path: Path) -> BinaryIO:
+        with opened(path) as file:
+            text = file.read()
+        add_start(run, step=20)
+        return io.BytesIO(text)
+
+    monkeypatch.setattr(audit_folder, "open_log", open_and_add)
+    assert len(Run(run, Options(False, None, True, 0)).starts) == 2
+
+
+@pytest.mark.parametrize(
+    "about, expected",
+    [
+        ({"bad_samples": {"tar": 2, "decode": 1}}, "bad 3 (2 tar, 1 decode)"),
+        ({"bad_samples": {"tar": "x"}}, None),
+        ({"bad_samples": {"tar": 1, "x\n# y": 3}}, "bad 4 (1 tar, 3 x # y)"),
+        ({"name": "x\n# y"}, "order x # y v1"),
+        ({"version": "v1\n# y"}, "v1 # y"),
+    ],
+)
+def test_a_strangers_receipt_does_nothing_to_a_card(about: dict[str, Any], expected: str | None) -> None:
+    """Counts are counts, and all of it is one line of plain text."""
+    values = receipt(TrainState(), Order(103, 7, 12, 0), {"name": "permuted", "version": "v1"})
+    state = Fields({"receipt": values | about}, "state.json")
+    if expected is None:
+        with pytest.raises(UserError, match="state.json: receipt: bad_samples: tar is 'x', expected an integer"):
+            card._receipt(state)
+    else:
+        assert expected in (told := card._receipt(state)) and "\n" not in told.strip()
 
 
 @pytest.mark.slow
@@ -219,6 +330,7 @@ def test_a_run_that_branched_off_adds_up(case: Case, tmp_path: Path) -> None:
     config = config_from_dict(state["config"], "branch")
     config = changed(config, **{key: str(v) if isinstance(v, Path) else v for key, v in more.items()})
     run_ranks(finish, 1, config)
+    assert json.loads((tmp_path / "tiny" / "starts.jsonl").read_text())["branched"] is True
     found = look(tmp_path / "tiny", full=True)
     assert not wrong(found)
     assert "bad and skipped ones up to step 16, of the other run" in [finding.left_out for finding in found]
@@ -267,12 +379,37 @@ def test_the_command_tells_and_exits(case: Case, tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "expected the folder of a run" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("--seed", "-1"), "error: --seed is -1; expected 0 or more"),
+        (("--data", "TYPO"), "error: TYPO: not found; expected the data set's folder or manifest"),
+    ],
+)
+def test_wrong_arguments_are_told(
+    arguments: tuple[str, str],
+    expected: str,
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In one line, and nothing is called right."""
+    monkeypatch.setattr(sys, "argv", ["audit.py", str(case.run), *arguments])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert left.value.code == 2
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [expected] and not told.out
+
+
+TOOL = Path(__file__).parents[1] / "tools" / "audit.py"
+
+
 def command(*arguments: object) -> subprocess.CompletedProcess:
     """Runs tools/audit.py in a process in which torch cannot be imported."""
     blocked = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
     run = f"{blocked}runpy.run_path(sys.argv[0], run_name='__main__')"
-    tool = Path(__file__).parents[1] / "tools" / "audit.py"
-    return subprocess.run([sys.executable, "-c", run, str(tool), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", run, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
 
 
 # --- lies ------------------------------------------------------------------------------------------------------------
@@ -460,6 +597,16 @@ def drop_metric(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] != 14]
 
 
+def moved(name: str) -> Callable[[Path, Path], None]:
+    """Returns what puts a link in the place of a log."""
+
+    def lie(run: Path, shards: Path) -> None:
+        (run / name).rename(shards.parent / name)
+        (run / name).symlink_to(shards.parent / name)
+
+    return lie
+
+
 NEWEST = "step-0000000020"
 IN_LOG = r"samples-0000\d.jsonl: step"
 LIES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
@@ -501,15 +648,40 @@ LIES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         lambda run, _: (edit_lines(run / "starts.jsonl", lambda r: r[1].update(step=8)), chain_starts(run)),
         r"samples-0000\d.jsonl: ",
     ),
+    "starts behind the end": (
+        lambda run, _: [add_start(run, step=step) for step in (24, 20)],
+        "line 3: a start at step 24 behind the end of the run",
+    ),
+    "a branch made up": (
+        lambda run, _: (edit_lines(run / "starts.jsonl", lambda r: r[1].update(branched=True)), chain_starts(run)),
+        "line 2: a start that branched off; expected none, for config.yaml names no branch_from",
+    ),
+    "a branch behind a checkpoint": (
+        lambda run, _: (branch(run), add_start(run, step=20, branched=True)),
+        "line 3: branched off at step 20; expected nothing saved before, but step-0000000012 was there",
+    ),
+    "starts that are a link": (moved("starts.jsonl"), "starts.jsonl: is not a plain file"),
     # bad samples
+    "bad samples that are a link": (moved("bad_samples.jsonl"), "bad_samples.jsonl: is not a plain file"),
+    "an epoch beyond 64 bits": (
+        lines_of("bad_samples.jsonl", lambda r: r[0].update(epoch=2**62)),
+        "line 1: epoch is 4611686018427387904, expected an integer from 0 to 9999999999",
+    ),
+    "an epoch far away, in a large set": (
+        lambda run, _: (
+            edit_states(run, put("receipt", num_samples=2**48)),
+            edit_lines(run / "bad_samples.jsonl", lambda r: r[0].update(epoch=10**10 - 1)),
+        ),
+        r"line 1: epoch 9999999999, index \d+ at step \d; expected an epoch that was begun",
+    ),
     "a bad sample hidden": (lines_of("bad_samples.jsonl", lambda r: r[1:]), "lines up to step 12; expected the"),
     "hidden in an epoch, all counts lowered": (
         lambda run, _: hide(run, lambda row: row["index"] == 3 and row["epoch"] == 1),
-        r"has no line for epoch 1, index 3 \(step 1\d\); expected one: it is decode in another epoch",
+        r"has no line for epoch 1, index 3 \(step 1\d\); expected one: it is decode in another epoch \(a file repaired",
     ),
     "hidden in all epochs, all counts lowered": (
         lambda run, _: hide(run, lambda row: row["index"] == 3),
-        r"index 3 \(step \d+\): does not list it; expected decode, as it is when read again",
+        r"index 3 \(step \d+\): does not list it; expected decode, as it is when read again \(a file repaired",
     ),
     "a bad sample invented, all counts raised": (
         lambda run, _: recount(run, invented(run)),
@@ -521,7 +693,7 @@ LIES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     ),
     "another reason, all counts changed": (
         lambda run, _: recount(run, [r | {"reason": "tar"} if r["index"] == 3 else r for r in listed(run)]),
-        "index 3 is tar; expected decode, as it is when read again",
+        r"index 3 is tar; expected decode, as it is when read again \(a file repaired",
     ),
     "another epoch": (lines_of("bad_samples.jsonl", lambda r: r[0].update(epoch=1)), "by the order"),
     "another index": (lines_of("bad_samples.jsonl", lambda r: r[0].update(index=11)), "by the order"),
@@ -607,6 +779,7 @@ LIES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         lambda run, _: edit_json(run / "DONE", put("", step=24)),
         "DONE: step is 24; expected 20",
     ),
+    "the end is a link": (moved("DONE"), "DONE: is not a plain file"),
     "another score at the end": (lambda run, _: edit_json(run / "DONE", put("", **{"val/top1": 0.99})), "DONE: scores"),
 }
 NEED_DATA = ("read again", "SHA-256", "classes", "x.tar")
@@ -627,6 +800,38 @@ def test_lies_are_found(name: str, case: Case, tmp_path: Path) -> None:
     found = wrong(look(run, data=shards, no_data=not reads, full="CRC-32C" in expected))
     assert any(re.search(expected, message) for message in found), found
     assert all("\n" not in message for message in found)
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.mkdir(),
+        os.mkfifo,
+        bind,
+    ],
+    ids=["link", "folder", "pipe", "socket"],
+)
+def test_a_log_that_is_no_file_is_told(
+    make: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, neither a traceback nor a wait."""
+    monkeypatch.chdir(tmp_path)
+    make(Path("log"))
+    with pytest.raises(Lie, match="^log: is not a plain file$"):
+        open_log(Path("log"))
+
+
+def test_epochs_without_number_are_left_out() -> None:
+    """A receipt may claim a data set with one sample."""
+    run: Any = SimpleNamespace(order=Order(8, 7, 4096, 0), trained=10**9)
+    with pytest.raises(LeftOut, match="more than 100,000 epochs"):
+        samples._epochs_begun(run)
 
 
 # --- a long run ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from importlib import metadata
@@ -133,6 +134,20 @@ def test_damaged_logs_do_not_keep_a_run_from_its_start(tmp_path: Path, capsys: p
     record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 5)
     assert (tmp_path / "samples-00000.jsonl").read_text() == '{"step": 1}\n'
     assert capsys.readouterr().err.count("2 damaged lines left out") == 3
+
+
+def test_a_torn_start_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a power loss: the next start has a line of its own, and knows the whole lines before it."""
+    starts, whole = tmp_path / "starts.jsonl", b'{"step": 0}\n'
+    starts.write_bytes(whole + b'{"step": 4, "ti\0\0')
+    record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 8, branched=True)
+    record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 12)
+    lines = starts.read_bytes().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
+    assert [(row["step"], row.get("branched")) for row in rows] == [(0, None), (8, True), (12, None)]
+    assert rows[1]["starts_before"] == hashlib.sha256(whole).hexdigest()
+    assert rows[2]["starts_before"] == hashlib.sha256(whole + lines[1]).hexdigest()
+    assert capsys.readouterr().err.count("starts.jsonl: 17 bytes of a start that was not written whole are cut") == 1
 
 
 def test_a_recipe_that_cannot_be_copied_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ Imports no torch: the audit begins at once.
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,21 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.audit.logs import Lie, lie, open_log, rows
+from pretrain.audit.logs import Lie, lie, open_log, rows, rows_of
 from pretrain.checkpoint.layout import MAX_STEP, own_file, read_manifest, step_folders, step_of
 from pretrain.config import Config, load_config
 from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
-from pretrain.data.manifest import Manifest, check_shards, load_manifest
+from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
 from pretrain.data.order import Order
 from pretrain.data.store import store_at
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, brief, read_json
+from pretrain.json_files import Fields, brief, parse_json, read_json
 from pretrain.storage import crc32c
 
 ORDERS = (("permuted", "v1"), ("lanes", "v1"))  # names and versions
 MAX_RANKS = 1 << 20
 MAX_COUNT = 2**63 - 1
 _MAX_STARTS_BYTES = 256 << 20
+_MAX_DONE_BYTES = 1 << 20  # a step and some scores
 
 
 class LeftOut(Exception):
@@ -51,6 +53,7 @@ class Start:
     place: str  # file and line
     step: int
     world_size: int
+    branched: bool  # it went on from another run's checkpoint; not recorded by earlier versions
     values: Fields
     before: str  # SHA-256 of the lines before it
     until: str  # and of those up to its own
@@ -134,7 +137,11 @@ class Run:
     def done(self) -> Fields | None:
         """What DONE says; None while there is none."""
         path = self.folder / "DONE"
-        return Fields.of(read_json(path), str(path)) if os.path.lexists(path) else None
+        try:
+            with open_log(path) as file:
+                return Fields.of(parse_json(file.read(_MAX_DONE_BYTES), str(path)), str(path))
+        except FileNotFoundError:
+            return None
 
     @cached_property
     def saved(self) -> list[Saved]:
@@ -160,14 +167,17 @@ class Run:
         if not os.path.lexists(path):
             raise Lie(f"{path}: is missing; expected a line for each start")
         with open_log(path) as file:
-            text = file.read(_MAX_STARTS_BYTES)
+            text = file.read(_MAX_STARTS_BYTES + 1)
+        if len(text) > _MAX_STARTS_BYTES:
+            raise Lie(f"{path}: has more than {_MAX_STARTS_BYTES:,} bytes, which is the limit of such a file")
         found, begin = [], 0
-        for fields in rows(path):
+        for fields in rows_of(io.BytesIO(text), path):  # not read again: a start may be added meanwhile
             step, world_size = fields.integer("step", 0, MAX_STEP), fields.integer("world_size", 1, MAX_RANKS)
             before = hashlib.sha256(text[:begin]).hexdigest()
             begin = text.index(b"\n", begin) + 1
             until = hashlib.sha256(text[:begin]).hexdigest()
-            found.append(Start(fields.source, step, world_size, fields, before, until))
+            branched = fields.flag("branched", False)
+            found.append(Start(fields.source, step, world_size, branched, fields, before, until))
         if not found:
             raise Lie(f"{path}: is empty; expected a line for each start")
         return found
@@ -176,7 +186,7 @@ class Run:
     def segments(self) -> list[Segment]:
         """Which start the logs of each step are of: a start drops the lines after its step, and writes them again."""
         kept: list[Start] = []
-        for start in self.starts:
+        for start in self.starts[self.origin :]:
             while kept and kept[-1].step >= start.step:
                 kept.pop()
             kept.append(start)
@@ -187,9 +197,16 @@ class Run:
         ]
 
     @cached_property
+    def origin(self) -> int:
+        """Which start the run began with: the last that branched off, since one that was killed in its first save left
+        nothing; else, and where an earlier version did not record it, the first.
+        """
+        return max((number for number, start in enumerate(self.starts) if start.branched), default=0)
+
+    @cached_property
     def first_step(self) -> int:
         """0; of a run that branched off, the step of the other run's checkpoint."""
-        return self.starts[0].step
+        return self.starts[self.origin].step
 
     @cached_property
     def trained(self) -> int:
@@ -237,7 +254,7 @@ class Run:
             known = " or ".join(" ".join(names) for names in ORDERS)
             lie(place, f"order {brief(key[0])} version {brief(key[1])}", known)
         receipt = self.saved[-1].receipt
-        size = self.manifest.num_samples if receipt is None else receipt.integer("num_samples", 1, MAX_COUNT)
+        size = self.manifest.num_samples if receipt is None else receipt.integer("num_samples", 1, MAX_SAMPLES)
         data = self.config.data
         if data.held_out >= size:
             lie(self.folder / "config.yaml", f"data.held_out is {data.held_out}", f"less than the {size} samples")
@@ -293,7 +310,7 @@ def _listed(path: Path) -> Listed:
     numbers: list[tuple[int, int, int]] = []
     reasons, shards = [], []
     for row in rows(path):
-        step, epoch = row.integer("step", 1, MAX_STEP), row.integer("epoch", 0, MAX_COUNT)
+        step, epoch = row.integer("step", 1, MAX_STEP), row.integer("epoch", 0, MAX_STEP)
         numbers.append((step, epoch, row.integer("index", 0, MAX_COUNT)))
         reasons.append(row.text("reason"))
         shards.append(row.text("shard"))

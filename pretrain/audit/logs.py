@@ -1,5 +1,6 @@
 """A run's logs, line by line and by step; a folder may come from anybody, and nothing in it is trusted."""
 
+import errno
 import os
 import re
 import stat
@@ -31,28 +32,40 @@ def rows(path: Path) -> Iterator[Fields]:
     """
     if not os.path.lexists(path):
         return
-    last = 0
     with open_log(path) as file:
-        number = 0
-        while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
-            number += 1
-            source = f"{path}: line {number}"
-            try:
-                fields = Fields.of(parse_json(line, source), source)
-                step = fields.integer("step", 0, MAX_STEP)
-            except UserError as error:
-                raise Lie(str(error)) from None
-            if step < last and path.name != "starts.jsonl":
-                lie(source, f"step {step} after step {last}", "steps in order")
+        last = 0
+        for fields in rows_of(file, path):
+            step = fields.integer("step", 0, MAX_STEP)
+            if step < last:
+                lie(fields.source, f"step {step} after step {last}", "steps in order")
             last = step
             yield fields
-        if len(line) == MAX_LINE_BYTES:
-            raise Lie(f"{path}: line {number + 1} has more than {MAX_LINE_BYTES:,} bytes")
+
+
+def rows_of(file: BinaryIO, path: Path) -> Iterator[Fields]:
+    """Yields the lines of an open log, with steps in any order."""
+    number = 0
+    while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+        number += 1
+        source = f"{path}: line {number}"
+        try:
+            fields = Fields.of(parse_json(line, source), source)
+            fields.integer("step", 0, MAX_STEP)
+        except UserError as error:
+            raise Lie(str(error)) from None
+        yield fields
+    if len(line) == MAX_LINE_BYTES:
+        raise Lie(f"{path}: line {number + 1} has more than {MAX_LINE_BYTES:,} bytes")
 
 
 def open_log(path: Path) -> BinaryIO:
     """Opens a log. Raises Lie where it is no plain file; a link may lead anywhere."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
+            raise
+        raise Lie(f"{path}: is not a plain file") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise Lie(f"{path}: is not a plain file")

@@ -8,9 +8,12 @@ from pretrain.audit.folder import MAX_COUNT, LeftOut, Listed, Run, Saved
 from pretrain.audit.logs import Lie, lie
 from pretrain.checkpoint.layout import MAX_STEP, own_file, read_manifest
 from pretrain.config import config_from_dict, config_to_dict, resume_differences
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, UserError
 from pretrain.json_files import brief
 from pretrain.storage import crc32c
+
+# Told where a sample is found to be another than listed, which need not be a lie.
+REPAIRED = "(a file repaired since, or another version's limits of decoding, look like this too)"
 
 
 class Outcome(NamedTuple):
@@ -26,6 +29,8 @@ def check_starts(run: Run) -> Outcome:
     config, branched, chained = run.config, run.config.branch_from is not None, 0
     expected = {"seed": config.seed, "global_batch": config.data.global_batch, "held_out": config.data.held_out}
     for number, start in enumerate(run.starts):
+        if start.branched and not branched:
+            lie(start.place, "a start that branched off", "none, for config.yaml names no branch_from")
         if number == 0 and start.step and not branched:
             lie(start.place, f"the first start is at step {start.step}", "0, for config.yaml names no branch_from")
         for key, value in expected.items():
@@ -38,7 +43,7 @@ def check_starts(run: Run) -> Outcome:
                 start.place, "the lines before it are not those that it was written behind", f"SHA-256 {before[:16]}..."
             )
         chained += bool(before)
-        if start.step < run.first_step:
+        if number > run.origin and start.step < run.first_step:
             lie(start.place, f"step {start.step}", f"{run.first_step} or more, where the run began")
     told = "" if chained == len(run.starts) else f"{len(run.starts) - chained} of an earlier version: not chained"
     return Outcome("step, ranks, seed, batch, held out; each knows the lines before it", len(run.starts), told)
@@ -69,6 +74,12 @@ def check_history(run: Run) -> Outcome:
                     f"goes on from step {later.step}",
                     f"from {saved.step} or later: {saved.path.name} was there",
                 )
+            if later.branched:
+                lie(
+                    later.place,
+                    f"branched off at step {later.step}",
+                    f"nothing saved before, but {saved.path.name} was there",
+                )
     newest = run.saved[-1]
     last = starts[-1]
     if last.step > newest.step:
@@ -76,8 +87,9 @@ def check_history(run: Run) -> Outcome:
     known = _num_starts(run, newest)
     if known and known < len(starts) and last.step != newest.step:
         lie(last.place, f"goes on from step {last.step}", f"{newest.step}, the newest checkpoint's")
-    if run.done is not None and known and known != len(starts):
-        lie(starts[known].place, "a start behind the end of the run", f"{known} starts: the run was done in the last")
+    for later in starts[known:] if run.done is not None and known else ():
+        if later.step != newest.step:  # a kill between the last save and DONE leaves a start that only writes DONE
+            lie(later.place, f"a start at step {later.step} behind the end of the run", f"{newest.step}, the last step")
     told = "" if all(saved.starts for saved in run.saved) else "checkpoints of an earlier version name no start"
     return Outcome("checkpoints against starts: steps, ranks, number of starts", len(run.saved), told)
 
@@ -89,15 +101,22 @@ def _num_starts(run: Run, saved: Saved) -> int:
 
 def check_files(run: Run) -> Outcome:
     """Every file of every checkpoint has its size, and its checksum: of tensors in full mode only."""
-    count = 0
+    count, gone = 0, 0
     for saved in run.saved:  # sizes, and the checksums of JSON, were compared as it was read
-        for name, _, checksum in read_manifest(saved.path):
-            count += 1
-            if run.options.full and (found := crc32c(own_file(saved.path, name))) != checksum:
-                lie(saved.path / name, f"has CRC-32C {found}", f"the {checksum} that MANIFEST.json names")
+        try:
+            for name, _, checksum in read_manifest(saved.path):
+                count += 1
+                if run.options.full and (found := crc32c(own_file(saved.path, name))) != checksum:
+                    lie(saved.path / name, f"has CRC-32C {found}", f"the {checksum} that MANIFEST.json names")
+        except (UserError, OSError):
+            if saved.path.exists():  # else a training has just deleted it, as it does with old ones
+                raise
+            gone += 1
     if not run.saved:
         raise LeftOut("no checkpoint yet")
-    return Outcome("files of checkpoints", count, "" if run.options.full else "checksums of tensors: --full")
+    told = [f"{gone} checkpoints, deleted meanwhile"] if gone else []
+    told += [] if run.options.full else ["checksums of tensors: --full"]
+    return Outcome("files of checkpoints", count, "; ".join(told))
 
 
 def check_receipts(run: Run) -> Outcome:
@@ -185,7 +204,7 @@ def check_done(run: Run) -> Outcome:
 
 def check_counts(run: Run) -> Outcome:
     """A checkpoint's counts of bad and damaged samples and of skipped steps are those of the lists up to its step."""
-    base: dict[str, int] | None = {} if run.starts[0].step == 0 else None  # of the run that it branched from
+    base: dict[str, int] | None = None if run.first_step else {}  # of the run that it branched from
     for saved in run.saved:
         said = _said(saved)
         listed = {f"bad ({reason})": count for reason, count in run.bad.counts(saved.step).items()}
@@ -204,14 +223,14 @@ def check_counts(run: Run) -> Outcome:
                 )
     if not run.saved:
         raise LeftOut("no checkpoint yet")
-    told = "what the run that it branched from left out" if run.starts[0].step else ""
+    told = "what the run that it branched from left out" if run.first_step else ""
     return Outcome("counts in checkpoints against the lists: bad by reason, damaged, skipped", len(run.saved), told)
 
 
 def _said(saved: Saved) -> dict[str, int]:
     bad = saved.train.part("bad_samples")
     return {f"bad ({reason})": bad.integer(reason, 0, MAX_COUNT) for reason in bad.values} | {
-        "damaged": saved.train.integer("damaged_samples", 0, MAX_COUNT),
+        "damaged": saved.train.integer("damaged_samples", 0, MAX_COUNT, 0),  # not counted by earlier versions
         "skipped steps": saved.train.integer("skipped_steps", 0, MAX_COUNT),
     }
 
@@ -231,9 +250,8 @@ def check_metrics(run: Run) -> Outcome:
         epoch = step * run.order.global_batch / run.order.num_train
         if row.values.get("train/epoch") != epoch:
             lie(row.source, f"train/epoch is {brief(row.values.get('train/epoch'))}", f"{epoch} at step {step}")
-        said = [
-            int(row.number(f"train/{key}", 0, MAX_COUNT)) for key in ("bad_samples", "damaged_samples", "skipped_steps")
-        ]
+        defaults = {"bad_samples": ..., "damaged_samples": 0, "skipped_steps": ...}  # as in _said
+        said = [int(row.number(f"train/{key}", 0, MAX_COUNT, default)) for key, default in defaults.items()]
         listed = [counter.until(step) for counter in counted]
         base = base or [one - other for one, other in zip(said, listed)]
         if step <= trained and (own := [one - other for one, other in zip(said, base)]) != listed:

@@ -7,13 +7,14 @@ import numpy as np
 
 from pretrain.audit.folder import LeftOut, Listed, Run, Segment
 from pretrain.audit.logs import StepLines, lie
-from pretrain.audit.records import Outcome
+from pretrain.audit.records import REPAIRED, Outcome
 from pretrain.checkpoint.layout import MAX_STEP
 from pretrain.data.order import share
 from pretrain.json_files import Fields, brief, parse_json
 
 MAX_CHOSEN_STEPS = 256  # whose lines in samples-RANK.jsonl are compared
 MAX_CHOSEN_LINES = 20_000  # of all ranks: looking one up in a large log takes a millisecond
+MAX_EPOCHS = 100_000  # a minute; a receipt may claim a data set of one sample
 MAX_LISTED_EPOCHS = 3  # each a line of its own in the table, the newest
 
 
@@ -31,6 +32,12 @@ def _check_steps(run: Run, listed: Listed) -> None:
     if (too_large := np.flatnonzero(listed.indices >= run.order.num_samples)).size:
         first = int(too_large[0])
         lie(listed.place(first), f"index {listed.indices[first]}", f"less than the {run.order.num_samples} samples")
+    # Also those far beyond, whose positions would not fit into 64 bits.
+    most = listed.steps * (run.order.global_batch / run.order.num_train) + 1
+    if (late := np.flatnonzero(listed.epochs > most)).size:
+        first = int(late[0])
+        sample = f"epoch {listed.epochs[first]}, index {listed.indices[first]} at step {listed.steps[first]}"
+        lie(listed.place(first), sample, "an epoch that was begun, by the order")
     held = run.order.steps_of(listed.epochs, listed.indices) + 1  # state.step counts the steps done
     wrong = np.flatnonzero(held != listed.steps)
     if wrong.size:
@@ -74,7 +81,7 @@ def check_every_epoch(run: Run) -> Outcome:
                     lie(
                         listed.path,
                         f"has no line for epoch {epoch}, index {index} (step {step})",
-                        f"one: it is {reasons[index]} in another epoch",
+                        f"one: it is {reasons[index]} in another epoch {REPAIRED}",
                     )
                 count += 1
     return Outcome("listed samples in all other epochs: listed there too?", count)
@@ -101,9 +108,11 @@ def check_skipped(run: Run) -> Outcome:
 
 
 def _epochs_begun(run: Run) -> int:
+    """How many epochs have been begun. Raises LeftOut where they are too many to add up one by one."""
     epochs = 0
     while run.order.seen(epochs, run.trained):
-        epochs += 1
+        if (epochs := epochs + 1) > MAX_EPOCHS:
+            raise LeftOut(f"more than {MAX_EPOCHS:,} epochs")
     return epochs
 
 
@@ -156,7 +165,7 @@ def _skipped_by_epoch(run: Run) -> Counter[int]:
 
 def check_sample_logs(run: Run) -> Outcome:
     """samples-RANK.jsonl has each step once, on the ranks that its start had, with the samples of the order."""
-    paths = {int(path.stem.removeprefix("samples-")): path for path in run.folder.glob("samples-?????.jsonl")}
+    paths = {int(path.stem.removeprefix("samples-")): path for path in run.folder.glob(f"samples-{'[0-9]' * 5}.jsonl")}
     segments = [segment for segment in run.segments if segment.first <= run.trained]
     if not paths:
         logged = any(segment.samples_logged for segment in segments)

@@ -43,7 +43,7 @@ MIN_BLOCK_SAMPLES, MAX_BLOCK_SAMPLES = 64, 4096  # 16 requests for 1,000 samples
 MAX_SHARD_BYTES = 4 << 40  # offsets of 32 bits reach 2 TiB; zeros may follow the last sample
 MAX_SHARD_SAMPLES = 1 << 24  # all of ImageNet-21k in one tar; its index has 128 MiB
 _MIN_SAMPLE_BYTES = 2 * BLOCK  # the headers of image and label
-_MAX_SAMPLES = 1 << 48  # of a set, so that sums stay within 64 bits
+MAX_SAMPLES = 1 << 48  # of a set, so that sums stay within 64 bits
 _MAX_HEADER_BYTES = 4096  # of an index; ours have 300
 _MAX_NAME_BYTES = 255  # of a file, as Linux has it
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -135,7 +135,7 @@ def load_manifest(path: Path) -> Manifest:
             path=path,
             name=values.text("name"),
             sha256=hashlib.sha256(text).hexdigest(),
-            num_samples=values.integer("num_samples", 0, _MAX_SAMPLES),
+            num_samples=values.integer("num_samples", 0, MAX_SAMPLES),
             num_classes=num_classes,
             class_names=_read_names(label, path.parent, num_classes),
             shards=shards,

@@ -8,6 +8,7 @@ from typing import Any
 
 from pretrain.checkpoint.read import read_state
 from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, non_defaults
+from pretrain.escape import in_markdown
 from pretrain.json_files import Fields, parse_json
 from pretrain.models.tensors import Weights, read_fields, readable
 from pretrain.models.weights import results_folder
@@ -102,11 +103,12 @@ def _receipt(state: Fields) -> str:
     if not state.values.get("receipt"):
         return ""
     told = state.part("receipt")
-    bad = {reason: count for reason, count in told.part("bad_samples").values.items() if count}
-    reasons = f" ({', '.join(f'{count} {reason}' for reason, count in bad.items())})" if bad else ""
+    counts = told.part("bad_samples")
+    bad = {reason: count for reason in counts.values if (count := counts.integer(reason, 0, 1 << 63, 0))}
+    reasons = f" ({', '.join(f'{count} {in_markdown(reason)}' for reason, count in bad.items())})" if bad else ""
     numbers = {key: told.integer(key, 0, 1 << 63) for key in (*_RECEIPT, "held_out", "damaged_samples")}
     return (
-        f"\nReceipt: order {told.text('name')} {told.text('version')}, "
+        f"\nReceipt: order {in_markdown(told.text('name'))} {in_markdown(told.text('version'))}, "
         + ", ".join(f"{name} {numbers[key]:,}" for key, name in _RECEIPT.items())
         + f"; held out {numbers['held_out']:,}, bad {sum(bad.values()):,}{reasons}, used though damaged "
         f"{numbers['damaged_samples']:,}. `tools/audit.py RUN` adds it up again."

@@ -226,11 +226,18 @@ def _pixels() -> dict[str, str]:
 
 
 def record_start(
-    folder: Path, config: Config, deepspeed_config: dict[str, Any], step: int, recipe: Path | None = None
+    folder: Path,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    step: int,
+    recipe: Path | None = None,
+    *,
+    branched: bool = False,
 ) -> None:
     """Writes what this start runs with, and drops log lines after `step`, which will be written again. Rank 0.
 
-    recipe: the file that the config was read from. Raises StorageError where the config cannot be written.
+    recipe: the file that the config was read from. branched: it goes on from another run's checkpoint.
+    Raises StorageError where the config cannot be written.
     """
     if not ranks.is_main():
         return
@@ -247,8 +254,10 @@ def record_start(
         _keep_recipe(recipe, folder)
     if unknown := [name for name, version in versions().items() if version == UNKNOWN]:
         warn(f"the versions of {', '.join(unknown)} cannot be read, and are recorded as {UNKNOWN}")
+    _cut_torn_start(folder / _STARTS)
     start = {
         "step": step,
+        **({"branched": True} if branched else {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": ranks.world_size(),
         "seed": config.seed,
@@ -263,6 +272,20 @@ def record_start(
         "versions": versions(),
     }
     JsonLines(folder / _STARTS).append(start)
+
+
+def _cut_torn_start(path: Path) -> None:
+    """Drops a last line that a power loss left half written: the next start must not go on behind it."""
+    try:
+        text = read_bytes(path)
+        if torn := len(text) - (text.rfind(b"\n") + 1):
+            with open(path, "r+b", opener=not_a_link) as file:
+                file.truncate(len(text) - torn)
+            warn(f"{path}: {torn} bytes of a start that was not written whole are cut")
+    except FileNotFoundError:
+        return
+    except (OSError, UserError) as error:
+        warn(f"{path}: its last line could not be looked at ({error})")
 
 
 def digest_of_starts(folder: Path) -> str:

@@ -86,7 +86,7 @@ def _train(config: Config, folder: Path, device: torch.device, recipe: Path | No
         set_aside_newer(checkpoint)
     start = checkpoint or origin
     state = _resume(engine, start, config) if start else _start(config)
-    record_start(folder, config, engine.deepspeed_config, state.step, recipe)
+    record_start(folder, config, engine.deepspeed_config, state.step, recipe, branched=origin is not None)
     log = RunLog(folder, state.step, config.total_steps)
     loop(config, data, engine, state, log, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
