@@ -347,7 +347,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     """No run, an empty one, foreign results: exit code 2, or a UserError that names the file."""
-    assert "no: not found; give the folder of a run" in one_line_error(run_tool("report", tmp_path / "no"))
+    assert "no: not found; expected the folder of a run" in one_line_error(run_tool("report", tmp_path / "no"))
     run = make_run(tmp_path)
     (run / "evaluation").mkdir()
     (run / "evaluation" / "results.json").write_text('{"rows": []}')

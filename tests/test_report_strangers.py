@@ -13,6 +13,7 @@ from PIL import Image
 from test_hostile_images import chunk, flat_png, many_scans, photo
 from test_report import RECIPE, add_evaluation, make_run, write_finetuning
 
+from pretrain.data.headers import MAX_SCANS
 from pretrain.errors import UserError
 from pretrain.report import curves, files
 from pretrain.report import runs as runs_module
@@ -101,7 +102,7 @@ PNG = flat_png(8, 8, 2)
 PICTURES = {
     "profile": (PNG[:-12] + chunk(b"iCCP", b"a\0") + PNG[-12:], "not a picture that can be shown"),
     "chunks": (PNG[:33] + chunk(b"abCd", b"") * 60_000 + PNG[33:], "more than 50000 chunks"),
-    "scans": (many_scans(photo(64, 64, progressive=True), 100), "more than 50 scans"),
+    "scans": (many_scans(photo(64, 64, progressive=True), 100), f"more than {MAX_SCANS} scans"),
     "memory": (photo(8, 8, progressive=True).replace(b"\0\x08\0\x08\x03", b"\x1a\0\x1a\0\x03", 1), "MB to decode"),
 }
 

@@ -322,7 +322,7 @@ LARGE = [
     "resnet50",
 ]
 # One of each kind always: tokens, windows, batch norm.
-ALWAYS = ("vit_small_patch14_dinov2", "swin_tiny_patch4_window7_224", "resnet50")
+ALWAYS = ("eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224", "resnet50")
 SOME_AND_ALL = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in LARGE]
 
 
