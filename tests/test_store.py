@@ -287,8 +287,8 @@ def test_training_over_the_network_is_training_on_the_disk(tmp_path: Path) -> No
         sent = site.sent
         run_ranks(train, 1, replace(far, name="again"))
         assert site.sent == sent, "the second run downloaded what the store has"
+        found = audit(tmp_path / "far" / "tiny", Options(full=True, data=None, no_data=False, seed=0))
     run_ranks(train, 1, tiny_config(local, tmp_path / "near", total_steps=4, data__order="lanes"))
-    found = audit(tmp_path / "far" / "tiny", Options(full=True, data=None, no_data=False, seed=0))
     assert not any(row.wrong for row in found)
     assert {row.check for row in found if row.left_out} <= {"shards", "scores"}, found
     runs = [tmp_path / "far" / "tiny", tmp_path / "far" / "again", tmp_path / "near" / "tiny"]
