@@ -232,6 +232,19 @@ def test_reports_of_an_earlier_start_end_nobody(tmp_path: Path, monkeypatch: pyt
     assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
 
 
-def test_who_waits_may_speak_before_it_is_called_blocked() -> None:
-    """The process beside a rank ends it when its own thread has had its chance."""
-    assert monitor.BLOCKED_S > watchdog.WAITING_S + watchdog.LOOK_AROUND_S / 2
+def test_who_waits_speaks_itself_and_after_who_is_blocked(tmp_path: Path) -> None:
+    """The process beside a rank that waits for others does not take it for blocked; one that is, is named before."""
+    assert monitor.BLOCKED_S < watchdog.WAITING_S
+    place = tmp_path / "torch" / "distributed" / "waits.py"  # as far as the frames tell
+    place.parent.mkdir(parents=True)
+    place.write_text("import time\ndef wait(): time.sleep(1000)\n")
+    program = (
+        "import sys; from pathlib import Path; from pretrain.cluster import watchdog; watchdog.WAITING_S = 14\n"
+        "watchdog.FIRST_FACTOR = 1; sys.path.insert(0, sys.argv[1]); import waits\n"
+        "with watchdog.watching(Path(sys.argv[2]), 1, 600): waits.wait()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(place.parent), str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 76 and "waits for other ranks" in done.stderr, done.stderr
+    assert (tmp_path / "waiting-rank-00000.txt").exists() and not (tmp_path / "lost-rank-00000.txt").exists()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 SECTIONS = ("start", "data", "step", "evaluate", "save", "end")
 LOOK_EVERY_S = 0.5
 STOPPED_S = 45.0  # a stopped process does not come back by itself; told within a minute, and Ctrl-Z stops both
-BLOCKED_S = 30.0  # beyond a section's limit: the rank's own thread, which tells more and may wait 20 s, had its chance
+BLOCKED_S = 10.0  # beyond a section's limit: the rank's own thread, which tells more, had its chance
 STACKS_S = 2.0  # for the rank to write its stacks
 DUMP_SIGNAL = signal.SIGUSR2  # faulthandler's own handler answers it, also when no Python code can run
 

@@ -202,6 +202,8 @@ class _Watch:
             if silent_s >= beat.limit_s + (WAITING_S if waiting else 0):
                 what = "waits for other ranks" if waiting else "hangs"
                 self._end(beat, what, silent_s, beat.limit_s, waiting=waiting)
+            elif silent_s >= beat.limit_s and self._beat is beat:  # the process beside must not take it for blocked
+                monitor.write_beat(self._memory, beat._replace(limit_s=beat.limit_s + WAITING_S))
 
     def _waits_for_others(self) -> bool:
         """Whether the main thread is in a collective, as far as its innermost Python frames tell."""
