@@ -279,10 +279,12 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_told_before_anything_is_read(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one line, with the way out; not even the weights are opened."""
+def test_mistakes_are_told_before_anything_is_read(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, with the way out; not even the weights are opened: an empty folder is none."""
     arguments, message = MISTAKES[mistake]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), *map(str, arguments)])
     with pytest.raises(UserError, match=message):
         load_tool("evaluate").main()
 
