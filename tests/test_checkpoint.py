@@ -91,7 +91,7 @@ def test_round_trip_on_any_number_of_ranks(tmp_path: Path) -> None:
         assert torch.equal(part.values, wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_kill_during_saving_50_of_50(tmp_path: Path) -> None:
     """SIGKILL of both ranks at 50 random moments of saving without pause: the newest checkpoint is always readable, and

@@ -665,7 +665,7 @@ def test_a_killed_sweep_ends_with_the_same_table(kills: int, undisturbed: Path, 
     assert len(starts) == 4 and sum(starts) <= 4 + kills
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_imagenet_is_scored_by_real_labels_too(tiny: Path, tmp_path: Path) -> None:
     """Each final run by tools/evaluate.py, their mean in a line of its own, its n the images that have labels."""
     shutil.copytree(tiny / "data/pets/train", tmp_path / "data/imagenet/train")
@@ -739,7 +739,7 @@ def test_the_job_script_requeues_what_can_go_on(tmp_path: Path) -> None:
     assert {state for state in ended.values()} == {"COMPLETED", "FAILED"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_sweep_as_job_arrays(undisturbed: Path, tiny: Path, tmp_path: Path) -> None:
     """As the script's header says; one run is signalled as before its time limit, one killed: the same table."""

@@ -91,9 +91,9 @@ def wait_for_steps(config: Config, processes: list[Any], steps: int) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("precision", "stage"), [*LAYOUTS[::2], pytest.param(*LAYOUTS[1], marks=pytest.mark.long)])
+@pytest.mark.parametrize(("precision", "stage"), LAYOUTS)
 def test_kill_9_at_random_steps_5_of_5(precision: str, stage: int, shards: Path, tmp_path: Path) -> None:
     """Both ranks killed at 5 random moments, the same run started again each time: the end is bit-identical."""
     _kill_at_random_steps(shards, tmp_path, precision, stage, kills=5, seed=stage)
