@@ -68,7 +68,7 @@ def _end(process: BaseProcess, owner: int) -> None:
 
 def blocks_of(manifest: Manifest, order: Order, slots: range, step: int) -> Iterator[Block]:
     """Yields the blocks that some slots of a step need, in the order of their first use."""
-    indices = order.samples(step)[1][slots.start : slots.stop]
+    indices = order.samples(step, slots)[1]
     shards = np.searchsorted(manifest.first_indices, indices, side="right")
     places = indices // manifest.block_samples * (len(manifest.shards) + 1) + shards
     for slot in np.sort(np.unique(places, return_index=True)[1]):
