@@ -237,6 +237,16 @@ def test_a_shard_that_is_listed_twice_is_refused(again: list[int], own_shards: P
     assert f"lists '{shards[-1]['path']}' twice" in refusal(own_shards)
 
 
+@pytest.mark.parametrize("value", [0, -1, -(10**30)])
+@pytest.mark.parametrize("key", ["num_samples", "num_bytes"])
+def test_no_shard_makes_up_for_another(key: str, value: int, own_shards: Path) -> None:
+    """A shard of nothing, or of less, whose neighbour has as much more: the totals fit."""
+    shards = json.loads((own_shards / "manifest.json").read_text())["shards"]
+    shards[1][key] += shards[0][key] - value
+    shards[0][key] = value
+    assert f"shards[0]: {key} is {value}, expected an integer from 1" in refusal(changed(own_shards, shards=shards))
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "classes.json"])
 @pytest.mark.parametrize(
     "text", ["[" * 200_000, '{"a":' * 200_000, "[" * 40 + "]" * 40, "9" * 5000, "\ufeff[]"], ids=len

@@ -292,6 +292,17 @@ def test_an_archive_of_zeros_is_not_unpacked(tmp_path: Path) -> None:
     assert index_existing([good], [], out).exists()
 
 
+@pytest.mark.parametrize("data", [SAMPLE + END, SAMPLE + b"junk".ljust(512) + END], ids=["good", "damaged"])
+def test_an_index_of_another_tool_stays(data: bytes, tmp_path: Path) -> None:
+    """An .idx that is in the way ends the indexing, of a good tar too: it stays, the copy of the tar goes."""
+    (tmp_path / "a.tar").write_bytes(data)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.idx").write_text("another tool's")
+    with pytest.raises(UserError, match=r"a\.(idx: is in the way and no index of ours|tar: not a readable tar)"):
+        index_existing([tmp_path / "a.tar"], [], tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"a.idx": "another tool's"}
+
+
 def test_a_cut_or_damaged_archive_is_refused(tmp_path: Path) -> None:
     """Whatever is cut or flipped in a .tar.gz or a header: one line, and no file is silently left out."""
     data = SAMPLE + END
