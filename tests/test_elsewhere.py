@@ -172,7 +172,7 @@ def test_what_a_manifest_may_not_name(own_shards: Path, path: str, said: str) ->
     assert "pw" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["silence", "slow"])
+@pytest.mark.parametrize("kind", ["many pieces", pytest.param("silence", marks=pytest.mark.slow)])
 def test_an_interrupt_waits_for_no_download(site: Site, tmp_path: Path, kind: str) -> None:
     """A server that is silent, or sends a shard for minutes: Ctrl-C ends the command, which later goes on."""
     site.fault, site.chunk_bytes = lambda _: kind if kind == "silence" else "", 1
@@ -190,7 +190,7 @@ def test_an_interrupt_waits_for_no_download(site: Site, tmp_path: Path, kind: st
         process.send_signal(signal.SIGINT)
         told = process.communicate(timeout=200)[1]
     assert (process.returncode, told) == (130, "interrupted\n")
-    assert time.monotonic() - begun < 10  # else half a minute, and minutes
+    assert time.monotonic() - begun < 20  # else minutes, or 9 tries of 3 s and their waits
     site.fault, site.chunk_bytes = lambda _: "", 0
     assert index_urls(urls_of(site), (), tmp_path / "out" / "trees").exists()
     assert not list((tmp_path / "out" / "trees").glob(".*"))
