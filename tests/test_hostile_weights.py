@@ -301,6 +301,7 @@ CLAIMS: dict[str, tuple[dict[str, Any] | str, str]] = {
         "model.heads.*(true|True)",
     ),
     "own: a depth of none": ({"num_classes": 3, "pretrain": {"model": OWN | {"depth": 0}}}, "depth"),
+    "own: a key of two lines": ({"num_classes": 3, "pretrain": {"model": OWN, "\n": 1}}, r"pretrain.\\n: no such key"),
     "own: width": ({"num_classes": 3, "pretrain": {"model": OWN | {"width": 65_536}}}, "shape"),
     "own: classes": ({"num_classes": 1_000_000, "pretrain": {"model": OWN}}, "head.(weight|bias) has shape"),
     "own: trunk": (
