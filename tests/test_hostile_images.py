@@ -152,6 +152,27 @@ def test_the_limits_are_told() -> None:
     assert headers.jpeg_coefficients(encoded(smooth, "jpeg", progressive=True, subsampling=0)) == 6
 
 
+@pytest.mark.parametrize(
+    "height, width, said",
+    [
+        (7072, 7072, "7072 x 7072 pixels, at most 50,000,000 in all"),
+        (65_000, 65_000, "Image size .4225000000 pixels. exceeds limit"),  # Pillow's own
+        (65_000, 640, "640 x 65000 pixels"),
+        (1, 101, "101 x 1 pixels"),
+    ],
+)
+@pytest.mark.parametrize("form", ["jpeg", "png"])
+def test_sizes_beyond_the_limits_are_refused_unread(form: str, height: int, width: int, said: str) -> None:
+    """By what a file of some hundred bytes says of itself."""
+    if form == "jpeg":
+        data = photo(8, 8).replace(b"\0\x08\0\x08\x03", struct.pack(">HHB", height, width, 3), 1)
+    else:
+        size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        data = flat_png(1, 8, 2)[:8] + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    with pytest.raises(BadSample, match=f"decode: {said}"):
+        decode(data)
+
+
 def baseline_scans(number: int) -> bytes:
     """A baseline JPEG whose first scan holds one of its components only: that is decoded in several passes too."""
     data = bytearray(photo(64, 64, subsampling=0))
