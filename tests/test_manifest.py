@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pretrain import storage
 from pretrain.config import MAX_CLASSES
 from pretrain.data import manifest as manifest_module
 from pretrain.data.manifest import (
@@ -138,6 +139,25 @@ def test_an_index_reads_back_as_written(tmp_path: Path) -> None:
     assert index.offsets.tolist() == offsets.tolist() and index.key_crc32.tolist() == keys.tolist()
     assert index.byte_range(2) == (9 * 512, ((1 << 32) - 1) * 512)
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_two_nodes_may_write_an_index_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements of an array that come to the same shard: each has a temporary file of its own until its rename."""
+    shard = Shard(tmp_path / "a.tar", 3, 1 << 20, "digest")
+    index, real, others = ShardIndex(np.arange(4) * 3, np.arange(3)), storage.fsync_path, []
+
+    def interrupted(path: Path) -> None:
+        if not others:
+            others.append(1)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                write_index(shard, index)
+        real(path)
+
+    monkeypatch.setattr(storage, "fsync_path", interrupted)
+    write_index(shard, index)
+    assert load_index(shard).offsets.tolist() == [0, 3, 6, 9]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.idx"]
 
 
 def test_every_damage_to_an_index_is_found(own_shards: Path) -> None:
