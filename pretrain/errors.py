@@ -1,14 +1,19 @@
 """Errors whose message is written for the user. Everything else that is raised is a defect of ours.
 
 `exit_code` is what a command line exits with (see README, "Exit codes"). A message says where, what is wrong (the
-value), what is expected, and the way out, in one line.
+value), what is expected, and the way out, in one line, whatever the names of files, keys and tensors in it hold.
 """
+
+from pretrain.escape import shown
 
 
 class UserError(ValueError):
     """The user's input cannot be used: configuration, data set, weights, launch. Retrying cannot help."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class ConfigError(UserError):
@@ -23,6 +28,9 @@ class StorageError(OSError):
     """Reading or writing failed for now: the same command may succeed later."""
 
     exit_code = 75
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class LostProcessError(RuntimeError):

@@ -7,11 +7,14 @@ leaves the old file or the new one, never a torn one.
 import errno
 import hashlib
 import os
+import re
 import shutil
 import socket
 import stat
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import google_crc32c
@@ -38,8 +41,10 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     After an error it is removed and `path` is as before. shared: several processes, also on other nodes, may write the
     same file at the same time; the last one wins. Raises OSError.
     """
-    own = f"{socket.gethostname()}-{os.getpid()}-" if shared else ""
-    temporary = path.with_name(f".tmp-{own}{path.name}")
+    own, name = f"{_machine()}-{os.getpid()}-" if shared else "", path.name
+    if len(os.fsencode(own + name)) > _MAX_NAME_BYTES:
+        name = f"{zlib.crc32(os.fsencode(name)):08x}"
+    temporary = path.with_name(f".tmp-{own}{name}")
     try:
         yield temporary
         fsync_path(temporary)
@@ -48,6 +53,36 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+_MAX_NAME_BYTES = 255 - len(".tmp-")  # as most file systems allow
+
+
+@cache
+def _machine() -> str:
+    """Who numbers the processes here: the host and, as a container may number its own, which numbers these are."""
+    try:
+        numbering = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        numbering = 0
+    return f"{socket.gethostname()}-{numbering}"
+
+
+def has_lost_writer(mark: str) -> bool:
+    """Returns whether a process of this machine that has ended left a temporary file, of several that may write it.
+
+    mark: what stands in its name between .tmp- and the name of the file to be. Of other machines nothing is known.
+    """
+    machine, _, process = mark.removesuffix("-").rpartition("-")
+    if machine != _machine() or not re.fullmatch("[0-9]{1,9}", process):
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict", shared: bool = False) -> None:

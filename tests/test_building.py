@@ -162,6 +162,24 @@ def test_an_interrupted_build_goes_on(
     assert "holds a data set already" in refusal(make_shards, [source], None, out, SMALL)
 
 
+def test_what_a_killed_build_of_this_machine_left_is_removed_at_once(source: Path, tmp_path: Path) -> None:
+    """Killed and begun again within seconds: its half shard and half index do not stay for ever."""
+    program = (
+        "import os, sys; from pathlib import Path; from pretrain.storage import replacing\n"
+        "for name in ('set-000004.tar', 'set-000004.idx'):\n"
+        "    if not os.fork():\n"
+        "        with replacing(Path(sys.argv[1]) / name, shared=True) as temporary:\n"
+        "            temporary.write_text('torn'); os.kill(os.getpid(), 9)\n"
+        "    os.wait()"
+    )
+    out = tmp_path / "set"
+    out.mkdir()
+    subprocess.run([sys.executable, "-c", program, out], check=True, cwd=ROOT)
+    assert len(list(out.iterdir())) == 2
+    make_shards([source], None, out, SMALL)
+    assert not list(out.glob(".*"))
+
+
 def test_what_became_old_meanwhile_is_removed_at_the_end(source: Path, tmp_path: Path) -> None:
     """A killed process's file, too young at the start of a build, is gone when the set is complete."""
     out = tmp_path / "set"

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,6 +170,30 @@ def test_what_a_manifest_may_not_name(own_shards: Path, path: str, said: str) ->
     with pytest.raises(UserError, match=said) as caught:
         load_manifest(own_shards)
     assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["many pieces", pytest.param("silence", marks=pytest.mark.slow)])
+def test_an_interrupt_waits_for_no_download(site: Site, tmp_path: Path, kind: str) -> None:
+    """A server that is silent, or sends a shard for minutes: Ctrl-C ends the command, which later goes on."""
+    site.fault, site.chunk_bytes = lambda _: kind if kind == "silence" else "", 1
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from pretrain import cli\n"
+        "from pretrain.shards.elsewhere import index_urls\n"
+        "cli.run(lambda: index_urls(sys.argv[2:], (), Path(sys.argv[1])) and None)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "out" / "trees"), *urls_of(site)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while len(site.requests) < (3 if kind == "silence" else 6) and process.poll() is None:
+            time.sleep(0.05)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=200)[1]
+    assert (process.returncode, told) == (130, "interrupted\n")
+    assert time.monotonic() - begun < 20  # else minutes, or 9 tries of 3 s and their waits
+    site.fault, site.chunk_bytes = lambda _: "", 0
+    assert index_urls(urls_of(site), (), tmp_path / "out" / "trees").exists()
+    assert not list((tmp_path / "out" / "trees").glob(".*"))
 
 
 @pytest.mark.slow

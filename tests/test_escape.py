@@ -1,12 +1,13 @@
 """Names that others chose are text: on a terminal, in tables of rich, in Markdown."""
 
 import io
+import pickle
 import re
 
 import pytest
 
 from pretrain import cli
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, NotFoundError, StorageError, UserError
 from pretrain.escape import code_in_markdown, in_markdown, shown
 from pretrain.evaluation.evaluators import Row
 from pretrain.evaluation.results import print_table
@@ -39,6 +40,15 @@ def test_what_is_not_printable_is_escaped(text: str, capsys: pytest.CaptureFixtu
         cli.run(fail)
     told = capsys.readouterr()
     assert told.out == f"{line}\n{line}\n" and told.err == f"warning: {line}\nerror: {line}\n"
+
+
+@pytest.mark.parametrize("kind", [UserError, ConfigError, NotFoundError, StorageError])
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_an_error_is_one_line(kind: type[Exception], text: str) -> None:
+    """Whoever prints or logs it, and whatever names are in it; on its way between processes too."""
+    error = kind(f"{text}: no such key")
+    for one in (error, pickle.loads(pickle.dumps(error))):
+        assert str(one) == f"{shown(text)}: no such key" and isinstance(one, kind)
 
 
 def test_what_people_write_stays() -> None:

@@ -1,5 +1,6 @@
 """Sources of data sets from strangers: whatever is wrong with an array, a list or a record is one line."""
 
+import gzip
 import io
 import struct
 import tarfile
@@ -129,6 +130,9 @@ def test_damaged_archives_are_refused(tmp_path: Path) -> None:
             npz_items(path)
         except UserError as error:
             assert "\n" not in str(error)
+    for other in (b"\x89PNG\r\n\x1a\n" + bytes(4096), gzip.compress(data), bytes(10_240), b"[1, 2]"):  # renamed
+        path.write_bytes(other)
+        assert "a.npz: not an archive of images" in refusal(npz_items, path)
     path.write_bytes(b"PK\5\6" + bytes(18))
     assert "no array 'blob'" in refusal(npz_items, path)
 

@@ -295,6 +295,13 @@ CLAIMS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "own: all of it": ({"num_classes": 3, "pretrain": {"model": OWN | {"name": "${model}"}}}, "resolvers are not"),
     "a long text": (timm_asks("vit_tiny_patch16_224", act_layer="x" * 10_000), "has 10000 letters"),
     "own: depth": ({"num_classes": 3, "pretrain": {"model": OWN | {"depth": 1024}}}, LARGER),
+    "own: a depth of 2.0": ({"num_classes": 3, "pretrain": {"model": OWN | {"depth": 2.0}}}, "model.depth.*2.0"),
+    "own: heads of true": (
+        {"num_classes": 3, "pretrain": {"model": OWN | {"heads": True}}},
+        "model.heads.*(true|True)",
+    ),
+    "own: a depth of none": ({"num_classes": 3, "pretrain": {"model": OWN | {"depth": 0}}}, "depth"),
+    "own: a key of two lines": ({"num_classes": 3, "pretrain": {"model": OWN, "\n": 1}}, r"pretrain.\\n: no such key"),
     "own: width": ({"num_classes": 3, "pretrain": {"model": OWN | {"width": 65_536}}}, "shape"),
     "own: classes": ({"num_classes": 1_000_000, "pretrain": {"model": OWN}}, "head.(weight|bias) has shape"),
     "own: trunk": (

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up. A module imports from lower rows; modules of one folder may import each other.
 LAYERS = (
-    {"errors", "escape"},
+    {"escape"},
+    {"errors"},
     {"config", "cluster", "storage", "provenance", "json_files"},
     {"log"},
     {"cli", "losses", "optim", "checkpoint", "sizes"},

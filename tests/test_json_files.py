@@ -1,6 +1,7 @@
 """JSON of strangers: every wrong type, range, size and nesting is one UserError that names place and key."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,14 @@ def test_every_other_type_is_refused(value: object, ask: str) -> None:
     with pytest.raises(UserError, match="here: key") as caught:
         getattr(Fields({"key": value}, "here"), ask)("key", *bounds)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_number_is_finite_within_any_bounds(text: str) -> None:
+    """Also where no bound leaves the infinite ones out."""
+    fields = Fields(parse_json(f'{{"key": {text}}}', "here"), "here")
+    with pytest.raises(UserError, match="here: key is (nan|inf|-inf), expected a"):
+        fields.number("key", -math.inf, math.inf)
 
 
 def test_missing_keys_have_defaults_where_one_is_given() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pretrain import storage
 from pretrain.config import MAX_CLASSES
 from pretrain.data import manifest as manifest_module
 from pretrain.data.manifest import (
@@ -140,6 +141,25 @@ def test_an_index_reads_back_as_written(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+def test_two_nodes_may_write_an_index_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements of an array that come to the same shard: each has a temporary file of its own until its rename."""
+    shard = Shard(tmp_path / "a.tar", 3, 1 << 20, "digest")
+    index, real, others = ShardIndex(np.arange(4) * 3, np.arange(3)), storage.fsync_path, []
+
+    def interrupted(path: Path) -> None:
+        if not others:
+            others.append(1)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                write_index(shard, index)
+        real(path)
+
+    monkeypatch.setattr(storage, "fsync_path", interrupted)
+    write_index(shard, index)
+    assert load_index(shard).offsets.tolist() == [0, 3, 6, 9]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.idx"]
+
+
 def test_every_damage_to_an_index_is_found(own_shards: Path) -> None:
     """No flipped bit, cut or addition in an index goes unnoticed: it would deliver other samples.
 
@@ -235,6 +255,16 @@ def test_a_shard_that_is_listed_twice_is_refused(again: list[int], own_shards: P
     totals = {f"num_{key}": sum(shard[f"num_{key}"] for shard in shards) for key in ("samples", "bytes")}
     changed(own_shards, shards=shards, num_shards=len(shards), **totals)
     assert f"lists '{shards[-1]['path']}' twice" in refusal(own_shards)
+
+
+@pytest.mark.parametrize("value", [0, -1, -(10**30)])
+@pytest.mark.parametrize("key", ["num_samples", "num_bytes"])
+def test_no_shard_makes_up_for_another(key: str, value: int, own_shards: Path) -> None:
+    """A shard of nothing, or of less, whose neighbour has as much more: the totals fit."""
+    shards = json.loads((own_shards / "manifest.json").read_text())["shards"]
+    shards[1][key] += shards[0][key] - value
+    shards[0][key] = value
+    assert f"shards[0]: {key} is {value}, expected an integer from 1" in refusal(changed(own_shards, shards=shards))
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "classes.json"])

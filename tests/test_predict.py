@@ -142,3 +142,17 @@ def test_names_that_are_not_utf8_do_not_stop_it(tmp_path: Path) -> None:
     done = run_tool("predict", tmp_path / "w", odd, make_image(tmp_path / "b.png", 1))
     assert done.returncode == 0, done.stderr
     assert "caf\\udce9.png" in done.stdout and "b.png" in done.stdout
+
+
+def test_class_names_of_strangers_do_nothing_to_a_terminal(
+    tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names that clear the screen, forge a line or turn the direction of writing are shown escaped, a line each."""
+    names = ("\x1b]0;owned\x07\x1b[2J", "cat\nerror: 0 of 0", "photo\u202egnp.exe")
+    make_weights(tmp_path / "w", class_names=names, loss="softmax")
+    picture = make_image(tmp_path / "a.png", 0)
+    for options in ([], ["--json"]):
+        assert predict(tmp_path / "w", picture, *options) == 0
+        told = capsys.readouterr()
+        lines = (told.out + told.err).splitlines()
+        assert len(lines) == (1 if options else 4) and all(line.isprintable() for line in lines)

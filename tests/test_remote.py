@@ -206,6 +206,65 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         read("s3://b/x.tar")
 
 
+def like(name: str, cause: str = "", **values: object) -> Exception:
+    """An error as botocore and google.auth, which need not be installed, name theirs; its text holds a secret."""
+    error = type(name, (Exception,), values)("secret")
+    error.__cause__ = like(cause) if cause else None
+    return error
+
+
+def answered(status: int, code: str) -> Exception:
+    """What botocore raises for an answer of AWS."""
+    response = {"Error": {"Code": code, "Message": "secret"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return like("ClientError", response=response)
+
+
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [
+        (like("NoCredentialsError"), UserError, "no credentials in the environment; a public file is read by"),
+        (like("PartialCredentialsError"), UserError, "no credentials in the environment"),
+        (
+            like("ProfileNotFound"),
+            UserError,
+            r"cannot be signed with the environment's credentials \(ProfileNotFound\)",
+        ),
+        (like("UnauthorizedSSOTokenError"), UserError, "cannot be signed with"),
+        (like("RefreshError"), UserError, "cannot be signed with"),
+        (AttributeError("secret"), UserError, "cannot be signed with"),  # google: these credentials have no key
+        (PermissionError("secret"), UserError, "cannot be signed with"),
+        (FileNotFoundError("secret"), UserError, "cannot be signed with"),
+        (answered(403, "AccessDenied"), UserError, r"may not be read \(status 403\)"),
+        (answered(404, "NoSuchBucket"), UserError, r"not found \(status 404\)"),
+        (answered(400, "ExpiredToken"), UserError, r"the server refuses it \(status 400\)"),
+        (like("Forbidden", code=403), UserError, "may not be read"),
+        (answered(503, "SlowDown"), StorageError, r"\(cannot be signed, ClientError, after 9 tries\)"),
+        (answered(429, "TooManyRequests"), StorageError, "after 9 tries"),
+        (like("RefreshError", retryable=True), StorageError, "after 9 tries"),
+        (like("RefreshError", cause="TransportError"), StorageError, "after 9 tries"),
+        (like("EndpointConnectionError"), StorageError, "cannot be signed, EndpointConnectionError"),
+        (TimeoutError("secret"), StorageError, "cannot be signed, TimeoutError"),
+    ],
+    ids=str,
+)
+def test_errors_of_signing(error: Exception, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No credentials, no bucket, access denied: no later try helps, exit 2. What may pass is tried again, then 75."""
+    import fsspec
+
+    tried = []
+
+    class Files:
+        def sign(self, *args: object, **options: object) -> str:
+            tried.append(1)
+            raise error
+
+    monkeypatch.setattr(fsspec, "filesystem", lambda scheme: Files())
+    with pytest.raises(kind, match=said) as caught:
+        num_bytes_of("s3://b/x.tar")
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+    assert len(tried) == (1 if kind is UserError else remote.MAX_TRIES)
+
+
 def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signed addresses of an S3 server: exact ranges, a missing key told, no signature in the message."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")

@@ -68,13 +68,17 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert (run / "recipe.yaml").read_text() == "# score: 1" and json.loads((run / "DONE").read_text()) == {"step": 3}
 
 
-def test_done_has_its_room_from_the_start(tmp_path: Path) -> None:
-    """Its block is taken before logs fill the disk: the file of the start becomes DONE, in place."""
+def test_done_has_its_room_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its block is taken before logs fill the disk: the file of the start becomes DONE, in place, and never empty."""
     config = tiny_config(tmp_path, tmp_path)
     record_start(tmp_path, config, {}, 0)
     room = tmp_path / ".room-for-DONE"
     number, size = room.stat().st_ino, room.stat().st_size
-    mark_done(tmp_path, 20, {"val/top1": 0.5})
+    real, flags = run_folder.not_a_link, []
+    monkeypatch.setattr(run_folder, "not_a_link", lambda path, how: flags.append(how) or real(path, how))
+    with room.open("rb"):  # open, so that no other file gets its number
+        mark_done(tmp_path, 20, {"val/top1": 0.5})
+    assert len(flags) == 1 and not flags[0] & os.O_TRUNC
     done = tmp_path / "DONE"
     assert done.read_text() == '{"step": 20, "val/top1": 0.5}\n' and done.stat().st_ino == number and size >= 4096
     assert not room.exists() and is_done(tmp_path, config)

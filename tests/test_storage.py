@@ -66,6 +66,34 @@ def test_shared_files_have_temporaries_of_their_own(tmp_path: Path) -> None:
     fsync_path(tmp_path)
 
 
+def test_who_has_left_a_temporary_file(tmp_path: Path) -> None:
+    """A process of this machine that has ended; of one that runs, of another machine and of other names, who knows."""
+    program = (
+        "import os, sys; from pathlib import Path; from pretrain.storage import replacing\n"
+        "with replacing(Path(sys.argv[1]), shared=True) as temporary: temporary.touch(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "file.txt"], cwd=Path(__file__).parents[1])
+    (left,) = tmp_path.iterdir()
+    mark = left.name.removeprefix(".tmp-").removesuffix("file.txt")
+    assert storage.has_lost_writer(mark)
+    with replacing(tmp_path / "file.txt", shared=True) as temporary:
+        temporary.touch()
+        assert not storage.has_lost_writer(temporary.name.removeprefix(".tmp-").removesuffix("file.txt"))
+    machine, _, process = mark[:-1].rpartition("-")
+    for other in ("", "-", f"x{mark}", f"{machine}-1-{process}-", f"{machine}-0{'9' * 30}-", f"{machine}-\u0663-"):
+        assert not storage.has_lost_writer(other)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("length", [200, 255])
+def test_long_names_have_temporaries_too(shared: bool, length: int, tmp_path: Path) -> None:
+    """A name as long as may be, in letters of two bytes too."""
+    for name in ("a" * length, "\u00e4" * (length // 2)):
+        write_text(tmp_path / name, "text", shared=shared)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        (tmp_path / name).unlink()
+
+
 def test_checksums(tmp_path: Path) -> None:
     """The published check values of both."""
     (tmp_path / "digits").write_bytes(b"123456789")

@@ -1,7 +1,9 @@
 """Tars from strangers: what headers claim is refused within limits, at every door; what tar programs write is read."""
 
+import errno
 import gzip
 import io
+import os
 import tarfile
 import time
 from collections.abc import Callable
@@ -14,11 +16,13 @@ from pretrain.data import reader
 from pretrain.data.manifest import key_crc32
 from pretrain.data.reader import BadSample
 from pretrain.data.tar_headers import BadHeader, end_of, members
-from pretrain.errors import UserError
+from pretrain.errors import StorageError, UserError
 from pretrain.shards.archives import files_of
+from pretrain.shards.class_tars import class_tar_items
 from pretrain.shards.existing import index_existing
 from pretrain.shards.imagenet import TRAIN_TAR, imagenet, wnids
 from pretrain.shards.packs import pack_originals
+from pretrain.shards.sources import Told
 from pretrain.shards.tars import index_tar
 
 
@@ -133,7 +137,21 @@ def from_imagenet(data: bytes, folder: Path) -> None:
     imagenet(folder)
 
 
-DOORS = (from_sample, from_index, from_packed_index, from_archive, from_packed_archive, from_imagenet)
+def from_tar_elsewhere(data: bytes, folder: Path) -> None:
+    """The door of make_shards for a tar that is copied to OUT."""
+    (folder / "a.tar").write_bytes(data)
+    index_existing([folder / "a.tar"], [], folder / "out")
+
+
+def from_class_tars(data: bytes, folder: Path) -> None:
+    """The door of make_shards for a tar of each class, whose images have no labels beside them."""
+    for name in ("a.tar", "b.tar"):
+        (folder / name).write_bytes(data.replace(SAMPLE, SAMPLE[:1024], 1))
+    class_tar_items(folder, Told())
+
+
+READERS = (from_index, from_archive, from_imagenet, from_tar_elsewhere, from_class_tars)
+DOORS = (from_sample, from_packed_index, from_packed_archive, *READERS)
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
@@ -149,6 +167,26 @@ def test_hostile_headers_are_refused(door: Callable[[bytes, Path], None], tmp_pa
         assert said in message or (said.endswith("but") and "more than 4 GiB unpacked" in message), (name, message)
         assert "\n" not in message and (door is from_sample or str(tmp_path) in message), name
         assert time.monotonic() - start < 10, name
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("door", READERS, ids=lambda door: door.__name__)
+def test_a_disk_that_fails_for_now_is_no_damaged_tar(
+    door: Callable[[bytes, Path], None], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 75, by which a job is tried again; what only the user can mend is exit 2. One line, which names the tar."""
+    wnids()
+    real = Path.open
+
+    def failing(path: Path, mode: str = "r", *arguments: object, **options: object) -> object:
+        if path.suffix == ".tar" and mode == "rb":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, mode, *arguments, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(UserError if number == errno.EACCES else StorageError, match=r"\.tar: ") as caught:
+        door(SAMPLE + END, tmp_path)
+    assert "\n" not in str(caught.value) and os.strerror(number) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +290,17 @@ def test_an_archive_of_zeros_is_not_unpacked(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"zeros.tar.gz: becomes 419,430,912 bytes or more, at most 67,108,864"):
             door(zeros)
     assert index_existing([good], [], out).exists()
+
+
+@pytest.mark.parametrize("data", [SAMPLE + END, SAMPLE + b"junk".ljust(512) + END], ids=["good", "damaged"])
+def test_an_index_of_another_tool_stays(data: bytes, tmp_path: Path) -> None:
+    """An .idx that is in the way ends the indexing, of a good tar too: it stays, the copy of the tar goes."""
+    (tmp_path / "a.tar").write_bytes(data)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.idx").write_text("another tool's")
+    with pytest.raises(UserError, match=r"a\.(idx: is in the way and no index of ours|tar: not a readable tar)"):
+        index_existing([tmp_path / "a.tar"], [], tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"a.idx": "another tool's"}
 
 
 def test_a_cut_or_damaged_archive_is_refused(tmp_path: Path) -> None:

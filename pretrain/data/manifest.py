@@ -351,7 +351,7 @@ def write_index(shard: Shard, index: ShardIndex) -> None:
     path = shard.path.with_suffix(".idx")
     if path.exists() and not _is_index(path):
         raise UserError(f"{path}: is in the way and no index of ours (other tools write .idx too); move it away")
-    with replacing(path) as temporary:
+    with replacing(path, shared=True) as temporary:
         temporary.write_bytes(json.dumps(header, sort_keys=True).encode() + b"\n" + payload)
 
 

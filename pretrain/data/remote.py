@@ -76,11 +76,19 @@ def file_name(url: str) -> str:
     return unquote(PurePosixPath(urlsplit(url).path).name)
 
 
-def download(url: str, start: int, end: int, num_bytes: int, write: Callable[[bytes], object]) -> None:
+def download(
+    url: str,
+    start: int,
+    end: int,
+    num_bytes: int,
+    write: Callable[[bytes], object],
+    stopped: threading.Event | None = None,
+) -> None:
     """Hands bytes start .. end-1 of a file of `num_bytes` to `write`, in order, in pieces.
 
     An error of `write` passes as it comes. Raises StorageError when the network or the server fails for longer than
-    MAX_TRIES tries, UserError when the file is not there, may not be read, or is not of `num_bytes`.
+    MAX_TRIES tries, UserError when the file is not there, may not be read, or is not of `num_bytes`, and, within
+    SILENCE_S, KeyboardInterrupt when another thread has set `stopped`.
     """
     at, tries, arrived = start, 0, 0
     pieces = _received(url, at, end, num_bytes)
@@ -94,15 +102,16 @@ def download(url: str, start: int, end: int, num_bytes: int, write: Callable[[by
             arrived, tries = 0, tries + 1
             if tries == MAX_TRIES:
                 raise _given_up(url, error, f"bytes {at} to {end}") from None
-            wait_before(tries)
+            wait_before(tries, stopped)
             pieces = _received(url, at, end, num_bytes)
         else:
+            _go_on_unless(stopped)
             write(piece)
             at += len(piece)
             arrived += len(piece)
 
 
-def num_bytes_of(url: str) -> int:
+def num_bytes_of(url: str, stopped: threading.Event | None = None) -> int:
     """Returns the size of a file. Raises as `download` does."""
     for tries in range(1, MAX_TRIES + 1):
         try:
@@ -117,13 +126,20 @@ def num_bytes_of(url: str) -> int:
             _forget_connections()
             if tries == MAX_TRIES:
                 raise _given_up(url, error, "its first byte") from None
-            wait_before(tries)
+            wait_before(tries, stopped)
     raise AssertionError
 
 
-def wait_before(tries: int) -> None:
+def wait_before(tries: int, stopped: threading.Event | None = None) -> None:
     """Waits before the next of several tries: twice as long each time, and never together with others."""
-    time.sleep(min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1)) * random.uniform(0.5, 1))
+    seconds = min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1)) * random.uniform(0.5, 1)
+    stopped.wait(seconds) if stopped else time.sleep(seconds)
+    _go_on_unless(stopped)
+
+
+def _go_on_unless(stopped: threading.Event | None) -> None:
+    if stopped and stopped.is_set():
+        raise KeyboardInterrupt
 
 
 class _NotTheRange(OSError):
@@ -247,11 +263,39 @@ def _sign(scheme: str, url: str) -> str:
             f"{url}: {scheme}:// needs a package that is missing: pip install 'vit-pretrain[remote]'"
         ) from None
     except Exception as error:  # botocore's and google's own; their texts may hold parts of a key
-        if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError"):
+        name, status = type(error).__name__, _status_of(error)
+        if name in _NO_CREDENTIALS:
             raise UserError(
                 f"{url}: no credentials in the environment; a public file is read by its https:// address"
             ) from None
-        raise OSError(f"cannot be signed, {type(error).__name__}") from None
+        _refuse(url, status)
+        if isinstance(error, _NO_LATER_TRY) or (name in _LASTING and not _may_pass(error)):
+            raise UserError(f"{url}: cannot be signed with the environment's credentials ({name})") from None
+        raise OSError(f"cannot be signed, {name}") from None
+
+
+_NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError")
+_NO_LATER_TRY = (PermissionError, FileNotFoundError, ValueError, TypeError, AttributeError)  # google's: no private key
+# Of botocore and google.auth, which need not be installed: what no later try will mend. All others may pass.
+_LASTING = (
+    *("ProfileNotFound", "ConfigNotFound", "ConfigParseError", "InvalidConfigError", "NoRegionError"),
+    *("ParamValidationError", "InvalidRegionError", "UnknownSignatureVersionError", "UnsupportedSignatureVersionError"),
+    *("SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError", "UnknownCredentialError"),
+    *("RefreshError", "MalformedError", "InvalidValue"),
+)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error of google.auth says so, or comes of its connection."""
+    return bool(getattr(error, "retryable", False)) or type(error.__cause__).__name__ == "TransportError"
+
+
+def _status_of(error: Exception) -> int:
+    """The HTTP status that an error of botocore or google carries, 0 for none."""
+    response = getattr(error, "response", None)
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    found = (metadata.get("HTTPStatusCode"), getattr(error, "status", None), getattr(error, "code", None))
+    return next((status for status in found if isinstance(status, int)), 0)
 
 
 class _Connections(dict[tuple[str, str], http.client.HTTPConnection]):

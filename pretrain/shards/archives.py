@@ -20,6 +20,7 @@ from pretrain.escape import shown
 from pretrain.json_files import is_text
 from pretrain.shards.listing import files_below
 from pretrain.shards.sources import Item
+from pretrain.shards.tars import unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 
 MAX_UNPACKED_BYTES = 4 << 30  # of a compressed archive, held in memory: Oxford Pets has 0.8 GB
@@ -65,7 +66,7 @@ def members_of(path: Path) -> list[File]:
         with path.open("rb") as file:
             return list(plain_members(path, file, 0, path.stat().st_size))
     except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable tar ({error})") from None
+        raise unreadable(path, error) from None
 
 
 def plain_members(path: Path, file: BinaryIO, start: int, end: int) -> Iterable[File]:

@@ -15,7 +15,7 @@ from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listing import is_of_the_system
 from pretrain.shards.pictures import ending_of, stored_ending
 from pretrain.shards.sources import Told
-from pretrain.shards.tars import check_end
+from pretrain.shards.tars import check_end, unreadable
 
 
 def is_of_class_tars(folder: Path) -> bool:
@@ -29,7 +29,7 @@ def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
 
     Only headers are read: 14 million in some minutes where the disk seeks fast. Members that are no JPEG, PNG or WebP,
     and files that are no tar, are passed over and counted. Raises UserError for a tar that cannot be read to its end,
-    for WebDataset shards, whose labels are in them, and for a single tar.
+    for WebDataset shards, whose labels are in them, and for a single tar; StorageError when the disk fails for now.
     """
     items = PackedItems(partial(tar_item, folder))
     names = []
@@ -75,7 +75,7 @@ def _add_members(path: Path, label: int, items: PackedItems, told: Told) -> None
                     items.append(reference, label, stamp)
         check_end(path, end)
     except (BadHeader, OSError) as error:
-        raise UserError(f"{path}: not a readable tar ({error}); get it again, or move it away") from None
+        raise unreadable(path, error, way_out="; get it again, or move it away") from None
 
 
 _KEPT = (*IMAGE_ENDINGS, "jfif", "jpe", "jif", "jfi")  # what is stored as it is

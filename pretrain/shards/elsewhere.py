@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,10 +71,10 @@ def index_urls(
     start_folder(out, classes)
     work = out / ".indexing"
     work.mkdir(exist_ok=True)
-    pool = ThreadPoolExecutor(THREADS)
+    pool, stopped = ThreadPoolExecutor(THREADS), threading.Event()
     try:
         walks, told = [], Counter[str]()
-        for walk in pool.map(partial(_walked, out, work, len(classes)), urls, names):
+        for walk in pool.map(partial(_walked, out, work, len(classes), stopped), urls, names):
             walks.append(walk)
             told.update(walk.passed_over)
             if walk.multi_label != walks[0].multi_label:
@@ -83,6 +84,9 @@ def index_urls(
                     f"{walks[0].shard.url} {kinds[walks[0].multi_label]}"
                 )
             progress(1)
+    except KeyboardInterrupt:  # after other errors the shards that have begun come to their end: a later start has them
+        stopped.set()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     counts = sum((walk.counts for walk in walks), Counter[int]())
@@ -127,14 +131,14 @@ class _Walk(NamedTuple):
     passed_over: Counter[str]
 
 
-def _walked(out: Path, work: Path, num_classes: int, url: str, name: str) -> _Walk:
+def _walked(out: Path, work: Path, num_classes: int, stopped: threading.Event, url: str, name: str) -> _Walk:
     """Reads a shard once, writes its index to OUT, and a record with which a second start need not read it again."""
-    num_bytes, record = num_bytes_of(url), work / f"{name}.json"
+    num_bytes, record = num_bytes_of(url, stopped), work / f"{name}.json"
     if (known := _known(record, out / name, url, num_bytes)) and not (num_classes and max(known.counts) >= num_classes):
         return known
     copy = work / name
     try:
-        download_to(copy, url, num_bytes)
+        download_to(copy, url, num_bytes, stopped)
         passed_over = Counter[str]()
         here = index_tar(copy, passed_over)
         if not here.num_samples:
@@ -172,11 +176,11 @@ def _known(record: Path, path: Path, url: str, num_bytes: int) -> _Walk | None:
         return None
 
 
-def download_to(path: Path, url: str, num_bytes: int) -> None:
-    """Writes a remote file to `path`. Raises UserError and StorageError as `download`, and StorageError of the disk."""
+def download_to(path: Path, url: str, num_bytes: int, stopped: threading.Event | None = None) -> None:
+    """Writes a remote file to `path`. Raises what `download` does, and StorageError of the disk."""
     try:
         with path.open("wb") as file:
-            download(url, 0, num_bytes, num_bytes, file.write)
+            download(url, 0, num_bytes, num_bytes, file.write, stopped)
     except StorageError:
         raise
     except OSError as error:

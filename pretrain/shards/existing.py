@@ -1,5 +1,6 @@
 """Existing tars, indexed as they are."""
 
+import errno
 import gzip
 import zlib
 from collections import Counter
@@ -10,13 +11,13 @@ from pathlib import Path
 from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import Shard, file_inside
 from pretrain.data.reader import BadSample, parse_labels, read_sample
-from pretrain.errors import UserError
+from pretrain.errors import StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
 from pretrain.shards.build import DataSet, Progress, finish, start_folder
 from pretrain.shards.tars import alone, index_tar
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
-from pretrain.storage import replacing
+from pretrain.storage import PASSING_ERRORS, replacing
 
 
 def index_existing(
@@ -82,7 +83,9 @@ def _brought(source: Path, target: Path, brought: list[Path]) -> Path:
                         raise UserError(f"{source}: {too_large(writer.tell() + len(block), limit)}")
                     writer.write(block)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{source}: cannot be copied to {target} ({error})") from None
+        passes = isinstance(error, OSError) and error.errno in PASSING_ERRORS | {errno.ENOSPC, errno.EDQUOT}
+        kind = StorageError if passes else UserError
+        raise kind(f"{source}: cannot be copied to {target} ({error})") from None
     index = target.with_suffix(".idx")
     brought += [target] if index.exists() else [target, index]  # one that lies there may be another tool's
     return target

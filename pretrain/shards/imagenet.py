@@ -26,6 +26,7 @@ from pretrain.shards.archives import (
 from pretrain.shards.arrays import read_arrays, whole_numbers
 from pretrain.shards.class_folders import class_folders, class_of
 from pretrain.shards.matlab import MAX_MATLAB_BYTES, read_matlab, whole
+from pretrain.shards.tars import unreadable
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -73,7 +74,7 @@ def _train_tar(path: Path, classes: dict[str, int]) -> list[Original]:
                 images = plain_members(path, file, member.offset_data, member.offset_data + member.size)
                 originals += [original_of(image, label) for image in sorted(images, key=lambda image: image.name)]
     except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable tar of tars ({error})") from None
+        raise unreadable(path, error, what="tar of tars") from None
     return originals
 
 

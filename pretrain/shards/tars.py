@@ -21,8 +21,9 @@ from pretrain.data.manifest import (
 )
 from pretrain.data.reader import is_stranger, member_passed_over
 from pretrain.data.tar_headers import BadHeader, end_of, members
-from pretrain.errors import UserError
+from pretrain.errors import StorageError, UserError
 from pretrain.escape import shown
+from pretrain.storage import PASSING_ERRORS
 
 _PIECE_BYTES = 1 << 20  # of a file, read at a time
 
@@ -40,13 +41,13 @@ def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
 
     What belongs to no sample is passed over and counted by kind, as webdataset does. Raises UserError when the tar ends
     early (plain tar reading would lose the rest without a word), when a sample comes twice, or when a sample has no
-    image or no label.
+    image or no label, and StorageError when the disk fails for now.
     """
     told = Counter() if passed_over is None else passed_over
     try:
         groups, end = _walk(path, told)
     except (BadHeader, OSError) as error:
-        raise UserError(f"{path}: not a readable tar ({error})") from None
+        raise unreadable(path, error) from None
     told["files of no sample"] += sum(len(group.endings) for group in groups if is_stranger(group.endings))
     groups = [group for group in groups if not is_stranger(group.endings)]
     _check_order(path, groups)
@@ -61,6 +62,13 @@ def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
     shard = Shard(path, len(groups), path.stat().st_size, digest)
     write_index(shard, ShardIndex(offsets.astype(np.uint32), keys, sums))
     return shard
+
+
+def unreadable(path: Path, error: Exception, *, what: str = "tar", way_out: str = "") -> UserError | StorageError:
+    """Returns what to raise for a tar that cannot be read: of a disk that fails, a later try may help."""
+    if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
+        return StorageError(f"{path}: cannot be read for now ({error.strerror}); the same command tries again")
+    return UserError(f"{path}: not a readable {what} ({error}){way_out}")
 
 
 def _checksums(path: Path, borders: list[int]) -> tuple[str, np.ndarray]:

@@ -133,10 +133,10 @@ def tar_index(folder: Path) -> Target:
         (own / "a.tar").write_bytes(data)
         index_tar(own / "a.tar")
 
-    return Target(_good_tars(), hostile_tars(), _slow_tars(), changed_tar, call)
+    return Target(good_tars(), hostile_tars(), slow_tars(), changed_tar, call)
 
 
-def _good_tars() -> list[bytes]:
+def good_tars() -> list[bytes]:
     good = [sample() + sample(b"b") + sample(b"c") + END, sample(label=b"[1, 2]") + sample(b"b", b"[3]") + END]
     long = ("a" * 150, "folder/" + "b" * 80)
     good += [
@@ -145,7 +145,7 @@ def _good_tars() -> list[bytes]:
     return good
 
 
-def _slow_tars() -> list[bytes]:
+def slow_tars() -> list[bytes]:
     return [
         tar_header(b"p", 5_000_000, b"x") + b"1" * 5_000_000 + bytes(320) + sample() + END,
         member(b"p", b"8 a=bcd\n" * 200_000, b"x") + sample() + END,
@@ -360,13 +360,13 @@ def _npz(**arrays: Any) -> bytes:
 
 def source_tar(folder: Path) -> Target:
     """A tar that make_shards indexes."""
-    return Target(_good_tars(), hostile_tars(), _slow_tars(), changed_tar, lambda data, own: _made(data, own, "a.tar"))
+    return Target(good_tars(), hostile_tars(), slow_tars(), changed_tar, lambda data, own: _made(data, own, "a.tar"))
 
 
 def source_targz(folder: Path) -> Target:
     """A compressed tar that make_shards unpacks and indexes."""
     return Target(
-        [gzip.compress(tar) for tar in _good_tars()],
+        [gzip.compress(tar) for tar in good_tars()],
         [gzip.compress(tar) for tar in hostile_tars()] + _damaged_gzips(),
         [gzip_bomb(bytes(1 << 20), 1000), gzip_bomb(bytes(1 << 20), 900, tar_header(b"a.png", 900 << 20))],
         _changed_gzip,

@@ -9,7 +9,7 @@ from random import Random
 
 from tiny import tiny_config
 
-from fuzz import pictures, records, runs, sets, weights
+from fuzz import audits, pictures, records, runs, sets, sources, weights
 from fuzz.harness import LIMIT_BYTES, Target
 from fuzz.mutate import ODD_YAML, changed_bytes, places, with_value
 from pretrain.config import config_to_dict, config_to_yaml, load_config
@@ -144,7 +144,12 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "source_npz": sets.source_npz,
     "source_tar": sets.source_tar,
     "source_targz": sets.source_targz,
+    "source_csv": sources.source_csv,
+    "source_jsonl": sources.source_jsonl,
+    "class_tars": sources.class_tars,
+    "remote_tar": sources.remote_tar,
     "task_tar": sets.task_tar,
+    **audits.AUDITS,
 }
 
 
