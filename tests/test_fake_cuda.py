@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from pretrain.checkpoint.behind import FileCopy
+from pretrain.cluster import ranks
 from pretrain.config import ModelConfig, Normalisation, OptimConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels
@@ -224,6 +226,17 @@ def test_a_checkpoints_slices_are_copied_to_the_host() -> None:
     copy = FileCopy({piece.name: piece.values}, pinned=False)  # pinned memory needs a context
     copy.take({piece.name: piece.values})
     assert copy._bytes.device.type == "cpu"
+
+
+def fp32_modes(_: None) -> list[bool]:
+    ranks.start(60)
+    return [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+
+
+def test_fp32_is_not_rounded_to_tf32() -> None:
+    """Neither convolutions, where it is torch's default, nor products, in whatever has joined a process group."""
+    with unset_fake_temporarily():
+        assert run_ranks(fp32_modes, 1, None) == [[False, False]]
 
 
 # --- what is planted is found ----------------------------------------------------------------------------------------
