@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from tiny import changed, make_shards, tiny_config
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.engine.patches
 import pretrain.engine.step
@@ -89,6 +88,7 @@ def steps_with_faults(config: Config, patched: bool) -> list[Any]:
     """12 steps, clipped; the loss is NaN on the last rank in one, a gradient infinite on the first in another."""
     if not patched:
         pretrain.engine.patches._lighten_step = lambda zero: None
+        pretrain.engine.patches._lighten_unsharded_step = lambda: None
     engine = start(config)
     plain_loss, data, told, step = pretrain.engine.step.per_image_loss, open_data(config), [], 0
 
@@ -107,62 +107,30 @@ def steps_with_faults(config: Config, patched: bool) -> list[Any]:
     return [told, parts, engine.state()]
 
 
-@pytest.mark.parametrize("layout", [(1, "fp32", 64), (2, "fp32", 2), (3, "fp32", 64), (1, "bf16", 64), (3, "bf16", 64)])
-def test_the_light_step_has_the_same_bits(layout: tuple[int, str, int], config: Config) -> None:
-    """Two ranks, also with micro-batches: losses, norms, weights, moments; both faults are skipped on all ranks."""
-    stage, precision, micro = layout
+# Ranks, stage, precision, images of a micro-batch. One rank averages nothing; bf16 in micro-batches on stage 1 is a
+# class of DeepSpeed's own.
+LAYOUTS = [(2, 2, "fp32", 2), (2, 3, "fp32", 64), (2, 1, "bf16", 64), (1, 1, "fp32", 5)]
+SLOW_LAYOUTS = [(2, 1, "fp32", 64), (2, 3, "bf16", 64), (2, 1, "bf16", 2), (1, 2, "fp32", 5)]
+LONG_LAYOUTS = [(1, 1, "bf16", 64), (1, 1, "bf16", 5), (1, 2, "bf16", 5), (1, 3, "fp32", 5), (2, 2, "bf16", 2)]
+LONG_LAYOUTS += [(3, 1, "fp32", 64), (3, 2, "bf16", 2), (3, 1, "bf16", 2), (3, 3, "fp32", 2)]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *LAYOUTS,
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS),
+        *(pytest.param(layout, marks=pytest.mark.long) for layout in LONG_LAYOUTS),
+    ],
+    ids=lambda layout: "-".join(map(str, layout)),
+)
+def test_the_light_step_has_the_same_bits(layout: tuple[int, int, str, int], config: Config) -> None:
+    """One to three ranks, also with micro-batches: losses, norms, weights, moments; both faults are skipped by all."""
+    world_size, stage, precision, micro = layout
     of_layout = {"engine__zero_stage": stage, "engine__precision": precision, "engine__max_micro_batch_size": micro}
     config = changed(config, **of_layout, optim__clip_norm=0.05, model__drop_path=0.1)
-    ours, theirs = (run_ranks(steps_with_faults, 2, config, patched) for patched in (True, False))
+    ours, theirs = (run_ranks(steps_with_faults, world_size, config, patched) for patched in (True, False))
     for (told, parts, state), (their_told, their_parts, their_state) in zip(ours, theirs, strict=True):
         assert told == their_told and state == their_state
         assert [number for number, (_, applied, _) in enumerate(told, 1) if not applied] == [4, 7]
         assert parts == their_parts and state["optimizer_step"] == 10
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations, each a launch on a GPU, and those that wait for the device."""
-
-    count = waits = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = ("view", "detach", "alias", "t.default", "slice", "select", "as_strided", "unbind", "narrow", "expand")
-        self.count += not any(f"aten.{name}" in str(function) for name in views)
-        self.waits += "_local_scalar_dense" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
-def launches_of_a_step(config: Config, patched: bool) -> tuple[int, int]:
-    if not patched:
-        pretrain.engine.patches._lighten_step = lambda zero: None
-    engine = start(config)
-    data, found = open_data(config), Launches()
-    plain_step = engine._engine.step
-
-    def counted() -> None:
-        with found:
-            plain_step()
-
-    batches = train_batches(data.train, data.order, engine.plan, config, 0)
-    engine.train_step(next(batches), lr=1e-2)
-    engine._engine.step = counted
-    engine.train_step(next(batches), lr=1e-2)
-    return found.count, found.waits
-
-
-# ZeRO-3 gathers each parameter that it keeps whole between steps, small ones, by itself: 296 of its launches.
-@pytest.mark.parametrize(("stage", "most"), [(1, 100), (2, 100), (3, 400)])
-def test_a_step_of_24_blocks_has_few_launches(stage: int, most: int, config: Config) -> None:
-    """On one rank. A storm of launches, or a value read from the device, fails here."""
-    deep = changed(config, engine__zero_stage=stage, engine__precision="bf16", model__depth=24)
-    count, waits = run_ranks(launches_of_a_step, 1, deep, True)[0]
-    print(f"ZeRO {stage}: {count} launches, {waits} waits for the device")
-    assert count <= most and waits <= 3
-
-
-def test_deepspeed_alone_has_thousands(config: Config) -> None:
-    """Why it is patched. When this fails, the patches can go."""
-    deep = changed(config, engine__precision="bf16", model__depth=24)
-    count, waits = run_ranks(launches_of_a_step, 1, deep, False)[0]
-    print(f"DeepSpeed alone: {count} launches, {waits} waits")
-    assert count > 3000 and waits > 3

@@ -18,7 +18,7 @@ from pretrain.errors import ConfigError
 from pretrain.models.build import build_model
 from pretrain.models.positions import sincos2d
 from pretrain.models.profile import forward_macs, num_parameters, train_flops
-from pretrain.models.vit import NORM_EPS, DropPath, VisionTransformer
+from pretrain.models.vit import NORM_EPS, Attention, Block, VisionTransformer, draw_kept
 
 torch.set_num_threads(1)
 TINY: dict[str, Any] = {"name": "Ti", "width": 48, "depth": 3, "mlp_dim": 80, "heads": 3, "image_size": 24}
@@ -308,14 +308,54 @@ def test_dropout_and_drop_path_act_in_training_only(setting: str) -> None:
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
     """Each image's branch is either zero or scaled by 1 / 0.75; rates rise linearly from 0 to the last block's."""
-    drop = DropPath(0.25).train()
     torch.manual_seed(0)
-    kept = drop(torch.ones(4000, 2, 3))
-    assert set(kept.unique().tolist()) == {0.0, (torch.ones(()) / 0.75).item()}
-    assert (kept == kept[:, :1, :1]).all() and kept.mean() == pytest.approx(1, abs=0.03)
-    model = build_model(tiny(drop_path=0.4), NUM_CLASSES)
-    rates = [module.probability for module in model.modules() if isinstance(module, DropPath)]
-    assert rates == pytest.approx([0.0, 0.2, 0.4])
+    for kept in draw_kept(torch.ones(4000, 2, 3), 0.25):
+        assert set(kept.unique().tolist()) == {0.0, (torch.ones(()) / 0.75).item()}
+        assert kept.shape == (4000, 1, 1) and kept.mean() == pytest.approx(1, abs=0.03)
+    model: Any = build_model(tiny(drop_path=0.4), NUM_CLASSES)
+    assert model.drop_path == pytest.approx([0.0, 0.2, 0.4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", [{"drop_path": 0.4}, {"drop_path": 0.4, "positions": "relative"}, {"dropout": 0.3}])
+def test_the_forms_for_speed_have_the_bits_of_the_plain_ones(
+    changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q, k, v as three parts, and scales drawn outside of the block, against one tensor with an axis for q, k, v and
+    scales drawn where they are needed: output, gradients and the generator. (With both dropouts the draws come in
+    another order.)
+    """
+    found = []
+    for plain in (False, True):
+        model: Any = randomised(build_model(tiny(**changes), NUM_CLASSES)).to(dtype).train()
+        if plain:
+            monkeypatch.setattr(Attention, "forward", plain_attention)
+            monkeypatch.setattr(Block, "forward", plain_block)
+            for block, rate in zip(model.blocks, model.drop_path or [0.0] * len(model.blocks)):
+                block.rate = rate
+            model.drop_path = None
+        torch.manual_seed(0)
+        logits = model(images(24).to(dtype))
+        logits.float().square().sum().backward()
+        found.append([logits, torch.get_rng_state(), *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def plain_attention(attention: Any, x: torch.Tensor) -> torch.Tensor:
+    batch, tokens, width = x.shape
+    qkv = attention.qkv(x).view(batch, tokens, 3, attention.heads, width // attention.heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    x = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention._relative_logits(q))
+    return attention.drop(attention.proj(x.transpose(1, 2).reshape(batch, tokens, width)))
+
+
+def plain_block(block: Any, x: torch.Tensor, _: None) -> torch.Tensor:
+    def dropped(branch: torch.Tensor) -> torch.Tensor:
+        keep = 1.0 - block.rate
+        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep).div_(keep) if block.rate else branch
+
+    x = x + dropped(block.attn(block.norm1(x)))
+    return x + dropped(block.mlp(block.norm2(x)))
 
 
 def test_dropout_acts_after_positions_and_dense_layers_but_not_in_attention() -> None:

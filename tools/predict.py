@@ -54,6 +54,7 @@ def main() -> int:
     if not weights.num_classes:
         raise UserError(f"{arguments.weights}: has no head, so it tells features, not classes")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # as in evaluation: the same float32 logits
     model = model_of(weights).to(device)
     if weights.loss is None:
         warn(f"{arguments.weights}: probabilities are softmax; the loss that it was trained with is not known")

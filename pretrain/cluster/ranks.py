@@ -29,6 +29,7 @@ def start(timeout_s: int) -> torch.device:
     global _cpu_group
     _complete_environment()
     device = _device()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is asked for by name: torch's default rounds convolutions to 10 bits
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

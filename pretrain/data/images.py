@@ -371,8 +371,16 @@ def to_float(images: torch.Tensor, dtype: torch.dtype, normalisation: Normalisat
     pixels = images.to(torch.float32)
     if normalisation == MINUS_ONE_TO_ONE:
         return (pixels / 127.5 - 1.0).to(dtype)
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in normalisation)
+    mean, std = (_per_channel(values, images.device) for values in normalisation)
     return (pixels / 255).sub_(mean).div_(std).to(dtype)  # torchvision's order, to the last bit
+
+
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """[3, 1, 1] float32, made on the device: torch.tensor would copy them there, and wait for the device."""
+    result = torch.empty(3, 1, 1, device=device)
+    for channel, value in zip(result, values):
+        channel.fill_(value)
+    return result
 
 
 def _mode(config: DataConfig) -> F.InterpolationMode:

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -19,6 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 def before_start() -> None:
     """What has to be so when DeepSpeed starts."""
     _without_compiler()
+    _lighten_unsharded_step()
 
 
 def after_start(timeout_s: int, zero: Any) -> None:
@@ -44,8 +46,8 @@ def _lighten_step(zero: Any) -> None:
 
     Stages 1 and 2 look through every gradient for what is not finite, which shows in the norm too; step() refuses such
     a norm itself. They and stage 3 take norms one by one, and give the parameters addresses that they have already.
-    As they are stay fp16, whose search for a loss scale has not been tried with this, and the class that DeepSpeed has
-    for bf16 accumulation of several micro-batches on stage 1.
+    As it is stays fp16, whose search for a loss scale has not been tried with this. The class that DeepSpeed has for
+    bf16 accumulation of several micro-batches on stage 1 is `_lighten_unsharded_step`'s.
     """
     if getattr(zero, "dtype", None) == torch.float16:
         return
@@ -54,9 +56,17 @@ def _lighten_step(zero: Any) -> None:
         zero.scaled_global_norm = lambda norm_type=2: _global_norm(zero)
         zero.unscale_and_clip_grads = partial(_unscale_and_clip, zero)
         zero._update_model_bit16_weights = lambda group_index: None
+        if dist.get_world_size(zero.dp_process_group) == 1 and not _adds_up_while_reducing(zero):
+            # The mean over one rank, for which every gradient is copied twice.
+            zero.reduce_ready_partitions_and_remove_grads = lambda param, i: None
     elif type(zero) is DeepSpeedZeroOptimizer_Stage3:
         zero._get_norm_groups = lambda: _norms_of_stage_3(zero)
         zero._unflatten_partitioned_parameters = lambda sub_group_id: None
+
+
+def _adds_up_while_reducing(zero: Any) -> bool:
+    """Whether the reduction is also what adds up micro-batches, in float32: bf16 on stage 2."""
+    return any(zero._use_compact_grad_partition_buffer(group) for group in range(len(zero.bit16_groups)))
 
 
 def _global_norm(zero: Any) -> torch.Tensor:
@@ -94,3 +104,25 @@ def _unscale_and_clip(zero: Any, grad_groups_flat: list[torch.Tensor], total_nor
         scale = torch.clamp((total_norm / zero.loss_scale + 1e-6) / zero.clip_grad, min=1.0) * zero.loss_scale
     for gradient in grad_groups_flat:
         gradient.data.mul_(1.0 / scale)
+
+
+def _lighten_unsharded_step() -> None:
+    """The same for BF16_Optimizer, whose norm and clipping are functions of its module; in float32, as theirs."""
+    bf16_optimizer.get_global_norm_of_tensors = _unsharded_norm
+    bf16_optimizer.clip_tensors_by_global_norm = _clip_unsharded
+
+
+def _unsharded_norm(input_tensors: list[torch.Tensor], norm_type: float = 2, mpu: Any = None) -> torch.Tensor:
+    """The norm of the gradients, which each rank has in full. What is not finite step() refuses, as it does theirs."""
+    assert mpu is None, "tensors are not split over ranks"
+    norms = torch._foreach_norm(input_tensors, norm_type, dtype=torch.float32)  # type: ignore[attr-defined]  # as above
+    return torch.stack(norms).pow(norm_type).sum().pow(1.0 / norm_type)
+
+
+def _clip_unsharded(
+    input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: Any = None
+) -> torch.Tensor:
+    """DeepSpeed's, less the question whether there is something to clip, which waits for the device."""
+    scale = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)  # 1: they stay as they are
+    torch._foreach_mul_(input_tensors, scale)  # type: ignore[attr-defined]  # as above
+    return global_norm

@@ -62,8 +62,11 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
+        # Three parts, not one tensor with an axis for them, which the backward pass would put together twice.
+        parts = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (
+            part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in parts
+        )  # [B, heads, T, D / heads]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=self._relative_logits(q))
         return self.drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width)))
 
@@ -88,24 +91,14 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x), approximate=self.approximate))))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole images, and scales the rest to keep the mean."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.probability == 0.0:
-            return x
-        keep = 1.0 - self.probability
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-
-
 class Block(nn.Module):
-    """A pre-norm encoder block (paper, equations 2 and 3), with a position table of its own where that is asked for."""
+    """A pre-norm encoder block (paper, equations 2 and 3), with a position table of its own where that is asked for.
 
-    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+    kept: what the two branches of each image are multiplied with, see `draw_kept`. It comes from outside, for a rate
+    inside would be a constant of the compiled code: another graph for each block, and after eight of them none.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, _, mlp_dim, _ = config.shape
         _add_table(self, config, here=config.positions_at == "every_layer")
@@ -113,12 +106,26 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, mlp_dim, config.gelu, config.dropout)
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, kept: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         x = _with_positions(x, _table(self))
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        attended = self.attn(self.norm1(x))
+        x = x + (attended if kept is None else attended * kept[0])
+        mapped = self.mlp(self.norm2(x))
+        return x + (mapped if kept is None else mapped * kept[1])
+
+
+def draw_kept(x: torch.Tensor, drop_path: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns for each of two branches what its images [B, 1, 1] are multiplied with: 0, or 1 / (1 - drop_path).
+
+    Stochastic depth: drops a branch for whole images, and scales the rest to keep the mean.
+    """
+    first, second = (x.new_ones(x.shape[0], 1, 1) for _ in range(2))  # two: of one twice the graph would be another
+    if drop_path > 0.0:  # the first block draws nothing, and has the same graph as the others
+        keep = 1.0 - drop_path
+        first.bernoulli_(keep).div_(keep)
+        second.bernoulli_(keep).div_(keep)
+    return first, second
 
 
 class AttentionPool(nn.Module):
@@ -155,8 +162,9 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.pooling == "token" else None
         _add_table(self, config, here=config.positions_at != "every_layer")
         self.pos_drop = nn.Dropout(config.dropout)
-        rates = [config.drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.Sequential(*(Block(config, rate) for rate in rates))
+        # Of each block, rising linearly; none where nothing is ever dropped.
+        self.drop_path = [config.drop_path * i / max(1, depth - 1) for i in range(depth)] if config.drop_path else None
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn_pool = AttentionPool(config) if config.pooling == "map" else None
         rep = config.representation_size
@@ -173,8 +181,9 @@ class VisionTransformer(nn.Module):
         for number, block in enumerate(self.blocks):
             if self.shared_positions and number > 0:
                 x = _with_positions(x, table)
+            kept = draw_kept(x, self.drop_path[number]) if self.drop_path and self.training else None
             recompute = self.checkpoint_activations and self.training
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = checkpoint(block, x, kept, use_reentrant=False) if recompute else block(x, kept)
         return self.norm(x)
 
     def forward_head(self, tokens: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
