@@ -28,6 +28,7 @@ def main() -> None:
             pages,
             print_table,
             record_of,
+            set_aside,
             with_earlier,
             write_pages,
             write_predictions,
@@ -61,6 +62,7 @@ def main() -> None:
         out = arguments.out or results_folder(arguments.weights, "evaluation")
         print_table(rows, str(arguments.weights))
         rows, record = with_earlier(rows, record, out / "results.json")
+        set_aside(out, digest)
         write_pages(out, pages(rows, record, done))
         cli.tell(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
