@@ -311,6 +311,15 @@ def test_every_hint_names_a_key() -> None:
             assert name in keys(), (other, name)
 
 
+def test_the_page_for_those_who_come_names_real_keys() -> None:
+    """Every KEY and KEY=VALUE of docs/coming_from.md that is of a section, or alone in the right column, is a key."""
+    text = (ROOT / "docs" / "coming_from.md").read_text()
+    sections = "model|data|optim|engine|evaluation|log|checkpoint"
+    named = set(re.findall(rf"(?<![\w.])(?:{sections})\.\w+", text)) - {"data.md"}
+    named |= set(re.findall(r"\b(total_\w+|init_\w+|loss|label_\w+)=", text)) - {"init_head_bias"}
+    assert len(named) > 40 and named <= set(keys()), named - set(keys())
+
+
 @pytest.mark.parametrize(
     ("option", "hint"),
     [
@@ -376,13 +385,29 @@ def test_epochs_in_place_of_steps(tmp_path: Path) -> None:
 
 
 def test_epochs_become_steps(shard_folder: Path) -> None:
-    """103 images, 13 held out, batches of 8: two epochs are 22.5 steps, rounded up. What disagrees is refused."""
+    """103 images, 13 held out, batches of 8: 1.9 epochs are 21.4 steps, rounded. What disagrees is refused."""
     values = merged(SMALLEST, {"data": {"train": str(shard_folder), "held_out": 13}})
-    config = config_from_dict(values, "trial", ["total_epochs=2"])
-    assert in_steps(config) == dataclasses.replace(config, total_steps=23) == in_steps(in_steps(config))
+    config = config_from_dict(values, "trial", ["total_epochs=1.9"])
+    assert in_steps(config) == dataclasses.replace(config, total_steps=21) == in_steps(in_steps(config))
     assert in_steps(config_from_dict(values, "trial")).total_steps == 100
-    with pytest.raises(ConfigError, match=r"total_steps is 24, but total_epochs \(2\) of 90 images are 23; give one"):
+    with pytest.raises(ConfigError, match=r"total_steps is 24, but total_epochs \(1.9\) of 90 images are 21; give one"):
         in_steps(dataclasses.replace(config, total_steps=24))
+
+
+@pytest.mark.slow
+def test_a_run_of_so_many_epochs(shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends at the step that its epochs are, its folder's config has both, and the same command finds it done."""
+    from tiny import tiny_config
+
+    from pretrain.train.run import train
+
+    steps = tiny_config(shard_folder, tmp_path, evaluation__every_steps=0)
+    config = dataclasses.replace(steps, total_steps=0, total_epochs=1.5)
+    train(config)
+    saved = load_config(tmp_path / "tiny" / "config.yaml")
+    assert saved == dataclasses.replace(config, total_steps=13)
+    train(saved)
+    assert "done already (step 13)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["optim.lr", "=3", "--optim.lr=3", "optim.=3", "optim..lr=3", "optim.lr=["])
