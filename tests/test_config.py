@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ranks import run_ranks
+from tiny import tiny_config
 
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
@@ -394,20 +397,19 @@ def test_epochs_become_steps(shard_folder: Path) -> None:
         in_steps(dataclasses.replace(config, total_steps=24))
 
 
-@pytest.mark.slow
-def test_a_run_of_so_many_epochs(shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It ends at the step that its epochs are, its folder's config has both, and the same command finds it done."""
-    from tiny import tiny_config
-
+def _train(config: Config) -> None:
     from pretrain.train.run import train
 
-    steps = tiny_config(shard_folder, tmp_path, evaluation__every_steps=0)
-    config = dataclasses.replace(steps, total_steps=0, total_epochs=1.5)
     train(config)
-    saved = load_config(tmp_path / "tiny" / "config.yaml")
-    assert saved == dataclasses.replace(config, total_steps=13)
-    train(saved)
-    assert "done already (step 13)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_of_so_many_epochs(shard_folder: Path, tmp_path: Path) -> None:
+    """It ends at the step that its epochs are, and its folder's config has both."""
+    config = dataclasses.replace(tiny_config(shard_folder, tmp_path), total_steps=0, total_epochs=1.5)
+    run_ranks(_train, 1, config)
+    assert load_config(tmp_path / "tiny" / "config.yaml") == dataclasses.replace(config, total_steps=13)
+    assert json.loads((tmp_path / "tiny" / "DONE").read_text())["step"] == 13
 
 
 @pytest.mark.parametrize("text", ["optim.lr", "=3", "--optim.lr=3", "optim.=3", "optim..lr=3", "optim.lr=["])
