@@ -20,7 +20,13 @@ STOP = signals.StopRequest() if __name__ == "__main__" else None
 
 from pretrain import cli
 from pretrain.cluster.slurm import rank_so_far
-from pretrain.config import config_to_yaml, load_config
+from pretrain.config import config_to_yaml, load_config, option_hint, settings_help
+from pretrain.errors import ConfigError
+
+
+def _tell(line: str) -> None:
+    if not rank_so_far(os.environ):
+        cli.tell(line, sys.stderr)
 
 
 def main() -> None:
@@ -36,8 +42,11 @@ def main() -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config, for example optim.lr=1e-3"
     )
     parser.add_argument("--print-folder", action="store_true", help="print the run's folder and exit")
-    arguments = parser.parse_intermixed_args()
-    config = load_config(arguments.config, arguments.overrides)
+    parser.epilog = f"{parser.epilog}\n\n{settings_help()}"
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no such option; {option_hint(unknown[0])}")
+    config = load_config(arguments.config, arguments.overrides, _tell)
     if arguments.print_config:
         print(config_to_yaml(config), end="")
         return

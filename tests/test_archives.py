@@ -1,7 +1,11 @@
 """Original downloads: each archive as its authors lay it out, generated here in small, and what is wrong with one."""
 
 import io
+import os
+import pickle
 import tarfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +97,111 @@ def test_cifar_binary(num_classes: int, unpacked: bool, tmp_path: Path) -> None:
     assert splits["train"][1].id == f"{train[0]}[1]"
 
 
+class Calls:
+    """What a pickle can do when it is unpickled."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def python_2s(batch: dict[str, Any]) -> bytes:
+    """A pickle of a dict as Python 2 wrote CIFAR's: texts and the arrays' bytes are strings."""
+
+    def text(data: bytes) -> bytes:
+        return b"T" + len(data).to_bytes(4, "little") + data
+
+    parts = [b"\x80\x02}q\x01("]
+    for key, value in batch.items():
+        parts.append(text(key.encode()))
+        if isinstance(value, np.ndarray):
+            parts.append(
+                b"cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R(K\x01"
+            )
+            parts.append(b"".join(b"J" + side.to_bytes(4, "little") for side in value.shape) + b"\x86cnumpy\ndtype\n")
+            parts.append(
+                text(b"u1")
+                + b"K\x00K\x01\x87R(K\x03"
+                + text(b"|")
+                + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+            )
+            parts.append(text(value.tobytes()) + b"tb")
+        else:
+            parts.append(b"](" + b"".join(b"K" + bytes([v]) if isinstance(v, int) else text(v) for v in value) + b"e")
+    return b"".join(parts) + b"u."
+
+
+@pytest.mark.parametrize("write", [python_2s, partial(pickle.dumps, protocol=4)])
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_cifar_python(num_classes: int, write: Callable[[Any], bytes], tmp_path: Path) -> None:
+    """Pickles of Python 2 and 3: the same images, labels and names as the binary version's."""
+    train = [f"data_batch_{i}" for i in range(1, 6)] if num_classes == 10 else ["train"]
+    names, key = (
+        [*train, "test_batch" if num_classes == 10 else "test"],
+        "labels" if num_classes == 10 else "fine_labels",
+    )
+    rows = {name: cifar_rows(4, 1, seed) for seed, name in enumerate(names)}
+    members = {
+        f"x/{name}": write({"filenames": [b"a.png"] * 4, key: each[:, 0].tolist(), "data": each[:, 1:].copy()})
+        for name, each in rows.items()
+    }
+    of_names = {10: ("batches.meta", "label_names"), 100: ("meta", "fine_label_names")}[num_classes]
+    class_names = [f"class_{i}" for i in range(num_classes)]
+    members[f"x/{of_names[0]}"] = pickle.dumps({of_names[1]: class_names}, protocol=4)
+    (tmp_path / f"cifar-{num_classes}-python.tar.gz").write_bytes(tar_bytes(members, "w:gz"))
+    splits = cifar(tmp_path, num_classes)
+    for split, files in (("train", train), ("test", names[-1:])):
+        expected = np.concatenate([rows[name] for name in files])
+        assert [original.item.label for original in splits[split]] == expected[:, 0].tolist()
+        for original, row in zip(splits[split], expected, strict=True):
+            assert original.class_name == f"class_{row[0]}"
+            assert np.array_equal(decode(original.item.read()).numpy().ravel(), row[1:])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Calls(os.system, "touch executed"), "system', which could run code"),
+        ({"data": Calls(eval, "open('executed', 'w')")}, "eval', which could run code"),
+        ({"data": Calls(np.ndarray, (1,)), "labels": [1]}, "it calls numpy ndarray"),
+        ({"data": np.zeros((2, 3072), object), "labels": [1, 2]}, "it calls numpy dtype"),
+        ({"data": np.zeros((2, 3072), np.float32), "labels": [1, 2]}, "it calls numpy dtype"),
+        ({"data": np.asfortranarray(np.zeros((2, 3072), np.uint8)), "labels": [1, 2]}, "else than rows of bytes"),
+        ({"data": np.zeros((2, 3071), np.uint8), "labels": [1, 2]}, "data is no array of rows of 3072 bytes"),
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, "labels is no list of 2 labels"),
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [1, "2"]}, "labels is no list of 2 labels"),
+        ([1], "holds no dict"),
+        ({"data": {1, 2}}, "opcode EMPTY_SET"),
+        (b"\x80\x02}q", "is no pickle of plain data"),
+        (b"\x80\x02N", "is no pickle of plain data"),
+        (b"", "is no pickle of plain data"),
+        (b"}(s.", "is no pickle of plain data"),
+        (b"e.", "is no pickle of plain data"),
+        (b"T\xff\xff\xff\x7fabc.", "is no pickle of plain data"),
+        (b"})" + b"\x85" * 300_000 + b"Ns.", "a tuple where a key is expected"),
+        (b")" + b"\x85" * 300_000 + b"\x8c\x01a\x93.", "which could run code"),
+        (b"cnumpy\ndtype\n)" + b"\x85" * 300_000 + b"R.", "it calls numpy dtype"),
+        (b"2" * 9, "opcode DUP"),
+    ],
+)  # fmt: skip
+def test_a_pickle_of_more_than_data_is_refused_and_runs_nothing(
+    content: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls, other arrays, damage: one line with the file's name."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (folder / name).write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol=4))
+    told = refusal(cifar, tmp_path, 10)
+    assert message in told and "data_batch_1" in told and not (tmp_path / "executed").exists()
+
+
 def test_cifar_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
-    """Pickles by name with the way out; a cut batch, a missing batch, nothing at all."""
+    """A cut batch, a missing batch, nothing at all."""
     assert "holds none of cifar-10-binary.tar.gz" in refusal(cifar, tmp_path, 10)
-    (tmp_path / "cifar-10-python.tar.gz").touch()
-    assert "holds pickles" in (message := refusal(cifar, tmp_path, 10)) and "cifar-10-binary.tar.gz" in message
-    (tmp_path / "cifar-10-python.tar.gz").unlink()
     archive = tmp_path / "cifar-10-binary.tar.gz"
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     archive.write_bytes(tar_bytes({name: bytes(3073) for name in names[:-1]}, "w:gz"))

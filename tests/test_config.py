@@ -3,6 +3,8 @@
 import ast
 import copy
 import dataclasses
+import json
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ranks import run_ranks
+from tiny import tiny_config
 
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
@@ -22,9 +26,12 @@ from pretrain.config import (
     config_to_dict,
     config_to_yaml,
     load_config,
+    option_hint,
     resume_differences,
 )
+from pretrain.config.hints import OTHER_NAMES
 from pretrain.errors import ConfigError, UserError
+from pretrain.train.epochs import in_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST: dict[str, Any] = {
@@ -277,6 +284,134 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None
     assert "Did you mean: 'trial.yaml'?" in refusal(tmp_path / "trail.yaml")
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("epochs", "total_epochs (or total_steps)"),
+        ("lr", "optim.lr"),
+        ("batch_size", "data.global_batch, images per step of all ranks together"),
+        ("data.batch_size", "data.global_batch, images per step of all ranks together"),
+        ("weight_decay", "optim.weight_decay"),
+        ("optim.wd", "optim.weight_decay"),
+        ("img-size", "model.image_size"),
+        ("resume", "nothing: the same command goes on by itself"),
+    ],
+)
+def test_other_programs_names_are_understood(key: str, meant: str, tmp_path: Path) -> None:
+    """As an override, in a file, and as an option."""
+    said = f"{key}: no such key; it is here {meant}"
+    assert refusal(written(tmp_path, SMALLEST), f"{key}=1") == f"{key}=1: {said}"
+    assert said in refusal(written(tmp_path, merged(SMALLEST, nested(key, 1))))
+    if "." not in key:
+        assert option_hint(f"--{key}").endswith(f"this one is here {meant}")
+
+
+def test_every_hint_names_a_key() -> None:
+    """No hint is a key itself, unless it is one of another section; what it names is there."""
+    for other, meant in OTHER_NAMES.items():
+        assert other not in keys()
+        for name in re.findall(r"\b(?:model|data|optim|engine|evaluation|log|checkpoint)\.\w+|total_\w+|^\w+$", meant):
+            assert name in keys(), (other, name)
+
+
+def test_the_page_for_those_who_come_names_real_keys() -> None:
+    """Every KEY and KEY=VALUE of docs/coming_from.md that is of a section, or alone in the right column, is a key."""
+    text = (ROOT / "docs" / "coming_from.md").read_text()
+    sections = "model|data|optim|engine|evaluation|log|checkpoint"
+    named = set(re.findall(rf"(?<![\w.])(?:{sections})\.\w+", text)) - {"data.md"}
+    named |= set(re.findall(r"\b(total_\w+|init_\w+|loss|label_\w+)=", text)) - {"init_head_bias"}
+    assert len(named) > 40 and named <= set(keys()), named - set(keys())
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--optim.lr=1", "settings are written without dashes: optim.lr=1"),
+        ("--optim.lr", "settings are written without dashes: optim.lr=VALUE"),
+        ("--seed=3", "settings are written without dashes: seed=3"),
+        (
+            "--batch-size",
+            "settings are written KEY=VALUE, and this one is here data.global_batch, images per step of all",
+        ),
+    ],
+)
+def test_options_of_other_programs_are_one_line(option: str, hint: str, tmp_path: Path) -> None:
+    """launch/pretrain.py says how it is written here, before torch is imported."""
+    command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--config", str(written(tmp_path, SMALLEST))]
+    done = subprocess.run([*command, option], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"error: {option}: no such option; {hint}") and done.stderr.count("\n") == 1
+
+
+def test_help_lists_every_setting_with_its_comment() -> None:
+    """One line each, section by section."""
+    command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout.splitlines()
+    assert [line.strip().partition("=")[0] for line in shown if "  # " in line] == [
+        key for key in keys() if not any(other.startswith(f"{key}.") for other in keys())
+    ]
+    assert "  optim.lr=(must be given)  # peak learning rate" in shown
+    assert "  optim.name=adamw|sgd|lion  # elementwise optimizers only: ZeRO flattens tensors" in shown
+    assert [line for line in shown if line.startswith("  data.crop_area=[0.08, 1.0]  # of a crop")]
+
+
+def test_a_timm_model_on_a_ready_config(tmp_path: Path) -> None:
+    """What the file says of another model is dropped and told in one line; what is given for the timm model counts."""
+    vit = {"model": {"name": "S/16", "pooling": "gap", "positions": "sincos2d", "dropout": 0.1, "image_size": 192}}
+    path, told = written(tmp_path, merged(SMALLEST, vit)), []
+    config = load_config(path, ["model.name=timm:resnetv2_50x1_bit"], told.append)
+    assert config.model == ModelConfig(name="timm:resnetv2_50x1_bit", dropout=0.1, image_size=192)
+    name = "model.name=timm:resnetv2_50x1_bit"
+    assert told == [f"{name}: model.pooling=gap, model.positions=sincos2d of {path} have no effect on it: dropped"]
+    for wrong in (["model.name=timm:x", "model.patch_size=8"], ["model.name=timm:x", "model.pooling=map"]):
+        with pytest.raises(ConfigError, match="has no effect on timm:x"):
+            load_config(path, wrong, told.append)
+    assert "model.pooling has no effect" in refusal(path, "model.name=timm:x")
+    for recipe in sorted((ROOT / "configs").glob("*.yaml")):
+        assert load_config(recipe, ["model.name=timm:vit_small_patch16_224"], told.append).model.timm_name, recipe
+
+
+def test_epochs_in_place_of_steps(tmp_path: Path) -> None:
+    """The last source that gives one of the two counts; a saved config has both; a wrong number is told."""
+    by_epochs = {key: value for key, value in SMALLEST.items() if key != "total_steps"} | {"total_epochs": 2.5}
+    assert (config := load_config(written(tmp_path, by_epochs))).total_steps == 0 and config.total_epochs == 2.5
+    assert load_config(tmp_path / "trial.yaml", ["total_steps=7"]).total_epochs is None
+    config = smallest(tmp_path, "total_epochs=3", "optim.warmup_steps=101")
+    assert (config.total_steps, config.total_epochs) == (0, 3)
+    with pytest.raises(ConfigError, match="larger than total_steps"):
+        dataclasses.replace(config, total_steps=100)
+    both = dataclasses.replace(config, total_steps=200)
+    (tmp_path / "saved.yaml").write_text(config_to_yaml(both))
+    assert load_config(tmp_path / "saved.yaml") == both == config_from_dict(config_to_dict(both), "saved")
+    assert "total_epochs is 0" in refusal(written(tmp_path, SMALLEST), "total_epochs=0")
+    assert resume_differences(config_to_dict(both), dataclasses.replace(both, total_epochs=None)) == []
+
+
+def test_epochs_become_steps(shard_folder: Path) -> None:
+    """103 images, 13 held out, batches of 8: 1.9 epochs are 21.4 steps, rounded. What disagrees is refused."""
+    values = merged(SMALLEST, {"data": {"train": str(shard_folder), "held_out": 13}})
+    config = config_from_dict(values, "trial", ["total_epochs=1.9"])
+    assert in_steps(config) == dataclasses.replace(config, total_steps=21) == in_steps(in_steps(config))
+    assert in_steps(config_from_dict(values, "trial")).total_steps == 100
+    with pytest.raises(ConfigError, match=r"total_steps is 24, but total_epochs \(1.9\) of 90 images are 21; give one"):
+        in_steps(dataclasses.replace(config, total_steps=24))
+
+
+def _train(config: Config) -> None:
+    from pretrain.train.run import train
+
+    train(config)
+
+
+@pytest.mark.slow
+def test_a_run_of_so_many_epochs(shard_folder: Path, tmp_path: Path) -> None:
+    """It ends at the step that its epochs are, and its folder's config has both."""
+    config = dataclasses.replace(tiny_config(shard_folder, tmp_path), total_steps=0, total_epochs=1.5)
+    run_ranks(_train, 1, config)
+    assert load_config(tmp_path / "tiny" / "config.yaml") == dataclasses.replace(config, total_steps=13)
+    assert json.loads((tmp_path / "tiny" / "DONE").read_text())["step"] == 13
+
+
 @pytest.mark.parametrize("text", ["optim.lr", "=3", "--optim.lr=3", "optim.=3", "optim..lr=3", "optim.lr=["])
 def test_what_is_no_override_is_refused(text: str, tmp_path: Path) -> None:
     """An override is KEY=VALUE; anything else is refused with its text."""
@@ -327,7 +462,7 @@ def test_what_a_resumed_run_may_change() -> None:
     saved = config_to_dict(config)
     assert resume_differences(saved, config) == []
     assert {key.partition(".")[0] for key in MAY_CHANGE}.isdisjoint({"optim", "model", "seed", "loss", "total_steps"})
-    other_values: dict[Any, Any] = {bool: True, int: 7, Path: "elsewhere"}
+    other_values: dict[Any, Any] = {bool: True, int: 7, Path: "elsewhere", float | None: 2.5}
     hints = {key: hint for key, hint in _leaf_types().items() if key in MAY_CHANGE}
     for key, hint in hints.items():
         value = 3 if key == "engine.zero_stage" else 0.5 if hint is float else other_values.get(hint, "elsewhere")

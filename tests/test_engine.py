@@ -21,7 +21,7 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
-from pretrain.engine.settings import check_precision, deepspeed_config
+from pretrain.engine.settings import check_machine, check_precision, deepspeed_config
 from pretrain.engine.step import Engine
 from pretrain.errors import UserError
 from pretrain.models.build import build_model
@@ -580,6 +580,21 @@ def test_a_precision_that_the_machine_lacks_is_one_line(
         check_precision(config)
     monkeypatch.setattr(get_accelerator(), f"is_{precision}_supported", lambda: True)
     check_precision(config)
+
+
+def test_a_missing_compiler_is_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before the engine is built; CC and CXX name others, and who does not compile needs none."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    check_machine(tiny_config(shards, tmp_path))
+    config = tiny_config(shards, tmp_path, engine__compile=True)
+    with pytest.raises(UserError, match="engine.compile=true: .*apt install build-essential") as error:
+        check_machine(config)
+    assert "\n" not in str(error.value)
+    (tmp_path / "mine").touch(mode=0o755)
+    monkeypatch.setenv("CXX", "mine")
+    check_machine(config)
 
 
 def names_missing(config: Config) -> list[str]:

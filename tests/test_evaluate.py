@@ -215,29 +215,32 @@ def test_rows_on_other_data_or_by_another_protocol_are_dropped(
     assert record_of(out)["fewshot"]["shots"] == [5]
 
 
-def test_rows_of_other_weights_are_dropped(
+def test_rows_of_other_weights_stay(
     places: tuple[Path, Path, Path, nn.Module],
     evaluate: Callable[..., None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A run that went on, another loss, a damaged file: told in one line, and the old mistakes' pictures go too."""
+    """A run that went on: results and the mistakes' pictures of both checkpoints are there; a damaged file is told."""
     train, test, _, _ = places
     save_run(tiny_config(train, tmp_path), NAMES, step=20)
     run, out = tmp_path / "tiny", tmp_path / "tiny" / "evaluation"
     near = ["--workers", 0, "--data", train.parent.parent, "--tasks", f"knn:{train.parent.name}"]
     evaluate(run, "--workers", 0, "--val", test)
-    assert (out / "wrong.json").exists() and not capsys.readouterr().err
+    first, wrong = record_of(out), (out / "wrong.json").read_bytes()
     save_run(tiny_config(train, tmp_path), NAMES, step=30)
     evaluate(run, *near)
+    assert not capsys.readouterr().err and not (out / "wrong.json").exists()
+    assert record_of(out)["others"] == [first] and len(record_of(out)["rows"]) == 2
+    assert set(record_of(out)["data"]) == {f"{near[-1]}/train", f"{near[-1]}/test"}
+    page = (out / "results.md").read_text()
+    assert page.count("step-0000000020") and page.count("step-0000000030") and "| top1 |" in page
+    evaluate(run / "checkpoints" / "step-0000000020", *near)
+    assert not capsys.readouterr().err and (out / "wrong.json").read_bytes() == wrong
+    assert len(record_of(out)["rows"]) == 5 and len(record_of(out)["others"][0]["rows"]) == 2
+    evaluate(run / "checkpoints" / "step-0000000020", *near, "--loss", "sigmoid")
     dropped, removed = capsys.readouterr().err.splitlines()
-    assert "3 rows of an earlier call are dropped (other weights): loss, top1, top5" in dropped
-    assert "wrong.json: removed" in removed and not (out / "wrong.json").exists()
-    assert len(table_of(out)) == 2 and set(record_of(out)["data"]) == {f"{near[-1]}/train", f"{near[-1]}/test"}
-    evaluate(run, "--workers", 0, "--val", test)
-    assert not capsys.readouterr().err and len(table_of(out)) == 5
-    evaluate(run, *near, "--loss", "sigmoid")
-    assert "3 rows of an earlier call are dropped (other loss): loss" in capsys.readouterr().err
+    assert "3 rows of an earlier call are dropped (other loss): loss" in dropped and "wrong.json: removed" in removed
     (out / "results.json").write_text('{"rows": [1]}')
     evaluate(run, *near)
     assert "cannot be read as an earlier call's" in capsys.readouterr().err and len(table_of(out)) == 2

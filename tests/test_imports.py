@@ -15,7 +15,8 @@ LAYERS = (
     {"config", "cluster", "storage", "provenance", "json_files"},
     {"log"},
     {"cli", "losses", "optim", "checkpoint", "sizes"},
-    {"data", "models"},
+    {"data"},
+    {"models"},  # weights by name are fetched by the stream loop of remote shards
     {"shards"},
     {"tasks"},
     {"engine"},

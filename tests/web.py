@@ -27,6 +27,7 @@ class Site:
     latency_s: float = 0.0
     chunk_bytes: int = 0  # a body is sent in such pieces, one each ms
     stall_s: float = 30.0  # or until the server ends
+    headers: dict[str, str] = field(default_factory=dict)  # of every answer with bytes
     url: str = ""
     requests: list[tuple[str, int, int]] = field(default_factory=list)  # name, first byte, byte behind the last
     connections: int = 0
@@ -127,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         claimed = total + 512 if fault == "total" else total
         headers = {"Content-Range": f"bytes {first}-{first + len(data) - 1}/{claimed}"}
         headers["Content-Length"] = str(len(data) - (1 if fault == "short" else 0))
-        headers |= {"Content-Encoding": "gzip"} if fault == "gzip" else {}
+        headers |= site.headers | ({"Content-Encoding": "gzip"} if fault == "gzip" else {})
         self._head(206, headers)
         if fault == "bytes":
             data = bytes(byte ^ 1 for byte in data)

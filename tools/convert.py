@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.errors import UserError
-from pretrain.models.formats import NPZ_NAMINGS, READABLE, WRITABLE
+from pretrain.models.by_name import is_name
+from pretrain.models.formats import NPZ_NAMINGS, WRITABLE, check_weights
 
 
 def main() -> int:
@@ -22,8 +23,9 @@ def main() -> int:
         from pretrain.models.verify import Source, check_installed
 
     config = str(arguments.config.resolve()) if arguments.trust_pickle else None
+    weights = arguments.weights if is_name(arguments.weights) else arguments.weights.resolve()
     conversion = Conversion(
-        source=Source(str(arguments.weights.resolve()), arguments.image_size, tuple(arguments.without), config),
+        source=Source(str(weights), arguments.image_size, tuple(arguments.without), config),
         target=arguments.to,
         out=arguments.out,
         naming=arguments.naming or "released",
@@ -58,7 +60,7 @@ def _arguments() -> argparse.Namespace:
         "the result gives the source's logits; else nothing is written. docs/conversion.md says what goes where.",
         "python tools/convert.py runs/NAME converted/NAME --to timm",
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="what to convert")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="what to convert, or timm:NAME ...")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; with --to npz a file NAME.npz")
     parser.add_argument("--to", choices=WRITABLE, required=True, help="format")
     parser.add_argument("--naming", choices=NPZ_NAMINGS, help="of npz: as published (default), or of the code of today")
@@ -82,7 +84,7 @@ def _arguments() -> argparse.Namespace:
         raise UserError(f"{arguments.out}: --to npz writes a file; give a name that ends in .npz")
     if arguments.image_size is not None and arguments.image_size < 1:
         raise UserError(f"--image-size is {arguments.image_size}, expected pixels")
-    cli.check_found(arguments.weights, READABLE)
+    check_weights(arguments.weights)
     return arguments
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.config import DataConfig, choices_of
 from pretrain.errors import UserError
-from pretrain.models.formats import READABLE
+from pretrain.models.formats import check_weights
 
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
 
@@ -28,6 +28,7 @@ def main() -> None:
             pages,
             print_table,
             record_of,
+            set_aside,
             with_earlier,
             write_pages,
             write_predictions,
@@ -61,6 +62,7 @@ def main() -> None:
         out = arguments.out or results_folder(arguments.weights, "evaluation")
         print_table(rows, str(arguments.weights))
         rows, record = with_earlier(rows, record, out / "results.json")
+        set_aside(out, digest)
         write_pages(out, pages(rows, record, done))
         cli.tell(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
@@ -80,7 +82,7 @@ def _arguments() -> argparse.Namespace:
         "results.json, results.md and wrong.json. Exit code 2 when a task could not be scored.",
         "python tools/evaluate.py runs/NAME --tasks imagenet,real,knn:pets --data data --predictions predictions.jsonl",
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint step-N or converted folder")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, folder, .npz, or timm:NAME ...")
     parser.add_argument("--tasks", metavar="TASK,...", help="what to score of the sets in --data")
     parser.add_argument("--data", type=Path, metavar="ROOT", help="folder of the tasks' data")
     parser.add_argument("--val", type=Path, metavar="MANIFEST", help="shards of the classes the model was trained on")
@@ -112,7 +114,7 @@ def _arguments() -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")
     if arguments.shots and min(arguments.shots) < 1:
         raise UserError(f"--shots is {arguments.shots}, expected numbers of at least 1")
-    cli.check_found(arguments.weights, READABLE)
+    check_weights(arguments.weights)
     return arguments
 
 

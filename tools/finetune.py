@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.cluster.jobs import STOPPED, array_ranges
 from pretrain.errors import UserError
-from pretrain.models.formats import READABLE
+from pretrain.models.formats import check_weights
 
 if TYPE_CHECKING:
     from pretrain.finetune.running import Job, Options
@@ -28,7 +28,7 @@ def _arguments() -> argparse.Namespace:
         "same command again goes on, and what is done is not repeated. Writes results.json and results.md.",
         "python tools/finetune.py runs/NAME --task cifar10 --data data engine.max_micro_batch_size=32",
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, converted folder or .npz")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, folder, .npz, or timm:NAME ...")
     parser.add_argument("--task", required=True, metavar="NAME", help="cifar10, vtab/eurosat ..., or vtab: all 19")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of all tasks' shards (default data)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for runs and results (default: WEIGHTS/finetune)")
@@ -44,7 +44,7 @@ def _arguments() -> argparse.Namespace:
     only.add_argument("--collect", action="store_true", help="train nothing: make the table from what is there")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config of every run")
     arguments = parser.parse_intermixed_args()
-    cli.check_found(arguments.weights, READABLE)
+    check_weights(arguments.weights)
     return arguments
 
 

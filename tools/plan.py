@@ -33,7 +33,11 @@ LOADER_RATE, LOADER_RATE_RANDAUGMENT = 496.0, 275.0
 
 def main() -> None:
     arguments = _parser().parse_intermixed_args()
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, lambda line: cli.tell(line, sys.stderr))
+    if not config.total_steps:
+        from pretrain.train.epochs import in_steps
+
+        config = in_steps(config)
     if not is_plain(config.model):
         raise UserError(
             f"model.name: {config.model.name} is no plain ViT with absolute positions, which alone has formulas; "

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.errors import UserError
-from pretrain.models.formats import READABLE
+from pretrain.models.formats import check_weights
 
 if TYPE_CHECKING:
     from pretrain.evaluation.predictions import Prediction
@@ -28,7 +28,7 @@ def _arguments() -> argparse.Namespace:
         "is named, the others go on, and the exit code is 2.",
         "python tools/predict.py runs/NAME photo.jpg other.png",
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, converted folder or .npz")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, folder, .npz, or timm:NAME ...")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default 5)")
     parser.add_argument("--image-size", type=int, metavar="N", help="pixels of the model's input (default: trained)")
@@ -36,7 +36,7 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.top < 1:
         raise UserError(f"--top is {arguments.top}, expected at least 1")
-    cli.check_found(arguments.weights, READABLE)
+    check_weights(arguments.weights)
     return arguments
 
 

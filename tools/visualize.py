@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.models.formats import READABLE
+from pretrain.models.formats import check_weights
 
 
 def _arguments() -> argparse.Namespace:
@@ -20,14 +20,14 @@ def _arguments() -> argparse.Namespace:
         "internals.png, rollout.png and numbers.json. Attention distances are means over the photos: they need some.",
         "python tools/visualize.py runs/NAME --image cat.jpg dog.jpg --out pictures",
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint step-N or converted folder")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, folder, .npz, or timm:NAME ...")
     parser.add_argument(
         "--image", type=Path, nargs="+", default=[], metavar="PHOTO", help="JPEG, PNG or WebP; the central square"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the pictures (default: WEIGHTS/pictures)")
     parser.add_argument("--tensorboard", action="store_true", help="also write the pictures as an event file into DIR")
     arguments = parser.parse_args()
-    cli.check_found(arguments.weights, READABLE)
+    check_weights(arguments.weights)
     for photo in arguments.image:
         cli.check_found(photo, "a JPEG, PNG or WebP file")
     return arguments

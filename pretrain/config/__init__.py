@@ -6,6 +6,7 @@ the model's in model.py. Nothing heavier than omegaconf is imported: tools read 
 
 from pretrain.config.changes import BRANCH_MAY_CHANGE, MAY_CHANGE, resume_differences
 from pretrain.config.checks import non_defaults
+from pretrain.config.hints import option_hint, settings_help
 from pretrain.config.model import (
     HYBRIDS,
     MAX_CLASSES,
@@ -64,6 +65,8 @@ __all__ = [
     "model_from_dict",
     "named_model",
     "non_defaults",
+    "option_hint",
     "resume_differences",
+    "settings_help",
     "stride_of",
 ]

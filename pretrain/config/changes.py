@@ -10,6 +10,7 @@ from pretrain.config.sections import Config
 # same global batch is computed on the machine at hand. A longer total_steps is judged by `resume_differences`.
 MAY_CHANGE = (
     "output",
+    "total_epochs",  # total_steps, which they become, is compared
     "init_from",
     "branch_from",
     "data.train",

@@ -71,6 +71,9 @@ MAX_IMAGE_SIZE = 4096  # pixels
 MAX_CLASSES = 1 << 20  # ImageNet-21k has 21,841, Landmarks 203,094
 
 
+OF_TIMM = ("name", "image_size", "num_classes", "dropout", "drop_path")  # settings that a timm: model takes
+
+
 def stride_of(trunk_units: list[int] | None) -> int:
     """Returns the pixels per side of a position of a trunk's map: 4 for the stem, times 2 per stage but the first."""
     return 1 if trunk_units is None else 4 * 2 ** max(0, len(trunk_units) - 1)
@@ -168,9 +171,8 @@ class ModelConfig:
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
         if self.timm_name is not None:
-            own = ("name", "image_size", "num_classes", "dropout", "drop_path")
             for f in fields(self):
-                if f.name not in own and getattr(self, f.name) != f.default:
+                if f.name not in OF_TIMM and getattr(self, f.name) != f.default:
                     yield f"model.{f.name} has no effect on {self.name}; remove it"
         elif self.name not in VIT_SHAPES and self.name not in HYBRIDS:
             hint = did_you_mean(self.name, [*VIT_SHAPES, *HYBRIDS])

@@ -5,7 +5,7 @@ omegaconf stays in this file and in the defaults of model.py and sections.py.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.checks import did_you_mean
-from pretrain.config.model import ModelConfig
+from pretrain.config.hints import option_hint, other_name
+from pretrain.config.model import OF_TIMM, ModelConfig
 from pretrain.config.sections import Config
 from pretrain.errors import ConfigError
 
@@ -39,12 +40,14 @@ _REFUSED = (
 )
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), tell: Callable[[str], object] | None = None) -> Config:
     """Returns the config of a YAML file, changed by `key=value` overrides.
 
+    Where an override makes model.name a timm: model, settings of the file that have no effect on it are dropped, and
+    `tell` hears which; without `tell` they are refused. Of total_steps and total_epochs, the one given last counts.
     Raises ConfigError, one line that names the file or the override at fault, the key and a suggestion.
     """
-    return _to_config(str(path), _read_yaml(Path(path)), overrides)
+    return _to_config(str(path), _read_yaml(Path(path)), overrides, tell)
 
 
 def config_from_dict(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
@@ -113,11 +116,19 @@ def _wrong_shapes(values: Any, schema: dict[str, Any], prefix: str = "") -> Iter
                 yield f"{prefix}{key} is {_short(value)}, expected two numbers, for example [0.5, 1.0]"
 
 
-def _to_config(source: str, values: Any, overrides: Sequence[str]) -> Config:
+def _to_config(
+    source: str, values: Any, overrides: Sequence[str], tell: Callable[[str], object] | None = None
+) -> Config:
     merged, given = OmegaConf.structured(Config), set()
     for origin, part in [(source, values), *((_short(text), _read_override(text)) for text in overrides)]:
+        before = {} if part is values else OmegaConf.to_container(merged.model)
         merged = _merge(merged, part, origin)
-        given |= {key for key, _ in flatten(OmegaConf.to_container(OmegaConf.create(part)))}
+        keys = {key for key, _ in flatten(OmegaConf.to_container(OmegaConf.create(part)))}
+        _set_length(merged, keys)
+        if tell and before and "model.name" in keys and (dropped := _without_effect(merged, before)):
+            tell(f"{origin}: {', '.join(dropped)} of {source} have no effect on it: dropped")
+            given -= {key.partition("=")[0] for key in dropped}
+        given |= keys
     try:
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"no value for {', '.join(missing)}; set it in the file or as KEY=VALUE")
@@ -133,6 +144,27 @@ def _to_config(source: str, values: Any, overrides: Sequence[str]) -> Config:
     except _REFUSED as error:
         raise ConfigError(f"{source}: {_first_line(error)}") from None
     return config
+
+
+def _set_length(merged: Any, keys: set[str]) -> None:
+    """Of total_steps and total_epochs, what this source gives alone replaces the other; a saved config has both."""
+    if "total_epochs" in keys and "total_steps" not in keys and merged.total_epochs is not None:
+        merged.total_steps = 0  # until the size of the data is known
+    if "total_steps" in keys and "total_epochs" not in keys:
+        merged.total_epochs = None
+
+
+def _without_effect(merged: Any, before: Any) -> list[str]:
+    """Resets what the sources before have said of the model and a timm: model does not take; returns it."""
+    name = str(merged.model.name)
+    if not name.startswith("timm:") or str(before["name"]).startswith("timm:"):
+        return []
+    found = []
+    for f in fields(ModelConfig):
+        if f.name not in OF_TIMM and before[f.name] == merged.model[f.name] != f.default:
+            found.append(f"model.{f.name}={before[f.name]}")
+            merged.model[f.name] = f.default
+    return found
 
 
 def _read_yaml(path: Path) -> Any:
@@ -159,7 +191,8 @@ def _read_yaml(path: Path) -> Any:
 def _read_override(text: str) -> Any:
     key, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")) or key.startswith("-"):
-        raise ConfigError(f"{_short(text)!r} is not an override; write KEY=VALUE, for example optim.lr=1e-3")
+        hint = f"; {option_hint(text)}" if key.startswith("--") else ", for example optim.lr=1e-3"
+        raise ConfigError(f"{_short(text)!r} is not an override; write KEY=VALUE{_short(hint)}")
     if key.count(".") >= MAX_NESTING:
         raise ConfigError(f"{_short(text)}: is nested more than {MAX_NESTING} deep")
     try:
@@ -271,6 +304,8 @@ def _first_line(error: Exception) -> str:
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     known = [name for name, _ in flatten(_schema())] + [part for part in _schema() if isinstance(_schema()[part], dict)]
     if "not in" in lines[0] and key:
+        if (meant := other_name(key)) and key not in known:
+            return f"{key}: no such key; it is here {meant}"
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         hint = f" Did you mean: '{near[0]}'?" if near else did_you_mean(key, known)
         section = key.rpartition(".")[0] or "the config"

@@ -259,6 +259,7 @@ class Config:
     output: Path = Path("runs")  # folder of all runs
     seed: int = 0  # of initialisation, order of samples, augmentation and dropout
     total_steps: int = MISSING  # optimizer steps of the whole run; a step is one global batch
+    total_epochs: float | None = None  # in place of total_steps: passes over the training images (docs/training.md)
     loss: Literal["softmax", "sigmoid"] = "softmax"  # cross-entropy; sigmoid: summed over classes (ImageNet-21k, JFT)
     label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
     init_from: Path | None = None  # start from these weights: anything that load_model reads, at model.image_size
@@ -274,24 +275,13 @@ class Config:
 
     def __post_init__(self) -> None:
         problems = [problem for part in _parts(self) for problem in part.problems()]
-        problems += outside(self, "", total_steps=(1, 1 << 40), seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99))
+        by_epochs = self.total_epochs is not None and self.total_steps == 0  # until the data's size is known
+        if self.total_epochs is not None and not 0 < self.total_epochs <= 1e6:
+            problems.append(f"total_epochs is {self.total_epochs}, expected a number above 0, at most 1e6")
+        problems += [] if by_epochs else [*outside(self, "", total_steps=(1, 1 << 40)), *self._schedule_problems()]
+        problems += outside(self, "", seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             problems.append(f"name is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-'")
-        if self.optim.warmup_steps > self.total_steps:
-            problems.append(
-                f"optim.warmup_steps ({self.optim.warmup_steps}) is larger than total_steps ({self.total_steps}); "
-                "the peak learning rate would never be reached"
-            )
-        if self.optim.warmup_steps + self.optim.cooldown_steps > self.total_steps:
-            problems.append(
-                f"optim.warmup_steps ({self.optim.warmup_steps}) and cooldown_steps ({self.optim.cooldown_steps}) "
-                f"overlap: total_steps is {self.total_steps}"
-            )
-        if self.optim.stair_steps and self.optim.stair_steps[-1] >= self.total_steps:
-            problems.append(
-                f"optim.stair_steps {self.optim.stair_steps} go beyond the last of total_steps ({self.total_steps}); "
-                "remove what is never reached"
-            )
         if self.init_from is not None and self.branch_from is not None:
             problems.append(
                 f"init_from ({self.init_from}) and branch_from ({self.branch_from}) are both set; choose one"
@@ -300,6 +290,23 @@ class Config:
             problems.append("init_new_head needs init_from, which is null")
         if problems:
             raise ConfigError("; ".join(problems))
+
+    def _schedule_problems(self) -> Iterator[str]:
+        if self.optim.warmup_steps > self.total_steps:
+            yield (
+                f"optim.warmup_steps ({self.optim.warmup_steps}) is larger than total_steps ({self.total_steps}); "
+                "the peak learning rate would never be reached"
+            )
+        if self.optim.warmup_steps + self.optim.cooldown_steps > self.total_steps:
+            yield (
+                f"optim.warmup_steps ({self.optim.warmup_steps}) and cooldown_steps ({self.optim.cooldown_steps}) "
+                f"overlap: total_steps is {self.total_steps}"
+            )
+        if self.optim.stair_steps and self.optim.stair_steps[-1] >= self.total_steps:
+            yield (
+                f"optim.stair_steps {self.optim.stair_steps} go beyond the last of total_steps ({self.total_steps}); "
+                "remove what is never reached"
+            )
 
 
 def _parts(config: Config) -> list[Any]:

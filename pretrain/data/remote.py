@@ -4,6 +4,7 @@ It goes on at the byte it has reached, checks status, range and length of every 
 seconds. s3 and gs are read through signed addresses. Credentials come from the environment; no message shows one.
 """
 
+import base64
 import http.client
 import os
 import random
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import PurePosixPath
+from typing import NamedTuple
 from urllib.parse import unquote, urljoin, urlsplit
 
 from pretrain.errors import StorageError, UserError
@@ -30,6 +32,7 @@ _PIECE_BYTES = 256 << 10  # received at a time; with 64 KB it takes twice the CP
 _URL = re.compile("[!-~]{1,2048}")  # printable ASCII: urlsplit would drop line ends without a word
 _REDIRECTED = re.compile("[!-~]{1,16384}")  # a signed one may be long
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+_GOOGLE_HASH = re.compile(r"crc32c=([A-Za-z0-9+/]{6}==)")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PASSING = (408, 425, 429)  # of 4xx: the same request may succeed later
 
@@ -111,23 +114,41 @@ def download(
             arrived += len(piece)
 
 
+class Facts(NamedTuple):
+    """What a server says of a file."""
+
+    num_bytes: int
+    crc32c: str | None  # 8 hex digits, of the whole file; Google's storage tells it
+
+
 def num_bytes_of(url: str, stopped: threading.Event | None = None) -> int:
     """Returns the size of a file. Raises as `download` does."""
-    for tries in range(1, MAX_TRIES + 1):
+    return facts_of(url, stopped=stopped).num_bytes
+
+
+def facts_of(url: str, max_tries: int = MAX_TRIES, stopped: threading.Event | None = None) -> Facts:
+    """Returns what the server says of a file. Raises as `download` does, after max_tries tries."""
+    for tries in range(1, max_tries + 1):
         try:
             response = _answer(url, 0, 1)
             total = _total(response, 0, 1)
             if len(response.read(2)) != 1:
                 raise OSError("the answer is not the byte that was asked for")
-            return total
+            return Facts(total, _crc32c(response))
         except UserError:
             raise
         except (OSError, http.client.HTTPException) as error:
             _forget_connections()
-            if tries == MAX_TRIES:
-                raise _given_up(url, error, "its first byte") from None
+            if tries == max_tries:
+                raise _given_up(url, error, "its first byte", max_tries) from None
             wait_before(tries, stopped)
     raise AssertionError
+
+
+def _crc32c(response: http.client.HTTPResponse) -> str | None:
+    """The checksum in Google's header: four bytes in base64."""
+    match = _GOOGLE_HASH.search(", ".join(response.headers.get_all("x-goog-hash", [])))
+    return base64.b64decode(match[1]).hex() if match else None
 
 
 def wait_before(tries: int, stopped: threading.Event | None = None) -> None:
@@ -146,10 +167,10 @@ class _NotTheRange(OSError):
     """An answer that is no part of the file we mean; when it stays so, no later try will help."""
 
 
-def _given_up(url: str, error: Exception, what: str) -> UserError | StorageError:
+def _given_up(url: str, error: Exception, what: str, tries: int = MAX_TRIES) -> UserError | StorageError:
     if isinstance(error, _NotTheRange):
         return UserError(f"{url}: {error}")
-    return StorageError(f"{url}: {what} cannot be read for now ({_reason(error)}, after {MAX_TRIES} tries)")
+    return StorageError(f"{url}: {what} cannot be read for now ({_reason(error)}, after {tries} tries)")
 
 
 def _reason(error: Exception) -> str:

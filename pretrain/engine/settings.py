@@ -1,5 +1,7 @@
 """What DeepSpeed is told: its configuration, derived from ours, and what this machine cannot do."""
 
+import os
+import shutil
 from typing import Any
 
 import deepspeed
@@ -56,6 +58,17 @@ def deepspeed_config(config: Config, plan: BatchPlan, world_size: int) -> dict[s
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # on by default: waits for the device twice per micro-batch
     }
+
+
+def check_machine(config: Config) -> None:
+    """Raises UserError for what this machine cannot do: a precision, as fp16 on most CPUs, or compiling."""
+    check_precision(config)
+    names = [os.environ.get("CC"), os.environ.get("CXX"), "cc", "gcc", "g++", "clang", "clang++"]
+    if config.engine.compile and not any(map(shutil.which, filter(None, names))):
+        raise UserError(
+            "engine.compile=true: torch.compile needs a C and C++ compiler, and none is found: apt install "
+            "build-essential (or set CC and CXX), or set engine.compile=false"
+        )
 
 
 def check_precision(config: Config) -> None:

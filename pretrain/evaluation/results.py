@@ -1,6 +1,7 @@
 """What an evaluation leaves: rows, the record that repeats them, both merged with an earlier call's, pages, files."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,35 +68,59 @@ def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] |
 
 # --- merged with an earlier call's -----------------------------------------------------------------------------------
 
+_LETTERS = 12  # of a digest in a file's name
 _MOST = 1 << 53  # a whole number up to here is one in JSON of any reader
-SHARED = {"weights_sha256": "weights", "loss": "loss", "transform": "transform"}  # alike for all rows of results.json
+SHARED = {"loss": "loss", "transform": "transform"}  # alike for all rows of one set of weights
 
 
 def with_earlier(rows: list[Row], record: dict[str, Any], path: Path) -> tuple[list[Row], dict[str, Any]]:
     """Returns the rows after those of an earlier call that still hold, and what is needed to repeat both.
 
-    An earlier row holds when it is of the same weights, was not measured again, and is not of a data set or by a
-    protocol that now is another one. What is dropped is told.
+    An earlier row of the same weights holds when it was not measured again, and is not of a data set or by a protocol
+    that now is another one. What is dropped is told. Records of other weights are the record's "others", as they are:
+    two checkpoints of a run share a folder, and so do X.npz and X.
     """
     if not path.is_file():
         return rows, record
     record = json.loads(json.dumps(record))  # tuples become lists, as in the file
     try:
-        fields = Fields.of(read_json(path), str(path))
-        earlier, found = fields.values, [_row(entry) for entry in fields.parts("rows")]
-        differ = [name for key, name in SHARED.items() if earlier.get(key) != record[key]]
-        again = {(row.model, row.metric) for row in rows}
-        others = [row for row in found if (row.model, row.metric) not in again]
-        kept = [row for row in others if not differ and _holds(row, earlier, record)]
-        merged = _merged_record(kept, earlier, record)
-        _markdown([*kept, *rows], merged).encode()  # so that what does not fit is found before it is kept
+        records = _records(Fields.of(read_json(path), str(path)))
+        mine = [each for each in records if each.values.get("weights_sha256") == record["weights_sha256"]]
+        if others := [each.values for each in records if each not in mine]:
+            record["others"] = others
+        merged, dropped = _with_rows(rows, record, mine[0]) if mine else ((rows, record), "")
+        _results_page(*merged).encode()  # so that what does not fit is found before it is kept
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         warn(f"{path}: cannot be read as an earlier call's ({error!r}); replaced")
+        record.pop("others", None)
         return rows, record
-    if dropped := [row.metric for row in others if row not in kept]:
+    if dropped:
+        warn(f"{path}: {dropped}")
+    return merged
+
+
+def _records(top: Fields) -> list[Fields]:
+    """The record of the last call and those of other weights, each with its rows, which are looked at."""
+    others = top.parts("others", ())
+    found = [Fields({key: value for key, value in top.values.items() if key != "others"}, top.source), *others]
+    for each in found:
+        for row in each.parts("rows"):
+            _row(row)
+    return found
+
+
+def _with_rows(rows: list[Row], record: dict[str, Any], fields: Fields) -> tuple[tuple[list[Row], dict[str, Any]], str]:
+    """Rows and record with those of an earlier call on the same weights; and what of them is dropped, in words."""
+    earlier, found = fields.values, [_row(entry) for entry in fields.parts("rows")]
+    differ = [name for key, name in SHARED.items() if earlier.get(key) != record[key]]
+    again = {(row.model, row.metric) for row in rows}
+    remaining = [row for row in found if (row.model, row.metric) not in again]
+    kept = [row for row in remaining if not differ and _holds(row, earlier, record)]
+    told = ""
+    if dropped := [row.metric for row in remaining if row not in kept]:
         why = f"other {', '.join(differ) or 'data or protocol'}"
-        warn(f"{path}: {len(dropped)} rows of an earlier call are dropped ({why}): {', '.join(dropped)}")
-    return [*kept, *rows], merged
+        told = f"{len(dropped)} rows of an earlier call are dropped ({why}): {', '.join(dropped)}"
+    return ([*kept, *rows], _merged_record(kept, earlier, record)), told
 
 
 def _row(entry: Fields) -> Row:
@@ -187,9 +212,15 @@ def pages(rows: list[Row], record: dict[str, Any], done: list[Done]) -> dict[str
         found["wrong.json"] = json.dumps({"items": wrong_items(*scored[0])}, indent=1)
     elif not any(_origin(row)[0] == HEAD for row in rows):  # none of an earlier call stands here either
         found["wrong.json"] = None
-    found["results.md"] = _markdown(rows, record)
+    found["results.md"] = _results_page(rows, record)
     found["results.json"] = json.dumps({**record, "rows": [row._asdict() for row in rows]}, indent=2)
     return found
+
+
+def _results_page(rows: list[Row], record: dict[str, Any]) -> str:
+    """The last call's weights first, then the others."""
+    others = [([_row(Fields.of(row, "")) for row in other["rows"]], other) for other in record.get("others", ())]
+    return "\n\n".join(_markdown(*each) for each in [(rows, record), *others])
 
 
 def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
@@ -219,6 +250,27 @@ def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+def set_aside(out: Path, digest: str) -> None:
+    """Keeps other weights' wrong.json under a name of theirs, and brings back that of the weights `digest`.
+
+    wrong.json is of the weights that results.json begins with. Raises UserError where that cannot be.
+    """
+    wrong = out / "wrong.json"
+    try:
+        before = Fields.of(read_json(out / "results.json"), "").text("weights_sha256")
+    except (OSError, UserError):
+        return  # nothing is known of it
+    if before == digest:
+        return
+    try:
+        if wrong.is_file() and re.fullmatch("[0-9a-f]{64}", before):
+            wrong.replace(out / f"wrong-{before[:_LETTERS]}.json")
+        if (own := out / f"wrong-{digest[:_LETTERS]}.json").is_file():
+            own.replace(wrong)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def write_pages(out: Path, contents: dict[str, str | None]) -> None:

@@ -38,6 +38,7 @@ _OWN_KEYS = {
     "name": "--out",
     "output": "--out",
     "total_steps": "--steps",
+    "total_epochs": "--steps",
     "optim.lr": "--lr",
     "seed": "--seeds",
     "model.image_size": "--image-size",

@@ -11,7 +11,7 @@ from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, non_defa
 from pretrain.escape import in_markdown
 from pretrain.json_files import Fields, parse_json
 from pretrain.models.tensors import Weights, read_fields, readable
-from pretrain.models.weights import results_folder
+from pretrain.models.weights import results_folder, weights_sha256
 
 _MOST = 1 << 40  # images
 _RECEIPT = {
@@ -127,6 +127,9 @@ def _evaluation(source: Path) -> Iterator[str]:
     if not (folder / "evaluation" / "results.json").is_file():
         return
     results = read_fields(folder, "evaluation/results.json")
+    digest = weights_sha256(source)
+    own = [each for each in results.parts("others", ()) if each.values.get("weights_sha256") == digest]
+    results = own[0] if own and results.values.get("weights_sha256") != digest else results
     name = Path(results.text("weights")).name
     for row in results.parts("rows"):
         about = [str(value) for key, value in row.values.items() if key not in ("metric", "value", "n") and value]

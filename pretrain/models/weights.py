@@ -13,6 +13,7 @@ from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.config import MAX_CLASSES, Config, DataConfig, ModelConfig, config_from_dict
 from pretrain.errors import UserError
 from pretrain.json_files import Fields
+from pretrain.models import by_name
 from pretrain.models.build import build_model
 from pretrain.models.claims import check_fit, check_tensors
 from pretrain.models.equivalent import classifier_names, own_tensors, resized
@@ -51,6 +52,7 @@ def model_of(weights: Weights) -> nn.Module:
 def read_weights(path: Path, image_size: int | None = None) -> Weights:
     """Reads a run (its newest valid checkpoint), a checkpoint step-N, a folder of ours, timm's, transformers', .npz.
 
+    Weights by name (timm:NAME, hf-hub:OWNER/NAME, google:NAME) are fetched first, unless they are in the cache.
     Raises UserError unless its tensors are exactly those of its architecture, before anything of their size is built.
     """
     weights = _read(path, image_size)
@@ -59,6 +61,8 @@ def read_weights(path: Path, image_size: int | None = None) -> Weights:
 
 
 def _read(path: Path, image_size: int | None) -> Weights:
+    if by_name.is_name(path):
+        path = by_name.fetched(path)
     if is_torch_file(path):
         beside = (path.parent / "config.json").is_file()
         return _read_folder(path.parent, path) if beside else read_timm_checkpoint(path)
@@ -101,7 +105,10 @@ def results_folder(weights: Path, name: str) -> Path:
     """Returns where results on weights lie: in the run or the converted folder, so that reports find them.
 
     A checkpoint and an .npz hold nothing but themselves: in the checkpoint's run, and in a folder of the file's name.
+    Weights by name lie in a cache: then in a folder of their name, here.
     """
+    if by_name.is_name(weights):
+        return Path(by_name.folder_name(weights)) / name
     if weights.parent.name == "checkpoints":
         weights = weights.parent.parent
     return (weights.with_suffix("") if weights.is_file() else weights) / name

@@ -1,15 +1,17 @@
-"""Original downloads as their authors publish them: CIFAR, Oxford Pets and Flowers, DTD. Pickles are refused."""
+"""Original downloads as their authors publish them: CIFAR, Oxford Pets and Flowers, DTD. Nothing in them is run."""
 
 import io
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from pretrain.errors import UserError
 from pretrain.escape import shown
+from pretrain.json_files import is_text
 from pretrain.shards.archives import (
     File,
     Original,
@@ -24,6 +26,7 @@ from pretrain.shards.archives import (
     text_of,
 )
 from pretrain.shards.matlab import MAX_MATLAB_BYTES, read_matlab, whole
+from pretrain.shards.plain_pickles import read_plain_pickle
 from pretrain.shards.sources import Item
 
 _CIFAR_PIXELS = 3 * 32 * 32  # red plane, green plane, blue plane
@@ -31,13 +34,16 @@ _MAX_CIFAR_BYTES = 256 << 20  # of a batch: the largest, CIFAR-100's train.bin, 
 
 
 def cifar(source: Path, num_classes: int) -> Splits:
-    """Returns CIFAR-10 or -100 from `cifar-10-binary.tar.gz`, `cifar-100-binary.tar.gz` or the folder in it."""
+    """Returns CIFAR-10 or -100 from `cifar-10-binary.tar.gz`, `cifar-10-python.tar.gz` or the folder in either.
+
+    The python version's pickles are read without unpickling; of both, the binary one counts.
+    """
     short = "cifar-10" if num_classes == 10 else "cifar-100"
     unpacked = f"{short}-batches-bin" if num_classes == 10 else f"{short}-binary"
     names = f"{short}-binary.tar.gz", unpacked
-    pickled = found_in(source, f"{short}-python.tar.gz", f"{short}-batches-py", f"{short}-python")
-    if pickled and not found_in(source, *names):
-        raise UserError(f"{pickled}: holds pickles, which can run code; download {short}-binary.tar.gz instead")
+    pickled = f"{short}-python.tar.gz", "cifar-10-batches-py" if num_classes == 10 else f"{short}-python"
+    if found_in(source, *pickled) and not found_in(source, *names):
+        return _pickled_cifar(one_of(source, *pickled), num_classes)
     archive = one_of(source, *names)
     files = {Path(file.name).name: file for file in files_of(archive)}
     binary = {name: file for name, file in files.items() if name.endswith(".bin")}
@@ -55,17 +61,56 @@ def cifar(source: Path, num_classes: int) -> Splits:
     }
 
 
+def _pickled_cifar(archive: Path, num_classes: int) -> Splits:
+    files = {Path(file.name).name: file for file in files_of(archive)}
+    train = [f"data_batch_{i}" for i in range(1, 6)] if num_classes == 10 else ["train"]
+    test, meta = ("test_batch", "batches.meta") if num_classes == 10 else ("test", "meta")
+    labels, listed = ("labels", "label_names") if num_classes == 10 else ("fine_labels", "fine_label_names")
+    for name in (*train, test):
+        if name not in files:
+            raise UserError(f"{archive}: {name} is missing")
+    names = _pickled(files[meta]).get(listed) if meta in files else ()
+    if not isinstance(names, (list, tuple)) or not all(map(is_text, names)):
+        raise UserError(f"{files[meta].source}: {listed} is no list of texts")
+    return {
+        split: [
+            original for name in of_split for original in _pickled_batch(files[name], labels, dict(enumerate(names)))
+        ]
+        for split, of_split in (("train", train), ("test", [test]))
+    }
+
+
+def _pickled_batch(file: File, key: str, class_names: dict[int, str]) -> list[Original]:
+    values = _pickled(file)
+    rows, labels = values.get("data"), values.get(key)
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != _CIFAR_PIXELS:
+        raise UserError(f"{file.source}: data is no array of rows of {_CIFAR_PIXELS} bytes")
+    if not isinstance(labels, list) or len(labels) != len(rows) or not all(type(label) is int for label in labels):
+        raise UserError(f"{file.source}: {key} is no list of {len(rows)} labels")
+    return _cifar_originals(file, rows, labels, class_names)
+
+
+def _pickled(file: File) -> dict[Any, Any]:
+    values = read_plain_pickle(content_of(file, _MAX_CIFAR_BYTES), file.source)
+    if not isinstance(values, dict):
+        raise UserError(f"{file.source}: holds no dict")
+    return {key.decode("latin-1") if isinstance(key, bytes) else key: value for key, value in values.items()}
+
+
 def _cifar_batch(file: File, label_bytes: int, class_names: dict[int, str]) -> list[Original]:
     data = np.frombuffer(content_of(file, _MAX_CIFAR_BYTES), np.uint8)
     if len(data) % (label_bytes + _CIFAR_PIXELS):
         raise UserError(f"{file.source}: {len(data)} bytes are not a multiple of {label_bytes + _CIFAR_PIXELS}; cut?")
     rows = data.reshape(-1, label_bytes + _CIFAR_PIXELS)
-    name = Path(file.name).name
+    labels = [int(label) for label in rows[:, label_bytes - 1]]
+    return _cifar_originals(file, rows[:, label_bytes:], labels, class_names)
+
+
+def _cifar_originals(file: File, rows: np.ndarray, labels: list[int], class_names: dict[int, str]) -> list[Original]:
     originals = []
-    for i, row in enumerate(rows):
-        label = int(row[label_bytes - 1])
-        item = Item(partial(_png_of_planes, row[label_bytes:]), "png", label, f"{file.source}[{i}]")
-        originals.append(Original(f"{name}[{i}]", item, class_names.get(label, "")))
+    for i, (row, label) in enumerate(zip(rows, labels)):
+        item = Item(partial(_png_of_planes, row), "png", label, f"{file.source}[{i}]")
+        originals.append(Original(f"{Path(file.name).name}[{i}]", item, class_names.get(label, "")))
     return originals
 
 

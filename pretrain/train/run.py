@@ -3,6 +3,7 @@
 deepspeed launch/pretrain.py --config configs/NAME.yaml
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.data.lanes import read_amplification
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import Order, plan_batch, share
 from pretrain.engine.frozen import statistics_of
-from pretrain.engine.settings import check_precision
+from pretrain.engine.settings import check_machine
 from pretrain.engine.step import Engine
 from pretrain.errors import ConfigError, NotFoundError, StorageError
 from pretrain.evaluation import classification
@@ -30,6 +31,7 @@ from pretrain.models.weights import check_same_function, classifier_names, load_
 from pretrain.provenance import processor
 from pretrain.train import ending
 from pretrain.train.datasets import DataSets, open_data, warn_of_small_store
+from pretrain.train.epochs import in_steps
 from pretrain.train.folder import (
     claim,
     has_started,
@@ -57,7 +59,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
     folder = config.output / config.name
     with watchdog.watching(folder, config.engine.watchdog_s, config.engine.timeout_s):
         device = ranks.start(config.engine.timeout_s)
-        agreement.together(lambda: check_precision(config))
+        agreement.together(lambda: check_machine(config))
         lock = claim(folder)
         with ending.noted(folder):
             _train(config, folder, device, recipe, stop)
@@ -67,8 +69,9 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
     del lock
 
 
-def _train(config: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
-    data = agreement.together(lambda: _open_data(config, folder))
+def _train(given: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
+    config: Config = agreement.together(lambda: _finding_data(folder, lambda: in_steps(given)))
+    data: DataSets = agreement.together(lambda: _finding_data(folder, lambda: open_data(config)))
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)
@@ -121,10 +124,10 @@ def _facts(data: DataSets, num_parameters: int, device: torch.device) -> dict[st
     }
 
 
-def _open_data(config: Config, folder: Path) -> DataSets:
-    """The data sets of a run. What an earlier start has found and this one does not is on a disk that is away."""
+def _finding_data(folder: Path, find: Callable[[], Any]) -> Any:
+    """What `find` returns. Data that an earlier start has found, and this one does not, is on a disk that is away."""
     try:
-        return open_data(config)
+        return find()
     except NotFoundError as error:
         if not has_started(folder):
             raise

@@ -1,0 +1,324 @@
+"""Weights by name: `timm:NAME`, `hf-hub:OWNER/NAME` and `google:NAME` become files of this machine, fetched once.
+
+Nothing is fetched silently: a line says what, from where, how much, under which licence. Google's files lie in
+$PRETRAIN_CACHE (default ~/.cache/vit-pretrain), those of the hub in the hub's own cache ($HF_HOME), which timm shares.
+Nothing that was fetched is executed. This module imports no torch: a misspelt name is told at once.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+from pretrain import cli
+from pretrain.cluster.slurm import rank_so_far
+from pretrain.config.checks import did_you_mean
+from pretrain.data import remote
+from pretrain.errors import StorageError, UserError
+from pretrain.models.published import BUCKET, GoogleFile, google_file
+from pretrain.storage import crc32c, fsync_path, sha256
+
+SCHEMES = ("timm", "hf-hub", "google")
+FORMS = "timm:NAME, hf-hub:OWNER/NAME or google:NAME"
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]{1,96})?")
+_FIRST_TRIES = 3  # until a server has answered once: who has no network hears it at once
+_TENSORS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there
+_SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
+_MEBIBYTE = 1 << 20
+
+
+def is_name(weights: Path | str) -> bool:
+    """Returns whether weights are given by name, not as a path. A file of such a name counts as the file."""
+    scheme, colon, _ = str(weights).partition(":")
+    return bool(colon) and scheme in SCHEMES and not Path(weights).exists()
+
+
+def check_name(weights: Path | str) -> None:
+    """Raises UserError for a name that cannot be fetched, as far as that can be told at once."""
+    scheme, _, name = str(weights).partition(":")
+    if scheme == "google":
+        google_file(name)
+    if scheme == "hf-hub" and not _REPOSITORY.fullmatch(name):
+        raise UserError(f"{weights}: expected hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION")
+
+
+def folder_name(weights: Path | str) -> str:
+    """Returns what a folder of results on such weights is called: timm_vit_base_patch16_224."""
+    return re.sub(r"[^\w.+-]", "_", str(weights))
+
+
+def fetched(weights: Path | str) -> Path:
+    """Returns the file or folder of named weights; what is not in the cache is fetched, and said, first.
+
+    Several processes may ask at once. Raises UserError for a name that does not exist or bytes that are not those that
+    were promised, StorageError when the server cannot be reached: both say what to download and where to put it.
+    """
+    check_name(weights)
+    scheme, _, name = str(weights).partition(":")
+    if scheme == "google":
+        return _from_google(str(weights), google_file(name))
+    repository, _, revision = (_timms(name) if scheme == "timm" else name).partition("@")
+    return _from_hub(str(weights), repository, revision or None)
+
+
+def cache_folder() -> Path:
+    """Returns where fetched files lie."""
+    if own := os.environ.get("PRETRAIN_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit-pretrain"
+
+
+def _timms(name: str) -> str:
+    """The hub's repository of a pretrained model of timm's."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    try:
+        found = get_pretrained_cfg(name)
+    except RuntimeError:  # a tag that timm does not have
+        found = None
+    if found is None:
+        hint = did_you_mean(name, timm.list_models(pretrained=True))
+        raise UserError(f"timm:{name}: timm {timm.__version__} has no pretrained weights of this name.{hint}")
+    if not found.hf_hub_id or found.hf_hub_filename:
+        place = found.url or f"{found.hf_hub_id}, {found.hf_hub_filename}"
+        raise UserError(
+            f"timm:{name}: is not on the hub as a folder of timm's, only as {place}; download that yourself"
+        )
+    return found.hf_hub_id
+
+
+def _tell(line: str) -> None:
+    if rank_so_far(os.environ) == 0:
+        cli.tell(line, sys.stderr)  # what a tool prints may be read by a program
+
+
+@contextmanager
+def _progress(title: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that is told how many bytes more have arrived."""
+    shown = nullcontext(lambda _: None) if rank_so_far(os.environ) else cli.progress(title, num_bytes >> 20, "MiB")
+    with shown as advance:
+        arrived = 0
+
+        def add(more: int) -> None:
+            nonlocal arrived
+            arrived, before = arrived + more, arrived
+            advance((arrived >> 20) - (before >> 20))
+
+        yield add
+
+
+def _size(num_bytes: int | None) -> str:
+    return "size not told" if num_bytes is None else f"{num_bytes / _MEBIBYTE:,.1f} MiB"
+
+
+# --- Google ----------------------------------------------------------------------------------------------------------
+
+
+def _from_google(name: str, file: GoogleFile) -> Path:
+    """The file in the cache; only a complete and compared one bears its name. The partial one is the lock."""
+    base = os.environ.get("PRETRAIN_GOOGLE_MODELS", BUCKET).rstrip("/")
+    url, path = f"{base}/{quote(file.path)}", cache_folder() / "google" / file.path
+    if path.is_file():
+        return path
+    size = f" ({file.mebibytes:,} MiB)" if file.mebibytes else ""
+    way_out = f"download {url}{size} where there is a network, and put it at {path}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path, name) as part:
+            if part is not None:
+                _download(name, url, file, path, part)
+        return path
+    except StorageError as error:
+        raise StorageError(f"{name}: {error}; {way_out}") from None
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: cannot be written ({error.strerror}); set PRETRAIN_CACHE to a folder"
+        ) from None
+
+
+@contextmanager
+def _locked(path: Path, name: str) -> Iterator[BinaryIO | None]:
+    """Yields the partial file, open at its end, which no other process writes meanwhile; None if `path` is there."""
+    part = path.with_name(f"{path.name}.part")
+    while True:
+        with part.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _tell(f"{name}: another process is fetching it; waiting")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not part.exists() or not os.path.samestat(part.stat(), os.fstat(file.fileno())):
+                continue  # that process has renamed or removed it
+            try:
+                yield None if path.is_file() else file
+            finally:
+                if not os.fstat(file.fileno()).st_size:
+                    part.unlink(missing_ok=True)
+            return
+
+
+def _download(name: str, url: str, file: GoogleFile, path: Path, part: BinaryIO) -> None:
+    facts = remote.facts_of(url, _FIRST_TRIES)
+    begun = part.tell()
+    if begun > facts.num_bytes:
+        part.truncate(0)
+        begun = 0
+    goes_on = f", going on at {_size(begun)}" if begun else ""
+    _tell(f"{name}: fetching {url} ({_size(facts.num_bytes)}, {file.licence}) to {path}{goes_on}")
+    with _progress(name, facts.num_bytes) as advance:
+        advance(begun)
+
+        def write(piece: bytes) -> None:
+            part.write(piece)
+            advance(len(piece))
+
+        remote.download(url, begun, facts.num_bytes, facts.num_bytes, write)
+    part.flush()
+    here = Path(part.name)
+    for promised, found in ((file.sha256, sha256), (facts.crc32c, crc32c)):
+        if promised and promised != (got := found(here)):
+            here.unlink()
+            raise UserError(
+                f"{url}: has {found.__name__} {got}, expected {promised}: damaged on the way, or not the file that was "
+                "published; removed, the same command fetches it anew"
+            )
+    fsync_path(here)
+    os.replace(here, path)
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def _from_hub(name: str, repository: str, revision: str | None) -> Path:
+    """The snapshot's folder in the hub's cache, with config.json and tensors in it."""
+    if (folder := _cached(repository, revision)) is not None:
+        return folder
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    address = f"{endpoint}/{repository}" + (f"/tree/{revision}" if revision else "")
+    with _one_line(name, address):
+        from huggingface_hub import HfApi, constants
+
+        info = HfApi(endpoint=endpoint).model_info(repository, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size for file in info.siblings or ()}
+        wanted = _wanted(sizes, name, address)
+        known = [size for file in wanted if (size := sizes[file]) is not None]
+        total = sum(known) if len(known) == len(wanted) else None
+        licence = getattr(info.card_data, "license", None) or "no licence told"
+        cache = constants.HF_HUB_CACHE
+        _tell(f"{name}: fetching {', '.join(wanted)} of {address} ({_size(total)}, {licence}) to {cache}")
+        with _progress(name, total or 0) as advance, _quiet():
+            paths = [_hub_file(repository, file, revision, endpoint, advance) for file in wanted]
+    for path in paths:
+        _check_blob(path, address)
+    return paths[0].parent
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """The folder of a snapshot that is complete in the cache: files appear there when they are complete."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "config.json", revision=revision)
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    names = {path.name for path in folder.iterdir()}
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    complete = names & {_TENSORS[0], _TENSORS[2]} or (
+        _TENSORS[1] in names and bool(shards) and len(shards) == int(shards[0][1])
+    )
+    return folder if complete else None
+
+
+def _wanted(sizes: dict[str, Any], name: str, address: str) -> list[str]:
+    """The files to fetch, config.json first. Raises UserError when the repository does not hold what can be read."""
+    tensors = next((file for file in _TENSORS if file in sizes), None)
+    if "config.json" not in sizes or tensors is None:
+        raise UserError(f"{name}: {address} has no config.json with {', '.join(_TENSORS)}; nothing else is read")
+    shards = sorted(filter(_SHARD.fullmatch, sizes)) if tensors == _TENSORS[1] else []
+    return ["config.json", tensors, *shards]
+
+
+def _hub_file(repository: str, file: str, revision: str | None, endpoint: str, advance: Callable[[int], None]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm
+
+    class Told(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            advance(int(n or 0))
+            return None
+
+    return Path(hf_hub_download(repository, file, revision=revision, endpoint=endpoint, tqdm_class=Told))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the hub's own warnings of each retry: what fails at last is told."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_blob(path: Path, address: str) -> None:
+    """Compares a fetched file with its name in the cache, which is the server's: SHA-256, or git's SHA-1 of a text."""
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        found = sha256(blob)
+    elif re.fullmatch("[0-9a-f]{40}", blob.name):
+        content = blob.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    else:
+        return  # a mirror's own etag
+    if found != blob.name:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise UserError(
+            f"{address}: {path.name} has checksum {found}, expected {blob.name}: damaged on the way; removed, the same "
+            "command fetches it anew"
+        )
+
+
+@contextmanager
+def _one_line(name: str, address: str) -> Iterator[None]:
+    """Makes one line of what the hub's client raises, which is of many kinds and lines."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        from huggingface_hub import errors
+
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.GatedRepoError):
+            raise UserError(
+                f"{name}: accept the licence at {address} first, then `hf auth login`, or set HF_TOKEN"
+            ) from None
+        if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
+            raise UserError(f"{name}: {address} is not there, or private: `hf auth login`, or set HF_TOKEN") from None
+        if isinstance(error, errors.HFValidationError):
+            raise UserError(f"{name}: {_first_line(error)}") from None
+        # Its HTTP client's errors, OSError, and RuntimeError of its transfer in parts: none is of this program.
+        raise StorageError(
+            f"{name}: {address} cannot be reached or read ({_first_line(error)}); where there is a network, download "
+            f"config.json and {_TENSORS[0]} from there into a folder, and give that folder"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
