@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pretrain.checkpoint.read import read_state
-from pretrain.cluster import agreement, ranks
+from pretrain.cluster import agreement, ranks, restarts
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
     Config,
@@ -50,7 +50,10 @@ from pretrain.log import MAX_STEP, JsonLines, not_a_link, rewind, say, warn
 from pretrain.provenance import UNKNOWN, commit, versions
 from pretrain.storage import fsync_path, write_text
 
-_JOB = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+_JOB = (
+    *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"),
+    *(restarts.COUNT, "TORCHELASTIC_RESTART_COUNT"),
+)
 _STARTS, _LOCK, _ROOM = "starts.jsonl", "lock", ".room-for-DONE"
 _ROOM_BYTES = 4096  # more than DONE ever has: a step and some scores
 _MAX_RECIPE_BYTES = 1 << 20
