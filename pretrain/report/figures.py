@@ -11,6 +11,7 @@ import numpy as np
 
 from pretrain.config import Config, non_defaults
 from pretrain.report.runs import Curve, Run
+from pretrain.report.story import portable
 from pretrain.tasks.published import PAPER_ROWS, PaperRow
 from pretrain.tasks.table import VTAB, vtab_means
 
@@ -241,6 +242,16 @@ def losses_table(summaries: Sequence[dict[str, Any]]) -> Table:
     return Table(["run", "samples seen", "bad", *causes, "skipped steps"], rows, num_runs=len(rows))
 
 
+def nothing_lost(summaries: Sequence[dict[str, Any]]) -> str | None:
+    """Returns the sentence that stands for the table where every known count is zero; None where one is not."""
+    counts = [values[name] for values in summaries for name in ("bad_samples", "skipped_steps")]
+    if any(counts) or any(values["bad_samples_by_cause"] or values["skipped_at"] for values in summaries):
+        return None
+    if None in counts:
+        return None
+    return "Nothing was left out: no bad sample, no skipped step."
+
+
 def _at_steps(steps: Sequence[int]) -> str:
     if not steps:
         return ""
@@ -317,7 +328,7 @@ def config_table(summaries: Sequence[dict[str, Any]]) -> Table:
     known = [values for values in summaries if values["config_differences"]]
     keys = dict.fromkeys(key for values in known for key in values["config_differences"])
     order = sorted(keys, key=list(_keys(Config)).index)
-    rows = [[key, *(values["config_differences"].get(key, NOTHING) for values in known)] for key in order]
+    rows = [[key, *(portable(values["config_differences"].get(key, NOTHING)) for values in known)] for key in order]
     columns = range(len(known) + 1)
     return Table(["key", *(values["run"] for values in known)], rows, text_columns=tuple(columns))
 
