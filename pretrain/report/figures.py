@@ -12,7 +12,7 @@ import numpy as np
 from pretrain.config import Config, non_defaults
 from pretrain.report.goodput import goodput, lost_steps
 from pretrain.report.runs import Curve, Run
-from pretrain.report.story import portable
+from pretrain.report.story import model_name, portable, sentence, training_seconds
 from pretrain.tasks.published import PAPER_ROWS, PaperRow
 from pretrain.tasks.table import VTAB, vtab_means
 
@@ -47,14 +47,14 @@ def summary(run: Run) -> dict[str, Any]:
     last_start = run.starts[-1] if run.starts else {}
     config = run.config
     rates = _finite_values(run, "train/images_per_s")
-    return {
+    values = {
         "run": run.name,
         "folder": str(run.folder),
         "done": run.done,
         "steps": max((int(steps[-1]) for steps, _ in run.curves.values()), default=None),
         "total_steps": config.total_steps if config else None,
         "global_batch": config.data.global_batch if config else None,
-        "model": config.model.name if config else None,
+        "model": model_name(config.model) if config else None,
         "target": {"recipe": run.target.recipe, "score": run.target.score} if run.target else None,
         "scores": protocol_scores(run),
         "last": {metric: finite(values[-1]) for metric, (_, values) in sorted(run.curves.items())},
@@ -84,6 +84,7 @@ def summary(run: Run) -> dict[str, Any]:
         "pictures": [picture.name for picture in run.pictures],
         "config_differences": dict(config_differences(config)) if config else None,
     }
+    return {**values, "sentence": sentence(run, values), "training_seconds": training_seconds(run)}
 
 
 _BEST: dict[str, tuple[Callable[[np.ndarray], Any]]] = {

@@ -167,9 +167,16 @@ def markdown(
     summaries: Sequence[dict[str, Any]], missing: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 ) -> str:
     """Returns the page: the tables of all runs, then what each ran with and its evaluation."""
-    lines = ["# Report", "", "![Curves](curves.png)", "", *_lines(figures.overview_table(summaries))]
+    lines = ["# Report", ""]
+    for values in summaries:
+        result = story.headline(values)
+        told = f" **{in_markdown(result[0])}** {in_markdown(result[1])}." if result else ""
+        lines += [f"- {in_markdown(values['run'])}: {in_markdown(values['sentence'])}{told}"]
+    lines += ["", "![Curves](curves.png)", "", *_lines(figures.overview_table(summaries))]
     lines += [*_hint(missing, "validation"), *_hint(missing, "fewshot")]
-    lines += ["", "## Beside the paper", "", *_lines(figures.paper_table(summaries)), *_hint(missing, "scores")]
+    if any(values["scores"] for values in summaries):
+        lines += ["", "## Beside the paper", "", *_lines(figures.paper_table(summaries))]
+    lines += _hint(missing, "scores")
     if (vtab := figures.vtab_table(summaries)).rows:
         lines += ["", "### VTAB, task by task", "", *_lines(vtab)]
     for target in figures.targets(summaries):
