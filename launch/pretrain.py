@@ -3,11 +3,13 @@
 deepspeed launch/pretrain.py --config configs/NAME.yaml [key=value ...]
 
 The same command again resumes. `python launch/pretrain.py ...` runs one rank; torchrun works too, and under SLURM plain
-`srun python launch/pretrain.py ...` with a task for each GPU (launch/pretrain.sbatch).
+`srun python launch/pretrain.py ...` with a task for each GPU (launch/pretrain.sbatch). With `--restarts N` plain python
+starts the ranks of this machine itself, and again when one is lost.
 """
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # This file's folder comes first on sys.path, where `pretrain` would be this file instead of the package.
@@ -19,9 +21,12 @@ from pretrain.cluster import signals, watchdog
 STOP = signals.StopRequest() if __name__ == "__main__" else None
 
 from pretrain import cli
+from pretrain.checkpoint.layout import step_folders
+from pretrain.cluster import local, restarts
 from pretrain.cluster.slurm import rank_so_far
 from pretrain.config import config_to_yaml, load_config, option_hint, settings_help
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, UserError
+from pretrain.json_files import Fields, read_json
 
 
 def _tell(line: str) -> None:
@@ -29,7 +34,7 @@ def _tell(line: str) -> None:
         cli.tell(line, sys.stderr)
 
 
-def main() -> None:
+def main() -> int | None:
     parser = cli.parser(
         "Pretrains a Vision Transformer. The same command again resumes where the newest checkpoint is.",
         "deepspeed launch/pretrain.py --config configs/tiny_imagenet_ti8.yaml optim.lr=5e-4",
@@ -42,6 +47,15 @@ def main() -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config, for example optim.lr=1e-3"
     )
     parser.add_argument("--print-folder", action="store_true", help="print the run's folder and exit")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        metavar="N",
+        help="start this machine's ranks, and again when one is lost, N times in a row without a new checkpoint",
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, metavar="N", help="ranks of --restarts (default: all GPUs, or one CPU rank)"
+    )
     parser.epilog = f"{parser.epilog}\n\n{settings_help()}"
     arguments, unknown = parser.parse_known_intermixed_args()
     if unknown:
@@ -49,10 +63,14 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides, _tell)
     if arguments.print_config:
         print(config_to_yaml(config), end="")
-        return
+        return None
     if arguments.print_folder:
         print(config.output / config.name)
-        return
+        return None
+    if arguments.restarts is None and arguments.num_gpus is not None:
+        raise UserError("--num-gpus is of --restarts; `deepspeed` has --num_gpus")
+    if arguments.restarts is not None and not restarts.is_supervised(os.environ):
+        return _with_restarts(arguments.restarts, arguments.num_gpus, config.output / config.name)
     signals.end_with_launcher()
     if not rank_so_far(os.environ):
         print(f"{config.name}: loading torch and DeepSpeed", flush=True)
@@ -60,6 +78,29 @@ def main() -> None:
         with cli.loading():
             from pretrain.train.run import train
         train(config, recipe=arguments.config, stop=STOP)
+    return None
+
+
+def _with_restarts(most: int, num_ranks: int | None, folder: Path) -> int:
+    for option, value, lowest in (("--restarts", most, 0), ("--num-gpus", num_ranks, 1)):
+        if value is not None and value < lowest:
+            raise UserError(f"{option} is {value}, expected at least {lowest}")
+    (folder / "STOP.json").unlink(missing_ok=True)  # of an earlier start
+    assert STOP is not None
+
+    def newest() -> str:
+        with suppress(OSError):  # the disk is away
+            return next((path.name for path in step_folders(folder / "checkpoints")), "")
+        return ""
+
+    def forbidden() -> bool:
+        with suppress(OSError, UserError):
+            return not Fields.of(read_json(folder / "STOP.json"), "STOP.json").flag("retry", True)
+        return False
+
+    words = [sys.executable, *sys.orig_argv[1:]]  # as it was given: ranks know that they are such
+    ranks = num_ranks or local.default_num_ranks()
+    return restarts.run_with_restarts(words, ranks, most, STOP, newest=newest, forbidden=forbidden)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pretrain.escape import shown
 from pretrain.json_files import Fields, parse_json
 from pretrain.storage import replacing
 
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 MAX_STEP = 10**12  # no run has more; a larger number in a log is damage
 
 
@@ -109,13 +110,15 @@ def sync(folder: Path) -> None:
             warn(f"{path}: {error.strerror}")
 
 
-def rewind(path: Path, step: int) -> None:
+def rewind(path: Path, step: int) -> int:
     """Drops the lines of steps after `step` and a torn last line, so that a resumed run does not log a step twice.
 
-    A line that is damaged is dropped with a warning. What cannot be rewritten stays as it is, with a warning.
+    Returns the last step that had a line, at least `step`. A line that is damaged is dropped with a warning. What
+    cannot be rewritten stays as it is, with a warning.
     """
+    last = step
     if not path.exists():
-        return
+        return last
     damaged = 0
     try:
         with open(path, "rb", opener=not_a_link) as file, replacing(path) as temporary, temporary.open("wb") as kept:
@@ -127,12 +130,15 @@ def rewind(path: Path, step: int) -> None:
                 except UserError:
                     damaged += 1
                     continue
+                last = max(last, of_line)
                 if of_line <= step:
                     kept.write(line)
     except OSError as error:
-        return warn(f"{path}: {error.strerror}; lines of steps after {step} stay in it, and come again")
+        warn(f"{path}: {error.strerror}; lines of steps after {step} stay in it, and come again")
+        return last
     if damaged:
         warn(f"{path}: {damaged} damaged lines left out")
+    return last
 
 
 def step_of(line: bytes) -> int:
@@ -155,7 +161,7 @@ class RunLog:
         """Logs named numbers of `step` to all writers; the console's line ends with the time left."""
         if not ranks.is_main():
             return
-        self._metrics.append({"step": step, **values})
+        self._metrics.append({"step": step, "time": time.strftime(TIME_FORMAT), **values})
         self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
         left = (time.monotonic() - self._start_time) / max(1, step - self._start_step) * (self._total_steps - step)
         shown = "  ".join(

@@ -11,7 +11,7 @@ def test_file_map_is_complete() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     listed = re.findall(r"^((?:launch|pretrain|tools|configs)/\S+)  *\S", text, flags=re.MULTILINE)
     found = [path for folder in ("launch", "pretrain", "tools") for path in (ROOT / folder).rglob("*.py")]
-    found += [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "launch").glob("*.sbatch")]
+    found += [path for kind in ("configs/*.yaml", "launch/*.sbatch", "launch/*.sh") for path in ROOT.glob(kind)]
     expected = {str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py"}
     assert sorted(listed) == sorted(expected)
 

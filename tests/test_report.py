@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import struct
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from weights_on_disk import one_line_error, run_tool
 
 from pretrain.config import config_to_yaml, model_from_dict
 from pretrain.errors import UserError
+from pretrain.log import TIME_FORMAT
 from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, differ_in_length, draw_panels, moving_mean
 from pretrain.report.fewshot import fewshot_chart
 from pretrain.report.figures import config_differences, losses_table, protocol_scores, starts_table, summary, targets
@@ -67,6 +69,40 @@ def test_last_and_best_figures_restarts_and_what_was_left_out(tmp_path: Path) ->
     assert (values["commit"], values["ranks"]) == ("b2", [4, 2])
     assert values["median_images_per_s"] == 102.5 and values["versions"] == {"torch": "2.15.0"}
     assert not values["done"]
+
+
+def simulated(folder: Path, *, interval: int, failures: int, step_s: float, down_s: float) -> None:
+    """Logs of a run that logs every step, saves every `interval` and fails once in 20 of them, half an interval after a
+    save; each new start takes `down_s`."""
+    folder.mkdir()
+    began = datetime(2026, 11, 26, tzinfo=UTC)
+    step, clock, starts, rows = 0, 0.0, [{"step": 0, "lost_steps": 0, "time": began.strftime(TIME_FORMAT)}], []
+    for number in range(failures + 1):
+        clock += down_s if number else 0.0
+        for _ in range(20 * interval):
+            step, clock = step + 1, clock + step_s
+            at = (began + timedelta(seconds=round(clock))).strftime(TIME_FORMAT)
+            rows.append({"step": step, "time": at, "train/images_per_s": 12 / step_s, "train/loss": 1.0})
+        if number < failures:
+            clock += interval // 2 * step_s  # until it fails; these lines the next start drops
+            starts.append({"step": step, "lost_steps": interval // 2, "time": "2026-11-26T01:00:00+0000"})
+    for name, lines in (("metrics", rows), ("starts", starts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (folder / "config.yaml").write_text(config_to_yaml(tiny_config(Path("shards"), folder.parent, name=folder.name)))
+
+
+def test_restarts_lost_steps_and_goodput(tmp_path: Path) -> None:
+    """By hand: a failure every 20 checkpoint intervals of 100 steps of 3 s, back after 5 minutes: 50 steps are done
+    again each time, and of 24,000 s of steps that count in 24,000 + 3 x (150 + 300) s of running 94.7 % remain."""
+    simulated(tmp_path / "run", interval=100, failures=3, step_s=3.0, down_s=300.0)
+    (run,) = read_runs([tmp_path / "run"])
+    values = summary(run)
+    assert (values["restarts"], values["lost_steps"]) == (3, 150)
+    assert values["goodput"] == pytest.approx(24_000 / (24_000 + 3 * (150 + 300)), rel=1e-4) and values["goodput"] > 0.9
+    assert "- restarts: 3, 150 steps done again, goodput 94.7%" in markdown([values]).splitlines()
+    old = (tmp_path / "run" / "metrics.jsonl").read_text().replace('"time"', '"other"')
+    (tmp_path / "run" / "metrics.jsonl").write_text(old)  # of an earlier version
+    assert summary(read_runs([tmp_path / "run"])[0])["goodput"] is None
 
 
 def test_the_tool_writes_its_files_of_overlaid_runs(tmp_path: Path) -> None:

@@ -1,22 +1,32 @@
 """Runs as SLURM jobs, on a real slurmctld and two slurmds; what SLURM's variables mean, without one."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from slurm import cluster, wait_for
-from tiny import make_shards, tiny_config
+from PIL import Image
+from ranks import run_ranks
+from slurm import cluster, power_off, wait_for
+from slurm import processes as slurm_processes
+from tiny import changed, make_shards, tiny_config
 
 from pretrain.checkpoint.find import newest_valid
 from pretrain.cluster import slurm
 from pretrain.cluster.local import on_cpu
 from pretrain.config import Config, config_to_dict
 from pretrain.errors import UserError
+from pretrain.train.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = "launch/pretrain.sbatch"
 # As srun sets them for the sixth task of a step: eight tasks on two nodes with four each.
 TASK = {
     "SLURM_JOB_ID": "4711",
@@ -86,46 +96,195 @@ def starts(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
 
 
+def job_state(run: Callable[..., str], job: str) -> str:
+    """What SLURM says of a job, or of every element of an array."""
+    return run("scontrol", "show", "job", job)
+
+
+def chain(run: Callable[..., str], folder: Path, *arguments: object, **variables: str) -> dict[str, str]:
+    """Submits launch/chain.sh; returns the numbers of the jobs by what they do."""
+    log = f"--cpus-per-task=1 --output={folder}/%x-%j.out"
+    options = {f"{name}_OPTIONS": f"--gpus-per-node=0 {log}" for name in ("PRETRAIN", "EVALUATE", "REPORT")}
+    options |= {"CONVERT_OPTIONS": log, "DATA": str(folder / "data"), "OUT": str(folder / "converted")}
+    told = run("launch/chain.sh", *arguments, cwd=ROOT, **on_cpu(1), **options | variables)
+    return dict(line.partition(":")[0].split() for line in told.splitlines())
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(f"== {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.out")))
+
+
+def finish(config: Config) -> None:
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (["launch/prepare.sbatch", "photos", "out"], "--array goes to 7, but there are 2 parts, from 0: give all, or"),
+        (["launch/evaluate.sbatch", "knn:a knn:b", "weights"], "element 7 of 2: give sbatch --array=0-1"),
+    ],
+)
+def test_an_array_of_another_length_is_refused(script: list[str], told: str) -> None:
+    """Elements that were submitted again alone would make other parts; one that is too many has no task."""
+    element = {"ARRAY_TASK_ID": "7", "ARRAY_TASK_MAX": "7", "ARRAY_TASK_COUNT": "2", "ARRAY_JOB_ID": "1", "JOB_ID": "2"}
+    variables = {**os.environ, **{f"SLURM_{name}": value for name, value in element.items()}}
+    done = subprocess.run(["bash", *script], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 2 and told in done.stdout and not done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_data_set_as_a_job_array(tmp_path: Path) -> None:
+    """Two parts at once, then the job that writes the manifest: the shards of one call."""
+    for number in range(24):
+        path = tmp_path / "photos" / f"class {number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 20), (10 * number, 0, 0)).save(path)
+    with cluster(tmp_path / "s") as run:
+        arguments = ("launch/prepare.sbatch", tmp_path / "photos", tmp_path / "out", "--samples-per-shard", "5")
+        submit = partial(
+            run, "sbatch", "--parsable", "--cpus-per-task=1", f"--output={tmp_path}/%x-%A_%a.out", cwd=ROOT
+        )
+        parts = submit("--array=0-1", *arguments)
+        last = submit(f"--dependency=afterok:{parts}", "--kill-on-invalid-dep=yes", *arguments)
+        wait_for(lambda: not run("squeue", "--noheader"), run, seconds=300)
+        assert "JobState=COMPLETED" in job_state(run, last), logs(tmp_path)
+    assert logs(tmp_path).count("shards are complete") == 2 and "24 samples in 5 shards, 3 classes" in logs(tmp_path)
+    make_shards_of_folder = [
+        sys.executable,
+        "tools/make_shards.py",
+        *arguments[1:2],
+        tmp_path / "alone" / "out",
+        *arguments[3:],
+    ]
+    subprocess.run(make_shards_of_folder, cwd=ROOT, check=True, capture_output=True)
+    for path in sorted((tmp_path / "alone" / "out").glob("*.tar")):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_as_a_job_that_is_warned_and_comes_back(tmp_path: Path) -> None:
-    """2 nodes x 2 tasks under plain srun are one world of 4 ranks. Signalled as before its time limit, the job saves,
-    is requeued, and reaches DONE without a hand: the same samples and weights as an undisturbed job. One whose data
-    is not there ends with the reason and is not requeued.
+def test_a_chain_goes_through_without_a_hand(tmp_path: Path) -> None:
+    """2 nodes x 2 tasks under plain srun are one world of 4 ranks. Signalled as before its time limit, the run saves,
+    is requeued, and reaches DONE: the same samples and weights as an undisturbed one. Only then its weights are
+    converted, four elements of an array score them at once, and the report has every score.
     """
-    shards = make_shards(tmp_path / "squares")
+    shards = make_shards(tmp_path / "data" / "squares" / "train")
+    make_shards(tmp_path / "data" / "squares" / "test", num_samples=31, seed=1)
     config = tiny_config(shards, tmp_path / "disturbed", total_steps=300, checkpoint__every_steps=1000)
     file, run_folder = config_file(tmp_path, config), tmp_path / "disturbed" / "tiny"
+    tasks = [f"{kind}:squares" for kind in ("knn", "fewshot", "probe")]
+    shutil.copytree(shards.parent, shards.parent.with_name("more"))
     with cluster(tmp_path / "s") as run:
-        size = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1"]
-        environment = ",".join(f"{name}={value}" for name, value in on_cpu(1).items())
-        submit = partial(
-            run, "sbatch", "--parsable", *size, f"--output={tmp_path}/%j.out", f"--export=ALL,{environment}"
-        )
-        jobs = {
-            "disturbed": submit(SCRIPT, "--config", file, cwd=ROOT),
-            "undisturbed": submit(SCRIPT, "--config", file, f"output={tmp_path}/undisturbed", cwd=ROOT),
-            "empty": submit(
-                *("--nodes=1", "--ntasks-per-node=1", SCRIPT, "--config", file),
-                *(f"output={tmp_path}/empty", f"data.train={tmp_path}/no"),
-                cwd=ROOT,
-            ),
-        }
+        size = f"--nodes=2 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --output={tmp_path}/%x-%j.out"
+        jobs = chain(run, tmp_path, "--config", file, PRETRAIN_OPTIONS=size, TASKS=" ".join([*tasks, "knn:more"]))
         log = run_folder / "samples-00000.jsonl"
         wait_for(lambda: log.exists() and log.read_text().count("\n") > 20, run, seconds=300)
-        run("scancel", "--signal=USR1", jobs["disturbed"])  # as --signal=USR1@300 does: to the step, not the script
-        wait_for(lambda: not run("squeue", "--noheader"), run, seconds=400)
-        states = {name: run("scontrol", "show", "job", job) for name, job in jobs.items()}
-    logs = {name: (tmp_path / f"{job}.out").read_text() for name, job in jobs.items()}
-    assert [start["world_size"] for start in starts(run_folder)] == [4, 4], logs["disturbed"]
+        run("scancel", "--signal=USR1", jobs["pretrain"])  # as --signal=USR1@300 does: to the step, not the script
+        wait_for((run_folder / "STOP.json").exists, run)
+        assert "JobState=PENDING" in job_state(run, jobs["convert"])
+        wait_for(lambda: not run("squeue", "--noheader"), run, seconds=600)
+        states = {name: job_state(run, job) for name, job in jobs.items()}
+    told = logs(tmp_path)
+    assert {name: state.count("JobState=COMPLETED") for name, state in states.items()} == {
+        **{"pretrain": 1, "convert": 1, "evaluate": 4, "report": 1}
+    }, told
+    assert [start["world_size"] for start in starts(run_folder)] == [4, 4], told
     assert [start["job"].get("SLURM_RESTART_COUNT") for start in starts(run_folder)] == [None, "1"]
     assert starts(run_folder)[1]["step"] > 20 and not (run_folder / "STOP.json").exists()
-    assert "JobState=COMPLETED" in states["disturbed"] and logs["disturbed"].count(": requeued") == 1
-    found, expected = (newest_valid(tmp_path / name / "tiny" / "checkpoints") for name in ("disturbed", "undisturbed"))
-    assert found and expected and found.name == expected.name == "step-0000000300"
+    assert told.count(": requeued") == 1
+    assert (tmp_path / "converted" / "config.json").is_file()
+    (report,) = json.loads((run_folder / "report" / "report.json").read_text())["runs"]
+    scored = {row["metric"].partition("/")[0] for row in report["evaluation"]["rows"]}
+    assert scored == {*tasks, "knn:more"}, told
+    expect_the_undisturbed(config, tmp_path / "undisturbed")
+
+
+def expect_the_undisturbed(config: Config, output: Path, ranks: int = 4) -> None:
+    """The run has the weights and the samples of one on as many ranks that nobody has disturbed."""
+    run_ranks(finish, ranks, changed(config, output=str(output)))
+    ours, theirs = (folder / "tiny" for folder in (config.output, output))
+    found, expected = (newest_valid(folder / "checkpoints") for folder in (ours, theirs))
+    assert found and expected and found.name == expected.name == f"step-{config.total_steps:010d}"
     for path in expected.glob("*.safetensors"):
         assert (found / path.name).read_bytes() == path.read_bytes(), path.name
-    for path in (tmp_path / "undisturbed" / "tiny").glob("samples-*.jsonl"):
-        assert (run_folder / path.name).read_text() == path.read_text()
-    assert "JobState=FAILED" in states["empty"] and "Restarts=0" in states["empty"], logs["empty"]
-    assert "not requeued" in logs["empty"] and "no: not found" in logs["empty"]
+    assert len(list(theirs.glob("samples-*.jsonl"))) == ranks
+    for path in theirs.glob("samples-*.jsonl"):
+        assert (ours / path.name).read_text() == path.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_that_fails_leaves_nobody_waiting(tmp_path: Path) -> None:
+    """Its data is not there: it ends with the reason and is not requeued; what waits for it is cancelled; the report,
+    which comes in any case, has nothing to tell."""
+    file = config_file(tmp_path, tiny_config(make_shards(tmp_path / "squares"), tmp_path / "runs"))
+    with cluster(tmp_path / "s") as run:
+        size = f"--ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --output={tmp_path}/%x-%j.out"
+        arguments = ("--config", file, f"data.train={tmp_path}/no")
+        jobs = chain(run, tmp_path, *arguments, PRETRAIN_OPTIONS=size, TASKS="knn:a knn:b")
+        wait_for(lambda: not run("squeue", "--noheader"), run, seconds=300)
+        states = {name: job_state(run, job) for name, job in jobs.items()}
+    told = logs(tmp_path)
+    assert "JobState=FAILED" in states["pretrain"] and "Restarts=0" in states["pretrain"], told
+    assert "not requeued" in told and "no: not found" in told
+    assert "JobState=CANCELLED" in states["convert"] and "JobState=CANCELLED" in states["evaluate"], states
+    assert "JobState=FAILED" in states["report"] and "report-" in told, states
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_job_survives_what_happens_to_it(tmp_path: Path) -> None:
+    """Preempted by an urgent job, a rank killed, a node without power while there is a spare one: each time it comes
+    back by itself, and ends as an undisturbed run."""
+    config = tiny_config(
+        make_shards(tmp_path / "squares"), tmp_path / "runs", total_steps=1500, checkpoint__every_steps=20
+    )
+    file, folder, log = config_file(tmp_path, config), tmp_path / "runs" / "tiny", "samples-00001.jsonl"
+    with cluster(tmp_path / "s") as run:
+        size = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+        options = ("--parsable", f"--output={tmp_path}/%x-%j.out")
+        job = run("sbatch", *options, *size, "launch/pretrain.sbatch", "--config", file, cwd=ROOT, **on_cpu(1))
+
+        def wait_for_steps(number: int) -> None:
+            """Of the start with this number, from 1: some beyond its first."""
+
+            def is_there() -> bool:
+                if not (folder / log).exists() or len(starts(folder)) != number:
+                    return False
+                steps = [json.loads(line)["step"] for line in (folder / log).read_text().splitlines()]
+                return max(steps, default=0) > starts(folder)[-1]["step"] + 25
+
+            wait_for(is_there, run, seconds=400)
+
+        def rank_1() -> int:
+            (pid,) = (
+                pid
+                for pid in slurm_processes(environment="SLURM_PROCID=1", command=str(file))
+                if "monitor.py" not in Path(f"/proc/{pid}/cmdline").read_text()
+            )
+            return pid
+
+        wait_for_steps(1)
+        run("sbatch", *options, "--partition=urgent", "--nodes=3", "--exclusive", "--wrap=sleep 1")
+        wait_for_steps(2)
+        os.kill(rank_1(), signal.SIGKILL)
+        wait_for_steps(3)
+        variables = Path(f"/proc/{rank_1()}/environ").read_text().split("\0")
+        lost = next(v.partition("=")[2] for v in variables if v.startswith("SLURMD_NODENAME="))
+        power_off(lost, tmp_path / "s")
+        wait_for(lambda: not run("squeue", "--noheader"), run, seconds=600)
+        assert "JobState=COMPLETED" in job_state(run, job), logs(tmp_path)
+    told = [start["job"] for start in starts(folder)]
+    assert [of.get("SLURM_RESTART_COUNT") for of in told] == [None, "1", "2", "3"], logs(tmp_path)
+    assert lost in slurm_nodes(told[2]) and lost not in slurm_nodes(told[3])
+    assert starts(folder)[1]["lost_steps"] == 0, "a preempted run saves"
+    expect_the_undisturbed(config, tmp_path / "undisturbed", 2)
+
+
+def slurm_nodes(job: dict[str, str]) -> list[str]:
+    found = re.fullmatch(r"node\[(\d)[-,](\d)\]", job["SLURM_JOB_NODELIST"])
+    assert found, job
+    return [f"node{found[1]}", f"node{found[2]}"]

@@ -25,6 +25,7 @@ def main() -> None:
         from pretrain.evaluation import fewshot
         from pretrain.evaluation.jobs import do_jobs, jobs_of, open_jobs, shared_sets
         from pretrain.evaluation.results import (
+            one_at_a_time,
             pages,
             print_table,
             record_of,
@@ -61,9 +62,10 @@ def main() -> None:
         record = record_of(subject, weights, digest, opened, done, failed)
         out = arguments.out or results_folder(arguments.weights, "evaluation")
         print_table(rows, str(arguments.weights))
-        rows, record = with_earlier(rows, record, out / "results.json")
-        set_aside(out, digest)
-        write_pages(out, pages(rows, record, done))
+        with one_at_a_time(out):
+            rows, record = with_earlier(rows, record, out / "results.json")
+            set_aside(out, digest)
+            write_pages(out, pages(rows, record, done))
         cli.tell(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
             write_predictions(arguments.predictions, done)

@@ -23,6 +23,7 @@ _LAUNCHERS = (
     "torchrun",
     "torch.distributed.run",
 )
+SUPERVISOR = "PRETRAIN_SUPERVISOR"  # environment variable: the process that has started the ranks (restarts.py)
 _LOOK_EVERY_S = 1.0
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -96,7 +97,8 @@ def _launchers_above() -> list[_Process]:
             break
         script = Path(words[1]).name if len(words) > 1 else ""
         module = words[words.index("-m") + 1 :][:1] if "-m" in words[:4] else []
-        if any(word in _LAUNCHERS for word in (Path(words[0]).name, script, *module)):
+        of_ours = os.environ.get(SUPERVISOR) == str(number)
+        if of_ours or any(word in _LAUNCHERS for word in (Path(words[0]).name, script, *module)):
             found.append(_Process(number, _started(number)))
         number = parent
     return found

@@ -1,7 +1,10 @@
 """What an evaluation leaves: rows, the record that repeats them, both merged with an earlier call's, pages, files."""
 
+import fcntl
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from pretrain.evaluation.jobs import Done, Opened
 from pretrain.evaluation.predictions import lines, wrong_items
 from pretrain.evaluation.subject import Subject, transform_of
 from pretrain.json_files import Fields, read_json
-from pretrain.log import warn
+from pretrain.log import not_a_link, warn
 from pretrain.models.weights import Weights
 from pretrain.provenance import versions
 from pretrain.storage import replacing, write_text
@@ -71,6 +74,25 @@ def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] |
 _LETTERS = 12  # of a digest in a file's name
 _MOST = 1 << 53  # a whole number up to here is one in JSON of any reader
 SHARED = {"loss": "loss", "transform": "transform"}  # alike for all rows of one set of weights
+
+
+@contextmanager
+def one_at_a_time(out: Path) -> Iterator[None]:
+    """Has others that write results into a folder, such as a job array's elements, wait until the block has ended.
+
+    Warns where the file system gives no locks. Raises UserError where the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a", opener=not_a_link)
+    except OSError as error:
+        raise _cannot_write(out, error) from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            warn(f"{out}: its file system gives no locks ({error.strerror}); let no two evaluations end together")
+        yield
 
 
 def with_earlier(rows: list[Row], record: dict[str, Any], path: Path) -> tuple[list[Row], dict[str, Any]]:
@@ -270,7 +292,7 @@ def set_aside(out: Path, digest: str) -> None:
         if (own := out / f"wrong-{digest[:_LETTERS]}.json").is_file():
             own.replace(wrong)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+        raise _cannot_write(out, error) from None
 
 
 def write_pages(out: Path, contents: dict[str, str | None]) -> None:
@@ -285,7 +307,11 @@ def write_pages(out: Path, contents: dict[str, str | None]) -> None:
                 continue
             write_text(out / name, content + "\n")
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+        raise _cannot_write(out, error) from None
+
+
+def _cannot_write(out: Path, error: OSError) -> UserError:
+    return UserError(f"{out}: cannot be written ({error.strerror}); give another --out")
 
 
 def write_predictions(path: Path, done: list[Done]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from pretrain.config import Config, non_defaults
+from pretrain.report.goodput import goodput, lost_steps
 from pretrain.report.runs import Curve, Run
 from pretrain.report.story import model_name, portable, sentence, training_seconds
 from pretrain.tasks.published import PAPER_ROWS, PaperRow
@@ -64,6 +65,8 @@ def summary(run: Run) -> dict[str, Any]:
         "bad_samples": _count(run, "train/bad_samples"),
         "bad_samples_by_cause": run.bad_samples,
         "restarts": len(run.starts) - 1 if run.starts else None,
+        "lost_steps": lost_steps(run),
+        "goodput": goodput(run),
         "ranks": [start.get("world_size") for start in run.starts],
         "starts": [{key: start.get(key) for key in ("step", "time", "world_size", "commit")} for start in run.starts],
         "commit": last_start.get("commit"),

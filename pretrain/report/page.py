@@ -100,11 +100,22 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
         "folder": portable(values["folder"]),
         "model": values["model"],
         "command": portable(" ".join(map(str, values["command"] or []))),
+        "restarts": _restarts(values),
         "ranks of each start": ", ".join(map(str, values["ranks"])),
         "commit": values["commit"],
         "versions": versions,
     }
     return {name: str(fact) for name, fact in facts.items() if fact}
+
+
+def _restarts(values: dict[str, Any]) -> str:
+    """Restarts, what they cost, and what was left of the time."""
+    parts = [
+        f"{values['restarts']:,}" if values["restarts"] else "",
+        f"{values['lost_steps']:,} steps done again" if values["restarts"] and values["lost_steps"] is not None else "",
+        f"goodput {values['goodput']:.1%}" if values["goodput"] is not None else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 # --- HTML ------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class Run:
     folder: Path
     name: str  # as shown: the folder's name, or its path where two runs share a name
     curves: dict[str, Curve]  # by metric: "train/loss", "val/top1" ...
+    logged_at: str | None  # time of the last log line
     starts: list[dict[str, Any]]  # time, versions, commit, ranks and step of each start
     config: Config | None
     config_text: str | None  # config.yaml as it stands there
@@ -73,7 +74,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    curves = _read_curves(folder)
+    curves, logged_at = _read_curves(folder)
     evaluation = _read_evaluation(folder)
     finetuning = [_read_finetuning(path) for path in _finetuning_files(folder)]
     if not (curves or evaluation or finetuning):
@@ -91,6 +92,7 @@ def _read_run(folder: Path, name: str) -> Run:
         folder=folder,
         name=name,
         curves=curves,
+        logged_at=logged_at,
         starts=starts,
         config=config,
         config_text=config_text,
@@ -120,10 +122,12 @@ def _step(row: Fields) -> int:
     return row.integer("step", 0, MAX_STEP)
 
 
-def _read_curves(folder: Path) -> dict[str, Curve]:
+def _read_curves(folder: Path) -> tuple[dict[str, Curve], str | None]:
+    """The curves, and when the last line was logged."""
     points: dict[str, tuple[list[int], list[float]]] = {}
-    first_too_many = None
-    for step, row in lines(folder, "metrics.jsonl", _metrics):
+    first_too_many = last_time = None
+    for step, row, time in lines(folder, "metrics.jsonl", _metrics):
+        last_time = time or last_time
         for metric, value in row.items():
             if metric not in points and len(points) >= MAX_METRICS:
                 first_too_many = first_too_many or metric
@@ -133,13 +137,14 @@ def _read_curves(folder: Path) -> dict[str, Curve]:
             values.append(value)
     if first_too_many is not None:
         warn(f"{folder}/metrics.jsonl: has more than {MAX_METRICS} metrics; {first_too_many} and others left out")
-    return {metric: (np.array(steps), np.array(values)) for metric, (steps, values) in points.items()}
+    return {metric: (np.array(steps), np.array(values)) for metric, (steps, values) in points.items()}, last_time
 
 
-def _metrics(row: Fields) -> tuple[int, dict[str, float]]:
-    """The step and its figures; what is text or a list is none."""
+def _metrics(row: Fields) -> tuple[int, dict[str, float], str | None]:
+    """The step, its figures and when it was logged; what is text or a list is no figure."""
     numbers = [key for key, value in row.values.items() if key != "step" and type(value) in (int, float)]
-    return _step(row), {key: _figure(row, key) for key in numbers}
+    time = row.values.get("time")
+    return _step(row), {key: _figure(row, key) for key in numbers}, time if isinstance(time, str) else None
 
 
 def _figure(row: Fields, key: str) -> float:
@@ -156,6 +161,7 @@ def _start(row: Fields) -> dict[str, Any]:
     return {
         "step": _step(row),
         "time": row.text("time", "") or None,
+        "lost_steps": None if row.values.get("lost_steps") is None else row.integer("lost_steps", 0, MAX_STEP),
         "world_size": row.integer("world_size", 0, MAX_COUNT, 0) or None,
         "command": list(row.texts("command", ())) or None,
         "recipe": row.text("recipe", "") or None,

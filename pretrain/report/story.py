@@ -28,12 +28,12 @@ def training_seconds(run: Run) -> float | None:
     if run.config is None or "train/images_per_s" not in run.curves:
         return None
     steps, rates = run.curves["train/images_per_s"]
-    before, seconds = 0, 0.0
+    before, seconds = run.starts[0]["step"] if run.starts else 0, 0.0
     for step, rate in zip(steps.tolist(), rates.tolist()):
         if rate > 0 and step > before:
             seconds += (step - before) * run.config.data.global_batch / rate
             before = step
-    return seconds if before else None
+    return seconds or None
 
 
 def duration(seconds: float) -> str:

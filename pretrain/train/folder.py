@@ -33,7 +33,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from pretrain.checkpoint.read import read_state
-from pretrain.cluster import agreement, ranks
+from pretrain.cluster import agreement, ranks, restarts
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
     Config,
@@ -47,11 +47,14 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, StorageError, UserError
 from pretrain.json_files import Fields, brief, read_bytes, read_json
-from pretrain.log import MAX_STEP, JsonLines, not_a_link, rewind, say, warn
+from pretrain.log import MAX_STEP, TIME_FORMAT, JsonLines, not_a_link, rewind, say, warn
 from pretrain.provenance import UNKNOWN, commit, versions
 from pretrain.storage import fsync_path, write_text
 
-_JOB = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+_JOB = (
+    *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"),
+    *(restarts.COUNT, "TORCHELASTIC_RESTART_COUNT"),
+)
 _STARTS, _LOCK, _ROOM = "starts.jsonl", "lock", ".room-for-DONE"
 _ROOM_BYTES = 4096  # more than DONE ever has: a step and some scores
 _MAX_RECIPE_BYTES = 1 << 20
@@ -244,9 +247,8 @@ def record_start(
     """
     if not ranks.is_main():
         return
-    for path in folder.glob("*.jsonl"):
-        if path.name != _STARTS:  # its history is kept
-            rewind(path, step)
+    logs = [path for path in folder.glob("*.jsonl") if path.name != _STARTS]  # its history is kept
+    reached = max((rewind(path, step) for path in logs), default=step)
     texts = {"config.yaml": config_to_yaml(config), "deepspeed.json": json.dumps(deepspeed_config, indent=2) + "\n"}
     for name, text in {**texts, _ROOM: " " * _ROOM_BYTES}.items():
         with _named(folder / name):
@@ -261,7 +263,8 @@ def record_start(
     start = {
         "step": step,
         **({"branched": True} if branched else {}),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "lost_steps": reached - step,  # that were logged, and are done again
+        "time": time.strftime(TIME_FORMAT),
         "world_size": ranks.world_size(),
         "seed": config.seed,
         "global_batch": config.data.global_batch,

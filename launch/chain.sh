@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Submits a run and what comes after it: pretrain -> convert -> evaluate (an array) -> report. Arguments are those of
+# launch/pretrain.py; prints the jobs' numbers.
+#
+#   TASKS="imagenet,real imagenet_v2 knn:pets" launch/chain.sh --config configs/plain_s16_imagenet1k.yaml [key=value ...]
+#
+# The run's job is requeued under its number until DONE, and only then has succeeded (pretrain.sbatch); the others wait.
+# Where it fails for good, what depends on it is cancelled instead of waiting for ever; the report comes in any case, of
+# what there is. The same command again goes on where things stand: a run that is DONE does nothing.
+#
+# What differs between clusters and runs; account and partition of all jobs: SBATCH_ACCOUNT, SBATCH_PARTITION.
+tasks=${TASKS:-}                         # an array element each, separated by spaces; empty: no evaluation
+data=${DATA:-data}                       # folder of their data sets
+format=${TO:-timm}                       # of the converted weights: tools/convert.py --to
+pretrain_options=${PRETRAIN_OPTIONS:-}   # sbatch's, for example "--nodes=8 --time=12:00:00"
+convert_options=${CONVERT_OPTIONS:-}
+evaluate_options=${EVALUATE_OPTIONS:-}
+report_options=${REPORT_OPTIONS:---ntasks=1 --cpus-per-task=4 --time=00:30:00 --output=%x-%j.out}
+set -eEuo pipefail  # E: the trap below holds in functions too
+cd "$(dirname "$0")/.."
+
+run=$(python launch/pretrain.py "$@" --print-folder)
+converted=${OUT:-converted/$(basename "$run")}
+jobs=()
+trap '[[ ${#jobs[@]} -eq 0 ]] || { scancel "${jobs[@]}"; echo "not submitted: ${jobs[*]} cancelled" >&2; }' ERR
+submit() {  # sets `job`; not $(submit ...), in which `jobs` would be another shell's
+  job=$(sbatch --parsable --kill-on-invalid-dep=yes "$@")
+  job=${job%%;*}  # a cluster's name may follow
+  jobs+=("$job")
+}
+# Options are lists of words: unquoted.
+submit $pretrain_options launch/pretrain.sbatch "$@"
+echo "pretrain $job: $run"
+submit $convert_options --dependency="afterok:$job" launch/convert.sbatch "$run" "$converted" --to "$format" --overwrite
+echo "convert  $job: $converted"
+if [[ -n $tasks ]]; then
+  read -ra elements <<< "$tasks"
+  submit $evaluate_options --dependency="afterok:$job" --array=0-$((${#elements[@]} - 1)) launch/evaluate.sbatch "$tasks" \
+    "$converted" --data "$data" --out "$run/evaluation"
+  echo "evaluate $job: ${#elements[@]} elements"
+fi
+submit --job-name=report $report_options --dependency="afterany:$job" \
+  --wrap "python tools/report.py $(printf %q "$run")"
+echo "report   $job: $run/report"

@@ -1,0 +1,144 @@
+"""Restarts on one machine, without a scheduler: starts the ranks of a run, and again when one of them is lost.
+
+The ranks are processes as a launcher would start them; this one waits for them and imports no torch.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+from pretrain.cluster.local import free_port, rank_variables
+from pretrain.cluster.signals import SUPERVISOR, StopRequest
+from pretrain.errors import LostProcessError, StorageError, UserError
+
+COUNT = "PRETRAIN_RESTARTS"  # environment variable of the ranks: how often they were started before
+RETRY = (0, StorageError.exit_code, LostProcessError.exit_code)  # and death by a signal; other codes need a person
+LOST_S = 2.0  # after which the others of a lost rank are ended: they can only say that they have lost it
+MOST_PAUSE_S = 60.0  # before a restart, when those before it have led to nothing
+_LOOK_EVERY_S = 0.05
+_OTHERS = {
+    "TORCHELASTIC_RUN_ID": "torchrun has --max-restarts",
+    "SLURM_STEP_ID": "under SLURM launch/pretrain.sbatch requeues the job",
+}
+
+
+def is_supervised(environment: Mapping[str, str]) -> bool:
+    """Returns whether this process is a rank that `run_with_restarts` has started.
+
+    Raises UserError when something else has.
+    """
+    if SUPERVISOR in environment:
+        return True
+    if "RANK" in environment or "SLURM_STEP_ID" in environment:
+        instead = next((told for name, told in _OTHERS.items() if name in environment), "start it by plain python")
+        raise UserError(f"--restarts starts the ranks itself, but a launcher has started this one: {instead}")
+    return False
+
+
+def run_with_restarts(
+    words: Sequence[str],
+    num_ranks: int,
+    most: int,
+    stop: StopRequest,
+    *,
+    newest: Callable[[], str],
+    forbidden: Callable[[], bool],
+) -> int:
+    """Runs a command on so many ranks of this machine to its end; returns its exit code, 128 + N for signal N.
+
+    A lost rank ends the others, and all start again: at once, later ones with a pause, at most `most` times in a row
+    without a new checkpoint. newest: names the newest one, "" where there is none. forbidden: whether the run has said
+    that it must not be started again. What asks this process to stop (signals.py) asks the ranks to.
+    """
+    idle = count = 0
+    while True:
+        before = newest()
+        codes = _run_once(words, num_ranks, count, stop)
+        code = _decisive(codes)
+        idle = idle + 1 if newest() == before else 0
+        if code == 0 or stop.signal_name is not None:
+            return _as_exit_code(code)
+        told = f"{_told(codes)}; newest checkpoint: {newest() or 'none'}"
+        if forbidden() or not _may_retry(codes):
+            _tell(f"not restarted: {told}")
+        elif idle > most:
+            _tell(f"not restarted: {idle} starts in a row without a new checkpoint; {told}")
+        elif _pause(idle, stop):
+            count += 1
+            _tell(f"restart {count}: {told}")
+            continue
+        return _as_exit_code(code)
+
+
+def _run_once(words: Sequence[str], num_ranks: int, count: int, stop: StopRequest) -> list[int]:
+    """Starts every rank, waits until all have ended, and returns their exit codes; -N: ended by signal N."""
+    port = free_port()
+    own = {SUPERVISOR: str(os.getpid()), COUNT: str(count), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(num_ranks):
+            place = rank_variables(rank, num_ranks, port)
+            processes.append(subprocess.Popen(words, env={**os.environ, **own, **place}))
+        return _wait(processes, stop)
+    finally:  # also by a second Ctrl-C
+        _send(processes, signal.SIGKILL)
+        for process in processes:
+            process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], stop: StopRequest) -> list[int]:
+    asked, lost_at = False, None
+    while None in (codes := [process.poll() for process in processes]):
+        if stop.signal_name is not None and not asked:
+            asked = True
+            _send(processes, signal.SIGTERM)  # whatever it was here: a terminal's SIGINT has reached them already
+        if lost_at is None and any(code is not None and _is_lost(code) for code in codes):
+            lost_at = time.monotonic()
+        if lost_at is not None and time.monotonic() >= lost_at + LOST_S:
+            _send(processes, signal.SIGKILL)
+        time.sleep(_LOOK_EVERY_S)
+    return [process.returncode for process in processes]
+
+
+def _is_lost(code: int) -> bool:
+    return code < 0 or code == LostProcessError.exit_code
+
+
+def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        process.send_signal(number)  # to none that has ended
+
+
+def _decisive(codes: Sequence[int]) -> int:
+    """The code that says most: one that needs a person, one of a process that spoke, a signal; 0: all is well."""
+    return max(codes, key=lambda code: (code not in RETRY and code > 0, code > 0, code != 0))
+
+
+def _may_retry(codes: Sequence[int]) -> bool:
+    return all(code < 0 or code in RETRY for code in codes)
+
+
+def _as_exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+def _told(codes: Sequence[int]) -> str:
+    ends = (f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}" for code in codes)
+    return ", ".join(f"rank {rank} {end}" for rank, end in enumerate(ends) if codes[rank])
+
+
+def _pause(idle: int, stop: StopRequest) -> bool:
+    """Waits before a restart; returns whether nobody has asked to stop meanwhile."""
+    until = time.monotonic() + (min(MOST_PAUSE_S, 2.0 ** (idle - 1)) if idle > 1 else 0.0)
+    while stop.signal_name is None and time.monotonic() < until:
+        time.sleep(_LOOK_EVERY_S)
+    return stop.signal_name is None
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(line, file=sys.stderr, flush=True)

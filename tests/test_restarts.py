@@ -1,0 +1,194 @@
+"""--restarts: ranks of one machine, started again when one is lost; what is not tried again; nobody is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from ranks import run_ranks
+from test_resume import expect_same_run, finish
+from tiny import changed, make_shards, tiny_config
+
+from pretrain.cluster import restarts, signals
+from pretrain.cluster.local import on_cpu
+from pretrain.config import config_to_dict
+from pretrain.errors import UserError
+
+pytestmark = pytest.mark.timeout(120)
+ROOT = Path(__file__).resolve().parents[1]
+# A rank that needs no torch: in start N it does what the N-th word for it says, "0:76" being exit code 76 of rank 0.
+RANK = """
+import os, signal, sys, time
+folder, *starts = sys.argv[1:]
+rank, number = os.environ["RANK"], int(os.environ["PRETRAIN_RESTARTS"])
+open(f"{folder}/start-{number}-{rank}", "w").close()
+end = dict(word.split(":") for word in starts[min(number, len(starts) - 1)].split(","))[rank]
+if end == "saves":
+    os.mkdir(f"{folder}/step-{number}")
+    end = "76"
+if end == "hangs":
+    time.sleep(1000)
+if end == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(end))
+"""
+
+
+@pytest.mark.parametrize(
+    ("starts", "code", "num_starts"),
+    [
+        (["0:0,1:0"], 0, 1),
+        (["0:76,1:76", "0:75,1:75", "0:0,1:0"], 0, 3),
+        (["0:hangs,1:killed", "0:0,1:0"], 0, 2),  # the other one does not wait for ever
+        (["0:hangs,1:76", "0:0,1:0"], 0, 2),
+        *(([f"0:{code},1:{code}"], code, 1) for code in (1, 2, 77, 78, 130)),
+        (["0:76,1:2"], 2, 1),  # the others of a rank that needs a person have only lost it
+        (["0:0,1:75"], 75, 3),
+        (["0:killed,1:killed"], 128 + signal.SIGKILL, 3),  # after two restarts without a checkpoint
+        (["0:76,1:76", "0:saves,1:76", "0:saves,1:76", "0:saves,1:76", "0:76,1:76"], 76, 7),
+    ],
+)
+def test_what_is_tried_again(
+    starts: list[str], code: int, num_starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage, a lost rank, a death by a signal: twice in a row without a new checkpoint. Never what needs a person."""
+    monkeypatch.setattr(restarts, "MOST_PAUSE_S", 0.0)
+    monkeypatch.setattr(restarts, "LOST_S", 0.2)
+    assert run_fakes(tmp_path, starts) == code
+    assert len(list(tmp_path.glob("start-*-0"))) == len(list(tmp_path.glob("start-*-1"))) == num_starts
+
+
+def run_fakes(folder: Path, starts: list[str], *, forbidden: bool = False) -> int:
+    stop = signals.StopRequest()
+    try:
+        return restarts.run_with_restarts(
+            [sys.executable, "-S", "-c", RANK, str(folder), *starts],
+            2,
+            2,
+            stop,
+            newest=lambda: max((path.name for path in folder.glob("step-*")), default=""),
+            forbidden=lambda: forbidden,
+        )
+    finally:
+        stop.close()
+
+
+def test_a_run_that_says_no_is_not_tried_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """STOP.json with retry false, whatever the exit code."""
+    assert run_fakes(tmp_path, ["0:76,1:76"], forbidden=True) == 76
+    told = "not restarted: rank 0 exit code 76, rank 1 exit code 76; newest checkpoint: none"
+    assert capfd.readouterr().err.splitlines() == [told]
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, "torchrun has --max-restarts"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}, "launch/pretrain.sbatch requeues the job"),
+        ({"RANK": "1"}, "start it by plain python"),
+    ],
+)
+def test_under_a_launcher_it_is_refused(environment: dict[str, str], told: str) -> None:
+    """One rank that starts others would make several worlds; each launcher has its own way."""
+    with pytest.raises(UserError, match=told):
+        restarts.is_supervised(environment)
+    assert restarts.is_supervised(environment | {signals.SUPERVISOR: "1"}) and not restarts.is_supervised({})
+
+
+SUPERVISED = """
+import os, signal, sys, time
+from pretrain.cluster import restarts, signals
+stop = signals.StopRequest()
+if restarts.is_supervised(os.environ):
+    signals.end_with_launcher()
+    open(f"{sys.argv[1]}/{os.getpid()}", "w").close()
+    while stop.signal_name is None:
+        time.sleep(0.02)
+    open(f"{sys.argv[1]}/saved-{os.environ['RANK']}", "w").close()
+    time.sleep(float(sys.argv[2]))
+else:
+    words = [sys.executable, *sys.orig_argv[1:]]
+    sys.exit(restarts.run_with_restarts(words, 2, 5, stop, newest=str, forbidden=bool))
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "saving_s", "code"),
+    [
+        ([signal.SIGTERM], 0.5, 0),
+        ([signal.SIGUSR1], 0.5, 0),
+        ([signal.SIGINT], 0.5, 0),
+        ([signal.SIGINT, signal.SIGINT], 1000, 1),  # KeyboardInterrupt: cli.run makes it 130
+        ([signal.SIGKILL], 0.5, -signal.SIGKILL),
+    ],
+)
+def test_a_signal_reaches_the_ranks(numbers: list[int], saving_s: float, code: int, tmp_path: Path) -> None:
+    """They save and end, and are not started again; a second Ctrl-C is now; the supervisor's own death is a stop."""
+    words = [sys.executable, "-c", SUPERVISED, str(tmp_path), str(saving_s)]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    expect(lambda: len(pids(tmp_path)) == 2)
+    for number in numbers:
+        process.send_signal(number)
+        expect(lambda: len(list(tmp_path.glob("saved-*"))) == 2)
+    assert process.wait(60) in (code, -signal.SIGINT if code == 1 else code)
+    expect(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids(tmp_path)))
+    assert len(pids(tmp_path)) == 2
+
+
+def pids(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.isdigit()]
+
+
+def expect(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+OURS = [sys.executable, "launch/pretrain.py", "--restarts=1", "--num-gpus=2"]
+TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node=2", "--max-restarts=5"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (OURS, "PRETRAIN_RESTARTS"),
+        pytest.param([*TORCHRUN, "launch/pretrain.py"], "TORCHELASTIC_RESTART_COUNT", marks=pytest.mark.long),
+    ],
+)
+def test_a_killed_rank_leads_to_the_next_step(words: list[str], count: str, tmp_path: Path) -> None:
+    """kill -9 of rank 1 of 2: both start again by themselves, from the newest checkpoint, and end with the weights,
+    random states and samples of an undisturbed run; each start says which one it is. torchrun needs several tries."""
+    shards = make_shards(tmp_path / "squares")
+    config = tiny_config(shards, tmp_path / "killed", total_steps=160, model__dropout=0.1, checkpoint__every_steps=20)
+    run_ranks(finish, 2, undisturbed := changed(config, output=str(tmp_path / "undisturbed")))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    words = [*words, "--config", str(tmp_path / "tiny.yaml")]
+    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, **on_cpu(1)}, stderr=subprocess.PIPE, text=True)
+    log, folder = tmp_path / "killed" / "tiny" / "samples-00001.jsonl", tmp_path / "killed" / "tiny"
+    expect(lambda: log.exists() and log.read_text().count("\n") > 25, 300)
+    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+    _, told = process.communicate(timeout=400)
+    assert process.returncode == 0, told
+    assert count != "PRETRAIN_RESTARTS" or "rank 1 ended by SIGKILL; newest checkpoint: step-" in told
+    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    numbers = [int(start["job"][count]) for start in starts]
+    assert len(numbers) == 2 and numbers[0] == 0 < numbers[1] and starts[1]["step"] >= 20
+    assert count != "PRETRAIN_RESTARTS" or numbers[1] == 1
+    assert [start["world_size"] for start in starts] == [2, 2]
+    expect_same_run(config, undisturbed)
+
+
+def rank_of(supervisor: int, rank: int) -> int:
+    for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return int(pid)
+    raise AssertionError(f"rank {rank} is not there")
