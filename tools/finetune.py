@@ -7,6 +7,7 @@ python tools/finetune.py WEIGHTS --task cifar10 [--data ROOT] [--out DIR] [--see
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from pretrain.models.formats import READABLE
 
 if TYPE_CHECKING:
     from pretrain.finetune.running import Job, Options
+
+MAX_ROWS = 40  # of the table of classes; the page shows the lowest of more
 
 
 def _arguments() -> argparse.Namespace:
@@ -91,6 +94,7 @@ def _on_own_data(arguments: argparse.Namespace) -> int:
         from pretrain.finetune.own_results import accuracy, write_accuracy
         from pretrain.finetune.own_runs import default_size, in_words, plan_own, score_images, stored_side, timed
         from pretrain.finetune.running import run_sweeps
+        from pretrain.report.own_page import write_page
 
     parts, told = find_parts(arguments.train, arguments.test)
     name = name_of(arguments.train)
@@ -107,7 +111,22 @@ def _on_own_data(arguments: argparse.Namespace) -> int:
         score_images(sweep)
     found = accuracy(sweep, data, weights=_called(arguments.weights), seconds=seconds())
     write_accuracy(sweep, found)
+    _show_own(found, options.out, write_page(options.out))
     return 0
+
+
+def _show_own(found: dict[str, Any], out: Path, page: Path) -> None:
+    rows = [[of["name"], f"{of['top1']:.1%}", f"{of['correct']:,} of {of['n']:,}"] for of in found["per_class"]]
+    if len(rows) <= MAX_ROWS:
+        cli.print_table(f"{found['data']}: accuracy of each class", ("class", "accuracy", "images"), rows)
+    low, high = found["interval"]
+    cli.tell(
+        f"{found['data']}: {found['top1']:.1%} of {found['n']:,} test images are named rightly "
+        f"(95 % interval {low:.1%} to {high:.1%})"
+    )
+    cli.tell(f"page:    {page}")
+    cli.tell(f"weights: {out / found['run']}")
+    cli.tell(f"next:    python tools/predict.py {shlex.quote(str(out / found['run']))} PHOTO.jpg")
 
 
 def _called(weights: Path) -> str:

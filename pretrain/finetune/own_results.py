@@ -6,12 +6,16 @@ report/own_page.py shows.
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import MAX_CLASSES
+import torch
+
+from pretrain.config import MAX_CLASSES, ModelConfig
+from pretrain.config.model import VIT_SHAPES
 from pretrain.data.manifest import MAX_SAMPLES
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
@@ -56,7 +60,8 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
         "data": sweep.task.name,
         "weights": weights,
         "from_scratch": sweep.start.weights is None,
-        "model": sweep.start.model.name,
+        "model": _in_words(sweep.start.model),
+        "device": _device(),
         "run": config.name,
         "image_size": config.model.image_size,
         "steps": config.total_steps,
@@ -74,6 +79,23 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
         "told": list(data.told),
         "differs": differences(sweep),
     }
+
+
+def _in_words(model: ModelConfig) -> str:
+    """A model by its real shape: a named size with another width is not that size."""
+    if model.timm_name is not None:
+        return model.timm_name
+    named = VIT_SHAPES.get(model.name)
+    if named is None or model.shape == named:
+        return f"{model.name}/{model.patch_size}"
+    return f"a ViT of width {model.shape.width} and depth {model.shape.depth}, patches of {model.patch_size} px"
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"one {torch.cuda.get_device_name()}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} CPU core" + "s" * (cores > 1)
 
 
 def _pairs(path: Path) -> Iterator[tuple[int, int]]:

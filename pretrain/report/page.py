@@ -107,8 +107,8 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
 # --- HTML ------------------------------------------------------------------------------------------------------------
 
 
-def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
-    """Returns the page; its file names no other file."""
+def template(name: str) -> Any:
+    """Returns one of the templates of this folder, which escapes whatever it shows."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # 0.1 s to import
 
     environment = Environment(
@@ -120,7 +120,12 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html.jinja").render(
+    return environment.get_template(name)
+
+
+def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
+    """Returns the page; its file names no other file."""
+    return template("page.html.jinja").render(
         runs=list(zip(runs, summaries)),
         missing=_missing(runs, summaries),
         facts=_facts,
