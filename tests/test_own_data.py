@@ -19,14 +19,22 @@ from scipy.stats import binomtest
 from tiny import tiny_config
 from weights_on_disk import ROOT, load_tool, one_line, save_run, tiny_model
 
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, config_from_dict
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData, held_out, prepare
 from pretrain.finetune.own_folders import find_parts, name_of
 from pretrain.finetune.own_results import wilson
-from pretrain.finetune.own_runs import default_size, differences, in_words, plan_own, protocol_for, stored_side
+from pretrain.finetune.own_runs import (
+    default_size,
+    differences,
+    fitting_micro_batch,
+    in_words,
+    plan_own,
+    protocol_for,
+    stored_side,
+)
 from pretrain.finetune.running import Options
 from pretrain.finetune.sweep import Start, final_runs, selecting_runs
 from pretrain.report.own_page import write_page
@@ -241,8 +249,8 @@ def test_large_photos_are_stored_small_and_upright(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("num_train", "steps", "batch", "warmup", "held_out"),
     [
-        (1, 100, 16, 10, 0.2),
-        (160, 100, 16, 10, 0.2),
+        (1, 80, 16, 8, 0.2),
+        (160, 80, 16, 8, 0.2),
         (1_020, 204, 64, 20, 0.2),  # as Flowers
         (3_680, 736, 256, 73, 1000 / 3680),  # as Pets
         (50_000, 10_000, 512, 500, 0.02),  # CIFAR, as the paper
@@ -281,7 +289,7 @@ def test_runs_of_own_data(tmp_path: Path) -> None:
     assert all((config.data.val, config.data.held_out) == (None, 6) for config in selecting)
     assert (final.data.val, final.data.held_out, final.output) == (data.test, 0, tmp_path / "out")
     assert (final.total_steps, final.optim.name, final.optim.momentum, final.data.crop) == (
-        100,
+        80,
         "sgd",
         0.9,
         "inception",
@@ -297,6 +305,19 @@ def test_runs_of_own_data(tmp_path: Path) -> None:
     data = prepared(tmp_path / "split", tmp_path / "two")
     for config in selecting_runs(plan(data, tmp_path / "two")):
         assert (config.data.train, config.data.val, config.data.held_out) == (data.train, data.choose, 0)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "expected"),
+    [(80, 64), (24, 64), (8, 32), (2, 3), (0.1, 1)],
+)
+def test_micro_batches_fit_the_memory(gigabytes: float, expected: int) -> None:
+    """B/16 at 384 px in the 64 images of a forward pass that large GPUs hold, fewer where there is less memory."""
+    values = {"model": {"name": "B", "image_size": 384}, "data": {"train": "x", "global_batch": 512}}
+    optim = {"name": "sgd", "lr": 0.01, "moment_dtype": "bf16"}
+    engine = {"max_micro_batch_size": 64}
+    config = config_from_dict({**values, "name": "x", "total_steps": 1, "optim": optim, "engine": engine}, "test")
+    assert fitting_micro_batch(config, 10, gigabytes * 1e9, 1) == expected
 
 
 @pytest.mark.parametrize(

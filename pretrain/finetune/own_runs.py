@@ -13,11 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from pretrain.cluster.jobs import start as start_job
+from pretrain.cluster.limits import free_memory_bytes
 from pretrain.cluster.local import environment
-from pretrain.config import Config
+from pretrain.config import MAY_CHANGE, Config
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
@@ -25,15 +29,20 @@ from pretrain.finetune.running import ROOT, Options
 from pretrain.finetune.scores import chosen_lr, claim_sweep
 from pretrain.finetune.sweep import Start, Sweep, asked_for, final_runs, key_of, write_out
 from pretrain.json_files import Fields, read_json
+from pretrain.plan.choose import MICRO_BATCHES, layout_of
+from pretrain.plan.memory import memory
+from pretrain.sizes import is_plain
 from pretrain.tasks.table import FineTuning, Task
 
 PAPER_SIZE = 384  # pixels, where there is a GPU: on a CPU a step at 384 px takes as long as four at 224
 STORED_SIDE = 512  # pixels of the shorter side of stored photos: a crop for 384 px is a part of them
 _RATES = (0.003, 0.01, 0.03)  # of the paper's small sets, without 0.001: few steps do not get far with it
-_MOST_STEPS, _LEAST_STEPS, _IMAGES_PER_STEP = 20_000, 100, 5
+_MOST_STEPS, _LEAST_STEPS, _IMAGES_PER_STEP = 20_000, 80, 5
 _MOST_BATCH, _LEAST_BATCH = 512, 16
 _MOST_WARMUP = 500
 _CHOOSING = 1000  # images to choose the rate on, as of the paper's CIFAR, but at most a fifth of train
+_MICRO_BATCH = "engine.max_micro_batch_size"
+_USABLE_SHARE = 0.8  # of memory, for tensors: the rest is the loader's, the CUDA context's, the allocator's gaps
 _MOST_SECONDS = 1e9  # thirty years
 PREDICTIONS = "predictions.jsonl"  # of the final run, in its folder evaluation/
 
@@ -109,9 +118,34 @@ def plan_own(name: str, data: OwnData, options: Options, *, image_size: int, on_
         options.num_seeds,
         overrides,
     )
-    final_runs(sweep, protocol.lr_grid[0])  # a wrong key is told before anything is written
+    config = final_runs(sweep, protocol.lr_grid[0])[0]  # a wrong key is told before anything is written
+    if not any(key_of(override) == _MICRO_BATCH for override in overrides):
+        fitting = fitting_micro_batch(config, task.num_classes, _usable_bytes(on_gpu), options.num_gpus or 1)
+        sweep = replace(sweep, overrides=(f"{_MICRO_BATCH}={fitting}", *overrides))
     claim_sweep(sweep)
     return sweep
+
+
+def fitting_micro_batch(config: Config, num_classes: int, usable_bytes: float, num_ranks: int) -> int:
+    """Returns the images of a forward pass that fit into a rank's memory, at most the config's; 1 where none fits.
+
+    Which one it is changes no result but rounding. Only plain ViTs have a formula: others keep the config's.
+    """
+    most = config.engine.max_micro_batch_size
+    if not is_plain(config.model):
+        return most
+    for size in (most, *(size for size in MICRO_BATCHES if size < most)):
+        layout = layout_of(config, num_ranks, config.engine.zero_stage, size, config.engine.checkpoint_activations)
+        if memory(config, num_classes, layout).peak <= usable_bytes:
+            return size
+    return 1
+
+
+def _usable_bytes(on_gpu: bool) -> float:
+    if on_gpu:  # asked without taking any of it, which the runs would lack
+        return _USABLE_SHARE * torch.cuda.get_device_properties(0).total_memory
+    free = free_memory_bytes()
+    return math.inf if free is None else _USABLE_SHARE * free
 
 
 def machine_settings(overrides: Sequence[str], *, on_gpu: bool) -> list[str]:
@@ -134,8 +168,8 @@ def differences(sweep: Sweep) -> list[str]:
     }
     told = [f"{name} {now} instead of {was}" for name, (now, was) in paper.items() if now != was]
     told += [f"{sweep.num_seeds} instead of 3 seeds"] * (sweep.num_seeds != 3)
-    own = set(machine_settings((), on_gpu=False)) | {"engine.precision=fp32"}
-    return told + [one for one in sweep.overrides if one not in own]
+    free = {"engine.precision", "data.global_batch", *MAY_CHANGE} - {"data.order"}  # told above, or of the machine
+    return told + [one for one in sweep.overrides if key_of(one) not in free]
 
 
 def in_words(sweep: Sweep, data: OwnData) -> list[str]:
