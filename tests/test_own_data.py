@@ -80,7 +80,7 @@ IN_PARTS = ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png"]
         ([*IN_PARTS, "valid/a/1.png"], {"train": "train", "val": "valid", "test": "test"}),
         (["Train/a/1.png", "Validation/a/1.png"], {"train": "Train", "test": "Validation"}),  # the only one is scored
         (["train/a/1.png", "train/b/1.png"], {"train": "train"}),
-        (["train/1.png", "tram/1.png"], {"train": ""}),  # two classes, one of them of trains
+        (["train/1.png", "train/old/2.png", "tram/1.png"], {"train": ""}),  # two classes, one of them of trains
         ([*IN_PARTS, "notes/readme.txt", ".git/a.png"], {"train": "train", "test": "test"}),
     ],
 )
