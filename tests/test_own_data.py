@@ -230,6 +230,18 @@ def test_shards_are_made_once(tmp_path: Path) -> None:
     assert load_manifest(data.train).num_samples == 8  # what the runs have learnt from is still there
 
 
+def test_nothing_of_others_is_written_over(tmp_path: Path) -> None:
+    """A folder data that was there before is left alone, and nothing is written among the photos."""
+    folder, out = photos(tmp_path / "pets", {"cat": 5, "dog": 5}), tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    (out / "data" / "mine.txt").touch()
+    for place, message in ((out, "data: is not empty"), (folder / "out", "lies inside")):
+        with pytest.raises(UserError, match=message) as caught:
+            prepared(folder, place)
+        one_line(caught.value)
+    assert (out / "data" / "mine.txt").exists() and not (folder / "out").exists()
+
+
 def test_large_photos_are_stored_small_and_upright(tmp_path: Path) -> None:
     """A shorter side of so many pixels, turned as EXIF says: as tools/predict.py sees a photo."""
     folder = photos(tmp_path / "pets", {"cat": 5, "dog": 5})

@@ -231,6 +231,9 @@ def _begin(folder: Path, out: Path, made: Mapping[str, _Part], shorter_side: int
     Raises UserError when runs have learnt from those.
     """
     path = folder / "made-of.json"
+    for part in made.values():
+        if part.place.is_dir() and out.resolve().is_relative_to(part.place.resolve()):
+            raise UserError(f"{out}: lies inside {part.place}, and would be taken for photos; give another --out")
     parts = {name: {"images": len(part.items or ()), "digest": _digest(part)} for name, part in made.items()}
     own = {"format": _FORMAT, "version": _VERSION, "shorter_side": shorter_side, "parts": parts}
     if path.is_file():
@@ -242,6 +245,8 @@ def _begin(folder: Path, out: Path, made: Mapping[str, _Part], shorter_side: int
                 f"{out}: was begun with other photos or options (names, sizes or times of files differ: see "
                 f"{path.name} in {folder}); give another --out for those of now"
             )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty, and was not made here; give another --out")
     try:
         remove(folder)
         folder.mkdir(parents=True)
