@@ -16,12 +16,8 @@ from pretrain.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-OWN = {
-    "demo",
-    "demo_digits",
-    "tiny_imagenet_ti8",
-    "timm_convnext_tiny",
-}  # recipes of this project: no paper to compare with
+# Recipes of this project: no paper to compare with.
+OWN = {"demo", "demo_digits", "photos_s16", "timm_convnext_tiny", "tiny_imagenet_ti8"}
 
 # Images to train on: JFT and ImageNet-21k as the authors count them (ViT 4.1; vision_transformer#28), less the held-out
 # ones (big_vision configs/vit_i21k.py: full[51200:]; vit_s16_i1k.py: train[:99%]).

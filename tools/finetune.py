@@ -1,11 +1,13 @@
-"""Fine-tunes weights on tasks of the paper's table, by its protocol, and scores the test images.
+"""Fine-tunes weights on own photos, or on tasks of the paper's table, by its protocol, and scores the test images.
 
+python tools/finetune.py WEIGHTS --train photos [--test photos-test] [--out DIR] [--steps N] [key=value ...]
 python tools/finetune.py WEIGHTS --task cifar10 [--data ROOT] [--out DIR] [--seeds 3] [key=value ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,36 +22,122 @@ from pretrain.models.formats import check_weights
 if TYPE_CHECKING:
     from pretrain.finetune.running import Job, Options
 
+MAX_ROWS = 40  # of the table of classes; the page shows the lowest of more
+
 
 def _arguments() -> argparse.Namespace:
     parser = cli.parser(
         "Fine-tunes weights by the paper's protocol: SGD, a learning rate chosen on images held out of train, then\n"
         "all of train for each seed, and every test image scored once. Each run is a restartable pretraining run; the\n"
-        "same command again goes on, and what is done is not repeated. Writes results.json and results.md.",
-        "python tools/finetune.py runs/NAME --task cifar10 --data data engine.max_micro_batch_size=32",
+        "same command again goes on, and what is done is not repeated. Writes results.json and results.md.\n"
+        "With --train, on own photos (photos/CLASS/NAME.jpg, or photos/train/CLASS/..., photos/test/CLASS/...) or\n"
+        "shards: a fifth of each class is held out where there is no test; writes report.html too.",
+        "python tools/finetune.py runs/NAME --train photos\n"
+        "  python tools/finetune.py runs/NAME --task cifar10 --data data engine.max_micro_batch_size=32",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, folder, .npz, or timm:NAME ...")
-    parser.add_argument("--task", required=True, metavar="NAME", help="cifar10, vtab/eurosat ..., or vtab: all 19")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of all tasks' shards (default data)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for runs and results (default: WEIGHTS/finetune)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--train", type=Path, metavar="DIR", help="own photos, a folder for each class, or shards")
+    what.add_argument("--task", metavar="NAME", help="cifar10, vtab/eurosat ..., or vtab: all 19")
+    parser.add_argument("--test", type=Path, metavar="DIR", help="of --train (default: a part of it is held out)")
+    parser.add_argument("--data", type=Path, help="of --task: folder of all tasks' shards (default data)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for runs and results (default: WEIGHTS/finetune...)")
     parser.add_argument("--from-scratch", action="store_true", help="random weights of the same architecture instead")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="final runs per task (default 3)")
-    parser.add_argument("--steps", type=int, metavar="N", help="per run, warm-up in proportion (default: the paper's)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="final runs (default 3; 1 with --train)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="per run, warm-up in proportion (default: the paper's; --train: by size)"
+    )
     parser.add_argument("--lr", type=_rates, metavar="LR[,LR...]", help="rates to choose from (default: the paper's)")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="default: the paper's 384")
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks (default: all GPUs, or one CPU rank)")
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="default: the paper's 384 (--train on a CPU: as trained)"
+    )
+    parser.add_argument(
+        "--num-gpus", type=int, metavar="N", help="ranks (default: all GPUs, or one CPU rank; 1 with --train)"
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--list", action="store_true", help="print the runs with their numbers and stop")
     only.add_argument("--run", type=int, metavar="INDEX", help="do one run of the list: for job arrays")
     only.add_argument("--collect", action="store_true", help="train nothing: make the table from what is there")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config of every run")
     arguments = parser.parse_intermixed_args()
+    _check_own(arguments)
     check_weights(arguments.weights)
     return arguments
 
 
+def _check_own(arguments: argparse.Namespace) -> None:
+    """Raises UserError for options that belong to --task alone, or to --train."""
+    if arguments.train is None and arguments.test is not None:
+        raise UserError("--test is of --train; a --task has its own test images")
+    if arguments.train is None:
+        return
+    for option, value in (("--data", arguments.data), ("--list", arguments.list), ("--collect", arguments.collect)):
+        if value:
+            raise UserError(f"{option} is of --task and has no effect on --train; leave it out")
+    if arguments.run is not None:
+        raise UserError("--run is of --task and has no effect on --train; leave it out")
+
+
 def main() -> int:
     arguments = _arguments()
+    return _on_own_data(arguments) if arguments.train is not None else _on_tasks(arguments)
+
+
+# --- own data --------------------------------------------------------------------------------------------------------
+
+
+def _on_own_data(arguments: argparse.Namespace) -> int:
+    with cli.loading():
+        from pretrain.cluster.local import gpu_is_here
+        from pretrain.finetune.own_data import prepare
+        from pretrain.finetune.own_folders import find_parts, name_of
+        from pretrain.finetune.own_results import accuracy, write_accuracy
+        from pretrain.finetune.own_runs import default_size, in_words, plan_own, score_images, stored_side, timed
+        from pretrain.finetune.running import run_sweeps
+        from pretrain.report.own_page import write_page
+
+    parts, told = find_parts(arguments.train, arguments.test)
+    name = name_of(arguments.train)
+    options = _options(arguments, name)
+    on_gpu = gpu_is_here()
+    size = arguments.image_size or default_size(options.start, on_gpu=on_gpu)
+    data = prepare(parts, options.out, shorter_side=stored_side(size))
+    sweep = plan_own(name, data, options, image_size=size, on_gpu=on_gpu)
+    for line in (*told, *data.told, *in_words(sweep, data)):
+        cli.tell(line)
+    with timed(sweep) as seconds:
+        if code := run_sweeps([sweep], options):
+            return code
+        score_images(sweep)
+    found = accuracy(sweep, data, weights=_called(arguments.weights), seconds=seconds())
+    write_accuracy(sweep, found)
+    _show_own(found, options.out, write_page(options.out))
+    return 0
+
+
+def _show_own(found: dict[str, Any], out: Path, page: Path) -> None:
+    rows = [[of["name"], f"{of['top1']:.1%}", f"{of['correct']:,} of {of['n']:,}"] for of in found["per_class"]]
+    if len(rows) <= MAX_ROWS:
+        cli.print_table(f"{found['data']}: accuracy of each class", ("class", "accuracy", "images"), rows)
+    low, high = found["interval"]
+    cli.tell(
+        f"{found['data']}: {found['top1']:.1%} of {found['n']:,} test images are named rightly "
+        f"(95 % interval {low:.1%} to {high:.1%})"
+    )
+    cli.tell(f"page:    {page}")
+    cli.tell(f"weights: {out / found['run']}")
+    cli.tell(f"next:    python tools/predict.py {shlex.quote(str(out / found['run']))} PHOTO.jpg")
+
+
+def _called(weights: Path) -> str:
+    """What weights are called on a page: without the folders of this machine."""
+    return weights.resolve().name if weights.exists() else str(weights)
+
+
+# --- tasks of the paper ----------------------------------------------------------------------------------------------
+
+
+def _on_tasks(arguments: argparse.Namespace) -> int:
     with cli.loading():
         from pretrain.finetune.running import collect, jobs, plan, run_one, run_sweeps
         from pretrain.tasks.table import VTAB, task
@@ -73,20 +161,24 @@ def main() -> int:
     return code or (0 if len(sweeps) == len(chosen) else UserError.exit_code)
 
 
-def _options(arguments: argparse.Namespace) -> Options:
+def _options(arguments: argparse.Namespace, own: str | None = None) -> Options:
+    """What was asked for; own: the name of own data."""
     from pretrain.finetune.running import Options
     from pretrain.finetune.sweep import default_folder, read_start
 
+    folder = arguments.out
+    if folder is None:
+        folder = default_folder(arguments.weights, from_scratch=arguments.from_scratch) / (own or "")
     return Options(
         start=read_start(arguments.weights, from_scratch=arguments.from_scratch),
-        data=arguments.data,
-        out=arguments.out or default_folder(arguments.weights, from_scratch=arguments.from_scratch),
-        num_seeds=arguments.seeds,
+        data=Path("data") if arguments.data is None else arguments.data,
+        out=folder,
+        num_seeds=(1 if own else 3) if arguments.seeds is None else arguments.seeds,
         steps=arguments.steps,
         lr_grid=arguments.lr,
         image_size=arguments.image_size,
         overrides=tuple(arguments.overrides),
-        num_gpus=arguments.num_gpus,
+        num_gpus=1 if own and arguments.num_gpus is None else arguments.num_gpus,
     )
 
 

@@ -14,7 +14,8 @@ from pretrain import cli
 def main() -> None:
     parser = cli.parser(
         "Writes report.html (one file, several runs overlaid: results beside the paper's, curves, losses, pictures,\n"
-        "configs), and its numbers as report.md with curves.png and as report.json. Also of runs that still train.",
+        "configs), and its numbers as report.md with curves.png and as report.json. Also of runs that still train.\n"
+        "Of one folder that tools/finetune.py --train has written: the page of that, as it makes it itself.",
         "python tools/report.py runs/NAME runs/OTHER --out report",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
@@ -23,9 +24,12 @@ def main() -> None:
     for run in arguments.runs:
         cli.check_found(run, "the folder of a run, such as runs/NAME")
     with cli.loading():
+        from pretrain.report.own_page import is_own, write_page
         from pretrain.report.page import write_report
         from pretrain.report.runs import read_runs
 
+    if len(arguments.runs) == 1 and is_own(arguments.runs[0]):
+        return cli.tell(write_page(arguments.runs[0], arguments.out))
     out = arguments.out or arguments.runs[0] / "report"
     for path in write_report(read_runs(arguments.runs), out):
         cli.tell(path)

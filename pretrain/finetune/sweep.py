@@ -74,9 +74,7 @@ class Sweep:
     start: Start
     folder: Path
     train: Path  # manifest of the final runs
-    select: tuple[
-        Path, Path | None, int
-    ]  # manifests to train and to choose on, and images held out where there is none
+    select: tuple[Path, Path | None, int]  # manifests to train and choose on; None: so many images held out instead
     test: Path
     num_seeds: int
     overrides: tuple[str, ...]
@@ -117,22 +115,14 @@ def plan_sweep(
         raise UserError(
             f"{task.name} has no training images: fine-tune on imagenet, then score with tools/evaluate.py --tasks"
         )
-    for override in overrides:
-        if (key := key_of(override)) in _OWN_KEYS:
-            raise UserError(f"{override}: the sweep sets {key} itself; give {_OWN_KEYS[key]}")
-    if num_seeds < 1 or (steps is not None and steps < 1):
-        raise UserError(f"--seeds is {num_seeds}, --steps {steps}: expected at least 1")
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size is {image_size}, expected pixels")
-    if lr_grid is not None and (not lr_grid or not all(0 < lr < 1e3 for lr in lr_grid)):
-        raise UserError(f"--lr is {lr_grid}, expected positive rates, as 0.003,0.01")
-    protocol = task.finetuning
-    protocol = replace(
-        protocol,
-        steps=steps or protocol.steps,
-        warmup_steps=round(protocol.warmup_steps * min(1.0, (steps or protocol.steps) / protocol.steps)),
-        lr_grid=tuple(sorted(set(lr_grid or protocol.lr_grid))),
-        image_size=image_size or fitting_size(protocol.image_size, start.model),
+    protocol = asked_for(
+        task.finetuning,
+        start,
+        num_seeds=num_seeds,
+        steps=steps,
+        lr_grid=lr_grid,
+        image_size=image_size,
+        overrides=overrides,
     )
     splits = {name: (task_folder(task, data) / name / "manifest.json").absolute() for name in task.splits}
     train = splits[_train_split(protocol)]
@@ -142,6 +132,35 @@ def plan_sweep(
         select = train, None, max(1, round(protocol.dev_fraction * load_manifest(train).num_samples))
     folder = out.absolute() / task.name.replace("/", "-")
     return Sweep(task, protocol, start, folder, train, select, splits[task.test_split], num_seeds, tuple(overrides))
+
+
+def asked_for(
+    protocol: FineTuning,
+    start: Start,
+    *,
+    num_seeds: int,
+    steps: int | None,
+    lr_grid: tuple[float, ...] | None,
+    image_size: int | None,
+    overrides: Sequence[str],
+) -> FineTuning:
+    """Returns a protocol with what was asked for instead; see plan_sweep. Raises UserError for what is out of range."""
+    for override in overrides:
+        if (key := key_of(override)) in _OWN_KEYS:
+            raise UserError(f"{override}: the sweep sets {key} itself; give {_OWN_KEYS[key]}")
+    if num_seeds < 1 or (steps is not None and steps < 1):
+        raise UserError(f"--seeds is {num_seeds}, --steps {steps}: expected at least 1")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image-size is {image_size}, expected pixels")
+    if lr_grid is not None and (not lr_grid or not all(0 < lr < 1e3 for lr in lr_grid)):
+        raise UserError(f"--lr is {lr_grid}, expected positive rates, as 0.003,0.01")
+    return replace(
+        protocol,
+        steps=steps or protocol.steps,
+        warmup_steps=round(protocol.warmup_steps * min(1.0, (steps or protocol.steps) / protocol.steps)),
+        lr_grid=tuple(sorted(set(lr_grid or protocol.lr_grid))),
+        image_size=image_size or fitting_size(protocol.image_size, start.model),
+    )
 
 
 def key_of(override: str) -> str:

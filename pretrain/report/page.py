@@ -121,8 +121,8 @@ def _restarts(values: dict[str, Any]) -> str:
 # --- HTML ------------------------------------------------------------------------------------------------------------
 
 
-def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
-    """Returns the page; its file names no other file."""
+def template(name: str) -> Any:
+    """Returns one of the templates of this folder, which escapes whatever it shows."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # 0.1 s to import
 
     environment = Environment(
@@ -134,11 +134,16 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    return environment.get_template(name)
+
+
+def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
+    """Returns the page; its file names no other file."""
     panels = curves.draw_panels(runs)
     charts = {number: fewshot_chart(run.evaluation["rows"]) for number, run in enumerate(runs) if run.evaluation}
     fewshots = {number: chart for number, chart in charts.items() if chart}
     by_title = {panel.title: panel for panel in panels}
-    return environment.get_template("page.html.jinja").render(
+    return template("page.html.jinja").render(
         runs=list(zip(runs, summaries)),
         missing=_missing(runs, summaries),
         facts=_facts,

@@ -85,7 +85,7 @@ def _read_run(folder: Path, name: str) -> Run:
             "tools/evaluate.py or tools/finetune.py"
         )
     starts = list(lines(folder, "starts.jsonl", _start))
-    wrong, num_wrong = _read_wrong(folder)
+    wrong, num_wrong = read_wrong(folder)
     config_text = read_text(folder, "config.yaml")
     config = None if config_text is None else _read_config(folder / "config.yaml")
     return Run(
@@ -276,7 +276,7 @@ def _read_pictures(folder: Path) -> list[Picture]:
     return [picture for picture in found if picture]
 
 
-def _read_wrong(folder: Path) -> tuple[list[WrongPrediction], int]:
+def read_wrong(folder: Path) -> tuple[list[WrongPrediction], int]:
     """Returns the first MAX_WRONG wrong predictions, and how many the file has."""
     if (path := inside(folder, "evaluation/wrong.json")) is None:
         return [], 0

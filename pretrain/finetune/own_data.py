@@ -1,0 +1,309 @@
+"""Own photos or shards, made ready for fine-tuning: shards of a folder, a held-out test where there is none.
+
+`prepare` hands on an OwnData. OUT/data/PART has the shards, OUT/data/made-of.json what they were made of.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain import cli
+from pretrain.config.checks import did_you_mean
+from pretrain.data.classes import match_classes
+from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
+from pretrain.data.reader import BadSample, parse_label, read_sample
+from pretrain.errors import UserError
+from pretrain.escape import shown
+from pretrain.finetune.own_folders import MANIFEST, is_manifest
+from pretrain.json_files import Fields, read_json
+from pretrain.shards.build import How, build, read_dropped
+from pretrain.shards.class_tars import class_tar_items, is_of_class_tars
+from pretrain.shards.examples import FILE as EXAMPLES
+from pretrain.shards.examples import Example, content_sha256, write_examples
+from pretrain.shards.items import Item, PackedItems, digest_of
+from pretrain.shards.make import MIN_IMAGES_FOR_PROCESSES
+from pretrain.shards.resizing import Resizing
+from pretrain.shards.sources import Told, folder_items, sniffed_ending
+from pretrain.storage import remove, write_text
+
+TEST_SHARE = 0.2  # of each class, held out where there is no test
+SPLIT_SEED = 0
+SAMPLES_PER_SHARD = 10_000
+JPEG_QUALITY = 95  # of photos that are stored smaller
+_FORMAT, _VERSION = "pretrain-own-data", 1
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """What is learnt from, chosen on and tested on."""
+
+    train: Path  # manifests
+    choose: Path | None  # None: a part of train is held out to choose the learning rate
+    test: Path
+    num_train: int
+    num_test: int
+    class_names: tuple[str, ...]  # or numbers, where the set has no names
+    told: tuple[str, ...]  # what the user should know of the split
+
+
+class _Part(NamedTuple):
+    """A part of the set before shards are made of it."""
+
+    place: Path
+    names: tuple[str, ...]  # empty where shards have none
+    num_classes: int
+    manifest: Manifest | None  # of shards
+    items: PackedItems | None  # of a folder
+
+
+def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnData:
+    """Makes shards of the folders among `parts` in OUT/data and returns what to train on; a second call keeps them.
+
+    parts: see `find_parts`. A folder's shards are made again when names, sizes or times of its files have changed.
+    shorter_side: of larger photos, which are stored that small. Raises UserError where nothing can be learnt or tested.
+    """
+    notes = Told()
+    found = {name: _open(path, notes) for name, path in parts.items()}
+    _check_classes(found)
+    told: list[str] = []
+    train = found["train"]
+    if "test" not in found:
+        items = train.items or _items_of(_manifest(train), notes)
+        chosen = held_out(items.labels, [items.reference(index) for index in range(len(items))])
+        told.append(_told_of_split(train, items.labels, chosen))
+        rest = set(range(len(items))).difference(chosen)
+        found["train"] = train._replace(items=items.without(set(chosen)), manifest=None)
+        found["test"] = train._replace(items=items.without(rest), manifest=None)
+    made = {name: part for name, part in found.items() if part.items is not None}
+    folder = out / "data"
+    _begin(folder, out, made, shorter_side)
+    ready = {name: _ready(name, part, folder, notes, shorter_side) for name, part in found.items()}
+    told += [f"{kind}: {number:,}" for kind, number in (notes.passed_over + notes.notes).most_common()]
+    manifests = {name: load_manifest(path) for name, path in ready.items()}
+    for name, manifest in manifests.items():
+        check_shards(manifest)
+        if name != "train":
+            told += filter(None, [read_as(manifest, manifests["train"])[1]])
+    learnt = manifests["train"]
+    return OwnData(
+        train=ready["train"],
+        choose=ready.get("val"),
+        test=ready["test"],
+        num_train=learnt.num_samples,
+        num_test=manifests["test"].num_samples,
+        class_names=learnt.class_names or tuple(map(str, range(learnt.num_classes))),
+        told=tuple(told),
+    )
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path, notes: Told) -> _Part:
+    if is_manifest(path):
+        manifest = load_manifest(path)
+        if manifest.multi_label:
+            raise UserError(f"{path}: has several labels per image; fine-tuning by name of class needs one")
+        return _Part(path, manifest.class_names, manifest.num_classes, manifest, None)
+    if is_of_class_tars(path):
+        items, names = class_tar_items(path, notes)
+    else:
+        # Photos stand upright, as tools/predict.py turns them.
+        items, names = folder_items(path, notes, apply_orientation=True)
+        if names and len(set(items.labels)) < len(names):
+            items, names = _without_empty(items, names, notes)
+    return _Part(path, tuple(names), len(names), None, items)
+
+
+def _without_empty(items: PackedItems, names: Sequence[str], notes: Told) -> tuple[PackedItems, list[str]]:
+    """The items with classes that have an image only; the others are told."""
+    kept = sorted(set(items.labels))
+    notes.passed_over["folders without pictures"] += len(names) - len(kept)
+    places = {label: place for place, label in enumerate(kept)}
+    return items.relabelled([places.get(label, 0) for label in range(len(names))]), [names[label] for label in kept]
+
+
+def _check_classes(found: Mapping[str, _Part]) -> None:
+    """Raises UserError for a single class, and for one of val or test that train does not have."""
+    train = found["train"]
+    if train.num_classes < 2:
+        only = f", {train.names[0]!r}" if train.names else ""
+        raise UserError(
+            f"{train.place}: has one class{only}; expected at least two, each a folder: {train.place}/CLASS/NAME.jpg"
+        )
+    for part in found.values():
+        if part.items is None:
+            continue  # names of shards are compared when they are read
+        for name in part.names if train.names else ():
+            try:
+                one = [name], 1, train.names, train.num_classes
+                match_classes(*one, their_place=str(part.place), our_place=str(train.place))
+            except UserError:
+                raise UserError(
+                    f"{part.place}: class {name!r} is none of the {train.num_classes} of {train.place}; rename the "
+                    f"folder, or move it away.{did_you_mean(name, train.names)}"
+                ) from None
+
+
+def _manifest(part: _Part) -> Manifest:
+    assert part.manifest is not None  # what has no items is of shards
+    return part.manifest
+
+
+# --- what is held out ------------------------------------------------------------------------------------------------
+
+
+def held_out(
+    labels: Sequence[int], names: Sequence[str], *, share: float = TEST_SHARE, seed: int = SPLIT_SEED
+) -> list[int]:
+    """Returns the places of images held out for the test, rising: of each class its share, at least one, never all.
+
+    The draw depends on the seed and on an image's name alone, so that a set that grows keeps most of its test.
+    """
+    places: dict[int, list[int]] = {}
+    for place, label in enumerate(labels):
+        places.setdefault(label, []).append(place)
+    chosen: list[int] = []
+    for members in places.values():
+        number = min(max(1, round(share * len(members))), len(members) - 1)
+        chosen += sorted(members, key=lambda place: _draw(names[place], seed))[:number]
+    return sorted(chosen)
+
+
+def _draw(name: str, seed: int) -> bytes:
+    return blake2b(f"{seed} {name}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
+
+
+def _told_of_split(part: _Part, labels: Sequence[int], chosen: Sequence[int]) -> str:
+    if not chosen:
+        raise UserError(
+            f"{part.place}: each class has one image, which is learnt from; give --test, or a second image of each"
+        )
+    single = sum(number == 1 for number in Counter(labels).values())
+    alone = f"; {single:,} classes have one image, which is learnt from" if single else ""
+    return (
+        f"no test was given: {len(chosen):,} of {len(labels):,} images are held out for it ({TEST_SHARE:.0%} of each "
+        f"class, seed {SPLIT_SEED}){alone}"
+    )
+
+
+def _items_of(manifest: Manifest, notes: Told) -> PackedItems:
+    """The samples of shards as items, to be written into two sets; those that cannot be used are counted."""
+    check_shards(manifest)
+    items = PackedItems(partial(_sample_item, manifest))
+    with cli.progress("reading labels", manifest.num_samples, "images") as advance:
+        for index in range(manifest.num_samples):
+            try:
+                label = parse_label(read_sample(manifest, index).label, manifest.num_classes)
+                items.append(str(index), label, manifest.sha256)
+            except BadSample as bad:
+                notes.passed_over[f"samples that cannot be used ({bad.reason})"] += 1
+            advance(1)
+    if not items:
+        raise UserError(f"{manifest.path}: none of its samples can be read; tools/make_shards.py --verify tells why")
+    return items
+
+
+def _sample_item(manifest: Manifest, reference: str, label: int, notes: Counter[str]) -> Item:
+    """The item of a sample of shards, whose reference is its index."""
+    index = int(reference)
+    ending = sniffed_ending(read_sample(manifest, index).image[:12])
+    return Item(partial(_image_of, manifest, index), ending, label, f"{manifest.path}[{index}]")
+
+
+def _image_of(manifest: Manifest, index: int) -> bytes:
+    return read_sample(manifest, index).image
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _begin(folder: Path, out: Path, made: Mapping[str, _Part], shorter_side: int) -> None:
+    """Writes what the shards are made of, or finds it unchanged; shards of another state of the photos are removed.
+
+    Raises UserError when runs have learnt from those.
+    """
+    path = folder / "made-of.json"
+    for part in made.values():
+        if part.place.is_dir() and out.resolve().is_relative_to(part.place.resolve()):
+            raise UserError(f"{out}: lies inside {part.place}, and would be taken for photos; give another --out")
+    parts = {name: {"images": len(part.items or ()), "digest": _digest(part)} for name, part in made.items()}
+    own = {"format": _FORMAT, "version": _VERSION, "shorter_side": shorter_side, "parts": parts}
+    if path.is_file():
+        found = Fields.of(read_json(path), str(path)).values
+        if found == own:
+            return
+        if (out / "sweep.json").exists():
+            raise UserError(
+                f"{out}: was begun with other photos or options (names, sizes or times of files differ: see "
+                f"{path.name} in {folder}); give another --out for those of now"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty, and was not made here; give another --out")
+    try:
+        remove(folder)
+        folder.mkdir(parents=True)
+        write_text(path, json.dumps(own, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
+
+
+def _digest(part: _Part) -> str:
+    """What a part is: names, labels, sizes and times of its images, and its classes; nothing of their content."""
+    digest = hashlib.sha256(digest_of(part.items or ()).encode())
+    digest.update(json.dumps(part.names).encode())
+    return digest.hexdigest()
+
+
+def _ready(name: str, part: _Part, folder: Path, notes: Told, shorter_side: int) -> Path:
+    """The manifest of a part, its shards made where it is a folder and they are not there."""
+    if part.items is None:
+        path = _manifest(part).path.absolute()
+    elif not (path := (folder / name / MANIFEST).absolute()).is_file():
+        path = _build(name, part, part.items, folder / name, notes, shorter_side)
+    if name == "test" and part.items is not None and not (path.parent / EXAMPLES).is_file():
+        _write_names(path, part.items)
+    return path
+
+
+def _build(name: str, part: _Part, items: PackedItems, folder: Path, notes: Told, shorter_side: int) -> Path:
+    from_shards = part.place.is_file() or is_manifest(part.place)
+    workers = 1 if from_shards or len(items) < MIN_IMAGES_FOR_PROCESSES else len(os.sched_getaffinity(0))
+    how = How(workers, Resizing(shorter_side, JPEG_QUALITY))
+    seed = None if name == "test" else 0  # the test keeps its order, by which its images have names
+    with cli.progress(f"shards of {name}", len(items), "images") as advance:
+        sizes = {"samples_per_shard": SAMPLES_PER_SHARD, "seed": seed}
+        path = build(items, part.names, folder, **sizes, progress=advance, how=how, told=notes).absolute()
+    if dropped := read_dropped(folder):
+        cli.tell(f"warning: {name}: {len(dropped)} images are left out, the first: {dropped[0]}")
+    return path
+
+
+def _write_names(path: Path, items: PackedItems) -> None:
+    """Writes what each test image was called: for the pages that show mistakes."""
+    manifest = load_manifest(path)
+    dropped = read_dropped(path.parent)
+    kept = [item for item in zip(_references(items), items, items.labels) if not _is_dropped(item[1], dropped)]
+    assert len(kept) == manifest.num_samples
+    write_examples(
+        path.parent,
+        (
+            Example(index, shown(name), label, content_sha256(read_sample(manifest, index).image))
+            for index, (name, _, label) in enumerate(kept)
+        ),
+    )
+
+
+def _references(items: PackedItems) -> Iterable[str]:
+    return (items.reference(index) for index in range(len(items)))
+
+
+def _is_dropped(item: Item, dropped: Sequence[str]) -> bool:
+    return any(line.startswith(shown(f"{item.source}: ")) for line in dropped)

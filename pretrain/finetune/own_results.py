@@ -1,0 +1,137 @@
+"""What a fine-tuning on own data has reached: accuracy with its interval, class by class, what is taken for what.
+
+`accuracy` reads what the final run's evaluation has left and hands on a dict, OUT/accuracy.json, which
+report/own_page.py shows.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import MAX_CLASSES, ModelConfig
+from pretrain.config.model import VIT_SHAPES
+from pretrain.data.manifest import MAX_SAMPLES
+from pretrain.errors import UserError
+from pretrain.finetune.own_data import OwnData
+from pretrain.finetune.own_runs import PREDICTIONS, differences, final_run
+from pretrain.finetune.results import results, write_results
+from pretrain.finetune.sweep import Sweep, write_out
+from pretrain.json_files import Fields, parse_json
+
+FILE = "accuracy.json"
+FORMAT, VERSION = "pretrain-accuracy", 1
+_Z = 1.959963984540054  # of the normal distribution: 95 % lie within
+_MAX_LINE_BYTES = 1 << 16  # of a prediction; ours have 300
+
+
+def wilson(correct: int, number: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval of a share, correct / number; number > 0.
+
+    Within [0, 1] and sensible at 0 and at 1, where the normal approximation has no width.
+    """
+    share, z2 = correct / number, _Z**2
+    middle = (share + z2 / (2 * number)) / (1 + z2 / number)
+    half = _Z * math.sqrt(share * (1 - share) / number + z2 / (4 * number**2)) / (1 + z2 / number)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None) -> dict[str, Any]:
+    """Returns what the final run is worth on the test images, and how it came to be.
+
+    weights: what was fine-tuned, as the user called it. seconds: what the runs took; None where that is not known.
+    Raises UserError when the predictions cannot be read.
+    """
+    config = final_run(sweep)
+    pairs = list(_pairs(config.output / config.name / "evaluation" / PREDICTIONS))
+    if not pairs:
+        raise UserError(f"{config.output / config.name}: none of the test images could be scored")
+    line = results(sweep)
+    assert line is not None  # the final run is done
+    correct = sum(label == predicted for label, predicted in pairs)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "data": sweep.task.name,
+        "weights": weights,
+        "from_scratch": sweep.start.weights is None,
+        "model": _in_words(sweep.start.model),
+        "device": _device(),
+        "run": config.name,
+        "image_size": config.model.image_size,
+        "steps": config.total_steps,
+        "batch": config.data.global_batch,
+        "lr": config.optim.lr,
+        "seeds": line["values"],
+        "selection": line["selection"],
+        "seconds": seconds,
+        "num_train": data.num_train,
+        "num_test": data.num_test,
+        "classes": list(data.class_names),
+        **_share(correct, len(pairs)),
+        "per_class": _per_class(pairs, data.class_names),
+        "confusion": [[*pair, number] for pair, number in sorted(Counter(pairs).items())],
+        "told": list(data.told),
+        "differs": differences(sweep),
+    }
+
+
+def _in_words(model: ModelConfig) -> str:
+    """A model by its real shape: a named size with another width is not that size."""
+    if model.timm_name is not None:
+        return model.timm_name
+    named = VIT_SHAPES.get(model.name)
+    if named is None or model.shape == named:
+        return f"{model.name}/{model.patch_size}"
+    return f"a ViT of width {model.shape.width} and depth {model.shape.depth}, patches of {model.patch_size} px"
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"one {torch.cuda.get_device_name()}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} CPU core" + "s" * (cores > 1)
+
+
+def _pairs(path: Path) -> Iterator[tuple[int, int]]:
+    """Yields label and predicted class of each scored image."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES), b"")):
+                if number >= MAX_SAMPLES:
+                    return
+                values = Fields.of(parse_json(line, f"{path}: line {number + 1}"), f"{path}: line {number + 1}")
+                yield values.integer("label", 0, MAX_CLASSES), values.integer("prediction", 0, MAX_CLASSES)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); remove it, and the same command makes it"
+        ) from None
+
+
+def _share(correct: int, number: int) -> dict[str, Any]:
+    return {"correct": correct, "n": number, "top1": correct / number, "interval": list(wilson(correct, number))}
+
+
+def _per_class(pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """A line for each class that has a test image, in the order of labels."""
+    number = Counter(label for label, _ in pairs)
+    correct = Counter(label for label, predicted in pairs if label == predicted)
+    return [
+        {"label": label, "name": names[label], **_share(correct[label], number[label])}
+        for label in range(len(names))
+        if number[label]
+    ]
+
+
+def write_accuracy(sweep: Sweep, found: dict[str, Any]) -> None:
+    """Writes accuracy.json, and the results.json that reports of the weights show. Raises UserError."""
+    line = results(sweep)
+    assert line is not None
+    # Own data is nobody's table: such a score is never put beside a paper's.
+    write_results(sweep.folder, {**line, "differs": ["own data", *found["differs"]]})
+    write_out(sweep.folder / FILE, json.dumps(found, indent=1))

@@ -1,0 +1,231 @@
+"""Fine-tuning on own data: the paper's protocol, shortened for small sets, as a sweep of runs; then the test, once.
+
+OUT/                           what `running.run_sweeps` makes: select-lr..., final-lr...-seed0, sweep.json, configs/
+OUT/data/                      shards of the photos, see own_data.py
+OUT/results.json results.md    the score of the seeds, as of any task
+OUT/accuracy.json              everything that the page tells, see own_results.py
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pretrain.cluster.jobs import start as start_job
+from pretrain.cluster.limits import free_memory_bytes
+from pretrain.cluster.local import environment
+from pretrain.config import MAY_CHANGE, Config
+from pretrain.data.manifest import load_manifest
+from pretrain.errors import UserError
+from pretrain.finetune.own_data import OwnData
+from pretrain.finetune.running import ROOT, Options
+from pretrain.finetune.scores import chosen_lr, claim_sweep
+from pretrain.finetune.sweep import Start, Sweep, asked_for, final_runs, key_of, write_out
+from pretrain.json_files import Fields, read_json
+from pretrain.plan.choose import MICRO_BATCHES, layout_of
+from pretrain.plan.memory import memory
+from pretrain.sizes import is_plain
+from pretrain.tasks.table import FineTuning, Task
+
+PAPER_SIZE = 384  # pixels, where there is a GPU: on a CPU a step at 384 px takes as long as four at 224
+STORED_SIDE = 512  # pixels of the shorter side of stored photos: a crop for 384 px is a part of them
+_RATES = (0.003, 0.01, 0.03)  # of the paper's small sets, without 0.001: few steps do not get far with it
+_MOST_STEPS, _LEAST_STEPS, _IMAGES_PER_STEP = 20_000, 80, 5
+_MOST_BATCH, _LEAST_BATCH = 512, 16
+_MOST_WARMUP = 500
+_CHOOSING = 1000  # images to choose the rate on, as of the paper's CIFAR, but at most a fifth of train
+_MICRO_BATCH = "engine.max_micro_batch_size"
+_USABLE_SHARE = 0.8  # of memory, for tensors: the rest is the loader's, the CUDA context's, the allocator's gaps
+_MOST_SECONDS = 1e9  # thirty years
+PREDICTIONS = "predictions.jsonl"  # of the final run, in its folder evaluation/
+
+
+def protocol_for(num_train: int, image_size: int) -> FineTuning:
+    """Returns the paper's protocol for so many training images: steps and batch as of its sets of that size.
+
+    A fifth as many steps as images: CIFAR's 10,000 of 50,000; at most ImageNet's 20,000. The batch of 512 is an eighth
+    of the set at most: half of it would be seen at once in each step, and a small machine would take minutes for it.
+    """
+    steps = min(_MOST_STEPS, max(_LEAST_STEPS, num_train // _IMAGES_PER_STEP))
+    batch = min(_MOST_BATCH, max(_LEAST_BATCH, 1 << int(math.log2(max(1, num_train // 8)))))
+    return FineTuning(
+        steps=steps,
+        warmup_steps=min(_MOST_WARMUP, steps // 10),
+        lr_grid=_RATES,
+        dev_fraction=min(0.2, max(0.01, _CHOOSING / num_train)),
+        image_size=image_size,
+        batch_size=batch,
+    )
+
+
+def default_size(start: Start, *, on_gpu: bool) -> int:
+    """Returns the pixels to fine-tune at where nobody says: the paper's 384 on a GPU, never fewer than the weights'.
+
+    On a CPU, and of networks of timm's whose windows fit one size, the weights' own.
+    """
+    own = start.model.image_size
+    return max(own, PAPER_SIZE) if on_gpu and start.model.timm_name is None else own
+
+
+def stored_side(image_size: int) -> int:
+    """Returns the pixels of the shorter side that photos are stored with, for a model that sees so many."""
+    return max(STORED_SIDE, -(-image_size * 4 // 3))
+
+
+def plan_own(name: str, data: OwnData, options: Options, *, image_size: int, on_gpu: bool) -> Sweep:
+    """Returns the sweep of own data; its folder is `options.out` itself, which it claims. Raises UserError."""
+    task = Task(
+        name=name,
+        num_classes=load_manifest(data.train).num_classes,
+        splits={"train": "", "test": ""},
+        num_samples={"train": data.num_train, "test": data.num_test},
+        tfds="",
+        url="",
+        licence="",
+        finetuning=protocol_for(data.num_train, image_size),
+        tested_on="",
+    )
+    assert task.finetuning is not None
+    protocol = asked_for(
+        task.finetuning,
+        options.start,
+        num_seeds=options.num_seeds,
+        steps=options.steps,
+        lr_grid=options.lr_grid,
+        image_size=options.image_size,
+        overrides=options.overrides,
+    )
+    held_out = max(1, round((protocol.dev_fraction or 0) * data.num_train))
+    select = (data.train, data.choose, 0) if data.choose else (data.train, None, held_out)
+    if not data.choose and held_out >= data.num_train:
+        raise UserError(f"{data.train.parent}: {data.num_train} images to learn from are too few; expected at least 2")
+    overrides = (*machine_settings(options.overrides, on_gpu=on_gpu), *options.overrides)
+    sweep = Sweep(
+        task,
+        protocol,
+        options.start,
+        options.out.absolute(),
+        data.train,
+        select,
+        data.test,
+        options.num_seeds,
+        overrides,
+    )
+    config = final_runs(sweep, protocol.lr_grid[0])[0]  # a wrong key is told before anything is written
+    if not any(key_of(override) == _MICRO_BATCH for override in overrides):
+        fitting = fitting_micro_batch(config, task.num_classes, _usable_bytes(on_gpu), options.num_gpus or 1)
+        sweep = replace(sweep, overrides=(f"{_MICRO_BATCH}={fitting}", *overrides))
+    claim_sweep(sweep)
+    return sweep
+
+
+def fitting_micro_batch(config: Config, num_classes: int, usable_bytes: float, num_ranks: int) -> int:
+    """Returns the images of a forward pass that fit into a rank's memory, at most the config's; 1 where none fits.
+
+    Which one it is changes no result but rounding. Only plain ViTs have a formula: others keep the config's.
+    """
+    most = config.engine.max_micro_batch_size
+    if not is_plain(config.model):
+        return most
+    for size in (most, *(size for size in MICRO_BATCHES if size < most)):
+        layout = layout_of(config, num_ranks, config.engine.zero_stage, size, config.engine.checkpoint_activations)
+        if memory(config, num_classes, layout).peak <= usable_bytes:
+            return size
+    return 1
+
+
+def _usable_bytes(on_gpu: bool) -> float:
+    if on_gpu:  # asked without taking any of it, which the runs would lack
+        return _USABLE_SHARE * torch.cuda.get_device_properties(0).total_memory
+    free = free_memory_bytes()
+    return math.inf if free is None else _USABLE_SHARE * free
+
+
+def machine_settings(overrides: Sequence[str], *, on_gpu: bool) -> list[str]:
+    """Returns overrides that suit this machine, where nobody has given others."""
+    cores = len(os.sched_getaffinity(0))
+    own = {"data.workers": str(max(1, min(4, cores - 1)))}
+    if not on_gpu:
+        own["engine.precision"] = "fp32"  # faster where a CPU has no units for bf16
+    given = {key_of(override) for override in overrides}
+    return [f"{key}={value}" for key, value in own.items() if key not in given]
+
+
+def differences(sweep: Sweep) -> list[str]:
+    """Returns in what the sweep is not the paper's protocol."""
+    config = final_runs(sweep, sweep.protocol.lr_grid[0])[0]
+    paper = {
+        "batch": (config.data.global_batch, 512),
+        "px": (config.model.image_size, PAPER_SIZE),
+        "precision": (config.engine.precision, "bf16"),
+    }
+    told = [f"{name} {now} instead of {was}" for name, (now, was) in paper.items() if now != was]
+    told += [f"{sweep.num_seeds} instead of 3 seeds"] * (sweep.num_seeds != 3)
+    free = {"engine.precision", "data.global_batch", *MAY_CHANGE} - {"data.order"}  # told above, or of the machine
+    return told + [one for one in sweep.overrides if key_of(one) not in free]
+
+
+def in_words(sweep: Sweep, data: OwnData) -> list[str]:
+    """Returns what is about to be done, in lines for the user."""
+    protocol, config = sweep.protocol, final_runs(sweep, sweep.protocol.lr_grid[0])[0]
+    chosen = f"learning rate {protocol.lr_grid[0]:g}"
+    if len(protocol.lr_grid) > 1:
+        held_out = sweep.select[2]
+        on = f"{held_out:,} of them, held out" if held_out else "the validation images"
+        chosen = f"learning rate chosen among {', '.join(f'{lr:g}' for lr in protocol.lr_grid)} on {on}"
+    differs = "; ".join(differences(sweep)) or "nothing"
+    return [
+        f"{sweep.task.name}: {data.num_train:,} images of {len(data.class_names):,} classes to learn from, "
+        f"{data.num_test:,} to test on",
+        f"{config.total_steps:,} steps of {config.data.global_batch} images at {config.model.image_size} px, {chosen}",
+        f"other than the paper's protocol: {differs}",
+    ]
+
+
+@contextmanager
+def timed(sweep: Sweep) -> Iterator[Callable[[], float]]:
+    """Adds the seconds that its block takes to those of earlier calls; yields a function that returns the sum.
+
+    A call that finds everything done adds nothing.
+    """
+    path = sweep.folder / "seconds.json"
+    began, before = time.monotonic(), 0.0
+    if path.is_file():
+        before = Fields.of(read_json(path), str(path)).number("seconds", 0, _MOST_SECONDS)
+    was_done = (lr := chosen_lr(sweep)) is not None and (_evaluation(sweep, lr) / PREDICTIONS).is_file()
+    try:
+        yield lambda: before + (0.0 if was_done else time.monotonic() - began)
+    finally:
+        if not was_done:
+            write_out(path, json.dumps({"seconds": round(before + time.monotonic() - began, 1)}))
+
+
+def _evaluation(sweep: Sweep, lr: float) -> Path:
+    config = final_runs(sweep, lr)[0]
+    return config.output / config.name / "evaluation"
+
+
+def final_run(sweep: Sweep) -> Config:
+    """Returns the run whose weights are handed on: seed 0 with the chosen rate."""
+    lr = chosen_lr(sweep)
+    assert lr is not None  # all selecting runs are done
+    return final_runs(sweep, lr)[0]
+
+
+def score_images(sweep: Sweep) -> None:
+    """Scores each test image by the final weights, unless that is done. Raises UserError when it cannot be."""
+    config = final_run(sweep)
+    folder = config.output / config.name
+    path = folder / "evaluation" / PREDICTIONS
+    if path.is_file():
+        return
+    words = [ROOT / "tools" / "evaluate.py", folder, "--val", sweep.test, "--predictions", path]
+    if code := start_job([sys.executable, *map(str, words)], environment()):
+        raise UserError(f"{folder}: could not be scored (exit code {code}); what went wrong stands above")

@@ -1,0 +1,223 @@
+"""One page of what fine-tuning on own data has reached: OUT/report.html, from what tools/finetune.py --train leaves.
+
+A sentence and a chart first; then what is taken for what, the photos that were wrong, and how it was made. One file, no
+script, nothing from outside; names of classes and photos are whatever someone wrote.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import MAX_CLASSES
+from pretrain.errors import UserError
+from pretrain.json_files import Fields, read_json
+from pretrain.report.files import inside
+from pretrain.report.page import template
+from pretrain.report.runs import MAX_COUNT, read_wrong
+from pretrain.storage import write_text
+
+PAGE = "report.html"
+_ACCURACY = "accuracy.json"
+_MAX_BARS = 24  # classes of the chart; of more those with the lowest accuracy
+_MAX_CELLS = 30  # classes a side of the confusion picture; of more those with the most mistakes
+_MAX_CONFUSED = 8  # pairs of classes that are listed
+_MAX_SECONDS = 1e9
+CELL, LABEL = 30, 150  # units of SVG, about pixels: a cell's side, the room for names
+_MAX_LABEL = 20  # letters, that fit
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A class's accuracy, its numbers in percent."""
+
+    name: str
+    correct: int
+    n: int
+    share: float
+    low: float  # of the 95 % interval
+    high: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Images of one class that got one prediction."""
+
+    x: int
+    y: int
+    number: int
+    opacity: float  # rises with the share of the class's images
+    is_right: bool
+    text: str  # shown when pointed at
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """The confusion picture: rows are true classes, columns predictions."""
+
+    names: list[str]  # of the classes drawn, cut where they are long
+    cells: list[Cell]
+    size: int  # units of SVG a side
+    is_part: bool  # whether classes are left out
+
+
+def is_own(folder: Path) -> bool:
+    """Returns whether a folder is what tools/finetune.py --train has left when it was done."""
+    return inside(folder, _ACCURACY) is not None
+
+
+def write_page(folder: Path, out: Path | None = None) -> Path:
+    """Writes the page, into the folder itself where no other is named, and returns its path.
+
+    Raises UserError when it cannot, or the folder holds something else.
+    """
+    path, page = folder / _ACCURACY, (out or folder) / PAGE
+    if not is_own(folder):
+        raise UserError(f"{path}: not found; give the folder that tools/finetune.py --train has written")
+    try:
+        values = Fields.of(read_json(path), str(path))
+        run = _one_name(values, "run")
+        wrong = read_wrong(folder / run)[0] if inside(folder, f"{run}/evaluation/wrong.json") else []
+        text = template("own_page.html.jinja").render(
+            **_shown(values), wrong=wrong, folder=folder.resolve().name, CELL=CELL, LABEL=LABEL
+        )
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(page, text, errors="replace")
+    except OSError as error:
+        raise UserError(f"{error.filename or page}: {error.strerror}; give another --out") from None
+    return page
+
+
+def _shown(values: Fields) -> dict[str, Any]:
+    """What the template shows, each value of the type and size that it has to be."""
+    if (found := values.text("format")) != "pretrain-accuracy":
+        values.wrong("format", f"pretrain-accuracy, not {found!r}")
+    classes = values.texts("classes")
+    bars = sorted((_bar(part, classes) for part in values.parts("per_class")), key=lambda bar: (bar.share, bar.name))
+    pairs = _pairs(values, len(classes))
+    low, high = _interval(values)
+    seconds = None if values.values.get("seconds") is None else values.number("seconds", 0, _MAX_SECONDS)
+    facts = {
+        key: values.integer(key, 0, MAX_COUNT) for key in ("num_train", "num_test", "steps", "batch", "image_size")
+    }
+    return {
+        **facts,
+        **{key: values.text(key) for key in ("data", "weights", "model", "device", "run")},
+        "from_scratch": values.flag("from_scratch"),
+        "num_classes": len(classes),
+        "overall": Bar("all classes", *_counts(values), 100 * values.number("top1", 0, 1), low, high),
+        "chance": 100 / max(1, len(classes)),
+        "time": None if seconds is None else _time(seconds),
+        "bars": bars[:_MAX_BARS],
+        "num_bars": len(bars),
+        "confusion": _confusion(pairs, classes),
+        "confused": _confused(pairs, classes)[:_MAX_CONFUSED],
+        "num_confused": len(_confused(pairs, classes)),
+        "lr": values.number("lr", 0, 1e3),
+        "selection": [_rate(part) for part in values.parts("selection")],
+        "seeds": [f"{100 * seed:.2f} %" for seed in _numbers(values, "seeds")],
+        "told": values.texts("told"),
+        "differs": values.texts("differs"),
+    }
+
+
+def _one_name(values: Fields, key: str) -> str:
+    """The name of a folder inside this one."""
+    name = values.text(key)
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        values.wrong(key, "the name of a folder")
+    return name
+
+
+def _counts(values: Fields) -> tuple[int, int]:
+    return values.integer("correct", 0, MAX_COUNT), values.integer("n", 1, MAX_COUNT)
+
+
+def _interval(values: Fields) -> tuple[float, float]:
+    """Both ends, in percent."""
+    ends = _numbers(values, "interval")
+    if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+        values.wrong("interval", "two shares, rising")
+    return 100 * ends[0], 100 * ends[1]
+
+
+def _numbers(values: Fields, key: str) -> list[float]:
+    found = values.values.get(key)
+    if not isinstance(found, list):
+        values.wrong(key, "a list of numbers")
+    each = Fields({f"{key}[{place}]": value for place, value in enumerate(found)}, values.source)
+    return [each.number(place, -1, 1e9) for place in each.values]
+
+
+def _bar(part: Fields, classes: tuple[str, ...]) -> Bar:
+    name = classes[part.integer("label", 0, len(classes) - 1)]
+    return Bar(name, *_counts(part), 100 * part.number("top1", 0, 1), *_interval(part))
+
+
+def _rate(part: Fields) -> tuple[str, str]:
+    """A learning rate that was tried, and what it reached on the held-out images."""
+    top1 = part.values.get("top1")
+    reached = "not finite" if top1 is None else f"{100 * part.number('top1', 0, 1):.1f} %"
+    return f"{part.number('lr', 0, 1e3):g}", reached
+
+
+def _pairs(values: Fields, num_classes: int) -> dict[tuple[int, int], int]:
+    """How many images of a class (the first) got a prediction (the second)."""
+    rows = values.values.get("confusion")
+    if not isinstance(rows, list):
+        values.wrong("confusion", "a list of [class, prediction, images]")
+    found: dict[tuple[int, int], int] = {}
+    for place, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != 3:
+            raise UserError(f"{values.source}: confusion[{place}] is no [class, prediction, images]")
+        of = Fields(dict(zip(("class", "prediction", "images"), row)), f"{values.source}: confusion[{place}]")
+        most = min(num_classes, MAX_CLASSES) - 1
+        found[of.integer("class", 0, most), of.integer("prediction", 0, most)] = of.integer("images", 1, MAX_COUNT)
+    return found
+
+
+def _confusion(pairs: dict[tuple[int, int], int], classes: tuple[str, ...]) -> Confusion:
+    totals, mistakes = [0] * len(classes), [0] * len(classes)
+    for (label, predicted), number in pairs.items():
+        totals[label] += number
+        if label != predicted:
+            mistakes[label] += number
+            mistakes[predicted] += number
+    met = [label for label in range(len(classes)) if totals[label] or mistakes[label]]
+    drawn = sorted(sorted(met, key=lambda label: (-mistakes[label], label))[:_MAX_CELLS])
+    places = {label: place for place, label in enumerate(drawn)}
+    cells = [
+        Cell(
+            x=LABEL + CELL * places[predicted],
+            y=LABEL + CELL * places[label],
+            number=number,
+            opacity=round(0.15 + 0.85 * number / totals[label], 3),
+            is_right=label == predicted,
+            text=f"{number:,} of {totals[label]:,} {classes[label]}: taken for {classes[predicted]}",
+        )
+        for (label, predicted), number in pairs.items()
+        if label in places and predicted in places
+    ]
+    names = [_cut(classes[label]) for label in drawn]
+    return Confusion(names, cells, LABEL + CELL * len(drawn), len(drawn) < len(met))
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _MAX_LABEL else f"{name[: _MAX_LABEL - 1]}…"
+
+
+def _confused(pairs: dict[tuple[int, int], int], classes: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
+    """The pairs that are mistaken most often: true class, prediction, images, all images of the class."""
+    totals = [0] * len(classes)
+    for (label, _), number in pairs.items():
+        totals[label] += number
+    wrong = [(label, predicted, number) for (label, predicted), number in pairs.items() if label != predicted]
+    wrong.sort(key=lambda row: (-row[2], row[0], row[1]))
+    return [(classes[label], classes[to], number, totals[label]) for label, to, number in wrong]
+
+
+def _time(seconds: float) -> str:
+    """A duration in words: 48 seconds, 12 minutes, 3.4 hours."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{math.ceil(seconds / 60)} minutes" if seconds < 100 * 60 else f"{seconds / 3600:.1f} hours"
