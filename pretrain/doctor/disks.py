@@ -41,6 +41,7 @@ class Probe:
         """Makes it in the run's folder, or in the nearest folder above it that there is. Raises OSError."""
         parent = nearest(run)
         self.path = parent / f".doctor-{token}"
+        self.token = token
         self.path.mkdir()
         self._lock: TextIO = open(self.path / "lock", "a")  # noqa: SIM115 - held until `remove`
         started = time.monotonic()

@@ -49,7 +49,7 @@ def _lead(config: Config | None, meeting: Meeting) -> int:
     made: list[disks.Probe] = []
     if config is not None:
         met += _carried_out([("run's folder", partial(_make_probe, config, made))], meeting.wait_s)
-    probe = {"path": str(made[0].path), "token": made[0].path.name, "locks": not made[0].no_locks} if made else {}
+    probe = {"path": str(made[0].path), "token": made[0].token, "locks": not made[0].no_locks} if made else {}
     meeting.tell("plan", {"leaders": leaders, "num_hosts": len(leaders), **probe})
     checks = _checks(config, len(leaders), is_leader=True)
     if made:

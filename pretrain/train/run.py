@@ -9,7 +9,7 @@ import torch
 
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_newer
 from pretrain.checkpoint.read import CheckpointReader, read_state
-from pretrain.cluster import agreement, ranks, signals, watchdog
+from pretrain.cluster import agreement, peers, ranks, signals, watchdog
 from pretrain.config import Config
 from pretrain.data.classes import match_classes
 from pretrain.data.lanes import read_amplification
@@ -55,6 +55,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
     folder = config.output / config.name
     with watchdog.watching(folder, config.engine.watchdog_s, config.engine.timeout_s):
         device = ranks.start(config.engine.timeout_s)
+        peers.meet(agreement.gather)
         agreement.together(lambda: check_precision(config))
         lock = claim(folder)
         with ending.noted(folder):
