@@ -33,6 +33,7 @@ class Node:
 
     def __init__(self, name: str, inside: int, folder: Path) -> None:
         self.name, self.inside, self.folder = name, inside, folder
+        self.started: list[subprocess.Popen[bytes]] = []
 
     def command(self, *words: object) -> list[str]:
         """Returns the words that run a command there."""
@@ -43,7 +44,8 @@ class Node:
         """Starts a command there; what it prints goes into a file."""
         with log.open("wb") as file:
             options: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-            return subprocess.Popen(self.command(*words), env=os.environ | variables, **options)
+            self.started.append(subprocess.Popen(self.command(*words), env=os.environ | variables, **options))
+        return self.started[-1]
 
     def run(self, *words: object, timeout_s: float = 60) -> str:
         """Returns what a command prints there. Fails with it unless it ends well."""
@@ -82,13 +84,63 @@ def _node(folder: Path, name: str) -> Iterator[Node]:
     ready = folder / f"{name}.ready"
     words = [*_NEW, "bash", "-c", _BEGIN, "bash", name, str(folder), str(ready)]
     holder = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+    node = None
     try:
         until = time.monotonic() + 60
         while not ready.exists():
             assert holder.poll() is None and time.monotonic() < until, f"{name} does not come up"
             time.sleep(0.02)
         inside = int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()[0])
-        yield Node(name, inside, folder)
+        node = Node(name, inside, folder)
+        yield node
     finally:
         holder.kill()  # with it its child, and with that, the first process there, all others
         holder.wait()
+        for process in node.started if node else []:
+            process.kill()
+            process.wait()
+
+
+_SSH = """
+Host *
+    IdentityFile {folder}/key
+    UserKnownHostsFile /dev/null
+    StrictHostKeyChecking no
+    LogLevel ERROR
+"""
+_SSHD = """
+HostKey {folder}/key
+AuthorizedKeysFile {folder}/key.pub
+StrictModes no
+UsePAM no
+PermitRootLogin yes
+PasswordAuthentication no
+"""
+_SERVE = """
+mkdir -p "$1" && mount --bind "$1" /etc/ssh
+if [ -d ~/.ssh ]; then mount -t tmpfs tmpfs ~/.ssh; fi
+mount -t tmpfs tmpfs /run && mkdir /run/sshd
+exec "$2" -D -e
+"""
+
+
+def serve_ssh(nodes: tuple[Node, ...], folder: Path) -> None:
+    """Starts a real sshd on each node, which lets in who has the key that `ssh` there uses: from n1, say, to n2.
+
+    The files of this machine's ssh are covered, on the nodes, by others; nothing is written into them.
+    """
+    folder.mkdir()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
+    (folder / "ssh_config").write_text(_SSH.format(folder=folder))
+    (folder / "sshd_config").write_text(_SSHD.format(folder=folder))
+    sshd = shutil.which("sshd") or "/usr/sbin/sshd"
+    for node in nodes:
+        node.start("bash", "-ec", _SERVE, "bash", folder, sshd, log=folder / f"{node.name}.log")
+    until = time.monotonic() + 60
+    for node in nodes:
+        while True:
+            done = subprocess.run(nodes[0].command("ssh", node.name, "hostname"), capture_output=True, text=True)
+            if done.stdout.strip() == node.name:
+                break
+            assert time.monotonic() < until, done.stderr + (folder / f"{node.name}.log").read_text()
+            time.sleep(0.1)

@@ -1,5 +1,6 @@
 """Runs over two machines, each with its own network, host name and processes, and one wire between them."""
 
+import json
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from netns import Node, two_nodes
+from netns import Node, serve_ssh, two_nodes
 from tiny import make_shards, tiny_config
 
 from pretrain.cluster.local import on_cpu
@@ -69,3 +70,34 @@ def wait_for_steps(run: Path, started: list[subprocess.Popen[bytes]], logs: list
         alive = all(process.poll() is None for process in started)
         assert alive and time.monotonic() < until, "".join(log.read_text() for log in logs)
         time.sleep(0.2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_hostfile_over_ssh_and_pdsh(tmp_path: Path) -> None:
+    """`deepspeed --hostfile` starts the doctor, then a run, on two nodes: one world of 2 ranks, DONE."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path / "runs", total_steps=20)
+    file = config_file(tmp_path, config)
+    with two_nodes(tmp_path / "nodes", "ssh", "ssh-keygen", "sshd", "pdsh") as nodes:
+        serve_ssh(nodes, tmp_path / "ssh")
+        # What is started over ssh has these variables alone, and PYTHON..., NCCL... of the one who starts it.
+        lines = [f"{name}={value}" for name, value in on_cpu(1).items()]
+        (nodes[0].folder / ".deepspeed_env").write_text("\n".join(lines) + "\n")
+        example = (ROOT / "launch" / "hostfile.example").read_text().replace("slots=8", "slots=1")
+        (nodes[0].folder / "hostfile").write_text(example.replace("node1", "n1").replace("node2", "n2"))
+        words = BINARIES / "deepspeed", "--hostfile", "hostfile"
+        for name, script in (("doctor", "tools/doctor.py"), ("run", "launch/pretrain.py")):
+            log = tmp_path / f"{name}.log"
+            started = nodes[0].start(*words, ROOT / script, "--config", file, log=log, **on_cpu(1))
+            assert started.wait(PATIENT_S) == 0, log.read_text()
+    assert "2 ranks on 2 nodes (n1, n2)" in (tmp_path / "doctor.log").read_text()
+    start = [json.loads(line) for line in (config.output / "tiny" / "starts.jsonl").read_text().splitlines()]
+    assert [s["world_size"] for s in start] == [2] and (config.output / "tiny" / "DONE").is_file()
+
+
+def test_the_image_holds_what_there_is() -> None:
+    """launch/Dockerfile copies files that exist, and installs the versions of requirements.lock."""
+    text = (ROOT / "launch" / "Dockerfile").read_text()
+    copied = [word for line in text.splitlines() if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert "requirements.lock" in copied and "--constraint requirements.lock" in text
+    assert all((ROOT / word).exists() for word in copied)

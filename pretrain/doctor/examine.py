@@ -35,9 +35,10 @@ def examine(config: Config | None, wait_s: float) -> int:
     ranks.complete_environment()
     meeting = Meeting(wait_s)
     meeting.tell(f"here/{ranks.rank()}", {"host": socket.gethostname()})
-    if ranks.is_main():
-        return _lead(config, meeting)
-    return _follow(config, meeting)
+    code = _lead(config, meeting) if ranks.is_main() else _follow(config, meeting)
+    if code == 0:  # else a collective may hang, and so might this
+        ranks.stop()
+    return code
 
 
 def _lead(config: Config | None, meeting: Meeting) -> int:

@@ -110,7 +110,10 @@ def ask_clock(meeting: Meeting, rank: int) -> Finding | None:
 
 
 def all_reduce(meeting: Meeting) -> Finding:
-    """Adds up tensors of all ranks, on GPUs by NCCL, else by gloo; returns bandwidth, and whether the sum is right."""
+    """Adds up tensors of all ranks, on GPUs by NCCL, else by gloo; returns bandwidth, and whether the sum is right.
+
+    The group stays, for others may not have ended yet.
+    """
     device = torch.device("cpu")
     if ranks.has_gpu():
         device = ranks.choose_device()
@@ -130,13 +133,11 @@ def all_reduce(meeting: Meeting) -> Finding:
         dist.all_reduce(values)
         _settled(on_gpu)
         seconds = min(seconds, time.monotonic() - started)
-        if len(differing := torch.nonzero(values != expected)):
+        if not wrong and len(differing := torch.nonzero(values != expected)):  # goes on: the others count on it
             first = int(differing[0])
             wrong = (
                 f"element {first} is {values[first]:g}, expected {expected[first]:g}, and {len(differing) - 1:,} more"
             )
-            break
-    dist.destroy_process_group()
     return _told(backend, num_bytes, seconds, wrong)
 
 
