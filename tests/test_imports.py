@@ -23,7 +23,7 @@ LAYERS = (
     {"evaluation"},
     {"train"},
     {"plan"},
-    {"finetune", "report", "benchmark", "audit"},
+    {"finetune", "report", "benchmark", "audit", "doctor"},
     {"launch", "tools"},
 )
 

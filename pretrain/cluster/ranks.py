@@ -27,8 +27,8 @@ def start(timeout_s: int) -> torch.device:
     asked for and are not there.
     """
     global _cpu_group
-    _complete_environment()
-    device = _device()
+    complete_environment()
+    device = choose_device()
     torch.backends.cudnn.allow_tf32 = False  # fp32 is asked for by name: torch's default rounds convolutions to 10 bits
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -41,14 +41,17 @@ def start(timeout_s: int) -> torch.device:
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         except dist.DistNetworkError as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            if "EADDRINUSE" in str(error):
-                raise UserError(
-                    f"{where} is in use, by another run? Give this one --master_port PORT, or MASTER_PORT=PORT"
-                ) from None
-            raise UserError(f"rank {rank()} cannot reach rank 0 at {where}: {str(error).splitlines()[0]}") from None
+            raise not_met(error) from None
         _cpu_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     return device
+
+
+def not_met(error: Exception) -> UserError:
+    """Returns what to tell of the error with which this rank did not come to the place where ranks meet."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        return UserError(f"{where} is in use, by another run? Give this one --master_port PORT, or MASTER_PORT=PORT")
+    return UserError(f"rank {rank()} cannot reach rank 0 at {where}: {str(error).splitlines()[0]}")
 
 
 def stop() -> None:
@@ -102,8 +105,8 @@ def seed_generators(seed: int, step: int) -> None:
     torch.manual_seed(int(words[1]) >> 1)  # seeds the devices too
 
 
-def _complete_environment() -> None:
-    """Sets the variables that no launcher has set: of a task of srun, or of a world of one rank."""
+def complete_environment() -> None:
+    """Sets the variables that no launcher has set: of a task of srun, or of a world of one rank. Raises UserError."""
     global _from_slurm
     if "RANK" not in os.environ and slurm.is_task(os.environ):
         variables = slurm.rank_variables(os.environ)
@@ -120,7 +123,8 @@ def _complete_environment() -> None:
         raise UserError(f"WORLD_SIZE is {world_size()} but RANK is {rank()}: ranks count from 0; check the launcher")
 
 
-def _device() -> torch.device:
+def choose_device() -> torch.device:
+    """Returns the device of this rank. Raises UserError when GPUs were asked for and are not there."""
     if not has_gpu():
         asked = gpus_asked_for()
         if asked and os.environ.get("DS_ACCELERATOR") != "cpu":  # it would run a hundred times slower, and say nothing

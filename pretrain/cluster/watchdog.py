@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pretrain.cluster import monitor
+from pretrain.cluster import monitor, peers
 from pretrain.cluster.monitor import SECTIONS, Age, Beat
 from pretrain.cluster.slurm import rank_so_far
 from pretrain.errors import LostProcessError
@@ -31,6 +31,7 @@ FIRST, REMEMBERED = 3, 16  # visits of a section
 WAITING_S = 20.0  # a rank that waits for others lets them speak first
 LOOK_AROUND_S = 10.0  # without a sign of life: then others' reports are looked for
 _MONITOR_ENDS_S = 10.0  # it looks every half second
+_TOLD = 3  # nodes that a line names
 _MAX_LINE = 1000  # characters of a report that are told
 _WAITS_IN = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
 
@@ -201,6 +202,8 @@ class _Watch:
                     self._end(beat, f"lost another: {others[0]}", silent_s, beat.limit_s, waiting=True)
             if silent_s >= beat.limit_s + (WAITING_S if waiting else 0):
                 what = "waits for other ranks" if waiting else "hangs"
+                if waiting and (silent := peers.silent()):
+                    what += f"; {'; '.join(silent[:_TOLD])}"
                 self._end(beat, what, silent_s, beat.limit_s, waiting=waiting)
             elif silent_s >= beat.limit_s and self._beat is beat:  # the process beside must not take it for blocked
                 monitor.write_beat(self._memory, beat._replace(limit_s=beat.limit_s + WAITING_S))

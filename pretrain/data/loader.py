@@ -237,12 +237,30 @@ def eval_batches(
     return _prepared(batches, range(len(batches)), config)
 
 
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 _FILES_PER_BATCH = 6  # its tensors, each a piece of shared memory
 _FILES_PER_WORKER = 8  # pipes and semaphores, and what its start needs for a moment
 _FILES_BESIDE = 32  # logs, checkpoints, shards that this process reads itself
 _WORKER_BYTES = 64 << 20  # of a loader process: what it does not share with its rank
 _BESIDE_IMAGES = 256 << 10  # bytes of a batch's labels, mask and semaphores, each of which fills whole pages
+
+
+class Room(NamedTuple):
+    """What loader processes take of their machine."""
+
+    open_files: int  # of one rank
+    memory_bytes: int  # of all ranks here, shared memory included
+    shared_bytes: int  # of all ranks here
+
+
+def room_needed(slots: int, num_batches: int, image_size: int, config: DataConfig) -> Room:
+    """Returns what the loader processes of this node's ranks need to hand over batches of `slots` images each."""
+    if not config.workers:
+        return Room(0, 0, 0)
+    batches = min(num_batches, config.workers * config.prefetch) + 1
+    shared = ranks.ranks_here() * batches * (slots * 3 * image_size**2 + _BESIDE_IMAGES)
+    files = batches * _FILES_PER_BATCH + config.workers * _FILES_PER_WORKER + _FILES_BESIDE
+    return Room(files, shared + ranks.ranks_here() * config.workers * _WORKER_BYTES, shared)
 
 
 def _check_room(slots: int, num_batches: int, image_size: int, config: DataConfig) -> None:
@@ -251,19 +269,19 @@ def _check_room(slots: int, num_batches: int, image_size: int, config: DataConfi
     UserError when too few files may be open. Told before they start: where it is full, torch's answer is a process
     that waits for ever, or a bus error.
     """
-    batches = min(num_batches, config.workers * config.prefetch) + 1
-    needed = ranks.ranks_here() * batches * (slots * 3 * image_size**2 + _BESIDE_IMAGES)
+    room = room_needed(slots, num_batches, image_size, config)
+    needed = room.shared_bytes
     why = f"{config.workers} loader processes with {config.prefetch} batches each"
 
     def check() -> None:
         if not config.workers:
             return
-        check_open_files(batches * _FILES_PER_BATCH + config.workers * _FILES_PER_WORKER + _FILES_BESIDE, why)
-        check_memory(needed + ranks.ranks_here() * config.workers * _WORKER_BYTES, f"{why}, of all ranks here")
-        if not _SHARED_MEMORY.is_dir() or shutil.disk_usage(_SHARED_MEMORY).free >= needed:
+        check_open_files(room.open_files, why)
+        check_memory(room.memory_bytes, f"{why}, of all ranks here")
+        if not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free >= needed:
             return
         raise StorageError(
-            f"{_SHARED_MEMORY}: the shared memory has {shutil.disk_usage(_SHARED_MEMORY).free / 1e6:.1f} MB free; "
+            f"{SHARED_MEMORY}: the shared memory has {shutil.disk_usage(SHARED_MEMORY).free / 1e6:.1f} MB free; "
             f"{why}, of all ranks here, need {needed / 1e6:.1f} MB. Make it "
             "larger (docker run --shm-size, mount -o remount,size=), or lower data.workers or data.prefetch; "
             "data.workers=0 needs none"

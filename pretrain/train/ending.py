@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pretrain.cluster import ranks, watchdog
+from pretrain.cluster import peers, ranks, watchdog
 from pretrain.errors import LostProcessError, StorageError
 from pretrain.storage import write_text
 
 _FILE = "STOP.json"
+_TOLD = 3  # nodes that a message names
 _WAIT_FOR_REPORT_S = 5.0  # the process beside a rank looks twice a second; a shared disk may take longer
 # What gloo, NCCL and PyTorch's loader say of a process that is gone or does not answer.
 _LOST = (
@@ -65,6 +66,14 @@ def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
     first = next(
         (line.strip() for line in told.splitlines() if any(word in line for word in _LOST)), told.splitlines()[0]
     )
+    watchdog.beat()  # it is not this rank that hangs
+    silent = peers.silent()
+    if silent:
+        return LostProcessError(
+            f"rank {ranks.rank()} of {ranks.world_size()} lost another node of the run: {'; '.join(silent[:_TOLD])}"
+            + (f" and {len(silent) - _TOLD:,} more" if len(silent) > _TOLD else "")
+            + f" ({first[:200]}); the same command goes on from the newest checkpoint"
+        )
     known = watchdog.lost_others(folder, _WAIT_FOR_REPORT_S) if ranks.world_size() > 1 else []
     if known:
         return LostProcessError(

@@ -11,7 +11,7 @@ import torch
 
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_newer
 from pretrain.checkpoint.read import CheckpointReader, read_state
-from pretrain.cluster import agreement, ranks, signals, watchdog
+from pretrain.cluster import agreement, peers, ranks, signals, watchdog
 from pretrain.config import Config
 from pretrain.data.classes import match_classes
 from pretrain.data.lanes import read_amplification
@@ -59,6 +59,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
     folder = config.output / config.name
     with watchdog.watching(folder, config.engine.watchdog_s, config.engine.timeout_s):
         device = ranks.start(config.engine.timeout_s)
+        peers.meet(agreement.gather)
         agreement.together(lambda: check_machine(config))
         lock = claim(folder)
         with ending.noted(folder):

@@ -1,0 +1,105 @@
+"""The other nodes of a run: which of them do not answer when a collective has not come back.
+
+Each rank listens on a port of its own and never accepts: the system answers for it as long as node, network and process
+are there. gloo and NCCL tell that they waited, not for whom. Imports no torch.
+"""
+
+import errno
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+ANSWER_S = 1.0  # a node answers within milliseconds
+_BACKLOG = 4096  # every rank may ask the first rank of each node once, and is never accepted
+
+
+class _Node(NamedTuple):
+    host: str
+    address: str
+    port: int
+    first_rank: int
+    last_rank: int
+
+
+_others: list[_Node] = []  # made by `meet`
+_listener: socket.socket | None = None
+
+
+def meet(gather: Callable[[Any], list[Any]]) -> None:
+    """Tells the other ranks where this one is, and learns it of them. Called by all ranks.
+
+    gather: agreement.gather, which cannot be imported where torch must not.
+    """
+    global _listener, _others
+    leave()
+    own = None
+    with suppress(OSError, ValueError):
+        _listener = _listening()
+        own = (socket.gethostname(), *_listener.getsockname()[:2])
+    nodes: dict[str, _Node] = {}
+    for rank, place in enumerate(gather(own)):
+        if place is not None and own is not None and place[1] != own[1]:
+            first = nodes.get(place[1], _Node(place[0], place[1], place[2], rank, rank))
+            nodes[place[1]] = first._replace(last_rank=rank)
+    _others = list(nodes.values())
+
+
+def leave() -> None:
+    """Stops to answer."""
+    global _listener, _others
+    _others = []
+    if _listener is not None:
+        _listener.close()
+        _listener = None
+
+
+def _listening() -> socket.socket:
+    """A port at the address with which this node speaks to rank 0's."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # sends nothing
+        address = probe.getsockname()[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.bind((address, 0))
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def silent(seconds: float = ANSWER_S) -> list[str]:
+    """Returns the other nodes, with their ranks, that do not answer within `seconds`, and those whose rank is gone."""
+    asked: dict[int, tuple[_Node, socket.socket]] = {}
+    found: dict[_Node, str] = {}
+    waiting, until = select.poll(), time.monotonic() + seconds
+    for node in _others:
+        question = socket.socket(socket.AF_INET6 if ":" in node.address else socket.AF_INET, socket.SOCK_STREAM)
+        question.setblocking(False)
+        asked[question.fileno()] = node, question
+        state = question.connect_ex((node.address, node.port))
+        if state in (0, errno.EINPROGRESS):
+            waiting.register(question, select.POLLOUT)
+            found[node] = "does not answer"
+        else:
+            found[node] = "cannot be reached"
+    try:
+        while any(told == "does not answer" for told in found.values()) and (left := until - time.monotonic()) > 0:
+            for number, _ in waiting.poll(1000 * left):
+                node, question = asked[number]
+                waiting.unregister(number)
+                state = question.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                found[node] = {0: "", errno.ECONNREFUSED: "is there, its first rank is gone"}.get(
+                    state, "cannot be reached"
+                )
+    finally:
+        for _, question in asked.values():
+            question.close()
+    return [f"{_named(node)} {told}" for node, told in found.items() if told]
+
+
+def _named(node: _Node) -> str:
+    many = node.first_rank != node.last_rank
+    return f"{node.host} (rank{'s' * many} {node.first_rank}" + f" to {node.last_rank})" * many + ")" * (not many)

@@ -1,0 +1,232 @@
+"""What a rank finds on the disks of its run: locks, renames, room for checkpoints, the rate of reading shards."""
+
+import errno
+import fcntl
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from pretrain.config import Config
+from pretrain.data.manifest import Manifest, check_shards, load_index, load_manifest
+from pretrain.data.reader import block_of, is_intact
+from pretrain.data.remote import download
+from pretrain.data.store import make_folder, store_at
+from pretrain.doctor.findings import AWAY, OK, RED, WARN, Finding, size
+from pretrain.errors import StorageError, UserError
+from pretrain.plan.report import checkpoint_bytes, kept_checkpoints
+from pretrain.sizes import is_plain
+from pretrain.storage import PASSING_ERRORS, write_text
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_HELD = (errno.EAGAIN, errno.EACCES)  # the two answers of a lock that somebody has
+READ_S, READ_BYTES = 2.0, 256 << 20  # of random samples: so long, or so many, whatever comes first
+RANGE_BYTES = 8 << 20  # at most, of a remote shard: what training asks for at a time
+_SLOW_SYNC_S = 0.5  # a small file on the disk; a save syncs one a rank and more
+# lockf is the run folder's lock, over all nodes; flock the one of the store, on one node.
+_TRY = "import fcntl, sys; fcntl.{}(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+_MOUNT = "mount it with locks (Lustre: -o flock; NFS: without nolock and local_lock)"
+
+
+class Probe:
+    """A folder that rank 0 makes on the run's disk, with a lock that it holds; the other nodes look at it."""
+
+    def __init__(self, run: Path, token: str) -> None:
+        """Makes it in the run's folder, or in the nearest folder above it that there is. Raises OSError."""
+        parent = nearest(run)
+        self.path = parent / f".doctor-{token}"
+        self.token = token
+        self.path.mkdir()
+        self._lock: TextIO = open(self.path / "lock", "a")  # noqa: SIM115 - held until `remove`
+        started = time.monotonic()
+        write_text(self.path / "token", "old")
+        with open(self.path / "token") as before:
+            write_text(self.path / "token", token)
+            self.keeps_old = before.read() == "old"
+        self.sync_s = (time.monotonic() - started) / 2
+        self.no_locks = ""
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.no_locks = error.strerror or str(error)
+
+    def remove(self) -> None:
+        """Removes it; what cannot be removed stays."""
+        self._lock.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def nearest(path: Path) -> Path:
+    """Returns the path, or the nearest folder above it that there is."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.is_dir())
+
+
+def told_of(error: Exception, check: str, remedy: str = "") -> Finding:
+    """Returns what a check has found that met an error."""
+    if isinstance(error, StorageError):
+        return Finding(check, AWAY, str(error), remedy)
+    if isinstance(error, OSError):
+        away = error.errno in (*PASSING_ERRORS, *_FULL)
+        return Finding(check, AWAY if away else RED, f"{error.filename or 'disk'}: {error.strerror or error}", remedy)
+    told, _, way_out = str(error).partition("; ")
+    return Finding(check, RED, told, way_out or remedy)
+
+
+def check_own_probe(probe: Probe) -> Iterator[Finding]:
+    """On rank 0: the lock is refused to another process, a rename replaces at once, a small file is synced in time."""
+    where = str(probe.path.parent)
+    if probe.no_locks:
+        told = f"{where}: gives none ({probe.no_locks}); a second run there would not be noticed"
+        yield Finding("locks", WARN, told, _MOUNT)
+    elif _second_gets_it(probe.path / "lock", "lockf"):
+        yield Finding("locks", RED, f"{where}: a lock is given to two processes at once", _MOUNT)
+    else:
+        yield Finding("locks", OK, f"{where}: one process at a time")
+    slow = probe.sync_s > _SLOW_SYNC_S
+    told = f"{where}: a file written, synced and renamed in {1000 * probe.sync_s:,.0f} ms"
+    if not probe.keeps_old:
+        told, remedy = f"{where}: who reads a file while it is replaced sees neither old nor new", "another output="
+        yield Finding("rename", RED, told, remedy)
+    else:
+        yield Finding("rename", WARN if slow else OK, told, "saves wait for it: another output=" if slow else "")
+
+
+def _second_gets_it(path: Path, call: str) -> bool:
+    words = [sys.executable, "-c", _TRY.format(call), str(path)]
+    return subprocess.run(words, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def check_seen_probe(path: Path, token: str, locks: bool) -> Iterator[Finding]:
+    """On another node: rank 0's folder is the same one here, and its lock is refused. locks: rank 0 has one."""
+    try:
+        seen = (path / "token").read_text()
+    except FileNotFoundError:
+        seen = ""
+    except OSError as error:
+        return (yield told_of(error, "shared disk", "give output= on a disk that all nodes share"))
+    if seen != token:
+        told = f"{path.parent}: is not the folder of rank 0"
+        return (yield Finding("shared disk", RED, told, "give output= on a disk that all nodes share"))
+    yield Finding("shared disk", OK, f"{path.parent}: the same folder on every node")
+    if not locks:
+        return
+    try:
+        with open(path / "lock", "a") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return (yield Finding("locks over nodes", OK, "rank 0's lock is refused elsewhere"))
+        told = f"{path.parent}: gives none here ({error.strerror}), a second run would not be noticed"
+        return (yield Finding("locks over nodes", WARN, told, _MOUNT))
+    yield Finding("locks over nodes", RED, f"{path.parent}: rank 0's lock does not hold here", _MOUNT)
+
+
+def check_free_disk(config: Config, num_classes: int | None) -> Iterator[Finding]:
+    """Free bytes beside what the checkpoints of the run will take, less those that lie there already."""
+    run = config.output / config.name
+    free = shutil.disk_usage(nearest(run)).free
+    told = f"{nearest(run)}: {size(free)} free"
+    if not is_plain(config.model) or num_classes is None:
+        return (yield Finding("room on disk", OK, f"{told}; no formula for this model's checkpoints"))
+    number, each = kept_checkpoints(config), checkpoint_bytes(config, num_classes)
+    there = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    needed = max(each, number * each - there)  # one more than is kept is written before one goes
+    told += f"; {size(needed)} needed: {number} checkpoints of {size(each)}" + (f", {size(there)} there" * bool(there))
+    remedy = "make room, another output=, or lower checkpoint.keep_last, raise keep_every_steps"
+    enough = free >= needed
+    yield Finding("room on disk", OK if enough else AWAY, told, "" if enough else remedy)
+
+
+def sets_of(config: Config) -> dict[str, Path]:
+    """Returns the data sets of a run by the keys that name them, each path once."""
+    named = {
+        "data.train": config.data.train,
+        "data.val": config.data.val,
+        "evaluation.fewshot_train": config.evaluation.fewshot_train,
+        "evaluation.fewshot_test": config.evaluation.fewshot_test,
+    }
+    once = {path: key for key, path in reversed(named.items()) if path}
+    return {key: path for path, key in reversed(once.items())}
+
+
+def check_set(key: str, path: Path, config: Config) -> Iterator[Finding]:
+    """A data set: all shards there, of the right size, and how fast random samples come; of a remote one a range."""
+    check = key.rpartition(".")[2]
+    try:
+        manifest = load_manifest(path)
+        check_shards(manifest)
+        remote = next((number for number, shard in enumerate(manifest.shards) if shard.url), None)
+        count, seconds, images, what = _read_local(manifest) if remote is None else _read_remote(manifest, remote)
+        rate = count / 1e6 / max(seconds, 1e-6)
+        of = f"{manifest.num_samples:,} images in {len(manifest.shards):,} shards"
+        yield Finding(
+            check, OK, f"{of}; {what}: {rate:,.0f} MB/s" + (f", {images:,.0f}/s" if images else ""), value=rate
+        )
+        if remote is not None:
+            yield from _check_store(config)
+    except (UserError, OSError) as error:
+        yield told_of(error, check, f"look at {path}; tools/make_shards.py checks and makes sets")
+
+
+def _read_local(manifest: Manifest) -> tuple[int, float, float, str]:
+    """Bytes, seconds, images per second: random samples by one reader, past the cache where the system obeys."""
+    count = images = 0
+    started = time.monotonic()
+    while (seconds := time.monotonic() - started) < READ_S and count < READ_BYTES and images < manifest.num_samples:
+        shard, number = manifest.locate(random.randrange(manifest.num_samples))
+        index = load_index(shard)
+        start, end = index.byte_range(number)
+        descriptor = os.open(shard.path, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+            data = os.pread(descriptor, end - start, start)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(shard.path)) from None
+        finally:
+            os.close(descriptor)
+        if not is_intact(data, index, number):
+            raise UserError(f"{shard.path}: sample {number} is not what was indexed; make or copy the set again")
+        count, images = count + len(data), images + 1
+    return count, seconds, images / max(seconds, 1e-6), "random, one reader"
+
+
+def _read_remote(manifest: Manifest, shard: int) -> tuple[int, float, float, str]:
+    """Bytes and seconds of one range of the first remote shard; nothing is kept."""
+    block = block_of(manifest, int(manifest.first_indices[shard]))
+    assert block is not None
+    end = min(block.end, block.start + RANGE_BYTES)
+    sizes: list[int] = []
+    count: Callable[[bytes], object] = lambda piece: sizes.append(len(piece))  # noqa: E731
+    started = time.monotonic()
+    download(block.url, block.start, end, block.shard_bytes, count)
+    return sum(sizes), time.monotonic() - started, 0.0, "one range"
+
+
+def _check_store(config: Config) -> Iterator[Finding]:
+    """The node's store of remote blocks: its folder, its lock, room for data.store_gb."""
+    store = store_at(config.data.store, config.data.store_gb)
+    make_folder(store.folder)
+    path = store.folder / f".doctor-{os.getpid()}"
+    try:
+        with open(path, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            twice = _second_gets_it(path, "flock")
+    finally:
+        path.unlink(missing_ok=True)
+    free = shutil.disk_usage(store.folder).free
+    there = sum(entry.stat().st_size for entry in os.scandir(store.folder))
+    told = f"{store.folder}: {size(free + there)} for data.store_gb={config.data.store_gb:g}"
+    if twice:
+        yield Finding("store", RED, f"{store.folder}: a lock is given to two processes", "a local disk as data.store")
+    elif free + there < store.max_bytes:
+        yield Finding("store", AWAY, told, "lower data.store_gb, or let data.store name a folder with room")
+    else:
+        yield Finding("store", OK, told)

@@ -1,0 +1,168 @@
+"""Ranks that tell each other what they found, none of which has to be waited for: a key-value store at rank 0."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from pretrain.cluster import ranks
+from pretrain.doctor.findings import OK, RED, WARN, Finding
+from pretrain.errors import UserError
+from pretrain.json_files import Fields, parse_json
+
+MAX_SKEW_S, RED_SKEW_S = 1.0, 60.0  # lines of logs lose their order; munge refuses at 300 s, S3 at 900 s
+_CLOCK_ROUNDS = 8
+GPU_BYTES, CPU_BYTES = 256 << 20, 16 << 20  # of an all_reduce
+_REPEATS = 3
+_PATTERN = 1009  # elements differ: a piece in the wrong place is seen
+SLOW_GPU_GB_S = 5.0  # InfiniBand and NVLink are above; sockets of 25 Gb/s and less are below
+
+
+class Meeting:
+    """The place where ranks meet."""
+
+    def __init__(self, wait_s: float) -> None:
+        """Goes there. Raises UserError when rank 0 does not come within wait_s."""
+        self.wait_s = wait_s
+        self.patience_s = 2 * wait_s + 15  # of the others for rank 0, which may wait twice for one that is silent
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if not port.isdigit() or not 0 < int(port) < 1 << 16:
+            raise UserError(f"MASTER_PORT is {port!r}, expected a port")
+        is_host = ranks.is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has it
+        timeout = timedelta(seconds=wait_s)
+        try:
+            store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                address, int(port), None, is_host, timeout, wait_for_workers=False
+            )
+        except dist.DistError as error:
+            raise ranks.not_met(error) from None
+        self.store = PrefixStore("doctor", store)
+
+    def tell(self, key: str, value: object) -> None:
+        """Tells all who ask. Raises UserError when rank 0 has gone."""
+        self._asked(lambda: self.store.set(key, json.dumps(value)))
+
+    def hear(self, key: str, seconds: float) -> Fields | None:
+        """Returns what was told, None when it was not in time. Raises UserError when rank 0 has gone."""
+
+        def wait() -> Fields | None:
+            try:
+                self.store.wait([key], timedelta(seconds=max(seconds, 0.01)))
+            except dist.DistStoreError:
+                return None
+            return Fields.of(parse_json(self.store.get(key), key), key)
+
+        return self._asked(wait)
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except dist.DistNetworkError:
+            raise UserError(f"rank {ranks.rank()}: rank 0 has gone, or the network to it") from None
+
+    def collect(self, key: str, some: Iterable[int], seconds: float) -> dict[int, Fields]:
+        """Returns what those ranks have told as key/RANK that did in time."""
+        deadline, heard = time.monotonic() + seconds, {}
+        for rank in some:
+            if (value := self.hear(f"{key}/{rank}", deadline - time.monotonic())) is not None:
+                heard[rank] = value
+        return heard
+
+
+def within(seconds: float, work: Callable[[], None]) -> bool:
+    """Returns whether `work` ended in time; else it goes on, and this process may end without it."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def answer_clock(meeting: Meeting, clock: Callable[[], float] = time.time) -> None:
+    """Tells rank 0 the time, as often as it asks."""
+    for number in range(_CLOCK_ROUNDS):
+        if meeting.hear(f"ask/{ranks.rank()}/{number}", meeting.patience_s) is None:
+            return
+        meeting.tell(f"time/{ranks.rank()}/{number}", {"s": clock()})
+
+
+def ask_clock(meeting: Meeting, rank: int) -> Finding | None:
+    """Returns how far a rank's clock is from this one, of the question that was answered soonest; None: no answer."""
+    best = (float("inf"), 0.0)
+    for number in range(_CLOCK_ROUNDS):
+        before = time.time()
+        meeting.tell(f"ask/{rank}/{number}", {})
+        told = meeting.hear(f"time/{rank}/{number}", meeting.wait_s)
+        if told is None:
+            return None
+        after = time.time()
+        best = min(best, (after - before, told.number("s", -1e12, 1e12) - (before + after) / 2))
+    took, skew = best
+    state = OK if abs(skew) - took / 2 <= MAX_SKEW_S else WARN if abs(skew) - took / 2 <= RED_SKEW_S else RED
+    told_text = f"{skew:+.3f} s from rank 0, within {1000 * took / 2:.1f} ms"
+    return Finding("clock", state, told_text, "" if state == OK else "start chrony or ntpd there", value=-abs(skew))
+
+
+def all_reduce(meeting: Meeting) -> Finding:
+    """Adds up tensors of all ranks, on GPUs by NCCL, else by gloo; returns bandwidth, and whether the sum is right.
+
+    The group stays, for others may not have ended yet.
+    """
+    device = torch.device("cpu")
+    if ranks.has_gpu():
+        device = ranks.choose_device()
+        torch.cuda.set_device(device)
+    on_gpu = device.type == "cuda"
+    backend, num_bytes, world = "nccl" if on_gpu else "gloo", GPU_BYTES if on_gpu else CPU_BYTES, ranks.world_size()
+    store, timeout = PrefixStore("group", meeting.store), timedelta(seconds=2 * meeting.wait_s)
+    options = {"store": store, "rank": ranks.rank(), "world_size": world, "timeout": timeout}
+    dist.init_process_group(backend, **options)
+    pattern = torch.arange(num_bytes // 4, dtype=torch.float32, device=device) % _PATTERN
+    expected = pattern * world + world * (world - 1) // 2  # whole numbers far below 2^24: exact, in any order
+    seconds, wrong = float("inf"), ""
+    for _ in range(1 + _REPEATS):  # the first makes connections
+        values = pattern + ranks.rank()
+        _settled(on_gpu)
+        started = time.monotonic()
+        dist.all_reduce(values)
+        _settled(on_gpu)
+        seconds = min(seconds, time.monotonic() - started)
+        if not wrong and len(differing := torch.nonzero(values != expected)):  # goes on: the others count on it
+            first = int(differing[0])
+            wrong = (
+                f"element {first} is {values[first]:g}, expected {expected[first]:g}, and {len(differing) - 1:,} more"
+            )
+    return _told(backend, num_bytes, seconds, wrong)
+
+
+def _settled(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def _told(backend: str, num_bytes: int, seconds: float, wrong: str) -> Finding:
+    world = ranks.world_size()
+    if wrong:
+        remedy = (
+            "a GPU, its link or the network damages data: try with fewer ranks, look at dmesg (Xid), NCCL_DEBUG=INFO"
+        )
+        return Finding("all_reduce", RED, f"{backend}: the sum is wrong: {wrong}", remedy)
+    if world == 1:
+        return Finding("all_reduce", OK, f"{backend}: the sum is right; one rank, so no traffic")
+    bus = num_bytes / seconds * 2 * (world - 1) / world / 1e9
+    told = (
+        f"{backend}, {world} ranks, {num_bytes >> 20} MiB in {1000 * seconds:.1f} ms: "
+        f"{num_bytes / seconds / 1e9:.2f} GB/s, bus {bus:.2f} GB/s (x 2 (n - 1) / n, as nccl-tests); the sum is right"
+    )
+    if backend == "nccl" and bus < SLOW_GPU_GB_S:
+        remedy = (
+            "NCCL_DEBUG=INFO tells the way it takes: NET/IB or NVLink, not NET/Socket; NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
+        )
+        return Finding("all_reduce", WARN, told, remedy, value=bus)
+    return Finding("all_reduce", OK, told, value=bus)
