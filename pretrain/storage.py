@@ -68,21 +68,25 @@ def _machine() -> str:
     return f"{socket.gethostname()}-{numbering}"
 
 
-def has_lost_writer(mark: str) -> bool:
-    """Returns whether a process of this machine that has ended left a temporary file, of several that may write it.
+def remove_left_over(folder: Path) -> None:
+    """Removes the temporary files of `shared` ones whose processes, of this machine, have ended.
 
-    mark: what stands in its name between .tmp- and the name of the file to be. Of other machines nothing is known.
+    Of those of other machines nothing is known. Raises OSError.
     """
-    machine, _, process = mark.removesuffix("-").rpartition("-")
-    if machine != _machine() or not re.fullmatch("[0-9]{1,9}", process):
-        return False
+    for path in folder.glob(f".tmp-{_machine()}-*"):
+        process = path.name.removeprefix(f".tmp-{_machine()}-").partition("-")[0]
+        if re.fullmatch("[0-9]{1,9}", process) and not _runs(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
     try:
-        os.kill(int(process), 0)
+        os.kill(process, 0)
     except ProcessLookupError:
-        return True
+        return False
     except PermissionError:  # another user's
         pass
-    return False
+    return True
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict", shared: bool = False) -> None:

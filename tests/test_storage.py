@@ -66,22 +66,23 @@ def test_shared_files_have_temporaries_of_their_own(tmp_path: Path) -> None:
     fsync_path(tmp_path)
 
 
-def test_who_has_left_a_temporary_file(tmp_path: Path) -> None:
-    """A process of this machine that has ended; of one that runs, of another machine and of other names, who knows."""
+def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
+    """Of this machine, when it has ended; one that runs, another machine and other names are left alone."""
     program = (
         "import os, sys; from pathlib import Path; from pretrain.storage import replacing\n"
         "with replacing(Path(sys.argv[1]), shared=True) as temporary: temporary.touch(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "file.txt"], cwd=Path(__file__).parents[1])
-    (left,) = tmp_path.iterdir()
-    mark = left.name.removeprefix(".tmp-").removesuffix("file.txt")
-    assert storage.has_lost_writer(mark)
+    (left,) = (path.name for path in tmp_path.iterdir())
+    host, numbering, process, _ = left.rsplit("-", 3)
+    others = {left.replace(host, ".tmp-other"), left.replace(numbering, "1"), f"{host}-{numbering}-0{'9' * 30}-x"}
+    others |= {f"{host}-{numbering}-\u0663-x", f"{host}-{numbering}--x", ".tmp-file.txt", f"x{left}"}
+    for name in others:
+        (tmp_path / name).touch()
     with replacing(tmp_path / "file.txt", shared=True) as temporary:
         temporary.touch()
-        assert not storage.has_lost_writer(temporary.name.removeprefix(".tmp-").removesuffix("file.txt"))
-    machine, _, process = mark[:-1].rpartition("-")
-    for other in ("", "-", f"x{mark}", f"{machine}-1-{process}-", f"{machine}-0{'9' * 30}-", f"{machine}-\u0663-"):
-        assert not storage.has_lost_writer(other)
+        storage.remove_left_over(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == others | {temporary.name}
 
 
 @pytest.mark.parametrize("shared", [False, True])

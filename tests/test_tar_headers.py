@@ -4,6 +4,8 @@ import errno
 import gzip
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -301,6 +303,19 @@ def test_an_index_of_another_tool_stays(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.(idx: is in the way and no index of ours|tar: not a readable tar)"):
         index_existing([tmp_path / "a.tar"], [], tmp_path / "out")
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"a.idx": "another tool's"}
+
+
+def test_what_a_killed_indexing_left_is_removed(tmp_path: Path) -> None:
+    """Half an index under a temporary name: the next call takes it away."""
+    program = (
+        "import os, sys; from pathlib import Path; from pretrain.storage import replacing\n"
+        "with replacing(Path(sys.argv[1]), shared=True) as temporary: temporary.touch(); os.kill(os.getpid(), 9)"
+    )
+    (tmp_path / "a.tar").write_bytes(SAMPLE + END)
+    subprocess.run([sys.executable, "-c", program, tmp_path / "a.idx"], cwd=Path(__file__).parents[1])
+    assert len(list(tmp_path.glob(".tmp-*"))) == 1
+    index_existing([tmp_path / "a.tar"], [], tmp_path)
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_a_cut_or_damaged_archive_is_refused(tmp_path: Path) -> None:

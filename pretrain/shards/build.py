@@ -36,7 +36,7 @@ from pretrain.shards.resizing import NOTE, Resizing, resized
 from pretrain.shards.sources import Told
 from pretrain.shards.tars import index_tar
 from pretrain.shards.unfinished import Done, Plan
-from pretrain.storage import PASSING_ERRORS, replacing, write_text
+from pretrain.storage import PASSING_ERRORS, remove_left_over, replacing, write_text
 
 
 class DataSet(NamedTuple):
@@ -348,6 +348,7 @@ def start_folder(out: Path, classes: Sequence[str] = ()) -> None:
 
 def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
     """Writes classes.json, provenance.json, counts.json and, last, the manifest, whose path it returns."""
+    remove_left_over(out)  # of indexes, too, which a killed call was writing
     classes = list(made.classes)
     if classes:
         write_text(out / "classes.json", json.dumps(classes, ensure_ascii=False, indent=0) + "\n")

@@ -16,7 +16,7 @@ from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Shard
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, read_json
-from pretrain.storage import has_lost_writer, remove, write_text
+from pretrain.storage import remove, remove_left_over, write_text
 
 FOLDER = ".unfinished-set"
 FORMAT, VERSION = "pretrain-unfinished-set", 1
@@ -123,12 +123,11 @@ def remove_torn(out: Path, name: str, numbers: Container[int] | None = None) -> 
 
     What is younger than TORN_AFTER_S stays, unless it is of a process of this machine: another node may be writing it.
     """
-    torn = re.compile(rf"\.tmp-(.*){re.escape(name)}-(\d+)\.(?:tar|idx)")
+    remove_left_over(out)
+    torn = re.compile(rf"\.tmp-.*{re.escape(name)}-(\d+)\.(?:tar|idx)")
     for path in out.iterdir():
         found = torn.fullmatch(path.name)
-        if not found or (numbers is not None and int(found[2]) not in numbers):
-            continue
-        if has_lost_writer(found[1]) or _age_s(path) > TORN_AFTER_S:
+        if found and (numbers is None or int(found[1]) in numbers) and _age_s(path) > TORN_AFTER_S:
             path.unlink(missing_ok=True)
 
 
