@@ -3,7 +3,10 @@
 import io
 import json
 import random
+import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import numpy as np
 import pytest
 from conftest import CLASSES
 from PIL import Image
+from ranks import run_ranks, start_ranks
+from test_audit import edit_config, edit_states, look, seal, wrong
 from test_loader import needs_shared_memory, pixels, targets
 from tiny import changed, tiny_config
 
 from pretrain.config import Config, config_to_dict
 from pretrain.data.loader import Batch, train_batches
-from pretrain.data.manifest import load_manifest
+from pretrain.data.manifest import BLOCK, load_index, load_manifest
 from pretrain.data.mixture import MAX_CYCLE, Mixture, Phase, joined, quotas_of, schedule, shard_name, source_of
 from pretrain.data.order import Order, plan_batch, share
 from pretrain.errors import ConfigError, UserError
@@ -24,6 +29,7 @@ from pretrain.shards.build import build
 from pretrain.shards.sources import Item
 from pretrain.train.datasets import open_data
 from pretrain.train.folder import fingerprint, refuse_changes
+from pretrain.train.run import train
 
 BATCH, STEPS = 12, 16
 
@@ -337,3 +343,155 @@ def test_a_resume_keeps_sources_and_earlier_weights(case: str, sets: dict[str, P
     else:
         with pytest.raises(ConfigError, match=message):
             refuse_changes(tmp_path, now, open_data(now).train)
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killed(sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """2 ranks, killed after step 6 with step 4 saved, then 3 to the end with a set more and other weights from step 12.
+
+    One image of `few` cannot be decoded.
+    """
+    folder = tmp_path_factory.mktemp("run")
+    own = {name: Path(shutil.copytree(path, folder / path.name)) for name, path in sets.items() if name != "unnamed"}
+    break_image(own["few"], 7)
+    late = make_set(folder / "late", ["elm", "ash"], 13)
+    config = settings(own, folder, checkpoint__keep_last=5)
+    processes, log = start_ranks(train, 2, config), folder / "tiny" / "samples-00000.jsonl"
+    saved, deadline = folder / "tiny" / "checkpoints" / "step-0000000004", time.monotonic() + 240
+    while not saved.exists() or not log.exists() or log.read_text().count("\n") < 6:
+        assert any(process.is_alive() for process in processes) and time.monotonic() < deadline
+        time.sleep(0.002)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not (folder / "tiny" / "DONE").exists(), "killed too late"
+    more = [*config_to_dict(config)["data"]["train"], {"path": str(late), "weight": 0}]
+    later = [{"step": 8, "weights": [0.25, 0, 0.75, 0]}, {"step": 12, "weights": [1, 0, 1, 2]}]
+    config = changed(config, data__train=more, data__reweight=later)
+    run_ranks(finish, 3, config)
+    return config, folder
+
+
+def finish(config: Config) -> None:
+    train(config)
+
+
+def break_image(shards: Path, number: int) -> None:
+    shard, at = load_manifest(shards).locate(number)
+    begin, end = load_index(shard).byte_range(at)
+    tar = bytearray(shard.path.read_bytes())
+    image = tar.index(b".jpg\0", begin, end) // BLOCK * BLOCK + BLOCK
+    tar[image : image + 8] = b"nothing!"
+    shard.path.write_bytes(tar)
+    seal(shards)
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_other_ranks_sees_the_same_samples(killed: tuple[Config, Path], sets: dict[str, Path]) -> None:
+    """The logs of samples, put together over ranks, are the order's; the audit adds up every source's passes."""
+    config, folder = killed
+    order = open_data(config).order
+    logs = [(folder / "tiny" / f"samples-{rank:05d}.jsonl").read_text().splitlines() for rank in range(3)]
+    steps: dict[int, list[list[int]]] = {}
+    for row in (json.loads(line) for log in logs for line in log):
+        steps.setdefault(row["step"], []).extend(row["samples"])
+    assert sorted(steps) == list(range(1, STEPS + 1))
+    undisturbed = open_data(settings(sets, folder)).order  # the same until the weights change at step 12
+    assert all((undisturbed.samples(step)[1] == order.samples(step)[1]).all() for step in range(12))
+    for step, pairs in steps.items():
+        assert pairs == np.stack(order.samples(step - 1), axis=1).tolist(), step
+    bad = [json.loads(line) for line in (folder / "tiny" / "bad_samples.jsonl").read_text().splitlines()]
+    assert bad and {(row["index"], row["shard"].partition("/")[0]) for row in bad} == {(103 + 7, "few")}
+    found = look(folder / "tiny", full=True)
+    assert not wrong(found) and not [finding.left_out for finding in found if finding.left_out]
+    told = [finding.compared for finding in found if finding.check == "epochs"]
+    assert any(line.startswith("trees, epoch 0, under way: ") for line in told), told
+    assert any(line.startswith("several, epoch 2: 17 used + 0 bad + 0 skipped = 17") for line in told), told
+    receipt = json.loads((folder / "tiny/checkpoints" / f"step-{STEPS:010d}" / "state.json").read_text())["receipt"]
+    assert [source["samples_seen"] for source in receipt["sources"]] == order.given(STEPS).tolist()
+    assert [source["name"] for source in receipt["sources"]] == ["trees", "few", "several", "late"]
+    first = json.loads((folder / "tiny/checkpoints" / f"step-{4:010d}" / "state.json").read_text())["receipt"]
+    assert [source["samples_seen"] for source in first["sources"]] == [24, 14, 10]
+
+
+def swap(folder: Path) -> None:
+    """Another set of the same name and size in the place of `few`."""
+    shutil.rmtree(folder / "few")
+    shutil.copytree(make_set(folder / "swapped" / "few", ["fir", "birch"], 31), folder / "few")
+
+
+def in_states(part: str, place: int, **values: Any) -> Callable[[Path], None]:
+    """Changes a source or a phase that the checkpoints name, in fingerprint and receipt alike."""
+
+    def edit(state: dict[str, Any]) -> None:
+        for section in (state["data"]["order"], state["receipt"]):
+            count = len(section["sources"])  # one more in later checkpoints
+            section[part][place] |= {key: v[:count] if key == "quotas" else v for key, v in values.items()}
+
+    return lambda folder: edit_states(folder / "tiny", edit)
+
+
+LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a set swapped": (swap, "few/manifest.json: manifest_sha256 '.*expected '.*sources"),
+    "a weight in the config": (
+        lambda f: edit_config(f / "tiny", "weight: 0.3}", "weight: 0.4}"),
+        r"config.yaml: weights: ",
+    ),
+    "a later weight in the config": (
+        lambda f: edit_config(f / "tiny", "[0.25, 0.0, 0.75, 0.0]", "[0.25, 0.25, 0.5, 0.0]"),
+        "weights: ",
+    ),
+    "weights in all checkpoints": (
+        in_states("phases", 0, quotas=[4, 4, 2, 0]),
+        r"weights: \[5, 3, 2, 0\].*expected \[4, 4, 2, 0\]",
+    ),
+    "a size": (in_states("sources", 1, num_samples=32), "sources of .* samples; expected .*164 samples together"),
+    "a digest": (in_states("sources", 1, manifest_sha256="0" * 64), "few/manifest.json: manifest_sha256"),
+    "samples seen": (
+        lambda f: edit_states(f / "tiny", lambda s: s["receipt"]["sources"][0].update(samples_seen=9), "step-*16"),
+        "receipt: sources is",
+    ),
+    "one checkpoint's source": (
+        lambda f: edit_states(f / "tiny", lambda s: s["data"]["order"]["sources"][2].update(name="x"), "step-*08"),
+        "name is 'x'; expected 'several'",
+    ),
+    "quotas that are none": (in_states("phases", 0, quotas=[0, 0, 0, 0]), "quotas is .*expected 4 integers from 0 on"),
+    "a shard's source": (
+        lambda f: _replace(f / "tiny" / "bad_samples.jsonl", '"few/', '"trees/'),
+        "index 110 is in trees/.*; expected few/",
+    ),
+}
+
+
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LIES)
+def test_a_lie_about_sources_or_weights_is_found(case: str, killed: tuple[Config, Path], tmp_path: Path) -> None:
+    """One of a set, a weight, a size, a count: the audit names it."""
+    plant, message = LIES[case]
+    shutil.copytree(killed[1], tmp_path, dirs_exist_ok=True)
+    _replace(tmp_path / "tiny" / "config.yaml", str(killed[1]), str(tmp_path))
+    assert not wrong(look(tmp_path / "tiny"))
+    plant(tmp_path)
+    found = wrong(look(tmp_path / "tiny"))
+    assert any(re.search(message, line) for line in found), found
+
+
+@pytest.mark.slow
+def test_the_data_of_a_mixture_may_lie_elsewhere(killed: tuple[Config, Path], tmp_path: Path) -> None:
+    """--data names the folder that holds the folders of its sets."""
+    shutil.copytree(killed[1] / "tiny", tmp_path / "tiny")
+    for name in ("trees", "few", "several", "late"):
+        shutil.copytree(killed[1] / name, tmp_path / "data" / name)
+    _replace(tmp_path / "tiny" / "config.yaml", f"{killed[1]}/", "/nowhere/")
+    assert any("is not here" in finding.left_out for finding in look(tmp_path / "tiny"))
+    found = look(tmp_path / "tiny", data=tmp_path / "data")
+    assert not wrong(found) and not any("is not here" in finding.left_out for finding in found)
