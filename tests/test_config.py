@@ -467,7 +467,11 @@ def test_what_a_resumed_run_may_change() -> None:
     for key, hint in hints.items():
         value = 3 if key == "engine.zero_stage" else 0.5 if hint is float else other_values.get(hint, "elsewhere")
         value = {"evaluation.fewshot_shots": [3], "data.order": "lanes", "checkpoint.behind": False}.get(key, value)
-        changed = config_from_dict(merged(base, nested(key, value)), "trial")
+        change = nested(key, value)
+        if key == "data.reweight":  # of a mixture only
+            sets = [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}]
+            change = {"data": {"train": sets, "reweight": [{"step": 3, "weights": [2, 1]}]}}
+        changed = config_from_dict(merged(base, change), "trial")
         assert changed != config, key
         assert resume_differences(saved, changed) == [], key
     changed = config_from_dict(merged(base, {"seed": 1, "optim": {"lr": 2e-3}, "data": {"flip": 0.0}}), "trial")

@@ -8,6 +8,8 @@ from pretrain.audit.folder import LeftOut, Run
 from pretrain.audit.logs import lie
 from pretrain.audit.records import REPAIRED, Outcome
 from pretrain.data.manifest import Manifest
+from pretrain.data.mixture import shard_name, source_of
+from pretrain.json_files import brief
 from pretrain.storage import sha256
 
 MAX_SAMPLES_READ = 4096  # of a choice, for each of two checks: 2 ms a sample
@@ -18,11 +20,23 @@ def check_manifest(run: Run) -> Outcome:
     """The manifest on the disk has the digest that the run names, and the number of samples."""
     place, identity = run.identity
     manifest = run.manifest
+    if len(manifest.sources) != len(run.sources):
+        lie(
+            run.folder / "config.yaml", f"data.train names {len(manifest.sources)} sets", f"{len(run.sources)}, {place}"
+        )
+    for source, said in zip(manifest.sources, run.sources):
+        for key, own in (
+            ("manifest_sha256", source.sha256),
+            ("name", source.name),
+            ("num_samples", source.num_samples),
+        ):
+            if own != said.values.get(key):
+                lie(source.path, f"{key} {brief(own)}", f"{brief(said.values.get(key))}, as {said.source} says")
     if manifest.sha256 != (named := identity.get("manifest_sha256")):
         lie(manifest.path, f"SHA-256 {manifest.sha256[:16]}...", f"{str(named)[:16]}..., as {place} says")
     if manifest.num_samples != run.order.num_samples:
         lie(manifest.path, f"{manifest.num_samples} samples", f"{run.order.num_samples}, as {place} says")
-    return Outcome("manifest on the disk: its digest, number of samples", 1)
+    return Outcome("manifest on the disk: its digest, number of samples", max(1, len(manifest.sources)))
 
 
 def check_classes(run: Run) -> Outcome:
@@ -55,7 +69,7 @@ def check_shard_bytes(run: Run) -> Outcome:
         chosen.append(shards[number])
     for shard in chosen:
         if (found := sha256(shard.path)) != shard.sha256:
-            lie(shard.path, f"SHA-256 {found[:16]}...", f"{shard.sha256[:16]}..., as {run.manifest.path} says")
+            lie(shard.path, f"SHA-256 {found[:16]}...", f"{shard.sha256[:16]}..., as the manifest says")
     rest = len(shards) - len(chosen)
     return Outcome(
         "shards on the disk: SHA-256; sizes of all", len(chosen), f"{rest:,} more shards: --full" if rest else ""
@@ -68,7 +82,7 @@ def check_listed_again(run: Run) -> Outcome:
     places: dict[int, tuple[str, str, str]] = {}
     for listed in (run.bad, run.damaged):
         for number, (index, reason, shard) in enumerate(zip(listed.indices.tolist(), listed.reasons, listed.shards)):
-            own = manifest.locate(index)[0].path.name if index < manifest.num_samples else "no shard"
+            own = shard_name(manifest, index) if index < manifest.num_samples else "no shard"
             if shard != own:
                 lie(listed.place(number), f"index {index} is in {shard}", own)
             places.setdefault(index, (listed.place(number), reason, shard))
@@ -133,9 +147,10 @@ def _reasons(manifest: Manifest, indices: list[int]) -> Iterator[str | None]:
     for index in indices:
         damage: list[str] = []
         try:
-            raw = read_sample(manifest, index)
+            source, own = source_of(manifest, index)
+            raw = read_sample(source, own)
             decode(raw.image, damage.append)
-            parse_labels(raw.label, manifest.num_classes, manifest.multi_label)
+            parse_labels(raw.label, source.num_classes, source.multi_label)
         except BadSample as bad:
             yield bad.reason
         else:

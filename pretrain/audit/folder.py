@@ -16,9 +16,10 @@ import numpy as np
 
 from pretrain.audit.logs import Lie, lie, open_log, rows, rows_of
 from pretrain.checkpoint.layout import MAX_STEP, own_file, read_manifest, step_folders, step_of
-from pretrain.config import Config, load_config
+from pretrain.config import MAX_SOURCES, Config, load_config
 from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
 from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
+from pretrain.data.mixture import Mixture, joined, phases_in
 from pretrain.data.order import Order
 from pretrain.data.store import store_at
 from pretrain.errors import UserError
@@ -228,10 +229,17 @@ class Run:
         """The data set on the disk."""
         if self.options.no_data:
             raise LeftOut("--no-data")
-        path = self.options.data or self.config.data.train
-        if not path.exists():
-            raise LeftOut(f"{path} is not here; give its place with --data")
-        manifest, data = load_manifest(path), self.config.data
+        data, loaded = self.config.data, []
+        for source in data.sources[: max(2, len(self.sources))]:  # a start may have added one, and saved nothing yet
+            path = self.options.data or source.path
+            if self.options.data and data.is_mixture:  # the folder that holds the folders of its sets
+                path /= (source.path.parent if source.path.suffix == ".json" else source.path).name
+            if not path.exists():
+                raise LeftOut(f"{path} is not here; give its place with --data")
+            loaded.append(load_manifest(path))
+        if data.is_mixture:
+            return joined(loaded)[0]
+        manifest = loaded[0]
         return replace(manifest, store=store_at(data.store, data.store_gb)) if manifest.is_remote else manifest
 
     @cached_property
@@ -243,7 +251,8 @@ class Run:
         paths = [s.path.with_suffix(".idx") for s in shards] + [s.path for s in shards if not s.url]
         if missing := sum(not path.exists() for path in paths):
             raise LeftOut(f"{missing} of {len(paths)} shards and indexes are not here")
-        check_shards(self.manifest)
+        for source in self.manifest.sources or [self.manifest]:
+            check_shards(source)
         return self.manifest
 
     @cached_property
@@ -259,11 +268,32 @@ class Run:
         if data.held_out >= size:
             lie(self.folder / "config.yaml", f"data.held_out is {data.held_out}", f"less than the {size} samples")
         order = Order(size, data.held_out, data.global_batch, self.config.seed)
+        if self.sources:
+            return replace(order, mixture=self._mixture(order))
         return replace(order, lanes=self._lanes(order)) if key[0] == "lanes" else order
+
+    @cached_property
+    def sources(self) -> list[Fields]:
+        """The sources of a mixture, as the newest checkpoint names them; none of one set."""
+        return self._identity_fields.parts("sources", ())
+
+    @property
+    def _identity_fields(self) -> Fields:
+        return Fields(dict(self.identity[1]), f"{self.identity[0]}: data: order")
+
+    def _mixture(self, order: Order) -> Mixture:
+        """The numbers of the mixture that the newest checkpoint names."""
+        sizes = tuple(source.integer("num_samples", 1, MAX_SAMPLES) for source in self.sources)
+        if sum(sizes) != order.num_samples or not 2 <= len(sizes) <= MAX_SOURCES:
+            numbers = f"sources of {brief(list(sizes))} samples"
+            lie(self.identity[0], numbers, f"2 to {MAX_SOURCES}, with {order.num_samples} samples together")
+        if order.held_out:
+            lie(self.folder / "config.yaml", f"data.held_out is {order.held_out}", "0: the run is a mixture")
+        return Mixture(sizes, phases_in(self._identity_fields, len(sizes), order.global_batch))
 
     def _lanes(self, order: Order) -> Lanes:
         """The numbers of the order lanes, which the newest checkpoint names."""
-        numbers = Fields(dict(self.identity[1]), f"{self.identity[0]}: data: order")
+        numbers = self._identity_fields
         most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": order.global_batch, "window_blocks": MAX_WINDOW_BLOCKS}
         lanes = Lanes(**{name: numbers.integer(name, 1, limit) for name, limit in most.items()})
         if not fits(lanes, order.num_train, order.global_batch, self.trained):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pretrain.audit import mixtures
 from pretrain.audit.folder import MAX_COUNT, LeftOut, Listed, Run, Saved
 from pretrain.audit.logs import Lie, lie
 from pretrain.checkpoint.layout import MAX_STEP, own_file, read_manifest
@@ -129,26 +130,23 @@ def check_receipts(run: Run) -> Outcome:
         if saved.receipt is None:
             missing += 1
             continue
-        for key, value in _expected_receipt(saved).items():
+        for key, value in _expected_receipt(run, saved).items():
             if (found := saved.receipt.values.get(key)) != value:
                 lie(saved.place, f"receipt: {key} is {brief(found)}", f"{brief(value)}, as the rest of the file says")
-        if saved.receipt.values.get("num_samples") != run.order.num_samples:
-            lie(
-                saved.place,
-                f"receipt: num_samples is {brief(saved.receipt.values.get('num_samples'))}",
-                run.order.num_samples,
-            )
+        if (found := saved.receipt.values.get("num_samples")) != (size := mixtures.num_samples(run, saved)):
+            lie(saved.place, f"receipt: num_samples is {brief(found)}", size)
     told = f"{missing} checkpoints of an earlier version have none" if missing else ""
     return Outcome(
         "receipts against counters, config and fingerprint of the same checkpoint", len(run.saved) - missing, told
     )
 
 
-def _expected_receipt(saved: Saved) -> dict[str, object]:
+def _expected_receipt(run: Run, saved: Saved) -> dict[str, object]:
     config = saved.state.part("config")
     batch = config.part("data").integer("global_batch", 1, MAX_COUNT)
     return {
         **saved.state.part("data").part("order").values,
+        **mixtures.expected_receipt(run, saved),
         "seed": config.values.get("seed"),
         "global_batch": batch,
         "held_out": config.part("data").values.get("held_out"),
@@ -162,25 +160,28 @@ def check_config(run: Run) -> Outcome:
     """config.yaml, and the config in every checkpoint, are those of one run; so are order and data set."""
     path, (place, identity) = run.folder / "config.yaml", run.identity
     compared: list[dict[str, object]] = []  # mostly one, and reading it takes 50 ms
+    mixtures.check_weights(run, run.config, path, run.trained)
     for saved in run.saved:
-        _check_identity(saved, place, identity)
+        _check_identity(run, saved, place, identity)
         if saved.state.texts("class_names", ()) != run.saved[-1].state.texts("class_names", ()):
             lie(saved.place, "its class_names", f"those of {place}")
         if (values := saved.state.part("config").values) in compared:
             continue
         compared.append(values)
         try:
-            before = config_to_dict(config_from_dict(values, str(saved.place)))
+            config = config_from_dict(values, str(saved.place))
         except ConfigError as error:
             raise Lie(str(error)) from None
+        mixtures.check_weights(run, config, saved.place, saved.step)
+        before = config_to_dict(config)
         if differences := resume_differences(before, run.config):
             lie(path, f"not the config of {saved.place}: {differences[0]}", "the same: no resume may change it")
     return Outcome("config.yaml and the configs, orders and classes of checkpoints", len(run.saved))
 
 
-def _check_identity(saved: Saved, place: str, identity: Mapping[str, Any]) -> None:
+def _check_identity(run: Run, saved: Saved, place: str, identity: Mapping[str, Any]) -> None:
     own = saved.state.part("data").part("order").values
-    for key in {**identity, **own}:
+    for key in {**identity, **own}.keys() - mixtures.check_identity(run, saved):
         if own.get(key) != identity.get(key):
             lie(saved.place, f"data {key} is {brief(own.get(key))}", f"{brief(identity.get(key))}, as {place} says")
 
@@ -247,7 +248,7 @@ def check_metrics(run: Run) -> Outcome:
             lie(row.source, f"step {step} after step {last}", "each step once")
         if run.done is not None and step > trained:
             lie(row.source, f"step {step}", f"at most {trained}, at which the run was done")
-        epoch = step * run.order.global_batch / run.order.num_train
+        epoch = run.order.epochs(step)
         if row.values.get("train/epoch") != epoch:
             lie(row.source, f"train/epoch is {brief(row.values.get('train/epoch'))}", f"{epoch} at step {step}")
         defaults = {"bad_samples": ..., "damaged_samples": 0, "skipped_steps": ...}  # as in _said

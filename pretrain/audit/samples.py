@@ -33,7 +33,7 @@ def _check_steps(run: Run, listed: Listed) -> None:
         first = int(too_large[0])
         lie(listed.place(first), f"index {listed.indices[first]}", f"less than the {run.order.num_samples} samples")
     # Also those far beyond, whose positions would not fit into 64 bits.
-    most = listed.steps * (run.order.global_batch / run.order.num_train) + 1
+    most = np.max(run.order.given(listed.steps) / np.array(run.order.sizes)[:, None], axis=0) + 1
     if (late := np.flatnonzero(listed.epochs > most)).size:
         first = int(late[0])
         sample = f"epoch {listed.epochs[first]}, index {listed.indices[first]} at step {listed.steps[first]}"
@@ -119,47 +119,67 @@ def _epochs_begun(run: Run) -> int:
 def check_epochs(run: Run) -> list[Outcome]:
     """Adds up every epoch: used, bad, skipped, held out. All epochs together have all slots of the steps."""
     order, begun = run.order, _epochs_begun(run)
-    bad: dict[int, Counter[str]] = {}
-    for epoch, step, reason in zip(run.bad.epochs.tolist(), run.bad.steps.tolist(), run.bad.reasons):
+    bad: dict[_Pass, Counter[str]] = {}
+    listed = zip(_passes(run, run.bad.epochs, run.bad.indices), run.bad.steps.tolist(), run.bad.reasons)
+    for of_pass, step, reason in listed:
         if step <= run.trained:
-            bad.setdefault(epoch, Counter())[reason] += 1
-    skipped = _skipped_by_epoch(run)
-    slots, used, finished, told = 0, 0, 0, []
+            bad.setdefault(of_pass, Counter())[reason] += 1
+    skipped = _skipped_by_pass(run)
+    slots, used, finished, passes, told = 0, 0, 0, 0, []
     for epoch in range(begun):
-        seen = order.seen(epoch, run.trained)
-        own = seen - bad.get(epoch, Counter()).total() - skipped[epoch]
-        if own < 0:
-            lie(run.bad.path, f"epoch {epoch} has {seen - own} bad and skipped samples", f"at most the {seen} seen")
-        slots, used, finished = slots + seen, used + own, finished + (seen == order.num_train)
-        if epoch >= begun - MAX_LISTED_EPOCHS:
-            told.append(Outcome(_sum(run, epoch, seen, own, bad.get(epoch, Counter()), skipped[epoch]), seen))
+        for source, seen in enumerate(order.seen_by_source(epoch, run.trained)):
+            of_pass = source, epoch
+            own = seen - bad.get(of_pass, Counter()).total() - skipped[of_pass]
+            if own < 0:
+                what = f"{_pass_name(run, of_pass)} has {seen - own} bad and skipped samples"
+                lie(run.bad.path, what, f"at most the {seen} seen")
+            slots, used, passes = slots + seen, used + own, passes + (seen > 0)
+            finished += seen == order.sizes[source]
+            if seen and not order.seen_by_source(epoch + MAX_LISTED_EPOCHS, run.trained)[source]:
+                told.append(Outcome(_sum(run, of_pass, seen, own, bad.get(of_pass, Counter()), skipped[of_pass]), seen))
     if slots != run.trained * order.global_batch:
         lie(run.saved[-1].place, f"{run.trained} steps", f"slots of the epochs' sum, {slots}")
     total = sum((counter.total() for counter in bad.values()), 0)
+    each = f"passes of {len(order.sizes)} sources" if run.sources else f"each {order.num_samples:,} samples"
     whole = (
-        f"{finished:,} finished of {begun:,}, each {order.num_samples:,} samples; {used:,} used + {total:,} bad + "
+        f"{finished:,} finished of {passes:,}, {each}; {used:,} used + {total:,} bad + "
         f"{sum(skipped.values()):,} skipped = {slots:,} = {run.trained:,} steps x {order.global_batch:,}"
     )
     branched = f"bad and skipped ones up to step {run.first_step}, of the other run" if run.first_step else ""
-    return [Outcome(whole, begun, branched), *told]
+    return [Outcome(whole, passes, branched), *told]
 
 
-def _sum(run: Run, epoch: int, seen: int, used: int, bad: Counter[str], skipped: int) -> str:
+_Pass = tuple[int, int]  # number of a mixture's source, 0 of one set; epoch
+
+
+def _passes(run: Run, epochs: np.ndarray, indices: np.ndarray) -> list[_Pass]:
+    return list(zip(run.order.sources_of(indices).tolist(), epochs.tolist()))
+
+
+def _pass_name(run: Run, of_pass: _Pass) -> str:
+    source, epoch = of_pass
+    return f"{run.sources[source].text('name')}, epoch {epoch}" if run.sources else f"epoch {epoch}"
+
+
+def _sum(run: Run, of_pass: _Pass, seen: int, used: int, bad: Counter[str], skipped: int) -> str:
     reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in sorted(bad.items()))})" if bad else ""
     parts = f"{used:,} used + {bad.total():,} bad{reasons} + {skipped:,} skipped"
-    if seen == run.order.num_train:
-        return f"epoch {epoch}: {parts} + {run.order.held_out:,} held out = {run.order.num_samples:,}"
-    return f"epoch {epoch}, under way: {parts} = {seen:,} of {run.order.num_train:,}"
+    name, size = _pass_name(run, of_pass), run.order.sizes[of_pass[0]]
+    if seen < size:
+        return f"{name}, under way: {parts} = {seen:,} of {size:,}"
+    held_out = f" + {run.order.held_out:,} held out" if not run.sources else ""
+    return f"{name}: {parts}{held_out} = {size + run.order.held_out:,}"
 
 
-def _skipped_by_epoch(run: Run) -> Counter[int]:
-    """Samples in steps without an update that are not bad, by epoch."""
-    found: Counter[int] = Counter()
-    bad = Counter(zip(run.bad.epochs.tolist(), run.bad.steps.tolist())) if run.skipped else Counter()
+def _skipped_by_pass(run: Run) -> Counter[_Pass]:
+    """Samples in steps without an update that are not bad, by pass."""
+    found: Counter[_Pass] = Counter()
+    passes = _passes(run, run.bad.epochs, run.bad.indices) if run.skipped else []
+    bad = Counter(zip(passes, run.bad.steps.tolist()))
     for row in run.skipped:
         if (step := row.integer("step", 1, MAX_STEP)) <= run.trained:
-            for epoch, count in Counter(run.order.samples(step - 1)[0].tolist()).items():
-                found[epoch] += count - bad[epoch, step]
+            for of_pass, count in Counter(_passes(run, *run.order.samples(step - 1))).items():
+                found[of_pass] += count - bad[of_pass, step]
     return found
 
 

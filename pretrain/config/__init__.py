@@ -37,6 +37,7 @@ from pretrain.config.sections import (
     Normalisation,
     OptimConfig,
 )
+from pretrain.config.sources import MAX_REWEIGHT_STEP, MAX_SOURCES
 
 __all__ = [
     "BRANCH_MAY_CHANGE",
@@ -45,6 +46,8 @@ __all__ = [
     "MAX_CLASSES",
     "MAX_DEPTH",
     "MAX_IMAGE_SIZE",
+    "MAX_REWEIGHT_STEP",
+    "MAX_SOURCES",
     "MAX_WIDTH",
     "MAY_CHANGE",
     "MINUS_ONE_TO_ONE",

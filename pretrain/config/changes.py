@@ -13,7 +13,8 @@ MAY_CHANGE = (
     "total_epochs",  # total_steps, which they become, is compared
     "init_from",
     "branch_from",
-    "data.train",
+    "data.train",  # what it names, and its weights, are compared with the checkpoint's
+    "data.reweight",  # likewise
     "data.val",
     "data.order",  # the checkpoint's own order is compared with it
     "data.max_bad_fraction",

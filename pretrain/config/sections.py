@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from pretrain.config.checks import non_defaults, outside
 from pretrain.config.model import ModelConfig
+from pretrain.config.sources import Reweight, Source, phases, training_data, weight_problems
 from pretrain.errors import ConfigError
 
 EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
@@ -45,7 +46,8 @@ MINUS_ONE_TO_ONE = Normalisation()  # Google's: pixels in [-1, 1]
 class DataConfig:
     """What is trained on and how its images are seen."""
 
-    train: Path = MISSING  # manifest.json of the training shards, or the folder that holds it
+    train: Any = MISSING  # manifest.json of the training shards, or its folder; a mixture: [{path: A, weight: 3}, ...]
+    reweight: list[Reweight] = field(default_factory=list)  # other weights of a mixture from later steps on
     val: Path | None = None  # manifest of validation shards; null: the held-out samples, if any
     held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
     order: Literal["auto", "permuted", "lanes"] = "auto"  # of samples; auto: lanes for remote shards (docs/data.md)
@@ -75,6 +77,25 @@ class DataConfig:
     store: Path | None = None  # local folder for blocks of remote shards; null: the user's own in $TMPDIR, or /tmp
     store_gb: float = 32.0  # bound of that folder in 10^9 bytes; a set that fits is downloaded once
 
+    def __post_init__(self) -> None:
+        if self.train != MISSING:  # else the value is still to come
+            self.train = training_data(self.train)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sets that are trained on: one, or those of a mixture."""
+        return self.train if isinstance(self.train, tuple) else (Source(self.train),)
+
+    @property
+    def phases(self) -> list[tuple[int, list[float]]]:
+        """The weights of the sources, with the step from which on they hold."""
+        return phases(self.sources, self.reweight)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether several sets are trained on."""
+        return isinstance(self.train, tuple)
+
     @property
     def normalisation(self) -> Normalisation:
         """The model's input, as `to_float` makes it."""
@@ -85,6 +106,11 @@ class DataConfig:
         yield from self.normalisation.problems("data.")
         if self.val is not None and self.held_out:
             yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
+        if self.is_mixture and self.held_out:
+            yield f"data.held_out ({self.held_out}) is of one set, data.train names several: name a set in data.val"
+        if self.is_mixture and self.order == "lanes":
+            yield "data.order is lanes, which reads one set; a mixture is read as data.order=permuted (auto takes it)"
+        yield from weight_problems(self.sources, self.reweight)
         for name in ("crop_area", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high < float("inf"):

@@ -21,6 +21,7 @@ from pretrain.data import fetcher
 from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.manifest import Manifest
 from pretrain.data.mix import Mix, draw_mix, mixed, partner
+from pretrain.data.mixture import shard_name, source_of
 from pretrain.data.order import BatchPlan, Order, share
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import BadSamplesError, StorageError, UserError
@@ -114,7 +115,8 @@ class _TrainSteps(Dataset):
         return self._ahead[step]
 
     def _crop(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
-        key = (self._config.seed, self._manifest.name, epoch, index)
+        source, own = source_of(self._manifest, index)
+        key = (self._config.seed, source.name, epoch, own)
         return train_image(image, self._config.model.image_size, self._config.data, *key)
 
 
@@ -157,23 +159,24 @@ def _filled(
         if index < 0:
             continue
         try:
-            raw = read_sample(manifest, index)
+            source, own = source_of(manifest, index)
+            raw = read_sample(source, own)
             damage: list[str] = []
             image = decode(raw.image, damage.append)
-            classes = parse_labels(raw.label, manifest.num_classes, manifest.multi_label)
+            classes = parse_labels(raw.label, source.num_classes, source.multi_label)
             if damage and strict:
                 raise BadSample("damaged", f"{raw.key}: {damage[0]}")
         except BadSample as bad:
-            shard, _ = manifest.locate(index)
-            batch.bad.append(BadRecord(epoch, index, shard.path.name, bad.reason, str(bad)))
+            batch.bad.append(BadRecord(epoch, index, shard_name(manifest, index), bad.reason, str(bad)))
         except (UserError, StorageError) as error:
             return batch._replace(error=error)
         else:
             batch.images[slot] = crop(image, epoch, index)
             if damage:
-                shard, _ = manifest.locate(index)
-                damaged.append(BadRecord(epoch, index, shard.path.name, "damaged", f"{raw.key}: {damage[0]}"))
-            labels[slot], batch.valid[slot] = manifest.meant(classes), True
+                damaged.append(
+                    BadRecord(epoch, index, shard_name(manifest, index), "damaged", f"{raw.key}: {damage[0]}")
+                )
+            labels[slot], batch.valid[slot] = source.meant(classes), True
     most = max(map(len, labels), default=0)
     padded = torch.tensor([row + [-1] * (max(1, most) - len(row)) for row in labels], dtype=torch.int64)
     padded = padded.reshape(len(labels), max(1, most))  # [slots, L], also without slots

@@ -1,9 +1,8 @@
 """What a data set consists of: its shards in order, with counts, sizes and checksums, and each shard's sample offsets.
 
 `manifest.json` lists the shards; `NAME.idx` beside `NAME.tar`, or alone where the shard is remote, says where each
-sample begins. Both are checked when they are read, so that a changed or cut shard is found before it loses samples
-silently. What they claim is compared with limits before it is used, and no link leads out of the set's folder: a set
-may come from a stranger.
+sample begins. Both are checked when read, so that a changed or cut shard is found before it loses samples silently.
+What they claim is compared with limits before it is used, no link leads out of the folder: a set may be a stranger's.
 """
 
 import errno
@@ -74,6 +73,7 @@ class Manifest:
     multi_label: bool = False  # labels are lists of classes, as [3, 17], instead of one class
     label_map: tuple[int, ...] | None = None  # what each stored label means in another list of classes; None: itself
     store: Store | None = None  # where blocks of remote shards are kept; None: the default one
+    sources: tuple["Manifest", ...] = ()  # of a mixture (mixture.py): its sets, whose samples follow each other
 
     @cached_property
     def is_remote(self) -> bool:

@@ -2,7 +2,8 @@
 
 Two orders. `permuted`: slot s of step t is position q = t * global_batch + s of an endless sequence of epochs; epoch
 q // N visits its N samples in the order of a keyed permutation. `lanes` (lanes.py): blocks of consecutive samples, for
-storage where one sample costs a request. No memory, no state: the step number alone says where in the data a run is.
+storage where one sample costs a request. A mixture (mixture.py) is several sets in turn, each in the first order. No
+memory, no state: the step number alone says where in the data a run is.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Literal
 import numpy as np
 
 from pretrain.data.lanes import Lanes, place, place_in_row, row_of_blocks, seen, step_of
-from pretrain.data.permutation import permute, unpermute
+from pretrain.data.mixture import Mixture
+from pretrain.data.permutation import permute, unpermute, unvisit, visit
 
 Steps = int | range | np.ndarray
 Slots = range | list[int] | np.ndarray
@@ -26,6 +28,7 @@ class Order:
     global_batch: int  # slots of a step
     seed: int
     lanes: Lanes | None = None  # None: `permuted`
+    mixture: Mixture | None = None  # of several sets, in the order `permuted`, nothing held out; None: one set
 
     @property
     def name(self) -> Literal["permuted", "lanes"]:
@@ -36,6 +39,15 @@ class Order:
     def num_train(self) -> int:
         """Samples of an epoch."""
         return self.num_samples - self.held_out
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of an epoch of each source of a mixture; one number for one set."""
+        return self.mixture.sizes if self.mixture else (self.num_train,)
+
+    def epochs(self, steps: int) -> float:
+        """Returns how many epochs `steps` steps are; of a mixture passes of the slowest source that has begun."""
+        return min((given / size for given, size in zip(self.given(steps).tolist(), self.sizes) if given), default=0.0)
 
     @property
     def block_samples(self) -> int | None:
@@ -54,22 +66,37 @@ class Order:
             epochs, places = place(self.lanes, self.num_train, self.global_batch, self.seed, *at)
             return epochs, self._beyond_held_out(places)
         positions = of_step * self.global_batch + wanted
-        epochs = positions // self.num_train
-        indices = np.empty_like(positions)
-        for epoch in np.unique(epochs):  # one, or a few where a step crosses the border of epochs
-            these = epochs == epoch
-            key = ("epoch", self.seed, int(epoch))
-            indices[these] = permute(positions[these] % self.num_train, self.num_train, *key)
-        return epochs, self._beyond_held_out(indices)
+        if self.mixture:
+            return self.mixture.samples(positions, self.seed)
+        epochs, places = visit(positions, self.num_train, "epoch", self.seed)
+        return epochs, self._beyond_held_out(places)
 
     def seen(self, epoch: int, steps: int) -> int:
-        """Returns how many samples of an epoch the first `steps` steps hold."""
+        """Returns how many samples of an epoch, of a mixture's sources together, the first `steps` steps hold."""
+        return sum(self.seen_by_source(epoch, steps))
+
+    def seen_by_source(self, epoch: int, steps: int) -> list[int]:
+        """Returns the same for each source of a mixture; one number for one set."""
         if self.lanes:
-            return seen(self.lanes, self.num_train, self.global_batch, epoch, steps)
-        return min(max(0, steps * self.global_batch - epoch * self.num_train), self.num_train)
+            return [seen(self.lanes, self.num_train, self.global_batch, epoch, steps)]
+        return [min(max(0, n - epoch * size), size) for n, size in zip(self.given(steps).tolist(), self.sizes)]
+
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """Returns which source of a mixture each index belongs to, int64; 0 for one set."""
+        return self.mixture.sources_of(indices) if self.mixture else np.zeros_like(indices)
+
+    def given(self, steps: int | np.ndarray) -> np.ndarray:
+        """Returns how many samples of each source the first `steps` steps hold, all passes added up.
+
+        int64, a row for each source of a mixture; one row for one set.
+        """
+        slots = np.asarray(steps, np.int64) * self.global_batch
+        return self.mixture.given(slots) if self.mixture else slots[None]
 
     def steps_of(self, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Returns the step that holds each (epoch, index), -1 for a held-out index: int64, the inverse of `samples`."""
+        if self.mixture:
+            return self.mixture.positions(epochs, indices, self.seed) // self.global_batch
         places = self._places_of(indices)
         steps = np.full(len(indices), -1, np.int64)
         order = np.argsort(epochs, kind="stable")
@@ -79,8 +106,8 @@ class Order:
             if self.lanes:
                 steps[same] = step_of(self.lanes, self.num_train, self.global_batch, self.seed, epoch, places[same])
             else:
-                within = unpermute(places[same], self.num_train, "epoch", self.seed, epoch)
-                steps[same] = (epoch * self.num_train + within) // self.global_batch
+                at = unvisit(epochs[same], places[same], self.num_train, "epoch", self.seed)
+                steps[same] = at // self.global_batch
         return steps
 
     def blocks(self, steps: Steps, slots: Slots | None = None) -> np.ndarray:

@@ -39,6 +39,25 @@ def unpermute(results: np.ndarray, size: int, *key: object) -> np.ndarray:
     return _walk(results, size, max(2, (size - 1).bit_length()), round_keys, network=_feistel_back)
 
 
+def visit(places: np.ndarray, size: int, *key: object) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (epoch, element) at places of an endless row of permutations of 0..size-1, one an epoch; int64."""
+    epochs = places // size
+    elements = np.empty_like(places)
+    for epoch in np.unique(epochs):  # one, or a few where a step crosses the border of epochs
+        these = epochs == epoch
+        elements[these] = permute(places[these] % size, size, *key, int(epoch))
+    return epochs, elements
+
+
+def unvisit(epochs: np.ndarray, elements: np.ndarray, size: int, *key: object) -> np.ndarray:
+    """Returns the places at which `visit` has (epoch, element); int64."""
+    places = np.empty_like(elements)
+    for epoch in np.unique(epochs):
+        these = epochs == epoch
+        places[these] = epoch * size + unpermute(elements[these], size, *key, int(epoch))
+    return places
+
+
 def scatter(places: np.ndarray, sizes: np.ndarray, tweaks: np.ndarray, *key: object) -> np.ndarray:
     """Returns where many small permutations send places; all int64 [n].
 

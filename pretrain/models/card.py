@@ -9,7 +9,7 @@ from typing import Any
 from pretrain.checkpoint.read import read_state
 from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, non_defaults
 from pretrain.escape import in_markdown
-from pretrain.json_files import Fields, parse_json
+from pretrain.json_files import Fields, brief, parse_json
 from pretrain.models.tensors import Weights, read_fields, readable
 from pretrain.models.weights import results_folder, weights_sha256
 
@@ -80,11 +80,15 @@ def _recipe(config: Config, state: Mapping[str, Any]) -> str:
 def changed_settings(config: Config) -> Iterator[tuple[str, Any]]:
     """Yields (key, value) of each setting that is not its default; paths of this machine are left out."""
     for key, value in non_defaults(config):
-        if not isinstance(value, Path):
+        if not isinstance(value, Path) and key != "data.train":
             yield key, list(value) if isinstance(value, tuple) else value
 
 
 def _data(config: Config, state: Mapping[str, Any]) -> str:
+    if config.data.is_mixture:
+        return _mixture(Fields.of(state.get("data", {}).get("order", {}), "state.json: data: order")) + _receipt(
+            Fields(dict(state), "state.json")
+        )
     sha256 = state.get("data", {}).get("order", {}).get("manifest_sha256")
     path = config.data.train
     folder = path.parent if path.suffix == ".json" else path
@@ -96,6 +100,18 @@ def _data(config: Config, state: Mapping[str, Any]) -> str:
         values = Fields.of(parse_json(text, str(manifest)), str(manifest))
         facts.append(f"{values.integer('num_samples', 0, _MOST):,} samples")
     return ", ".join(facts) + "." + _receipt(Fields(dict(state), "state.json"))
+
+
+def _mixture(order: Fields) -> str:
+    """The sources of a mixture; the shares that each had are the phases' quotas."""
+    phases = [(phase.integer("step", 0, _MOST), phase.values.get("quotas")) for phase in order.parts("phases", ())]
+    shares = "; ".join(f"from step {step} on {in_markdown(brief(quotas))}" for step, quotas in phases)
+    sources = [
+        f"{in_markdown(source.text('name'))}, {source.integer('num_samples', 0, _MOST):,} samples, manifest SHA-256 "
+        f"`{in_markdown(source.text('manifest_sha256'))}`"
+        for source in order.parts("sources", ())
+    ]
+    return f"A mixture of {'; '.join(sources)}. Shares: {shares}."
 
 
 def _receipt(state: Fields) -> str:

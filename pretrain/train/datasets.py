@@ -9,6 +9,7 @@ from pretrain.cluster import ranks
 from pretrain.config import Config
 from pretrain.data.lanes import choose_lanes, fits
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
+from pretrain.data.mixture import Mixture, joined, phases_of, quotas_of
 from pretrain.data.order import Order
 from pretrain.data.store import make_folder, store_at
 from pretrain.errors import ConfigError
@@ -44,9 +45,10 @@ class DataSets:
 
 def open_data(config: Config) -> DataSets:
     """Returns the data sets of a run. Raises UserError for those that are not there or do not fit each other."""
-    train_set = _open(config.data.train, config)
+    train_set, mixture = _open_train(config)
     val_set = _open(config.data.val, config) if config.data.val else train_set if config.data.held_out else None
-    for manifest in {m.path: m for m in (train_set, val_set) if m}.values():
+    sets = [*(train_set.sources or [train_set]), *([val_set] if val_set else [])]
+    for manifest in {manifest.path: manifest for manifest in sets}.values():
         check_shards(manifest)
     if val_set is not None and val_set is not train_set:
         val_set = _by_class_names(val_set, train_set)
@@ -65,9 +67,37 @@ def open_data(config: Config) -> DataSets:
             "use fewer ranks or a recipe with a larger batch"
         )
     few = _open_fewshot(config)
-    order = _choose_order(config, train_set)
+    order = replace(_choose_order(config, train_set), mixture=mixture)
     indices = order.held_out_indices() if config.data.held_out else np.arange(val_set.num_samples if val_set else 0)
     return DataSets(train_set, order, val_set if config.evaluation.every_steps else None, indices, num_classes, few)
+
+
+def _open_train(config: Config) -> tuple[Manifest, Mixture | None]:
+    """What is trained on: a set, or a mixture of several as one set, with its numbers."""
+    if not config.data.is_mixture:
+        return _open(config.data.train, config), None
+    sources = [load_manifest(source.path) for source in config.data.sources]
+    for source in sources:
+        if source.is_remote:
+            raise ConfigError(
+                f"data.train: {source.path} has remote shards, which are read in the order lanes, as one set; for a "
+                "mixture copy them to a local disk, or train on that set alone"
+            )
+    train_set, told = joined(sources)
+    if config.loss == "softmax" and train_set.multi_label and not all(source.multi_label for source in sources):
+        several, single = (next(s for s in sources if s.multi_label is kind) for kind in (True, False))
+        raise ConfigError(
+            f"data.train: images of {several.path} have several labels, those of {single.path} one, and loss=softmax "
+            "would count each label as an image; set loss=sigmoid"
+        )
+    say(*told)
+    for step, weights in config.data.phases:
+        quotas, exact = quotas_of(weights)
+        if not exact:
+            since = f" from step {step} on" if step else ""
+            rounded = f"{' : '.join(map(str, quotas))} of {sum(quotas):,} samples"
+            say(f"data.train: the weights{since} are rounded to {rounded}")
+    return train_set, Mixture(tuple(source.num_samples for source in sources), phases_of(config.data))
 
 
 def _open(path: Path, config: Config) -> Manifest:

@@ -25,7 +25,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from pretrain.config import (
 )
 from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
 from pretrain.data.manifest import Manifest
+from pretrain.data.mixture import Phase, begun, phases_in, phases_of, told_phases
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, StorageError, UserError
 from pretrain.json_files import Fields, brief, read_bytes, read_json
@@ -166,13 +167,48 @@ def _keep_blocks(path: str, flags: int) -> int:
 
 def fingerprint(train_set: Manifest, order: Order) -> dict[str, Any]:
     """Returns what decides the order of samples and their pixels, as a checkpoint's state.json holds it."""
-    numbers = asdict(order.lanes) if order.lanes else {}
+    numbers: dict[str, Any] = asdict(order.lanes) if order.lanes else {}
+    if order.mixture:
+        numbers["sources"] = _sources(train_set)
+        numbers["phases"] = _phases(order.mixture.phases, order.global_batch)
     return {
         "format": "pretrain-data-state",
         "version": 1,
         "order": {"name": order.name, "version": "v1", "manifest_sha256": train_set.sha256, **numbers},
         "pixels": _pixels(),
     }
+
+
+def _sources(train_set: Manifest) -> list[dict[str, Any]]:
+    return [
+        {"name": source.name, "manifest_sha256": source.sha256, "num_samples": source.num_samples}
+        for source in train_set.sources
+    ]
+
+
+def _phases(phases: Sequence[Phase], global_batch: int) -> list[dict[str, Any]]:
+    return [{"step": phase.first_slot // global_batch, "quotas": list(phase.quotas)} for phase in phases]
+
+
+def _other_mixture(order: Fields, step: int, config: Config, train_set: Manifest) -> list[str]:
+    """How a mixture differs from that of a checkpoint at `step`; from then on its weights may be others, and sets that
+    had none may be added.
+    """
+    before, now = [source.values for source in order.parts("sources", ())], _sources(train_set)
+    if not before or not now or len(before) > len(now):
+        was, is_now = (f"a mixture of {len(some)} sets" if some else "one set" for some in (before, now))
+        return [] if was == is_now else [f"data.train: was {was}, is {is_now}"]
+    for place, (was, source) in enumerate(zip(before, now)):
+        for key in ("manifest_sha256", "name", "num_samples"):
+            if was.get(key) != source[key]:
+                what = f"data.train[{place}] ({source['name']}): {key}"
+                return [f"{what} was {brief(was.get(key))}, is {brief(source[key])}"]
+    batch = config.data.global_batch
+    were = begun(phases_in(order, len(before), batch), step * batch, len(now))
+    if were == (are := begun(phases_of(config.data), step * batch, len(now))):
+        return []
+    what = f"data.train: weights before step {step} were {told_phases(were, batch)}, are {told_phases(are, batch)}"
+    return [f"{what} (data.reweight gives others from step {step} on)"]
 
 
 def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, branching: bool = False) -> None:
@@ -182,11 +218,17 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
     """
     of_state = _state(checkpoint)
     before = config_to_dict(config_from_dict(of_state.part("config").values, of_state.source))  # with keys added since
-    order, pixels = (of_state.part("data").part(key).values for key in ("order", "pixels"))
+    saved_order, pixels = of_state.part("data").part("order"), of_state.part("data").part("pixels").values
+    order = saved_order.values
     differences = resume_differences(before, config, BRANCH_MAY_CHANGE if branching else ())
     if config.data.order not in ("auto", order.get("name")):
         differences.append(f"data.order: was {brief(order.get('name'))}, is {config.data.order!r}")
-    for key, value in {"version": "v1", "manifest_sha256": train_set.sha256}.items():
+    expected = {"version": "v1"}
+    if train_set.sources or order.get("sources"):
+        differences += _other_mixture(saved_order, of_state.integer("step", 0, MAX_STEP), config, train_set)
+    else:
+        expected["manifest_sha256"] = train_set.sha256
+    for key, value in expected.items():
         if order.get(key) != value:
             differences.append(f"data {key}: was {order.get(key)}, is {value}")
     # Names lie beside the manifest, whose SHA-256 does not cover them.
@@ -194,6 +236,9 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
         if was != now:
             differences.append(f"data class {number}: was {brief(was)}, is {brief(now)}")
             break
+    num_classes = config.model.num_classes or train_set.num_classes
+    if (was := of_state.values.get("num_classes", num_classes)) != num_classes:  # a set added to a mixture has more
+        differences.append(f"number of classes: was {brief(was)}, is {num_classes}")
     if differences:
         way_out = "start with init_from instead of branch_from" if branching else "start another run with name=..."
         raise ConfigError(

@@ -90,7 +90,7 @@ class Meter:
             "train/tflop_per_s": rate * self._flops_per_image / 1e12,
             "train/data_wait": self._waited_s / elapsed,
             "train/memory_gb": peak_memory_bytes(self._device) / 1e9,
-            "train/epoch": state.step * self._config.data.global_batch / data.order.num_train,
+            "train/epoch": data.order.epochs(state.step),
             "train/bad_samples": sum(state.bad_samples.values()),
             "train/damaged_samples": state.damaged_samples,
             "train/skipped_steps": state.skipped_steps,

@@ -168,9 +168,10 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         f"{config.output / config.name}: {config.model.name}, {num_parameters(model):,} parameters, "
         f"{data.num_classes} classes",
         f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
-        f"{config.total_steps * batch / data.order.num_train:.1f} epochs; "
+        f"{data.order.epochs(config.total_steps):.1f} epochs{' of the slowest' if data.order.mixture else ''}; "
         f"validation: {len(data.val_indices):,} images{without}",
-        *_told(data.order),
+        *_told_of_order(data.order),
+        *_told_of_sources(data, config.total_steps),
         f"batch {batch} = {num_ranks} ranks x {plan.accumulation} x {plan.micro_batch}"
         + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
@@ -178,7 +179,23 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     return Engine(model, config, plan, device)
 
 
-def _told(order: Order) -> list[str]:
+def _told_of_sources(data: DataSets, steps: int) -> list[str]:
+    """What a mixture takes of each source."""
+    if (mixture := data.order.mixture) is None:
+        return []
+    told, given = [], data.order.given(steps)
+    for place, source in enumerate(data.train.sources):
+        share = ", ".join(
+            f"{phase.quotas[place]:,} of {phase.cycle:,} samples"
+            + (f" from step {phase.first_slot // data.order.global_batch} on" if phase.first_slot else "")
+            for phase in mixture.phases
+        )
+        passes = f"{source.num_samples:,} images, {given[place] / source.num_samples:.1f} passes"
+        told.append(f"mixture: {source.name}: {share}; {passes}, {source.path}")
+    return told
+
+
+def _told_of_order(order: Order) -> list[str]:
     """The numbers of the order lanes, and what they make of the reading."""
     if order.lanes is None:
         return []

@@ -52,10 +52,15 @@ class TrainState:
 def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a checkpoint and a model card say of the samples seen, for tools/audit.py to add up again.
 
-    identity: name and version of the order, and the manifest's SHA-256.
+    identity: name and version of the order, the manifest's SHA-256; of a mixture its sources and phases.
     """
+    sources = [
+        {**source, "samples_seen": given}
+        for source, given in zip(identity.get("sources", ()), order.given(state.step).tolist())
+    ]
     return {
         **identity,
+        **({"sources": sources} if sources else {}),
         "seed": order.seed,
         "global_batch": order.global_batch,
         "num_samples": order.num_samples,

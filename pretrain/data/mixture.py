@@ -1,0 +1,264 @@
+"""Several data sets as one: which of them a slot is taken from, exactly by weight, and their samples as one set.
+
+A cycle of Q slots has a quota of each source, and a fixed schedule says whose each slot is: at every slot each source
+is less than one sample from its share. A source's samples come pass by pass, each in the order of a keyed permutation.
+Quotas may change at a step; passes then go on where they are. A pure function of the slot: no memory, no state.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from math import lcm
+
+import numpy as np
+
+from pretrain.config import MAX_REWEIGHT_STEP, DataConfig
+from pretrain.data.manifest import Manifest, read_as
+from pretrain.data.permutation import unvisit, visit
+from pretrain.errors import ConfigError, UserError
+from pretrain.json_files import Fields, brief
+
+MAX_CYCLE = 1 << 16  # slots: the schedule of a few sources takes 0.1 s to make, of 64 a second, and 1 MB
+
+
+def quotas_of(weights: Sequence[float]) -> tuple[tuple[int, ...], bool]:
+    """Returns how many slots of a cycle are each source's, and whether these have exactly the weights' proportions.
+
+    A decimal number is taken as it is written: 0.6 is three fifths. Where no cycle of up to MAX_CYCLE slots has the
+    proportions, they are rounded to the nearest of the longest. Raises ConfigError when a source with a weight would
+    have no slot.
+    """
+    written = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(written) for weight in written]
+    if (cycle := lcm(*(share.denominator for share in shares))) <= MAX_CYCLE:
+        return tuple(int(share * cycle) for share in shares), True
+    quotas = [int(share * MAX_CYCLE) for share in shares]
+    lost = sorted(range(len(shares)), key=lambda number: quotas[number] - shares[number] * MAX_CYCLE)
+    for number in lost[: MAX_CYCLE - sum(quotas)]:
+        quotas[number] += 1
+    if small := [weight for weight, quota in zip(weights, quotas) if weight and not quota]:
+        raise ConfigError(
+            f"data.train: weight {small[0]:g} is less than one of {MAX_CYCLE:,} samples, the longest "
+            "cycle; raise it, or leave that set out"
+        )
+    return tuple(quotas), False
+
+
+def schedule(quotas: Sequence[int]) -> np.ndarray:
+    """Returns whose each slot of a cycle is, int64 [sum of quotas].
+
+    After any number of slots each source is less than one sample from its share of them: the chairman assignment
+    (R. Tijdeman, Discrete Mathematics 32, 1980). Of the sources that are far enough behind their share it takes the one
+    that must come soonest. Smooth weighted round robin, and shares rounded down, do not keep that bound.
+    """
+    cycle, parts = sum(quotas), 2 * sum(quota > 0 for quota in quotas) - 2
+
+    def deadline(source: int) -> int:
+        """The last slot at which its next sample may come."""
+        return -(-(parts - 1 + parts * given[source]) * cycle // (parts * quotas[source]))
+
+    taken = [source for source, quota in enumerate(quotas) if quota]
+    if len(taken) == 1:
+        return np.full(cycle, taken[0])
+    given = [0] * len(quotas)
+    deadlines = {source: deadline(source) for source in taken}
+    chosen = np.empty(cycle, np.int64)
+    for slot in range(1, cycle + 1):
+        due = [s for s in taken if parts * (quotas[s] * slot - given[s] * cycle) >= cycle]
+        source = min(due, key=lambda source: deadlines[source])
+        chosen[slot - 1] = source
+        given[source] += 1
+        deadlines[source] = deadline(source)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The proportions that hold from a slot on."""
+
+    first_slot: int
+    quotas: tuple[int, ...]  # slots of a cycle that are each source's; 0: nothing is taken from it
+
+    @property
+    def cycle(self) -> int:
+        """Slots after which the schedule begins anew."""
+        return sum(self.quotas)
+
+    @cached_property
+    def schedule(self) -> np.ndarray:
+        """Whose each slot of a cycle is: int64 [cycle]."""
+        return schedule(self.quotas)
+
+    @cached_property
+    def slots(self) -> list[np.ndarray]:
+        """The slots of a cycle that are each source's, rising."""
+        return [np.flatnonzero(self.schedule == source) for source in range(len(self.quotas))]
+
+    def takes(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns whose each slot is, and its how-manieth of this phase, of slots counted from its first: int64."""
+        cycles, rest = np.divmod(slots, self.cycle)
+        sources, within = self.schedule[rest], np.empty_like(slots)
+        for source in np.unique(sources).tolist():
+            these = sources == source
+            within[these] = np.searchsorted(self.slots[source], rest[these])
+        return sources, cycles * np.array(self.quotas)[sources] + within
+
+    def given(self, slots: np.ndarray) -> np.ndarray:
+        """Returns how many samples of each source its first `slots` slots hold: int64, a row for each source."""
+        cycles, rest = np.divmod(slots, self.cycle)
+        return np.array([cycles * quota + np.searchsorted(own, rest) for quota, own in zip(self.quotas, self.slots)])
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The numbers of a mixture. An epoch here is a pass through one source; each source has its own."""
+
+    sizes: tuple[int, ...]  # samples of each source; their indices follow each other
+    phases: tuple[Phase, ...]  # rising, the first from slot 0 on; passes go on across their borders
+
+    @cached_property
+    def first_indices(self) -> np.ndarray:
+        """The index of each source's first sample, and the end: int64 [sources + 1]."""
+        return np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+
+    @cached_property
+    def _first_slots(self) -> np.ndarray:
+        return np.array([phase.first_slot for phase in self.phases])
+
+    @cached_property
+    def _before(self) -> np.ndarray:
+        """Samples of each source before each phase: int64 [phases, sources]."""
+        return np.array([self.given(slot) for slot in self._first_slots])
+
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """Returns which source each index belongs to, int64."""
+        return np.searchsorted(self.first_indices, indices, side="right") - 1
+
+    def samples(self, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (epoch, index) of slots, counted from the run's first on: int64 of one shape."""
+        sources, places = np.empty_like(positions), np.empty_like(positions)
+        phases = np.searchsorted(self._first_slots, positions, side="right") - 1
+        for phase in np.unique(phases).tolist():
+            these = phases == phase
+            sources[these], within = self.phases[phase].takes(positions[these] - self._first_slots[phase])
+            places[these] = within + self._before[phase, sources[these]]
+        epochs, indices = np.empty_like(positions), np.empty_like(positions)
+        for source in np.unique(sources).tolist():
+            these = sources == source
+            epochs[these], own = visit(places[these], self.sizes[source], *_key(seed, source))
+            indices[these] = own + self.first_indices[source]
+        return epochs, indices
+
+    def positions(self, epochs: np.ndarray, indices: np.ndarray, seed: int) -> np.ndarray:
+        """Returns the slots that hold each (epoch, index), int64, -1 where none does: the inverse of `samples`."""
+        sources = self.sources_of(indices)
+        positions = np.full_like(indices, -1)
+        for source in np.unique(sources).tolist():
+            these = np.flatnonzero(sources == source)
+            own = indices[these] - self.first_indices[source]
+            places = unvisit(epochs[these], own, self.sizes[source], *_key(seed, source))
+            phases = np.searchsorted(self._before[:, source], places, side="right") - 1
+            for number in np.unique(phases).tolist():
+                phase, among = self.phases[number], phases == number
+                if quota := phase.quotas[source]:
+                    cycles, within = np.divmod(places[among] - self._before[number, source], quota)
+                    slots = cycles * phase.cycle + phase.slots[source][within]
+                    positions[these[among]] = phase.first_slot + slots
+        return positions
+
+    def given(self, slots: np.ndarray) -> np.ndarray:
+        """Returns how many samples of each source the first `slots` slots hold: int64, a row for each source."""
+        total = np.zeros((len(self.sizes), *slots.shape), np.int64)
+        ends = [*(phase.first_slot for phase in self.phases[1:]), np.iinfo(np.int64).max]
+        for phase, end in zip(self.phases, ends):
+            total += phase.given(np.clip(slots, phase.first_slot, end) - phase.first_slot)
+        return total
+
+
+def phases_of(data: DataConfig) -> tuple[Phase, ...]:
+    """Returns the phases of a config's mixture. Raises ConfigError when a weight is too small."""
+    return tuple(Phase(step * data.global_batch, quotas_of(weights)[0]) for step, weights in data.phases)
+
+
+def begun(phases: Sequence[Phase], slot: int, num_sources: int) -> list[Phase]:
+    """Returns the phases that have begun before a slot, the first always: with 0 for sources that were added later."""
+    padded = [Phase(p.first_slot, (*p.quotas, *[0] * (num_sources - len(p.quotas)))) for p in phases]
+    return [phase for phase in padded if phase.first_slot < max(1, slot)]
+
+
+def told_phases(phases: Sequence[Phase], global_batch: int) -> str:
+    """Returns phases as a message tells them."""
+    return ", ".join(f"{brief(list(phase.quotas))} from step {phase.first_slot // global_batch} on" for phase in phases)
+
+
+def phases_in(order: Fields, num_sources: int, global_batch: int) -> tuple[Phase, ...]:
+    """Returns the phases that a checkpoint names beside its order. Raises UserError when they cannot be a mixture's."""
+    found = []
+    for fields in order.parts("phases"):
+        quotas, step = fields.values.get("quotas"), fields.integer("step", 0, MAX_REWEIGHT_STEP)
+        if (
+            not isinstance(quotas, list)
+            or not all(type(quota) is int and quota >= 0 for quota in quotas)
+            or len(quotas) != num_sources
+            or not 0 < sum(quotas) <= MAX_CYCLE
+        ):
+            fields.wrong("quotas", f"{num_sources} integers from 0 on, with a sum of 1 to {MAX_CYCLE}")
+        found.append(Phase(step * global_batch, tuple(quotas)))
+    slots = [phase.first_slot for phase in found]
+    if not found or slots[0] or slots != sorted(set(slots)):
+        order.wrong("phases", "phases at rising steps from 0 on")
+    return tuple(found)
+
+
+def _key(seed: int, source: int) -> tuple[object, ...]:
+    return "source", source, "epoch", seed
+
+
+def joined(sources: Sequence[Manifest]) -> tuple[Manifest, list[str]]:
+    """Returns the sources as one set, whose samples follow each other, and what is to be told of their classes.
+
+    Labels are read by name as those of the source with the most classes. The second source of a name gets a number.
+    Raises UserError, naming the first difference, when a source has other classes, or is given twice.
+    """
+    for number, source in enumerate(sources):
+        if same := [other.path for other in sources[:number] if other.sha256 == source.sha256]:
+            raise UserError(f"data.train: {same[0]} and {source.path} are the same set; give it once, with one weight")
+    names: list[str] = []
+    for number, source in enumerate(sources, 1):
+        names.append(f"{source.name}#{number}" if source.name in names else source.name)
+    widest = max(sources, key=lambda source: source.num_classes)
+    own, told = [], []
+    for source, name in zip(sources, names):
+        read, said = (source, None) if source is widest else read_as(source, widest)
+        own.append(replace(read, name=name))
+        told += [said] if said else []
+    return (
+        replace(
+            widest,
+            name=" + ".join(names),
+            sha256=hashlib.sha256("\n".join(source.sha256 for source in sources).encode()).hexdigest(),
+            num_samples=sum(source.num_samples for source in sources),
+            shards=tuple(shard for source in sources for shard in source.shards),
+            multi_label=any(source.multi_label for source in sources),
+            sources=tuple(own),
+        ),
+        told,
+    )
+
+
+def source_of(manifest: Manifest, index: int) -> tuple[Manifest, int]:
+    """Returns the set that a sample comes from, and its index there: of a mixture its source, else the set itself."""
+    for source in manifest.sources:
+        if index < source.num_samples:
+            return source, index
+        index -= source.num_samples
+    return manifest, index
+
+
+def shard_name(manifest: Manifest, index: int) -> str:
+    """Returns the name of the shard that holds a sample, of a mixture with its source's before it."""
+    source, own = source_of(manifest, index)
+    shard = source.locate(own)[0].path.name
+    return f"{source.name}/{shard}" if manifest.sources else shard
