@@ -45,7 +45,7 @@ def whole_run(shards: Path, output: Path) -> Config:
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = whole_run(shards, tmp_path_factory.mktemp("undisturbed"))
-    run_ranks(finish, 2, config)
+    run_ranks(finish, 2, config, timeout_s=900)
     return config
 
 
@@ -148,7 +148,7 @@ def survive(config: Config, kinds: list[str], seed: int, ranks: tuple[int, ...])
         if not schedule.is_over:
             schedule.disaster(kind)
     print(*schedule.done, sep="\n")
-    run_ranks(finish, ranks[-1], changed(config, engine__watchdog_s=300))
+    run_ranks(finish, ranks[-1], changed(config, engine__watchdog_s=300), timeout_s=900)
     return schedule
 
 

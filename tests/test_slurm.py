@@ -203,7 +203,7 @@ def test_a_chain_goes_through_without_a_hand(tmp_path: Path) -> None:
 
 def expect_the_undisturbed(config: Config, output: Path, ranks: int = 4) -> None:
     """The run has the weights and the samples of one on as many ranks that nobody has disturbed."""
-    run_ranks(finish, ranks, changed(config, output=str(output)))
+    run_ranks(finish, ranks, changed(config, output=str(output)), timeout_s=900)
     ours, theirs = (folder / "tiny" for folder in (config.output, output))
     found, expected = (newest_valid(folder / "checkpoints") for folder in (ours, theirs))
     assert found and expected and found.name == expected.name == f"step-{config.total_steps:010d}"
@@ -240,7 +240,7 @@ def test_a_job_survives_what_happens_to_it(tmp_path: Path) -> None:
     """Preempted by an urgent job, a rank killed, a node without power while there is a spare one: each time it comes
     back by itself, and ends as an undisturbed run."""
     config = tiny_config(
-        make_shards(tmp_path / "squares"), tmp_path / "runs", total_steps=1500, checkpoint__every_steps=20
+        make_shards(tmp_path / "squares"), tmp_path / "runs", total_steps=1000, checkpoint__every_steps=20
     )
     file, folder, log = config_file(tmp_path, config), tmp_path / "runs" / "tiny", "samples-00001.jsonl"
     with cluster(tmp_path / "s") as run:
