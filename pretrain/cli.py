@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TextIO
 
 from pretrain.cluster.slurm import rank_so_far  # not cluster.ranks, which imports torch: a wrong key is told at once
@@ -19,6 +20,17 @@ from pretrain.errors import StorageError, UserError
 from pretrain.escape import shown
 
 _WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
+
+
+def _interrupted_in_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An interrupt before `run` was reached, while a command imports what it needs, is one word too."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)  # Python would end itself by the signal after this
+
+
+sys.excepthook = _interrupted_in_imports
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:

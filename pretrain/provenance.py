@@ -1,4 +1,4 @@
-"""What decides numbers besides the config: versions of packages, the commit."""
+"""What decides numbers besides the config: versions of packages, the commit, the machine."""
 
 import platform
 import subprocess
@@ -27,6 +27,17 @@ def _version(name: str) -> str:
         return metadata.version(name) or UNKNOWN
     except (OSError, metadata.PackageNotFoundError, UnicodeError, KeyError):
         return UNKNOWN
+
+
+@cache
+def processor() -> str:
+    """Returns the name of this machine's CPU, such as "AMD EPYC 7763 64-Core Processor"; its architecture on others."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.machine() or UNKNOWN
 
 
 @cache

@@ -249,7 +249,7 @@ def _edit(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["timm", "onnx"])
+@pytest.mark.parametrize("target", ["timm", pytest.param("onnx", marks=pytest.mark.long)])  # a minute
 def test_a_hybrid_is_the_same_function_elsewhere(target: str, tmp_path: Path) -> None:
     """timm standardises kernels by another rule; they are scaled for it, and the bound for hybrids is kept.
 
@@ -322,7 +322,13 @@ sys.exit(code)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "target"), [("folder", "timm"), ("folder", "transformers"), ("folder", "npz"), ("checkpoint", "timm")]
+    ("kind", "target"),
+    [
+        ("checkpoint", "timm"),
+        pytest.param("folder", "timm", marks=pytest.mark.long),
+        pytest.param("folder", "transformers", marks=pytest.mark.long),
+        ("folder", "npz"),
+    ],
 )
 def test_memory_does_not_grow_with_the_model(kind: str, target: str, tmp_path: Path) -> None:
     """105M parameters (410 MB): converting takes less than half of it beyond the imports, each verifying process at

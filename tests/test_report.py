@@ -13,12 +13,15 @@ import pytest
 from tiny import tiny_config
 from weights_on_disk import one_line_error, run_tool
 
-from pretrain.config import config_to_yaml
+from pretrain.config import config_to_yaml, model_from_dict
 from pretrain.errors import UserError
-from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, draw_panels, moving_mean
+from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, differ_in_length, draw_panels, moving_mean
+from pretrain.report.fewshot import fewshot_chart
 from pretrain.report.figures import config_differences, losses_table, protocol_scores, starts_table, summary, targets
 from pretrain.report.page import markdown, write_report
-from pretrain.report.runs import read_runs, recipe_score
+from pretrain.report.runs import read_runs
+from pretrain.report.story import duration, headline, millions, model_name, portable, sentence, training_seconds
+from pretrain.report.target import recipe_score
 from pretrain.tasks.table import VTAB
 
 
@@ -239,7 +242,7 @@ RECIPE = """# A recipe.
 #
 #   model      | days | score | overrides
 #   B/16       |  1.5 | 79.15 | (this file)
-#   B/32       |  0.4 | 74.91 | name=small model.name=B/32
+#   B/32       |  0.4 | 74.91 | name=small total_steps=40
 name: large
 # score: not in the header
 """
@@ -251,12 +254,133 @@ def test_the_recipes_promise_is_the_line_of_the_run(tmp_path: Path) -> None:
     assert recipe_score(RECIPE, "large") == "B/16: 79.15. top-1 after fine-tuning"
     assert recipe_score(RECIPE, "other") == "top-1 after fine-tuning"
     assert recipe_score("name: x\n", "x") is None
-    run = make_run(tmp_path, "small")
-    (run / "recipe.yaml").write_text(RECIPE)
-    start = {"step": 0, "recipe": "recipes/of_mine.yaml"}
-    (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
+
+
+def with_recipe(run: Path, header: str = RECIPE) -> None:
+    """Gives a run the recipe that its config came from: the header above its own settings, named "large"."""
+    config = (run / "config.yaml").read_text().replace(f"name: {run.name}\n", "name: large\n", 1)
+    (run / "recipe.yaml").write_text(header.partition("name: large")[0] + config)
+    (run / "starts.jsonl").write_text(json.dumps({"step": 0, "recipe": "recipes/of_mine.yaml"}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "score"),
+    [
+        ("large", {}, "B/16: 79.15. top-1 after fine-tuning"),
+        ("small", {"total_steps: 20": "total_steps: 40"}, "B/32: 74.91. top-1 after fine-tuning"),
+        ("other", {}, "top-1 after fine-tuning"),
+        ("small", {}, None),  # its line has twice the steps
+        ("large", {"total_steps: 20": "total_steps: 10"}, None),
+        ("large", {"global_batch: 12": "global_batch: 24"}, None),
+        ("large", {"train: shards": "train: own/photos"}, None),
+        ("large", {"depth: 2": "depth: 3"}, None),
+        ("large", {"lr: 0.002": "lr: 0.001"}, "B/16: 79.15. top-1 after fine-tuning"),
+    ],
+)
+def test_a_promise_holds_for_the_recipes_runs_alone(
+    tmp_path: Path, name: str, changed: dict[str, str], score: str | None
+) -> None:
+    """The data, batch, length and model are the recipe's, or those of the run's line in its table."""
+    run = make_run(tmp_path, name)
+    with_recipe(run)
+    text = (run / "config.yaml").read_text()
+    for before, after in changed.items():
+        assert before in text
+        text = text.replace(before, after, 1)
+    (run / "config.yaml").write_text(text)
     found = targets([summary(one) for one in read_runs([run, run])])
-    assert [(target["score"], len(target["runs"])) for target in found] == [("B/32: 74.91. top-1 after fine-tuning", 2)]
+    assert [(of["score"], len(of["runs"])) for of in found] == ([] if score is None else [(score, 2)])
+
+
+def test_a_run_in_a_sentence(tmp_path: Path) -> None:
+    """Model by its real shape, data, epochs, time by the log's own rates, machine; then the last validation."""
+    run = make_run(tmp_path)  # 4 lines of 5 steps of 12 images, at 101 to 104 images/s
+    start = {"step": 0, "world_size": 2, "parameters": 824_111, "train_set": "trees", "train_images": 96}
+    start |= {"num_classes": 7, "device": "Some CPU", "device_type": "cpu"}
+    (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    one = read_runs([run])[0]
+    assert training_seconds(one) == pytest.approx(sum(60 / rate for rate in (101, 102, 103, 104)))
+    assert sentence(one, summary(one)) == (
+        "A ViT of width 32, depth 2, 2 heads, patches of 8 at 16 px (0.82M parameters), trained from random weights "
+        "on trees (96 images of 7 classes): 20 steps of 12 images (2.5 epochs) in 2 s on 2 CPU ranks (Some CPU)."
+    )
+    assert headline(summary(one)) == (
+        "0.00%",
+        "of the validation images right (top-1), at the last validation; 50.00% at step 10",
+    )
+    (run / "starts.jsonl").write_text("")
+    bare = read_runs([run])[0]
+    assert sentence(bare, summary(bare)).endswith("random weights: 20 steps of 12 images in 2 s.")
+
+
+def test_models_go_by_their_real_shape(tmp_path: Path) -> None:
+    """A named size is called so only where nothing of its shape was changed."""
+    names = {
+        "B/16": "ViT-B/16 at 224 px",
+        "R50+B/16": "ViT-R50+B/16 at 224 px",
+        "timm:resnet50": "timm's resnet50 at 224 px",
+    }
+    for name, told in names.items():
+        values = {"name": name} if name.startswith("timm") else {"name": name}
+        assert model_name(model_from_dict(values, "test")) == told
+    assert [duration(s) for s in (80, 100, 4 * 3600, 40 * 3600, 20 * 86_400)] == [
+        "80 s",
+        "1.7 minutes",
+        "4.0 hours",
+        "1.7 days",
+        "20 days",
+    ]
+    assert [millions(n) for n in (824_111, 5_700_000, 86_567_656, 1_100_000_000)] == ["0.82M", "5.7M", "87M", "1.1B"]
+
+
+def test_few_shot_is_a_chart() -> None:
+    """Each kind of features is a line; higher is better, bars reach one deviation, columns keep their order."""
+    values = {("trained", 1): 0.5, ("trained", 25): 1.0, ("random weights", 1): 0.25, ("random weights", 25): 0.5}
+    rows = [{"model": m, "metric": f"{n}-shot", "value": v, "n": 101} for (m, n), v in values.items()]
+    rows += [{"model": "trained", "metric": "1-shot-std", "value": 0.1, "n": 101}]
+    chart = fewshot_chart(rows)
+    assert chart is not None and chart.num_images == 101 and [label for _, label in chart.x_ticks] == ["1", "25"]
+    trained, random = chart.series
+    assert (trained.name, trained.last, random.last) == (
+        "trained",
+        "100.0% with 25 per class",
+        "50.0% with 25 per class",
+    )
+    levels = {label: y for y, label in chart.y_ticks}
+    assert [mark.y for mark in trained.marks] == [levels["50"], levels["100"]]
+    assert [mark.y for mark in random.marks] == [levels["25"], levels["50"]]
+    tenth = (levels["0"] - levels["100"]) / 10
+    bar = trained.marks[0]
+    assert bar.low - bar.y == pytest.approx(tenth, abs=0.2) and bar.y - bar.high == pytest.approx(tenth, abs=0.2)
+    assert trained.marks[1].low == trained.marks[1].high and bar.text == "trained, 1-shot: 50.00% ± 10.00"
+    assert fewshot_chart(rows[:2]) is None and fewshot_chart([]) is None  # nothing beside it
+
+
+def test_runs_of_different_length_are_both_seen(tmp_path: Path) -> None:
+    """A run of a tenth of the other's steps takes more than a tenth of the width: steps are logarithmic then."""
+    runs = read_runs([make_run(tmp_path, "long", points=400), make_run(tmp_path, "short", points=40)])
+    assert differ_in_length(runs) and not differ_in_length(runs[:1]) and not differ_in_length([])
+    loss = draw_panels(runs)[0]
+    ends = [max(_points(line.path)[0]) for line in loss.lines if line.kind == "mean"]
+    assert ends[0] > ends[1] > 0.6 * ends[0]
+    assert [label for _, label in loss.x_ticks] == ["10", "100", "1k"]
+    assert len(draw_panels(runs[:1])[0].x_ticks) > 3
+
+
+def test_a_page_tells_nobodys_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the working folder paths are relative, elsewhere their end; what is to be copied stays usable."""
+    monkeypatch.chdir(tmp_path)
+    here = (
+        f"x.py --config=/home/me/secret/configs/a.yaml data.train={tmp_path}/data/x [/a/b/c/d, '/a/b/c/e'] a/b /c /c/d"
+    )
+    assert portable(here) == "x.py --config=.../configs/a.yaml data.train=data/x [.../c/d, '.../c/e'] a/b /c /c/d"
+    assert portable(f"{tmp_path}/runs/x", whole=True) == "runs/x" and portable("/a/b/c", whole=True) == "/a/b/c"
+    run = make_run(tmp_path)
+    with_recipe(run)
+    start = {"step": 0, "command": ["/opt/someone/project/x.py", f"output={tmp_path}/runs"]}
+    (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    text = write_report(read_runs([run]), tmp_path / "out")[0].read_text()
+    assert str(tmp_path) not in text and "someone" not in text and ".../project/x.py output=runs" in text
 
 
 def test_differences_from_the_defaults(tmp_path: Path) -> None:

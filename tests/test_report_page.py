@@ -106,6 +106,34 @@ def test_the_page_is_shown_whole(browser: Browser, page: Path, width: int, schem
     assert browser.evaluate(TEXT_HEIGHT) >= 10
 
 
+FIRST = """(() => {
+  const bottom = selector => document.querySelector(selector).getBoundingClientRect().bottom;
+  const label = document.querySelector(".first svg").getAttribute("aria-label");
+  return [bottom(".first .state"), bottom(".first svg"), label];
+})()"""
+
+
+@pytest.mark.parametrize(("width", "height"), [(PHONE, 844), (DESK, 900)])
+@pytest.mark.parametrize("few_shot", [True, False])
+def test_the_first_screen_has_a_sentence_and_a_chart(
+    browser: Browser, tmp_path: Path, width: int, height: int, few_shot: bool
+) -> None:
+    """What was trained and the result, and a chart of it, before anyone scrolls."""
+    run = make_run(tmp_path)
+    add_evaluation(run)
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    kinds = ("trained", "random weights", "raw pixels") if few_shot else ("trained",)
+    results["rows"] += [{"model": kind, "metric": "5-shot", "value": 0.5, "n": 101} for kind in kinds]
+    (run / "evaluation" / "results.json").write_text(json.dumps(results))
+    path = tmp_path / "page.html"
+    path.write_text(html_of(run))
+    opened(browser, path, width=width, height=height)
+    sentence_ends, chart_ends, chart = browser.evaluate(FIRST)
+    assert 0 < sentence_ends < chart_ends < height or width == DESK and 0 < max(sentence_ends, chart_ends) < height
+    assert ("few-shot" in chart) == few_shot
+    assert "ViT of width 32" in browser.evaluate("document.querySelector('.first').textContent")
+
+
 CONTRAST = r"""
 (() => {
   const rgb = text => {
@@ -124,7 +152,7 @@ CONTRAST = r"""
   return {
     text: lowest("h1, h2, h3, p, b, td, th, dt, dd, a, code, pre, summary, figcaption, li", "color"),
     labels: lowest("svg text", "fill"),
-    curves: lowest(".panel path.curve", "stroke"),
+    curves: lowest(".panel path.curve, .chart path.curve", "stroke"),
     page: light(ground(document.body)),
   };
 })()
@@ -146,7 +174,7 @@ COLORS = """(() => {
   const swatch = e => e.querySelector(".swatch");
   return [
     ...pairs(".legend li:not(.kind)", e => e.textContent, "borderTopColor", swatch),
-    ...pairs(".card", e => e.querySelector("h3").textContent, "borderLeftColor"),
+    ...pairs(".card", e => e.querySelector("h2").textContent, "borderLeftColor"),
     ...pairs("th:has(.swatch)", e => e.textContent, "borderTopColor", swatch),
     ...pairs(".panel path:has(title)", e => e.textContent, "stroke"),
     ...pairs(".panel circle", e => e.textContent, "stroke"),
@@ -231,7 +259,7 @@ def test_what_is_missing_names_the_command_that_adds_it(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     text = html_of(run)
     commands = [f"python tools/{tool}.py {run} --" for tool in ("finetune", "evaluate", "visualize")]
-    commands.append(f"python tools/evaluate.py {run} --fewshot TRAIN TEST</code>")
+    commands.append(f"python tools/evaluate.py {run} --fewshot TRAIN TEST</pre>")
     assert all(command in text for command in commands) and "wrong.json" in text and "Never validated" not in text
     add_everything(run)
     text = html_of(run)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from test_hostile_images import chunk, flat_png, many_scans, photo
-from test_report import RECIPE, add_evaluation, make_run, write_finetuning
+from test_report import RECIPE, add_evaluation, make_run, with_recipe, write_finetuning
 
 from pretrain.data.headers import MAX_SCANS
 from pretrain.errors import UserError
@@ -91,11 +91,14 @@ def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
 def test_a_recipe_named_by_others_is_not_read(tmp_path: Path) -> None:
     """Only the copy in the run's folder is: not the file that a start names, by path, command or link."""
     private = tmp_path / "private.yaml"
-    private.write_text(RECIPE.replace("top-1 after", SECRET))
-    run = make_run(tmp_path, "small")
+    run = make_run(tmp_path, "large")
+    with_recipe(run, RECIPE.replace("top-1 after", SECRET))
+    (run / "recipe.yaml").rename(private)
     start = {"step": 0, "recipe": str(private), "command": ["x.py", "--config", str(private), f"--config={private}"]}
     (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
     assert SECRET not in pages(run)
+    (run / "recipe.yaml").write_bytes(private.read_bytes())
+    assert SECRET in pages(run)
 
 
 PNG = flat_png(8, 8, 2)

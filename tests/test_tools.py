@@ -51,6 +51,23 @@ def test_help_and_wrong_words_need_no_torch(name: str, tmp_path: Path) -> None:
         assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'absent'}: not found; expected ")
 
 
+INTERRUPTED = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pretrain.plan.choose": raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_path("%s", run_name="__main__")
+"""
+
+
+def test_an_interrupt_of_imports_is_a_word() -> None:
+    """Ctrl-C before a command has read its first option."""
+    code = INTERRUPTED % (ROOT / "tools" / "plan.py")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_formats_are_named_once_for_all() -> None:
     """What a command line offers before torch is imported is what there is."""
     assert WRITABLE == tuple(TARGETS) and set(NPZ_NAMINGS) < NAMINGS.keys()

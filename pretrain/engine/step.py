@@ -26,6 +26,7 @@ from pretrain.engine.settings import DTYPES, check_precision, check_version, dee
 from pretrain.engine.slices import OwnedSlices
 from pretrain.losses import num_correct, per_image_loss
 from pretrain.models.build import compile_blocks
+from pretrain.models.profile import num_parameters
 from pretrain.models.weights import classifier_names
 from pretrain.optim import PIECE_ELEMENTS, build_optimizer, moment_dtypes
 
@@ -53,6 +54,7 @@ class Engine:
         # Each rank's gradient is averaged over ranks and micro-batches; this makes each image weigh 1 / global_batch,
         # however uneven the split (docs/training.md).
         self._loss_weight = ranks.world_size() * plan.accumulation / config.data.global_batch
+        self.num_parameters = num_parameters(model)  # before ZeRO 3 takes them apart
         model.to(device)
         if config.engine.checkpoint_activations:
             _checkpoint_activations(model)

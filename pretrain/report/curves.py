@@ -42,7 +42,9 @@ PANELS = (
     PanelOf("Waiting for data", "time of rank 0 [%]", ("train/data_wait",), 100, "from zero"),
 )
 _MAX_NAME = 120  # letters of a legend's line
+_LEGEND_LETTERS = 170  # that fit the width of the PNG
 MAX_PANELS = 60  # besides; a PNG has no more than 65,535 pixels a side
+_UNEQUAL = 4  # runs whose lengths differ by more have steps on a logarithmic axis, which shows each
 _MANY = 100  # points; from here on the mean over a window is drawn over the pale raw curve
 
 
@@ -67,7 +69,7 @@ def _digits(text: str) -> list[str]:
 # --- SVG -------------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 360, 215  # of a panel, in units of SVG: about a pixel, on a phone too
-LEFT, RIGHT, _TOP, BOTTOM = 46, 10, 8, 24  # margins
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24  # margins
 _BUCKETS = 250  # a longer curve keeps the smallest and the largest value of each of so many stretches
 
 
@@ -105,8 +107,15 @@ class Panel:
 
 def draw_panels(runs: Sequence[Run]) -> list[Panel]:
     """Returns the panels in which at least one run has logged something."""
-    found = [_panel(of, runs) for of in panels_of(runs)]
+    log_steps = differ_in_length(runs)
+    found = [_panel(of, runs, log_steps) for of in panels_of(runs)]
     return [panel for panel in found if panel]
+
+
+def differ_in_length(runs: Sequence[Run]) -> bool:
+    """Returns whether the shortest run would be a sliver beside the longest."""
+    lengths = [max(int(steps[-1]) for steps, _ in run.curves.values()) for run in runs if run.curves]
+    return bool(lengths) and max(lengths) > _UNEQUAL * max(1, min(lengths))
 
 
 class _Drawn(NamedTuple):
@@ -127,13 +136,15 @@ class _Axes:
     low: float
     high: float
     log: bool
+    log_steps: bool
 
     def x(self, step: float) -> float:
-        return LEFT + (step - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
+        at, first, last = ((math.log10(max(1, s)) if self.log_steps else s) for s in (step, self.first, self.last))
+        return LEFT + (at - first) / (last - first) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         height = ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
-        return HEIGHT - BOTTOM - height * (HEIGHT - _TOP - BOTTOM)
+        return HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)
 
     def path(self, steps: np.ndarray, values: np.ndarray) -> str:
         """Returns an SVG path, interrupted where a value is not finite."""
@@ -145,19 +156,19 @@ class _Axes:
         return "".join(parts)
 
 
-def _panel(of: PanelOf, runs: Sequence[Run]) -> Panel | None:
+def _panel(of: PanelOf, runs: Sequence[Run], log_steps: bool) -> Panel | None:
     curves = [
         _drawn(of, i, metric, run.curves[metric])
         for i, run in enumerate(runs)
         for metric in of.metrics
         if metric in run.curves
     ]
-    axes = _axes(of, curves)
+    axes = _axes(of, curves, log_steps)
     if axes is None:
         return None
     lines = [line for curve in curves for line in _lines(curve, axes, len(runs))]
     dots = [dot for curve in curves if not curve.metric.startswith("train/") for dot in _dots(curve, axes, runs)]
-    steps = _ticks(axes.first, axes.last, whole=True)
+    steps = _step_ticks(axes)
     levels = [10**level for level in _log_levels(axes.low, axes.high)] if axes.log else _ticks(axes.low, axes.high)
     return Panel(
         of.title,
@@ -174,7 +185,7 @@ def _drawn(of: PanelOf, run: int, metric: str, curve: Curve) -> _Drawn:
     return _Drawn(run, metric, curve[0], np.where(values > 0, values, np.nan) if of.scale == "log" else values)
 
 
-def _axes(of: PanelOf, curves: Sequence[_Drawn]) -> _Axes | None:
+def _axes(of: PanelOf, curves: Sequence[_Drawn], log_steps: bool) -> _Axes | None:
     """Returns the axes that show all curves, or None when there is nothing to show."""
     values = np.concatenate([np.empty(0), *(curve.values[np.isfinite(curve.values)] for curve in curves)])
     if not values.size:
@@ -188,7 +199,8 @@ def _axes(of: PanelOf, curves: Sequence[_Drawn]) -> _Axes | None:
     if not (of.scale == "from zero" and low == 0):
         low -= margin
     last = max(int(curve.steps[-1]) for curve in curves)
-    return _Axes(0, max(1, last), low, high + margin, of.scale == "log")
+    first = max(1, min(int(curve.steps[0]) for curve in curves)) if log_steps else 0
+    return _Axes(first, max(first + 1, last), low, high + margin, of.scale == "log", log_steps)
 
 
 def _lines(curve: _Drawn, axes: _Axes, num_runs: int) -> list[Line]:
@@ -206,7 +218,7 @@ def _lines(curve: _Drawn, axes: _Axes, num_runs: int) -> list[Line]:
 
 
 def _lr_width(run: int, num_runs: int) -> float:
-    return 1.8 + 2.0 * min(4, num_runs - 1 - run)
+    return 1.8 + 0.8 * min(2, num_runs - 1 - run)
 
 
 def _dots(curve: _Drawn, axes: _Axes, runs: Sequence[Run]) -> list[Dot]:
@@ -243,6 +255,13 @@ def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
 
 
+def _step_ticks(axes: _Axes) -> list[float]:
+    if not axes.log_steps:
+        return _ticks(axes.first, axes.last, whole=True)
+    powers = [10**level for level in range(10) if axes.first <= 10**level <= axes.last]
+    return powers if len(powers) > 1 else [axes.first, axes.last]
+
+
 def _log_levels(low: float, high: float) -> list[float]:
     """Returns decimal logarithms of round numbers: 1, 2, 5 in each decade, or fewer when there are many decades."""
     decades = range(math.floor(low), math.ceil(high) + 1)
@@ -277,7 +296,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     from matplotlib.lines import Line2D
 
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
-    panels = panels_of(runs)
+    panels, log_steps = panels_of(runs), differ_in_length(runs)
     num_rows = -(-len(panels) // 3)
     figure = Figure(figsize=(15, 4.25 * num_rows), layout=layout)  # no pyplot: no global state, no window
     FigureCanvasAgg(figure)
@@ -292,7 +311,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
                     _draw_curve(axes, run.curves[metric], factor, color, dots=not metric.startswith("train/"))
         axes.set_title(_plain(title), fontsize=12, fontweight="bold")
         axes.set_ylabel(unit)
-        _finish_panel(axes, scale)
+        _finish_panel(axes, scale, log_steps)
     for axes in list(figure.axes)[len(panels) :]:
         axes.set_visible(False)
     handles = [Line2D([], [], color=c, lw=2.5, label=_legend(run)) for run, c in zip(runs, colors)]
@@ -301,15 +320,21 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
             Line2D([], [], color="black", lw=2, label="training"),
             Line2D([], [], color="black", ls="--", marker="o", ms=4, lw=1, label="validation"),
         ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False, fontsize=11)
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(
+        1, min(4, len(handles), _LEGEND_LETTERS // (longest + 6))
+    )  # 6: the line before a name, a gap after it
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=11)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
 
 
-def _finish_panel(axes: Any, scale: str) -> None:
+def _finish_panel(axes: Any, scale: str, log_steps: bool) -> None:
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_xlabel("step")
+    axes.set_xlabel("step, logarithmic" if log_steps else "step")
+    if log_steps and axes.lines:
+        axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pretrain.config import Config, non_defaults
 from pretrain.report.runs import Curve, Run
+from pretrain.report.story import model_name, portable, sentence, training_seconds
 from pretrain.tasks.published import PAPER_ROWS, PaperRow
 from pretrain.tasks.table import VTAB, vtab_means
 
@@ -45,14 +46,14 @@ def summary(run: Run) -> dict[str, Any]:
     last_start = run.starts[-1] if run.starts else {}
     config = run.config
     rates = _finite_values(run, "train/images_per_s")
-    return {
+    values = {
         "run": run.name,
         "folder": str(run.folder),
         "done": run.done,
         "steps": max((int(steps[-1]) for steps, _ in run.curves.values()), default=None),
         "total_steps": config.total_steps if config else None,
         "global_batch": config.data.global_batch if config else None,
-        "model": config.model.name if config else None,
+        "model": model_name(config.model) if config else None,
         "target": {"recipe": run.target.recipe, "score": run.target.score} if run.target else None,
         "scores": protocol_scores(run),
         "last": {metric: finite(values[-1]) for metric, (_, values) in sorted(run.curves.items())},
@@ -80,6 +81,7 @@ def summary(run: Run) -> dict[str, Any]:
         "pictures": [picture.name for picture in run.pictures],
         "config_differences": dict(config_differences(config)) if config else None,
     }
+    return {**values, "sentence": sentence(run, values), "training_seconds": training_seconds(run)}
 
 
 _BEST: dict[str, tuple[Callable[[np.ndarray], Any]]] = {
@@ -241,6 +243,16 @@ def losses_table(summaries: Sequence[dict[str, Any]]) -> Table:
     return Table(["run", "samples seen", "bad", *causes, "skipped steps"], rows, num_runs=len(rows))
 
 
+def nothing_lost(summaries: Sequence[dict[str, Any]]) -> str | None:
+    """Returns the sentence that stands for the table where every known count is zero; None where one is not."""
+    counts = [values[name] for values in summaries for name in ("bad_samples", "skipped_steps")]
+    if any(counts) or any(values["bad_samples_by_cause"] or values["skipped_at"] for values in summaries):
+        return None
+    if None in counts:
+        return None
+    return "Nothing was left out: no bad sample, no skipped step."
+
+
 def _at_steps(steps: Sequence[int]) -> str:
     if not steps:
         return ""
@@ -317,7 +329,7 @@ def config_table(summaries: Sequence[dict[str, Any]]) -> Table:
     known = [values for values in summaries if values["config_differences"]]
     keys = dict.fromkeys(key for values in known for key in values["config_differences"])
     order = sorted(keys, key=list(_keys(Config)).index)
-    rows = [[key, *(values["config_differences"].get(key, NOTHING) for values in known)] for key in order]
+    rows = [[key, *(portable(values["config_differences"].get(key, NOTHING)) for values in known)] for key in order]
     columns = range(len(known) + 1)
     return Table(["key", *(values["run"] for values in known)], rows, text_columns=tuple(columns))
 

@@ -14,11 +14,14 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.escape import code_in_markdown, in_markdown, shown
-from pretrain.report import curves, figures
+from pretrain.report import curves, figures, story
+from pretrain.report.fewshot import fewshot_chart
 from pretrain.report.figures import Table, summary
 from pretrain.report.runs import Run
+from pretrain.report.story import portable
 from pretrain.storage import write_text
 
+MAX_CARDS = 7  # beyond it the table has the runs
 NAMES = ("report.html", "curves.png", "report.md", "report.json")
 
 
@@ -65,7 +68,7 @@ def _paper() -> list[dict[str, Any]]:
 
 def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Returns, by part, what no run has and the command that adds it."""
-    run = shlex.quote(str(runs[0].folder))
+    run = shlex.quote(portable(str(runs[0].folder), whole=True))
     finetune = f"python tools/finetune.py {run} --task"
     evaluate = f"python tools/evaluate.py {run}"
     metrics = {metric for r in runs for metric in r.curves}
@@ -73,7 +76,7 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
         "validation": "val/top1" in metrics,
         "fewshot": any("shot" in metric for metric in metrics),
         "scores": any(s["scores"] for s in summaries),
-        "finetuning": any(r.finetuning for r in runs),
+        "finetuning": any(r.finetuning or (r.config and r.config.init_from) for r in runs),
         "evaluation": any(r.evaluation for r in runs),
         "pictures": any(p.name != "batch" for r in runs for p in r.pictures),
         "wrong": any(r.num_wrong for r in runs),
@@ -94,9 +97,9 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
     """Returns what a run ran with, by name; only what is known."""
     versions = ", ".join(f"{name} {version}" for name, version in (values["versions"] or {}).items())
     facts = {
-        "folder": values["folder"],
+        "folder": portable(values["folder"]),
         "model": values["model"],
-        "command": " ".join(map(str, values["command"] or [])),
+        "command": portable(" ".join(map(str, values["command"] or []))),
         "ranks of each start": ", ".join(map(str, values["ranks"])),
         "commit": values["commit"],
         "versions": versions,
@@ -120,13 +123,24 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    panels = curves.draw_panels(runs)
+    charts = {number: fewshot_chart(run.evaluation["rows"]) for number, run in enumerate(runs) if run.evaluation}
+    fewshots = {number: chart for number, chart in charts.items() if chart}
+    by_title = {panel.title: panel for panel in panels}
     return environment.get_template("page.html.jinja").render(
         runs=list(zip(runs, summaries)),
         missing=_missing(runs, summaries),
         facts=_facts,
         figures=figures,
-        panels=curves.draw_panels(runs),
+        story=story,
+        portable=portable,
+        fewshots=fewshots,
+        first_fewshot=next(iter(fewshots), None),
+        panels=panels,
+        first_panel=by_title.get("Top-1 accuracy") or by_title.get("Loss"),
+        log_steps=curves.differ_in_length(runs),
         curves=curves,
+        MAX_CARDS=MAX_CARDS,
     )
 
 
@@ -142,9 +156,16 @@ def markdown(
     summaries: Sequence[dict[str, Any]], missing: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 ) -> str:
     """Returns the page: the tables of all runs, then what each ran with and its evaluation."""
-    lines = ["# Report", "", "![Curves](curves.png)", "", *_lines(figures.overview_table(summaries))]
+    lines = ["# Report", ""]
+    for values in summaries:
+        result = story.headline(values)
+        told = f" **{in_markdown(result[0])}** {in_markdown(result[1])}." if result else ""
+        lines += [f"- {in_markdown(values['run'])}: {in_markdown(values['sentence'])}{told}"]
+    lines += ["", "![Curves](curves.png)", "", *_lines(figures.overview_table(summaries))]
     lines += [*_hint(missing, "validation"), *_hint(missing, "fewshot")]
-    lines += ["", "## Beside the paper", "", *_lines(figures.paper_table(summaries)), *_hint(missing, "scores")]
+    if any(values["scores"] for values in summaries):
+        lines += ["", "## Beside the paper", "", *_lines(figures.paper_table(summaries))]
+    lines += _hint(missing, "scores")
     if (vtab := figures.vtab_table(summaries)).rows:
         lines += ["", "### VTAB, task by task", "", *_lines(vtab)]
     for target in figures.targets(summaries):

@@ -10,7 +10,6 @@ followed; a line or picture that cannot be used is left out with a warning.
 
 import base64
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.json_files import Fields, read_json
 from pretrain.log import MAX_STEP, warn
 from pretrain.report.files import MAX_PICTURE_BYTES, Picture, inside, lines, picture, picture_file, read_text
+from pretrain.report.target import Target, read_target
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values
 MAX_WRONG = 48  # thumbnails of one run on the page: a screenful or two
@@ -43,14 +43,6 @@ class WrongPrediction:
     predicted: str
     probability: float | None  # of the predicted class
     picture: Picture | None
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the recipe's header promises."""
-
-    recipe: str  # the config file, as the command named it
-    score: str
 
 
 @dataclass(frozen=True)
@@ -94,12 +86,13 @@ def _read_run(folder: Path, name: str) -> Run:
     starts = list(lines(folder, "starts.jsonl", _start))
     wrong, num_wrong = _read_wrong(folder)
     config_text = read_text(folder, "config.yaml")
+    config = None if config_text is None else _read_config(folder / "config.yaml")
     return Run(
         folder=folder,
         name=name,
         curves=curves,
         starts=starts,
-        config=None if config_text is None else _read_config(folder / "config.yaml"),
+        config=config,
         config_text=config_text,
         evaluation=evaluation,
         finetuning=finetuning,
@@ -108,7 +101,7 @@ def _read_run(folder: Path, name: str) -> Run:
         pictures=_read_pictures(folder),
         wrong=wrong,
         num_wrong=num_wrong,
-        target=_read_target(folder, starts[-1]) if starts else None,
+        target=read_target(folder, starts[-1]["recipe"], config) if starts else None,
         done=(folder / "DONE").is_file(),
     )
 
@@ -167,6 +160,12 @@ def _start(row: Fields) -> dict[str, Any]:
         "command": list(row.texts("command", ())) or None,
         "recipe": row.text("recipe", "") or None,
         "commit": row.text("commit", "") or None,
+        "parameters": row.integer("parameters", 0, MAX_COUNT, 0) or None,
+        "train_set": row.text("train_set", "") or None,
+        "train_images": row.integer("train_images", 0, MAX_COUNT, 0) or None,
+        "num_classes": row.integer("num_classes", 0, MAX_COUNT, 0) or None,
+        "device": row.text("device", "") or None,
+        "device_type": row.text("device_type", "") or None,
         "versions": versions and {name: versions.text(name) for name in versions.values},
     }
 
@@ -307,34 +306,3 @@ def _wrong_picture(folder: Path, item: Fields, source: str) -> Picture | None:
     if (path := inside(folder, f"evaluation/{place}")) is None:
         return warn(f"{source}: {name}: no file {place} in the run's folder; left out")
     return picture_file(name, path)
-
-
-# --- the recipe's promise --------------------------------------------------------------------------------------------
-
-
-def _read_target(folder: Path, start: dict[str, Any]) -> Target | None:
-    """Returns what the recipe of the last start promises, by the copy that the folder has; None without one."""
-    text = read_text(folder, "recipe.yaml") if start["recipe"] else None
-    score = recipe_score(text, folder.resolve().name) if text else None
-    return Target(start["recipe"], score) if score else None
-
-
-def recipe_score(text: str, name: str) -> str | None:
-    """Returns the `score:` paragraph of a config's header, preceded by the line of run `name` in its table, if any."""
-    header = [line.removeprefix("#").rstrip() for line in text.splitlines() if line.startswith("#")]
-    begin = next((i for i, line in enumerate(header) if line.startswith(" score:")), None)
-    if begin is None:
-        return None
-    words = [header[begin].partition(":")[2].strip()]
-    for line in header[begin + 1 :]:
-        if not line.startswith("   ") or "|" in line:  # the next paragraph, or the table
-            break
-        words.append(line.strip())
-    own = re.search(r"^name: *(\S+)", text, flags=re.MULTILINE)
-    for line in header:
-        cells = [cell.strip() for cell in line.split("|")]
-        if len(cells) == 4 and (
-            f"name={name}" in cells[3].split() or (cells[3] == "(this file)" and own and own[1] == name)
-        ):
-            return f"{cells[0]}: {cells[2]}. {' '.join(words)}"
-    return " ".join(words)

@@ -25,10 +25,11 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from pretrain.checkpoint.read import read_state
@@ -233,10 +234,12 @@ def record_start(
     recipe: Path | None = None,
     *,
     branched: bool = False,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Writes what this start runs with, and drops log lines after `step`, which will be written again. Rank 0.
 
     recipe: the file that the config was read from. branched: it goes on from another run's checkpoint.
+    facts: what a reader of the report asks first: parameters, data set, device.
     Raises StorageError where the config cannot be written.
     """
     if not ranks.is_main():
@@ -270,6 +273,7 @@ def record_start(
         "recipe": None if recipe is None else str(recipe),
         "commit": commit(),
         "versions": versions(),
+        **facts,
     }
     JsonLines(folder / _STARTS).append(start)
 

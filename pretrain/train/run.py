@@ -4,6 +4,7 @@ deepspeed launch/pretrain.py --config configs/NAME.yaml
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters
 from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
+from pretrain.provenance import processor
 from pretrain.train import ending
 from pretrain.train.datasets import DataSets, open_data, warn_of_small_store
 from pretrain.train.folder import (
@@ -87,7 +89,15 @@ def _train(config: Config, folder: Path, device: torch.device, recipe: Path | No
         set_aside_newer(checkpoint)
     start = checkpoint or origin
     state = _resume(engine, start, config) if start else _start(config)
-    record_start(folder, config, engine.deepspeed_config, state.step, recipe, branched=origin is not None)
+    record_start(
+        folder,
+        config,
+        engine.deepspeed_config,
+        state.step,
+        recipe,
+        branched=origin is not None,
+        facts=_facts(data, engine.num_parameters, device),
+    )
     log = RunLog(folder, state.step, config.total_steps)
     loop(config, data, engine, state, log, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
@@ -98,6 +108,18 @@ def _train(config: Config, folder: Path, device: torch.device, recipe: Path | No
         say(f"stopped as asked at step {state.step}; the same command goes on from there")
     log.close()
     engine.close()
+
+
+def _facts(data: DataSets, num_parameters: int, device: torch.device) -> dict[str, Any]:
+    """What starts.jsonl tells a reader of the model, the data and the machine."""
+    return {
+        "parameters": num_parameters,
+        "train_set": data.train.name,
+        "train_images": data.order.num_train,
+        "num_classes": data.num_classes,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "device_type": device.type,
+    }
 
 
 def _open_data(config: Config, folder: Path) -> DataSets:

@@ -1,0 +1,109 @@
+"""What a reader wants first, in a sentence: what was trained, on what, how long, where, and with which result."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import VIT_SHAPES, ModelConfig
+from pretrain.report.runs import Run
+
+
+def model_name(config: ModelConfig) -> str:
+    """Returns "ViT-B/16 at 224 px"; a named size whose width or depth was changed goes by its real shape."""
+    if config.timm_name is not None:
+        return f"timm's {config.timm_name} at {config.image_size} px"
+    size = f"{config.patch_size} at {config.image_size} px"
+    named = VIT_SHAPES.get(config.name)
+    if config.trunk_units is not None or named is None or config.shape == named:
+        return f"ViT-{config.name}/{size}"
+    width, depth, _, heads = config.shape
+    return f"ViT of width {width}, depth {depth}, {heads} heads, patches of {size}"
+
+
+def training_seconds(run: Run) -> float | None:
+    """Returns the time that the steps of the log took, by its own rates; without starts, validation and steps redone.
+
+    None where the log has no rates or the batch is not known.
+    """
+    if run.config is None or "train/images_per_s" not in run.curves:
+        return None
+    steps, rates = run.curves["train/images_per_s"]
+    before, seconds = 0, 0.0
+    for step, rate in zip(steps.tolist(), rates.tolist()):
+        if rate > 0 and step > before:
+            seconds += (step - before) * run.config.data.global_batch / rate
+            before = step
+    return seconds if before else None
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in words: 40 s, 12 minutes, 3.4 hours, 12 days."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            number = seconds / length
+            return f"{number:.1f} {unit}" if number < 10 else f"{number:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def millions(count: int) -> str:
+    """Returns 0.82M, 5.7M, 86M, 1.1B."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f}B"
+    return f"{count / 1e6:.0f}M" if count >= 1e7 else f"{count / 1e6:.{1 if count >= 1e6 else 2}f}M"
+
+
+def sentence(run: Run, values: dict[str, Any]) -> str:
+    """Returns what is known of a run, without its result: model, data, length, time, machine."""
+    start, config = (run.starts[-1] if run.starts else {}), run.config
+    if config is None or values["steps"] is None:
+        return "Results only: no training log here." if values["steps"] is None else f"{values['steps']:,} steps."
+    model = ("" if config.model.timm_name else "A ") + model_name(config.model)
+    size = f" ({millions(start['parameters'])} parameters)" if start.get("parameters") else ""
+    how = f"fine-tuned from {portable(str(config.init_from))}" if config.init_from else "trained from random weights"
+    seen = values["steps"] * config.data.global_batch
+    data, images = start.get("train_set") or "", start.get("train_images")
+    of = f" of {start['num_classes']:,} classes" if start.get("num_classes") else ""
+    on = f" on {data} ({images:,} images{of})" if data and images else ""
+    length = f"{values['steps']:,} steps of {config.data.global_batch:,} images"
+    length += f" ({seen / images:.1f} epochs)" if images else ""
+    seconds = training_seconds(run)
+    took = f" in {duration(seconds)}" if seconds else ""
+    return f"{model}{size}, {how}{on}: {length}{took}{_machine(start)}."
+
+
+def _machine(start: dict[str, Any]) -> str:
+    ranks, device = start.get("world_size"), start.get("device")
+    if not ranks:
+        return ""
+    if not device:
+        return f" on {ranks} rank{'s' * (ranks > 1)}"
+    if start.get("device_type") == "cpu":
+        return f" on {ranks} CPU rank{'s' * (ranks > 1)} ({device})"
+    return f" on {ranks} x {device}"
+
+
+_ABSOLUTE = re.compile(r"""(^|[\s='"\[(,])/(?:[^\s/'",\])]+/)+([^\s/'",\])]+/[^\s/'",\])]+)""", re.MULTILINE)
+
+
+def portable(text: str, *, whole: bool = False) -> str:
+    """Returns a text whose paths below the working folder are relative, and others cut to their last two parts.
+
+    A page that travels need not tell whose disk it was. whole: paths stay usable, so only the first is done.
+    """
+    here = str(Path.cwd())
+    if here != "/":
+        text = re.sub(rf"{re.escape(here)}(/|(?![^\s'\",\])]))", lambda found: "" if found[1] else ".", text)
+    return text if whole else _ABSOLUTE.sub(r"\1.../\2", text)
+
+
+def headline(values: dict[str, Any]) -> tuple[str, str] | None:
+    """Returns the result as a figure and what it is: the last validation, else the last training loss; or None."""
+    last, best = values["last"], values["best"].get("val/top1")
+    if (top1 := last.get("val/top1")) is not None:
+        words = "of the validation images right (top-1), at the last validation"
+        if best and best["value"] > top1:
+            words += f"; {best['value']:.2%} at step {best['step']:,}"
+        return f"{top1:.2%}", words
+    if (loss := last.get("train/loss")) is not None:
+        return f"{loss:.4f}", "last training loss; never validated"
+    return None

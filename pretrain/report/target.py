@@ -1,0 +1,79 @@
+"""The score that a recipe's header promises, for the runs that are the recipe's."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import Config, load_config
+from pretrain.errors import ConfigError
+from pretrain.report.files import read_text
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the recipe's header promises."""
+
+    recipe: str  # the config file, as the command named it
+    score: str
+
+
+def read_target(folder: Path, recipe: str | None, config: Config | None) -> Target | None:
+    """Returns what `recipe` promises, by the copy that the run's folder has; None without one.
+
+    Nor where the run is not the recipe's: another data set, batch, length or model has another score.
+    """
+    text = read_text(folder, "recipe.yaml") if recipe else None
+    if not recipe or not text or config is None:
+        return None
+    name = folder.resolve().name
+    score = recipe_score(text, name)
+    return Target(recipe, score) if score and _is_the_recipes(config, folder / "recipe.yaml", text, name) else None
+
+
+def _is_the_recipes(config: Config, path: Path, text: str, name: str) -> bool:
+    line = _table_line(text, name)
+    try:
+        return _decides(config) == _decides(load_config(path, [] if line is None else _overrides(line)))
+    except ConfigError:  # of another version
+        return False
+
+
+def _decides(config: Config) -> tuple[Any, ...]:
+    """What a score is of. Of the data the end of its path: it may lie elsewhere."""
+    return Path(str(config.data.train)).parts[-2:], config.data.global_batch, config.total_steps, config.model
+
+
+def recipe_score(text: str, name: str) -> str | None:
+    """Returns the `score:` paragraph of a config's header, preceded by the line of run `name` in its table, if any."""
+    header = _header(text)
+    begin = next((i for i, line in enumerate(header) if line.startswith(" score:")), None)
+    if begin is None:
+        return None
+    words = [header[begin].partition(":")[2].strip()]
+    for line in header[begin + 1 :]:
+        if not line.startswith("   ") or "|" in line:  # the next paragraph, or the table
+            break
+        words.append(line.strip())
+    cells = _table_line(text, name)
+    return " ".join(words) if cells is None else f"{cells[0]}: {cells[2]}. {' '.join(words)}"
+
+
+def _header(text: str) -> list[str]:
+    return [line.removeprefix("#").rstrip() for line in text.splitlines() if line.startswith("#")]
+
+
+def _table_line(text: str, name: str) -> list[str] | None:
+    """The four cells of run `name` in the header's table: model, days, score, overrides."""
+    own = re.search(r"^name: *(\S+)", text, flags=re.MULTILINE)
+    for line in _header(text):
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 4 and (
+            f"name={name}" in cells[3].split() or (cells[3] == "(this file)" and own and own[1] == name)
+        ):
+            return cells
+    return None
+
+
+def _overrides(cells: list[str]) -> list[str]:
+    return [] if cells[3] == "(this file)" else cells[3].split()
