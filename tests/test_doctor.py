@@ -147,6 +147,13 @@ def test_locks_and_renames_of_the_run_folder(tmp_path: Path, monkeypatch: pytest
     probe = disks.Probe(tmp_path, "token")
     first = next(iter(disks.check_own_probe(probe)))
     assert first.state == WARN and "No locks available" in first.found
+    assert [f.state for f in disks.check_seen_probe(probe.path, "token", True)] == [OK, WARN]
+
+    def held(file: object, flags: int) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(fcntl, "lockf", held)
+    assert [f.state for f in disks.check_seen_probe(probe.path, "token", True)] == [OK, OK]
     monkeypatch.setattr(fcntl, "lockf", lambda file, flags: None)  # gives the lock of rank 0 to another node too
     seen = list(disks.check_seen_probe(probe.path, "token", True))
     assert [(f.check, f.state) for f in seen] == [("shared disk", OK), ("locks over nodes", RED)]

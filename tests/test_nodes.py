@@ -60,6 +60,7 @@ def test_torchrun_on_two_nodes_whose_wire_is_cut(tmp_path: Path) -> None:
             time.sleep(0.05)
         ended_after = [(process.wait(PATIENT_S), time.monotonic() - cut)[1] for process in started]
     print(f"engine.timeout_s={TIMEOUT_S}: told after {told_after} s, launchers ended after {ended_after} s")
+    assert max(told_after.values()) < 5 * (TIMEOUT_S + 5)  # on a machine that is five times slower
     stop = read_json(run / "STOP.json")
     assert (stop["retry"], stop["exit_code"]) == (True, LostProcessError.exit_code)
 
