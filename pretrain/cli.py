@@ -116,7 +116,6 @@ def _leave(code: int) -> None:
     sys.stderr.flush()
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them
-    gc.freeze()  # a last look through all modules of torch and DeepSpeed would take a second, and the process ends
     sys.exit(code)
 
 

@@ -5,8 +5,6 @@ device, a collective or a graph break fails here; three of the tests plant one.
 """
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -313,14 +311,3 @@ def test_a_graph_break_and_a_rate_inside_the_block_are_found(
         block.rate = 1.0 + number
     model.train()(torch.randn(4, 3, 16, 16)).sum().backward()
     assert graphs.graphs > 1 or graphs.calls < 24
-
-
-# --- the end ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_process_that_ends_does_not_look_through_its_modules() -> None:
-    """Garbage of modules is left to the system; what runs at the exit still runs."""
-    told = "import atexit, gc; from pretrain import cli; "
-    told += "atexit.register(lambda: print(gc.get_freeze_count() > 1000)); cli._leave(0)"
-    result = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, timeout=200)
-    assert result.stdout == "True\n"

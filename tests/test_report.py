@@ -252,6 +252,20 @@ def test_another_protocol_is_no_score_of_the_papers(tmp_path: Path) -> None:
     assert "| imagenet | tiny | top1 | 30.00% ± 0.40 | 3 | 0.01 | 500 | random weights |" in page
 
 
+def test_results_of_all_weights_in_a_folder_are_shown(tmp_path: Path) -> None:
+    """Two checkpoints of a run, evaluated one after the other: a table each, the last call's first."""
+    run = make_run(tmp_path)
+    add_evaluation(run)
+    path = run / "evaluation" / "results.json"
+    earlier = {"weights": "step-0000000010", "rows": [{"model": "trained", "metric": "top1", "value": 0.125, "n": 77}]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "others": [earlier]}))
+    paths = write_report(read_runs([run]), tmp_path / "out")
+    page = paths[2].read_text()
+    assert page.index("Evaluation of step-0000000020") < page.index("Evaluation of step-0000000010")
+    assert "| trained | top1 | 12.50% | 77 |" in page and "| trained | top1 | 37.50% | 101 |" in page
+    assert "step-0000000010" in paths[0].read_text() and "12.50%" in paths[0].read_text()
+
+
 def test_results_without_a_run(tmp_path: Path) -> None:
     """A folder of converted weights, and the one that --out of a fine-tuning named, have results but no curves."""
     weights, out = tmp_path / "vit_b16", tmp_path / "tuned"

@@ -288,9 +288,14 @@ def short_commit(commit: Any) -> str:
     return re.sub(r"^([0-9a-f]{10})[0-9a-f]{30}", r"\1", str(commit)) if commit else NOTHING
 
 
-def evaluation_table(values: dict[str, Any]) -> Table:
-    """What tools/evaluate.py measured; a standard deviation stands with its mean."""
-    found = values["evaluation"]["rows"]
+def evaluations(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the records of all weights that were evaluated into a run's folder, those of the last call first."""
+    record = values["evaluation"]
+    return [record, *record["others"]] if record else []
+
+
+def evaluation_table(found: Sequence[dict[str, Any]]) -> Table:
+    """The rows that tools/evaluate.py measured; a standard deviation stands with its mean."""
     spread = {(row["model"], row["metric"]): row["value"] for row in found}
     rows = []
     for row in found:

@@ -196,9 +196,9 @@ def markdown(
         lines += [f"- {name}: {in_markdown(fact)}" for name, fact in _facts(values).items()]
         if values["starts"]:
             lines += ["", *_lines(figures.starts_table(values))]
-        if values["evaluation"]:
-            lines += ["", f"Evaluation of {in_markdown(values['evaluation']['weights'])}:", ""]
-            lines += _lines(figures.evaluation_table(values))
+        for record in figures.evaluations(values):
+            lines += ["", f"Evaluation of {in_markdown(portable(record['weights']))}:", ""]
+            lines += _lines(figures.evaluation_table(record["rows"]))
     if (configs := figures.config_table(summaries)).rows:
         lines += ["", "## Differs from the defaults", "", *_lines(configs)]
     return "\n".join(lines) + "\n"

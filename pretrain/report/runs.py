@@ -29,6 +29,7 @@ from pretrain.report.target import Target, read_target
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values
 MAX_WRONG = 48  # thumbnails of one run on the page: a screenful or two
 MAX_PICTURES = 50
+MAX_OTHERS = 20  # other weights whose results lie in the same folder, such as other checkpoints of a run
 MAX_METRICS, MAX_REASONS = 200, 20  # different ones of a run; ours log some 30, and have 6 reasons
 MAX_VALUE = 1e100  # beyond it a figure is damage, and its square no number
 MAX_COUNT = 10**15
@@ -210,16 +211,23 @@ def _read_evaluation(folder: Path) -> dict[str, Any] | None:
         values = Fields.of(read_json(path), str(path))
         if (found := values.text("format")) != "pretrain-evaluation":
             raise UserError(f"its format is {found!r}")
-        rows = [
-            {
-                "model": row.text("model"),
-                "metric": row.text("metric"),
-                "value": _figure(row, "value"),
-                "n": row.integer("n", 0, MAX_COUNT),
-            }
-            for row in values.parts("rows")
+        others = [
+            {"weights": other.text("weights"), "rows": _evaluated(other)}
+            for other in values.parts("others", ())[:MAX_OTHERS]
         ]
-        return {**values.values, "weights": values.text("weights"), "rows": rows}
+        return {**values.values, "weights": values.text("weights"), "rows": _evaluated(values), "others": others}
+
+
+def _evaluated(record: Fields) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": row.text("model"),
+            "metric": row.text("metric"),
+            "value": _figure(row, "value"),
+            "n": row.integer("n", 0, MAX_COUNT),
+        }
+        for row in record.parts("rows")
+    ]
 
 
 def _finetuning_files(folder: Path) -> list[Path]:
