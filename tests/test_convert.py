@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import make_shards, tiny_config
@@ -663,9 +664,13 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
     }
     assert save_checkpoint(tmp_path / "tiny" / "checkpoints", 15, slices, [], {}, state)
     row = {"model": "trained", "metric": "10-shot", "value": 0.25, "n": 1234}
+    rows = [row, {**row, "metric": "10-shot-std"}, {**row, "model": "random weights"}, {**row, "metric": "pets/top1"}]
+    data = {"fewshot_test": {"sha256": "ab"}, "pets/test": {"sha256": "cd"}, "val": {"sha256": "ef"}}
+    results = {"weights": "tiny", "rows": rows, "data": data}
     (tmp_path / "tiny" / "evaluation").mkdir()
-    (tmp_path / "tiny" / "evaluation" / "results.json").write_text(json.dumps({"weights": "tiny", "rows": [row]}))
-    assert convert.call(tmp_path / "tiny", tmp_path / "out", "--to", "timm", "--no-verify", "--push", "a/b") == 0
+    (tmp_path / "tiny" / "evaluation" / "results.json").write_text(json.dumps(results))
+    words = ["--to", "timm", "--no-verify", "--push", "a/b", "--license", "cc-by-4.0"]
+    assert convert.call(tmp_path / "tiny", tmp_path / "out", *words) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     for told in (
         "library_name: timm",
@@ -681,6 +686,13 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
         "torch ",
     ):
         assert told in card, told
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["license"], front["model-index"][0]["name"]) == ("cc-by-4.0", "out")
+    first, second = front["model-index"][0]["results"]  # as the hub lists them; no deviations, no baselines
+    metric = {"type": "accuracy", "value": 0.25, "name": "10-shot"}
+    assert first["metrics"] == [metric] and second["metrics"] == [{**metric, "name": "top1"}]
+    assert first["dataset"]["args"] == {"fewshot_test_manifest_sha256": "ab"}
+    assert second["dataset"] == {"name": "pets", "type": "pets", "args": {"pets/test_manifest_sha256": "cd"}}
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ python tools/convert.py WEIGHTS OUT --to pretrain|timm|transformers|npz|onnx
 """
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def main() -> int:
         verified=not arguments.no_verify,
         command=shlex.join(["python", "tools/convert.py", *sys.argv[1:]]),
         repository=arguments.push,
+        licence=arguments.license,
     )
     check_place(conversion, overwrite=arguments.overwrite)
     if conversion.verified:
@@ -51,6 +53,14 @@ def main() -> int:
 
         print(push(published(conversion), arguments.push))
     return 0
+
+
+def _licence(text: str) -> str:
+    if not re.fullmatch("[a-z0-9.-]{1,40}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no word of the hub's list, such as apache-2.0, mit, cc-by-4.0, other"
+        )
+    return text
 
 
 def _arguments() -> argparse.Namespace:
@@ -74,6 +84,7 @@ def _arguments() -> argparse.Namespace:
         "--trust-pickle", action="store_true", help="execute the pickles of DeepSpeed's checkpoint; needs --config"
     )
     parser.add_argument("--config", type=Path, metavar="RECIPE.yaml", help="names the architecture for --trust-pickle")
+    parser.add_argument("--license", type=_licence, metavar="NAME", help="of the weights, for the card: apache-2.0 ...")
     parser.add_argument("--push", metavar="OWNER/NAME", help="then upload to this repository of the Hugging Face hub")
     arguments = parser.parse_args()
     if arguments.trust_pickle != (arguments.config is not None):

@@ -25,31 +25,80 @@ LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx"}  # 
 
 
 def model_card(
-    weights: Weights, target: str, *, title: str, command: str, versions: Mapping[str, str], loading: str, proof: str
+    weights: Weights,
+    target: str,
+    *,
+    title: str,
+    command: str,
+    versions: Mapping[str, str],
+    loading: str,
+    proof: str,
+    licence: str | None = None,
 ) -> str:
     """Returns the card. Recipe, data and scores are told where the source is a checkpoint of ours.
 
-    loading: Python lines; proof: what the verification found.
+    loading: Python lines; proof: what the verification found; licence: the hub's word for it, such as apache-2.0.
     """
     place = weights.source / "state.json"
     state = read_state(weights.source) if place.is_file() else {}
-    parts = [_front(weights, target), f"# {title}", _model(weights, target), f"```python\n{loading}\n```"]
+    results = _results(weights.source)
+    parts = [
+        _front(weights, target, title, licence, results),
+        f"# {title}",
+        _model(weights, target),
+        f"```python\n{loading}\n```",
+    ]
     if state:
         with readable(place):
             config = config_from_dict(state["config"], str(place))
             parts += ["## Recipe", _recipe(config, state), "## Data", _data(config, state)]
-    if scores := [*_validation(Fields(state, str(place))), *_evaluation(weights.source)]:
+    if scores := [*_validation(Fields(state, str(place))), *_evaluation(results)]:
         parts += ["## Scores", "\n".join(scores)]
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts += ["## Conversion", f"```\n{command}\n```", proof, f"Versions: {used}."]
     return "\n\n".join(parts) + "\n"
 
 
-def _front(weights: Weights, target: str) -> str:
-    """What Hugging Face's pages read."""
+def _front(weights: Weights, target: str, title: str, licence: str | None, results: Fields | None) -> str:
+    """What Hugging Face's pages read: kind, library, licence, and results as the hub lists them."""
+    from huggingface_hub import EvalResult, ModelCardData  # only where a card is written
+
     task = "image-classification" if weights.num_classes else "image-feature-extraction"
-    library = f"library_name: {LIBRARIES[target]}\n" if target in LIBRARIES else ""
-    return f"---\n{library}pipeline_tag: {task}\ntags:\n- vision-transformer\n---"
+    data = results.values.get("data") if results else None
+    found = []
+    for row in results.parts("rows") if results else ():
+        job, _, metric = row.text("metric").rpartition("/")
+        value = row.number("value", -1e9, 1e9)
+        if row.text("model") == "trained" and not metric.endswith("-std") and math.isfinite(value):
+            found.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type=job or "own",
+                    dataset_name=job or "own data",
+                    dataset_args=_digests(data, f"{job}/" if job else "fewshot_" if "-shot" in metric else "val"),
+                    metric_type="accuracy" if metric.startswith("top") or metric.endswith(("shot", "-nn")) else metric,
+                    metric_name=metric,
+                    metric_value=value,
+                )
+            )
+    card = ModelCardData(
+        library_name=LIBRARIES.get(target),
+        license=licence,
+        pipeline_tag=task,
+        tags=["vision-transformer"],
+        model_name=title if found else None,
+        eval_results=found or None,
+    )
+    return f"---\n{card.to_yaml()}\n---"
+
+
+def _digests(data: Any, role: str) -> dict[str, str]:
+    """The SHA-256 of the manifests whose names in results.json begin with `role`."""
+    return {
+        f"{key}_manifest_sha256": entry["sha256"]
+        for key, entry in (data if isinstance(data, dict) else {}).items()
+        if key.startswith(role) and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+    }
 
 
 def _model(weights: Weights, target: str) -> str:
@@ -137,15 +186,20 @@ def _validation(state: Fields) -> Iterator[str]:
             yield f"- {name} {value:.4g} (at the end of this checkpoint's step)"
 
 
-def _evaluation(source: Path) -> Iterator[str]:
-    """Rows of tools/evaluate.py, beside the run of a checkpoint or in a converted folder."""
+def _results(source: Path) -> Fields | None:
+    """What tools/evaluate.py measured of these weights, beside the run of a checkpoint or in a converted folder."""
     folder = results_folder(source, "evaluation").parent
     if not (folder / "evaluation" / "results.json").is_file():
-        return
+        return None
     results = read_fields(folder, "evaluation/results.json")
     digest = weights_sha256(source)
     own = [each for each in results.parts("others", ()) if each.values.get("weights_sha256") == digest]
-    results = own[0] if own and results.values.get("weights_sha256") != digest else results
+    return own[0] if own and results.values.get("weights_sha256") != digest else results
+
+
+def _evaluation(results: Fields | None) -> Iterator[str]:
+    if results is None:
+        return
     name = Path(results.text("weights")).name
     for row in results.parts("rows"):
         about = [str(value) for key, value in row.values.items() if key not in ("metric", "value", "n") and value]

@@ -84,6 +84,7 @@ class Conversion:
     verified: bool
     command: str  # as it was typed, for the card
     repository: str | None  # OWNER/NAME of the hub from which the card loads; None: from the folder
+    licence: str | None = None  # of the weights, for the card
 
     @property
     def place(self) -> Path:
@@ -149,6 +150,7 @@ def _write(conversion: Conversion, weights: Weights, out: Path, work: Path) -> b
         versions=versions(),
         loading=loading(conversion.target, weights, conversion.out.name, conversion.repository),
         proof=proof,
+        licence=conversion.licence,
     )
     card.write_text(text, encoding="utf-8")
     return True
