@@ -270,6 +270,11 @@ REFUSED: dict[str, tuple[dict[str, float], dict[str, Any], str]] = {
     "held out": ({"trees": 1, "few": 1}, {"data__held_out": 3}, "data.train names several: name a set in data.val"),
     "lanes": ({"trees": 1, "few": 1}, {"data__order": "lanes"}, "reads one set; .* data.order=permuted"),
     "one set": ({"trees": 1}, {}, "expected the path of one set, or 2 to 64 sets"),
+    "epochs": (
+        {"trees": 1, "few": 1},
+        {"total_steps": 0, "total_epochs": 2},
+        "total_epochs is of one set, .* total_steps",
+    ),
     "0 in all steps": ({"trees": 1, "few": 0}, {}, r"data.train\[1\] .* has weight 0 in all steps"),
 }
 
