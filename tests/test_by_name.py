@@ -25,7 +25,7 @@ from weights_on_disk import ROOT, in_memory, one_line, one_line_error, randomise
 from pretrain.data import remote
 from pretrain.errors import StorageError, UserError
 from pretrain.models.build import build_model
-from pretrain.models.by_name import fetched, is_name
+from pretrain.models.by_name import check_name, fetched, is_name
 from pretrain.models.google import write_google
 from pretrain.models.published import BUCKET, FILES, SHORT, google_file
 from pretrain.models.timm_folder import write_timm_folder
@@ -361,12 +361,21 @@ def test_what_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / "timm:x").mkdir()
     assert not is_name("timm:x")
     assert results_folder(Path("hf-hub:a/b"), "evaluation") == Path("hf-hub_a_b/evaluation")
-    for wrong in ("hf-hub:a", "hf-hub:a/b/c", "hf-hub:../b c", "hf-hub:"):
+    names = (
+        "a a/b/c ../b%c ../x a/.. a/-b a/b- a/b.git a/b--c a/b@ a/b@../../x a/b@x/../y a/b@/x a/b@x@y a/b@x\n".split(
+            " "
+        )
+    )
+    for wrong in ("hf-hub:", *(f"hf-hub:{name}" for name in names)):
         with pytest.raises(UserError, match="expected hf-hub:OWNER/NAME"):
-            fetched(wrong)
+            check_name(wrong)
+    for right in ("timm/vit_base_patch16_224.augreg_in21k", "a/b@refs/pr/1", "_a/b.c-d@v1.0-rc", f"a/b@{COMMIT}"):
+        check_name(f"hf-hub:{right}")
 
 
-@pytest.mark.parametrize(("name", "told"), [("google:ViT-B16", "ViT-B_16"), ("hf-hub:x", "expected hf-hub:OWNER/NAME")])
+@pytest.mark.parametrize(
+    ("name", "told"), [("google:ViT-B16", "ViT-B_16"), ("hf-hub:a/..", "expected hf-hub:OWNER/NAME")]
+)
 def test_a_misspelt_name_is_told_without_torch(name: str, told: str, tmp_path: Path) -> None:
     """Before what takes seconds to import."""
     code = "import runpy, sys; sys.argv = ['predict', sys.argv[1], 'x.jpg']\n"
