@@ -26,7 +26,9 @@ from pretrain.storage import crc32c, fsync_path, sha256
 
 SCHEMES = ("timm", "hf-hub", "google")
 FORMS = "timm:NAME, hf-hub:OWNER/NAME or google:NAME"
-_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]{1,96})?")
+# As the hub's client takes them, which imports for seconds: a name begins and ends with a letter, a digit or "_".
+_REPOSITORY = re.compile(r"(?!.*(\.\.|--|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w.-]{0,95}(/\w[\w.-]{0,95}){0,3}", re.ASCII)
 _FIRST_TRIES = 3  # until a server has answered once: who has no network hears it at once
 _TENSORS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
@@ -44,8 +46,9 @@ def check_name(weights: Path | str) -> None:
     scheme, _, name = str(weights).partition(":")
     if scheme == "google":
         google_file(name)
-    if scheme == "hf-hub" and not _REPOSITORY.fullmatch(name):
-        raise UserError(f"{weights}: expected hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION")
+    repository, at, revision = name.partition("@")
+    if scheme == "hf-hub" and not (_REPOSITORY.fullmatch(repository) and (not at or _REVISION.fullmatch(revision))):
+        raise UserError(f"{weights}: expected hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION, as the hub writes them")
 
 
 def folder_name(weights: Path | str) -> str:
@@ -200,13 +203,13 @@ def _download(name: str, url: str, file: GoogleFile, path: Path, part: BinaryIO)
 
 def _from_hub(name: str, repository: str, revision: str | None) -> Path:
     """The snapshot's folder in the hub's cache, with config.json and tensors in it."""
-    if (folder := _cached(repository, revision)) is not None:
-        return folder
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     address = f"{endpoint}/{repository}" + (f"/tree/{revision}" if revision else "")
     with _one_line(name, address):
         from huggingface_hub import HfApi, constants
 
+        if (folder := _cached(repository, revision)) is not None:
+            return folder
         info = HfApi(endpoint=endpoint).model_info(repository, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size for file in info.siblings or ()}
         wanted = _wanted(sizes, name, address)
