@@ -186,7 +186,8 @@ def test_the_table_of_googles_files() -> None:
     assert set(SHORT.values()) < set(FILES) and len(FILES) > 50 and BUCKET.startswith("https://")
     with pytest.raises(UserError, match=r"Did you mean: 'ViT-B_16'\?"):
         google_file("ViT-B16")
-    for wrong in ("", "augreg/", "augreg/../x", "../x", "other/x"):
+    assert google_file("augreg/other-run+1.5").path == "augreg/other-run+1.5.npz"
+    for wrong in ("", "../x", "other/x", *("augreg/" + x for x in ("", "../x", "..", "a" * 300, "a b", "a\n", "a\0"))):
         with pytest.raises(UserError, match="not in the table"):
             google_file(wrong)
 
