@@ -211,6 +211,7 @@ class Hub:
         self.folder, self.requests, self.url = folder, [], ""
         self.fault: Callable[[str, str], str] = lambda method, file: ""
         self.repository = "somebody/tiny"
+        self.revisions: dict[str, set[str]] = {}  # asked for, by file
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         """Answers the API's question for the repository, and those for its files."""
@@ -219,10 +220,11 @@ class Hub:
             files = [{"rfilename": p.name, "size": p.stat().st_size} for p in sorted(self.folder.iterdir())]
             about = {"id": self.repository, "siblings": files, "sha": COMMIT, "cardData": {"license": "mit"}}
             return self._send(handler, 200, {}, json.dumps(about).encode())
-        match = re.fullmatch(f"/{self.repository}/resolve/[^/]+/(.+)", path)
-        if not match or not (file := self.folder / match[1]).is_file():
+        match = re.fullmatch(f"/{self.repository}/resolve/([^/]+)/(.+)", path)
+        if not match or not (file := self.folder / match[2]).is_file():
             code = "EntryNotFound" if match else "RepoNotFound"
             return self._send(handler, 404, {"X-Error-Code": code}, b"")
+        self.revisions.setdefault(file.name, set()).add(match[1])
         start = re.match(r"bytes=(\d+)-", handler.headers.get("Range", ""))
         first = int(start[1]) if start else 0
         self.requests.append((handler.command, file.name, first))
@@ -282,9 +284,10 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_a_repository_is_fetched_once_and_said(
     repository: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The right weights; a line with files, address, size and licence; without the server the cache serves."""
+    """The right weights, all of one commit; a line with files, address, size and licence; then the cache serves."""
     with hub(repository, monkeypatch) as site:
         assert same(OWNED, model)
+    assert site.revisions == {"config.json": {"main"}, "model.safetensors": {COMMIT}}  # main may move between them
     told = capsys.readouterr()
     (line,) = told.err.splitlines()
     assert f"{OWNED}: fetching config.json, model.safetensors of {site.url}/somebody/tiny (0.1 MiB, mit)" in line

@@ -219,7 +219,9 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Path:
         cache = constants.HF_HUB_CACHE
         _tell(f"{name}: fetching {', '.join(wanted)} of {address} ({_size(total)}, {licence}) to {cache}")
         with _progress(name, total or 0) as advance, _quiet():
-            paths = [_hub_file(repository, file, revision, endpoint, advance) for file in wanted]
+            paths = [_hub_file(repository, wanted[0], revision, endpoint, advance)]
+            commit = paths[0].parent.name  # of this one file; a branch may move before the next
+            paths += [_hub_file(repository, file, commit, endpoint, advance) for file in wanted[1:]]
     for path in paths:
         _check_blob(path, address)
     return paths[0].parent
