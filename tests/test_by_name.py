@@ -134,6 +134,16 @@ def test_a_wrong_answer_of_google_is_one_line_and_leaves_nothing(
     assert not list((tmp_path / "cache" / "google" / "imagenet21k").iterdir())
 
 
+def test_a_mirror_without_a_scheme_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of the variable, before anything is tried."""
+    monkeypatch.setenv("PRETRAIN_GOOGLE_MODELS", "mirror.example/vit_models")
+    with pytest.raises(
+        UserError, match="^PRETRAIN_GOOGLE_MODELS=mirror.example/vit_models: expected an address"
+    ) as told:
+        fetched(NAME)
+    one_line(told.value)
+
+
 def test_a_published_sha256_is_compared(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the table knows a checksum, the server's own word does not count."""
     row = google_file("ViT-B_16")

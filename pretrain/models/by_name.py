@@ -126,10 +126,12 @@ def _size(num_bytes: int | None) -> str:
 
 def _from_google(name: str, file: GoogleFile) -> Path:
     """The file in the cache; only a complete and compared one bears its name. The partial one is the lock."""
-    base = os.environ.get("PRETRAIN_GOOGLE_MODELS", BUCKET).rstrip("/")
+    base = (os.environ.get("PRETRAIN_GOOGLE_MODELS") or BUCKET).rstrip("/")
     url, path = f"{base}/{quote(file.path)}", cache_folder() / "google" / file.path
     if path.is_file():
         return path
+    if not base.startswith(("https://", "http://")):
+        raise UserError(f"PRETRAIN_GOOGLE_MODELS={base}: expected an address, such as {BUCKET}")
     size = f" ({file.mebibytes:,} MiB)" if file.mebibytes else ""
     way_out = f"download {url}{size} where there is a network, and put it at {path}"
     try:
