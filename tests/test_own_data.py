@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,6 +229,25 @@ def test_shards_are_made_once(tmp_path: Path) -> None:
         prepared(folder, out)
     one_line(caught.value)
     assert load_manifest(data.train).num_samples == 8  # what the runs have learnt from is still there
+
+
+def test_calls_on_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    """While another process makes the shards of OUT, nothing in it is touched."""
+    folder, out = photos(tmp_path / "pets", {"cat": 5, "dog": 5}), tmp_path / "out"
+    out.mkdir()
+    code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); input()"
+    words, pipe = [sys.executable, "-c", code, str(out / ".lock")], subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe) as other:
+        assert other.stdin and other.stdout and other.stdout.readline()
+        made: list[OwnData] = []
+        waiting = threading.Thread(target=lambda: made.append(prepared(folder, out)))
+        waiting.start()
+        waiting.join(1)
+        there = [path.name for path in out.iterdir()]
+        other.stdin.write(b"\n")
+        other.stdin.close()
+        waiting.join()
+    assert there == [".lock"] and made[0].num_test == 2
 
 
 def test_nothing_of_others_is_written_over(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_a
 from pretrain.data.reader import BadSample, parse_label, read_sample
 from pretrain.errors import UserError
 from pretrain.escape import shown
+from pretrain.evaluation.results import one_at_a_time
 from pretrain.finetune.own_folders import MANIFEST, is_manifest
 from pretrain.json_files import Fields, read_json
 from pretrain.shards.build import How, build, read_dropped
@@ -83,8 +84,10 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
         found["test"] = train._replace(items=items.without(rest), manifest=None)
     made = {name: part for name, part in found.items() if part.items is not None}
     folder = out / "data"
-    _begin(folder, out, made, shorter_side)
-    ready = {name: _ready(name, part, folder, notes, shorter_side) for name, part in found.items()}
+    _check_place(out, made)
+    with one_at_a_time(out):
+        _begin(folder, out, made, shorter_side)
+        ready = {name: _ready(name, part, folder, notes, shorter_side) for name, part in found.items()}
     told += [f"{kind}: {number:,}" for kind, number in (notes.passed_over + notes.notes).most_common()]
     manifests = {name: load_manifest(path) for name, path in ready.items()}
     for name, manifest in manifests.items():
@@ -225,15 +228,18 @@ def _image_of(manifest: Manifest, index: int) -> bytes:
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
+def _check_place(out: Path, made: Mapping[str, _Part]) -> None:
+    for part in made.values():
+        if part.place.is_dir() and out.resolve().is_relative_to(part.place.resolve()):
+            raise UserError(f"{out}: lies inside {part.place}, and would be taken for photos; give another --out")
+
+
 def _begin(folder: Path, out: Path, made: Mapping[str, _Part], shorter_side: int) -> None:
     """Writes what the shards are made of, or finds it unchanged; shards of another state of the photos are removed.
 
     Raises UserError when runs have learnt from those.
     """
     path = folder / "made-of.json"
-    for part in made.values():
-        if part.place.is_dir() and out.resolve().is_relative_to(part.place.resolve()):
-            raise UserError(f"{out}: lies inside {part.place}, and would be taken for photos; give another --out")
     parts = {name: {"images": len(part.items or ()), "digest": _digest(part)} for name, part in made.items()}
     own = {"format": _FORMAT, "version": _VERSION, "shorter_side": shorter_side, "parts": parts}
     if path.is_file():
