@@ -231,11 +231,21 @@ def test_shards_are_made_once(tmp_path: Path) -> None:
     assert load_manifest(data.train).num_samples == 8  # what the runs have learnt from is still there
 
 
+def test_photos_that_cannot_be_read_are_told_and_named_apart(tmp_path: Path) -> None:
+    """One is left out, whose name begins with another's: the others keep their names, and a second call tells."""
+    folder, test = photos(tmp_path / "pets", {"cat": 3, "dog": 3}), photos(tmp_path / "test", {"cat": 2, "dog": 2})
+    (test / "cat" / "000.png: y1.png").write_bytes(b"no picture")
+    for _ in range(2):
+        data = prepared(folder, tmp_path / "out", test)
+        assert names_in(data.test) == ["cat/000.png", "cat/001.png", "dog/000.png", "dog/001.png"]
+
+
 def test_calls_on_one_folder_wait_for_each_other(tmp_path: Path) -> None:
     """While another process makes the shards of OUT, nothing in it is touched."""
     folder, out = photos(tmp_path / "pets", {"cat": 5, "dog": 5}), tmp_path / "out"
     out.mkdir()
-    code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(1, flush=True); input()"
+    code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+    code += "print(1, flush=True); input()"
     words, pipe = [sys.executable, "-c", code, str(out / ".lock")], subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe) as other:
         assert other.stdin and other.stdout and other.stdout.readline()

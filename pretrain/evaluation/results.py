@@ -78,7 +78,7 @@ SHARED = {"loss": "loss", "transform": "transform"}  # alike for all rows of one
 
 @contextmanager
 def one_at_a_time(out: Path) -> Iterator[None]:
-    """Has others that write results or shards into a folder, such as a job array's elements, wait until the block has ended.
+    """Has others that write into a folder, such as a job array's elements, wait until the block has ended.
 
     Warns where the file system gives no locks. Raises UserError where the folder cannot be written.
     """

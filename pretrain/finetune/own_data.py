@@ -24,7 +24,7 @@ from pretrain.escape import shown
 from pretrain.evaluation.results import one_at_a_time
 from pretrain.finetune.own_folders import MANIFEST, is_manifest
 from pretrain.json_files import Fields, read_json
-from pretrain.shards.build import How, build, read_dropped
+from pretrain.shards.build import How, build, read_dropped, read_dropped_items
 from pretrain.shards.class_tars import class_tar_items, is_of_class_tars
 from pretrain.shards.examples import FILE as EXAMPLES
 from pretrain.shards.examples import Example, content_sha256, write_examples
@@ -295,21 +295,16 @@ def _build(name: str, part: _Part, items: PackedItems, folder: Path, notes: Told
 def _write_names(path: Path, items: PackedItems) -> None:
     """Writes what each test image was called: for the pages that show mistakes."""
     manifest = load_manifest(path)
-    dropped = read_dropped(path.parent)
-    kept = [item for item in zip(_references(items), items, items.labels) if not _is_dropped(item[1], dropped)]
+    kept = items.without(read_dropped_items(path.parent))
     assert len(kept) == manifest.num_samples
     write_examples(
         path.parent,
         (
             Example(index, shown(name), label, content_sha256(read_sample(manifest, index).image))
-            for index, (name, _, label) in enumerate(kept)
+            for index, (name, label) in enumerate(zip(_references(kept), kept.labels))
         ),
     )
 
 
 def _references(items: PackedItems) -> Iterable[str]:
     return (items.reference(index) for index in range(len(items)))
-
-
-def _is_dropped(item: Item, dropped: Sequence[str]) -> bool:
-    return any(line.startswith(shown(f"{item.source}: ")) for line in dropped)
