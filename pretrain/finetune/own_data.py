@@ -89,6 +89,10 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
         _begin(folder, out, made, shorter_side)
         ready = {name: _ready(name, part, folder, notes, shorter_side) for name, part in found.items()}
     told += [f"{kind}: {number:,}" for kind, number in (notes.passed_over + notes.notes).most_common()]
+    for name in made:
+        if dropped := read_dropped(folder / name):
+            images = "1 image is" if len(dropped) == 1 else f"{len(dropped):,} images are"
+            told.append(f"{name}: {images} left out, the first: {dropped[0]}")
     manifests = {name: load_manifest(path) for name, path in ready.items()}
     for name, manifest in manifests.items():
         check_shards(manifest)
@@ -286,10 +290,7 @@ def _build(name: str, part: _Part, items: PackedItems, folder: Path, notes: Told
     seed = None if name == "test" else 0  # the test keeps its order, by which its images have names
     with cli.progress(f"shards of {name}", len(items), "images") as advance:
         sizes = {"samples_per_shard": SAMPLES_PER_SHARD, "seed": seed}
-        path = build(items, part.names, folder, **sizes, progress=advance, how=how, told=notes).absolute()
-    if dropped := read_dropped(folder):
-        cli.tell(f"warning: {name}: {len(dropped)} images are left out, the first: {dropped[0]}")
-    return path
+        return build(items, part.names, folder, **sizes, progress=advance, how=how, told=notes).absolute()
 
 
 def _write_names(path: Path, items: PackedItems) -> None:
