@@ -89,10 +89,11 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
         _begin(folder, out, made, shorter_side)
         ready = {name: _ready(name, part, folder, notes, shorter_side) for name, part in found.items()}
     told += [f"{kind}: {number:,}" for kind, number in (notes.passed_over + notes.notes).most_common()]
-    for name in made:
+    for name, part in made.items():
         if dropped := read_dropped(folder / name):
             images = "1 image is" if len(dropped) == 1 else f"{len(dropped):,} images are"
-            told.append(f"{name}: {images} left out, the first: {dropped[0]}")
+            first = dropped[0].removeprefix(shown(f"{part.place}/"))  # a page tells nobody's folders
+            told.append(f"{name}: {images} left out, the first: {first}")
     manifests = {name: load_manifest(path) for name, path in ready.items()}
     for name, manifest in manifests.items():
         check_shards(manifest)

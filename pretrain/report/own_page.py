@@ -5,6 +5,7 @@ script, nothing from outside; names of classes and photos are whatever someone w
 """
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
         run = _one_name(values, "run")
         wrong = read_wrong(folder / run)[0] if inside(folder, f"{run}/evaluation/wrong.json") else []
         text = template("own_page.html.jinja").render(
-            **_shown(values), wrong=wrong, folder=folder.resolve().name, CELL=CELL, LABEL=LABEL
+            **_shown(values), wrong=wrong, trained=shlex.quote(str(folder / run)), CELL=CELL, LABEL=LABEL
         )
         page.parent.mkdir(parents=True, exist_ok=True)
         write_text(page, text, errors="replace")
