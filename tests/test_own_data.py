@@ -1,5 +1,6 @@
 """Fine-tuning on own data: which folder is what, the split, the shards' cache, the figures, the page, and all of it."""
 
+import html
 import io
 import json
 import os
@@ -460,6 +461,15 @@ def test_the_page_in_a_browser(browser: Browser, tmp_path: Path, width: int, sch
     plain = write_page(results_folder(tmp_path / "plain", 3))
     browser.open(plain, width=width, scheme=scheme)
     assert browser.evaluate("document.querySelector('.bars').getBoundingClientRect().bottom") < 844
+
+
+def test_the_pages_command_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quoted, with the folder as it was given; of a whole path nothing that is above the working folder."""
+    monkeypatch.chdir(tmp_path)
+    results_folder(Path("runs/my pets"), 3)
+    for folder in (Path("runs/my pets"), tmp_path / "runs" / "my pets"):
+        text = html.unescape(write_page(folder).read_text())
+        assert "python tools/predict.py 'runs/my pets/final' PHOTO.jpg" in text and str(tmp_path) not in text
 
 
 @pytest.mark.parametrize("key", ["classes", "per_class", "confusion", "interval", "run", "top1", "seconds"])
