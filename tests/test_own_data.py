@@ -187,6 +187,7 @@ def test_given_parts_are_used_as_they_are(shard_folder: Path, own_shards: Path, 
         ({"only": 3}, None, "train: has one class, 'only'"),
         ({"only": 3, "empty": 0}, None, "has one class, 'only'"),
         ({}, None, "no images found"),
+        ({"": 3}, None, "train: its 3 photos lie in no class folder"),
         ({"a": 1, "b": 1}, None, "each class has one image"),
         ({"cat": 2, "dog": 2}, {"cat": 1, "dgo": 1}, "test: class 'dgo' is none of the 2 of .*Did you mean: 'dog'"),
     ],
@@ -197,7 +198,7 @@ def test_sets_that_cannot_be_learnt(
     """One line before anything is written: a single class, no image, nothing to test on, a class that train has not."""
     (tmp_path / "train").mkdir()
     for name in train:
-        (tmp_path / "train" / name).mkdir()
+        (tmp_path / "train" / name).mkdir(exist_ok=True)
     photos(tmp_path / "train", train)
     given = photos(tmp_path / "test", test) if test else None
     with pytest.raises(UserError, match=message) as caught:
@@ -374,6 +375,14 @@ def test_micro_batches_fit_the_memory(gigabytes: float, expected: int) -> None:
         (["--train", "x", "--data", "y"], "--data is of --task"),
         (["--train", "x", "--run", "0"], "--run is of --task"),
         (["--train", "x", "--list"], "--list is of --task"),
+        (["--train", "nowhere"], "--train nowhere: not found"),
+        (["--train", ".", "--test", "nowhere"], "--test nowhere: not found"),
+        (["--task", "cifar10", "--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--train", ".", "--seeds", "0"], "--seeds 0: expected 1 or more"),
+        (["--train", ".", "--num-gpus", "0"], "--num-gpus 0: expected 1 or more"),
+        (["--train", ".", "--image-size", "0"], "--image-size 0: expected 1 or more"),
+        (["--train", ".", "--lr", "0.1,0"], "--lr 0: expected rates above 0"),
+        (["--train", ".", "--lr", "nan"], "--lr nan: expected rates above 0"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -90,7 +90,7 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
 
 
 def _from_here(folder: Path) -> Path:
-    """A folder as a command of the working folder names it; elsewhere by its name alone: a page tells nobody's folders."""
+    """A folder as seen from the working folder; elsewhere its name alone: a page tells nobody's folders."""
     if not folder.is_absolute():
         return folder
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else Path(folder.name)
