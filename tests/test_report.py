@@ -266,6 +266,15 @@ def test_results_of_all_weights_in_a_folder_are_shown(tmp_path: Path) -> None:
     assert "step-0000000010" in paths[0].read_text() and "12.50%" in paths[0].read_text()
 
 
+def test_the_folder_that_out_of_an_evaluation_named(tmp_path: Path) -> None:
+    """It holds the results themselves, without evaluation/ above them."""
+    run = tmp_path / "run"
+    run.mkdir()
+    add_evaluation(run)
+    (found,) = read_runs([run / "evaluation"])
+    assert found.evaluation and found.evaluation["weights"] == "step-0000000020"
+
+
 def test_results_without_a_run(tmp_path: Path) -> None:
     """A folder of converted weights, and the one that --out of a fine-tuning named, have results but no curves."""
     weights, out = tmp_path / "vit_b16", tmp_path / "tuned"

@@ -204,8 +204,13 @@ def _written_by(tool: str, path: Path) -> Iterator[None]:
         raise UserError(f"{path}: was not written by tools/{tool}.py ({reason}); move it away") from None
 
 
+def _evaluation_place(folder: Path) -> str:
+    """Where the files of tools/evaluate.py lie: below a run or weights, or in the folder that its --out named."""
+    return "" if _is_of("pretrain-evaluation", folder, folder / "results.json") else "evaluation/"
+
+
 def _read_evaluation(folder: Path) -> dict[str, Any] | None:
-    if (path := inside(folder, "evaluation/results.json")) is None:
+    if (path := inside(folder, f"{_evaluation_place(folder)}results.json")) is None:
         return None
     with _written_by("evaluate", path):
         values = Fields.of(read_json(path), str(path))
@@ -232,17 +237,17 @@ def _evaluated(record: Fields) -> list[dict[str, Any]]:
 
 def _finetuning_files(folder: Path) -> list[Path]:
     """The results of each task: below a run or weights, or in the folder that tools/finetune.py's --out named."""
-    own = [path for path in folder.glob("*/results.json") if _is_finetuning(folder, path)]
+    own = [path for path in folder.glob("*/results.json") if _is_of("pretrain-finetuning", folder, path)]
     found = {*folder.glob("finetune*/**/results.json"), *own}
     found = {path for path in found if path.parent.name != "evaluation"}  # of a final run, by tools/evaluate.py
     return sorted(path for path in found if inside(folder, str(path.relative_to(folder))))
 
 
-def _is_finetuning(folder: Path, path: Path) -> bool:
+def _is_of(form: str, folder: Path, path: Path) -> bool:
     if inside(folder, str(path.relative_to(folder))) is None:
         return False
     try:
-        return Fields.of(read_json(path), "").text("format") == "pretrain-finetuning"
+        return Fields.of(read_json(path), "").text("format") == form
     except (OSError, UserError):
         return False  # somebody else's file
 
@@ -286,7 +291,7 @@ def _read_pictures(folder: Path) -> list[Picture]:
 
 def read_wrong(folder: Path) -> tuple[list[WrongPrediction], int]:
     """Returns the first MAX_WRONG wrong predictions, and how many the file has."""
-    if (path := inside(folder, "evaluation/wrong.json")) is None:
+    if (path := inside(folder, f"{_evaluation_place(folder)}wrong.json")) is None:
         return [], 0
     try:
         items = Fields.of(read_json(path), str(path)).parts("items")
