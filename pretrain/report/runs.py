@@ -322,6 +322,6 @@ def _wrong_picture(folder: Path, item: Fields, source: str) -> Picture | None:
             return warn(f"{source}: {name}: png_base64 is not base64; left out")
     if not (place := item.text("path", "")):
         return None
-    if (path := inside(folder, f"evaluation/{place}")) is None:
+    if (path := inside(folder, f"{Path(source).relative_to(folder).parent}/{place}")) is None:
         return warn(f"{source}: {name}: no file {place} in the run's folder; left out")
     return picture_file(name, path)
