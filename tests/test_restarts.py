@@ -23,13 +23,16 @@ pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[1]
 # A rank that needs no torch: in start N it does what the N-th word for it says, "0:76" being exit code 76 of rank 0.
 RANK = """
-import os, signal, sys, time
+import glob, os, signal, sys, time
 folder, *starts = sys.argv[1:]
 rank, number = os.environ["RANK"], int(os.environ["PRETRAIN_RESTARTS"])
 open(f"{folder}/start-{number}-{rank}", "w").close()
 end = dict(word.split(":") for word in starts[min(number, len(starts) - 1)].split(","))[rank]
 if end == "saves":
     os.mkdir(f"{folder}/step-{number}")
+    end = "76"
+if end == "loses":  # its newest: damaged, or the disk is away
+    os.rmdir(max(glob.glob(f"{folder}/step-*")))
     end = "76"
 if end == "hangs":
     time.sleep(1000)
@@ -51,6 +54,7 @@ sys.exit(int(end))
         (["0:0,1:75"], 75, 3),
         (["0:killed,1:killed"], 128 + signal.SIGKILL, 3),  # after two restarts without a checkpoint
         (["0:76,1:76", "0:saves,1:76", "0:saves,1:76", "0:saves,1:76", "0:76,1:76"], 76, 7),
+        (["0:saves,1:76", "0:saves,1:76", "0:loses,1:76", "0:loses,1:76", "0:76,1:76"], 76, 5),  # no progress
     ],
 )
 def test_what_is_tried_again(

@@ -51,15 +51,17 @@ def run_with_restarts(
     """Runs a command on so many ranks of this machine to its end; returns its exit code, 128 + N for signal N.
 
     A lost rank ends the others, and all start again: at once, later ones with a pause, at most `most` times in a row
-    without a new checkpoint. newest: names the newest one, "" where there is none. forbidden: whether the run has said
+    without a new checkpoint. newest: names the newest one, "" where there is none; a later one's name is greater, and
+    one that was set aside, or whose disk is away, is no progress. forbidden: whether the run has said
     that it must not be started again. What asks this process to stop (signals.py) asks the ranks to.
     """
     idle = count = 0
+    before = ""
     while True:
-        before = newest()
+        before = newest() or before
         codes = _run_once(words, num_ranks, count, stop)
         code = _decisive(codes)
-        idle = idle + 1 if newest() == before else 0
+        idle = 0 if newest() > before else idle + 1
         if code == 0 or stop.signal_name is not None:
             return _as_exit_code(code)
         told = f"{_told(codes)}; newest checkpoint: {newest() or 'none'}"
