@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submits a run and what comes after it: pretrain -> convert -> evaluate (an array) -> report. Arguments are those of
-# launch/pretrain.py; prints the jobs' numbers.
+# launch/pretrain.py; prints the jobs' numbers. Paths are those from the repository, wherever it is started.
 #
 #   TASKS="imagenet,real imagenet_v2 knn:pets" launch/chain.sh --config configs/plain_s16_imagenet1k.yaml [key=value ...]
 #

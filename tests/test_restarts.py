@@ -53,8 +53,8 @@ sys.exit(int(end))
         (["0:76,1:2"], 2, 1),  # the others of a rank that needs a person have only lost it
         (["0:0,1:75"], 75, 3),
         (["0:killed,1:killed"], 128 + signal.SIGKILL, 3),  # after two restarts without a checkpoint
-        (["0:76,1:76", "0:saves,1:76", "0:saves,1:76", "0:saves,1:76", "0:76,1:76"], 76, 7),
-        (["0:saves,1:76", "0:saves,1:76", "0:loses,1:76", "0:loses,1:76", "0:76,1:76"], 76, 5),  # no progress
+        (["0:76,1:76", "0:saves,1:0", "0:saves,1:0", "0:saves,1:0", "0:76,1:76"], 76, 7),
+        (["0:saves,1:0", "0:saves,1:0", "0:loses,1:0", "0:loses,1:0", "0:76,1:76"], 76, 5),  # no progress
     ],
 )
 def test_what_is_tried_again(
@@ -102,6 +102,8 @@ def test_under_a_launcher_it_is_refused(environment: dict[str, str], told: str) 
     with pytest.raises(UserError, match=told):
         restarts.is_supervised(environment)
     assert restarts.is_supervised(environment | {signals.SUPERVISOR: "1"}) and not restarts.is_supervised({})
+    shell = {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}  # salloc's own step is no launcher
+    assert not restarts.is_supervised(shell)
 
 
 SUPERVISED = """

@@ -1,6 +1,7 @@
 """Restarts on one machine, without a scheduler: starts the ranks of a run, and again when one of them is lost.
 
-The ranks are processes as a launcher would start them; this one waits for them and imports no torch.
+The ranks are processes as a launcher would start them; this one waits for them. Imports no torch; who calls it may, to
+count GPUs (local.default_num_ranks).
 """
 
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+from pretrain.cluster import slurm
 from pretrain.cluster.local import free_port, rank_variables
 from pretrain.cluster.signals import SUPERVISOR, StopRequest
 from pretrain.errors import LostProcessError, StorageError, UserError
@@ -33,7 +35,7 @@ def is_supervised(environment: Mapping[str, str]) -> bool:
     """
     if SUPERVISOR in environment:
         return True
-    if "RANK" in environment or "SLURM_STEP_ID" in environment:
+    if "RANK" in environment or slurm.is_task(environment):
         instead = next((told for name, told in _OTHERS.items() if name in environment), "start it by plain python")
         raise UserError(f"--restarts starts the ranks itself, but a launcher has started this one: {instead}")
     return False
