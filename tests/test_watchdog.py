@@ -16,9 +16,10 @@ from ranks import start_ranks
 from tiny import make_shards, tiny_config
 
 from pretrain import cli
-from pretrain.cluster import monitor, signals, watchdog
+from pretrain.cluster import monitor, peers, signals, watchdog
 from pretrain.config import Config
 from pretrain.train import journal
+from pretrain.train import run as training
 from pretrain.train.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,12 @@ def command(config: Config, hangs_on: int | None, how: str) -> None:
     log = os.open(config.output / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    if rank == str(hangs_on):
+    if rank == str(hangs_on) and how.startswith("dies in "):
+        where = {"peers.meet": peers, "check_machine": training, "claim": training}[
+            place := how.removeprefix("dies in ")
+        ]
+        setattr(where, place.rpartition(".")[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    elif rank == str(hangs_on):
         inner = journal.Journal.note
 
         def note(self: Any, state: Any, *rest: Any) -> bool:
@@ -137,6 +143,22 @@ def test_a_lost_rank_is_named_by_the_others(lost: int, number: int, what: str, s
     if other == 0:
         stop = json.loads((run.folder / "STOP.json").read_text())
         assert stop["exit_code"] == 76 and stop["retry"] and f"rank {lost} on" in stop["reason"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "peers.meet",
+        pytest.param("check_machine", marks=pytest.mark.slow),
+        pytest.param("claim", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_lost_at_the_start_is_tried_again(place: str, start: Callable[..., Run]) -> None:
+    """Before the run has come to its folder, where nothing can be written yet: exit code 76, without STOP.json."""
+    run = start(2, 1, f"dies in {place}")
+    assert run.codes() == [76, -signal.SIGKILL], run.told()
+    assert "rank 0 of 2 lost another process of the run" in run.told()[0], run.told()
+    assert not (run.folder / "STOP.json").exists()
 
 
 @pytest.mark.slow
