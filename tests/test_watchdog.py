@@ -18,7 +18,8 @@ from tiny import make_shards, tiny_config
 from pretrain import cli
 from pretrain.cluster import monitor, peers, signals, watchdog
 from pretrain.config import Config
-from pretrain.train import journal
+from pretrain.errors import LostProcessError
+from pretrain.train import ending, journal
 from pretrain.train import run as training
 from pretrain.train.run import train
 
@@ -252,6 +253,17 @@ def test_reports_of_an_earlier_start_end_nobody(tmp_path: Path, monkeypatch: pyt
         old.write_text("rank 1 is gone again\n")
         assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
     assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
+
+
+def test_a_silent_node_does_not_hide_what_a_rank_has_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stand in the line: the node, and the report of the rank that is the cause."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(peers, "silent", lambda: ["n2 (rank 1) is there, its first rank is gone"])
+    (tmp_path / "lost-rank-00001.txt").write_text("rank 1 on n2 is blocked\n")
+    with pytest.raises(LostProcessError, match="its first rank is gone; rank 1 on n2 is blocked; the same command"):
+        with ending.lost_processes(tmp_path):
+            raise RuntimeError("Connection closed by peer [::1]:1")
 
 
 def test_who_waits_speaks_itself_and_after_who_is_blocked(tmp_path: Path) -> None:

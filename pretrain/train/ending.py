@@ -76,13 +76,14 @@ def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
     )
     watchdog.beat()  # it is not this rank that hangs
     silent = peers.silent()
+    known = watchdog.lost_others(folder, _WAIT_FOR_REPORT_S) if ranks.world_size() > 1 else []
     if silent:
         return LostProcessError(
             f"rank {ranks.rank()} of {ranks.world_size()} lost another node of the run: {'; '.join(silent[:_TOLD])}"
             + (f" and {len(silent) - _TOLD:,} more" if len(silent) > _TOLD else "")
-            + f" ({first[:200]}); the same command goes on from the newest checkpoint"
+            + (f"; {known[0]}" if known else f" ({first[:200]})")
+            + "; the same command goes on from the newest checkpoint"
         )
-    known = watchdog.lost_others(folder, _WAIT_FOR_REPORT_S) if ranks.world_size() > 1 else []
     if known:
         return LostProcessError(
             f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run: {known[0]}; the same "
