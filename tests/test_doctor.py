@@ -28,6 +28,7 @@ from pretrain.config import Config
 from pretrain.data.loader import Room
 from pretrain.doctor import disks, examine, findings, machine, meeting
 from pretrain.doctor.findings import AWAY, OK, RED, WARN, Finding, Row
+from pretrain.json_files import Fields
 from pretrain.shards.elsewhere import index_urls
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +62,13 @@ def test_all_ranks_make_one_table() -> None:
     long = [*rows, Row(RED, "x", "many words " * 40, "and a remedy " * 20)]
     assert max(map(len, findings.lines(long))) <= findings.WIDTH
     assert findings.place([4, 5, 6, 7], range(8), {rank: f"n{rank}" for rank in range(8)}) == "n4, n5, n6 and 1 more"
+
+
+def test_a_long_text_does_not_cost_the_table() -> None:
+    """An error may hold a whole file; rank 0 reads the beginning."""
+    long = Finding("disk", RED, "x" * 100_000, "y" * 100_000)
+    (read,) = findings.from_json(Fields.of(part, "finding") for part in findings.as_json([long]))
+    assert read.state == RED and long.found.startswith(read.found) and len(read.found) == len(read.remedy) > 1000
 
 
 @pytest.mark.parametrize("wrong", ["open files", "/dev/shm", "memory"])
