@@ -169,6 +169,30 @@ def test_locks_and_renames_of_the_run_folder(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_no_probe(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a full disk, on which the probe's folder can be made and its files cannot."""
+
+    def interrupted(config: Any, meeting: Any, made: list[disks.Probe]) -> int:
+        made.append(disks.Probe(tmp_path, "token"))
+        os.kill(os.getpid(), number)
+        time.sleep(100)
+        return 0
+
+    monkeypatch.setattr(examine, "_round", interrupted)
+    lead: Any = examine._lead
+    with pytest.raises(KeyboardInterrupt):
+        lead(None, None)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disks, "write_text", full)
+    with pytest.raises(OSError):
+        disks.Probe(tmp_path, "another")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("error", "state"),
     [(errno.EROFS, RED), (errno.EACCES, RED), (errno.ENOSPC, AWAY), (errno.EIO, AWAY), (errno.ESTALE, AWAY)],
