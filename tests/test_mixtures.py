@@ -422,6 +422,19 @@ def test_a_killed_run_on_other_ranks_sees_the_same_samples(killed: tuple[Config,
     assert [source["samples_seen"] for source in first["sources"]] == [24, 14, 10]
 
 
+@pytest.mark.slow
+def test_a_run_whose_weights_have_just_changed_adds_up(killed: tuple[Config, Path], tmp_path: Path) -> None:
+    """Lines of steps after the newest checkpoint, which knows the old weights, are not held against these."""
+    run = Path(shutil.copytree(killed[1] / "tiny", tmp_path / "tiny"))
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if checkpoint.name != f"step-{4:010d}":
+            shutil.rmtree(checkpoint)
+    (run / "DONE").unlink()
+    found = {finding.check: finding for finding in look(run, no_data=True)}
+    for check in ("curves", "listed samples", "skipped steps"):
+        assert not found[check].wrong and not found[check].left_out, found[check]
+
+
 def swap(folder: Path) -> None:
     """Another set of the same name and size in the place of `few`."""
     shutil.rmtree(folder / "few")
