@@ -270,6 +270,11 @@ REFUSED: dict[str, tuple[dict[str, float], dict[str, Any], str]] = {
     "held out": ({"trees": 1, "few": 1}, {"data__held_out": 3}, "data.train names several: name a set in data.val"),
     "lanes": ({"trees": 1, "few": 1}, {"data__order": "lanes"}, "reads one set; .* data.order=permuted"),
     "one set": ({"trees": 1}, {}, "expected the path of one set, or 2 to 64 sets"),
+    "epochs": (
+        {"trees": 1, "few": 1},
+        {"total_steps": 0, "total_epochs": 2},
+        "total_epochs is of one set, .* total_steps",
+    ),
     "0 in all steps": ({"trees": 1, "few": 0}, {}, r"data.train\[1\] .* has weight 0 in all steps"),
 }
 
@@ -415,6 +420,19 @@ def test_a_killed_run_on_other_ranks_sees_the_same_samples(killed: tuple[Config,
     assert [source["name"] for source in receipt["sources"]] == ["trees", "few", "several", "late"]
     first = json.loads((folder / "tiny/checkpoints" / f"step-{4:010d}" / "state.json").read_text())["receipt"]
     assert [source["samples_seen"] for source in first["sources"]] == [24, 14, 10]
+
+
+@pytest.mark.slow
+def test_a_run_whose_weights_have_just_changed_adds_up(killed: tuple[Config, Path], tmp_path: Path) -> None:
+    """Lines of steps after the newest checkpoint, which knows the old weights, are not held against these."""
+    run = Path(shutil.copytree(killed[1] / "tiny", tmp_path / "tiny"))
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if checkpoint.name != f"step-{4:010d}":
+            shutil.rmtree(checkpoint)
+    (run / "DONE").unlink()
+    found = {finding.check: finding for finding in look(run, no_data=True)}
+    for check in ("curves", "listed samples", "skipped steps"):
+        assert not found[check].wrong and not found[check].left_out, found[check]
 
 
 def swap(folder: Path) -> None:

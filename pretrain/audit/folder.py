@@ -6,7 +6,7 @@ Imports no torch: the audit begins at once.
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from pretrain.audit.logs import Lie, lie, open_log, rows, rows_of
 from pretrain.checkpoint.layout import MAX_STEP, own_file, read_manifest, step_folders, step_of
-from pretrain.config import MAX_SOURCES, Config, load_config
+from pretrain.config import MAX_SOURCES, Config, Source, load_config
 from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
 from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
 from pretrain.data.mixture import Mixture, joined, phases_in
@@ -126,6 +126,16 @@ class Listed:
         return told
 
 
+def own_parts(path: Path, sources: Sequence[Source]) -> Path:
+    """Returns the end of a set's path that tells it from the other sets of a mixture: its folder, or more."""
+    folders = [source.path.parent if source.path.suffix == ".json" else source.path for source in sources]
+    own = path.parent if path.suffix == ".json" else path
+    for depth in range(1, len(own.parts) + 1):
+        if sum(folder.parts[-depth:] == own.parts[-depth:] for folder in folders) == 1:
+            return Path(*own.parts[-depth:])
+    return Path(*own.parts[1:])
+
+
 class Run:
     """A run's folder. Each part is read when first asked for, and raises UserError, of which Lie is one."""
 
@@ -232,8 +242,8 @@ class Run:
         data, loaded = self.config.data, []
         for source in data.sources[: max(2, len(self.sources))]:  # a start may have added one, and saved nothing yet
             path = self.options.data or source.path
-            if self.options.data and data.is_mixture:  # the folder that holds the folders of its sets
-                path /= (source.path.parent if source.path.suffix == ".json" else source.path).name
+            if self.options.data and data.is_mixture:
+                path /= own_parts(source.path, data.sources)
             if not path.exists():
                 raise LeftOut(f"{path} is not here; give its place with --data")
             loaded.append(load_manifest(path))
@@ -254,6 +264,10 @@ class Run:
         for source in self.manifest.sources or [self.manifest]:
             check_shards(source)
         return self.manifest
+
+    def order_holds(self, step: int) -> bool:
+        """Returns whether a step is of the order: a resume may have changed a mixture's weights, and saved nothing."""
+        return self.order.mixture is None or step <= self.trained
 
     @cached_property
     def order(self) -> Order:

@@ -29,22 +29,25 @@ def check_listed(run: Run) -> Outcome:
 def _check_steps(run: Run, listed: Listed) -> None:
     if not len(listed):
         return
-    if (too_large := np.flatnonzero(listed.indices >= run.order.num_samples)).size:
+    # Lines that a resume with other weights has written since the newest checkpoint follow another order.
+    lines = np.flatnonzero(listed.steps <= run.trained) if run.order.mixture else np.arange(len(listed))
+    steps, epochs, indices = (column[lines] for column in (listed.steps, listed.epochs, listed.indices))
+    if (too_large := np.flatnonzero(indices >= run.order.num_samples)).size:
         first = int(too_large[0])
-        lie(listed.place(first), f"index {listed.indices[first]}", f"less than the {run.order.num_samples} samples")
+        lie(listed.place(lines[first]), f"index {indices[first]}", f"less than the {run.order.num_samples} samples")
     # Also those far beyond, whose positions would not fit into 64 bits.
-    most = np.max(run.order.given(listed.steps) / np.array(run.order.sizes)[:, None], axis=0) + 1
-    if (late := np.flatnonzero(listed.epochs > most)).size:
+    most = np.max(run.order.given(steps) / np.array(run.order.sizes)[:, None], axis=0, initial=0) + 1
+    if (late := np.flatnonzero(epochs > most)).size:
         first = int(late[0])
-        sample = f"epoch {listed.epochs[first]}, index {listed.indices[first]} at step {listed.steps[first]}"
-        lie(listed.place(first), sample, "an epoch that was begun, by the order")
-    held = run.order.steps_of(listed.epochs, listed.indices) + 1  # state.step counts the steps done
-    wrong = np.flatnonzero(held != listed.steps)
+        sample = f"epoch {epochs[first]}, index {indices[first]} at step {steps[first]}"
+        lie(listed.place(lines[first]), sample, "an epoch that was begun, by the order")
+    held = run.order.steps_of(epochs, indices) + 1  # state.step counts the steps done
+    wrong = np.flatnonzero(held != steps)
     if wrong.size:
         first = int(wrong[0])
         where = f"step {held[first]}" if held[first] else "no step: it is held out"
-        sample = f"epoch {listed.epochs[first]}, index {listed.indices[first]} at step {listed.steps[first]}"
-        lie(listed.place(first), sample, f"{where}, by the order")
+        sample = f"epoch {epochs[first]}, index {indices[first]} at step {steps[first]}"
+        lie(listed.place(lines[first]), sample, f"{where}, by the order")
     late = np.flatnonzero(listed.steps > run.trained)
     if run.done is not None and late.size:
         lie(listed.place(int(late[0])), f"step {listed.steps[late[0]]}", f"at most {run.trained}, the last one")
@@ -101,7 +104,7 @@ def check_skipped(run: Run) -> Outcome:
             lie(row.source, f"step {step} after step {last}", "each step once")
         if run.done is not None and step > run.trained:
             lie(row.source, f"step {step}", f"at most {run.trained}, the last one")
-        if row.values.get("indices") != run.order.samples(step - 1)[1].tolist():
+        if run.order_holds(step) and row.values.get("indices") != run.order.samples(step - 1)[1].tolist():
             lie(row.source, f"indices {brief(row.values.get('indices'))}", f"those of step {step} by the order")
         last = step
     return Outcome("samples of skipped steps against the order", len(run.skipped))
@@ -109,8 +112,8 @@ def check_skipped(run: Run) -> Outcome:
 
 def _epochs_begun(run: Run) -> int:
     """How many epochs have been begun. Raises LeftOut where they are too many to add up one by one."""
-    epochs = 0
-    while run.order.seen(epochs, run.trained):
+    epochs, seen = 0, run.order.seen_in(run.trained)
+    while any(seen(epochs)):
         if (epochs := epochs + 1) > MAX_EPOCHS:
             raise LeftOut(f"more than {MAX_EPOCHS:,} epochs")
     return epochs
@@ -124,10 +127,11 @@ def check_epochs(run: Run) -> list[Outcome]:
     for of_pass, step, reason in listed:
         if step <= run.trained:
             bad.setdefault(of_pass, Counter())[reason] += 1
-    skipped = _skipped_by_pass(run)
+    skipped, seen_in = _skipped_by_pass(run), order.seen_in(run.trained)
     slots, used, finished, passes, told = 0, 0, 0, 0, []
     for epoch in range(begun):
-        for source, seen in enumerate(order.seen_by_source(epoch, run.trained)):
+        later = seen_in(epoch + MAX_LISTED_EPOCHS)
+        for source, seen in enumerate(seen_in(epoch)):
             of_pass = source, epoch
             own = seen - bad.get(of_pass, Counter()).total() - skipped[of_pass]
             if own < 0:
@@ -135,7 +139,7 @@ def check_epochs(run: Run) -> list[Outcome]:
                 lie(run.bad.path, what, f"at most the {seen} seen")
             slots, used, passes = slots + seen, used + own, passes + (seen > 0)
             finished += seen == order.sizes[source]
-            if seen and not order.seen_by_source(epoch + MAX_LISTED_EPOCHS, run.trained)[source]:
+            if seen and not later[source]:
                 told.append(Outcome(_sum(run, of_pass, seen, own, bad.get(of_pass, Counter()), skipped[of_pass]), seen))
     if slots != run.trained * order.global_batch:
         lie(run.saved[-1].place, f"{run.trained} steps", f"slots of the epochs' sum, {slots}")

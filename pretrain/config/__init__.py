@@ -37,7 +37,7 @@ from pretrain.config.sections import (
     Normalisation,
     OptimConfig,
 )
-from pretrain.config.sources import MAX_REWEIGHT_STEP, MAX_SOURCES
+from pretrain.config.sources import MAX_REWEIGHT_STEP, MAX_SOURCES, Source
 
 __all__ = [
     "BRANCH_MAY_CHANGE",
@@ -48,6 +48,7 @@ __all__ = [
     "MAX_IMAGE_SIZE",
     "MAX_REWEIGHT_STEP",
     "MAX_SOURCES",
+    "Source",
     "MAX_WIDTH",
     "MAY_CHANGE",
     "MINUS_ONE_TO_ONE",

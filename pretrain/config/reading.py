@@ -111,6 +111,8 @@ def _wrong_shapes(values: Any, schema: dict[str, Any], prefix: str = "") -> Iter
                 yield from _wrong_shapes(value, expected, f"{prefix}{key}.")
             else:
                 yield f"{prefix}{key} is {_short(value)}, expected a section with {', '.join(expected)}"
+        elif f"{prefix}{key}" in ("data.train", "data.reweight") and isinstance(value, dict):
+            yield f"{prefix}{key} is {_short(value)}, expected a list: each entry with a dash, or in [ ]"
         elif expected == "tuple[float, float]" and not isinstance(value, str):  # a string may refer to another key
             if not isinstance(value, list) or [type(item) in (int, float) for item in value] != [True, True]:
                 yield f"{prefix}{key} is {_short(value)}, expected two numbers, for example [0.5, 1.0]"

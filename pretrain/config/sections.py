@@ -304,6 +304,8 @@ class Config:
         by_epochs = self.total_epochs is not None and self.total_steps == 0  # until the data's size is known
         if self.total_epochs is not None and not 0 < self.total_epochs <= 1e6:
             problems.append(f"total_epochs is {self.total_epochs}, expected a number above 0, at most 1e6")
+        if self.total_epochs is not None and self.data.is_mixture:  # each of its sets has passes of its own
+            problems.append("total_epochs is of one set, but data.train is a mixture; give total_steps")
         problems += [] if by_epochs else [*outside(self, "", total_steps=(1, 1 << 40)), *self._schedule_problems()]
         problems += outside(self, "", seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):

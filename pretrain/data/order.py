@@ -6,6 +6,7 @@ storage where one sample costs a request. A mixture (mixture.py) is several sets
 memory, no state: the step number alone says where in the data a run is.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,9 +78,14 @@ class Order:
 
     def seen_by_source(self, epoch: int, steps: int) -> list[int]:
         """Returns the same for each source of a mixture; one number for one set."""
-        if self.lanes:
-            return [seen(self.lanes, self.num_train, self.global_batch, epoch, steps)]
-        return [min(max(0, n - epoch * size), size) for n, size in zip(self.given(steps).tolist(), self.sizes)]
+        return self.seen_in(steps)(epoch)
+
+    def seen_in(self, steps: int) -> Callable[[int], list[int]]:
+        """Returns `seen_by_source` of the first `steps` steps as a function of the epoch, for many epochs."""
+        if lanes := self.lanes:
+            return lambda epoch: [seen(lanes, self.num_train, self.global_batch, epoch, steps)]
+        given = list(zip(self.given(steps).tolist(), self.sizes))
+        return lambda epoch: [min(max(0, n - epoch * size), size) for n, size in given]
 
     def sources_of(self, indices: np.ndarray) -> np.ndarray:
         """Returns which source of a mixture each index belongs to, int64; 0 for one set."""

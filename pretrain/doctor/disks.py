@@ -155,8 +155,9 @@ def check_free_disk(config: Config, num_classes: int | None) -> Iterator[Finding
 
 def sets_of(config: Config) -> dict[str, Path]:
     """Returns the data sets of a run by the keys that name them, each path once."""
+    sources = [source.path for source in config.data.sources]
     named = {
-        "data.train": config.data.train,
+        **{"data.train" + f"[{number}]" * (len(sources) > 1): path for number, path in enumerate(sources)},
         "data.val": config.data.val,
         "evaluation.fewshot_train": config.evaluation.fewshot_train,
         "evaluation.fewshot_test": config.evaluation.fewshot_test,

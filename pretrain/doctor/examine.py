@@ -229,5 +229,5 @@ def _free_disk(config: Config) -> Iterator[Finding]:
     num_classes = config.model.num_classes
     if not num_classes:
         with suppress(UserError, OSError):  # the set's own line tells
-            num_classes = load_manifest(config.data.train).num_classes
+            num_classes = max(load_manifest(source.path).num_classes for source in config.data.sources)
     return disks.check_free_disk(config, num_classes)

@@ -41,7 +41,8 @@ def _is_the_recipes(config: Config, path: Path, text: str, name: str) -> bool:
 
 def _decides(config: Config) -> tuple[Any, ...]:
     """What a score is of. Of the data the end of its path: it may lie elsewhere."""
-    return Path(str(config.data.train)).parts[-2:], config.data.global_batch, config.total_steps, config.model
+    data = [(source.path.parts[-2:], source.weight) for source in config.data.sources]
+    return data, config.data.global_batch, config.total_steps, config.model
 
 
 def recipe_score(text: str, name: str) -> str | None:

@@ -97,6 +97,8 @@ def _open_train(config: Config) -> tuple[Manifest, Mixture | None]:
             since = f" from step {step} on" if step else ""
             rounded = f"{' : '.join(map(str, quotas))} of {sum(quotas):,} samples"
             say(f"data.train: the weights{since} are rounded to {rounded}")
+        if step >= config.total_steps:
+            say(f"warning: data.reweight: step {step} is not before the end, total_steps={config.total_steps}")
     return train_set, Mixture(tuple(source.num_samples for source in sources), phases_of(config.data))
 
 
