@@ -133,6 +133,17 @@ def python_2s(batch: dict[str, Any]) -> bytes:
     return b"".join(parts) + b"u."
 
 
+def pickled_arrays(shape: bytes, contents: list[bytes]) -> bytes:
+    """A pickle of a list of arrays of bytes, of one shape, all given in opcodes."""
+    made = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nNNtR(K\x01" + shape
+    made += b"cnumpy\ndtype\n(U\x02u1tR\x89"
+    return b"](" + b"".join(made + content + b"tb" for content in contents) + b"e."
+
+
+TEXT = b"T" + (9_000).to_bytes(4, "little") + bytes(9_000) + b"q\x01"
+HUGE = b"\x8a\xff" + b"\x7f" * 255 + b"q\x02"
+
+
 @pytest.mark.parametrize("write", [python_2s, partial(pickle.dumps, protocol=4)])
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_cifar_python(num_classes: int, write: Callable[[Any], bytes], tmp_path: Path) -> None:
@@ -184,6 +195,9 @@ def test_cifar_python(num_classes: int, write: Callable[[Any], bytes], tmp_path:
         (b")" + b"\x85" * 300_000 + b"\x8c\x01a\x93.", "which could run code"),
         (b"cnumpy\ndtype\n)" + b"\x85" * 300_000 + b"R.", "it calls numpy dtype"),
         (b"2" * 9, "opcode DUP"),
+        (pickled_arrays(b"(" + HUGE + b"h\x02" * 3_000 + b"t", [TEXT]), "else than rows of bytes"),
+        (pickled_arrays(HUGE + b"h\x02\x86", [TEXT]), "with 9000 bytes"),
+        (pickled_arrays(b"M\x28\x23\x85", [TEXT, b"h\x01"]), "more bytes than the file"),
     ],
 )  # fmt: skip
 def test_a_pickle_of_more_than_data_is_refused_and_runs_nothing(

@@ -25,7 +25,7 @@ from weights_on_disk import ROOT, in_memory, one_line, one_line_error, randomise
 from pretrain.data import remote
 from pretrain.errors import StorageError, UserError
 from pretrain.models.build import build_model
-from pretrain.models.by_name import fetched, is_name
+from pretrain.models.by_name import check_name, fetched, is_name
 from pretrain.models.google import write_google
 from pretrain.models.published import BUCKET, FILES, SHORT, google_file
 from pretrain.models.timm_folder import write_timm_folder
@@ -134,6 +134,16 @@ def test_a_wrong_answer_of_google_is_one_line_and_leaves_nothing(
     assert not list((tmp_path / "cache" / "google" / "imagenet21k").iterdir())
 
 
+def test_a_mirror_without_a_scheme_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of the variable, before anything is tried."""
+    monkeypatch.setenv("PRETRAIN_GOOGLE_MODELS", "mirror.example/vit_models")
+    with pytest.raises(
+        UserError, match="^PRETRAIN_GOOGLE_MODELS=mirror.example/vit_models: expected an address"
+    ) as told:
+        fetched(NAME)
+    one_line(told.value)
+
+
 def test_a_published_sha256_is_compared(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the table knows a checksum, the server's own word does not count."""
     row = google_file("ViT-B_16")
@@ -186,7 +196,8 @@ def test_the_table_of_googles_files() -> None:
     assert set(SHORT.values()) < set(FILES) and len(FILES) > 50 and BUCKET.startswith("https://")
     with pytest.raises(UserError, match=r"Did you mean: 'ViT-B_16'\?"):
         google_file("ViT-B16")
-    for wrong in ("", "augreg/", "augreg/../x", "../x", "other/x"):
+    assert google_file("augreg/other-run+1.5").path == "augreg/other-run+1.5.npz"
+    for wrong in ("", "../x", "other/x", *("augreg/" + x for x in ("", "../x", "..", "a" * 300, "a b", "a\n", "a\0"))):
         with pytest.raises(UserError, match="not in the table"):
             google_file(wrong)
 
@@ -210,6 +221,7 @@ class Hub:
         self.folder, self.requests, self.url = folder, [], ""
         self.fault: Callable[[str, str], str] = lambda method, file: ""
         self.repository = "somebody/tiny"
+        self.revisions: dict[str, set[str]] = {}  # asked for, by file
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         """Answers the API's question for the repository, and those for its files."""
@@ -218,10 +230,11 @@ class Hub:
             files = [{"rfilename": p.name, "size": p.stat().st_size} for p in sorted(self.folder.iterdir())]
             about = {"id": self.repository, "siblings": files, "sha": COMMIT, "cardData": {"license": "mit"}}
             return self._send(handler, 200, {}, json.dumps(about).encode())
-        match = re.fullmatch(f"/{self.repository}/resolve/[^/]+/(.+)", path)
-        if not match or not (file := self.folder / match[1]).is_file():
+        match = re.fullmatch(f"/{self.repository}/resolve/([^/]+)/(.+)", path)
+        if not match or not (file := self.folder / match[2]).is_file():
             code = "EntryNotFound" if match else "RepoNotFound"
             return self._send(handler, 404, {"X-Error-Code": code}, b"")
+        self.revisions.setdefault(file.name, set()).add(match[1])
         start = re.match(r"bytes=(\d+)-", handler.headers.get("Range", ""))
         first = int(start[1]) if start else 0
         self.requests.append((handler.command, file.name, first))
@@ -281,9 +294,10 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_a_repository_is_fetched_once_and_said(
     repository: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The right weights; a line with files, address, size and licence; without the server the cache serves."""
+    """The right weights, all of one commit; a line with files, address, size and licence; then the cache serves."""
     with hub(repository, monkeypatch) as site:
         assert same(OWNED, model)
+    assert site.revisions == {"config.json": {"main"}, "model.safetensors": {COMMIT}}  # main may move between them
     told = capsys.readouterr()
     (line,) = told.err.splitlines()
     assert f"{OWNED}: fetching config.json, model.safetensors of {site.url}/somebody/tiny (0.1 MiB, mit)" in line
@@ -361,12 +375,21 @@ def test_what_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / "timm:x").mkdir()
     assert not is_name("timm:x")
     assert results_folder(Path("hf-hub:a/b"), "evaluation") == Path("hf-hub_a_b/evaluation")
-    for wrong in ("hf-hub:a", "hf-hub:a/b/c", "hf-hub:../b c", "hf-hub:"):
+    names = (
+        "a a/b/c ../b%c ../x a/.. a/-b a/b- a/b.git a/b--c a/b@ a/b@../../x a/b@x/../y a/b@/x a/b@x@y a/b@x\n".split(
+            " "
+        )
+    )
+    for wrong in ("hf-hub:", *(f"hf-hub:{name}" for name in names)):
         with pytest.raises(UserError, match="expected hf-hub:OWNER/NAME"):
-            fetched(wrong)
+            check_name(wrong)
+    for right in ("timm/vit_base_patch16_224.augreg_in21k", "a/b@refs/pr/1", "_a/b.c-d@v1.0-rc", f"a/b@{COMMIT}"):
+        check_name(f"hf-hub:{right}")
 
 
-@pytest.mark.parametrize(("name", "told"), [("google:ViT-B16", "ViT-B_16"), ("hf-hub:x", "expected hf-hub:OWNER/NAME")])
+@pytest.mark.parametrize(
+    ("name", "told"), [("google:ViT-B16", "ViT-B_16"), ("hf-hub:a/..", "expected hf-hub:OWNER/NAME")]
+)
 def test_a_misspelt_name_is_told_without_torch(name: str, told: str, tmp_path: Path) -> None:
     """Before what takes seconds to import."""
     code = "import runpy, sys; sys.argv = ['predict', sys.argv[1], 'x.jpg']\n"

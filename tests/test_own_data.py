@@ -1,11 +1,13 @@
 """Fine-tuning on own data: which folder is what, the split, the shards' cache, the figures, the page, and all of it."""
 
+import html
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +187,7 @@ def test_given_parts_are_used_as_they_are(shard_folder: Path, own_shards: Path, 
         ({"only": 3}, None, "train: has one class, 'only'"),
         ({"only": 3, "empty": 0}, None, "has one class, 'only'"),
         ({}, None, "no images found"),
+        ({"": 3}, None, "train: its 3 photos lie in no class folder"),
         ({"a": 1, "b": 1}, None, "each class has one image"),
         ({"cat": 2, "dog": 2}, {"cat": 1, "dgo": 1}, "test: class 'dgo' is none of the 2 of .*Did you mean: 'dog'"),
     ],
@@ -195,7 +198,7 @@ def test_sets_that_cannot_be_learnt(
     """One line before anything is written: a single class, no image, nothing to test on, a class that train has not."""
     (tmp_path / "train").mkdir()
     for name in train:
-        (tmp_path / "train" / name).mkdir()
+        (tmp_path / "train" / name).mkdir(exist_ok=True)
     photos(tmp_path / "train", train)
     given = photos(tmp_path / "test", test) if test else None
     with pytest.raises(UserError, match=message) as caught:
@@ -228,6 +231,37 @@ def test_shards_are_made_once(tmp_path: Path) -> None:
         prepared(folder, out)
     one_line(caught.value)
     assert load_manifest(data.train).num_samples == 8  # what the runs have learnt from is still there
+
+
+def test_photos_that_cannot_be_read_are_told_and_named_apart(tmp_path: Path) -> None:
+    """One is left out, whose name begins with another's: the others keep their names, and a second call tells."""
+    folder, test = photos(tmp_path / "pets", {"cat": 3, "dog": 3}), photos(tmp_path / "test", {"cat": 2, "dog": 2})
+    (test / "cat" / "000.png: y1.png").write_bytes(b"no picture")
+    for _ in range(2):
+        data = prepared(folder, tmp_path / "out", test)
+        assert names_in(data.test) == ["cat/000.png", "cat/001.png", "dog/000.png", "dog/001.png"]
+        told = "test: 1 image is left out, the first: cat/000.png: y1.png: "
+        assert [line for line in data.told if line.startswith(told)]
+
+
+def test_calls_on_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    """While another process makes the shards of OUT, nothing in it is touched."""
+    folder, out = photos(tmp_path / "pets", {"cat": 5, "dog": 5}), tmp_path / "out"
+    out.mkdir()
+    code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+    code += "print(1, flush=True); input()"
+    words, pipe = [sys.executable, "-c", code, str(out / ".lock")], subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe) as other:
+        assert other.stdin and other.stdout and other.stdout.readline()
+        made: list[OwnData] = []
+        waiting = threading.Thread(target=lambda: made.append(prepared(folder, out)))
+        waiting.start()
+        waiting.join(1)
+        there = [path.name for path in out.iterdir()]
+        other.stdin.write(b"\n")
+        other.stdin.close()
+        waiting.join()
+    assert there == [".lock"] and made[0].num_test == 2
 
 
 def test_nothing_of_others_is_written_over(tmp_path: Path) -> None:
@@ -341,6 +375,14 @@ def test_micro_batches_fit_the_memory(gigabytes: float, expected: int) -> None:
         (["--train", "x", "--data", "y"], "--data is of --task"),
         (["--train", "x", "--run", "0"], "--run is of --task"),
         (["--train", "x", "--list"], "--list is of --task"),
+        (["--train", "nowhere"], "--train nowhere: not found"),
+        (["--train", ".", "--test", "nowhere"], "--test nowhere: not found"),
+        (["--task", "cifar10", "--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--train", ".", "--seeds", "0"], "--seeds 0: expected 1 or more"),
+        (["--train", ".", "--num-gpus", "0"], "--num-gpus 0: expected 1 or more"),
+        (["--train", ".", "--image-size", "0"], "--image-size 0: expected 1 or more"),
+        (["--train", ".", "--lr", "0.1,0"], "--lr 0: expected rates above 0"),
+        (["--train", ".", "--lr", "nan"], "--lr nan: expected rates above 0"),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -428,6 +470,15 @@ def test_the_page_in_a_browser(browser: Browser, tmp_path: Path, width: int, sch
     plain = write_page(results_folder(tmp_path / "plain", 3))
     browser.open(plain, width=width, scheme=scheme)
     assert browser.evaluate("document.querySelector('.bars').getBoundingClientRect().bottom") < 844
+
+
+def test_the_pages_command_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quoted, with the folder as it was given; of a whole path nothing that is above the working folder."""
+    monkeypatch.chdir(tmp_path)
+    results_folder(Path("runs/my pets"), 3)
+    for folder in (Path("runs/my pets"), tmp_path / "runs" / "my pets"):
+        text = html.unescape(write_page(folder).read_text())
+        assert "python tools/predict.py 'runs/my pets/final' PHOTO.jpg" in text and str(tmp_path) not in text
 
 
 @pytest.mark.parametrize("key", ["classes", "per_class", "confusion", "interval", "run", "top1", "seconds"])

@@ -7,6 +7,7 @@ python tools/finetune.py WEIGHTS --task cifar10 [--data ROOT] [--out DIR] [--see
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -66,7 +67,18 @@ def _arguments() -> argparse.Namespace:
 
 
 def _check_own(arguments: argparse.Namespace) -> None:
-    """Raises UserError for options that belong to --task alone, or to --train."""
+    """Raises UserError for options that belong to --task alone, or to --train, and for values that no run can have."""
+    for option, value in (
+        ("--steps", arguments.steps),
+        ("--seeds", arguments.seeds),
+        ("--num-gpus", arguments.num_gpus),
+        ("--image-size", arguments.image_size),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value}: expected 1 or more")
+    for rate in arguments.lr or ():
+        if not 0 < rate < math.inf:
+            raise UserError(f"--lr {rate:g}: expected rates above 0, as 0.003,0.01")
     if arguments.train is None and arguments.test is not None:
         raise UserError("--test is of --train; a --task has its own test images")
     if arguments.train is None:
@@ -76,6 +88,9 @@ def _check_own(arguments: argparse.Namespace) -> None:
             raise UserError(f"{option} is of --task and has no effect on --train; leave it out")
     if arguments.run is not None:
         raise UserError("--run is of --task and has no effect on --train; leave it out")
+    for option, path in (("--train", arguments.train), ("--test", arguments.test)):
+        if path is not None and not path.exists():
+            raise UserError(f"{option} {path}: not found; expected a folder of class folders, or a manifest.json")
 
 
 def main() -> int:
@@ -101,6 +116,9 @@ def _on_own_data(arguments: argparse.Namespace) -> int:
     options = _options(arguments, name)
     on_gpu = gpu_is_here()
     size = arguments.image_size or default_size(options.start, on_gpu=on_gpu)
+    model = options.start.model
+    if model.timm_name is None and size % model.patch_size:  # before shards are made
+        raise UserError(f"--image-size {size}: expected a multiple of the weights' patches of {model.patch_size} px")
     data = prepare(parts, options.out, shorter_side=stored_side(size))
     sweep = plan_own(name, data, options, image_size=size, on_gpu=on_gpu)
     for line in (*told, *data.told, *in_words(sweep, data)):

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shlex
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
 def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a command, which it prints, to its end; returns its exit code."""
-    print(shown(f"$ {Path(words[0]).name} {' '.join(words[1:])}"), flush=True)
+    print(shown(f"$ {shlex.join([Path(words[0]).name, *words[1:]])}"), flush=True)
     with subprocess.Popen(words, env=environment) as process:
         return process.wait()
 

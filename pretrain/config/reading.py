@@ -128,7 +128,8 @@ def _to_config(
         keys = {key for key, _ in flatten(OmegaConf.to_container(OmegaConf.create(part)))}
         _set_length(merged, keys)
         if tell and before and "model.name" in keys and (dropped := _without_effect(merged, before)):
-            tell(f"{origin}: {', '.join(dropped)} of {source} have no effect on it: dropped")
+            have = "has" if len(dropped) == 1 else "have"
+            tell(f"{origin}: {', '.join(dropped)} of {source} {have} no effect on it: dropped")
             given -= {key.partition("=")[0] for key in dropped}
         given |= keys
     try:

@@ -78,7 +78,7 @@ SHARED = {"loss": "loss", "transform": "transform"}  # alike for all rows of one
 
 @contextmanager
 def one_at_a_time(out: Path) -> Iterator[None]:
-    """Has others that write results into a folder, such as a job array's elements, wait until the block has ended.
+    """Has others that write into a folder, such as a job array's elements, wait until the block has ended.
 
     Warns where the file system gives no locks. Raises UserError where the folder cannot be written.
     """
@@ -91,7 +91,7 @@ def one_at_a_time(out: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
-            warn(f"{out}: its file system gives no locks ({error.strerror}); let no two evaluations end together")
+            warn(f"{out}: its file system gives no locks ({error.strerror}); let no two commands write there at once")
         yield
 
 

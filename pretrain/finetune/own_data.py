@@ -21,9 +21,10 @@ from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_a
 from pretrain.data.reader import BadSample, parse_label, read_sample
 from pretrain.errors import UserError
 from pretrain.escape import shown
+from pretrain.evaluation.results import one_at_a_time
 from pretrain.finetune.own_folders import MANIFEST, is_manifest
 from pretrain.json_files import Fields, read_json
-from pretrain.shards.build import How, build, read_dropped
+from pretrain.shards.build import How, build, read_dropped, read_dropped_items
 from pretrain.shards.class_tars import class_tar_items, is_of_class_tars
 from pretrain.shards.examples import FILE as EXAMPLES
 from pretrain.shards.examples import Example, content_sha256, write_examples
@@ -83,9 +84,16 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
         found["test"] = train._replace(items=items.without(rest), manifest=None)
     made = {name: part for name, part in found.items() if part.items is not None}
     folder = out / "data"
-    _begin(folder, out, made, shorter_side)
-    ready = {name: _ready(name, part, folder, notes, shorter_side) for name, part in found.items()}
+    _check_place(out, made)
+    with one_at_a_time(out):
+        _begin(folder, out, made, shorter_side)
+        ready = {name: _ready(name, part, folder, notes, shorter_side) for name, part in found.items()}
     told += [f"{kind}: {number:,}" for kind, number in (notes.passed_over + notes.notes).most_common()]
+    for name, part in made.items():
+        if dropped := read_dropped(folder / name):
+            images = "1 image is" if len(dropped) == 1 else f"{len(dropped):,} images are"
+            first = dropped[0].removeprefix(shown(f"{part.place}/"))  # a page tells nobody's folders
+            told.append(f"{name}: {images} left out, the first: {first}")
     manifests = {name: load_manifest(path) for name, path in ready.items()}
     for name, manifest in manifests.items():
         check_shards(manifest)
@@ -225,15 +233,18 @@ def _image_of(manifest: Manifest, index: int) -> bytes:
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
+def _check_place(out: Path, made: Mapping[str, _Part]) -> None:
+    for part in made.values():
+        if part.place.is_dir() and out.resolve().is_relative_to(part.place.resolve()):
+            raise UserError(f"{out}: lies inside {part.place}, and would be taken for photos; give another --out")
+
+
 def _begin(folder: Path, out: Path, made: Mapping[str, _Part], shorter_side: int) -> None:
     """Writes what the shards are made of, or finds it unchanged; shards of another state of the photos are removed.
 
     Raises UserError when runs have learnt from those.
     """
     path = folder / "made-of.json"
-    for part in made.values():
-        if part.place.is_dir() and out.resolve().is_relative_to(part.place.resolve()):
-            raise UserError(f"{out}: lies inside {part.place}, and would be taken for photos; give another --out")
     parts = {name: {"images": len(part.items or ()), "digest": _digest(part)} for name, part in made.items()}
     own = {"format": _FORMAT, "version": _VERSION, "shorter_side": shorter_side, "parts": parts}
     if path.is_file():
@@ -280,30 +291,22 @@ def _build(name: str, part: _Part, items: PackedItems, folder: Path, notes: Told
     seed = None if name == "test" else 0  # the test keeps its order, by which its images have names
     with cli.progress(f"shards of {name}", len(items), "images") as advance:
         sizes = {"samples_per_shard": SAMPLES_PER_SHARD, "seed": seed}
-        path = build(items, part.names, folder, **sizes, progress=advance, how=how, told=notes).absolute()
-    if dropped := read_dropped(folder):
-        cli.tell(f"warning: {name}: {len(dropped)} images are left out, the first: {dropped[0]}")
-    return path
+        return build(items, part.names, folder, **sizes, progress=advance, how=how, told=notes).absolute()
 
 
 def _write_names(path: Path, items: PackedItems) -> None:
     """Writes what each test image was called: for the pages that show mistakes."""
     manifest = load_manifest(path)
-    dropped = read_dropped(path.parent)
-    kept = [item for item in zip(_references(items), items, items.labels) if not _is_dropped(item[1], dropped)]
+    kept = items.without(read_dropped_items(path.parent))
     assert len(kept) == manifest.num_samples
     write_examples(
         path.parent,
         (
             Example(index, shown(name), label, content_sha256(read_sample(manifest, index).image))
-            for index, (name, _, label) in enumerate(kept)
+            for index, (name, label) in enumerate(zip(_references(kept), kept.labels))
         ),
     )
 
 
 def _references(items: PackedItems) -> Iterable[str]:
     return (items.reference(index) for index in range(len(items)))
-
-
-def _is_dropped(item: Item, dropped: Sequence[str]) -> bool:
-    return any(line.startswith(shown(f"{item.source}: ")) for line in dropped)

@@ -26,7 +26,9 @@ from pretrain.storage import crc32c, fsync_path, sha256
 
 SCHEMES = ("timm", "hf-hub", "google")
 FORMS = "timm:NAME, hf-hub:OWNER/NAME or google:NAME"
-_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]{1,96})?")
+# As the hub's client takes them, which imports for seconds: a name begins and ends with a letter, a digit or "_".
+_REPOSITORY = re.compile(r"(?!.*(\.\.|--|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w.-]{0,95}(/\w[\w.-]{0,95}){0,3}", re.ASCII)
 _FIRST_TRIES = 3  # until a server has answered once: who has no network hears it at once
 _TENSORS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
@@ -44,8 +46,9 @@ def check_name(weights: Path | str) -> None:
     scheme, _, name = str(weights).partition(":")
     if scheme == "google":
         google_file(name)
-    if scheme == "hf-hub" and not _REPOSITORY.fullmatch(name):
-        raise UserError(f"{weights}: expected hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION")
+    repository, at, revision = name.partition("@")
+    if scheme == "hf-hub" and not (_REPOSITORY.fullmatch(repository) and (not at or _REVISION.fullmatch(revision))):
+        raise UserError(f"{weights}: expected hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION, as the hub writes them")
 
 
 def folder_name(weights: Path | str) -> str:
@@ -123,10 +126,12 @@ def _size(num_bytes: int | None) -> str:
 
 def _from_google(name: str, file: GoogleFile) -> Path:
     """The file in the cache; only a complete and compared one bears its name. The partial one is the lock."""
-    base = os.environ.get("PRETRAIN_GOOGLE_MODELS", BUCKET).rstrip("/")
+    base = (os.environ.get("PRETRAIN_GOOGLE_MODELS") or BUCKET).rstrip("/")
     url, path = f"{base}/{quote(file.path)}", cache_folder() / "google" / file.path
     if path.is_file():
         return path
+    if not base.startswith(("https://", "http://")):
+        raise UserError(f"PRETRAIN_GOOGLE_MODELS={base}: expected an address, such as {BUCKET}")
     size = f" ({file.mebibytes:,} MiB)" if file.mebibytes else ""
     way_out = f"download {url}{size} where there is a network, and put it at {path}"
     try:
@@ -200,13 +205,13 @@ def _download(name: str, url: str, file: GoogleFile, path: Path, part: BinaryIO)
 
 def _from_hub(name: str, repository: str, revision: str | None) -> Path:
     """The snapshot's folder in the hub's cache, with config.json and tensors in it."""
-    if (folder := _cached(repository, revision)) is not None:
-        return folder
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     address = f"{endpoint}/{repository}" + (f"/tree/{revision}" if revision else "")
     with _one_line(name, address):
         from huggingface_hub import HfApi, constants
 
+        if (folder := _cached(repository, revision)) is not None:
+            return folder
         info = HfApi(endpoint=endpoint).model_info(repository, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size for file in info.siblings or ()}
         wanted = _wanted(sizes, name, address)
@@ -216,7 +221,9 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Path:
         cache = constants.HF_HUB_CACHE
         _tell(f"{name}: fetching {', '.join(wanted)} of {address} ({_size(total)}, {licence}) to {cache}")
         with _progress(name, total or 0) as advance, _quiet():
-            paths = [_hub_file(repository, file, revision, endpoint, advance) for file in wanted]
+            paths = [_hub_file(repository, wanted[0], revision, endpoint, advance)]
+            commit = paths[0].parent.name  # of this one file; a branch may move before the next
+            paths += [_hub_file(repository, file, commit, endpoint, advance) for file in wanted[1:]]
     for path in paths:
         _check_blob(path, address)
     return paths[0].parent

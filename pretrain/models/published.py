@@ -5,6 +5,7 @@ google-research/big_vision (VANITY_NAMES of models/vit.py), timm 1.0 (pretrained
 and, for imagenet21k+imagenet2012 and H/14, jeonsworld/ViT-pytorch and lukemelas/PyTorch-Pretrained-ViT.
 """
 
+import re
 from typing import NamedTuple
 
 from pretrain.config.checks import did_you_mean
@@ -77,6 +78,9 @@ def _files() -> dict[str, GoogleFile]:
 
 
 FILES = _files()
+_AUGREG = re.compile(
+    r"augreg/[\w.+-]{1,200}", re.ASCII
+)  # the longest in the table has 102; a file's name has at most 255
 # ViT-B_16: the paper's, pre-trained on ImageNet-21k; B_16: AugReg's recommended one.
 SHORT = {name: f"imagenet21k/{name}" for name in _PAPER}
 SHORT |= {model: _I21K.format(model, recipe) for model, (recipe, _, _) in _RECOMMENDED.items()}
@@ -87,7 +91,7 @@ def google_file(name: str) -> GoogleFile:
     plain = name.removesuffix(".npz")
     if found := FILES.get(SHORT.get(plain, plain)):
         return found
-    if plain.startswith("augreg/") and "/" not in plain.removeprefix("augreg/") and len(plain) > len("augreg/"):
+    if _AUGREG.fullmatch(plain) and ".." not in plain:
         return GoogleFile(f"{plain}.npz")  # of 50,000, listed in the bucket's augreg/index.csv
     raise UserError(
         f"google:{name}: is not in the table of Google's files: {', '.join(SHORT)}, or FOLDER/NAME as in "

@@ -5,6 +5,7 @@ script, nothing from outside; names of classes and photos are whatever someone w
 """
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,20 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
         run = _one_name(values, "run")
         wrong = read_wrong(folder / run)[0] if inside(folder, f"{run}/evaluation/wrong.json") else []
         text = template("own_page.html.jinja").render(
-            **_shown(values), wrong=wrong, folder=folder.resolve().name, CELL=CELL, LABEL=LABEL
+            **_shown(values), wrong=wrong, trained=shlex.quote(str(_from_here(folder) / run)), CELL=CELL, LABEL=LABEL
         )
         page.parent.mkdir(parents=True, exist_ok=True)
         write_text(page, text, errors="replace")
     except OSError as error:
         raise UserError(f"{error.filename or page}: {error.strerror}; give another --out") from None
     return page
+
+
+def _from_here(folder: Path) -> Path:
+    """A folder as seen from the working folder; elsewhere its name alone: a page tells nobody's folders."""
+    if not folder.is_absolute():
+        return folder
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else Path(folder.name)
 
 
 def _shown(values: Fields) -> dict[str, Any]:

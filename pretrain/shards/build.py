@@ -19,6 +19,7 @@ from pretrain.data.classes import check_names
 from pretrain.data.images import decode
 from pretrain.data.manifest import (
     LABEL_ENDING,
+    MAX_SAMPLES,
     Shard,
     write_manifest,
 )
@@ -46,7 +47,7 @@ class DataSet(NamedTuple):
     num_classes: int
     classes: Sequence[str]
     counts: Counter[int] | None  # images of each class, where they were counted
-    dropped: list[str]  # what was left out, with the reason
+    dropped: list[tuple[int, str]]  # what was left out: which item, and the reason
     multi_label: bool = False
     provenance: Mapping[str, Any] = {}  # what was done to the images, beside what was left out
     told: Mapping[str, Mapping[str, int]] = {}  # for counts.json: what was passed over and noted, each with its number
@@ -98,11 +99,11 @@ def build(
     notes = told.notes if told else Counter[str]()
     for done in complete:
         notes.update(done.notes)
-    dropped = [line for done in complete for line in done.dropped]
+    dropped = shards.dropped(complete)
     written = [done.shard for done in complete if done.shard.num_samples]
     if not written:
         unfinished.clear(out, set_name(out))
-        raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0]}")
+        raise UserError(f"{out}: none of the {len(items)} images can be decoded, the first: {dropped[0][1]}")
     made = DataSet(
         written,
         len(classes) or 1 + _largest_label(items),
@@ -188,6 +189,14 @@ class _Shards:
             unfinished.keep(self._folder, number, done)
             there[number] = done
         return [there[number] for number in numbers]
+
+    def dropped(self, complete: Sequence[Done]) -> list[tuple[int, str]]:
+        """Returns what all shards have left out: which item, and the reason."""
+        return [
+            (int(self._order[number * self._size + place]), line)
+            for number, done in enumerate(complete)
+            for place, line in done.dropped.items()
+        ]
 
     def done(self, number: int) -> Done | None:
         """Returns a shard that is complete."""
@@ -276,16 +285,16 @@ def _write_shard(task: _Task, progress: Progress) -> tuple[int, Done]:
     return task.number, Done(index_tar(task.path), dropped, counts, task.notes)
 
 
-def _write_tar(path: Path, task: _Task, progress: Progress, counts: Counter[int]) -> list[str]:
-    """Writes a tar, counts the images of each class, and returns what was left out, with the reason."""
-    dropped = []
+def _write_tar(path: Path, task: _Task, progress: Progress, counts: Counter[int]) -> dict[int, str]:
+    """Writes a tar, counts the images of each class, and returns what was left out, by its place, with the reason."""
+    dropped = {}
     with path.open("wb") as stream, TarWriter(stream, mtime=0, encoder=False) as writer:
         written = 0
-        for item in task.items:
+        for place, item in enumerate(task.items):
             try:
                 data, ending = _as_stored(item, task)
             except BadSample as bad:
-                dropped.append(shown(f"{item.source}: {bad}"))
+                dropped[place] = shown(f"{item.source}: {bad}")
                 continue
             finally:
                 progress(1)
@@ -353,7 +362,8 @@ def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
     if classes:
         write_text(out / "classes.json", json.dumps(classes, ensure_ascii=False, indent=0) + "\n")
     if made.dropped or made.provenance:
-        write_text(out / "provenance.json", json.dumps({"dropped": made.dropped, **made.provenance}, indent=1) + "\n")
+        left_out = {"dropped": [line for _, line in made.dropped], "dropped_items": [item for item, _ in made.dropped]}
+        write_text(out / "provenance.json", json.dumps({**left_out, **made.provenance}, indent=1) + "\n")
     if made.counts is not None:
         write_counts(out, [made.counts[label] for label in range(made.num_classes)], classes)
         if made.told:
@@ -366,3 +376,16 @@ def read_dropped(folder: Path) -> list[str]:
     """Returns what was left out of a data set, with the reasons. Raises UserError when the list cannot be read."""
     path = folder / "provenance.json"
     return list(Fields.of(read_json(path), str(path)).texts("dropped")) if path.exists() else []
+
+
+def read_dropped_items(folder: Path) -> set[int]:
+    """Returns which of a data set's items were left out. Raises UserError when the list cannot be read."""
+    path = folder / "provenance.json"
+    if not path.exists():
+        return set()
+    fields = Fields.of(read_json(path), str(path))
+    found = fields.values.get("dropped_items")
+    if not isinstance(found, list):
+        fields.wrong("dropped_items", "a list of numbers")
+    each = Fields({f"dropped_items[{place}]": value for place, value in enumerate(found)}, str(path))
+    return {each.integer(place, 0, MAX_SAMPLES) for place in each.values}

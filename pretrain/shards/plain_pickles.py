@@ -57,6 +57,7 @@ def read_plain_pickle(data: bytes, source: str) -> Any:
 def _read(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    room = len(data)  # for the bytes of arrays: one that is memoised is made into an array once
 
     def since_mark() -> list[Any]:
         place = next(number for number in range(len(stack) - 1, -1, -1) if stack[number] is _MARK)
@@ -106,7 +107,7 @@ def _read(data: bytes) -> Any:
             stack.append(_made(function, arguments))
         elif name == "BUILD":
             state = stack.pop()
-            _build(_of(_Made, stack[-1]), _of(tuple, state))
+            room -= _build(_of(_Made, stack[-1]), _of(tuple, state), room)
         elif name == "STOP":
             return _plain(stack.pop())
         elif name not in ("PROTO", "FRAME"):
@@ -130,17 +131,25 @@ def _made(function: Any, arguments: Any) -> _Made:
     raise ValueError(f"it calls {function} with {brief(arguments)}")
 
 
-def _build(made: _Made, state: tuple[Any, ...]) -> None:
-    """Fills an array: (version, shape, dtype, is column by column, bytes). A dtype's state tells nothing of bytes."""
+def _build(made: _Made, state: tuple[Any, ...], room: int) -> int:
+    """Fills an array: (version, shape, dtype, is column by column, bytes). A dtype's state tells nothing of bytes.
+
+    Returns its number of bytes, at most `room`.
+    """
     if made.kind == "bytes":
-        return
+        return 0
     _, shape, dtype, by_columns, content = state
-    if type(dtype) is not _Made or dtype.kind != "bytes" or by_columns or type(shape) is not tuple:
+    if type(dtype) is not _Made or dtype.kind != "bytes" or by_columns or type(shape) is not tuple or len(shape) > 2:
         raise ValueError("an array of something else than rows of bytes")
-    content = content.encode("latin-1") if isinstance(content, str) else _of(bytes, content)
-    if not all(type(side) is int and side >= 0 for side in shape) or math.prod(shape) != len(content):
-        raise ValueError(f"an array of shape {brief(shape)} with {len(content)} bytes")
+    size = len(content if type(content) is str else _of(bytes, content))
+    # Each side alone first: the product of large ones takes minutes.
+    if not all(type(side) is int and 0 <= side <= size for side in shape) or math.prod(shape) != size:
+        raise ValueError(f"an array of shape {brief(shape)} with {size} bytes")
+    if size > room:
+        raise ValueError("its arrays have more bytes than the file")
+    content = content.encode("latin-1") if isinstance(content, str) else content
     made.array = np.frombuffer(content, np.uint8).reshape(shape)
+    return size
 
 
 def _plain(value: Any) -> Any:

@@ -116,6 +116,8 @@ def _class_folders(root: Path, told: Told) -> list[str]:
             beside.append(path)
         else:
             _pass_over(path, told)
+    if beside and not names:
+        raise UserError(f"{root}: its {len(beside):,} photos lie in no class folder; expected {root}/CLASS/NAME.jpg")
     if names and beside:
         raise UserError(f"{beside[0]}: is a picture beside the class folders; move it into one, or out of {root}")
     unreadable = next((name for name in names if not is_text(name)), None)

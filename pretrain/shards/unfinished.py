@@ -12,14 +12,13 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Shard
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, read_json
 from pretrain.storage import remove, remove_left_over, write_text
 
 FOLDER = ".unfinished-set"
-FORMAT, VERSION = "pretrain-unfinished-set", 1
+FORMAT, VERSION = "pretrain-unfinished-set", 2
 _PLAN = "plan.json"
 TORN_AFTER_S = 600  # a writer adds to its file all the time; and clocks of nodes differ
 
@@ -30,7 +29,7 @@ class Done(NamedTuple):
     """A complete shard."""
 
     shard: Shard
-    dropped: list[str]  # what was left out, with the reason
+    dropped: dict[int, str]  # what was left out, by its place among the shard's images, with the reason
     counts: Counter[int]  # images of each class
     notes: Counter[str]  # pictures that were converted, or look otherwise than shown
 
@@ -71,7 +70,7 @@ def keep(folder: Path, number: int, done: Done) -> None:
         "num_samples": done.shard.num_samples,
         "num_bytes": done.shard.num_bytes,
         "sha256": done.shard.sha256,
-        "dropped": done.dropped,
+        "dropped": {str(place): line for place, line in done.dropped.items()},
         "counts": {str(label): count for label, count in sorted(done.counts.items())},
         "notes": dict(done.notes),  # in the order they came, as counts.json has them
     }
@@ -88,17 +87,18 @@ def read(folder: Path, number: int, path: Path) -> Done | None:
     if path.stat().st_size != num_bytes:
         return None
     shard = Shard(path, values.integer("num_samples", 0, MAX_SHARD_SAMPLES), num_bytes, values.text("sha256"))
-    counts, notes = values.part("counts"), values.part("notes")
+    counts, notes, dropped = values.part("counts"), values.part("notes"), values.part("dropped")
     return Done(
         shard,
-        list(values.texts("dropped")),
-        Counter({_label(label): counts.integer(label, 0, MAX_SHARD_BYTES) for label in counts.values}),
+        {_number(place): dropped.text(place) for place in dropped.values},
+        Counter({_number(label): counts.integer(label, 0, MAX_SHARD_BYTES) for label in counts.values}),
         Counter({note: notes.integer(note, 0, MAX_SHARD_BYTES) for note in notes.values}),
     )
 
 
-def _label(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(MAX_CLASSES)) else 0
+def _number(text: str) -> int:
+    """A label, or a place in a shard."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(MAX_SHARD_SAMPLES)) else 0
 
 
 def _file(folder: Path, number: int) -> Path:

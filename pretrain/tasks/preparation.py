@@ -15,10 +15,9 @@ from typing import NamedTuple
 from pretrain.data.manifest import check_shards, file_inside, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
-from pretrain.escape import shown
 from pretrain.json_files import Fields, brief, read_json
 from pretrain.shards.archives import Original, Splits, read_text
-from pretrain.shards.build import Progress, build, check_labels, read_dropped
+from pretrain.shards.build import Progress, build, check_labels, read_dropped_items
 from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples
 from pretrain.shards.imagenet import TRAIN_TAR, VAL_TAR
 from pretrain.shards.packs import pack_originals, split_of
@@ -233,11 +232,9 @@ def _write_split(
     ]
     options = {"samples_per_shard": samples_per_shard, "seed": None, "progress": progress}
     path = build(items, source.class_names, folder, **options)
-    dropped = read_dropped(folder)
+    dropped = read_dropped_items(folder)
     kept = [
-        (original, digest)
-        for original, digest in zip(originals, digests)
-        if not dropped or not any(line.startswith(shown(f"{original.item.source}: ")) for line in dropped)
+        (original, digest) for index, (original, digest) in enumerate(zip(originals, digests)) if index not in dropped
     ]
     assert len(kept) == load_manifest(path).num_samples
     examples = [

@@ -3,9 +3,12 @@
 import csv
 import io
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+
+import numpy as np
 
 from fuzz.harness import Target
 from fuzz.mutate import ODD_VALUES, changed_bytes, changed_lines, changed_tar, line_seeds, member
@@ -14,6 +17,7 @@ from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.shards import elsewhere
 from pretrain.shards.make import Options, make_shards
+from pretrain.shards.plain_pickles import read_plain_pickle
 
 _ODD_CELLS = [str(value) for value in ODD_VALUES] + ["a.png\0", "b/../a.png", "./a.png", "a.png/", "b", '"', "\r", ","]
 _ROWS = [["a.png", "ash"], ["b/c.png", "birch"], ["b/d.jpg", "ash"]]
@@ -106,3 +110,25 @@ def remote_tar(folder: Path) -> Target:
         load_manifest(elsewhere.index_urls(["http://h/a.tar"], (), own / "out"))
 
     return Target(good_tars(), hostile_tars(), slow_tars(), changed_tar, call)
+
+
+def plain_pickle(folder: Path) -> Target:
+    """A batch of CIFAR's python version: nothing in it is run, and no number or text in it costs more than its size."""
+    values = {"filenames": [b"a.png"], "labels": [1, 2], "data": np.zeros((2, 12), np.uint8), "text": "a", "none": None}
+    good = [pickle.dumps(values, protocol) for protocol in (2, 4)][::-1]
+    made = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nNNtR(K\x01%b" + b"cnumpy\ndtype\n(U\x02u1tR\x89%btb"
+    )
+    huge, text = (
+        b"\x8a\xff" + b"\x7f" * 255 + b"q\x02",
+        b"T" + (1 << 16).to_bytes(4, "little") + bytes(1 << 16) + b"q\x01",
+    )
+    seeds = [made % (b"(" + huge + b"h\x02" * number + b"t", text) + b"." for number in (1, 10_000)]
+    seeds += [b"](" + made % (b"J\0\0\1\0\x85", text) + made % (b"J\0\0\1\0\x85", b"h\x01") * 20_000 + b"e."]
+    seeds += [
+        b"})" + b"\x85" * 300_000 + b"Ns.",
+        b")" + b"\x85" * 300_000 + b"\x8c\x01a\x93.",
+        b"cos\nsystem\n(NtR.",
+        b"]" * 99,
+    ]
+    return Target(good, seeds, [], changed_bytes, lambda data, own: read_plain_pickle(data, "a.pickle"))

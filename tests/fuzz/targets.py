@@ -146,6 +146,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "source_targz": sets.source_targz,
     "source_csv": sources.source_csv,
     "source_jsonl": sources.source_jsonl,
+    "plain_pickle": sources.plain_pickle,
     "class_tars": sources.class_tars,
     "remote_tar": sources.remote_tar,
     "task_tar": sets.task_tar,
