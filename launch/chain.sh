@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submits a run and what comes after it: pretrain -> convert -> evaluate (an array) -> report. Arguments are those of
-# launch/pretrain.py; prints the jobs' numbers.
+# launch/pretrain.py; prints the jobs' numbers. Paths are those from the repository, wherever it is started.
 #
 #   TASKS="imagenet,real imagenet_v2 knn:pets" launch/chain.sh --config configs/plain_s16_imagenet1k.yaml [key=value ...]
 #
@@ -20,13 +20,20 @@ set -eEuo pipefail  # E: the trap below holds in functions too
 cd "$(dirname "$0")/.."
 
 run=$(python launch/pretrain.py "$@" --print-folder)
-converted=${OUT:-converted/$(basename "$run")}
+converted=${OUT:-$run/converted}
 jobs=()
-trap '[[ ${#jobs[@]} -eq 0 ]] || { scancel "${jobs[@]}"; echo "not submitted: ${jobs[*]} cancelled" >&2; }' ERR
+cancel() {
+  [[ $BASH_SUBSHELL -gt 0 ]] && return  # of $(...), whose failure comes here again
+  [[ ${#jobs[@]} -eq 0 ]] || { scancel "${jobs[@]}"; echo "not submitted: ${jobs[*]} cancelled" >&2; }
+}
+trap cancel ERR
+stopped=
+trap 'stopped=1' INT TERM  # looked at when the number of the job in hand is known
 submit() {  # sets `job`; not $(submit ...), in which `jobs` would be another shell's
   job=$(sbatch --parsable --kill-on-invalid-dep=yes "$@")
   job=${job%%;*}  # a cluster's name may follow
   jobs+=("$job")
+  [[ -z $stopped ]] || { cancel; exit 130; }
 }
 # Options are lists of words: unquoted.
 submit $pretrain_options launch/pretrain.sbatch "$@"
@@ -34,11 +41,12 @@ echo "pretrain $job: $run"
 submit $convert_options --dependency="afterok:$job" launch/convert.sbatch "$run" "$converted" --to "$format" --overwrite
 echo "convert  $job: $converted"
 if [[ -n $tasks ]]; then
-  read -ra elements <<< "$tasks"
-  submit $evaluate_options --dependency="afterok:$job" --array=0-$((${#elements[@]} - 1)) launch/evaluate.sbatch "$tasks" \
+  read -d '' -ra elements <<< "$tasks" || true  # over all lines, at whose end it fails
+  # The options last: --array=0-9%2 of theirs counts.
+  submit --dependency="afterok:$job" --array=0-$((${#elements[@]} - 1)) $evaluate_options launch/evaluate.sbatch "$tasks" \
     "$converted" --data "$data" --out "$run/evaluation"
   echo "evaluate $job: ${#elements[@]} elements"
 fi
-submit --job-name=report $report_options --dependency="afterany:$job" \
-  --wrap "python tools/report.py $(printf %q "$run")"
+quote="'\\''"  # /bin/sh runs it, which does not know all that printf %q writes
+submit --job-name=report $report_options --dependency="afterany:$job" --wrap "python tools/report.py '${run//\'/$quote}'"
 echo "report   $job: $run/report"

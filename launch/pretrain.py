@@ -10,6 +10,7 @@ starts the ranks of this machine itself, and again when one is lost.
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 # This file's folder comes first on sys.path, where `pretrain` would be this file instead of the package.
@@ -100,7 +101,8 @@ def _with_restarts(most: int, num_ranks: int | None, folder: Path) -> int:
 
     words = [sys.executable, *sys.orig_argv[1:]]  # as it was given: ranks know that they are such
     ranks = num_ranks or local.default_num_ranks()
-    return restarts.run_with_restarts(words, ranks, most, STOP, newest=newest, forbidden=forbidden)
+    forget = partial(watchdog.forget_reports, folder)
+    return restarts.run_with_restarts(words, ranks, most, STOP, newest=newest, forbidden=forbidden, forget=forget)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import socket
 import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -56,16 +56,21 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 _MAX_NAME_BYTES = 255 - len(".tmp-")  # as most file systems allow
+_START_LETTERS = 12  # of a random number: as many machines as there are
 
 
 @cache
 def _machine() -> str:
-    """Who numbers the processes here: the host and, as a container may number its own, which numbers these are."""
-    try:
+    """Who numbers the processes here: the host and, as a container may number its own, which numbers these are.
+
+    Machines may share a name, as copies of one image do, and the first numbering is the same everywhere; their starts
+    are not.
+    """
+    started, numbering = "", 0
+    with suppress(OSError):  # not Linux
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:_START_LETTERS]
         numbering = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        numbering = 0
-    return f"{socket.gethostname()}-{numbering}"
+    return f"{socket.gethostname()}-{started}-{numbering}"
 
 
 def remove_left_over(folder: Path) -> None:

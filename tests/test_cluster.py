@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from pretrain.cluster import agreement, ranks, signals
+from pretrain.cluster import agreement, peers, ranks, signals
 from pretrain.cluster.jobs import array_ranges
-from pretrain.cluster.local import gpus_asked_for
-from pretrain.errors import UserError
+from pretrain.cluster.local import gpus_asked_for, rank_variables
+from pretrain.errors import LostProcessError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +76,38 @@ def test_a_contradictory_environment_is_refused(environment: dict, told: str, mo
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=told):
         ranks.start(5)
+
+
+@pytest.mark.parametrize(
+    ("supervised", "kind", "told"),
+    [(False, UserError, "is in use, by another run"), (True, LostProcessError, "EADDRINUSE")],
+)
+def test_a_port_that_is_taken(
+    supervised: bool, kind: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has chosen it must choose another; the process that restarts ranks does so by itself."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        for name, value in rank_variables(0, 2, taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv(signals.SUPERVISOR, raising=False)
+        if supervised:
+            monkeypatch.setenv(signals.SUPERVISOR, "1")
+        with pytest.raises(kind, match=told):
+            ranks.start(5)
+
+
+def test_a_node_that_names_itself_by_loopback_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own name leads there, as some systems have it: at that address the asking node would find itself."""
+    for name, value in rank_variables(1, 3, 1).items():
+        monkeypatch.setenv(name, value)
+    peers.meet(lambda own: [("n0", "127.0.1.1", 1), own, ("n2", "192.0.2.1", 1), ("n3", "::1", 1)])
+    try:
+        (told,) = peers.silent(0.2)
+    finally:
+        peers.leave()
+    assert told.startswith("n2 (rank 2) ")
 
 
 def test_stop_request_remembers_and_a_second_interrupt_interrupts(capfd: pytest.CaptureFixture[str]) -> None:

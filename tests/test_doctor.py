@@ -28,6 +28,7 @@ from pretrain.config import Config
 from pretrain.data.loader import Room
 from pretrain.doctor import disks, examine, findings, machine, meeting
 from pretrain.doctor.findings import AWAY, OK, RED, WARN, Finding, Row
+from pretrain.json_files import Fields
 from pretrain.shards.elsewhere import index_urls
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +62,13 @@ def test_all_ranks_make_one_table() -> None:
     long = [*rows, Row(RED, "x", "many words " * 40, "and a remedy " * 20)]
     assert max(map(len, findings.lines(long))) <= findings.WIDTH
     assert findings.place([4, 5, 6, 7], range(8), {rank: f"n{rank}" for rank in range(8)}) == "n4, n5, n6 and 1 more"
+
+
+def test_a_long_text_does_not_cost_the_table() -> None:
+    """An error may hold a whole file; rank 0 reads the beginning."""
+    long = Finding("disk", RED, "x" * 100_000, "y" * 100_000)
+    (read,) = findings.from_json(Fields.of(part, "finding") for part in findings.as_json([long]))
+    assert read.state == RED and long.found.startswith(read.found) and len(read.found) == len(read.remedy) > 1000
 
 
 @pytest.mark.parametrize("wrong", ["open files", "/dev/shm", "memory"])
@@ -158,6 +166,30 @@ def test_locks_and_renames_of_the_run_folder(tmp_path: Path, monkeypatch: pytest
     seen = list(disks.check_seen_probe(probe.path, "token", True))
     assert [(f.check, f.state) for f in seen] == [("shared disk", OK), ("locks over nodes", RED)]
     probe.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_no_probe(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a full disk, on which the probe's folder can be made and its files cannot."""
+
+    def interrupted(config: Any, meeting: Any, made: list[disks.Probe]) -> int:
+        made.append(disks.Probe(tmp_path, "token"))
+        os.kill(os.getpid(), number)
+        time.sleep(100)
+        return 0
+
+    monkeypatch.setattr(examine, "_round", interrupted)
+    lead: Any = examine._lead
+    with pytest.raises(KeyboardInterrupt):
+        lead(None, None)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disks, "write_text", full)
+    with pytest.raises(OSError):
+        disks.Probe(tmp_path, "another")
     assert list(tmp_path.iterdir()) == []
 
 

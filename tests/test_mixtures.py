@@ -374,7 +374,7 @@ def killed(sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> t
         process.join()
     assert not (folder / "tiny" / "DONE").exists(), "killed too late"
     more = [*config_to_dict(config)["data"]["train"], {"path": str(late), "weight": 0}]
-    later = [{"step": 8, "weights": [0.25, 0, 0.75, 0]}, {"step": 12, "weights": [1, 0, 1, 2]}]
+    later = [{"step": 8, "weights": [0.25, 0, 0.75, 0]}, {"step": 12, "weights": [3, 0, 1, 2]}]
     config = changed(config, data__train=more, data__reweight=later)
     run_ranks(finish, 3, config)
     return config, folder

@@ -97,8 +97,10 @@ def test_a_hostfile_over_ssh_and_pdsh(tmp_path: Path) -> None:
 
 
 def test_the_image_holds_what_there_is() -> None:
-    """launch/Dockerfile copies files that exist, and installs the versions of requirements.lock."""
+    """launch/Dockerfile copies files that exist, and installs the versions of requirements.lock. Its example is not
+    started by `deepspeed`, which as a container's first process drops SIGTERM."""
     text = (ROOT / "launch" / "Dockerfile").read_text()
     copied = [word for line in text.splitlines() if line.startswith("COPY ") for word in line.split()[1:-1]]
     assert "requirements.lock" in copied and "--constraint requirements.lock" in text
     assert all((ROOT / word).exists() for word in copied)
+    assert "python launch/pretrain.py --restarts" in text and "deepspeed launch/" not in text

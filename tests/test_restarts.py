@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ranks import run_ranks
 from test_resume import expect_same_run, finish
 from tiny import changed, make_shards, tiny_config
 
-from pretrain.cluster import restarts, signals
+from pretrain.cluster import monitor, restarts, signals, watchdog
 from pretrain.cluster.local import on_cpu
 from pretrain.config import config_to_dict
 from pretrain.errors import UserError
@@ -30,6 +31,9 @@ open(f"{folder}/start-{number}-{rank}", "w").close()
 end = dict(word.split(":") for word in starts[min(number, len(starts) - 1)].split(","))[rank]
 if end == "saves":
     os.mkdir(f"{folder}/step-{number}")
+    end = "76"
+if end == "loses":  # its newest: damaged, or the disk is away
+    os.rmdir(f"{folder}/" + max(name for name in os.listdir(folder) if name.startswith("step-")))
     end = "76"
 if end == "hangs":
     time.sleep(1000)
@@ -50,7 +54,8 @@ sys.exit(int(end))
         (["0:76,1:2"], 2, 1),  # the others of a rank that needs a person have only lost it
         (["0:0,1:75"], 75, 3),
         (["0:killed,1:killed"], 128 + signal.SIGKILL, 3),  # after two restarts without a checkpoint
-        (["0:76,1:76", "0:saves,1:76", "0:saves,1:76", "0:saves,1:76", "0:76,1:76"], 76, 7),
+        (["0:76,1:76", "0:saves,1:0", "0:saves,1:0", "0:saves,1:0", "0:76,1:76"], 76, 7),
+        (["0:saves,1:0", "0:saves,1:0", "0:loses,1:0", "0:loses,1:0", "0:76,1:76"], 76, 5),  # no progress
     ],
 )
 def test_what_is_tried_again(
@@ -58,7 +63,7 @@ def test_what_is_tried_again(
 ) -> None:
     """Storage, a lost rank, a death by a signal: twice in a row without a new checkpoint. Never what needs a person."""
     monkeypatch.setattr(restarts, "MOST_PAUSE_S", 0.0)
-    monkeypatch.setattr(restarts, "LOST_S", 0.2)
+    monkeypatch.setattr(restarts, "LOST_S", 1.0)  # within which the others have begun
     assert run_fakes(tmp_path, starts) == code
     assert len(list(tmp_path.glob("start-*-0"))) == len(list(tmp_path.glob("start-*-1"))) == num_starts
 
@@ -73,6 +78,7 @@ def run_fakes(folder: Path, starts: list[str], *, forbidden: bool = False) -> in
             stop,
             newest=lambda: max((path.name for path in folder.glob("step-*")), default=""),
             forbidden=lambda: forbidden,
+            forget=partial(watchdog.forget_reports, folder),
         )
     finally:
         stop.close()
@@ -83,6 +89,23 @@ def test_a_run_that_says_no_is_not_tried_again(tmp_path: Path, capfd: pytest.Cap
     assert run_fakes(tmp_path, ["0:76,1:76"], forbidden=True) == 76
     told = "not restarted: rank 0 exit code 76, rank 1 exit code 76; newest checkpoint: none"
     assert capfd.readouterr().err.splitlines() == [told]
+
+
+def test_a_late_report_does_not_reach_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process beside a rank that was killed tells of it up to half a second later."""
+    late = "import sys, time; time.sleep(1); open(sys.argv[3], 'w').close()"
+    program = f"""
+import os, signal, subprocess, sys
+report = sys.argv[1] + "/lost-rank-00000.txt"
+if os.environ["PRETRAIN_RESTARTS"] == "1":
+    sys.exit(os.path.exists(report))
+subprocess.Popen([sys.executable, "-S", "-c", {late!r}, {monitor.__file__!r}, str(os.getpid()), report])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    monkeypatch.setattr(sys.modules[__name__], "RANK", program)
+    assert run_fakes(tmp_path, []) == 0
+    time.sleep(1)
+    assert not list(tmp_path.glob("lost-*"))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +121,8 @@ def test_under_a_launcher_it_is_refused(environment: dict[str, str], told: str) 
     with pytest.raises(UserError, match=told):
         restarts.is_supervised(environment)
     assert restarts.is_supervised(environment | {signals.SUPERVISOR: "1"}) and not restarts.is_supervised({})
+    shell = {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}  # salloc's own step is no launcher
+    assert not restarts.is_supervised(shell)
 
 
 SUPERVISED = """
@@ -113,7 +138,7 @@ if restarts.is_supervised(os.environ):
     time.sleep(float(sys.argv[2]))
 else:
     words = [sys.executable, *sys.orig_argv[1:]]
-    sys.exit(restarts.run_with_restarts(words, 2, 5, stop, newest=str, forbidden=bool))
+    sys.exit(restarts.run_with_restarts(words, 2, 5, stop, newest=str, forbidden=bool, forget=str))
 """
 
 
@@ -138,6 +163,13 @@ def test_a_signal_reaches_the_ranks(numbers: list[int], saving_s: float, code: i
     assert process.wait(60) in (code, -signal.SIGINT if code == 1 else code)
     expect(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids(tmp_path)))
     assert len(pids(tmp_path)) == 2
+
+
+def test_a_rank_whose_supervisor_has_died_before_it_looked_stops(tmp_path: Path) -> None:
+    """While it still imports: nobody is left whose death it could see."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), signals.SUPERVISOR: "0", "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", SUPERVISED, str(tmp_path), "0"], env=environment, timeout=60)
+    assert done.returncode == 0 and (tmp_path / "saved-0").exists()
 
 
 def pids(folder: Path) -> list[str]:

@@ -133,6 +133,74 @@ def test_an_array_of_another_length_is_refused(script: list[str], told: str) -> 
     assert done.returncode == 2 and told in done.stdout and not done.stderr
 
 
+FAKES = {
+    "python": 'echo "$FOLDER"; exit "${FAILS:-0}"',
+    "scancel": 'echo "$*" >> "$LOG.cancelled"',
+    "scontrol": 'echo "$*" >> "$LOG"; exit 1',  # else the script waits for its end
+    "sbatch": """n=$(($(cat "$LOG.count" 2>/dev/null || echo 0) + 1)); echo $n > "$LOG.count"
+printf "%s\\n" "$*" >> "$LOG"
+[[ $n == "${FAIL_AT:-}" ]] && exit 3
+[[ $n == "${CTRL_C_AT:-}" ]] && { trap '' INT; kill -INT 0; }
+echo "$n;cluster"
+""",
+}
+
+
+def with_fakes(folder: Path, words: list[str], **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Runs a script with programs that only write down what they are asked for; returns that too."""
+    for name, lines in FAKES.items():
+        (folder / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(folder / "log"), "LC_ALL": "C", **variables}
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, start_new_session=True, timeout=100
+    )
+    return done, (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
+
+
+def test_what_a_chain_submits(tmp_path: Path) -> None:
+    """Tasks over several lines, options that change the array, weights inside the run, any name in plain quotes."""
+    run = "runs/it's é"
+    variables = {"FOLDER": run, "TASKS": "a,b\nknn:c", "EVALUATE_OPTIONS": "--array=0-1%1"}
+    done, asked = with_fakes(tmp_path, ["launch/chain.sh", "--config", "c"], **variables)
+    assert done.returncode == 0 and "evaluate 3: 2 elements" in done.stdout, done.stderr
+    assert f"launch/convert.sbatch {run} {run}/converted --to" in asked[1]
+    assert "--array=0-1 --array=0-1%1 launch/evaluate.sbatch a,b" in asked[2] and asked[3].startswith("knn:c ")
+    command = asked[4].partition("--wrap ")[2].replace("python", "printf %s,")
+    shown = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"tools/report.py,{run},"
+
+
+@pytest.mark.parametrize(("event", "code", "cancelled"), [("FAIL_AT", 3, "1 2"), ("CTRL_C_AT", 130, "1 2 3")])
+def test_a_chain_that_is_not_submitted_whole_is_cancelled(
+    event: str, code: int, cancelled: str, tmp_path: Path
+) -> None:
+    """Where one job is refused, or Ctrl-C comes between: once, all that were."""
+    done, _ = with_fakes(tmp_path, ["launch/chain.sh"], FOLDER="runs/x", TASKS="a", **{event: "3"})
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "log.cancelled").read_text() == f"{cancelled}\n" and "evaluate" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "code", "asked"),
+    [
+        ("launch/pretrain.sbatch", {"FAILS": "2"}, 2, []),
+        ("launch/pretrain.sbatch", {"FAILS": "1"}, 1, ["requeue 9"]),
+        ("launch/pretrain.sbatch", {"FAILS": "1", "SLURM_RESTART_COUNT": "5"}, 1, []),
+        ("launch/evaluate.sbatch", {}, 2, []),
+    ],
+)
+def test_a_job_that_does_not_come_to_its_command(
+    script: str, variables: dict[str, str], code: int, asked: list[str], tmp_path: Path
+) -> None:
+    """A wrong key needs a person; a disk that is away is tried again, not for ever; no arguments: how it is used."""
+    variables = {"FOLDER": str(tmp_path / "run"), "SLURM_JOB_ID": "9", **variables}
+    done, told = with_fakes(tmp_path, ["bash", script], **variables)
+    assert (done.returncode, told) == (code, asked), done.stderr
+    assert script != "launch/evaluate.sbatch" or "usage: sbatch --array" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_data_set_as_a_job_array(tmp_path: Path) -> None:

@@ -74,9 +74,12 @@ def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "file.txt"], cwd=Path(__file__).parents[1])
     (left,) = (path.name for path in tmp_path.iterdir())
-    host, numbering, process, _ = left.rsplit("-", 3)
-    others = {left.replace(host, ".tmp-other"), left.replace(numbering, "1"), f"{host}-{numbering}-0{'9' * 30}-x"}
-    others |= {f"{host}-{numbering}-\u0663-x", f"{host}-{numbering}--x", ".tmp-file.txt", f"x{left}"}
+    host, start, numbering, process, _ = left.rsplit("-", 4)
+    here = f"{host}-{start}-{numbering}"
+    assert Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "").startswith(start)
+    others = {left.replace(host, ".tmp-other"), left.replace(numbering, "1"), f"{here}-0{'9' * 30}-x"}
+    others |= {f"{here}-\u0663-x", f"{here}--x", ".tmp-file.txt", f"x{left}"}
+    others |= {left.replace(start, "0" * len(start))}  # a machine of the same name, made from the same image
     for name in others:
         (tmp_path / name).touch()
     with replacing(tmp_path / "file.txt", shared=True) as temporary:

@@ -16,9 +16,11 @@ from ranks import start_ranks
 from tiny import make_shards, tiny_config
 
 from pretrain import cli
-from pretrain.cluster import monitor, signals, watchdog
+from pretrain.cluster import monitor, peers, signals, watchdog
 from pretrain.config import Config
-from pretrain.train import journal
+from pretrain.errors import LostProcessError
+from pretrain.train import ending, journal
+from pretrain.train import run as training
 from pretrain.train.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +40,12 @@ def command(config: Config, hangs_on: int | None, how: str) -> None:
     log = os.open(config.output / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    if rank == str(hangs_on):
+    if rank == str(hangs_on) and how.startswith("dies in "):
+        where = {"peers.meet": peers, "check_machine": training, "claim": training}[
+            place := how.removeprefix("dies in ")
+        ]
+        setattr(where, place.rpartition(".")[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    elif rank == str(hangs_on):
         inner = journal.Journal.note
 
         def note(self: Any, state: Any, *rest: Any) -> bool:
@@ -139,6 +146,22 @@ def test_a_lost_rank_is_named_by_the_others(lost: int, number: int, what: str, s
         assert stop["exit_code"] == 76 and stop["retry"] and f"rank {lost} on" in stop["reason"]
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "peers.meet",
+        pytest.param("check_machine", marks=pytest.mark.slow),
+        pytest.param("claim", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_lost_at_the_start_is_tried_again(place: str, start: Callable[..., Run]) -> None:
+    """Before the run has come to its folder, where nothing can be written yet: exit code 76, without STOP.json."""
+    run = start(2, 1, f"dies in {place}")
+    assert run.codes() == [76, -signal.SIGKILL], run.told()
+    assert "rank 0 of 2 lost another process of the run" in run.told()[0], run.told()
+    assert not (run.folder / "STOP.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["sleeps", "blocks"])
 def test_a_hanging_rank_is_ended_with_its_stacks(how: str, start: Callable[..., Run]) -> None:
@@ -230,6 +253,17 @@ def test_reports_of_an_earlier_start_end_nobody(tmp_path: Path, monkeypatch: pyt
         old.write_text("rank 1 is gone again\n")
         assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
     assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
+
+
+def test_a_silent_node_does_not_hide_what_a_rank_has_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stand in the line: the node, and the report of the rank that is the cause."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(peers, "silent", lambda: ["n2 (rank 1) is there, its first rank is gone"])
+    (tmp_path / "lost-rank-00001.txt").write_text("rank 1 on n2 is blocked\n")
+    with pytest.raises(LostProcessError, match="its first rank is gone; rank 1 on n2 is blocked; the same command"):
+        with ending.lost_processes(tmp_path):
+            raise RuntimeError("Connection closed by peer [::1]:1")
 
 
 def test_who_waits_speaks_itself_and_after_who_is_blocked(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any, NamedTuple
 
 ANSWER_S = 1.0  # a node answers within milliseconds
@@ -42,7 +43,8 @@ def meet(gather: Callable[[Any], list[Any]]) -> None:
         own = (socket.gethostname(), *_listener.getsockname()[:2])
     nodes: dict[str, _Node] = {}
     for rank, place in enumerate(gather(own)):
-        if place is not None and own is not None and place[1] != own[1]:
+        # A node whose own name leads to loopback is not to be asked there: that would be this one.
+        if place is not None and own is not None and place[1] != own[1] and not ip_address(place[1]).is_loopback:
             first = nodes.get(place[1], _Node(place[0], place[1], place[2], rank, rank))
             nodes[place[1]] = first._replace(last_rank=rank)
     _others = list(nodes.values())

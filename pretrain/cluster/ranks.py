@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from pretrain.cluster import slurm
 from pretrain.cluster.local import free_port, gpu_is_here, gpus_asked_for, rank_variables
-from pretrain.errors import UserError
+from pretrain.cluster.signals import SUPERVISOR
+from pretrain.errors import LostProcessError, UserError
 
 _cpu_group: Any = None  # gloo, made by `start`
 _from_slurm = False  # whether srun has started the ranks
@@ -46,8 +47,11 @@ def start(timeout_s: int) -> torch.device:
     return device
 
 
-def not_met(error: Exception) -> UserError:
+def not_met(error: Exception) -> UserError | LostProcessError:
     """Returns what to tell of the error with which this rank did not come to the place where ranks meet."""
+    if SUPERVISOR in os.environ:  # it chose the place, which somebody has taken since, or a rank is lost: tries another
+        told = str(error).splitlines()[0]
+        return LostProcessError(f"rank {rank()} did not meet the others at port {os.environ['MASTER_PORT']}: {told}")
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if "EADDRINUSE" in str(error):
         return UserError(f"{where} is in use, by another run? Give this one --master_port PORT, or MASTER_PORT=PORT")

@@ -1,6 +1,7 @@
 """Restarts on one machine, without a scheduler: starts the ranks of a run, and again when one of them is lost.
 
-The ranks are processes as a launcher would start them; this one waits for them and imports no torch.
+The ranks are processes as a launcher would start them; this one waits for them. Imports no torch; who calls it may, to
+count GPUs (local.default_num_ranks).
 """
 
 import os
@@ -10,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
+from pretrain.cluster import monitor, slurm
 from pretrain.cluster.local import free_port, rank_variables
 from pretrain.cluster.signals import SUPERVISOR, StopRequest
 from pretrain.errors import LostProcessError, StorageError, UserError
@@ -20,6 +23,7 @@ RETRY = (0, StorageError.exit_code, LostProcessError.exit_code)  # and death by 
 LOST_S = 2.0  # after which the others of a lost rank are ended: they can only say that they have lost it
 MOST_PAUSE_S = 60.0  # before a restart, when those before it have led to nothing
 _LOOK_EVERY_S = 0.05
+_MONITORS_END_S = 5.0  # they look twice a second; one that writes to a disk that hangs is not waited for
 _OTHERS = {
     "TORCHELASTIC_RUN_ID": "torchrun has --max-restarts",
     "SLURM_STEP_ID": "under SLURM launch/pretrain.sbatch requeues the job",
@@ -33,7 +37,7 @@ def is_supervised(environment: Mapping[str, str]) -> bool:
     """
     if SUPERVISOR in environment:
         return True
-    if "RANK" in environment or "SLURM_STEP_ID" in environment:
+    if "RANK" in environment or slurm.is_task(environment):
         instead = next((told for name, told in _OTHERS.items() if name in environment), "start it by plain python")
         raise UserError(f"--restarts starts the ranks itself, but a launcher has started this one: {instead}")
     return False
@@ -47,19 +51,23 @@ def run_with_restarts(
     *,
     newest: Callable[[], str],
     forbidden: Callable[[], bool],
+    forget: Callable[[], object],
 ) -> int:
     """Runs a command on so many ranks of this machine to its end; returns its exit code, 128 + N for signal N.
 
     A lost rank ends the others, and all start again: at once, later ones with a pause, at most `most` times in a row
-    without a new checkpoint. newest: names the newest one, "" where there is none. forbidden: whether the run has said
-    that it must not be started again. What asks this process to stop (signals.py) asks the ranks to.
+    without a new checkpoint. newest: names the newest one, "" where there is none; a later one's name is greater, and
+    one that was set aside, or whose disk is away, is no progress. forbidden: whether the run has said
+    that it must not be started again. forget: deletes what the ranks of the last start have told of each other, before
+    the next. What asks this process to stop (signals.py) asks the ranks to.
     """
     idle = count = 0
+    before = ""
     while True:
-        before = newest()
+        before = newest() or before
         codes = _run_once(words, num_ranks, count, stop)
         code = _decisive(codes)
-        idle = idle + 1 if newest() == before else 0
+        idle = 0 if newest() > before else idle + 1
         if code == 0 or stop.signal_name is not None:
             return _as_exit_code(code)
         told = f"{_told(codes)}; newest checkpoint: {newest() or 'none'}"
@@ -69,6 +77,7 @@ def run_with_restarts(
             _tell(f"not restarted: {idle} starts in a row without a new checkpoint; {told}")
         elif _pause(idle, stop):
             count += 1
+            forget()
             _tell(f"restart {count}: {told}")
             continue
         return _as_exit_code(code)
@@ -88,6 +97,20 @@ def _run_once(words: Sequence[str], num_ranks: int, count: int, stop: StopReques
         _send(processes, signal.SIGKILL)
         for process in processes:
             process.wait()
+        until = time.monotonic() + _MONITORS_END_S
+        while _monitors_of(processes) and time.monotonic() < until:
+            time.sleep(_LOOK_EVERY_S)
+
+
+def _monitors_of(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Whether one of the processes beside the ranks is there, which may yet tell of a rank's end."""
+    ranks = {str(process.pid) for process in processes}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            words = path.read_text(errors="replace").split("\0")
+            if monitor.__file__ in words and not ranks.isdisjoint(words):
+                return True
+    return False
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], stop: StopRequest) -> list[int]:

@@ -74,6 +74,9 @@ def end_with_launcher() -> None:
 
     All of them are watched, as one may leave the next one alive: `deepspeed` its launch.py, and that its ranks.
     """
+    supervisor = os.environ.get(SUPERVISOR)
+    if supervisor is not None and supervisor != str(os.getppid()):  # it died before this process has looked
+        os.kill(os.getpid(), signal.SIGTERM)
     watched = _launchers_above()
     if not watched:
         return

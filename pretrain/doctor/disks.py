@@ -42,23 +42,32 @@ class Probe:
         parent = nearest(run)
         self.path = parent / f".doctor-{token}"
         self.token = token
+        self._lock: TextIO | None = None
         self.path.mkdir()
-        self._lock: TextIO = open(self.path / "lock", "a")  # noqa: SIM115 - held until `remove`
+        try:
+            self._fill()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _fill(self) -> None:
+        lock = self._lock = open(self.path / "lock", "a")  # noqa: SIM115 - held until `remove`
         started = time.monotonic()
         write_text(self.path / "token", "old")
         with open(self.path / "token") as before:
-            write_text(self.path / "token", token)
+            write_text(self.path / "token", self.token)
             self.keeps_old = before.read() == "old"
         self.sync_s = (time.monotonic() - started) / 2
         self.no_locks = ""
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.no_locks = error.strerror or str(error)
 
     def remove(self) -> None:
         """Removes it; what cannot be removed stays."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """The doctor's round: who is here, what each found, clocks, the network; then one table."""
 
+import signal
 import socket
 import sys
 import uuid
@@ -42,12 +43,27 @@ def examine(config: Config | None, wait_s: float) -> int:
 
 
 def _lead(config: Config | None, meeting: Meeting) -> int:
+    made: list[disks.Probe] = []
+    before = signal.signal(signal.SIGTERM, _interrupt)  # it would leave the probe behind
+    try:
+        return _round(config, meeting, made)
+    finally:
+        for probe in made:
+            probe.remove()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _round(config: Config | None, meeting: Meeting, made: list[disks.Probe]) -> int:
+    """Leads the other ranks through the round; made: where the probe goes, which the caller removes."""
     everyone = range(ranks.world_size())
     here = meeting.collect("here", everyone, meeting.wait_s)
     hosts = {rank: fields.text("host") for rank, fields in here.items()}
     leaders = list({host: rank for rank, host in reversed(hosts.items())}.values())  # the first rank of each node
     met: list[Finding] = []
-    made: list[disks.Probe] = []
     if config is not None:
         met += _carried_out([("run's folder", partial(_make_probe, config, made))], meeting.wait_s)
     probe = {"path": str(made[0].path), "token": made[0].token, "locks": not made[0].no_locks} if made else {}
@@ -63,8 +79,6 @@ def _lead(config: Config | None, meeting: Meeting) -> int:
     for rank in leaders:
         if rank and rank in found and (clock := ask_clock(meeting, rank)):
             found[rank].append(clock)
-    for probe in made:
-        probe.remove()
     found |= _network(meeting, found, len(found) == len(everyone))
     silent = [rank for rank in everyone if rank not in found]
     found[0] = [*_silence(silent, hosts, meeting.wait_s), *found[0]]

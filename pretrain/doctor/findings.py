@@ -46,8 +46,11 @@ def size(num_bytes: float) -> str:
 
 
 def as_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """Returns findings as another rank reads them with `from_json`."""
-    return [asdict(finding) for finding in findings]
+    """Returns findings as another rank reads them with `from_json`, texts cut to what that takes."""
+    return [
+        {key: value[:_MAX_TEXT] if isinstance(value, str) else value for key, value in asdict(finding).items()}
+        for finding in findings
+    ]
 
 
 def from_json(parts: Iterable[Fields]) -> list[Finding]:

@@ -28,22 +28,28 @@ _LOST = (
 
 
 @contextmanager
-def noted(folder: Path) -> Iterator[None]:
-    """Leaves the reason in STOP.json when the block ends by an error, which it raises again.
+def lost_processes(folder: Path) -> Iterator[None]:
+    """Makes the error of a collective that ended because another process is gone, or hangs, LostProcessError."""
+    try:
+        yield
+    except Exception as error:
+        if (lost := _lost_process(error, folder)) is not None:
+            raise lost from None
+        raise
 
-    A collective that ended because another process is gone, or hangs, becomes LostProcessError.
-    """
+
+@contextmanager
+def noted(folder: Path) -> Iterator[None]:
+    """Leaves the reason in STOP.json when the block ends by an error, which it raises as `lost_processes` does."""
     if ranks.is_main():
         (folder / _FILE).unlink(missing_ok=True)  # of an earlier start
         watchdog.forget_reports(folder)
     watchdog.tell_also(lambda lost: note(folder, lost))
     try:
-        yield
+        with lost_processes(folder):
+            yield
     except Exception as error:
-        lost = _lost_process(error, folder)
-        note(folder, lost or error)
-        if lost is not None:
-            raise lost from None
+        note(folder, error)
         raise
 
 
@@ -61,6 +67,8 @@ def note(folder: Path, reason: Exception | str) -> None:
 
 def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
     told = str(error)
+    if isinstance(error, LostProcessError):  # told already
+        return None
     if not (isinstance(error, RuntimeError) and any(words in told for words in _LOST)):
         return None
     first = next(
@@ -68,13 +76,14 @@ def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
     )
     watchdog.beat()  # it is not this rank that hangs
     silent = peers.silent()
+    known = watchdog.lost_others(folder, _WAIT_FOR_REPORT_S) if ranks.world_size() > 1 else []
     if silent:
         return LostProcessError(
             f"rank {ranks.rank()} of {ranks.world_size()} lost another node of the run: {'; '.join(silent[:_TOLD])}"
             + (f" and {len(silent) - _TOLD:,} more" if len(silent) > _TOLD else "")
-            + f" ({first[:200]}); the same command goes on from the newest checkpoint"
+            + (f"; {known[0]}" if known else f" ({first[:200]})")
+            + "; the same command goes on from the newest checkpoint"
         )
-    known = watchdog.lost_others(folder, _WAIT_FOR_REPORT_S) if ranks.world_size() > 1 else []
     if known:
         return LostProcessError(
             f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run: {known[0]}; the same "

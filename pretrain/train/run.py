@@ -57,7 +57,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
     """
     stop = stop or signals.StopRequest()
     folder = config.output / config.name
-    with watchdog.watching(folder, config.engine.watchdog_s, config.engine.timeout_s):
+    with watchdog.watching(folder, config.engine.watchdog_s, config.engine.timeout_s), ending.lost_processes(folder):
         device = ranks.start(config.engine.timeout_s)
         peers.meet(agreement.gather)
         agreement.together(lambda: check_machine(config))
