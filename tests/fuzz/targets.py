@@ -13,6 +13,7 @@ from fuzz import audits, pictures, records, runs, sets, sources, weights
 from fuzz.harness import LIMIT_BYTES, Target
 from fuzz.mutate import ODD_YAML, changed_bytes, places, with_value
 from pretrain.config import config_to_dict, config_to_yaml, load_config
+from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
 
 
@@ -163,7 +164,7 @@ def broken(folder: Path) -> Target:
             case b"key":
                 raise KeyError("a")
             case b"lines":
-                raise UserError("two\nlines")
+                raise BadSample("two\nlines")  # those of the user are one line by construction
             case b"refused":
                 raise UserError("one line")
             case b"hidden":
