@@ -30,6 +30,7 @@ from pretrain.checkpoint.find import newest_valid, validate
 from pretrain.checkpoint.layout import Slice, step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.config import Config
+from pretrain.data.order import Order
 from pretrain.errors import UserError
 from pretrain.json_files import Fields
 from pretrain.train.run import train
@@ -57,7 +58,7 @@ def save_step(config: Config, step: int, *, must_succeed: bool = False) -> None:
         generators=lambda: {"cpu": torch.get_rng_state()},
     )
     train = SimpleNamespace(sha256="0" * 64, class_names=["a", "b"])
-    order = SimpleNamespace(name="permuted", lanes=None, seed=0, global_batch=12, num_samples=101, held_out=0)
+    order = Order(num_samples=101, held_out=0, global_batch=12, seed=0)
     data: Any = SimpleNamespace(train=train, order=order, num_classes=2)
     meter: Any = SimpleNamespace(window=lambda: [0.0, 0.0, 0.0])
     run_log: Any = SimpleNamespace(sync=lambda: log.sync(config.output / config.name))
