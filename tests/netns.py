@@ -27,6 +27,8 @@ touch "$3"
 exec sleep infinity
 """
 
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GLOO_SOCKET_IFNAME")
+
 
 class Node:
     """A machine of the network."""
@@ -44,7 +46,9 @@ class Node:
         """Starts a command there; what it prints goes into a file."""
         with log.open("wb") as file:
             options: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-            self.started.append(subprocess.Popen(self.command(*words), env=os.environ | variables, **options))
+            # What an earlier test has made of this process, a world of one rank on the loopback, is not the node's.
+            own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
+            self.started.append(subprocess.Popen(self.command(*words), env=own | variables, **options))
         return self.started[-1]
 
     def run(self, *words: object, timeout_s: float = 60) -> str:

@@ -218,7 +218,7 @@ def alone(sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> li
         (3, 0),
         pytest.param(4, 2, marks=pytest.mark.slow),
         pytest.param(6, 0, marks=pytest.mark.slow),
-        pytest.param(8, 1, marks=pytest.mark.slow),
+        pytest.param(8, 1, marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_ranks_and_workers_change_no_pixel(

@@ -228,8 +228,9 @@ def recomputing_config(recompute: bool) -> Config:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("recompute", [False, True])
 def test_activations_make_the_peak(recompute: bool) -> None:
     """One rank, 16 images of full size on small buckets: what the whole step takes, also with recomputation."""
     config, share = recomputing_config(recompute), 1e-3

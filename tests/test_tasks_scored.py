@@ -127,7 +127,7 @@ def test_every_photo_is_predicted_as_by_timm(
     assert values["imagenet/top5"] == (pytest.approx(in_five.float().mean().item()), 520)
 
 
-@pytest.mark.parametrize("ranks, batch_size", [(2, 64), (3, 37)])
+@pytest.mark.parametrize("ranks, batch_size", [(2, 64), pytest.param(3, 37, marks=pytest.mark.long)])
 def test_photos_on_several_ranks_are_predicted_alike(
     ranks: int, batch_size: int, photos: tuple[Path, Path, nn.Module], scored: tuple[Path, Any], tmp_path: Path
 ) -> None:
