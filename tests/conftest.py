@@ -7,10 +7,12 @@ tests that need one are skipped, with the reason, where the variable is not set.
 import io
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import Browser, find_browser
 from PIL import Image
 
 from pretrain.data.manifest import Manifest, load_manifest
@@ -68,6 +70,17 @@ def test_data() -> Path:
 def test_fixtures() -> Path:
     """The folder of reference numbers."""
     return _named_folder("PRETRAIN_TEST_FIXTURES")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A real browser, one for each file of tests."""
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium or Chrome is installed (apt install chromium)")
+    found = Browser(path)
+    yield found
+    found.close()
 
 
 def _named_folder(variable: str) -> Path:

@@ -9,13 +9,12 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, find_browser
+from browser import Browser
 from PIL import Image
 from scipy.stats import binomtest
 from tiny import tiny_config
@@ -442,16 +441,6 @@ def results_folder(folder: Path, num_classes: int, word: str = "") -> Path:
     item = {"name": word, "label": word, "predicted": word, "probability": 0.9}
     (folder / "final" / "evaluation" / "wrong.json").write_text(json.dumps({"items": [item] * 5}))
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium or Chrome is installed (apt install chromium)")
-    found = Browser(path)
-    yield found
-    found.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])

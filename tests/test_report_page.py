@@ -6,13 +6,12 @@ Skipped where no Chromium is installed (`apt install chromium` on Debian).
 import base64
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, find_browser
+from browser import Browser
 from PIL import Image
 from test_report import add_evaluation, make_run, write_finetuning
 
@@ -22,16 +21,6 @@ from pretrain.report.runs import MAX_WRONG, read_runs
 
 SCRIPT = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 1'>\"'><svg onload=window.hurt=1>"
 PHONE, DESK = 390, 1280  # pixels
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium or Chrome is installed (apt install chromium)")
-    found = Browser(path)
-    yield found
-    found.close()
 
 
 def png(size: int = 48) -> bytes:

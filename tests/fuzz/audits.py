@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +13,7 @@ from tiny import tiny_config
 
 from fuzz.harness import Target
 from fuzz.mutate import changed_json, changed_lines, json_seeds, line_seeds, member
+from fuzz.runs import link_tree
 from fuzz.sets import END, picture
 from pretrain.audit import folder as audit_folder
 from pretrain.audit import records
@@ -100,12 +100,7 @@ def _seal(checkpoint: Path) -> None:
 
 def _audited(run: Path, name: str, data: bytes, own: Path) -> None:
     """Audits a run with its file `name` replaced. What it finds is raised, a finding of two lines first."""
-    for path in run.rglob("*"):
-        target = own / path.relative_to(run)
-        if path.is_dir():
-            target.mkdir(exist_ok=True)
-        else:
-            os.link(path, target)
+    link_tree(run, own)
     (own / name).unlink()
     (own / name).write_bytes(data)
     if name.endswith("state.json"):

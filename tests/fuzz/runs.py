@@ -76,15 +76,20 @@ def _run(folder: Path) -> Path:
     return run
 
 
-def _read(run: Path, name: str, also: Sequence[str], data: bytes, own: Path) -> None:
-    """Reads and shows a run with its file `name` replaced, and its logs `also`; then rewinds them."""
-    choice = zlib.crc32(data) % DRAWN
+def link_tree(run: Path, own: Path) -> None:
+    """Makes the folders of a run in `own`, and links to its files."""
     for path in run.rglob("*"):
         target = own / path.relative_to(run)
         if path.is_dir():
             target.mkdir(exist_ok=True)
         else:
             os.link(path, target)
+
+
+def _read(run: Path, name: str, also: Sequence[str], data: bytes, own: Path) -> None:
+    """Reads and shows a run with its file `name` replaced, and its logs `also`; then rewinds them."""
+    choice = zlib.crc32(data) % DRAWN
+    link_tree(run, own)
     # Reading the config, in order here, takes ten times as long as the rest.
     for file in (name, *also, *(["config.yaml"] if choice > 7 else [])):
         (own / file).unlink(missing_ok=True)
