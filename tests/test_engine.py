@@ -1,6 +1,7 @@
 """The engine: equal losses on any number of ranks and any ZeRO stage, slices that any other layout can read, skips."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from tiny import NUM_CLASSES, changed, every_other, make_shards, tiny_config
 from torch import nn
 
-from pretrain.checkpoint.layout import Slice
+from pretrain.checkpoint.layout import DamagedError, Slice
 from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.checkpoint.write import save_checkpoint
 from pretrain.cluster import agreement, ranks
@@ -647,3 +648,16 @@ def test_a_bf16_run_starts_from_float32_weights(stage: int, max_micro_batch_size
     assert rounded and held.keys() == drawn.keys()
     for name, tensor in drawn.items():
         assert np.array_equal(held[name], tensor.numpy().ravel()), name
+
+
+def test_random_states_of_something_else_are_refused(tmp_path: Path) -> None:
+    """In a checkpoint that others made, whose checksums are right: one line."""
+    reader = object.__new__(CheckpointReader)
+    reader.path = tmp_path
+    (tmp_path / "generators-00000.safetensors").write_bytes(b"junk")
+    with pytest.raises(DamagedError, match="generators-00000.safetensors holds no tensors"):
+        reader.generators(0)
+    engine: Any = SimpleNamespace(device=torch.device("cpu"))
+    for state in (torch.zeros(3), torch.zeros(5, dtype=torch.uint8)):
+        with pytest.raises(UserError, match="random states are not torch's"):
+            Engine.load_generators(engine, {"cpu": state})

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import struct
 import tarfile
 import zipfile
@@ -18,6 +19,8 @@ from pretrain.data.reader import MAX_LABELS, BadSample, parse_labels
 from pretrain.errors import UserError
 from pretrain.shards import matlab
 from pretrain.shards.build import build
+from pretrain.shards.counts import FILE as COUNTS
+from pretrain.shards.counts import read_counts, table_of
 from pretrain.shards.existing import index_existing
 from pretrain.shards.imagenet import DEVKIT, imagenet, val_labels
 from pretrain.shards.make import Options, make_shards
@@ -401,3 +404,13 @@ def test_labels_beyond_the_limit_are_not_written(tmp_path: Path) -> None:
     """What every reader would refuse is not built."""
     items = [Item(bytes, "png", list(range(1001)), "first")]
     assert "first: 1001 labels, at most 1000" in refusal(build, items, [], tmp_path, samples_per_shard=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    "images", [[], [10**400], [True], [1.0], [-1], ["1"], {}, 1], ids=lambda images: str(images)[:9]
+)
+def test_counts_of_something_else_are_refused(images: Any, tmp_path: Path) -> None:
+    """Numbers of images of each class, of one class or more, each of which a data set can have."""
+    (tmp_path / COUNTS).write_text(json.dumps({"images": images, "classes": []}))
+    with pytest.raises(UserError, match=f"{COUNTS}: images"):
+        table_of(*read_counts(tmp_path))

@@ -4,6 +4,7 @@ Each input is one line that names the file, within seconds and 300 MB.
 """
 
 import json
+import re
 import resource
 import struct
 import time
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
+from tiny import tiny_config
 from weights_on_disk import in_memory, one_line, randomised, tiny_model
 
-from pretrain.config import MAX_CLASSES
+from pretrain.config import MAX_CLASSES, config_to_dict
 from pretrain.errors import UserError
 from pretrain.models import load_model, npz_file, tensors
 from pretrain.models.build import build_model
@@ -559,3 +562,67 @@ def test_hugging_faces_cache_is_read(tmp_path: Path) -> None:
     (tmp_path / "elsewhere.json").write_bytes((cache / "blobs" / f"{0:040}").read_bytes())
     with pytest.raises(UserError, match="config.json: is a link to .*elsewhere.json, outside of its folder"):
         load_model(snapshot)
+
+
+_MARK = "<b>a|b\x1b[2J`c`"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": {_MARK: 0.5}},
+        {"metrics": {"val/top1": 10**400}},
+        {"metrics": 5},
+        {"step": _MARK},
+        {"data": []},
+        {"data": {"order": _MARK}},
+        {"data": {"order": {"manifest_sha256": _MARK}}},
+        {"receipt": [1]},
+        {"config": []},
+    ],
+    ids=str,
+)
+def test_what_others_wrote_of_a_run_does_nothing_to_a_card(change: dict[str, Any], tmp_path: Path) -> None:
+    """Of a checkpoint's state.json: shown as text, left out, or refused in one line."""
+    state = {"config": config_to_dict(tiny_config(tmp_path, tmp_path)), "step": 5, **change}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert_card_is_plain(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"metric": _MARK},
+        {"model": _MARK, _MARK: _MARK},
+        {"value": 10**400},
+        {"metric": "top1\ny: |\n  z", "model": "trained"},
+        {"split": "a" * 100_000},
+    ],
+    ids=lambda row: str(row)[:40],
+)
+def test_what_others_wrote_of_scores_does_nothing_to_a_card(row: dict[str, Any], tmp_path: Path) -> None:
+    """Of evaluation/results.json beside weights, in the card's front matter too."""
+    results = {
+        "weights": f"runs/{_MARK}",
+        "rows": [{"model": "trained", "metric": "top1", "value": 0.5, "n": 9, **row}],
+    }
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert_card_is_plain(tmp_path)
+
+
+def assert_card_is_plain(source: Path) -> None:
+    """No tag, control character or cell of a stranger's stands in a card, and its front matter is YAML."""
+    weights = in_memory(build_model(tiny_model(), 3), tiny_model())
+    object.__setattr__(weights, "source", source)
+    try:
+        text = model_card(weights, "pretrain", title="t", command="c", versions={}, loading="l", proof="p")
+    except UserError as error:
+        assert len(one_line(error)) < 1500
+        return
+    front, body = text.removeprefix("---\n").split("\n---\n", 1)
+    yaml.safe_load(front)
+    assert all(letter.isprintable() or letter == "\n" for letter in text) and len(text) < 20_000
+    plain = re.sub("``.*?``", "", body)  # what is code is shown as it is
+    assert "<b>" not in plain and "a|b" not in plain

@@ -18,6 +18,7 @@ from pretrain.data.order import Order
 from pretrain.errors import StorageError, UserError
 from pretrain.train import folder as run_folder
 from pretrain.train.folder import claim, fingerprint, is_done, mark_done, record_start, refuse_changes
+from pretrain.train.state import resumed
 
 
 def failing(number: int) -> Any:
@@ -171,3 +172,32 @@ def test_a_checkpoint_of_another_kind_is_refused(
     monkeypatch.setattr(run_folder, "read_state", lambda _: state)
     with pytest.raises(UserError, match="state.json: "):
         refuse_changes(tmp_path, config, manifest)
+
+
+_SAVED = {"engine": {"optimizer_step": 5.0, "loss_scaler": None}, "train": {"bad_samples": {}, "metrics": {}}}
+_SAVED |= {"world_size": 2}
+
+
+@pytest.mark.parametrize("where", ["engine", "engine.optimizer_step", "engine.loss_scaler", "train", "world_size"])
+@pytest.mark.parametrize(
+    "value", [[1], "a", float("nan"), 10**400, {"cur_scale": "a"}, False], ids=lambda v: repr(v)[:9]
+)
+def test_what_a_run_goes_on_from_has_its_types(where: str, value: Any, tmp_path: Path) -> None:
+    """A checkpoint that others made, from which a run branches off: each wrong value is one line that names the key."""
+    values = json.loads(json.dumps(_SAVED))
+    part, _, key = where.rpartition(".")
+    (values[part] if part else values)[key] = value
+    (tmp_path / "state.json").write_text(json.dumps(values))
+    if where == "engine.loss_scaler" and value is False:
+        assert resumed(tmp_path).world_size == 2
+        return
+    with pytest.raises(UserError, match=rf"state.json: .*{key}|cur_scale"):
+        resumed(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["engine", "train", "world_size"])
+def test_what_a_run_goes_on_from_is_there(key: str, tmp_path: Path) -> None:
+    """Else one line names what is missing."""
+    (tmp_path / "state.json").write_text(json.dumps({name: value for name, value in _SAVED.items() if name != key}))
+    with pytest.raises(UserError, match=f"state.json: {key} is missing"):
+        resumed(tmp_path)

@@ -25,9 +25,9 @@ from pretrain.data.store import store_at
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, parse_json, read_json
 from pretrain.storage import crc32c
+from pretrain.train.state import MAX_RANKS
 
 ORDERS = (("permuted", "v1"), ("lanes", "v1"))  # names and versions
-MAX_RANKS = 1 << 20
 MAX_COUNT = 2**63 - 1
 _MAX_STARTS_BYTES = 256 << 20
 _MAX_DONE_BYTES = 1 << 20  # a step and some scores

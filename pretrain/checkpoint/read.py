@@ -70,8 +70,11 @@ class CheckpointReader:
         name = f"generators-{rank:05d}.safetensors"
         if not (self.path / name).exists():
             return {}
-        with safe_open(own_file(self.path, name), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+        try:
+            with safe_open(own_file(self.path, name), framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise DamagedError(f"{self.path}: damaged, {name} holds no tensors ({error})") from None
 
     def _check_tiling(self, kind: str, name: str, entry: dict[str, Any]) -> None:
         """Slices must cover every element once: a stray or missing file would leave garbage in the weights."""

@@ -24,6 +24,7 @@ from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.patches import after_start, before_start
 from pretrain.engine.settings import DTYPES, check_precision, check_version, deepspeed_config
 from pretrain.engine.slices import OwnedSlices
+from pretrain.errors import UserError
 from pretrain.losses import num_correct, per_image_loss
 from pretrain.models.build import compile_blocks
 from pretrain.models.profile import num_parameters
@@ -222,8 +223,8 @@ class Engine:
         self._fill(reader, self.moments(), "optimizer")
         if self._averages:
             self._fill(reader, self._averaged(), "average")
-        for name, value in (state["loss_scaler"] or {}).items():
-            if self.dtype == torch.float16:
+        for name, value in (state.get("loss_scaler") or {}).items():
+            if self.dtype == torch.float16 and name in _SCALER_STATE:
                 setattr(self._zero.loss_scaler, name, value)
         self._owned.refresh_model()
         self._frozen.refresh_model(self.dtype)
@@ -233,9 +234,12 @@ class Engine:
         """Restores random states; returns False when there are none for this rank and device."""
         if "cpu" not in states or (self.device.type == "cuda" and "cuda" not in states):
             return False
-        torch.set_rng_state(states["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.device)
+        try:
+            torch.set_rng_state(states["cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(states["cuda"], self.device)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"a checkpoint's random states are not torch's ({error})") from None
         return True
 
     def check(self) -> None:

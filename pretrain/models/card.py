@@ -8,12 +8,13 @@ from typing import Any
 
 from pretrain.checkpoint.read import read_state
 from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, non_defaults
-from pretrain.escape import in_markdown
+from pretrain.escape import code_in_markdown, in_markdown
 from pretrain.json_files import Fields, brief, parse_json
 from pretrain.models.tensors import Weights, read_fields, readable
 from pretrain.models.weights import results_folder, weights_sha256
 
 _MOST = 1 << 40  # images
+_MAX_LETTERS = 200  # of a name that others wrote
 _RECEIPT = {
     "seed": "seed",
     "global_batch": "global batch",
@@ -40,7 +41,7 @@ def model_card(
     loading: Python lines; proof: what the verification found; licence: the hub's word for it, such as apache-2.0.
     """
     place = weights.source / "state.json"
-    state = read_state(weights.source) if place.is_file() else {}
+    state = Fields(read_state(weights.source) if place.is_file() else {}, str(place))
     results = _results(weights.source)
     parts = [
         _front(weights, target, title, licence, results),
@@ -48,11 +49,11 @@ def model_card(
         _model(weights, target),
         f"```python\n{loading}\n```",
     ]
-    if state:
+    if state.values:
         with readable(place):
-            config = config_from_dict(state["config"], str(place))
+            config = config_from_dict(state.part("config").values, str(place))
             parts += ["## Recipe", _recipe(config, state), "## Data", _data(config, state)]
-    if scores := [*_validation(Fields(state, str(place))), *_evaluation(results)]:
+    if scores := [*_validation(state), *_evaluation(results)]:
         parts += ["## Scores", "\n".join(scores)]
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts += ["## Conversion", f"```\n{command}\n```", proof, f"Versions: {used}."]
@@ -121,9 +122,11 @@ def _model(weights: Weights, target: str) -> str:
     return "\n".join(lines)
 
 
-def _recipe(config: Config, state: Mapping[str, Any]) -> str:
-    begun = f"Step {state.get('step', '?')} of {config.total_steps}. Settings that differ from the defaults:"
-    return "\n".join([begun, "", *(f"- `{key}={value}`" for key, value in changed_settings(config))])
+def _recipe(config: Config, state: Fields) -> str:
+    begun = f"Step {state.integer('step', 0, _MOST)} of {config.total_steps}. Settings that differ from the defaults:"
+    return "\n".join(
+        [begun, "", *(f"- {code_in_markdown(f'{key}={value}')}" for key, value in changed_settings(config))]
+    )
 
 
 def changed_settings(config: Config) -> Iterator[tuple[str, Any]]:
@@ -133,22 +136,22 @@ def changed_settings(config: Config) -> Iterator[tuple[str, Any]]:
             yield key, list(value) if isinstance(value, tuple) else value
 
 
-def _data(config: Config, state: Mapping[str, Any]) -> str:
+def _data(config: Config, state: Fields) -> str:
+    data = state.part("data") if state.values.get("data") else Fields({}, state.source)
+    order = data.part("order") if data.values.get("order") else Fields({}, data.source)
     if config.data.is_mixture:
-        return _mixture(Fields.of(state.get("data", {}).get("order", {}), "state.json: data: order")) + _receipt(
-            Fields(dict(state), "state.json")
-        )
-    sha256 = state.get("data", {}).get("order", {}).get("manifest_sha256")
+        return _mixture(order) + _receipt(state)
+    sha256 = order.text("manifest_sha256", "")
     path = config.data.train
     folder = path.parent if path.suffix == ".json" else path
-    facts = [f"`{folder.name}`"]
+    facts = [code_in_markdown(folder.name)]
     if sha256:
-        facts.append(f"manifest SHA-256 `{sha256}`")
+        facts.append(f"manifest SHA-256 {code_in_markdown(sha256[:_MAX_LETTERS])}")
     manifest = folder / (path.name if path.suffix == ".json" else "manifest.json")
     if manifest.is_file() and hashlib.sha256(text := manifest.read_bytes()).hexdigest() == sha256:
         values = Fields.of(parse_json(text, str(manifest)), str(manifest))
         facts.append(f"{values.integer('num_samples', 0, _MOST):,} samples")
-    return ", ".join(facts) + "." + _receipt(Fields(dict(state), "state.json"))
+    return ", ".join(facts) + "." + _receipt(state)
 
 
 def _mixture(order: Fields) -> str:
@@ -182,8 +185,8 @@ def _receipt(state: Fields) -> str:
 
 def _validation(state: Fields) -> Iterator[str]:
     for name, value in (state.part("metrics").values if state.values.get("metrics") else {}).items():
-        if isinstance(value, int | float):  # a metric that was not finite may be null
-            yield f"- {name} {value:.4g} (at the end of this checkpoint's step)"
+        if isinstance(value, float) or (type(value) is int and abs(value) <= _MOST):  # null: it was not finite
+            yield f"- {_told(name)} {value:.4g} (at the end of this checkpoint's step)"
 
 
 def _results(source: Path) -> Fields | None:
@@ -200,8 +203,14 @@ def _results(source: Path) -> Fields | None:
 def _evaluation(results: Fields | None) -> Iterator[str]:
     if results is None:
         return
-    name = Path(results.text("weights")).name
+    name = code_in_markdown(Path(results.text("weights")).name)
     for row in results.parts("rows"):
-        about = [str(value) for key, value in row.values.items() if key not in ("metric", "value", "n") and value]
-        told = f"- {row.text('metric')} {row.number('value', -1e9, 1e9):.4g} on {row.integer('n', 0, _MOST):,} images"
-        yield told + (f" ({', '.join(about)})" if about else "") + f", measured on `{name}`"
+        about = [_told(value) for key, value in row.values.items() if key not in ("metric", "value", "n") and value]
+        value, images = row.number("value", -1e9, 1e9), row.integer("n", 0, _MOST)
+        told = f" ({', '.join(about)})" if about else ""
+        yield f"- {_told(row.text('metric'))} {value:.4g} on {images:,} images{told}, measured on {name}"
+
+
+def _told(value: object) -> str:
+    """What others wrote, as Markdown shows it."""
+    return in_markdown(str(value)[:_MAX_LETTERS])

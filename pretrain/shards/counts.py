@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.manifest import MAX_SAMPLES
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, read_json
 from pretrain.storage import write_text
@@ -31,8 +32,10 @@ def read_counts(folder: Path) -> tuple[list[int], list[str]]:
     """Returns the number of images of each class, and the classes' names, or nothing. Raises UserError."""
     values = _read(folder)
     images, classes = values.values.get("images"), list(values.texts("classes"))
-    if not isinstance(images, list) or not all(type(count) is int and count >= 0 for count in images):
-        values.wrong("images", "a list of numbers of images")
+    if not isinstance(images, list) or not all(type(count) is int and 0 <= count <= MAX_SAMPLES for count in images):
+        values.wrong("images", f"a list of numbers of images from 0 to {MAX_SAMPLES}")
+    if not images:
+        values.wrong("images", "the number of images of at least one class")
     if classes and len(classes) != len(images):
         raise UserError(f"{values.source}: has {len(classes)} class names for {len(images)} numbers of images")
     return images, classes

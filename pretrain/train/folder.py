@@ -230,7 +230,7 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
         expected["manifest_sha256"] = train_set.sha256
     for key, value in expected.items():
         if order.get(key) != value:
-            differences.append(f"data {key}: was {order.get(key)}, is {value}")
+            differences.append(f"data {key}: was {brief(order.get(key))}, is {value!r}")
     # Names lie beside the manifest, whose SHA-256 does not cover them.
     for number, (was, now) in enumerate(zip(of_state.texts("class_names", ()), train_set.class_names)):
         if was != now:
@@ -246,7 +246,7 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
             f"give them the old values, or {way_out}"
         )
     if pixels != (now := _pixels()):
-        say(f"warning: decoders changed since the checkpoint, pixels may differ: {pixels} -> {now}")
+        say(f"warning: decoders changed since the checkpoint, pixels may differ: {brief(pixels)} -> {now}")
 
 
 def resumed_order(checkpoint: Path, order: Order, steps: int) -> Order:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_newer
-from pretrain.checkpoint.read import CheckpointReader, read_state
+from pretrain.checkpoint.read import CheckpointReader
 from pretrain.cluster import agreement, peers, ranks, signals, watchdog
 from pretrain.config import Config
 from pretrain.data.classes import match_classes
@@ -22,7 +22,6 @@ from pretrain.engine.settings import check_machine
 from pretrain.engine.step import Engine
 from pretrain.errors import ConfigError, NotFoundError, StorageError
 from pretrain.evaluation import classification
-from pretrain.json_files import Fields
 from pretrain.log import RunLog, say
 from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters
@@ -42,7 +41,7 @@ from pretrain.train.folder import (
     resumed_order,
 )
 from pretrain.train.loop import loop
-from pretrain.train.state import TrainState
+from pretrain.train.state import TrainState, resumed
 
 # Of the initial weights in the averages at the end; the paper's own rows, 0.9999 over 20,000 steps, leave 13.5 %.
 MAX_INITIAL_SHARE = 0.5
@@ -265,24 +264,24 @@ def _branch_point(config: Config, data: DataSets) -> Path:
     assert config.branch_from is not None
     origin = find_checkpoint(config.branch_from)
     refuse_changes(origin, config, data.train, branching=True)
-    if (step := read_state(origin)["step"]) >= config.total_steps:
+    if (step := resumed(origin).train.step) >= config.total_steps:
         raise ConfigError(f"branch_from: {origin} is at step {step}, but total_steps is {config.total_steps}; raise it")
     data.follow(resumed_order(origin, data.order, config.total_steps))
     return origin
 
 
 def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
-    saved, reader = read_state(checkpoint), CheckpointReader(checkpoint)
-    engine.load(reader, saved["engine"])
-    state = TrainState.of(Fields.of(saved["train"], f"{checkpoint}/state.json: train"))
-    same_ranks = saved["world_size"] == ranks.world_size()
+    saved, reader = resumed(checkpoint), CheckpointReader(checkpoint)
+    engine.load(reader, saved.engine)
+    state = saved.train
+    same_ranks = saved.world_size == ranks.world_size()
     restored = same_ranks and engine.load_generators(reader.generators(ranks.rank()))
     if not restored:
         ranks.seed_generators(config.seed, state.step)
     note = (
         ""
         if restored
-        else f"; random states of dropout drawn anew ({saved['world_size']} ranks then, {ranks.world_size()} now)"
+        else f"; random states of dropout drawn anew ({saved.world_size} ranks then, {ranks.world_size()} now)"
     )
     say(f"resumed from {checkpoint}{note}")
     return state

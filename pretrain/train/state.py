@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from pretrain.checkpoint.read import read_state
 from pretrain.data.loader import REASONS
 from pretrain.data.order import Order
 from pretrain.json_files import Fields
 
 MAX_COUNT = 2**63 - 1  # of steps or samples, over a whole run
+MAX_RANKS = 1 << 20
 
 
 @dataclass
@@ -47,6 +50,25 @@ class TrainState:
             metrics=dict(metrics.values),
             window=window,
         )
+
+
+class Resumed(NamedTuple):
+    """What a checkpoint's state.json says to a run that goes on from it."""
+
+    train: TrainState
+    engine: dict[str, Any]  # `Engine.state`
+    world_size: int
+
+
+def resumed(checkpoint: Path) -> Resumed:
+    """Returns what a run goes on from. Raises UserError for what is missing or of another type."""
+    saved = Fields.of(read_state(checkpoint), f"{checkpoint}/state.json")
+    engine = saved.part("engine")
+    engine.number("optimizer_step", 0, MAX_COUNT)
+    scaler = engine.part("loss_scaler") if engine.values.get("loss_scaler") else Fields({}, "")
+    for name in scaler.values:
+        scaler.number(name, -1, MAX_COUNT)
+    return Resumed(TrainState.of(saved.part("train")), engine.values, saved.integer("world_size", 1, MAX_RANKS))
 
 
 def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,17 +15,18 @@ from fuzz.harness import Target
 from fuzz.mutate import changed_json, changed_lines, json_seeds, line_seeds, member
 from fuzz.runs import link_tree
 from fuzz.sets import END, picture
-from pretrain.audit import folder as audit_folder
-from pretrain.audit import records
+from fuzz.spare import spare_configs, spare_samples
 from pretrain.audit.checks import audit
 from pretrain.audit.folder import Options
 from pretrain.checkpoint.layout import manifest_text
-from pretrain.config import Config, config_to_dict, config_to_yaml, load_config
-from pretrain.data.manifest import load_manifest
-from pretrain.data.order import Order, share
+from pretrain.config import config_to_dict, config_to_yaml
+from pretrain.data.mixture import shard_name
+from pretrain.data.order import share
 from pretrain.errors import UserError
 from pretrain.shards.existing import index_existing
 from pretrain.storage import crc32c
+from pretrain.train.datasets import open_data
+from pretrain.train.folder import fingerprint
 from pretrain.train.state import TrainState, receipt
 
 STEPS, SAVED, SKIPPED, RANKS = 6, (3, 6), 5, 2
@@ -33,22 +34,22 @@ NAMES = ["ash", "birch"]
 Lines = list[dict[str, Any]]
 
 
-def _run(folder: Path) -> Path:
+def run_of_two_ranks(folder: Path, *, mixture: bool = False) -> Path:
     """The folder of a run that adds up: two ranks, two checkpoints, a bad sample in each epoch, a skipped step."""
-    folder.mkdir(exist_ok=True)
-    images = [b"broken" if number == 2 else picture() for number in range(6)]
-    samples = (member(b"%d.png" % n, image) + member(b"%d.cls" % n, b"%d" % (n % 2)) for n, image in enumerate(images))
-    (folder / "a.tar").write_bytes(b"".join(samples) + END)
-    manifest = load_manifest(index_existing([folder / "a.tar"], NAMES, folder / "set"))
+    sets = [_set(folder / name) for name in (("set", "other") if mixture else ("set",))]
     changes = {"data__global_batch": 4, "log__every_steps": 2, "checkpoint__every_steps": 3, "total_steps": STEPS}
-    config = tiny_config(folder / "set", folder, name="run", **changes)
-    order = Order(num_samples=6, held_out=0, global_batch=4, seed=config.seed)
+    if mixture:
+        changes["data__train"] = [{"path": str(path), "weight": 2.0 + n} for n, path in enumerate(sets)]
+    config = tiny_config(sets[0], folder, name="run", **changes)
+    data = open_data(config)
+    order, identity = data.order, fingerprint(data.train, data.order)["order"]
     seen = {step: list(zip(*(a.tolist() for a in order.samples(step - 1)))) for step in range(1, STEPS + 1)}
     bad: Lines = [
-        {"step": step, "epoch": epoch, "index": index, "shard": "a.tar", "reason": "decode", "detail": ""}
+        {"step": step, "epoch": epoch, "index": index, "shard": shard_name(data.train, index), "reason": "decode"}
+        | {"detail": ""}
         for step, pairs in seen.items()
         for epoch, index in sorted(pairs)
-        if index == 2
+        if index % 6 == 2
     ]
     skipped: Lines = [{"step": SKIPPED, "indices": [index for _, index in seen[SKIPPED]]}]
 
@@ -63,7 +64,7 @@ def _run(folder: Path) -> Path:
     of_start = json.dumps({"step": 0, **start, "starts_before": hashlib.sha256(b"").hexdigest()}).encode() + b"\n"
     (run / "starts.jsonl").write_bytes(of_start)
     curves = [{f"train/{key}": value for key, value in counts(step).items()} for step in (2, 4, 6)]
-    epochs = [{"step": step, "train/loss": 1.0, "train/epoch": step * 4 / 6} for step in (2, 4, 6)]
+    epochs = [{"step": step, "train/loss": 1.0, "train/epoch": order.epochs(step)} for step in (2, 4, 6)]
     _write_lines(run / "metrics.jsonl", [epoch | own for epoch, own in zip(epochs, curves)])
     _write_lines(run / "bad_samples.jsonl", bad)
     _write_lines(run / "skipped_steps.jsonl", skipped)
@@ -71,7 +72,6 @@ def _run(folder: Path) -> Path:
         own = share(4, rank, RANKS)
         lines = [{"step": step, "samples": [list(pairs[slot]) for slot in own]} for step, pairs in seen.items()]
         _write_lines(run / f"samples-{rank:05d}.jsonl", lines)
-    identity = {"name": "permuted", "version": "v1", "manifest_sha256": manifest.sha256}
     for step in SAVED:
         said = counts(step)
         state = TrainState(step=step, bad_samples={"decode": said.pop("bad_samples")}, **said)
@@ -84,6 +84,17 @@ def _run(folder: Path) -> Path:
         _seal(checkpoint)
     (run / "DONE").write_text(json.dumps({"step": STEPS}) + "\n")
     return run
+
+
+def _set(folder: Path) -> Path:
+    """A data set of six images, one of them broken."""
+    folder.mkdir(parents=True)
+    images = [b"broken" if number == 2 else picture() for number in range(6)]
+    samples = (member(b"%d.png" % n, image) + member(b"%d.cls" % n, b"%d" % (n % 2)) for n, image in enumerate(images))
+    tar = folder.with_suffix(".tar")
+    tar.write_bytes(b"".join(samples) + END)
+    index_existing([tar], NAMES, folder)
+    return folder
 
 
 def _write_lines(path: Path, rows: Lines) -> None:
@@ -111,16 +122,10 @@ def _audited(run: Path, name: str, data: bytes, own: Path) -> None:
         raise UserError(next((told for told in wrong if "\n" in told), wrong[0]))
 
 
-def _target(name: str, mutate: Callable[[bytes, Random], bytes], folder: Path) -> Target:
-    run = _run(folder)
-    config = load_config(run / "config.yaml")
-    given, parse = config_to_dict(config), records.config_from_dict
-
-    def parsed(values: dict[str, Any], source: str) -> Config:
-        return config if values == given else parse(values, source)
-
-    # In order here, but for that of `audit_receipt`; reading it takes ten times as long as all the rest.
-    audit_folder.load_config, records.config_from_dict = lambda _: config, parsed
+def _target(name: str, mutate: Callable[[bytes, Random], bytes], folder: Path, *, mixture: bool = False) -> Target:
+    run = run_of_two_ranks(folder, mixture=mixture)
+    spare_configs()
+    spare_samples()
     good = (run / name).read_bytes()
     seeds = json_seeds(json.loads(good)) if mutate is changed_json else line_seeds(good)
     return Target([good], seeds, [], mutate, partial(_audited, run, name))
@@ -133,5 +138,6 @@ AUDITS: dict[str, Callable[[Path], Target]] = {
     "audit_skipped": partial(_target, "skipped_steps.jsonl", changed_lines),
     "audit_samples": partial(_target, "samples-00001.jsonl", changed_lines),
     "audit_receipt": partial(_target, f"checkpoints/step-{STEPS:010d}/state.json", changed_json),
+    "audit_mixture": partial(_target, f"checkpoints/step-{STEPS:010d}/state.json", changed_json, mixture=True),
     "audit_done": partial(_target, "DONE", changed_json),
 }

@@ -145,6 +145,7 @@ def _try_out(target: Target) -> None:
         warnings.simplefilter("ignore")
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             target.call(target.good[0], Path(folder))
+    gc.freeze()  # or each worker's collections look at, and copy, all that was imported
 
 
 # --- the worker's parent ---------------------------------------------------------------------------------------------

@@ -58,10 +58,10 @@ def images(folder: Path) -> Target:
         if len(data) < 10_000:
             decode_upright(data)
 
-    return Target(good, _attacks(jpeg, png), _large(), changed_picture, call)
+    return Target(good, odd_pictures(jpeg, png), large_pictures(), changed_picture, call)
 
 
-def _attacks(jpeg: bytes, png: bytes) -> list[bytes]:
+def odd_pictures(jpeg: bytes, png: bytes) -> list[bytes]:
     seeds = [
         b"",
         jpeg[:2],
@@ -114,7 +114,7 @@ def _attacks(jpeg: bytes, png: bytes) -> list[bytes]:
     return seeds
 
 
-def _large() -> list[Seed]:
+def large_pictures() -> list[Seed]:
     """Of 49 megapixels, which is within the limit, from few bytes; and a progressive one of 500 more scans."""
     return [
         partial(_large_png, 8, 2, 3), partial(_large_png, 16, 0, 2), partial(_large_png, 16, 2, 6), partial(_large_png,

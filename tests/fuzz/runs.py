@@ -16,13 +16,14 @@ from tiny import tiny_config
 from fuzz.harness import Target
 from fuzz.mutate import changed_json, changed_lines, json_seeds, line_seeds
 from fuzz.sets import picture
+from fuzz.spare import spare_configs
 from pretrain.config import config_to_yaml
 from pretrain.log import rewind
 from pretrain.report.figures import summary
 from pretrain.report.page import html, markdown, write_report
 from pretrain.report.runs import read_runs
 
-DRAWN = 64  # one input of so many is drawn, in each of two ways: half a second, as long as 100 others
+DRAWN = 128  # one input of so many is drawn, in each of two ways: half a second, as long as 100 others
 
 _START = {
     "step": 0,
@@ -30,6 +31,7 @@ _START = {
     "world_size": 4,
     "commit": "a1",
     "command": ["x.py", "--config", "a.yaml"],
+    "recipe": "a.yaml",
     "versions": {"torch": "2"},
 }
 _RESULTS = {
@@ -72,7 +74,9 @@ def _run(folder: Path) -> Path:
     (run / "evaluation" / "wrong.json").write_text(json.dumps(_WRONG))
     (run / "finetune" / "cifar10" / "results.json").write_text(json.dumps(_FINETUNING))
     (run / "pictures" / "a.png").write_bytes(picture())
-    (run / "config.yaml").write_text(config_to_yaml(tiny_config(Path("shards"), folder, name="run")))
+    text = config_to_yaml(tiny_config(Path("shards"), folder, name="run"))
+    (run / "recipe.yaml").write_text("# score: 50 %\n" + text)
+    (run / "config.yaml").write_text(text)
     return run
 
 
@@ -90,10 +94,8 @@ def _read(run: Path, name: str, also: Sequence[str], data: bytes, own: Path) -> 
     """Reads and shows a run with its file `name` replaced, and its logs `also`; then rewinds them."""
     choice = zlib.crc32(data) % DRAWN
     link_tree(run, own)
-    # Reading the config, in order here, takes ten times as long as the rest.
-    for file in (name, *also, *(["config.yaml"] if choice > 7 else [])):
-        (own / file).unlink(missing_ok=True)
     for file in (name, *also):
+        (own / file).unlink(missing_ok=True)
         (own / file).write_bytes(data)
     try:
         runs = read_runs([own])
@@ -119,6 +121,7 @@ def _draw_once(run: Path) -> None:
 def _target(
     folder: Path, name: str, seeds: list[bytes], mutate: Callable[[bytes, Random], bytes], also: Sequence[str] = ()
 ) -> Target:
+    spare_configs()
     run = _run(folder)
     _draw_once(run)
     return Target([(run / name).read_bytes()], seeds, [], mutate, partial(_read, run, name, also))
@@ -164,6 +167,12 @@ def starts(folder: Path) -> Target:
     ]
     seeds = [json.dumps(one).encode() + b"\n" for one in extra] + line_seeds(good)
     return _target(folder, "starts.jsonl", seeds, changed_lines)
+
+
+def recipe(folder: Path) -> Target:
+    """recipe.yaml, which the last start names; its inputs are made by whoever knows configs."""
+    (folder / "recipe").mkdir()
+    return _target(folder / "recipe", "recipe.yaml", [], changed_lines)
 
 
 def results(folder: Path) -> Target:

@@ -1,10 +1,12 @@
 """What make_shards is given beside shards and archives: lists of images, a tar for each class, tars on a server."""
 
 import csv
+import http.client
 import io
 import json
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -13,9 +15,10 @@ import numpy as np
 from fuzz.harness import Target
 from fuzz.mutate import ODD_VALUES, changed_bytes, changed_lines, changed_tar, line_seeds, member
 from fuzz.sets import END, good_tars, hostile_tars, picture, slow_tars
+from pretrain.data import remote
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
-from pretrain.shards import elsewhere
+from pretrain.shards import elsewhere, imagenet, originals
 from pretrain.shards.make import Options, make_shards
 from pretrain.shards.plain_pickles import read_plain_pickle
 
@@ -110,6 +113,139 @@ def remote_tar(folder: Path) -> Target:
         load_manifest(elsewhere.index_urls(["http://h/a.tar"], (), own / "out"))
 
     return Target(good_tars(), hostile_tars(), slow_tars(), changed_tar, call)
+
+
+_ANSWER = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-7/8\r\nContent-Length: 8\r\n\r\nabcdefgh"
+_FACTS = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-0/8\r\nx-goog-hash: crc32c=AAAAAA==\r\n\r\na"
+_HEADERS = (
+    b"Content-Length: -1", b"Content-Length: 99999999999999999999", b"Content-Length: x", b"Content-Range: bytes */8",
+    b"Content-Range: bytes 0-7/99999999999999999999999", b"Content-Range: bytes 0-7/*", b"Content-Encoding: gzip",
+    b"Content-Range: bytes 0-7/8, 0-7/8", b"Transfer-Encoding: chunked", b"Location: http://h/b", b"Location:",
+    b"Location: file:///etc/passwd", b"Location: //[", b"Location: https://a:b@h/c", b"Location: http://h:99999/",
+    b"Location: \xff", b"x-goog-hash: crc32c=====", b"x-goog-hash: crc32c=AA==, md5=A", b"a: " + b"b" * 60_000,
+    b"a: b", b": b", b"a",
+)  # fmt: skip
+_STATUS = tuple(
+    b"200 OK,301 Moved,302 Found,308 Moved,400 Bad,401 No,404 No,416 No,429 Many,500 No,503 Later,100 Continue,204 No,"
+    b"304 No,999 x,-1 x,x,,206".split(b",")
+)
+
+
+class _Server:
+    """A connection to a server that answers everything alike."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+
+    def request(self, *_: object, **__: object) -> None: ...
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(self)  # pyright: ignore[reportArgumentType]
+        response.begin()
+        return response
+
+    def makefile(self, *_: object) -> io.BytesIO:
+        return io.BytesIO(self.answer)
+
+
+def http_answer(folder: Path) -> Target:
+    """What a server answers that is asked for a part of a file."""
+    remote.MAX_TRIES = 1
+
+    def call(data: bytes, own: Path) -> None:
+        remote._connection = lambda *_: _Server(data)
+        if b" 0-0/" in data:
+            remote.facts_of("http://h/a.tar", 1)
+        else:
+            remote.download("http://h/a.tar", 0, 8, 8, lambda piece: None)
+
+    def mutate(data: bytes, random: Random) -> bytes:
+        lines = data.split(b"\r\n")
+        for _ in range(random.choice((1, 1, 2, 4))):
+            match random.randrange(4):
+                case 0:
+                    lines[0] = b"HTTP/1.1 " + random.choice(_STATUS)
+                case 1:
+                    lines.insert(1, random.choice(_HEADERS))
+                case 2 if len(lines) > 2:
+                    del lines[random.randrange(1, len(lines))]
+                case _:
+                    lines[-1] = random.choice(
+                        (b"", b"a" * 100_000, b"8\r\nabcdefgh\r\n0\r\n\r\n", b"ffffffffffffffffff\r\na")
+                    )
+        return changed_bytes(data, random) if random.random() < 0.3 else b"\r\n".join(lines)
+
+    seeds = [good.replace(b"206 Partial Content", status) for status in _STATUS for good in (_ANSWER, _FACTS)]
+    seeds += [good.replace(b"\r\n", b"\r\n" + header + b"\r\n", 1) for header in _HEADERS for good in (_ANSWER, _FACTS)]
+    seeds += [b"HTTP/1.1 302 Found\r\n" + header + b"\r\n\r\n" for header in _HEADERS]
+    seeds += [b"", b"HTTP/1.1", b"\r\n" * 1000, b"HTTP/1.1 100 Continue\r\n\r\n" * 5000, _ANSWER[:-1], _ANSWER + b"a"]
+    seeds += [
+        _ANSWER.replace(b"\r\n", b"\r\na: b\r\n" * 200, 1),
+        _ANSWER.replace(b"\r\n", b"\n"),
+        b"ICY 200 OK\r\n\r\n",
+    ]
+    return Target([_ANSWER, _FACTS], seeds, [], mutate, call)
+
+
+def task_lists(folder: Path) -> Target:
+    """Lists of an original data set: names and classes of Pets, classes of ImageNet's validation images."""
+    images = {"a_1": picture("jpeg"), "a_2": picture("jpeg"), "b_1": picture("jpeg")}
+    line = b"a_1 1 1 1\n"
+    good = [b"# a comment\n" + line + b"a_2 1 2 1\nb_1 2 1 1\n", b"n01440764\n" * 3, b"0\n1\n999\n"]
+
+    def call(data: bytes, own: Path) -> None:
+        for name, content in images.items():
+            _written(own / "images" / f"{name}.jpg", content)
+        _written(own / "annotations" / "test.txt", line)
+        _written(own / "annotations" / "trainval.txt", data)
+        with suppress(UserError):
+            imagenet._label_list(own / "annotations" / "trainval.txt")
+        if not data.startswith(tuple(good[1:])):
+            originals.pets(own)
+
+    words = (
+        b"0",
+        b"-1",
+        b"1.0",
+        b"99999999999",
+        "٣".encode(),
+        b"n01440764",
+        b"n0",
+        b"a_1",
+        b"c_1",
+        b"../a",
+        b"a" * 5000,
+    )
+    seeds = (
+        [b"a_1 " + word + b"\n" for word in words]
+        + [word + b" 1\n" for word in words]
+        + [word + b"\n" for word in words]
+    )
+    seeds += [
+        b"",
+        b"\n" * 5000,
+        b"\xff\n",
+        b"\0",
+        line * 20_000,
+        line.decode().encode("utf-16"),
+        b"a_1",
+        b"1 a_1\n",
+        b"a_1\t1\r",
+    ]
+
+    def mutate(data: bytes, random: Random) -> bytes:
+        rows = [row.split(b" ") for row in data.splitlines()]
+        for _ in range(random.choice((1, 1, 2, 3)) if rows else 0):
+            row = random.choice(rows)
+            row[random.randrange(len(row))] = random.choice(words)
+        return changed_bytes(data, random) if random.random() < 0.4 else b"\n".join(map(b" ".join, rows))
+
+    return Target(good, seeds, [], mutate, call)
+
+
+def _written(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
 
 
 def plain_pickle(folder: Path) -> Target:

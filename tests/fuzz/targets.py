@@ -4,12 +4,14 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
 from tiny import tiny_config
 
-from fuzz import audits, pictures, records, runs, sets, sources, weights
+from fuzz import audits, notes, pictures, records, runs, sets, sources, weights
 from fuzz.harness import LIMIT_BYTES, Target
 from fuzz.mutate import ODD_YAML, changed_bytes, places, with_value
 from pretrain.config import config_to_dict, config_to_yaml, load_config
@@ -21,6 +23,7 @@ def yaml_file(folder: Path) -> Target:
     """A run's config."""
     values = config_to_dict(tiny_config(Path("shards"), Path("runs")))
     good = [config_to_yaml(tiny_config(Path("shards"), Path("runs"))).encode(), (_CONFIGS / "demo.yaml").read_bytes()]
+    good.append(config_to_yaml(tiny_config(Path("shards"), Path("runs"), data__train=_MIXTURE)).encode())
     seeds = [
         b"",
         b"\0",
@@ -52,6 +55,15 @@ def yaml_file(folder: Path) -> Target:
     odd = [_yaml_with(values, path, text) for path in places(values) for text in ODD_YAML]
     Random(0).shuffle(odd)
     return Target(good, seeds + odd, slow, _changed_yaml, lambda data, own: load_config(_written(own / "a.yaml", data)))
+
+
+def recipe(folder: Path) -> Target:
+    """recipe.yaml in a run's folder: the header of a recipe promises a score."""
+    head = b"# A recipe.\n#\n# score: 50 % after 5 days,\n#   measured.\n#\n# Ti | 5 | 50 % | name=run optim.lr=1e-3\n"
+    head += b"# B | 5 | 60 % | (this file)\n"
+    target, good = runs.recipe(folder), config_to_yaml(tiny_config(Path("shards"), folder, name="run")).encode()
+    seeds = [head + b"#" + b" " * 90_000, head * 500 + good, head.replace(b"=1e-3", b"=["), head.replace(b"#", b"# |")]
+    return replace(target, good=[head + good, good], seeds=[*seeds, b"\xff" + head, b"", b"\0"], mutate=_changed_yaml)
 
 
 def overrides(folder: Path) -> Target:
@@ -111,6 +123,7 @@ def _written(path: Path, data: bytes) -> Path:
     return path
 
 
+_MIXTURE = [{"path": "a", "weight": 2.0}, {"path": "b", "weight": 1.0}]
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 # What is made for a target stands in the folder that it is given; inputs are written elsewhere.
@@ -151,6 +164,27 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "class_tars": sources.class_tars,
     "remote_tar": sources.remote_tar,
     "task_tar": sets.task_tar,
+    "http_answer": sources.http_answer,
+    "task_lists": sources.task_lists,
+    "examples": notes.examples,
+    "counts": notes.counts,
+    "provenance": notes.provenance,
+    "unfinished_plan": notes.unfinished_plan,
+    "unfinished_shard": notes.unfinished_shard,
+    "remote_record": notes.remote_record,
+    "task_list": notes.task_list,
+    "resume": notes.resume,
+    "resume_mixture": partial(notes.resume, mixture=True),
+    "card": notes.card,
+    "card_scores": notes.card_scores,
+    "earlier_results": notes.earlier_results,
+    "predictions": notes.predictions,
+    "own_accuracy": notes.own_accuracy,
+    "run_score": notes.run_score,
+    "run_pictures": notes.run_pictures,
+    "class_names": notes.class_names,
+    "checkpoint_index": weights.checkpoint_index,
+    "recipe": recipe,
     **audits.AUDITS,
 }
 

@@ -19,6 +19,7 @@ from weights_on_disk import in_memory, save_run, tiny_model
 
 from fuzz.harness import Seed, Target
 from fuzz.mutate import ODD_VALUES, bomb, changed_bytes, changed_json, changed_zip, json_seeds, npy, unzipped, zipped
+from fuzz.spare import spare_configs, spare_initial_values
 from pretrain.checkpoint.layout import manifest_text
 from pretrain.models import load_model
 from pretrain.models.build import build_model
@@ -41,6 +42,7 @@ def tiny_weights(**changes: Any) -> Weights:
 
 def npz(folder: Path) -> Target:
     """Weights of Google's, under each of its namings."""
+    spare_initial_values()
     good = []
     for naming in ("released", "vit_jax", "big_vision"):
         write_google(tiny_weights(class_position=naming != "big_vision"), folder / f"{naming}.npz", naming)
@@ -108,6 +110,8 @@ def _slow_npz(members: list[tuple[str, bytes]]) -> list[Seed]:
 
 def _in_folder(made: Path, name: str) -> Callable[[bytes, Path], object]:
     """What loads a folder of weights with its file `name` replaced."""
+    spare_configs()
+    spare_initial_values()
 
     def call(data: bytes, own: Path) -> None:
         for path in made.iterdir():
@@ -392,7 +396,20 @@ def checkpoint_state(folder: Path) -> Target:
     return Target([json.dumps(values).encode()], seeds + json_seeds(values), [], changed_json, call)
 
 
+def checkpoint_index(folder: Path) -> Target:
+    """index.json of a checkpoint, whose checksum the manifest has: where each part of each tensor lies."""
+    step = _checkpoint(folder)
+    values = json.loads((step / "index.json").read_text())
+
+    def call(data: bytes, own: Path) -> None:
+        _load_checkpoint(step, own, "index.json", data)
+
+    return Target([json.dumps(values).encode()], json_seeds(values), [], changed_json, call)
+
+
 def _checkpoint(folder: Path) -> Path:
+    spare_configs()
+    spare_initial_values()
     save_run(tiny_config(folder / "shards", folder), list(NAMES))
     return next((folder / "tiny" / "checkpoints").glob("step-*"))
 
