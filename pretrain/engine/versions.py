@@ -13,7 +13,7 @@ import torch
 from pretrain.errors import UserError, first_line
 
 STEP_OF = "0.19.8"  # the release whose step patches.py knows; others keep their own, with more launches
-TESTED_DEEPSPEED = ("0.19.7", STEP_OF)
+TESTED_DEEPSPEED = (STEP_OF,)
 TESTED_TORCH = ("2.9", "2.15")  # the oldest and the newest; what lies between was not tried
 
 # What reading another inside may raise; an assertion is the guard's own: the model is not what the slices say.
