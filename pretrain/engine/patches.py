@@ -43,7 +43,7 @@ def _without_compiler() -> None:
     The table of ops is replaced: a first look into DeepSpeed's own tries every op out, and starts a compiler for that.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}  # type: ignore[index]  # a plain dict
 
 
 def _without_false_alarm() -> None:
