@@ -7,6 +7,11 @@ value), what is expected, and the way out, in one line, whatever the names of fi
 from pretrain.escape import shown
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error of somebody's library says, its type's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 class UserError(ValueError):
     """The user's input cannot be used: configuration, data set, weights, launch. Retrying cannot help."""
 

@@ -1,5 +1,6 @@
 """DeepSpeed's patches: each works, and is still needed. A DeepSpeed that behaves otherwise fails here by name."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,24 @@ def throughput_timer(config: Config) -> bool:
 def test_no_timer_waits_for_the_device(config: Config) -> None:
     """DeepSpeed's throughput timer, on by default, synchronises twice per micro-batch."""
     assert run_ranks(throughput_timer, 1, config) == [False]
+
+
+def warnings_with_sgd(config: Config, patched: bool) -> list[str]:
+    if not patched:
+        pretrain.engine.patches._without_false_alarm = lambda: None
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())
+    deepspeed.utils.logger.addHandler(listener)
+    start(changed(config, optim__name="sgd"))
+    return told
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_no_false_alarm_about_the_optimizer(config: Config, patched: bool) -> None:
+    """DeepSpeed calls SGD untested, on the console of every fine-tuning. When it does not, the patch can go."""
+    (told,) = run_ranks(warnings_with_sgd, 1, config, patched)
+    assert any("untested optimizer" in line for line in told) != patched
 
 
 # --- the step --------------------------------------------------------------------------------------------------------

@@ -38,7 +38,16 @@ from pretrain.errors import UserError
 from pretrain.finetune import running
 from pretrain.finetune.results import differences_from_paper, results, vtab_results, write_results, write_vtab
 from pretrain.finetune.scores import DIVERGED, RunScore, chosen_lr, claim_sweep, real_score, score
-from pretrain.finetune.sweep import Start, Sweep, default_folder, final_runs, plan_sweep, read_start, selecting_runs
+from pretrain.finetune.sweep import (
+    Options,
+    Start,
+    Sweep,
+    default_folder,
+    final_runs,
+    plan_sweep,
+    read_start,
+    selecting_runs,
+)
 from pretrain.models.weights import load_model, read_weights
 from pretrain.optim import learning_rate
 from pretrain.shards.examples import Example, write_examples
@@ -70,9 +79,8 @@ def full_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(name: str, **changes: Any) -> Sweep:
-    return plan_sweep(
-        task(name), changes.pop("start", B16), **{"data": Path("data"), "out": Path("out"), "num_seeds": 3, **changes}
-    )
+    asked = {"start": B16, "data": Path("data"), "out": Path("out"), "num_seeds": 3, **changes}
+    return plan_sweep(task(name), Options(**asked))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +247,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sweep(folder: Path, out: Path, **changes: Any) -> Sweep:
     start = read_start(folder / "tiny", from_scratch=changes.pop("from_scratch", False))
     options = {"num_seeds": 2, "steps": 4, "image_size": 24, "overrides": TINY, **changes}
-    return plan_sweep(task("pets"), start, data=folder / "data", out=out, **options)
+    return plan_sweep(task("pets"), Options(start=start, data=folder / "data", out=out, **options))
 
 
 def test_step_0(tiny: Path, tmp_path: Path) -> None:

@@ -36,8 +36,7 @@ from pretrain.finetune.own_runs import (
     protocol_for,
     stored_side,
 )
-from pretrain.finetune.running import Options
-from pretrain.finetune.sweep import Start, final_runs, selecting_runs
+from pretrain.finetune.sweep import Options, Start, final_runs, selecting_runs
 from pretrain.report.own_page import write_page
 from pretrain.shards.examples import load_examples
 

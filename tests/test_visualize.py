@@ -109,6 +109,23 @@ def test_without_photos_there_is_no_attention(tmp_path: Path, monkeypatch: pytes
     assert json.loads((folder / "numbers.json").read_text())["attention_distance_px"] is None
 
 
+def test_pictures_of_other_weights_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two weights share a folder, in any order: the newest has the plain names, each picture is its own weights'."""
+    out, drawn = tmp_path / "pictures", {}
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        save_run(tiny_config(tmp_path, tmp_path, name=name), ["a", "b"])
+    for name in ("one", "two", "one"):
+        visualize(monkeypatch, tmp_path / name, "--out", out)
+        drawn[name] = (out / "internals.png").read_bytes(), (out / "numbers.json").read_bytes()
+    kept = {path.name: path.read_bytes() for path in out.iterdir()}
+    (other,) = (name.removeprefix("numbers-") for name in kept if name.startswith("numbers-"))
+    other = other.removesuffix(".json")
+    assert drawn["one"] == (kept["internals.png"], kept["numbers.json"])
+    assert drawn["two"] == (kept[f"internals-{other}.png"], kept[f"numbers-{other}.json"]) and len(kept) == 4
+    assert json.loads(kept[f"numbers-{other}.json"])["weights_sha256"].startswith(other)
+
+
 def test_wrong_photos_are_one_line(tmp_path: Path) -> None:
     """A file that is no picture, and one that is not there: exit 2, its name, nothing written."""
     save_run(tiny_config(tmp_path, tmp_path), ["a", "b"])

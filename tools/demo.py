@@ -6,13 +6,15 @@ python tools/demo.py      (`make demo` installs first)
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pretrain import cli
-from pretrain.cluster.local import environment, gpu_is_here, launcher
+from pretrain.cluster.local import environment, gpu_is_here, launcher, launcher_or_python
 from pretrain.config import load_config
 from pretrain.errors import UserError
 
@@ -39,20 +41,29 @@ def main() -> None:
     make_characters(out / "characters", arguments.images)
     make_digits(out)
     _step(2, "pretraining")
-    run = _train(out, "demo", f"data.train={out / 'characters'}", *arguments.overrides)
-    _step(3, "conversion for timm")
-    _run(sys.executable, "tools/convert.py", run, out / "weights", "--to", "timm", "--overwrite")
-    _step(4, "few-shot accuracy on real handwriting: random weights, pretrained weights, raw pixels")
-    few_shot = ["--fewshot", out / "digits-train", out / "digits-test", "--baselines", "--out", run / "evaluation"]
-    few_shot += ["--fewshot-transform", "timm"]  # the characters fill the picture: no central crop
-    _run(sys.executable, "tools/evaluate.py", out / "weights", *few_shot)
-    _step(5, "fine-tuning on real handwriting, from pretrained and from random weights")
+    num_ranks = None if gpu_is_here() else 2  # all GPUs, or else two ranks on the CPU
+    characters = f"data.train={out / 'characters'}"
+    command, run = _training(out, "demo", characters, *arguments.overrides, num_ranks=num_ranks)
+    _run(*command)
+    _check_done(run)
     digits = [f"data.train={out / 'digits-train'}", f"data.val={out / 'digits-test'}"]
     steps = arguments.finetune_steps
     digits += [f"total_steps={steps}", f"optim.warmup_steps={min(20, steps // 10)}"]
     digits += [o for o in arguments.overrides if o.startswith("model.") and not o.startswith("model.num_classes")]
-    pretrained = _train(out, "demo_digits", *digits, f"init_from={out / 'weights'}", "init_new_head=true")
-    random = _train(out, "demo_digits", *digits, "name=digits_from_random_weights")
+    command, random = _training(out, "demo_digits", *digits, "name=digits_from_random_weights", num_ranks=1)
+    with _beside(out / "digits_from_random_weights.log", command):
+        _step(3, "conversion for timm; beside it, told below: fine-tuning on real handwriting from random weights")
+        _run(sys.executable, "tools/convert.py", run, out / "weights", "--to", "timm", "--overwrite")
+        _step(4, "few-shot accuracy on real handwriting: random weights, pretrained weights, raw pixels")
+        few_shot = ["--fewshot", out / "digits-train", out / "digits-test", "--baselines", "--out", run / "evaluation"]
+        few_shot += ["--fewshot-transform", "timm"]  # the characters fill the picture: no central crop
+        _run(sys.executable, "tools/evaluate.py", out / "weights", *few_shot)
+        _step(5, "fine-tuning on real handwriting from pretrained weights")
+        start = f"init_from={out / 'weights'}", "init_new_head=true"
+        command, pretrained = _training(out, "demo_digits", *digits, *start, num_ranks=1)
+        _run(*command)
+        _check_done(pretrained)
+    _check_done(random)
     _step(6, "report")
     _run(sys.executable, "tools/report.py", run, pretrained, random, "--out", out / "report")
     print(f"\ndone in {(time.monotonic() - began) / 60:.1f} minutes")
@@ -62,25 +73,56 @@ def main() -> None:
     cli.tell(f"weights: {out / 'weights'}")
 
 
-def _train(out: Path, config: str, *overrides: str) -> Path:
-    """Trains by a config and returns the run's folder. Raises UserError when the run was stopped before its end."""
+def _training(out: Path, config: str, *overrides: str, num_ranks: int | None) -> tuple[list[str], Path]:
+    """Returns the command that trains by a config, and the run's folder; None: on all GPUs."""
     path = f"configs/{config}.yaml"
-    name = load_config(ROOT / path, overrides).name
-    ranks = launcher(None if gpu_is_here() else 2)  # all GPUs, or else two ranks on the CPU
-    _run(*ranks, "launch/pretrain.py", "--config", path, f"output={out / 'runs'}", *overrides)
-    run = out / "runs" / name
+    words = launcher(num_ranks) if num_ranks is None else launcher_or_python(num_ranks)
+    command = [*words, "launch/pretrain.py", "--config", path, f"output={out / 'runs'}", *overrides]
+    return command, out / "runs" / load_config(ROOT / path, overrides).name
+
+
+def _check_done(run: Path) -> None:
+    """Raises UserError when a run was stopped before its end."""
     if not (run / "DONE").exists():
         raise UserError(f"{run}: the training stopped before its end; the same command goes on from there")
-    return run
 
 
 def _run(*command: object) -> None:
+    words = _words(command)
+    _check(words, subprocess.run(words, cwd=ROOT, env=environment(num_threads=1)).returncode)
+
+
+@contextmanager
+def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
+    """Runs a command while its block runs others, and shows its words behind theirs.
+
+    When the block ends early the command is asked to stop too. Raises UserError when it fails.
+    """
+    words = _words(command)
+    with log.open("wb") as file:
+        process = subprocess.Popen(words, cwd=ROOT, env=environment(num_threads=1), stdout=file, stderr=file)
+    try:
+        yield
+        process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+        print(f"\n{log.read_text(errors='replace')}", end="", flush=True)
+    _check(words, process.returncode)
+
+
+def _words(command: Sequence[object]) -> list[str]:
+    """Returns a command's words, and shows them."""
     words = [str(word) for word in command]
-    shown = [Path(words[0]).name, *words[1:]]
-    cli.tell("$ " + " ".join(shown))
-    code = subprocess.run(words, cwd=ROOT, env=environment(num_threads=1)).returncode
+    cli.tell("$ " + " ".join([Path(words[0]).name, *words[1:]]))
+    return words
+
+
+def _check(words: Sequence[str], code: int) -> None:
     if code:
-        raise UserError(f"{' '.join(shown[:2])} ended with exit code {code}; what went wrong stands above")
+        name = " ".join([Path(words[0]).name, *words[1:2]])
+        raise UserError(f"{name} ended with exit code {code}; what went wrong stands above")
 
 
 def _step(number: int, title: str) -> None:

@@ -21,7 +21,8 @@ from pretrain.errors import UserError
 from pretrain.models.formats import check_weights
 
 if TYPE_CHECKING:
-    from pretrain.finetune.running import Job, Options
+    from pretrain.finetune.running import Job
+    from pretrain.finetune.sweep import Options
 
 MAX_ROWS = 40  # of the table of classes; the page shows the lowest of more
 
@@ -181,8 +182,7 @@ def _on_tasks(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace, own: str | None = None) -> Options:
     """What was asked for; own: the name of own data."""
-    from pretrain.finetune.running import Options
-    from pretrain.finetune.sweep import default_folder, read_start
+    from pretrain.finetune.sweep import Options, default_folder, read_start
 
     folder = arguments.out
     if folder is None:

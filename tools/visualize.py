@@ -40,7 +40,7 @@ def main() -> None:
 
         from pretrain.data.images import to_float
         from pretrain.models.inspection import check_inspectable, filter_components, look_at, position_similarity
-        from pretrain.models.weights import model_of, read_weights, results_folder
+        from pretrain.models.weights import model_of, read_weights, results_folder, weights_sha256
         from pretrain.report.pictures import Photo, model_title, read_photo, write_pictures
 
     weights = read_weights(arguments.weights)
@@ -55,7 +55,8 @@ def main() -> None:
     filters, positions = filter_components(model), position_similarity(model, config)
     out = arguments.out or results_folder(arguments.weights, "pictures")
     title = f"{arguments.weights}: {model_title(config)}"
-    written = write_pictures(out, title, config, filters, positions, photos, tensorboard=arguments.tensorboard)
+    digest, events = weights_sha256(weights.source), arguments.tensorboard
+    written = write_pictures(out, title, config, filters, positions, photos, digest=digest, tensorboard=events)
     for path in written:
         cli.tell(path)
 

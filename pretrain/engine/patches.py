@@ -1,9 +1,11 @@
-"""What DeepSpeed 0.19.8 does otherwise than we need, and is made to do.
+"""What DeepSpeed does otherwise than we need, and is made to do.
 
 `before_start` comes before deepspeed.initialize, `after_start` behind it. Each patch has a test that fails when
-DeepSpeed changes: tests/test_engine_patches.py.
+DeepSpeed changes: tests/test_engine_patches.py. The step is lightened in the one release whose step is known
+(versions.STEP_OF); without that it computes the same bits in more launches.
 """
 
+import logging
 import os
 from datetime import timedelta
 from functools import partial
@@ -15,18 +17,24 @@ import torch.distributed as dist
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import logger as deepspeed_logger
+
+from pretrain.engine.versions import step_is_known
 
 
 def before_start() -> None:
     """What has to be so when DeepSpeed starts."""
     _without_compiler()
-    _lighten_unsharded_step()
+    _without_false_alarm()
+    if step_is_known():
+        _lighten_unsharded_step()
 
 
 def after_start(timeout_s: int, zero: Any) -> None:
     """What DeepSpeed, and its ZeRO optimizer, have to be given once they have started."""
     _set_group_timeouts(timeout_s)
-    _lighten_step(zero)
+    if step_is_known():
+        _lighten_step(zero)
 
 
 def _without_compiler() -> None:
@@ -35,13 +43,23 @@ def _without_compiler() -> None:
     The table of ops is replaced: a first look into DeepSpeed's own tries every op out, and starts a compiler for that.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}  # type: ignore[index]  # a plain dict
+
+
+def _without_false_alarm() -> None:
+    """Keeps from the console that optimizers other than Adam are untested with ZeRO: SGD and Lion are tested here."""
+    deepspeed_logger.addFilter(_is_no_false_alarm)  # the same function twice counts once
+
+
+def _is_no_false_alarm(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()
 
 
 def _set_group_timeouts(timeout_s: int) -> None:
     """Gives every group of this process the timeout. DeepSpeed makes groups without one, which wait for 30 minutes."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.15
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.set_timeout(timedelta(seconds=timeout_s), group)
+        set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def _lighten_step(zero: Any) -> None:

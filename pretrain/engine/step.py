@@ -22,8 +22,9 @@ from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.patches import after_start, before_start
-from pretrain.engine.settings import DTYPES, check_precision, check_version, deepspeed_config
+from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config
 from pretrain.engine.slices import OwnedSlices
+from pretrain.engine.versions import reading_inside, step_is_known
 from pretrain.errors import UserError
 from pretrain.losses import num_correct, per_image_loss
 from pretrain.models.build import compile_blocks
@@ -46,7 +47,6 @@ class Engine:
     """A model that trains. Built on all ranks from equal weights."""
 
     def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device) -> None:
-        check_version()
         check_precision(config)
         self.plan, self.device = plan, device
         self.dtype = DTYPES[config.engine.precision]
@@ -73,19 +73,27 @@ class Engine:
         )
         self._engine: Any = engine
         self._zero: Any = zero
-        self._optimizer: Any = self._zero.optimizer
         self._module = model
-        self._frozen.refresh_model(self.dtype)
         self._moments = moment_dtypes(config.optim)
-        self._owned = OwnedSlices(model, zero, config.engine.zero_stage, self._moments)
-        after_start(config.engine.timeout_s, zero)
-        self._owned.set_optimizer_state(step=0)
-        if rounded:
-            self._start_from(exact)
         self._average_decay = config.optim.average_decay
+        with reading_inside():
+            self._take_hold(config, exact)
+
+    def _take_hold(self, config: Config, exact: dict[str, torch.Tensor]) -> None:
+        """Reads DeepSpeed's inside for the first time, all that a checkpoint or a resume will read."""
+        self._optimizer: Any = self._zero.optimizer
+        self._frozen.refresh_model(self.dtype)
+        self._owned = OwnedSlices(self._module, self._zero, config.engine.zero_stage, self._moments)
+        after_start(config.engine.timeout_s, self._zero)
+        self._owned.set_optimizer_state(step=0)
+        if exact:
+            self._start_from(exact)
+        elif not step_is_known():
+            self._owned.refresh_model()  # a release that cannot do it is refused now, not at the first resume
         # Of the initial weights; by the flat tensor that they are the average of.
         kept = self._owned.flat_tensors() if self._average_decay else []
         self._averages = {flat: flat.detach().clone() for flat in kept}
+        self.state()
         self.check()
 
     @torch.no_grad()

@@ -25,9 +25,9 @@ from pretrain.config import MAY_CHANGE, Config
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
-from pretrain.finetune.running import ROOT, Options
+from pretrain.finetune.running import ROOT
 from pretrain.finetune.scores import chosen_lr, claim_sweep
-from pretrain.finetune.sweep import Start, Sweep, asked_for, final_runs, key_of, write_out
+from pretrain.finetune.sweep import Options, Start, Sweep, asked_for, final_runs, key_of, write_out
 from pretrain.json_files import Fields, read_json
 from pretrain.plan.choose import MICRO_BATCHES, layout_of
 from pretrain.plan.memory import memory
@@ -93,15 +93,7 @@ def plan_own(name: str, data: OwnData, options: Options, *, image_size: int, on_
         tested_on="",
     )
     assert task.finetuning is not None
-    protocol = asked_for(
-        task.finetuning,
-        options.start,
-        num_seeds=options.num_seeds,
-        steps=options.steps,
-        lr_grid=options.lr_grid,
-        image_size=options.image_size,
-        overrides=options.overrides,
-    )
+    protocol = asked_for(task.finetuning, options)
     held_out = max(1, round((protocol.dev_fraction or 0) * data.num_train))
     select = (data.train, data.choose, 0) if data.choose else (data.train, None, held_out)
     if not data.choose and held_out >= data.num_train:

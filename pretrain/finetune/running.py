@@ -6,7 +6,6 @@ Whatever stops it, the same command goes on: a run that is done is not repeated,
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,26 +16,11 @@ from pretrain.errors import NonFiniteError, UserError
 from pretrain.escape import shown
 from pretrain.finetune.results import real_results, results, vtab_results, write_results, write_vtab
 from pretrain.finetune.scores import DIVERGED, chosen_lr, claim_sweep, real_score, score
-from pretrain.finetune.sweep import Start, Sweep, final_runs, plan_sweep, selecting_runs
+from pretrain.finetune.sweep import Options, Sweep, final_runs, plan_sweep, selecting_runs
 from pretrain.storage import write_text
 from pretrain.tasks.table import Task, missing
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked for, the same for each task; see plan_sweep."""
-
-    start: Start
-    data: Path
-    out: Path
-    num_seeds: int
-    steps: int | None
-    lr_grid: tuple[float, ...] | None
-    image_size: int | None
-    overrides: tuple[str, ...]
-    num_gpus: int | None  # ranks; None: all GPUs, or one CPU rank
 
 
 class Job(NamedTuple):
@@ -66,17 +50,7 @@ def plan(tasks: Sequence[Task], options: Options) -> list[Sweep]:
 
 
 def _plan_one(task: Task, options: Options) -> Sweep:
-    sweep = plan_sweep(
-        task,
-        options.start,
-        data=options.data,
-        out=options.out,
-        num_seeds=options.num_seeds,
-        steps=options.steps,
-        lr_grid=options.lr_grid,
-        image_size=options.image_size,
-        overrides=options.overrides,
-    )
+    sweep = plan_sweep(task, options)
     final_runs(sweep, sweep.protocol.lr_grid[0])  # a wrong key is told before anything is written
     claim_sweep(sweep)
     return sweep

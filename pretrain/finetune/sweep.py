@@ -13,7 +13,6 @@ OUT/real/results.json          ImageNet's final runs by ReaL labels, which tools
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,21 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What was asked for, the same for each task."""
+
+    start: Start
+    data: Path
+    out: Path
+    num_seeds: int
+    steps: int | None = None  # fewer than the paper's scale the warm-up with them
+    lr_grid: tuple[float, ...] | None = None
+    image_size: int | None = None
+    overrides: tuple[str, ...] = ()
+    num_gpus: int | None = None  # ranks; None: all GPUs, or one CPU rank
+
+
+@dataclass(frozen=True)
 class Sweep:
     """All runs of one task from one start."""
 
@@ -94,62 +108,34 @@ def default_folder(weights: Path, *, from_scratch: bool) -> Path:
     return results_folder(weights, "finetune-from-scratch" if from_scratch else "finetune")
 
 
-def plan_sweep(
-    task: Task,
-    start: Start,
-    *,
-    data: Path,
-    out: Path,
-    num_seeds: int,
-    steps: int | None = None,
-    lr_grid: tuple[float, ...] | None = None,
-    image_size: int | None = None,
-    overrides: Sequence[str] = (),
-) -> Sweep:
-    """Returns the sweep of a task whose data lies below `data`. Reads manifests, no images, and writes nothing.
+def plan_sweep(task: Task, options: Options) -> Sweep:
+    """Returns the sweep of a task whose data lies below `options.data`. Reads manifests, no images; writes nothing.
 
-    steps: fewer than the paper's scale the warm-up with them. Raises UserError when the task is not fine-tuned on, or a
-    setting is out of range.
+    Raises UserError when the task is not fine-tuned on, or a setting is out of range.
     """
     if task.finetuning is None:
         raise UserError(
             f"{task.name} has no training images: fine-tune on imagenet, then score with tools/evaluate.py --tasks"
         )
-    protocol = asked_for(
-        task.finetuning,
-        start,
-        num_seeds=num_seeds,
-        steps=steps,
-        lr_grid=lr_grid,
-        image_size=image_size,
-        overrides=overrides,
-    )
-    splits = {name: (task_folder(task, data) / name / "manifest.json").absolute() for name in task.splits}
+    protocol = asked_for(task.finetuning, options)
+    splits = {name: (task_folder(task, options.data) / name / "manifest.json").absolute() for name in task.splits}
     train = splits[_train_split(protocol)]
     if protocol.dev_fraction is None:
         select = splits["train"], splits["val"], 0
     else:
         select = train, None, max(1, round(protocol.dev_fraction * load_manifest(train).num_samples))
-    folder = out.absolute() / task.name.replace("/", "-")
-    return Sweep(task, protocol, start, folder, train, select, splits[task.test_split], num_seeds, tuple(overrides))
+    folder, test = options.out.absolute() / task.name.replace("/", "-"), splits[task.test_split]
+    return Sweep(task, protocol, options.start, folder, train, select, test, options.num_seeds, options.overrides)
 
 
-def asked_for(
-    protocol: FineTuning,
-    start: Start,
-    *,
-    num_seeds: int,
-    steps: int | None,
-    lr_grid: tuple[float, ...] | None,
-    image_size: int | None,
-    overrides: Sequence[str],
-) -> FineTuning:
-    """Returns a protocol with what was asked for instead; see plan_sweep. Raises UserError for what is out of range."""
-    for override in overrides:
+def asked_for(protocol: FineTuning, options: Options) -> FineTuning:
+    """Returns a protocol with what was asked for instead. Raises UserError for what is out of range."""
+    steps, lr_grid, image_size = options.steps, options.lr_grid, options.image_size
+    for override in options.overrides:
         if (key := key_of(override)) in _OWN_KEYS:
             raise UserError(f"{override}: the sweep sets {key} itself; give {_OWN_KEYS[key]}")
-    if num_seeds < 1 or (steps is not None and steps < 1):
-        raise UserError(f"--seeds is {num_seeds}, --steps {steps}: expected at least 1")
+    if options.num_seeds < 1 or (steps is not None and steps < 1):
+        raise UserError(f"--seeds is {options.num_seeds}, --steps {steps}: expected at least 1")
     if image_size is not None and image_size < 1:
         raise UserError(f"--image-size is {image_size}, expected pixels")
     if lr_grid is not None and (not lr_grid or not all(0 < lr < 1e3 for lr in lr_grid)):
@@ -159,7 +145,7 @@ def asked_for(
         steps=steps or protocol.steps,
         warmup_steps=round(protocol.warmup_steps * min(1.0, (steps or protocol.steps) / protocol.steps)),
         lr_grid=tuple(sorted(set(lr_grid or protocol.lr_grid))),
-        image_size=image_size or fitting_size(protocol.image_size, start.model),
+        image_size=image_size or fitting_size(protocol.image_size, options.start.model),
     )
 
 

@@ -20,7 +20,7 @@ from pretrain import cli
 from pretrain.cluster.slurm import rank_so_far
 from pretrain.config.checks import did_you_mean
 from pretrain.data import remote
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import StorageError, UserError, first_line
 from pretrain.models.published import BUCKET, GoogleFile, google_file
 from pretrain.storage import crc32c, fsync_path, sha256
 
@@ -319,13 +319,9 @@ def _one_line(name: str, address: str) -> Iterator[None]:
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
             raise UserError(f"{name}: {address} is not there, or private: `hf auth login`, or set HF_TOKEN") from None
         if isinstance(error, errors.HFValidationError):
-            raise UserError(f"{name}: {_first_line(error)}") from None
+            raise UserError(f"{name}: {first_line(error)}") from None
         # Its HTTP client's errors, OSError, and RuntimeError of its transfer in parts: none is of this program.
         raise StorageError(
-            f"{name}: {address} cannot be reached or read ({_first_line(error)}); where there is a network, download "
+            f"{name}: {address} cannot be reached or read ({first_line(error)}); where there is a network, download "
             f"config.json and {_TENSORS[0]} from there into a folder, and give that folder"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import StorageError, UserError, first_line
 
 
 def check_login(repository: str) -> None:
@@ -44,19 +44,15 @@ def _one_line(repository: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"--push {repository}: {_first(error)}") from None
+        raise UserError(f"--push {repository}: {first_line(error)}") from None
     except HfHubHTTPError as error:
         raise UserError(
-            f"--push {repository}: the hub refused ({_first(error)}); the folder itself is complete"
+            f"--push {repository}: the hub refused ({first_line(error)}); the folder itself is complete"
         ) from None
     except Exception as error:
         client = type(error).__module__.partition(".")[0]  # the hub's HTTP client, another one in other versions
         if not (isinstance(error, OSError) or client in ("httpx", "httpx2", "requests")):
             raise
         raise StorageError(
-            f"--push {repository}: the hub cannot be reached ({_first(error)}); the folder itself is complete"
+            f"--push {repository}: the hub cannot be reached ({first_line(error)}); the folder itself is complete"
         ) from None
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from pretrain.config import DataConfig, ModelConfig
 from pretrain.data.images import decode_upright, eval_image
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
+from pretrain.json_files import Fields, read_json
 from pretrain.log import warn
 from pretrain.models.inspection import Filters, Look, Positions, mean_distance_px
 from pretrain.models.positions import Grid
@@ -23,6 +25,7 @@ from pretrain.models.vit import grid_of
 from pretrain.storage import replacing, write_text
 
 INTERNALS, ROLLOUT, NUMBERS = "internals.png", "rollout.png", "numbers.json"
+_LETTERS = 12  # of a digest, in a file's name
 MAX_MAPS = 16  # per side: similarity maps of more places would be too small to read
 # Colours that differ for everyone: perceptually uniform maps, and two of Okabe and Ito's.
 MAP_COLORS, HEAD_COLOR, MEAN_COLOR = "viridis", "#0072B2", "#D55E00"
@@ -66,26 +69,44 @@ def write_pictures(
     positions: Positions,
     photos: Sequence[Photo],
     *,
+    digest: str,
     tensorboard: bool,
 ) -> list[Path]:
     """Draws into `out`, and writes the numbers; returns the files. Raises UserError when `out` cannot be written.
 
+    digest: of the weights; what others have drawn there keeps its files, under names with the digest of theirs.
     tensorboard: also as an event file.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _keep_others(out, digest)
         pictures = {INTERNALS: _draw_internals(title, config, filters, positions, photos)}
         if photos:
             pictures[ROLLOUT] = _draw_rollouts(title, photos)
         for name, figure in pictures.items():
             with replacing(out / name) as temporary:
                 figure.savefig(temporary, dpi=120, format="png")
-        write_text(out / NUMBERS, json.dumps(_numbers(config, filters, positions, photos)) + "\n")
+        numbers = {"weights_sha256": digest, **_numbers(config, filters, positions, photos)}
+        write_text(out / NUMBERS, json.dumps(numbers) + "\n")
         if tensorboard:
             _write_events(out, list(pictures))
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
     return [out / name for name in (*pictures, NUMBERS)]
+
+
+def _keep_others(out: Path, digest: str) -> None:
+    """Renames the files of other weights in the folder, and removes what these weights had there under such names."""
+    try:
+        before = Fields.of(read_json(out / NUMBERS), "").text("weights_sha256")
+    except (OSError, UserError):
+        return  # nothing is known of what lies there
+    if before == digest or not re.fullmatch("[0-9a-f]{64}", before):
+        return
+    for name in map(Path, (INTERNALS, ROLLOUT, NUMBERS)):
+        if (out / name).is_file():
+            (out / name).replace(out / f"{name.stem}-{before[:_LETTERS]}{name.suffix}")
+        (out / f"{name.stem}-{digest[:_LETTERS]}{name.suffix}").unlink(missing_ok=True)
 
 
 def _write_events(out: Path, names: list[str]) -> None:
@@ -243,7 +264,10 @@ def _draw_distances(axes: Any, config: ModelConfig, photos: Sequence[Photo]) -> 
 
 
 def _draw_rollouts(title: str, photos: Sequence[Photo]) -> Any:
-    """One row per photo: the photo, the rollout, and the photo as bright as the rollout."""
+    """One row per photo: the photo, the rollout from its least to its most, and the photo as bright as that.
+
+    Of a flat look the differences are what there is to see; the figures below it tell that they are small.
+    """
     figure = _figure(9.5, 0.9 + 2.7 * len(photos), f"{title}\nAttention rollout, {photos[0].look.source}")
     maps = [photo.look.rollout.numpy() * photo.look.rollout.numel() for photo in photos]  # 1: as a uniform look
     for row, photo, values in zip(figure.subplots(len(photos), 3, squeeze=False), photos, maps):
@@ -251,15 +275,17 @@ def _draw_rollouts(title: str, photos: Sequence[Photo]) -> Any:
         row[0].imshow(photo.pixels)
         row[0].set_ylabel(photo.name if len(photo.name) <= 28 else f"{photo.name[:25]}...", fontsize=8)
         extent = (-0.5, size - 0.5, size - 0.5, -0.5)
-        heat = row[1].imshow(values, cmap=MAP_COLORS, vmin=0, extent=extent, interpolation="nearest")
+        heat = row[1].imshow(values, cmap=MAP_COLORS, extent=extent, interpolation="nearest")
+        row[1].set_xlabel(f"{values.min():.2f} to {values.max():.2f} of uniform", fontsize=8)
         figure.colorbar(heat, ax=row[1], shrink=0.85, label="attention, uniform = 1")
         fine = torch.from_numpy(values)[None, None]
         fine = torch.nn.functional.interpolate(fine, size=(size, size), mode="bilinear")[0, 0].numpy()
-        # Pixel values are no amounts of light: this exponent makes the light proportional to the rollout.
-        row[2].imshow((photo.pixels * (fine / fine.max())[..., None] ** (1 / 2.2)).astype(np.uint8))
+        light = (fine - fine.min()) / max(np.ptp(fine), 1e-12)
+        # Pixel values are no amounts of light: this exponent makes light of the rollout in proportion.
+        row[2].imshow((photo.pixels * light[..., None] ** (1 / 2.2)).astype(np.uint8))
         for axes in row:
             _bare(axes)
-    for axes, name in zip(figure.axes, ("Photo", "Rollout", "Photo x rollout")):
+    for axes, name in zip(figure.axes, ("Photo", "Rollout", "Photo, lit by it")):
         axes.set_title(name, fontweight="bold")
     return figure
 

@@ -20,6 +20,7 @@ from pretrain.data.order import Order, plan_batch, share
 from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_machine
 from pretrain.engine.step import Engine
+from pretrain.engine.versions import untried
 from pretrain.errors import ConfigError, NotFoundError, StorageError
 from pretrain.evaluation import classification
 from pretrain.log import RunLog, say
@@ -161,6 +162,8 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     too_large = data.val is not None and data.val.multi_label and not data.ranks_classes
     most = classification.MAX_LOGIT_BYTES_IN_TRAINING
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
+    if told := untried():
+        say(f"warning: {told}")
     if statistics_of(model):
         say("batch norm: its statistics stay those of the weights that the run starts from")
     say(

@@ -1,0 +1,51 @@
+"""Which releases of torch and DeepSpeed were tried together, and what is done about others.
+
+Checkpoints read DeepSpeed's inside (slices.py), and the step replaces parts of it (patches.py). Releases that were not
+tried are named at the start; one whose inside cannot be read is refused.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+
+from pretrain.errors import UserError, first_line
+
+STEP_OF = "0.19.8"  # the release whose step patches.py knows; others keep their own, with more launches
+TESTED_DEEPSPEED = (STEP_OF,)
+TESTED_TORCH = ("2.9", "2.15")  # the oldest and the newest; what lies between was not tried
+
+# What reading another inside may raise; an assertion is the guard's own: the model is not what the slices say.
+_UNREADABLE = (AttributeError, KeyError, IndexError, TypeError, AssertionError)
+
+
+def untried() -> str | None:
+    """Returns a line that names the installed releases when they were not tried together, None when they were."""
+    torch_release = ".".join(torch.__version__.split(".")[:2])
+    if torch_release in TESTED_TORCH and deepspeed.__version__ in TESTED_DEEPSPEED:
+        return None
+    return (
+        f"torch {torch.__version__} with deepspeed {deepspeed.__version__} has not been tried; tried are torch "
+        f"{' and '.join(TESTED_TORCH)} with deepspeed {' and '.join(TESTED_DEEPSPEED)}"
+    )
+
+
+def step_is_known() -> bool:
+    """Returns whether DeepSpeed's step is the one that patches.py lightens."""
+    return deepspeed.__version__ == STEP_OF
+
+
+@contextmanager
+def reading_inside() -> Iterator[None]:
+    """Around the first look at DeepSpeed's inside. Raises UserError where a release that was not tried has another."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        if deepspeed.__version__ in TESTED_DEEPSPEED:
+            raise  # a defect of ours
+        found = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"deepspeed {deepspeed.__version__}: its inside cannot be read ({found}), and checkpoints are made of it; "
+            f"install deepspeed=={STEP_OF}"
+        ) from error
