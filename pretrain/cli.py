@@ -114,8 +114,11 @@ def _say(message: str, code: int) -> int:
 
 
 def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # nobody reads on, and the interpreter would end with 120 for it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them
     sys.exit(code)
