@@ -147,7 +147,11 @@ def test_ctrl_c_saves_and_stops(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher_word", "number"), [(b"deepspeed.launcher.launch", signal.SIGKILL), (b"/deepspeed", signal.SIGUSR1)]
+    ("launcher_word", "number"),
+    [
+        pytest.param(b"deepspeed.launcher.launch", signal.SIGKILL, marks=pytest.mark.long),
+        (b"/deepspeed", signal.SIGUSR1),  # more of them, without DeepSpeed's own launcher: tests/test_stops.py
+    ],
 )
 def test_death_of_the_launcher_leaves_no_orphans(
     launcher_word: bytes, number: int, shards: Path, tmp_path: Path
