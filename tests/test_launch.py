@@ -149,8 +149,8 @@ def test_ctrl_c_saves_and_stops(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("launcher_word", "number"),
     [
-        pytest.param(b"deepspeed.launcher.launch", signal.SIGKILL, marks=pytest.mark.long),
-        (b"/deepspeed", signal.SIGUSR1),  # more of them, without DeepSpeed's own launcher: tests/test_stops.py
+        (b"deepspeed.launcher.launch", signal.SIGKILL),
+        pytest.param(b"/deepspeed", signal.SIGUSR1, marks=pytest.mark.long),
     ],
 )
 def test_death_of_the_launcher_leaves_no_orphans(
