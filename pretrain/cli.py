@@ -20,6 +20,7 @@ from pretrain.errors import StorageError, UserError
 from pretrain.escape import shown
 
 _WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
+_ON_ANOTHER_NODE_S = 3.0  # likewise; a lost node is to be told within 5 s, of which asking the others takes one
 
 
 def _interrupted_in_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -105,15 +106,19 @@ def _on_os_error(error: OSError) -> int:
 def _say(message: str, code: int) -> int:
     """Rank 0 tells what all ranks met. Another rank tells it only if rank 0, whose exit ends this one too, does not."""
     if (rank := rank_so_far(os.environ)) > 0:
-        time.sleep(_WAIT_FOR_RANK_0_S)
+        beside_rank_0 = os.environ.get("LOCAL_RANK", str(rank)) == str(rank)
+        time.sleep(_WAIT_FOR_RANK_0_S if beside_rank_0 else _ON_ANOTHER_NODE_S)
         message = f"rank {rank}: {message}"
     tell(message, sys.stderr)
     return code
 
 
 def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # nobody reads on, and the interpreter would end with 120 for it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them
     sys.exit(code)

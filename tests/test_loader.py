@@ -290,13 +290,14 @@ def test_errors_that_end_the_run_arrive_with_their_batch(workers: int, own_shard
 
 
 def test_a_program_that_reads_no_further_ends(shard_folder: Path) -> None:
-    """Workers ignore SIGTERM; still the program ends when batches are left over, also where only a cycle holds them.
+    """Workers ignore SIGTERM; still the program ends when batches are left over, also where only a cycle holds them, or
+    where a worker hangs.
 
     Without care it would wait for its workers for ever.
     """
     needs_shared_memory()
     program = (
-        "import sys, numpy as np, pathlib\n"
+        "import os, signal, sys, numpy as np, pathlib\n"
         "from pretrain.config import DataConfig\n"
         "from pretrain.data.loader import eval_batches\n"
         "from pretrain.data.manifest import load_manifest\n"
@@ -308,6 +309,7 @@ def test_a_program_that_reads_no_further_ends(shard_folder: Path) -> None:
         "cycle = [eval_batches(manifest, np.arange(100), **options)]\n"
         "cycle.append(cycle)\n"
         "del cycle\n"
+        "os.kill(unfinished._workers[0].pid, signal.SIGSTOP)\n"
         "print('end')\n"
     )
     command = [sys.executable, "-c", program, str(shard_folder)]

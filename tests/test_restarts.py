@@ -50,7 +50,9 @@ sys.exit(int(end))
         (["0:76,1:76", "0:75,1:75", "0:0,1:0"], 0, 3),
         (["0:hangs,1:killed", "0:0,1:0"], 0, 2),  # the other one does not wait for ever
         (["0:hangs,1:76", "0:0,1:0"], 0, 2),
-        *(([f"0:{code},1:{code}"], code, 1) for code in (1, 2, 77, 78, 130)),
+        (["0:hangs,1:1", "0:1,1:76", "0:0,1:0"], 0, 3),  # a defect may be one of the machine
+        (["0:76,1:1"], 1, 3),
+        *(([f"0:{code},1:{code}"], code, 1) for code in (2, 77, 78, 130)),
         (["0:76,1:2"], 2, 1),  # the others of a rank that needs a person have only lost it
         (["0:0,1:75"], 75, 3),
         (["0:killed,1:killed"], 128 + signal.SIGKILL, 3),  # after two restarts without a checkpoint
@@ -61,7 +63,8 @@ sys.exit(int(end))
 def test_what_is_tried_again(
     starts: list[str], code: int, num_starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Storage, a lost rank, a death by a signal: twice in a row without a new checkpoint. Never what needs a person."""
+    """Storage, a lost rank, a defect, a death by a signal: twice in a row without a new checkpoint. Never what needs a
+    person."""
     monkeypatch.setattr(restarts, "MOST_PAUSE_S", 0.0)
     monkeypatch.setattr(restarts, "LOST_S", 1.0)  # within which the others have begun
     assert run_fakes(tmp_path, starts) == code

@@ -188,6 +188,8 @@ def test_a_chain_that_is_not_submitted_whole_is_cancelled(
         ("launch/pretrain.sbatch", {"FAILS": "2"}, 2, []),
         ("launch/pretrain.sbatch", {"FAILS": "1"}, 1, ["requeue 9"]),
         ("launch/pretrain.sbatch", {"FAILS": "1", "SLURM_RESTART_COUNT": "5"}, 1, []),
+        ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run"}, 75, ["requeue 9"]),
+        ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run", "SLURM_RESTART_COUNT": "5"}, 75, []),
         ("launch/evaluate.sbatch", {}, 2, []),
     ],
 )

@@ -1,6 +1,7 @@
 """Which checkpoints are kept."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.checkpoint.layout import step_folders, step_of
@@ -13,28 +14,40 @@ from pretrain.log import warn
 from pretrain.storage import remove
 
 
-def apply_retention(folder: Path, *, keep_last: int, keep_every_steps: int, keep_best: bool) -> None:
+def apply_retention(
+    folder: Path, *, keep_last: int, keep_every_steps: int, keep_best: bool, spare: Path | None = None
+) -> None:
     """Deletes old checkpoints, never below `keep_last`, pinned steps or the best one. Rank 0; others do nothing.
 
-    Best is the largest "val/top1" in state.json's "metrics"; among equals the earliest. A folder that cannot
-    be listed is a warning: the next save tries again.
+    spare: one that is being read, and stays until the next time. A folder that cannot be listed is a warning: the next
+    save tries again.
     """
-    if ranks.is_main() and (problem := attempt(_delete_old, folder, keep_last, keep_every_steps, keep_best)):
+
+    def delete_old() -> None:
+        by_step = {step_of(path): path for path in step_folders(folder)}
+        score = (lambda step: _score_of(by_step[step])) if keep_best else None
+        for step in by_step.keys() - kept_steps(list(by_step), keep_last, keep_every_steps, score):
+            if by_step[step] != spare and (problem := attempt(_delete, by_step[step])):
+                warn(f"{by_step[step]}: an old checkpoint could not be deleted ({problem})")
+
+    if ranks.is_main() and (problem := attempt(delete_old)):
         warn(f"{folder}: old checkpoints could not be looked for ({problem}); the next save tries again")
 
 
-def _delete_old(folder: Path, keep_last: int, keep_every_steps: int, keep_best: bool) -> None:
-    folders = step_folders(folder)
-    kept = set(folders[:keep_last])
+def kept_steps(
+    steps: Sequence[int], keep_last: int, keep_every_steps: int, score: Callable[[int], float | None] | None
+) -> set[int]:
+    """Returns those of some steps, newest first, that are kept.
+
+    score: of a step, None without one; the largest is the best, among equals the earliest. None: no best is kept.
+    """
+    kept = set(steps[:keep_last])
     if keep_every_steps:
-        kept |= {path for path in folders if step_of(path) % keep_every_steps == 0}
-    if keep_best:
-        scores = {path: _validation_score(path) for path in reversed(folders)}
-        scored = {path: score for path, score in scores.items() if score is not None}
-        kept |= {max(scored, key=lambda path: scored[path])} if scored else set()
-    for path in folders:
-        if path not in kept and (problem := attempt(_delete, path)):
-            warn(f"{path}: an old checkpoint could not be deleted ({problem})")
+        kept |= {step for step in steps if step % keep_every_steps == 0}
+    if score is not None:
+        scores = {step: value for step in reversed(steps) if (value := score(step)) is not None}
+        kept |= {max(scores, key=lambda step: scores[step])} if scores else set()
+    return kept
 
 
 def _delete(path: Path) -> None:
@@ -44,8 +57,13 @@ def _delete(path: Path) -> None:
     remove(trash)
 
 
-def _validation_score(path: Path) -> float | None:
+def validation_score(state: Fields) -> float:
+    """Returns "val/top1" of what a state.json holds. Raises UserError without one."""
+    return state.part("metrics").number("val/top1", 0, 1)
+
+
+def _score_of(path: Path) -> float | None:
     try:
-        return Fields.of(read_state(path), str(path)).part("metrics").number("val/top1", 0, 1)
+        return validation_score(Fields.of(read_state(path), str(path)))
     except (OSError, UserError):  # also one without a score
         return None

@@ -132,7 +132,7 @@ class Save:
 
 
 def _make_temporary(temporary: Path) -> None:
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.parent.mkdir(exist_ok=True)  # not the run's folder: where its disk is away, another one would fill unseen
     attempt(_clean_up, temporary.parent)  # if not now, at the next save
     remove(temporary)
     temporary.mkdir()

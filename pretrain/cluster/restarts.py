@@ -19,7 +19,10 @@ from pretrain.cluster.signals import SUPERVISOR, StopRequest
 from pretrain.errors import LostProcessError, StorageError, UserError
 
 COUNT = "PRETRAIN_RESTARTS"  # environment variable of the ranks: how often they were started before
-RETRY = (0, StorageError.exit_code, LostProcessError.exit_code)  # and death by a signal; other codes need a person
+# And death by a signal; other codes need a person. 1, a defect, may be one of the machine (a GPU that has failed), as
+# STOP.json and launch/pretrain.sbatch have it: no start gets further where it is ours, and that is the end of it.
+DEFECT = 1
+RETRY = (0, DEFECT, StorageError.exit_code, LostProcessError.exit_code)
 LOST_S = 2.0  # after which the others of a lost rank are ended: they can only say that they have lost it
 MOST_PAUSE_S = 60.0  # before a restart, when those before it have led to nothing
 _LOOK_EVERY_S = 0.05
@@ -128,7 +131,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], stop: StopRequest) -> li
 
 
 def _is_lost(code: int) -> bool:
-    return code < 0 or code == LostProcessError.exit_code
+    return code < 0 or code in (DEFECT, LostProcessError.exit_code)
 
 
 def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
@@ -137,8 +140,8 @@ def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _decisive(codes: Sequence[int]) -> int:
-    """The code that says most: one that needs a person, one of a process that spoke, a signal; 0: all is well."""
-    return max(codes, key=lambda code: (code not in RETRY and code > 0, code > 0, code != 0))
+    """The code that says most: one that needs a person, a defect, one that was told, a signal; 0: all is well."""
+    return max(codes, key=lambda code: (code not in RETRY and code > 0, code == DEFECT, code > 0, code != 0))
 
 
 def _may_retry(codes: Sequence[int]) -> bool:

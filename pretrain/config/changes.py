@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "checkpoint.keep_last",
     "checkpoint.keep_every_steps",
     "checkpoint.keep_best",
+    "checkpoint.copy_to",
 )
 
 # What a run with branch_from may change besides, against the run that it goes on from: its name, its length, its rates.

@@ -270,9 +270,15 @@ class CheckpointConfig:
     keep_last: int = 2  # newest checkpoints kept; at least 2, so that one may turn out damaged
     keep_every_steps: int = 0  # checkpoints of these steps are kept for ever; 0: none
     keep_best: bool = False  # also keep the one with the best validation top-1, of those saved at an evaluation
+    copy_to: str | None = None  # second place for copies, a folder or a URL of fsspec (docs/reliability.md); null: none
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
+        if self.copy_to is not None and (not self.copy_to.strip("/") or any(mark in self.copy_to for mark in "@?#")):
+            yield (
+                "checkpoint.copy_to is empty or holds one of @ ? #, before or behind which secrets stand; expected a "
+                "folder or a URL such as s3://bucket/folder, credentials in the environment"
+            )
         yield from outside(self, "checkpoint", every_steps=(1, 1 << 40), keep_last=(2, 1 << 20))
         yield from outside(self, "checkpoint", keep_every_steps=(0, 1 << 40))
 

@@ -323,6 +323,8 @@ _running: weakref.WeakSet = weakref.WeakSet()
 def _end_workers() -> None:
     for iterator in list(_running):
         iterator._shutdown_workers()
+        for worker in iterator._workers:
+            worker.kill()  # one that hangs; multiprocessing would wait for it
 
 
 def _as_is(item: Any) -> Any:

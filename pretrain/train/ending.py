@@ -76,7 +76,8 @@ def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
     )
     watchdog.beat()  # it is not this rank that hangs
     silent = peers.silent()
-    known = watchdog.lost_others(folder, _WAIT_FOR_REPORT_S) if ranks.world_size() > 1 else []
+    # A node that does not answer is named by that: its report would come over the same wire, too late.
+    known = watchdog.lost_others(folder, 0.0 if silent else _WAIT_FOR_REPORT_S) if ranks.world_size() > 1 else []
     if silent:
         return LostProcessError(
             f"rank {ranks.rank()} of {ranks.world_size()} lost another node of the run: {'; '.join(silent[:_TOLD])}"

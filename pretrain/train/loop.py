@@ -73,7 +73,7 @@ def loop(
         if stopping:
             agreement.raise_together(following.error if following else None)
             break
-    saver.finish()
+    saver.end(stop)
 
 
 def due(step: int, every_steps: int) -> bool:

@@ -42,6 +42,7 @@ from pretrain.train.folder import (
     resumed_order,
 )
 from pretrain.train.loop import loop
+from pretrain.train.save import restore_copy
 from pretrain.train.state import TrainState, resumed
 
 # Of the initial weights in the averages at the end; the paper's own rows, 0.9999 over 20,000 steps, leave 13.5 %.
@@ -73,6 +74,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
 def _train(given: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
     config: Config = agreement.together(lambda: _finding_data(folder, lambda: in_steps(given)))
     data: DataSets = agreement.together(lambda: _finding_data(folder, lambda: open_data(config)))
+    restore_copy(config)
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)

@@ -1,23 +1,48 @@
 """What a checkpoint of a run holds, and when it may fail."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.behind import HostCopies
+from pretrain.checkpoint.behind import HostCopies, Job
+from pretrain.checkpoint.copies import Copier, SecondPlace, restore
 from pretrain.checkpoint.retention import apply_retention
 from pretrain.checkpoint.write import Save
-from pretrain.cluster import ranks, watchdog
+from pretrain.cluster import agreement, ranks, signals, watchdog
 from pretrain.config import Config, config_to_dict
 from pretrain.engine.step import Engine
 from pretrain.errors import NonFiniteError, StorageError, UserError
-from pretrain.log import RunLog
+from pretrain.log import RunLog, warn
 from pretrain.provenance import versions
 from pretrain.train.datasets import DataSets
 from pretrain.train.folder import digest_of_starts, fingerprint
 from pretrain.train.meter import Meter
 from pretrain.train.state import TrainState, receipt
+
+COPIED_S = 3600.0  # after the last step a copy to the second place is waited for so long
+COPIED_AFTER_STOP_S = 5.0  # launchers kill 30 s after they have asked to stop; the next start copies it
+_LOOK_EVERY_S = 0.05
+
+
+def restore_copy(config: Config) -> None:
+    """Brings the newest copy back from checkpoint.copy_to where the run's folder has none. Called by all ranks.
+
+    Raises StorageError when the copies cannot be read, UserError when none of them can be used.
+    """
+    if (url := config.checkpoint.copy_to) is None:
+        return
+    main = ranks.is_main()
+    job = Job(lambda: main and restore(SecondPlace(url, config.name), _folder_of(config)), behind=main)
+    while agreement.any_rank(not job.done):  # a download takes longer than a collective may
+        time.sleep(_LOOK_EVERY_S)
+    agreement.from_main(job.result)
+
+
+def _folder_of(config: Config) -> Path:
+    return config.output / config.name / "checkpoints"
 
 
 class Saver:
@@ -29,9 +54,15 @@ class Saver:
 
     def __init__(self, config: Config, data: DataSets, engine: Engine, log: RunLog) -> None:
         self._config, self._data, self._engine, self._log = config, data, engine, log
-        self._folder = config.output / config.name / "checkpoints"
-        self._copies = HostCopies() if config.checkpoint.behind else None
+        self._folder, keep = _folder_of(config), config.checkpoint
+        self._copies = HostCopies() if keep.behind else None
         self._under_way: Save | None = None
+        names = ("keep_last", "keep_every_steps", "keep_best")
+        self._keep: dict[str, Any] = {name: getattr(keep, name) for name in names}
+        self._copier: Copier | None = None
+        if keep.copy_to is not None and ranks.is_main():
+            self._copier = Copier(SecondPlace(keep.copy_to, config.name), self._folder, self._keep)
+            self._copier.begin()  # what the start before has not copied
 
     def save(self, state: TrainState, meter: Meter, *, must_succeed: bool) -> None:
         """Saves a checkpoint of the run as it is now, and deletes those that are not kept.
@@ -86,6 +117,21 @@ class Saver:
         watchdog.section("step")
         return published
 
+    def end(self, stop: signals.StopRequest) -> None:
+        """Waits until nothing is under way, copies included, but for these not long once somebody asks to stop."""
+        self.finish()
+        if self._config.checkpoint.copy_to is None:
+            return
+        watchdog.section("save")
+        until = time.monotonic() + COPIED_S
+        while agreement.any_rank(self._copier is not None and not self._copier.done and time.monotonic() < until):
+            if stop.signal_name is not None:
+                until = min(until, time.monotonic() + COPIED_AFTER_STOP_S)
+            time.sleep(_LOOK_EVERY_S)
+        if self._copier is not None and not self._copier.done:
+            warn("the copy of the last checkpoint is not complete; the next start goes on with it")
+        watchdog.section("step")
+
     @contextmanager
     def finished_before_errors(self) -> Iterator[None]:
         """Around what raises on all ranks alike: what is under way is saved before such an error ends the run."""
@@ -116,7 +162,7 @@ class Saver:
         }
 
     def _delete_old(self) -> None:
-        keep, folder = self._config.checkpoint, self._folder
-        apply_retention(
-            folder, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps, keep_best=keep.keep_best
-        )
+        copier = self._copier
+        apply_retention(self._folder, **self._keep, spare=copier.reading if copier else None)
+        if copier:
+            copier.begin()
