@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from pretrain.shards.class_list import ClassList, read_class_list
 from pretrain.shards.items import PackedItems
 from pretrain.shards.make import Options, make_part, make_shards
 from pretrain.shards.pool import results
+from pretrain.shards.ray_tasks import ray_results
 from pretrain.shards.resizing import Resizing
 from pretrain.shards.sources import Told, folder_items
 from pretrain.shards.unfinished import FOLDER
@@ -325,6 +327,29 @@ def test_results_and_errors_of_processes() -> None:
     assert "\n" not in str(lost.value) and lost.value.exit_code == 76
 
 
+def test_results_and_errors_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All results, and what they told; an error as it was raised, in one line."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))  # where `half` is
+    told: list[int] = []
+    try:
+        assert sorted(ray_results(half, range(0, 12, 2), 2, told.append)) == [0, 1, 2, 3, 4, 5] and sum(told) == 6
+        with pytest.raises(UserError, match="^7 is odd$"):
+            list(ray_results(half, [2, 7], 0, told.append))
+        with pytest.raises(LostProcessError, match="Ray has given up a task.*the same command goes on") as lost:
+            list(ray_results(half, [-2], 2, told.append))
+        assert "\n" not in str(lost.value)
+    finally:
+        ray.shutdown()
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What to install, in one line."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'vit-pretrain[ray]'" in refusal(lambda: list(ray_results(half, [2], 1, lambda _: None)))
+
+
 def test_an_interrupt_at_the_start_of_a_process_is_the_listener_s() -> None:
     """The terminal sends it to all: a process is deaf to it from its birth; this one hears it."""
     before = signal.getsignal(signal.SIGINT)
@@ -333,33 +358,50 @@ def test_an_interrupt_at_the_start_of_a_process_is_the_listener_s() -> None:
 
 
 def command(source: Path, out: Path, *options: str) -> subprocess.Popen:
-    """tools/make_shards.py, with two processes."""
+    """tools/make_shards.py, with two processes, in a session of its own. Ray starts a cluster of its own."""
     line = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(source), str(out)]
     line += ["--samples-per-shard", "7", "--seed", "3", "--workers", "2", *options]
-    return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    return subprocess.Popen(line, env=os.environ | {"RAY_ADDRESS": "local"}, **quiet)
 
 
 SLOW, LONG = (pytest.mark.slow, pytest.mark.timeout(1500)), (pytest.mark.long, pytest.mark.timeout(6000))
+WAYS = {"pool": [()], "parts": [("--part", f"{part}/3") for part in range(3)], "ray": [("--engine", "ray")]}
 
 
-@pytest.mark.parametrize("kills", [pytest.param(1, marks=SLOW), pytest.param(20, marks=LONG)])
-def test_killed_at_any_moment(kills: int, tmp_path: Path) -> None:
-    """kill -9 of the command, or of it and its processes, while it makes shards: the bytes of an undisturbed build."""
+@pytest.mark.parametrize(
+    "kills, way", [pytest.param(1, "pool", marks=SLOW), *(pytest.param(20, way, marks=LONG) for way in WAYS)]
+)
+def test_killed_at_any_moment(kills: int, way: str, tmp_path: Path) -> None:
+    """kill -9 of the command, or of it and its processes, while it makes shards: the bytes of an undisturbed build.
+
+    With processes of this machine, as elements of an array, and with Ray.
+    """
+    if way == "ray":
+        pytest.importorskip("ray", reason="ray is not installed")
     root, out = photos(tmp_path / "photos", 40 * kills, side=90), tmp_path / "out" / "set"
     make_shards([root], None, tmp_path / "whole" / "set", SMALL)
     moments = random.Random(kills)
     for kill in range(kills):
-        process = command(root, out)
+        process = command(root, out, *WAYS[way][kill % len(WAYS[way])])
         there = len(list(out.glob("*.tar")))
         while process.poll() is None and len(list(out.glob("*.tar"))) == there:
             time.sleep(0.01)  # until it has begun to write, however slow the machine is
         time.sleep(moments.uniform(0, 0.3))
-        (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
-        process.communicate()
+        with suppress(ProcessLookupError):  # it has just ended
+            (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
+        process.wait()
         assert out.exists()
+    for options in WAYS[way]:
+        assert command(root, out, *options).wait() == 0
     for path in out.glob(".tmp-*"):
         os.utime(path, (time.time() - 700,) * 2)  # what is younger may be another node's
-    make_shards([root], None, out, SMALL)
+    if way == "parts":
+        make_shards([root], None, out, SMALL)
+    elif left := list(out.glob(".*")):
+        assert all(path.name.startswith(".tmp-") for path in left)
+        for path in left:
+            path.unlink()
     assert tree(out) == tree(tmp_path / "whole" / "set")
 
 
@@ -377,9 +419,10 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
     assert second == "writing: 41,200 of 100,000 images, 10/s, 98 minutes left"
 
 
-OF_WRITING = [["--workers", "2"], ["--seed", "0"], ["--samples-per-shard", "10000"]]
+OF_WRITING = [["--workers", "2"], ["--engine", "pool"], ["--seed", "0"], ["--samples-per-shard", "10000"]]
 OF_ALL = [*OF_WRITING, ["--classes", "x"], ["--part", "0/2"], ["--shorter-side", "9"], ["--quality", "9"]]
-OF_ALL += [["--task", "pets"], ["--index"], ["--apply-orientation"]]
+OF_ALL += [["--task", "pets"], ["--index"], ["--apply-orientation"], ["--download"], ["--merge-duplicates"]]
+OF_ALL += [["--away-from", "x"], ["--label-column", "x"]]
 
 
 @pytest.mark.parametrize(
@@ -393,6 +436,8 @@ OF_ALL += [["--task", "pets"], ["--index"], ["--apply-orientation"]]
         (["--shorter-side", "9", "--quality", "101"], "--quality is 101, expected 1 to 100"),
         (["--quality", "90"], "give both"),
         (["--task", "pets", "--part", "0/2"], "--part has no effect with --task"),
+        (["--away-from", "x", "--task", "pets"], "--away-from has no effect with --task"),
+        (["--merge-duplicates", "--index"], "--merge-duplicates has no effect with --index"),
         (["--apply-orientation", "--task", "pets"], "--apply-orientation has no effect with --task"),
         (["--index", "--task", "pets"], "--index has no effect with --task"),
         *(([*option, "--index"], f"{option[0]} has no effect with --index") for option in OF_WRITING),

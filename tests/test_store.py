@@ -212,6 +212,48 @@ def test_readers_killed_at_random(site: Site, far: Manifest, kills: int) -> None
     assert stored(far) == wanted
 
 
+@pytest.mark.slow
+def test_readers_of_s3_killed_at_random(own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An S3-compatible server: indexed, then read by processes that are killed while they download."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    import boto3
+
+    threaded = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    threaded.start()
+    try:
+        host, port = threaded.get_host_and_port()
+        names = {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "ENDPOINT_URL": f"http://{host}:{port}"}
+        for name, value in (names | {"DEFAULT_REGION": "us-east-1"}).items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="trees")
+        tars = sorted(own_shards.glob("*.tar"))
+        for path in tars:
+            client.upload_file(str(path), "trees", f"a/{path.name}")
+        made = load_manifest(index_urls([f"s3://trees/a/{path.name}" for path in tars], (), tmp_path / "trees"))
+        far = replace(made, store=Store(tmp_path / "store", 1 << 30))
+        wanted = {b.name: (own_shards / b.url.rpartition("/")[2]).read_bytes()[b.start : b.end] for b in blocks_of(far)}
+        chance, fork = random.Random(0), get_context("fork")
+        for number in range(20):
+            victim = fork.Process(target=_reader, args=(far, number))
+            victim.start()
+            victim.join(chance.uniform(0, 1))
+            victim.kill()
+            victim.join()
+            found = stored(far)
+            assert all(found[name] == wanted[name] for name in found.keys() & wanted.keys())
+            if found.keys() >= wanted.keys():
+                for name in found:
+                    (tmp_path / "store" / name).unlink()
+        survivor = fork.Process(target=_reader, args=(far, 99))
+        survivor.start()
+        survivor.join(120)
+        assert survivor.exitcode == 0 and stored(far) == wanted
+    finally:
+        threaded.stop()
+
+
 def test_one_download_for_all(site: Site, far: Manifest) -> None:
     """Six processes at once on an empty store: every byte is sent once."""
     site.latency_s = 0.01

@@ -20,10 +20,11 @@ from pretrain.data.reader import BadSample
 from pretrain.data.tar_headers import BadHeader, end_of, members
 from pretrain.errors import StorageError, UserError
 from pretrain.shards.archives import files_of
-from pretrain.shards.class_tars import class_tar_items
+from pretrain.shards.class_tars import class_tar_items, tar_of_tars_items
 from pretrain.shards.existing import index_existing
 from pretrain.shards.imagenet import TRAIN_TAR, imagenet, wnids
 from pretrain.shards.packs import pack_originals
+from pretrain.shards.passes import Work
 from pretrain.shards.sources import Told
 from pretrain.shards.tars import index_tar
 
@@ -152,7 +153,13 @@ def from_class_tars(data: bytes, folder: Path) -> None:
     class_tar_items(folder, Told())
 
 
-READERS = (from_index, from_archive, from_imagenet, from_tar_elsewhere, from_class_tars)
+def from_tar_of_tars(data: bytes, folder: Path) -> None:
+    """The door for a tar that holds a tar of each class."""
+    (folder / "a.tar").write_bytes(member("a.tar", data.replace(SAMPLE, SAMPLE[:1024], 1)) + END)
+    tar_of_tars_items(folder / "a.tar", Told(), Work(folder / "out"))
+
+
+READERS = (from_tar_of_tars, from_index, from_archive, from_imagenet, from_tar_elsewhere, from_class_tars)
 DOORS = (from_sample, from_packed_index, from_packed_archive, *READERS)
 
 

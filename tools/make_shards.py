@@ -3,12 +3,14 @@
 python tools/make_shards.py SOURCE... OUT [--classes FILE]      (can be repeated: complete shards are kept)
 python tools/make_shards.py --index URL... OUT [--classes FILE]
 python tools/make_shards.py --task NAME SOURCE... OUT       (can be repeated: finished splits are kept)
+python tools/make_shards.py --task NAME --download OUT
 """
 
 import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +21,30 @@ from pretrain import cli
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
+    from pretrain.shards.pool import Engine
     from pretrain.shards.sources import Told
 
-_OF_WRITING = ("--workers", "--seed", "--samples-per-shard")
-_ALL = ("--index", "--task", "--classes", "--apply-orientation", "--part", "--shorter-side", "--quality", *_OF_WRITING)
+_OF_WRITING = ("--workers", "--engine", "--seed", "--samples-per-shard")
+_OF_IMAGES = ("--apply-orientation", "--label-column", "--merge-duplicates", "--away-from")
+_ALL = (
+    "--index",
+    "--task",
+    "--download",
+    "--classes",
+    "--part",
+    "--shorter-side",
+    "--quality",
+    *_OF_IMAGES,
+    *_OF_WRITING,
+)
 MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
 
 
 def main() -> None:
     parser = cli.parser(
         "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg or CLASS.tar),\n"
-        "a list of paths and labels (.csv, .jsonl), a CIFAR-style .npz, or existing WebDataset tars (.tar, .tar.gz),\n"
-        "which are indexed as they are. --verify checks them.\n"
+        "a list of paths and labels (.csv, .jsonl), parquet and TFRecord files, a CIFAR-style .npz, or existing\n"
+        "WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.\n"
         "With --index, tars stay on their server (https://, s3://, gs://, with patterns as train-{000..127}.tar), and\n"
         "OUT gets their indexes and the manifest (docs/data.md).\n"
         "With --task, makes the splits of an evaluation set from a TFDS folder, the authors' downloads, or packs that\n"
@@ -42,27 +56,27 @@ def main() -> None:
         "--index", action="store_true", default=None, help="of shards on a server, or existing tars, by patterns"
     )
     parser.add_argument("--task", metavar="NAME", help="evaluation set: imagenet, cifar10, pets, vtab/svhn ...")
-    parser.add_argument("--classes", type=Path, help='names in the order of labels: JSON list, or "names"')
+    parser.add_argument(
+        "--download", action="store_true", default=None, help="fetch the set's files, where anybody may; give OUT alone"
+    )
+    parser.add_argument(
+        "--classes", type=Path, help='names in the order of labels: JSON list, or "names"; or .txt lines'
+    )
     _add_building(parser)
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
     if arguments.verify:
         _refuse(arguments, _ALL, "with --verify")
         return _verify([Path(path) for path in arguments.paths])
-    if len(arguments.paths) < 2:
-        raise UserError("give at least one SOURCE and then the folder OUT to write")
+    _check_paths(arguments)
     sources, out = [Path(path) for path in arguments.paths[:-1]], Path(arguments.paths[-1])
-    for option in ("--samples-per-shard", "--workers", "--shorter-side"):
-        value = _value(arguments, option)
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}, expected at least 1")
     samples_per_shard = arguments.samples_per_shard or 10_000
     if arguments.task:
-        others = [option for option in _ALL if option not in ("--task", "--samples-per-shard")]
+        others = [option for option in _ALL if option not in ("--task", "--download", "--samples-per-shard")]
         _refuse(arguments, others, "with --task")
         return _prepare(arguments.task, sources, out, samples_per_shard)
     if arguments.index:
-        _refuse(arguments, ("--part", *_OF_WRITING), "with --index, which writes no shards")
+        _refuse(arguments, ("--part", *_OF_IMAGES[1:], *_OF_WRITING), "with --index, which writes no shards")
     part = _part(arguments.part) if arguments.part is not None else None
     quality = _quality(arguments.quality, arguments.shorter_side)
 
@@ -75,7 +89,10 @@ def main() -> None:
     classes = read_class_list(arguments.classes) if arguments.classes else None
     resizing = Resizing(arguments.shorter_side, quality) if arguments.shorter_side else None
     turned, workers = bool(arguments.apply_orientation), arguments.workers
-    options = Options(samples_per_shard, arguments.seed or 0, turned, resizing, workers)
+    engine = _engine(arguments.engine)
+    away_from, once = tuple(arguments.away_from or ()), bool(arguments.merge_duplicates)
+    options = Options(samples_per_shard, arguments.seed or 0, turned, resizing, workers, engine, once, away_from)
+    options = replace(options, label_column=arguments.label_column)
     if part:
         done, number = make_part(sources, classes, out, part, options)
         return cli.tell(f"{out}: {done:,} of {number:,} shards are complete; the command without --part finishes it")
@@ -96,11 +113,42 @@ def _add_building(parser: ArgumentParser) -> None:
     parser.add_argument("--quality", type=int, metavar="Q", help="of these JPEGs, 1 to 100 (default 95)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
+        "--engine", choices=["pool", "ray"], help="processes of this machine (default), or a Ray cluster, or Ray here"
+    )
+    parser.add_argument(
+        "--merge-duplicates",
+        action="store_true",
+        default=None,
+        help="write equal images once, with all their labels: makes a set with lists of labels",
+    )
+    parser.add_argument(
+        "--away-from",
+        type=Path,
+        action="append",
+        metavar="SET",
+        help="leave out what looks like an image of this set, as one to evaluate on; near_duplicates.csv lists them",
+    )
+    parser.add_argument("--label-column", metavar="NAME", help="of parquet and TFRecord files (default: the known one)")
+    parser.add_argument(
         "--part",
         metavar="I/N",
         help="write every N-th shard, from the I-th on, I from 0: an element of a SLURM array; then the command "
         "without it writes what is missing and the manifest",
     )
+
+
+def _check_paths(arguments: Namespace) -> None:
+    """Raises UserError for too few or too many paths, and for numbers that cannot be."""
+    if arguments.download and not arguments.task:
+        raise UserError("--download is of evaluation sets; give --task NAME too")
+    if arguments.download and len(arguments.paths) > 1:
+        raise UserError(f"--download fetches what is to be read; give the folder to write alone: {arguments.paths[-1]}")
+    if len(arguments.paths) < 2 and not arguments.download:
+        raise UserError("give at least one SOURCE and then the folder OUT to write")
+    for option in ("--samples-per-shard", "--workers", "--shorter-side"):
+        value = _value(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"{option} is {value}, expected at least 1")
 
 
 def _value(arguments: Namespace, option: str) -> Any:
@@ -112,6 +160,16 @@ def _refuse(arguments: Namespace, options: Iterable[str], where: str) -> None:
     for option in options:
         if _value(arguments, option) is not None:
             raise UserError(f"{option} has no effect {where}; leave it out")
+
+
+def _engine(name: str | None) -> "Engine":
+    if name == "ray":
+        from pretrain.shards.ray_tasks import ray_results
+
+        return ray_results
+    from pretrain.shards.pool import results
+
+    return results
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -155,11 +213,12 @@ def _warn(message: str) -> None:
 
 
 def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) -> None:
+    from pretrain.tasks.downloads import downloaded
     from pretrain.tasks.preparation import differences, open_source, prepare
     from pretrain.tasks.table import task
 
     row = task(name)
-    source = open_source(row, sources)
+    source = open_source(row, sources or [downloaded(row)])
     with cli.progress("writing", sum(map(len, source.splits.values())), "images") as advance:
         prepared, new = prepare(row, source, out, samples_per_shard=samples_per_shard, progress=advance)
     for split in prepared:

@@ -5,34 +5,28 @@ $PRETRAIN_CACHE (default ~/.cache/vit-pretrain), those of the hub in the hub's o
 Nothing that was fetched is executed. This module imports no torch: a misspelt name is told at once.
 """
 
-import fcntl
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote
 
-from pretrain import cli
-from pretrain.cluster.slurm import rank_so_far
 from pretrain.config.checks import did_you_mean
-from pretrain.data import remote
+from pretrain.data.downloads import Download, cache_folder, fetch, progress, tell, told_size
 from pretrain.errors import StorageError, UserError, first_line
 from pretrain.models.published import BUCKET, GoogleFile, google_file
-from pretrain.storage import crc32c, fsync_path, sha256
+from pretrain.storage import sha256
 
 SCHEMES = ("timm", "hf-hub", "google")
 FORMS = "timm:NAME, hf-hub:OWNER/NAME or google:NAME"
 # As the hub's client takes them, which imports for seconds: a name begins and ends with a letter, a digit or "_".
 _REPOSITORY = re.compile(r"(?!.*(\.\.|--|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w.-]{0,95}(/\w[\w.-]{0,95}){0,3}", re.ASCII)
-_FIRST_TRIES = 3  # until a server has answered once: who has no network hears it at once
 _TENSORS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
-_MEBIBYTE = 1 << 20
 
 
 def is_name(weights: Path | str) -> bool:
@@ -70,13 +64,6 @@ def fetched(weights: Path | str) -> Path:
     return _from_hub(str(weights), repository, revision or None)
 
 
-def cache_folder() -> Path:
-    """Returns where fetched files lie."""
-    if own := os.environ.get("PRETRAIN_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit-pretrain"
-
-
 def _timms(name: str) -> str:
     """The hub's repository of a pretrained model of timm's."""
     import timm
@@ -97,107 +84,17 @@ def _timms(name: str) -> str:
     return found.hf_hub_id
 
 
-def _tell(line: str) -> None:
-    if rank_so_far(os.environ) == 0:
-        cli.tell(line, sys.stderr)  # what a tool prints may be read by a program
-
-
-@contextmanager
-def _progress(title: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is told how many bytes more have arrived."""
-    shown = nullcontext(lambda _: None) if rank_so_far(os.environ) else cli.progress(title, num_bytes >> 20, "MiB")
-    with shown as advance:
-        arrived = 0
-
-        def add(more: int) -> None:
-            nonlocal arrived
-            arrived, before = arrived + more, arrived
-            advance((arrived >> 20) - (before >> 20))
-
-        yield add
-
-
-def _size(num_bytes: int | None) -> str:
-    return "size not told" if num_bytes is None else f"{num_bytes / _MEBIBYTE:,.1f} MiB"
-
-
 # --- Google ----------------------------------------------------------------------------------------------------------
 
 
 def _from_google(name: str, file: GoogleFile) -> Path:
-    """The file in the cache; only a complete and compared one bears its name. The partial one is the lock."""
+    """The file in the cache."""
     base = (os.environ.get("PRETRAIN_GOOGLE_MODELS") or BUCKET).rstrip("/")
     url, path = f"{base}/{quote(file.path)}", cache_folder() / "google" / file.path
-    if path.is_file():
-        return path
-    if not base.startswith(("https://", "http://")):
+    if not path.is_file() and not base.startswith(("https://", "http://")):
         raise UserError(f"PRETRAIN_GOOGLE_MODELS={base}: expected an address, such as {BUCKET}")
-    size = f" ({file.mebibytes:,} MiB)" if file.mebibytes else ""
-    way_out = f"download {url}{size} where there is a network, and put it at {path}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path, name) as part:
-            if part is not None:
-                _download(name, url, file, path, part)
-        return path
-    except StorageError as error:
-        raise StorageError(f"{name}: {error}; {way_out}") from None
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    except OSError as error:
-        raise UserError(
-            f"{path.parent}: cannot be written ({error.strerror}); set PRETRAIN_CACHE to a folder"
-        ) from None
-
-
-@contextmanager
-def _locked(path: Path, name: str) -> Iterator[BinaryIO | None]:
-    """Yields the partial file, open at its end, which no other process writes meanwhile; None if `path` is there."""
-    part = path.with_name(f"{path.name}.part")
-    while True:
-        with part.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _tell(f"{name}: another process is fetching it; waiting")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not part.exists() or not os.path.samestat(part.stat(), os.fstat(file.fileno())):
-                continue  # that process has renamed or removed it
-            try:
-                yield None if path.is_file() else file
-            finally:
-                if not os.fstat(file.fileno()).st_size:
-                    part.unlink(missing_ok=True)
-            return
-
-
-def _download(name: str, url: str, file: GoogleFile, path: Path, part: BinaryIO) -> None:
-    facts = remote.facts_of(url, _FIRST_TRIES)
-    begun = part.tell()
-    if begun > facts.num_bytes:
-        part.truncate(0)
-        begun = 0
-    goes_on = f", going on at {_size(begun)}" if begun else ""
-    _tell(f"{name}: fetching {url} ({_size(facts.num_bytes)}, {file.licence}) to {path}{goes_on}")
-    with _progress(name, facts.num_bytes) as advance:
-        advance(begun)
-
-        def write(piece: bytes) -> None:
-            part.write(piece)
-            advance(len(piece))
-
-        remote.download(url, begun, facts.num_bytes, facts.num_bytes, write)
-    part.flush()
-    here = Path(part.name)
-    for promised, found in ((file.sha256, sha256), (facts.crc32c, crc32c)):
-        if promised and promised != (got := found(here)):
-            here.unlink()
-            raise UserError(
-                f"{url}: has {found.__name__} {got}, expected {promised}: damaged on the way, or not the file that was "
-                "published; removed, the same command fetches it anew"
-            )
-    fsync_path(here)
-    os.replace(here, path)
+    about = f"{url} ({file.mebibytes:,} MiB)" if file.mebibytes else ""
+    return fetch(Download(name, url, path, file.licence, file.sha256, told=about))
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -219,8 +116,8 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Path:
         total = sum(known) if len(known) == len(wanted) else None
         licence = getattr(info.card_data, "license", None) or "no licence told"
         cache = constants.HF_HUB_CACHE
-        _tell(f"{name}: fetching {', '.join(wanted)} of {address} ({_size(total)}, {licence}) to {cache}")
-        with _progress(name, total or 0) as advance, _quiet():
+        tell(f"{name}: fetching {', '.join(wanted)} of {address} ({told_size(total)}, {licence}) to {cache}")
+        with progress(name, total or 0) as advance, _quiet():
             paths = [_hub_file(repository, wanted[0], revision, endpoint, advance)]
             commit = paths[0].parent.name  # of this one file; a branch may move before the next
             paths += [_hub_file(repository, file, commit, endpoint, advance) for file in wanted[1:]]

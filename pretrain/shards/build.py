@@ -32,7 +32,7 @@ from pretrain.log import warn
 from pretrain.shards import unfinished
 from pretrain.shards.counts import add_to_counts, write_counts
 from pretrain.shards.items import Item, PackedItems, digest_of, taken
-from pretrain.shards.pool import Progress, results
+from pretrain.shards.pool import Engine, Progress, results
 from pretrain.shards.resizing import NOTE, Resizing, resized
 from pretrain.shards.sources import Told
 from pretrain.shards.tars import index_tar
@@ -56,9 +56,10 @@ class DataSet(NamedTuple):
 class How(NamedTuple):
     """How shards are written."""
 
-    workers: int = 1  # processes; 1: this one
+    workers: int = 1  # processes; 1: this one; 0: as many as the engine has
     resizing: Resizing | None = None
     source: Plan = {}  # what the bytes depend on beside items, classes, seed and size: the source's options
+    engine: Engine = results  # runs the tasks
 
 
 ALONE = How()
@@ -185,7 +186,7 @@ class _Shards:
         progress(sum(done.shard.num_samples + len(done.dropped) for done in there.values()))
         missing = [number for number in numbers if number not in there]
         tasks = (self._task(number, how.resizing) for number in missing)
-        for number, done in results(_write_shard, tasks, min(how.workers, max(1, len(missing))), progress):
+        for number, done in how.engine(_write_shard, tasks, min(how.workers, max(1, len(missing))), progress):
             unfinished.keep(self._folder, number, done)
             there[number] = done
         return [there[number] for number in numbers]
@@ -213,7 +214,7 @@ class _Shards:
 
 def _largest_label(items: Sequence[Item]) -> int:
     if isinstance(items, PackedItems):
-        return max(items.labels)
+        return max(max(items.labels), *(labels[-1] for labels in (items.lists or {}).values()), 0)
     return max(label for item in items for label in _labels(item))
 
 
@@ -236,7 +237,7 @@ def _labels(item: Item) -> list[int]:
 def _has_lists(items: Sequence[Item]) -> bool:
     """Returns whether labels are lists. Raises UserError when only some are, or when one is empty or repeats itself."""
     if isinstance(items, PackedItems):
-        return False
+        return items.lists is not None
     kinds = {isinstance(item.label, list) for item in items}
     for item in items:
         labels = _labels(item)

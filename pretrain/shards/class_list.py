@@ -12,6 +12,8 @@ from pretrain.errors import UserError
 from pretrain.json_files import brief, is_text, read_json
 from pretrain.shards.imagenet import wnids
 
+MAX_TEXT_BYTES = 64 << 20  # of a .txt: a million names of sixty letters
+
 
 class ClassList(NamedTuple):
     """Names of classes, in the order of their labels."""
@@ -23,18 +25,29 @@ class ClassList(NamedTuple):
 
 def read_class_list(path: Path) -> ClassList:
     """Returns the classes of a JSON file: a list of names, {"names": [...], "wnids": [...]}, {"0": [id, name]},
-    or {"0": name}.
+    or {"0": name}; or of a .txt with a name in each line, as Google lists ImageNet-21k's WordNet ids.
 
     A name may be a list of words for it. Raises UserError when it is none of these.
     """
     try:
-        values = read_json(path)
+        values = _lines(path) if path.suffix == ".txt" else read_json(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         return _class_list(values, str(path))
     except ValueError as error:
         raise UserError(f'{path}: expected a JSON list of names, or an object with "names" ({error})') from None
+
+
+def _lines(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        text = file.read(MAX_TEXT_BYTES + 1)
+    if len(text) > MAX_TEXT_BYTES:
+        raise UserError(f"{path}: more than {MAX_TEXT_BYTES:,} bytes, which is the limit of a list of classes")
+    try:
+        return [line.strip() for line in text.decode().splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8") from None
 
 
 def _class_list(values: Any, source: str) -> ClassList:

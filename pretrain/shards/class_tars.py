@@ -1,9 +1,13 @@
-"""A folder with a tar for each class, as ImageNet-21k comes: n01440764.tar and so on, read where they lie."""
+"""A tar for each class, in a folder or in one tar, as ImageNet-21k comes: n01440764.tar ..., read where they lie."""
 
+import gzip
+import io
 import os
+import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
@@ -13,9 +17,14 @@ from pretrain.escape import shown
 from pretrain.json_files import is_text
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listing import is_of_the_system
+from pretrain.shards.passes import Piece, Work, run_pass
 from pretrain.shards.pictures import ending_of, stored_ending
+from pretrain.shards.pool import Progress
+from pretrain.shards.records import key_of
 from pretrain.shards.sources import Told
 from pretrain.shards.tars import check_end, unreadable
+from pretrain.shards.unpacking import max_unpacked_bytes, too_large
+from pretrain.storage import replacing
 
 
 def is_of_class_tars(folder: Path) -> bool:
@@ -51,19 +60,96 @@ def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
     return items, names
 
 
-def _add_members(path: Path, label: int, items: PackedItems, told: Told) -> None:
-    status = path.stat()
-    stamp, end = (status.st_size, status.st_mtime_ns), 0
+def is_tar_of_tars(path: Path) -> bool:
+    """Returns whether a tar's first file is a tar: ImageNet-21k as it is handed out."""
+    if path.is_dir() or not path.name.endswith((".tar", ".tar.gz")):
+        return False
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = io.BytesIO(file.read(_HEAD_BYTES))
+        first = next(member for member in members(head, 0, 1 << 62) if not member.isdir())
+        return first.isreg() and first.name.endswith(".tar")
+    except (BadHeader, OSError, EOFError, zlib.error, StopIteration):
+        return False  # told by who indexes it
+
+
+def tar_of_tars_items(path: Path, told: Told, work: Work) -> tuple[PackedItems, list[str]]:
+    """Returns the images of a tar that holds CLASS.tar for each class, and the class names in sorted order.
+
+    They are those of the unpacked folder, in the same order. A .tar.gz cannot be entered in the middle: it is
+    decompressed once, to OUT/.passes. Raises UserError and StorageError as `class_tar_items` does.
+    """
+    if path.suffix == ".gz":
+        (listing,) = run_pass(
+            _decompress, [Piece(key_of("gzip 1", 0, path), partial(Path, path))], work, "decompressing", "files"
+        )
+        path = _decompressed(listing)
     try:
         with path.open("rb") as file:
-            for member in members(file, 0, status.st_size):
+            outer = list(members(file, 0, path.stat().st_size))
+        check_end(path, end_of(outer[-1]) if outer else 0)
+    except (BadHeader, OSError) as error:
+        raise unreadable(path, error, what="tar of tars", way_out="; get it again") from None
+    spans = [_Span(m.offset_data, m.size, m.name) for m in outer if m.isreg() and _is_class(m.name)]
+    if beside := sum(member.isreg() for member in outer) - len(spans):
+        told.passed_over["files beside the tars"] += beside
+    names = [Path(span.name).stem for span in sorted(spans, key=lambda span: Path(span.name).stem)]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: holds {Counter(names).most_common(1)[0][0]}.tar more than once")
+    items, labels = PackedItems(partial(tar_item, path.parent)), {name: label for label, name in enumerate(names)}
+    for span in sorted(spans, key=lambda span: Path(span.name).stem):
+        _add_members(path, labels[Path(span.name).stem], items, told, span)
+    if not items:
+        raise UserError(f"{path}: no images found in its {len(names)} tars; expected CLASS.tar with JPEGs")
+    return items, names
+
+
+def _is_class(name: str) -> bool:
+    return name.endswith(".tar") and is_text(name) and not is_of_the_system(Path(name).name)
+
+
+def _decompress(path: Path, listing: Path, progress: Progress) -> bytes:
+    limit, at = max_unpacked_bytes(path), 0
+    try:
+        with replacing(_decompressed(listing), shared=True) as temporary:
+            with gzip.open(path) as reader, temporary.open("wb") as writer:
+                while block := reader.read(_PIECE_BYTES):
+                    at += writer.write(block)
+                    if at > limit:
+                        raise UserError(f"{path}: {too_large(at, limit)}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not a readable .tar.gz ({error}); get it again") from None
+    return b""
+
+
+def _decompressed(listing: Path) -> Path:
+    return listing.with_name(f"{listing.name}.tar")
+
+
+class _Span(NamedTuple):
+    """A class's tar inside another tar."""
+
+    start: int  # its first byte
+    num_bytes: int
+    name: str
+
+
+def _add_members(path: Path, label: int, items: PackedItems, told: Told, span: _Span | None = None) -> None:
+    """Adds the images of a class's tar; span: where it lies inside `path`, None: that is the tar."""
+    status = path.stat()
+    start, size = (span.start, span.num_bytes) if span else (0, status.st_size)
+    named = f"{path}[{span.name}]" if span else str(path)
+    stamp, end = (status.st_size, status.st_mtime_ns), start
+    try:
+        with path.open("rb") as file:
+            for member in members(file, start, start + size):
                 end = end_of(member)
                 if member.isdir():
                     continue
                 if ending_of(member.name) == LABEL_ENDING:
                     raise UserError(
-                        f"{path}: {shown(member.name)} holds labels (.cls): these are WebDataset shards; give the tars "
-                        "themselves, not their folder"
+                        f"{named}: {shown(member.name)} holds labels (.cls): these are WebDataset shards; give the "
+                        "tars themselves, not their folder"
                     )
                 if not member.isreg() or is_of_the_system(Path(member.name).name):
                     told.passed_over["links, devices and hidden files in tars"] += 1
@@ -73,11 +159,13 @@ def _add_members(path: Path, label: int, items: PackedItems, told: Told) -> None
                 else:
                     reference = f"{path.name}\0{member.offset_data}\0{member.size}\0{member.name}"
                     items.append(reference, label, stamp)
-        check_end(path, end)
+        check_end(path, end, start + size, named)
     except (BadHeader, OSError) as error:
-        raise unreadable(path, error, way_out="; get it again, or move it away") from None
+        raise unreadable(Path(named), error, way_out="; get it again, or move it away") from None
 
 
+_HEAD_BYTES = 8 << 10  # of a tar, in which its first file's header lies, behind some folders' own
+_PIECE_BYTES = 1 << 20  # decompressed at a time
 _KEPT = (*IMAGE_ENDINGS, "jfif", "jpe", "jif", "jfi")  # what is stored as it is
 
 

@@ -7,7 +7,7 @@ end, and its label, and becomes an `Item` when its shard is written.
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -30,12 +30,15 @@ ItemOf = Callable[[str, int, Counter[str]], Item]
 class PackedItems(Sequence[Item]):
     """Items in arrays: bytes of the references, their ends, their labels. Indexing makes the item."""
 
+    lists: Mapping[int, list[int]] | None = None  # labels of those with several; None: labels are single classes
+
     def __init__(self, item_of: ItemOf) -> None:
         self.labels = array("i")
         self._item_of = item_of
         self._texts = bytearray()
         self._ends = array("q", [0])
         self._hash = hashlib.sha256()
+        self._places: array | None = None  # of the items among all that were appended; None: of all
 
     def append(self, reference: str, label: int, stamp: object = "") -> None:
         """Adds an item. stamp: what else says that a later run finds the same file, as its size and time."""
@@ -47,19 +50,32 @@ class PackedItems(Sequence[Item]):
 
     def reference(self, index: int) -> str:
         """Returns what `append` was given."""
+        if self._places is not None:
+            index = self._places[index]
         return self._texts[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
     def take(self, indices: Iterable[int], notes: Counter[str]) -> list[Item]:
         """Returns the items of some indices, which add to `notes` when they are read."""
-        return [self._item_of(self.reference(index), self.labels[index], notes) for index in indices]
+        made = ((index, self._item_of(self.reference(index), self.labels[index], notes)) for index in indices)
+        if self.lists is None:
+            return [item for _, item in made]
+        return [item._replace(label=self.lists.get(index, [self.labels[index]])) for index, item in made]
 
-    def without(self, dropped: Container[int]) -> "PackedItems":
-        """Returns the items but some; they keep their order and the digest of all."""
+    def without(self, dropped: Iterable[int], lists: Mapping[int, Iterable[int]] | None = None) -> "PackedItems":
+        """Returns the items but some; they keep their order and the digest of all. Shares the rest.
+
+        lists: with it all labels become lists, these of some items, the single label of all others.
+        """
+        here = np.asarray(self._places) if self._places is not None else np.arange(len(self), dtype=np.int32)
+        stays = np.ones(len(self), dtype=bool)
+        stays[[index for index in dropped]] = False
         kept = PackedItems(self._item_of)
-        for index in range(len(self)):
-            if index not in dropped:
-                kept.append(self.reference(index), self.labels[index])
-        kept._hash = self._hash
+        kept._texts, kept._ends, kept._hash = self._texts, self._ends, self._hash
+        kept._places = array("i", here[stays].tobytes())
+        kept.labels = array("i", np.asarray(self.labels)[stays].tobytes())
+        if lists is not None:
+            place = np.cumsum(stays) - 1
+            kept.lists = {int(place[index]): sorted(labels) for index, labels in lists.items() if stays[index]}
         return kept
 
     def relabelled(self, labels: Sequence[int]) -> "PackedItems":
@@ -71,6 +87,8 @@ class PackedItems(Sequence[Item]):
         """Returns the SHA-256 of references, labels and stamps as they were appended, and of the labels now."""
         digest = self._hash.copy()
         digest.update(self.labels)
+        if self.lists is not None:
+            digest.update(repr(sorted(self.lists.items())).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:

@@ -5,21 +5,28 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pretrain import cli
+from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
+from pretrain.shards import passes
 from pretrain.shards.build import How, build, build_part, check_labels
 from pretrain.shards.class_list import ClassList, labels_of
-from pretrain.shards.class_tars import class_tar_items, is_of_class_tars
+from pretrain.shards.class_tars import class_tar_items, is_of_class_tars, is_tar_of_tars, tar_of_tars_items
 from pretrain.shards.counts import add_to_counts
+from pretrain.shards.duplicates import merged, without_near
 from pretrain.shards.elsewhere import are_urls, expanded, index_urls
 from pretrain.shards.existing import index_existing
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listed import ENDINGS as LIST_ENDINGS
 from pretrain.shards.listed import listed_items
+from pretrain.shards.parquet import parquet_files, parquet_items
+from pretrain.shards.passes import Work
+from pretrain.shards.pool import Engine, results
 from pretrain.shards.resizing import Resizing
 from pretrain.shards.sources import Told, folder_items, npz_items
+from pretrain.shards.tfrecord_items import tfrecord_files, tfrecord_items
 
 MIN_IMAGES_FOR_PROCESSES = 1000  # fewer are written sooner than processes have started
 
@@ -33,6 +40,10 @@ class Options:
     apply_orientation: bool = False  # turn photos as their EXIF says; folders only
     resizing: Resizing | None = None  # of images that are larger
     workers: int | None = 1  # processes; None: one for each core, where there are enough images
+    engine: Engine = results  # runs the tasks: processes of this machine, or a Ray cluster
+    merge_duplicates: bool = False  # equal images become one, with a list of labels
+    away_from: tuple[Path, ...] = ()  # data sets whose images, and what looks like them, are left out
+    label_column: str | None = None  # of parquet and TFRecord files; None: the one that is known for it
 
 
 class Source(NamedTuple):
@@ -40,33 +51,54 @@ class Source(NamedTuple):
 
     named: str  # as the error lists it: "one folder"
     recognises: Callable[[Sequence[Path]], bool]
-    # Returns the samples to write, and the names of classes or nothing; None: these are shards already.
-    items: Callable[[Sequence[Path], Told, Options], tuple[Sequence[Item], list[str]]] | None
+    # Returns the samples to write, and the names of classes or nothing; None: these are shards already. A source that
+    # has to be read once before does that as the `Work`.
+    items: Callable[[Sequence[Path], Told, Options, Work], tuple[Sequence[Item], list[str]]] | None
     has_files: bool = False  # of pictures, which may be of any format, and turned
+    has_columns: bool = False  # one of which is the label
 
 
 SOURCES = (
     Source(
+        "",  # named with the lists
+        lambda paths: bool(parquet_files(paths)),
+        lambda paths, told, options, work: parquet_items(parquet_files(paths), work, **_of_columns(options)),
+        has_files=True,
+        has_columns=True,
+    ),
+    Source(
+        "",  # named with the lists
+        lambda paths: bool(tfrecord_files(paths)),
+        lambda paths, told, options, work: tfrecord_items(tfrecord_files(paths), work, **_of_columns(options)),
+        has_files=True,
+        has_columns=True,
+    ),
+    Source(
         "one folder (of class folders, or of a tar for each class)",
         lambda paths: len(paths) == 1 and paths[0].is_dir() and is_of_class_tars(paths[0]),
-        lambda paths, told, options: class_tar_items(paths[0], told),
+        lambda paths, told, options, _: class_tar_items(paths[0], told),
     ),
     Source(
         "",  # named above
         lambda paths: len(paths) == 1 and paths[0].is_dir(),
-        lambda paths, told, options: folder_items(paths[0], told, apply_orientation=options.apply_orientation),
+        lambda paths, told, options, _: folder_items(paths[0], told, apply_orientation=options.apply_orientation),
         has_files=True,
     ),
     Source(
         "one .npz",
         lambda paths: len(paths) == 1 and paths[0].suffix == ".npz",
-        lambda paths, told, options: npz_items(paths[0]),
+        lambda paths, told, options, _: npz_items(paths[0]),
     ),
     Source(
-        f"one list of paths and labels ({', '.join(LIST_ENDINGS)})",
+        f"one list of paths and labels ({', '.join(LIST_ENDINGS)}), .parquet or TFRecord files (or their folder)",
         lambda paths: len(paths) == 1 and paths[0].suffix in LIST_ENDINGS,
-        lambda paths, told, options: listed_items(paths[0], apply_orientation=options.apply_orientation),
+        lambda paths, told, options, _: listed_items(paths[0], apply_orientation=options.apply_orientation),
         has_files=True,
+    ),
+    Source(
+        "one tar of tars, of one for each class (.tar, .tar.gz)",
+        lambda paths: len(paths) == 1 and is_tar_of_tars(paths[0]),
+        lambda paths, told, options, work: tar_of_tars_items(paths[0], told, work),
     ),
     Source(
         "any number of .tar and .tar.gz",
@@ -76,9 +108,13 @@ SOURCES = (
 )
 
 
+def _of_columns(options: Options) -> dict[str, Any]:
+    return {"label_column": options.label_column, "apply_orientation": options.apply_orientation}
+
+
 def are_shards(sources: Sequence[Path]) -> bool:
     """Returns whether sources are shards already, which are indexed as they are, and not written."""
-    return SOURCES[-1].recognises(sources)
+    return SOURCES[-1].recognises(sources) and not (len(sources) == 1 and is_tar_of_tars(sources[0]))
 
 
 def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, options: Options) -> tuple[Path, Told]:
@@ -87,6 +123,7 @@ def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, o
     classes: a source whose classes have names gets each one's label by its name; elsewhere labels are places in the
     list. Raises UserError when no row of SOURCES recognises the sources, or they cannot be used.
     """
+    passes.clear(out)  # what a call left that was killed at its last step
     source, told = _source_of(sources, out, options), Told()
     if source.items is None:
         names = classes.names if classes else ()
@@ -94,11 +131,13 @@ def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, o
             path = index_existing(sources, names, out, progress=advance, passed_over=told.passed_over)
         add_to_counts(out, {"passed_over": told.passed_over, "notes": told.notes})
         return path, told
-    items, names = _items_of(source, sources, classes, told, options)
+    items, names = _items_of(source, sources, classes, told, options, out)
     with cli.progress("writing", len(items), "images") as advance:
         how = _how(len(items), sources, options)
         sizes = {"samples_per_shard": options.samples_per_shard, "seed": options.seed}
-        return build(items, names, out, **sizes, progress=advance, how=how, told=told), told
+        path = build(items, names, out, **sizes, progress=advance, how=how, told=told)
+    passes.clear(out)
+    return path, told
 
 
 def make_part(
@@ -111,7 +150,7 @@ def make_part(
     source = _source_of(sources, out, options)
     if source.items is None:
         raise UserError(f"--part has no effect on {sources[0]}, which is indexed as it is; leave it out")
-    items, names = _items_of(source, sources, classes, Told(), options)
+    items, names = _items_of(source, sources, classes, Told(), options, out)
     with cli.progress("writing", -(-len(items) // part[1]), "images") as advance:
         how = _how(len(items), sources, options)
         sizes = {"samples_per_shard": options.samples_per_shard, "seed": options.seed}
@@ -135,27 +174,52 @@ def _source_of(sources: Sequence[Path], out: Path, options: Options) -> Source:
         raise UserError(
             f"--apply-orientation is for folders and lists of photos, and has no effect on {sources[0]}; leave it out"
         )
-    if options.resizing and source.items is None:
-        raise UserError(f"--shorter-side has no effect on {sources[0]}, which is indexed as it is; leave it out")
+    if options.label_column and not source.has_columns:
+        raise UserError(
+            f"--label-column is for parquet and TFRecord files, and has no effect on {sources[0]}; leave it out"
+        )
+    given = {"--shorter-side": options.resizing, "--merge-duplicates": options.merge_duplicates}
+    for option, value in (given | {"--away-from": options.away_from}).items():
+        if value and source.items is None:
+            raise UserError(f"{option} has no effect on {sources[0]}, which is indexed as it is; leave it out")
     return source
 
 
 def _items_of(
-    source: Source, sources: Sequence[Path], classes: ClassList | None, told: Told, options: Options
+    source: Source, sources: Sequence[Path], classes: ClassList | None, told: Told, options: Options, out: Path
 ) -> tuple[Sequence[Item], Sequence[str]]:
     assert source.items is not None  # else there are shards already
-    items, names = source.items(sources, told, options)
-    return _labelled(items, names, classes, told) if classes else (items, names)
+    workers = _workers(MIN_IMAGES_FOR_PROCESSES + 1, options)
+    work = Work(out, workers, options.engine, "turned" if options.apply_orientation else "")
+    items, names = source.items(sources, told, options, work)
+    items, names = _labelled(items, names, classes, told) if classes else (items, names)
+    for option, given in (("--away-from", options.away_from), ("--merge-duplicates", options.merge_duplicates)):
+        if given and not isinstance(items, PackedItems):
+            raise UserError(f"{option} is for folders, lists, tars of classes and files of records, not {sources[0]}")
+    if isinstance(items, PackedItems):
+        items = without_near(items, options.away_from, work, told) if options.away_from else items
+        items = merged(items, work, told) if options.merge_duplicates else items
+    return items, names
 
 
 def _how(num_images: int, sources: Sequence[Path], options: Options) -> How:
     """How shards are written: with which processes, and what their bytes depend on beside the items."""
-    workers = options.workers
-    if workers is None:  # each imports torch: 3 s
-        workers = len(os.sched_getaffinity(0)) if num_images > MIN_IMAGES_FOR_PROCESSES else 1
     files = [(path.stat().st_size, path.stat().st_mtime_ns) for path in sources if path.is_file()]
     plan = {"--apply-orientation": int(options.apply_orientation), "sources (sizes, times)": str(files)}
-    return How(workers, options.resizing, plan)
+    if options.merge_duplicates:
+        plan["--merge-duplicates"] = 1
+    if options.away_from:
+        plan["--away-from"] = " ".join(load_manifest(folder).sha256 for folder in options.away_from)
+    return How(_workers(num_images, options), options.resizing, plan, options.engine)
+
+
+def _workers(num_images: int, options: Options) -> int:
+    if options.workers is not None:
+        return options.workers
+    if options.engine is not results:
+        return 0  # as many as it has
+    # Each imports torch: 3 s.
+    return len(os.sched_getaffinity(0)) if num_images > MIN_IMAGES_FOR_PROCESSES else 1
 
 
 def index_shards(patterns: Sequence[str], classes: ClassList | None, out: Path, options: Options) -> tuple[Path, Told]:

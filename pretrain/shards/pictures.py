@@ -55,7 +55,11 @@ def read_picture(path: Path, notes: Counter[str], apply_orientation: bool = Fals
     """
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise BadSample("tar", f"{path.stat().st_size} bytes, at most {MAX_IMAGE_BYTES}")
-    data = path.read_bytes()
+    return picture_of(path.read_bytes(), path.name, notes, apply_orientation)
+
+
+def picture_of(data: bytes, name: str, notes: Counter[str], apply_orientation: bool = False) -> bytes:
+    """Returns what `read_picture` does, of the bytes of a file of this name. Raises BadSample as it does."""
     headers.check_parts(data)
     coefficients = 0  # bytes per pixel that its decoder keeps beside the pixels
     if data.startswith(b"\xff\xd8"):
@@ -73,7 +77,7 @@ def read_picture(path: Path, notes: Counter[str], apply_orientation: bool = Fals
     except BadSample:
         raise
     except Exception as error:  # Pillow raises many types on damaged files: struct.error, IndexError, TypeError ...
-        if ending_of(path.name) in IMAGE_ENDINGS:
+        if ending_of(name) in IMAGE_ENDINGS:
             return data  # the decoder that every reader has says what is wrong with it
         raise BadSample("decode", f"{type(error).__name__}: {error}") from None
 

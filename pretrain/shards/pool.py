@@ -19,6 +19,7 @@ from pretrain.errors import LostProcessError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Progress = Callable[[int], None]  # told the number of samples just done
+Engine = Callable[[Callable[[Any, Progress], Any], Iterable[Any], int, Progress], Iterator[Any]]  # `results`, or Ray's
 
 _EVERY_S = 0.2  # a worker's words; one for each image would keep the one who listens to 64 workers from all else
 

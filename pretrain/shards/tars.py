@@ -136,19 +136,20 @@ def _check_members(path: Path, group: _Group) -> None:
             raise UserError(f"{path}: sample {shown(group.key)} has no {wanted}, only {only}")
 
 
-def check_end(path: Path, end: int) -> None:
+def check_end(path: Path, end: int, stop: int | None = None, named: str = "") -> None:
     """Raises UserError unless there is nothing but zeros behind a tar's last member, which ends at `end`.
 
-    A cut, or a header that became zeros, would lose what comes behind it without a word.
+    A cut, or a header that became zeros, would lose what comes behind it without a word. stop, named: of a tar that
+    ends there inside another one.
     """
+    stop = path.stat().st_size if stop is None else stop
+    if end >= stop:
+        raise UserError(f"{named or path}: ends without the empty block that ends a tar; it may have been cut there")
     with path.open("rb") as file:
         file.seek(end)
-        if not file.read(1):
-            raise UserError(f"{path}: ends without the empty block that ends a tar; it may have been cut there")
-        file.seek(end)
-        while block := file.read(1 << 20):
+        while block := file.read(min(_PIECE_BYTES, stop - file.tell())):
             if block.count(0) != len(block):
-                raise UserError(f"{path}: no tar header at byte {end}; the tar is damaged there")
+                raise UserError(f"{named or path}: no tar header at byte {end}; the tar is damaged there")
 
 
 def alone(shard: Shard, num_classes: int) -> Manifest:

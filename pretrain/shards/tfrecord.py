@@ -26,7 +26,7 @@ MAX_FIELDS = 100_000  # of a message; an Example has one for each feature, an un
 _INFO = "dataset_info.json"
 _FRAME_BYTES = 8 + 4 + 4  # around a record: its length, the length's checksum, and the record's checksum behind it
 _MASK = 0xA282EAD8  # added to a rotated CRC-32C, so that the checksum of data with checksums inside stays meaningful
-_FILE = re.compile(r"(?P<dataset>.+)-(?P<split>[^-]+)\.tfrecord-(?P<number>\d{5})-of-(?P<count>\d{5})")
+FILE = re.compile(r"(?P<dataset>.+)-(?P<split>[^-]+)\.tfrecord-(?P<number>\d{5})-of-(?P<count>\d{5})")
 _SLICE = re.compile(r"(?P<split>\w+)(?:\[(?P<start>-?\d*)(?P<start_unit>%?):(?P<stop>-?\d*)(?P<stop_unit>%?)\])?")
 
 
@@ -78,7 +78,7 @@ def _bound(text: str | None, unit: str, size: int, default: int) -> int:
 @lru_cache(maxsize=8)  # the slices of a task ask for the same splits again
 def _records_of_split(folder: Path, dataset: str, split: str) -> list[Record]:
     files = split_files(folder, dataset, split)
-    expected = _shard_lengths(folder, split)
+    expected = shard_lengths(folder, split)
     if expected and len(expected) != len(files):
         raise UserError(f"{folder}: {split} has {len(files)} files, dataset_info.json says {len(expected)}")
     records: list[Record] = []
@@ -94,7 +94,7 @@ def split_files(folder: Path, dataset: str, split: str) -> list[Path]:
     """Returns a split's files in shard order. Raises UserError when the split or one of its files is not there."""
     found = {}
     for path in sorted(folder.iterdir()):
-        match = _FILE.fullmatch(path.name)
+        match = FILE.fullmatch(path.name)
         if match and (match["dataset"], match["split"]) == (dataset, split):
             found[int(match["number"])] = path, int(match["count"])
     if not found:
@@ -106,7 +106,7 @@ def split_files(folder: Path, dataset: str, split: str) -> list[Path]:
     return [found[number][0] for number in range(count)]
 
 
-def _shard_lengths(folder: Path, split: str) -> list[int]:
+def shard_lengths(folder: Path, split: str) -> list[int]:
     """What dataset_info.json says of a split's files; nothing when it is not there."""
     of_split = [entry for entry in _dataset_info(folder).parts("splits", ()) if entry.text("name") == split]
     return [int(length) for entry in of_split for length in _lengths(entry)]

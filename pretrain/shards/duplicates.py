@@ -1,0 +1,203 @@
+"""The same image more than once: labels merged where bytes are equal, images left out that look like a test set's.
+
+Both need a number of each image, which a pass (passes.py) computes in pieces, with any engine: the start of a digest of
+its bytes, or the perceptual hash of the library imagehash.
+"""
+
+import csv
+import errno
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pretrain.data.images import decode
+from pretrain.data.manifest import Manifest, load_manifest
+from pretrain.data.reader import MAX_LABELS, BadSample, read_sample
+from pretrain.errors import StorageError, UserError
+from pretrain.shards.items import Item, PackedItems
+from pretrain.shards.passes import Piece, Work, run_pass
+from pretrain.shards.pool import Progress
+from pretrain.shards.sources import Told
+from pretrain.storage import PASSING_ERRORS, write_text
+
+NEAR_FILE = "near_duplicates.csv"
+# Of 64 bits that may differ. Measured on photos made smaller or saved anew: docs/data.md.
+MAX_DISTANCE = 6
+_MIN_CONTRAST = 8  # of 256 levels: below, rounding errors would be the hash
+_PIECE = 2048  # images: some seconds of work
+_NONE = np.uint64(0)  # of an image that cannot be read; the hash of one of one colour, which would be near to all such
+
+
+class Near(NamedTuple):
+    """The images of evaluation sets."""
+
+    names: list[str]  # of the sets
+    hashes: np.ndarray  # uint64, of each image and of its mirror image behind it
+    places: np.ndarray  # int64 [hashes, 2]: which set, which sample
+
+
+# --- equal bytes -----------------------------------------------------------------------------------------------------
+
+
+def merged(items: PackedItems, work: Work, told: Told) -> PackedItems:
+    """Returns each image once, with the sorted list of all labels that it had. An image that cannot be read stays.
+
+    Equal are images with the same 64 bits of a BLAKE2b digest: among 14 million, two others have them with a chance of
+    1 in 190,000. Raises UserError for an image with more labels than are read.
+    """
+    digests = _pass(_digests, items, work, "comparing", "1")
+    order = np.argsort(digests, kind="stable").astype(np.int32)
+    digests = digests[order]
+    same = (digests[1:] == digests[:-1]) & (digests[1:] != _NONE)
+    dropped: list[int] = []
+    lists: dict[int, set[int]] = {}
+    first = -1
+    for place in np.flatnonzero(same).tolist():
+        if place == 0 or not same[place - 1]:
+            first = int(order[place])  # of equal ones the first: the sort is stable
+        again = int(order[place + 1])
+        dropped.append(again)
+        lists.setdefault(first, {items.labels[first]}).add(items.labels[again])
+    for index, labels in lists.items():
+        if len(labels) > MAX_LABELS:
+            raise UserError(f"{items[index].source}: is in {len(labels)} classes, at most {MAX_LABELS} are read")
+    told.passed_over["images that are there already, whose labels were merged"] += len(dropped)
+    told.notes["in several classes, with a list of labels"] += sum(len(labels) > 1 for labels in lists.values())
+    return items.without(dropped, lists)
+
+
+def _digests(task: Any, path: Path, progress: Progress) -> bytes:
+    digests = []
+    for item in task:
+        data = _read(item)
+        digests.append(int.from_bytes(blake2b(data, digest_size=8).digest(), "big") if data else int(_NONE))
+        progress(1)
+    return np.array(digests, dtype="<u8").tobytes()
+
+
+def _read(item: Item) -> bytes:
+    """An image's bytes, b"" where it cannot be read, which is told when its shard is written."""
+    try:
+        return item.read()
+    except BadSample:
+        return b""
+    except OSError as error:
+        if error.errno in PASSING_ERRORS - {errno.EIO}:  # as where shards are written
+            raise StorageError(f"{item.source}: cannot be read for now ({error.strerror})") from None
+        return b""
+
+
+# --- looks -----------------------------------------------------------------------------------------------------------
+
+
+def without_near(items: PackedItems, folders: Sequence[Path], work: Work, told: Told) -> PackedItems:
+    """Returns the items but those that look like an image of evaluation sets; OUT/near_duplicates.csv lists these.
+
+    Two images look alike when their perceptual hashes, or that of the mirror image, differ in at most MAX_DISTANCE
+    bits. folders: data sets, with their manifests. Raises UserError where imagehash is not installed.
+    """
+    manifests = [load_manifest(folder) for folder in folders]
+    key = " ".join(manifest.sha256 for manifest in manifests)
+    near = _near(manifests, work)
+    found = _pass(partial(_nearest, near), items, work, "looking", f"1 {key}")
+    left_out = np.flatnonzero(found >> np.uint64(32) <= MAX_DISTANCE).tolist()
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["image", "set", "sample", "distance"])
+    for index in left_out:
+        distance, place = divmod(int(found[index]), 1 << 32)
+        number, sample = near.places[place].tolist()
+        source = items[index].source.encode("utf-8", "backslashreplace").decode()
+        writer.writerow([source, near.names[number], sample, distance])
+    write_text(work.out / NEAR_FILE, file.getvalue(), shared=True)
+    told.passed_over[f"images that look like those of evaluation sets ({NEAR_FILE})"] += len(left_out)
+    return items.without(left_out)
+
+
+def _near(manifests: Sequence[Manifest], work: Work) -> Near:
+    """The hashes of evaluation sets, computed in pieces."""
+    pieces, places = [], []
+    for number, manifest in enumerate(manifests):
+        for start in range(0, manifest.num_samples, _PIECE):
+            samples = range(start, min(start + _PIECE, manifest.num_samples))
+            pieces.append(Piece(f"hashes 1 {manifest.sha256} {start}", partial(tuple, (manifest, samples))))
+            places += [(number, sample) for sample in samples for _ in range(2)]
+    paths = run_pass(_hashes, pieces, work, "reading the evaluation sets", "parts")
+    hashes = np.concatenate([np.fromfile(path, dtype="<u8") for path in paths])
+    kept = hashes != _NONE
+    return Near([manifest.name for manifest in manifests], hashes[kept], np.array(places)[kept])
+
+
+def _hashes(task: tuple[Manifest, Iterable[int]], path: Path, progress: Progress) -> bytes:
+    manifest, samples = task
+    hashes = []
+    for sample in samples:
+        try:
+            image = _picture(read_sample(manifest, sample).image)
+            hashes += [perceptual_hash(image), perceptual_hash(ImageOps.mirror(image))]
+        except BadSample:
+            hashes += [_NONE, _NONE]
+    return np.array(hashes, dtype="<u8").tobytes()
+
+
+def _nearest(near: Near, task: Iterable[Item], path: Path, progress: Progress) -> bytes:
+    """Of each image the nearest hash: its place, and 32 bits above the distance."""
+    found = []
+    for item in task:
+        found.append(_nearest_of(near, item))
+        progress(1)
+    return np.array(found, dtype="<u8").tobytes()
+
+
+def _nearest_of(near: Near, item: Item) -> int:
+    try:
+        own = perceptual_hash(_picture(_read(item)))
+    except BadSample:  # told when its shard is written
+        own = _NONE
+    if own == _NONE or not len(near.hashes):
+        return 65 << 32
+    distances = np.bitwise_count(near.hashes ^ own)
+    place = int(distances.argmin())
+    return int(distances[place]) << 32 | place
+
+
+def _picture(data: bytes) -> Image.Image:
+    if not data:
+        raise BadSample("missing", "no image")
+    return Image.fromarray(decode(data, lambda _: None).permute(1, 2, 0).numpy())
+
+
+def perceptual_hash(image: Image.Image) -> np.uint64:
+    """Returns 64 bits of an image's low frequencies: the library's `phash`; 0 for an image of nearly one colour.
+
+    Raises UserError without the library.
+    """
+    try:
+        from imagehash import phash
+    except ImportError:
+        raise UserError("--away-from needs a package: pip install 'vit-pretrain[duplicates]'") from None
+    grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)  # as the library does it
+    if np.ptp(np.asarray(grey)) < _MIN_CONTRAST:
+        return _NONE
+    bits = np.packbits(phash(grey).hash.flatten())
+    # The first bit is the sign of the mean, which says nothing: nearly every image has it, also one of one colour.
+    return np.uint64(int.from_bytes(bits.tobytes(), "big") & ~(1 << 63))
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _pass(function: Any, items: PackedItems, work: Work, title: str, key: str) -> np.ndarray:
+    """A number of each image, uint64 [images]."""
+    digest, name = items.digest(), getattr(function, "func", function).__name__
+    spans = [range(start, min(start + _PIECE, len(items))) for start in range(0, len(items), _PIECE)]
+    pieces = [Piece(f"{name} {key} {digest} {span}", partial(items.take, span, Counter[str]())) for span in spans]
+    paths = run_pass(function, pieces, work, title, f"parts of {_PIECE:,} images")
+    return np.concatenate([np.fromfile(path, dtype="<u8") for path in paths])

@@ -1,0 +1,69 @@
+"""Tasks on a Ray cluster, or in Ray's processes on this machine: `results` as pool.py has it.
+
+For corpora that many machines make together: `ray start` on each, then `make_shards --engine ray` on one of them. Ray
+hands out tasks and starts them again when a machine is lost; it sees no image, for tasks read and write by themselves.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import LostProcessError, UserError
+from pretrain.shards.pool import Progress, Result, Task
+
+_ROOT = Path(__file__).resolve().parents[2]  # what machines import has to lie at one path on all of them
+
+
+def ray_results(
+    function: Callable[[Task, Progress], Result], tasks: Iterable[Task], workers: int, progress: Progress
+) -> Iterator[Result]:
+    """Yields what `function` makes of each task, in any order, so many at a time; 0: one for each core of the cluster.
+
+    Connects to the cluster of $RAY_ADDRESS or of this machine, else starts one here. `progress` hears of whole tasks.
+    Raises what `function` raises, LostProcessError when Ray gives a task up, UserError where Ray is not installed.
+    """
+    try:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+    except ImportError:
+        raise UserError("--engine ray needs a package: pip install 'vit-pretrain[ray]'") from None
+    try:
+        if not ray.is_initialized():
+            ray.init(runtime_env={"env_vars": _environment()}, log_to_driver=False, logging_level=logging.ERROR)
+        at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+    counted, left, running = ray.remote(_counted), iter(tasks), []
+    shared = ray.put(function)  # once: it may hold megabytes
+    try:
+        while running := running + [counted.remote(shared, task) for task in islice(left, at_once - len(running))]:
+            (done,), running = ray.wait(running)
+            try:
+                result, count = ray.get(done)
+            except RayError as error:  # of a task: a class made for the occasion, with a traceback as its text
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                if isinstance(cause, Exception) and not isinstance(cause, RayError):
+                    raise cause from None
+                why = (str(cause) or type(cause).__name__).splitlines()[0]
+                raise LostProcessError(
+                    f"Ray has given up a task ({why}); the same command goes on with the shards that are complete"
+                ) from None
+            progress(count)
+            yield result
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _environment() -> dict[str, str]:
+    """What tasks need to import this package, where it is not installed."""
+    return {"PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def _counted(function: Callable[[Any, Progress], Any], task: Any) -> tuple[Any, int]:
+    """A task's result, and how many samples it has told of."""
+    told: list[int] = []
+    return function(task, told.append), sum(told)

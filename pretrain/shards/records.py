@@ -1,0 +1,122 @@
+"""Files of records, each with an image and a label: what the readers of parquet and TFRecord share.
+
+A pass over the files (passes.py) finds where the images lie, their kind and their labels; items come from that.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pretrain.config import MAX_CLASSES
+from pretrain.errors import UserError
+from pretrain.json_files import Fields, brief, is_text, parse_json
+from pretrain.shards.items import ItemOf, PackedItems
+from pretrain.shards.sources import sniffed_ending
+
+_ENDINGS = ("jpg", "png", "webp")
+MAX_NAMES_LETTERS = 300  # of a label that is a text, as of a class's name
+
+
+class Rows(NamedTuple):
+    """What a file holds."""
+
+    places: np.ndarray  # int64 [rows, 3]: first byte, number of bytes, number of the ending
+    labels: np.ndarray  # int64 [rows]: classes, or places in `names`
+    names: list[str]  # of labels that are texts, in the order they came
+
+    def to_bytes(self) -> bytes:
+        """Returns the rows as a pass keeps them."""
+        file = io.BytesIO()
+        file.write(json.dumps({"names": self.names}).encode() + b"\n")
+        np.save(file, np.column_stack([self.places, self.labels]).astype(np.int64))
+        return file.getvalue()
+
+
+def read_rows(path: Path) -> Rows:
+    """Returns what `Rows.to_bytes` was kept as."""
+    with path.open("rb") as file:
+        names = list(Fields.of(parse_json(file.readline(), str(path)), str(path)).texts("names"))
+        table = np.load(io.BytesIO(file.read()), allow_pickle=False)
+    return Rows(table[:, :3], table[:, 3], names)
+
+
+class RowsSoFar:
+    """Collects the rows of a file."""
+
+    def __init__(self, source: str) -> None:
+        self._source, self._rows, self._names = source, [], {}
+
+    def add(self, start: int, image: bytes, label: object, num_bytes: int | None = None) -> None:
+        """Adds a row. label: a class's number, or a text. Raises UserError, naming the row, when it is neither."""
+        if isinstance(label, bytes):
+            label = label.decode(errors="replace")
+        if isinstance(label, str) and label and is_text(label) and len(label) <= MAX_NAMES_LETTERS:
+            label = self._names.setdefault(label, len(self._names))
+        elif type(label) is not int or not 0 <= label < MAX_CLASSES:
+            raise UserError(
+                f"{self._source}[{len(self._rows)}]: label {brief(label)} is no class, expected 0 to "
+                f"{MAX_CLASSES - 1} or a name; -1 or none is how splits without labels are published"
+            )
+        if len(self._names) > MAX_CLASSES:
+            raise UserError(f"{self._source}: more than {MAX_CLASSES} classes")
+        self._rows.append((start, len(image) if num_bytes is None else num_bytes, _kind(image), label))
+
+    def rows(self) -> Rows:
+        """Returns all of them. Raises UserError when some labels are texts and some numbers."""
+        table = np.array(self._rows, dtype=np.int64).reshape(-1, 4)
+        return Rows(table[:, :3], table[:, 3], list(self._names))
+
+
+def _kind(image: bytes) -> int:
+    """The number of the ending that an image gets; what is none of the three is converted to PNG when it is read."""
+    return 1 if not image.startswith((b"\xff\xd8", b"RIFF")) else _ENDINGS.index(sniffed_ending(image[:12]))
+
+
+def ending_of_kind(kind: str) -> str:
+    """Returns the ending by its number in a reference."""
+    return _ENDINGS[int(kind)]
+
+
+def items_of_rows(
+    files: Sequence[Path], listings: Sequence[Path], names: list[str], item_of: ItemOf, prefix: Callable[[int], str]
+) -> tuple[PackedItems, list[str]]:
+    """Returns the items of files, in their order, and the names of classes.
+
+    listings: the files of `read_rows`. names: of labels that are numbers. prefix: of a file's references, by its place.
+    Names among the rows get their numbers in sorted order.
+    """
+    found = [read_rows(path) for path in listings]
+    texts = sorted({name for rows in found for name in rows.names})
+    places = {name: place for place, name in enumerate(texts)}
+    items = PackedItems(item_of)
+    for number, (path, rows) in enumerate(zip(files, found)):
+        status, labels = path.stat(), rows.labels
+        if bool(rows.names) != bool(texts) and len(labels):
+            raise UserError(f"{path}: labels are numbers, in other files names; make two sets of them")
+        if texts:
+            labels = np.array([places[name] for name in rows.names], dtype=np.int64)[labels]
+        stamp, first = (status.st_size, status.st_mtime_ns), prefix(number)
+        for row, (place, label) in enumerate(zip(rows.places.tolist(), labels.tolist())):
+            items.append("\0".join([first, str(row), *map(str, place)]), label, stamp)
+    if not items:
+        raise UserError(f"{files[0]}: has no rows; expected images and labels")
+    return items, texts or names
+
+
+def key_of(what: str, number: int, path: Path) -> str:
+    """Returns by what a pass knows one of several files again: its place among them, name, size and time."""
+    status = path.stat()
+    return f"{what} {number} {path.name} {status.st_size} {status.st_mtime_ns}"
+
+
+def one_split(paths: Sequence[Path], split_of: Callable[[Path], str]) -> None:
+    """Raises UserError when files are of several splits."""
+    splits = Counter(map(split_of, paths))
+    if len(splits) > 1:
+        named = ", ".join(f"{count} of {split or 'no split'}" for split, count in sorted(splits.items()))
+        raise UserError(f"{paths[0].parent}: holds files of several splits ({named}); give the files of one of them")

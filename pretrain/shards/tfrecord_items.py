@@ -1,0 +1,116 @@
+"""TFRecord files as a source: what TFDS prepared, or ImageNet as TensorFlow's own scripts write it. No TensorFlow.
+
+A pass finds where records lie and reads their labels; images are read where they lie, with their checksums compared.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from pretrain.data.reader import BadSample
+from pretrain.errors import UserError
+from pretrain.json_files import brief
+from pretrain.shards.archives import read_text
+from pretrain.shards.items import Item, PackedItems
+from pretrain.shards.passes import Piece, Work, run_pass
+from pretrain.shards.pictures import picture_of
+from pretrain.shards.pool import Progress
+from pretrain.shards.records import RowsSoFar, ending_of_kind, items_of_rows, key_of, one_split
+from pretrain.shards.tfrecord import FILE, Features, Record, file_records, read_features, shard_lengths, split_files
+
+_IMAGES = ("image", "image/encoded")  # of TFDS; of TensorFlow's ImageNet
+_LABELS = ("label", "image/class/label")
+
+
+def tfrecord_files(paths: Sequence[Path]) -> list[Path]:
+    """Returns the TFRecord files among sources: these files, or those of a folder."""
+    if len(paths) == 1 and paths[0].is_dir():
+        return sorted(path for path in paths[0].iterdir() if ".tfrecord" in path.name and path.is_file())
+    return sorted(paths) if all(".tfrecord" in path.name and path.is_file() for path in paths) else []
+
+
+def tfrecord_items(
+    files: Sequence[Path], work: Work, *, label_column: str | None = None, apply_orientation: bool = False
+) -> tuple[PackedItems, list[str]]:
+    """Returns the images of TFRecord files in storage order, and the names of classes, where `*.labels.txt` has them.
+
+    Raises UserError for files of several splits, for a file or a record that is missing or damaged, and for a record
+    without an image or a label.
+    """
+    one_split(files, _split_of)
+    expected = _check_complete(files)
+    label = label_column or next((name for name in _LABELS if name in _first(files[0])), _LABELS[0])
+    keys = [key_of(f"tfrecord 1 {label}", number, path) for number, path in enumerate(files)]
+    pieces = [Piece(key, partial(tuple, (path, label))) for key, path in zip(keys, files)]
+    listings = run_pass(_list, pieces, work, "reading", "files")
+    item_of = partial(_item, files[0].parent, apply_orientation)
+    relative = [os.path.relpath(path, files[0].parent) for path in files]
+    items, names = items_of_rows(files, listings, _names(files[0].parent, label), item_of, relative.__getitem__)
+    if expected not in (None, len(items)):
+        raise UserError(f"{files[0].parent}: has {len(items)} records, dataset_info.json says {expected}; cut?")
+    return items, names
+
+
+def _split_of(path: Path) -> str:
+    match = FILE.fullmatch(path.name)
+    return f"{match['dataset']}-{match['split']}" if match else ""
+
+
+def _first(path: Path) -> Features:
+    record = next(file_records(path), None)
+    return read_features(record) if record else {}
+
+
+def _names(folder: Path, label: str) -> list[str]:
+    path = folder / f"{label.replace('/', '-')}.labels.txt"
+    return read_text(path).splitlines() if path.exists() else []
+
+
+def _check_complete(files: Sequence[Path]) -> int | None:
+    """Compares TFDS's files with their own count. Returns how many records dataset_info.json says there are, if any."""
+    match = FILE.fullmatch(files[0].name)
+    if not match:
+        return None
+    expected = split_files(files[0].parent, match["dataset"], match["split"])
+    if len(expected) != len(files):
+        raise UserError(f"{files[0]}: {match['split']} has {len(expected)} files, {len(files)} were given; give all")
+    return sum(shard_lengths(files[0].parent, match["split"])) or None
+
+
+def _list(task: tuple[Path, str], listing: Path, progress: Progress) -> bytes:
+    path, label = task
+    rows = RowsSoFar(str(path))
+    for record in file_records(path):
+        features = read_features(record)
+        values = features.get(label, ())
+        if len(values) != 1:
+            raise UserError(
+                f"{path}: record {record.number} has {len(values)} of {label}, of {brief(sorted(features))}; give one "
+                "of these that holds a label each by --label-column"
+            )
+        rows.add(record.offset, _image(features), values[0], record.num_bytes)
+    return rows.rows().to_bytes()
+
+
+def _image(features: Features) -> bytes:
+    """The image of a record, b"" where it has none."""
+    found = next((features[name] for name in _IMAGES if features.get(name)), [b""])
+    return found[0] if isinstance(found[0], bytes) else b""
+
+
+def _item(folder: Path, apply_orientation: bool, reference: str, label: int, notes: Counter[str]) -> Item:
+    """Returns the item of a record: of file, number, offset, number of bytes and ending."""
+    name, number, offset, num_bytes, kind = reference.split("\0")
+    record = Record(folder / name, int(number), int(offset), int(num_bytes))
+    return Item(
+        partial(_read, record, notes, apply_orientation), ending_of_kind(kind), label, f"{record.path}[{number}]"
+    )
+
+
+def _read(record: Record, notes: Counter[str], apply_orientation: bool) -> bytes:
+    data = _image(read_features(record))
+    if not data:
+        raise BadSample("missing", f"the record has no {' or '.join(_IMAGES)}")
+    return picture_of(data, "record.jpg", notes, apply_orientation)
