@@ -106,4 +106,4 @@ def _with_restarts(most: int, num_ranks: int | None, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, at_once=True)

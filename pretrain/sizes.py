@@ -19,19 +19,27 @@ def num_tokens(config: ModelConfig) -> int:
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Returns the parameters of one block: q, k, v, projection, MLP and two norms; no table of positions."""
-    width, _, mlp_dim, _ = config.shape
-    return 4 * width**2 + 2 * width * mlp_dim + mlp_dim + 9 * width
+    """Returns the parameters of one block: q, k, v, projection, MLP and norms; no table of positions."""
+    (width, _, mlp_dim, heads), form = config.shape, config.form
+    biases = 2 * width + mlp_dim + 3 * width * form.qkv_bias
+    norms = width * (1 if form.parallel_blocks else 2) + 2 * (width // heads) * form.qk_norm
+    return 4 * width**2 + 2 * width * mlp_dim + biases + norms * _of_norm(config)
+
+
+def _of_norm(config: ModelConfig) -> int:
+    """Parameters of a norm per channel: its scale, and its bias."""
+    return 1 if config.form.rms_norm else 2
 
 
 def plain_parameters(config: ModelConfig, num_classes: int) -> int:
     """Returns the trainable numbers of a plain ViT, those of `build_model`."""
     width, depth, mlp_dim, _ = config.shape
-    total = 3 * config.patch_size**2 * width + width + depth * block_parameters(config) + 2 * width
+    total = 3 * config.patch_size**2 * width + width + depth * block_parameters(config)
+    total += width * _of_norm(config)
     total += width * (config.pooling == "token")
     total += _table_parameters(config) * (depth if config.positions_at == "every_layer" else 1)
     if config.pooling == "map":  # probe, q, k, v, projection, norm, MLP
-        total += 4 * width**2 + 2 * width * mlp_dim + mlp_dim + 8 * width
+        total += 4 * width**2 + 2 * width * mlp_dim + mlp_dim + (6 + _of_norm(config)) * width
     rep = config.representation_size
     total += 0 if rep is None else width * rep + rep
     return total + (rep or width) * num_classes + num_classes

@@ -165,6 +165,17 @@ REFUSED = {
     "npz: map": ("npz", {"pooling": "map"}, "vision_transformer has no MAP head"),
     "timm: every layer": ("timm", {"positions_at": "every_layer"}, "positions, for which the target has no place"),
     "npz: relative": ("npz", {"positions": "relative"}, "relative positions"),
+    "npz: 22B": (
+        "npz",
+        {"parallel_blocks": True},
+        "blocks of Google's public code .* not those of parallel_blocks=true",
+    ),
+    "timm: 22B": ("timm", {"qk_norm": True}, "timm: its ViT has the plain ViT's blocks, not those of qk_norm=true"),
+    "transformers: 22B": (
+        "transformers",
+        {"rms_norm": True, "qkv_bias": False},
+        "those of qkv_bias=false rms_norm=true",
+    ),
 }
 
 

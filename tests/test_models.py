@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from weights_on_disk import randomised
 
 from pretrain.config import VIT_SHAPES, ModelConfig
+from pretrain.config.model import PLAIN_FORM, VIT_FORMS
 from pretrain.errors import ConfigError
 from pretrain.models.build import build_model
 from pretrain.models.positions import sincos2d
@@ -75,6 +76,46 @@ def test_same_weights_give_timms_logits(pooling: Any, positions: Any, gelu: Any)
     assert (ours(x) - other(x)).abs().max() > 3e-5 * pairs[0][1].abs().max()  # the other GELU is seen
 
 
+FORM_22B = VIT_FORMS["22B"]._asdict()
+
+
+@torch.no_grad()
+def test_the_block_of_22b_is_timms_parallel_one() -> None:
+    """Parallel layers on one norm, normalised queries and keys, no centring, no biases in q, k, v: timm's block of that
+    paper computes the same with the same weights.
+    """
+    from timm.layers import GELUTanh
+    from timm.layers.norm import RmsNorm
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    ours: Any = randomised(Block(tiny(**FORM_22B)))
+    sizes = {"mlp_ratio": 80.5 / 48, "qk_norm": True, "act_layer": GELUTanh}
+    theirs = ParallelScalingBlock(48, 3, norm_layer=lambda width, **_: RmsNorm(width, eps=NORM_EPS), **sizes)
+    joined = torch.cat([ours.mlp.fc1.weight, ours.attn.qkv.weight])
+    names = {"in_norm": ours.norm1, "q_norm": ours.attn.q_norm, "k_norm": ours.attn.k_norm}
+    names |= {"attn_out_proj": ours.attn.proj, "mlp_out_proj": ours.mlp.fc2}
+    state = {f"{name}.{key}": value for name, module in names.items() for key, value in module.state_dict().items()}
+    theirs.load_state_dict(state | {"in_proj.weight": joined, "mlp_bias": ours.mlp.fc1.bias})
+    x = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(2))
+    found, expected = ours(x), theirs(x)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for other in ({"parallel_blocks": False}, {"qk_norm": False}, {"rms_norm": False}):  # each setting is seen
+        plain: Any = Block(tiny(**{**FORM_22B, **other}))
+        plain.load_state_dict(ours.state_dict(), strict=False)
+        assert (plain(x) - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_22b_is_that_of_its_paper() -> None:
+    """The name alone says the form; matrices of its 48 blocks have 21,743 million parameters (Table 1)."""
+    config = ModelConfig(name="22B", patch_size=14)
+    assert config.form._asdict() == FORM_22B and ModelConfig(name="G", patch_size=14).form == PLAIN_FORM
+    with torch.device("meta"):
+        model = VisionTransformer(config, 1000)
+    assert sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim == 2) == 21_743_271_936
+    biases = {name for name, _ in model.blocks[0].named_parameters() if name.endswith("bias")}
+    assert biases == {"attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias"}
+
+
 def test_layer_norms_have_googles_epsilon() -> None:
     """1e-6, which logits hardly show: torch's default is 1e-5."""
     norms = [m for m in build_model(tiny(), NUM_CLASSES).modules() if isinstance(m, nn.LayerNorm)]
@@ -98,7 +139,8 @@ def test_parameters_and_macs_equal_the_reference_numbers(test_fixtures: Path) ->
             continue
         shape = (entry["width"], entry["depth"], entry["mlp"], entry["heads"])
         patch, size = (int(part) for part in re.findall(r"patch(\d+)_(\d+)", key)[0])
-        config = ModelConfig(name=by_shape[shape], patch_size=patch, image_size=size)
+        plain = PLAIN_FORM._asdict()  # the fixture's 22B is a plain ViT of that width
+        config = ModelConfig(name=by_shape[shape], patch_size=patch, image_size=size, **plain)
         with torch.device("meta"):  # 22 billion parameters without their memory
             assert num_parameters(VisionTransformer(config, 1000)) == entry["params"], key
             assert num_parameters(VisionTransformer(config, 21843)) == entry["params_head21843"], key

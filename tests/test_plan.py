@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.engine.step as engine_step
 from pretrain.benchmark.models import activation_bytes as saved_bytes
@@ -56,7 +58,8 @@ def config_of(model: dict[str, Any], **sections: dict[str, Any]) -> Config:
     [
         {"name": "B/16"},
         {"name": "22B/14"},
-        {"name": "g/14", "pooling": "map", "class_position": False},
+        {"name": "22B/14", "pooling": "map", "parallel_blocks": False, "rms_norm": False, "depth": 2},
+        {"name": "g/14", "pooling": "map", "class_position": False, "qkv_bias": False, "rms_norm": True},
         {"name": "Ti/16", "pooling": "gap", "positions": "sincos2d"},
         {"name": "S/32", "positions": "learned2d", "representation_size": 384},
         {"name": "Ti/16", "positions_at": "every_layer", "image_size": 384},
@@ -67,7 +70,7 @@ def test_sizes_are_those_of_the_built_model(model: dict[str, Any]) -> None:
     """Parameters and multiply-adds by formula equal the model's on meta and torch's flop counter, exactly."""
     config = ModelConfig(**model)
     assert plain_parameters(config, NUM_CLASSES) == num_parameters(outline(config, NUM_CLASSES))
-    if model["name"] != "22B/14":  # seconds
+    if model["name"] != "22B/14" or "depth" in model:  # seconds
         assert plain_forward_macs(config, NUM_CLASSES) == _counted_macs(config, NUM_CLASSES)
 
 
@@ -85,12 +88,16 @@ def close(predicted: float, measured: float) -> None:
         ({"name": "B/16", "pooling": "gap"}, {}),
         ({"name": "B/16", "pooling": "map", "class_position": False}, {}),
         ({"name": "S/16", "drop_path": 0.1}, {}),
+        ({"name": "22B/14", "width": 384, "depth": 4, "mlp_dim": 1536, "heads": 6, "rms_norm": False}, {}),
         ({"name": "Ti/16"}, {"engine": {"precision": "fp32"}}),
     ],
     ids=str,
 )
 def test_activations_are_what_the_model_saves(model: dict[str, Any], sections: dict[str, Any]) -> None:
-    """The formula against the storages that a real forward pass of two images saves, fused attention, bf16."""
+    """The formula against the storages that a real forward pass of two images saves, fused attention, bf16.
+
+    The form of 22B with centred norms: those without centring have a fused kernel on GPUs alone.
+    """
     config = config_of(model, data={"global_batch": 2}, **sections)
     predicted, _ = activation_bytes(config, NUM_CLASSES, 2, recompute=False)
     close(predicted, saved_bytes(config, "cpu"))
@@ -116,6 +123,32 @@ def scaled(name: str, stage: int, accumulation: int, world_size: int, **optim: A
     return config, plain_parameters(config.model, NUM_CLASSES) / whole
 
 
+class OneThread(dist.ProcessGroupGloo):
+    """Gloo with one thread, which lets go of one collective's tensors before it begins the next."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: Any, **_: Any) -> None:
+        options = self._Options()
+        options._devices, options._threads, options._timeout = [self.create_default_device()], 1, timeout
+        super().__init__(store, rank, size, options)
+
+
+class Settled(TorchDispatchMode):
+    """Behind each collective waits until gloo's thread has let go of its tensors.
+
+    When it does is chance. And where it is the last that holds one, the allocator's event is of that thread, which the
+    profiler does not see: the tensor would count as held for the rest of the step.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if str(function).startswith("c10d."):
+            group = next(
+                arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
+            )
+            dist.ProcessGroup.unbox(group).allreduce([torch.zeros(1)]).wait()
+        return result
+
+
 def tensors() -> list[torch.Tensor]:
     """All tensors that take memory; DeepSpeed keeps some on meta."""
     gc.collect()
@@ -129,6 +162,7 @@ def measured_peak(config: Config, share: float) -> int:
     At rest they are counted by the garbage collector, in the step by the allocator's events. AdamW is the fused one, as
     on a GPU.
     """
+    dist.distributed_c10d.ProcessGroupGloo = OneThread
     device = ranks.start(600)
     plan = plan_batch(config.data.global_batch, ranks.world_size(), config.engine.max_micro_batch_size)
 
@@ -155,15 +189,31 @@ def measured_peak(config: Config, share: float) -> int:
     engine.train_step(batch, 1e-4)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors()}
     rest = sum(nbytes for pointer, nbytes in storages.items() if pointer not in ours)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with Settled(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         engine.train_step(batch, 1e-4)
-    events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
+    most = highest(record.profiler.kineto_results.events())  # type: ignore[union-attr]
     engine.close()
     return rest + most
+
+
+def highest(events: list[Any]) -> int:
+    """The most bytes that the allocator had given at a time, less the copies that gloo makes inside a reduce-scatter.
+
+    NCCL makes none. What is freed first of two of a size makes no difference.
+    """
+    inside = [(e.start_ns(), e.end_ns()) for e in events if e.name() == "c10d::_reduce_scatter_base_"]
+    copies: list[int] = []
+    now = most = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        size = event.nbytes()
+        if size > 0 and any(start <= event.start_ns() <= end for start, end in inside):
+            copies.append(-size)
+        elif size in copies:
+            copies.remove(size)
+        else:
+            now += size
+            most = max(most, now)
+    return most
 
 
 def measure_cells(cells: list[tuple[str, int, int, dict[str, Any]]]) -> list[int]:
@@ -196,7 +246,7 @@ WITH_AVERAGES = [("B/16", 1, 1, {"average_decay": 0.99, "moment_dtype": "bf16"})
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 def test_memory_is_what_the_engine_holds() -> None:
-    """One rank, B/16, ZeRO 1 to 3. On two, ZeRO 2's peak depends on how long gloo holds what it sends: see below."""
+    """One rank, B/16, ZeRO 1 to 3."""
     compare_cells(1, B16[:3])
 
 
@@ -205,10 +255,7 @@ def test_memory_is_what_the_engine_holds() -> None:
 @pytest.mark.parametrize("name", ["B/16", "L/16", "H/14"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_memory_is_what_the_engine_holds_in_every_layout(name: str, world_size: int) -> None:
-    """1, 2 and 4 ranks, three widths, ZeRO 1 to 3, one and two micro-batches.
-
-    B/16 under ZeRO 2 on 2 ranks was measured at 335 MB, as predicted, and once at 354 MB, where gloo still held a part.
-    """
+    """1, 2 and 4 ranks, three widths, ZeRO 1 to 3, one and two micro-batches."""
     compare_cells(world_size, [(name, *rest) for _, *rest in B16])
 
 

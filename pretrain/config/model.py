@@ -20,8 +20,21 @@ class VitShape(NamedTuple):
     heads: int
 
 
-# ViT paper, Table 1; Ti, S, M, So400m, g, G, e from google-research/big_vision models/vit.py (Scaling ViT, T. 2); 22B:
-# the plain shape of that width, not the parallel blocks of its paper.
+class VitForm(NamedTuple):
+    """What a block computes, beside its shape: the settings of the same names."""
+
+    parallel_blocks: bool
+    qk_norm: bool
+    qkv_bias: bool
+    rms_norm: bool
+
+
+PLAIN_FORM = VitForm(parallel_blocks=False, qk_norm=False, qkv_bias=True, rms_norm=False)
+# arXiv 2302.05442, section 2: parallel layers, QK normalisation, no biases in QKV projections and norms, no centring.
+VIT_FORMS = {"22B": VitForm(parallel_blocks=True, qk_norm=True, qkv_bias=False, rms_norm=True)}
+
+# ViT paper, Table 1; Ti, S, M, So400m, g, G, e from google-research/big_vision models/vit.py (Scaling ViT, T. 2); 22B
+# from its paper, Table 1.
 VIT_SHAPES = {
     "Ti": VitShape(192, 12, 768, 3),
     "S": VitShape(384, 12, 1536, 6),
@@ -122,6 +135,10 @@ class ModelConfig:
     trunk_width: int = 64  # channels of the trunk's stem, a multiple of 32
     pooling: Literal["token", "gap", "map"] = "token"  # class token (the paper), mean of all tokens, or attention (MAP)
     positions: Literal["none", "learned", "learned2d", "relative", "sincos2d"] = "learned"  # ViT paper, D.4
+    parallel_blocks: bool | None = None  # attention and MLP side by side, behind one norm; null: as the named size
+    qk_norm: bool | None = None  # a norm of each head's queries and keys, before their product; null: as the named size
+    qkv_bias: bool | None = None  # biases of a block's queries, keys and values; null: as the named size
+    rms_norm: bool | None = None  # norms without centring and bias; null: as the named size (true for 22B alone)
     positions_at: Literal["stem", "every_layer", "shared"] = "stem"  # once; a table per block; one table at each block
     class_position: bool = True  # learned positions have a row for the class token: the paper; false: big_vision
     gelu: Literal["tanh", "exact"] = "tanh"  # tanh: Google's code; exact: timm's default
@@ -152,6 +169,18 @@ class ModelConfig:
         """The named size, with what width, depth, mlp_dim and heads override."""
         named = VIT_SHAPES[HYBRIDS[self.name][0] if self.name in HYBRIDS else self.name]
         return VitShape(*(named[i] if own is None else own for i, own in enumerate(self._own_shape())))
+
+    @property
+    def form(self) -> VitForm:
+        """What a block computes: the named size's form, with what is set of it."""
+        own = self.parallel_blocks, self.qk_norm, self.qkv_bias, self.rms_norm
+        named = VIT_FORMS.get(self.name, PLAIN_FORM)
+        return VitForm(*(named[i] if setting is None else setting for i, setting in enumerate(own)))
+
+    def other_form(self) -> str | None:
+        """Returns in what this is not the plain ViT's form, as "qk_norm=true qkv_bias=false"; None when in nothing."""
+        triples = zip(VitForm._fields, self.form, PLAIN_FORM)
+        return " ".join(f"{name}={str(value).lower()}" for name, value, plain in triples if value != plain) or None
 
     def _own_shape(self) -> tuple[int | None, ...]:
         return self.width, self.depth, self.mlp_dim, self.heads

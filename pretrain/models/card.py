@@ -113,6 +113,8 @@ def _model(weights: Weights, target: str) -> str:
         width, depth, mlp_dim, heads = config.shape
         lines.append(f"{config.name}/{config.patch_size}: width {width}, depth {depth}, MLP {mlp_dim}, {heads} heads;")
         lines.append(f"pooling {config.pooling}, positions {config.positions}, {config.gelu} GELU.")
+        if form := config.other_form():
+            lines.append(f"Blocks of another form ([arXiv 2302.05442](https://arxiv.org/abs/2302.05442)): {form}.")
     range_of = "RGB in [-1, 1]"
     if weights.normalisation != MINUS_ONE_TO_ONE and target not in ("npz", "onnx"):
         range_of = f"RGB in [0, 1] less mean {list(weights.mean)}, divided by {list(weights.std)}"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pretrain.config import HYBRIDS, MINUS_ONE_TO_ONE, VIT_SHAPES, ModelConfig
+from pretrain.config.model import VIT_FORMS
 from pretrain.errors import UserError
 from pretrain.models.build import outline
 from pretrain.models.hybrid import STD_EPS
@@ -38,14 +39,14 @@ def classifier_names(model: nn.Module) -> set[str]:
 
 
 def named_architecture(width: int, depth: int, mlp_dim: int, heads: int, **others: Any) -> ModelConfig:
-    """Returns the config of a ViT or hybrid of this shape, by its name where it has one."""
+    """Returns the config of a plain ViT or hybrid of this shape, by its name where it has one."""
     shape, trunk = (width, depth, mlp_dim, heads), others.get("trunk")
     for name, (size, trunks) in HYBRIDS.items():
         if shape == VIT_SHAPES[size] and trunk == trunks.get(others["patch_size"]) and trunk is not None:
             del others["trunk"]
             return ModelConfig(name=name, **others)
     for name, named in VIT_SHAPES.items():
-        if shape == named:
+        if shape == named and name not in VIT_FORMS:  # whose name says another form
             return ModelConfig(name=name, **others)
     return ModelConfig(name="Ti", width=width, depth=depth, mlp_dim=mlp_dim, heads=heads, **others)
 

@@ -118,6 +118,8 @@ def for_google(weights: Weights, naming: str) -> Weights:
         reason = "vision_transformer has no MAP head; big_vision has"
     elif config.trunk_units is not None and naming == "big_vision":
         reason = "big_vision has no hybrids; vision_transformer has"
+    elif setting := config.other_form():
+        reason = f"the blocks of Google's public code are the plain ViT's, not those of {setting}"
     if reason:
         raise UserError(f"{weights.source}: cannot be written as {naming} .npz: {reason}")
     weights = for_minus_one_to_one(weights)

@@ -95,9 +95,7 @@ def position_similarity(model: VisionTransformer, config: ModelConfig) -> Positi
 @torch.no_grad()
 def attention_weights(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     """Returns the softmax [B, heads, T, T] (query, key) that `attention` applies to tokens x [B, T, D]."""
-    batch, tokens, width = x.shape
-    qkv = attention.qkv(x).view(batch, tokens, 3, attention.heads, width // attention.heads)
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
+    q, k, _ = attention.by_head(x)  # [B, heads, T, D / heads]
     logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     relative = attention._relative_logits(q)
     return (logits if relative is None else logits + relative).softmax(-1)

@@ -285,6 +285,11 @@ def for_timm(weights: Weights) -> Weights:
     config = weights.model
     if config.timm_name is not None:
         return weights
+    if setting := config.other_form():
+        raise UserError(
+            f"{weights.source}: cannot be written for timm: its ViT has the plain ViT's blocks, "
+            f"not those of {setting}; --to pretrain holds them"
+        )
     if config.representation_size is not None:
         raise UserError(
             f"{weights.source}: timm has no representation layer (tanh before the head), without which logits are "

@@ -2,6 +2,7 @@
 
 images [B, 3, H, W] -> patches [B, N, D] -> (class token) + positions -> blocks -> norm -> pooling -> head [B, C].
 Conventions of Google's code: LayerNorm eps 1e-6, tanh GELU, pooling after the last norm, zero-initialised head.
+Settings make it ViT-22B (arXiv 2302.05442): parallel blocks, normalised queries and keys, no centring, fewer biases.
 """
 
 import math
@@ -12,10 +13,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
+from pretrain.config.model import VitForm
 from pretrain.models.hybrid import build_trunk
 from pretrain.models.positions import Grid, Learned2d, num_relative_offsets, relative_offsets, sincos2d
 
 NORM_EPS = 1e-6  # torch's default 1e-5 is wrong here, and hardly visible
+
+
+def build_norm(width: int, form: VitForm) -> nn.Module:
+    """Returns the norm of a model's form: with centring and bias, or without both."""
+    return nn.RMSNorm(width, eps=NORM_EPS) if form.rms_norm else nn.LayerNorm(width, eps=NORM_EPS)
 
 
 def grid_of(config: ModelConfig) -> Grid:
@@ -51,7 +58,10 @@ class Attention(nn.Module):
         super().__init__()
         width, _, _, heads = config.shape
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=config.form.qkv_bias)
+        normalised = config.form.qk_norm
+        self.q_norm = build_norm(width // heads, config.form) if normalised else None  # one for all heads, as flax's
+        self.k_norm = build_norm(width // heads, config.form) if normalised else None
         self.proj = nn.Linear(width, width)
         self.drop = nn.Dropout(config.dropout)
         self.relative_embed = None
@@ -62,13 +72,18 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, width = x.shape
-        # Three parts, not one tensor with an axis for them, which the backward pass would put together twice.
-        parts = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (
-            part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in parts
-        )  # [B, heads, T, D / heads]
+        q, k, v = self.by_head(x)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=self._relative_logits(q))
         return self.drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width)))
+
+    def by_head(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns queries, keys and values of tokens x [B, T, D], each [B, heads, T, D / heads]."""
+        batch, tokens, _ = x.shape
+        # Three parts, not one tensor with an axis for them, which the backward pass would put together twice.
+        q, k, v = (part.view(batch, tokens, self.heads, -1) for part in self.qkv(x).chunk(3, dim=-1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _relative_logits(self, q: torch.Tensor) -> torch.Tensor | None:
         if self.relative_embed is None:
@@ -94,6 +109,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm encoder block (paper, equations 2 and 3), with a position table of its own where that is asked for.
 
+    With parallel_blocks attention and MLP are given the same tokens, behind one norm: x + attn(norm(x)) + mlp(norm(x)).
     kept: what the two branches of each image are multiplied with, see `draw_kept`. It comes from outside, for a rate
     inside would be a constant of the compiled code: another graph for each block, and after eight of them none.
     """
@@ -102,16 +118,17 @@ class Block(nn.Module):
         super().__init__()
         width, _, mlp_dim, _ = config.shape
         _add_table(self, config, here=config.positions_at == "every_layer")
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = build_norm(width, config.form)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = None if config.form.parallel_blocks else build_norm(width, config.form)
         self.mlp = Mlp(width, mlp_dim, config.gelu, config.dropout)
 
     def forward(self, x: torch.Tensor, kept: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         x = _with_positions(x, _table(self))
-        attended = self.attn(self.norm1(x))
+        normalised = self.norm1(x)
+        attended = self.attn(normalised)
         x = x + (attended if kept is None else attended * kept[0])
-        mapped = self.mlp(self.norm2(x))
+        mapped = self.mlp(normalised if self.norm2 is None else self.norm2(x))
         return x + (mapped if kept is None else mapped * kept[1])
 
 
@@ -137,7 +154,7 @@ class AttentionPool(nn.Module):
         self.latent = nn.Parameter(torch.zeros(1, 1, width))
         self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = build_norm(width, config.form)
         self.mlp = Mlp(width, mlp_dim, config.gelu, dropout=0.0)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -165,7 +182,7 @@ class VisionTransformer(nn.Module):
         # Of each block, rising linearly; none where nothing is ever dropped.
         self.drop_path = [config.drop_path * i / max(1, depth - 1) for i in range(depth)] if config.drop_path else None
         self.blocks = nn.Sequential(*(Block(config) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = build_norm(width, config.form)
         self.attn_pool = AttentionPool(config) if config.pooling == "map" else None
         rep = config.representation_size
         self.pre_logits = None if rep is None else nn.Linear(width, rep)

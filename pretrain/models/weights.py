@@ -11,6 +11,7 @@ from torch import nn
 from pretrain.checkpoint.find import read_newest, refusing_vanished, validate
 from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.config import MAX_CLASSES, Config, DataConfig, ModelConfig, config_from_dict
+from pretrain.config.model import VitForm
 from pretrain.errors import UserError
 from pretrain.json_files import Fields
 from pretrain.models import by_name
@@ -145,6 +146,8 @@ def check_same_function(weights: Weights, config: ModelConfig, data: DataConfig)
         return
     settings = ("pooling", "positions", "positions_at", "gelu")
     pairs = {f"model.{name}": (getattr(weights.model, name), getattr(config, name)) for name in settings}
+    forms = zip(VitForm._fields, weights.model.form, config.form)
+    pairs |= {f"model.{name}": (was, now) for name, was, now in forms}
     pairs["model.heads"] = (weights.model.shape.heads, config.shape.heads)
     if different := [f"{key} is {now}, was {was}" for key, (was, now) in pairs.items() if was != now]:
         raise UserError(f"{weights.source}: was trained as another model: {'; '.join(different)}; set it as it was")

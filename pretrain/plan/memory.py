@@ -63,14 +63,18 @@ def moment_bytes(config: Config) -> int:
 def activation_bytes(config: Config, num_classes: int, images: int, recompute: bool) -> tuple[int, int]:
     """Returns what a forward pass of `images` saves for its backward pass, and what that adds at its start.
 
-    Of the eager model with fused attention, which saves q, k, v, its output and a float32 per head and token. A
-    compiled block saves no more. With `recompute` one block's are made again at a time.
+    Of the eager model with fused attention, which saves q, k, v, its output and a float32 per head and token, and with
+    fused norms, which save their input and statistics. A compiled block saves no more. With `recompute` one block's
+    are made again at a time.
     """
-    model, item = config.model, _ELEMENT_BYTES[config.engine.precision]
+    model, item, form = config.model, _ELEMENT_BYTES[config.engine.precision], config.model.form
     width, depth, mlp_dim, heads = model.shape
     tokens = num_tokens(model)
-    norms = 2 * 2 * 4  # mean and deviation, float32
-    block = tokens * (item * (8 * width + 2 * mlp_dim) + norms + 4 * heads)
+    # Two norms and what each is given; with parallel blocks one. Normalised queries and keys beside what they were.
+    norms, rows = (1 if form.parallel_blocks else 2), 2 * heads * form.qk_norm
+    widths = 2 * norms + 4 + 2 * form.qk_norm
+    statistics = (norms + rows) * (1 if form.rms_norm else 2) * 4  # mean and deviation, float32
+    block = tokens * (item * (widths * width + 2 * mlp_dim) + statistics + 4 * heads)
     if model.dropout:  # masks behind the projection and both layers of the MLP, a byte each
         block += tokens * (2 * width + mlp_dim)
     held = tokens * width * item  # a block's input, and the gradient that comes to it
@@ -194,6 +198,6 @@ def _phases(
         return item * bucket + before + saved + start, end, own if in_float32 else item * shared + (2 * item + 4) * part
     gathered = item * min(p, _LIVE_ELEMENTS) if layout.num_ranks > 1 else 0
     ahead = item * min(p, 2 * prefetch) if layout.num_ranks > 1 else 0  # joined pieces that are not cut up yet
-    copies = item * filled + (4 if in_float32 else item) * filled // layout.num_ranks
+    copies = item * filled + (4 * filled // layout.num_ranks if in_float32 else 0)  # joined; own part in float32
     end = copies + left + pending + gathered * (p - filled) // p
     return gathered + max(ahead, start) + saved, end, 4 * part + (0 if in_float32 else item * part)
