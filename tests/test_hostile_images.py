@@ -157,7 +157,16 @@ def test_the_limits_are_told() -> None:
     "height, width, said",
     [
         (7072, 7072, "7072 x 7072 pixels, at most 50,000,000 in all"),
-        (65_000, 65_000, "Image size .4225000000 pixels. exceeds limit"),  # Pillow's own
+        (
+            13_300,
+            13_300,
+            "(13300 x 13300 pixels, at most|Image size .176890000 pixels. exceeds limit)",
+        ),
+        (
+            65_000,
+            65_000,
+            "(65000 x 65000 pixels, at most|Image size .4225000000 pixels. exceeds limit)",
+        ),  # Pillow's own
         (65_000, 640, "640 x 65000 pixels"),
         (1, 101, "101 x 1 pixels"),
     ],

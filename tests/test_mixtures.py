@@ -7,6 +7,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,31 @@ from ranks import run_ranks, start_ranks
 from test_audit import edit_config, edit_states, look, seal, wrong
 from test_loader import needs_shared_memory, pixels, targets
 from tiny import changed, tiny_config
+from web import Site, every, served
 
 from pretrain.config import Config, config_to_dict
+from pretrain.data import manifest as manifest_module
+from pretrain.data.lanes import Lanes, fits
 from pretrain.data.loader import Batch, train_batches
 from pretrain.data.manifest import BLOCK, load_index, load_manifest
-from pretrain.data.mixture import MAX_CYCLE, Mixture, Phase, joined, quotas_of, schedule, shard_name, source_of
+from pretrain.data.mixture import (
+    MAX_CYCLE,
+    Mixture,
+    Phase,
+    SourceLanes,
+    joined,
+    quotas_of,
+    schedule,
+    shard_name,
+    source_of,
+)
 from pretrain.data.order import Order, plan_batch, share
 from pretrain.errors import ConfigError, UserError
 from pretrain.shards.build import build
+from pretrain.shards.elsewhere import index_urls
 from pretrain.shards.sources import Item
 from pretrain.train.datasets import open_data
-from pretrain.train.folder import fingerprint, refuse_changes
+from pretrain.train.folder import fingerprint, refuse_changes, resumed_order
 from pretrain.train.run import train
 
 BATCH, STEPS = 12, 16
@@ -97,7 +114,7 @@ def test_a_weight_without_a_slot_is_refused() -> None:
 def orders() -> list[Order]:
     """Two to five sources, batches that fit nothing, weights that change and sources that come and go."""
     found, chance = [], random.Random(1)
-    for _ in range(16):
+    for _ in range(12):
         count, batch, phases, step = chance.randint(2, 5), chance.randint(8, 29), [], 0
         for _ in range(chance.randint(1, 3)):
             quotas = [chance.randint(0, 9) for _ in range(count)]
@@ -105,7 +122,19 @@ def orders() -> list[Order]:
             step += chance.randint(1, 20)
         mixture = Mixture(tuple(chance.randint(1, 60) for _ in range(count)), tuple(phases))
         found.append(Order(sum(mixture.sizes), 0, batch, chance.randint(0, 9), mixture=mixture))
+        if len(found) % 3 == 0:
+            lanes = tuple(source_lanes(size, batch, chance) for size in mixture.sizes)
+            found.append(replace(found[-1], mixture=replace(mixture, lanes=lanes)))
     return found
+
+
+def source_lanes(size: int, batch: int, chance: random.Random) -> SourceLanes:
+    """Rounds, blocks and lanes that a source of so many samples can have, however odd."""
+    while True:
+        samples = chance.randint(1, batch)
+        own = SourceLanes(samples, Lanes(chance.randint(1, 9), chance.randint(1, samples), chance.randint(1, 2)))
+        if fits(own.lanes, size, samples, 70):
+            return own
 
 
 def test_each_pass_of_each_source_has_each_sample_once() -> None:
@@ -117,20 +146,27 @@ def test_each_pass_of_each_source_has_each_sample_once() -> None:
         assert (order.steps_of(epochs, indices) == np.repeat(np.arange(steps), order.global_batch)).all()
         for source, size in enumerate(order.sizes):
             own = sources == source
-            assert (np.diff(epochs[own]) >= 0).all() and own.sum() == order.given(steps)[source]
-            for epoch in range(int(own.sum()) // size + 2):
+            assert own.sum() == order.given(steps)[source]
+            for epoch in range(int(epochs[own].max(initial=0)) + 2):
                 seen = np.unique(indices[own & (epochs == epoch)])
                 assert len(seen) == (own & (epochs == epoch)).sum() == order.seen_by_source(epoch, steps)[source]
-                assert len(seen) == min(size, max(0, own.sum() - epoch * size))
+                if order.name == "permuted":
+                    assert len(seen) == min(size, max(0, own.sum() - epoch * size))
+                elif (rest := own.sum() - epoch * size) > size + 2 * order.global_batch:  # a round may begin several
+                    assert len(seen) == size
+                elif rest < -2 * order.global_batch:
+                    assert not len(seen)
+            if order.name == "permuted":
+                assert (np.diff(epochs[own]) >= 0).all()
         assert len(set(zip(epochs.tolist(), indices.tolist()))) == len(indices)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8])
 def test_ranks_and_restarts_change_no_step(world_size: int) -> None:
     """Shares of 1 to 8 ranks, asked for at any step without the ones before, put together are the global batch."""
-    for order in orders():
+    for order in orders()[::2]:
         whole = order.samples(range(70))
-        for step in (0, 7, 33, 69):
+        for step in (0, 7, 69):
             parts = [order.samples(step, share(order.global_batch, rank, world_size)) for rank in range(world_size)]
             for mine, expected in zip(zip(*parts), whole):
                 assert (np.concatenate(mine) == expected[step]).all()
@@ -204,47 +240,85 @@ def step_slots(config: Config, monkeypatch: pytest.MonkeyPatch, world_size: int)
     ]
 
 
+KINDS = ("one set", "a mixture")
+EVERY_ORDER = [(kind, order) for kind in KINDS for order in ("permuted", "lanes")]
+_SAMPLE = {  # of all ways of reading; the others are long
+    *((kind, order, 3, 0) for kind, order in EVERY_ORDER),
+    *[("a mixture", "permuted", 1, 3), ("a mixture", "lanes", 2, 1), ("one set", "lanes", 8, 0)],
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 4 samples, so that small sets have several lanes."""
+    monkeypatch.setattr(manifest_module, "MIN_BLOCK_SAMPLES", 4)
+    monkeypatch.setattr(manifest_module, "BLOCK_BYTES", 1)
+
+
+def of_kind(kind: str, order: str, sets: dict[str, Path], output: Path, workers: int = 0) -> Config:
+    """Two whole epochs of a set, or three sets whose weights change, with augmentation."""
+    changes: dict[str, Any] = {"data__order": order, "data__workers": workers, "data__randaugment_layers": 2}
+    if kind == "one set":
+        changes |= {"data__train": str(sets["trees"]), "data__reweight": [], "total_steps": 18}
+    return changed(settings(sets, output), **changes)
+
+
 @pytest.fixture(scope="module")
-def alone(sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple]]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return step_slots(settings(sets, tmp_path_factory.mktemp("alone")), monkeypatch, 1)
+def alone() -> dict[tuple[str, str], list[list[tuple]]]:
+    """The steps of each kind and order as one rank without workers reads them, once that was done."""
+    return {}
 
 
-@pytest.mark.parametrize(
-    ("world_size", "workers"),
-    [
-        (1, 3),
-        (2, 1),
-        (3, 0),
-        pytest.param(4, 2, marks=pytest.mark.slow),
-        pytest.param(6, 0, marks=pytest.mark.slow),
-        pytest.param(8, 1, marks=[pytest.mark.slow, pytest.mark.long]),
-    ],
-)
+def all_ways() -> list[Any]:
+    ways = product(KINDS, ("permuted", "lanes"), (1, 2, 3, 4, 6, 8), (0, 1, 2, 3))
+    return [way if way in _SAMPLE else pytest.param(*way, marks=pytest.mark.long) for way in ways]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("kind", "order", "world_size", "workers"), all_ways())
 def test_ranks_and_workers_change_no_pixel(
+    kind: str,
+    order: str,
     world_size: int,
     workers: int,
-    alone: list[list[tuple]],
+    alone: dict[tuple[str, str], list[list[tuple]]],
     sets: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Epochs, indices, labels and augmented pixels of every step are those of one rank without workers."""
+    """Epochs, indices, labels and augmented pixels of every step are those of one rank without workers.
+
+    They are the order's, and within each pass of each set every sample comes once.
+    """
     if workers:
         needs_shared_memory()
-    config = settings(sets, tmp_path)
-    assert step_slots(changed(config, data__workers=workers), monkeypatch, world_size) == alone
+    if (kind, order) not in alone:
+        alone[kind, order] = step_slots(of_kind(kind, order, sets, tmp_path), monkeypatch, 1)
+    found = step_slots(of_kind(kind, order, sets, tmp_path, workers), monkeypatch, world_size)
+    assert found == alone[kind, order]
+    own = open_data(of_kind(kind, order, sets, tmp_path)).order
+    assert own.name == order and own.samples(0)[0].shape == (BATCH,)
+    seen = np.array([slot[:2] for step in found for slot in step])  # (epoch, index)
+    assert (seen == np.stack(own.samples(range(len(found))), axis=-1).reshape(-1, 2)).all()
+    assert len(np.unique(seen, axis=0)) == len(seen)
+    sources, whole = own.sources_of(seen[:, 1]), 0
+    for source, size in enumerate(own.sizes):
+        epochs = seen[sources == source, 0]
+        counts = np.bincount(epochs)
+        assert counts.tolist() == [own.seen_by_source(epoch, len(found))[source] for epoch in range(len(counts))]
+        whole += (counts == size).sum()
+    assert whole >= 1
 
 
 def test_labels_are_read_by_name_and_may_be_several(
-    alone: list[list[tuple]], sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`few` has its classes in another order; single labels lie beside several ones. What was mapped is told."""
     data = open_data(settings(sets, tmp_path))
     assert "few/manifest.json has 2 of the 5 classes of" in capsys.readouterr().out
     assert data.train.class_names == tuple(CLASSES) and data.train.num_samples == 103 + 31 + 17
     by_source: dict[str, set[tuple[int, ...]]] = {}
-    for slots in alone:
+    for slots in step_slots(settings(sets, tmp_path), monkeypatch, 1):
         for _, index, labels, _ in slots:
             name = source_of(data.train, index)[0].name
             by_source.setdefault(name, set()).add(tuple(label for label, weight in labels if weight == 1))
@@ -265,10 +339,8 @@ REFUSED: dict[str, tuple[dict[str, float], dict[str, Any], str]] = {
     "another class": ({"trees": 1, "others": 1}, {}, "class 1 is 'oak', which .* does not have"),
     "the same set twice": ({"trees": 1, "again": 1}, {}, "are the same set; give it once"),
     "softmax": ({"trees": 1, "several": 1}, {"loss": "softmax"}, "several labels, .* one, .*set loss=sigmoid"),
-    "remote shards": ({"trees": 1, "remote": 1}, {}, "remote shards, which are read in the order lanes.*copy them"),
     "no weight": ({"trees": 1, "few": 1e-9}, {}, "weight 1e-09 is less than one of"),
     "held out": ({"trees": 1, "few": 1}, {"data__held_out": 3}, "data.train names several: name a set in data.val"),
-    "lanes": ({"trees": 1, "few": 1}, {"data__order": "lanes"}, "reads one set; .* data.order=permuted"),
     "one set": ({"trees": 1}, {}, "expected the path of one set, or 2 to 64 sets"),
     "epochs": (
         {"trees": 1, "few": 1},
@@ -283,12 +355,7 @@ REFUSED: dict[str, tuple[dict[str, float], dict[str, Any], str]] = {
 def test_what_is_no_mixture_is_refused_in_one_line(case: str, sets: dict[str, Path], tmp_path: Path) -> None:
     """With what is wrong, and a way out."""
     weights, changes, message = REFUSED[case]
-    remote = Path(shutil.copytree(sets["few"], tmp_path / "remote"))
-    values = json.loads((remote / "manifest.json").read_text())
-    for shard in values["shards"]:
-        shard["path"] = f"https://host.invalid/{shard['path']}"
-    (remote / "manifest.json").write_text(json.dumps(values))
-    own = {**sets, "again": Path(shutil.copytree(sets["trees"], tmp_path / "again")), "remote": remote}
+    own = {**sets, "again": Path(shutil.copytree(sets["trees"], tmp_path / "again"))}
     with pytest.raises(UserError, match=message) as error:
         open_data(
             tiny_config(sets["trees"], tmp_path, **{"data__train": of(own, **weights), "loss": "sigmoid"} | changes)
@@ -350,6 +417,51 @@ def test_a_resume_keeps_sources_and_earlier_weights(case: str, sets: dict[str, P
             refuse_changes(tmp_path, now, open_data(now).train)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_a_resumed_mixture_keeps_its_lanes(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever would be chosen today; a set that is added has today's. Numbers that cannot be lanes are refused."""
+    began = open_data(of_kind("a mixture", "lanes", sets, tmp_path))
+    state = {"data": fingerprint(began.train, began.order)}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    monkeypatch.setattr(manifest_module, "MIN_BLOCK_SAMPLES", 2)
+    more = of(sets, trees=0.5, few=0.3, several=0.2, unnamed=0)
+    later = [{"step": 8, "weights": [0.25, 0, 0.75, 0]}, {"step": 10, "weights": [1, 1, 1, 1]}]
+    now = changed(of_kind("a mixture", "lanes", sets, tmp_path), data__train=more, data__reweight=later)
+    today = open_data(now).order
+    assert began.order.mixture and today.mixture and today.mixture.lanes[:3] != began.order.mixture.lanes
+    resumed = resumed_order(tmp_path, today, STEPS)
+    assert resumed.mixture and resumed.mixture.lanes == (*began.order.mixture.lanes, today.mixture.lanes[3])
+    for key, wrong_one in (("num_lanes", 12), ("round_samples", 0), ("block_samples", "8")):
+        broken = json.loads(json.dumps(state))
+        broken["data"]["order"]["sources"][1][key] = wrong_one
+        (tmp_path / "state.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=key):
+            resumed_order(tmp_path, today, STEPS)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sources_may_lie_elsewhere(
+    workers: int, sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture of remote and local sets, one of them in both places, is read in lanes: the batches of local sets."""
+    if workers:
+        needs_shared_memory()
+    local = step_slots(of_kind("a mixture", "lanes", sets, tmp_path), monkeypatch, 1)
+    with ExitStack() as stack:
+        own = dict(sets)
+        for name in ("trees", "several"):
+            site = stack.enter_context(served(Site(sets[name], fault=every(7, "503"))))
+            shards = sorted(sets[name].glob("*.tar"))
+            own[name] = tmp_path / "far" / name
+            index_urls([f"{site.url}/{path.name}" for path in shards], CLASSES, own[name])
+        config = changed(of_kind("a mixture", "auto", own, tmp_path, workers), data__store=str(tmp_path / "store"))
+        assert step_slots(config, monkeypatch, 1) == local
+        assert site.sent and list((tmp_path / "store").iterdir())
+
+
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
@@ -359,11 +471,14 @@ def killed(sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> t
 
     One image of `few` cannot be decoded.
     """
-    folder = tmp_path_factory.mktemp("run")
+    return killed_run(sets, tmp_path_factory.mktemp("run"), "permuted")
+
+
+def killed_run(sets: dict[str, Path], folder: Path, order: str) -> tuple[Config, Path]:
     own = {name: Path(shutil.copytree(path, folder / path.name)) for name, path in sets.items() if name != "unnamed"}
     break_image(own["few"], 7)
     late = make_set(folder / "late", ["elm", "ash"], 13)
-    config = settings(own, folder, checkpoint__keep_last=5)
+    config = settings(own, folder, checkpoint__keep_last=5, data__order=order)
     processes, log = start_ranks(train, 2, config), folder / "tiny" / "samples-00000.jsonl"
     saved, deadline = folder / "tiny" / "checkpoints" / "step-0000000004", time.monotonic() + 240
     while not saved.exists() or not log.exists() or log.read_text().count("\n") < 6:
@@ -394,20 +509,38 @@ def break_image(shards: Path, number: int) -> None:
     seal(shards)
 
 
-@pytest.mark.slow
-def test_a_killed_run_on_other_ranks_sees_the_same_samples(killed: tuple[Config, Path], sets: dict[str, Path]) -> None:
-    """The logs of samples, put together over ranks, are the order's; the audit adds up every source's passes."""
-    config, folder = killed
-    order = open_data(config).order
+def check_log(config: Config, folder: Path, order: Order) -> None:
+    """The logs of samples, put together over ranks, are the order's."""
     logs = [(folder / "tiny" / f"samples-{rank:05d}.jsonl").read_text().splitlines() for rank in range(3)]
     steps: dict[int, list[list[int]]] = {}
     for row in (json.loads(line) for log in logs for line in log):
         steps.setdefault(row["step"], []).extend(row["samples"])
     assert sorted(steps) == list(range(1, STEPS + 1))
-    undisturbed = open_data(settings(sets, folder)).order  # the same until the weights change at step 12
-    assert all((undisturbed.samples(step)[1] == order.samples(step)[1]).all() for step in range(12))
     for step, pairs in steps.items():
         assert pairs == np.stack(order.samples(step - 1), axis=1).tolist(), step
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_killed_run_in_lanes_sees_the_same_samples(sets: dict[str, Path], tmp_path: Path) -> None:
+    """The same of each source's lanes: killed, resumed on other ranks with a set more; the audit adds up."""
+    config, folder = killed_run(sets, tmp_path, "lanes")
+    check_log(config, folder, open_data(config).order)
+    found = look(folder / "tiny", full=True)
+    assert not wrong(found) and not [finding.left_out for finding in found if finding.left_out]
+    state = json.loads((folder / "tiny/checkpoints" / f"step-{STEPS:010d}" / "state.json").read_text())
+    assert all(source["num_lanes"] >= 1 for source in state["data"]["order"]["sources"])
+    assert state["data"]["order"]["name"] == "lanes"
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_other_ranks_sees_the_same_samples(killed: tuple[Config, Path], sets: dict[str, Path]) -> None:
+    """The logs of samples, put together over ranks, are the order's; the audit adds up every source's passes."""
+    config, folder = killed
+    order = open_data(config).order
+    check_log(config, folder, order)
+    undisturbed = open_data(settings(sets, folder)).order  # the same until the weights change at step 12
+    assert all((undisturbed.samples(step)[1] == order.samples(step)[1]).all() for step in range(12))
     bad = [json.loads(line) for line in (folder / "tiny" / "bad_samples.jsonl").read_text().splitlines()]
     assert bad and {(row["index"], row["shard"].partition("/")[0]) for row in bad} == {(103 + 7, "few")}
     found = look(folder / "tiny", full=True)

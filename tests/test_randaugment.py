@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from pretrain.data.permutation import uniform, words
 from pretrain.data.randaugment import OPERATIONS, augment, rand_augment
+from tests import plain_randaugment
 
 SIZES = [(7, 9), (13, 5), (3, 3)]
 
@@ -229,3 +230,29 @@ def test_unknown_operations_are_refused() -> None:
     """A name that is none of the 16 does not pass silently."""
     with pytest.raises(ValueError, match="Blur is not"):
         augment(torch.zeros(3, 4, 4, dtype=torch.uint8), "Blur", 1.0)
+
+
+def _images() -> list[torch.Tensor]:
+    """Noise, a gradient, few values, a flat channel: of several sizes and layouts, tiny ones too."""
+    random = np.random.default_rng(3)
+    sizes = (224, 224), (17, 33), (3, 2), (1, 1)
+    images = [random.integers(0, 256, (*size, 3)) for size in sizes]
+    images.append(np.add.outer(np.arange(150), np.arange(100))[..., None] + np.array([0, 3, 7]))
+    images.append(random.choice([0, 90, 255], (60, 50, 3)))
+    images.append(np.where([True, False, False], 77, random.integers(100, 130, (40, 70, 3))))
+    as_tensors = [torch.from_numpy(image.astype(np.uint8)).permute(2, 0, 1) for image in images]
+    return [image if number % 2 else image.contiguous() for number, image in enumerate(as_tensors)]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_pixel_is_that_of_the_plain_formulas(name: str) -> None:
+    """All magnitudes, both directions; the image that is given stays as it was."""
+    for image in _images():
+        before = image.clone()
+        for magnitude in (0, 0.25, 3, 5, 9.7, 10, 15, 30):
+            for negative in (False, True):
+                options: dict[str, Any] = {"negative": negative, "centre": (0.3, 0.9)}
+                expected = plain_randaugment.augment(image, name, magnitude, **options)
+                found = augment(image, name, magnitude, **options)
+                assert torch.equal(found, expected), (image.shape, magnitude, negative)
+        assert torch.equal(image, before)

@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 from pretrain.data import reader
-from pretrain.data.manifest import Manifest, Shard, ShardIndex, load_index, load_manifest, write_index
+from pretrain.data.index_rows import MAX_LINE_BYTES
+from pretrain.data.manifest import BLOCK, Manifest, Shard, ShardIndex, key_crc32, load_index, load_manifest, write_index
 from pretrain.data.reader import BadSample, RawSample, parse_label, parse_labels, read_sample
 from pretrain.errors import StorageError, UserError
 from pretrain.shards.tars import index_tar
@@ -162,6 +164,80 @@ def test_a_cut_shard_costs_only_what_is_behind_the_cut(part: float, own_shards: 
     assert [outcome(manifest, i) for i in range(103)] == expected
 
 
+def test_a_shard_cut_at_any_block_loses_what_is_behind_and_nothing_else(own_shards: Path) -> None:
+    """At each multiple of 512 bytes, from the end to the beginning."""
+    manifest = load_manifest(own_shards)
+    shard, index = manifest.shards[2], load_index(manifest.shards[2])
+    good = [read_sample(manifest, 80 + number) for number in range(shard.num_samples)]
+    for cut in range(int(index.offsets[-1]) * BLOCK, -1, -BLOCK):
+        os.truncate(shard.path, cut)
+        for number, sample in enumerate(good):
+            expected = sample if index.byte_range(number)[1] <= cut else "tar"
+            assert outcome(manifest, 80 + number) == expected, (cut, number)
+
+
+def damaged(sample: bytes) -> Iterator[bytes]:
+    """A sample with each third bit of its headers flipped, and with bytes changed so that sums stay what they were."""
+    with tarfile.open(fileobj=io.BytesIO(sample)) as tar:
+        headers = [member.offset for member in tar]
+    for header in headers:
+        for bit in range(0, 8 * BLOCK, 3):
+            changed = bytearray(sample)
+            changed[header + bit // 8] ^= 1 << bit % 8
+            yield bytes(changed)
+    random = np.random.default_rng(1)
+    for _ in range(700):
+        changed = bytearray(sample)
+        header = int(random.choice(headers))
+        one, other = (header + int(at) for at in random.integers(0, 360, 2))
+        if changed[one] < 255 and changed[other] > 0:
+            changed[one] += 1
+            changed[other] -= 1
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_the_short_way_reads_nothing_that_webdataset_reads_otherwise(form: int) -> None:
+    """Usual samples go that way; what it reads of damaged ones is what tarfile and webdataset make of them."""
+    members = Member("00_0a-7.jpg", b"image" * 300), Member("00_0a-7.cls", b"3")
+    key, taken = key_crc32("00_0a-7"), 0
+    sample = without_end(tar_bytes(*(members if form == tarfile.GNU_FORMAT else members[::-1]), form=form))
+    expected = RawSample("00_0a-7", members[0].data, b"3")
+    assert reader._parse_plain(sample, key) == slowly(sample, key) == expected
+    for changed in damaged(sample):
+        if (found := reader._parse_plain(changed, key)) is not None:
+            taken += 1
+            assert found == slowly(changed, key)
+    assert taken > 20  # with other owners or times
+
+
+def slowly(data: bytes, key: int) -> RawSample:
+    """What tarfile and webdataset make of a sample."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(reader, "_parse_plain", lambda *_: None)
+        return reader._parse(data, key)
+
+
+UNUSUAL = {
+    "a folder": [Member("x/a.jpg", b"i"), Member("x/a.cls", b"1")],
+    "two dots": [Member("a.b.jpg", b"i"), Member("a.b.cls", b"1")],
+    "large letters": [Member("a.JPG", b"i"), Member("a.cls", b"1")],
+    "another member": [Member("a.jpg", b"i"), Member("a.cls", b"1"), Member("a.json", b"{}")],
+    "two images": [Member("a.jpg", b"i"), Member("a.png", b"i")],
+    "two keys": [Member("a.jpg", b"i"), Member("b.cls", b"1")],
+    "webdataset's": [Member("__a__.jpg", b"i"), Member("__a__.cls", b"1")],
+    "a long name": [Member("a" * 98 + ".jpg", b"i"), Member("a" * 98 + ".cls", b"1")],
+    "no label": [Member("a.jpg", b"i")],
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_what_is_unusual_is_left_to_webdataset(case: str) -> None:
+    """Whatever it then makes of it."""
+    sample = without_end(tar_bytes(*UNUSUAL[case], form=tarfile.GNU_FORMAT))
+    assert reader._parse_plain(sample, key_crc32(UNUSUAL[case][0].name.rpartition(".")[0])) is None
+
+
 def test_an_index_that_is_off_by_one_sample_is_noticed(own_shards: Path) -> None:
     """Each sample's key is compared with the index: another sample in its place is bad, never taken for it."""
     manifest = load_manifest(own_shards)
@@ -280,6 +356,8 @@ def test_a_read_that_fails_is_tried_again(
     reader._open_shard.cache_clear()
 
     def broken(*arguments: Any, **named: Any) -> Any:
+        if call == "pread" and arguments[1] in (4, 8, MAX_LINE_BYTES):  # of the index
+            return real(*arguments, **named)
         tried.append(1)
         if len(tried) <= failures:
             raise OSError(number, os.strerror(number))
@@ -296,6 +374,32 @@ def test_a_read_that_fails_is_tried_again(
     monkeypatch.undo()
     assert waited == list(reader.RETRY_AFTER_S[: tries - 1])
     assert len(tried) >= tries if call == "open" else len(tried) == tries
+
+
+@pytest.mark.parametrize("at", [-1, 60, 4, 12])
+def test_a_damaged_index_is_told_where_a_sample_is_not_what_it_says(at: int, own_shards: Path) -> None:
+    """Rows are read one by one; a sample that does not fit has the whole index checked: it is not called a bad sample.
+
+    at: a byte of the arrays; the checksums of keys begin behind 41 offsets.
+    """
+    manifest = load_manifest(own_shards)
+    path = manifest.shards[0].path.with_suffix(".idx")
+    data = bytearray(path.read_bytes())
+    start, row = data.index(b"\n") + 1, 4 * (41 + 0)
+    place = {-1: len(data) - 1, 60: start + row + 1, 4: start + 5, 12: start + 12}[at]
+    data[place] ^= 0x10
+    path.write_bytes(data)
+    found = []
+    for index in range(40):
+        try:
+            found.append(read_sample(manifest, index))
+        except UserError as error:
+            assert "does not fit its shard (payload_crc32" in str(error)
+    assert len(found) in ((40,) if at == -1 else (38, 39))  # a local sample's own checksum is for remote shards
+    path.write_bytes(data[:-4])
+    reader._open_shard.cache_clear()
+    with pytest.raises(UserError, match="bytes of offsets"):
+        read_sample(manifest, 0)
 
 
 def test_a_missing_index_is_the_users_error(own_shards: Path) -> None:

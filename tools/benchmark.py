@@ -4,10 +4,12 @@ python tools/benchmark.py train --model B/16 L/16     the training step: images/
 python tools/benchmark.py model --out models.jsonl    a table: parameters, FLOPs, activations, latencies
 python tools/benchmark.py save --model B/16           how long training waits for a checkpoint, at once and behind it
 python tools/benchmark.py order --samples 300000000   reading and mixing by the order of samples, without images
+python tools/benchmark.py data --rows decode workers  reading photos, beside timm and webdataset, and over a network
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.benchmark.cells import cell_config, cell_rows, check_name
+from pretrain.benchmark.data_table import PHOTOS, ROWS, data_lines, print_lines
 from pretrain.benchmark.orders import order_rows
 from pretrain.benchmark.table import MAX_PARAMETERS_ON_CPU, TABLE, model_row, print_table, write_table
 from pretrain.errors import UserError
@@ -27,12 +30,13 @@ def main() -> None:
         "python tools/benchmark.py train --model B/16 L/16 --compile on off",
     )
     commands = parser.add_subparsers(
-        dest="what", required=True, metavar="train|model|order|save", help="what to measure"
+        dest="what", required=True, metavar="train|model|order|save|data", help="what to measure"
     )
     _add_train(commands)
     _add_model(commands)
     _add_order(commands)
     _add_save(commands)
+    _add_data(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
@@ -231,6 +235,41 @@ def _run_order(arguments: argparse.Namespace) -> None:
         per_node=arguments.ranks_per_node,
     ):
         print(json.dumps(row), flush=True)
+
+
+def _add_data(commands: Any) -> None:
+    parser = _add_parser(
+        commands,
+        "data",
+        "Times the reading of photos, row by row, each in a fresh process beside its peer: "
+        + "; ".join(f"{name}: {what}" for name, what in ROWS.items())
+        + ".\nAlone on the machine, with two cores. Ends with 1 when a target is missed.",
+        "python tools/benchmark.py data --photos photos.tar --rows decode workers",
+    )
+    photos = os.environ.get("PRETRAIN_TEST_DATA", "")
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        default=Path(photos, PHOTOS) if photos else None,
+        help=f"a webdataset tar of JPEG photos (default: {PHOTOS} in the folder PRETRAIN_TEST_DATA)",
+    )
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=[*ROWS], help="default: all")
+    parser.add_argument("--folder", type=Path, help="where sets are made, of up to 5 GB (default: where TMPDIR is)")
+    parser.add_argument("--out", type=Path, help="append JSON lines to this file too")
+    parser.set_defaults(run=_run_data)
+
+
+def _run_data(arguments: argparse.Namespace) -> None:
+    lines = []
+    for row in arguments.rows:
+        for found in data_lines(row, arguments.photos, arguments.folder):
+            lines.append(found)
+            if arguments.out:
+                with arguments.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(found) + "\n")
+    print_lines(lines)
+    if missed := [found["what"] for found in lines if found.get("holds") is False]:
+        raise UserError(f"{len(missed)} of {len(lines)} targets are missed: {'; '.join(missed)}")
 
 
 if __name__ == "__main__":

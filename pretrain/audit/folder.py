@@ -19,7 +19,7 @@ from pretrain.checkpoint.layout import MAX_STEP, own_file, read_manifest, step_f
 from pretrain.config import MAX_SOURCES, Config, Source, load_config
 from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
 from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
-from pretrain.data.mixture import Mixture, joined, phases_in
+from pretrain.data.mixture import Mixture, joined, lanes_in, phases_in
 from pretrain.data.order import Order
 from pretrain.data.store import store_at
 from pretrain.errors import UserError
@@ -247,10 +247,9 @@ class Run:
             if not path.exists():
                 raise LeftOut(f"{path} is not here; give its place with --data")
             loaded.append(load_manifest(path))
-        if data.is_mixture:
-            return joined(loaded)[0]
-        manifest = loaded[0]
-        return replace(manifest, store=store_at(data.store, data.store_gb)) if manifest.is_remote else manifest
+        store = store_at(data.store, data.store_gb)
+        loaded = [replace(manifest, store=store) if manifest.is_remote else manifest for manifest in loaded]
+        return joined(loaded)[0] if data.is_mixture else loaded[0]
 
     @cached_property
     def own_data(self) -> Manifest:
@@ -303,7 +302,12 @@ class Run:
             lie(self.identity[0], numbers, f"2 to {MAX_SOURCES}, with {order.num_samples} samples together")
         if order.held_out:
             lie(self.folder / "config.yaml", f"data.held_out is {order.held_out}", "0: the run is a mixture")
-        return Mixture(sizes, phases_in(self._identity_fields, len(sizes), order.global_batch))
+        phases = phases_in(self._identity_fields, len(sizes), order.global_batch)
+        if self.identity[1].get("name") != "lanes":
+            return Mixture(sizes, phases)
+        own = zip(self.sources, sizes)
+        lanes = tuple(lanes_in(source, size, order.global_batch, self.trained) for source, size in own)
+        return Mixture(sizes, phases, lanes)
 
     def _lanes(self, order: Order) -> Lanes:
         """The numbers of the order lanes, which the newest checkpoint names."""

@@ -1,6 +1,6 @@
 """One cell, measured in this process, which cells.py has started; a line of JSON per row.
 
-python -m pretrain.benchmark train|model|save CELL     CELL: arguments of `measure` as JSON
+python -m pretrain.benchmark train|model|save|data CELL     CELL: arguments of `measure` as JSON
 """
 
 import json
@@ -15,6 +15,8 @@ def main() -> None:
         from pretrain.benchmark.train import measure
     elif what == "save":
         from pretrain.benchmark.save import measure
+    elif what == "data":
+        from pretrain.benchmark.data import measure
     else:
         from pretrain.benchmark.models import measure
     for row in measure(**json.loads(cell)):

@@ -45,13 +45,13 @@ def cell_config(
 def cell_rows(what: str, cell: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
     """Measures a cell in a process of its own; returns the rows that it printed and, when it failed, why.
 
-    what: "train", "model" or "save".
+    what: "train", "model", "save" or "data".
     """
     # A fresh process per cell: what one leaves behind (compiler caches, allocator) must not reach the next.
     command = [sys.executable, "-P", "-m", "pretrain.benchmark", what, json.dumps(cell)]
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"model"')]
+    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith(('{"model"', '{"row"'))]
     if result.returncode == 0 and rows:
         return rows, None
     ended = f"ended by signal {-result.returncode}" if result.returncode < 0 else "no message"

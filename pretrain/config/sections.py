@@ -108,8 +108,6 @@ class DataConfig:
             yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
         if self.is_mixture and self.held_out:
             yield f"data.held_out ({self.held_out}) is of one set, data.train names several: name a set in data.val"
-        if self.is_mixture and self.order == "lanes":
-            yield "data.order is lanes, which reads one set; a mixture is read as data.order=permuted (auto takes it)"
         yield from weight_problems(self.sources, self.reweight)
         for name in ("crop_area", "crop_ratio"):
             low, high = getattr(self, name)

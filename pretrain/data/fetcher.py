@@ -69,10 +69,18 @@ def _end(process: BaseProcess, owner: int) -> None:
 def blocks_of(manifest: Manifest, order: Order, slots: range, step: int) -> Iterator[Block]:
     """Yields the blocks that some slots of a step need, in the order of their first use."""
     indices = order.samples(step, slots)[1]
-    shards = np.searchsorted(manifest.first_indices, indices, side="right")
-    places = indices // manifest.block_samples * (len(manifest.shards) + 1) + shards
-    for slot in np.sort(np.unique(places, return_index=True)[1]):
-        if block := block_of(manifest, int(indices[slot])):
+    wanted: list[tuple[int, Manifest, int]] = []  # slot, set, and the index there
+    first_index = 0
+    for source in manifest.sources or (manifest,):
+        of_source = np.flatnonzero((indices >= first_index) & (indices < first_index + source.num_samples))
+        own = indices[of_source] - first_index
+        shards = np.searchsorted(source.first_indices, own, side="right")
+        places = own // source.block_samples * (len(source.shards) + 1) + shards
+        for first in np.unique(places, return_index=True)[1].tolist():
+            wanted.append((int(of_source[first]), source, int(own[first])))
+        first_index += source.num_samples
+    for _, source, index in sorted(wanted, key=lambda one: one[0]):
+        if block := block_of(source, index):
             yield block
 
 

@@ -4,6 +4,7 @@ A worker process stays within 300 MB, and an image within 2 seconds: a few kilob
 """
 
 import re
+from typing import NamedTuple
 
 from pretrain.data.reader import BadSample
 
@@ -22,6 +23,7 @@ PILLOW = {"JPEG": 7, "PNG": 7, "WEBP": 18}  # its own image of up to 4; the canv
 _PNG = b"\x89PNG\r\n\x1a\n"
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within a scan, FF 00 and FF D0-D7 are data
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_HUFFMAN = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _SOS, _EOI = 0xDA, 0xD9
 _ALONE = {0x00, 0x01, *range(0xD0, 0xD9)}  # markers without a segment
 
@@ -74,15 +76,34 @@ def check_parts(data: bytes) -> None:
     raise BadSample("decode", f"more than {MAX_PARTS} chunks")
 
 
-def jpeg_coefficients(data: bytes) -> float:
-    """Returns how many bytes per pixel a decoder keeps between a JPEG's scans; 0 when one scan holds the whole image.
+class JpegHeader(NamedTuple):
+    """What is to be known of a JPEG before it is decoded."""
 
-    What is no JPEG that can be read gives 0 too: the decoder says what is wrong. Raises BadSample("decode") when there
-    are too many scans, or too much before the first.
+    coefficients: float  # bytes per pixel that a decoder keeps between scans; 0: one scan holds the whole image
+    size: tuple[int, int] | None = None  # width, height of a plain gray or colour image; None: Pillow is to say
+
+
+def jpeg_header(data: bytes) -> JpegHeader:
+    """Returns what a JPEG says of itself; of what cannot be read nothing: the decoder says what is wrong.
+
+    Raises BadSample("decode") when there are too many scans, or too much before the first.
     """
     frame, first_scan = _frame_and_scan(data)
     if not frame or first_scan + 4 >= len(data) or len(data) < frame + 10 + 3 * data[frame + 9]:
-        return 0
+        return JpegHeader(0)
+    components = data[frame + 9]
+    height, width = data[frame + 5] << 8 | data[frame + 6], data[frame + 7] << 8 | data[frame + 8]
+    is_plain = components in (1, 3) and data[frame + 4] == 8 and width and height and data[frame + 1] in _HUFFMAN
+    size = (width, height) if is_plain else None
+    return JpegHeader(_coefficients(data, frame, first_scan), size)
+
+
+def jpeg_coefficients(data: bytes) -> float:
+    """Returns how many bytes per pixel a decoder keeps between a JPEG's scans. Raises as `jpeg_header`."""
+    return jpeg_header(data).coefficients
+
+
+def _coefficients(data: bytes, frame: int, first_scan: int) -> float:
     components = data[frame + 9]
     progressive = data[frame + 1] & 0x03 == 2
     if data[first_scan + 4] == components and not progressive:

@@ -39,7 +39,7 @@ def fits(lanes: Lanes, num_samples: int, global_batch: int, steps: int) -> bool:
 
 
 def place(
-    lanes: Lanes, num_samples: int, global_batch: int, seed: int, steps: np.ndarray, slots: np.ndarray
+    lanes: Lanes, num_samples: int, global_batch: int, seed: int | str, steps: np.ndarray, slots: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns epoch and place in the data set, 0..num_samples-1, of slots of steps: all int64 of one shape.
 
@@ -98,8 +98,13 @@ def _by_blocks(
     return result
 
 
-def step_of(lanes: Lanes, num_samples: int, global_batch: int, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
-    """Returns the steps that hold `places` of the data set in an epoch: the inverse of `place`; int64 of one shape."""
+def position_of(
+    lanes: Lanes, num_samples: int, global_batch: int, seed: int | str, epoch: int, places: np.ndarray
+) -> np.ndarray:
+    """Returns the positions, step * global_batch + slot, that hold `places` of the data set in an epoch.
+
+    The inverse of `place`; int64 of one shape.
+    """
     N, G, K = num_samples, global_batch, lanes.num_lanes
     borders = np.arange(K + 1) * G // K
     cuts = (epoch + 1) * N * borders // G - epoch * N * borders // G
@@ -110,14 +115,17 @@ def step_of(lanes: Lanes, num_samples: int, global_batch: int, seed: int, epoch:
     start, stop = np.maximum(at // window * window, low), np.minimum((at // window + 1) * window, high)
     at = start + unscatter(at - start, stop - start, start, "window", seed, epoch)
     given = at - low + epoch * N * end // G - epoch * N * first // G
-    return given // (end - first)
+    steps, slots = np.divmod(given, end - first)
+    return steps * G + first + slots
 
 
-def seen(lanes: Lanes, num_samples: int, global_batch: int, epoch: int, steps: int) -> int:
-    """Returns how many samples of an epoch the first `steps` steps hold."""
+def seen(lanes: Lanes, num_samples: int, global_batch: int, epoch: int, positions: int) -> int:
+    """Returns how many samples of an epoch the first `positions` slots hold."""
     borders = np.arange(lanes.num_lanes + 1) * global_batch // lanes.num_lanes
     before, after = (np.diff(number * num_samples * borders // global_batch) for number in (epoch, epoch + 1))
-    return int(np.clip(steps * np.diff(borders) - before, 0, after - before).sum())
+    steps, slots = divmod(positions, global_batch)
+    given = steps * np.diff(borders) + np.diff(np.minimum(borders, slots))
+    return int(np.clip(given - before, 0, after - before).sum())
 
 
 def read_amplification(lanes: Lanes, global_batch: int, readers: Sequence[range]) -> float:

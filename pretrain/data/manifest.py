@@ -23,6 +23,7 @@ import numpy as np
 
 from pretrain.config import MAX_CLASSES
 from pretrain.data.classes import ClassMatch, check_names, match_classes
+from pretrain.data.index_rows import BLOCK, INDEX_FORMAT, INDEX_VERSION, MAX_LINE_BYTES, num_arrays_bytes, read_line
 from pretrain.data.remote import check_url, file_name, is_url
 from pretrain.data.store import Store
 from pretrain.errors import NotFoundError, StorageError, UserError
@@ -31,8 +32,6 @@ from pretrain.json_files import Fields, brief, parse_json, read_bytes, read_json
 from pretrain.storage import PASSING_ERRORS, replacing, write_text
 
 FORMAT, VERSION = "pretrain-shards", 1
-INDEX_FORMAT, INDEX_VERSION = "pretrain-index", 2  # version 1 has no checksums of samples, and is still read
-BLOCK = 512  # bytes; every tar member begins at a multiple of it
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_ENDING = "cls"
 LABEL_KINDS = ("class", "multi")  # a `.cls` member holds an integer, or a JSON list of integers
@@ -43,7 +42,6 @@ MAX_SHARD_BYTES = 4 << 40  # offsets of 32 bits reach 2 TiB; zeros may follow th
 MAX_SHARD_SAMPLES = 1 << 24  # all of ImageNet-21k in one tar; its index has 128 MiB
 _MIN_SAMPLE_BYTES = 2 * BLOCK  # the headers of image and label
 MAX_SAMPLES = 1 << 48  # of a set, so that sums stay within 64 bits
-_MAX_HEADER_BYTES = 4096  # of an index; ours have 300
 _MAX_NAME_BYTES = 255  # of a file, as Linux has it
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -364,22 +362,13 @@ def load_index(shard: Shard) -> ShardIndex:
     """Reads a shard's index. Raises UserError when it is damaged or belongs to another shard, OSError as it comes."""
     path = shard.path.with_suffix(".idx")
     try:
-        data = read_bytes(path, max_bytes=_MAX_HEADER_BYTES + 4 * (3 * shard.num_samples + 1))
-        line, _, payload = data[:_MAX_HEADER_BYTES].partition(b"\n")
-        payload = data[len(line) + 1 :]
-        header = Fields.of(parse_json(line, "its first line"), "its first line").values
-        version = 1 if header.get("version") == 1 else INDEX_VERSION
-        payload_bytes = 4 * ((1 + version) * shard.num_samples + 1)
-        expected = {"format": INDEX_FORMAT, "version": version, "keys": "crc32", "unit_bytes": BLOCK, "offsets": "<u4"}
-        expected |= {"shard_bytes": shard.num_bytes, "shard_sha256": shard.sha256, "num_samples": shard.num_samples}
-        expected |= {"payload_crc32": f"{zlib.crc32(payload):08x}"}
-        wrong = [
-            f"{key} is {brief(header.get(key))}, expected {value!r}"
-            for key, value in expected.items()
-            if header.get(key) != value
-        ]
-        if wrong or len(payload) != payload_bytes:
-            raise ValueError("; ".join(wrong) or f"{len(payload)} bytes of offsets")
+        data = read_bytes(path, max_bytes=MAX_LINE_BYTES + num_arrays_bytes(INDEX_VERSION, shard.num_samples))
+        version, start, expected = read_line(data, shard.num_bytes, shard.sha256, shard.num_samples)
+        payload = data[start:]
+        if len(payload) != num_arrays_bytes(version, shard.num_samples):
+            raise ValueError(f"{len(payload)} bytes of offsets")
+        if (found := f"{zlib.crc32(payload):08x}") != expected:
+            raise ValueError(f"payload_crc32 is {brief(expected)}, expected {found!r}")
         arrays = np.frombuffer(payload, "<u4")
         parts = np.split(arrays, [shard.num_samples + 1, 2 * shard.num_samples + 1])
         index = ShardIndex(parts[0], parts[1], parts[2] if version > 1 else None)

@@ -1,13 +1,14 @@
 """Several data sets as one: which of them a slot is taken from, exactly by weight, and their samples as one set.
 
 A cycle of Q slots has a quota of each source, and a fixed schedule says whose each slot is: at every slot each source
-is less than one sample from its share. A source's samples come pass by pass, each in the order of a keyed permutation.
-Quotas may change at a step; passes then go on where they are. A pure function of the slot: no memory, no state.
+is less than one sample from its share. A source's samples come pass by pass, each in the order of a keyed permutation,
+or of lanes of its own. Quotas may change at a step; passes then go on where they are. A pure function of the slot: no
+memory, no state.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import lcm
@@ -15,6 +16,16 @@ from math import lcm
 import numpy as np
 
 from pretrain.config import MAX_REWEIGHT_STEP, DataConfig
+from pretrain.data.lanes import (
+    MAX_BLOCK_SAMPLES,
+    MAX_WINDOW_BLOCKS,
+    Lanes,
+    choose_lanes,
+    fits,
+    place,
+    position_of,
+    seen,
+)
 from pretrain.data.manifest import Manifest, read_as
 from pretrain.data.permutation import unvisit, visit
 from pretrain.errors import ConfigError, UserError
@@ -112,11 +123,24 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class SourceLanes:
+    """The order `lanes` of one source, whose samples come in rounds as those of a set alone come in steps.
+
+    The source's q-th sample of the run is slot q % round_samples of round q // round_samples, however many of them a
+    step has: so weights may change, and passes go on.
+    """
+
+    round_samples: int  # about as many as a step has of it, so that a node's slots stay within few lanes
+    lanes: Lanes
+
+
+@dataclass(frozen=True)
 class Mixture:
     """The numbers of a mixture. An epoch here is a pass through one source; each source has its own."""
 
     sizes: tuple[int, ...]  # samples of each source; their indices follow each other
     phases: tuple[Phase, ...]  # rising, the first from slot 0 on; passes go on across their borders
+    lanes: tuple[SourceLanes, ...] = ()  # of each source; empty: `permuted`
 
     @cached_property
     def first_indices(self) -> np.ndarray:
@@ -147,7 +171,7 @@ class Mixture:
         epochs, indices = np.empty_like(positions), np.empty_like(positions)
         for source in np.unique(sources).tolist():
             these = sources == source
-            epochs[these], own = visit(places[these], self.sizes[source], *_key(seed, source))
+            epochs[these], own = self._visit(places[these], source, seed)
             indices[these] = own + self.first_indices[source]
         return epochs, indices
 
@@ -158,7 +182,7 @@ class Mixture:
         for source in np.unique(sources).tolist():
             these = np.flatnonzero(sources == source)
             own = indices[these] - self.first_indices[source]
-            places = unvisit(epochs[these], own, self.sizes[source], *_key(seed, source))
+            places = self._unvisit(epochs[these], own, source, seed)
             phases = np.searchsorted(self._before[:, source], places, side="right") - 1
             for number in np.unique(phases).tolist():
                 phase, among = self.phases[number], phases == number
@@ -167,6 +191,31 @@ class Mixture:
                     slots = cycles * phase.cycle + phase.slots[source][within]
                     positions[these[among]] = phase.first_slot + slots
         return positions
+
+    def _visit(self, places: np.ndarray, source: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pass and sample at places in the row of all samples of a source."""
+        if not self.lanes:
+            return visit(places, self.sizes[source], *_key(seed, source))
+        own = self.lanes[source]
+        at = np.divmod(places, own.round_samples)
+        return place(own.lanes, self.sizes[source], own.round_samples, _lanes_key(seed, source), *at)
+
+    def _unvisit(self, epochs: np.ndarray, samples: np.ndarray, source: int, seed: int) -> np.ndarray:
+        """The inverse of `_visit`."""
+        if not self.lanes:
+            return unvisit(epochs, samples, self.sizes[source], *_key(seed, source))
+        own, places = self.lanes[source], np.empty_like(samples)
+        for epoch in np.unique(epochs).tolist():
+            these, key = epochs == epoch, _lanes_key(seed, source)
+            size = self.sizes[source]
+            places[these] = position_of(own.lanes, size, own.round_samples, key, epoch, samples[these])
+        return places
+
+    def seen_in(self, slots: int) -> Callable[[int], list[int]]:
+        """Returns how many samples of each source's pass the first `slots` slots hold, as a function of the pass."""
+        given = self.given(np.asarray(slots)).tolist()
+        parts = list(zip(self.lanes, self.sizes, given))
+        return lambda epoch: [seen(own.lanes, size, own.round_samples, epoch, count) for own, size, count in parts]
 
     def given(self, slots: np.ndarray) -> np.ndarray:
         """Returns how many samples of each source the first `slots` slots hold: int64, a row for each source."""
@@ -212,6 +261,51 @@ def phases_in(order: Fields, num_sources: int, global_batch: int) -> tuple[Phase
     return tuple(found)
 
 
+def choose_source_lanes(
+    sources: Sequence[Manifest], phases: Sequence[Phase], global_batch: int, steps: int
+) -> tuple[SourceLanes, ...]:
+    """Returns lanes for each source of a mixture. Raises ConfigError when a run of so many steps is too long for them.
+
+    A round is what a step has of the source when its weight begins, but at most a quarter of the source.
+    """
+    chosen = []
+    for number, source in enumerate(sources):
+        phase = next(phase for phase in phases if phase.quotas[number])
+        of_step = global_batch * phase.quotas[number] // phase.cycle
+        size, batch = source.num_samples, max(1, min(of_step, source.num_samples // 4))
+        own = SourceLanes(batch, choose_lanes(source.block_samples, size, batch))
+        if not fits(own.lanes, size, batch, _rounds(steps, global_batch, batch)):
+            raise ConfigError(
+                f"data.order: total_steps ({steps}) x global_batch ({global_batch}) is beyond the 64 bits that the "
+                "order lanes counts with; lower one of them, or set data.order=permuted"
+            )
+        chosen.append(own)
+    return tuple(chosen)
+
+
+def _rounds(steps: int, global_batch: int, round_samples: int) -> int:
+    return steps * global_batch // round_samples + 1
+
+
+def lanes_as_numbers(own: SourceLanes) -> dict[str, int]:
+    """Returns a source's lanes as a checkpoint names them."""
+    return {"round_samples": own.round_samples, **asdict(own.lanes)}
+
+
+def lanes_in(source: Fields, num_samples: int, global_batch: int, steps: int) -> SourceLanes:
+    """Returns a source's lanes that a checkpoint names. Raises UserError when they cannot be a source's."""
+    batch = source.integer("round_samples", 1, global_batch)
+    most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": batch, "window_blocks": MAX_WINDOW_BLOCKS}
+    lanes = Lanes(**{name: source.integer(name, 1, limit) for name, limit in most.items()})
+    if not fits(lanes, num_samples, batch, _rounds(steps, global_batch, batch)):
+        source.wrong("num_lanes", f"what {num_samples} samples in rounds of {batch} allow")
+    return SourceLanes(batch, lanes)
+
+
+def _lanes_key(seed: int, source: int) -> str:
+    return f"{seed}/source/{source}"
+
+
 def _key(seed: int, source: int) -> tuple[object, ...]:
     return "source", source, "epoch", seed
 
@@ -242,6 +336,7 @@ def joined(sources: Sequence[Manifest]) -> tuple[Manifest, list[str]]:
             num_samples=sum(source.num_samples for source in sources),
             shards=tuple(shard for source in sources for shard in source.shards),
             multi_label=any(source.multi_label for source in sources),
+            store=next((source.store for source in sources if source.store), None),
             sources=tuple(own),
         ),
         told,

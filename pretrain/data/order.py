@@ -2,7 +2,7 @@
 
 Two orders. `permuted`: slot s of step t is position q = t * global_batch + s of an endless sequence of epochs; epoch
 q // N visits its N samples in the order of a keyed permutation. `lanes` (lanes.py): blocks of consecutive samples, for
-storage where one sample costs a request. A mixture (mixture.py) is several sets in turn, each in the first order. No
+storage where one sample costs a request. A mixture (mixture.py) is several sets in turn, each in the same order. No
 memory, no state: the step number alone says where in the data a run is.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.data.lanes import Lanes, place, place_in_row, row_of_blocks, seen, step_of
+from pretrain.data.lanes import Lanes, place, place_in_row, position_of, row_of_blocks, seen
 from pretrain.data.mixture import Mixture
 from pretrain.data.permutation import permute, unpermute, unvisit, visit
 
@@ -28,13 +28,13 @@ class Order:
     held_out: int  # of these are never trained on
     global_batch: int  # slots of a step
     seed: int
-    lanes: Lanes | None = None  # None: `permuted`
-    mixture: Mixture | None = None  # of several sets, in the order `permuted`, nothing held out; None: one set
+    lanes: Lanes | None = None  # of one set; None: `permuted`
+    mixture: Mixture | None = None  # of several sets, nothing held out, with lanes of its own; None: one set
 
     @property
     def name(self) -> Literal["permuted", "lanes"]:
         """Which of the two it is."""
-        return "lanes" if self.lanes else "permuted"
+        return "lanes" if self.lanes or (self.mixture and self.mixture.lanes) else "permuted"
 
     @property
     def num_train(self) -> int:
@@ -83,7 +83,9 @@ class Order:
     def seen_in(self, steps: int) -> Callable[[int], list[int]]:
         """Returns `seen_by_source` of the first `steps` steps as a function of the epoch, for many epochs."""
         if lanes := self.lanes:
-            return lambda epoch: [seen(lanes, self.num_train, self.global_batch, epoch, steps)]
+            return lambda epoch: [seen(lanes, self.num_train, self.global_batch, epoch, steps * self.global_batch)]
+        if (mixture := self.mixture) and mixture.lanes:
+            return mixture.seen_in(steps * self.global_batch)
         given = list(zip(self.given(steps).tolist(), self.sizes))
         return lambda epoch: [min(max(0, n - epoch * size), size) for n, size in given]
 
@@ -110,10 +112,10 @@ class Order:
         for same in np.split(order, np.flatnonzero(np.diff(epochs[order])) + 1) if len(order) else ():
             epoch = int(epochs[same[0]])
             if self.lanes:
-                steps[same] = step_of(self.lanes, self.num_train, self.global_batch, self.seed, epoch, places[same])
+                at = position_of(self.lanes, self.num_train, self.global_batch, self.seed, epoch, places[same])
             else:
                 at = unvisit(epochs[same], places[same], self.num_train, "epoch", self.seed)
-                steps[same] = at // self.global_batch
+            steps[same] = at // self.global_batch
         return steps
 
     def blocks(self, steps: Steps, slots: Slots | None = None) -> np.ndarray:

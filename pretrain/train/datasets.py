@@ -7,9 +7,9 @@ import numpy as np
 
 from pretrain.cluster import ranks
 from pretrain.config import Config
-from pretrain.data.lanes import choose_lanes, fits
+from pretrain.data.lanes import Lanes, choose_lanes, fits
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
-from pretrain.data.mixture import Mixture, joined, phases_of, quotas_of
+from pretrain.data.mixture import Mixture, choose_source_lanes, joined, phases_of, quotas_of
 from pretrain.data.order import Order
 from pretrain.data.store import make_folder, store_at
 from pretrain.errors import ConfigError
@@ -44,12 +44,16 @@ class DataSets:
 
 
 def open_data(config: Config) -> DataSets:
-    """Returns the data sets of a run. Raises UserError for those that are not there or do not fit each other."""
+    """Returns the data sets of a run. Raises UserError for those that are not there or do not fit each other.
+
+    Shards are looked for by the first rank of each node alone: all ranks must hear of its error.
+    """
     train_set, mixture = _open_train(config)
     val_set = _open(config.data.val, config) if config.data.val else train_set if config.data.held_out else None
     sets = [*(train_set.sources or [train_set]), *([val_set] if val_set else [])]
     for manifest in {manifest.path: manifest for manifest in sets}.values():
-        check_shards(manifest)
+        if not ranks.local_rank():  # once a node: 30,000 shards on 512 ranks would be 30 million questions to a server
+            check_shards(manifest)
     if val_set is not None and val_set is not train_set:
         val_set = _by_class_names(val_set, train_set)
     num_classes = config.model.num_classes or train_set.num_classes
@@ -67,7 +71,7 @@ def open_data(config: Config) -> DataSets:
             "use fewer ranks or a recipe with a larger batch"
         )
     few = _open_fewshot(config)
-    order = replace(_choose_order(config, train_set), mixture=mixture)
+    order = _choose_order(config, train_set, mixture)
     indices = order.held_out_indices() if config.data.held_out else np.arange(val_set.num_samples if val_set else 0)
     return DataSets(train_set, order, val_set if config.evaluation.every_steps else None, indices, num_classes, few)
 
@@ -76,13 +80,7 @@ def _open_train(config: Config) -> tuple[Manifest, Mixture | None]:
     """What is trained on: a set, or a mixture of several as one set, with its numbers."""
     if not config.data.is_mixture:
         return _open(config.data.train, config), None
-    sources = [load_manifest(source.path) for source in config.data.sources]
-    for source in sources:
-        if source.is_remote:
-            raise ConfigError(
-                f"data.train: {source.path} has remote shards, which are read in the order lanes, as one set; for a "
-                "mixture copy them to a local disk, or train on that set alone"
-            )
+    sources = [_open(source.path, config) for source in config.data.sources]
     train_set, told = joined(sources)
     if config.loss == "softmax" and train_set.multi_label and not all(source.multi_label for source in sources):
         several, single = (next(s for s in sources if s.multi_label is kind) for kind in (True, False))
@@ -99,7 +97,10 @@ def _open_train(config: Config) -> tuple[Manifest, Mixture | None]:
             say(f"data.train: the weights{since} are rounded to {rounded}")
         if step >= config.total_steps:
             say(f"warning: data.reweight: step {step} is not before the end, total_steps={config.total_steps}")
-    return train_set, Mixture(tuple(source.num_samples for source in sources), phases_of(config.data))
+    phases, batch = phases_of(config.data), config.data.global_batch
+    is_lanes = config.data.order == "lanes" or (config.data.order == "auto" and train_set.is_remote)
+    lanes = choose_source_lanes(sources, phases, batch, config.total_steps) if is_lanes else ()
+    return train_set, Mixture(tuple(source.num_samples for source in sources), phases, lanes)
 
 
 def _open(path: Path, config: Config) -> Manifest:
@@ -113,11 +114,9 @@ def _open(path: Path, config: Config) -> Manifest:
 
 def warn_of_small_store(manifest: Manifest, order: Order) -> None:
     """Says when remote blocks would leave a node's store before all their samples were used."""
-    if order.lanes and manifest.store:  # each lane has its blocks open; where they do not fit, none is found again
-        mean_bytes = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_samples
-        share_of_lanes = min(1, (ranks.ranks_here() / ranks.world_size()) + 1 / order.lanes.num_lanes)
-        blocks = order.lanes.num_lanes * share_of_lanes * order.lanes.window_blocks * order.lanes.block_samples
-        if (needed := 1.25 * blocks * mean_bytes) > manifest.store.max_bytes:
+    if order.name == "lanes" and manifest.store:  # lanes have their blocks open; where they do not fit, none stays
+        needed = 1.25 * sum(_bytes_in_use(source, lanes) for source, lanes in zip(*_lanes_of(manifest, order)))
+        if needed > manifest.store.max_bytes:
             say(
                 f"warning: {manifest.path}: data.store_gb ({manifest.store.max_bytes / 1e9:g}) is less than the blocks "
                 f"that a node has in use; each would be downloaded many times. Raise it to {needed / 1e9:.1f}"
@@ -133,9 +132,27 @@ def warn_of_small_store(manifest: Manifest, order: Order) -> None:
         )
 
 
-def _choose_order(config: Config, train_set: Manifest) -> Order:
+def _lanes_of(manifest: Manifest, order: Order) -> tuple[list[Manifest], list[Lanes]]:
+    """The sets that are read, and the lanes of each."""
+    if order.mixture:
+        return list(manifest.sources), [own.lanes for own in order.mixture.lanes]
+    return [manifest], [order.lanes] if order.lanes else []
+
+
+def _bytes_in_use(manifest: Manifest, lanes: Lanes) -> float:
+    """Bytes of the remote blocks that a node's lanes have open."""
+    if not manifest.is_remote:
+        return 0.0
+    mean_bytes = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_samples
+    share_of_lanes = min(1, (ranks.ranks_here() / ranks.world_size()) + 1 / lanes.num_lanes)
+    return lanes.num_lanes * share_of_lanes * lanes.window_blocks * lanes.block_samples * mean_bytes
+
+
+def _choose_order(config: Config, train_set: Manifest, mixture: Mixture | None) -> Order:
     """The order of a run that begins. One that goes on has its checkpoint's: see `resumed_order` in folder.py."""
-    order = Order(train_set.num_samples, config.data.held_out, config.data.global_batch, config.seed)
+    order = Order(train_set.num_samples, config.data.held_out, config.data.global_batch, config.seed, mixture=mixture)
+    if mixture:
+        return order
     if config.data.order == "permuted" or (config.data.order == "auto" and not train_set.is_remote):
         return order
     lanes = choose_lanes(train_set.block_samples, order.num_train, order.global_batch)

@@ -44,7 +44,7 @@ from pretrain.config import (
 )
 from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
 from pretrain.data.manifest import Manifest
-from pretrain.data.mixture import Phase, begun, phases_in, phases_of, told_phases
+from pretrain.data.mixture import Phase, begun, lanes_as_numbers, lanes_in, phases_in, phases_of, told_phases
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, StorageError, UserError
 from pretrain.json_files import Fields, brief, read_bytes, read_json
@@ -170,6 +170,8 @@ def fingerprint(train_set: Manifest, order: Order) -> dict[str, Any]:
     numbers: dict[str, Any] = asdict(order.lanes) if order.lanes else {}
     if order.mixture:
         numbers["sources"] = _sources(train_set)
+        for source, lanes in zip(numbers["sources"], order.mixture.lanes):
+            source |= lanes_as_numbers(lanes)
         numbers["phases"] = _phases(order.mixture.phases, order.global_batch)
     return {
         "format": "pretrain-data-state",
@@ -255,10 +257,14 @@ def resumed_order(checkpoint: Path, order: Order, steps: int) -> Order:
     Raises UserError when they are no order's, or not one of `steps` steps.
     """
     saved = _state(checkpoint).part("data").part("order")
-    if (name := saved.text("name")) == "permuted":
-        return replace(order, lanes=None)
-    if name != "lanes":
+    if (name := saved.text("name")) not in ("permuted", "lanes"):
         saved.wrong("name", "permuted or lanes")
+    if mixture := order.mixture:  # sets that were added since have the lanes that are chosen for them today
+        began = zip(saved.parts("sources"), mixture.sizes)
+        known = [lanes_in(source, size, order.global_batch, steps) for source, size in began] if name == "lanes" else []
+        return replace(order, mixture=replace(mixture, lanes=(*known, *mixture.lanes[len(known) :]) if known else ()))
+    if name == "permuted":
+        return replace(order, lanes=None)
     most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": order.global_batch, "window_blocks": MAX_WINDOW_BLOCKS}
     lanes = Lanes(**{key: saved.integer(key, 1, limit) for key, limit in most.items()})
     if not fits(lanes, order.num_train, order.global_batch, steps):

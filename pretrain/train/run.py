@@ -201,17 +201,23 @@ def _told_of_sources(data: DataSets, steps: int) -> list[str]:
 
 def _told_of_order(order: Order) -> list[str]:
     """The numbers of the order lanes, and what they make of the reading."""
-    if order.lanes is None:
+    batch = order.global_batch
+    lanes = [(batch, order.lanes)] if order.lanes else []
+    if order.mixture:
+        lanes = [(own.round_samples, own.lanes) for own in order.mixture.lanes]
+    if not lanes:
         return []
-    shares = [share(order.global_batch, rank, ranks.world_size()) for rank in range(ranks.world_size())]
+    shares = [share(batch, rank, ranks.world_size()) for rank in range(ranks.world_size())]
     here = ranks.ranks_here()
-    nodes = [
-        range(some[0].start, some[-1].stop) for some in (shares[at : at + here] for at in range(0, len(shares), here))
-    ]
-    return [
-        f"order: {order.lanes.num_lanes} lanes of blocks of {order.lanes.block_samples} samples; each node reads "
-        f"{read_amplification(order.lanes, order.global_batch, nodes):.2f} x the bytes that it uses"
-    ]
+    nodes = [(some[0].start, some[-1].stop) for some in (shares[at : at + here] for at in range(0, len(shares), here))]
+    told = []
+    for own, numbers in lanes:  # of a mixture a round is nearly a step's samples of a source
+        slots = [range(start * own // batch, stop * own // batch) for start, stop in nodes]
+        told.append(
+            f"order: {numbers.num_lanes} lanes of blocks of {numbers.block_samples} samples; each node reads "
+            f"{'about ' if order.mixture else ''}{read_amplification(numbers, own, slots):.2f} x the bytes that it uses"
+        )
+    return told
 
 
 def _refuse_other_classes(weights: Weights, train_set: Manifest) -> None:

@@ -1,0 +1,163 @@
+"""Reading, measured: each row beside its peer in one process, on photos that the user has.
+
+Rates of one core are the processor's time, medians of rounds that take turns; other times are the clock's.
+"""
+
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data.loader import fast_collate
+from timm.data.transforms_factory import create_transform
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as F
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pretrain.benchmark.far_data import far_rows
+from pretrain.benchmark.first_batch import first_batch_rows, start_rows
+from pretrain.benchmark.reading import line, loader, photo_set
+from pretrain.data import images
+from pretrain.data.loader import Batch
+from pretrain.data.manifest import Manifest
+from pretrain.data.permutation import uniform, words
+from pretrain.data.randaugment import rand_augment
+from pretrain.data.reader import IMAGE_ENDINGS, read_sample
+
+_BATCH = 50  # images of a step
+_COMPARED = 3  # steps whose pixels are compared
+
+
+def measure(row: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a row: what was found, the figure of the table, its target, whether it holds."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options["folder"], prefix="benchmark-data-") as folder:
+        for found in _ROWS[row](Path(folder), options):
+            yield {"row": row} | found
+
+
+def _decode_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return _one_core(folder, options, 0, "decode, crop, flip on one core: x timm + webdataset", 1.6)
+
+
+def _randaugment_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return _one_core(folder, options, 2, "the same with 2 layers of RandAugment: x timm's rand-m10-n2", 1.75)
+
+
+def _one_core(folder: Path, options: dict[str, Any], layers: int, what: str, target: float) -> Iterator[dict[str, Any]]:
+    manifest = photo_set(Path(options["photos"]), folder)
+    augmented = {"randaugment_layers": layers}
+    ours = loader(manifest, 1 << 20, _BATCH, **augmented)
+    theirs = _timm_batches(manifest.shards[0].path, "rand-m10-n2" if layers else None)
+    times: tuple[list[float], list[float]] = [], []
+    equal = compared = 0
+    for number in range(options["rounds"] * max(1, manifest.num_samples // _BATCH) + 1):
+        for batches, own in zip((ours, theirs), times):
+            start = time.process_time()
+            batch = next(batches)
+            if number:  # the first one opens files and fills caches
+                own.append((time.process_time() - start) * 1000 / _BATCH)
+            if batches is ours and number < _COMPARED:
+                compared += int(batch.valid.sum())
+                equal += _equal_to_plain(batch, manifest, layers)
+    own, other = map(statistics.median, times)
+    yield line(what, other / own, at_least=target, told=f"{own:.2f} and {other:.2f} ms per image")
+    yield line("images whose pixels are those of the plain path", equal / compared, at_least=1.0, told=f"of {compared}")
+
+
+def _timm_batches(tar: Path, augment: str | None) -> Iterator[Any]:
+    """timm's training transforms on Pillow's images, which webdataset reads; collated as by its fast loader."""
+    transform: Any = create_transform(
+        224, is_training=True, use_prefetcher=True, color_jitter=None, auto_augment=augment, interpolation="bicubic"
+    )
+
+    def sample(raw: dict[str, Any]) -> tuple[Any, int]:
+        with Image.open(io.BytesIO(next(raw[ending] for ending in IMAGE_ENDINGS if ending in raw))) as image:
+            return transform(image.convert("RGB")), int(raw["cls"])
+
+    part = []
+    while True:
+        with tar.open("rb") as stream:
+            for raw in group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}])):
+                part.append(sample(raw))
+                if len(part) == _BATCH:
+                    yield fast_collate(part)
+                    part = []
+
+
+def _equal_to_plain(batch: Batch, manifest: Manifest, layers: int) -> int:
+    """How many of a batch's images have the pixels of torchvision's functions on the whole decoded image."""
+    equal = 0
+    for slot, (epoch, index) in enumerate(zip(batch.epoch.tolist(), batch.index.tolist())):
+        if batch.valid[slot]:
+            key = (0, manifest.name, epoch, index)
+            equal += torch.equal(batch.images[slot], _plain(read_sample(manifest, index).image, layers, *key))
+    return equal
+
+
+def _plain(data: bytes, layers: int, *key: object) -> torch.Tensor:
+    try:
+        image: Any = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:
+        image = images.decode(data)
+    draws = uniform(words(23, "v1", "aug", *key))
+    box = images.random_resized_crop(*image.shape[1:], (0.08, 1.0), (0.75, 4 / 3), draws)
+    crop = F.resized_crop(image, *box, [224, 224], F.InterpolationMode.BICUBIC, antialias=True)
+    return rand_augment(F.horizontal_flip(crop) if draws[-1] < 0.5 else crop, layers, 10.0, *key)
+
+
+def _workers_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Images per second by the clock, of one loader process and of two."""
+    manifest = photo_set(Path(options["photos"]), folder)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(options["rounds"]):
+        for workers, own in rates.items():
+            batches = loader(manifest, options["worker_steps"] * workers, _BATCH, workers=workers)
+            next(batches)  # processes have started
+            start, count = time.perf_counter(), 0
+            for _ in batches:
+                count += _BATCH
+            own.append(count / (time.perf_counter() - start))
+    one, two = (statistics.median(own) for own in rates.values())
+    told = f"{two:.0f} and {one:.0f} images/s on {len(os.sched_getaffinity(0))} cores"
+    yield line("images/s of 2 loader processes / of 1", two / one, at_least=1.9, told=told)
+
+
+def _memory_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a loader process holds at the end of each of 10 epochs; the first one fills caches."""
+    manifest = photo_set(Path(options["photos"]), folder)
+    steps = -(-manifest.num_samples * options["repeats"] // _BATCH)
+    batches: Any = loader(manifest, 10 * steps, _BATCH, workers=1, randaugment_layers=2)
+    process = Path("/proc") / str(batches._workers[0].pid)
+    memory, files = [], []
+    for number, _ in enumerate(batches, 1):
+        if number % steps == 0:
+            memory.append(_private_mb(process))
+            files.append(len(list((process / "fd").iterdir())))
+    told = " ".join(f"{mb:.0f}" for mb in memory)
+    yield line("MB that a loader process gains from epoch 2 to 10", memory[-1] - memory[1], at_most=5, told=told)
+    told = " ".join(map(str, files))
+    yield line("open files that it gains", files[-1] - files[1], at_most=0, told=told)
+
+
+def _private_mb(process: Path) -> float:
+    """Memory that is this process's alone: what it shares with its parent, and handed-over batches, does not count."""
+    rollup = (process / "smaps_rollup").read_text().splitlines()
+    return sum(int(text.split()[1]) for text in rollup if text.startswith(("Private_Clean", "Private_Dirty"))) / 1000
+
+
+_ROWS: dict[str, Callable[[Path, dict[str, Any]], Iterator[dict[str, Any]]]] = {
+    "decode": _decode_rows,
+    "randaugment": _randaugment_rows,
+    "workers": _workers_rows,
+    "far": far_rows,
+    "start": start_rows,
+    "memory": _memory_rows,
+    "first_batch": first_batch_rows,  # a case of `start`
+}

@@ -1,0 +1,82 @@
+"""What the rows of the benchmark of reading share: sets of photos, the loader as a run has it, a line of the table."""
+
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import config_from_dict
+from pretrain.data.lanes import choose_lanes
+from pretrain.data.loader import Batch, train_batches
+from pretrain.data.manifest import Manifest, load_manifest
+from pretrain.data.order import Order, plan_batch
+from pretrain.data.reader import read_sample
+from pretrain.errors import UserError
+from pretrain.shards.existing import index_existing
+
+
+def line(
+    what: str, value: float, *, at_least: float | None = None, at_most: float | None = None, told: str = ""
+) -> dict[str, Any]:
+    """Returns a line of the table: a figure, its target, whether it holds, and what else was found."""
+    holds = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    target = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}"
+    return {"what": what, "value": round(value, 3), "target": target, "holds": holds, "told": told}
+
+
+def photo_set(tar: Path, folder: Path) -> Manifest:
+    """Returns a copy of a tar of photos as a data set."""
+    copy = folder / "photos" / "photos.tar"
+    copy.parent.mkdir()
+    shutil.copyfile(tar, copy)
+    return load_manifest(index_existing([copy], (), copy.parent))
+
+
+def repeated_set(photos: Manifest, folder: Path, num_shards: int, shard_samples: int) -> Manifest:
+    """Returns a set of many shards in which the photos come again and again, each time under another key."""
+    folder.mkdir()
+    samples = cycle([read_sample(photos, index) for index in range(photos.num_samples)])
+    paths = []
+    for shard in range(num_shards):
+        paths.append(folder / f"{shard:06d}.tar")
+        with tarfile.open(paths[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, sample in enumerate(islice(samples, shard_samples)):
+                for ending, data in (("jpg", sample.image), ("cls", sample.label)):
+                    member = tarfile.TarInfo(f"{shard:06d}{number:06d}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return load_manifest(index_existing(paths, (), folder))
+
+
+def loader(
+    manifest: Manifest, num_steps: int, global_batch: int, *, first: int = 0, lanes: bool = False, **data: Any
+) -> Iterator[Batch]:
+    """Returns this rank's batches of a run from step `first` on; `data` are further keys of that section.
+
+    224 px unless `image_size` says otherwise; without loader processes unless `workers` does.
+    """
+    values = {
+        "name": "benchmark",
+        "total_steps": num_steps,
+        "model": {"name": "Ti", "patch_size": 16, "image_size": data.pop("image_size", 224)},
+        "data": {"train": str(manifest.path), "global_batch": global_batch, "workers": 0} | data,
+        "optim": {"lr": 1e-3},
+    }
+    config = config_from_dict(values, "benchmark")
+    order = Order(manifest.num_samples, 0, global_batch, config.seed)
+    if lanes:
+        order = replace(order, lanes=choose_lanes(manifest.block_samples, manifest.num_samples, global_batch))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    return train_batches(manifest, order, plan_batch(global_batch, world_size, 128), config, first)
+
+
+def check_photos(tar: Path | None) -> Path:
+    """Returns the tar of photos. Raises UserError when there is none."""
+    if tar is None or not tar.is_file():
+        raise UserError(f"--photos {tar}: no such file; give a tar of JPEG photos and labels, as webdataset has them")
+    return tar

@@ -1,0 +1,85 @@
+"""A shard's index on the disk: its first line, and rows that are read one by one.
+
+The indexes of 30,000 shards of 10,000 samples have 3.6 GB, and no cache of a process has the one that is needed next:
+to read it whole would take a tenth of the time of decoding a photo. So a reader checks the first line and the size,
+and then reads the 12 or 16 bytes of a sample; `manifest.load_index` reads and checks all.
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from pretrain.json_files import Fields, brief, parse_json
+
+INDEX_FORMAT, INDEX_VERSION = "pretrain-index", 2  # version 1 has no checksums of samples, and is still read
+BLOCK = 512  # bytes; every tar member begins at a multiple of it
+MAX_LINE_BYTES = 4096  # of an index's first line; ours have 300
+
+
+def read_line(data: bytes, shard_bytes: int, shard_sha256: str, num_samples: int) -> tuple[int, int, Any]:
+    """Returns of an index's beginning the version, where its arrays begin, and their checksum.
+
+    Raises ValueError when it is no index, or another shard's.
+    """
+    line = data[:MAX_LINE_BYTES].partition(b"\n")[0]
+    header = Fields.of(parse_json(line, "its first line"), "its first line").values
+    version = 1 if header.get("version") == 1 else INDEX_VERSION
+    expected = {"format": INDEX_FORMAT, "version": version, "keys": "crc32", "unit_bytes": BLOCK, "offsets": "<u4"}
+    expected |= {"shard_bytes": shard_bytes, "shard_sha256": shard_sha256, "num_samples": num_samples}
+    wrong = {key: value for key, value in expected.items() if header.get(key) != value}
+    if wrong:
+        raise ValueError("; ".join(f"{key} is {brief(header.get(key))}, expected {wrong[key]!r}" for key in wrong))
+    return version, len(line) + 1, header.get("payload_crc32")
+
+
+def num_arrays_bytes(version: int, num_samples: int) -> int:
+    """Returns the bytes behind the first line: offsets and the end, checksums of keys, of version 2 of samples."""
+    return 4 * ((1 + version) * num_samples + 1)
+
+
+class IndexRows:
+    """An open index."""
+
+    def __init__(self, path: Path, shard_bytes: int, shard_sha256: str, num_samples: int) -> None:
+        """Raises ValueError when the file is no index of that shard, OSError as it comes."""
+        self._shard_bytes, self._num_samples = shard_bytes, num_samples
+        self._file = os.open(path, os.O_RDONLY)
+        try:
+            beginning = os.pread(self._file, MAX_LINE_BYTES, 0)
+            self._version, self._start, _ = read_line(beginning, shard_bytes, shard_sha256, num_samples)
+            num_bytes = os.fstat(self._file).st_size - self._start
+            if num_bytes != num_arrays_bytes(self._version, num_samples):
+                raise ValueError(f"{num_bytes} bytes of offsets")
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __del__(self) -> None:
+        if hasattr(self, "_start"):
+            os.close(self._file)
+
+    def offset(self, number: int) -> int:
+        """Returns the first byte of a sample; of the number behind the last, the end."""
+        return self._row(number, 1)[0] * BLOCK
+
+    def byte_range(self, number: int) -> tuple[int, int]:
+        """Returns the first byte of a sample and the first byte after it. Raises ValueError when they cannot be."""
+        start, end = (block * BLOCK for block in self._row(number, 2))
+        if not start < end <= self._shard_bytes:
+            raise ValueError(f"sample {number} lies at bytes {start} to {end} of {self._shard_bytes}")
+        return start, end
+
+    def key_crc32(self, number: int) -> int:
+        """Returns the checksum of a sample's key."""
+        return self._row(self._num_samples + 1 + number, 1)[0]
+
+    def sample_crc32(self, number: int) -> int | None:
+        """Returns the checksum of a sample's byte range; an index of version 1 has none."""
+        return self._row(2 * self._num_samples + 1 + number, 1)[0] if self._version > 1 else None
+
+    def _row(self, at: int, count: int) -> tuple[int, ...]:
+        data = os.pread(self._file, 4 * count, self._start + 4 * at)
+        if len(data) < 4 * count:
+            raise ValueError("it has become shorter")
+        return struct.unpack(f"<{count}I", data)
