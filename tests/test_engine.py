@@ -650,3 +650,17 @@ def test_a_bf16_run_starts_from_float32_weights(stage: int, max_micro_batch_size
     assert rounded and held.keys() == drawn.keys()
     for name, tensor in drawn.items():
         assert np.array_equal(held[name], tensor.numpy().ravel()), name
+
+
+def test_out_of_memory_names_the_key() -> None:
+    """No engine is needed: what its step raises becomes a user's error, in one line."""
+    engine = Engine.__new__(Engine)
+    engine.plan = BatchPlan(96, 1, 0)
+
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    engine._train_step = no_room  # type: ignore[method-assign,assignment]
+    with pytest.raises(UserError, match="^engine.max_micro_batch_size: 96 images at a time .* try 48, or") as caught:
+        engine.train_step(None, 0.1)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
