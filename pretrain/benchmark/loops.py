@@ -39,7 +39,7 @@ def build_loop(kind: str, config: Config, device: torch.device, clock: PartClock
 def _our_loop(config: Config, device: torch.device, clock: PartClock) -> Step:
     """The engine's step; on real images the next batch is taken after it, as the training loop does."""
     watch_collectives(clock)
-    if config.data.train == RANDOM:
+    if str(config.data.train) == RANDOM:
         engine, batch = build_engine(config, device), random_batch(config, device)
         watch_engine(clock, engine)
         return lambda: engine.train_step(batch, config.optim.lr).sums[0]
