@@ -1,12 +1,18 @@
-"""Runs a function on several gloo ranks. Processes are forked from one that has imported torch and DeepSpeed."""
+"""Runs a function on several gloo ranks, or a command. Processes are forked from one that has imported torch and
+DeepSpeed."""
 
 import multiprocessing
 import os
+import runpy
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from pretrain.cluster.local import free_port, on_cpu, rank_variables
@@ -67,3 +73,41 @@ def _run_rank(pipe: Connection, rank: int, world_size: int, port: int, function:
         pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
     pipe.close()
     os._exit(0)  # a clean exit would wait for the other ranks' collectives
+
+
+def run_forked(script: Path, *arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Runs a Python script as `python SCRIPT ARGUMENTS` does, but for the seconds of its imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        process: Any = _context.Process(
+            target=_run_script, args=(script, arguments, Path(folder), dict(os.environ), Path.cwd())
+        )
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired([str(script), *arguments], timeout_s)
+        told = [(Path(folder) / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess([str(script), *arguments], process.exitcode, *told)
+
+
+def _run_script(script: Path, arguments: Sequence[str], output: Path, environment: dict[str, str], cwd: Path) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv, sys.path[0:0] = [str(script), *arguments], [str(script.parent)]
+    code = 1
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

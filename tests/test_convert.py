@@ -275,11 +275,11 @@ def test_a_hybrid_is_the_same_function_elsewhere(target: str, tmp_path: Path) ->
     ("target", "changes"),
     [
         ("timm", {"pooling": "map", "gelu": "exact"}),
-        ("timm", {"pooling": "gap", "positions": "sincos2d"}),
+        pytest.param("timm", {"pooling": "gap", "positions": "sincos2d"}, marks=pytest.mark.long),
         ("timm", {"positions": "learned2d", "class_position": False}),
         ("transformers", {"positions": "learned2d", "gelu": "exact"}),
         ("onnx", {"pooling": "map", "positions": "relative"}),
-        ("onnx", {"representation_size": 48, "positions_at": "every_layer"}),
+        pytest.param("onnx", {"representation_size": 48, "positions_at": "every_layer"}, marks=pytest.mark.long),
     ],
 )
 def test_variants_pass_their_own_verification(target: str, changes: dict[str, Any], tmp_path: Path) -> None:

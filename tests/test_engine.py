@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from ranks import run_ranks
 from safetensors import safe_open
-from tiny import NUM_CLASSES, changed, make_shards, tiny_config
+from tiny import NUM_CLASSES, changed, every_other, make_shards, tiny_config
 from torch import nn
 
 from pretrain.checkpoint.layout import Slice
@@ -98,9 +98,7 @@ def compare(losses: list[float], expected: list[float], tolerance: float) -> Non
     assert len(losses) == len(expected) and worst <= tolerance, (worst, losses, expected)
 
 
-@pytest.mark.parametrize("max_micro_batch_size", [256, 3])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "world_size", "max_micro_batch_size"), every_other([1, 2, 3], [1, 2, 3], [256, 3]))
 def test_losses_equal_a_plain_loop(
     stage: int, world_size: int, max_micro_batch_size: int, shards: Path, plain: list[float]
 ) -> None:
@@ -126,9 +124,9 @@ def test_mixed_and_smoothed_targets_equal_a_plain_loop(
     compare(run_ranks(losses_of_run, world_size, config)[0], plain_losses(config), 1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("precision", ["bf16", FP16])
-@pytest.mark.parametrize("max_micro_batch_size", [256, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision", "max_micro_batch_size"), every_other([1, 2, 3], ["bf16", FP16], [256, 3])
+)
 def test_low_precision_follows_fp32(
     stage: int, precision: str, max_micro_batch_size: int, shards: Path, plain: list[float]
 ) -> None:
@@ -201,16 +199,16 @@ def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     [
         ((1, 2, "fp32"), (1, 2, "fp32")),
         ((1, 2, "fp32"), (3, 1, "fp32")),
-        ((1, 2, "fp32"), (2, 3, "fp32")),
+        pytest.param((1, 2, "fp32"), (2, 3, "fp32"), marks=pytest.mark.long),
         ((1, 2, "fp32"), (3, 3, "fp32")),
         ((3, 2, "fp32"), (1, 1, "fp32")),
-        ((3, 2, "fp32"), (1, 3, "fp32")),
+        pytest.param((3, 2, "fp32"), (1, 3, "fp32"), marks=pytest.mark.long),
         ((3, 2, "fp32"), (3, 2, "fp32")),
         ((2, 3, "fp32"), (1, 2, "fp32")),
         ((1, 1, "fp32"), (3, 2, "fp32")),
         ((1, 2, "bf16"), (3, 3, "bf16")),
         ((1, 2, "bf16"), (1, 1, "bf16")),
-        pytest.param((1, 2, "fp16"), (1, 2, "fp16"), marks=needs_fp16),
+        pytest.param((1, 2, "fp16"), (1, 2, "fp16"), marks=[needs_fp16, pytest.mark.long]),
         pytest.param((1, 2, "fp16"), (3, 1, "fp16"), marks=needs_fp16),
     ],
 )
@@ -518,9 +516,9 @@ def poisoned_step(config: Config, poison: str) -> tuple[bool, bool, bool]:
     return bad.applied, moved, good.applied and finite
 
 
-@pytest.mark.parametrize("max_micro_batch_size", [256, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", FP16])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision", "max_micro_batch_size"), every_other([1, 2, 3], ["fp32", "bf16", FP16], [256, 3])
+)
 def test_not_finite_on_one_rank_skips_all(stage: int, precision: str, max_micro_batch_size: int, shards: Path) -> None:
     """NaN on one rank, in any micro-batch: no rank applies the step, nothing changes, the next step is fine."""
     changes: dict[str, Any] = {"engine__zero_stage": stage, "engine__precision": precision, "optim__average_decay": 0.5}
@@ -637,8 +635,7 @@ def master_weights(config: Config) -> tuple[dict[str, np.ndarray], bool]:
     return owned, precise
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("max_micro_batch_size", [256, 3])
+@pytest.mark.parametrize(("stage", "max_micro_batch_size"), every_other([1, 2, 3], [256, 3]))
 def test_a_bf16_run_starts_from_float32_weights(stage: int, max_micro_batch_size: int, shards: Path) -> None:
     """The master weights are the initial draws, bit for bit, not those rounded to bf16 that DeepSpeed makes them from:
     8 bits of a fine-tuning's first weights would be all that is left. The model's own weights are bf16.

@@ -621,7 +621,7 @@ def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "pets"
 
 
-SWEEP_STEPS = 200  # long enough to be met by a signal
+SWEEP_STEPS = 80  # long enough to be met by a signal
 SWEEP = ("--lr", "0.003,0.01", "--steps", SWEEP_STEPS)
 
 

@@ -4,12 +4,17 @@ import io
 import json
 import os
 import re
+import resource
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +24,7 @@ from ranks import run_ranks
 from tiny import tiny_config
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pretrain.config import Config, DataConfig
+from pretrain.config import Config, DataConfig, choices_of
 from pretrain.data import headers, images
 from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.manifest import load_manifest
@@ -73,39 +78,42 @@ def many_scans(data: bytes, number: int) -> bytes:
 
 # --- memory and time -------------------------------------------------------------------------------------------------
 
-MEASURED = """
-import io, json, resource, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import test_hostile_images as t
-from PIL import Image
-from pretrain.config import DataConfig, choices_of
-from pretrain.data.images import decode, eval_image, train_image
-from pretrain.data.reader import BadSample
-def settings(**changes): return DataConfig(train=Path("unused"), global_batch=1, **changes)
-def use(data):
+
+def seconds_of_uses(data: bytes) -> dict[str, float]:
+    """Decodes an image, crops and evaluates it in every way; the processor seconds of each."""
     image = decode(data)
     aspect = image.shape[2] / image.shape[1]
-    whole = dict(crop_area=(0.97, 0.98), crop_ratio=(0.98 * aspect, aspect))
-    google = settings(antialias=False, interpolation="bilinear", crop="inception", **whole)
-    calls = {"crop": lambda: train_image(image, 224, settings(**whole), 0, "t", 0, 0)}
-    calls["google"] = lambda: train_image(image, 224, google, 0, "t", 0, 0)
+    paths: dict[str, Any] = {"train": Path("unused"), "global_batch": 1}
+    whole: dict[str, Any] = {"crop_area": (0.97, 0.98), "crop_ratio": (0.98 * aspect, aspect)}
+    timm = DataConfig(**paths, **whole)
+    google = DataConfig(**paths, **whole, antialias=False, interpolation="bilinear", crop="inception")
+    calls: dict[str, Callable[[], object]] = {
+        "crop": lambda: train_image(image, 224, timm, 0, "t", 0, 0),
+        "google": lambda: train_image(image, 224, google, 0, "t", 0, 0),
+    }
     for name in choices_of(DataConfig, "eval_transform"):
-        calls[name] = lambda name=name: eval_image(image, 224, settings(eval_transform=name))
+        calls[name] = partial(eval_image, image, 224, DataConfig(**paths, eval_transform=cast(Any, name)))
     seconds = {}
     for name, call in calls.items():
         begun = time.process_time()
         call()
         seconds[name] = time.process_time() - begun
     return seconds
-for form in ("jpeg", "png", "webp"): use(t.encoded(Image.new("RGB", (300, 200)), form))
-data, seconds = sys.stdin.buffer.read(), {}
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try: seconds = use(data)
-except BadSample as bad: print(bad, file=sys.stderr)
-print(json.dumps([(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1000, seconds]))
-"""
+
+
+def measured(data: bytes) -> tuple[int, dict[str, float], str]:
+    """Megabytes beyond those of small images, the seconds of each use, and why it is a bad sample."""
+    torch.set_num_threads(1)
+    for form in ("jpeg", "png", "webp"):
+        seconds_of_uses(encoded(Image.new("RGB", (300, 200)), form))
+    seconds, reason = {}, ""
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        seconds = seconds_of_uses(data)
+    except BadSample as bad:
+        reason = str(bad)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1000, seconds, reason
+
 
 LARGE = {  # each just within the limits, or just beyond them
     "jpeg": lambda: encoded(Image.new("RGB", (7070, 7070)), "jpeg"),
@@ -124,17 +132,9 @@ def test_no_image_takes_300_mb(case: str) -> None:
 
     Nor is a transform much slower than the others: an area average over all pixels took 4 s, and the others up to 1.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED],
-        cwd=Path(__file__).parent,
-        input=LARGE[case](),
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:].decode()
-    megabytes, seconds = json.loads(done.stdout)
-    assert megabytes < 300, done.stderr.decode()
-    assert (b"at most 270" in done.stderr) == (not seconds) == (case == "png 50 megapixels")
+    ((megabytes, seconds, reason),) = run_ranks(measured, 1, LARGE[case]())
+    assert megabytes < 300, reason
+    assert ("at most 270" in reason) == (not seconds) == (case == "png 50 megapixels")
     assert all(value < 5 * seconds["timm"] for value in seconds.values()), seconds
 
 

@@ -147,7 +147,11 @@ def test_ctrl_c_saves_and_stops(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher_word", "number"), [(b"deepspeed.launcher.launch", signal.SIGKILL), (b"/deepspeed", signal.SIGUSR1)]
+    ("launcher_word", "number"),
+    [
+        (b"deepspeed.launcher.launch", signal.SIGKILL),
+        pytest.param(b"/deepspeed", signal.SIGUSR1, marks=pytest.mark.long),
+    ],
 )
 def test_death_of_the_launcher_leaves_no_orphans(
     launcher_word: bytes, number: int, shards: Path, tmp_path: Path

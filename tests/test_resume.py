@@ -549,7 +549,9 @@ def test_batch_norm_without_statistics_to_keep_is_refused(shards: Path, tmp_path
     assert "resnet18 has batch norm (bn1.running_mean" in run_ranks(refusal, 1, config)[0]
 
 
-@pytest.mark.parametrize(("precision", "stage", "decay"), [("fp32", 1, 0.0), ("bf16", 3, 0.5)])
+@pytest.mark.parametrize(
+    ("precision", "stage", "decay"), [("fp32", 1, 0.0), pytest.param("bf16", 3, 0.5, marks=pytest.mark.long)]
+)
 def test_batch_norm_keeps_the_statistics_of_its_weights(
     precision: str, stage: int, decay: float, shards: Path, tmp_path: Path
 ) -> None:
@@ -716,7 +718,7 @@ def same_logits(run: Path, name: str) -> float:
         return (model(images) - load_model(run)(images)).abs().max().item()
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_model_of_timm_trains_and_resumes(stage: int, shards: Path, tmp_path: Path) -> None:
     """timm:NAME through ZeRO 1 and 3: stop, resume, equal weights; its weights load into timm."""
     name = "test_vit"

@@ -240,7 +240,7 @@ def test_a_chain_goes_through_without_a_hand(tmp_path: Path) -> None:
     """
     shards = make_shards(tmp_path / "data" / "squares" / "train")
     make_shards(tmp_path / "data" / "squares" / "test", num_samples=31, seed=1)
-    config = tiny_config(shards, tmp_path / "disturbed", total_steps=300, checkpoint__every_steps=1000)
+    config = tiny_config(shards, tmp_path / "disturbed", total_steps=120, checkpoint__every_steps=1000)
     file, run_folder = config_file(tmp_path, config), tmp_path / "disturbed" / "tiny"
     tasks = [f"{kind}:squares" for kind in ("knn", "fewshot", "probe")]
     shutil.copytree(shards.parent, shards.parent.with_name("more"))

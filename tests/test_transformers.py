@@ -103,7 +103,7 @@ def test_folders_load_in_a_fresh_process_with_the_same_outputs(tmp_path: Path) -
             assert facts[name] == [{str(i): label for i, label in enumerate(NAMES)}, [0.5, 0.5, 0.5], 16]
 
 
-@pytest.mark.parametrize("name", ["vt_token", "bv_tok_learn"])
+@pytest.mark.parametrize("name", ["vt_token", pytest.param("bv_tok_learn", marks=pytest.mark.long)])
 def test_googles_weights_give_googles_logits(name: str, test_fixtures: Path, tmp_path: Path) -> None:
     """npz -> here -> transformers' own code in a fresh process, to the fixture's 1e-5; and with a representation layer,
     as ViTModel, the head's input.

@@ -40,11 +40,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hybrid": {"trunk": [1, 1], "trunk_width": 32},
     "stem_only": {"trunk": [], "trunk_width": 32},
 }
-QUICK = ("learned2d_every_layer", "relative", "map", "hybrid")  # the others take part in `make test-all`
+# The others take part in `make test-all` at one stage, in turn, and in `make test-long` at the other.
+QUICK = ("learned2d_every_layer", "relative", "map", "hybrid")
 
 
 def _marked(variant: str, stage: int) -> Any:
-    return pytest.param(variant, stage, marks=() if variant in QUICK and stage == 3 else pytest.mark.slow)
+    turn = 3 if variant in QUICK else (1, 3)[list(VARIANTS).index(variant) % 2]
+    mark = pytest.mark.long if stage != turn else () if variant in QUICK else pytest.mark.slow
+    return pytest.param(variant, stage, marks=mark)
 
 
 @pytest.mark.parametrize(("variant", "stage"), [_marked(v, stage) for v in VARIANTS for stage in (1, 3)])

@@ -1,10 +1,13 @@
 """A tiny data set and a tiny run, for tests that train."""
 
 import io
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pretrain.config import Config, config_from_dict, config_to_dict
@@ -46,6 +49,20 @@ def tiny_config(shards: Path, output: Path, **changes: Any) -> Config:
         section, _, name = key.replace("__", ".").rpartition(".")
         (values[section] if section else values)[name] = str(value) if isinstance(value, Path) else value
     return config_from_dict(values, "tiny")
+
+
+def every_other(*axes: Sequence[Any]) -> list[Any]:
+    """All combinations of what is tried. Every second one, so that any two values still meet, is for make test-long.
+
+    A value may be a pytest.param of one value with its marks.
+    """
+    combinations = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        chosen = [axis[place] for axis, place in zip(axes, places)]
+        marks = [mark for value in chosen for mark in getattr(value, "marks", ())]
+        values = [value.values[0] if hasattr(value, "marks") else value for value in chosen]
+        combinations.append(pytest.param(*values, marks=[*marks, pytest.mark.long] if sum(places) % 2 else marks))
+    return combinations
 
 
 def changed(config: Config, **changes: Any) -> Config:

@@ -1,13 +1,12 @@
 """Checkpoints and runs with random weights, made without training; and the command lines, run as users run them."""
 
 import importlib.util
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import run_forked
 from torch import nn
 
 from pretrain.checkpoint.layout import Slice
@@ -72,11 +71,9 @@ def save_run(config: Config, class_names: list[str], *, step: int = 20) -> nn.Mo
 
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs tools/NAME.py in a process of its own."""
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-    # torch warns on stderr where the machine's own name leads nowhere, which is no fault of the tool
-    environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    """Runs tools/NAME.py in a process of its own, forked from one that has imported torch (tests/ranks.py)."""
+    path = ROOT / "tools" / f"{name}.py"
+    return run_forked(path, *map(str, arguments), timeout_s=240)
 
 
 def load_tool(name: str) -> Any:

@@ -30,9 +30,12 @@ def after_start(timeout_s: int, zero: Any) -> None:
 
 
 def _without_compiler() -> None:
-    """Keeps DeepSpeed from compiling its shared-memory op on CPUs, which takes a minute and a compiler; gloo serves."""
+    """Keeps DeepSpeed from compiling its shared-memory op on CPUs, which takes a minute and a compiler; gloo serves.
+
+    The table of ops is replaced: a first look into DeepSpeed's own tries every op out, and starts a compiler for that.
+    """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 
 def _set_group_timeouts(timeout_s: int) -> None:
