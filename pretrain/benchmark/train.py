@@ -21,6 +21,7 @@ from pretrain.train.meter import peak_memory_bytes
 
 # Dense bf16, from data sheets; the figures with 2:4 sparsity are twice as high and mean nothing here.
 PEAK_TFLOP_PER_S = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+_PEAK_SHAPE = 1024, 4096  # of the products for timm's models, which have no width of ours: L's
 _PEAK_REPEATS = 10  # products of which the median is the measured peak
 
 
@@ -121,8 +122,9 @@ def _rates(config: Config, batch: int, times_ms: list[float], device: str) -> di
 
 def _measured_peak(config: Config, batch: int, device: torch.device) -> dict[str, float]:
     """What this device reaches in the products of the MLP alone, [tokens, width] x [width, mlp] and back, TFLOP/s."""
-    width, _, mlp_dim, _ = config.model.shape
-    tokens = batch * (config.model.image_size // config.model.patch_size) ** 2
+    plain = config.model.timm_name is None
+    width, mlp_dim = (config.model.shape.width, config.model.shape.mlp_dim) if plain else _PEAK_SHAPE
+    tokens = batch * (config.model.image_size // (config.model.patch_size if plain else 16)) ** 2
     made: dict[str, Any] = {"dtype": DTYPES[config.engine.precision], "device": device}
     x, up, down = (torch.ones(size, **made) for size in ((tokens, width), (width, mlp_dim), (mlp_dim, width)))
     product: Callable[[], torch.Tensor] = torch.no_grad()(lambda: x @ up @ down)
