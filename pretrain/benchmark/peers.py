@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import IO, Any
 
 from pretrain.benchmark.cells import command_of, environment_of, why_it_failed
@@ -67,6 +67,9 @@ class RunningLoop:
         for process in self._processes:
             process.kill()
             process.wait()
+            for pipe in filter(None, (process.stdin, process.stdout)):
+                with suppress(BrokenPipeError):
+                    pipe.close()
         self._errors.close()
 
     @property
