@@ -51,8 +51,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module, head: Collection[str]
     groups = parameter_groups(model, config.weight_decay, head_decay_multiplier=multiplier, head=head)
     betas = (config.betas[0], config.betas[1])
     if config.name == "adamw" and config.moment_dtype == "fp32":
-        fused = next(model.parameters()).is_cuda  # one kernel for all tensors
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+        # One pass over memory, on CPUs too; without it ten, over temporaries as large as the flat tensors.
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     settings: dict[str, dict[str, Any]] = {
         "adamw": {"update": adamw_update, "betas": betas, "eps": config.eps},
         "sgd": {"update": sgd_update, "momentum": config.momentum},

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from weights_on_disk import load_tool
@@ -15,6 +16,7 @@ from pretrain.benchmark.cells import cell_config, cell_rows
 from pretrain.benchmark.measure import summary_ms
 from pretrain.benchmark.models import activation_bytes
 from pretrain.benchmark.models import counted as counted_columns
+from pretrain.benchmark.peers import LoopFailed, compared
 from pretrain.benchmark.table import TABLE
 from pretrain.config import VIT_SHAPES, ModelConfig
 from pretrain.data.loader import single_labels
@@ -33,18 +35,82 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_cell_is_one_json_line(tmp_path: Path) -> None:
-    """Rate, FLOP/s and step time agree; a CPU has no peak and so no MFU; the file gets the same line."""
+def test_a_cell_beside_a_peer(tmp_path: Path) -> None:
+    """Rate, FLOP/s, step time and ratio agree; a CPU has no peak and so no MFU; nothing is measured twice."""
+    out = tmp_path / "folder" / "cells.jsonl"
     cell = ["train", "--model", "Ti/16", "--image-size", "32", "--batch", "4", "--steps", "4", "--compile", "off"]
-    result = benchmark(*cell, "--out", str(tmp_path / "cells.jsonl"))
+    cell += ["--peer", "--rounds", "2", "--loops", "timm", "--out", str(out)]
+    result = benchmark(*cell)
     assert result.returncode == 0, result.stderr
-    values = json.loads(result.stdout)
-    assert json.loads((tmp_path / "cells.jsonl").read_text()) == values
+    values, theirs = map(json.loads, out.read_text().splitlines())
     assert values["images_per_s"] == pytest.approx(4000 / values["ms_per_step"]["median"], rel=1e-3)
     flops = train_flops(ModelConfig(name="Ti", image_size=32), 1000)
     assert values["tflop_per_s"] == pytest.approx(values["images_per_s"] * flops / 1e12, abs=1e-4)
     assert values["mfu"] is None and values["compile"] is False and values["zero_stage"] == 1
     assert values["ms_per_step"]["p10"] <= values["ms_per_step"]["median"] <= values["ms_per_step"]["p90"]
+    assert values["first_loss"] == pytest.approx(np.log(1000), rel=1e-3)
+    assert theirs["first_loss"] == pytest.approx(np.log(1000), rel=0.2)
+    assert [row["loop"] for row in (values, theirs)] == ["ours", "timm"] and theirs["interleaved"]
+    for row in (values, theirs):
+        parts = sum(row["parts_ms"].values())
+        assert 0.3 * row["ms_per_step"]["median"] < parts < 1.5 * row["ms_per_step"]["p90"], row
+        assert all(row["parts_ms"][name] > 0 for name in ("forward", "backward", "optimizer"))
+    ratios = sorted(b / a for a, b in zip(values["rounds_ms"], theirs["rounds_ms"]))
+    assert theirs["ratio"] == pytest.approx({"median": sum(ratios) / 2, "low": ratios[0], "high": ratios[1]}, abs=1e-3)
+    assert "| Ti/16 | timm | off | 1 |" in out.with_suffix(".md").read_text() and out.with_suffix(".png").exists()
+    written = out.read_text()
+    again = benchmark(*cell)
+    assert "measured before" in again.stdout and out.read_text() == written
+
+
+# --- loops in turn ---------------------------------------------------------------------------------------------------
+
+
+FAKE_LOOP = """
+import json, pathlib, sys
+cell = json.loads(sys.argv[-1])
+name, number = cell["loop"], 0
+memory = pathlib.Path(cell["options"]["log"] + "-memory")
+if name == "broken":
+    sys.exit("ValueError: no")
+if name == "large" and memory.exists():
+    sys.exit("torch.OutOfMemoryError: CUDA out of memory.")
+memory.touch()
+print("chatter", flush=True)
+print(0, flush=True)
+for line in sys.stdin:
+    number += 1
+    with open(cell["options"]["log"], "a") as log:
+        log.write(name + " ")
+    print(number, flush=True)
+memory.unlink(missing_ok=True)
+print(json.dumps({"model": "M", "loop": name, "rounds_ms": [cell["options"]["ms"][name]] * number}))
+"""
+
+
+def in_turns(loops: list[str], log: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Loops that do nothing but write down when their rounds were."""
+    made = lambda what, cell: [sys.executable, "-c", FAKE_LOOP, json.dumps(cell)]  # noqa: E731
+    monkeypatch.setattr("pretrain.benchmark.peers.command_of", made)
+    cell = {"options": {"log": str(log), "ms": {"ours": 10.0, "timm": 12.0, "large": 5.0}}}
+    return compared(loops, cell, num_ranks=1, threads=1, rounds=3)
+
+
+def test_rounds_are_taken_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each second round backwards; whoever takes 1.2 times as long has the ratio 1.2."""
+    ours, timm = in_turns(["ours", "timm"], tmp_path / "log", monkeypatch)
+    assert (tmp_path / "log").read_text() == "ours timm timm ours ours timm "
+    assert (ours["ratio"]["median"], timm["ratio"]) == (1.0, {"median": 1.2, "low": 1.2, "high": 1.2})
+    assert timm["interleaved"]
+
+
+def test_loops_that_do_not_fit_together_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And their rows say so. Another error is told by its own line."""
+    rows = in_turns(["ours", "large"], tmp_path / "log", monkeypatch)
+    assert [row["interleaved"] for row in rows] == [False, False] and rows[1]["ratio"]["median"] == 0.5
+    assert (tmp_path / "log").read_text() == "ours " * 3 + "large " * 3
+    with pytest.raises(LoopFailed, match="broken: ValueError: no"):
+        in_turns(["ours", "broken"], tmp_path / "log", monkeypatch)
 
 
 @pytest.mark.slow

@@ -661,3 +661,17 @@ def test_random_states_of_something_else_are_refused(tmp_path: Path) -> None:
     for state in (torch.zeros(3), torch.zeros(5, dtype=torch.uint8)):
         with pytest.raises(UserError, match="random states are not torch's"):
             Engine.load_generators(engine, {"cpu": state})
+
+
+def test_out_of_memory_names_the_key() -> None:
+    """No engine is needed: what its step raises becomes a user's error, in one line."""
+    engine = Engine.__new__(Engine)
+    engine.plan = BatchPlan(96, 1, 0)
+
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    engine._train_step = no_room  # type: ignore[method-assign,assignment]
+    with pytest.raises(UserError, match="^engine.max_micro_batch_size: 96 images at a time .* try 48, or") as caught:
+        engine.train_step(None, 0.1)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)

@@ -302,3 +302,23 @@ def test_no_step_reads_a_value(name: Any) -> None:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_step_is_the_plain_one(dtype: torch.dtype) -> None:
+    """AdamW in one kernel against torch's plain loop over the same gradients: within 2e-6 after 30 steps of 1e-2."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(30, 40)
+    plain = nn.Linear(30, 40)
+    plain.load_state_dict(model.state_dict())
+    ours = build_optimizer(optim(lr=1e-2, weight_decay=0.1), model)
+    theirs = torch.optim.AdamW(parameter_groups(plain, 0.1), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, foreach=False)
+    assert ours.defaults["fused"] and not theirs.defaults["fused"]
+    for _ in range(30):
+        for parameter, other in zip(model.parameters(), plain.parameters()):
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype).float()
+            other.grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+    for parameter, other in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(parameter, other, rtol=0, atol=2e-6)

@@ -17,9 +17,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.benchmark.cells import cell_config, cell_rows, check_name
+from pretrain.benchmark.cells import LOOPS, cell_config, cell_rows, check_name
 from pretrain.benchmark.data_table import PHOTOS, ROWS, data_lines, print_lines
 from pretrain.benchmark.orders import order_rows
+from pretrain.benchmark.peer_table import peer_table
 from pretrain.benchmark.table import MAX_PARAMETERS_ON_CPU, TABLE, model_row, print_table, write_table
 from pretrain.errors import UserError
 
@@ -78,10 +79,21 @@ def _add_train(commands: Any) -> None:
         "forward pass, no recomputation, against the dense bf16 peak. --compile on needs a C compiler.",
         "python tools/benchmark.py train --model B/16 L/16 --compile on off",
     )
-    parser.add_argument("--model", nargs="+", default=["B/16", "L/16"], metavar="NAME", help="SIZE/PATCH, or timm:NAME")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="SIZE/PATCH, or timm:NAME (default B/16 L/16)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default 224)")
-    parser.add_argument("--compile", nargs="+", choices=["on", "off"], default=["off", "on"], help="cells to run")
+    parser.add_argument("--compile", nargs="+", choices=["on", "off"], help="cells to run (default both)")
     parser.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
+    parser.add_argument("--zero-stage", type=int, choices=[1, 2, 3], default=1, help="default 1")
+    parser.add_argument("--peer", action="store_true", help="beside timm's loop and plain PyTorch, in turns; a table")
+    parser.add_argument("--ranks", type=int, default=1, help="with --peer: on this machine (default 1)")
+    parser.add_argument(
+        "--threads", type=int, help="with --peer: of each rank on a CPU (default: its share of the cores)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="with --peer: of --steps steps (default 5)")
+    parser.add_argument("--data", help="a data set, to train on its images through the loader instead of random ones")
+    parser.add_argument("--workers", type=int, default=4, help="with --data: loader processes of a rank (default 4)")
+    parser.add_argument("--bottleneck", action="store_true", help="with --data: what bounds such a run, and a way out")
+    parser.add_argument("--loops", nargs="+", choices=LOOPS[1:], help="with --peer: those beside ours (default: all)")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
     parser.set_defaults(run=_run_train)
 
@@ -91,15 +103,38 @@ def _run_train(arguments: argparse.Namespace) -> None:
         **_options(arguments),
         "image_size": arguments.image_size,
         "checkpoint_activations": arguments.checkpoint_activations,
+        "zero_stage": arguments.zero_stage,
+        "paced": False,
+        "data": arguments.data,
+        "workers": arguments.workers,
     }
-    for model in arguments.model:  # a wrong name is told before the first cell runs
+    for model in arguments.model or []:  # a wrong name is told before the first cell runs
         cell_config(model, arguments.image_size, 8, arguments.precision)
-    for model in arguments.model:
-        for compiled in arguments.compile:
+    if arguments.bottleneck:
+        _run_bottleneck(arguments, options)
+        return
+    if arguments.peer:
+        peer_table(arguments, options)
+        return
+    for model in arguments.model or ["B/16", "L/16"]:
+        for compiled in arguments.compile or ["off", "on"]:
             rows, failure = cell_rows("train", {"model": model, "compiled": compiled == "on", "options": options})
             if failure:
                 raise UserError(f"{model}, compile {compiled}: {failure}")
             _print_row(rows[-1], arguments.out)
+
+
+def _run_bottleneck(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    if arguments.data is None or arguments.workers < 0:
+        raise UserError("--bottleneck: give a data set with --data, and --workers from 0 on")
+    for model in arguments.model or ["B/16"]:
+        compiled = arguments.compile == ["on"]
+        rows, failure = cell_rows("bottleneck", {"model": model, "options": options | {"compile": compiled}})
+        if failure:
+            raise UserError(f"{model}: {failure}")
+        row = rows[-1]
+        _print_row(row, arguments.out)
+        cli.tell(f"{model}: {row['images_per_s']:,.1f} images/s, bound by: {row['bound_by']}. {row['way_out']}")
 
 
 def _print_row(row: dict[str, Any], out: Path | None) -> None:

@@ -1,6 +1,6 @@
 """One cell, measured in this process, which cells.py has started; a line of JSON per row.
 
-python -m pretrain.benchmark train|model|save|data CELL     CELL: arguments of `measure` as JSON
+python -m pretrain.benchmark train|bottleneck|model|save|data CELL     CELL: arguments of `measure` as JSON
 """
 
 import json
@@ -13,6 +13,8 @@ def main() -> None:
     what, cell = sys.argv[1:]
     if what == "train":
         from pretrain.benchmark.train import measure
+    elif what == "bottleneck":
+        from pretrain.benchmark.bottleneck import measure
     elif what == "save":
         from pretrain.benchmark.save import measure
     elif what == "data":

@@ -15,6 +15,8 @@ from pretrain.config import HYBRIDS, VIT_SHAPES, Config, config_from_dict, named
 from pretrain.errors import UserError
 
 NUM_CLASSES = 1000
+LOOPS = ("ours", "timm", "timm-tanh", "plain")  # what train.py times, and loops.py builds
+RANDOM = "random"  # as data.train: images that are made, not read
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -27,17 +29,24 @@ def check_name(model: str) -> None:
 
 
 def cell_config(
-    model: str, image_size: int, batch: int, precision: str, *, pooling: str | None = None, **engine: bool
+    model: str,
+    image_size: int,
+    batch: int,
+    precision: str,
+    *,
+    pooling: str | None = None,
+    data: dict[str, Any] | None = None,
+    **engine: int,
 ) -> Config:
-    """Returns the config of a run on random images; `engine` are further keys of its section."""
+    """Returns the config of a run, on random images unless `data` says otherwise; `engine`: keys of its section."""
     check_name(model)
     values = {
         "name": "benchmark",
         "total_steps": 1_000_000,
         "model": {"name": model, "image_size": image_size, **({"pooling": pooling} if pooling else {})},
-        "data": {"train": "random", "global_batch": batch},
+        "data": {"train": RANDOM, "global_batch": batch} | (data or {}),
         "optim": {"lr": 1e-3, "weight_decay": 0.1},
-        "engine": {"precision": precision, "max_micro_batch_size": batch, **engine},
+        "engine": {"precision": precision, "max_micro_batch_size": batch} | engine,
     }
     return config_from_dict(values, "benchmark")
 
@@ -48,13 +57,27 @@ def cell_rows(what: str, cell: dict[str, Any]) -> tuple[list[dict[str, Any]], st
     what: "train", "model", "save" or "data".
     """
     # A fresh process per cell: what one leaves behind (compiler caches, allocator) must not reach the next.
-    command = [sys.executable, "-P", "-m", "pretrain.benchmark", what, json.dumps(cell)]
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    result = subprocess.run(command_of(what, cell), env=environment_of(), capture_output=True, text=True)
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith(('{"model"', '{"row"'))]
     if result.returncode == 0 and rows:
         return rows, None
-    ended = f"ended by signal {-result.returncode}" if result.returncode < 0 else "no message"
-    lines = [line for line in result.stderr.splitlines() if line.strip()] or [ended]
+    return rows, why_it_failed(result.returncode, result.stderr)
+
+
+def command_of(what: str, cell: dict[str, Any]) -> list[str]:
+    """Returns the command that measures a cell."""
+    return [sys.executable, "-P", "-m", "pretrain.benchmark", what, json.dumps(cell)]
+
+
+def environment_of(threads: int | None = None) -> dict[str, str]:
+    """Returns the variables of such a process; threads: of a CPU, None: all of its share."""
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
+def why_it_failed(code: int, stderr: str) -> str:
+    """Returns the line of what a process wrote that says why it ended."""
+    ended = f"ended by signal {-code}" if code < 0 else "no message"
+    lines = [line for line in stderr.splitlines() if line.strip()] or [ended]
     errors = [line for line in lines if re.match(r"(error|[\w.]+(Error|Exception)):", line)]  # messages may go on below
-    return rows, (errors or lines)[-1].removeprefix("error: ")
+    return (errors or lines)[-1].removeprefix("error: ")

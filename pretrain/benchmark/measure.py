@@ -36,10 +36,10 @@ def plan_cell(options: dict[str, Any]) -> Plan:
     return Plan(device, name, **{key: options[key] or default for key, default in defaults.items()})
 
 
-def build_engine(config: Config, device: torch.device) -> Engine:
-    """Returns the engine that trains a model, with a step of one micro-batch."""
-    size = config.data.global_batch
-    return Engine(build_model(config.model, NUM_CLASSES), config, plan_batch(size, 1, size), device)
+def build_engine(config: Config, device: torch.device, num_classes: int = NUM_CLASSES) -> Engine:
+    """Returns the engine that trains a model."""
+    plan = plan_batch(config.data.global_batch, ranks.world_size(), config.engine.max_micro_batch_size)
+    return Engine(build_model(config.model, num_classes), config, plan, device)
 
 
 def on_meta(config: Config) -> torch.nn.Module:
@@ -49,8 +49,8 @@ def on_meta(config: Config) -> torch.nn.Module:
 
 
 def random_batch(config: Config, device: torch.device) -> Batch:
-    """Returns random images that stay on the device."""
-    size, side = config.data.global_batch, config.model.image_size
+    """Returns a rank's share of random images, which stay on the device."""
+    size, side = config.data.global_batch // ranks.world_size(), config.model.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, NUM_CLASSES, (size,), generator=generator)

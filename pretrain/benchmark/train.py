@@ -1,61 +1,133 @@
-"""The training step, timed: one row for a model, eager or compiled."""
+"""The training step, timed: one row for a model and a loop, eager or compiled."""
 
 import statistics
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from pretrain.benchmark.cells import NUM_CLASSES, cell_config
-from pretrain.benchmark.measure import build_engine, on_meta, plan_cell, random_batch, step_times_ms, summary_ms
+from pretrain.benchmark.loops import build_loop
+from pretrain.benchmark.measure import on_meta, plan_cell, step_times_ms, summary_ms
+from pretrain.benchmark.parts import PartClock
+from pretrain.cluster import agreement, ranks
+from pretrain.config import Config
+from pretrain.engine.settings import DTYPES
 from pretrain.models.profile import num_parameters, train_flops
-from pretrain.provenance import versions
+from pretrain.provenance import commit, versions
 from pretrain.train.meter import peak_memory_bytes
 
 # Dense bf16, from data sheets; the figures with 2:4 sparsity are twice as high and mean nothing here.
 PEAK_TFLOP_PER_S = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+_PEAK_SHAPE = 1024, 4096  # of the products for timm's models, which have no width of ours: L's
+_PEAK_REPEATS = 10  # products of which the median is the measured peak
 
 
-def measure(model: str, compiled: bool, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the row of a cell; options: of tools/benchmark.py train."""
+def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ours") -> Iterator[dict[str, Any]]:
+    """Yields the row of a cell; options: of tools/benchmark.py train, loop: of cells.LOOPS.
+
+    options["paced"]: the steps are taken in rounds, one for each line that comes on stdin, until it ends.
+    """
     plan = plan_cell(options)
+    gpu = plan.device.type == "cuda"
     config = cell_config(
         model,
         options["image_size"],
-        plan.batch,
+        plan.batch * ranks.world_size(),
         options["precision"],
+        data={"train": options["data"], "workers": options["workers"]} if options["data"] else None,
         compile=compiled,
         checkpoint_activations=options["checkpoint_activations"],
+        zero_stage=options["zero_stage"],
+        max_micro_batch_size=plan.batch,
     )
-    engine, batch = build_engine(config, plan.device), random_batch(config, plan.device)
-
+    clock = PartClock(gpu)
+    step = build_loop(loop, config, plan.device, clock)
     began = time.perf_counter()
-    first_loss = engine.train_step(batch, 1e-4).sums[0].item() / plan.batch
+    first_loss = float(step()) / (plan.batch if loop == "ours" else 1)
     first_step_s = time.perf_counter() - began
     for _ in range(plan.warmup - 1):
-        engine.train_step(batch, 1e-4)
-    times_ms = step_times_ms(lambda: engine.train_step(batch, 1e-4), plan.steps, plan.device.type == "cuda")
-    images_per_s = 1000 * plan.batch / statistics.median(times_ms)
-    tflop_per_s = images_per_s * train_flops(config.model, NUM_CLASSES) / 1e12
-    peak = next((value for part, value in PEAK_TFLOP_PER_S.items() if part in plan.name), None)
+        step()
+    rounds, parts = [], []
+    for _ in _starts(options["paced"]):
+        clock.read_ms()
+        rounds.append(step_times_ms(step, plan.steps, gpu))
+        parts.append({name: ms / plan.steps for name, ms in clock.read_ms().items()})
+        if options["paced"]:
+            _tell({"round": len(rounds)})
+    memory_gb = peak_memory_bytes(plan.device) / 1e9
     yield {
         "model": model,
+        "loop": loop,
         "image_size": config.model.image_size,
         "parameters": num_parameters(on_meta(config)),
         "batch_per_rank": plan.batch,
-        "precision": f"{config.engine.precision} weights and activations, fp32 master weights and moments",
-        "zero_stage": config.engine.zero_stage,
+        "ranks": ranks.world_size(),
+        "precision": _precision(loop, config),
+        "zero_stage": config.engine.zero_stage if loop == "ours" else None,
         "compile": compiled,
         "checkpoint_activations": config.engine.checkpoint_activations,
-        "data": "random, on the device",
-        "images_per_s": round(images_per_s, 3),
-        "ms_per_step": summary_ms(times_ms),
-        "tflop_per_s": round(tflop_per_s, 4),
-        "mfu": round(tflop_per_s / peak, 4) if peak else None,
-        "peak_tflop_per_s": peak,
-        "memory_gb": round(peak_memory_bytes(plan.device) / 1e9, 3),
+        "data": options["data"] or "random, on the device",
+        **_rates(config, plan.batch, [ms for times in rounds for ms in times], plan.name),
+        **_measured_peak(config, plan.batch, plan.device),
+        "rounds_ms": [round(statistics.median(times), 3) for times in rounds],
+        "parts_ms": {name: round(statistics.median(part[name] for part in parts), 3) for name in parts[0]},
+        "memory_gb": round(memory_gb, 3),
         "first_step_s": round(first_step_s, 2),
         "first_loss": round(first_loss, 5),
         "steps": plan.steps,
         "device": plan.name,
         "versions": versions(),
+        "commit": commit(),
     }
+
+
+def _starts(paced: bool) -> Iterator[None]:
+    """Yields once, or paced once for each line that rank 0 is given."""
+    if not paced:
+        yield
+        return
+    _tell({"round": 0})
+    while agreement.gather(bool(sys.stdin.readline()) if ranks.is_main() else None)[0]:
+        yield
+
+
+def _tell(message: dict[str, Any]) -> None:
+    if ranks.is_main():
+        print(message["round"], flush=True)
+
+
+def _precision(loop: str, config: Config) -> str:
+    precision = config.engine.precision
+    if loop == "ours":
+        return f"{precision} weights and activations, fp32 master weights and moments"
+    return precision if precision == "fp32" else f"fp32 weights, autocast to {precision}"
+
+
+def _rates(config: Config, batch: int, times_ms: list[float], device: str) -> dict[str, Any]:
+    """Images per second of all ranks; FLOP/s of one of them."""
+    median_ms = statistics.median(times_ms)
+    tflop_per_s = 1000 * batch / median_ms * train_flops(config.model, NUM_CLASSES) / 1e12
+    peak = next((value for part, value in PEAK_TFLOP_PER_S.items() if part in device), None)
+    return {
+        "images_per_s": round(1000 * batch * ranks.world_size() / median_ms, 3),
+        "ms_per_step": summary_ms(times_ms),
+        "tflop_per_s": round(tflop_per_s, 4),
+        "mfu": round(tflop_per_s / peak, 4) if peak else None,
+        "peak_tflop_per_s": peak,
+    }
+
+
+def _measured_peak(config: Config, batch: int, device: torch.device) -> dict[str, float]:
+    """What this device reaches in the products of the MLP alone, [tokens, width] x [width, mlp] and back, TFLOP/s."""
+    plain = config.model.timm_name is None
+    width, mlp_dim = (config.model.shape.width, config.model.shape.mlp_dim) if plain else _PEAK_SHAPE
+    tokens = batch * (config.model.image_size // (config.model.patch_size if plain else 16)) ** 2
+    made: dict[str, Any] = {"dtype": DTYPES[config.engine.precision], "device": device}
+    x, up, down = (torch.ones(size, **made) for size in ((tokens, width), (width, mlp_dim), (mlp_dim, width)))
+    product: Callable[[], torch.Tensor] = torch.no_grad()(lambda: x @ up @ down)
+    product()
+    median_ms = statistics.median(step_times_ms(product, _PEAK_REPEATS, device.type == "cuda"))
+    return {"measured_peak_tflop_per_s": round(4 * tokens * width * mlp_dim / median_ms / 1e9, 4)}

@@ -21,6 +21,7 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
 from pretrain.engine.frozen import FrozenStatistics
+from pretrain.engine.host_memory import keep_freed_memory
 from pretrain.engine.patches import after_start, before_start
 from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config
 from pretrain.engine.slices import OwnedSlices
@@ -49,6 +50,8 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device) -> None:
         check_precision(config)
         self.plan, self.device = plan, device
+        if device.type == "cpu":
+            keep_freed_memory()
         self.dtype = DTYPES[config.engine.precision]
         self._loss, self._label_smoothing = config.loss, config.label_smoothing
         self._normalisation = config.data.normalisation
@@ -106,7 +109,21 @@ class Engine:
     # --- training ---
 
     def train_step(self, batch: Batch, lr: float) -> StepResult:
-        """Takes one optimizer step on this rank's share of a global batch, micro-batch by micro-batch."""
+        """Takes one optimizer step on this rank's share of a global batch, micro-batch by micro-batch.
+
+        Raises UserError, on this rank alone, when the GPU's memory does not hold a micro-batch.
+        """
+        try:
+            return self._train_step(batch, lr)
+        except torch.OutOfMemoryError as error:
+            size, ways = self.plan.micro_batch, "engine.checkpoint_activations=true, engine.zero_stage=2 or 3"
+            told = str(error).partition(". ")[0]
+            raise UserError(
+                f"engine.max_micro_batch_size: {size} images at a time are too many for this GPU ({told}); try "
+                f"{max(1, size // 2)}, or {ways}; tools/plan.py says what fits"
+            ) from error
+
+    def _train_step(self, batch: Batch, lr: float) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.train()

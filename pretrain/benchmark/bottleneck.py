@@ -1,0 +1,175 @@
+"""What bounds a run: what each stage costs an image, measured one by one; what other numbers of workers would give.
+
+Samples are read, decoded and cropped by worker processes; handed over, copied, trained on in the rank's own process.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import Any, NamedTuple
+
+from pretrain.benchmark.cells import cell_config
+from pretrain.benchmark.measure import build_engine, plan_cell
+from pretrain.benchmark.parts import PartClock, watch_collectives, watch_engine
+from pretrain.cluster import ranks
+from pretrain.config import Config
+from pretrain.data import loader
+from pretrain.data.loader import Batch, train_batches
+from pretrain.engine.step import Engine
+from pretrain.provenance import commit, versions
+from pretrain.train.datasets import DataSets, open_data
+
+_BATCHES = 3  # of which each stage's median is taken
+_LOADER = {"disk": "read_sample", "decode": "decode", "augmentation": "train_image"}  # names in data/loader.py
+
+
+class Costs(NamedTuple):
+    """Seconds that an image takes in each stage, of one worker process or of one rank."""
+
+    disk: float  # reading its bytes from the shard, page cache included
+    decode: float
+    augmentation: float  # crop, resize, flip, RandAugment
+    hand_over: float  # from a worker's shared memory to the rank, pinned for a GPU
+    copy: float  # to the device
+    device: float  # forward and backward pass
+    optimizer: float  # clipping, update
+    collectives: float  # gradients, norm, weights between ranks
+
+    @property
+    def worker(self) -> float:
+        """Of a worker process."""
+        return self.disk + self.decode + self.augmentation
+
+    def rank(self, on_gpu: bool) -> float:
+        """Of the rank's process: a GPU computes while the next batch is handed over, a CPU does one after the other."""
+        step = self.copy + self.device + self.optimizer + self.collectives
+        return max(self.hand_over, step) if on_gpu else self.hand_over + step
+
+
+_WAYS_OUT = {
+    "disk": "copy the shards to a local disk, or set data.store for remote ones; more workers wait side by side",
+    "decode": "shrink the images once (make_shards.py --shorter-side), or give the rank more cores",
+    "augmentation": "shrink the images once (make_shards.py --shorter-side), fewer randaugment_layers, or more cores",
+    "hand_over": "look at /dev/shm and at the limits of pinned memory; a larger batch has less to unpack per image",
+    "copy": "look at the GPU's PCIe link (nvidia-smi topo -m): images are copied as bytes already",
+    "device": "engine.compile=true, bf16, and the largest engine.max_micro_batch_size that fits",
+    "optimizer": "a larger batch per rank, so that there are fewer steps per image",
+    "collectives": "a larger batch per rank, stage 1 instead of 3, and a look at the network (tools/doctor.py)",
+}
+
+
+def images_per_s(costs: Costs, workers: int, cores: int, on_gpu: bool) -> float:
+    """Returns what one rank would train with so many workers, of which `cores` can compute at once."""
+    if workers == 0:
+        return 1 / (costs.worker + costs.rank(on_gpu))
+    computing = costs.decode + costs.augmentation
+    loaded = min(workers / costs.worker, cores / computing if computing else float("inf"))
+    return min(loaded, 1 / costs.rank(on_gpu))
+
+
+def diagnosis(costs: Costs, workers: int, cores: int, on_gpu: bool) -> dict[str, Any]:
+    """Returns the stage that bounds, what to do about it, and the rates with other numbers of workers."""
+    rate = images_per_s(costs, workers, cores, on_gpu)
+    of_loader = costs._asdict()
+    of_rank = {name: of_loader.pop(name) for name in Costs._fields if name not in _LOADER}
+    by_rank = rate >= 0.999 / costs.rank(on_gpu)
+    stages = of_rank if by_rank else of_loader if workers else of_loader | of_rank
+    bound = max(stages, key=lambda name: stages[name])
+    numbers = sorted({0, 1, 2, 4, 8, 16, 32, workers, cores})
+    predicted = {
+        number: images_per_s(costs, number, cores, on_gpu) for number in numbers if number <= max(cores, workers)
+    }
+    best = max(predicted, key=lambda number: (round(predicted[number], 3), -number))
+    way_out = _WAYS_OUT[bound]
+    if predicted[best] > 1.05 * rate:
+        way_out = f"data.workers={best} ({predicted[best]:,.1f} images/s); then {way_out}"
+    return {
+        "bound_by": bound,
+        "way_out": way_out,
+        "images_per_s": round(rate, 2),
+        "predicted_images_per_s": {number: round(value, 2) for number, value in predicted.items()},
+    }
+
+
+def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the row of a model on a data set; options: of tools/benchmark.py train --bottleneck."""
+    plan = plan_cell(options)
+    config = cell_config(
+        model,
+        options["image_size"],
+        plan.batch * ranks.world_size(),
+        options["precision"],
+        data={"train": options["data"], "workers": options["workers"]},
+        compile=options["compile"],
+        zero_stage=options["zero_stage"],
+        max_micro_batch_size=plan.batch,
+    )
+    data, clock = open_data(config), PartClock(plan.device.type == "cuda")
+    watch_collectives(clock)
+    engine = build_engine(config, plan.device, data.num_classes)
+    watch_engine(clock, engine)
+    costs = stage_costs(config, data, engine, clock)
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks.ranks_here())
+    yield {
+        "model": model,
+        **diagnosis(costs, config.data.workers, cores, plan.device.type == "cuda"),
+        "ms_per_image": {name: round(1000 * value, 4) for name, value in costs._asdict().items()},
+        "workers": config.data.workers,
+        "cores": cores,
+        "ranks": ranks.world_size(),
+        "batch_per_rank": plan.batch,
+        "data": options["data"],
+        "device": plan.name,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def stage_costs(config: Config, data: DataSets, engine: Engine, clock: PartClock) -> Costs:
+    """Measures each stage; the clock counts the engine's parts. A collective."""
+    images = engine.plan.micro_batch * engine.plan.accumulation
+    batch, loaded_s = _loaded(config, data, engine)
+    found = {name: seconds / images for name, seconds in loaded_s.items()}
+    found["hand_over"] = _handed_over_s(config, data, engine, sum(loaded_s.values())) / images
+    engine.train_step(batch.to(engine.device), 1e-4)  # the first one is slower
+    clock.read_ms()
+    for _ in range(_BATCHES):
+        with clock.part("copy"):
+            moved = batch.to(engine.device)
+        engine.train_step(moved, 1e-4)
+    ms = {name: value / _BATCHES / images for name, value in clock.read_ms().items()}
+    found |= {"copy": ms["copy"] / 1000, "device": (ms["forward"] + ms["backward"]) / 1000}
+    return Costs(**found, optimizer=ms["optimizer"] / 1000, collectives=ms["collectives"] / 1000)
+
+
+def _loaded(config: Config, data: DataSets, engine: Engine) -> tuple[Batch, dict[str, float]]:
+    """A batch, prepared in this process, and the seconds that a batch takes in each stage of the loader."""
+    steps = loader._TrainSteps(data.train, data.order, engine.plan, config)
+    clocks = [PartClock(gpu=False) for _ in _LOADER]
+    plain = {function: getattr(loader, function) for function in _LOADER.values()}
+    for clock, function in zip(clocks, _LOADER.values()):
+        clock.wrap(loader, function, "data")
+    try:
+        seconds: list[list[float]] = []
+        for number in range(_BATCHES):
+            batch = steps[number]
+            seconds.append([clock.read_ms()["data"] / 1000 for clock in clocks])
+    finally:
+        for function, original in plain.items():
+            setattr(loader, function, original)
+    return batch, dict(zip(_LOADER, map(median, zip(*seconds))))
+
+
+def _handed_over_s(config: Config, data: DataSets, engine: Engine, loaded_s: float) -> float:
+    """The seconds that a rank takes for a batch that lies ready."""
+    if not config.data.workers:
+        return 0.0
+    batches, seconds = train_batches(data.train, data.order, engine.plan, config, 0), []
+    next(batches)  # workers have started
+    for _ in range(_BATCHES):
+        time.sleep(2 * loaded_s)
+        began = time.perf_counter()
+        next(batches)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)  # the others may have waited for the worker
