@@ -52,7 +52,7 @@ def _randaugment_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[st
 
 def _one_core(folder: Path, options: dict[str, Any], layers: int, what: str, target: float) -> Iterator[dict[str, Any]]:
     manifest = photo_set(Path(options["photos"]), folder)
-    augmented = {"randaugment_layers": layers}
+    augmented: Any = {"randaugment_layers": layers}
     ours = loader(manifest, 1 << 20, _BATCH, **augmented)
     theirs = _timm_batches(manifest.shards[0].path, "rand-m10-n2" if layers else None)
     times: tuple[list[float], list[float]] = [], []
@@ -73,9 +73,8 @@ def _one_core(folder: Path, options: dict[str, Any], layers: int, what: str, tar
 
 def _timm_batches(tar: Path, augment: str | None) -> Iterator[Any]:
     """timm's training transforms on Pillow's images, which webdataset reads; collated as by its fast loader."""
-    transform: Any = create_transform(
-        224, is_training=True, use_prefetcher=True, color_jitter=None, auto_augment=augment, interpolation="bicubic"
-    )
+    options: Any = {"color_jitter": None, "auto_augment": augment, "interpolation": "bicubic"}
+    transform: Any = create_transform(224, is_training=True, use_prefetcher=True, **options)
 
     def sample(raw: dict[str, Any]) -> tuple[Any, int]:
         with Image.open(io.BytesIO(next(raw[ending] for ending in IMAGE_ENDINGS if ending in raw))) as image:
@@ -101,14 +100,15 @@ def _equal_to_plain(batch: Batch, manifest: Manifest, layers: int) -> int:
     return equal
 
 
-def _plain(data: bytes, layers: int, *key: object) -> torch.Tensor:
+def _plain(data: bytes, layers: int, *key: Any) -> torch.Tensor:
     try:
         image: Any = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError:
         image = images.decode(data)
-    draws = uniform(words(23, "v1", "aug", *key))
-    box = images.random_resized_crop(*image.shape[1:], (0.08, 1.0), (0.75, 4 / 3), draws)
-    crop = F.resized_crop(image, *box, [224, 224], F.InterpolationMode.BICUBIC, antialias=True)
+    draws: Any = uniform(words(23, "v1", "aug", *key))
+    height, width = image.shape[1:]
+    top, left, *size = images.random_resized_crop(height, width, (0.08, 1.0), (0.75, 4 / 3), draws)
+    crop = F.resized_crop(image, top, left, size[0], size[1], [224, 224], F.InterpolationMode.BICUBIC, antialias=True)
     return rand_augment(F.horizontal_flip(crop) if draws[-1] < 0.5 else crop, layers, 10.0, *key)
 
 

@@ -52,12 +52,13 @@ class IndexRows:
             if num_bytes != num_arrays_bytes(self._version, num_samples):
                 raise ValueError(f"{num_bytes} bytes of offsets")
         except BaseException:
-            os.close(self._file)
+            self.__del__()
             raise
 
     def __del__(self) -> None:
-        if hasattr(self, "_start"):
-            os.close(self._file)
+        file, self._file = getattr(self, "_file", -1), -1
+        if file >= 0:
+            os.close(file)
 
     def offset(self, number: int) -> int:
         """Returns the first byte of a sample; of the number behind the last, the end."""

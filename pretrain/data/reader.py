@@ -309,7 +309,7 @@ class _Descriptor:
         os.close(self.number)
 
 
-@lru_cache(maxsize=128)  # per process, two descriptors each; a limit of 1024 is common
+@lru_cache(maxsize=64)  # per process, two descriptors each; a limit of 1024 is common
 def _open_shard(shard: Shard) -> tuple[_Descriptor | None, IndexRows]:
     """An open shard, None where it is remote, and its index. Raises OSError, UserError when that is not its index."""
     opened = None if shard.url else _Descriptor(os.open(shard.path, os.O_RDONLY))
