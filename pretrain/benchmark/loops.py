@@ -70,10 +70,11 @@ def _timm_loop(config: Config, batch: Batch, device: torch.device, clock: PartCl
     --torchcompile compiles the whole model. On several ranks it is DDP.
     """
     import timm  # 2 s to import, and only peers need it
-    from timm.optim import create_optimizer_v2
-    from timm.utils import dispatch_clip_grad
+    from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
+    from timm.utils import dispatch_clip_grad  # pyright: ignore[reportPrivateImportUsage]
 
     width, depth, mlp_dim, heads = config.model.shape
+    form: Any = {"act_layer": "gelu_tanh"} if same_gelu else {}
     model: Any = timm.create_model(
         "vit_tiny_patch16_224",
         num_classes=NUM_CLASSES,
@@ -83,7 +84,7 @@ def _timm_loop(config: Config, batch: Batch, device: torch.device, clock: PartCl
         depth=depth,
         num_heads=heads,
         mlp_ratio=mlp_dim / width,
-        **({"act_layer": "gelu_tanh"} if same_gelu else {}),
+        **form,
     ).to(device)
     decay, betas = config.optim.weight_decay, tuple(config.optim.betas)
     optimizer = create_optimizer_v2(model, "adamw", lr=config.optim.lr, weight_decay=decay, betas=betas)

@@ -50,7 +50,7 @@ class PartClock:
         """Returns the milliseconds of each part since the last reading. Waits for the device."""
         if self._gpu:
             torch.cuda.synchronize()
-        sums = dict.fromkeys(PARTS, 0.0)
+        sums: dict[str, float] = {name: 0.0 for name in PARTS}
         for (name, begin), (_, end) in zip(self._marks, self._marks[1:]):
             if name is not None:
                 sums[name] += begin.elapsed_time(end) if self._gpu else 1000 * (end - begin)
