@@ -26,8 +26,8 @@ def ray_results(
     Raises what `function` raises, LostProcessError when Ray gives a task up, UserError where Ray is not installed.
     """
     try:
-        import ray
-        from ray.exceptions import RayError, RayTaskError
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--engine ray needs a package: pip install 'vit-pretrain[ray]'") from None
     try:
