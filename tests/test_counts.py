@@ -27,7 +27,6 @@ from pretrain.config import Config, ModelConfig
 from pretrain.data.loader import Batch, single_labels
 from pretrain.data.order import plan_batch
 from pretrain.engine.step import Engine
-from pretrain.models import vit
 from pretrain.models.build import build_model, compile_blocks
 from pretrain.models.vit import Block
 
@@ -115,7 +114,6 @@ def fake_engine(config: Config, world_size: int) -> Engine:
     os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE="1")
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     device = ranks.start(60)
-    vit.gelu_tanh = lambda x: torch.nn.functional.gelu(x, approximate="tanh")  # a GPU's; CPUs train with several calls
     plan = plan_batch(config.data.global_batch, world_size, config.engine.max_micro_batch_size)
     return Engine(build_model(config.model, NUM_CLASSES), config, plan, device)
 

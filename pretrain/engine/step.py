@@ -21,7 +21,6 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
 from pretrain.engine.frozen import FrozenStatistics
-from pretrain.engine.host_memory import keep_freed_memory
 from pretrain.engine.patches import after_start, before_start
 from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config
 from pretrain.engine.slices import OwnedSlices
@@ -50,8 +49,6 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device) -> None:
         check_precision(config)
         self.plan, self.device = plan, device
-        if device.type == "cpu":
-            keep_freed_memory()
         self.dtype = DTYPES[config.engine.precision]
         self._loss, self._label_smoothing = config.loss, config.label_smoothing
         self._normalisation = config.data.normalisation

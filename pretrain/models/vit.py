@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
 from pretrain.config.model import VitForm
-from pretrain.models.gelu import gelu_tanh
 from pretrain.models.hybrid import build_trunk
 from pretrain.models.positions import Grid, Learned2d, num_relative_offsets, relative_offsets, sincos2d
 
@@ -101,10 +100,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.drop = nn.Dropout(dropout)
-        self.gelu = gelu_tanh if gelu == "tanh" else F.gelu
+        self.approximate = "tanh" if gelu == "tanh" else "none"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.fc2(self.drop(self.gelu(self.fc1(x)))))
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x), approximate=self.approximate))))
 
 
 class Block(nn.Module):
