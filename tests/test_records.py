@@ -223,6 +223,7 @@ def test_records_of_a_split_are_complete(tmp_path: Path) -> None:
     """A file that is missing or left out, a record that is not there, and one without a label."""
     files = tfrecords(tmp_path / "t")
     assert "1 were given" in refusal(make_shards, files[:1], None, tmp_path / "set", SMALL)
+    assert "00001-of-00002 is missing" in refusal(make_shards, files[:1] * 2, None, tmp_path / "set", SMALL)
     info = {"splits": [{"name": "train", "shardLengths": ["12", "12"]}]}
     (tmp_path / "t" / "dataset_info.json").write_text(json.dumps(info))
     assert "has 23 records, dataset_info.json says 24" in refusal(make_shards, files, None, tmp_path / "set", SMALL)
