@@ -64,6 +64,7 @@ def planted_and_named(config: Config) -> dict[str, str]:
     return named
 
 
+@pytest.mark.slow
 def test_eight_planted_slow_downs_are_named(tmp_path: Path) -> None:
     """Each by its own stage, with the real loader, its worker process and the real engine."""
     config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, data__global_batch=4, data__workers=1)
