@@ -2,8 +2,8 @@
 
 PRETRAIN_TEST_DISASTERS=200 PRETRAIN_TEST_SEED=0 pytest -s tests/test_disasters.py -m long -k many
 
-A schedule has at most 10 disasters; hypothesis makes one that fails as small as it can, and prints it. What is left to
-chance, the moments of real processes, is in the message.
+A schedule has at most 10 disasters; hypothesis makes one that fails as small as it can in five minutes, and prints it.
+What is left to chance, the moments of real processes, is in the message.
 """
 
 import os
@@ -31,6 +31,9 @@ from pretrain.train.run import train
 DOCUMENTED = {0, 75, 76, -signal.SIGKILL}  # of a rank under these disasters; 1 would be a defect of ours
 WEIGHTS_DO_NOT_FIT = 40_000  # bytes: a rank's weights have 47,000 or more, the logs of a whole run fewer
 KINDS = ("kill all", "kill one", "stop", "full disk", "hang", "damage", "lost disk", "kill in a save")
+# Ranks of another number add in another order, and training makes more of the difference. Runs of 1, 3 and 4 ranks
+# without a disaster differ from one of 2 by at most 1.2e-6 of a step's loss until step 100, by 7e-4 after it.
+SMOOTH_UNTIL, SMOOTH, LATER = 100, 1e-4, 2e-2
 
 
 class Disaster(NamedTuple):
@@ -95,10 +98,17 @@ class Schedule:
         """Has it happen; then the invariants."""
         if one.kind == "damage":
             return self._damage(one)
-        kind, ranks, pause_s = one.kind, one.ranks, one.pause_s
-        victim, steps = one.victim % ranks, steps_logged(self.config) + one.steps
-        self.done.append(f"{kind}: rank {victim} of {ranks}, {pause_s:.2f} s after step {steps}")
-        processes = start_ranks(trained, ranks, self.config)
+        victim, steps = one.victim % one.ranks, steps_logged(self.config) + one.steps
+        self.done.append(f"{one.kind}: rank {victim} of {one.ranks}, {one.pause_s:.2f} s after step {steps}")
+        processes = start_ranks(trained, one.ranks, self.config)
+        try:
+            self._strike(one, processes, victim, steps)
+        finally:
+            for process in processes:
+                process.kill()
+
+    def _strike(self, one: Disaster, processes: list[Any], victim: int, steps: int) -> None:
+        kind, pause_s = one.kind, one.pause_s
         alive = lambda: all(process.is_alive() for process in processes)  # noqa: E731
         self._wait(lambda: steps_logged(self.config) >= steps or not alive())
         if kind == "kill in a save":
@@ -187,7 +197,10 @@ def expect_same_samples_and_losses(config: Config, undisturbed: Config) -> None:
     """On another number of ranks: each step's samples, and the losses to rounding."""
     samples, losses = _global_samples(config), _losses(config.output / config.name)
     assert samples == _global_samples(undisturbed) and list(samples) == list(range(1, config.total_steps + 1))
-    assert losses == pytest.approx(_losses(undisturbed.output / undisturbed.name), rel=1e-4)
+    expected = _losses(undisturbed.output / undisturbed.name)
+    assert list(losses) == list(expected)
+    for step, loss in expected.items():
+        assert losses[step] == pytest.approx(loss, rel=SMOOTH if step <= SMOOTH_UNTIL else LATER), step
 
 
 @pytest.mark.slow
@@ -196,7 +209,7 @@ def test_a_schedule_of_every_disaster(shards: Path, undisturbed: Config, tmp_pat
     """Each kind once, on two ranks, in an order of chance: same weights, moments, random states and samples."""
     config = whole_run(shards, tmp_path)
     chance = random.Random(3)
-    disasters = [drawn(kind, chance, (2,)) for kind in chance.sample(KINDS[:6], 6)]
+    disasters = [drawn(kind, chance, (2,)) for kind in chance.sample(KINDS[:7], 7)]
     schedule = survive(config, disasters)
     assert len(schedule.done) == len(disasters), schedule.done
     expect_same_run(config, undisturbed)
@@ -232,9 +245,8 @@ def test_many_disasters(shards: Path, undisturbed: Config, tmp_path: Path) -> No
         @stateful.initialize(fixed=some.booleans())
         def begin(self, fixed: bool) -> None:
             self.schedule = Schedule(whole_run(shards, Path(tempfile.mkdtemp(dir=tmp_path)) / "runs"))
-            self.fixed = fixed
+            self.fixed, self.failed = fixed, False
 
-        @stateful.precondition(lambda self: not self.schedule.is_over)
         @stateful.rule(
             one=some.builds(
                 Disaster,
@@ -247,21 +259,27 @@ def test_many_disasters(shards: Path, undisturbed: Config, tmp_path: Path) -> No
             )
         )
         def disaster(self, one: Disaster) -> None:
-            self.schedule.disaster(one._replace(ranks=2) if self.fixed else one)
+            if not self.schedule.is_over:
+                self.failed = True
+                self.schedule.disaster(one._replace(ranks=2) if self.fixed else one)
+                self.failed = False
 
         def teardown(self) -> None:
-            done.extend(self.schedule.done)
+            if self.failed:  # told as it is, not by what follows from it
+                return
             end(self.schedule, 2)
             (expect_same_run if self.fixed else expect_same_samples_and_losses)(self.schedule.config, undisturbed)
+            done.extend(self.schedule.done)
 
-    machine = hypothesis.seed(seed)(Run)
     settings = hypothesis.settings(
         max_examples=max(1, most // 10),
-        stateful_step_count=10,
+        stateful_step_count=11,  # the first one begins the run
         deadline=None,
         database=None,
+        report_multiple_bugs=False,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
         suppress_health_check=list(hypothesis.HealthCheck),
         print_blob=False,
     )
-    stateful.run_state_machine_as_test(machine, settings=settings)
+    stateful.run_state_machine_as_test(hypothesis.seed(seed)(Run), settings=settings)
     print(f"{len(done)} disasters, 0 violations")
