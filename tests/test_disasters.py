@@ -233,8 +233,10 @@ def test_kill_9_20_times_on_1_to_4_ranks(shards: Path, undisturbed: Config, tmp_
 def test_many_disasters(shards: Path, undisturbed: Config, tmp_path: Path) -> None:
     """Schedules of ten: those on two ranks throughout end with the same bits, others with the same samples."""
     hypothesis = pytest.importorskip("hypothesis")
-    from hypothesis import stateful
+    from hypothesis import configuration, stateful
     from hypothesis import strategies as some
+
+    configuration.set_hypothesis_home_dir(tmp_path / "hypothesis")  # not a folder of the checkout
 
     most, seed = (
         int(os.environ.get(f"PRETRAIN_TEST_{name}", default)) for name, default in (("DISASTERS", 20), ("SEED", 0))
