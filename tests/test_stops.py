@@ -186,7 +186,7 @@ def launcher(config: Config, place: Path, phase: str, target: str, output: str) 
 
 @pytest.mark.parametrize(
     ("phase", "name", "target", "output"),
-    [pytest.param(*one, marks=[] if one in FEW else [pytest.mark.long], id="-".join(one)) for one in ALL],
+    [pytest.param(*one, marks=[pytest.mark.slow if one in FEW else pytest.mark.long], id="-".join(one)) for one in ALL],
 )
 def test_a_stop(
     phase: str,
