@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -79,8 +79,7 @@ def run(main: Callable[[], int | None], *, at_once: bool = False) -> None:
         code = main() or 0
     except KeyboardInterrupt:
         code = _say("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `tool | head`: nobody reads on
+    except BrokenPipeError:  # `tool | head`: nobody reads on
         code = 0
     except OSError as error:
         code = _on_os_error(error)
@@ -112,12 +111,14 @@ def _say(message: str, code: int) -> int:
         beside_rank_0 = os.environ.get("LOCAL_RANK", str(rank)) == str(rank)
         time.sleep(_WAIT_FOR_RANK_0_S if beside_rank_0 else _ON_ANOTHER_NODE_S)
         message = f"rank {rank}: {message}"
-    tell(message, sys.stderr)
+    with suppress(OSError):  # nobody reads it; the code still says what happened
+        tell(message, sys.stderr)
     return code
 
 
 def _leave(code: int, at_once: bool) -> None:
-    _flush()
+    unwritten = _flush()
+    code = code or unwritten
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them
     if at_once and all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()):
@@ -127,12 +128,19 @@ def _leave(code: int, at_once: bool) -> None:
     sys.exit(code)
 
 
-def _flush() -> None:
+def _flush() -> int:
+    """Writes out what was printed; returns the exit code of a disk that does not take it. That nobody reads is none."""
+    code = 0
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # it was closed when this process began
+            continue
         try:
             stream.flush()
-        except BrokenPipeError:  # nobody reads on, and the interpreter would end with 120 for it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter would end with 120 for it
+            if not isinstance(error, BrokenPipeError):
+                code = _say(f"error: the output cannot be written: {error.strerror}", StorageError.exit_code)
+    return code
 
 
 def tell(line: object, stream: TextIO | None = None) -> None:

@@ -43,8 +43,24 @@ def warn(message: str) -> None:
 
 def _print(message: str, stream: TextIO) -> None:
     # Often a file on the same full disk, or a pipe whose reader has gone: no reason to end a training.
-    with contextlib.suppress(OSError):
+    try:
         print(shown(message), file=stream, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """Empties a stream that could not be written: multiprocessing flushes it before each process that it starts."""
+    number = stream.fileno()
+    real, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, number)
+        stream.flush()
+    finally:
+        os.dup2(real, number)
+        os.close(real)
+        os.close(nowhere)
 
 
 _lost_lines: Counter[Path] = Counter()  # of this process, by file; told when the run's log is closed

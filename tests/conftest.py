@@ -7,6 +7,7 @@ tests that need one are skipped, with the reason, where the variable is not set.
 import io
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,12 @@ LONG_FILES = ("timm_loop", "timm_models", "finetune", "convert", "slurm", "tasks
 LONG_FILES += ("engine", "transformers", "mixtures", "launch", "saving", "restarts", "disasters", "stops", "demo")
 
 CLASSES = ["ash", "birch", "cedar", "elm", "fir"]
+
+
+def pytest_configure() -> None:
+    """A shell starts what is in its background deaf to Ctrl-C, and so would be all that the tests start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

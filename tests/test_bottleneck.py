@@ -35,46 +35,36 @@ def slowed(function: Any, seconds: float) -> Any:
 def planted_and_named(config: Config) -> dict[str, str]:
     """The stage that is named for each stage that is slowed down, and for none."""
     device, data, clock = ranks.start(60), open_data(config), PartClock(gpu=False)
+    reduce, waits = dist.all_reduce, {"seconds": 0.0}
+    dist.all_reduce = lambda *args, **kwargs: slowed(reduce, waits["seconds"])(*args, **kwargs)  # below what is watched
     watch_collectives(clock)
     engine = Engine(build_model(config.model, data.num_classes), config, plan_batch(4, 1, 4), device)
     watch_engine(clock, engine)
     inside = engine._engine
-    places = {
+    places: dict[str, tuple[Any, str]] = {
         "disk": (loader, "read_sample"),
         "decode": (loader, "decode"),
         "augmentation": (loader, "train_image"),
         "hand_over": (reductions, "storage_from_cache"),
         "copy": (Batch, "to"),
-        "device": (inside, "backward"),
+        "device": (inside.module, "forward"),
         "optimizer": (inside.optimizer, "step"),
-        "collectives": (dist, "all_reduce"),
+        "collectives": (waits, "seconds"),
     }
     named = {}
     for stage, (owner, name) in places.items():
         with pytest.MonkeyPatch.context() as patch:
-            plain = getattr(owner, name)
-            if stage in ("device", "collectives"):  # counted where the engine calls it: slower inside
-                patch.setattr(owner, name, counted_as(clock, stage, plain))
+            if stage == "collectives":
+                patch.setitem(waits, "seconds", SLOW_S)
             else:
                 calls = {"disk": 4, "decode": 4, "augmentation": 4, "hand_over": 6}.get(stage, 1)  # of a batch
-                patch.setattr(owner, name, slowed(plain, SLOW_S / calls))
+                patch.setattr(owner, name, slowed(getattr(owner, name), SLOW_S / calls))
             costs = stage_costs(config, data, engine, clock)
         named[stage] = diagnosis(costs, workers=1, cores=2, on_gpu=False)["bound_by"]
     return named
 
 
-def counted_as(clock: PartClock, stage: str, plain: Any) -> Any:
-    """Slow inside what the clock counts."""
-    part = {"device": "backward", "collectives": "collectives"}[stage]
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        with clock.part(part):
-            time.sleep(SLOW_S)
-        return plain(*args, **kwargs)
-
-    return slow
-
-
+@pytest.mark.slow
 def test_eight_planted_slow_downs_are_named(tmp_path: Path) -> None:
     """Each by its own stage, with the real loader, its worker process and the real engine."""
     config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, data__global_batch=4, data__workers=1)

@@ -30,6 +30,7 @@ from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import LostProcessError, StorageError, UserError
 from pretrain.shards import build as build_module
+from pretrain.shards import ray_tasks
 from pretrain.shards.class_list import ClassList, read_class_list
 from pretrain.shards.items import PackedItems
 from pretrain.shards.make import Options, make_part, make_shards
@@ -342,6 +343,21 @@ def test_results_and_errors_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "\n" not in str(lost.value)
     finally:
         ray.shutdown()
+
+
+def test_a_task_on_another_machine_has_the_folder_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths are as they were given; what that machine does not see is one line, for now."""
+    (tmp_path / "x").write_bytes(b"x")
+    monkeypatch.chdir("/")
+    folder = str(tmp_path)
+    assert ray_tasks._counted(lambda path, _: Path(path).read_bytes(), "x", folder) == (b"x", 0)
+    monkeypatch.chdir("/")
+    assert ray_tasks._counted(lambda path, _: Path(path).read_bytes(), f"{folder}/x", "/no/folder") == (b"x", 0)
+    with pytest.raises(StorageError, match="^y: not found on ") as error:
+        ray_tasks._counted(lambda path, _: Path(path).read_bytes(), "y", "/no/folder")
+    assert "\n" not in str(error.value)
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """Images that look like those of an evaluation set are found and left out, whatever was done to them."""
 
 import io
+import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,14 @@ from PIL import Image, ImageOps
 
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
+from pretrain.errors import StorageError
 from pretrain.shards import duplicates
+from pretrain.shards.build import build
 from pretrain.shards.duplicates import MAX_DISTANCE, NEAR_FILE, perceptual_hash
+from pretrain.shards.items import PackedItems
 from pretrain.shards.make import Options, make_part, make_shards
+from pretrain.shards.passes import Work
+from pretrain.shards.sources import Told, file_item, folder_items
 from tests.test_building import refusal, tree
 
 SMALL = Options(samples_per_shard=9, seed=1)
@@ -86,6 +93,49 @@ def test_a_hash_tells_pictures_apart() -> None:
     distances = np.bitwise_count(hashes[:, None] ^ hashes[None])[np.triu_indices(40, 1)]
     assert distances.min() > 2 * MAX_DISTANCE
     assert perceptual_hash(Image.new("RGB", (64, 64), (3, 200, 9))) == 0
+
+
+def test_a_set_to_stay_away_from_that_cannot_be_used(source: Path, tmp_path: Path) -> None:
+    """The set itself, which leaves nothing; one with a shard that is a FIFO, or leads out, or is not there."""
+    test = tmp_path / "sets" / "test"
+    away = replace(SMALL, away_from=(test,))
+    (tmp_path / "test" / "a" / "plain.png").unlink()  # near to nothing
+    assert "all 12 images look like" in refusal(make_shards, [tmp_path / "test"], None, tmp_path / "set", away)
+    shard = test / "test-000000.tar"
+    shard.rename(tmp_path / "elsewhere.tar")
+    assert "but not found" in refusal(make_shards, [source], None, tmp_path / "set", away)
+    shard.symlink_to(tmp_path / "elsewhere.tar")
+    assert "outside the data set's folder" in refusal(make_shards, [source], None, tmp_path / "set", away)
+    shard.unlink()
+    os.mkfifo(shard)
+    assert str(shard) in refusal(make_shards, [source], None, tmp_path / "set", away)
+
+
+def test_a_pass_after_another_choice_of_items_is_done_anew(tmp_path: Path) -> None:
+    """As many items are left, but others: their digests are not those of the first ones."""
+    items = PackedItems(partial(file_item, tmp_path, False))
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+        items.append(f"{name}.png", 0)
+    work = Work(tmp_path / "set")
+    found = [duplicates._pass(duplicates._digests, items.without([k]), work, "", "1").tolist() for k in (0, 2)]
+    assert found[0][0] == found[1][1] and found[0][1] != found[1][0]
+
+
+def test_a_file_that_has_gone_is_not_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    """It was listed: it may be seen by other machines. The call ends, and nothing is kept."""
+    for name in ("a/0.png", "b/1.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        photo(1).save(tmp_path / "in" / name)
+    items, classes = folder_items(tmp_path / "in")
+    (tmp_path / "in" / "b" / "1.png").unlink()
+    for call in (
+        partial(build, items, classes, tmp_path / "set", samples_per_shard=9, seed=None),
+        partial(duplicates.merged, items, Work(tmp_path / "set"), Told()),
+    ):
+        with pytest.raises(StorageError, match="b/1.png: cannot be read for now"):
+            call()
+    assert not list((tmp_path / "set").glob("*.tar"))
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -664,9 +664,9 @@ def test_random_states_of_something_else_are_refused(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_names_the_key() -> None:
-    """No engine is needed: what its step raises becomes a user's error, in one line."""
+    """No engine is needed: what its first step raises becomes a user's error, in one line; later it is another one."""
     engine = Engine.__new__(Engine)
-    engine.plan = BatchPlan(96, 1, 0)
+    engine.plan, engine._fits = BatchPlan(96, 1, 0), False
 
     def no_room(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
@@ -675,3 +675,6 @@ def test_out_of_memory_names_the_key() -> None:
     with pytest.raises(UserError, match="^engine.max_micro_batch_size: 96 images at a time .* try 48, or") as caught:
         engine.train_step(None, 0.1)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+    engine._fits = True
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.train_step(None, 0.1)  # type: ignore[arg-type]

@@ -173,3 +173,14 @@ def test_tensorboard_that_cannot_begin(
 def test_duration(seconds: float, text: str) -> None:
     """Times are told as a person would."""
     assert duration(seconds) == text
+
+
+def test_a_line_that_nobody_takes_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """multiprocessing flushes stdout before it starts a process: what is left over there would end the run."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(log_module.ranks, "is_main", lambda: True)
+        log_module.say("a line")
+        stream.flush()

@@ -433,6 +433,9 @@ def test_a_resumed_mixture_keeps_its_lanes(
     assert began.order.mixture and today.mixture and today.mixture.lanes[:3] != began.order.mixture.lanes
     resumed = resumed_order(tmp_path, today, STEPS)
     assert resumed.mixture and resumed.mixture.lanes == (*began.order.mixture.lanes, today.mixture.lanes[3])
+    without = replace(today, mixture=replace(today.mixture, lanes=()))  # data.order=auto of sets on this disk
+    with pytest.raises(UserError, match="began in the order lanes, and a set was added; set data.order=lanes"):
+        resumed_order(tmp_path, without, STEPS)
     for key, wrong_one in (("num_lanes", 12), ("round_samples", 0), ("block_samples", "8")):
         broken = json.loads(json.dumps(state))
         broken["data"]["order"]["sources"][1][key] = wrong_one

@@ -18,7 +18,9 @@ from pretrain.errors import UserError
 from pretrain.shards import parquet as parquet_module
 from pretrain.shards.build import read_dropped
 from pretrain.shards.make import Options, make_part, make_shards
+from pretrain.shards.parquet import Columns
 from pretrain.shards.passes import FOLDER
+from pretrain.shards.records import RowsSoFar
 from tests.test_building import refusal, tree
 
 NAMES = ["ant", "bee", "cow"]
@@ -175,9 +177,18 @@ def damaged(path: Path, how: str) -> list[Path]:
         return [path.parent]
     elif how == "bomb":
         parquet_file(path, [bytes(100_000)] * 2000, [0] * 2000, group=2000)
+    elif how == "folders of splits":
+        parquet_file(path.with_name("0000.parquet"), IMAGES[:3], [0, 1, 2])
+        return [
+            path.with_name("0000.parquet"),
+            parquet_file(path.parent.parent / "test" / "0000.parquet", IMAGES[:3], [0, 1, 2]),
+        ]
     else:
-        parquet_file(path, IMAGES[:3], [{"a": 1}] * 3, names=None)
+        parquet_file(path, IMAGES[:3], LABELS[how], names=None)
     return [path]
+
+
+LABELS = {"struct": [{"a": 1}] * 3, "list": [[0], [1], [0]]}
 
 
 @pytest.mark.parametrize(
@@ -187,8 +198,10 @@ def damaged(path: Path, how: str) -> list[Path]:
         ("no label", "[1]: label None is no class"),
         ("names differ", "has other classes than"),
         ("splits", "files of several splits"),
+        ("folders of splits", "files of several splits (1 of in/.parquet, 1 of test/.parquet)"),
         ("bomb", "becomes 67,"),
-        ("struct", "is no class"),
+        ("struct", "column label is 'struct<a: int64>', expected whole numbers or names"),
+        ("list", "expected whole numbers or names"),
     ],
 )
 def test_what_is_no_set_is_one_line(how: str, said: str, tmp_path: Path) -> None:
@@ -210,6 +223,7 @@ def test_records_of_a_split_are_complete(tmp_path: Path) -> None:
     """A file that is missing or left out, a record that is not there, and one without a label."""
     files = tfrecords(tmp_path / "t")
     assert "1 were given" in refusal(make_shards, files[:1], None, tmp_path / "set", SMALL)
+    assert "00001-of-00002 is missing" in refusal(make_shards, files[:1] * 2, None, tmp_path / "set", SMALL)
     info = {"splits": [{"name": "train", "shardLengths": ["12", "12"]}]}
     (tmp_path / "t" / "dataset_info.json").write_text(json.dumps(info))
     assert "has 23 records, dataset_info.json says 24" in refusal(make_shards, files, None, tmp_path / "set", SMALL)
@@ -217,6 +231,65 @@ def test_records_of_a_split_are_complete(tmp_path: Path) -> None:
     assert "has 0 of other" in refusal(make_shards, files, None, tmp_path / "set", other)
     files[1].unlink()
     assert "is missing" in refusal(make_shards, files[:1], None, tmp_path / "set", SMALL)
+
+
+TRAIN = [f"train-0000{n}-of-00002" for n in range(2)]
+
+
+@pytest.mark.parametrize(
+    "there, given, said",
+    [
+        (TRAIN, [""], None),
+        ([name + ".tfrecord" for name in TRAIN], [""], None),
+        (["part-1.tfrecord", "part-2.tfrecord"], [""], None),
+        (TRAIN, [TRAIN[0]] * 2, "2 were given, of which train-00001-of-00002 is missing"),
+        (TRAIN, [*TRAIN, TRAIN[0]], "train-00000-of-00002 is too many"),
+        (["train.tfrecord", "validation.tfrecord"], [""], "files of several splits"),
+        ([*TRAIN, "validation-00000-of-00001"], [""], "files of several splits"),
+        (["a/0.tfrecord", "b/0.tfrecord"], ["a/0.tfrecord", "b/0.tfrecord"], "files of several splits"),
+    ],
+)
+def test_files_of_one_split_by_any_name(there: list[str], given: list[str], said: str | None, tmp_path: Path) -> None:
+    """As TensorFlow's script for ImageNet names them, with the ending behind, and by no rule; all of them, once."""
+    for number, name in enumerate(there):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        records = [example(image__encoded=[IMAGES[number]], image__class__label=[number])]
+        write_split(tmp_path, "toy", "x", records, 1)
+        (tmp_path / "toy-x.tfrecord-00000-of-00001").rename(tmp_path / "in" / name)
+    files = [tmp_path / "in" / name for name in given]
+    if said:
+        assert said in refusal(make_shards, files, None, tmp_path / "set", SMALL)
+        return
+    make_shards(files, None, tmp_path / "set", SMALL)
+    assert content(tmp_path / "set") == sorted((IMAGES[number], b"%d" % number) for number in range(2))
+
+
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        ([b"a", 0], "its label is a number"),
+        ([0, "a"], "its label is a name"),
+        (["a", "b", 1], "its label is a number"),
+        (["a", None], "label None is no class"),
+        ([b"a", b"\xff"], "a name in UTF-8"),
+    ],
+)
+def test_labels_are_of_one_kind(labels: list[Any], said: str) -> None:
+    """A number among names would be taken for a name's place; bytes that are no text would all be one name."""
+    rows = RowsSoFar("x")
+    for label in labels[:-1]:
+        rows.add(0, b"", label)
+    message = refusal(rows.add, 0, b"", labels[-1])
+    assert said in message and message.startswith(f"x[{len(labels) - 1}]: ")
+
+
+def test_columns_that_say_they_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images and labels together; nothing is unpacked before."""
+    path = parquet_file(tmp_path / "x.parquet", IMAGES[:8], [f"{n:0200}" for n in range(8)], names=None)
+    num_bytes = sum(map(len, IMAGES[:8])) + 8 * 200
+    monkeypatch.setattr(parquet_module, "max_unpacked_bytes", lambda _: num_bytes)
+    rows = parquet_module._rows(path, Columns("image.bytes", "label", []))
+    assert f"at most {num_bytes:,}" in refusal(next, rows)
 
 
 def test_a_label_column_of_what_has_no_columns(tmp_path: Path) -> None:

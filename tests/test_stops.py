@@ -6,6 +6,7 @@ pytest tests/test_stops.py -m "long or not long"
 Ranks are forked from a process that has imported all, but those that are stopped in their imports.
 """
 
+import faulthandler
 import itertools
 import json
 import os
@@ -138,6 +139,8 @@ def hold(phase: str, held: Held) -> None:
 def rank(config: Config, number: int, port: int, place: Path, phase: str, target: str) -> None:
     """What the command line does, from the end of its imports on."""
     os.environ.update(rank_variables(number, 2, port) | on_cpu(1))
+    stacks = open(place / f"stacks-{number}", "w")  # of a rank that hangs: its own output may be closed
+    faulthandler.dump_traceback_later(PATIENT_S - 20, file=stacks)
     held = Held(place, hears=number == 1 or target != "rank")
     stop = Hearing(held)
     signals._LAUNCHERS = (Path(sys.executable).name,)  # as those above are called here
@@ -183,10 +186,17 @@ def launcher(config: Config, place: Path, phase: str, target: str, output: str) 
 
 @pytest.mark.parametrize(
     ("phase", "name", "target", "output"),
-    [pytest.param(*one, marks=[] if one in FEW else [pytest.mark.long], id="-".join(one)) for one in ALL],
+    [pytest.param(*one, marks=[pytest.mark.slow if one in FEW else pytest.mark.long], id="-".join(one)) for one in ALL],
 )
 def test_a_stop(
-    phase: str, name: str, target: str, output: str, shards: Path, tmp_path: Path, measured: list[tuple[float, int]]
+    phase: str,
+    name: str,
+    target: str,
+    output: str,
+    shards: Path,
+    tmp_path: Path,
+    measured: list[tuple[float, int]],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Exit code 0, a checkpoint of the step in which it was heard or of the next, STOP.json, no process left."""
     number, folder = getattr(signal, f"SIG{name}"), tmp_path / "tiny"
@@ -205,9 +215,14 @@ def test_a_stop(
         config = tiny_config(shards, tmp_path, **changes)
         (above,) = start_ranks(launcher, 1, config, tmp_path, phase, target, output)
         session = above.pid
-        wait_for(lambda: steps(folder) >= 5 if phase == "training" else len(list(tmp_path.glob("ready-*"))) == 2)
-        if phase == "data":
-            wait_for(lambda: steps(folder) >= HELD_AT - 1)
+        request.addfinalizer(lambda: [os.kill(left, signal.SIGKILL) for left in processes_of(session)])
+
+        def ready() -> bool:
+            held = phase == "training" or len(list(tmp_path.glob("ready-*"))) == 2
+            return held and steps(folder) >= {"training": 5, "data": HELD_AT - 1}.get(phase, 0)
+
+        wait_for(lambda: ready() or (tmp_path / "codes").exists(), tmp_path)
+        assert ready(), told(tmp_path)
         first, second = map(int, (tmp_path / "ranks").read_text().split())
         if target == "group":
             os.killpg(session, number)
@@ -215,12 +230,12 @@ def test_a_stop(
             os.kill(session if target == "parent" else second, number)
         sent = time.monotonic()
         (tmp_path / "sent").touch()
-        wait_for(lambda: (tmp_path / "codes").exists())
+        wait_for(lambda: (tmp_path / "codes").exists(), tmp_path)
         assert json.loads((tmp_path / "codes").read_text()) == [0, 0], told(tmp_path)
         newest = newest_valid(folder / "checkpoints")
         assert newest is not None, told(tmp_path)
         saved, heard = step_of(newest), [int(path.read_text()) for path in tmp_path.glob("heard-*")]
-    wait_for(lambda: not processes_of(session))
+    wait_for(lambda: not processes_of(session), tmp_path)
     seconds = time.monotonic() - sent
     measured.append((seconds, saved - min(heard)))
     assert max(heard) <= saved <= min(heard) + 1 and seconds < SLOWER * TARGET_S
@@ -263,7 +278,7 @@ def stop_in_imports(number: int, target: str, output: str, shards: Path, place: 
     if target == "rank":
         above.wait(PATIENT_S)
         assert output == "closed" or output_of.splitlines()[-1] == "0", output_of
-    wait_for(lambda: not processes_of(above.pid))
+    wait_for(lambda: not processes_of(above.pid), place)
     above.stdout.close()
     above.wait(PATIENT_S)
     return above.pid, sent
@@ -275,11 +290,13 @@ def steps(folder: Path) -> int:
 
 
 def told(place: Path) -> str:
-    return (place / "log").read_text() if (place / "log").exists() else "nobody has read it"
+    """Exit codes, why the run has ended, what was said where somebody reads, and where ranks are that hang."""
+    files = [place / "codes", place / "tiny" / "STOP.json", place / "log", *sorted(place.glob("stacks-*"))]
+    return "\n".join(f"{path.name}: {path.read_text()}" for path in files if path.exists()) or "nothing was told"
 
 
-def wait_for(condition: Any) -> None:
+def wait_for(condition: Any, place: Path) -> None:
     until = time.monotonic() + PATIENT_S
     while not condition():
-        assert time.monotonic() < until
+        assert time.monotonic() < until, told(place)
         time.sleep(0.01)

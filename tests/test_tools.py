@@ -93,3 +93,40 @@ def test_a_terminal_hears_that_it_takes_seconds() -> None:
             pass
         os.close(ours)
         assert process.wait(timeout=60) == 0 and (b"loading torch" in said) == (seconds > 2), said
+
+
+COMMAND = """
+import sys
+from pretrain import cli
+from pretrain.errors import StorageError
+def main():
+    if sys.argv[1] == "fail":
+        raise StorageError("the disk is away")
+    print("done")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("outputs", "ends", "code"),
+    [
+        (">&-", "well", 0),
+        ("| (exec <&-; sleep 1)", "well", 0),
+        (">/dev/full", "well", 75),
+        (">&- 2>&-", "fail", 75),
+        ("2>&1 | (exec <&-; sleep 1)", "fail", 75),
+        ("2>/dev/full", "fail", 75),
+    ],
+)
+def test_outputs_that_nobody_takes_change_no_exit_code(outputs: str, ends: str, code: int, tmp_path: Path) -> None:
+    """Closed, gone, or on a full disk: only what a disk did not take of a result is a failure of its own."""
+    command = f'( "$0" -c "$1" {ends}; echo $? >"$2" ) {outputs}'
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    subprocess.run(
+        ["bash", "-c", command, sys.executable, COMMAND, tmp_path / "code"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert (tmp_path / "code").read_text() == f"{code}\n"

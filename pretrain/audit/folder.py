@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.audit.logs import Lie, lie, open_log, rows, rows_of
-from pretrain.checkpoint.layout import MAX_STEP, own_file, read_manifest, step_folders, step_of
+from pretrain.checkpoint.layout import MAX_RANKS, MAX_STEP, own_file, read_manifest, step_folders, step_of
 from pretrain.config import MAX_SOURCES, Config, Source, load_config
 from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
 from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
@@ -25,7 +25,6 @@ from pretrain.data.store import store_at
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, parse_json, read_json
 from pretrain.storage import crc32c
-from pretrain.train.state import MAX_RANKS
 
 ORDERS = (("permuted", "v1"), ("lanes", "v1"))  # names and versions
 MAX_COUNT = 2**63 - 1

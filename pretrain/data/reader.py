@@ -10,7 +10,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
@@ -74,9 +74,9 @@ def read_sample(manifest: Manifest, index: int) -> RawSample:
     """
     shard, number = manifest.locate(index)
     start, end, key = _patiently(shard, "cannot be opened", lambda: _place(shard, number))
-    if end - start > MAX_SAMPLE_BYTES:
-        raise BadSample("tar", f"{end - start} bytes in one sample")
     try:
+        if end - start > MAX_SAMPLE_BYTES:
+            raise BadSample("tar", f"{end - start} bytes in one sample")
         if shard.url:
             return _parse(_from_store(manifest, index, number, start, end), key)
         what = f"bytes {start} to {end} cannot be read"
@@ -147,8 +147,8 @@ def block_of(manifest: Manifest, index: int) -> Block | None:
 def _from_store(manifest: Manifest, index: int, number: int, start: int, end: int) -> bytes:
     """A remote sample's bytes, as they were indexed. A block with others is downloaded anew, once."""
     shard, block = manifest.locate(index)[0], block_of(manifest, index)
-    rows = _open_shard(shard)[1]
-    expected = _row_of(shard, lambda: rows.sample_crc32(number))
+    row = partial(_row_of, shard, lambda: _open_shard(shard)[1].sample_crc32(number))
+    expected = _patiently(shard, "cannot be opened", row)
     store = manifest.store or store_at(None)
     assert block is not None
     for tries in (1, 2):

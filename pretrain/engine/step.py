@@ -49,6 +49,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device) -> None:
         check_precision(config)
         self.plan, self.device = plan, device
+        self._fits = False  # a micro-batch, into the GPU's memory
         self.dtype = DTYPES[config.engine.precision]
         self._loss, self._label_smoothing = config.loss, config.label_smoothing
         self._normalisation = config.data.normalisation
@@ -108,11 +109,16 @@ class Engine:
     def train_step(self, batch: Batch, lr: float) -> StepResult:
         """Takes one optimizer step on this rank's share of a global batch, micro-batch by micro-batch.
 
-        Raises UserError, on this rank alone, when the GPU's memory does not hold a micro-batch.
+        Raises UserError, on this rank alone, when the GPU's memory does not hold a micro-batch. Where it has held one
+        before, it is not the size, and another try may go well.
         """
         try:
-            return self._train_step(batch, lr)
+            result = self._train_step(batch, lr)
+            self._fits = True
+            return result
         except torch.OutOfMemoryError as error:
+            if self._fits:
+                raise
             size, ways = self.plan.micro_batch, "engine.checkpoint_activations=true, engine.zero_stage=2 or 3"
             told = str(error).partition(". ")[0]
             raise UserError(

@@ -1,6 +1,5 @@
 """Items -> shuffled shards, their indexes, and the manifest, which is written last."""
 
-import errno
 import hashlib
 import json
 from collections import Counter
@@ -31,13 +30,13 @@ from pretrain.json_files import Fields, is_text, read_json
 from pretrain.log import warn
 from pretrain.shards import unfinished
 from pretrain.shards.counts import add_to_counts, write_counts
-from pretrain.shards.items import Item, PackedItems, digest_of, taken
+from pretrain.shards.items import PASSING_WHEN_READ, Item, PackedItems, digest_of, taken
 from pretrain.shards.pool import Engine, Progress, results
 from pretrain.shards.resizing import NOTE, Resizing, resized
 from pretrain.shards.sources import Told
 from pretrain.shards.tars import index_tar
 from pretrain.shards.unfinished import Done, Plan
-from pretrain.storage import PASSING_ERRORS, remove_left_over, replacing, write_text
+from pretrain.storage import remove_left_over, replacing, write_text
 
 
 class DataSet(NamedTuple):
@@ -330,7 +329,7 @@ def _read(item: Item) -> bytes:
     try:
         data = item.read()
     except OSError as error:  # of this file; the disk that is written to has errors of its own
-        if error.errno in PASSING_ERRORS - {errno.EIO}:  # which may be a bad sector: it would end every further start
+        if error.errno in PASSING_WHEN_READ:
             raise StorageError(
                 shown(f"{item.source}: cannot be read for now ({error.strerror}); the same command goes on")
             ) from None

@@ -17,7 +17,7 @@ from pretrain.escape import shown
 from pretrain.json_files import is_text
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listing import is_of_the_system
-from pretrain.shards.passes import Piece, Work, run_pass
+from pretrain.shards.passes import Piece, Work, outcome_of, run_pass
 from pretrain.shards.pictures import ending_of, stored_ending
 from pretrain.shards.pool import Progress
 from pretrain.shards.records import key_of
@@ -34,7 +34,7 @@ def is_of_class_tars(folder: Path) -> bool:
 
 
 def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
-    """Returns the images of folder/CLASS.tar, and the class names in sorted order.
+    """Returns the images of folder/CLASS.tar, and the class names, sorted as the tars' names.
 
     Only headers are read: 14 million in some minutes where the disk seeks fast. Members that are no JPEG, PNG or WebP,
     and files that are no tar, are passed over and counted. Raises UserError for a tar that cannot be read to its end,
@@ -48,7 +48,8 @@ def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
             continue
         if not is_text(path.stem):
             raise UserError(f"{shown(path)}: the tar's name is not UTF-8, and it names a class; rename it")
-        _add_members(path, len(names), items, told)
+        status = path.stat()
+        _add_members(path, len(names), items, told, (status.st_size, status.st_mtime_ns))
         names.append(path.stem)
     if len(names) == 1:
         raise UserError(
@@ -74,15 +75,21 @@ def is_tar_of_tars(path: Path) -> bool:
 
 
 def tar_of_tars_items(path: Path, told: Told, work: Work) -> tuple[PackedItems, list[str]]:
-    """Returns the images of a tar that holds CLASS.tar for each class, and the class names in sorted order.
+    """Returns the images of a tar that holds CLASS.tar for each class, and the class names, sorted as the tars' names.
 
     They are those of the unpacked folder, in the same order. A .tar.gz cannot be entered in the middle: it is
-    decompressed once, to OUT/.passes. Raises UserError and StorageError as `class_tar_items` does.
+    decompressed once, to OUT/.passes. Raises UserError and StorageError as `class_tar_items` does, and UserError for a
+    .tar.gz that each of several calls would decompress.
     """
+    status = path.stat()
+    stamp = (status.st_size, status.st_mtime_ns)
     if path.suffix == ".gz":
-        (listing,) = run_pass(
-            _decompress, [Piece(key_of("gzip 1", 0, path), partial(Path, path))], work, "decompressing", "files"
-        )
+        piece = Piece(key_of("gzip 1", 0, path), partial(Path, path))
+        if work.is_part and not outcome_of(piece, work).exists():
+            raise UserError(
+                f"{path}: with --part each element would decompress it; do it before (gunzip -k), and give the .tar"
+            )
+        (listing,) = run_pass(_decompress, [piece], work, "decompressing", "files")
         path = _decompressed(listing)
     try:
         with path.open("rb") as file:
@@ -93,12 +100,13 @@ def tar_of_tars_items(path: Path, told: Told, work: Work) -> tuple[PackedItems, 
     spans = [_Span(m.offset_data, m.size, m.name) for m in outer if m.isreg() and _is_class(m.name)]
     if beside := sum(member.isreg() for member in outer) - len(spans):
         told.passed_over["files beside the tars"] += beside
-    names = [Path(span.name).stem for span in sorted(spans, key=lambda span: Path(span.name).stem)]
+    spans.sort(key=lambda span: Path(span.name).name)  # with the ending, as a folder's files: dog-house.tar, dog.tar
+    names = [Path(span.name).stem for span in spans]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: holds {Counter(names).most_common(1)[0][0]}.tar more than once")
-    items, labels = PackedItems(partial(tar_item, path.parent)), {name: label for label, name in enumerate(names)}
-    for span in sorted(spans, key=lambda span: Path(span.name).stem):
-        _add_members(path, labels[Path(span.name).stem], items, told, span)
+    items = PackedItems(partial(tar_item, path.parent))
+    for label, span in enumerate(spans):
+        _add_members(path, label, items, told, stamp, span)
     if not items:
         raise UserError(f"{path}: no images found in its {len(names)} tars; expected CLASS.tar with JPEGs")
     return items, names
@@ -134,12 +142,15 @@ class _Span(NamedTuple):
     name: str
 
 
-def _add_members(path: Path, label: int, items: PackedItems, told: Told, span: _Span | None = None) -> None:
-    """Adds the images of a class's tar; span: where it lies inside `path`, None: that is the tar."""
-    status = path.stat()
-    start, size = (span.start, span.num_bytes) if span else (0, status.st_size)
-    named = f"{path}[{span.name}]" if span else str(path)
-    stamp, end = (status.st_size, status.st_mtime_ns), start
+def _add_members(
+    path: Path, label: int, items: PackedItems, told: Told, stamp: tuple[int, int], span: _Span | None = None
+) -> None:
+    """Adds the images of a class's tar; span: where it lies inside `path`, None: that is the tar.
+
+    stamp: size and time of the file that was given: a decompressed copy's time is another one each time.
+    """
+    start, size = (span.start, span.num_bytes) if span else (0, stamp[0])
+    named, end = f"{path}[{span.name}]" if span else str(path), start
     try:
         with path.open("rb") as file:
             for member in members(file, start, start + size):

@@ -5,7 +5,6 @@ its bytes, or the perceptual hash of the library imagehash.
 """
 
 import csv
-import errno
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,14 +17,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pretrain.data.images import decode
-from pretrain.data.manifest import Manifest, load_manifest
+from pretrain.data.manifest import Manifest, check_shards, load_manifest
 from pretrain.data.reader import MAX_LABELS, BadSample, read_sample
 from pretrain.errors import StorageError, UserError
-from pretrain.shards.items import Item, PackedItems
+from pretrain.shards.items import PASSING_WHEN_READ, Item, PackedItems
 from pretrain.shards.passes import Piece, Work, run_pass
 from pretrain.shards.pool import Progress
 from pretrain.shards.sources import Told
-from pretrain.storage import PASSING_ERRORS, write_text
+from pretrain.storage import write_text
 
 NEAR_FILE = "near_duplicates.csv"
 # Of 64 bits that may differ. Measured on photos made smaller or saved anew: docs/data.md.
@@ -89,7 +88,7 @@ def _read(item: Item) -> bytes:
     except BadSample:
         return b""
     except OSError as error:
-        if error.errno in PASSING_ERRORS - {errno.EIO}:  # as where shards are written
+        if error.errno in PASSING_WHEN_READ:  # as where shards are written
             raise StorageError(f"{item.source}: cannot be read for now ({error.strerror})") from None
         return b""
 
@@ -101,9 +100,12 @@ def without_near(items: PackedItems, folders: Sequence[Path], work: Work, told: 
     """Returns the items but those that look like an image of evaluation sets; OUT/near_duplicates.csv lists these.
 
     Two images look alike when their perceptual hashes, or that of the mirror image, differ in at most MAX_DISTANCE
-    bits. folders: data sets, with their manifests. Raises UserError where imagehash is not installed.
+    bits. folders: data sets, with their manifests and shards. Raises UserError where one is not complete, where
+    imagehash is not installed, and when nothing is left.
     """
     manifests = [load_manifest(folder) for folder in folders]
+    for manifest in manifests:
+        check_shards(manifest)
     key = " ".join(manifest.sha256 for manifest in manifests)
     near = _near(manifests, work)
     found = _pass(partial(_nearest, near), items, work, "looking", f"1 {key}")
@@ -117,6 +119,11 @@ def without_near(items: PackedItems, folders: Sequence[Path], work: Work, told: 
         source = items[index].source.encode("utf-8", "backslashreplace").decode()
         writer.writerow([source, near.names[number], sample, distance])
     write_text(work.out / NEAR_FILE, file.getvalue(), shared=True)
+    if len(left_out) == len(items):
+        raise UserError(
+            f"{work.out}: nothing is left: all {len(items):,} images look like those of --away-from ({NEAR_FILE}); "
+            "is it the set itself?"
+        )
     told.passed_over[f"images that look like those of evaluation sets ({NEAR_FILE})"] += len(left_out)
     return items.without(left_out)
 

@@ -4,6 +4,7 @@ An object for each image would take a kilobyte: 14 million of them 14 GB. Here a
 end, and its label, and becomes an `Item` when its shard is written.
 """
 
+import errno
 import hashlib
 from array import array
 from collections import Counter
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
+
+from pretrain.storage import PASSING_ERRORS
 
 
 class Item(NamedTuple):
@@ -21,6 +24,10 @@ class Item(NamedTuple):
     label: int | list[int]  # a class, or all classes of the image; one kind for a whole data set
     source: str  # where it came from, for error messages
 
+
+# Reading an image fails with these for now. EIO may be a bad sector, and would end every further start; a file that was
+# there when it was listed has gone meanwhile, or is not seen by this machine.
+PASSING_WHEN_READ = PASSING_ERRORS - {errno.EIO} | {errno.ENOENT, errno.ENOTDIR}
 
 # Makes the item of a reference; what is to be said of its picture is added to the counter when it is read. It is sent
 # to other processes: a function of a module, or a `partial` of one.
@@ -62,7 +69,7 @@ class PackedItems(Sequence[Item]):
         return [item._replace(label=self.lists.get(index, [self.labels[index]])) for index, item in made]
 
     def without(self, dropped: Iterable[int], lists: Mapping[int, Iterable[int]] | None = None) -> "PackedItems":
-        """Returns the items but some; they keep their order and the digest of all. Shares the rest.
+        """Returns the items but some; they keep their order. Shares the rest.
 
         lists: with it all labels become lists, these of some items, the single label of all others.
         """
@@ -84,9 +91,13 @@ class PackedItems(Sequence[Item]):
         return self
 
     def digest(self) -> str:
-        """Returns the SHA-256 of references, labels and stamps as they were appended, and of the labels now."""
+        """Returns the SHA-256 of references, labels and stamps as they were appended, of which are left, and of the
+        labels now.
+        """
         digest = self._hash.copy()
         digest.update(self.labels)
+        if self._places is not None:
+            digest.update(self._places)
         if self.lists is not None:
             digest.update(repr(sorted(self.lists.items())).encode())
         return digest.hexdigest()

@@ -150,7 +150,7 @@ def make_part(
     source = _source_of(sources, out, options)
     if source.items is None:
         raise UserError(f"--part has no effect on {sources[0]}, which is indexed as it is; leave it out")
-    items, names = _items_of(source, sources, classes, Told(), options, out)
+    items, names = _items_of(source, sources, classes, Told(), options, out, is_part=True)
     with cli.progress("writing", -(-len(items) // part[1]), "images") as advance:
         how = _how(len(items), sources, options)
         sizes = {"samples_per_shard": options.samples_per_shard, "seed": options.seed}
@@ -186,11 +186,17 @@ def _source_of(sources: Sequence[Path], out: Path, options: Options) -> Source:
 
 
 def _items_of(
-    source: Source, sources: Sequence[Path], classes: ClassList | None, told: Told, options: Options, out: Path
+    source: Source,
+    sources: Sequence[Path],
+    classes: ClassList | None,
+    told: Told,
+    options: Options,
+    out: Path,
+    is_part: bool = False,
 ) -> tuple[Sequence[Item], Sequence[str]]:
     assert source.items is not None  # else there are shards already
     workers = _workers(MIN_IMAGES_FOR_PROCESSES + 1, options)
-    work = Work(out, workers, options.engine, "turned" if options.apply_orientation else "")
+    work = Work(out, workers, options.engine, is_part, "turned" if options.apply_orientation else "")
     items, names = source.items(sources, told, options, work)
     items, names = _labelled(items, names, classes, told) if classes else (items, names)
     for option, given in (("--away-from", options.away_from), ("--merge-duplicates", options.merge_duplicates)):

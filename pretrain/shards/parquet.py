@@ -19,13 +19,15 @@ from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.passes import FOLDER, Piece, Work, run_pass
 from pretrain.shards.pictures import picture_of
 from pretrain.shards.pool import Progress
-from pretrain.shards.records import RowsSoFar, ending_of_kind, items_of_rows, key_of, one_split
+from pretrain.shards.records import RowsSoFar, ending_of_kind, items_of_rows, key_of, one_split, unnumbered
 from pretrain.shards.tars import unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.storage import replacing
 
 ENDING = ".parquet"
 _LABELS = ("label", "labels", "class", "cls")  # columns that are taken for it without being named
+# Types of a label: no list, of which a page of some bytes may hold 10^8 zeros.
+_LABEL_TYPE = re.compile(r"(dictionary<values=)?(u?int\d+|(large_)?(string|binary))(, indices=.*)?")
 _ROWS_AT_ONCE = 8  # in memory: of 64 MB each at most, as a dictionary of few large images may stand for many rows
 _BUFFER_BYTES = 1 << 20  # of a column that is read from the disk at a time
 # train-00003-of-00016.parquet, also with a digest behind it; 0003.parquet, as the hub converts sets
@@ -73,7 +75,7 @@ def parquet_items(
 
 def _split_of(path: Path) -> str:
     match = _SPLIT.fullmatch(path.stem)
-    return match[1] if match else path.stem
+    return match[1] if match and match[1] else unnumbered(path)
 
 
 def _opened(path: Path) -> Any:
@@ -111,6 +113,8 @@ def columns_of(path: Path, label_column: str | None = None) -> Columns:
         raise UserError(
             f"{path}: column {image} is {brief(kinds[image])}, expected bytes of images, or a struct of them"
         )
+    if not _LABEL_TYPE.fullmatch(kinds[label]):
+        raise UserError(f"{path}: column {label} is {brief(kinds[label])}, expected whole numbers or names of classes")
     names = (features.get(label) or {}).get("names") if isinstance(features.get(label), dict) else None
     if names is not None and not (isinstance(names, list) and all(map(is_text, names))):
         raise UserError(f"{path}: the names of {label} are no list of texts")
@@ -158,6 +162,7 @@ def _rows(path: Path, columns: Columns) -> Iterator[tuple[Any, Any]]:
     """Yields image and label of each row, few of which are in memory."""
     try:
         with _opened(path) as file:
+            _check_size(path, file.metadata, columns)
             wanted = [columns.image, columns.label]
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted, use_threads=False):
                 for row in batch.to_pylist():
@@ -167,6 +172,16 @@ def _rows(path: Path, columns: Columns) -> Iterator[tuple[Any, Any]]:
         raise
     except Exception as error:
         raise _unreadable(path, error) from None
+
+
+def _check_size(path: Path, metadata: Any, columns: Columns) -> None:
+    """Raises UserError when the two columns become too large, by what the file says, before a page is read."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    parts = (group.column(number) for group in groups for number in range(group.num_columns))
+    wanted = (part for part in parts if part.path_in_schema in (columns.image, columns.label))
+    num_bytes, limit = sum(part.total_uncompressed_size for part in wanted), max_unpacked_bytes(path)
+    if num_bytes > limit:
+        raise UserError(f"{path}: {too_large(num_bytes, limit)}")
 
 
 def _item(folder: Path, apply_orientation: bool, reference: str, label: int, notes: Counter[str]) -> Item:

@@ -27,6 +27,7 @@ class Work(NamedTuple):
     out: Path  # the data set's folder
     workers: int = 1
     engine: Engine = results
+    is_part: bool = False  # whether other calls work on the same set at the same time
     options: str = ""  # on which the outcomes depend, beside the pieces' own keys
 
 
@@ -55,8 +56,7 @@ def run_pass(function: PieceOf, pieces: Sequence[Piece], work: Work, title: str,
     except OSError as error:
         raise UserError(f"{work.out}: cannot be made a folder ({error.strerror}); choose another one") from None
     remove_left_over(folder)
-    keys = (f"{work.options} {piece.key}".encode("utf-8", "surrogateescape") for piece in pieces)
-    paths = [folder / hashlib.sha256(key).hexdigest() for key in keys]
+    paths = [outcome_of(piece, work) for piece in pieces]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     random.SystemRandom().shuffle(missing)
 
@@ -71,6 +71,12 @@ def run_pass(function: PieceOf, pieces: Sequence[Piece], work: Work, title: str,
         for _ in work.engine(partial(_kept, function), left(), workers, lambda _: None):
             advance(1)
     return paths
+
+
+def outcome_of(piece: Piece, work: Work) -> Path:
+    """Returns the file in which a piece's outcome is kept."""
+    key = f"{work.options} {piece.key}".encode("utf-8", "surrogateescape")
+    return work.out / FOLDER / hashlib.sha256(key).hexdigest()
 
 
 def _kept(function: PieceOf, task: tuple[Path, Any], progress: Progress) -> None:

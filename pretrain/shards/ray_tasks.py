@@ -6,12 +6,14 @@ hands out tasks and starts them again when a machine is lost; it sees no image, 
 
 import logging
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import LostProcessError, UserError
+from pretrain.errors import LostProcessError, StorageError, UserError
 from pretrain.shards.pool import Progress, Result, Task
 
 _ROOT = Path(__file__).resolve().parents[2]  # what machines import has to lie at one path on all of them
@@ -38,8 +40,11 @@ def ray_results(
         raise UserError(f"no Ray cluster ({(str(error) or type(error).__name__).splitlines()[0]})") from None
     counted, left, running = ray.remote(_counted), iter(tasks), []
     shared = ray.put(function)  # once: it may hold megabytes
+    folder = os.getcwd()
     try:
-        while running := running + [counted.remote(shared, task) for task in islice(left, at_once - len(running))]:
+        while running := running + [
+            counted.remote(shared, task, folder) for task in islice(left, at_once - len(running))
+        ]:
             (done,), running = ray.wait(running)
             try:
                 result, count = ray.get(done)
@@ -63,7 +68,14 @@ def _environment() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def _counted(function: Callable[[Any, Progress], Any], task: Any) -> tuple[Any, int]:
-    """A task's result, and how many samples it has told of."""
+def _counted(function: Callable[[Any, Progress], Any], task: Any, folder: str) -> tuple[Any, int]:
+    """A task's result, and how many samples it has told of. folder: to which relative paths are relative."""
     told: list[int] = []
-    return function(task, told.append), sum(told)
+    with suppress(OSError):  # a machine that has no such folder can do with absolute paths
+        os.chdir(folder)
+    try:
+        return function(task, told.append), sum(told)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{error.filename}: not found on {platform.node()}; machines have to see SOURCE and OUT by the same path"
+        ) from None

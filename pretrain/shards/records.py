@@ -5,6 +5,7 @@ A pass over the files (passes.py) finds where the images lie, their kind and the
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,22 +53,30 @@ class RowsSoFar:
         self._source, self._rows, self._names = source, [], {}
 
     def add(self, start: int, image: bytes, label: object, num_bytes: int | None = None) -> None:
-        """Adds a row. label: a class's number, or a text. Raises UserError, naming the row, when it is neither."""
+        """Adds a row. label: a class's number, or a text. Raises UserError, naming the row, when it is neither,
+        or not of the kind that the rows before have.
+        """
         if isinstance(label, bytes):
-            label = label.decode(errors="replace")
+            label = label.decode(errors="surrogateescape")  # what is not UTF-8 is refused below
+        is_name, others_are = isinstance(label, str), bool(self._names)
         if isinstance(label, str) and label and is_text(label) and len(label) <= MAX_NAMES_LETTERS:
             label = self._names.setdefault(label, len(self._names))
         elif type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise UserError(
                 f"{self._source}[{len(self._rows)}]: label {brief(label)} is no class, expected 0 to "
-                f"{MAX_CLASSES - 1} or a name; -1 or none is how splits without labels are published"
+                f"{MAX_CLASSES - 1} or a name in UTF-8; -1 or none is how splits without labels are published"
+            )
+        if self._rows and is_name != others_are:
+            raise UserError(
+                f"{self._source}[{len(self._rows)}]: its label is a {'name' if is_name else 'number'}, in the rows "
+                "before they are not; make all of one kind"
             )
         if len(self._names) > MAX_CLASSES:
             raise UserError(f"{self._source}: more than {MAX_CLASSES} classes")
         self._rows.append((start, len(image) if num_bytes is None else num_bytes, _kind(image), label))
 
     def rows(self) -> Rows:
-        """Returns all of them. Raises UserError when some labels are texts and some numbers."""
+        """Returns all of them."""
         table = np.array(self._rows, dtype=np.int64).reshape(-1, 4)
         return Rows(table[:, :3], table[:, 3], list(self._names))
 
@@ -112,6 +121,11 @@ def key_of(what: str, number: int, path: Path) -> str:
     """Returns by what a pass knows one of several files again: its place among them, name, size and time."""
     status = path.stat()
     return f"{what} {number} {path.name} {status.st_size} {status.st_mtime_ns}"
+
+
+def unnumbered(path: Path) -> str:
+    """Returns what files of one split have in common where their names follow no rule: folder, and name but digits."""
+    return f"{path.parent.name}/{re.sub(r'[0-9]+', '', path.name)}"
 
 
 def one_split(paths: Sequence[Path], split_of: Callable[[Path], str]) -> None:

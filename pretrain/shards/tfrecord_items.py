@@ -4,6 +4,7 @@ A pass finds where records lie and reads their labels; images are read where the
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -17,18 +18,24 @@ from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.passes import Piece, Work, run_pass
 from pretrain.shards.pictures import picture_of
 from pretrain.shards.pool import Progress
-from pretrain.shards.records import RowsSoFar, ending_of_kind, items_of_rows, key_of, one_split
-from pretrain.shards.tfrecord import FILE, Features, Record, file_records, read_features, shard_lengths, split_files
+from pretrain.shards.records import RowsSoFar, ending_of_kind, items_of_rows, key_of, one_split, unnumbered
+from pretrain.shards.tfrecord import FILE, Features, Record, file_records, read_features, shard_lengths
 
 _IMAGES = ("image", "image/encoded")  # of TFDS; of TensorFlow's ImageNet
 _LABELS = ("label", "image/class/label")
+_IMAGENET = re.compile(r"[a-z]+-\d{5}-of-\d{5}")  # train-00000-of-01024, of TensorFlow's scripts for ImageNet
+_NUMBERED = re.compile(r"(.*-)(\d{5})-of-(\d{5})(.*)")
 
 
 def tfrecord_files(paths: Sequence[Path]) -> list[Path]:
     """Returns the TFRecord files among sources: these files, or those of a folder."""
     if len(paths) == 1 and paths[0].is_dir():
-        return sorted(path for path in paths[0].iterdir() if ".tfrecord" in path.name and path.is_file())
-    return sorted(paths) if all(".tfrecord" in path.name and path.is_file() for path in paths) else []
+        return sorted(filter(_is_tfrecord, paths[0].iterdir()))
+    return sorted(paths) if all(map(_is_tfrecord, paths)) else []
+
+
+def _is_tfrecord(path: Path) -> bool:
+    return (".tfrecord" in path.name or _IMAGENET.fullmatch(path.name) is not None) and path.is_file()
 
 
 def tfrecord_items(
@@ -55,7 +62,7 @@ def tfrecord_items(
 
 def _split_of(path: Path) -> str:
     match = FILE.fullmatch(path.name)
-    return f"{match['dataset']}-{match['split']}" if match else ""
+    return f"{match['dataset']}-{match['split']}" if match else unnumbered(path)
 
 
 def _first(path: Path) -> Features:
@@ -69,14 +76,19 @@ def _names(folder: Path, label: str) -> list[str]:
 
 
 def _check_complete(files: Sequence[Path]) -> int | None:
-    """Compares TFDS's files with their own count. Returns how many records dataset_info.json says there are, if any."""
+    """Checks files by the count in their names. Returns how many records dataset_info.json says there are, if any."""
+    if numbered := _NUMBERED.fullmatch(files[0].name):
+        start, _, count, end = numbered.groups()
+        expected = Counter(f"{start}{number:05d}-of-{count}{end}" for number in range(int(count)))
+        given = Counter(path.name for path in files)
+        for wrong, what in ((expected - given, "is missing"), (given - expected, "is too many")):
+            if wrong:
+                raise UserError(
+                    f"{files[0]}: is one of {int(count)}, {len(files)} were given, of which {min(wrong)} {what}; give "
+                    "each once"
+                )
     match = FILE.fullmatch(files[0].name)
-    if not match:
-        return None
-    expected = split_files(files[0].parent, match["dataset"], match["split"])
-    if len(expected) != len(files):
-        raise UserError(f"{files[0]}: {match['split']} has {len(expected)} files, {len(files)} were given; give all")
-    return sum(shard_lengths(files[0].parent, match["split"])) or None
+    return sum(shard_lengths(files[0].parent, match["split"])) or None if match else None
 
 
 def _list(task: tuple[Path, str], listing: Path, progress: Progress) -> bytes:

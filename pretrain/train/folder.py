@@ -263,6 +263,8 @@ def resumed_order(checkpoint: Path, order: Order, steps: int) -> Order:
     if mixture := order.mixture:  # sets that were added since have the lanes that are chosen for them today
         began = zip(saved.parts("sources"), mixture.sizes)
         known = [lanes_in(source, size, order.global_batch, steps) for source, size in began] if name == "lanes" else []
+        if known and len(known) < len(mixture.sizes) and not mixture.lanes:
+            raise UserError("data.order: the run began in the order lanes, and a set was added; set data.order=lanes")
         return replace(order, mixture=replace(mixture, lanes=(*known, *mixture.lanes[len(known) :]) if known else ()))
     if name == "permuted":
         return replace(order, lanes=None)

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.checkpoint.layout import MAX_RANKS
 from pretrain.checkpoint.read import read_state
 from pretrain.data.loader import REASONS
 from pretrain.data.order import Order
 from pretrain.json_files import Fields
 
 MAX_COUNT = 2**63 - 1  # of steps or samples, over a whole run
-MAX_RANKS = 1 << 20
 
 
 @dataclass
