@@ -51,6 +51,7 @@ _OWN_KEYS = {
     "data.mean": "WEIGHTS",
     "data.std": "WEIGHTS",
     "evaluation.every_steps": "nothing: each run is scored once, at its end",
+    "checkpoint.copy_to": "nothing: sweeps name their runs alike, and a second place knows them by their names",
 }
 
 

@@ -9,6 +9,7 @@ runs/NAME/
   bad_samples.jsonl  skipped_steps.jsonl  damaged_samples.jsonl    what was left out, or used though damaged
   samples-RANK.jsonl             the order, when asked for
   checkpoints/                   see pretrain/checkpoint/layout.py
+  copies.json                    with checkpoint.copy_to: the number that the copies are known by
   DONE                           proof of the end: the last step and its validation
   STOP.json                      why the last start ended before it, and whether to start again (ending.py)
   lost-rank-N.txt waiting-rank-N.txt    of a rank that hung, or waited for such a one: a line, its threads' stacks

@@ -74,7 +74,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
 def _train(given: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
     config: Config = agreement.together(lambda: _finding_data(folder, lambda: in_steps(given)))
     data: DataSets = agreement.together(lambda: _finding_data(folder, lambda: open_data(config)))
-    restore_copy(config)
+    restore_copy(config, stop)
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
         refuse_changes(checkpoint, config, data.train)

@@ -4,12 +4,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.behind import HostCopies, Job
-from pretrain.checkpoint.copies import Copier, SecondPlace, restore
+from pretrain.checkpoint.copies import Copier, has_checkpoints, restore
 from pretrain.checkpoint.retention import apply_retention
+from pretrain.checkpoint.second_place import SecondPlace
 from pretrain.checkpoint.write import Save
 from pretrain.cluster import agreement, ranks, signals, watchdog
 from pretrain.config import Config, config_to_dict
@@ -24,21 +26,47 @@ from pretrain.train.state import TrainState, receipt
 
 COPIED_S = 3600.0  # after the last step a copy to the second place is waited for so long
 COPIED_AFTER_STOP_S = 5.0  # launchers kill 30 s after they have asked to stop; the next start copies it
+RESTORED_S = 3600.0  # a copy is waited for so long
+LOOKED_S = 60.0  # where there is nothing to fetch: for a look whose copies these are
 _LOOK_EVERY_S = 0.05
 
 
-def restore_copy(config: Config) -> None:
+def restore_copy(config: Config, stop: signals.StopRequest) -> None:
     """Brings the newest copy back from checkpoint.copy_to where the run's folder has none. Called by all ranks.
 
-    Raises StorageError when the copies cannot be read, UserError when none of them can be used.
+    Gives up when one of them is asked to stop. Raises StorageError when the copies cannot be read or do not come within
+    RESTORED_S, UserError when none of them can be used or they are another run's.
     """
     if (url := config.checkpoint.copy_to) is None:
         return
-    main = ranks.is_main()
-    job = Job(lambda: main and restore(SecondPlace(url, config.name), _folder_of(config)), behind=main)
+    main, folder = ranks.is_main(), _folder_of(config)
+    has_own = agreement.from_main(lambda: has_checkpoints(folder))
+    place = partial(SecondPlace, url, config.name)
+    job = Job(lambda: main and restore(place, folder, _told_by(config)), behind=main)
+    limit = LOOKED_S if has_own else RESTORED_S
+    until = time.monotonic() + limit
     while agreement.any_rank(not job.done):  # a download takes longer than a collective may
+        if agreement.any_rank(stop.signal_name is not None):
+            return
+        if agreement.any_rank(time.monotonic() > until):
+            if has_own:
+                return  # the thread that copies tells what is wrong
+            raise StorageError(
+                f"checkpoint.copy_to: {url}: nothing that can be used has come in {limit:,.0f} s; the same command "
+                "tries again, or starts afresh with checkpoint.copy_to=null"
+            )
         time.sleep(_LOOK_EVERY_S)
     agreement.from_main(job.result)
+
+
+def _told_by(config: Config) -> dict[str, Any]:
+    """What a run of the same name differs in, when it is another one."""
+    start = {"init_from": config.init_from, "branch_from": config.branch_from}
+    return {
+        "output": str(config.output.resolve()),
+        "seed": config.seed,
+        **{key: None if path is None else str(path) for key, path in start.items()},
+    }
 
 
 def _folder_of(config: Config) -> Path:
@@ -60,8 +88,9 @@ class Saver:
         names = ("keep_last", "keep_every_steps", "keep_best")
         self._keep: dict[str, Any] = {name: getattr(keep, name) for name in names}
         self._copier: Copier | None = None
-        if keep.copy_to is not None and ranks.is_main():
-            self._copier = Copier(SecondPlace(keep.copy_to, config.name), self._folder, self._keep)
+        if (url := keep.copy_to) is not None and ranks.is_main():
+            place = partial(SecondPlace, url, config.name)
+            self._copier = Copier(place, self._folder, self._keep, _told_by(config))
             self._copier.begin()  # what the start before has not copied
 
     def save(self, state: TrainState, meter: Meter, *, must_succeed: bool) -> None:
@@ -125,7 +154,7 @@ class Saver:
         watchdog.section("save")
         until = time.monotonic() + COPIED_S
         while agreement.any_rank(self._copier is not None and not self._copier.done and time.monotonic() < until):
-            if stop.signal_name is not None:
+            if agreement.any_rank(stop.signal_name is not None):
                 until = min(until, time.monotonic() + COPIED_AFTER_STOP_S)
             time.sleep(_LOOK_EVERY_S)
         if self._copier is not None and not self._copier.done:
