@@ -432,6 +432,7 @@ def give_up(folder: Path) -> list[str]:
     return told
 
 
+@pytest.mark.slow
 def test_all_ranks_give_up_together(tmp_path: Path) -> None:
     """A signal to one rank, a limit, an error on rank 0: all ranks stop waiting, with the same error."""
     ours, theirs = run_ranks(give_up, 2, tmp_path, timeout_s=100)
