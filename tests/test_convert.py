@@ -339,7 +339,7 @@ sys.exit(code)
         ("checkpoint", "timm"),
         pytest.param("folder", "timm", marks=pytest.mark.long),
         pytest.param("folder", "transformers", marks=pytest.mark.long),
-        ("folder", "npz"),
+        pytest.param("folder", "npz", marks=pytest.mark.long),
     ],
 )
 def test_memory_does_not_grow_with_the_model(kind: str, target: str, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def losses_of_a_plain_loop(config: Config, num_classes: int) -> list[float]:
 @pytest.mark.parametrize(
     ("augmentation", "steps"),
     [
-        ("none", 40),
+        pytest.param("none", 40, marks=pytest.mark.long),
         pytest.param("none", 200, marks=pytest.mark.long),
         pytest.param("the recipe's", 200, marks=pytest.mark.long),
     ],

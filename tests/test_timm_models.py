@@ -252,7 +252,16 @@ def test_a_normalisation_that_is_none_is_refused(std: list[float], tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["pretrain", "timm", "transformers", "npz", "onnx"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "pretrain",
+        pytest.param("timm", marks=pytest.mark.long),
+        "transformers",
+        "npz",
+        pytest.param("onnx", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_of_another_mean_is_converted(target: str, tmp_path: Path) -> None:
     """The command with its proof: both sides see the same pixels. What is read back is the same function of them,
     whether the mean went along, into the first convolution or into the graph.
@@ -280,7 +289,7 @@ def test_a_run_of_another_mean_is_converted(target: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("target", "name", "head"),
     [
-        ("pretrain", "test_convnext3", "head.fc"),
+        pytest.param("pretrain", "test_convnext3", "head.fc", marks=pytest.mark.long),
         ("timm", "test_resnet", "fc"),
         pytest.param("timm", "test_convnext3", "head.fc", marks=pytest.mark.long),
         pytest.param("pretrain", "test_resnet", "fc", marks=pytest.mark.long),
@@ -321,8 +330,8 @@ LARGE = [
     "eva02_tiny_patch14_224",
     "resnet50",
 ]
-# One of each kind always: tokens, windows, batch norm.
-ALWAYS = ("eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224", "resnet50")
+# Tokens and batch norm always, the others in `make test-long`.
+ALWAYS = ("eva02_tiny_patch14_224", "resnet50")
 SOME_AND_ALL = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in LARGE]
 
 
