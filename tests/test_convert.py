@@ -358,6 +358,7 @@ def test_memory_does_not_grow_with_the_model(kind: str, target: str, tmp_path: P
         recipe = tiny_config(tmp_path, tmp_path, model=vars(config))
         slices = [Slice(name, shape, 0, _drawn(name, shape).flatten()) for name, shape in shapes.items()]
         state = {"step": 1, "metrics": {}, "config": config_to_dict(recipe), "num_classes": 1000, "class_names": []}
+        (tmp_path / "source").mkdir()
         assert save_checkpoint(tmp_path / "source" / "checkpoints", 1, slices, [], {}, state)
     out = tmp_path / ("out.npz" if target == "npz" else "out")
     command = [sys.executable, "-c", _MEASURED, str(tmp_path / "source"), str(out), "--to", target]
@@ -673,6 +674,7 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
         "num_classes": 3,
         "class_names": NAMES,
     }
+    (tmp_path / "tiny").mkdir()
     assert save_checkpoint(tmp_path / "tiny" / "checkpoints", 15, slices, [], {}, state)
     row = {"model": "trained", "metric": "10-shot", "value": 0.25, "n": 1234}
     rows = [row, {**row, "metric": "10-shot-std"}, {**row, "model": "random weights"}, {**row, "metric": "pets/top1"}]
