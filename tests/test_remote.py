@@ -13,7 +13,7 @@ import pytest
 from pretrain.data import remote
 from pretrain.data.remote import check_url, download, num_bytes_of, without_secrets
 from pretrain.errors import StorageError, UserError
-from tests.web import FAULTS, Site, at_random, every, served
+from tests.web import FAULTS, Site, at_random, every, s3_server, served
 
 DATA = os.urandom(700_000)
 LASTING = {  # a fault in every answer: the error, and what it says
@@ -267,21 +267,9 @@ def test_errors_of_signing(error: Exception, kind: type[Exception], said: str, m
 
 def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signed addresses of an S3 server: exact ranges, a missing key told, no signature in the message."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    import s3fs
+    with s3_server(monkeypatch):
+        import s3fs
 
-    threaded = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    threaded.start()
-    try:
-        host, port = threaded.get_host_and_port()
-        for name, value in (
-            ("ACCESS_KEY_ID", "k"),
-            ("SECRET_ACCESS_KEY", "s"),
-            ("ENDPOINT_URL", f"http://{host}:{port}"),
-        ):
-            monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         files = s3fs.S3FileSystem()
         files.mkdir("bucket")
         files.pipe_file("bucket/a.tar", DATA)
@@ -290,8 +278,6 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="not found") as caught:
             read("s3://bucket/b.tar")
         assert "ignature" not in str(caught.value)
-    finally:
-        threaded.stop()
 
 
 def test_many_faults_at_random(site: Site) -> None:

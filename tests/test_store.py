@@ -25,7 +25,7 @@ from pretrain.shards.elsewhere import index_urls
 from pretrain.train.run import train
 from tests.ranks import run_ranks
 from tests.tiny import make_shards, tiny_config
-from tests.web import FAULTS, Site, at_random, served
+from tests.web import FAULTS, Site, at_random, s3_server, served
 
 PASSING = tuple(kind for kind in FAULTS if kind not in ("bytes", "stall", "silence"))
 
@@ -215,23 +215,15 @@ def test_readers_killed_at_random(site: Site, far: Manifest, kills: int) -> None
 @pytest.mark.slow
 def test_readers_of_s3_killed_at_random(own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An S3-compatible server: indexed, then read by processes that are killed while they download."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    import boto3
+    with s3_server(monkeypatch):
+        import boto3
 
-    threaded = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    threaded.start()
-    try:
-        host, port = threaded.get_host_and_port()
-        names = {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "ENDPOINT_URL": f"http://{host}:{port}"}
-        for name, value in (names | {"DEFAULT_REGION": "us-east-1"}).items():
-            monkeypatch.setenv(f"AWS_{name}", value)
         client = boto3.client("s3")
         client.create_bucket(Bucket="trees")
         tars = sorted(own_shards.glob("*.tar"))
         for path in tars:
             client.upload_file(str(path), "trees", f"a/{path.name}")
-        made = load_manifest(index_urls([f"s3://trees/a/{path.name}" for path in tars], (), tmp_path / "trees"))
+        made = load_manifest(index_urls([f"s3://trees/a/{path.name}" for path in tars], (), tmp_path / "far"))
         far = replace(made, store=Store(tmp_path / "store", 1 << 30))
         wanted = {b.name: (own_shards / b.url.rpartition("/")[2]).read_bytes()[b.start : b.end] for b in blocks_of(far)}
         chance, fork = random.Random(0), get_context("fork")
@@ -250,8 +242,6 @@ def test_readers_of_s3_killed_at_random(own_shards: Path, tmp_path: Path, monkey
         survivor.start()
         survivor.join(120)
         assert survivor.exitcode == 0 and stored(far) == wanted
-    finally:
-        threaded.stop()
 
 
 def test_one_download_for_all(site: Site, far: Manifest) -> None:

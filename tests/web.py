@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 FAULTS = (
     *("503", "500", "429", "stall", "silence", "short", "half-way", "range", "total", "whole", "slow start"),
     *("bytes", "gzip", "nonsense"),
@@ -154,3 +156,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[start : start + size])
             if self.of.chunk_bytes:
                 time.sleep(0.001)
+
+
+@contextmanager
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An S3-compatible server, which the environment's credentials and address lead to; skips where it is missing."""
+    files = pytest.importorskip("s3fs", reason="s3fs is not installed").S3FileSystem
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    threaded = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    threaded.start()
+    try:
+        host, port = threaded.get_host_and_port()
+        names = {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "ENDPOINT_URL": f"http://{host}:{port}"}
+        for name, value in (names | {"DEFAULT_REGION": "us-east-1"}).items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        files.clear_instance_cache()  # of another server's address
+        yield
+    finally:
+        threaded.stop()
