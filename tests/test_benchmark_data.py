@@ -21,6 +21,7 @@ from tests.test_loader import needs_shared_memory
 tool = load_tool("benchmark")
 
 SMALL = {"rounds": 1, "worker_steps": 2, "far_shards": 2, "far_samples": 96, "far_workers": 0, "repeats": 1}
+SMALL |= {"built_images": 320, "built_times": 1}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,13 @@ def test_loader_processes(row: str, photos: Path, tmp_path: Path) -> None:
     else:
         assert all(len(one["told"].split()) == 10 for one in found.values())
         assert found["open files that it gains"]["value"] == 0
+
+
+@pytest.mark.slow
+def test_making_shards(photos: Path, tmp_path: Path) -> None:
+    """By one process and by two."""
+    (rate,) = lines_of("building", photos, tmp_path).values()
+    assert rate["value"] > 0 and rate["target"] == ">= 1.8"
 
 
 def test_a_faulty_network_gives_the_same_log(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

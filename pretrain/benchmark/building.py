@@ -1,41 +1,38 @@
-"""How fast shards are made from a folder of photos, with several processes beside one."""
+"""How fast shards are made from a folder of photos, with two processes beside one."""
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+from pretrain.benchmark.reading import line, photo_set
+from pretrain.data.reader import read_sample
 from pretrain.shards.build import How, build
 from pretrain.shards.sources import folder_items
 
 _NUM_CLASSES = 10
 _TIMED = 0.2, 0.9  # of the images: before, processes import torch; behind, the last shard is written by one alone
-_SHARDS_PER_WORKER = 8  # so that they end at nearly the same time
+_SHARDS = 16  # so that both processes end at nearly the same time
 
 
-def building_rows(
-    photos: Sequence[bytes], *, num_images: int = 4000, workers: int = 2, repeats: int = 3
-) -> Iterator[dict[str, Any]]:
-    """Yields a row for one process and one for `workers`: images/s, median of repeats, and their ratio.
+def building_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Images per second of one process and of two, which take turns, from a folder in which the photos come often.
 
-    photos: JPEGs, written to a folder under $TMPDIR, each often enough to make num_images, by links. One and several
-    processes take turns. Images are read, decoded and written as make_shards does it; starting processes is left out.
+    Images are read, decoded and written as make_shards does it; starting processes is left out.
     """
-    with tempfile.TemporaryDirectory(prefix="pretrain-building-") as name:
-        root = Path(name)
-        _write(root / "photos", photos, num_images)
-        rates: dict[int, list[float]] = {1: [], workers: []}
-        for _ in range(repeats):
-            for count, found in rates.items():
-                found.append(_rate(root, count, -(-num_images // (_SHARDS_PER_WORKER * workers))))
-    medians = {count: median(found) for count, found in rates.items()}
-    for count, found in rates.items():
-        row = {"what": "building", "processes": count, "images_per_s": round(medians[count], 1)}
-        yield row | {"ratio": round(medians[count] / medians[1], 3), "all": [round(rate, 1) for rate in found]}
+    photos = photo_set(Path(options["photos"]), folder)
+    images = [read_sample(photos, index).image for index in range(photos.num_samples)]
+    _write(folder / "by class", images, options["built_images"])
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(options["built_times"]):
+        for workers, own in rates.items():
+            own.append(_rate(folder, workers, -(-options["built_images"] // _SHARDS)))
+    one, two = (median(own) for own in rates.values())
+    told = f"{two:.0f} and {one:.0f} images/s on {len(os.sched_getaffinity(0))} cores"
+    yield line("images/s of 2 processes that make shards / of 1", two / one, at_least=1.8, told=told)
 
 
 def _write(folder: Path, photos: Sequence[bytes], num_images: int) -> None:
@@ -51,7 +48,7 @@ def _write(folder: Path, photos: Sequence[bytes], num_images: int) -> None:
 
 def _rate(root: Path, workers: int, samples_per_shard: int) -> float:
     """Images per second of one build."""
-    items, names = folder_items(root / "photos")
+    items, names = folder_items(root / "by class")
     times: list[tuple[int, float]] = [(0, perf_counter())]
 
     def progress(count: int) -> None:

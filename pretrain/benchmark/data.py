@@ -20,6 +20,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from pretrain.benchmark.building import building_rows
 from pretrain.benchmark.far_data import far_rows
 from pretrain.benchmark.first_batch import first_batch_rows, start_rows
 from pretrain.benchmark.reading import line, loader, photo_set
@@ -158,6 +159,7 @@ _ROWS: dict[str, Callable[[Path, dict[str, Any]], Iterator[dict[str, Any]]]] = {
     "workers": _workers_rows,
     "far": far_rows,
     "start": start_rows,
+    "building": building_rows,
     "memory": _memory_rows,
     "first_batch": first_batch_rows,  # a case of `start`
 }

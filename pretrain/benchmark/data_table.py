@@ -15,6 +15,7 @@ ROWS = {
     "workers": "2 loader processes beside 1",
     "far": "an epoch from a server with 30 ms latency that fails, beside one from the disk; then from the store",
     "start": "the first batch of 1,024 of 300 million samples: seconds, memory",
+    "building": "2 processes that make shards from a folder beside 1",
     "memory": "memory and open files of a loader process over 10 epochs",
 }
 _WITHOUT_PHOTOS = ("start",)
@@ -27,6 +28,8 @@ OPTIONS: dict[str, Any] = {
     "far_workers": 1,  # leaves a core to the server and the fetcher
     "start_shards": 30_000,
     "start_samples": 10_000,  # of a shard
+    "built_images": 4000,
+    "built_times": 3,
     "repeats": 3,  # how often an epoch of the row `memory` has each photo
 }
 

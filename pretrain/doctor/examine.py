@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from pretrain import cli
+from pretrain.checkpoint.layout import MAX_RANKS
 from pretrain.cluster import ranks
 from pretrain.config import Config
 from pretrain.data.loader import room_needed
@@ -22,7 +23,6 @@ from pretrain.errors import StorageError, UserError
 from pretrain.json_files import Fields
 
 MARGIN_S = 5.0  # that a rank may be late with its answer after its own time is over
-_MAX_RANKS = 1 << 20
 Check = tuple[str, Callable[[], Iterator[Finding]]]
 
 
@@ -131,7 +131,7 @@ def _follow(config: Config | None, meeting: Meeting) -> int:
     plan = _heard(meeting, "plan")
     leaders = plan.values.get("leaders")
     is_leader = isinstance(leaders, list) and ranks.rank() in leaders
-    checks = _checks(config, plan.integer("num_hosts", 1, _MAX_RANKS), is_leader=is_leader)
+    checks = _checks(config, plan.integer("num_hosts", 1, MAX_RANKS), is_leader=is_leader)
     if is_leader and (path := plan.text("path", "")):
         token, locks = plan.text("token"), plan.flag("locks")
         checks.append(("shared disk", partial(disks.check_seen_probe, Path(path), token, locks)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
 from pretrain.json_files import Fields, brief, is_text, parse_json, read_json
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.passes import FOLDER, Piece, Work, run_pass
@@ -135,7 +135,7 @@ def _features(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _unreadable(path: Path, error: Exception) -> Exception:
     if not isinstance(error, OSError) or error.errno is None:  # pyarrow's texts have many lines
-        error = ValueError((str(error).splitlines() or [type(error).__name__])[0][:300])
+        error = ValueError(first_line(error)[:300])
     return unreadable(path, error, what="parquet file", way_out="; get it again")
 
 

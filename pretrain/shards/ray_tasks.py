@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import LostProcessError, StorageError, UserError
+from pretrain.errors import LostProcessError, StorageError, UserError, first_line
 from pretrain.shards.pool import Progress, Result, Task
 
 _ROOT = Path(__file__).resolve().parents[2]  # what machines import has to lie at one path on all of them
@@ -37,7 +37,7 @@ def ray_results(
             ray.init(runtime_env={"env_vars": _environment()}, log_to_driver=False, logging_level=logging.ERROR)
         at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Ray cluster ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+        raise UserError(f"no Ray cluster ({first_line(error)})") from None
     counted, left, running = ray.remote(_counted), iter(tasks), []
     shared = ray.put(function)  # once: it may hold megabytes
     folder = os.getcwd()
