@@ -697,6 +697,10 @@ LIES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     ),
     "another epoch": (lines_of("bad_samples.jsonl", lambda r: r[0].update(epoch=1)), "by the order"),
     "another index": (lines_of("bad_samples.jsonl", lambda r: r[0].update(index=11)), "by the order"),
+    "an index beyond the set": (
+        lines_of("bad_samples.jsonl", lambda r: r[0].update(index=10**6)),
+        "line 1: index 1000000; expected less than the",
+    ),
     "another step": (lines_of("bad_samples.jsonl", lambda r: r[-1].update(step=20)), "at step 20; expected step 1"),
     "another shard": (lines_of("bad_samples.jsonl", lambda r: r[0].update(shard="x.tar")), r"in x.tar; expected trees"),
     "a bad sample twice": (lambda run, _: recount(run, [listed(run)[0], *listed(run)]), "line 2: .* is listed twice"),
@@ -734,6 +738,10 @@ LIES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     ),
     "samples seen": (states(put("receipt", samples_seen=1000)), "receipt: samples_seen is 1000; expected 144"),
     "number of samples": (states(put("receipt", num_samples=200), NEWEST), "expected 200"),
+    "number of samples everywhere": (
+        states(put("receipt", num_samples=10**6)),
+        r"manifest.json: \d+ samples; expected 1000000, as .*state.json says",
+    ),
     "version of the order": (states(put("receipt", version="v2")), "receipt: version is 'v2'; expected 'v1'"),
     "version of the order everywhere": (
         lambda run, _: (
@@ -782,7 +790,7 @@ LIES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "the end is a link": (moved("DONE"), "DONE: is not a plain file"),
     "another score at the end": (lambda run, _: edit_json(run / "DONE", put("", **{"val/top1": 0.99})), "DONE: scores"),
 }
-NEED_DATA = ("read again", "SHA-256", "classes", "x.tar")
+NEED_DATA = ("read again", "SHA-256", "classes", "x.tar", "manifest.json: ")
 
 
 # Each of them runs in `make test-all`; half of them take long enough.

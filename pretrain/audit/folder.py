@@ -255,6 +255,8 @@ class Run:
         """The data set, where it is the run's and all of it is here: else its samples prove nothing."""
         if self.manifest.sha256 != self.identity[1].get("manifest_sha256"):
             raise LeftOut("the data set on the disk is another one")
+        if self.manifest.num_samples != self.order.num_samples:
+            raise LeftOut("the data set on the disk has another number of samples")
         shards = self.manifest.shards
         paths = [s.path.with_suffix(".idx") for s in shards] + [s.path for s in shards if not s.url]
         if missing := sum(not path.exists() for path in paths):

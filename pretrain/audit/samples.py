@@ -75,7 +75,7 @@ def check_every_epoch(run: Run) -> Outcome:
         for number, (index, reason) in enumerate(zip(listed.indices.tolist(), listed.reasons)):
             if reasons[index] != reason:
                 lie(listed.place(number), f"index {index}: {reason}", f"{reasons[index]}, as its other lines say")
-        indices = np.unique(listed.indices)
+        indices = np.unique(listed.indices[listed.indices < run.order.num_samples])  # others: check_listed
         told = set(zip(listed.epochs.tolist(), listed.indices.tolist()))
         for epoch in range(_epochs_begun(run)) if len(indices) else ():
             steps = run.order.steps_of(np.full(len(indices), epoch), indices) + 1
