@@ -267,12 +267,9 @@ def test_errors_of_signing(error: Exception, kind: type[Exception], said: str, m
 
 def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signed addresses of an S3 server: exact ranges, a missing key told, no signature in the message."""
-    with s3_server(monkeypatch):
-        import s3fs
-
-        files = s3fs.S3FileSystem()
-        files.mkdir("bucket")
-        files.pipe_file("bucket/a.tar", DATA)
+    with s3_server(monkeypatch) as client:
+        client.create_bucket(Bucket="bucket")
+        client.put_object(Bucket="bucket", Key="a.tar", Body=DATA)
         assert num_bytes_of("s3://bucket/a.tar") == len(DATA)
         assert read("s3://bucket/a.tar", 5, 300_000) == DATA[5:300_000]
         with pytest.raises(UserError, match="not found") as caught:

@@ -215,10 +215,7 @@ def test_readers_killed_at_random(site: Site, far: Manifest, kills: int) -> None
 @pytest.mark.slow
 def test_readers_of_s3_killed_at_random(own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An S3-compatible server: indexed, then read by processes that are killed while they download."""
-    with s3_server(monkeypatch):
-        import boto3
-
-        client = boto3.client("s3")
+    with s3_server(monkeypatch) as client:
         client.create_bucket(Bucket="trees")
         tars = sorted(own_shards.glob("*.tar"))
         for path in tars:

@@ -1,16 +1,20 @@
 """A web server of this machine that hands out byte ranges of files, with planted faults and a count of what it sent."""
 
+import gc
+import importlib
 import random
 import re
 import socket
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,8 +163,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An S3-compatible server, which the environment's credentials and address lead to; skips where it is missing."""
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3-compatible server, which the environment's credentials and address lead to; skips where it is missing.
+
+    Yields boto3's client of it.
+    """
     files = pytest.importorskip("s3fs", reason="s3fs is not installed").S3FileSystem
     server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
     threaded = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -171,6 +178,9 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name, value in (names | {"DEFAULT_REGION": "us-east-1"}).items():
             monkeypatch.setenv(f"AWS_{name}", value)
         files.clear_instance_cache()  # of another server's address
-        yield
+        with closing(importlib.import_module("boto3").client("s3")) as client:
+            yield client
     finally:
         threaded.stop()
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # sockets that these packages leave
+            gc.collect()

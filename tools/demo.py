@@ -50,21 +50,23 @@ def main() -> None:
     steps = arguments.finetune_steps
     digits += [f"total_steps={steps}", f"optim.warmup_steps={min(20, steps // 10)}"]
     digits += [o for o in arguments.overrides if o.startswith("model.") and not o.startswith("model.num_classes")]
+    # Two fine-tunings, on one rank each, beside what else is to be done: neither fills two cores.
     command, random = _training(out, "demo_digits", *digits, "name=digits_from_random_weights", num_ranks=1)
     with _beside(out / "digits_from_random_weights.log", command):
         _step(3, "conversion for timm; beside it, told below: fine-tuning on real handwriting from random weights")
         _run(sys.executable, "tools/convert.py", run, out / "weights", "--to", "timm", "--overwrite")
-        _step(4, "few-shot accuracy on real handwriting: random weights, pretrained weights, raw pixels")
-        few_shot = ["--fewshot", out / "digits-train", out / "digits-test", "--baselines", "--out", run / "evaluation"]
-        few_shot += ["--fewshot-transform", "timm"]  # the characters fill the picture: no central crop
-        _run(sys.executable, "tools/evaluate.py", out / "weights", *few_shot)
-        _step(5, "fine-tuning on real handwriting from pretrained weights")
         start = f"init_from={out / 'weights'}", "init_new_head=true"
         command, pretrained = _training(out, "demo_digits", *digits, *start, num_ranks=1)
-        _run(*command)
-        _check_done(pretrained)
+        with _beside(out / "digits_from_pretrained_weights.log", command):
+            _step(
+                4, "few-shot accuracy on real handwriting; beside it, told below: fine-tuning from pretrained weights"
+            )
+            few_shot = ["--fewshot", out / "digits-train", out / "digits-test", "--baselines"]
+            few_shot += ["--fewshot-transform", "timm"]  # the characters fill the picture: no central crop
+            _run(sys.executable, "tools/evaluate.py", out / "weights", *few_shot, "--out", run / "evaluation")
+    _check_done(pretrained)
     _check_done(random)
-    _step(6, "report")
+    _step(5, "report")
     _run(sys.executable, "tools/report.py", run, pretrained, random, "--out", out / "report")
     print(f"\ndone in {(time.monotonic() - began) / 60:.1f} minutes")
     cli.tell(f"table:   {run / 'evaluation' / 'results.md'}")
@@ -126,7 +128,7 @@ def _check(words: Sequence[str], code: int) -> None:
 
 
 def _step(number: int, title: str) -> None:
-    print(f"\n[{number}/6] {title}", flush=True)
+    print(f"\n[{number}/5] {title}", flush=True)
 
 
 if __name__ == "__main__":
