@@ -30,9 +30,10 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_marks: int = MAX_MA
 def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """Returns a file's bytes. Raises UserError when it is too large or no plain file, OSError as it comes."""
     with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: is not a plain file")
-        text = file.read(max_bytes + 1)
+        text = file.read(min(max_bytes, status.st_size) + 1)  # memory for all that is asked for is taken at once
     if len(text) > max_bytes:
         raise UserError(f"{path}: has more than {max_bytes:,} bytes, which is the limit of such a file")
     return text

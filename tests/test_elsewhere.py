@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,21 @@ def test_a_second_start_goes_on(site: Site, tmp_path: Path) -> None:
     path = index_urls(urls, (), out)
     last = load_manifest(path).shards[-1]
     assert site.sent == last.num_bytes + 3, "a byte of each for its size, and what was missing"
+
+
+@pytest.mark.parametrize("change", [{"counts": {}}, {"counts": {"-1": 9}}, {"num_samples": 1 << 31}, {"sha256": "0"}])
+def test_a_record_that_cannot_be_is_not_believed(site: Site, tmp_path: Path, change: dict[str, Any]) -> None:
+    """Of a shard that an earlier start has read: it is read again."""
+    out, urls = tmp_path / "out" / "trees", urls_of(site)
+    site.fault = lambda number: "404" if site.requests[-1][0] == "trees-000002.tar" else ""
+    with pytest.raises(UserError, match="trees-000002.tar: not found"):
+        index_urls(urls, (), out)
+    site.fault, site.sent = lambda _: "", 0
+    record = out / ".indexing" / "trees-000000.tar.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    first, _, last = load_manifest(index_urls(urls, (), out)).shards
+    assert site.sent == first.num_bytes + last.num_bytes + 3
+    assert read_counts(out)[0] == read_counts(site.folder)[0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "no tar", "twice", "label"])

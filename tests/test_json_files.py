@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import UserError
-from pretrain.json_files import MAX_DEPTH, MAX_MARKS, Fields, parse_json, read_json
+from pretrain.json_files import MAX_DEPTH, MAX_MARKS, Fields, parse_json, read_bytes, read_json
 
 DEEP = {
     "lists": "[" * 100_000,
@@ -46,6 +46,7 @@ def test_a_large_file_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
     path.write_text("1" * 1001)
     with pytest.raises(UserError, match="more than 1,000 bytes"):
         read_json(path, max_bytes=1000)
+    assert len(read_bytes(path, max_bytes=1 << 50)) == 1001, "no memory is taken for bytes that are not there"
 
 
 @pytest.mark.parametrize("item", [b"[],", b"{},", b'{"a":1},', b'"ab",', b"1.5,"])

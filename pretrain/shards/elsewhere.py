@@ -169,6 +169,8 @@ def _known(record: Path, path: Path, url: str, num_bytes: int) -> _Walk | None:
         load_index(shard)
         counts = values.part("counts")
         labels = Counter({int(label): counts.integer(label, 0, 1 << 48) for label in counts.values})
+        if not labels or min(labels) < 0:
+            return None
         kinds = values.part("passed_over")
         passed_over = Counter({kind: kinds.integer(kind, 0, 1 << 48) for kind in kinds.values})
         return _Walk(shard, values.flag("multi_label"), labels, passed_over)
