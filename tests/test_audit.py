@@ -284,6 +284,24 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_left_out(
     assert next(f.left_out for f in found if f.check == "files") == "1 checkpoints, deleted meanwhile"
 
 
+def test_a_checkpoint_that_cannot_be_read_is_tried_once(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly every check asks for it, and it may be large."""
+    run, read, tried = Path(shutil.copytree(case.run, tmp_path / "run")), audit_folder.read_json, []
+    state = run / "checkpoints" / NEWEST / "state.json"
+    state.write_text(f"[{state.read_text()}]")
+    seal_checkpoint(state.parent)
+
+    def counted(path: Path) -> Any:
+        tried.append(path)
+        return read(path)
+
+    monkeypatch.setattr(audit_folder, "read_json", counted)
+    told = [message for message in wrong(look(run, no_data=True)) if "state.json" in message]
+    assert len(told) > 5 and tried.count(state) == 1
+
+
 def test_a_start_that_is_added_meanwhile_changes_nothing(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

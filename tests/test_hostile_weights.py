@@ -593,6 +593,7 @@ def test_what_others_wrote_of_a_run_does_nothing_to_a_card(change: dict[str, Any
     "row",
     [
         {"metric": _MARK},
+        {"metric": "top1\u202e"},
         {"model": _MARK, _MARK: _MARK},
         {"value": 10**400},
         {"metric": "top1\ny: |\n  z", "model": "trained"},
@@ -604,6 +605,7 @@ def test_what_others_wrote_of_scores_does_nothing_to_a_card(row: dict[str, Any],
     """Of evaluation/results.json beside weights, in the card's front matter too."""
     results = {
         "weights": f"runs/{_MARK}",
+        "data": {"val": {"sha256": "a\u202eb"}, "val/\u202e": {"sha256": "ab"}},  # turns the direction of writing
         "rows": [{"model": "trained", "metric": "top1", "value": 0.5, "n": 9, **row}],
     }
     (tmp_path / "evaluation").mkdir()

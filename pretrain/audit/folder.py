@@ -153,16 +153,23 @@ class Run:
         except FileNotFoundError:
             return None
 
-    @cached_property
+    @property
     def saved(self) -> list[Saved]:
         """The checkpoints, oldest first; their state.json has the checksum that their manifest gives."""
+        if isinstance(self._saved, Exception):
+            raise self._saved
+        return self._saved
+
+    @cached_property
+    def _saved(self) -> list[Saved] | Exception:
+        """Read once, also where that fails: nearly every check asks for it."""
         found = []
         for path in reversed(step_folders(self.folder / "checkpoints")):
             try:
                 found.append(_saved(path))
-            except (UserError, OSError):
+            except (UserError, OSError) as error:
                 if path.exists():  # else a training has just deleted it, as it does with old ones
-                    raise
+                    return error
         return found
 
     @cached_property

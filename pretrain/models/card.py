@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.checkpoint.read import read_state
 from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, non_defaults
-from pretrain.escape import code_in_markdown, in_markdown
+from pretrain.escape import code_in_markdown, in_markdown, shown
 from pretrain.json_files import Fields, brief, parse_json
 from pretrain.models.tensors import Weights, read_fields, readable
 from pretrain.models.weights import results_folder, weights_sha256
@@ -68,7 +68,7 @@ def _front(weights: Weights, target: str, title: str, licence: str | None, resul
     data = results.values.get("data") if results else None
     found = []
     for row in results.parts("rows") if results else ():
-        job, _, metric = row.text("metric").rpartition("/")
+        job, _, metric = shown(row.text("metric")).rpartition("/")
         value = row.number("value", -1e9, 1e9)
         if row.text("model") == "trained" and not metric.endswith("-std") and math.isfinite(value):
             found.append(
@@ -96,7 +96,7 @@ def _front(weights: Weights, target: str, title: str, licence: str | None, resul
 def _digests(data: Any, role: str) -> dict[str, str]:
     """The SHA-256 of the manifests whose names in results.json begin with `role`."""
     return {
-        f"{key}_manifest_sha256": entry["sha256"]
+        f"{shown(key)}_manifest_sha256": shown(entry["sha256"])
         for key, entry in (data if isinstance(data, dict) else {}).items()
         if key.startswith(role) and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
     }
