@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.cluster.ranks import cpu_group, is_main, world_size
-from pretrain.cluster.watchdog import beat
+from pretrain.cluster.watchdog import asked, beat
 from pretrain.errors import StorageError, UserError
 
 
@@ -70,11 +70,26 @@ def together(make: Callable[[], Any]) -> Any:
 
 def add_up(numbers: torch.Tensor) -> torch.Tensor:
     """Returns the sum over all ranks of a small tensor, as float64 on the CPU."""
+    return adding_up(numbers)()
+
+
+def adding_up(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begins `add_up`, and returns what waits for the sum: the way to all ranks is taken beside what comes between.
+
+    All ranks begin the same agreements in the same order.
+    """
     total = numbers.detach().to("cpu", torch.float64, copy=True)
-    if dist.is_initialized():
-        dist.all_reduce(total, group=cpu_group())
-    beat()
-    return total
+    work = dist.all_reduce(total, group=cpu_group(), async_op=True) if dist.is_initialized() else None
+    if work is not None:
+        asked(work.is_completed)
+
+    def answer() -> torch.Tensor:
+        if work is not None:
+            work.wait()
+        beat()
+        return total
+
+    return answer
 
 
 def any_rank(flag: bool) -> bool:

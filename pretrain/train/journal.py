@@ -1,5 +1,6 @@
 """What went wrong in a step, on any rank: agreed on, counted, written down; and whether to stop."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ MAX_SKIPPED_IN_A_ROW = 3  # steps whose loss or gradients are not finite; then t
 
 
 class Journal:
-    """Agrees with the other ranks after each step, counts what was left out, and writes it down."""
+    """Agrees with the other ranks beside each step, counts what was left out, and writes it down."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._config = config
@@ -26,18 +27,13 @@ class Journal:
         self._damaged = JsonLines(folder / "damaged_samples.jsonl")
         self._samples = JsonLines(folder / f"samples-{ranks.rank():05d}.jsonl") if config.log.samples else None
 
-    def note(
-        self,
-        state: TrainState,
-        batch: Batch,
-        result: StepResult,
-        stop: signals.StopRequest,
-        following: Batch | None,
-        saver: Saver,
-    ) -> bool:
-        """Returns, on all ranks alike, whether to stop: asked to, or by an error of any rank's `following` batch.
+    def ask(
+        self, batch: Batch, following: Batch | None, stop: signals.StopRequest, saver: Saver
+    ) -> Callable[[], torch.Tensor]:
+        """Begins to agree on what is known before the step on `batch`; `note` is given what this returns.
 
-        Takes `saver` further when all ranks are done. Raises BadSamplesError, NonFiniteError.
+        So the way to all ranks, tens of milliseconds at hundreds of them, is taken beside the step. What happens
+        meanwhile, as a signal that is heard, is asked before the next one.
         """
         flags = [
             float(stop.signal_name is not None),
@@ -47,7 +43,21 @@ class Journal:
             float(saver.done),
         ]
         told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [5 + reasons]
-        stopping, failed, num_valid, damaged, done, *bad = agreement.add_up(told).tolist()
+        return agreement.adding_up(told)
+
+    def note(
+        self,
+        state: TrainState,
+        batch: Batch,
+        result: StepResult,
+        saver: Saver,
+        answer: Callable[[], torch.Tensor],
+    ) -> bool:
+        """Returns, on all ranks alike, whether to stop: asked to, or by an error of any rank's following batch.
+
+        Takes `saver` further when all ranks are done. Raises BadSamplesError, NonFiniteError.
+        """
+        stopping, failed, num_valid, damaged, done, *bad = answer().tolist()
         if done == ranks.world_size():
             saver.advance()
         if any(bad):

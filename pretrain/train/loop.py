@@ -42,11 +42,12 @@ def loop(
         if evaluate(config, data, engine, state, log, stop):
             return
         saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
-    following = meter.wait_for(batches, state.step) if state.step < config.total_steps else None
+    batch = meter.wait_for(batches, state.step)
     with saver.finished_before_errors():
-        agreement.raise_together(following.error if following else None)
-    while following is not None:
-        batch = following
+        agreement.raise_together(batch.error if batch else None)
+    following = meter.wait_for(batches, state.step)
+    while batch is not None:
+        answer = journal.ask(batch, following, stop, saver)
         if state.step == 0:
             log.image("batch", make_grid(batch.images[:64], nrow=8))
         lr = learning_rate(config.optim, config.total_steps, state.step)
@@ -54,10 +55,8 @@ def loop(
         state.step += 1
         state.metrics = {}
         meter.add(result)
-        # Before the ranks agree: an error of the next step's data is raised after a save of this one.
-        following = meter.wait_for(batches, state.step) if state.step < config.total_steps else None
         with saver.finished_before_errors():
-            stopping = journal.note(state, batch, result, stop, following, saver)
+            stopping = journal.note(state, batch, result, saver, answer)
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
             log.scalars(state.step, meter.read(state, data, lr, result, engine))
@@ -73,6 +72,7 @@ def loop(
         if stopping:
             agreement.raise_together(following.error if following else None)
             break
+        batch, following = following, meter.wait_for(batches, state.step)
     saver.end(stop)
 
 
