@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "evaluation.knn",
     "log.every_steps",
     "log.samples",
+    "profile.at_step",
+    "profile.num_steps",
     "checkpoint.every_steps",
     "checkpoint.behind",
     "checkpoint.keep_last",

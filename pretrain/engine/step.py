@@ -6,7 +6,7 @@ Where its slices of weights and moments lie is told by slices.py.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -49,6 +49,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device) -> None:
         check_precision(config)
         self.plan, self.device = plan, device
+        self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # around the parts of a step, for a trace
         self._fits = False  # a micro-batch, into the GPU's memory
         self.dtype = DTYPES[config.engine.precision]
         self._loss, self._label_smoothing = config.loss, config.label_smoothing
@@ -133,12 +134,15 @@ class Engine:
         self._frozen.freeze()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro in batch.split(self.plan.micro_batch):
-            logits = self._engine(to_float(micro.images, self.dtype, self._normalisation))
-            target = micro.labels, micro.label_weights
-            losses = per_image_loss(logits, *target, self._loss, self._label_smoothing)
-            loss = torch.where(micro.valid, losses, 0.0).sum()
-            self._engine.backward(_poison_unless_finite(loss) * self._loss_weight)
-            self._engine.step()
+            with self.mark("forward"):
+                logits = self._engine(to_float(micro.images, self.dtype, self._normalisation))
+                target = micro.labels, micro.label_weights
+                losses = per_image_loss(logits, *target, self._loss, self._label_smoothing)
+                loss = torch.where(micro.valid, losses, 0.0).sum()
+            with self.mark("backward"):
+                self._engine.backward(_poison_unless_finite(loss) * self._loss_weight)
+            with self.mark("optimizer"):
+                self._engine.step()
             with torch.no_grad():
                 sums += torch.stack([loss, num_correct(logits, *target, micro.valid), micro.valid.sum()])
         applied = self._engine.was_step_applied()

@@ -12,6 +12,7 @@ from pretrain.train.datasets import DataSets
 from pretrain.train.evaluate import evaluate
 from pretrain.train.journal import Journal
 from pretrain.train.meter import Meter
+from pretrain.train.profile import Profile
 from pretrain.train.save import Saver
 from pretrain.train.state import TrainState
 
@@ -32,7 +33,7 @@ def loop(
     """
     meter = Meter(config, data.num_classes, state, engine)
     journal = Journal(config.output / config.name, config)
-    saver = Saver(config, data, engine, log)
+    saver, profile = Saver(config, data, engine, log), Profile(config, engine)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
     if branched:  # the other run may delete its checkpoint, or be further on at the next start
         saver.save(state, meter, must_succeed=True)
@@ -51,7 +52,8 @@ def loop(
         if state.step == 0:
             log.image("batch", make_grid(batch.images[:64], nrow=8))
         lr = learning_rate(config.optim, config.total_steps, state.step)
-        result = engine.train_step(batch.to(engine.device), lr)
+        with profile.step(state.step + 1):
+            result = engine.train_step(batch.to(engine.device), lr)
         state.step += 1
         state.metrics = {}
         meter.add(result)
@@ -73,6 +75,7 @@ def loop(
             agreement.raise_together(following.error if following else None)
             break
         batch, following = following, meter.wait_for(batches, state.step)
+    profile.end()
     saver.end(stop)
 
 
