@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "evaluation.fewshot_every_steps",
     "evaluation.knn",
     "log.every_steps",
+    "log.layers_every_steps",
     "log.samples",
     "profile.at_step",
     "profile.num_steps",

@@ -252,11 +252,12 @@ class LogConfig:
     """What is written down, and how often."""
 
     every_steps: int = 50  # steps between two lines of the console, metrics.jsonl and TensorBoard
+    layers_every_steps: int = 0  # norms of each layer, largest attention logits (docs/training.md); 0: never
     samples: bool = False  # append the (epoch, index) of every sample to samples-RANK.jsonl: proof of order, 20 B each
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
-        yield from outside(self, "log", every_steps=(1, 1 << 40))
+        yield from outside(self, "log", every_steps=(1, 1 << 40), layers_every_steps=(0, 1 << 40))
 
 
 @dataclass

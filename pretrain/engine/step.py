@@ -21,6 +21,7 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
 from pretrain.engine.frozen import FrozenStatistics
+from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
 from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config
 from pretrain.engine.slices import OwnedSlices
@@ -86,6 +87,8 @@ class Engine:
         self._optimizer: Any = self._zero.optimizer
         self._frozen.refresh_model(self.dtype)
         self._owned = OwnedSlices(self._module, self._zero, config.engine.zero_stage, self._moments)
+        names = [name for name, _ in self._module.named_parameters()]
+        self.layers = LayerNorms(self._owned, self._optimizer, names)
         after_start(config.engine.timeout_s, self._zero)
         self._owned.set_optimizer_state(step=0)
         if exact:
@@ -197,6 +200,18 @@ class Engine:
         note.remove()
         (found,) = inputs
         return found
+
+    def layer_numbers(self, batch: Batch, result: StepResult) -> dict[str, float]:
+        """Returns norms of the layers in the step that `self.layers` has watched, and largest attention logits.
+
+        These in another forward pass, by the weights after the step, of the rank's first images, without dropout; the
+        attentions are numbered in their order. A collective. Waits for the device.
+        """
+        numbers = self.layers.read(result.grad_norm if result.applied else None)
+        with torch.compiler.set_stance("force_eager"), LargestLogits() as largest:  # compiled code does not look for it
+            self.predict(batch.images[:MAX_IMAGES].to(self.device))
+        of_ranks = agreement.gather([float(logit) for logit in largest.found])
+        return numbers | {f"layers/attention.{n}/max_logit": max(logits) for n, logits in enumerate(zip(*of_ranks))}
 
     def on_forward(self, note: Callable[[float], None]) -> None:
         """Has each forward pass of the training tell its seconds, on a GPU those of an earlier pass."""

@@ -52,7 +52,7 @@ def loop(
         if state.step == 0:
             log.image("batch", make_grid(batch.images[:64], nrow=8))
         lr = learning_rate(config.optim, config.total_steps, state.step)
-        with profile.step(state.step + 1):
+        with profile.step(state.step + 1), engine.layers.watched(due(state.step + 1, config.log.layers_every_steps)):
             result = engine.train_step(batch.to(engine.device), lr)
         state.step += 1
         state.metrics = {}
@@ -62,10 +62,10 @@ def loop(
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
             log.scalars(state.step, meter.read(state, data, lr, result, engine))
-        state.validation_due = data.val is not None and (due(state.step, config.evaluation.every_steps) or last)
-        every = config.evaluation.features_every_steps
-        state.features_due = data.fewshot is not None and (due(state.step, every) or last)
+        _set_due(config, data, state)
         with meter.paused():
+            if due(state.step, config.log.layers_every_steps):
+                log.scalars(state.step, engine.layer_numbers(batch, result), on_console=False)
             if (state.validation_due or state.features_due) and not stopping:
                 saver.finish()  # the steps that would take it further are far away
                 stopping = evaluate(config, data, engine, state, log, stop)
@@ -77,6 +77,13 @@ def loop(
         batch, following = following, meter.wait_for(batches, state.step)
     profile.end()
     saver.end(stop)
+
+
+def _set_due(config: Config, data: DataSets, state: TrainState) -> None:
+    """Has `state` say what is to be evaluated after its step."""
+    settings, last = config.evaluation, state.step == config.total_steps
+    state.validation_due = data.val is not None and (due(state.step, settings.every_steps) or last)
+    state.features_due = data.fewshot is not None and (due(state.step, settings.features_every_steps) or last)
 
 
 def due(step: int, every_steps: int) -> bool:
