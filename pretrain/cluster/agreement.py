@@ -32,6 +32,16 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def to_main(value: Any) -> list[Any]:
+    """Returns every rank's (picklable) value, in rank order, on rank 0; nothing on the others, which hold their own."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size() if is_main() else []
+    dist.gather_object(value, values or None, dst=0, group=cpu_group())
+    beat()
+    return values
+
+
 def from_main(make: Callable[[], Any]) -> Any:
     """Calls `make` on rank 0 and returns its result on every rank; its error is raised on every rank."""
     outcome: list[Any] = [None, None]

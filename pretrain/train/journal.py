@@ -84,7 +84,7 @@ class Journal:
         records = _written(self._bad, state.step, batch.bad)
         seen = state.step * self._config.data.global_batch
         total = sum(state.bad_samples.values())
-        if _worth_telling(total, sum(counts)):
+        if records and _worth_telling(total, sum(counts)):
             say(
                 f"warning: {total} of {seen} samples so far could not be used, the last: "
                 f"{records[-1].shard}: {records[-1].detail}"
@@ -94,7 +94,7 @@ class Journal:
     def _note_damaged(self, state: TrainState, batch: Batch, count: int) -> None:
         state.damaged_samples += count
         records = _written(self._damaged, state.step, batch.damaged)
-        if _worth_telling(total := state.damaged_samples, count):
+        if records and _worth_telling(total := state.damaged_samples, count):
             say(
                 f"warning: {total} damaged images so far, used all the same (data.strict_images=true leaves them out; "
                 f"damaged_samples.jsonl names them), the last: {records[-1].shard}: {records[-1].detail}"
@@ -106,7 +106,7 @@ class Journal:
         # In fp16 a finite loss with infinite gradients is the search for the loss scale, not a fault.
         searching_scale = self._config.engine.precision == "fp16" and np.isfinite(loss)
         state.skipped_in_a_row = 0 if searching_scale else state.skipped_in_a_row + 1
-        indices = [index for of_rank in agreement.gather(batch.index.tolist()) for index in of_rank if index >= 0]
+        indices = [index for of_rank in agreement.to_main(batch.index.tolist()) for index in of_rank if index >= 0]
         if ranks.is_main():
             self._skipped.append({"step": state.step, "loss": str(loss), "indices": indices})
             warn(f"step {state.step} skipped on all ranks: loss or gradients not finite (loss sum {loss})")
@@ -118,11 +118,10 @@ class Journal:
 
 
 def _written(log: JsonLines, step: int, records: list[BadRecord]) -> list[BadRecord]:
-    """Returns the records of all ranks, which rank 0 writes down."""
-    gathered = [record for of_rank in agreement.gather(records) for record in of_rank]
-    if ranks.is_main():
-        for record in gathered:
-            log.append({"step": step, **record._asdict()})
+    """Returns the records of all ranks on rank 0, which writes them down; none on the others."""
+    gathered = [record for of_rank in agreement.to_main(records) for record in of_rank]
+    for record in gathered:
+        log.append({"step": step, **record._asdict()})
     return gathered
 
 
