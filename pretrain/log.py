@@ -173,12 +173,14 @@ class RunLog:
         if ranks.is_main():
             self._board = _board(folder / "tensorboard", step + 1)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], *, on_console: bool = True) -> None:
         """Logs named numbers of `step` to all writers; the console's line ends with the time left."""
         if not ranks.is_main():
             return
         self._metrics.append({"step": step, "time": time.strftime(TIME_FORMAT), **values})
         self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+        if not on_console:
+            return
         left = (time.monotonic() - self._start_time) / max(1, step - self._start_step) * (self._total_steps - step)
         shown = "  ".join(
             f"{name.removeprefix('train/')} {_short(v)}" for name, v in values.items() if _worth_a_look(name, v)

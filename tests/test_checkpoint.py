@@ -16,7 +16,7 @@ from ranks import run_ranks, start_ranks
 from safetensors.torch import save_file
 
 from pretrain import log
-from pretrain.checkpoint import behind, find, write
+from pretrain.checkpoint import behind, find, retention, write
 from pretrain.checkpoint.behind import HostCopies
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, validate
 from pretrain.checkpoint.layout import DamagedError, Slice, manifest_text, step_folders, step_of
@@ -362,8 +362,8 @@ def test_a_fault_of_ours_in_the_thread_is_raised(tmp_path: Path, monkeypatch: py
     assert save(tmp_path, 1)
 
 
-def test_retention(tmp_path: Path) -> None:
-    """keep_last, pinned steps and the best one stay; incomplete folders do not count."""
+def test_retention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """keep_last, pinned steps and the best one stay; incomplete folders do not count. Each score is read once."""
     for step, score in [(10, 0.1), (20, 0.9), (30, 0.9), (40, 0.3), (50, None), (60, 0.2)]:
         weights = slices_of(step, 0, 1, 10)
         metrics = {} if score is None else {"val/top1": score}
@@ -372,6 +372,14 @@ def test_retention(tmp_path: Path) -> None:
     apply_retention(tmp_path, keep_last=2, keep_every_steps=40, keep_best=True)
     assert [step_of(path) for path in step_folders(tmp_path)] == [60, 50, 40, 20]
     assert not list(tmp_path.glob(".trash-*"))
+    read: list[int] = []
+    monkeypatch.setattr(retention, "read_state", lambda path: read.append(step_of(path)) or read_state(path))
+    apply_retention(tmp_path, keep_last=2, keep_every_steps=40, keep_best=True)
+    assert read == []
+    weights, state = slices_of(60, 0, 1, 10), {"metrics": {"val/top1": 0.95}}
+    save_checkpoint(tmp_path, 60, weights, [], {"cpu": torch.get_rng_state()}, state)
+    apply_retention(tmp_path, keep_last=1, keep_every_steps=40, keep_best=True)
+    assert [step_of(path) for path in step_folders(tmp_path)] == [60, 40] and read == [60]  # which is another now
 
 
 def test_a_killed_save_is_cleaned_up(tmp_path: Path) -> None:

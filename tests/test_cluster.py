@@ -35,6 +35,7 @@ def agree() -> dict[str, Any]:
     ranks.seed_generators(1, 2)
     return {
         "gathered": agreement.gather(rank * 10),
+        "to_main": agreement.to_main(rank * 10),
         "from_main": agreement.from_main(lambda: f"rank {ranks.rank()}"),
         "sum": agreement.add_up(torch.tensor([1.0, rank])).tolist(),
         "any": (agreement.any_rank(rank == 2), agreement.any_rank(False)),
@@ -49,6 +50,7 @@ def test_ranks_agree() -> None:
     for result in results:
         assert result["gathered"] == [0, 10, 20] and result["from_main"] == "rank 0"
         assert result["sum"] == [3.0, 3.0] and result["any"] == (True, False) and result["told"] == "told by rank 0"
+    assert [result["to_main"] for result in results] == [[0, 10, 20], [], []]
     draws = [result["draw"] for result in results]
     assert len(set(draws)) == 3 and draws == [result["draw"] for result in run_ranks(agree, 3)]
 
@@ -57,7 +59,11 @@ def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a launcher and without `start`, every function works."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert agreement.gather(5) == [5] and agreement.from_main(lambda: 6) == 6 and agreement.any_rank(True)
+    assert (
+        agreement.gather(5) == agreement.to_main(5) == [5]
+        and agreement.from_main(lambda: 6) == 6
+        and agreement.any_rank(True)
+    )
     assert agreement.add_up(torch.ones(2)).tolist() == [1.0, 1.0] and ranks.is_main()
 
 

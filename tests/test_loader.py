@@ -496,7 +496,7 @@ def test_a_full_shared_memory_is_called_that(shard_folder: Path, monkeypatch: py
     settings, manifest = config(shard_folder, workers=2, prefetch=3), load_manifest(shard_folder)
     order = Order(manifest.num_samples, 0, GLOBAL_BATCH, 0)
     plan = plan_batch(GLOBAL_BATCH, 1, 17)
-    needed = (2 * 3 + 1) * (17 * 3 * IMAGE_SIZE**2 + (256 << 10))
+    needed = (2 * 3 + 2) * (17 * 3 * IMAGE_SIZE**2 + (256 << 10))
     for free in (4096, 64 << 10, needed - 1):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         with pytest.raises(

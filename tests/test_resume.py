@@ -26,6 +26,7 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import ConfigError, NonFiniteError, StorageError, UserError
+from pretrain.train import run
 from pretrain.train.folder import refuse_changes
 from pretrain.train.run import train
 
@@ -313,6 +314,18 @@ def refusal(config: Config) -> str:
 def test_a_changed_config_is_refused_with_the_difference(change: dict, told: str, stopped: Config) -> None:
     """Another recipe is another run: one line names what differs."""
     assert told in run_ranks(refusal, 1, changed(stopped, **change))[0]
+
+
+def refusal_of_rank_1(config: Config) -> str:
+    """Rank 1 alone cannot read the checkpoint as it should."""
+    if own_rank() == 1:
+        run.refuse_changes = lambda *_: (_ for _ in ()).throw(UserError("state.json: is not JSON"))
+    return refusal(config)
+
+
+def test_what_one_rank_refuses_ends_all(stopped: Config) -> None:
+    """With its message: the others would wait for it until engine.timeout_s."""
+    assert run_ranks(refusal_of_rank_1, 2, stopped) == ["state.json: is not JSON"] * 2
 
 
 def test_a_checkpoint_from_before_a_key_was_added_goes_on(stopped: Config, tmp_path: Path) -> None:

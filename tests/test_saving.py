@@ -423,7 +423,8 @@ def noted(folder: Path) -> list[int]:
     journal, stop = Journal(folder, config), cast(Any, SimpleNamespace(signal_name=None))
     for step in range(6):
         saver.done = not taken and step >= (3 if ranks.rank() else 1)
-        assert not journal.note(TrainState(step=step), batch, StepResult(torch.ones(3), 1.0, True), stop, None, saver)
+        answer = journal.ask(batch, None, stop, saver)
+        assert not journal.note(TrainState(step=step), batch, StepResult(torch.ones(3), 1.0, True), saver, answer)
     return taken
 
 

@@ -1,5 +1,6 @@
 """Every way to ask a run to stop: four signals, to three targets, in seven phases, with an output that somebody reads
-and one that nobody does. 168 stops; each is saved within a step, tells so, and leaves nobody behind.
+and one that nobody does. 168 stops; each is saved at the latest after the step that follows the one under way, tells
+so, and leaves nobody behind.
 
 pytest tests/test_stops.py -m "long or not long"
 
@@ -64,13 +65,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured() -> Iterator[list[tuple[float, int]]]:
-    """Seconds until nobody was left, and steps between the hearing and the save, of each stop; told at the end."""
+    """Of each stop, told at the end: seconds until nobody was left, steps from the last finished one to the save."""
     stops: list[tuple[float, int]] = []
     yield stops
     seconds = sorted(seconds for seconds, _ in stops) or [0.0]
     in_time = sum(value <= TARGET_S for value in seconds)
     print(
-        f"\n{len(stops)} stops, at most {max((steps for _, steps in stops), default=0)} step later; nobody left after "
+        f"\n{len(stops)} stops, at most {max((steps for _, steps in stops), default=0)} steps later; nobody left after "
         f"{seconds[len(seconds) // 2]:.1f} s (median), {seconds[-1]:.1f} s (longest); {in_time} within {TARGET_S} s"
     )
 
@@ -92,7 +93,7 @@ class Held:
 
 
 class Hearing(signals.StopRequest):
-    """Notes after which step it has heard of the stop."""
+    """Notes which step was the last finished one when it has heard of the stop."""
 
     def __init__(self, held: Held) -> None:
         self._held = held
@@ -198,7 +199,7 @@ def test_a_stop(
     measured: list[tuple[float, int]],
     request: pytest.FixtureRequest,
 ) -> None:
-    """Exit code 0, a checkpoint of the step in which it was heard or of the next, STOP.json, no process left."""
+    """Exit code 0, a checkpoint of the step under way when it was heard or of the next, STOP.json, no process left."""
     number, folder = getattr(signal, f"SIG{name}"), tmp_path / "tiny"
     if phase == "imports":
         session, sent = stop_in_imports(number, target, output, shards, tmp_path)
@@ -238,7 +239,7 @@ def test_a_stop(
     wait_for(lambda: not processes_of(session), tmp_path)
     seconds = time.monotonic() - sent
     measured.append((seconds, saved - min(heard)))
-    assert max(heard) <= saved <= min(heard) + 1 and seconds < SLOWER * TARGET_S
+    assert max(heard) <= saved <= min(heard) + 2 and seconds < SLOWER * TARGET_S
     stop = json.loads((folder / "STOP.json").read_text())
     reason = f"asked to stop; saved at step {saved}" if saved else "asked to stop before the first step"
     assert stop == {"reason": reason, "retry": True, "exit_code": 0} and not (folder / "DONE").exists()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from pretrain.checkpoint.layout import step_folders, step_of
@@ -64,6 +65,18 @@ def validation_score(state: Fields) -> float:
 
 def _score_of(path: Path) -> float | None:
     try:
+        return _score_read(path, path.stat().st_mtime_ns)
+    except OSError:
+        return None
+
+
+@cache
+def _score_read(path: Path, _written_ns: int) -> float | None:
+    """Read once: else each save would read all that are kept for ever, with their names of classes.
+
+    A checkpoint that replaces another of its step has another time.
+    """
+    try:
         return validation_score(Fields.of(read_state(path), str(path)))
-    except (OSError, UserError):  # also one without a score
+    except UserError:  # without a score
         return None

@@ -92,7 +92,7 @@ class Save:
         """Ends the part under way, waiting for it, and begins the next one; after the second, `published` is set."""
         if self._publishing is None:
             problem, entries = self._writing.result()
-            gathered = agreement.gather((problem, entries, self._index))
+            gathered = agreement.to_main((problem, entries, self._index))
             main = ranks.is_main()
             self._publishing = Job(lambda: main and self._publish(gathered), behind=main and self._behind)
         else:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.cluster.ranks import cpu_group, is_main, world_size
-from pretrain.cluster.watchdog import beat
+from pretrain.cluster.watchdog import asked, beat
 from pretrain.errors import StorageError, UserError
 
 
@@ -28,6 +28,16 @@ def gather(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group=cpu_group())
+    beat()
+    return values
+
+
+def to_main(value: Any) -> list[Any]:
+    """Returns every rank's (picklable) value, in rank order, on rank 0; nothing on the others, which hold their own."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size() if is_main() else []
+    dist.gather_object(value, values or None, dst=0, group=cpu_group())
     beat()
     return values
 
@@ -70,11 +80,26 @@ def together(make: Callable[[], Any]) -> Any:
 
 def add_up(numbers: torch.Tensor) -> torch.Tensor:
     """Returns the sum over all ranks of a small tensor, as float64 on the CPU."""
+    return adding_up(numbers)()
+
+
+def adding_up(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begins `add_up`, and returns what waits for the sum: the way to all ranks is taken beside what comes between.
+
+    All ranks begin the same agreements in the same order.
+    """
     total = numbers.detach().to("cpu", torch.float64, copy=True)
-    if dist.is_initialized():
-        dist.all_reduce(total, group=cpu_group())
-    beat()
-    return total
+    work = dist.all_reduce(total, group=cpu_group(), async_op=True) if dist.is_initialized() else None
+    if work is not None:
+        asked(work.is_completed)
+
+    def answer() -> torch.Tensor:
+        if work is not None:
+            work.wait()
+        beat()
+        return total
+
+    return answer
 
 
 def any_rank(flag: bool) -> bool:

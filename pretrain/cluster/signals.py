@@ -43,7 +43,7 @@ class StopRequest:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
-        told = f"rank {rank_so_far(os.environ)}: {self.signal_name}: saving and stopping after this step\n"
+        told = f"rank {rank_so_far(os.environ)}: {self.signal_name}: saving and stopping after this step or the next\n"
         with suppress(OSError):  # the terminal may be gone, and a handler that raises ends the training unsaved
             os.write(2, told.encode())  # print may be interrupted in itself, and then raises
 

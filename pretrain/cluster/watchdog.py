@@ -72,6 +72,12 @@ def beat() -> None:
         _watch.beat()
 
 
+def asked(answered: Callable[[], bool]) -> None:
+    """Says that this rank has asked all others: until `answered` it waits for them, whatever it is doing meanwhile."""
+    if _watch is not None:
+        _watch.answered = answered
+
+
 def tell_also(function: Callable[[LostProcessError], None]) -> None:
     """Has the watchdog call a function with what it tells, before it ends the process."""
     if _watch is not None:
@@ -122,6 +128,7 @@ class _Watch:
         self._longest: dict[str, deque[float]] = {name: deque(maxlen=REMEMBERED) for name in SECTIONS}
         self._section, self._silence_s, self._last = "start", 0.0, time.monotonic()
         self.also: Callable[[LostProcessError], None] = lambda error: None
+        self.answered: Callable[[], bool] = lambda: True
         self._heartbeat, self._stacks = _shared_file(), _shared_file()
         os.ftruncate(self._heartbeat, monitor.HEARTBEAT_BYTES)
         self._memory = mmap.mmap(self._heartbeat, monitor.HEARTBEAT_BYTES)
@@ -209,7 +216,9 @@ class _Watch:
                 monitor.write_beat(self._memory, beat._replace(limit_s=beat.limit_s + WAITING_S))
 
     def _waits_for_others(self) -> bool:
-        """Whether the main thread is in a collective, as far as its innermost Python frames tell."""
+        """Whether others owe an answer, or the main thread is in a collective, as far as its innermost frames tell."""
+        if not self.answered():
+            return True
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         for _ in range(12):
             if frame is None:

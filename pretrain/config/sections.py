@@ -252,11 +252,24 @@ class LogConfig:
     """What is written down, and how often."""
 
     every_steps: int = 50  # steps between two lines of the console, metrics.jsonl and TensorBoard
+    layers_every_steps: int = 0  # norms of each layer, largest attention logits (docs/training.md); 0: never
     samples: bool = False  # append the (epoch, index) of every sample to samples-RANK.jsonl: proof of order, 20 B each
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
-        yield from outside(self, "log", every_steps=(1, 1 << 40))
+        yield from outside(self, "log", every_steps=(1, 1 << 40), layers_every_steps=(0, 1 << 40))
+
+
+@dataclass
+class ProfileConfig:
+    """A trace of some steps (docs/performance.md), on rank 0, in the run's folder."""
+
+    at_step: int = 0  # trace from this step on, as the log counts them; 0: none
+    num_steps: int = 3  # steps of a trace; each has some 10 MB of a large model
+
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for each thing that is wrong with the section."""
+        yield from outside(self, "profile", at_step=(0, 1 << 40), num_steps=(1, 100))
 
 
 @dataclass
@@ -301,6 +314,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)  # with which machinery
     evaluation: EvalConfig = field(default_factory=EvalConfig)  # validation during training
     log: LogConfig = field(default_factory=LogConfig)  # what is written down
+    profile: ProfileConfig = field(default_factory=ProfileConfig)  # where the time of some steps goes
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is kept
 
     def __post_init__(self) -> None:

@@ -260,7 +260,7 @@ def room_needed(slots: int, num_batches: int, image_size: int, config: DataConfi
     """Returns what the loader processes of this node's ranks need to hand over batches of `slots` images each."""
     if not config.workers:
         return Room(0, 0, 0)
-    batches = min(num_batches, config.workers * config.prefetch) + 1
+    batches = min(num_batches, config.workers * config.prefetch) + 2  # of the step, and of the one after it
     shared = ranks.ranks_here() * batches * (slots * 3 * image_size**2 + _BESIDE_IMAGES)
     files = batches * _FILES_PER_BATCH + config.workers * _FILES_PER_WORKER + _FILES_BESIDE
     return Room(files, shared + ranks.ranks_here() * config.workers * _WORKER_BYTES, shared)

@@ -6,7 +6,7 @@ Where its slices of weights and moments lie is told by slices.py.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -21,6 +21,7 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
 from pretrain.engine.frozen import FrozenStatistics
+from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
 from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config
 from pretrain.engine.slices import OwnedSlices
@@ -49,6 +50,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device) -> None:
         check_precision(config)
         self.plan, self.device = plan, device
+        self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # around the parts of a step, for a trace
         self._fits = False  # a micro-batch, into the GPU's memory
         self.dtype = DTYPES[config.engine.precision]
         self._loss, self._label_smoothing = config.loss, config.label_smoothing
@@ -85,6 +87,8 @@ class Engine:
         self._optimizer: Any = self._zero.optimizer
         self._frozen.refresh_model(self.dtype)
         self._owned = OwnedSlices(self._module, self._zero, config.engine.zero_stage, self._moments)
+        names = [name for name, _ in self._module.named_parameters()]
+        self.layers = LayerNorms(self._owned, self._optimizer, names)
         after_start(config.engine.timeout_s, self._zero)
         self._owned.set_optimizer_state(step=0)
         if exact:
@@ -133,12 +137,15 @@ class Engine:
         self._frozen.freeze()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro in batch.split(self.plan.micro_batch):
-            logits = self._engine(to_float(micro.images, self.dtype, self._normalisation))
-            target = micro.labels, micro.label_weights
-            losses = per_image_loss(logits, *target, self._loss, self._label_smoothing)
-            loss = torch.where(micro.valid, losses, 0.0).sum()
-            self._engine.backward(_poison_unless_finite(loss) * self._loss_weight)
-            self._engine.step()
+            with self.mark("forward"):
+                logits = self._engine(to_float(micro.images, self.dtype, self._normalisation))
+                target = micro.labels, micro.label_weights
+                losses = per_image_loss(logits, *target, self._loss, self._label_smoothing)
+                loss = torch.where(micro.valid, losses, 0.0).sum()
+            with self.mark("backward"):
+                self._engine.backward(_poison_unless_finite(loss) * self._loss_weight)
+            with self.mark("optimizer"):
+                self._engine.step()
             with torch.no_grad():
                 sums += torch.stack([loss, num_correct(logits, *target, micro.valid), micro.valid.sum()])
         applied = self._engine.was_step_applied()
@@ -193,6 +200,18 @@ class Engine:
         note.remove()
         (found,) = inputs
         return found
+
+    def layer_numbers(self, batch: Batch, result: StepResult) -> dict[str, float]:
+        """Returns norms of the layers in the step that `self.layers` has watched, and largest attention logits.
+
+        These in another forward pass, by the weights after the step, of the rank's first images, without dropout; the
+        attentions are numbered in their order. A collective. Waits for the device.
+        """
+        numbers = self.layers.read(result.grad_norm if result.applied else None)
+        with torch.compiler.set_stance("force_eager"), LargestLogits() as largest:  # compiled code does not look for it
+            self.predict(batch.images[:MAX_IMAGES].to(self.device))
+        of_ranks = agreement.gather([float(logit) for logit in largest.found])
+        return numbers | {f"layers/attention.{n}/max_logit": max(logits) for n, logits in enumerate(zip(*of_ranks))}
 
     def on_forward(self, note: Callable[[float], None]) -> None:
         """Has each forward pass of the training tell its seconds, on a GPU those of an earlier pass."""

@@ -87,15 +87,14 @@ def extract_features(
                 f"at most {max_bytes >> 20:,}"
             )
         mine = tuple(t[batch.valid].numpy() for t in (batch.index, found, batch.labels[:, 0]))
-        # A batch at a time: a gather of everything at the end would hold it on every rank.
-        for part_index, part_values, part_labels in agreement.gather(mine):
+        # A batch at a time: at the end every rank would hold its share of everything once more.
+        for part_index, part_values, part_labels in agreement.to_main(mine):
             places = np.searchsorted(indices, part_index)
             read[places] = True
-            if ranks.is_main():
-                values = np.empty((len(indices), found.shape[1]), dtype=np.float32) if values is None else values
-                values[places], labels[places] = part_values, part_labels
+            values = np.empty((len(indices), found.shape[1]), dtype=np.float32) if values is None else values
+            values[places], labels[places] = part_values, part_labels
         progress(min(len(indices), batch_size * ranks.world_size()))
-    if not read.any():
+    if not agreement.any_rank(bool(read.any())):
         raise UserError(f"{manifest.path}: none of the {len(indices)} images can be read")
     if not ranks.is_main():
         return None

@@ -142,8 +142,9 @@ def _read_curves(folder: Path) -> tuple[dict[str, Curve], str | None]:
 
 
 def _metrics(row: Fields) -> tuple[int, dict[str, float], str | None]:
-    """The step, its figures and when it was logged; what is text or a list is no figure."""
-    numbers = [key for key, value in row.values.items() if key != "step" and type(value) in (int, float)]
+    """The step, its figures and when it was logged; what is text or a list is no figure, layers are TensorBoard's."""
+    shown = {key: value for key, value in row.values.items() if key != "step" and not key.startswith("layers/")}
+    numbers = [key for key, value in shown.items() if type(value) in (int, float)]
     time = row.values.get("time")
     return _step(row), {key: _figure(row, key) for key in numbers}, time if isinstance(time, str) else None
 

@@ -1,5 +1,6 @@
 """What went wrong in a step, on any rank: agreed on, counted, written down; and whether to stop."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ MAX_SKIPPED_IN_A_ROW = 3  # steps whose loss or gradients are not finite; then t
 
 
 class Journal:
-    """Agrees with the other ranks after each step, counts what was left out, and writes it down."""
+    """Agrees with the other ranks beside each step, counts what was left out, and writes it down."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._config = config
@@ -26,18 +27,13 @@ class Journal:
         self._damaged = JsonLines(folder / "damaged_samples.jsonl")
         self._samples = JsonLines(folder / f"samples-{ranks.rank():05d}.jsonl") if config.log.samples else None
 
-    def note(
-        self,
-        state: TrainState,
-        batch: Batch,
-        result: StepResult,
-        stop: signals.StopRequest,
-        following: Batch | None,
-        saver: Saver,
-    ) -> bool:
-        """Returns, on all ranks alike, whether to stop: asked to, or by an error of any rank's `following` batch.
+    def ask(
+        self, batch: Batch, following: Batch | None, stop: signals.StopRequest, saver: Saver
+    ) -> Callable[[], torch.Tensor]:
+        """Begins to agree on what is known before the step on `batch`; `note` is given what this returns.
 
-        Takes `saver` further when all ranks are done. Raises BadSamplesError, NonFiniteError.
+        So the way to all ranks, tens of milliseconds at hundreds of them, is taken beside the step. What happens
+        meanwhile, as a signal that is heard, is asked before the next one.
         """
         flags = [
             float(stop.signal_name is not None),
@@ -47,7 +43,21 @@ class Journal:
             float(saver.done),
         ]
         told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [5 + reasons]
-        stopping, failed, num_valid, damaged, done, *bad = agreement.add_up(told).tolist()
+        return agreement.adding_up(told)
+
+    def note(
+        self,
+        state: TrainState,
+        batch: Batch,
+        result: StepResult,
+        saver: Saver,
+        answer: Callable[[], torch.Tensor],
+    ) -> bool:
+        """Returns, on all ranks alike, whether to stop: asked to, or by an error of any rank's following batch.
+
+        Takes `saver` further when all ranks are done. Raises BadSamplesError, NonFiniteError.
+        """
+        stopping, failed, num_valid, damaged, done, *bad = answer().tolist()
         if done == ranks.world_size():
             saver.advance()
         if any(bad):
@@ -74,7 +84,7 @@ class Journal:
         records = _written(self._bad, state.step, batch.bad)
         seen = state.step * self._config.data.global_batch
         total = sum(state.bad_samples.values())
-        if _worth_telling(total, sum(counts)):
+        if records and _worth_telling(total, sum(counts)):
             say(
                 f"warning: {total} of {seen} samples so far could not be used, the last: "
                 f"{records[-1].shard}: {records[-1].detail}"
@@ -84,7 +94,7 @@ class Journal:
     def _note_damaged(self, state: TrainState, batch: Batch, count: int) -> None:
         state.damaged_samples += count
         records = _written(self._damaged, state.step, batch.damaged)
-        if _worth_telling(total := state.damaged_samples, count):
+        if records and _worth_telling(total := state.damaged_samples, count):
             say(
                 f"warning: {total} damaged images so far, used all the same (data.strict_images=true leaves them out; "
                 f"damaged_samples.jsonl names them), the last: {records[-1].shard}: {records[-1].detail}"
@@ -96,7 +106,7 @@ class Journal:
         # In fp16 a finite loss with infinite gradients is the search for the loss scale, not a fault.
         searching_scale = self._config.engine.precision == "fp16" and np.isfinite(loss)
         state.skipped_in_a_row = 0 if searching_scale else state.skipped_in_a_row + 1
-        indices = [index for of_rank in agreement.gather(batch.index.tolist()) for index in of_rank if index >= 0]
+        indices = [index for of_rank in agreement.to_main(batch.index.tolist()) for index in of_rank if index >= 0]
         if ranks.is_main():
             self._skipped.append({"step": state.step, "loss": str(loss), "indices": indices})
             warn(f"step {state.step} skipped on all ranks: loss or gradients not finite (loss sum {loss})")
@@ -108,11 +118,10 @@ class Journal:
 
 
 def _written(log: JsonLines, step: int, records: list[BadRecord]) -> list[BadRecord]:
-    """Returns the records of all ranks, which rank 0 writes down."""
-    gathered = [record for of_rank in agreement.gather(records) for record in of_rank]
-    if ranks.is_main():
-        for record in gathered:
-            log.append({"step": step, **record._asdict()})
+    """Returns the records of all ranks on rank 0, which writes them down; none on the others."""
+    gathered = [record for of_rank in agreement.to_main(records) for record in of_rank]
+    for record in gathered:
+        log.append({"step": step, **record._asdict()})
     return gathered
 
 

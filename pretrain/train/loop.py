@@ -12,6 +12,7 @@ from pretrain.train.datasets import DataSets
 from pretrain.train.evaluate import evaluate
 from pretrain.train.journal import Journal
 from pretrain.train.meter import Meter
+from pretrain.train.profile import Profile
 from pretrain.train.save import Saver
 from pretrain.train.state import TrainState
 
@@ -32,7 +33,7 @@ def loop(
     """
     meter = Meter(config, data.num_classes, state, engine)
     journal = Journal(config.output / config.name, config)
-    saver = Saver(config, data, engine, log)
+    saver, profile = Saver(config, data, engine, log), Profile(config, engine)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
     if branched:  # the other run may delete its checkpoint, or be further on at the next start
         saver.save(state, meter, must_succeed=True)
@@ -42,29 +43,29 @@ def loop(
         if evaluate(config, data, engine, state, log, stop):
             return
         saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
-    following = meter.wait_for(batches, state.step) if state.step < config.total_steps else None
+    batch = meter.wait_for(batches, state.step)
     with saver.finished_before_errors():
-        agreement.raise_together(following.error if following else None)
-    while following is not None:
-        batch = following
+        agreement.raise_together(batch.error if batch else None)
+    following = meter.wait_for(batches, state.step)
+    while batch is not None:
+        answer = journal.ask(batch, following, stop, saver)
         if state.step == 0:
             log.image("batch", make_grid(batch.images[:64], nrow=8))
         lr = learning_rate(config.optim, config.total_steps, state.step)
-        result = engine.train_step(batch.to(engine.device), lr)
+        with profile.step(state.step + 1), engine.layers.watched(due(state.step + 1, config.log.layers_every_steps)):
+            result = engine.train_step(batch.to(engine.device), lr)
         state.step += 1
         state.metrics = {}
         meter.add(result)
-        # Before the ranks agree: an error of the next step's data is raised after a save of this one.
-        following = meter.wait_for(batches, state.step) if state.step < config.total_steps else None
         with saver.finished_before_errors():
-            stopping = journal.note(state, batch, result, stop, following, saver)
+            stopping = journal.note(state, batch, result, saver, answer)
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
             log.scalars(state.step, meter.read(state, data, lr, result, engine))
-        state.validation_due = data.val is not None and (due(state.step, config.evaluation.every_steps) or last)
-        every = config.evaluation.features_every_steps
-        state.features_due = data.fewshot is not None and (due(state.step, every) or last)
+        _set_due(config, data, state)
         with meter.paused():
+            if due(state.step, config.log.layers_every_steps):
+                log.scalars(state.step, engine.layer_numbers(batch, result), on_console=False)
             if (state.validation_due or state.features_due) and not stopping:
                 saver.finish()  # the steps that would take it further are far away
                 stopping = evaluate(config, data, engine, state, log, stop)
@@ -73,7 +74,16 @@ def loop(
         if stopping:
             agreement.raise_together(following.error if following else None)
             break
+        batch, following = following, meter.wait_for(batches, state.step)
+    profile.end()
     saver.end(stop)
+
+
+def _set_due(config: Config, data: DataSets, state: TrainState) -> None:
+    """Has `state` say what is to be evaluated after its step."""
+    settings, last = config.evaluation, state.step == config.total_steps
+    state.validation_due = data.val is not None and (due(state.step, settings.every_steps) or last)
+    state.features_due = data.fewshot is not None and (due(state.step, settings.features_every_steps) or last)
 
 
 def due(step: int, every_steps: int) -> bool:

@@ -47,11 +47,11 @@ class Meter:
     def _add_forward(self, seconds: float) -> None:
         self._forward_s += seconds
 
-    def wait_for(self, batches: Iterator[Batch], step: int) -> Batch:
-        """Returns the next batch and counts the time until it came. step: the last one that is finished."""
+    def wait_for(self, batches: Iterator[Batch], step: int) -> Batch | None:
+        """Returns the next batch, None behind the last, and counts the time. step: the last one that is finished."""
         began = time.perf_counter()
         watchdog.section("data", step)
-        batch = next(batches)
+        batch = next(batches, None)
         watchdog.section("step")
         self._waited_s += time.perf_counter() - began
         return batch

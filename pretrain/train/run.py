@@ -77,8 +77,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     restore_copy(config, stop)
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
-        refuse_changes(checkpoint, config, data.train)
-        data.follow(resumed_order(checkpoint, data.order, config.total_steps))
+        agreement.together(lambda: _go_on_from(checkpoint, config, data))
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
         return
@@ -269,6 +268,11 @@ def _warn_of_young_averages(config: Config) -> None:
 def _start(config: Config) -> TrainState:
     ranks.seed_generators(config.seed, 0)
     return TrainState()
+
+
+def _go_on_from(checkpoint: Path, config: Config, data: DataSets) -> None:
+    refuse_changes(checkpoint, config, data.train)
+    data.follow(resumed_order(checkpoint, data.order, config.total_steps))
 
 
 def _branch_point(config: Config, data: DataSets) -> Path:

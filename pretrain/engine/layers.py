@@ -1,0 +1,100 @@
+"""Norms of gradients and weights layer by layer, the largest logit of each attention: where a training goes unstable.
+
+Each rank adds up the slices that it owns, so that neither the ZeRO stage nor the number of ranks matters.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from pretrain.cluster import agreement
+from pretrain.engine.slices import OwnedSlices, Part
+
+MAX_IMAGES = 16  # of a rank, whose logits are looked at: [images, heads, tokens, tokens] of a block lie in memory
+
+
+def layer_of(name: str) -> str:
+    """Returns "blocks.3" of a parameter "blocks.3.mlp.fc1.weight"; of one without a number its first word, "head"."""
+    words = name.split(".")
+    number = next((place for place, word in enumerate(words) if word.isdigit()), 0)
+    return ".".join(words[: number + 1])
+
+
+class LayerNorms:
+    """The norms of a model's layers; nothing is done in a step that is not `watched`."""
+
+    def __init__(self, owned: OwnedSlices, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
+        self._owned, self._optimizer = owned, optimizer
+        layers = dict.fromkeys(map(layer_of, names))
+        self._places = {layer: place for place, layer in enumerate(layers)}
+        self._gradients = self._nothing()
+
+    @contextmanager
+    def watched(self, due: bool) -> Iterator[None]:
+        """Around a step: looks at its gradients, where `due`, when the optimizer has them."""
+        if not due:
+            yield
+            return
+        self._gradients = self._nothing()
+        parts = self._owned.parts()  # now: in its step DeepSpeed shows the optimizer one group after the other
+
+        def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for flat in group["params"]:
+                    self._add(self._gradients, [part for part in parts if part.flat is flat], flat.grad)
+
+        hook = self._optimizer.register_step_pre_hook(note)
+        yield
+        hook.remove()
+
+    def read(self, grad_norm: Any) -> dict[str, float]:
+        """Returns the norms over all ranks: of the weights, and of the step's gradients before clipping.
+
+        grad_norm: of all gradients before clipping, which what was seen is scaled up to; None: the step was skipped.
+        """
+        weights = self._nothing()
+        for part in self._owned.parts():
+            self._add(weights, [part], part.flat)
+        of_weights, of_gradients = agreement.add_up(torch.stack([weights, self._gradients]))
+        numbers = {"weight_norm": of_weights.sqrt()}
+        if grad_norm is not None and of_gradients.any():
+            numbers["grad_norm"] = of_gradients.sqrt() * (float(grad_norm) / of_gradients.sum().sqrt())
+        return {
+            f"layers/{layer}/{name}": float(values[place])
+            for name, values in numbers.items()
+            for layer, place in self._places.items()
+        }
+
+    def _nothing(self) -> torch.Tensor:
+        """Sums of squares, float64 [layers]."""
+        device = self._owned.flat_tensors()[0].device
+        return torch.zeros(len(self._places), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def _add(self, sums: torch.Tensor, parts: list[Part], flat: torch.Tensor) -> None:
+        for part in parts:
+            norm = torch.linalg.vector_norm(part.slice_of(flat).values, dtype=torch.float64)
+            sums[self._places[layer_of(part.name)]] += norm**2
+
+
+class LargestLogits(TorchFunctionMode):
+    """While it is entered: the largest logit of each call of torch's attention, in `found`, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            q, k = args[:2]
+            factor = kwargs.get("scale") or 1 / math.sqrt(q.shape[-1])
+            logits = (q @ k.transpose(-2, -1)).float() * factor  # [B, heads, T, T]
+            mask = kwargs.get("attn_mask")
+            self.found.append((logits if mask is None else logits + mask).amax())
+        return function(*args, **kwargs)

@@ -1,0 +1,78 @@
+"""Traces of some steps on rank 0, for Perfetto and TensorBoard: where their time goes, operation by operation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from pretrain.cluster import ranks
+from pretrain.config import Config
+from pretrain.engine.step import Engine
+from pretrain.log import say, warn
+from pretrain.storage import replacing
+
+ASKED = "PROFILE"  # a file of this name in the run's folder asks for a trace
+
+
+class Profile:
+    """Traces the steps that config.profile names, and those behind the log line at which it finds the file PROFILE.
+
+    No trace, no cost; and none of its errors ends a training.
+    """
+
+    def __init__(self, config: Config, engine: Engine) -> None:
+        self._folder, self._engine = config.output / config.name, engine
+        self._settings, self._look_every = config.profile, config.log.every_steps
+        self._first, self._trace = 0, cast(Any, None)  # step and profiler of the trace under way
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the training's step of this number, from 1 on."""
+        if self._trace is None and (number == self._settings.at_step or self._is_asked(number)) and ranks.is_main():
+            self._begin(number)
+        if self._trace is None:
+            yield
+            return
+        with torch.profiler.record_function(f"step {number}"):
+            yield
+        if number == self._first + self._settings.num_steps - 1:
+            self.end()
+
+    def _is_asked(self, number: int) -> bool:
+        """Looks for the file, behind a log line, and takes it away."""
+        with suppress(OSError):
+            if number % self._look_every == 1 % self._look_every and ranks.is_main():
+                (self._folder / ASKED).unlink()
+                return True
+        return False
+
+    def _begin(self, number: int) -> None:
+        self._first, self._trace = number, torch.profiler.profile(record_shapes=True)
+        self._trace.start()
+        self._engine.mark = torch.profiler.record_function
+
+    def end(self) -> None:
+        """Writes the trace that is under way, if there is one, complete or not at all."""
+        if self._trace is None:
+            return
+        trace, self._trace, self._engine.mark = self._trace, None, nullcontext
+        trace.stop()
+        path = self._folder / "profile" / f"step-{self._first:010d}.pt.trace.json"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                trace.export_chrome_trace(str(temporary))
+                if not _is_whole(temporary):  # torch says nothing of a full disk
+                    raise OSError(0, "could not be written whole; is the disk full?")
+        except (OSError, RuntimeError) as error:
+            warn(f"{path}: {getattr(error, 'strerror', None) or error}; the training goes on without this trace")
+        else:
+            say(f"trace from step {self._first} on: {path}; https://ui.perfetto.dev shows it")
+
+
+def _is_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 100))
+        return file.read().rstrip().endswith(b"}")

@@ -1,0 +1,152 @@
+"""What the ranks agree on in each step, and when: begun before the step, taken behind it."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from tiny import changed, make_shards, tiny_config
+
+from pretrain.cluster import agreement, ranks, watchdog
+from pretrain.config import Config
+from pretrain.data.loader import REASONS
+from pretrain.engine.step import Engine
+from pretrain.train import journal
+from pretrain.train.run import train
+
+STEPS = 3
+
+
+class Work:
+    """An all_reduce under way, whose `wait` is noted."""
+
+    def __init__(self, work: Any, events: list[str]) -> None:
+        self._work, self._events = work, events
+        self.is_completed = work.is_completed
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._events.append("answered")
+
+
+def noted(config: Config, place: Path) -> tuple[list[str], list[bool]]:
+    """Trains; rank 1 does not ask before rank 0 is in the step. Returns this rank's events in order, and whether the
+    watchdog took it for waiting, in each step and behind its agreement."""
+    events: list[str] = []
+    waits: list[bool] = []
+    all_reduce, train_step, note = dist.all_reduce, Engine.train_step, journal.Journal.note
+
+    def asked(tensor: torch.Tensor, *args: Any, async_op: bool = False, **named: Any) -> Any:
+        if tensor.dtype != torch.float64 or tensor.shape != (5 + len(REASONS),):
+            return all_reduce(tensor, *args, async_op=async_op, **named)
+        events.append("asked")
+        until = time.monotonic() + 60
+        while ranks.rank() == 1 and not (place / str(events.count("asked"))).exists():
+            assert time.monotonic() < until, "rank 0 waits for an answer before its step"
+            time.sleep(0.01)
+        work = all_reduce(tensor, *args, async_op=async_op, **named)
+        return Work(work, events) if async_op else work
+
+    def stepped(engine: Engine, *args: Any) -> Any:
+        waits.append(waiting())
+        (place / str(events.count("asked"))).touch()
+        result = train_step(engine, *args)
+        events.append("step")
+        return result
+
+    def taken(self: Any, *args: Any) -> bool:
+        stopping = note(self, *args)
+        waits.append(waiting())
+        return stopping
+
+    def waiting() -> bool:
+        assert watchdog._watch is not None
+        return watchdog._watch._waits_for_others()
+
+    dist.all_reduce, Engine.train_step, journal.Journal.note = asked, stepped, taken
+    train(config)
+    return events, waits
+
+
+def test_the_ranks_agree_beside_the_step(tmp_path: Path) -> None:
+    """Rank 0 steps while rank 1 has not yet said anything: what it waits for is known, also in a step that hangs."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, total_steps=STEPS)
+    (events, waits), (others, _) = run_ranks(noted, 2, config, tmp_path)
+    assert events == others == ["asked", "step", "answered"] * STEPS
+    assert waits == [True, False] * STEPS
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+LATE_S = 0.03  # what an agreement takes at 512 ranks, by estimate
+STEP_S = 0.06  # a step is longer by this, so that it is longer than that anywhere
+TURNS = [(False, False), (False, True), (True, False), (True, True)]  # beside the step or behind it; late or not
+
+
+class Late:
+    """An all_reduce whose answer comes LATE_S after the last rank has asked."""
+
+    def __init__(self, work: Any) -> None:
+        self._work, self._came = work, 0.0
+        self.is_completed = work.is_completed
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        self._work.wait()
+        self._came = time.perf_counter()
+
+    def wait(self) -> None:
+        self._thread.join()
+        time.sleep(max(0.0, self._came + LATE_S - time.perf_counter()))
+
+
+def timed(config: Config) -> list[float]:
+    """Trains; the steps take the TURNS one after the other. Returns the seconds of each, from note to note:
+    a tenth is faster, for other work on the machine makes steps longer and never shorter."""
+    all_reduce, train_step, note, adding_up = (
+        dist.all_reduce,
+        Engine.train_step,
+        journal.Journal.note,
+        agreement.adding_up,
+    )
+    seconds: list[list[float]] = [[], [], [], []]
+    turn, last = [0], [time.perf_counter()]
+
+    def slow(*args: Any, async_op: bool = False, **named: Any) -> Any:
+        work = all_reduce(*args, async_op=async_op, **named)
+        return Late(work) if async_op and TURNS[turn[0]][1] else work
+
+    def in_turns(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return adding_up(numbers) if TURNS[turn[0]][0] else lambda: adding_up(numbers)()
+
+    def stepped(engine: Engine, *args: Any) -> Any:
+        time.sleep(STEP_S)
+        return train_step(engine, *args)
+
+    def taken(self: Any, *args: Any) -> bool:
+        stopping = note(self, *args)
+        seconds[turn[0]].append(time.perf_counter() - last[0])
+        turn[0], last[0] = (turn[0] + 1) % len(TURNS), time.perf_counter()
+        return stopping
+
+    dist.all_reduce, Engine.train_step, journal.Journal.note, agreement.adding_up = slow, stepped, taken, in_turns
+    train(config)
+    return [sorted(of_turn)[len(of_turn) // 10] for of_turn in seconds]
+
+
+@pytest.mark.long
+def test_a_late_answer_costs_nothing_beside_the_step(tmp_path: Path) -> None:
+    """4 ranks, agreements that are 30 ms late: behind the step they cost that, beside it nothing."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, log__every_steps=1000, total_steps=200)
+    config = changed(config, checkpoint__every_steps=1000)
+    behind, behind_late, beside, beside_late = (1000 * one for one in run_ranks(timed, 4, config)[0])
+    print(
+        f"\nms of a step: asked behind it {behind:.1f}, late {behind_late:.1f}; beside {beside:.1f}, {beside_late:.1f}"
+    )
+    assert behind_late - behind > 1000 * LATE_S / 2 > beside_late - beside

@@ -1,0 +1,68 @@
+"""Traces of steps: what stands in them, and that none of them ends a training."""
+
+import json
+import resource
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import make_shards, tiny_config
+
+from pretrain.config import Config
+from pretrain.train.profile import ASKED, Profile
+from pretrain.train.run import train
+
+
+def finish(config: Config) -> None:
+    train(config)
+
+
+def marks_of(path: Path) -> Counter[str]:
+    """The names that our code has marked, and how often; the file is whole JSON."""
+    events = json.loads(path.read_text())["traceEvents"]
+    assert any(event.get("cat") == "cpu_op" and event["name"] == "aten::addmm" for event in events)
+    return Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+
+
+def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path: Path) -> None:
+    """Two steps from step 4 on, and two more for the file that was found in the run's folder; of rank 0 alone."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, total_steps=7)
+    config.profile.at_step, config.profile.num_steps = 4, 2
+    (config.output / config.name).mkdir()
+    (config.output / config.name / ASKED).touch()
+    run_ranks(finish, 2, config)
+    folder = config.output / config.name / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{n:010d}.pt.trace.json" for n in (1, 4)]
+    for path, first in zip(sorted(folder.iterdir()), (1, 4)):
+        marks = marks_of(path)
+        assert {name: marks[name] for name in ("forward", "backward", "optimizer")} == dict.fromkeys(
+            ("forward", "backward", "optimizer"), 2
+        )
+        assert {name for name in marks if name.startswith("step ")} == {f"step {first}", f"step {first + 1}"}
+    assert not (config.output / config.name / ASKED).exists()
+
+
+def traced(config: Config, room: int) -> Any:
+    """Traces a step where files may have no more than `room` bytes; returns how a part of a step is marked then."""
+    engine: Any = SimpleNamespace(mark=None)
+    profile = Profile(config, engine)
+    with profile.step(1):
+        with engine.mark("forward"):
+            torch.ones(3).sum()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    profile.end()  # nothing is under way: the one step was all
+    return engine.mark.__name__
+
+
+@pytest.mark.parametrize(("room", "files"), [(1 << 30, 1), (2000, 0)])
+def test_a_full_disk_costs_the_trace_alone(room: int, files: int, tmp_path: Path) -> None:
+    """Half a trace is none; the steps that follow are marked no more."""
+    config = tiny_config(tmp_path, tmp_path)
+    config.profile.at_step = config.profile.num_steps = 1
+    (tmp_path / "tiny").mkdir()
+    assert run_ranks(traced, 1, config, room) == ["nullcontext"]
+    assert len(list((tmp_path / "tiny" / "profile").iterdir())) == files
