@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -279,6 +280,36 @@ def test_a_schedule_of_every_disaster(
     schedule = survive(config, disasters, nodes)
     assert len(schedule.done) == len(disasters), schedule.done
     expect_same_run(config, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_disk_of_8_mb(shards: Path, tmp_path: Path) -> None:
+    """A tmpfs with room for two checkpoints beside another's file: training goes on, those two stay, it ends with 75 as
+    the last one cannot be saved; with room, the same command ends with the undisturbed run's bits."""
+    (disk := tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here: it needs root, and leave to")
+    try:
+        model, keep = (
+            {"model__width": 96, "model__mlp_dim": 256},
+            {"checkpoint__every_steps": 4, "checkpoint__keep_last": 2},
+        )
+        config = tiny_config(shards, disk, **model, **keep)
+        undisturbed = changed(config, output=str(tmp_path / "undisturbed"))
+        run_ranks(finish, 2, undisturbed)
+        (disk / "another's").write_bytes(bytes(3 << 20))
+        checkpoints = disk / "tiny" / "checkpoints"
+        assert run_ranks(trained, 2, config) == [75, 75]
+        left = step_folders(checkpoints)
+        assert [step_of(path) for path in left] == [8, 4] and newest_valid(checkpoints) == left[0]
+        (disk / "another's").unlink()
+        run_ranks(finish, 2, config)
+        ours, theirs = newest_valid(checkpoints), newest_valid(undisturbed.output / "tiny" / "checkpoints")
+        assert ours and theirs and ours.name == theirs.name == "step-0000000020"
+        for path in theirs.glob("*.safetensors"):
+            assert path.read_bytes() == (ours / path.name).read_bytes(), path.name
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.slow
