@@ -82,7 +82,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards") / "squares")
 
 
-def whole_run(shards: Path, output: Path, total_steps: int = 120) -> Config:
+def whole_run(shards: Path, output: Path, total_steps: int = 200) -> Config:
     """A run whose watchdog gives up on a stopped rank after 5 s; more steps than a schedule gets through.
 
     Its data is mounted beside its output, as a link.
