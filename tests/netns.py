@@ -3,6 +3,7 @@
 No packet, process or signal leaves them: `pkill` by name, as DeepSpeed's launcher does, finds only what runs there.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -58,16 +59,32 @@ class Node:
         return done.stdout.strip()
 
 
+def enter(inside: int) -> None:
+    """Gives this process a node's network and host name; its files and its number stay those of this machine."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("net", "uts"):
+        with open(f"/proc/{inside}/ns/{kind}", "rb") as space:
+            if libc.setns(space.fileno(), 0):  # os.setns is there from Python 3.12 on
+                raise OSError(ctypes.get_errno(), f"setns {kind}")
+
+
+def why_not(*more_programs: str) -> str | None:
+    """Why there can be no nodes here: a program is missing, or namespaces may not be made."""
+    if absent := [name for name in (*PROGRAMS, *more_programs) if shutil.which(name) is None]:
+        return f"not installed: {', '.join(absent)}"
+    if os.geteuid() != 0 or subprocess.run([*_NEW, "true"], capture_output=True).returncode:
+        return "namespaces need root, and leave to make them"
+    return None
+
+
 @contextmanager
 def two_nodes(folder: Path, *more_programs: str) -> Iterator[tuple[Node, Node]]:
     """Yields n1 (10.77.0.1) and n2 (10.77.0.2), which see this machine's files; all in them ends with the block.
 
     Skips the test where a program is missing or namespaces cannot be made.
     """
-    if absent := [name for name in (*PROGRAMS, *more_programs) if shutil.which(name) is None]:
-        pytest.skip(f"not installed: {', '.join(absent)}")
-    if os.geteuid() != 0 or subprocess.run([*_NEW, "true"], capture_output=True).returncode:
-        pytest.skip("namespaces need root, and leave to make them")
+    if reason := why_not(*more_programs):
+        pytest.skip(reason)
     folder.mkdir(exist_ok=True)
     lines = ["127.0.0.1 localhost", *(f"10.77.0.{number} {name}" for number, name in enumerate(NODES, 1))]
     (folder / "hosts").write_text("\n".join(lines) + "\n")

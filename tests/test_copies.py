@@ -18,6 +18,7 @@ from ranks import run_ranks, start_ranks
 from test_checkpoint import expect_whole, save
 from test_resume import finish
 from tiny import changed, make_shards, tiny_config
+from web import s3_server
 
 from pretrain.checkpoint.copies import Copier, restore
 from pretrain.checkpoint.layout import DamagedError, manifest_text, step_folders, step_of
@@ -493,3 +494,35 @@ def test_a_run_whose_folder_is_gone_ends_with_the_same_bits(tmp_path: Path) -> N
     in_the_way.touch()
     run_ranks(finish, 1, changed(config, name="other", total_steps=10))
     assert (config.output / "other" / "DONE").exists()
+
+
+def train_in(environment: dict[str, str], config: Config) -> None:
+    """Trains with the variables of the test: the process that ranks are forked from may be older than they are."""
+    os.environ.update(environment)
+    train(config)
+
+
+@pytest.mark.slow
+def test_a_bucket_is_a_second_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An S3-compatible server keeps what the run keeps. A run whose folder is gone goes on from there, from the newest
+    copy that is whole, and ends with the same bits."""
+    config = tiny_config(
+        make_shards(tmp_path / "squares"), tmp_path / "runs", model__dropout=0.1, checkpoint__copy_to="s3://copies/all"
+    )
+    with s3_server(monkeypatch):
+        client = pytest.importorskip("boto3").client("s3")
+        client.create_bucket(Bucket="copies")
+        access = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        run_ranks(train_in, 1, access, config)
+        there = {row["Key"].split("/")[3] for row in client.list_objects_v2(Bucket="copies")["Contents"]}
+        assert there == {"run.json", *(f"step-{step:010d}" for step in (10, 15, 20))}
+        os.rename(config.output, tmp_path / "lost")
+        client.delete_object(Bucket="copies", Key="all/tiny/checkpoints/step-0000000020/state.json")
+        run_ranks(train_in, 1, access, config)
+    (start,) = (json.loads(line) for line in (config.output / "tiny" / "starts.jsonl").read_text().splitlines())
+    assert start["step"] == 15
+    ours, theirs = (
+        folder / "tiny" / "checkpoints" / "step-0000000020" for folder in (config.output, tmp_path / "lost")
+    )
+    for path in theirs.glob("*.safetensors"):
+        assert path.read_bytes() == (ours / path.name).read_bytes(), path.name

@@ -11,12 +11,14 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import netns
 import pytest
 from ranks import run_ranks, start_ranks
 from test_resume import _global_samples, _losses, expect_same_run, finish, steps_logged
@@ -30,14 +32,20 @@ from pretrain.train.run import train
 
 DOCUMENTED = {0, 75, 76, -signal.SIGKILL}  # of a rank under these disasters; 1 would be a defect of ours
 WEIGHTS_DO_NOT_FIT = 40_000  # bytes: a rank's weights have 47,000 or more, the logs of a whole run fewer
-KINDS = ("kill all", "kill one", "stop", "full disk", "hang", "damage", "lost disk", "kill in a save")
+CUT = "cut link"
+KINDS = ("kill all", "kill one", "stop", "full disk", "hang", "damage", "lost disk", "lost data", "kill in a save", CUT)
+MOST_PAUSE_S = 0.1  # more than a step, or a save, takes
+CUT_S = 6  # engine.timeout_s of a start whose link is cut
 # Ranks of another number add in another order, and training makes more of the difference. Runs of 1, 3 and 4 ranks
 # without a disaster differ from one of 2 by at most 1.2e-6 of a step's loss until step 100, by 7e-4 after it.
 SMOOTH_UNTIL, SMOOTH, LATER = 100, 1e-4, 2e-2
 
 
 class Disaster(NamedTuple):
-    """One start of a run, and what becomes of it; or a bit of the newest checkpoint that flips."""
+    """One start of a run, and what becomes of it; or a bit of the newest checkpoint that flips.
+
+    The ranks of one whose link is cut are on two machines, the first half on the first.
+    """
 
     kind: str  # of KINDS
     ranks: int
@@ -49,8 +57,24 @@ class Disaster(NamedTuple):
 
 def drawn(kind: str, chance: random.Random, ranks: tuple[int, ...]) -> Disaster:
     """A disaster by chance."""
-    numbers = chance.randrange(60), chance.randrange(1, 9), chance.uniform(0, 0.3), chance.randrange(1 << 40)
+    numbers = chance.randrange(60), chance.randrange(1, 9), chance.uniform(0, MOST_PAUSE_S), chance.randrange(1 << 40)
     return Disaster(kind, chance.choice(ranks), *numbers)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[netns.Node, ...]]:
+    """Two machines with a wire between; none where namespaces cannot be made: then no link is cut."""
+    if reason := netns.why_not():
+        print(f"no link is cut: {reason}")
+        yield ()
+        return
+    with netns.two_nodes(tmp_path_factory.mktemp("nodes")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def kinds(nodes: tuple[netns.Node, ...]) -> list[str]:
+    return [kind for kind in KINDS if nodes or kind != CUT]
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +82,24 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards") / "squares")
 
 
-def whole_run(shards: Path, output: Path) -> Config:
-    """A run whose watchdog gives up on a stopped rank after 5 s; more steps than a schedule gets through."""
+def whole_run(shards: Path, output: Path, total_steps: int = 200) -> Config:
+    """A run whose watchdog gives up on a stopped rank after 5 s; more steps than a schedule gets through.
+
+    Its data is mounted beside its output, as a link.
+    """
+    data = _data_beside(output)
+    data.symlink_to(shards)
     every = {"checkpoint__every_steps": 4, "log__every_steps": 20}
-    return tiny_config(shards, output, total_steps=300, engine__watchdog_s=5, **every)
+    return tiny_config(data, output, total_steps=total_steps, engine__watchdog_s=5, **every)
+
+
+def _data_beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}-data")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    config = whole_run(shards, tmp_path_factory.mktemp("undisturbed"))
+    config = whole_run(shards, tmp_path_factory.mktemp("undisturbed") / "runs")
     run_ranks(finish, 2, config, timeout_s=900)
     return config
 
@@ -82,10 +115,18 @@ def trained(config: Config) -> int:
     return 0
 
 
+def trained_on_a_node(config: Config, insides: list[int]) -> int:
+    """The same, on one of two machines."""
+    netns.enter(insides[int(os.environ["RANK"]) * len(insides) // int(os.environ["WORLD_SIZE"])])
+    os.environ.update({"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "eth0"})
+    return trained(changed(config, engine__timeout_s=CUT_S))
+
+
 class Schedule:
     """A run, started again and again, each start with its disaster; what was done, for who reads a failure."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, nodes: tuple[netns.Node, ...]) -> None:
+        self.nodes = nodes
         self.config, self.checkpoints = config, config.output / config.name / "checkpoints"
         self.done: list[str] = []
         self.newest = -1
@@ -98,12 +139,22 @@ class Schedule:
         """Has it happen; then the invariants."""
         if one.kind == "damage":
             return self._damage(one)
+        if one.kind == "lost data":
+            return self._lose_data(one)
+        if one.kind == CUT and one.ranks == 1:
+            one = one._replace(ranks=2)
         victim, steps = one.victim % one.ranks, steps_logged(self.config) + one.steps
         self.done.append(f"{one.kind}: rank {victim} of {one.ranks}, {one.pause_s:.2f} s after step {steps}")
-        processes = start_ranks(trained, one.ranks, self.config)
+        if one.kind == CUT:
+            insides = [node.inside for node in self.nodes]
+            processes = start_ranks(trained_on_a_node, one.ranks, self.config, insides)
+        else:
+            processes = start_ranks(trained, one.ranks, self.config)
         try:
             self._strike(one, processes, victim, steps)
         finally:
+            if one.kind == CUT:
+                self.nodes[1].run("ip", "link", "set", "eth0", "up")
             for process in processes:
                 process.kill()
 
@@ -122,10 +173,12 @@ class Schedule:
         if kind == "lost disk":  # as a lazily unmounted one: no path leads there, open files stay
             os.rename(self.config.output, away)
             time.sleep(0.5)
+        if kind == CUT:
+            self.nodes[1].run("ip", "link", "set", "eth0", "down")
         asked = dict.fromkeys(("stop", "full disk", "lost disk"), signal.SIGTERM)
         number = {**asked, "hang": signal.SIGSTOP}.get(kind, signal.SIGKILL)
         for rank, process in enumerate(processes):
-            if (rank == victim or kind == "kill all") and process.is_alive():
+            if (rank == victim or kind == "kill all") and kind != CUT and process.is_alive():
                 os.kill(process.pid, number)
         codes = [self._code(process) for process in processes]
         if kind == "lost disk":
@@ -153,6 +206,17 @@ class Schedule:
         process.join(60)
         return code
 
+    def _lose_data(self, one: Disaster) -> None:
+        """The run is started while its data is not there: to be tried again, where it was there at an earlier start."""
+        data, known = _data_beside(self.config.output), (self.checkpoints.parent / "starts.jsonl").exists()
+        self.done.append(f"lost data: {one.ranks} ranks")
+        away = data.rename(f"{data}-away")
+        codes = [self._code(process) for process in start_ranks(trained, one.ranks, self.config)]
+        away.rename(data)
+        self.done[-1] += f" -> {codes}"
+        assert codes == [75 if known else 2] * one.ranks, self.done
+        self.check([])
+
     def _damage(self, one: Disaster) -> None:
         """A bit of the newest checkpoint flips, where there is another one."""
         folders = step_folders(self.checkpoints)
@@ -177,9 +241,9 @@ class Schedule:
         self.newest = reached
 
 
-def survive(config: Config, disasters: list[Disaster]) -> Schedule:
+def survive(config: Config, disasters: list[Disaster], nodes: tuple[netns.Node, ...] = ()) -> Schedule:
     """Goes through a schedule and brings the run to its end; prints what was done."""
-    schedule = Schedule(config)
+    schedule = Schedule(config, nodes)
     for one in disasters:
         if not schedule.is_over:
             schedule.disaster(one)
@@ -205,22 +269,57 @@ def expect_same_samples_and_losses(config: Config, undisturbed: Config) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_schedule_of_every_disaster(shards: Path, undisturbed: Config, tmp_path: Path) -> None:
+def test_a_schedule_of_every_disaster(
+    kinds: list[str], nodes: tuple[netns.Node, ...], shards: Path, undisturbed: Config, tmp_path: Path
+) -> None:
     """Each kind once, on two ranks, in an order of chance: same weights, moments, random states and samples."""
-    config = whole_run(shards, tmp_path)
+    config = whole_run(shards, tmp_path / "runs")
     chance = random.Random(3)
-    disasters = [drawn(kind, chance, (2,)) for kind in chance.sample(KINDS[:7], 7)]
-    schedule = survive(config, disasters)
+    few = [kind for kind in kinds if kind != "kill in a save"]  # tests/test_saving.py has more of these
+    disasters = [drawn(kind, chance, (2,)) for kind in chance.sample(few, len(few))]
+    schedule = survive(config, disasters, nodes)
     assert len(schedule.done) == len(disasters), schedule.done
     expect_same_run(config, undisturbed)
 
 
 @pytest.mark.slow
+def test_a_disk_of_8_mb(shards: Path, tmp_path: Path) -> None:
+    """A tmpfs with room for two checkpoints beside another's file: training goes on, those two stay, it ends with 75 as
+    the last one cannot be saved; with room, the same command ends with the undisturbed run's bits."""
+    (disk := tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here: it needs root, and leave to")
+    try:
+        model, keep = (
+            {"model__width": 96, "model__mlp_dim": 256},
+            {"checkpoint__every_steps": 4, "checkpoint__keep_last": 2},
+        )
+        config = tiny_config(shards, disk, **model, **keep)
+        undisturbed = changed(config, output=str(tmp_path / "undisturbed"))
+        run_ranks(finish, 2, undisturbed)
+        (disk / "another's").write_bytes(bytes(3 << 20))
+        checkpoints = disk / "tiny" / "checkpoints"
+        assert run_ranks(trained, 2, config) == [75, 75]
+        left = step_folders(checkpoints)
+        assert [step_of(path) for path in left] == [8, 4] and newest_valid(checkpoints) == left[0]
+        (disk / "another's").unlink()
+        run_ranks(finish, 2, config)
+        ours, theirs = newest_valid(checkpoints), newest_valid(undisturbed.output / "tiny" / "checkpoints")
+        assert ours and theirs and ours.name == theirs.name == "step-0000000020"
+        for path in theirs.glob("*.safetensors"):
+            assert path.read_bytes() == (ours / path.name).read_bytes(), path.name
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_kill_9_20_times_on_1_to_4_ranks(shards: Path, undisturbed: Config, tmp_path: Path) -> None:
+def test_kill_9_20_times_on_1_to_4_ranks(shards: Path, tmp_path: Path) -> None:
     """20 restarts, each on another number of ranks: the samples of every step, and the losses."""
-    config = whole_run(shards, tmp_path)
+    config = whole_run(shards, tmp_path / "runs", 300)
+    undisturbed = whole_run(shards, tmp_path / "undisturbed", 300)
+    run_ranks(finish, 2, undisturbed, timeout_s=900)
     chance = random.Random(1)
     schedule = survive(config, [drawn(kind, chance, (1, 2, 3, 4)) for kind in ["kill all", "kill one"] * 10])
     assert len(schedule.done) == 20, schedule.done
@@ -230,7 +329,9 @@ def test_kill_9_20_times_on_1_to_4_ranks(shards: Path, undisturbed: Config, tmp_
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(6 * 3600)
-def test_many_disasters(shards: Path, undisturbed: Config, tmp_path: Path) -> None:
+def test_many_disasters(
+    kinds: list[str], nodes: tuple[netns.Node, ...], shards: Path, undisturbed: Config, tmp_path: Path
+) -> None:
     """Schedules of ten: those on two ranks throughout end with the same bits, others with the same samples."""
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import configuration, stateful
@@ -246,17 +347,17 @@ def test_many_disasters(shards: Path, undisturbed: Config, tmp_path: Path) -> No
     class Run(stateful.RuleBasedStateMachine):
         @stateful.initialize(fixed=some.booleans())
         def begin(self, fixed: bool) -> None:
-            self.schedule = Schedule(whole_run(shards, Path(tempfile.mkdtemp(dir=tmp_path)) / "runs"))
+            self.schedule = Schedule(whole_run(shards, Path(tempfile.mkdtemp(dir=tmp_path)) / "runs"), nodes)
             self.fixed, self.failed = fixed, False
 
         @stateful.rule(
             one=some.builds(
                 Disaster,
-                some.sampled_from(KINDS),
+                some.sampled_from(kinds),
                 some.integers(1, 3),
                 some.integers(0, 59),
                 some.integers(1, 8),
-                some.floats(0, 0.3),
+                some.floats(0, MOST_PAUSE_S),
                 some.integers(0, (1 << 40) - 1),
             )
         )
