@@ -1,7 +1,5 @@
 """The loop: batch, step, what is due."""
 
-from torchvision.utils import make_grid
-
 from pretrain.cluster import agreement, signals
 from pretrain.config import Config
 from pretrain.data.loader import train_batches
@@ -10,6 +8,7 @@ from pretrain.log import RunLog
 from pretrain.optim import learning_rate
 from pretrain.train.datasets import DataSets
 from pretrain.train.evaluate import evaluate
+from pretrain.train.first_batch import show_first_batch
 from pretrain.train.journal import Journal
 from pretrain.train.meter import Meter
 from pretrain.train.save import Saver
@@ -48,7 +47,7 @@ def loop(
     while following is not None:
         batch = following
         if state.step == 0:
-            log.image("batch", make_grid(batch.images[:64], nrow=8))
+            show_first_batch(batch, data.train.class_names, log)
         lr = learning_rate(config.optim, config.total_steps, state.step)
         result = engine.train_step(batch.to(engine.device), lr)
         state.step += 1
