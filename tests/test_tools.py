@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from weights_on_disk import ROOT
+from PIL import Image
+from test_report import make_run
+from tiny import NUM_CLASSES, make_shards, tiny_config
+from weights_on_disk import ROOT, save_run
 
 from pretrain.models.convert import TARGETS
 from pretrain.models.formats import NPZ_NAMINGS, WRITABLE
 from pretrain.models.google import NAMINGS
 
+SLOW, LONG = pytest.mark.slow, pytest.mark.long
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 # Calls of each tool with a path, ABSENT, that is not there; HERE is one that is.
 ABSENT, HERE = "absent", "here"
@@ -102,21 +106,62 @@ def test_help_and_wrong_words_take_half_a_second(tmp_path: Path) -> None:
     assert max(found.values()) <= MAX_CPU_S * max(1, bare / INTERPRETER_S), found
 
 
+# Ctrl-C, heard at the first import behind the command line's own, or in the moment before a result is published.
 INTERRUPTED = """
-import runpy, sys
+import os, runpy, signal, sys
+_, when, tool, *words = sys.argv
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
-        if name == "pretrain.plan.choose": raise KeyboardInterrupt
+        if when == "import" and sys.excepthook is not sys.__excepthook__: os.kill(os.getpid(), signal.SIGINT)
+replace = os.replace
+def interrupted(*paths, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return replace(*paths, **options)
+if when == "replace": os.replace = interrupted
 sys.meta_path.insert(0, Interrupt())
-runpy.run_path("%s", run_name="__main__")
+sys.argv = [tool, *words]
+runpy.run_path(tool, run_name="__main__")
 """
 
 
-def test_an_interrupt_of_imports_is_a_word() -> None:
-    """Ctrl-C before a command has read its first option."""
-    code = INTERRUPTED % (ROOT / "tools" / "plan.py")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("name", [n if n in ("plan", "report") else pytest.param(n, marks=LONG) for n in TOOLS])
+def test_an_interrupt_of_imports_is_a_word(name: str, tmp_path: Path) -> None:
+    """Ctrl-C in the first second, before a command has read its options or while it imports what it needs."""
+    (tmp_path / HERE).mkdir()
+    words = {"make_shards": [HERE, "out"], "report": [HERE]}.get(name, ["--help"])  # these import nothing before
+    command = [sys.executable, "-c", INTERRUPTED, "import", str(script(name)), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == [HERE]
+
+
+RESULTS = {
+    "convert": ["runs/tiny", "out", "--to", "timm"],
+    "evaluate": ["runs/tiny", "--val", "shards", "--workers", "0", "--out", "out"],
+    "make_shards": ["photos", "out", "--workers", "1"],
+    "report": ["reported/tiny", "--out", "out"],
+    "visualize": ["runs/tiny", "--image", "photos/a/0.png", "--out", "out"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=LONG if name in ("convert", "evaluate") else SLOW) for name in RESULTS]
+)
+def test_an_interrupt_leaves_nothing_half_written(name: str, tmp_path: Path) -> None:
+    """Ctrl-C when the first result is complete but not yet in its place: one word, and neither it nor a part of it."""
+    config = tiny_config(make_shards(tmp_path / "shards", num_samples=20), tmp_path / "runs")
+    save_run(config, [f"shade {number}" for number in range(NUM_CLASSES)])
+    make_run(tmp_path / "reported")
+    for label, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "photos" / label / "0.png")
+    before = sorted(tmp_path.rglob("*"))
+    command = [sys.executable, "-c", INTERRUPTED, "replace", str(script(name)), *RESULTS[name]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == "interrupted", done.stderr
+    assert "Traceback" not in done.stderr
+    left = [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.is_file()]
+    assert not [path for path in left if ".tmp" in path.name or path.stat().st_size], left
 
 
 def test_formats_are_named_once_for_all() -> None:
