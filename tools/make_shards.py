@@ -68,8 +68,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.verify:
         _refuse(arguments, _ALL, "with --verify")
-        for path in arguments.paths:
-            cli.check_found(Path(path), "a folder of shards, or its manifest.json")
         return _verify([Path(path) for path in arguments.paths])
     _check_paths(arguments)
     sources, out = [Path(path) for path in arguments.paths[:-1]], Path(arguments.paths[-1])
@@ -246,6 +244,8 @@ def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) 
 
 
 def _verify(paths: list[Path]) -> None:
+    for path in paths:
+        cli.check_found(path, "a folder of shards, or its manifest.json")
     with cli.loading():
         from pretrain.data.manifest import load_manifest
         from pretrain.shards.verify import verify

@@ -27,8 +27,10 @@ def show_first_batch(batch: Batch, class_names: Sequence[str], log: RunLog) -> N
     """Writes the picture of a batch, on rank 0."""
     if not ranks.is_main():
         return
-    rows = zip(batch.labels[:MAX_IMAGES], batch.label_weights, batch.valid.tolist())
-    captions = [caption(*row, class_names) if valid else "(could not be used)" for *row, valid in rows]
+    captions = [
+        caption(labels, weights, class_names) if valid else "(could not be used)"
+        for labels, weights, valid in zip(batch.labels[:MAX_IMAGES], batch.label_weights, batch.valid.tolist())
+    ]
     picture, places, side = _drawn(batch.images[: len(captions)], captions)
     images = [{"x": x, "y": y, "caption": text} for (x, y), text in zip(places, captions)]
     log.image("batch", picture, {"format": "pretrain-batch", "version": 1, "side": side, "images": images})
