@@ -41,7 +41,7 @@ def caption(labels: torch.Tensor, weights: torch.Tensor, class_names: Sequence[s
     shares: dict[str, float] = {}
     for label, weight in zip(labels.tolist(), weights.tolist()):
         if label >= 0 and weight > 0:
-            name = class_names[label] if label < len(class_names) else str(label)
+            name: str = class_names[int(label)] if label < len(class_names) else str(label)
             shares[name] = shares.get(name, 0) + weight
     is_mixed = any(share < 0.999 for share in shares.values())
     text = ", ".join(f"{share:.0%} {name}" if is_mixed else name for name, share in shares.items())
