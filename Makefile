@@ -40,7 +40,7 @@ $(VENV)/installed: pyproject.toml requirements.lock | preflight
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing into $(VENV): torch and its CUDA libraries are some gigabytes, this takes minutes"
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
 	touch $@
 
 # What apt must have installed, told in one line instead of a traceback.

@@ -22,7 +22,7 @@ from pretrain.cluster import ranks
 from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, parse_json
-from pretrain.storage import replacing
+from pretrain.storage import replacing, write_text
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 MAX_STEP = 10**12  # no run has more; a larger number in a log is damage
@@ -187,13 +187,14 @@ class RunLog:
         )
         say(f"step {step}/{self._total_steps} ({step / self._total_steps:.1%})  {shown}  left {duration(left)}")
 
-    def image(self, name: str, image: torch.Tensor) -> None:
-        """Writes a uint8 [3, height, width] picture to NAME.png and to TensorBoard."""
+    def image(self, name: str, image: torch.Tensor, meaning: Mapping[str, Any]) -> None:
+        """Writes a uint8 [3, height, width] picture to NAME.png and to TensorBoard, and what it shows to NAME.json."""
         if ranks.is_main():
             self._to_board(lambda board: board.add_image(name, image))
             try:
                 with replacing(self._folder / f"{name}.png") as temporary:
                     Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "png")
+                write_text(self._folder / f"{name}.json", json.dumps(meaning) + "\n")
             except OSError as error:
                 warn(f"{self._folder / name}.png: {error.strerror}")
 

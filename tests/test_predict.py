@@ -102,8 +102,9 @@ def test_what_cannot_be_asked_is_told(
 ) -> None:
     """Before any image is read."""
     make_weights(tmp_path / "w", num_classes)
+    (tmp_path / "empty.png").touch()
     with pytest.raises(UserError, match=message):
-        predict(tmp_path / "w", tmp_path / "nowhere.png", *arguments)
+        predict(tmp_path / "w", tmp_path / "empty.png", *arguments)
 
 
 def test_the_command_itself(tmp_path: Path) -> None:

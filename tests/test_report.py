@@ -20,7 +20,7 @@ from pretrain.log import TIME_FORMAT
 from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, differ_in_length, draw_panels, moving_mean
 from pretrain.report.fewshot import fewshot_chart
 from pretrain.report.figures import config_differences, losses_table, protocol_scores, starts_table, summary, targets
-from pretrain.report.page import markdown, write_report
+from pretrain.report.page import html, markdown, write_report
 from pretrain.report.runs import read_runs
 from pretrain.report.story import duration, headline, millions, model_name, portable, sentence, training_seconds
 from pretrain.report.target import recipe_score
@@ -99,7 +99,9 @@ def test_restarts_lost_steps_and_goodput(tmp_path: Path) -> None:
     values = summary(run)
     assert (values["restarts"], values["lost_steps"]) == (3, 150)
     assert values["goodput"] == pytest.approx(24_000 / (24_000 + 3 * (150 + 300)), rel=1e-4) and values["goodput"] > 0.9
-    assert "- restarts: 3, 150 steps done again, goodput 94.7%" in markdown([values]).splitlines()
+    told = markdown([values]).splitlines()
+    assert "- restarts: 3, 150 steps done again" in told
+    assert "- goodput: 94.7% of the time went into steps that count, validation and saves do not" in told
     old = (tmp_path / "run" / "metrics.jsonl").read_text().replace('"time"', '"other"')
     (tmp_path / "run" / "metrics.jsonl").write_text(old)  # of an earlier version
     assert summary(read_runs([tmp_path / "run"])[0])["goodput"] is None
@@ -392,6 +394,35 @@ def test_models_go_by_their_real_shape(tmp_path: Path) -> None:
     assert [millions(n) for n in (824_111, 5_700_000, 86_567_656, 1_100_000_000)] == ["0.82M", "5.7M", "87M", "1.1B"]
 
 
+def test_equal_rates_are_seen_behind_each_other(tmp_path: Path) -> None:
+    """Of runs with one rate the first is drawn wider; a rate of its own is as thin as every curve."""
+    runs = [make_run(tmp_path, name) for name in ("first", "second", "other")]
+    (runs[2] / "metrics.jsonl").write_text((runs[2] / "metrics.jsonl").read_text().replace("0.001", "0.002"))
+    (panel,) = (panel for panel in draw_panels(read_runs(runs)) if panel.title == "Learning rate")
+    first, second, other = (line.width for line in panel.lines)
+    assert first > second == other
+
+
+def test_what_all_runs_share_is_told_once(tmp_path: Path) -> None:
+    """Commit and versions of two runs once, the folder of each; of one run nothing is shared."""
+    values = [summary(run) for run in read_runs([make_run(tmp_path, name) for name in ("first", "second")])]
+    page = html(read_runs([tmp_path / "first", tmp_path / "second"]), values)
+    assert page.count("torch 2.15.0") == 1 and page.count("<dt>folder</dt>") == 2 and "<h3>All runs</h3>" in page
+    assert "<h3>All runs</h3>" not in html(read_runs([tmp_path / "first"]), values[:1])
+
+
+def test_weights_to_start_from_are_no_fine_tuning_to_show(tmp_path: Path) -> None:
+    """A run from other weights has no empty table, and no word that nothing was fine-tuned."""
+    run = make_run(tmp_path)
+    config = (run / "config.yaml").read_text()
+    assert "init_from: null" in config
+    (run / "config.yaml").write_text(config.replace("init_from: null", "init_from: weights"))
+    (found,) = read_runs([run])
+    page = html([found], [summary(found)])
+    assert found.config and found.config.init_from
+    assert "Fine-tuning" not in page and "Nothing was fine-tuned" not in page
+
+
 def test_few_shot_is_a_chart() -> None:
     """Each kind of features is a line; higher is better, bars reach one deviation, columns keep their order."""
     values = {("trained", 1): 0.5, ("trained", 25): 1.0, ("random weights", 1): 0.25, ("random weights", 25): 0.5}
@@ -400,10 +431,10 @@ def test_few_shot_is_a_chart() -> None:
     chart = fewshot_chart(rows)
     assert chart is not None and chart.num_images == 101 and [label for _, label in chart.x_ticks] == ["1", "25"]
     trained, random = chart.series
-    assert (trained.name, trained.last, random.last) == (
+    assert (trained.name, trained.ends, random.ends) == (
         "trained",
-        "100.0% with 25 per class",
-        "50.0% with 25 per class",
+        "50.0% with 1, 100.0% with 25 per class",
+        "25.0% with 1, 50.0% with 25 per class",
     )
     levels = {label: y for y, label in chart.y_ticks}
     assert [mark.y for mark in trained.marks] == [levels["50"], levels["100"]]

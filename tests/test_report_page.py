@@ -21,6 +21,7 @@ from pretrain.report.runs import MAX_WRONG, read_runs
 
 SCRIPT = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 1'>\"'><svg onload=window.hurt=1>"
 PHONE, DESK = 390, 1280  # pixels
+IN_BATCH = 5
 
 
 def png(size: int = 48) -> bytes:
@@ -43,6 +44,8 @@ def add_everything(run: Path, word: str = "plain") -> None:
     (run / "pictures").mkdir()
     (run / "pictures" / "internals.png").write_bytes(png(500))
     (run / "batch.png").write_bytes(png())
+    tiles = [{"x": 4 * number, "y": 2, "caption": word} for number in range(IN_BATCH)]
+    (run / "batch.json").write_text(json.dumps({"side": 24, "images": tiles}))
     item = {"name": word, "label": word, "predicted": word, "probability": 0.9}
     items = [{**item, "png_base64": base64.b64encode(png()).decode()}] * (MAX_WRONG + 5)
     (run / "evaluation" / "wrong.json").write_text(json.dumps({"items": items}))
@@ -84,10 +87,11 @@ TEXT_HEIGHT = "Math.min(...[...document.querySelectorAll('.panel text')].map(t =
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_the_page_is_shown_whole(browser: Browser, page: Path, width: int, scheme: str) -> None:
-    """Every picture has pixels, nothing is wider than the screen, and wide tables scroll in boxes of their own."""
+    """Every picture has pixels, a batch of two runs is there once; nothing is wider than the screen, and wide tables
+    scroll in boxes of their own."""
     opened(browser, page, width=width, scheme=scheme)
     sizes = browser.evaluate(IMAGES)
-    assert len(sizes) == 2 * (2 + MAX_WRONG) and all(natural > 0 and shown > 0 for natural, shown in sizes)
+    assert len(sizes) == IN_BATCH + 2 * (1 + MAX_WRONG) and all(natural > 0 and shown > 0 for natural, shown in sizes)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     boxes = browser.evaluate(BOXES)
     assert all(right <= width for *_, right in boxes)

@@ -32,7 +32,14 @@ def pages(run: Path) -> str:
 
 
 LINKED = ["config.yaml", "recipe.yaml", "starts.jsonl", "metrics.jsonl", "bad_samples.jsonl", "skipped_steps.jsonl"]
-LINKED += ["batch.png", "pictures/x.png", "evaluation/results.json", "evaluation/wrong.json", "finetune/x/results.json"]
+LINKED += [
+    "batch.json",
+    "batch.png",
+    "pictures/x.png",
+    "evaluation/results.json",
+    "evaluation/wrong.json",
+    "finetune/x/results.json",
+]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder above"])
@@ -46,6 +53,7 @@ def test_links_that_lead_out_are_not_followed(kind: str, tmp_path: Path, capsys:
     (other / "pictures").mkdir()
     for name in ("batch.png", "pictures/x.png"):
         (other / name).write_bytes(picture.getvalue())
+    (other / "batch.json").write_text(json.dumps({"side": 4, "images": [{"x": 0, "y": 0, "caption": SECRET}]}))
     row = {"step": 5, "reason": SECRET, "commit": SECRET, "recipe": SECRET, f"val/{SECRET}-shot": 0.5}
     for name in ("metrics", "starts", "bad_samples", "skipped_steps"):
         (other / f"{name}.jsonl").write_text(json.dumps(row) + "\n")

@@ -3,29 +3,49 @@
 import json
 import os
 import pty
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from weights_on_disk import ROOT
+from PIL import Image
+from test_report import make_run
+from tiny import NUM_CLASSES, make_shards, tiny_config
+from weights_on_disk import ROOT, save_run
 
 from pretrain.models.convert import TARGETS
 from pretrain.models.formats import NPZ_NAMINGS, WRITABLE
 from pretrain.models.google import NAMINGS
 
+SLOW, LONG = pytest.mark.slow, pytest.mark.long
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
-# What else a tool needs when the first path that it is given is not there.
-MORE = {
-    "convert": ["out", "--to", "timm"],
-    "evaluate": ["--val", "v"],
-    "finetune": ["--task", "pets"],
-    "predict": ["x"],
-    "report": [],
-    "visualize": [],
+# Calls of each tool with a path, ABSENT, that is not there; HERE is one that is.
+ABSENT, HERE = "absent", "here"
+MISSING = {
+    "audit": [[ABSENT]],
+    "convert": [[ABSENT, "out", "--to", "timm"]],
+    "doctor": [["--config", ABSENT]],
+    "evaluate": [[ABSENT, "--val", "v"], [HERE, "--val", ABSENT], [HERE, "--fewshot", HERE, ABSENT]],
+    "finetune": [[ABSENT, "--task", "pets"], [HERE, "--train", ABSENT], [HERE, "--train", HERE, "--test", ABSENT]],
+    "make_shards": [
+        [ABSENT, "out"],
+        [HERE, "out", "--classes", ABSENT],
+        [HERE, "out", "--away-from", ABSENT],
+        ["--task", "pets", ABSENT, "out"],
+        ["--verify", ABSENT],
+    ],
+    "plan": [["--config", ABSENT]],
+    "predict": [[ABSENT, "x"], [HERE, ABSENT]],
+    "pretrain": [["--config", ABSENT]],
+    "report": [[ABSENT]],
+    "visualize": [[ABSENT], [HERE, "--image", ABSENT]],
 }
+MAX_CPU_S = 0.5  # of any of these, beyond the interpreter's own
+INTERPRETER_S = 0.02  # on a machine with nothing else to do; where it takes longer, so may they
 IN_TURN = """
-import json, runpy, sys
+import json, os, runpy, sys
+os._exit = sys.exit  # with which launch/pretrain.py ends at once
 _, tool, calls = sys.argv
 for words in json.loads(calls):
     sys.argv = [tool, *words]
@@ -35,37 +55,113 @@ print("torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("name", TOOLS)
+def script(name: str) -> Path:
+    return ROOT / ("launch" if name == "pretrain" else "tools") / f"{name}.py"
+
+
+def wrong_calls(name: str, folder: Path) -> list[list[str]]:
+    """--help, an option that there is not, and paths that are not there."""
+    (folder / HERE).mkdir(exist_ok=True)
+    places = {word: str(folder / word) for word in (ABSENT, HERE)}
+    return [["--help"], ["--no-such-option"], *([places.get(w, w) for w in words] for words in MISSING.get(name, ()))]
+
+
+@pytest.mark.parametrize("name", ["pretrain", *TOOLS])
 def test_help_and_wrong_words_need_no_torch(name: str, tmp_path: Path) -> None:
     """--help, an option that there is not, a path that is not there: a fraction of a second each, where torch takes
     seconds."""
-    calls = [["--help"], ["--no-such-option"]]
-    if name in MORE:
-        calls.append([str(tmp_path / "absent"), *MORE[name]])
-    command = [sys.executable, "-c", IN_TURN, str(ROOT / "tools" / f"{name}.py"), json.dumps(calls)]
+    calls = wrong_calls(name, tmp_path)
+    command = [sys.executable, "-c", IN_TURN, str(script(name)), json.dumps(calls)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     *ended, imported = [line for line in done.stdout.splitlines() if line.startswith(("exit ", "True", "False"))]
     assert ended == ["exit 0", *["exit 2"] * (len(calls) - 1)] and imported == "False", done.stdout + done.stderr
     assert "usage: " in done.stdout and "Traceback" not in done.stderr
-    if name in MORE:
-        assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'absent'}: not found; expected ")
+    told = [line for line in done.stderr.splitlines() if str(tmp_path / ABSENT) in line]
+    assert len(told) == len(calls) - 2 and all(line.startswith("error: ") for line in told), done.stderr
+    assert all("expected " in line or "cannot be read" in line for line in told)
 
 
+def cpu_seconds(*command: str, cwd: Path) -> float:
+    """User and system time of a process, the least of three tries: another program's work is none of it."""
+    tries = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, capture_output=True, cwd=cwd, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        tries.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(tries)
+
+
+@pytest.mark.long
+def test_help_and_wrong_words_take_half_a_second(tmp_path: Path) -> None:
+    """Each command's dearest call, beyond the interpreter itself; `pytest -s` prints the table."""
+    bare = cpu_seconds(sys.executable, "-c", "pass", cwd=tmp_path)
+    found = {}
+    for name in ("pretrain", *TOOLS):
+        calls = wrong_calls(name, tmp_path)
+        took = [cpu_seconds(sys.executable, str(script(name)), *words, cwd=tmp_path) - bare for words in calls]
+        paths = f"{max(took[2:]):8.2f}" if took[2:] else 8 * " "
+        print(f"{name:12} --help {took[0]:5.2f}   wrong option {took[1]:5.2f}   missing path {paths}")
+        found[name] = max(took)
+    assert max(found.values()) <= MAX_CPU_S * max(1, bare / INTERPRETER_S), found
+
+
+# Ctrl-C, heard at the first import behind the command line's own, or in the moment before a result is published.
 INTERRUPTED = """
-import runpy, sys
+import os, runpy, signal, sys
+_, when, tool, *words = sys.argv
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
-        if name == "pretrain.plan.choose": raise KeyboardInterrupt
+        if when == "import" and sys.excepthook is not sys.__excepthook__: os.kill(os.getpid(), signal.SIGINT)
+replace = os.replace
+def interrupted(*paths, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return replace(*paths, **options)
+if when == "replace": os.replace = interrupted
 sys.meta_path.insert(0, Interrupt())
-runpy.run_path("%s", run_name="__main__")
+sys.argv = [tool, *words]
+runpy.run_path(tool, run_name="__main__")
 """
 
 
-def test_an_interrupt_of_imports_is_a_word() -> None:
-    """Ctrl-C before a command has read its first option."""
-    code = INTERRUPTED % (ROOT / "tools" / "plan.py")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("name", [n if n in ("plan", "report") else pytest.param(n, marks=LONG) for n in TOOLS])
+def test_an_interrupt_of_imports_is_a_word(name: str, tmp_path: Path) -> None:
+    """Ctrl-C in the first second, before a command has read its options or while it imports what it needs."""
+    (tmp_path / HERE).mkdir()
+    words = {"make_shards": [HERE, "out"], "report": [HERE]}.get(name, ["--help"])  # these import nothing before
+    command = [sys.executable, "-c", INTERRUPTED, "import", str(script(name)), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == [HERE]
+
+
+RESULTS = {
+    "convert": ["runs/tiny", "out", "--to", "timm"],
+    "evaluate": ["runs/tiny", "--val", "shards", "--workers", "0", "--out", "out"],
+    "make_shards": ["photos", "out", "--workers", "1"],
+    "report": ["reported/tiny", "--out", "out"],
+    "visualize": ["runs/tiny", "--image", "photos/a/0.png", "--out", "out"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=LONG if name in ("convert", "evaluate") else SLOW) for name in RESULTS]
+)
+def test_an_interrupt_leaves_nothing_half_written(name: str, tmp_path: Path) -> None:
+    """Ctrl-C when the first result is complete but not yet in its place: one word, and neither it nor a part of it."""
+    config = tiny_config(make_shards(tmp_path / "shards", num_samples=20), tmp_path / "runs")
+    save_run(config, [f"shade {number}" for number in range(NUM_CLASSES)])
+    make_run(tmp_path / "reported")
+    for label, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "photos" / label / "0.png")
+    before = sorted(tmp_path.rglob("*"))
+    command = [sys.executable, "-c", INTERRUPTED, "replace", str(script(name)), *RESULTS[name]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == "interrupted", done.stderr
+    assert "Traceback" not in done.stderr
+    left = [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.is_file()]
+    assert not [path for path in left if ".tmp" in path.name or path.stat().st_size], left
 
 
 def test_formats_are_named_once_for_all() -> None:

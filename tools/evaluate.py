@@ -117,6 +117,11 @@ def _arguments() -> argparse.Namespace:
     if arguments.shots and min(arguments.shots) < 1:
         raise UserError(f"--shots is {arguments.shots}, expected numbers of at least 1")
     check_weights(arguments.weights)
+    for path in (arguments.val, *(arguments.fewshot or ())):
+        if path is not None:
+            cli.check_found(path, "shards and their manifest; tools/make_shards.py makes them")
+    if arguments.data is not None:
+        cli.check_found(arguments.data, "the folder in which ROOT/TASK/test and so on lie")
     return arguments
 
 

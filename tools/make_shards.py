@@ -37,6 +37,7 @@ _ALL = (
     *_OF_IMAGES,
     *_OF_WRITING,
 )
+SOURCES = "a folder of images, archives, a list of paths, parquet or TFRecord files, a .npz"
 MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
 
 
@@ -80,9 +81,10 @@ def main() -> None:
     part = _part(arguments.part) if arguments.part is not None else None
     quality = _quality(arguments.quality, arguments.shorter_side)
 
-    from pretrain.shards.class_list import read_class_list
-    from pretrain.shards.make import Options, are_shards, index_shards, make_part, make_shards
-    from pretrain.shards.resizing import Resizing
+    with cli.loading():
+        from pretrain.shards.class_list import read_class_list
+        from pretrain.shards.make import Options, are_shards, index_shards, make_part, make_shards
+        from pretrain.shards.resizing import Resizing
 
     if not arguments.index and are_shards(sources):
         _refuse(arguments, _OF_WRITING, f"on {sources[0]}, which is indexed as it is")
@@ -149,6 +151,13 @@ def _check_paths(arguments: Namespace) -> None:
         value = _value(arguments, option)
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}, expected at least 1")
+    if not arguments.index:  # whose sources are patterns and addresses
+        for path in arguments.paths[:-1]:
+            cli.check_found(Path(path), "the set's own files (docs/tasks.md)" if arguments.task else SOURCES)
+    if arguments.classes:
+        cli.check_found(arguments.classes, "a list of the classes' names, JSON or .txt")
+    for path in arguments.away_from or ():
+        cli.check_found(path, "a folder of shards, or its manifest.json")
 
 
 def _value(arguments: Namespace, option: str) -> Any:
@@ -213,9 +222,10 @@ def _warn(message: str) -> None:
 
 
 def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) -> None:
-    from pretrain.tasks.downloads import downloaded
-    from pretrain.tasks.preparation import differences, open_source, prepare
-    from pretrain.tasks.table import task
+    with cli.loading():
+        from pretrain.tasks.downloads import downloaded
+        from pretrain.tasks.preparation import differences, open_source, prepare
+        from pretrain.tasks.table import task
 
     row = task(name)
     source = open_source(row, sources or [downloaded(row)])
@@ -234,8 +244,11 @@ def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) 
 
 
 def _verify(paths: list[Path]) -> None:
-    from pretrain.data.manifest import load_manifest
-    from pretrain.shards.verify import verify
+    for path in paths:
+        cli.check_found(path, "a folder of shards, or its manifest.json")
+    with cli.loading():
+        from pretrain.data.manifest import load_manifest
+        from pretrain.shards.verify import verify
 
     problems = []
     for path in paths:

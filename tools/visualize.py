@@ -41,7 +41,8 @@ def main() -> None:
         from pretrain.data.images import to_float
         from pretrain.models.inspection import check_inspectable, filter_components, look_at, position_similarity
         from pretrain.models.weights import model_of, read_weights, results_folder, weights_sha256
-        from pretrain.report.pictures import Photo, model_title, read_photo, write_pictures
+        from pretrain.report.pictures import Photo, read_photo, write_pictures
+        from pretrain.report.story import model_name, portable
 
     weights = read_weights(arguments.weights)
     config, model = weights.model, check_inspectable(model_of(weights))
@@ -54,7 +55,7 @@ def main() -> None:
             advance(1)
     filters, positions = filter_components(model), position_similarity(model, config)
     out = arguments.out or results_folder(arguments.weights, "pictures")
-    title = f"{arguments.weights}: {model_title(config)}"
+    title = f"{portable(str(arguments.weights))}: {model_name(config)}"
     digest, events = weights_sha256(weights.source), arguments.tensorboard
     written = write_pictures(out, title, config, filters, positions, photos, digest=digest, tensorboard=events)
     for path in written:

@@ -166,7 +166,7 @@ def _panel(of: PanelOf, runs: Sequence[Run], log_steps: bool) -> Panel | None:
     axes = _axes(of, curves, log_steps)
     if axes is None:
         return None
-    lines = [line for curve in curves for line in _lines(curve, axes, len(runs))]
+    lines = [line for curve in curves for line in _lines(curve, axes, runs)]
     dots = [dot for curve in curves if not curve.metric.startswith("train/") for dot in _dots(curve, axes, runs)]
     steps = _step_ticks(axes)
     levels = [10**level for level in _log_levels(axes.low, axes.high)] if axes.log else _ticks(axes.low, axes.high)
@@ -203,11 +203,11 @@ def _axes(of: PanelOf, curves: Sequence[_Drawn], log_steps: bool) -> _Axes | Non
     return _Axes(first, max(first + 1, last), low, high + margin, of.scale == "log", log_steps)
 
 
-def _lines(curve: _Drawn, axes: _Axes, num_runs: int) -> list[Line]:
+def _lines(curve: _Drawn, axes: _Axes, runs: Sequence[Run]) -> list[Line]:
     if not curve.metric.startswith("train/"):
         return [Line(curve.run, "val", axes.path(curve.steps, curve.values), 1.2)]
-    if curve.metric == "train/lr":  # often the same for all: earlier runs drawn wider
-        return [Line(curve.run, "mean", axes.path(curve.steps, curve.values), _lr_width(curve.run, num_runs))]
+    if curve.metric == "train/lr":
+        return [Line(curve.run, "mean", axes.path(curve.steps, curve.values), _lr_width(curve.run, runs))]
     if len(curve.values) < _MANY:
         return [Line(curve.run, "mean", axes.path(curve.steps, curve.values), 1.8)]
     smooth = moving_mean(curve.values, len(curve.values) // 40)
@@ -217,8 +217,12 @@ def _lines(curve: _Drawn, axes: _Axes, num_runs: int) -> list[Line]:
     ]
 
 
-def _lr_width(run: int, num_runs: int) -> float:
-    return 1.8 + 0.8 * min(2, num_runs - 1 - run)
+def _lr_width(run: int, runs: Sequence[Run]) -> float:
+    """A rate is often the same in several runs: the earlier ones are drawn wider, to be seen behind the later ones."""
+    own = runs[run].curves["train/lr"]
+    later = [other.curves["train/lr"] for other in runs[run + 1 :] if "train/lr" in other.curves]
+    num_equal = sum(all(map(np.array_equal, own, other)) for other in later)
+    return 1.8 + 0.8 * min(2, num_equal)
 
 
 def _dots(curve: _Drawn, axes: _Axes, runs: Sequence[Run]) -> list[Dot]:
@@ -305,8 +309,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     for axes, (title, unit, metrics, factor, scale) in zip(grid, panels):
         for i, (run, color) in enumerate(zip(runs, colors)):
             for metric in metrics:
-                if metric == "train/lr" and metric in run.curves:  # often the same for all: earlier runs drawn wider
-                    axes.plot(*run.curves[metric], color=color, lw=_lr_width(i, len(runs)))
+                if metric == "train/lr" and metric in run.curves:
+                    axes.plot(*run.curves[metric], color=color, lw=_lr_width(i, runs))
                 elif metric in run.curves:
                     _draw_curve(axes, run.curves[metric], factor, color, dots=not metric.startswith("train/"))
         axes.set_title(_plain(title), fontsize=12, fontweight="bold")

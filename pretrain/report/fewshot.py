@@ -30,7 +30,7 @@ class Series:
     name: str
     path: str  # SVG
     marks: list[Mark]
-    last: str  # the accuracy with the most images
+    ends: str  # the accuracy with the fewest images and with the most
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ def fewshot_chart(rows: Sequence[dict[str, Any]]) -> FewShot | None:
             text = f"{name}, {number}-shot: {mean:.2%}" + (f" ± {100 * std:.2f}" if std else "")
             marks.append(Mark(places[number], _down(mean), low, high, text))
         path = "M" + "L".join(f"{mark.x:.1f} {mark.y:.1f}" for mark in marks)
-        best = max(number for number in shots if (name, number) in found)
-        series.append(Series(name, path, marks, f"{found[name, best]['value']:.1%} with {best} per class"))
+        ends = sorted({number for number in shots if (name, number) in found})
+        words = [f"{found[name, number]['value']:.1%} with {number}" for number in dict.fromkeys((ends[0], ends[-1]))]
+        series.append(Series(name, path, marks, f"{', '.join(words)} per class"))
     levels = [(_down(level / 100), str(level)) for level in (0, 25, 50, 75, 100)]
     images = max(row["n"] for row in found.values())
     return FewShot(images, [(places[number], f"{number:,}") for number in shots], levels, series)

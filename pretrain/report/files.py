@@ -86,15 +86,37 @@ def lines(folder: Path, name: str, use: Callable[[Fields], Any]) -> Iterator[Any
 
 
 def picture_file(name: str, path: Path) -> Picture | None:
+    content = _content(path)
+    return None if content is None else picture(name, content, str(path))
+
+
+def image_file(path: Path) -> Image.Image | None:
+    """Returns the decoded image of a file; warns and returns None when it is none that `picture` would show."""
+    content = _content(path)
+    return None if content is None else _decoded(content, str(path))
+
+
+def _content(path: Path) -> bytes | None:
     try:
         with path.open("rb") as file:
-            return picture(name, file.read(MAX_PICTURE_BYTES + 1), str(path))
+            return file.read(MAX_PICTURE_BYTES + 1)
     except OSError as error:
         return warn(f"{path}: cannot be read ({error.strerror}); left out")
 
 
 def picture(name: str, content: bytes, source: str) -> Picture | None:
     """Returns bytes as something to show; warns and returns None when they are not a PNG or JPEG, or too large."""
+    image = _decoded(content, source)
+    return None if image is None else embedded(name, content, image)
+
+
+def embedded(name: str, content: bytes, image: Image.Image) -> Picture:
+    """Returns a PNG or JPEG, of which `image` is what it holds, as part of a page."""
+    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
+    return Picture(name, f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size)
+
+
+def _decoded(content: bytes, source: str) -> Image.Image | None:
     if len(content) > MAX_PICTURE_BYTES:
         return warn(f"{source}: has more than {MAX_PICTURE_BYTES:,} bytes; left out")
     try:
@@ -112,5 +134,4 @@ def picture(name: str, content: bytes, source: str) -> Picture | None:
         raise
     except Exception as error:  # Pillow raises many types on damaged files: struct.error, IndexError, TypeError ...
         return warn(f"{source}: not a picture that can be shown ({' '.join(str(error).split())}); left out")
-    kind = "png" if image.format == "PNG" else "jpeg"
-    return Picture(name, f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size)
+    return image

@@ -15,6 +15,7 @@ from typing import Any
 from pretrain.errors import UserError
 from pretrain.escape import code_in_markdown, in_markdown, shown
 from pretrain.report import curves, figures, story
+from pretrain.report.batch import Example
 from pretrain.report.fewshot import fewshot_chart
 from pretrain.report.figures import Table, summary
 from pretrain.report.runs import Run
@@ -88,7 +89,7 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
         "finetuning": ("Nothing was fine-tuned yet.", f"{finetune} cifar100"),
         "evaluation": ("Not evaluated yet.", f"{evaluate} --val MANIFEST --fewshot TRAIN TEST --baselines"),
         "pictures": ("No pictures of what was learned yet.", f"python tools/visualize.py {run} --image PHOTO"),
-        "wrong": ("No wrong predictions were kept: there is no evaluation/wrong.json.", ""),
+        "wrong": ("No wrong predictions were kept (evaluation/wrong.json).", f"{evaluate} --val MANIFEST"),
     }
     return {part: {"text": text, "command": command} for part, (text, command) in lines.items() if not have[part]}
 
@@ -101,6 +102,9 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
         "model": values["model"],
         "command": portable(" ".join(map(str, values["command"] or []))),
         "restarts": _restarts(values),
+        "goodput": f"{values['goodput']:.1%} of the time went into steps that count, validation and saves do not"
+        if values["goodput"]
+        else "",
         "ranks of each start": ", ".join(map(str, values["ranks"])),
         "commit": values["commit"],
         "versions": versions,
@@ -109,13 +113,26 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _restarts(values: dict[str, Any]) -> str:
-    """Restarts, what they cost, and what was left of the time."""
-    parts = [
-        f"{values['restarts']:,}" if values["restarts"] else "",
-        f"{values['lost_steps']:,} steps done again" if values["restarts"] and values["lost_steps"] is not None else "",
-        f"goodput {values['goodput']:.1%}" if values["goodput"] is not None else "",
-    ]
-    return ", ".join(part for part in parts if part)
+    """Restarts, and what they cost."""
+    if not values["restarts"]:
+        return ""
+    again = "" if values["lost_steps"] is None else f", {values['lost_steps']:,} steps done again"
+    return f"{values['restarts']:,}{again}"
+
+
+def _shared_facts(summaries: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Returns what all of several runs ran with."""
+    first, *others = map(_facts, summaries)
+    return {name: fact for name, fact in first.items() if others and all(of.get(name) == fact for of in others)}
+
+
+def _batches(runs: Sequence[Run]) -> list[tuple[str, list[Example]]]:
+    """Returns the first batches, each once, with the names of the runs that began with it."""
+    found: dict[tuple[Example, ...], list[str]] = {}
+    for run in runs:
+        if run.batch:
+            found.setdefault(tuple(run.batch), []).append(run.name)
+    return [(", ".join(names), list(batch)) for batch, names in found.items()]
 
 
 # --- HTML ------------------------------------------------------------------------------------------------------------
@@ -147,6 +164,8 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
         runs=list(zip(runs, summaries)),
         missing=_missing(runs, summaries),
         facts=_facts,
+        shared_facts=_shared_facts(summaries),
+        batches=_batches(runs),
         figures=figures,
         story=story,
         portable=portable,

@@ -17,11 +17,13 @@ from pretrain.config import DataConfig, ModelConfig
 from pretrain.data.images import decode_upright, eval_image
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
+from pretrain.escape import shown
 from pretrain.json_files import Fields, read_json
 from pretrain.log import warn
 from pretrain.models.inspection import Filters, Look, Positions, mean_distance_px
 from pretrain.models.positions import Grid
 from pretrain.models.vit import grid_of
+from pretrain.report.story import model_name
 from pretrain.storage import replacing, write_text
 
 INTERNALS, ROLLOUT, NUMBERS = "internals.png", "rollout.png", "numbers.json"
@@ -56,11 +58,6 @@ def read_photo(path: Path, size: int) -> torch.Tensor:
         raise UserError(f"--image {path}: cannot be decoded ({error})") from None
 
 
-def model_title(config: ModelConfig) -> str:
-    """Returns a model's name, patch and image size as the pictures show them."""
-    return f"{config.name}/{config.patch_size} at {config.image_size} px"
-
-
 def write_pictures(
     out: Path,
     title: str,
@@ -80,9 +77,9 @@ def write_pictures(
     try:
         out.mkdir(parents=True, exist_ok=True)
         _keep_others(out, digest)
-        pictures = {INTERNALS: _draw_internals(title, config, filters, positions, photos)}
+        pictures = {INTERNALS: _draw_internals(shown(title), config, filters, positions, photos)}
         if photos:
-            pictures[ROLLOUT] = _draw_rollouts(title, photos)
+            pictures[ROLLOUT] = _draw_rollouts(shown(title), photos)
         for name, figure in pictures.items():
             with replacing(out / name) as temporary:
                 figure.savefig(temporary, dpi=120, format="png")
@@ -141,7 +138,7 @@ def _numbers(config: ModelConfig, filters: Filters, positions: Positions, photos
     return {
         "format": "pretrain-pictures",
         "version": 1,
-        "model": model_title(config),
+        "model": model_name(config),
         "grid": list(grid_of(config)),
         "filters": {"of": filters.source, "share_of_variance": _rounded(filters.variance.numpy(), 6)},
         "positions": {
@@ -178,7 +175,7 @@ def _figure(width: float, height: float, title: str) -> Any:
 
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, color="#444444")
+    figure.suptitle(title, fontsize=11, color="#444444", parse_math=False)
     return figure
 
 
@@ -273,7 +270,8 @@ def _draw_rollouts(title: str, photos: Sequence[Photo]) -> Any:
     for row, photo, values in zip(figure.subplots(len(photos), 3, squeeze=False), photos, maps):
         size = photo.pixels.shape[0]
         row[0].imshow(photo.pixels)
-        row[0].set_ylabel(photo.name if len(photo.name) <= 28 else f"{photo.name[:25]}...", fontsize=8)
+        name = shown(photo.name)
+        row[0].set_ylabel(name if len(name) <= 28 else f"{name[:25]}...", fontsize=8, parse_math=False)
         extent = (-0.5, size - 0.5, size - 0.5, -0.5)
         heat = row[1].imshow(values, cmap=MAP_COLORS, extent=extent, interpolation="nearest")
         row[1].set_xlabel(f"{values.min():.2f} to {values.max():.2f} of uniform", fontsize=8)

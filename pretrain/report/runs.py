@@ -1,8 +1,9 @@
 """What a run's folder holds, read into one plain value; hands on `Run`. Changes nothing in the folder.
 
-metrics.jsonl, starts.jsonl, bad_samples.jsonl, skipped_steps.jsonl, config.yaml, recipe.yaml, DONE, batch.png
-(train/folder.py); evaluation/results.json (tools/evaluate.py), evaluation/wrong.json, finetune/TASK/results.json and
-the same below finetune-from-scratch (tools/finetune.py), pictures/*.png (tools/visualize.py).
+metrics.jsonl, starts.jsonl, bad_samples.jsonl, skipped_steps.jsonl, config.yaml, recipe.yaml, DONE, batch.png and
+batch.json (train/folder.py); evaluation/results.json (tools/evaluate.py), evaluation/wrong.json,
+finetune/TASK/results.json and the same below finetune-from-scratch (tools/finetune.py), pictures/*.png
+(tools/visualize.py).
 A folder without a run has what it has: that of converted weights, or the --out of tools/finetune.py.
 Folders travel between people: nothing in them is trusted, pictures least. Links that lead out of the folder are not
 followed; a line or picture that cannot be used is left out with a warning.
@@ -23,6 +24,7 @@ from pretrain.config import Config, load_config
 from pretrain.errors import ConfigError, UserError
 from pretrain.json_files import Fields, read_json
 from pretrain.log import MAX_STEP, warn
+from pretrain.report.batch import Example, read_batch
 from pretrain.report.files import MAX_PICTURE_BYTES, Picture, inside, lines, picture, picture_file, read_text
 from pretrain.report.target import Target, read_target
 
@@ -61,6 +63,7 @@ class Run:
     finetuning: list[dict[str, Any]]  # what tools/finetune.py wrote, by task
     bad_samples: dict[str, int]  # by cause
     skipped_at: list[int]  # steps whose update was skipped
+    batch: list[Example]  # of the first batch
     pictures: list[Picture]
     wrong: list[WrongPrediction]  # the first MAX_WRONG
     num_wrong: int  # in wrong.json
@@ -87,6 +90,7 @@ def _read_run(folder: Path, name: str) -> Run:
         )
     starts = list(lines(folder, "starts.jsonl", _start))
     wrong, num_wrong = read_wrong(folder)
+    batch = read_batch(folder)
     config_text = read_text(folder, "config.yaml")
     config = None if config_text is None else _read_config(folder / "config.yaml")
     return Run(
@@ -101,7 +105,8 @@ def _read_run(folder: Path, name: str) -> Run:
         finetuning=finetuning,
         bad_samples=_read_bad_samples(folder),
         skipped_at=list(lines(folder, "skipped_steps.jsonl", _step)),
-        pictures=_read_pictures(folder),
+        batch=batch,
+        pictures=_read_pictures(folder, [] if batch else ["batch.png"]),
         wrong=wrong,
         num_wrong=num_wrong,
         target=read_target(folder, starts[-1]["recipe"], config) if starts else None,
@@ -281,8 +286,8 @@ def _figures(values: Fields, key: str) -> list[float]:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _read_pictures(folder: Path) -> list[Picture]:
-    names = ["batch.png", *sorted(f"pictures/{path.name}" for path in folder.glob("pictures/*.png"))]
+def _read_pictures(folder: Path, names: list[str]) -> list[Picture]:
+    names = [*names, *sorted(f"pictures/{path.name}" for path in folder.glob("pictures/*.png"))]
     if len(names) > MAX_PICTURES:
         warn(f"{folder}: has more than {MAX_PICTURES} pictures; {names[MAX_PICTURES]} and what follows are left out")
     paths = [path for name in names[:MAX_PICTURES] if (path := inside(folder, name))]

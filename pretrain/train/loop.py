@@ -1,7 +1,5 @@
 """The loop: batch, step, what is due."""
 
-from torchvision.utils import make_grid
-
 from pretrain.cluster import agreement, signals
 from pretrain.config import Config
 from pretrain.data.loader import train_batches
@@ -10,6 +8,7 @@ from pretrain.log import RunLog
 from pretrain.optim import learning_rate
 from pretrain.train.datasets import DataSets
 from pretrain.train.evaluate import evaluate
+from pretrain.train.first_batch import show_first_batch
 from pretrain.train.journal import Journal
 from pretrain.train.meter import Meter
 from pretrain.train.profile import Profile
@@ -50,7 +49,7 @@ def loop(
     while batch is not None:
         answer = journal.ask(batch, following, stop, saver)
         if state.step == 0:
-            log.image("batch", make_grid(batch.images[:64], nrow=8))
+            show_first_batch(batch, data.train.class_names, log)
         lr = learning_rate(config.optim, config.total_steps, state.step)
         with profile.step(state.step + 1), engine.layers.watched(due(state.step + 1, config.log.layers_every_steps)):
             result = engine.train_step(batch.to(engine.device), lr)

@@ -50,6 +50,12 @@ _FINETUNING = {
     "values": [0.5, 0.5], "lr": 0.01,
     "n": 100, "from_scratch": False, "differs": ["steps"], "complete": True,
 }  # fmt: skip
+_BATCH = {
+    "format": "pretrain-batch",
+    "version": 1,
+    "side": 4,
+    "images": [{"x": 1, "y": 1, "caption": "a"}, {"x": 2, "y": 0, "caption": "b"}],
+}
 _LINES = [
     {
         "step": 5,
@@ -74,6 +80,8 @@ def _run(folder: Path) -> Path:
     (run / "evaluation" / "wrong.json").write_text(json.dumps(_WRONG))
     (run / "finetune" / "cifar10" / "results.json").write_text(json.dumps(_FINETUNING))
     (run / "pictures" / "a.png").write_bytes(picture())
+    (run / "batch.png").write_bytes(picture())
+    (run / "batch.json").write_text(json.dumps(_BATCH))
     text = config_to_yaml(tiny_config(Path("shards"), folder, name="run"))
     (run / "recipe.yaml").write_text("# score: 50 %\n" + text)
     (run / "config.yaml").write_text(text)
@@ -167,6 +175,11 @@ def starts(folder: Path) -> Target:
     ]
     seeds = [json.dumps(one).encode() + b"\n" for one in extra] + line_seeds(good)
     return _target(folder, "starts.jsonl", seeds, changed_lines)
+
+
+def batch(folder: Path) -> Target:
+    """batch.json, by which batch.png is cut."""
+    return _target(folder, "batch.json", json_seeds(_BATCH), changed_json)
 
 
 def recipe(folder: Path) -> Target:

@@ -152,6 +152,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "tfds_info": records.tfds_info,
     "metrics": runs.metrics,
     "starts": runs.starts,
+    "batch": runs.batch,
     "results": runs.results,
     "wrong": runs.wrong,
     "finetuning": runs.finetuning,
