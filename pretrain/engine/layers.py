@@ -49,8 +49,10 @@ class LayerNorms:
                     self._add(self._gradients, [part for part in parts if part.flat is flat], flat.grad)
 
         hook = self._optimizer.register_step_pre_hook(note)
-        yield
-        hook.remove()
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def read(self, grad_norm: Any) -> dict[str, float]:
         """Returns the norms over all ranks: of the weights, and of the step's gradients before clipping.
@@ -90,11 +92,26 @@ class LargestLogits(TorchFunctionMode):
         self.found: list[torch.Tensor] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            q, k = args[:2]
-            factor = kwargs.get("scale") or 1 / math.sqrt(q.shape[-1])
-            logits = (q @ k.transpose(-2, -1)).float() * factor  # [B, heads, T, T]
-            mask = kwargs.get("attn_mask")
-            self.found.append((logits if mask is None else logits + mask).amax())
-        return function(*args, **kwargs)
+            self.found.append(_largest_logit(*args, **kwargs or {}))
+        return function(*args, **kwargs or {})
+
+
+def _largest_logit(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """The largest logit of an attention with these arguments, in float32: fp16 has none beyond 65,504."""
+    scaled = query.float() * (scale or 1 / math.sqrt(query.shape[-1]))
+    logits = scaled @ key.float().transpose(-2, -1)  # [B, heads, T, T]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.amax()

@@ -208,8 +208,10 @@ class Engine:
         attentions are numbered in their order. A collective. Waits for the device.
         """
         numbers = self.layers.read(result.grad_norm if result.applied else None)
+        most = min(MAX_IMAGES, self.plan.micro_batch, int(batch.valid.sum()))
+        images = batch.images[batch.valid][:most] if most else batch.images[:1]  # each rank takes part
         with torch.compiler.set_stance("force_eager"), LargestLogits() as largest:  # compiled code does not look for it
-            self.predict(batch.images[:MAX_IMAGES].to(self.device))
+            self.predict(images.to(self.device))
         of_ranks = agreement.gather([float(logit) for logit in largest.found])
         return numbers | {f"layers/attention.{n}/max_logit": max(logits) for n, logits in enumerate(zip(*of_ranks))}
 

@@ -10,6 +10,7 @@ runs/NAME/
   samples-RANK.jsonl             the order, when asked for
   checkpoints/                   see pretrain/checkpoint/layout.py
   copies.json                    with checkpoint.copy_to: the number that the copies are known by
+  profile/                       traces of steps (profile.py), when asked for: by the config, or by a file PROFILE here
   DONE                           proof of the end: the last step and its validation
   STOP.json                      why the last start ended before it, and whether to start again (ending.py)
   lost-rank-N.txt waiting-rank-N.txt    of a rank that hung, or waited for such a one: a line, its threads' stacks

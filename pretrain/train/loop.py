@@ -22,6 +22,7 @@ def loop(
     engine: Engine,
     state: TrainState,
     log: RunLog,
+    profile: Profile,
     stop: signals.StopRequest,
     *,
     branched: bool,
@@ -32,7 +33,7 @@ def loop(
     """
     meter = Meter(config, data.num_classes, state, engine)
     journal = Journal(config.output / config.name, config)
-    saver, profile = Saver(config, data, engine, log), Profile(config, engine)
+    saver = Saver(config, data, engine, log)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
     if branched:  # the other run may delete its checkpoint, or be further on at the next start
         saver.save(state, meter, must_succeed=True)
@@ -66,6 +67,7 @@ def loop(
             if due(state.step, config.log.layers_every_steps):
                 log.scalars(state.step, engine.layer_numbers(batch, result), on_console=False)
             if (state.validation_due or state.features_due) and not stopping:
+                profile.end()  # it is of steps alone
                 saver.finish()  # the steps that would take it further are far away
                 stopping = evaluate(config, data, engine, state, log, stop)
             if due(state.step, config.checkpoint.every_steps) or last or stopping:
@@ -74,7 +76,6 @@ def loop(
             agreement.raise_together(following.error if following else None)
             break
         batch, following = following, meter.wait_for(batches, state.step)
-    profile.end()
     saver.end(stop)
 
 

@@ -19,13 +19,20 @@ ASKED = "PROFILE"  # a file of this name in the run's folder asks for a trace
 class Profile:
     """Traces the steps that config.profile names, and those behind the log line at which it finds the file PROFILE.
 
-    No trace, no cost; and none of its errors ends a training.
+    No trace, no cost; and none of its errors ends a training. A context: at its end, however it comes, a trace that is
+    under way is written.
     """
 
     def __init__(self, config: Config, engine: Engine) -> None:
         self._folder, self._engine = config.output / config.name, engine
         self._settings, self._look_every = config.profile, config.log.every_steps
         self._first, self._trace = 0, cast(Any, None)  # step and profiler of the trace under way
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -49,18 +56,22 @@ class Profile:
         return False
 
     def _begin(self, number: int) -> None:
-        self._first, self._trace = number, torch.profiler.profile(record_shapes=True)
-        self._trace.start()
-        self._engine.mark = torch.profiler.record_function
+        trace = torch.profiler.profile(record_shapes=True)
+        try:
+            trace.start()
+        except RuntimeError as error:  # another profiler is at work, say
+            warn(f"profile: {error}; the training goes on without a trace")
+            return
+        self._first, self._trace, self._engine.mark = number, trace, torch.profiler.record_function
 
     def end(self) -> None:
         """Writes the trace that is under way, if there is one, complete or not at all."""
         if self._trace is None:
             return
         trace, self._trace, self._engine.mark = self._trace, None, nullcontext
-        trace.stop()
         path = self._folder / "profile" / f"step-{self._first:010d}.pt.trace.json"
         try:
+            trace.stop()
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as temporary:
                 trace.export_chrome_trace(str(temporary))

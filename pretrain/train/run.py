@@ -42,6 +42,7 @@ from pretrain.train.folder import (
     resumed_order,
 )
 from pretrain.train.loop import loop
+from pretrain.train.profile import Profile
 from pretrain.train.save import restore_copy
 from pretrain.train.state import TrainState, resumed
 
@@ -103,7 +104,8 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         facts=_facts(data, engine.num_parameters, device),
     )
     log = RunLog(folder, state.step, config.total_steps)
-    loop(config, data, engine, state, log, stop, branched=origin is not None)
+    with Profile(config, engine) as profile:
+        loop(config, data, engine, state, log, profile, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
         mark_done(folder, state.step, state.metrics)
         say(f"done: {folder}, step {state.step}" + "".join(f", {k} {v:.4g}" for k, v in state.metrics.items()))
@@ -286,7 +288,7 @@ def _branch_point(config: Config, data: DataSets) -> Path:
 
 
 def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
-    saved, reader = resumed(checkpoint), CheckpointReader(checkpoint)
+    saved, reader = agreement.together(lambda: (resumed(checkpoint), CheckpointReader(checkpoint)))
     engine.load(reader, saved.engine)
     state = saved.train
     same_ranks = saved.world_size == ranks.world_size()
