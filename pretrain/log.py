@@ -192,6 +192,7 @@ class RunLog:
         if ranks.is_main():
             self._to_board(lambda board: board.add_image(name, image))
             try:
+                (self._folder / f"{name}.json").unlink(missing_ok=True)  # never that of another picture
                 with replacing(self._folder / f"{name}.png") as temporary:
                     Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "png")
                 write_text(self._folder / f"{name}.json", json.dumps(meaning) + "\n")

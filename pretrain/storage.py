@@ -45,6 +45,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     if len(os.fsencode(own + name)) > _MAX_NAME_BYTES:
         name = f"{zlib.crc32(os.fsencode(name)):08x}"
     temporary = path.with_name(f".tmp-{own}{name}")
+    if temporary.is_symlink():  # somebody else's, which writing would follow
+        temporary.unlink()
     try:
         yield temporary
         fsync_path(temporary)

@@ -72,8 +72,9 @@ def why_not(*more_programs: str) -> str | None:
     """Why there can be no nodes here: a program is missing, or namespaces may not be made."""
     if absent := [name for name in (*PROGRAMS, *more_programs) if shutil.which(name) is None]:
         return f"not installed: {', '.join(absent)}"
-    if os.geteuid() != 0 or subprocess.run([*_NEW, "true"], capture_output=True).returncode:
-        return "namespaces need root, and leave to make them"
+    wire = ["ip", "link", "add", "eth0", "type", "veth"]  # some sandboxes have namespaces and no wires
+    if os.geteuid() != 0 or subprocess.run([*_NEW, *wire], capture_output=True).returncode:
+        return "namespaces, and wires between them, need root and leave to make them"
     return None
 
 

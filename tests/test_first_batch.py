@@ -14,6 +14,7 @@ from pretrain import log as log_module
 from pretrain.data.loader import Batch, single_labels
 from pretrain.log import RunLog
 from pretrain.report.batch import MAX_SHOWN, read_batch
+from pretrain.train import first_batch
 from pretrain.train.first_batch import MAX_IMAGES, MAX_LETTERS, caption, show_first_batch
 
 NAMES = ("cat", "dog", "newt\n\x1b[31m", "x" * 300)
@@ -50,7 +51,11 @@ def test_the_report_cuts_out_what_was_drawn(
     none = torch.zeros(count, dtype=torch.int64)
     valid = torch.arange(count) != 5
     names = [f"class {n}" for n in range(count)]
-    show_first_batch(Batch(images, labels, weights, valid, none, none, bad=[]), names, RunLog(tmp_path, 0, 1))
+    index = torch.arange(count)
+    fill_up = (torch.cat([given, given[:1]]) for given in (images, labels, weights, valid, none, index))
+    batch = Batch(*fill_up, bad=[])
+    batch.index[-1], batch.valid[-1] = -1, False  # of no sample: fills the micro-batch up
+    show_first_batch(batch, names, RunLog(tmp_path, 0, 1))
     written = json.loads((tmp_path / "batch.json").read_text())
     assert len(written["images"]) == min(count, MAX_IMAGES)
     found = read_batch(tmp_path)
@@ -60,3 +65,20 @@ def test_the_report_cuts_out_what_was_drawn(
         data = base64.b64decode(example.picture.data_uri.partition(",")[2])
         pixels = np.asarray(Image.open(io.BytesIO(data)), dtype=int)
         assert min(pixels.shape[:2]) >= 128 and abs(pixels - colors[number].numpy()).max() <= 4
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine without the font, say: one line."""
+
+    def no_font() -> None:
+        raise OSError("cannot open resource")
+
+    monkeypatch.setattr(log_module, "_board", lambda folder, step: None)
+    monkeypatch.setattr(first_batch, "_font", no_font)
+    labels, weights = single_labels(torch.zeros(1, dtype=torch.int64))
+    none, images = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    show_first_batch(Batch(images, labels, weights, none == 0, none, none, bad=[]), NAMES, RunLog(tmp_path, 0, 1))
+    assert "cannot open resource; the training goes on without it" in capsys.readouterr().err
+    assert not list(tmp_path.glob("batch.*"))

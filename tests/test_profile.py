@@ -1,8 +1,10 @@
 """Traces of steps: what stands in them, and that none of them ends a training."""
 
+import io
 import json
 import resource
 from collections import Counter
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +64,7 @@ def test_a_trace_ends_before_an_evaluation_and_with_the_training(tmp_path: Path)
     assert {name for name in marks_of(path) if name.startswith("step ")} == {"step 5"}
 
 
-def errs(config: Config) -> None:
+def errs(config: Config) -> str:
     """Ends in the middle of a trace, whose profiler does not begin a second time."""
     engine: Any = SimpleNamespace(mark=None)
     with pytest.raises(ZeroDivisionError), Profile(config, engine) as profile, profile.step(1):
@@ -72,20 +74,19 @@ def errs(config: Config) -> None:
         raise RuntimeError("Profiler is already enabled")
 
     torch.profiler.profile.start = start
-    with Profile(config, engine) as profile, profile.step(1):
+    with redirect_stderr(io.StringIO()) as told, Profile(config, engine) as profile, profile.step(1):
         torch.ones(3).sum()
+    return told.getvalue()
 
 
-def test_an_error_ends_a_trace_and_a_profiler_that_does_not_begin_costs_it(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_ends_a_trace_and_a_profiler_that_does_not_begin_costs_it(tmp_path: Path) -> None:
     """Neither is an error of its own."""
     config = tiny_config(tmp_path, tmp_path)
     config.profile.at_step, config.profile.num_steps = 1, 9
     (tmp_path / "tiny").mkdir()
-    run_ranks(errs, 1, config)
+    (told,) = run_ranks(errs, 1, config)
     assert len(list((tmp_path / "tiny" / "profile").iterdir())) == 1
-    assert "the training goes on without a trace" in capfd.readouterr().err
+    assert "the training goes on without a trace" in told
 
 
 def traced(config: Config, room: int) -> Any:
@@ -100,11 +101,14 @@ def traced(config: Config, room: int) -> Any:
     return engine.mark.__name__
 
 
-@pytest.mark.parametrize(("room", "files"), [(1 << 30, 1), (2000, 0)])
-def test_a_full_disk_costs_the_trace_alone(room: int, files: int, tmp_path: Path) -> None:
-    """Half a trace is none; the steps that follow are marked no more."""
+@pytest.mark.parametrize(("room", "files", "linked"), [(1 << 30, 1, False), (2000, 0, False), (1 << 30, 0, True)])
+def test_a_full_disk_or_a_link_costs_the_trace_alone(room: int, files: int, linked: bool, tmp_path: Path) -> None:
+    """Half a trace is none; the steps that follow are marked no more. Nothing is written through a link."""
     config = tiny_config(tmp_path, tmp_path)
     config.profile.at_step = config.profile.num_steps = 1
     (tmp_path / "tiny").mkdir()
+    if linked:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "tiny" / "profile").symlink_to(tmp_path / "elsewhere")
     assert run_ranks(traced, 1, config, room) == ["nullcontext"]
     assert len(list((tmp_path / "tiny" / "profile").iterdir())) == files

@@ -62,6 +62,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
         claim(run)
     for name in ("config.yaml", "deepspeed.json", "recipe.yaml", "DONE", ".room-for-DONE", "starts.jsonl"):
         (run / name).symlink_to(other)
+        (run / f".tmp-{name}").symlink_to(other)
     (tmp_path / "recipe.yaml").write_text("# score: 1")
     record_start(run, tiny_config(tmp_path, tmp_path), {}, 0, tmp_path / "recipe.yaml")
     mark_done(run, 3, {})

@@ -153,6 +153,8 @@ def _check_paths(arguments: Namespace) -> None:
             raise UserError(f"{option} is {value}, expected at least 1")
     if not arguments.index:  # whose sources are patterns and addresses
         for path in arguments.paths[:-1]:
+            if re.match("(https?|s3|gs|pipe):", str(path)):
+                raise UserError(f"{path}: give --index for shards that stay on a server")
             cli.check_found(Path(path), "the set's own files (docs/tasks.md)" if arguments.task else SOURCES)
     if arguments.classes:
         cli.check_found(arguments.classes, "a list of the classes' names, JSON or .txt")

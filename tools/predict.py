@@ -37,7 +37,7 @@ def _arguments() -> argparse.Namespace:
     if arguments.top < 1:
         raise UserError(f"--top is {arguments.top}, expected at least 1")
     check_weights(arguments.weights)
-    if not (arguments.json or any(path.exists() for path in arguments.images)):
+    if not arguments.json and len(arguments.images) == 1:  # of several, those that are there are predicted
         cli.check_found(arguments.images[0], "a JPEG, PNG or WebP file")
     return arguments
 

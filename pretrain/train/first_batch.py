@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pretrain.cluster import ranks
 from pretrain.data.loader import Batch
 from pretrain.escape import shown
-from pretrain.log import RunLog
+from pretrain.log import RunLog, warn
 
 COLUMNS, MAX_IMAGES = 8, 64
 _LEAST, _MOST = 128, 256  # pixels of an image's side as drawn: a few letters fit below, a page shows it whole
@@ -24,14 +24,22 @@ MAX_LETTERS = 100  # of what stands below an image: anyone may have named the cl
 
 
 def show_first_batch(batch: Batch, class_names: Sequence[str], log: RunLog) -> None:
-    """Writes the picture of a batch, on rank 0."""
+    """Writes the picture of a batch, on rank 0. One that cannot be drawn, without a font say, is a warning."""
     if not ranks.is_main():
         return
+    try:
+        _show(batch, class_names, log)
+    except Exception as error:
+        warn(f"batch.png: {error}; the training goes on without it")
+
+
+def _show(batch: Batch, class_names: Sequence[str], log: RunLog) -> None:
+    slots = torch.nonzero(batch.index >= 0).flatten()[:MAX_IMAGES].tolist()  # others fill a micro-batch up
     captions = [
-        caption(labels, weights, class_names) if valid else "(could not be used)"
-        for labels, weights, valid in zip(batch.labels[:MAX_IMAGES], batch.label_weights, batch.valid.tolist())
+        caption(batch.labels[n], batch.label_weights[n], class_names) if batch.valid[n] else "(could not be used)"
+        for n in slots
     ]
-    picture, places, side = _drawn(batch.images[: len(captions)], captions)
+    picture, places, side = _drawn(batch.images[slots], captions)
     images = [{"x": x, "y": y, "caption": text} for (x, y), text in zip(places, captions)]
     log.image("batch", picture, {"format": "pretrain-batch", "version": 1, "side": side, "images": images})
 
@@ -75,6 +83,7 @@ def _font() -> Any:
 
 def _fitting(text: str, font: Any, width: int) -> str:
     """Cuts a text to so many pixels."""
+    text = text[:width]  # no letter is narrower than a pixel
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:

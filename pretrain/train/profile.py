@@ -1,5 +1,6 @@
 """Traces of some steps on rank 0, for Perfetto and TensorBoard: where their time goes, operation by operation."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -19,8 +20,8 @@ ASKED = "PROFILE"  # a file of this name in the run's folder asks for a trace
 class Profile:
     """Traces the steps that config.profile names, and those behind the log line at which it finds the file PROFILE.
 
-    No trace, no cost; and none of its errors ends a training. A context: at its end, however it comes, a trace that is
-    under way is written.
+    No trace, no cost; and none of its errors ends a training. A context: at its end, but for a second Ctrl-C, a
+    trace that is under way is written.
     """
 
     def __init__(self, config: Config, engine: Engine) -> None:
@@ -31,8 +32,9 @@ class Profile:
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.end()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:  # which ends at once
+            self.end()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -73,6 +75,8 @@ class Profile:
         try:
             trace.stop()
             path.parent.mkdir(exist_ok=True)
+            if path.parent.is_symlink():
+                raise OSError(errno.ELOOP, "its folder is a link, which may lead anywhere")
             with replacing(path) as temporary:
                 trace.export_chrome_trace(str(temporary))
                 if not _is_whole(temporary):  # torch says nothing of a full disk
