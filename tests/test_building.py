@@ -464,8 +464,11 @@ OF_ALL += [["--away-from", "x"], ["--label-column", "x"]]
         *(([*option, "--verify"], f"{option[0]} has no effect with --verify") for option in OF_ALL),
     ],
 )
-def test_options_that_cannot_be(options: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_cannot_be(options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line each."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("in.tar", "x"):  # what is not there is told first
+        Path(name).touch()
     first, *rest = options
     given = [f"{first}={rest[0]}", *rest[1:]] if rest and not rest[0].startswith("--") else options
     monkeypatch.setattr(sys, "argv", ["make_shards.py", "in.tar", "out", *given])
