@@ -124,7 +124,8 @@ def _set_aside_newer(checkpoint: Path) -> None:
             remove(aside)
             os.replace(path, aside)
             warn(f"{path} is now {aside.name}: delete it when you have looked at it")
-    for path in checkpoint.parent.glob(".old-step-*"):  # else the next save would put it back, ahead of the run
+    olds = [path for path in checkpoint.parent.iterdir() if path.name.startswith(".old-step-")]
+    for path in olds:  # else the next save would put it back, ahead of the run
         if path != checkpoint and path.name > f".old-{checkpoint.name.removeprefix('.old-')}":
             os.replace(path, path.with_name(f"damaged-{path.name.removeprefix('.')}-{os.getpid()}"))
 

@@ -302,7 +302,9 @@ def record_start(
     """
     if not ranks.is_main():
         return
-    logs = [path for path in folder.glob("*.jsonl") if path.name != _STARTS]  # its history is kept
+    logs = [
+        path for path in folder.iterdir() if path.suffix == ".jsonl" and path.name != _STARTS
+    ]  # its history is kept
     reached = max((rewind(path, step) for path in logs), default=step)
     texts = {"config.yaml": config_to_yaml(config), "deepspeed.json": json.dumps(deepspeed_config, indent=2) + "\n"}
     for name, text in {**texts, _ROOM: " " * _ROOM_BYTES}.items():

@@ -32,8 +32,7 @@ def loop(
     branched: the run goes on from another run's checkpoint, and saves one of its own before the first step.
     """
     meter = Meter(config, data.num_classes, state, engine)
-    journal = Journal(config.output / config.name, config)
-    saver = Saver(config, data, engine, log)
+    journal, saver = Journal(config.output / config.name, config), Saver(config, data, engine, log)
     batches = train_batches(data.train, data.order, engine.plan, config, state.step)
     if branched:  # the other run may delete its checkpoint, or be further on at the next start
         saver.save(state, meter, must_succeed=True)
