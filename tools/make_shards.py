@@ -75,11 +75,13 @@ def main() -> None:
     if arguments.task:
         others = [option for option in _ALL if option not in ("--task", "--download", "--samples-per-shard")]
         _refuse(arguments, others, "with --task")
+        _check_found(arguments)
         return _prepare(arguments.task, sources, out, samples_per_shard)
     if arguments.index:
         _refuse(arguments, ("--part", *_OF_IMAGES[1:], *_OF_WRITING), "with --index, which writes no shards")
     part = _part(arguments.part) if arguments.part is not None else None
     quality = _quality(arguments.quality, arguments.shorter_side)
+    _check_found(arguments)
 
     with cli.loading():
         from pretrain.shards.class_list import read_class_list
@@ -90,8 +92,7 @@ def main() -> None:
         _refuse(arguments, _OF_WRITING, f"on {sources[0]}, which is indexed as it is")
     classes = read_class_list(arguments.classes) if arguments.classes else None
     resizing = Resizing(arguments.shorter_side, quality) if arguments.shorter_side else None
-    turned, workers = bool(arguments.apply_orientation), arguments.workers
-    engine = _engine(arguments.engine)
+    turned, workers, engine = bool(arguments.apply_orientation), arguments.workers, _engine(arguments.engine)
     away_from, once = tuple(arguments.away_from or ()), bool(arguments.merge_duplicates)
     options = Options(samples_per_shard, arguments.seed or 0, turned, resizing, workers, engine, once, away_from)
     options = replace(options, label_column=arguments.label_column)
@@ -151,6 +152,10 @@ def _check_paths(arguments: Namespace) -> None:
         value = _value(arguments, option)
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}, expected at least 1")
+
+
+def _check_found(arguments: Namespace) -> None:
+    """Raises UserError for files that are not there."""
     if not arguments.index:  # whose sources are patterns and addresses
         for path in arguments.paths[:-1]:
             if re.match("(https?|s3|gs|pipe):", str(path)):
