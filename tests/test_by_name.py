@@ -408,5 +408,6 @@ def test_tools_take_names(repository: Path, tmp_path: Path, monkeypatch: pytest.
         done = run_tool("convert", OWNED, tmp_path / "out", "--to", "pretrain", "--no-verify")
     assert not done.returncode and f"{OWNED}: fetching" in done.stderr, done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "home" / "hub").is_dir()
+    (tmp_path / "red.png").touch()
     line = one_line_error(run_tool("predict", "google:B_16", tmp_path / "red.png"), 75)
     assert "download http" in line and "(391 MiB) where there is a network, and put it at" in line
