@@ -5,6 +5,7 @@ the device raises. Not shown: the backward pass, which needs a CUDA context, col
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,6 +117,7 @@ def engine_of(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
             return torch.ones((), device=CUDA)
 
     flat = torch.zeros(1000, device=CUDA)
+    engine.mark = nullcontext
     engine._engine, engine._module, engine._optimizer = Stub(), model, SimpleNamespace(param_groups=[{"lr": 0.0}])
     engine.plan, engine.device, engine.dtype = BatchPlan(BATCH // 2, 2, 0), CUDA, dtype
     engine._loss, engine._label_smoothing, engine._normalisation = "softmax", 0.1, IMAGENET

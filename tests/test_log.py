@@ -116,7 +116,7 @@ def test_logs_that_cannot_be_listed_are_told(
     def fail(*_: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Path, "glob", fail)
+    monkeypatch.setattr(Path, "iterdir", fail)
     sync(tmp_path)
     assert "Input/output error" in capsys.readouterr().err
 
