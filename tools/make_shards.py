@@ -158,9 +158,8 @@ def _check_found(arguments: Namespace) -> None:
     """Raises UserError for files that are not there."""
     if not arguments.index:  # whose sources are patterns and addresses
         for path in arguments.paths[:-1]:
-            if re.match("(https?|s3|gs|pipe):", str(path)):
-                raise UserError(f"{path}: give --index for shards that stay on a server")
-            cli.check_found(Path(path), "the set's own files (docs/tasks.md)" if arguments.task else SOURCES)
+            if ":" not in path.partition("/")[0]:  # of an address make_shards says what to do
+                cli.check_found(Path(path), "the set's own files (docs/tasks.md)" if arguments.task else SOURCES)
     if arguments.classes:
         cli.check_found(arguments.classes, "a list of the classes' names, JSON or .txt")
     for path in arguments.away_from or ():
