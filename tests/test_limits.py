@@ -1,13 +1,18 @@
 """Too few open files, too little memory: one line before the loader processes start."""
 
+import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from tiny import make_shards, tiny_config
 
 from pretrain.cluster import limits
+from pretrain.cluster.local import on_cpu
+from pretrain.config import config_to_dict
 from pretrain.errors import StorageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,3 +51,37 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         limits.check_memory(1000 * free, "all of it")
     monkeypatch.setattr(limits, "free_memory_bytes", lambda: None)
     limits.check_memory(1 << 60, "all of it")
+
+
+def may_mount() -> bool:
+    """Whether this user may have a /dev/shm of its own."""
+    words = ["unshare", "--mount", "mount", "-t", "tmpfs", "-o", "size=64m", "none", "/dev/shm"]
+    try:
+        return subprocess.run(words, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shell", "code", "told"),
+    [
+        ("mount -t tmpfs -o size=64m none /dev/shm", 75, "/dev/shm: the shared memory has 67.1 MB free; 4 loader proc"),
+        ("ulimit -n 64", 2, "open files: the limit is 64, "),
+    ],
+)
+def test_a_run_on_a_small_machine_is_told_at_once(shell: str, code: int, told: str, tmp_path: Path) -> None:
+    """Docker's default of shared memory, a low limit of open files, under the real command: one line, nobody waits."""
+    if "mount" in shell and not may_mount():
+        pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
+    config = tiny_config(
+        make_shards(tmp_path / "squares"), tmp_path, total_steps=1000, data__workers=4, data__prefetch=128
+    )
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    own = ["unshare", "--mount"] if "mount" in shell else []
+    words = [*own, "bash", "-c", f'{shell} && exec "$@"', "bash", sys.executable, "launch/pretrain.py", "--config"]
+    words.append(str(tmp_path / "tiny.yaml"))
+    environment = {**os.environ, **on_cpu(1)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == code and len(errors) == 1 and errors[0].startswith(f"error: {told}"), done.stderr

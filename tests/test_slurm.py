@@ -302,15 +302,26 @@ def expect_the_undisturbed(config: Config, output: Path, ranks: int = 4) -> None
 @pytest.mark.timeout(600)
 def test_a_run_that_fails_leaves_nobody_waiting(tmp_path: Path) -> None:
     """Its data is not there: it ends with the reason and is not requeued; what waits for it is cancelled; the report,
-    which comes in any case, has nothing to tell."""
-    file = config_file(tmp_path, tiny_config(make_shards(tmp_path / "squares"), tmp_path / "runs"))
+    which comes in any case, has nothing to tell. One that is cancelled saves, and does not come back."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path / "runs", total_steps=100_000)
+    file, going = config_file(tmp_path, config), tmp_path / "runs" / "going"
     with cluster(tmp_path / "s") as run:
         size = f"--ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --output={tmp_path}/%x-%j.out"
         arguments = ("--config", file, f"data.train={tmp_path}/no")
         jobs = chain(run, tmp_path, *arguments, PRETRAIN_OPTIONS=size, TASKS="knn:a knn:b")
         wait_for(lambda: not run("squeue", "--noheader"), run, seconds=300)
         states = {name: job_state(run, job) for name, job in jobs.items()}
+        command = ("launch/pretrain.sbatch", "--config", file, "name=going")
+        job = run("sbatch", "--parsable", *size.split(), *command, cwd=ROOT, **on_cpu(1))
+        log = going / "samples-00000.jsonl"
+        wait_for(lambda: log.exists() and log.read_text().count("\n") > 6, run, seconds=300)
+        run("scancel", job)
+        wait_for(lambda: not run("squeue", "--noheader"), run, seconds=60)
+        cancelled = job_state(run, job)
     told = logs(tmp_path)
+    assert "JobState=CANCELLED" in cancelled and "Restarts=0" in cancelled, told
+    saved = newest_valid(going / "checkpoints")
+    assert saved and saved.name == f"step-{log.read_text().count(chr(10)):010d}", told
     assert "JobState=FAILED" in states["pretrain"] and "Restarts=0" in states["pretrain"], told
     assert "not requeued" in told and "no: not found" in told
     assert "JobState=CANCELLED" in states["convert"] and "JobState=CANCELLED" in states["evaluate"], states
@@ -321,8 +332,8 @@ def test_a_run_that_fails_leaves_nobody_waiting(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_job_survives_what_happens_to_it(tmp_path: Path) -> None:
-    """Preempted by an urgent job, a rank killed, a node without power while there is a spare one: each time it comes
-    back by itself, and ends as an undisturbed run."""
+    """Preempted by an urgent job, a rank killed, one stopped, a node without power and one to spare: each time
+    it comes back by itself, and ends as an undisturbed run."""
     config = tiny_config(
         make_shards(tmp_path / "squares"), tmp_path / "runs", total_steps=1000, checkpoint__every_steps=20
     )
@@ -356,14 +367,17 @@ def test_a_job_survives_what_happens_to_it(tmp_path: Path) -> None:
         wait_for_steps(2)
         os.kill(rank_1(), signal.SIGKILL)
         wait_for_steps(3)
+        os.kill(rank_1(), signal.SIGSTOP)  # told after 45 s by the process beside it
+        wait_for_steps(4)
         variables = Path(f"/proc/{rank_1()}/environ").read_text().split("\0")
         lost = next(v.partition("=")[2] for v in variables if v.startswith("SLURMD_NODENAME="))
         power_off(lost, tmp_path / "s")
         wait_for(lambda: not run("squeue", "--noheader"), run, seconds=600)
         assert "JobState=COMPLETED" in job_state(run, job), logs(tmp_path)
     told = [start["job"] for start in starts(folder)]
-    assert [of.get("SLURM_RESTART_COUNT") for of in told] == [None, "1", "2", "3"], logs(tmp_path)
-    assert lost in slurm_nodes(told[2]) and lost not in slurm_nodes(told[3])
+    assert [of.get("SLURM_RESTART_COUNT") for of in told] == [None, "1", "2", "3", "4"], logs(tmp_path)
+    assert "is stopped, in section" in logs(tmp_path)
+    assert lost in slurm_nodes(told[3]) and lost not in slurm_nodes(told[4])
     assert starts(folder)[1]["lost_steps"] == 0, "a preempted run saves"
     expect_the_undisturbed(config, tmp_path / "undisturbed", 2)
 
