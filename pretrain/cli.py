@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TextIO
 
 from pretrain.cluster.slurm import rank_so_far  # not cluster.ranks, which imports torch: a wrong key is told at once
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
 
 _WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
@@ -97,14 +97,15 @@ def run(main: Callable[[], int | None], *, at_once: bool = False) -> None:
 
 
 # Of the disk, not of the program: full, over quota, read-only, not permitted, failing.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, *PASSING_ERRORS)
 
 
 def _on_os_error(error: OSError) -> int:
     if isinstance(error, StorageError):
         return _say(f"error: {error}", error.exit_code)
     if error.errno in _DISK_ERRORS:
-        return _say(f"error: {error.filename or 'writing'}: {error.strerror}; make room, or choose another folder", 75)
+        out = "the disk may be away" if error.errno in PASSING_ERRORS else "make room, or choose another folder"
+        return _say(f"error: {error.filename or 'writing'}: {error.strerror}; {out}", 75)
     traceback.print_exc()
     return 1
 

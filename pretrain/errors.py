@@ -4,7 +4,23 @@
 value), what is expected, and the way out, in one line, whatever the names of files, keys and tensors in it hold.
 """
 
+import errno
+
 from pretrain.escape import shown
+
+# Of a disk over the network that is away, or hiccups: the same call may succeed in a while.
+PASSING_ERRORS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EREMOTEIO,
+    errno.ENOTCONN,
+    errno.ECONNRESET,
+    errno.ESHUTDOWN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
 
 
 def first_line(error: BaseException) -> str:

@@ -19,20 +19,6 @@ from pathlib import Path
 
 import google_crc32c
 
-# Of a disk over the network that is away, or hiccups: the same call may succeed in a while.
-PASSING_ERRORS = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.EREMOTEIO,
-    errno.ENOTCONN,
-    errno.ECONNRESET,
-    errno.ESHUTDOWN,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-}
-
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:

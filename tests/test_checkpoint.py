@@ -93,10 +93,10 @@ def test_round_trip_on_any_number_of_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_kill_during_saving_50_of_50(tmp_path: Path) -> None:
-    """SIGKILL of both ranks at 50 random moments of saving without pause: the newest checkpoint is always readable, and
+def test_kill_during_saving_100_of_100(tmp_path: Path) -> None:
+    """SIGKILL of both ranks at 100 random moments of saving without pause: the newest checkpoint is readable, and
     never older than the last one that was reported as published."""
-    _kill_during_saving(tmp_path, kills=50, seed=0)
+    _kill_during_saving(tmp_path, kills=100, seed=0)
 
 
 def test_kill_during_saving_quick(tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ from pretrain.data.index_rows import BLOCK, INDEX_FORMAT, INDEX_VERSION, MAX_LIN
 from pretrain.data.inside import file_inside, real_folder_of
 from pretrain.data.remote import check_url, file_name, is_url
 from pretrain.data.store import Store
-from pretrain.errors import NotFoundError, StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, NotFoundError, StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, brief, parse_json, read_bytes, read_json
-from pretrain.storage import PASSING_ERRORS, replacing, write_text
+from pretrain.storage import replacing, write_text
 
 FORMAT, VERSION = "pretrain-shards", 1
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")

@@ -29,8 +29,7 @@ from pretrain.data.manifest import (
 )
 from pretrain.data.store import Block, store_at
 from pretrain.data.tar_headers import MAX_SAMPLE_MEMBERS, members
-from pretrain.errors import StorageError, UserError
-from pretrain.storage import PASSING_ERRORS
+from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 
 MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
 MAX_IMAGE_BYTES = MAX_SAMPLE_BYTES - (64 << 10)  # what remains for the image beside its headers and its label

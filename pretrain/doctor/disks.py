@@ -19,10 +19,10 @@ from pretrain.data.reader import block_of, is_intact
 from pretrain.data.remote import download
 from pretrain.data.store import make_folder, store_at
 from pretrain.doctor.findings import AWAY, OK, RED, WARN, Finding, size
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.plan.report import checkpoint_bytes, kept_checkpoints
 from pretrain.sizes import is_plain
-from pretrain.storage import PASSING_ERRORS, write_text
+from pretrain.storage import write_text
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HELD = (errno.EAGAIN, errno.EACCES)  # the two answers of a lock that somebody has

@@ -12,13 +12,13 @@ from pretrain.config import MAX_CLASSES
 from pretrain.data.inside import file_inside
 from pretrain.data.manifest import Shard
 from pretrain.data.reader import BadSample, parse_labels, read_sample
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
 from pretrain.shards.build import DataSet, Progress, finish, start_folder
 from pretrain.shards.tars import alone, index_tar
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
-from pretrain.storage import PASSING_ERRORS, replacing
+from pretrain.storage import replacing
 
 
 def index_existing(

@@ -13,7 +13,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from pretrain.storage import PASSING_ERRORS
+from pretrain.errors import PASSING_ERRORS
 
 
 class Item(NamedTuple):

@@ -21,9 +21,8 @@ from pretrain.data.manifest import (
 )
 from pretrain.data.reader import is_stranger, member_passed_over
 from pretrain.data.tar_headers import BadHeader, end_of, members
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
-from pretrain.storage import PASSING_ERRORS
 
 _PIECE_BYTES = 1 << 20  # of a file, read at a time
 

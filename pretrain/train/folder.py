@@ -48,11 +48,11 @@ from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fit
 from pretrain.data.manifest import Manifest
 from pretrain.data.mixture import Phase, begun, lanes_as_numbers, lanes_in, phases_in, phases_of, told_phases
 from pretrain.data.order import Order
-from pretrain.errors import ConfigError, StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, ConfigError, StorageError, UserError
 from pretrain.json_files import Fields, brief, read_bytes, read_json
 from pretrain.log import MAX_STEP, TIME_FORMAT, JsonLines, not_a_link, rewind, say, warn
 from pretrain.provenance import UNKNOWN, commit, versions
-from pretrain.storage import PASSING_ERRORS, fsync_path, write_text
+from pretrain.storage import fsync_path, write_text
 
 _JOB = (
     *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"),
