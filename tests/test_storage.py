@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import storage
+from pretrain import cli, storage
 from pretrain.storage import crc32c, fsync_path, remove, replacing, sha256, write_text
 
 
@@ -135,3 +135,16 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     remove(tmp_path / "folder")
     remove(tmp_path / "folder")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.ESTALE, "the disk may be away"), (errno.ENOSPC, "make room, or ")])
+def test_an_error_of_the_disk_is_one_line(number: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever it comes from: 75, not a traceback and a defect of ours."""
+
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "runs/a/STOP.json")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(fail)
+    assert end.value.code == 75
+    assert capsys.readouterr().err.startswith(f"error: runs/a/STOP.json: {os.strerror(number)}; {told}")
