@@ -28,18 +28,16 @@ def finish(config: Config) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETS)
-def test_from_archives_to_a_receipt(name: str, test_data: Path, tmp_path: Path) -> None:
+def test_from_archives_to_a_receipt(test_data: Path, tmp_path: Path) -> None:
     """Shards, --verify, an epoch of a tiny model, the audit of every step: nothing is wrong, and nothing is lost."""
-    archive, classes, number, batch = SETS[name]
-    listed = read_class_list(test_data / classes) if classes else None
-    path, _ = make_shards([test_data / archive], listed, tmp_path / name, Options(samples_per_shard=70))
-    manifest = load_manifest(path)
-    told: list[str] = []
-    assert manifest.num_samples == number and list(verify(manifest, told=told.append)) == told == []
-    changes = {"data__global_batch": batch, "total_steps": number // batch, "checkpoint__every_steps": number}
-    run_ranks(finish, 1, tiny_config(tmp_path / name, tmp_path / "runs", **changes))
-    found = audit(tmp_path / "runs" / "tiny", AuditOptions(full=True, data=None, no_data=False, seed=0))
-    assert [finding.wrong for finding in found if finding.wrong] == []
-    epochs = next(finding for finding in found if finding.check == "epochs")
-    assert f"{number:,} used + 0 bad" in f"{epochs}", epochs
+    for name, (archive, classes, number, batch) in SETS.items():
+        listed = read_class_list(test_data / classes) if classes else None
+        path, _ = make_shards([test_data / archive], listed, tmp_path / name, Options(samples_per_shard=70))
+        told: list[str] = []
+        assert list(verify(load_manifest(path), told=told.append)) == told == []
+        changes = {"data__global_batch": batch, "total_steps": number // batch, "checkpoint__every_steps": number}
+        run_ranks(finish, 1, tiny_config(tmp_path / name, tmp_path / "runs", name=name, **changes))
+        found = audit(tmp_path / "runs" / name, AuditOptions(full=True, data=None, no_data=False, seed=0))
+        assert [finding.wrong for finding in found if finding.wrong] == []
+        epochs = next(finding for finding in found if finding.check == "epochs")
+        assert f"{number:,} used + 0 bad" in f"{epochs}", epochs
