@@ -312,6 +312,17 @@ def test_a_shard_that_is_not_complete_is_written_again(
     assert tree(out) == whole
 
 
+def test_counts_are_added_up_as_shards_come(source: Path, tmp_path: Path) -> None:
+    """Written and found: those of 30,000 shards of many classes would take gigabytes beside each other."""
+    items, names = folder_items(source)
+    plan = build_module._plan(items, names, 7, 3, build_module.ALONE)
+    for _ in ("written", "found"):
+        shards = build_module._Shards(items, names, tmp_path / "set", 7, 3, plan)
+        complete = shards.write(range(shards.number), build_module.ALONE, lambda _: None)
+        assert sum(shards.counts.values()) == sum(done.shard.num_samples for done in complete) > 30
+        assert not any(done.counts for done in complete)
+
+
 def test_images_that_nobody_can_decode_leave_no_beginning(tmp_path: Path) -> None:
     """The user mends them, which changes their times, and gives the same command."""
     path = tmp_path / "photos" / "a" / "1.jpg"

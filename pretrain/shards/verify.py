@@ -31,7 +31,7 @@ def verify(
     """Yields what is wrong with a data set, in the order of its shards; every sample is decoded.
 
     workers: processes, with a shard at a time each, and a copy of it where it is remote; 1: this one. told: is handed
-    what may well be so: that shards have keys in common. Takes 11 bytes of memory a sample for that.
+    what may well be so: that shards have keys in common. Takes 12 bytes of memory a sample for that.
     """
     each = replace(manifest, class_names=(), label_map=None)  # sent to processes with each shard
     tasks = ((number, replace(each, shards=(shard,))) for number, shard in enumerate(manifest.shards))
@@ -142,7 +142,7 @@ def _in_common(manifest: Manifest, words: np.ndarray) -> str | None:
 def repeated_words(words: np.ndarray) -> tuple[int, tuple[int, ...]]:
     """Returns how many words, 0 left out, have occurred before, and the places of the first two of one that has.
 
-    words: uint64, 8 bytes each of memory; takes 2.5 more.
+    words: uint64, 8 bytes of memory each; takes 4 more. 300 million: 30 s.
     """
     count, places = 0, ()
     leading = words.astype("<u8", copy=False).view(np.uint8)[7::8]
