@@ -45,8 +45,8 @@ MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... a
 def main() -> None:
     parser = cli.parser(
         "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg or CLASS.tar),\n"
-        "a list of paths and labels (.csv, .jsonl), parquet and TFRecord files, a CIFAR-style .npz, or existing\n"
-        "WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.\n"
+        "a list of paths and labels (.csv, .jsonl), parquet and TFRecord files, a CIFAR-style .npz, MNIST's archives,\n"
+        "or existing WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.\n"
         "With --index, tars stay on their server (https://, s3://, gs://, with patterns as train-{000..127}.tar), and\n"
         "OUT gets their indexes and the manifest (docs/data.md).\n"
         "With --task, makes the splits of an evaluation set from a TFDS folder, the authors' downloads, or packs that\n"

@@ -98,12 +98,12 @@ def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int,
 
 
 def _origin(source: Path, is_here: bool) -> Origin:
-    """What says that a tar is still the same one, and that its copy is one."""
+    """What says that a tar is still the same one, and that its copy is one: the time that nobody can set."""
     try:
         status = source.stat()
     except OSError as error:
         raise unreadable(source, error) from None
-    origin: dict[str, int | str] = {"num_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    origin: dict[str, int | str] = {"num_bytes": status.st_size, "ctime_ns": status.st_ctime_ns}
     return origin | ({} if is_here else {"copy_of": shown(source.resolve())})
 
 
