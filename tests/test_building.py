@@ -36,7 +36,7 @@ from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import LostProcessError, StorageError, UserError
 from pretrain.shards import build as build_module
-from pretrain.shards import existing, make, ray_tasks, walks
+from pretrain.shards import elsewhere, existing, make, ray_tasks, walks
 from pretrain.shards.build import write_samples
 from pretrain.shards.class_list import ClassList, read_class_list
 from pretrain.shards.existing import index_existing
@@ -441,6 +441,32 @@ def test_indexing_goes_on_where_it_was_stopped(stop: str, tmp_path: Path, monkey
     monkeypatch.setattr(existing, "results", lambda function, tasks, *_: (function(t, len) for t in [*tasks][::-1]))
     index_existing(tars, names, out)
     assert calls["walk"] == (2 if stop == "finish" else TARS - 3 + 1) and tree(out) == whole
+
+
+@pytest.mark.parametrize(
+    "source, given, least, found",
+    [
+        ("a.tar", None, 1, 5),  # many bytes: a process for each core
+        ("a.tar", None, 10**9, 1),
+        ("a.tar", 3, 10**9, 3),
+        ("http://h/a.tar", None, 1, elsewhere.THREADS),
+        ("http://h/a.tar", 3, 1, 3),
+    ],
+)
+def test_how_many_tars_are_indexed_at_a_time(
+    source: str, given: int | None, least: int, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes for those that lie here, threads for those on a server; as many as are asked for."""
+    asked: list[int] = []
+    monkeypatch.chdir(tmp_path)
+    write_samples([(PNG, 0)], "png", Path("a.tar"), 0)
+    monkeypatch.setattr(make, "MIN_BYTES_FOR_PROCESSES", least)
+    monkeypatch.setattr(make, "num_cores", lambda: 5)
+    for name, option in (("index_existing", "workers"), ("index_urls", "threads")):
+        monkeypatch.setattr(make, name, lambda *_, option=option, **named: asked.append(named[option]) or Path("out"))
+    monkeypatch.setattr(make, "add_to_counts", lambda *_: None)
+    make.index_shards([source], None, Path("out"), Options(workers=given))
+    assert asked == [found]
 
 
 @pytest.mark.slow
