@@ -844,7 +844,7 @@ def test_the_documented_source_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
     function, row = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names = dict(vars(make))
     exec(function, names)
-    monkeypatch.setattr(make, "SOURCES", (*eval(f"({row})", names), *make.SOURCES))
+    monkeypatch.setattr(make, "SOURCES", (eval(row, names), *make.SOURCES))
     with closing(sqlite3.connect(tmp_path / "my.sqlite")) as base, base:
         base.execute("CREATE TABLE photos (image BLOB, label INTEGER)")
         base.executemany("INSERT INTO photos VALUES (?, ?)", [(PNG + bytes([n]), n % 3) for n in range(9)])
