@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.data.manifest import file_inside
+from pretrain.data.inside import file_inside
 from pretrain.data.reader import forget_shards
 from pretrain.errors import StorageError, UserError
 from pretrain.escape import shown
