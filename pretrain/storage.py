@@ -66,9 +66,9 @@ def remove_left_over(folder: Path) -> None:
 
     Of those of other machines nothing is known. Raises OSError.
     """
-    for path in folder.glob(f".tmp-{_machine()}-*"):
-        process = path.name.removeprefix(f".tmp-{_machine()}-").partition("-")[0]
-        if re.fullmatch("[0-9]{1,9}", process) and not _runs(int(process)):
+    for path in folder.iterdir():  # glob hides errors
+        found = re.fullmatch(rf"\.tmp-{re.escape(_machine())}-([0-9]{{1,9}})(-.*)?", path.name, re.DOTALL)
+        if found and not _runs(int(found[1])):
             path.unlink(missing_ok=True)
 
 
@@ -79,7 +79,10 @@ def _runs(process: int) -> bool:
         return False
     except PermissionError:  # another user's
         pass
-    return True
+    try:  # has it ended, and nobody taken note? In a container without an init nobody does
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return True
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict", shared: bool = False) -> None:

@@ -2,18 +2,24 @@
 
 import errno
 import gc
+import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
+import re
 import runpy
 import signal
+import sqlite3
+import struct
 import subprocess
 import sys
 import tarfile
 import time
-from contextlib import suppress
+from collections import Counter
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +36,10 @@ from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import LostProcessError, StorageError, UserError
 from pretrain.shards import build as build_module
-from pretrain.shards import ray_tasks
+from pretrain.shards import elsewhere, existing, make, ray_tasks, walks
+from pretrain.shards.build import write_samples
 from pretrain.shards.class_list import ClassList, read_class_list
+from pretrain.shards.existing import index_existing
 from pretrain.shards.items import PackedItems
 from pretrain.shards.make import Options, make_part, make_shards
 from pretrain.shards.pool import results
@@ -304,6 +312,17 @@ def test_a_shard_that_is_not_complete_is_written_again(
     assert tree(out) == whole
 
 
+def test_counts_are_added_up_as_shards_come(source: Path, tmp_path: Path) -> None:
+    """Written and found: those of 30,000 shards of many classes would take gigabytes beside each other."""
+    items, names = folder_items(source)
+    plan = build_module._plan(items, names, 7, 3, build_module.ALONE)
+    for _ in ("written", "found"):
+        shards = build_module._Shards(items, names, tmp_path / "set", 7, 3, plan)
+        complete = shards.write(range(shards.number), build_module.ALONE, lambda _: None)
+        assert sum(shards.counts.values()) == sum(done.shard.num_samples for done in complete) > 30
+        assert not any(done.counts for done in complete)
+
+
 def test_images_that_nobody_can_decode_leave_no_beginning(tmp_path: Path) -> None:
     """The user mends them, which changes their times, and gives the same command."""
     path = tmp_path / "photos" / "a" / "1.jpg"
@@ -373,6 +392,122 @@ def test_an_interrupt_at_the_start_of_a_process_is_the_listener_s() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+TARS = 6
+
+
+def some_tars(folder: Path) -> list[Path]:
+    """Shards of another tool, in the order that the manifest is to have; one is compressed."""
+    folder.mkdir()
+    shards = [(number, [(PNG, label % 3) for label in range(2 + number)]) for number in range(TARS)]
+    tars = [write_samples(samples, "png", folder / f"{9 - number}.tar", number).path for number, samples in shards]
+    for path in folder.glob("*.idx"):
+        path.unlink()
+    packed = tars[1].with_name(f"{tars[1].name}.gz")
+    packed.write_bytes(gzip.compress(tars[1].read_bytes()))
+    tars[1].unlink()
+    return [packed if path == tars[1] else path for path in tars]
+
+
+@pytest.mark.parametrize("stop", ["walk", "keep", "finish", "a wrong label"])
+def test_indexing_goes_on_where_it_was_stopped(stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in a tar, before its record and before the manifest, and refused: what is done is not done again.
+
+    Processes may be done in another order than that of the tars.
+    """
+    tars, out, names = some_tars(tmp_path / "in"), tmp_path / "out" / "set", ["x", "y", "z"]
+    whole = tree(index_existing(tars, names, tmp_path / "whole" / "set").parent)
+    real, calls = {name: getattr(walks, name) for name in ("walk", "keep", "finish")}, Counter[str]()
+    stops = {"walk": 4, "keep": 4, "finish": 1}
+
+    def counted(name: str, *arguments: Any) -> Any:
+        calls[name] += 1
+        if name == stop and calls[name] == stops.get(name):
+            raise KeyboardInterrupt
+        return real[name](*arguments)
+
+    for name in real:
+        monkeypatch.setattr(walks, name, partial(counted, name))
+    good = tars[3].read_bytes()
+    if stop not in real:
+        write_samples([(PNG, 9)], "png", tars[3], 3)
+    with pytest.raises(KeyboardInterrupt if stop in real else UserError):
+        index_existing(tars, names, out)
+    assert len(list((out / ".indexing").iterdir())) == (TARS if stop == "finish" else 3)
+    assert stop in real or not (out / tars[3].name).exists()
+    tars[3].write_bytes(good)
+    tars[0].touch()  # another time than its record says: read anew
+    calls.clear()
+    stops.clear()
+    monkeypatch.setattr(existing, "results", lambda function, tasks, *_: (function(t, len) for t in [*tasks][::-1]))
+    index_existing(tars, names, out)
+    assert calls["walk"] == (2 if stop == "finish" else TARS - 3 + 1) and tree(out) == whole
+
+
+@pytest.mark.parametrize(
+    "source, given, least, found",
+    [
+        ("a.tar", None, 1, 5),  # many bytes: a process for each core
+        ("a.tar", None, 10**9, 1),
+        ("a.tar", 3, 10**9, 3),
+        ("http://h/a.tar", None, 1, elsewhere.THREADS),
+        ("http://h/a.tar", 3, 1, 3),
+    ],
+)
+def test_how_many_tars_are_indexed_at_a_time(
+    source: str, given: int | None, least: int, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes for those that lie here, threads for those on a server; as many as are asked for."""
+    asked: list[int] = []
+    monkeypatch.chdir(tmp_path)
+    write_samples([(PNG, 0)], "png", Path("a.tar"), 0)
+    monkeypatch.setattr(make, "MIN_BYTES_FOR_PROCESSES", least)
+    monkeypatch.setattr(make, "num_cores", lambda: 5)
+    for name, option in (("index_existing", "workers"), ("index_urls", "threads")):
+        monkeypatch.setattr(make, name, lambda *_, option=option, **named: asked.append(named[option]) or Path("out"))
+    monkeypatch.setattr(make, "add_to_counts", lambda *_: None)
+    make.index_shards([source], None, Path("out"), Options(workers=given))
+    assert asked == [found]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
+def test_indexing_in_processes_killed_at_any_moment(kills: int, tmp_path: Path) -> None:
+    """kill -9 of the command, or of it and its processes: the bytes of one process undisturbed. Checked in two, too."""
+    photos(tmp_path / "photos", 40 + 40 * kills, side=90)
+    made = make_shards([tmp_path / "photos"], None, tmp_path / "in", replace(SMALL, samples_per_shard=1))[0]
+    tars, out = [shard.path for shard in load_manifest(made).shards], tmp_path / "out" / "set"
+    whole = tree(index_existing(tars, [], tmp_path / "whole" / "set").parent)
+    line = [sys.executable, ROOT / "tools" / "make_shards.py", *tars, out, "--workers", "2"]
+    for kill in range(kills):
+        there = len(list(out.glob("*.idx")))
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and len(list(out.glob("*.idx"))) == there:
+            time.sleep(0.01)
+        with suppress(ProcessLookupError):
+            (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
+        process.wait()
+        if (out / "manifest.json").exists():  # it was faster
+            break
+    else:
+        index_existing(tars, [], out, workers=2 if kills > 1 else 1)
+    assert tree(out) == whole
+    manifest, counted = load_manifest(out), list[int]()
+    assert list(verify(manifest, counted.append, workers=2)) == [] and sum(counted) == manifest.num_samples
+
+
+@pytest.mark.long
+def test_an_interrupt_ends_a_check_and_its_processes(own_shards: Path) -> None:
+    """Ctrl-C while shards are decoded."""
+
+    def interrupt(_: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(verify(load_manifest(own_shards), interrupt, workers=2))
+    assert not multiprocessing.active_children()
+
+
 def command(source: Path, out: Path, *options: str) -> subprocess.Popen:
     """tools/make_shards.py, with two processes, in a session of its own. Ray starts a cluster of its own."""
     line = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(source), str(out)]
@@ -435,7 +570,7 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
     assert second == "writing: 41,200 of 100,000 images, 10/s, 98 minutes left"
 
 
-OF_WRITING = [["--workers", "2"], ["--engine", "pool"], ["--seed", "0"], ["--samples-per-shard", "10000"]]
+OF_WRITING = [["--engine", "pool"], ["--seed", "0"], ["--samples-per-shard", "10000"]]
 OF_ALL = [*OF_WRITING, ["--classes", "x"], ["--part", "0/2"], ["--shorter-side", "9"], ["--quality", "9"]]
 OF_ALL += [["--task", "pets"], ["--index"], ["--apply-orientation"], ["--download"], ["--merge-duplicates"]]
 OF_ALL += [["--away-from", "x"], ["--label-column", "x"]]
@@ -448,9 +583,11 @@ OF_ALL += [["--away-from", "x"], ["--label-column", "x"]]
         (["--part", ""], "--part is '', expected I/N"),
         (["--part", "-1/4"], "expected I/N"),
         (["--workers", "0"], "--workers is 0, expected at least 1"),
+        (["--workers", "0", "--verify"], "--workers is 0, expected at least 1"),
         (["--shorter-side", "0"], "--shorter-side is 0"),
         (["--shorter-side", "9", "--quality", "101"], "--quality is 101, expected 1 to 100"),
         (["--quality", "90"], "give both"),
+        (["--task", "pets", "--workers", "2"], "--workers has no effect with --task"),
         (["--task", "pets", "--part", "0/2"], "--part has no effect with --task"),
         (["--away-from", "x", "--task", "pets"], "--away-from has no effect with --task"),
         (["--merge-duplicates", "--index"], "--merge-duplicates has no effect with --index"),
@@ -644,6 +781,76 @@ def test_tars_that_are_no_classes(members: list[str], damage: Any, said: str, tm
 
 
 # --- smaller images --------------------------------------------------------------------------------------------------
+
+
+def idx(path: Path, array: np.ndarray, dimensions: int | None = None) -> Path:
+    """An array as MNIST's archives hold it."""
+    shape = array.shape if dimensions is None else array.shape[:1] * dimensions
+    data = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+DIGITS = np.random.default_rng(0).integers(0, 256, (11, 28, 28)).astype(np.uint8)
+OF_DIGITS = np.arange(11, dtype=np.uint8) % 10
+
+
+@pytest.mark.parametrize("given", ["images", "both", "labels first"])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_archives_of_mnist(given: str, ending: str, tmp_path: Path) -> None:
+    """Grey PNG of 28 x 28, every pixel and label as it was; the labels' file is found by its name."""
+    images = idx(tmp_path / f"train-images-idx3-ubyte{ending}", DIGITS)
+    labels = idx(tmp_path / "train-labels-idx1-ubyte.gz", OF_DIGITS)
+    sources = {"images": [images], "both": [images, labels], "labels first": [labels, images]}[given]
+    manifest = load_manifest(make_shards(sources, None, tmp_path / "set", SMALL)[0])
+    assert manifest.num_classes == 10
+    raw = [read_sample(manifest, index) for index in range(manifest.num_samples)]
+    found = {(decode(sample.image)[0].numpy().tobytes(), int(sample.label)) for sample in raw}
+    assert found == {(digit.tobytes(), int(label)) for digit, label in zip(DIGITS, OF_DIGITS)}
+    with Image.open(io.BytesIO(raw[0].image)) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "L", (28, 28))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda images, labels: labels.unlink(), "images-idx3-ubyte: its labels are not beside it; give their file"),
+        (lambda images, labels: idx(labels, OF_DIGITS[:9]), "has 9 labels, .* has 11 images"),
+        (lambda images, labels: os.truncate(images, 900), "11 x 28 x 28 are 8,624 bytes, it has 884; get it again"),
+        (lambda images, labels: images.write_bytes(images.read_bytes() + b"x"), "8,624 bytes, it has more"),
+        (
+            lambda images, labels: labels.write_bytes(b"junk"),
+            "idx1-ubyte: begins with 6a 75 6e 6b, expected 00 00 08 01",
+        ),
+        (lambda images, labels: labels.write_bytes(b"\x1f\x8bjunk"), "labels-idx1-ubyte: not a readable idx file"),
+        (lambda images, labels: idx(images, DIGITS[:0]), "has no samples|has 11 labels"),
+        (
+            lambda images, labels: images.write_bytes(b"\0\0\x08\3" + b"\xff" * 12),
+            r"images-idx3-ubyte: becomes 79,228,[\d,]+ bytes or more, at most 67,108,864",
+        ),
+    ],
+)
+def test_archives_of_mnist_that_cannot_be(change: Any, said: str, tmp_path: Path) -> None:
+    """One line, and nothing is written."""
+    images = idx(tmp_path / "train-images-idx3-ubyte", DIGITS)
+    change(images, idx(tmp_path / "train-labels-idx1-ubyte", OF_DIGITS))
+    assert re.search(said, refusal(make_shards, [images], None, tmp_path / "set", SMALL))
+    assert not (tmp_path / "set").exists()
+
+
+def test_the_documented_source_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/data.md's function and row, as they stand there."""
+    page = (ROOT / "docs" / "data.md").read_text().partition("### Adding a source")[2].partition("\n## ")[0]
+    function, row = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = dict(vars(make))
+    exec(function, names)
+    monkeypatch.setattr(make, "SOURCES", (eval(row, names), *make.SOURCES))
+    with closing(sqlite3.connect(tmp_path / "my.sqlite")) as base, base:
+        base.execute("CREATE TABLE photos (image BLOB, label INTEGER)")
+        base.executemany("INSERT INTO photos VALUES (?, ?)", [(PNG + bytes([n]), n % 3) for n in range(9)])
+    manifest = load_manifest(make_shards([tmp_path / "my.sqlite"], None, tmp_path / "set", SMALL)[0])
+    raw = [read_sample(manifest, index) for index in range(manifest.num_samples)]
+    assert {(sample.image, sample.label) for sample in raw} == {(PNG + bytes([n]), b"%d" % (n % 3)) for n in range(9)}
 
 
 def test_larger_images_are_made_smaller(tmp_path: Path) -> None:

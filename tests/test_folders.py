@@ -409,13 +409,6 @@ def test_values_that_would_be_clipped_are_refused(tmp_path: Path) -> None:
             read_picture(tmp_path / "b.tiff", Counter())
 
 
-def test_a_phones_jpeg_with_a_second_picture_is_kept(tmp_path: Path) -> None:
-    """MPO: its bytes stay, for every JPEG decoder takes the first picture."""
-    first, second = Image.fromarray(pixels(0)), Image.fromarray(pixels(1))
-    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
-    assert read_picture(tmp_path / "a.jpg", Counter()) == (tmp_path / "a.jpg").read_bytes()
-
-
 def test_an_option_without_effect_is_refused(tmp_path: Path) -> None:
     """--apply-orientation of tars, which are indexed as they are."""
     (tmp_path / "a.tar").write_bytes(b"")

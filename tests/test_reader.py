@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from pretrain.data import reader
-from pretrain.data.index_rows import MAX_LINE_BYTES
 from pretrain.data.manifest import BLOCK, Manifest, Shard, ShardIndex, key_crc32, load_index, load_manifest, write_index
 from pretrain.data.reader import BadSample, RawSample, parse_label, parse_labels, read_sample
 from pretrain.errors import StorageError, UserError
@@ -353,10 +352,11 @@ def test_a_read_that_fails_is_tried_again(
     """As long as the back-off lasts, the file reopened each time; then StorageError with the place, no bad sample."""
     manifest, waited, tried = load_manifest(own_shards), list[float](), list[int]()
     whole, real = read_sample(manifest, 0), getattr(os, call)
+    of_index = (4, 8, manifest.shards[0].path.with_suffix(".idx").stat().st_size)
     reader._open_shard.cache_clear()
 
     def broken(*arguments: Any, **named: Any) -> Any:
-        if call == "pread" and arguments[1] in (4, 8, MAX_LINE_BYTES):  # of the index
+        if call == "pread" and arguments[1] in of_index:
             return real(*arguments, **named)
         tried.append(1)
         if len(tried) <= failures:
@@ -374,6 +374,18 @@ def test_a_read_that_fails_is_tried_again(
     monkeypatch.undo()
     assert waited == list(reader.RETRY_AFTER_S[: tries - 1])
     assert len(tried) >= tries if call == "open" else len(tried) == tries
+
+
+@pytest.mark.parametrize("most", [1, 1000])
+def test_a_short_read_is_read_on(most: int, own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mounts of FUSE and networks may give fewer bytes than there are; only none at all is the end of a cut shard."""
+    manifest, real = load_manifest(own_shards), os.pread
+    whole = [read_sample(manifest, index) for index in range(40)]
+    os.truncate(manifest.shards[0].path, manifest.shards[0].num_bytes // 2)
+    monkeypatch.setattr(os, "pread", lambda file, count, start: real(file, min(count, most), start))
+    reader._open_shard.cache_clear()
+    found = [outcome(manifest, index) for index in range(0, 40, 4)]
+    assert found[:4] == whole[:16:4] and found[6:] == ["tar"] * 4
 
 
 @pytest.mark.parametrize("at", [-1, 60, 4, 12])

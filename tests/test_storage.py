@@ -88,6 +88,31 @@ def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
         assert {path.name for path in tmp_path.iterdir()} == others | {temporary.name}
 
 
+def test_what_a_process_left_whose_end_nobody_noted_is_removed(tmp_path: Path) -> None:
+    """A zombie, as killed processes stay in a container without an init."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # until it is one
+    with replacing(tmp_path / "file.txt", shared=True) as temporary:
+        temporary.touch()
+        left = temporary.with_name(temporary.name.replace(f"-{os.getpid()}-", f"-{process.pid}-"))
+        left.touch()
+        storage.remove_left_over(tmp_path)
+        assert temporary.exists() and not left.exists()
+    process.wait()
+
+
+def test_a_folder_that_cannot_be_listed_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its left-over files would stay for ever; a glob hides the error."""
+
+    def fail(*_: object) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for call in ("listdir", "scandir"):
+        monkeypatch.setattr(os, call, fail)
+    with pytest.raises(PermissionError):
+        storage.remove_left_over(tmp_path)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("length", [200, 255])
 def test_long_names_have_temporaries_too(shared: bool, length: int, tmp_path: Path) -> None:

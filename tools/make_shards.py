@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pretrain.shards.pool import Engine
     from pretrain.shards.sources import Told
 
-_OF_WRITING = ("--workers", "--engine", "--seed", "--samples-per-shard")
+_OF_WRITING = ("--engine", "--seed", "--samples-per-shard")
 _OF_IMAGES = ("--apply-orientation", "--label-column", "--merge-duplicates", "--away-from")
 _ALL = (
     "--index",
@@ -36,6 +36,7 @@ _ALL = (
     "--quality",
     *_OF_IMAGES,
     *_OF_WRITING,
+    "--workers",
 )
 SOURCES = "a folder of images, archives, a list of paths, parquet or TFRecord files, a .npz"
 MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
@@ -44,8 +45,8 @@ MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... a
 def main() -> None:
     parser = cli.parser(
         "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg or CLASS.tar),\n"
-        "a list of paths and labels (.csv, .jsonl), parquet and TFRecord files, a CIFAR-style .npz, or existing\n"
-        "WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.\n"
+        "a list of paths and labels (.csv, .jsonl), parquet and TFRecord files, a CIFAR-style .npz, MNIST's archives,\n"
+        "or existing WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.\n"
         "With --index, tars stay on their server (https://, s3://, gs://, with patterns as train-{000..127}.tar), and\n"
         "OUT gets their indexes and the manifest (docs/data.md).\n"
         "With --task, makes the splits of an evaluation set from a TFDS folder, the authors' downloads, or packs that\n"
@@ -66,9 +67,9 @@ def main() -> None:
     _add_building(parser)
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
+    _check_numbers(arguments)
     if arguments.verify:
-        _refuse(arguments, _ALL, "with --verify")
-        return _verify([Path(path) for path in arguments.paths])
+        return _verify(arguments)
     _check_paths(arguments)
     sources, out = [Path(path) for path in arguments.paths[:-1]], Path(arguments.paths[-1])
     samples_per_shard = arguments.samples_per_shard or 10_000
@@ -114,7 +115,12 @@ def _add_building(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--shorter-side", type=int, metavar="S", help="make larger images this small: JPEG, S pixels")
     parser.add_argument("--quality", type=int, metavar="Q", help="of these JPEGs, 1 to 100 (default 95)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: one for each core), or tars that --index downloads at a time (default 8)",
+    )
     parser.add_argument(
         "--engine", choices=["pool", "ray"], help="processes of this machine (default), or a Ray cluster, or Ray here"
     )
@@ -141,13 +147,17 @@ def _add_building(parser: ArgumentParser) -> None:
 
 
 def _check_paths(arguments: Namespace) -> None:
-    """Raises UserError for too few or too many paths, and for numbers that cannot be."""
+    """Raises UserError for too few or too many paths."""
     if arguments.download and not arguments.task:
         raise UserError("--download is of evaluation sets; give --task NAME too")
     if arguments.download and len(arguments.paths) > 1:
         raise UserError(f"--download fetches what is to be read; give the folder to write alone: {arguments.paths[-1]}")
     if len(arguments.paths) < 2 and not arguments.download:
         raise UserError("give at least one SOURCE and then the folder OUT to write")
+
+
+def _check_numbers(arguments: Namespace) -> None:
+    """Raises UserError for numbers that cannot be."""
     for option in ("--samples-per-shard", "--workers", "--shorter-side"):
         value = _value(arguments, option)
         if value is not None and value < 1:
@@ -249,18 +259,23 @@ def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) 
         _warn(f"{name}: not comparable with published scores: {'; '.join(reasons)}")
 
 
-def _verify(paths: list[Path]) -> None:
+def _verify(arguments: Namespace) -> None:
+    _refuse(arguments, (option for option in _ALL if option != "--workers"), "with --verify")
+    paths = [Path(path) for path in arguments.paths]
     for path in paths:
         cli.check_found(path, "a folder of shards, or its manifest.json")
     with cli.loading():
         from pretrain.data.manifest import load_manifest
+        from pretrain.shards.make import MIN_IMAGES_FOR_PROCESSES
+        from pretrain.shards.pool import num_cores
         from pretrain.shards.verify import verify
 
     problems = []
     for path in paths:
         manifest = load_manifest(path)
+        processes = arguments.workers or (num_cores() if manifest.num_samples >= MIN_IMAGES_FOR_PROCESSES else 1)
         with cli.progress("checking", manifest.num_samples, "samples") as advance:
-            problems += list(verify(manifest, advance))
+            problems += list(verify(manifest, advance, workers=processes, told=cli.tell))
         cli.tell(f"{manifest.path}: {manifest.num_samples} samples, {len(problems)} problems")
     for problem in problems[:20]:
         cli.tell(problem, sys.stderr)

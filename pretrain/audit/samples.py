@@ -1,5 +1,6 @@
 """Does what a run lists of samples follow from the order: which step held each, what every epoch adds up to."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ MAX_CHOSEN_STEPS = 256  # whose lines in samples-RANK.jsonl are compared
 MAX_CHOSEN_LINES = 20_000  # of all ranks: looking one up in a large log takes a millisecond
 MAX_EPOCHS = 100_000  # a minute; a receipt may claim a data set of one sample
 MAX_LISTED_EPOCHS = 3  # each a line of its own in the table, the newest
+_SAMPLE_LOG = re.compile(r"samples-([0-9]{5})\.jsonl")
 
 
 def check_listed(run: Run) -> Outcome:
@@ -189,7 +191,8 @@ def _skipped_by_pass(run: Run) -> Counter[_Pass]:
 
 def check_sample_logs(run: Run) -> Outcome:
     """samples-RANK.jsonl has each step once, on the ranks that its start had, with the samples of the order."""
-    paths = {int(path.stem.removeprefix("samples-")): path for path in run.folder.glob(f"samples-{'[0-9]' * 5}.jsonl")}
+    found = ((_SAMPLE_LOG.fullmatch(path.name), path) for path in run.folder.iterdir())  # glob hides errors
+    paths = {int(match[1]): path for match, path in found if match}
     segments = [segment for segment in run.segments if segment.first <= run.trained]
     if not paths:
         logged = any(segment.samples_logged for segment in segments)

@@ -38,6 +38,20 @@ def num_arrays_bytes(version: int, num_samples: int) -> int:
     return 4 * ((1 + version) * num_samples + 1)
 
 
+def read_at(file: int, start: int, end: int) -> bytes:
+    """Returns the bytes of an open file from `start` to `end`, fewer where it ends before. Raises OSError.
+
+    Mounts of FUSE and of networks may give fewer at a time: only nothing at all is the end.
+    """
+    data = os.pread(file, end - start, start)
+    if not data or len(data) == end - start:  # nearly always
+        return data
+    parts = [data]
+    while data and (start := start + len(data)) < end:
+        parts.append(data := os.pread(file, end - start, start))
+    return b"".join(parts)
+
+
 class IndexRows:
     """An open index."""
 
@@ -46,9 +60,10 @@ class IndexRows:
         self._shard_bytes, self._num_samples = shard_bytes, num_samples
         self._file = os.open(path, os.O_RDONLY)
         try:
-            beginning = os.pread(self._file, MAX_LINE_BYTES, 0)
+            all_bytes = os.fstat(self._file).st_size
+            beginning = read_at(self._file, 0, min(MAX_LINE_BYTES, all_bytes))
             self._version, self._start, _ = read_line(beginning, shard_bytes, shard_sha256, num_samples)
-            num_bytes = os.fstat(self._file).st_size - self._start
+            num_bytes = all_bytes - self._start
             if num_bytes != num_arrays_bytes(self._version, num_samples):
                 raise ValueError(f"{num_bytes} bytes of offsets")
         except BaseException:
@@ -80,7 +95,8 @@ class IndexRows:
         return self._row(2 * self._num_samples + 1 + number, 1)[0] if self._version > 1 else None
 
     def _row(self, at: int, count: int) -> tuple[int, ...]:
-        data = os.pread(self._file, 4 * count, self._start + 4 * at)
+        begin = self._start + 4 * at
+        data = read_at(self._file, begin, begin + 4 * count)
         if len(data) < 4 * count:
             raise ValueError("it has become shorter")
         return struct.unpack(f"<{count}I", data)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pretrain.data.index_rows import IndexRows
+from pretrain.data.index_rows import IndexRows, read_at
 from pretrain.data.manifest import (
     BLOCK,
     IMAGE_ENDINGS,
@@ -323,7 +323,7 @@ def _open_shard(shard: Shard) -> tuple[_Descriptor | None, IndexRows]:
 def _pread(shard: Shard, start: int, end: int) -> bytes:
     opened = _open_shard(shard)[0]  # held until it is read: another thread may empty the cache meanwhile
     assert opened is not None
-    return os.pread(opened.number, end - start, start)
+    return read_at(opened.number, start, end)
 
 
 def forget_shards() -> None:

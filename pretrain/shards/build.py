@@ -16,12 +16,7 @@ from webdataset.writer import TarWriter
 from pretrain.config import MAX_CLASSES
 from pretrain.data.classes import check_names
 from pretrain.data.images import decode
-from pretrain.data.manifest import (
-    LABEL_ENDING,
-    MAX_SAMPLES,
-    Shard,
-    write_manifest,
-)
+from pretrain.data.manifest import LABEL_ENDING, MAX_SAMPLES, Shard, write_manifest
 from pretrain.data.permutation import words
 from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
 from pretrain.errors import StorageError, UserError
@@ -108,7 +103,7 @@ def build(
         written,
         len(classes) or 1 + _largest_label(items),
         classes,
-        sum((done.counts for done in complete), Counter[int]()),
+        shards.counts,
         dropped,
         shards.multi_label,
         {"resized": how.resizing._asdict() | {"num_images": notes[NOTE]}} if how.resizing else {},
@@ -176,18 +171,29 @@ class _Shards:
         size = len(items)
         self._order = np.arange(size) if seed is None else np.argsort(words(size, "v1", "plan", seed), kind="stable")
         self.number = -(-size // samples_per_shard)
+        self.counts = Counter[int]()  # images of each class
         self._folder = unfinished.begin(out, plan)
 
     def write(self, numbers: range, how: How, progress: Progress) -> list[Done]:
-        """Writes those of some shards that are not complete yet; returns all of them, in order."""
+        """Writes those of some shards that are not complete yet; returns all of them, in order, without their counts,
+        which `counts` adds up: those of 1,400 shards of 21,843 classes would take 0.7 GB.
+        """
         unfinished.remove_torn(self._out, set_name(self._out), numbers)
-        there = {number: done for number in numbers if (done := self.done(number))}
+        there: dict[int, Done] = {}
+
+        def add(number: int, done: Done) -> None:
+            self.counts.update(done.counts)
+            there[number] = done._replace(counts=Counter())
+
+        for number in numbers:
+            if found := self.done(number):
+                add(number, found)
         progress(sum(done.shard.num_samples + len(done.dropped) for done in there.values()))
         missing = [number for number in numbers if number not in there]
         tasks = (self._task(number, how.resizing) for number in missing)
         for number, done in how.engine(_write_shard, tasks, min(how.workers, max(1, len(missing))), progress):
             unfinished.keep(self._folder, number, done)
-            there[number] = done
+            add(number, done)
         return [there[number] for number in numbers]
 
     def dropped(self, complete: Sequence[Done]) -> list[tuple[int, str]]:

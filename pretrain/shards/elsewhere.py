@@ -1,6 +1,5 @@
 """Shards that stay where they are, on a server: only their indexes and the manifest are made here."""
 
-import json
 import math
 import re
 import shutil
@@ -14,21 +13,19 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
-from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import Shard, load_index, write_index
 from pretrain.data.reader import forget_shards
 from pretrain.data.remote import check_url, download, is_url, num_bytes_of, without_secrets
 from pretrain.errors import StorageError, UserError
-from pretrain.json_files import Fields, brief, read_json
-from pretrain.shards.build import DataSet, Progress, finish, start_folder
-from pretrain.shards.existing import labels_of, starts_with_list
-from pretrain.shards.tars import index_tar
-from pretrain.storage import write_text
+from pretrain.json_files import brief
+from pretrain.shards import walks
+from pretrain.shards.build import Progress, start_folder
+from pretrain.shards.walks import Walk, finish_walks, is_file_name
+from pretrain.storage import remove
 
 THREADS = 8  # shards that are downloaded at a time; as many lie in OUT/.indexing meanwhile
 MAX_URLS = 300_000  # that patterns may stand for
@@ -61,43 +58,27 @@ def index_urls(
     *,
     progress: Progress = lambda _: None,
     passed_over: Counter[str] | None = None,
+    threads: int = THREADS,
 ) -> Path:
     """Makes indexes and manifest of tars on a server in OUT, and returns the manifest's path. Each is read once.
 
+    threads: shards that are read at a time.
     Started again after a stop, it goes on with the shards that are not done. Raises UserError naming the shard, when it
     cannot be had, is damaged, or holds a sample twice or without image or label.
     """
     names = local_names([check_url(url) for url in urls])
     start_folder(out, classes)
-    work = out / ".indexing"
-    work.mkdir(exist_ok=True)
-    pool, stopped = ThreadPoolExecutor(THREADS), threading.Event()
+    work = walks.begin(out)
+    pool, stopped = ThreadPoolExecutor(threads), threading.Event()
     try:
-        walks, told = [], Counter[str]()
-        for walk in pool.map(partial(_walked, out, work, len(classes), stopped), urls, names):
-            walks.append(walk)
-            told.update(walk.passed_over)
-            if walk.multi_label != walks[0].multi_label:
-                kinds = ["a class", "a list of classes"]
-                raise UserError(
-                    f"{walk.shard.url}: its labels are {kinds[walk.multi_label]} each, those of "
-                    f"{walks[0].shard.url} {kinds[walks[0].multi_label]}"
-                )
-            progress(1)
+        found = enumerate(pool.map(partial(_walked, out, work, len(classes), stopped), urls, names))
+        path = finish_walks(found, classes, out, progress, passed_over)
     except KeyboardInterrupt:  # after other errors the shards that have begun come to their end: a later start has them
         stopped.set()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    counts = sum((walk.counts for walk in walks), Counter[int]())
-    num_classes = len(classes) or max(counts) + 1
-    if num_classes > MAX_CLASSES:
-        raise UserError(f"{out}: label {max(counts)} makes more than {MAX_CLASSES} classes")
-    if passed_over is not None:
-        passed_over.update(told)
-    made = DataSet([walk.shard for walk in walks], num_classes, classes, counts, [], walks[0].multi_label)
-    path = finish(out, made, {"scope": "none"})
-    shutil.rmtree(work)
+    remove(work)
     return path
 
 
@@ -117,65 +98,26 @@ def local_names(urls: Sequence[str]) -> list[str]:
     raise UserError(f"{urls[0]}: the shards' names cannot be told apart")
 
 
-def is_file_name(name: str) -> bool:
-    """Returns whether a shard's files beside it can be made: their endings are longer than its own."""
-    return "\0" not in name and len(name.encode()) <= 240
-
-
-class _Walk(NamedTuple):
-    """What was found in one shard."""
-
-    shard: Shard
-    multi_label: bool
-    counts: Counter[int]  # images of each class
-    passed_over: Counter[str]
-
-
-def _walked(out: Path, work: Path, num_classes: int, stopped: threading.Event, url: str, name: str) -> _Walk:
+def _walked(out: Path, work: Path, num_classes: int, stopped: threading.Event, url: str, name: str) -> Walk:
     """Reads a shard once, writes its index to OUT, and a record with which a second start need not read it again."""
     num_bytes, record = num_bytes_of(url, stopped), work / f"{name}.json"
-    if (known := _known(record, out / name, url, num_bytes)) and not (num_classes and max(known.counts) >= num_classes):
-        return known
+    origin = {"url": url, "num_bytes": num_bytes}
+    if found := walks.known(record, origin, out / name, num_classes, url):
+        return found
     copy = work / name
     try:
         download_to(copy, url, num_bytes, stopped)
-        passed_over = Counter[str]()
-        here = index_tar(copy, passed_over)
-        if not here.num_samples:
-            raise UserError(f"{url}: has no samples")
-        multi_label = starts_with_list(here)
-        counts = Counter(labels_of(here, num_classes, multi_label))
-        shard = replace(here, path=out / name, url=url)
-        write_index(shard, load_index(here))
+        here = walks.walk(copy, num_classes)
+        found = here._replace(shard=replace(here.shard, path=out / name, url=url))
+        write_index(found.shard, load_index(here.shard))
     except UserError as error:  # names the copy, which the user has never seen
         raise UserError(str(error).replace(str(copy), url)) from None
     finally:
         forget_shards()
         copy.unlink(missing_ok=True)
         copy.with_suffix(".idx").unlink(missing_ok=True)
-    values = {"url": url, "num_bytes": num_bytes, "num_samples": shard.num_samples, "sha256": shard.sha256}
-    values |= {"multi_label": multi_label, "counts": counts, "passed_over": passed_over}
-    write_text(record, json.dumps(values))
-    return _Walk(shard, multi_label, counts, passed_over)
-
-
-def _known(record: Path, path: Path, url: str, num_bytes: int) -> _Walk | None:
-    """What an earlier start found, when its record and its index still fit the file on the server."""
-    try:
-        values = Fields.of(read_json(record), str(record))
-        shard = Shard(path, values.integer("num_samples", 1, 1 << 32), num_bytes, values.text("sha256"), url)
-        if (values.text("url"), values.integer("num_bytes", 0, 1 << 63)) != (url, num_bytes):
-            return None
-        load_index(shard)
-        counts = values.part("counts")
-        labels = Counter({int(label): counts.integer(label, 0, 1 << 48) for label in counts.values})
-        if not labels or min(labels) < 0:
-            return None
-        kinds = values.part("passed_over")
-        passed_over = Counter({kind: kinds.integer(kind, 0, 1 << 48) for kind in kinds.values})
-        return _Walk(shard, values.flag("multi_label"), labels, passed_over)
-    except (OSError, ValueError):
-        return None
+    walks.keep(record, origin, found)
+    return found
 
 
 def download_to(path: Path, url: str, num_bytes: int, stopped: threading.Event | None = None) -> None:

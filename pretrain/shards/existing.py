@@ -1,24 +1,27 @@
-"""Existing tars, indexed as they are."""
+"""Existing tars, indexed as they are: a task each, for any number of processes. What is done is written down."""
 
 import errno
 import gzip
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from pretrain.config import MAX_CLASSES
 from pretrain.data.inside import file_inside
-from pretrain.data.manifest import Shard
-from pretrain.data.reader import BadSample, parse_labels, read_sample
+from pretrain.data.reader import forget_shards
 from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
-from pretrain.shards.build import DataSet, Progress, finish, start_folder
-from pretrain.shards.tars import alone, index_tar
+from pretrain.shards import walks
+from pretrain.shards.build import Progress, start_folder
+from pretrain.shards.pool import results
+from pretrain.shards.tars import unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
-from pretrain.storage import replacing
+from pretrain.shards.walks import Origin, Walk, finish_walks
+from pretrain.storage import remove, replacing
 
 
 def index_existing(
@@ -28,55 +31,87 @@ def index_existing(
     *,
     progress: Progress = lambda _: None,
     passed_over: Counter[str] | None = None,
+    workers: int = 1,
 ) -> Path:
     """Indexes existing tars and returns the manifest's path. `.tar.gz` are decompressed; tars elsewhere are copied.
 
-    passed_over: is told how many members belong to no sample, by kind. Raises UserError naming the shard, when one is
-    damaged, holds a sample twice or without image or label.
+    workers: processes; 1: this one. The bytes do not depend on them. Killed at any moment, or refused, the same call
+    goes on with the tars that are not done. passed_over: is told how many members belong to no sample, by kind. Raises
+    UserError naming the shard, when one is damaged, holds a sample twice or without image or label.
     """
     if not all(path.resolve().parent == out.resolve() for path in tars):
         start_folder(out, classes)  # else: indexed again, where they lie
     names = [path.name.removesuffix(".gz") for path in tars]
     if len(set(names)) < len(names):
         raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
-    if unreadable := next((name for name in names if not is_text(name)), None):
-        raise UserError(f"{shown(unreadable)}: the tar's name is not UTF-8, and the manifest names it; rename it")
-    shards, counts, multi_label = [], Counter[int](), False
-    with _removed_on_refusal() as brought:
-        for path, name in zip(tars, names):
-            shard = index_tar(_brought(path, out / name, brought), passed_over)
-            if not shard.num_samples:
-                raise UserError(f"{path}: has no samples")
-            multi_label = multi_label if shards else starts_with_list(shard)
-            counts.update(labels_of(shard, len(classes), multi_label))
-            shards.append(shard)
-            progress(1)
-        num_classes = len(classes) or max(counts) + 1
-        if num_classes > MAX_CLASSES:
-            raise UserError(f"{out}: label {max(counts)} makes more than {MAX_CLASSES} classes")
-    return finish(out, DataSet(shards, num_classes, classes, counts, [], multi_label), {"scope": "none"})
-
-
-@contextmanager
-def _removed_on_refusal() -> Iterator[list[Path]]:
-    """Yields a list for the files that are brought; when a tar is refused, all are removed: nobody can use them."""
-    brought: list[Path] = []
+    if foreign := next((name for name in names if not is_text(name)), None):
+        raise UserError(f"{shown(foreign)}: the tar's name is not UTF-8, and the manifest names it; rename it")
+    if long := next((name for name in names if not walks.is_file_name(name)), None):
+        raise UserError(f"{long}: the tar's name is too long for the files made of it; rename it")
+    work = walks.begin(out)
+    tasks = (_Tar(number, path, out / name) for number, (path, name) in enumerate(zip(tars, names)))
     try:
-        yield brought
-    except UserError:
-        for path in brought:
-            path.unlink(missing_ok=True)
+        indexed = results(partial(_indexed, work, len(classes)), tasks, min(workers, len(tars)), lambda _: None)
+        path = finish_walks(indexed, classes, out, progress, passed_over)
+    except BaseException:
+        with suppress(OSError):  # something is done, which a later start does not do again
+            work.rmdir()
         raise
+    remove(work)
+    return path
 
 
-def _brought(source: Path, target: Path, brought: list[Path]) -> Path:
-    """A tar in its place; where it was copied or unpacked, it and its index to be are added to `brought`."""
-    if source.resolve() == target.resolve():
-        file_inside(target.parent, target)
-        return target
+class _Tar(NamedTuple):
+    """A tar to be indexed."""
+
+    number: int
+    source: Path
+    target: Path  # in OUT; where it lies there already, the source
+
+
+def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int, Walk]:
+    """Brings a tar to its place, writes its index and a record, and returns its number and what it holds."""
+    record = work / f"{tar.target.name}.json"
+    is_here = tar.source.resolve() == tar.target.resolve()
+    if is_here:
+        file_inside(tar.target.parent, tar.target)
+    origin = _origin(tar.source, is_here)
+    if found := walks.known(record, origin, tar.target, num_classes):
+        return tar.number, found
+    index = tar.target.with_suffix(".idx")
+    had_index = index.exists()  # one that lies beside a copy may be another tool's
+    if not is_here:
+        _bring(tar.source, tar.target)
+    try:
+        found = walks.walk(tar.target, num_classes)
+    except UserError as error:
+        if is_here:
+            raise
+        tar.target.unlink(missing_ok=True)  # nobody can use it, and the user has never seen it
+        if not had_index:
+            index.unlink(missing_ok=True)
+        raise UserError(str(error).replace(str(tar.target), str(tar.source))) from None
+    finally:
+        forget_shards()
+    walks.keep(record, origin, found)
+    return tar.number, found
+
+
+def _origin(source: Path, is_here: bool) -> Origin:
+    """What says that a tar is still the same one, and that its copy is one: the time that nobody can set."""
+    try:
+        status = source.stat()
+    except OSError as error:
+        raise unreadable(source, error) from None
+    origin: dict[str, int | str] = {"num_bytes": status.st_size, "ctime_ns": status.st_ctime_ns}
+    return origin | ({} if is_here else {"copy_of": shown(source.resolve())})
+
+
+def _bring(source: Path, target: Path) -> None:
+    """Copies or unpacks a tar to its place."""
     limit = max_unpacked_bytes(source)
     try:
-        with replacing(target) as temporary:
+        with replacing(target, shared=True) as temporary:
             opened = gzip.open(source) if source.suffix == ".gz" else source.open("rb")
             with opened as reader, temporary.open("wb") as writer:
                 while block := reader.read(1 << 20):
@@ -87,27 +122,3 @@ def _brought(source: Path, target: Path, brought: list[Path]) -> Path:
         passes = isinstance(error, OSError) and error.errno in PASSING_ERRORS | {errno.ENOSPC, errno.EDQUOT}
         kind = StorageError if passes else UserError
         raise kind(f"{source}: cannot be copied to {target} ({error})") from None
-    index = target.with_suffix(".idx")
-    brought += [target] if index.exists() else [target, index]  # one that lies there may be another tool's
-    return target
-
-
-def starts_with_list(shard: Shard) -> bool:
-    """Returns whether the first label of existing tars is a list: then all have to be."""
-    try:
-        return read_sample(alone(shard, 1), 0).label.lstrip().startswith(b"[")
-    except BadSample:
-        return False  # told with its number by `labels_of`
-
-
-def labels_of(shard: Shard, num_classes: int, multi_label: bool) -> list[int]:
-    """Returns all labels of a tar that lies here, num_classes=0: of any class. Raises UserError for a bad one."""
-    manifest = alone(shard, num_classes or 10**9)
-    labels = []
-    for number in range(shard.num_samples):
-        try:
-            raw = read_sample(manifest, number)
-            labels += parse_labels(raw.label, manifest.num_classes, multi_label)
-        except BadSample as bad:
-            raise UserError(f"{shard.path}: sample {number}: {bad}") from None
-    return labels

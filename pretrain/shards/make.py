@@ -1,6 +1,5 @@
 """A data set from whatever was given: the sources are rows of a table; the first that recognises the paths makes it."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,19 +15,22 @@ from pretrain.shards.class_list import ClassList, labels_of
 from pretrain.shards.class_tars import class_tar_items, is_of_class_tars, is_tar_of_tars, tar_of_tars_items
 from pretrain.shards.counts import add_to_counts
 from pretrain.shards.duplicates import merged, without_near
-from pretrain.shards.elsewhere import are_urls, expanded, index_urls
+from pretrain.shards.elsewhere import THREADS, are_urls, expanded, index_urls
 from pretrain.shards.existing import index_existing
+from pretrain.shards.idx import idx_files, idx_items
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listed import ENDINGS as LIST_ENDINGS
 from pretrain.shards.listed import listed_items
 from pretrain.shards.parquet import parquet_files, parquet_items
 from pretrain.shards.passes import Work
-from pretrain.shards.pool import Engine, results
+from pretrain.shards.pool import Engine, num_cores, results
 from pretrain.shards.resizing import Resizing
 from pretrain.shards.sources import Told, folder_items, npz_items
 from pretrain.shards.tfrecord_items import tfrecord_files, tfrecord_items
 
-MIN_IMAGES_FOR_PROCESSES = 1000  # fewer are written sooner than processes have started
+# What is less is done sooner than processes have started: each imports torch, 3 s.
+MIN_IMAGES_FOR_PROCESSES = 1000
+MIN_BYTES_FOR_PROCESSES = 2 << 30  # of tars that are indexed as they are
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Options:
     seed: int = 0  # of the shuffle
     apply_orientation: bool = False  # turn photos as their EXIF says; folders only
     resizing: Resizing | None = None  # of images that are larger
-    workers: int | None = 1  # processes; None: one for each core, where there are enough images
+    # Processes, or shards that are downloaded at a time; None: one for each core, where there are enough images
+    workers: int | None = 1
     engine: Engine = results  # runs the tasks: processes of this machine, or a Ray cluster
     merge_duplicates: bool = False  # equal images become one, with a list of labels
     away_from: tuple[Path, ...] = ()  # data sets whose images, and what looks like them, are left out
@@ -90,6 +93,11 @@ SOURCES = (
         lambda paths, told, options, _: npz_items(paths[0]),
     ),
     Source(
+        "MNIST's idx files of images and labels (of one split)",
+        lambda paths: idx_files(paths) is not None,
+        lambda paths, told, options, _: idx_items(paths),
+    ),
+    Source(
         f"one list of paths and labels ({', '.join(LIST_ENDINGS)}), .parquet or TFRecord files (or their folder)",
         lambda paths: len(paths) == 1 and paths[0].suffix in LIST_ENDINGS,
         lambda paths, told, options, _: listed_items(paths[0], apply_orientation=options.apply_orientation),
@@ -128,7 +136,8 @@ def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, o
     if source.items is None:
         names = classes.names if classes else ()
         with cli.progress("indexing", len(sources), "shards") as advance:
-            path = index_existing(sources, names, out, progress=advance, passed_over=told.passed_over)
+            workers = _workers(sum(path.stat().st_size for path in sources) >= MIN_BYTES_FOR_PROCESSES, options)
+            path = index_existing(sources, names, out, progress=advance, passed_over=told.passed_over, workers=workers)
         add_to_counts(out, {"passed_over": told.passed_over, "notes": told.notes})
         return path, told
     items, names = _items_of(source, sources, classes, told, options, out)
@@ -195,7 +204,7 @@ def _items_of(
     is_part: bool = False,
 ) -> tuple[Sequence[Item], Sequence[str]]:
     assert source.items is not None  # else there are shards already
-    workers = _workers(MIN_IMAGES_FOR_PROCESSES + 1, options)
+    workers = _workers(True, options)
     work = Work(out, workers, options.engine, is_part, "turned" if options.apply_orientation else "")
     items, names = source.items(sources, told, options, work)
     items, names = _labelled(items, names, classes, told) if classes else (items, names)
@@ -216,16 +225,15 @@ def _how(num_images: int, sources: Sequence[Path], options: Options) -> How:
         plan["--merge-duplicates"] = 1
     if options.away_from:
         plan["--away-from"] = " ".join(load_manifest(folder).sha256 for folder in options.away_from)
-    return How(_workers(num_images, options), options.resizing, plan, options.engine)
+    return How(_workers(num_images >= MIN_IMAGES_FOR_PROCESSES, options), options.resizing, plan, options.engine)
 
 
-def _workers(num_images: int, options: Options) -> int:
+def _workers(are_many: bool, options: Options) -> int:
     if options.workers is not None:
         return options.workers
     if options.engine is not results:
         return 0  # as many as it has
-    # Each imports torch: 3 s.
-    return len(os.sched_getaffinity(0)) if num_images > MIN_IMAGES_FOR_PROCESSES else 1
+    return num_cores() if are_many else 1
 
 
 def index_shards(patterns: Sequence[str], classes: ClassList | None, out: Path, options: Options) -> tuple[Path, Told]:
@@ -242,7 +250,8 @@ def index_shards(patterns: Sequence[str], classes: ClassList | None, out: Path, 
     told = Told()
     names = classes.names if classes else ()
     with cli.progress("indexing", len(sources), "shards") as advance:
-        path = index_urls(sources, names, out, progress=advance, passed_over=told.passed_over)
+        threads = THREADS if options.workers is None else options.workers
+        path = index_urls(sources, names, out, progress=advance, passed_over=told.passed_over, threads=threads)
     add_to_counts(out, {"passed_over": told.passed_over, "notes": told.notes})
     return path, told
 

@@ -5,6 +5,7 @@ process is killed, its workers end at their next word; when a worker is killed, 
 """
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -22,6 +23,11 @@ Progress = Callable[[int], None]  # told the number of samples just done
 Engine = Callable[[Callable[[Any, Progress], Any], Iterable[Any], int, Progress], Iterator[Any]]  # `results`, or Ray's
 
 _EVERY_S = 0.2  # a worker's words; one for each image would keep the one who listens to 64 workers from all else
+
+
+def num_cores() -> int:
+    """Returns how many processes may run at a time here."""
+    return len(os.sched_getaffinity(0))
 
 
 def results(

@@ -4,6 +4,7 @@ import hashlib
 import math
 import zlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +28,12 @@ from pretrain.escape import shown
 _PIECE_BYTES = 1 << 20  # of a file, read at a time
 
 
-class _Group(NamedTuple):
+class Sample(NamedTuple):
     """Members of one key that follow each other."""
 
     key: str
     start: int  # byte of the first one's header
+    member: str  # the first one's name
     endings: set[str]
 
 
@@ -42,25 +44,44 @@ def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
     early (plain tar reading would lose the rest without a word), when a sample comes twice, or when a sample has no
     image or no label, and StorageError when the disk fails for now.
     """
-    told = Counter() if passed_over is None else passed_over
-    try:
-        groups, end = _walk(path, told)
-    except (BadHeader, OSError) as error:
-        raise unreadable(path, error) from None
-    told["files of no sample"] += sum(len(group.endings) for group in groups if is_stranger(group.endings))
-    groups = [group for group in groups if not is_stranger(group.endings)]
-    _check_order(path, groups)
-    for group in groups:
-        _check_members(path, group)
+    samples, end = samples_in(path, Counter() if passed_over is None else passed_over)
+    for first, again in repeated(samples):
+        raise UserError(
+            f"{path}: key {shown(again.key)} occurs twice (bytes {first.start} and {again.start}); members of a sample "
+            "must follow each other: make the tar with tar --sort=name"
+        )
+    for sample in samples:
+        _check_members(path, sample)
     check_end(path, end)
-    offsets = np.array([*(group.start for group in groups), end], dtype=np.uint64) // BLOCK
+    offsets = np.array([*(sample.start for sample in samples), end], dtype=np.uint64) // BLOCK
     if int(offsets[-1]) >> 32:
         raise UserError(f"{path}: larger than 2 TiB; use smaller shards")
-    keys = np.array([key_crc32(group.key) for group in groups], dtype=np.uint32)
-    digest, sums = _checksums(path, [*(group.start for group in groups), end])
-    shard = Shard(path, len(groups), path.stat().st_size, digest)
+    keys = np.array([key_crc32(sample.key) for sample in samples], dtype=np.uint32)
+    digest, sums = _checksums(path, [*(sample.start for sample in samples), end])
+    shard = Shard(path, len(samples), path.stat().st_size, digest)
     write_index(shard, ShardIndex(offsets.astype(np.uint32), keys, sums))
     return shard
+
+
+def samples_in(path: Path, told: Counter[str]) -> tuple[list[Sample], int]:
+    """Returns the samples of a tar in their order, and the byte behind its last member. told: as `index_tar`'s.
+
+    Raises UserError when a header is damaged, StorageError when the disk fails for now.
+    """
+    try:
+        samples, end = _walk(path, told)
+    except (BadHeader, OSError) as error:
+        raise unreadable(path, error) from None
+    told["files of no sample"] += sum(len(sample.endings) for sample in samples if is_stranger(sample.endings))
+    return [sample for sample in samples if not is_stranger(sample.endings)], end
+
+
+def repeated(samples: Iterable[Sample]) -> Iterator[tuple[Sample, Sample]]:
+    """Yields each sample whose key an earlier one has, behind that one."""
+    seen: dict[str, Sample] = {}
+    for sample in samples:
+        if (first := seen.setdefault(sample.key, sample)) is not sample:
+            yield first, sample
 
 
 def unreadable(path: Path, error: Exception, *, what: str = "tar", way_out: str = "") -> UserError | StorageError:
@@ -85,9 +106,9 @@ def _checksums(path: Path, borders: list[int]) -> tuple[str, np.ndarray]:
     return digest.hexdigest(), sums
 
 
-def _walk(path: Path, told: Counter[str]) -> tuple[list[_Group], int]:
-    """The groups of a tar in their order, and the byte behind its last member."""
-    groups: list[_Group] = []
+def _walk(path: Path, told: Counter[str]) -> tuple[list[Sample], int]:
+    """What belongs together in a tar, in its order, and the byte behind its last member."""
+    samples: list[Sample] = []
     end = 0
     with path.open("rb") as file:
         for member in members(file, 0, path.stat().st_size):
@@ -104,10 +125,10 @@ def _walk(path: Path, told: Counter[str]) -> tuple[list[_Group], int]:
             if why:
                 told[why] += 1
                 continue
-            if not groups or key != groups[-1].key:
-                groups.append(_Group(key, member.offset, set()))
-            groups[-1].endings.add(ending)
-    return groups, end
+            if not samples or key != samples[-1].key:
+                samples.append(Sample(key, member.offset, member.name, set()))
+            samples[-1].endings.add(ending)
+    return samples, end
 
 
 def _key_and_ending(name: str) -> tuple[str, str]:
@@ -117,22 +138,11 @@ def _key_and_ending(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending.lower()
 
 
-def _check_order(path: Path, groups: list[_Group]) -> None:
-    seen: set[str] = set()
-    for group in groups:
-        if group.key in seen:
-            raise UserError(
-                f"{path}: key {shown(group.key)} occurs twice; members of a sample must follow each other: "
-                "make the tar with tar --sort=name"
-            )
-        seen.add(group.key)
-
-
-def _check_members(path: Path, group: _Group) -> None:
+def _check_members(path: Path, sample: Sample) -> None:
     for wanted, endings in (("image", set(IMAGE_ENDINGS)), ("label (.cls)", {LABEL_ENDING})):
-        if not group.endings & endings:
-            only = ", ".join(sorted(group.endings))
-            raise UserError(f"{path}: sample {shown(group.key)} has no {wanted}, only {only}")
+        if not sample.endings & endings:
+            only = ", ".join(sorted(sample.endings))
+            raise UserError(f"{path}: sample {shown(sample.key)} has no {wanted}, only {only}")
 
 
 def check_end(path: Path, end: int, stop: int | None = None, named: str = "") -> None:

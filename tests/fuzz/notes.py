@@ -136,7 +136,8 @@ def remote_record(folder: Path) -> Target:
         work = _written(own / "work" / "a.tar.json", data).parent
         elsewhere._walked(own, work, 7, threading.Event(), url, "a.tar")
 
-    values = {"url": url, "num_bytes": shard.num_bytes, "num_samples": 6, "sha256": shard.sha256, "multi_label": False}
+    values = {"origin": {"url": url, "num_bytes": shard.num_bytes}, "num_bytes": shard.num_bytes, "num_samples": 6}
+    values |= {"sha256": shard.sha256, "multi_label": False}
     return _json(values | {"counts": {"0": 5, "6": 1}, "passed_over": {"txt": 1}}, call)
 
 

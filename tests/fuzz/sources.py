@@ -1,19 +1,22 @@
 """What make_shards is given beside shards and archives: lists of images, a tar for each class, tars on a server."""
 
 import csv
+import gzip
 import http.client
 import io
 import json
 import pickle
+import struct
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from random import Random
 
 import numpy as np
 
 from fuzz.harness import Target
-from fuzz.mutate import ODD_VALUES, changed_bytes, changed_lines, changed_tar, line_seeds, member
+from fuzz.mutate import ODD_NUMBERS, ODD_VALUES, changed_bytes, changed_lines, changed_tar, line_seeds, member
 from fuzz.sets import END, good_tars, hostile_tars, picture, slow_tars
 from pretrain.data import remote
 from pretrain.data.manifest import load_manifest
@@ -78,6 +81,23 @@ def source_jsonl(folder: Path) -> Target:
     return Target(
         [good, good.replace(b'"ash"', b"1").replace(b'"birch"', b"0")], seeds, [], changed_lines, _listed("l.jsonl")
     )
+
+
+def source_idx(folder: Path) -> Target:
+    """MNIST's file of images, beside which the labels lie; packed or not."""
+
+    def call(data: bytes, own: Path) -> None:
+        (own / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\1" + struct.pack(">I", 3) + bytes(3))
+        images = own / "train-images-idx3-ubyte"
+        images.write_bytes(data)
+        path, _ = make_shards([images], None, own / "out", Options(workers=1))
+        load_manifest(path)
+
+    head = b"\0\0\x08\3"
+    good = head + struct.pack(">3I", 3, 5, 4) + bytes(60)
+    seeds = [head + struct.pack(">3I", *sizes) + bytes(60) for sizes in product(ODD_NUMBERS[:13], repeat=3)]
+    seeds += [head, b"", good[:15], gzip.compress(good)[:-9], gzip.compress(head + b"\xff" * 12), b"\x1f\x8b"]
+    return Target([good, gzip.compress(good)], seeds, [], changed_bytes, call)
 
 
 def class_tars(folder: Path) -> Target:

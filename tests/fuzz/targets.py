@@ -161,6 +161,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "source_targz": sets.source_targz,
     "source_csv": sources.source_csv,
     "source_jsonl": sources.source_jsonl,
+    "source_idx": sources.source_idx,
     "plain_pickle": sources.plain_pickle,
     "class_tars": sources.class_tars,
     "remote_tar": sources.remote_tar,
