@@ -230,12 +230,12 @@ QUIET = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that 
 
 
 class Graphs:
-    """A backend of torch.compile that runs each graph as it is, and counts graphs and their calls."""
+    """A backend of torch.compile that runs each graph as it is, and counts graphs, their calls and sizes left open."""
 
     def __init__(self) -> None:
-        self.graphs = self.calls = 0
+        self.graphs = self.calls = self.open_sizes = 0
 
-    def __call__(self, graph: torch.fx.GraphModule, _example: list[torch.Tensor]) -> Any:
+    def __call__(self, graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Any:
         self.graphs += 1
 
         def called(*args: Any) -> Any:
@@ -249,7 +249,9 @@ class Graphs:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     """Stands where the compiler would: no C compiler is needed."""
     found, compile_module = Graphs(), nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend=found))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **options: compile_module(module, backend=found, **options)
+    )
     torch.compiler.reset()
     yield found
     torch.compiler.reset()
@@ -257,12 +259,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
 
 def compiled(**changes: Any) -> Any:
     shape = {"width": 32, "depth": 24, "mlp_dim": 64, "heads": 2, "image_size": 16, "patch_size": 8}
-    model = build_model(ModelConfig(name="Ti", **shape, **changes), NUM_CLASSES)
+    model = build_model(ModelConfig(**{"name": "Ti", **shape, **changes}), NUM_CLASSES)
     compile_blocks(model)
     return model
 
 
 @QUIET
+        sizes = [size for given in example for size in getattr(given, "shape", [given])]
+        self.open_sizes += sum(isinstance(size, torch.SymInt) for size in sizes)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -308,3 +312,17 @@ def test_a_graph_break_and_a_rate_inside_the_block_are_found(
         block.rate = 1.0 + number
     model.train()(torch.randn(4, 3, 16, 16)).sum().backward()
     assert graphs.graphs > 1 or graphs.calls < 24
+@QUIET
+@pytest.mark.parametrize("order", [(True, False), (False, True)], ids=["training_first", "evaluation_first"])
+def test_each_size_of_a_batch_has_its_own_code(order: tuple[bool, bool], graphs: Graphs) -> None:
+    """Training's batch and evaluation's, whichever comes first, as after a stop that cut a validation short: no graph
+    is left open for other sizes, which would have other kernels than the undisturbed run.
+    """
+    model = compiled(depth=2, drop_path=0.1)
+    for _ in range(2):
+        for training in order:
+            with torch.set_grad_enabled(training):
+                model.train(training)(torch.randn(4 if training else 6, 3, 16, 16))
+    assert (graphs.graphs, graphs.calls, graphs.open_sizes) == (2, 2 * 2 * 2, 0)
+
+

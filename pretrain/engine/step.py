@@ -20,6 +20,7 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
+from pretrain.engine.compiling import keep_compiled
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
@@ -63,6 +64,7 @@ class Engine:
         if config.engine.checkpoint_activations:
             _checkpoint_activations(model)
         if config.engine.compile:
+            keep_compiled()
             compile_blocks(model)
         self._frozen = FrozenStatistics(model)
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
