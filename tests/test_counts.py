@@ -66,9 +66,7 @@ class Counts(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         of_host = bool(args) and id(args[0]) in self._on_host
-        to_host = name == "to" and any(str(arg) == "cpu" for arg in args[1:] if isinstance(arg, (str, torch.device)))
-        made = function in MAKES and kwargs.get("device") is not None
-        if (name in READS and not of_host) or to_host or made:
+        if (name in READS and not of_host) or (function in MAKES and kwargs.get("device") is not None):
             self.waits[name] += 1
         return function(*args, **kwargs)
 
@@ -225,7 +223,7 @@ def test_an_evaluation_waits_for_its_answers_alone() -> None:
     with Counts() as counts:
         found = predict_all(lambda images: torch.eye(6), batches, loss="softmax", device=torch.device("cpu"))
     assert found is not None and len(found.index) == 3 * 5
-    for of_host in ("numpy", "__bool__", "to"):  # answers that have come, agreements, a batch on its way over
+    for of_host in ("numpy", "__bool__"):  # answers that have come, agreements
         del counts.waits[of_host]
     assert counts.waits == {"cpu": 3 * 3, "tolist": 1}  # the last one: counts, agreed on at the end
 
