@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from PIL import Image
@@ -25,6 +25,7 @@ from pretrain.json_files import Fields, parse_json
 from pretrain.storage import replacing, write_text
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+_BLOCK_BYTES = 1 << 20  # read at a time from the end of a log
 MAX_STEP = 10**12  # no run has more; a larger number in a log is damage
 
 
@@ -73,19 +74,21 @@ class JsonLines:
         self.path = path
         self._told: set[int | None] = set()  # causes
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Writes one line, or nothing of it."""
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Writes a line for each row, in one piece, or nothing of them."""
+        if not rows:
+            return
         try:
-            _append(self.path, (json.dumps(row) + "\n").encode())
+            _append(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         except OSError as error:
-            _lost_lines[self.path] += 1
+            _lost_lines[self.path] += len(rows)
             if error.errno not in self._told:
                 warn(f"{self.path}: {error.strerror}; the training goes on without what it would have logged here")
             self._told.add(error.errno)
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Adds a line to a file, which is as before when that fails: the next line must not go on behind half of one."""
+    """Adds lines to a file, which is as before when that fails: the next one must not go on behind half of one."""
     descriptor = not_a_link(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         size = os.fstat(descriptor).st_size
@@ -129,32 +132,50 @@ def sync(folder: Path) -> None:
 def rewind(path: Path, step: int) -> int:
     """Drops the lines of steps after `step` and a torn last line, so that a resumed run does not log a step twice.
 
-    Returns the last step that had a line, at least `step`. A line that is damaged is dropped with a warning. What
-    cannot be rewritten stays as it is, with a warning.
+    Returns the last step that had a line, at least `step`. Damaged lines among those dropped are told. What stands
+    before is not looked at: it was on the disk before the checkpoint was published, and a long run has gigabytes of it.
+    What cannot be cut stays as it is, with a warning.
     """
-    last = step
+    last, damaged, kept_bytes = step, 0, 0
     if not path.exists():
         return last
-    damaged = 0
     try:
-        with open(path, "rb", opener=not_a_link) as file, replacing(path) as temporary, temporary.open("wb") as kept:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # the last one, torn by a kill
+        with open(path, "r+b", opener=not_a_link) as file:
+            for begin, line in _from_the_end(file):
                 try:
                     of_line = step_of(line)
                 except UserError:
                     damaged += 1
                     continue
-                last = max(last, of_line)
                 if of_line <= step:
-                    kept.write(line)
+                    kept_bytes = begin + len(line) + 1
+                    break
+                last = max(last, of_line)
+            if kept_bytes < file.seek(0, os.SEEK_END):
+                file.truncate(kept_bytes)
+                os.fsync(file.fileno())
     except OSError as error:
         warn(f"{path}: {error.strerror}; lines of steps after {step} stay in it, and come again")
         return last
     if damaged:
         warn(f"{path}: {damaged} damaged lines left out")
     return last
+
+
+def _from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yields the whole lines of a file, the last one first: where each begins, and its bytes without the line's end."""
+    behind, torn = b"", True  # what was read of the line that a block begins with; nothing ends the last line
+    for start in range(file.seek(0, os.SEEK_END) // _BLOCK_BYTES * _BLOCK_BYTES, -1, -_BLOCK_BYTES):
+        file.seek(start)
+        block = file.read(_BLOCK_BYTES)
+        end = len(block)
+        while (line_end := block.rfind(b"\n", 0, end)) >= 0:
+            if not torn:
+                yield start + line_end + 1, block[line_end + 1 : end] + behind
+            end, behind, torn = line_end, b"", False
+        behind = block[:end] + behind
+    if not torn:
+        yield 0, behind
 
 
 def step_of(line: bytes) -> int:
@@ -200,7 +221,7 @@ class RunLog:
                 warn(f"{self._folder / name}.png: {error.strerror}")
 
     def sync(self) -> None:
-        """Called before a checkpoint is published: what it covers must be on disk."""
+        """Called before a checkpoint is published, from any thread: what it covers must be on disk."""
         if ranks.is_main():
             sync(self._folder)
         self._to_board(lambda board: board.flush())

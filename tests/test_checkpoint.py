@@ -16,7 +16,7 @@ from ranks import run_ranks, start_ranks
 from safetensors.torch import save_file
 
 from pretrain import log
-from pretrain.checkpoint import behind, find, retention, write
+from pretrain.checkpoint import behind, find, read, retention, write
 from pretrain.checkpoint.behind import HostCopies
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, validate
 from pretrain.checkpoint.layout import DamagedError, Slice, manifest_text, step_folders, step_of
@@ -353,6 +353,27 @@ def test_no_memory_for_the_copy_is_told(
     assert "0.0 GB of host memory are free" in told and "written while training waits" in told
 
 
+def test_training_waits_neither_for_rows_nor_for_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the index go to rank 0 as bytes; the logs come to the disk in the thread that publishes, before anybody
+    sees the checkpoint. The index is what it was: sorted, each tensor in one call of the encoder."""
+    sent, synced = [], []
+    monkeypatch.setattr(write.agreement, "to_main", lambda value: sent.append(type(value)) or [value])
+    values = {name: torch.arange(6.0) for name in ("b", "a", 'é "')}
+    weights = [Slice(name, (2, 3), 0, value) for name, value in values.items()]
+
+    def before() -> None:
+        synced.append((threading.current_thread() is threading.main_thread(), step_folders(tmp_path)))
+
+    under_way = Save(tmp_path, 1, weights, [], {}, {}, copies=HostCopies(), before_published=before)
+    assert under_way.finish() and synced == [(False, [])] and sent == [bytes]
+    text = (tmp_path / "step-0000000001" / "index.json").read_text()
+    file = "weights-00000-of-00001.safetensors"
+    entry = {"shape": [2, 3], "slices": [[0, 6, file]]}
+    expected = {"weights": dict.fromkeys(sorted(values), entry), "optimizer": {}, "average": {}}
+    assert json.loads(text) == expected and list(json.loads(text)["weights"]) == sorted(values)
+    assert len(text.splitlines()) == 1 + len(values)
+
+
 def test_a_fault_of_ours_in_the_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is neither lost nor called a full disk."""
     monkeypatch.setattr(write, "_sealed", lambda path: {}["no such key"])
@@ -372,14 +393,14 @@ def test_retention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apply_retention(tmp_path, keep_last=2, keep_every_steps=40, keep_best=True)
     assert [step_of(path) for path in step_folders(tmp_path)] == [60, 50, 40, 20]
     assert not list(tmp_path.glob(".trash-*"))
-    read: list[int] = []
-    monkeypatch.setattr(retention, "read_state", lambda path: read.append(step_of(path)) or read_state(path))
+    seen: list[int] = []
+    monkeypatch.setattr(retention, "read_state", lambda path: seen.append(step_of(path)) or read_state(path))
     apply_retention(tmp_path, keep_last=2, keep_every_steps=40, keep_best=True)
-    assert read == []
+    assert seen == []
     weights, state = slices_of(60, 0, 1, 10), {"metrics": {"val/top1": 0.95}}
     save_checkpoint(tmp_path, 60, weights, [], {"cpu": torch.get_rng_state()}, state)
     apply_retention(tmp_path, keep_last=1, keep_every_steps=40, keep_best=True)
-    assert [step_of(path) for path in step_folders(tmp_path)] == [60, 40] and read == [60]  # which is another now
+    assert [step_of(path) for path in step_folders(tmp_path)] == [60, 40] and seen == [60]  # which is another now
 
 
 def test_a_killed_save_is_cleaned_up(tmp_path: Path) -> None:
@@ -504,9 +525,9 @@ def test_json_of_another_kind_is_one_line(file: str, text: str, told: str, tmp_p
     save(tmp_path, 1)
     path = tmp_path / "step-0000000001"
     (path / file).write_text(text)
-    read = {"state.json": read_state, "index.json": CheckpointReader, "MANIFEST.json": validate}[file]
+    reader = {"state.json": read_state, "index.json": CheckpointReader, "MANIFEST.json": validate}[file]
     with pytest.raises(UserError, match=told) as caught:
-        read(path)
+        reader(path)
     assert file in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
@@ -630,6 +651,30 @@ def test_a_step_replaced_while_it_is_read_is_not_called_damaged(
     monkeypatch.setattr(find, "crc32c", reading)
     assert newest_valid(tmp_path) == tmp_path / "step-0000000002"
     assert replaced == [True] and capsys.readouterr().err == ""
+
+
+def test_each_file_of_many_ranks_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fewer ranks a tensor lies in more files than may be open: they are read one after the other, not the tensors.
+
+    Also pieces from the midst of files; one rank has checked the index for all.
+    """
+    world, opened, real = 90, [], read.safe_open
+    names = [f"weights-{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)]
+    for rank, name in enumerate(names):
+        save_file({key: torch.arange(4.0) + 4 * rank for key in "abc"}, tmp_path / name)
+    slices = [[4 * rank, 4, name] for rank, name in enumerate(names)]
+    entries = {key: {"shape": [4 * world], "slices": slices} for key in "abc"}
+    (tmp_path / "index.json").write_text(json.dumps({"weights": entries, "optimizer": {}}))
+    monkeypatch.setattr(read, "safe_open", lambda path, **named: opened.append(path.name) or real(path, **named))
+    parts = [Slice(key, (4 * world,), 7, torch.empty(4 * world - 9)) for key in "abc"]
+    CheckpointReader(tmp_path).read_into(*parts)
+    assert all(torch.equal(part.values, torch.arange(7.0, 4 * world - 2)) for part in parts)
+    assert opened == names[1:]
+    entries["a"]["slices"] = slices[1:]
+    (tmp_path / "index.json").write_text(json.dumps({"weights": entries, "optimizer": {}}))
+    with pytest.raises(DamagedError, match="slices end at 0, the next one starts at 4"):
+        CheckpointReader(tmp_path)
+    CheckpointReader(tmp_path, checked=True)
 
 
 def test_an_index_of_hundreds_of_ranks_is_read(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Validation scores: every image scored exactly once on any number of ranks, masked slots never, sums exact."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +14,12 @@ from ranks import run_ranks
 from scores import classification_scores
 from tiny import NUM_CLASSES, make_shards
 
-from pretrain.cluster import ranks
+from pretrain.cluster import agreement, ranks
 from pretrain.config import DataConfig
 from pretrain.data.loader import Batch, eval_batches, single_labels
 from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.errors import UserError
+from pretrain.evaluation import evaluators
 from pretrain.evaluation.classification import EvaluationStopped, Score
 from pretrain.evaluation.features import Features, extract_features, raw_pixels
 
@@ -132,6 +135,30 @@ def test_two_real_ranks_agree_with_one(manifest: Manifest) -> None:
     expected = scores_of(manifest, 16)
     for scores in run_ranks(scores_of_rank, 2, manifest, 16):
         assert_same(scores, expected)
+
+
+def test_others_wait_for_rank_0_with_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A regression takes longer than a collective may: the ranks agree again and again until rank 0 has solved it; what
+    it raises is raised, and a wish to stop does not wait for it."""
+    asked, real, given_up = [], agreement.any_rank, threading.Event()
+    monkeypatch.setattr(evaluators.agreement, "any_rank", lambda flag: asked.append(flag) or real(flag))
+
+    def solve() -> int:
+        until = time.monotonic() + 60
+        while len(asked) < 4:
+            assert time.monotonic() < until, "nobody asked whether it is done"
+            time.sleep(0.005)
+        return 7
+
+    def refuse() -> None:
+        raise UserError("not finite")
+
+    assert evaluators.on_main(solve) == 7
+    with pytest.raises(UserError, match="not finite"):
+        evaluators.on_main(refuse)
+    with pytest.raises(EvaluationStopped):
+        evaluators.on_main(lambda: given_up.wait(60), lambda: True)
+    given_up.set()
 
 
 def test_a_wish_to_stop_ends_the_evaluation(manifest: Manifest) -> None:

@@ -27,6 +27,7 @@ from pretrain.config import Config, ModelConfig
 from pretrain.data.loader import Batch, single_labels
 from pretrain.data.order import plan_batch
 from pretrain.engine.step import Engine
+from pretrain.evaluation.classification import predict_all
 from pretrain.models.build import build_model, compile_blocks
 from pretrain.models.vit import Block
 
@@ -35,6 +36,7 @@ VIEWS = ("view", "detach", "alias", "t.default", "transpose", "slice", "select",
 VIEWS += ("expand", "split", "chunk", "permute", "unsqueeze", "squeeze", "_unsafe_view", "lift_fresh")
 # Of a tensor on a GPU each of these waits until the GPU has computed it, or for a copy from memory that is not pinned.
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "unique")
+READS += ("equal",)
 MAKES = (torch.tensor, torch.as_tensor, torch.from_numpy)
 
 
@@ -127,7 +129,7 @@ def batch_of(config: Config, engine: Engine) -> Batch:
 
 
 def counts_of_a_step(config: Config, world_size: int, planted: str | None) -> dict[str, Any]:
-    """Counts of the fourth step, and of the optimizer's part of it."""
+    """Counts of the fourth step, of the optimizer's part of it, of the check before a save, of norms of layers."""
     if planted == "launches":
         pretrain.engine.patches._lighten_step = lambda zero: None
     engine = fake_engine(config, world_size)
@@ -152,7 +154,15 @@ def counts_of_a_step(config: Config, world_size: int, planted: str | None) -> di
     with whole:
         result = engine.train_step(batch, lr=1e-3)
     assert result.applied
+    engine._engine.step = plain_step
+    check, watched = Counts(), Counts()
+    with check:
+        engine.check()
+    with watched, engine.layers.watched(True):
+        engine.train_step(batch, lr=1e-3)
     return {
+        "check": dict(check.waits),
+        "watched": dict(watched.waits),
         "step": step.launches,
         "launches": whole.launches,
         "waits": dict(whole.waits),
@@ -202,6 +212,20 @@ def test_a_step_costs_no_more_than_it_must(
     assert found["step"] <= most_launches, found
     assert sum(found["waits"].values()) <= most_waits, found
     assert sum(found["collectives"].values()) <= most_collectives, found
+    assert sum(found["check"].values()) == 1 and found["watched"] == found["waits"], found
+
+
+def test_an_evaluation_waits_for_its_answers_alone() -> None:
+    """Best classes, their shares and losses, batch by batch; the mask of unread images is never asked of the device."""
+    slots = torch.arange(6)
+    images, valid = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), slots != 4
+    batches = [Batch(images, *single_labels(slots), valid, slots, slots + 6 * n, []) for n in range(3)]
+    with Counts() as counts:
+        found = predict_all(lambda images: torch.eye(6), batches, loss="softmax", device=torch.device("cpu"))
+    assert found is not None and len(found.index) == 3 * 5
+    for of_host in ("numpy", "__bool__"):  # answers that have come, agreements
+        del counts.waits[of_host]
+    assert counts.waits == {"cpu": 3 * 3, "tolist": 1}  # the last one: counts, agreed on at the end
 
 
 def counted(config: Config, layout: tuple[int, int, int], planted: str | None = None) -> dict[str, Any]:
@@ -230,13 +254,15 @@ QUIET = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that 
 
 
 class Graphs:
-    """A backend of torch.compile that runs each graph as it is, and counts graphs and their calls."""
+    """A backend of torch.compile that runs each graph as it is, and counts graphs, their calls and sizes left open."""
 
     def __init__(self) -> None:
-        self.graphs = self.calls = 0
+        self.graphs = self.calls = self.open_sizes = 0
 
-    def __call__(self, graph: torch.fx.GraphModule, _example: list[torch.Tensor]) -> Any:
+    def __call__(self, graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Any:
         self.graphs += 1
+        sizes = [size for given in example for size in getattr(given, "shape", [given])]
+        self.open_sizes += sum(isinstance(size, torch.SymInt) for size in sizes)
 
         def called(*args: Any) -> Any:
             self.calls += 1
@@ -249,7 +275,9 @@ class Graphs:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     """Stands where the compiler would: no C compiler is needed."""
     found, compile_module = Graphs(), nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend=found))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **options: compile_module(module, backend=found, **options)
+    )
     torch.compiler.reset()
     yield found
     torch.compiler.reset()
@@ -257,7 +285,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
 
 def compiled(**changes: Any) -> Any:
     shape = {"width": 32, "depth": 24, "mlp_dim": 64, "heads": 2, "image_size": 16, "patch_size": 8}
-    model = build_model(ModelConfig(name="Ti", **shape, **changes), NUM_CLASSES)
+    model = build_model(ModelConfig(**{"name": "Ti", **shape, **changes}), NUM_CLASSES)
     compile_blocks(model)
     return model
 
@@ -286,6 +314,20 @@ def test_all_blocks_share_a_graph_for_training_and_one_for_evaluation(
     with torch.no_grad():
         model.eval()(images)
     assert (graphs.graphs, graphs.calls) == (2, 2 * 24 * (1 + recompute) + 24)
+
+
+@QUIET
+@pytest.mark.parametrize("order", [(True, False), (False, True)], ids=["training_first", "evaluation_first"])
+def test_each_size_of_a_batch_has_its_own_code(order: tuple[bool, bool], graphs: Graphs) -> None:
+    """Training's batch and evaluation's, whichever comes first, as after a stop that cut a validation short: no graph
+    is left open for other sizes, which would have other kernels than the undisturbed run.
+    """
+    model = compiled(depth=2, drop_path=0.1)
+    for _ in range(2):
+        for training in order:
+            with torch.set_grad_enabled(training):
+                model.train(training)(torch.randn(4 if training else 6, 3, 16, 16))
+    assert (graphs.graphs, graphs.calls, graphs.open_sizes) == (2, 2 * 2 * 2, 0)
 
 
 @QUIET

@@ -16,8 +16,9 @@ from ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from pretrain.checkpoint.behind import FileCopy
-from pretrain.cluster import ranks
+from pretrain.checkpoint import behind
+from pretrain.checkpoint.behind import FileCopy, HostCopies, host_bytes
+from pretrain.cluster import agreement, ranks
 from pretrain.config import ModelConfig, Normalisation, OptimConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels
@@ -25,9 +26,11 @@ from pretrain.data.mix import Mix, mixed
 from pretrain.data.order import BatchPlan
 from pretrain.engine import patches
 from pretrain.engine.frozen import FrozenStatistics
+from pretrain.engine.layers import LargestLogits, LayerNorms
 from pretrain.engine.slices import Part
 from pretrain.engine.step import Engine
-from pretrain.evaluation.classification import among, logits_of
+from pretrain.errors import StorageError
+from pretrain.evaluation.classification import _answered, among, logits_of
 from pretrain.evaluation.features import pre_logits, raw_pixels
 from pretrain.losses import num_correct, per_image_loss
 from pretrain.models.build import outline
@@ -177,6 +180,43 @@ def test_a_training_step_and_evaluation_stay_on_the_device(changes: dict[str, An
 
 
 @torch.no_grad()
+def test_answers_of_an_evaluation_come_to_the_host() -> None:
+    """A batch that lies on the host goes over and back; its mask stays, and selects there."""
+    answers = _answered(engine_of().predict, batch_on_host(), "softmax", CUDA, True)
+    assert [answer.device.type for answer in answers] == ["cpu"] * 4
+
+
+@torch.no_grad()
+def test_largest_logits_stay_on_the_device() -> None:
+    """One for each attention, also with a table of relative positions."""
+    for changes in ({}, {"positions": "relative"}, {"pooling": "map"}):
+        with LargestLogits() as largest:
+            engine_of(**changes).predict(batch_on_host().to(CUDA).images)
+        on_cuda(*largest.found)
+        assert len(largest.found) == 3 + ("pooling" in changes)
+
+
+def test_norms_of_layers_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gradients, when the optimizer has them, and of weights; over the ranks they are added up in one go."""
+    flat, names = nn.Parameter(torch.zeros(100, device=CUDA)), ("blocks.0.norm.weight", "head.bias")
+    parts = [Part(name, (50,), 0, flat, 50 * n, 50, torch.zeros(50, device=CUDA)) for n, name in enumerate(names)]
+    optimizer = torch.optim.SGD([flat])
+    owned: Any = SimpleNamespace(parts=lambda: parts, flat_tensors=lambda: [flat])
+    layers = LayerNorms(owned, optimizer, names)
+    flat.grad = torch.zeros(100, device=CUDA)
+    with layers.watched(True):
+        optimizer.step()
+
+    def added_up(sums: torch.Tensor) -> Any:
+        on_cuda(sums)
+        assert sums.shape == (2, 2)
+        return SimpleNamespace(sqrt=lambda: [1.0, 2.0]), None
+
+    monkeypatch.setattr(agreement, "add_up", added_up)
+    assert layers.read(None) == {"layers/blocks.0/weight_norm": 1.0, "layers/head/weight_norm": 2.0}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("mix", [Mix(0.7, None), Mix(0.75, (0, 0, 8, 8))], ids=["mixup", "cutmix"])
 def test_mixed_images_stay_on_the_device(mix: Mix) -> None:
     """The loader mixes on the host; nothing of it is bound to that."""
@@ -241,6 +281,23 @@ def test_a_checkpoints_slices_are_copied_to_the_host() -> None:
     copy = FileCopy({piece.name: piece.values}, pinned=False)  # pinned memory needs a context
     copy.take({piece.name: piece.values})
     assert copy._bytes.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("elements", "taken"), [(100, 512), (1 << 27, 1 << 29), ((1 << 28) - 30, 1 << 30), (3 << 27, 1 << 30)]
+)
+def test_pinned_copies_are_counted_as_they_are_taken(
+    elements: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's allocator of pinned memory rounds up to a power of two: room for the file's bytes alone is not enough."""
+    files = {"weights": {"w": torch.empty(elements, dtype=torch.float16, device=CUDA)}}
+    assert host_bytes(files["weights"]) == taken
+    on_host = {"w": torch.empty(elements, dtype=torch.float16)}
+    assert 2 * elements < host_bytes(on_host) < 2 * elements + 200
+    monkeypatch.setattr(behind, "free_memory_bytes", lambda: 3 * host_bytes(files["weights"]) - 1)
+    monkeypatch.setattr(behind.ranks, "ranks_here", lambda: 3)
+    with pytest.raises(StorageError, match="of host memory are free"):
+        HostCopies().take(files)
 
 
 def fp32_modes(_: None) -> list[bool]:

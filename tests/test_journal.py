@@ -1,9 +1,11 @@
 """What the ranks agree on in each step, and when: begun before the step, taken behind it."""
 
+import json
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,12 @@ from tiny import changed, make_shards, tiny_config
 
 from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.config import Config
-from pretrain.data.loader import REASONS
-from pretrain.engine.step import Engine
+from pretrain.data.loader import REASONS, BadRecord, Batch
+from pretrain.engine.step import Engine, StepResult
+from pretrain.errors import BadSamplesError
 from pretrain.train import journal
 from pretrain.train.run import train
+from pretrain.train.state import TrainState
 
 STEPS = 3
 
@@ -79,6 +83,54 @@ def test_the_ranks_agree_beside_the_step(tmp_path: Path) -> None:
     (events, waits), (others, _) = run_ranks(noted, 2, config, tmp_path)
     assert events == others == ["asked", "step", "answered"] * STEPS
     assert waits == [True, False] * STEPS
+
+
+def bad_in_most_steps(folder: Path) -> list[int]:
+    """Eight steps with bad samples on rank 1, and some on rank 0; returns the steps in which records were gathered."""
+    ranks.start(60)
+    config, gathered, to_main = tiny_config(folder, folder, log__samples=False), [], agreement.to_main
+    stop: Any = SimpleNamespace(signal_name=None)
+    saver: Any = SimpleNamespace(done=False)
+    one, state = journal.Journal(folder, config), TrainState()
+
+    def noted(value: Any) -> Any:
+        gathered.append(state.step)
+        return to_main(value)
+
+    agreement.to_main = noted
+    slots = torch.ones(6, dtype=torch.long)
+    for step in range(1, 9):
+        state.step = step
+        bad = [
+            BadRecord(0, 10 * step + n, f"{ranks.rank()}.tar", "decode", "no image") for n in range(ranks.rank() + 1)
+        ]
+        bad = bad if ranks.rank() or step % 2 else []
+        batch = Batch(slots, slots[:, None], slots[:, None], slots.bool(), slots, slots, bad, bad[:1])
+        one.note(state, batch, StepResult(torch.ones(3), 1.0, True), saver, one.ask(batch, None, stop, saver))
+    one.write_down()
+    one.write_down()
+    lost = batch._replace(valid=slots < 0)
+    with pytest.raises(BadSamplesError, match="step 8: none of its 12 images"):
+        one.note(state, lost, StepResult(torch.ones(3), 1.0, True), saver, one.ask(lost, None, stop, saver))
+    return gathered
+
+
+def test_bad_samples_are_gathered_when_they_are_written(tmp_path: Path) -> None:
+    """Not in each step that has one: where a count is told, at log lines and before saves, and before an error. Both
+    lists are as if each step had been written at once: by step, rank and slot."""
+    gathered, others = run_ranks(bad_in_most_steps, 2, tmp_path)
+    # Bad: 3 in odd steps, 2 in even ones; told are the first count and powers of two. Damaged: 2 and 1.
+    assert gathered == others == [1, 1, 3, 5, 8, 8, 8, 8]
+    for name, most in (("bad_samples.jsonl", 2), ("damaged_samples.jsonl", 1)):
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        expected = [
+            (step, f"{rank}.tar", 10 * step + n)
+            for step in [*range(1, 9), 8]
+            for rank in range(2)
+            for n in range(min(most, rank + 1))
+            if rank or step % 2
+        ]
+        assert [(row["step"], row["shard"], row["index"]) for row in rows] == expected
 
 
 # --- measured --------------------------------------------------------------------------------------------------------

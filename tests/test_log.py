@@ -30,6 +30,46 @@ def test_rewind_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     assert path.read_bytes() == b"".join(expected)
 
 
+@pytest.mark.parametrize(
+    ("text", "kept", "last"),
+    [
+        (b"", b"", 2),
+        (b"torn", b"", 2),
+        (b'{"step": 1}', b"", 2),  # torn behind its last letter: nobody knows
+        (b'{"step": 3}\n{"step": 4}\n', b"", 4),
+        (b'{"step": 1}\n', b'{"step": 1}\n', 2),
+        (b'{"step": 2}\n{"step": 2}\n{"step": 9}\n', b'{"step": 2}\n{"step": 2}\n', 9),
+        (
+            b'{"step": 2, "x": "' + b"long" * 50 + b'"}\n{"step": 3}\n',
+            b'{"step": 2, "x": "' + b"long" * 50 + b'"}\n',
+            3,
+        ),
+        (b'what\n{"step": 2}\n\n', b'what\n{"step": 2}\n', 2),  # behind the last line that counts nothing is read
+        (b'\n\n{"step": 3}\n', b"", 3),
+    ],
+)
+def test_rewind_reads_from_the_end(
+    text: bytes, kept: bytes, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the size of a block, smaller than a line or as large as the file: the same cut, in the same file."""
+    path = tmp_path / "metrics.jsonl"
+    for size in (1, 2, 3, 12, 13, max(1, len(text)), 1 << 20):
+        monkeypatch.setattr(log_module, "_BLOCK_BYTES", size)
+        path.write_bytes(text)
+        before = path.stat().st_ino
+        assert (rewind(path, 2), path.read_bytes(), path.stat().st_ino) == (last, kept, before), size
+
+
+def test_rewind_does_not_read_the_whole_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 steps logged, three of them to be dropped: a block is read, a few lines are looked at."""
+    path, looked = tmp_path / "metrics.jsonl", []
+    path.write_bytes(b"".join(b'{"step": %d}\n' % step for step in range(100_000)))
+    monkeypatch.setattr(log_module, "_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(log_module, "step_of", lambda line: looked.append(line) or json.loads(line)["step"])
+    assert rewind(path, 99_996) == 99_999
+    assert path.read_bytes().endswith(b'\n{"step": 99996}\n') and len(looked) == 4
+
+
 UNUSABLE = [
     b'{"loss": 1}',  # no step
     b"[1, 2]",
@@ -53,10 +93,10 @@ UNUSABLE = [
 def test_rewind_leaves_out_what_is_no_line_of_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever stands there, a run can be resumed: a warning with the number, the others stay byte for byte."""
     path = tmp_path / "metrics.jsonl"
-    good = [b'{"step": 1, "loss": NaN}\n', b'{"step": 2}\n']
-    path.write_bytes(good[0] + b"\n".join(UNUSABLE) + b"\n" + good[1] + b'{"step": 3}\n{"step": 2, "lo')
-    rewind(path, 2)
-    assert path.read_bytes() == b"".join(good)
+    good = b'{"step": 1, "loss": NaN}\n{"step": 2}\n'
+    path.write_bytes(good + b"\n".join(UNUSABLE) + b'\n{"step": 3}\n{"step": 2, "lo')
+    assert rewind(path, 2) == 3
+    assert path.read_bytes() == good
     assert f"metrics.jsonl: {len(UNUSABLE)} damaged lines left out" in capsys.readouterr().err
 
 
@@ -87,7 +127,8 @@ def test_a_line_that_did_not_fit_leaves_nothing_behind(
     """Half a line is taken back, so that the next one is whole; the end tells how many lines were lost."""
     log = JsonLines(tmp_path / "a.jsonl")
     log.append({"step": 1})
-    real, room = os.write, [5]
+    log.append()
+    real, room = os.write, [15]
 
     def write(descriptor: int, data: bytes) -> int:
         if not room[0]:
@@ -98,14 +139,14 @@ def test_a_line_that_did_not_fit_leaves_nothing_behind(
 
     with monkeypatch.context() as full:
         full.setattr(os, "write", write)
-        log.append({"step": 2})
+        log.append({"step": 2}, {"step": 2})  # the first one would fit
         log.append({"step": 3})
     log.append({"step": 4})
     assert (tmp_path / "a.jsonl").read_text() == '{"step": 1}\n{"step": 4}\n'
     log_module.tell_lost_lines()
     log_module.tell_lost_lines()
     told = capsys.readouterr().err
-    assert told.count("No space left on device") == 1 and told.count("a.jsonl: 2 lines could not be written") == 1
+    assert told.count("No space left on device") == 1 and told.count("a.jsonl: 3 lines could not be written") == 1
 
 
 def test_logs_that_cannot_be_listed_are_told(

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from ranks import run_ranks, start_ranks
 from scores import classification_scores
 from tiny import changed, make_shards, tiny_config
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders, step_of
@@ -25,6 +27,7 @@ from pretrain.data import loader, reader
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
+from pretrain.engine.compiling import keep_compiled
 from pretrain.errors import ConfigError, NonFiniteError, StorageError, UserError
 from pretrain.train import run
 from pretrain.train.folder import refuse_changes
@@ -815,21 +818,68 @@ def test_a_model_of_timm_trains_and_resumes(stage: int, shards: Path, tmp_path: 
     assert run_ranks(same_logits, 1, whole.output / "tiny", name) == [0.0]
 
 
-def compiled_run(config: Config) -> None:
+def compiled_run(config: Config, cache: Path | None) -> Counter[str]:
+    """Trains; returns how often torch found compiled code, and how often it did not. None: in torch's own place."""
+    os.environ["PRETRAIN_CACHE"] = str(cache)
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    if cache is None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = default_cache_dir()
     train(config)
+    return torch._dynamo.utils.counters["inductor"]
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on CPUs")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on CPUs")
+@needs_compiler
 def test_compiled_blocks_train_alike(shards: Path, tmp_path: Path) -> None:
     """engine.compile changes rounding only, and no name in the checkpoint; it may be switched on in a resumed run."""
     eager = tiny_config(shards, tmp_path / "eager", log__every_steps=1)
     run_ranks(finish, 1, eager)
     compiled = tiny_config(shards, tmp_path / "compiled", log__every_steps=1, engine__compile=True)
-    run_ranks(compiled_run, 1, compiled)
+    run_ranks(compiled_run, 1, compiled, None)
     assert _losses(compiled.output / "tiny") == pytest.approx(_losses(eager.output / "tiny"), rel=1e-5)
     first, second = (newest_valid(c.output / "tiny" / "checkpoints") for c in (eager, compiled))
     assert first and second and CheckpointReader(first).shapes() == CheckpointReader(second).shapes()
+
+
+@pytest.mark.long
+@needs_compiler
+def test_the_next_start_finds_what_was_compiled(shards: Path, tmp_path: Path) -> None:
+    """Two ranks at once, then a start that compiles nothing."""
+    options: dict[str, Any] = {"total_steps": 4, "engine__compile": True}
+    first, second = (tiny_config(shards, tmp_path / name, **options) for name in ("first", "second"))
+    made = run_ranks(compiled_run, 2, first, tmp_path)
+    assert sum(counts["fxgraph_cache_miss"] for counts in made) > 0 and list(tmp_path.glob("compiled-*"))
+    for counts in run_ranks(compiled_run, 2, second, tmp_path):
+        assert counts["fxgraph_cache_hit"] > 0 and not counts["fxgraph_cache_miss"]
+
+
+@pytest.mark.parametrize("unusable", ["a file", "of all", "a link"])
+def test_compiled_code_is_kept_where_nobody_else_writes(
+    unusable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the user's cache, unless the user names a folder; one that cannot be trusted is told, and not used."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "good"))
+    keep_compiled()
+    (folder,) = (tmp_path / "good").iterdir()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
+    place = tmp_path / folder.name
+    if unusable == "of all":
+        place.mkdir()
+        place.chmod(0o777)
+    else:
+        place.write_text("") if unusable == "a file" else place.symlink_to(folder)
+    keep_compiled()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert f"{place}: compiled code is not kept there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [1, 3])

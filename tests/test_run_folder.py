@@ -136,7 +136,7 @@ def test_versions_that_cannot_be_read_are_unknown(
 def test_damaged_logs_do_not_keep_a_run_from_its_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lines without a step, lists, halves; each file is told."""
     for name in ("metrics.jsonl", "bad_samples.jsonl", "samples-00000.jsonl"):
-        (tmp_path / name).write_text('{"loss": 1}\n[1]\n{"step": 1}\n{"st')
+        (tmp_path / name).write_text('{"step": 1}\n{"loss": 1}\n[1]\n{"st')
     record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 5)
     assert (tmp_path / "samples-00000.jsonl").read_text() == '{"step": 1}\n'
     assert capsys.readouterr().err.count("2 damaged lines left out") == 3

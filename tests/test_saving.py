@@ -171,7 +171,7 @@ def sweep(
         return tiny_config(folder, folder / name, **options)
 
     code, counts = tried(fresh("counted"), [step], part, calls, None)
-    assert code == 0 and counts["fsync"] >= {AT_ONCE: 7, WRITER: 3, PUBLISHER: 4}[part], (code, counts)
+    assert code == 0 and counts["fsync"] >= {AT_ONCE: 7, WRITER: 3, PUBLISHER: 5}[part], (code, counts)
     todo = points(counts, effects)
     for point in todo if sample is None else random.Random(0).sample(todo, min(sample, len(todo))):
         tries += 1

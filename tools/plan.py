@@ -19,7 +19,7 @@ from pretrain.config import Config, ModelConfig, load_config
 from pretrain.errors import UserError
 from pretrain.plan.choose import USABLE_SHARE
 from pretrain.plan.devices import DEVICES, GIB, assumed_mfu
-from pretrain.plan.failures import Failures
+from pretrain.plan.failures import Failures, Saves
 from pretrain.plan.report import TABLE_MODELS, Assumptions, checkpoint_bytes, show, show_models
 from pretrain.plan.speed import Cluster
 from pretrain.sizes import is_plain
@@ -82,7 +82,7 @@ _DEFAULTS = {
     "gpus_per_node": 8,
     "network_gb_s": 400.0,
     "image_kb": 110.0,
-    "copy_gb_s": 20.0,  # of one GPU, pinned: PCIe 4 moves up to 32; those of a node share its memory
+    "copy_gb_s": 20.0,  # of one GPU, pinned: PCIe 4 moves up to 32; a node's memory takes it from eight
     "write_gb_s": 1.0,
     "mtbf_h": 50_000.0,
     "restart_s": 300.0,
@@ -144,9 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network-gb-s", type=float, help="of a node, GB/s one way (default 400: 8 x 50)")
     parser.add_argument("--loader-rate", type=float, help="images per second and core (default 496, 275 RandAugment)")
     parser.add_argument("--image-kb", type=float, help="of a file (default 110)")
-    parser.add_argument("--copy-gb-s", type=float, help="of a save's copy into host memory (default 20)")
-    parser.add_argument("--write-gb-s", type=float, help="of the checkpoints' disk (default 1)")
-    parser.add_argument("--save-s", type=float, help="that a save keeps training waiting (default: size / --copy-gb-s)")
+    parser.add_argument("--copy-gb-s", type=float, help="of a GPU's copies into host memory (default 20)")
+    parser.add_argument("--write-gb-s", type=float, help="of a node to the checkpoints' disk (default 1)")
+    parser.add_argument("--save-s", type=float, help="that a save keeps training waiting (default: by --copy-gb-s)")
     parser.add_argument("--mtbf-h", type=float, help="hours of a GPU between failures (default 50000)")
     parser.add_argument("--detect-s", type=float, help="from a failure to the end (default: engine.timeout_s)")
     parser.add_argument("--restart-s", type=float, help="from the end to the next step (default 300)")
@@ -173,16 +173,13 @@ def _assumptions(arguments: argparse.Namespace, config: Config) -> tuple[Assumpt
     mfu = arguments.mfu or assumed_mfu(device, config.model.shape.width)
     augmented = config.data.randaugment_layers > 0
     loader = arguments.loader_rate or (LOADER_RATE_RANDAUGMENT if augmented else LOADER_RATE)
-    size = checkpoint_bytes(config, classes)
-    behind, write_s = config.checkpoint.behind, size / 1e9 / arguments.write_gb_s
-    copied_s = size / 1e9 / arguments.copy_gb_s
-    save_s = arguments.save_s or (copied_s if behind else write_s)
+    behind, rates = config.checkpoint.behind, (1e9 * arguments.copy_gb_s, 1e9 * arguments.write_gb_s)
+    saves = Saves(checkpoint_bytes(config, classes), behind, *rates, arguments.gpus_per_node, arguments.save_s)
     detect_s = arguments.detect_s or config.engine.timeout_s
     usable = arguments.usable * device.memory_bytes
-    disk_s = write_s if behind else 0.0  # a failure meanwhile, and what was trained since the copy, costs the save
-    failures = Failures(arguments.mtbf_h, detect_s, arguments.restart_s + disk_s)
+    failures = Failures(arguments.mtbf_h, detect_s, arguments.restart_s)
     bytes_of_image = arguments.image_kb * 1e3
-    given = Assumptions(classes, mfu, usable, arguments.price, loader, bytes_of_image, save_s, disk_s, failures)
+    given = Assumptions(classes, mfu, usable, arguments.price, loader, bytes_of_image, saves, failures)
     return given, [
         ["classes", f"{classes:,}", "--classes", "config, or 1000"],
         *_mfu_rows(arguments, mfu),
@@ -194,13 +191,17 @@ def _assumptions(arguments: argparse.Namespace, config: Config) -> tuple[Assumpt
         ["price of a GPU hour", f"{arguments.price:g}", "--price", "an example"],
         ["loader per core", f"{loader:,.0f} img/s", "--loader-rate", "performance.md"],
         ["size of an image", f"{arguments.image_kb:g} kB", "--image-kb", "ImageNet"],
-        *([["copy to the host", f"{arguments.copy_gb_s:g} GB/s", "--copy-gb-s", "PCIe, not measured"]] * behind),
-        ["checkpoints' disk", f"{arguments.write_gb_s:g} GB/s", "--write-gb-s", "not measured"],
-        ["a save waits", f"{save_s:.1f} s", "--save-s", f"size, {'--copy-gb-s' if behind else '--write-gb-s'}"],
+        *([["copy, of each GPU", f"{arguments.copy_gb_s:g} GB/s", "--copy-gb-s", "PCIe, not measured"]] * behind),
+        ["disk, of each node", f"{arguments.write_gb_s:g} GB/s", "--write-gb-s", "not measured"],
+        ["a save waits", _waits(arguments), "--save-s", f"by {'--copy-gb-s' if behind else '--write-gb-s'}"],
         ["failures, per GPU", f"{arguments.mtbf_h:,.0f} h", "--mtbf-h", "Llama 3: 50,600 h"],
         ["until a failure ends", f"{detect_s:,.0f} s", "--detect-s", "engine.timeout_s"],
         ["until it trains again", f"{arguments.restart_s:,.0f} s", "--restart-s", "not measured"],
     ]
+
+
+def _waits(arguments: argparse.Namespace) -> str:
+    return "see above" if arguments.save_s is None else f"{arguments.save_s:g} s"
 
 
 def _mfu_rows(arguments: argparse.Namespace, mfu: float) -> list[list[str]]:

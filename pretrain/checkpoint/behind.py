@@ -37,10 +37,9 @@ class FileCopy:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, pinned: bool = True) -> None:
         self._header, places = _layout(tensors)
-        size = len(self._header) + max((end for _, end in places.values()), default=0)
-        pinned &= any(tensor.is_cuda for tensor in tensors.values())  # else a copy from a GPU goes by another buffer
+        size = _file_bytes(self._header, places)
         try:
-            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned and _on_gpu(tensors))
         except RuntimeError as error:
             raise StorageError(
                 f"no room in host memory for a copy of {size:,} bytes; free some, or set checkpoint.behind=false "
@@ -81,6 +80,21 @@ def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple
     return len(text).to_bytes(8, "little") + text, places
 
 
+def _file_bytes(header: bytes, places: Mapping[str, tuple[int, int]]) -> int:
+    return len(header) + max((end for _, end in places.values()), default=0)
+
+
+def _on_gpu(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a copy has to be pinned: else it goes from the GPU by another buffer."""
+    return any(tensor.is_cuda for tensor in tensors.values())
+
+
+def host_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Returns what a file's copy takes of host memory: pinned, torch's allocator rounds it up to a power of two."""
+    size = _file_bytes(*_layout(tensors))
+    return 1 << (size - 1).bit_length() if _on_gpu(tensors) else size
+
+
 def wait_for_copies() -> None:
     """Waits until the copies begun have come: the next step changes what they are of."""
     if torch.cuda.is_initialized():
@@ -96,7 +110,7 @@ class HostCopies:
     def take(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, FileCopy]:
         """Returns a copy of each file's tensors, good until the next call. Raises StorageError without memory."""
         missing = [name for name, part in files.items() if name not in self._kept or not self._kept[name].fits(part)]
-        _check_room(sum(t.numel() * t.element_size() for name in missing for t in files[name].values()))
+        _check_room(sum(host_bytes(files[name]) for name in missing))
         try:
             self._kept |= {name: FileCopy(files[name]) for name in missing}
         except StorageError:

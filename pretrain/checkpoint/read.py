@@ -1,8 +1,10 @@
 """Any part of any tensor of a checkpoint, on any number of ranks."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 class CheckpointReader:
-    """Reads any part of any tensor of a checkpoint, opening only the files that hold it."""
+    """Reads any part of any tensor of a checkpoint, opening only the files that hold it.
 
-    def __init__(self, path: Path) -> None:
+    checked: whether somebody has read the same index with all checks, of which there is one for each slice.
+    """
+
+    def __init__(self, path: Path, *, checked: bool = False) -> None:
         self.path = path
         file = own_file(path, "index.json")
         index = Fields.of(read_json(file, max_bytes=MAX_INDEX_BYTES, max_marks=MAX_INDEX_MARKS), str(file))
@@ -31,7 +36,7 @@ class CheckpointReader:
         self.index = {kind: index.part(kind).values for kind in KINDS}
         self._open = lru_cache(maxsize=64)(lambda name: safe_open(own_file(path, name), framework="pt"))
         for kind in KINDS:
-            for name, entry in self.index[kind].items():
+            for name, entry in self.index[kind].items() if not checked else ():
                 self._check_tiling(kind, name, entry)
 
     def shapes(self, kind: str = "weights") -> dict[str, tuple[int, ...]]:
@@ -42,28 +47,47 @@ class CheckpointReader:
         """Returns one whole tensor, float32."""
         shape = self.shapes(kind)[name]
         values = torch.empty(shape).view(-1)
-        self.read_into(Slice(name, shape, 0, values), kind)
+        self.read_into(Slice(name, shape, 0, values), kind=kind)
         return values.view(shape)
 
-    def read_into(self, part: Slice, kind: str = "weights") -> None:
-        """Fills `part.values`. Raises UserError when the checkpoint has no such tensor or another shape."""
+    def read_into(self, *parts: Slice, kind: str = "weights") -> None:
+        """Fills the values of parts, file after file, however many tensors share one.
+
+        Raises UserError when the checkpoint has no such tensor or another shape.
+        """
+        pieces: dict[str, list[tuple[Slice, int, int, int]]] = {}
+        for part in parts:
+            end = part.offset + part.values.numel()
+            slices = self._slices_of(part, kind)
+            first = bisect_right(slices, part.offset, key=lambda row: row[0]) - 1
+            for offset, numel, file in islice(slices, max(0, first), None):
+                if offset >= end:
+                    break
+                low, high = max(offset, part.offset), min(offset + numel, end)
+                if low < high:
+                    pieces.setdefault(file, []).append((part, offset, low, high))
+        for file in sorted(pieces):
+            for piece in pieces[file]:
+                self._read_piece(file, *piece)
+
+    def _slices_of(self, part: Slice, kind: str) -> list[list]:
         entry = self.index[kind].get(part.name)
         if entry is None:
             raise UserError(f"{self.path}: has no {kind} tensor {part.name}, which the model needs")
         if tuple(entry["shape"]) != tuple(part.shape):
             shapes = f"{tuple(entry['shape'])}, expected {tuple(part.shape)}"
             raise UserError(f"{self.path}: {part.name} has shape {shapes}")
-        end = part.offset + part.values.numel()
-        for offset, numel, file in entry["slices"]:
-            low, high = max(offset, part.offset), min(offset + numel, end)
-            if low < high:
-                try:
-                    values = self._open(file).get_slice(part.name)[low - offset : high - offset]
-                except SafetensorError as error:
-                    raise DamagedError(f"{self.path}: damaged, {file} is not what index.json says ({error})") from None
-                if values.shape != (high - low,):
-                    raise DamagedError(f"{self.path}: damaged, {file}: {part.name} is shorter than index.json says")
-                part.values.narrow(0, low - part.offset, high - low).copy_(values)
+        return entry["slices"]
+
+    def _read_piece(self, file: str, part: Slice, offset: int, low: int, high: int) -> None:
+        """Elements low to high of a tensor, of which the file holds those from `offset` on."""
+        try:
+            values = self._open(file).get_slice(part.name)[low - offset : high - offset]
+        except SafetensorError as error:
+            raise DamagedError(f"{self.path}: damaged, {file} is not what index.json says ({error})") from None
+        if values.shape != (high - low,):
+            raise DamagedError(f"{self.path}: damaged, {file}: {part.name} is shorter than index.json says")
+        part.values.narrow(0, low - part.offset, high - low).copy_(values)
 
     def generators(self, rank: int) -> dict[str, torch.Tensor]:
         """Returns the random states that a rank saved, empty when the run had fewer ranks."""

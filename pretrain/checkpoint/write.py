@@ -41,7 +41,8 @@ class Save:
 
     Made and used by all ranks, `done` excepted. With `copies` nothing but copying holds up the caller, who may go on
     and change the tensors: each part is done behind it, and waits, `done` on this rank, for `advance`. At most one save
-    of a folder may be under way. `when_published` is called on rank 0, after the rename, in the second part.
+    of a folder may be under way. `before_published` and `when_published` are called on rank 0, before and after the
+    rename, in the second part.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class Save:
         average: Sequence[Slice] = (),
         *,
         copies: HostCopies | None = None,
+        before_published: Callable[[], None] = lambda: None,
         when_published: Callable[[], None] = lambda: None,
     ) -> None:
         rank, self._world = ranks.rank(), ranks.world_size()
-        self._folder, self._step, self._when_published = folder, step, when_published
+        self._folder, self._step = folder, step
+        self._before_published, self._when_published = before_published, when_published
         self._temporary = folder / f".tmp-step-{step:010d}"
         self._behind = copies is not None
         # Text, as of now: the training goes on changing what it is made of.
@@ -66,7 +69,7 @@ class Save:
         slices = {kind: part for kind, part in zip(KINDS, (weights, optimizer, average)) if part or kind != "average"}
         files = {file_name(kind, rank, self._world): {s.name: s.values for s in part} for kind, part in slices.items()}
         files[f"generators-{rank:05d}.safetensors"] = dict(generators)
-        self._index = [(s.name, s.shape, s.offset, s.values.numel(), k) for k, part in slices.items() for s in part]
+        rows = [(s.name, s.shape, s.offset, s.values.numel(), k) for k, part in slices.items() for s in part]
         # On all ranks before any of them writes: what is in the way is removed, the folder is there.
         problem = agreement.from_main(lambda: attempt(_make_temporary, self._temporary))
         contents: Iterable[tuple[str, FileCopy]] = _one_by_one(files)
@@ -79,7 +82,7 @@ class Save:
                 self._behind = False
             else:
                 contents = taken.items()
-        self._writing = Job(lambda: _written(self._temporary, contents, problem), behind=self._behind)
+        self._writing = Job(lambda: _packed(*_written(self._temporary, contents, problem), rows), behind=self._behind)
         self._publishing: Job | None = None
         self.published: bool | None = None  # None: under way
 
@@ -91,8 +94,7 @@ class Save:
     def advance(self) -> None:
         """Ends the part under way, waiting for it, and begins the next one; after the second, `published` is set."""
         if self._publishing is None:
-            problem, entries = self._writing.result()
-            gathered = agreement.to_main((problem, entries, self._index))
+            gathered = agreement.to_main(self._writing.result())
             main = ranks.is_main()
             self._publishing = Job(lambda: main and self._publish(gathered), behind=main and self._behind)
         else:
@@ -110,14 +112,16 @@ class Save:
             self.advance()
         return self.published
 
-    def _publish(self, gathered: list[tuple]) -> bool:
+    def _publish(self, packed: list[bytes]) -> bool:
         """Rank 0's second part: what all ranks wrote becomes a checkpoint, or nothing is left of it."""
+        gathered = list(map(json.loads, packed))
         problems = [f"rank {r}: {p}" for r, (p, _, _) in enumerate(gathered) if p]
         if not problems:
+            self._before_published()
             files = [entry for _, of_rank, _ in gathered for entry in of_rank]
             header = {"format": FORMAT, "version": VERSION, "step": self._step, "world_size": self._world}
-            index = _json_text(_tensor_index([rows for _, _, rows in gathered], self._world))
-            texts = {"index.json": index, "state.json": self._state}
+            index = _index_text(_tensor_index([rows for _, _, rows in gathered], self._world))
+            texts = {"index.json": index, "state.json": [self._state]}
             published = self._folder / f"step-{self._step:010d}"
             problems = _listed(attempt(_publish, self._temporary, published, header, files, texts))
         if problems:
@@ -176,8 +180,24 @@ def _written(
     return problem or attempt(write), entries
 
 
+def _packed(problem: str | None, entries: list[dict[str, Any]], rows: list[tuple]) -> bytes:
+    """What rank 0 needs of a rank, thousands of rows, as bytes: to send objects holds up the training of both."""
+    return json.dumps([problem, entries, rows]).encode()
+
+
 def _json_text(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def _index_text(tensors: dict[str, Any]) -> Iterator[str]:
+    """Yields index.json tensor by tensor: the encoder holds the interpreter, for a second where all is one call."""
+    yield "{"
+    for number, kind in enumerate(KINDS):
+        yield f"{', ' if number else ''}{json.dumps(kind)}: {{"
+        for place, name in enumerate(sorted(tensors[kind])):
+            yield f"{',' if place else ''}\n{json.dumps(name)}: {json.dumps(tensors[kind][name])}"
+        yield "}"
+    yield "}\n"
 
 
 def _sealed(path: Path) -> dict[str, Any]:
@@ -187,10 +207,15 @@ def _sealed(path: Path) -> dict[str, Any]:
 
 
 def _publish(
-    temporary: Path, published: Path, header: dict[str, Any], files: list[dict[str, Any]], texts: dict[str, str]
+    temporary: Path,
+    published: Path,
+    header: dict[str, Any],
+    files: list[dict[str, Any]],
+    texts: Mapping[str, Iterable[str]],
 ) -> None:
-    for name, text in texts.items():
-        (temporary / name).write_text(text, encoding="utf-8")
+    for name, pieces in texts.items():
+        with (temporary / name).open("w", encoding="utf-8") as file:
+            file.writelines(pieces)
         files.append(_sealed(temporary / name))
     manifest = {**header, "files": sorted(files, key=lambda entry: entry["path"])}
     write_text(temporary / "MANIFEST.json", manifest_text(manifest))
@@ -214,7 +239,7 @@ def _tensor_index(rows_of_ranks: list[list[tuple]], world: int) -> dict[str, Any
     tensors: dict[str, Any] = {kind: {} for kind in KINDS}
     for rank, rows in enumerate(rows_of_ranks):
         for name, shape, offset, numel, kind in rows:
-            entry = tensors[kind].setdefault(name, {"shape": list(shape), "slices": []})
+            entry = tensors[kind].setdefault(name, {"shape": shape, "slices": []})
             entry["slices"].append([offset, numel, file_name(kind, rank, world)])
     for entry in (entry for kind in KINDS for entry in tensors[kind].values()):
         entry["slices"].sort(key=lambda part: part[0])

@@ -20,6 +20,7 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
+from pretrain.engine.compiling import keep_compiled
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
@@ -63,6 +64,7 @@ class Engine:
         if config.engine.checkpoint_activations:
             _checkpoint_activations(model)
         if config.engine.compile:
+            keep_compiled()
             compile_blocks(model)
         self._frozen = FrozenStatistics(model)
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
@@ -212,7 +214,7 @@ class Engine:
         images = batch.images[batch.valid][:most] if most else batch.images[:1]  # each rank takes part
         with torch.compiler.set_stance("force_eager"), LargestLogits() as largest:  # compiled code does not look for it
             self.predict(images.to(self.device))
-        of_ranks = agreement.gather([float(logit) for logit in largest.found])
+        of_ranks = agreement.gather(torch.stack(largest.found).tolist() if largest.found else [])
         return numbers | {f"layers/attention.{n}/max_logit": max(logits) for n, logits in enumerate(zip(*of_ranks))}
 
     def on_forward(self, note: Callable[[float], None]) -> None:
@@ -250,7 +252,8 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """Returns what is not a tensor: the optimizer's step count and the loss scaler."""
-        steps = {float(self._optimizer.state[flat]["step"]) for flat in self._owned.flat_tensors()}
+        counts = [self._optimizer.state[flat]["step"] for flat in self._owned.flat_tensors()]
+        steps = set(torch.stack(counts).tolist()) if counts else set()  # one wait for the device
         assert len(steps) <= 1, steps
         scaler = self._zero.loss_scaler if self.dtype == torch.float16 else None
         return {
@@ -304,8 +307,7 @@ class Engine:
         prefixes = [f"{moment}/" for moment in self._moments] if kind == "optimizer" else [""]
         frozen = self._frozen.names if kind != "optimizer" else []
         check_names(reader, [prefix + name for prefix in prefixes for name in names] + frozen, kind)
-        for part in parts:
-            reader.read_into(part, kind)
+        reader.read_into(*parts, kind=kind)
 
 
 class _ForwardClock:

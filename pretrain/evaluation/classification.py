@@ -19,9 +19,9 @@ from pretrain.losses import per_image_loss
 Predict = Callable[[torch.Tensor], torch.Tensor]  # uint8 images [B, 3, H, W] -> logits [B, classes]
 
 TOP = 5
-# Mean average precision ranks all images by their logits, so every rank holds all of them, as float32.
+# Mean average precision ranks all images by their logits, so rank 0 holds all of them, as float32.
 MAX_LOGIT_BYTES = 4 << 30  # where the model is alone in memory: 50,000 images of 21k classes
-MAX_LOGIT_BYTES_IN_TRAINING = 1 << 30  # beside a run's own memory on each rank: 40,000 images of 6,700 classes
+MAX_LOGIT_BYTES_IN_TRAINING = 1 << 30  # beside a run's own memory: 40,000 images of 6,700 classes
 _UNSCORED = -1e30  # a logit that never wins; finite, since infinity times a weight of 0 is NaN
 
 
@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Of the images that were scored, in order of their index: the same on every rank and on any number of ranks."""
+    """Of the images that were scored, in order of their index: the same on any number of ranks."""
 
     index: np.ndarray  # int64 [images]
     labels: np.ndarray  # int64 [images, L], filled up with -1
@@ -74,13 +74,14 @@ def predict_all(
     device: torch.device,
     stop_agreed: Callable[[], bool] = lambda: False,
     keep_logits: bool = False,
-) -> Predictions:
-    """Returns the predictions of all ranks on every rank; images that could not be read are left out, and told.
+) -> Predictions | None:
+    """Returns the predictions of all ranks on rank 0, None on the others; images that could not be read are left out,
+    and told.
 
     Every rank brings the same number of batches. Raises EvaluationStopped on all ranks when `stop_agreed` says so
-    between two batches, UserError when no image can be read.
+    between two batches, and on all ranks UserError when no image can be read.
     """
-    parts: list[tuple[torch.Tensor, ...]] = []
+    parts: list[list[np.ndarray]] = []
     bad, damaged = torch.zeros(len(REASONS), dtype=torch.float64), torch.zeros(1)
     for batch in batches:
         agreement.raise_together(batch.error)
@@ -88,22 +89,32 @@ def predict_all(
             raise EvaluationStopped
         bad += count_reasons(batch.bad)
         damaged += len(batch.damaged)
-        batch = batch.to(device)
-        logits = predict(batch.images).float()
-        losses = per_image_loss(logits, batch.labels, batch.label_weights, loss)
-        shares = logits.softmax(dim=-1) if loss == "softmax" else logits.sigmoid()
-        classes = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices  # [B, 5]
-        found = batch.index, batch.labels, classes, shares.gather(1, classes), losses
-        parts.append(tuple(t[batch.valid.to(t.device)] for t in (*found, *([logits] if keep_logits else []))))
-    *counts, num_damaged = agreement.add_up(torch.cat([bad, damaged.double()])).tolist()
+        answers = _answered(predict, batch, loss, device, keep_logits)
+        valid = batch.valid.numpy()  # on the host: for what a mask selects there the host waits, column by column
+        parts.append([column.numpy()[valid] for column in (batch.index, batch.labels, *answers)])
+    scored = torch.tensor([float(sum(len(part[0]) for part in parts))])
+    *counts, num_damaged, num_scored = agreement.add_up(torch.cat([bad, damaged.double(), scored.double()])).tolist()
     _warn_of_bad(counts, num_damaged)
-    mine = [np.concatenate(_same_width([t.cpu().numpy() for t in column])) for column in zip(*parts)]
-    columns = [np.concatenate(_same_width(column)) for column in zip(*agreement.gather(mine))]
-    if not len(columns[0]):
+    if not num_scored:
         raise UserError("no image of the validation set could be read")
+    mine = [np.concatenate(_same_width(column)) for column in zip(*parts)]
+    columns = [np.concatenate(_same_width(column)) for column in zip(*agreement.to_main(mine))]
+    if not columns:
+        return None
     order = np.argsort(columns[0])
     index, labels, classes, probabilities, losses, *logits = (column[order] for column in columns)
     return Predictions(index, labels, classes, probabilities, losses, logits[0] if logits else None)
+
+
+def _answered(predict: Predict, batch: Batch, loss: str, device: torch.device, keep_logits: bool) -> list[torch.Tensor]:
+    """Of each slot, on the host: best classes [B, 5], their shares [B, 5], losses [B], and logits [B, classes]."""
+    batch = batch.to(device)
+    logits = predict(batch.images).float()
+    losses = per_image_loss(logits, batch.labels, batch.label_weights, loss)
+    shares = logits.softmax(dim=-1) if loss == "softmax" else logits.sigmoid()
+    classes = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
+    answers = classes, shares.gather(1, classes), losses, *([logits] if keep_logits else [])
+    return [answer.cpu() for answer in answers]
 
 
 def _same_width(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -180,7 +191,7 @@ def ranks_classes(manifest: Manifest, num_images: int, num_classes: int, max_log
 
 
 def logit_bytes(num_images: int, num_classes: int) -> int:
-    """Returns what the logits of all images take on every rank, in float32."""
+    """Returns what the logits of all images take on rank 0, in float32."""
     return 4 * num_images * num_classes
 
 

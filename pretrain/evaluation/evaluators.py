@@ -3,17 +3,20 @@
 pretrain.tasks is imported only where a task is scored: it reads timm's lists, a second that a run's start is spared.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pretrain.checkpoint import behind
 from pretrain.cluster import agreement, ranks
 from pretrain.data.loader import Batch
 from pretrain.data.manifest import Manifest
 from pretrain.evaluation import fewshot, knn, probe
 from pretrain.evaluation.classification import (
     OFFICIAL,
+    EvaluationStopped,
     Predictions,
     Score,
     among,
@@ -29,6 +32,8 @@ from pretrain.shards.examples import sample_names
 
 if TYPE_CHECKING:
     from pretrain.tasks.table import Task
+
+_LOOK_EVERY_S = 0.02
 
 
 class Row(NamedTuple):
@@ -65,7 +70,7 @@ class Found(NamedTuple):
     """What an evaluator returns."""
 
     rows: list[Row]
-    predictions: Predictions | None = None  # of each image, where the head was scored
+    predictions: Predictions | None = None  # of each image, where the head was scored; on rank 0
     chosen: Mapping[str, Any] = {}  # by the evaluator, for the record of its `protocol`: {"c": 0.1}
 
 
@@ -106,14 +111,21 @@ def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
             stop_agreed=subject.stop_agreed,
             keep_logits=keep_logits,
         )
-    n = len(found.index)
+    scores = on_main(partial(_scores, found, job), subject.stop_agreed)
+    n = scores[0].n
     if n < num_scored and ranks.is_main():
         subject.tell(f"{manifest.path}: {num_scored - n} of {num_scored} images cannot be read: not scored")
+    return Found(job.rows(scores), predictions=found)
+
+
+def _scores(found: Predictions | None, job: Job) -> list[Score]:
+    assert found is not None
     scores = scores_of(found)
     if job.task and job.task.official_metric in OFFICIAL:
         official = OFFICIAL[job.task.official_metric]
-        scores.append(Score(job.task.official_metric, official(found.labels[:, 0], found.classes[:, 0]), n))
-    return Found(job.rows(scores), predictions=found)
+        value = official(found.labels[:, 0], found.classes[:, 0])
+        scores.append(Score(job.task.official_metric, value, len(found.index)))
+    return scores
 
 
 def _told(batches: Iterable[Batch], tell: Callable[[], None]) -> Iterator[Batch]:
@@ -145,7 +157,7 @@ def few_shot(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
         num_regressions = len(subject.shots) * len(fewshot.SEEDS)
         with subject.progress(f"few-shot, {name}", num_regressions, "regressions") as advance:
             solve = partial(fewshot.fewshot, shots=subject.shots, progress=advance)
-            rows += job.rows(on_features(solve, features), name)
+            rows += job.rows(on_features(solve, features, subject.stop_agreed), name)
     return Found(rows)
 
 
@@ -167,18 +179,20 @@ def nearest_neighbours(subject: Subject, job: Job, sets: dict[str, Images]) -> F
     features = subject.features(TRAINED, subject.extract, sets, "knn")
     with subject.progress(job.name, len(sets["test"].indices), "images") as advance:
         solve = partial(knn.knn, device=subject.device, progress=advance)
-        return Found(job.rows(on_features(solve, features)))
+        return Found(job.rows(on_features(solve, features, subject.stop_agreed)))
 
 
 def linear_probe(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
     """Logistic regression on all training images."""
     features = subject.features(TRAINED, subject.extract, sets, "probe")
     with subject.progress(job.name, len(probe.GRID) + 1, "regressions") as advance:
-        scores, c = on_features(partial(probe.probe, progress=advance), features)
+        scores, c = on_features(partial(probe.probe, progress=advance), features, subject.stop_agreed)
     return Found(job.rows(scores), chosen={"c": c})
 
 
-def on_features(solve: Callable[..., Any], features: list[Features | None]) -> Any:
+def on_features(
+    solve: Callable[..., Any], features: list[Features | None], stop_agreed: Callable[[], bool] = lambda: False
+) -> Any:
     """Returns on every rank what `solve` says of training and test features, which rank 0 alone has."""
 
     def solved() -> Any:
@@ -186,7 +200,21 @@ def on_features(solve: Callable[..., Any], features: list[Features | None]) -> A
         assert train is not None and test is not None
         return solve(*train, *test)
 
-    return agreement.from_main(solved)
+    return on_main(solved, stop_agreed)
+
+
+def on_main(solve: Callable[[], Any], stop_agreed: Callable[[], bool] = lambda: False) -> Any:
+    """Returns on every rank what `solve` returns, or raises, on rank 0; it may take longer than a collective.
+
+    The others wait with signs of life. Raises EvaluationStopped on all ranks when `stop_agreed` says so meanwhile.
+    """
+    main = ranks.is_main()
+    work = behind.Job(lambda: main and solve(), behind=main)
+    while agreement.any_rank(not work.done):
+        if stop_agreed():
+            raise EvaluationStopped
+        time.sleep(_LOOK_EVERY_S)
+    return agreement.from_main(work.result)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

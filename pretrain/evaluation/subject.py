@@ -65,7 +65,7 @@ class Subject:
     own: DataConfig  # how it sees images itself
     readings: Mapping[str, Reading]  # of the kinds of evaluation that see images otherwise
     shots: Sequence[int]  # few-shot's images per class
-    max_logit_bytes: int  # of float32 on every rank; above it there is no mean average precision
+    max_logit_bytes: int  # of float32 on rank 0; above it there is no mean average precision
     baselines: Mapping[str, Callable[[], Extract]] = field(default_factory=dict)  # features that few-shot compares with
     shared: Collection[Path] = ()  # data sets that the head is scored on more than once
     stop_agreed: Callable[[], bool] = lambda: False

@@ -79,7 +79,11 @@ def _takes_image_size(name: str, image_size: int) -> bool:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compiles each block of a ViT on its own: seconds instead of minutes, and parameter names stay as they are."""
+    """Compiles each block of a ViT on its own: seconds instead of minutes, and parameter names stay as they are.
+
+    Each size of a batch has its own code; there are two, training's and evaluation's, which are filled up. Else the
+    second one would be compiled for any size, and a run that resumes by a validation would train by other kernels.
+    """
     blocks = getattr(model, "blocks", None)
     for module in blocks if isinstance(blocks, nn.Sequential) else [model]:
-        module.compile()
+        module.compile(dynamic=False)

@@ -21,6 +21,37 @@ class Failures:
         return 3600 * self.mtbf_gpu_h / num_gpus
 
 
+# What a save takes however small a rank's part is: the check before it and the agreements; fsyncs, and waiting for the
+# steps in which the ranks tell that they are done. Assumed.
+_LEAST_WAIT_S, _LEAST_BEHIND_S = 0.05, 1.0
+
+
+@dataclass(frozen=True)
+class Saves:
+    """What a checkpoint costs. Each GPU copies its own part into host memory, each node writes those of its GPUs."""
+
+    num_bytes: int
+    behind: bool  # written behind the training, which waits for the copies alone
+    copy_rate: float  # of a GPU, bytes per second
+    write_rate: float  # of a node, bytes per second
+    gpus_per_node: int
+    waits_given_s: float | None  # --save-s: on any number of GPUs
+
+    def waits_s(self, num_gpus: int) -> float:
+        """Returns how long a save keeps training waiting."""
+        if self.waits_given_s is not None:
+            return self.waits_given_s
+        return _LEAST_WAIT_S + self.num_bytes / num_gpus / self.copy_rate if self.behind else self._written_s(num_gpus)
+
+    def behind_s(self, num_gpus: int) -> float:
+        """Returns how long a save goes on behind the training: it counts then, and the next one begins no sooner."""
+        return self._written_s(num_gpus) if self.behind else 0.0
+
+    def _written_s(self, num_gpus: int) -> float:
+        nodes = -(-num_gpus // self.gpus_per_node)
+        return _LEAST_BEHIND_S + self.num_bytes / nodes / self.write_rate
+
+
 def best_interval_s(save_s: float, mtbf_s: float) -> float:
     """Returns the seconds of training between two saves that lose least time (Young)."""
     return math.sqrt(2 * save_s * mtbf_s)

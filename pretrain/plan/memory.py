@@ -190,10 +190,10 @@ def _phases(
     if layout.stage == 2:
         own = 4 * part if in_float32 else item * (part + shared)
         before = own if layout.accumulation > 1 else 0
-        joined = item * filled if layout.num_ranks > 1 or in_float32 else 0  # slices of several ranks, copied together
-        if in_float32:
-            joined += 4 * largest
-        reduced = own + joined if in_float32 or bucket < p else max(own, joined)
+        joins = layout.num_ranks > 1 or in_float32  # slices of several ranks, copied together
+        joined, joined_next = (item * elements * joins for elements in (filled, min(bucket, p - filled)))
+        # Own gradients are allocated behind the first reduction; those of several micro-batches live since the first.
+        reduced = own + joined + 4 * largest if in_float32 else max(joined, own + joined_next)
         end = item * bucket + reduced + left + pending
         return item * bucket + before + saved + start, end, own if in_float32 else item * shared + (2 * item + 4) * part
     gathered = item * min(p, _LIVE_ELEMENTS) if layout.num_ranks > 1 else 0

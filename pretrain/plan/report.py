@@ -1,12 +1,12 @@
 """The plan as a value, and as tables of 80 columns: what to do first, what it rests on last."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pretrain import cli
 from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.plan.choose import MICRO_BATCHES, Choice, best, layout_of, price, smallest
-from pretrain.plan.failures import Failures, best_interval_s, goodput
+from pretrain.plan.failures import Failures, Saves, best_interval_s, goodput
 from pretrain.plan.memory import STAGES, activation_bytes, moment_bytes
 from pretrain.plan.speed import Cluster, communication_s, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
@@ -28,8 +28,7 @@ class Assumptions:
     price_per_gpu_h: float
     loader_rate: float  # images per second and core
     image_bytes: float
-    save_s: float  # training waits for so long
-    disk_s: float  # a save that is written behind the training needs so long until it counts, and the next may begin
+    saves: Saves
     failures: Failures
 
 
@@ -224,25 +223,33 @@ def _show_saving(config: Config, choice: Choice, given: Assumptions) -> dict[str
     rows, values = [], []
     for count in sorted({*GOODPUT_GPUS, choice.layout.num_ranks}):
         mtbf = given.failures.mtbf_s(count)
-        interval = _best_interval_s(given, count)
-        waits = (given.save_s + max(0.0, given.disk_s - i) for i in (interval, every_s))  # for the save before it too
-        at_best, as_is = (goodput(i, wait, given.failures, count) for i, wait in zip((interval, every_s), waits))
-        rows.append([f"{count:,}", _span(mtbf), _span(interval), f"{at_best:.1%}", f"{as_is:.1%}"])
-        values.append({"gpus": count, "mtbf_s": mtbf, "interval_s": interval, "goodput": at_best, "as_set": as_is})
+        interval, wait, behind = _best_interval_s(given, count), given.saves.waits_s(count), given.saves.behind_s(count)
+        # A failure while it is written, and what was trained since the copy, costs the save.
+        failures = replace(given.failures, restart_s=given.failures.restart_s + behind)
+        waits = (wait + max(0.0, behind - i) for i in (interval, every_s))  # for the save before it too
+        at_best, as_is = (goodput(i, waited, failures, count) for i, waited in zip((interval, every_s), waits))
+        cells = _span(mtbf), _seconds(wait), _seconds(behind), _span(interval), f"{at_best:.1%}", f"{as_is:.1%}"
+        rows.append([f"{count:,}", *cells])
+        values.append(
+            {"gpus": count, "mtbf_s": mtbf, "waits_s": wait, "behind_s": behind}
+            | {"interval_s": interval, "goodput": at_best, "as_set": as_is}
+        )
     best_steps = _best_interval_s(given, choice.layout.num_ranks) / choice.step.total_s
     told = f"{size / 1e9:.2f} GB each, {kept} on the disk: {size * kept / 1e9:,.1f} GB"
     cli.print_table(
         f"Checkpoints: {told}",
-        ["GPUs", "fails every", "save every", "goodput", f"as set ({_span(every_s)})"],
+        ["GPUs", "fails every", "waits", "behind", "save every", "goodput", "as set"],
         rows,
-        caption=f"on {choice.layout.num_ranks} GPUs: checkpoint.every_steps={max(1, round(best_steps)):,} loses least",
+        caption=f"as set: every {_span(every_s)}; on {choice.layout.num_ranks} GPUs "
+        f"checkpoint.every_steps={max(1, round(best_steps)):,} loses least",
     )
     return {"checkpoint_bytes": size, "kept": kept, "every_s": every_s, "best_steps": best_steps, "goodput": values}
 
 
 def _best_interval_s(given: Assumptions, num_gpus: int) -> float:
     """Young's interval, but no shorter than the disk needs."""
-    return max(given.disk_s, best_interval_s(given.save_s, given.failures.mtbf_s(num_gpus)))
+    young = best_interval_s(given.saves.waits_s(num_gpus), given.failures.mtbf_s(num_gpus))
+    return max(given.saves.behind_s(num_gpus), young)
 
 
 def show_models(config: Config, cluster: Cluster, given: Assumptions, mfu_of: Any) -> list[dict[str, Any]]:
@@ -290,6 +297,10 @@ def _gib(size: float) -> str:
 
 def _days(seconds: float) -> str:
     return f"{seconds / DAY_S:,.1f} d" if seconds >= DAY_S else _span(seconds)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.2g} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def _span(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from pretrain.log import JsonLines, say, warn
 from pretrain.train.save import Saver
 from pretrain.train.state import TrainState
 
+MAX_RECORDS_KEPT = 10_000  # of all ranks: some MB on rank 0, when they come together
 MAX_SKIPPED_IN_A_ROW = 3  # steps whose loss or gradients are not finite; then the run stops
 
 
@@ -23,8 +25,8 @@ class Journal:
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._config = config
-        self._bad, self._skipped = JsonLines(folder / "bad_samples.jsonl"), JsonLines(folder / "skipped_steps.jsonl")
-        self._damaged = JsonLines(folder / "damaged_samples.jsonl")
+        self._bad, self._skipped = _Records(folder / "bad_samples.jsonl"), JsonLines(folder / "skipped_steps.jsonl")
+        self._damaged = _Records(folder / "damaged_samples.jsonl")
         self._samples = JsonLines(folder / f"samples-{ranks.rank():05d}.jsonl") if config.log.samples else None
 
     def ask(
@@ -60,6 +62,25 @@ class Journal:
         stopping, failed, num_valid, damaged, done, *bad = answer().tolist()
         if done == ranks.world_size():
             saver.advance()
+        try:
+            self._note_losses(state, batch, result, num_valid, damaged, bad)
+        except (BadSamplesError, NonFiniteError):
+            self.write_down()  # the message says that they are named there
+            raise
+        return bool(stopping or failed)
+
+    def write_down(self) -> None:
+        """Writes on rank 0 what all ranks have left out since the last time. Called by all ranks.
+
+        Due at log lines and before saves: a resumed run meets again whatever came behind its checkpoint.
+        """
+        self._bad.write()
+        self._damaged.write()
+
+    def _note_losses(
+        self, state: TrainState, batch: Batch, result: StepResult, num_valid: float, damaged: float, bad: list[float]
+    ) -> None:
+        """What the step has lost, over all ranks."""
         if any(bad):
             self._note_bad(state, batch, [int(count) for count in bad])
         if damaged:
@@ -76,29 +97,28 @@ class Journal:
             state.skipped_in_a_row = 0
         else:
             self._note_skipped(state, batch, result)
-        return bool(stopping or failed)
 
     def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
         for reason, count in zip(REASONS, counts):
             state.bad_samples[reason] = state.bad_samples.get(reason, 0) + count  # an older run may not know it
-        records = _written(self._bad, state.step, batch.bad)
+        self._bad.add(state.step, batch.bad, sum(counts))
         seen = state.step * self._config.data.global_batch
         total = sum(state.bad_samples.values())
         state.recent_bad = count_recent(state.recent_bad, seen, sum(counts))
-        if records and _worth_telling(total, sum(counts)):
+        if _worth_telling(total, sum(counts)) and (last := self._bad.write()):
             say(
                 f"warning: {total} of {seen} samples so far could not be used, the last: "
-                f"{records[-1].shard}: {records[-1].detail}"
+                f"{last['shard']}: {last['detail']}"
             )
         check_bad_fraction(state.bad_samples, state.recent_bad, seen, self._config.data.max_bad_fraction)
 
     def _note_damaged(self, state: TrainState, batch: Batch, count: int) -> None:
         state.damaged_samples += count
-        records = _written(self._damaged, state.step, batch.damaged)
-        if records and _worth_telling(total := state.damaged_samples, count):
+        self._damaged.add(state.step, batch.damaged, count)
+        if _worth_telling(total := state.damaged_samples, count) and (last := self._damaged.write()):
             say(
                 f"warning: {total} damaged images so far, used all the same (data.strict_images=true leaves them out; "
-                f"damaged_samples.jsonl names them), the last: {records[-1].shard}: {records[-1].detail}"
+                f"damaged_samples.jsonl names them), the last: {last['shard']}: {last['detail']}"
             )
 
     def _note_skipped(self, state: TrainState, batch: Batch, result: StepResult) -> None:
@@ -118,12 +138,33 @@ class Journal:
             )
 
 
-def _written(log: JsonLines, step: int, records: list[BadRecord]) -> list[BadRecord]:
-    """Returns the records of all ranks on rank 0, which writes them down; none on the others."""
-    gathered = [record for of_rank in agreement.to_main(records) for record in of_rank]
-    for record in gathered:
-        log.append({"step": step, **record._asdict()})
-    return gathered
+class _Records:
+    """A log of all ranks' records, kept where they were met: to gather them costs milliseconds at hundreds of ranks."""
+
+    def __init__(self, path: Path) -> None:
+        self._log = JsonLines(path)
+        self._rows: list[dict[str, Any]] = []  # of this rank, in order
+        self._count = 0  # of all ranks
+
+    def add(self, step: int, records: list[BadRecord], count: int) -> None:
+        """Keeps this rank's records of a step in which all ranks together have `count`. Called by all ranks."""
+        self._rows += [{"step": step, **record._asdict()} for record in records]
+        self._count += count
+        if self._count >= MAX_RECORDS_KEPT:
+            self.write()
+
+    def write(self) -> dict[str, Any] | None:
+        """Writes all ranks' records on rank 0, by step and then by rank, in one piece; returns the last one there.
+
+        Called by all ranks. None on the others, and where there was nothing to write.
+        """
+        if not self._count:
+            return None
+        gathered = [row for of_rank in agreement.to_main(self._rows) for row in of_rank]
+        gathered.sort(key=lambda row: row["step"])
+        self._log.append(*gathered)
+        self._rows, self._count = [], 0
+        return gathered[-1] if gathered else None
 
 
 def _worth_telling(total: int, added: int) -> bool:

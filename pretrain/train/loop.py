@@ -57,6 +57,7 @@ def loop(
             stopping = journal.note(state, batch, result, saver, answer)
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
+            journal.write_down()
             log.scalars(state.step, meter.read(state, data, lr, result, engine))
         _set_due(config, data, state)
         with meter.paused():
@@ -68,6 +69,7 @@ def loop(
                 with saver.saved_before_errors(state, meter):
                     stopping = evaluate(config, data, engine, state, log, stop)
             if due(state.step, config.checkpoint.every_steps) or last or stopping:
+                journal.write_down()
                 saver.save(state, meter, must_succeed=last or stopping)
         if stopping:
             agreement.raise_together(following.error if following else None)

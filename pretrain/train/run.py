@@ -298,7 +298,10 @@ def _branch_point(config: Config, data: DataSets) -> Path:
 
 
 def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
-    saved, reader = agreement.together(lambda: (resumed(checkpoint), CheckpointReader(checkpoint)))
+    # Rank 0 checks the index for all: at hundreds of ranks it has a hundred thousand rows and more.
+    saved, reader = agreement.together(
+        lambda: (resumed(checkpoint), CheckpointReader(checkpoint, checked=not ranks.is_main()))
+    )
     engine.load(reader, saved.engine)
     state = saved.train
     same_ranks = saved.world_size == ranks.world_size()

@@ -103,7 +103,6 @@ class Saver:
         watchdog.section("save", state.step)
         engine = self._engine
         engine.check()
-        self._log.sync()
         state.window = meter.window()
         tensors = engine.weights(), engine.moments(), engine.generators()
         self._under_way = Save(
@@ -113,6 +112,7 @@ class Saver:
             self._everything_else(state),
             engine.averages(),
             copies=self._copies,
+            before_published=self._log.sync,  # what it covers
             when_published=self._delete_old,
         )
         if must_succeed and not self.finish():
@@ -180,14 +180,16 @@ class Saver:
             raise
 
     def _everything_else(self, state: TrainState) -> dict[str, Any]:
-        """What is not a tensor, as state.json holds it."""
-        config, data = self._config, self._data
+        """What is not a tensor, as state.json holds it, on rank 0, which writes it. Called by all ranks."""
+        config, data, of_engine = self._config, self._data, self._engine.state()
+        if not ranks.is_main():
+            return {}
         of_data = fingerprint(data.train, data.order)
         return {
             "step": state.step,
             "train": asdict(state),
             "metrics": state.metrics,
-            "engine": self._engine.state(),
+            "engine": of_engine,
             "data": of_data,
             "receipt": receipt(state, data.order, of_data["order"]),
             "starts_sha256": digest_of_starts(config.output / config.name),

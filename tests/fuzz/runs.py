@@ -114,7 +114,7 @@ def _read(run: Path, name: str, also: Sequence[str], data: bytes, own: Path) -> 
         elif choice == 1:
             write_report(runs, own / "out")
     finally:
-        for path in own.glob("*.jsonl"):
+        for path in [own / file for file in (name, *also) if file.endswith(".jsonl")]:  # the others are links
             rewind(path, 7)
 
 
