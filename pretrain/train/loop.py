@@ -66,6 +66,7 @@ def loop(
             if (state.validation_due or state.features_due) and not stopping:
                 profile.end()  # it is of steps alone
                 saver.finish()  # the steps that would take it further are far away
+                journal.write_down()
                 with saver.saved_before_errors(state, meter):
                     stopping = evaluate(config, data, engine, state, log, stop)
             if due(state.step, config.checkpoint.every_steps) or last or stopping:
