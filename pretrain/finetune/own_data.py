@@ -98,7 +98,7 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
     for name, manifest in manifests.items():
         check_shards(manifest)
         if name != "train":
-            told += filter(None, [read_as(manifest, manifests["train"])[1]])
+            told += _read_as(name, manifest, manifests["train"])
     learnt = manifests["train"]
     return OwnData(
         train=ready["train"],
@@ -109,6 +109,12 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
         class_names=learnt.class_names or tuple(map(str, range(learnt.num_classes))),
         told=tuple(told),
     )
+
+
+def _read_as(name: str, manifest: Manifest, train: Manifest) -> list[str]:
+    """What is to be told of the classes of val or test; by the parts' names, since a page tells nobody's folders."""
+    told = read_as(manifest, train)[1]
+    return [told.replace(str(manifest.path), name).replace(str(train.path), "train")] if told else []
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
