@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from pretrain.cluster.jobs import PART_OF
 from pretrain.cluster.slurm import rank_so_far  # not cluster.ranks, which imports torch: a wrong key is told at once
 from pretrain.errors import StorageError, UserError
 from pretrain.escape import shown
@@ -150,6 +151,12 @@ def _flush() -> int:
 def tell(line: object, stream: TextIO | None = None) -> None:
     """Prints a line that may hold names of files and classes, which do nothing to the terminal."""
     print(shown(line), file=stream or sys.stdout, flush=True)
+
+
+def tell_next(what: str) -> None:
+    """Prints what to do next, unless another command has started this one and will say it."""
+    if PART_OF not in os.environ:
+        tell(f"next: {what}")
 
 
 def print_table(

@@ -260,7 +260,7 @@ _SHARES = ("top1", "top5", "data_wait", "mean_average_precision", "mean_per_clas
 def _worth_a_look(name: str, value: float) -> bool:
     """The console shows what one watches; the rest, and counts of nothing, are in the files."""
     counts, quiet = (
-        ("train/bad_samples", "train/skipped_steps", "train/loss_spikes"),
+        ("train/bad_samples", "train/damaged_samples", "train/skipped_steps", "train/loss_spikes"),
         ("train/tflop_per_s", "train/epoch", "train/own_s", "train/own_s_max", "train/slow_rank"),
     )
     return name not in quiet and not (name in counts and value == 0)

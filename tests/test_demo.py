@@ -20,7 +20,7 @@ open(sys.argv[1], "w").write("saved")
 def test_an_interrupt_lets_a_command_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C reaches both: the demo ends when the command that it runs has saved and ended."""
     demo = load_tool("demo")
-    monkeypatch.setattr(demo, "environment", lambda **_: None)  # which imports torch
+    monkeypatch.setattr(demo, "environment", lambda **_: {})  # which imports torch
     with pytest.raises(KeyboardInterrupt):
         demo._run(sys.executable, "-c", SAVES, tmp_path / "state")
     assert (tmp_path / "state").read_text() == "saved"

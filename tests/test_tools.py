@@ -15,6 +15,7 @@ from tiny import NUM_CLASSES, make_shards, tiny_config
 from weights_on_disk import ROOT, save_run
 
 from pretrain import cli
+from pretrain.cluster.jobs import start
 from pretrain.evaluation.evaluators import EVALUATORS
 from pretrain.evaluation.names import NEEDS
 from pretrain.models.convert import TARGETS
@@ -212,6 +213,15 @@ def test_tables_fit_80_columns_and_lose_no_digit(letters: int, capsys: pytest.Ca
     figures = [f"{place}.{place:08d}" for place in range(10, 22)]
     cli.print_table("title", ("name", *figures), [(name, *figures)])
     assert any(all(figure in line for figure in figures) for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_outermost_command_alone_says_what_is_next(capfd: pytest.CaptureFixture[str]) -> None:
+    """A training that a sweep has started has no next command of its own."""
+    cli.tell_next("this")
+    nested = [sys.executable, "-c", "from pretrain import cli; cli.tell('here'); cli.tell_next('that')"]
+    assert start(nested, {**os.environ, "PYTHONPATH": str(ROOT)}) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("$ ")]
+    assert lines == ["next: this", "here"]
 
 
 def test_a_terminal_hears_that_it_takes_seconds() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pretrain import cli
-from pretrain.cluster.jobs import STOPPED, run_job
+from pretrain.cluster.jobs import PART_OF, STOPPED, run_job
 from pretrain.cluster.local import environment, gpu_is_here, launcher, launcher_or_python
 from pretrain.config import load_config
 from pretrain.errors import UserError
@@ -111,7 +111,8 @@ def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
     words = [str(word) for word in command]
     cli.tell("$ " + " ".join([Path(words[0]).name, *words[1:]]))
     with log.open("wb") as file:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment(num_threads=1), stdout=file, stderr=file)
+        own = {**environment(num_threads=1), PART_OF: "1"}
+        process = subprocess.Popen(words, cwd=ROOT, env=own, stdout=file, stderr=file)
     try:
         yield
         process.wait()

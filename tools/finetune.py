@@ -257,7 +257,7 @@ def _show(found: list[dict[str, Any]], out: Path, *, vtab: bool) -> None:
             cli.tell(f"{line['task']}: not the paper's protocol: {'; '.join(line['differs'])}")
     beside = paper_table([summary(run) for run in read_runs([out])])
     cli.print_table("top-1 beside the paper's", beside.header, beside.rows, text_columns=beside.text_columns)
-    cli.tell(f"next: python tools/report.py {shlex.quote(str(out))}")
+    cli.tell_next(f"python tools/report.py {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

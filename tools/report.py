@@ -35,7 +35,7 @@ def main() -> None:
     out = arguments.out or arguments.runs[0] / "report"
     for path in write_report(read_runs(arguments.runs), out):
         cli.tell(path)
-    cli.tell(f"next: open {out / 'report.html'} in a browser")
+    cli.tell_next(f"open {out / 'report.html'} in a browser")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
     with one_at_a_time(out):
         _begin(folder, out, made, shorter_side)
         ready = {name: _ready(name, part, folder, notes, shorter_side) for name, part in found.items()}
-    told += [f"{kind}: {number:,}" for kind, number in (notes.passed_over + notes.notes).most_common()]
+    for title, numbers in (("passed over", notes.passed_over), ("pictures", notes.notes)):
+        told += [f"{title}: {number:,} {kind}" for kind, number in numbers.most_common()]
     for name, part in made.items():
         if dropped := read_dropped(folder / name):
             images = "1 image is" if len(dropped) == 1 else f"{len(dropped):,} images are"

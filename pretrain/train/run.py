@@ -12,6 +12,7 @@ import torch
 
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_newer
 from pretrain.checkpoint.read import CheckpointReader
+from pretrain.cli import tell_next
 from pretrain.cluster import agreement, peers, ranks, signals, watchdog
 from pretrain.config import Config, model_name
 from pretrain.data.classes import match_classes
@@ -110,7 +111,8 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
         mark_done(folder, state.step, state.metrics)
         say(f"done: {folder}, step {state.step}" + "".join(f", {in_words(k, v)}" for k, v in state.metrics.items()))
-        say(f"next: python tools/report.py {shlex.quote(str(folder))}")
+        if ranks.is_main():
+            tell_next(f"python tools/report.py {shlex.quote(str(folder))}")
     else:
         ending.note(folder, f"asked to stop; saved at step {state.step}")
         say(f"stopped as asked at step {state.step}; the same command goes on from there")
