@@ -266,8 +266,7 @@ def test_what_is_missing_names_the_command_that_adds_it(tmp_path: Path) -> None:
     assert "Never validated" in text and "1 steps</text>" in text and "m</text>" not in text  # no thousandths of a step
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_confusion_of_classes_is_shown(browser: Browser, tmp_path: Path, width: int) -> None:
+def test_confusion_of_classes_is_shown(browser: Browser, tmp_path: Path) -> None:
     """Of a run that tools/evaluate.py has scored: a picture and the most frequent mistakes, within the screen."""
     run = make_run(tmp_path)
     add_evaluation(run)
@@ -277,8 +276,8 @@ def test_confusion_of_classes_is_shown(browser: Browser, tmp_path: Path, width: 
     (run / "evaluation" / "wrong.json").write_text(json.dumps(wrong))
     path = tmp_path / "page.html"
     path.write_text(html_of(run))
-    opened(browser, path, width=width)
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    opened(browser, path, width=PHONE)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= PHONE
     assert browser.evaluate("window.hurt") is None
     cells = browser.evaluate("document.querySelectorAll('.confusion rect').length")
     assert cells >= 30 and "what is taken for what" in browser.evaluate("document.body.innerText")
