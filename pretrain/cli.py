@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from pretrain.cluster.jobs import PART_OF
 from pretrain.cluster.slurm import rank_so_far  # not cluster.ranks, which imports torch: a wrong key is told at once
 from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
@@ -153,6 +154,12 @@ def tell(line: object, stream: TextIO | None = None) -> None:
     print(shown(line), file=stream or sys.stdout, flush=True)
 
 
+def tell_next(what: str) -> None:
+    """Prints what to do next, unless another command has started this one and will say it."""
+    if PART_OF not in os.environ:
+        tell(f"next: {what}")
+
+
 def print_table(
     title: str,
     header: Sequence[str],
@@ -160,27 +167,41 @@ def print_table(
     *,
     text_columns: Sequence[int] = (0,),
     caption: str | None = None,
-    no_wrap: bool = False,
 ) -> None:
-    """Shows a table on the terminal, every cell as it is; text_columns are aligned left, the others hold figures."""
+    """Shows a table on the terminal, elsewhere in 80 columns: text_columns, aligned left, are folded where need be.
+
+    The others hold figures, which are never cut or folded: where they alone need more room, the table is wider.
+    """
     from rich.console import Console  # 0.1 s to import, only where it is used
     from rich.table import Table
     from rich.text import Text  # a str would be markup, in which a name may open or close a tag
 
     table = Table(title=Text(shown(title)), caption=None if caption is None else Text(shown(caption)))
-    for number, name in enumerate(header):
-        table.add_column(Text(shown(name)), justify="left" if number in text_columns else "right", no_wrap=no_wrap)
-    for row in rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    cells = [[Text(shown(cell)) for cell in row] for row in rows]
+    least = 1 + len(header) * _BETWEEN
+    for number, name in enumerate(map(shown, header)):
+        is_text = number in text_columns
+        widest = max((row[number].cell_len for row in cells), default=0)
+        own = min(_FOLDED, widest) if is_text else widest
+        words = max((len(word) for word in name.split()), default=0)  # a column's name is folded between words
+        least += max(own, words)
+        justify = "left" if is_text else "right"
+        table.add_column(Text(name), justify=justify, overflow="fold", min_width=max(own, words))
+    for row in cells:
+        table.add_row(*row)
+    wide = Console().width if sys.stdout.isatty() else _WIDTH
+    Console(width=max(wide, least)).print(table)
 
 
-_TELL_EVERY_S = 60.0  # of progress where there is no terminal: a job's log
+_WIDTH = 80  # columns of a table where there is no terminal
+_FOLDED = 12  # columns that a text has at least, if it is as long
+_BETWEEN = 3  # columns that a table's line and its blanks take between two cells
+_TELL_EVERY_S = 30.0  # of progress where there is no terminal: a job's log
 
 
 @contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar with rate and time left on a terminal, elsewhere a line on stderr each minute.
+    """Shows a progress bar with rate and time left on a terminal, elsewhere a line on stderr every 30 s.
 
     Yields a function that is told how many more are done; what it is told first may have been done before.
     """

@@ -1,6 +1,7 @@
-"""Text that others wrote, as a terminal and Markdown may show it: names of files and classes can hold anything."""
+"""Text that others wrote, as a terminal, Markdown and a page that travels may show it: names can hold anything."""
 
 import re
+from pathlib import Path
 
 
 def shown(text: object) -> str:
@@ -27,3 +28,28 @@ def code_in_markdown(text: object) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
     pad = " " * (plain[:1] == "`" or plain[-1:] == "`")
     return f"{fence}{pad}{plain}{pad}{fence}"
+
+
+# A path from the root on, with the letter in front of it: at the text's begin, or behind what stands before a path.
+_ABSOLUTE = re.compile(r"""(^|[\s='"\[(,])/(?:[^\s/'",\])]+/)*([^\s/'",\])]+/[^\s/'",\])]+)""", re.MULTILINE)
+
+
+def portable(text: str, *, whole: bool = False) -> str:
+    """Returns a text whose paths below the working folder are relative, and others cut to their last two parts.
+
+    A page that travels need not tell whose disk it was. whole: paths stay usable, so only the first is done.
+    """
+    here = str(Path.cwd())
+    if here != "/":
+        text = re.sub(rf"{re.escape(here)}(/|(?![^\s'\",\])]))", lambda found: "" if found[1] else ".", text)
+    return text if whole else _ABSOLUTE.sub(r"\1.../\2", text)
+
+
+def portable_path(path: Path | str) -> str:
+    """Returns what `portable` makes of a path that is the whole text, whatever letters are in it."""
+    found, here = Path(path), Path.cwd()
+    if not found.is_absolute():
+        return str(path)
+    if found.is_relative_to(here) and here != Path("/"):
+        return str(found.relative_to(here))
+    return str(Path("...", *found.parts[1:][-2:]))

@@ -21,6 +21,7 @@ from PIL import Image
 from pretrain.cluster import ranks
 from pretrain.errors import UserError
 from pretrain.escape import shown
+from pretrain.gpus import peak_flops
 from pretrain.json_files import Fields, parse_json
 from pretrain.storage import replacing, write_text
 
@@ -191,6 +192,8 @@ class RunLog:
         self._start_step, self._start_time = step, time.monotonic()
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._board: Any = None
+        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self._peak = peak and peak * ranks.world_size()
         if ranks.is_main():
             self._board = _board(folder / "tensorboard", step + 1)
 
@@ -203,9 +206,10 @@ class RunLog:
         if not on_console:
             return
         left = (time.monotonic() - self._start_time) / max(1, step - self._start_step) * (self._total_steps - step)
-        shown = "  ".join(
-            f"{name.removeprefix('train/')} {_short(v)}" for name, v in values.items() if _worth_a_look(name, v)
-        )
+        words = [in_words(name, value) for name, value in values.items() if _worth_a_look(name, value)]
+        if self._peak and (rate := values.get("train/tflop_per_s")):
+            words.append(f"mfu {1e12 * rate / self._peak:.1%}")  # of the peak in bf16
+        shown = "  ".join(words)
         say(f"step {step}/{self._total_steps} ({step / self._total_steps:.1%})  {shown}  left {duration(left)}")
 
     def image(self, name: str, image: torch.Tensor, meaning: Mapping[str, Any]) -> None:
@@ -271,14 +275,24 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
+_SHARES = ("top1", "top5", "data_wait", "mean_average_precision", "mean_per_class")
+
+
 def _worth_a_look(name: str, value: float) -> bool:
     """The console shows what one watches; the rest, and counts of nothing, are in the files."""
     counts, quiet = (
-        ("train/bad_samples", "train/skipped_steps", "train/loss_spikes"),
-        ("train/tflop_per_s", "train/memory_gb", "train/epoch", "train/own_s", "train/own_s_max", "train/slow_rank"),
+        ("train/bad_samples", "train/damaged_samples", "train/skipped_steps", "train/loss_spikes"),
+        ("train/tflop_per_s", "train/epoch", "train/own_s", "train/own_s_max", "train/slow_rank"),
     )
     return name not in quiet and not (name in counts and value == 0)
 
 
-def _short(value: float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def in_words(name: str, value: float) -> str:
+    """Returns a number of the log for the console, as the tables show it: shares in per cent, memory in GB."""
+    short = name.removeprefix("train/")
+    if name == "train/memory_gb":
+        return f"memory {value:.1f} GB"
+    last = short.rpartition("/")[2]
+    if isinstance(value, float) and (last in _SHARES or last.startswith(("fewshot_", "knn_"))):
+        return f"{short} {value:.2%}"
+    return f"{short} {value:.4g}" if isinstance(value, float) else f"{short} {value}"

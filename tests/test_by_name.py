@@ -25,7 +25,7 @@ from weights_on_disk import ROOT, in_memory, one_line, one_line_error, randomise
 from pretrain.data import remote
 from pretrain.errors import StorageError, UserError
 from pretrain.models.build import build_model
-from pretrain.models.by_name import check_name, fetched, is_name
+from pretrain.models.by_name import check_name, fetched, is_name, licence_of
 from pretrain.models.google import write_google
 from pretrain.models.published import BUCKET, FILES, SHORT, google_file
 from pretrain.models.timm_folder import write_timm_folder
@@ -105,6 +105,7 @@ def test_googles_file_is_fetched_once_and_said(
     assert line.startswith(f"{NAME}: fetching {site.url}/{IN_BUCKET} (0.1 MiB, Apache-2.0) to {kept}") and not told.out
     monkeypatch.setenv("PRETRAIN_GOOGLE_MODELS", DEAD)
     assert same("google:imagenet21k/ViT-B_16", model) and capsys.readouterr().err == ""
+    assert licence_of(NAME) == "apache-2.0"  # for the card
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
 
 
@@ -304,6 +305,7 @@ def test_a_repository_is_fetched_once_and_said(
     assert not told.out
     monkeypatch.setenv("HF_ENDPOINT", DEAD)
     assert same(OWNED, model) and capsys.readouterr().err == ""
+    assert (licence_of(OWNED), licence_of("hf-hub:some/other"), licence_of("runs/x")) == ("mit", None, None)
 
 
 def test_timms_name_is_its_repository_on_the_hub(

@@ -6,8 +6,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from weights_on_disk import ROOT, load_tool
 
-ROOT = Path(__file__).resolve().parents[1]
+SAVES = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: None)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(1)
+open(sys.argv[1], "w").write("saved")
+"""
+
+
+def test_an_interrupt_lets_a_command_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches both: the demo ends when the command that it runs has saved and ended."""
+    demo = load_tool("demo")
+    monkeypatch.setattr(demo, "environment", lambda **_: {})  # which imports torch
+    with pytest.raises(KeyboardInterrupt):
+        demo._run(sys.executable, "-c", SAVES, tmp_path / "state")
+    assert (tmp_path / "state").read_text() == "saved"
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
 from pretrain.evaluation.fewshot import fewshot
 from pretrain.evaluation.jobs import as_head_reads
+from pretrain.evaluation.names import NEEDS
 from pretrain.evaluation.results import pages, with_earlier
 from pretrain.models.build import build_model
 from pretrain.models.weights import read_weights, weights_sha256
@@ -354,11 +355,13 @@ def test_the_documented_evaluator_works(
     """docs/evaluation.md's function and row, as they stand there: scored by name, and kept by the next call."""
     train, _, run, model = places
     page = (ROOT / "docs" / "evaluation.md").read_text()
-    function, row = re.findall(r"```python\n(.*?)```", page.partition("## Adding an evaluator")[2], flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", page.partition("## Adding an evaluator")[2], flags=re.DOTALL)
+    function, row, needs = blocks
     names = dict(vars(evaluators))
     exec(function, names)
     for kind, evaluator in eval(f"{{{row}}}", names).items():
         monkeypatch.setitem(evaluators.EVALUATORS, kind, evaluator)
+        monkeypatch.setitem(NEEDS, kind, eval(f"{{{needs}}}")[kind])
     (tmp_path / "a").symlink_to(train.parent)
     options = ["--workers", 0, "--out", tmp_path / "out", "--data", tmp_path, "--tasks"]
     evaluate(run, *options, "mean:a")

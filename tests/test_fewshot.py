@@ -85,6 +85,16 @@ def test_a_class_with_too_few_images_uses_all_it_has_and_says_so_once(capfd: pyt
         fewshot(x, labels, x, labels, shots=[1, 25], seeds=[0])
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and "1 of 2 classes have fewer than 25 training images (class 1 has 3)" in lines[0]
+    assert "the ridge (l2 1024)" in lines[0] and "up to 3" in lines[0]
+
+
+def test_few_images_of_unequal_classes_are_the_ridges() -> None:
+    """What the warning says: of one image, two and four the largest class wins; with one of each they are apart."""
+    labels, tests = np.repeat([0, 1, 2], [1, 2, 4]), np.repeat([0, 1, 2], 10)
+    random = np.random.default_rng(0)
+    x, test_x = (np.eye(3)[of] * 9 + random.normal(size=(len(of), 3)) for of in (labels, tests))
+    found = {row.metric: row.value for row in fewshot(x, labels, test_x, tests, shots=[1, 5])}
+    assert found["1-shot"] > 0.9 and found["5-shot"] < 0.4
 
 
 def test_more_shots_of_a_seed_contain_the_fewer() -> None:

@@ -505,7 +505,12 @@ def test_a_whole_sweep(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "final-lr0.01-seed0",
         "final-lr0.01-seed1",
     ]
-    assert "pets: not the paper's protocol: steps: 4 instead of 500" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "pets: not the paper's protocol: steps: 4 instead of 500" in told
+    assert told.startswith(
+        "pets: 6 trainings: 4 to choose the rate, 2 final\npets: training 1 of 6: learning rate 0.001"
+    )
+    assert "pets: training 6 of 6: final, learning rate 0.01, seed 1\n" in told
 
     def never(*_: Any) -> int:
         raise AssertionError("trains again")

@@ -154,7 +154,37 @@ def test_pictures_that_would_be_left_out_are_refused_by_name(tmp_path: Path) -> 
         path.write_bytes(b"x")
         assert f"x.{ending}: .{ending} pictures cannot be read here" in refusal(folder_items, root)
         path.unlink()
+    for name in ("cat/b.heic", "cat/c.HEIC", "cat/a.nef", "notes.txt"):
+        (root / name).write_bytes(b"x")
+    told = refusal(folder_items, root)  # all of them, not one call each
+    assert "a.nef: .nef pictures cannot be read here; the first of 2 .heic, 1 .nef: convert them" in told
+    for path in root.rglob("?.[hn]*"):
+        path.unlink()
+    (root / "cat" / "c.HEIC").unlink(missing_ok=True)
     assert len(folder_items(root)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["train/cat/1.png", "test/cat/2.png"], None),
+        (["Train/cat/1.png", "validation/cat/2.png", "test/old/3.png"], None),
+        (["train/cat/1.png"], None),
+        (["train/1.png", "test/2.png"], ["test", "train"]),  # pictures of trains and tests
+        (["train/1.png", "train/old/2.png", "tram/3.png"], ["train", "tram"]),
+        (["train/old/1.png", "tram/new/2.png"], ["train", "tram"]),
+    ],
+)
+def test_parts_of_a_set_are_no_classes(tmp_path: Path, names: list[str], classes: list[str] | None) -> None:
+    """photos/train/CLASS and photos/test/CLASS: a set of two classes train and test would be learnt without a word."""
+    for number, name in enumerate(names):
+        picture(tmp_path / name, number)
+    (tmp_path / "notes.txt").write_text("x")
+    if classes is not None:
+        assert folder_items(tmp_path)[1] == classes
+        return
+    told = refusal(folder_items, tmp_path)
+    assert f"are parts of a set, which hold the classes; give one of them, {tmp_path / names[0][:5]}, and" in told
 
 
 def test_an_unreadable_file_costs_itself(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"escape"},
     {"errors"},
-    {"config", "cluster", "storage", "provenance", "json_files"},
+    {"config", "cluster", "storage", "provenance", "json_files", "gpus"},
     {"log"},
     {"cli", "losses", "optim", "checkpoint", "sizes"},
     {"data"},

@@ -7,13 +7,16 @@ import resource
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 
 from pretrain import log as log_module
+from pretrain.gpus import peak_flops
 from pretrain.log import JsonLines, RunLog, duration, rewind, sync
 
 
@@ -214,6 +217,45 @@ def test_tensorboard_that_cannot_begin(
 def test_duration(seconds: float, text: str) -> None:
     """Times are told as a person would."""
     assert duration(seconds) == text
+
+
+def test_the_console_shows_what_tables_show(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares in per cent, memory in GB, and the share of the peak where the GPU's is known; the files keep numbers."""
+    values = {"train/loss": 1.23456, "train/top1": 0.1234, "train/lr": 1e-3, "train/data_wait": 0.02}
+    values |= {"train/memory_gb": 12.34, "train/tflop_per_s": 400.0, "train/bad_samples": 0, "train/skipped_steps": 2}
+    for name, mfu in (("NVIDIA H100 80GB HBM3", "  mfu 40.4%"), ("NVIDIA GeForce RTX 4090", ""), (None, "")):
+        monkeypatch.setattr(torch.cuda, "is_available", partial(bool, name))
+        monkeypatch.setattr(torch.cuda, "get_device_name", partial(str, name))
+        log = RunLog(tmp_path, 0, 100)
+        log.scalars(50, values)
+        log.scalars(50, {"val/top1": 0.5, "val/fewshot_5": 0.25, "val/images": 101, "val/loss": 2.0})
+        log.close()
+        training, validation = capsys.readouterr().out.splitlines()
+        shown = "loss 1.235  top1 12.34%  lr 0.001  data_wait 2.00%  memory 12.3 GB  skipped_steps 2"
+        assert training.startswith(f"step 50/100 (50.0%)  {shown}{mfu}  left "), training
+        assert "  val/top1 50.00%  val/fewshot_5 25.00%  val/images 101  val/loss 2  left" in validation
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["train/top1"] == 0.1234
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_peaks_of_gpus(name: str, peak: float | None) -> None:
+    """By the names that torch gives them; a slower form of the same name is not taken for the sheet's."""
+    assert peak_flops(name) == peak
 
 
 def test_a_line_that_nobody_takes_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData, held_out, prepare
 from pretrain.finetune.own_folders import find_parts, name_of
-from pretrain.finetune.own_results import wilson
+from pretrain.finetune.own_results import _device, wilson
 from pretrain.finetune.own_runs import (
     default_size,
     differences,
@@ -173,7 +173,10 @@ def test_given_parts_are_used_as_they_are(shard_folder: Path, own_shards: Path, 
     photos(folder / "test", {"c": 3, "a": 1})
     data = prepared(folder, tmp_path / "out")
     assert (data.num_train, data.num_test, data.choose is not None) == (12, 4, True)
-    assert any("mapped by name" in line for line in data.told)
+    assert [line for line in data.told if "mapped by name" in line] == [
+        "val has 1 of the 3 classes of train, in another order: mapped by name",
+        "test has 2 of the 3 classes of train, in another order: mapped by name",
+    ]
     data = prepared(shard_folder, tmp_path / "other", own_shards / "manifest.json")
     assert (data.train, data.test) == (shard_folder / "manifest.json", own_shards / "manifest.json")
     assert not (tmp_path / "other/data/train").exists()
@@ -309,12 +312,20 @@ def test_protocol_by_size(num_train: int, steps: int, batch: int, warmup: int, h
     assert set(found.lr_grid) <= {0.001, 0.003, 0.01, 0.03}
 
 
-def test_sizes_of_images() -> None:
-    """384 px on a GPU, the weights' own on a CPU, for networks of timm's and where they are larger."""
-    plain, large = Start(None, ModelConfig(name="B"), None), Start(None, ModelConfig(name="B", image_size=512), None)
-    swin = Start(None, ModelConfig(name="timm:swin_tiny_patch4_window7_224"), None)
-    sizes = [default_size(start, on_gpu=on_gpu) for start in (plain, large, swin) for on_gpu in (True, False)]
-    assert sizes == [384, 224, 512, 512, 224, 224]
+@pytest.mark.parametrize(
+    ("model", "on_gpu", "on_cpu"),
+    [
+        ({"name": "B"}, 384, 224),
+        ({"name": "B", "image_size": 512}, 512, 512),
+        ({"name": "H", "patch_size": 14}, 378, 224),  # 27 patches, as Google's convolution makes of 384
+        ({"name": "Ti", "image_size": 32, "patch_size": 8}, 64, 32),  # the demo's
+        ({"name": "timm:swin_tiny_patch4_window7_224"}, 224, 224),
+    ],
+)
+def test_sizes_of_images(model: dict[str, Any], on_gpu: int, on_cpu: int) -> None:
+    """384 px on a GPU in whole patches, at most twice the weights' own; their own on a CPU, of timm's, and above it."""
+    start = Start(None, ModelConfig(**model), None)
+    assert (default_size(start, on_gpu=True), default_size(start, on_gpu=False)) == (on_gpu, on_cpu)
     assert [stored_side(size) for size in (32, 384, 512)] == [512, 512, 683]
 
 
@@ -343,6 +354,10 @@ def test_runs_of_own_data(tmp_path: Path) -> None:
     for part in ("32 images of 2 classes", "8 to test on", "0.003, 0.01, 0.03 on 6 of them", "batch 16 instead of 512"):
         assert part in told
     assert "model.dropout=0.1" in told and "workers" not in told
+    assert "rates 0.003 0.01 0.03 instead of 0.001 0.003 0.01 0.03" in told and "steps 80" not in told
+    cut = differences(plan(data, tmp_path / "out", steps=20, lr_grid=(0.01,)))
+    expected = {"steps 20 instead of 80", "warm-up 2 instead of 8", "rates 0.01 instead of 0.001 0.003 0.01 0.03"}
+    assert expected <= set(cut)
     photos(tmp_path / "split" / "train", {"a": 4, "b": 4})
     photos(tmp_path / "split" / "val", {"a": 2, "b": 2})
     photos(tmp_path / "split" / "test", {"a": 2, "b": 2})
@@ -395,6 +410,29 @@ def test_options_that_do_not_go_together(
     assert getattr(caught.value, "exit_code", None) == 2 or getattr(caught.value, "code", None) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lrr=1"], "optim.lrr"),
+        (["optim.momentum=fast"], "optim.momentum"),
+        (["optim.lr=0.1"], "the sweep sets optim.lr itself; give --lr"),
+        (["--lr", "2000"], "--lr is (2000.0,), expected positive rates"),
+        (["--image-size", "17"], "expected a multiple of the weights' patches of"),
+    ],
+)
+def test_wrong_words_are_told_before_photos_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], message: str
+) -> None:
+    """A set may be large: what no run can have is told at once, and nothing is written."""
+    folder, out = photos(tmp_path / "pets", {"cat": 2, "dog": 2}), tmp_path / "out"
+    save_run(tiny_config(tmp_path / "unused", tmp_path, name="weights"), ["other", "classes"])
+    call = [tmp_path / "weights", "--train", folder, "--out", out, *words]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, call)])
+    with pytest.raises(UserError) as caught:
+        load_tool("finetune").main()
+    assert message in one_line(caught.value) and not out.exists()
+
+
 # --- figures and page ------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +441,23 @@ def test_interval_is_wilsons(correct: int, number: int) -> None:
     """As scipy's, at the ends too."""
     expected = binomtest(correct, number).proportion_ci(0.95, method="wilson")
     assert wilson(correct, number) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ({"world_size": 1, "device": "NVIDIA H100", "device_type": "cuda"}, "one NVIDIA H100"),
+        ({"world_size": 4, "device": "NVIDIA H100", "device_type": "cuda"}, "4 x NVIDIA H100"),
+        ({"world_size": 2, "device": "AMD", "device_type": "cpu"}, None),
+        (None, None),
+    ],
+)
+def test_the_machine_is_that_of_the_last_start(tmp_path: Path, start: dict[str, Any] | None, expected: str) -> None:
+    """As many GPUs as the run had; on a CPU its cores."""
+    if start is not None:
+        (tmp_path / "starts.jsonl").write_text(f'{{"step": 0}}\n{json.dumps(start)}\n')
+    cores = len(os.sched_getaffinity(0))
+    assert _device(tmp_path) == (expected or f"{cores} CPU core{'s' * (cores > 1)}")
 
 
 SCRIPT = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 1'>\"'><svg onload=window.hurt=1>"

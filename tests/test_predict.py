@@ -52,6 +52,15 @@ def make_image(path: Path, seed: int) -> Path:
     return path
 
 
+def test_classes_without_names_are_told_once(tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """By their numbers, and a word on it, however many the images are."""
+    make_weights(tmp_path / "w", loss="softmax")
+    assert predict(tmp_path / "w", *(make_image(tmp_path / f"{seed}.png", seed) for seed in range(2))) == 0
+    told = capsys.readouterr()
+    assert told.err.count("has no class names, so classes are told by their numbers") == 1
+    assert {line.split()[-1] for line in told.out.splitlines() if "%" in line} == {"0", "1", "2"}
+
+
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid", None])
 def test_probabilities_are_the_models_own(
     loss: str | None, tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]

@@ -14,15 +14,16 @@ import pytest
 from tiny import tiny_config
 from weights_on_disk import one_line_error, run_tool
 
-from pretrain.config import config_to_yaml, model_from_dict
+from pretrain.config import config_to_yaml, model_from_dict, model_name
 from pretrain.errors import UserError
+from pretrain.escape import portable, portable_path
 from pretrain.log import TIME_FORMAT
 from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, differ_in_length, draw_panels, moving_mean
 from pretrain.report.fewshot import fewshot_chart
 from pretrain.report.figures import config_differences, losses_table, protocol_scores, starts_table, summary, targets
 from pretrain.report.page import html, markdown, write_report
 from pretrain.report.runs import read_runs
-from pretrain.report.story import duration, headline, millions, model_name, portable, sentence, training_seconds
+from pretrain.report.story import duration, headline, millions, sentence, training_seconds
 from pretrain.report.target import recipe_score
 from pretrain.tasks.table import VTAB
 
@@ -115,7 +116,8 @@ def test_the_tool_writes_its_files_of_overlaid_runs(tmp_path: Path) -> None:
     done = run_tool("report", *runs, "--out", tmp_path / "out")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.splitlines() == [
-        str(tmp_path / "out" / name) for name in ("report.html", "curves.png", "report.md", "report.json")
+        *(str(tmp_path / "out" / name) for name in ("report.html", "curves.png", "report.md", "report.json")),
+        f"next: open {tmp_path / 'out' / 'report.html'} in a browser",
     ]
     png = (tmp_path / "out" / "curves.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", png[16:24])) >= 800
@@ -162,7 +164,9 @@ def test_a_run_with_a_single_line_is_drawn(tmp_path: Path) -> None:
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     """By their paths; a bar in a name does not break the table."""
     runs = read_runs([make_run(tmp_path / "a", "same"), make_run(tmp_path / "b", "same")])
-    assert [run.name for run in runs] == [str(tmp_path / "a" / "same"), str(tmp_path / "b" / "same")]
+    assert [run.name for run in runs] == [".../a/same", ".../b/same"]
+    deep = [make_run(tmp_path / name / "x", "same") for name in "ab"]  # alike in their last two parts
+    assert [run.name for run in read_runs(deep)] == list(map(str, deep))
     values = {**summary(runs[0]), "run": "x|y"}
     assert r"| x\|y | 20 of 20" in markdown([values])
 
@@ -186,7 +190,7 @@ def test_what_was_left_out_is_counted_by_cause(tmp_path: Path) -> None:
     values = summary(read_runs([run])[0])
     assert values["bad_samples_by_cause"] == {"decode": 2, "tar": 1} and values["skipped_at"] == [13]
     table = losses_table([values])
-    assert table.header == ["run", "samples seen", "bad", "decode", "tar", "skipped steps"]
+    assert table.header == ["run", "samples seen", "bad samples", "decode", "tar", "skipped steps"]
     assert table.rows == [["tiny", "240", "2 (0.833%)", "2", "1", "1 (at 13)"]]
     assert [row[2:] for row in starts_table(values).rows] == [["0", "4", "a1"], ["10", "2", "b2"]]
 
@@ -362,8 +366,9 @@ def test_a_run_in_a_sentence(tmp_path: Path) -> None:
     one = read_runs([run])[0]
     assert training_seconds(one) == pytest.approx(sum(60 / rate for rate in (101, 102, 103, 104)))
     assert sentence(one, summary(one)) == (
-        "A ViT of width 32, depth 2, 2 heads, patches of 8 at 16 px (0.82M parameters), trained from random weights "
-        "on trees (96 images of 7 classes): 20 steps of 12 images (2.5 epochs) in 2 s on 2 CPU ranks (Some CPU)."
+        "A ViT of width 32, depth 2, 2 heads, patches of 8 px at 16 px (0.82M parameters), trained from random "
+        "weights on trees (96 images of 7 classes): 20 steps of 12 images (2.5 epochs) in 2 s on 2 CPU ranks "
+        "(Some CPU)."
     )
     assert headline(summary(one)) == (
         "0.00%",
@@ -463,14 +468,22 @@ def test_a_page_tells_nobodys_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     here = (
         f"x.py --config=/home/me/secret/configs/a.yaml data.train={tmp_path}/data/x [/a/b/c/d, '/a/b/c/e'] a/b /c /c/d"
     )
-    assert portable(here) == "x.py --config=.../configs/a.yaml data.train=data/x [.../c/d, '.../c/e'] a/b /c /c/d"
+    assert portable(here) == "x.py --config=.../configs/a.yaml data.train=data/x [.../c/d, '.../c/e'] a/b /c .../c/d"
     assert portable(f"{tmp_path}/runs/x", whole=True) == "runs/x" and portable("/a/b/c", whole=True) == "/a/b/c"
     run = make_run(tmp_path)
     with_recipe(run)
     start = {"step": 0, "command": ["/opt/someone/project/x.py", f"output={tmp_path}/runs"]}
     (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
-    text = write_report(read_runs([run]), tmp_path / "out")[0].read_text()
-    assert str(tmp_path) not in text and "someone" not in text and ".../project/x.py output=runs" in text
+    add_evaluation(run)
+    results = run / "evaluation" / "results.json"
+    weights, data = "/home/some one/my runs/x/step-5", {"val": {"path": f"{tmp_path}/data/x y", "sha256": "0"}}
+    results.write_text(json.dumps({**json.loads(results.read_text()), "weights": weights, "data": data}))
+    paths = write_report(read_runs([run]), tmp_path / "out")
+    page, text, values = (paths[number].read_text() for number in (0, 2, 3))
+    for written in (page, text, values):
+        assert str(tmp_path) not in written and "someone" not in written and "some one" not in written
+    assert ".../project/x.py output=runs" in page and '".../x/step-5"' in values and '"data/x y"' in values
+    assert [portable_path(path) for path in (tmp_path / "a b", "c/d", "/", "/a")] == ["a b", "c/d", "...", ".../a"]
 
 
 def test_differences_from_the_defaults(tmp_path: Path) -> None:

@@ -212,6 +212,9 @@ FILES: list[tuple[str, Any]] = [
     ("evaluation/wrong.json", {"items": [5]}),
     ("evaluation/wrong.json", {"items": [{**WRONG, "probability": 1e400}]}),
     ("evaluation/wrong.json", {"items": [{**WRONG, "path": 5}]}),
+    ("evaluation/wrong.json", {"items": [WRONG], "confusion": 5, "classes": ["a"]}),
+    ("evaluation/wrong.json", {"items": [WRONG], "confusion": [[0, 1, 1]], "classes": ["a"]}),
+    ("evaluation/wrong.json", {"items": [WRONG], "confusion": [[0, 0, 1]], "classes": 5}),
     ("evaluation/wrong.json", "[" * 100_000),
 ]
 

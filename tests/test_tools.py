@@ -14,6 +14,10 @@ from test_report import make_run
 from tiny import NUM_CLASSES, make_shards, tiny_config
 from weights_on_disk import ROOT, save_run
 
+from pretrain import cli
+from pretrain.cluster.jobs import start
+from pretrain.evaluation.evaluators import EVALUATORS
+from pretrain.evaluation.names import NEEDS
 from pretrain.models.convert import TARGETS
 from pretrain.models.formats import NPZ_NAMINGS, WRITABLE
 from pretrain.models.google import NAMINGS
@@ -41,6 +45,26 @@ MISSING = {
     "report": [[ABSENT]],
     "visualize": [[ABSENT], [HERE, "--image", ABSENT]],
 }
+# Calls with names and folders of which there is nothing to use, and a part of what is told.
+QUICK = {
+    "evaluate": [
+        ([HERE, "--tasks", "petz"], "'petz' is not a task"),
+        ([HERE, "--tasks", "pets"], "no data: pets: no test in data/pets"),
+        ([HERE, "--tasks", "near:pets"], "neither a task nor fewshot:NAME, knn:NAME or probe:NAME"),
+        ([HERE, "--tasks", "knn:mine,pets", "--data", HERE], "none of 2 sets is in "),
+    ],
+    "finetune": [
+        ([HERE, "--task", "petz"], "'petz' is not a task"),
+        ([HERE, "--task", "pets"], "no data: pets: no train, test in data/pets"),
+        ([HERE, "--task", "vtab"], "none of 19 sets is in data"),
+    ],
+    "make_shards": [
+        (["--task", "petz", HERE, "out"], "Did you mean: 'pets'?"),
+        (["--index", "gone-{000..127}.tar", "out"], "gone-000.tar: not found; expected shards"),
+        (["--index", "{a,b}/x.tar", "out"], "a/x.tar: not found; expected shards"),
+    ],
+    "report": [([HERE], "nothing to report")],
+}
 MAX_CPU_S = 0.5  # of any of these, beyond the interpreter's own
 INTERPRETER_S = 0.02  # on a machine with nothing else to do; where it takes longer, so may they
 IN_TURN = """
@@ -63,7 +87,8 @@ def wrong_calls(name: str, folder: Path) -> list[list[str]]:
     """--help, an option that there is not, and paths that are not there."""
     (folder / HERE).mkdir(exist_ok=True)
     places = {word: str(folder / word) for word in (ABSENT, HERE)}
-    return [["--help"], ["--no-such-option"], *([places.get(w, w) for w in words] for words in MISSING.get(name, ()))]
+    calls = [*MISSING.get(name, ()), *(words for words, _ in QUICK.get(name, ()))]
+    return [["--help"], ["--no-such-option"], *([places.get(w, w) for w in words] for words in calls)]
 
 
 @pytest.mark.parametrize("name", ["pretrain", *TOOLS])
@@ -76,9 +101,13 @@ def test_help_and_wrong_words_need_no_torch(name: str, tmp_path: Path) -> None:
     *ended, imported = [line for line in done.stdout.splitlines() if line.startswith(("exit ", "True", "False"))]
     assert ended == ["exit 0", *["exit 2"] * (len(calls) - 1)] and imported == "False", done.stdout + done.stderr
     assert "usage: " in done.stdout and "Traceback" not in done.stderr
-    told = [line for line in done.stderr.splitlines() if str(tmp_path / ABSENT) in line]
-    assert len(told) == len(calls) - 2 and all(line.startswith("error: ") for line in told), done.stderr
-    assert all("expected " in line or "cannot be read" in line for line in told)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    quick, num_missing = QUICK.get(name, ()), len(MISSING.get(name, ()))
+    assert len(told) == num_missing + len(quick), done.stderr
+    for line in told[:num_missing]:
+        assert str(tmp_path / ABSENT) in line and ("expected " in line or "cannot be read" in line)
+    for line, (_, said) in zip(told[num_missing:], quick):
+        assert said in line
 
 
 def cpu_seconds(*command: str, cwd: Path) -> float:
@@ -167,6 +196,32 @@ def test_an_interrupt_leaves_nothing_half_written(name: str, tmp_path: Path) -> 
 def test_formats_are_named_once_for_all() -> None:
     """What a command line offers before torch is imported is what there is."""
     assert WRITABLE == tuple(TARGETS) and set(NPZ_NAMINGS) < NAMINGS.keys()
+    assert list(NEEDS) == list(EVALUATORS)
+
+
+@pytest.mark.parametrize("letters", [5, 60, 200])
+def test_tables_fit_80_columns_and_lose_no_digit(letters: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Off a terminal: texts are folded, figures whole; where figures alone need more, the table is wider."""
+    name = "".join(chr(ord("a") + place % 26) for place in range(letters))
+    figure = "12.34% ± 5.67 of 1,234,567 rows"  # wider than what is left for each text
+    header, row = ("name", "a first figure", "second", "what"), (name, figure, "1,234", name)
+    cli.print_table("title", header, [row], text_columns=(0, 3))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and any(figure in line and "1,234 " in line for line in lines)
+    first = [line.split("│")[1].strip() for line in lines if "│" in line]
+    assert "".join(first) == name
+    figures = [f"{place}.{place:08d}" for place in range(10, 22)]
+    cli.print_table("title", ("name", *figures), [(name, *figures)])
+    assert any(all(figure in line for figure in figures) for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_outermost_command_alone_says_what_is_next(capfd: pytest.CaptureFixture[str]) -> None:
+    """A training that a sweep has started has no next command of its own."""
+    cli.tell_next("this")
+    nested = [sys.executable, "-c", "from pretrain import cli; cli.tell('here'); cli.tell_next('that')"]
+    assert start(nested, {**os.environ, "PYTHONPATH": str(ROOT)}) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("$ ")]
+    assert lines == ["next: this", "here"]
 
 
 def test_a_terminal_hears_that_it_takes_seconds() -> None:

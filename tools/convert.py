@@ -7,13 +7,14 @@ import argparse
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.errors import UserError
-from pretrain.models.by_name import is_name
+from pretrain.models.by_name import is_name, licence_of
 from pretrain.models.formats import NPZ_NAMINGS, WRITABLE, check_weights
 
 
@@ -33,7 +34,6 @@ def main() -> int:
         verified=not arguments.no_verify,
         command=shlex.join(["python", "tools/convert.py", *sys.argv[1:]]),
         repository=arguments.push,
-        licence=arguments.license,
     )
     check_place(conversion, overwrite=arguments.overwrite)
     if conversion.verified:
@@ -43,6 +43,7 @@ def main() -> int:
 
         check_login(arguments.push)
     weights = conversion.source.read()
+    conversion = replace(conversion, licence=arguments.license or licence_of(arguments.weights))
     if not convert(conversion, weights):
         return 1
     names = f", {len(weights.class_names)} class names" if weights.class_names else ""
@@ -84,7 +85,9 @@ def _arguments() -> argparse.Namespace:
         "--trust-pickle", action="store_true", help="execute the pickles of DeepSpeed's checkpoint; needs --config"
     )
     parser.add_argument("--config", type=Path, metavar="RECIPE.yaml", help="names the architecture for --trust-pickle")
-    parser.add_argument("--license", type=_licence, metavar="NAME", help="of the weights, for the card: apache-2.0 ...")
+    parser.add_argument(
+        "--license", type=_licence, metavar="NAME", help="for the card: apache-2.0 ... (default: named weights' own)"
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="then upload to this repository of the Hugging Face hub")
     arguments = parser.parse_args()
     if arguments.trust_pickle != (arguments.config is not None):

@@ -3,17 +3,19 @@
 python tools/demo.py      (`make demo` installs first)
 """
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pretrain import cli
+from pretrain.cluster.jobs import PART_OF, STOPPED, run_job
 from pretrain.cluster.local import environment, gpu_is_here, launcher, launcher_or_python
 from pretrain.config import load_config
 from pretrain.errors import UserError
@@ -44,7 +46,7 @@ def main() -> None:
     num_ranks = None if gpu_is_here() else 2  # all GPUs, or else two ranks on the CPU
     characters = f"data.train={out / 'characters'}"
     command, run = _training(out, "demo", characters, *arguments.overrides, num_ranks=num_ranks)
-    _run(*command)
+    _run(*command, lock=run / "lock")
     _check_done(run)
     digits = [f"data.train={out / 'digits-train'}", f"data.val={out / 'digits-test'}"]
     steps = arguments.finetune_steps
@@ -73,6 +75,7 @@ def main() -> None:
     cli.tell(f"curves:  {out / 'report' / 'curves.png'}")
     cli.tell(f"page:    {out / 'report' / 'report.html'}")
     cli.tell(f"weights: {out / 'weights'}")
+    cli.tell("next:    python tools/finetune.py google:B_16 --train photos     (photos/CLASS/NAME.jpg)")
 
 
 def _training(out: Path, config: str, *overrides: str, num_ranks: int | None) -> tuple[list[str], Path]:
@@ -89,9 +92,14 @@ def _check_done(run: Path) -> None:
         raise UserError(f"{run}: the training stopped before its end; the same command goes on from there")
 
 
-def _run(*command: object) -> None:
-    words = _words(command)
-    _check(words, subprocess.run(words, cwd=ROOT, env=environment(num_threads=1)).returncode)
+def _run(*command: object, lock: Path = Path(os.devnull)) -> None:
+    """Runs a command. An interrupt lets it save and end; lock: the file that it holds while it writes."""
+    words = [str(word) for word in command]
+    with chdir(ROOT):
+        code = run_job(words, environment(num_threads=1), lock)
+    if code == STOPPED:
+        raise KeyboardInterrupt
+    _check(words, code)
 
 
 @contextmanager
@@ -100,9 +108,11 @@ def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
 
     When the block ends early the command is asked to stop too. Raises UserError when it fails.
     """
-    words = _words(command)
+    words = [str(word) for word in command]
+    cli.tell("$ " + " ".join([Path(words[0]).name, *words[1:]]))
     with log.open("wb") as file:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment(num_threads=1), stdout=file, stderr=file)
+        own = {**environment(num_threads=1), PART_OF: "1"}
+        process = subprocess.Popen(words, cwd=ROOT, env=own, stdout=file, stderr=file)
     try:
         yield
         process.wait()
@@ -112,13 +122,6 @@ def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
             process.wait()
         print(f"\n{log.read_text(errors='replace')}", end="", flush=True)
     _check(words, process.returncode)
-
-
-def _words(command: Sequence[object]) -> list[str]:
-    """Returns a command's words, and shows them."""
-    words = [str(word) for word in command]
-    cli.tell("$ " + " ".join([Path(words[0]).name, *words[1:]]))
-    return words
 
 
 def _check(words: Sequence[str], code: int) -> None:

@@ -5,6 +5,7 @@ python tools/evaluate.py WEIGHTS [--tasks imagenet,real,knn:pets --data ROOT] [-
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.config import DataConfig, choices_of
 from pretrain.errors import UserError
+from pretrain.evaluation.names import HEAD, Named, check_any_there, named
 from pretrain.models.formats import check_weights
 
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
@@ -20,6 +22,7 @@ TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait whil
 
 def main() -> None:
     arguments = _arguments()
+    tasks = _checked_tasks(arguments)
     with cli.loading():
         from pretrain.cluster import agreement, ranks
         from pretrain.evaluation import fewshot
@@ -37,8 +40,7 @@ def main() -> None:
         from pretrain.evaluation.subject import subject_of
         from pretrain.models.weights import read_weights, results_folder, weights_sha256
 
-    jobs = jobs_of(arguments.val, arguments.fewshot, arguments.tasks, arguments.data)
-    _check_kinds(arguments, {job.kind for job in jobs})
+    jobs = jobs_of(arguments.val, arguments.fewshot, tasks)
     workers = min(4, len(os.sched_getaffinity(0))) if arguments.workers is None else arguments.workers
 
     device = ranks.start(TIMEOUT_S)
@@ -70,6 +72,8 @@ def main() -> None:
         if arguments.predictions:
             write_predictions(arguments.predictions, done)
             cli.tell(arguments.predictions)
+        shown = arguments.out or out.parent
+        cli.tell_next(f"python tools/report.py {shlex.quote(str(shown))}")
     ranks.stop()
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} not scored: {', '.join(failed)}")
@@ -86,7 +90,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, folder, .npz, or timm:NAME ...")
     parser.add_argument("--tasks", metavar="TASK,...", help="what to score of the sets in --data")
-    parser.add_argument("--data", type=Path, metavar="ROOT", help="folder of the tasks' data")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="ROOT", help="folder of the tasks' data (default data)"
+    )
     parser.add_argument("--val", type=Path, metavar="MANIFEST", help="shards of the classes the model was trained on")
     parser.add_argument(
         "--fewshot", type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="shards of any classes: to learn from, to test"
@@ -109,7 +115,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the results (default: WEIGHTS/evaluation)")
     arguments = parser.parse_args()
     if not (arguments.val or arguments.fewshot or arguments.tasks):
-        raise UserError("nothing to evaluate: give --val MANIFEST, --fewshot TRAIN TEST, or --tasks and --data")
+        raise UserError("nothing to evaluate: give --val MANIFEST, --fewshot TRAIN TEST, or --tasks NAME,...")
     for name, lowest in (("batch_size", 1), ("workers", 0)):
         value = getattr(arguments, name)
         if value is not None and value < lowest:
@@ -120,20 +126,23 @@ def _arguments() -> argparse.Namespace:
     for path in (arguments.val, *(arguments.fewshot or ())):
         if path is not None:
             cli.check_found(path, "shards and their manifest; tools/make_shards.py makes them")
-    if arguments.data is not None:
-        cli.check_found(arguments.data, "the folder in which ROOT/TASK/test and so on lie")
     return arguments
 
 
-def _check_kinds(arguments: argparse.Namespace, kinds: set[str]) -> None:
-    from pretrain.evaluation.evaluators import HEAD
-
+def _checked_tasks(arguments: argparse.Namespace) -> list[Named]:
+    """What --tasks asks for. Raises UserError for a wrong name, absent data, and options that none of it needs."""
+    tasks = named(arguments.tasks or "", arguments.data)
+    kinds = {one.kind for one in tasks}
+    kinds |= {kind for kind, given in ((HEAD, arguments.val), ("fewshot", arguments.fewshot)) if given}
     if arguments.baselines and "fewshot" not in kinds:
         raise UserError(
             "--baselines compares few-shot accuracies: it needs --fewshot TRAIN TEST or --tasks fewshot:NAME"
         )
     if arguments.predictions and HEAD not in kinds:
         raise UserError("--predictions are of the model's head: it needs --val MANIFEST or a task without a colon")
+    if not (arguments.val or arguments.fewshot):
+        check_any_there(tasks, arguments.data)
+    return tasks
 
 
 if __name__ == "__main__":

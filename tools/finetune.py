@@ -19,6 +19,7 @@ from pretrain import cli
 from pretrain.cluster.jobs import STOPPED, array_ranges
 from pretrain.errors import UserError
 from pretrain.models.formats import check_weights
+from pretrain.tasks.table import VTAB, check_any_there, task
 
 if TYPE_CHECKING:
     from pretrain.finetune.running import Job
@@ -49,9 +50,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, metavar="N", help="per run, warm-up in proportion (default: the paper's; --train: by size)"
     )
-    parser.add_argument("--lr", type=_rates, metavar="LR[,LR...]", help="rates to choose from (default: the paper's)")
     parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="default: the paper's 384 (--train on a CPU: as trained)"
+        "--lr",
+        type=_rates,
+        metavar="LR[,LR...]",
+        help="rates to choose from (default: the paper's; --train: 0.003,0.01,0.03)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="default: the paper's 384 (--train: at most twice the weights' own; on a CPU as trained)",
     )
     parser.add_argument(
         "--num-gpus", type=int, metavar="N", help="ranks (default: all GPUs, or one CPU rank; 1 with --train)"
@@ -108,7 +117,15 @@ def _on_own_data(arguments: argparse.Namespace) -> int:
         from pretrain.finetune.own_data import prepare
         from pretrain.finetune.own_folders import find_parts, name_of
         from pretrain.finetune.own_results import accuracy, write_accuracy
-        from pretrain.finetune.own_runs import default_size, in_words, plan_own, score_images, stored_side, timed
+        from pretrain.finetune.own_runs import (
+            check_asked,
+            default_size,
+            in_words,
+            plan_own,
+            score_images,
+            stored_side,
+            timed,
+        )
         from pretrain.finetune.running import run_sweeps
         from pretrain.report.own_page import write_page
 
@@ -120,6 +137,7 @@ def _on_own_data(arguments: argparse.Namespace) -> int:
     model = options.start.model
     if model.timm_name is None and size % model.patch_size:  # before shards are made
         raise UserError(f"--image-size {size}: expected a multiple of the weights' patches of {model.patch_size} px")
+    check_asked(name, options, image_size=size, on_gpu=on_gpu)
     data = prepare(parts, options.out, shorter_side=stored_side(size))
     sweep = plan_own(name, data, options, image_size=size, on_gpu=on_gpu)
     for line in (*told, *data.told, *in_words(sweep, data)):
@@ -157,12 +175,13 @@ def _called(weights: Path) -> str:
 
 
 def _on_tasks(arguments: argparse.Namespace) -> int:
-    with cli.loading():
-        from pretrain.finetune.running import collect, jobs, plan, run_one, run_sweeps
-        from pretrain.tasks.table import VTAB, task
-
     vtab = arguments.task == "vtab"
     chosen = [task(name) for name in (VTAB if vtab else [arguments.task])]
+    if not arguments.list:
+        check_any_there(chosen, _data_of(arguments))
+    with cli.loading():
+        from pretrain.finetune.running import collect, jobs, plan, run_one, run_sweeps
+
     options = _options(arguments)
     if arguments.list:
         return _list(jobs(chosen, options))
@@ -189,7 +208,7 @@ def _options(arguments: argparse.Namespace, own: str | None = None) -> Options:
         folder = default_folder(arguments.weights, from_scratch=arguments.from_scratch) / (own or "")
     return Options(
         start=read_start(arguments.weights, from_scratch=arguments.from_scratch),
-        data=Path("data") if arguments.data is None else arguments.data,
+        data=_data_of(arguments),
         out=folder,
         num_seeds=(1 if own else 3) if arguments.seeds is None else arguments.seeds,
         steps=arguments.steps,
@@ -198,6 +217,10 @@ def _options(arguments: argparse.Namespace, own: str | None = None) -> Options:
         overrides=tuple(arguments.overrides),
         num_gpus=1 if own and arguments.num_gpus is None else arguments.num_gpus,
     )
+
+
+def _data_of(arguments: argparse.Namespace) -> Path:
+    return Path("data") if arguments.data is None else arguments.data
 
 
 def _rates(text: str) -> tuple[float, ...]:
@@ -234,6 +257,7 @@ def _show(found: list[dict[str, Any]], out: Path, *, vtab: bool) -> None:
             cli.tell(f"{line['task']}: not the paper's protocol: {'; '.join(line['differs'])}")
     beside = paper_table([summary(run) for run in read_runs([out])])
     cli.print_table("top-1 beside the paper's", beside.header, beside.rows, text_columns=beside.text_columns)
+    cli.tell_next(f"python tools/report.py {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

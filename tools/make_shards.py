@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.errors import UserError
+from pretrain.tasks.table import Task, task
 
 if TYPE_CHECKING:
     from pretrain.shards.pool import Engine
@@ -39,6 +40,7 @@ _ALL = (
     "--workers",
 )
 SOURCES = "a folder of images, archives, a list of paths, parquet or TFRecord files, a .npz"
+_IN_BRACES = re.compile(r"\{([^{},.]*)(?:,|\.\.)[^{}]*\}")  # of a pattern, with the first that it stands for
 MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
 
 
@@ -77,7 +79,7 @@ def main() -> None:
         others = [option for option in _ALL if option not in ("--task", "--download", "--samples-per-shard")]
         _refuse(arguments, others, "with --task")
         _check_found(arguments)
-        return _prepare(arguments.task, sources, out, samples_per_shard)
+        return _prepare(task(arguments.task), sources, out, samples_per_shard)
     if arguments.index:
         _refuse(arguments, ("--part", *_OF_IMAGES[1:], *_OF_WRITING), "with --index, which writes no shards")
     part = _part(arguments.part) if arguments.part is not None else None
@@ -166,10 +168,11 @@ def _check_numbers(arguments: Namespace) -> None:
 
 def _check_found(arguments: Namespace) -> None:
     """Raises UserError for files that are not there."""
-    if not arguments.index:  # whose sources are patterns and addresses
-        for path in arguments.paths[:-1]:
-            if ":" not in path.partition("/")[0]:  # of an address make_shards says what to do
-                cli.check_found(Path(path), "the set's own files (docs/tasks.md)" if arguments.task else SOURCES)
+    expected = "shards, NAME.tar" if arguments.index else SOURCES
+    for path in arguments.paths[:-1]:
+        if ":" not in path.partition("/")[0]:  # of an address make_shards says what to do
+            first = _IN_BRACES.sub(r"\1", path) if arguments.index else path
+            cli.check_found(Path(first), "the set's own files (docs/tasks.md)" if arguments.task else expected)
     if arguments.classes:
         cli.check_found(arguments.classes, "a list of the classes' names, JSON or .txt")
     for path in arguments.away_from or ():
@@ -237,13 +240,11 @@ def _warn(message: str) -> None:
     cli.tell(f"warning: {message}", sys.stderr)
 
 
-def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) -> None:
+def _prepare(row: Task, sources: list[Path], out: Path, samples_per_shard: int) -> None:
     with cli.loading():
         from pretrain.tasks.downloads import downloaded
         from pretrain.tasks.preparation import differences, open_source, prepare
-        from pretrain.tasks.table import task
 
-    row = task(name)
     source = open_source(row, sources or [downloaded(row)])
     with cli.progress("writing", sum(map(len, source.splits.values())), "images") as advance:
         prepared, new = prepare(row, source, out, samples_per_shard=samples_per_shard, progress=advance)
@@ -254,9 +255,9 @@ def _prepare(name: str, sources: list[Path], out: Path, samples_per_shard: int) 
         if split.left_out:
             _warn(f"{split.split}: {split.left_out} images left out, {folder / 'provenance.json'} names them")
     if absent := [split for split in row.splits if split not in [one.split for one in prepared]]:
-        _warn(f"{name}: no {', '.join(absent)} in {source.kind}")
+        _warn(f"{row.name}: no {', '.join(absent)} in {source.kind}")
     if reasons := differences(row, prepared):
-        _warn(f"{name}: not comparable with published scores: {'; '.join(reasons)}")
+        _warn(f"{row.name}: not comparable with published scores: {'; '.join(reasons)}")
 
 
 def _verify(arguments: Namespace) -> None:

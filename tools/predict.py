@@ -60,6 +60,8 @@ def main() -> int:
     model = model_of(weights).to(device)
     if weights.loss is None:
         warn(f"{arguments.weights}: probabilities are softmax; the loss that it was trained with is not known")
+    if not weights.class_names:
+        warn(f"{arguments.weights}: has no class names, so classes are told by their numbers")
     num_bad = 0
     for path in arguments.images:
         damage: list[str] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
+from pretrain.report.places import check_any
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for run in arguments.runs:
         cli.check_found(run, "the folder of a run, such as runs/NAME")
+        check_any(run)
     with cli.loading():
         from pretrain.report.own_page import is_own, write_page
         from pretrain.report.page import write_report
@@ -33,6 +35,7 @@ def main() -> None:
     out = arguments.out or arguments.runs[0] / "report"
     for path in write_report(read_runs(arguments.runs), out):
         cli.tell(path)
+    cli.tell_next(f"open {out / 'report.html'} in a browser")
 
 
 if __name__ == "__main__":

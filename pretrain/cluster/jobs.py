@@ -13,13 +13,14 @@ from typing import Any
 
 from pretrain.escape import shown
 
+PART_OF = "PRETRAIN_PART_OF"  # environment variable: another command has started this one, and says what is next
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
 
 def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a command, which it prints, to its end; returns its exit code."""
     print(shown(f"$ {shlex.join([Path(words[0]).name, *words[1:]])}"), flush=True)
-    with subprocess.Popen(words, env=environment) as process:
+    with subprocess.Popen(words, env={**environment, PART_OF: "1"}) as process:
         return process.wait()
 
 

@@ -18,6 +18,7 @@ from pretrain.config.model import (
     VIT_SHAPES,
     ModelConfig,
     VitShape,
+    model_name,
     named_model,
     stride_of,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "config_to_yaml",
     "load_config",
     "model_from_dict",
+    "model_name",
     "named_model",
     "non_defaults",
     "option_hint",

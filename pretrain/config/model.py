@@ -246,3 +246,18 @@ class ModelConfig:
             yield f"model.trunk_width is {self.trunk_width}, expected a multiple of 32: GroupNorm has 32 groups"
         if self.trunk_units is None and self.trunk_width != ModelConfig.trunk_width:
             yield f"model.trunk_width ({self.trunk_width}) has no effect: {self.name} has no trunk; set model.trunk"
+
+
+def model_name(config: ModelConfig, *, with_size: bool = True) -> str:
+    """Returns "ViT-B/16 at 224 px"; a named size whose width or depth was changed goes by its real shape.
+
+    with_size: the pixels of its input too.
+    """
+    size = f" at {config.image_size} px" if with_size else ""
+    if config.timm_name is not None:
+        return f"timm's {config.timm_name}{size}"
+    named = VIT_SHAPES.get(config.name)
+    if config.trunk_units is not None or named is None or config.shape == named:
+        return f"ViT-{config.name}/{config.patch_size}{size}"
+    width, depth, _, heads = config.shape
+    return f"ViT of width {width}, depth {depth}, {heads} heads, patches of {config.patch_size} px{size}"

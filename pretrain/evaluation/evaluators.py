@@ -27,6 +27,7 @@ from pretrain.evaluation.classification import (
     scores_of,
 )
 from pretrain.evaluation.features import MAX_PIXEL_BYTES, Extract, Features, raw_pixels
+from pretrain.evaluation.names import HEAD
 from pretrain.evaluation.subject import TRAINED, Images, Subject, transform_of
 from pretrain.shards.examples import sample_names
 
@@ -48,7 +49,7 @@ class Row(NamedTuple):
 class Job(NamedTuple):
     """A kind of evaluation on a data set."""
 
-    kind: str  # of EVALUATORS
+    kind: str  # of NEEDS
     name: str = ""  # in front of its metrics: "imagenet_v2", "knn:pets"; "" for --val, --fewshot and in training
     data: Mapping[str, Path] = {}  # manifests: "test", and "train" where there is something to learn
     task: "Task | None" = None  # the table's row
@@ -77,7 +78,6 @@ class Found(NamedTuple):
 class Evaluator(NamedTuple):
     """A row of the table."""
 
-    needs: tuple[str, ...]  # data sets: "test", and "train" where there is something to learn
     returns: str  # its metrics
     score: Callable[[Subject, Job, dict[str, Images]], Found]
     protocol: Callable[[Subject], dict[str, Any]] | None = None  # for results.json; None: that says it all already
@@ -242,22 +242,17 @@ def in_words(transform: dict[str, Any]) -> str:
     return f"{transform['name']} ({interpolation}{crop})"
 
 
-HEAD = "classify"  # asked for by a task's bare name and by --val; the others as KIND:NAME
-
+# By the names of names.NEEDS, which says on which data sets.
 EVALUATORS: dict[str, Evaluator] = {
-    HEAD: Evaluator(("test",), "loss, top1, top5, mean_average_precision, a task's own", classify),
-    "fewshot": Evaluator(
-        ("train", "test"), "1-shot, 1-shot-std ...", few_shot, _fewshot_protocol, ("shots",), _fewshot_told
-    ),
+    HEAD: Evaluator("loss, top1, top5, mean_average_precision, a task's own", classify),
+    "fewshot": Evaluator("1-shot, 1-shot-std ...", few_shot, _fewshot_protocol, ("shots",), _fewshot_told),
     "knn": Evaluator(
-        ("train", "test"),
         "1-nn, 20-nn",
         nearest_neighbours,
         lambda _: {"neighbours": knn.NEIGHBOURS, "temperature": knn.TEMPERATURE},
         told=lambda p: [f"k-nn: cosine similarity, votes weighted by exp(similarity / {p['temperature']:g})"],
     ),
     "probe": Evaluator(
-        ("train", "test"),
         "top1, mean_per_class",
         linear_probe,
         lambda _: {"grid": probe.GRID, "held_out": probe.HELD_OUT},

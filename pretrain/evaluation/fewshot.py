@@ -109,7 +109,9 @@ def _warn_of_small_classes(counts: np.ndarray, shots: int) -> None:
     if len(small):
         _warn_once(
             f"few-shot: {len(small)} of {len(counts)} classes have fewer than {shots} training images "
-            f"(class {small[0]} has {counts[small[0]]}); all they have are used"
+            f"(class {small[0]} has {counts[small[0]]}); all they have are used. Where classes have unequal numbers of "
+            f"few images, the ridge (l2 {L2:g}) weighs more than they do and the largest class wins: trust the shots "
+            f"that every class has, up to {counts.min()}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What was asked for: names become jobs, their data sets are opened and checked, and the jobs are done."""
+"""What was asked for: jobs, whose data sets are opened and checked, and which are then done."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,11 +9,12 @@ from pretrain.cluster import agreement, ranks
 from pretrain.data.classes import match_classes
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.errors import UserError
-from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Found, Job
+from pretrain.evaluation.evaluators import EVALUATORS, Found, Job
+from pretrain.evaluation.names import HEAD, Named
 from pretrain.evaluation.subject import Images, Subject, all_images
 from pretrain.log import warn
 from pretrain.models.weights import Weights
-from pretrain.tasks.table import TASKS, missing, task, task_folder
+from pretrain.tasks.table import missing
 
 
 class Opened(NamedTuple):
@@ -31,50 +32,23 @@ class Done(NamedTuple):
     found: Found
 
 
-# --- names -> jobs ---------------------------------------------------------------------------------------------------
+# --- what was asked for -> jobs ---------------------------------------------------------------------------------------
 
 
-def jobs_of(val: Path | None, few: Sequence[Path] | None, tasks: str | None, root: Path | None) -> list[Job]:
-    """Returns the jobs that are asked for: of --val, --fewshot TRAIN TEST, and --tasks NAME,... on --data ROOT."""
+def jobs_of(val: Path | None, few: Sequence[Path] | None, tasks: Sequence[Named]) -> list[Job]:
+    """Returns the jobs that are asked for: of --val, --fewshot TRAIN TEST, and --tasks NAME,..."""
     jobs = []
     if val:
         jobs.append(Job(HEAD, "", {"test": val}))
     if few:
         jobs.append(Job("fewshot", "", dict(zip(("train", "test"), few))))
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if not names:
-        return jobs
-    if not root:
-        raise UserError("--tasks needs --data ROOT, the folder in which ROOT/TASK/test and so on lie")
-    return jobs + [_job(name, root) for name in dict.fromkeys(names)]
-
-
-def _job(text: str, root: Path) -> Job:
-    kind, colon, name = text.partition(":")
-    if not colon:
-        row = task(text)
-        return Job(HEAD, text, {"test": task_folder(row, root) / row.test_split}, row)
-    if kind not in EVALUATORS or kind == HEAD:
-        *others, last = (f"{known}:NAME" for known in EVALUATORS if known != HEAD)
-        raise UserError(f"--tasks: {text!r} is neither a task nor {', '.join(others)} or {last}")
-    needs = EVALUATORS[kind].needs
-    if (row := TASKS.get(name)) is None:
-        folder = root / name
-        test = "val" if (folder / "val").exists() and not (folder / "test").exists() else "test"
-        splits = {"train": "train", "test": test}
-    else:
-        folder = task_folder(row, root)
-        train = "trainval" if "trainval" in row.splits else "train"  # VTAB's 1,000 images
-        if "train" in needs and train not in row.splits:
-            raise UserError(f"--tasks: {text!r}: {name} has no training images to learn from")
-        splits = {"train": train, "test": row.test_split}
-    return Job(kind, text, {role: folder / splits[role] for role in needs}, row)
+    return jobs + [Job(one.kind, one.text, one.data, one.task) for one in tasks]
 
 
 # --- jobs -> data sets -> rows ---------------------------------------------------------------------------------------
 
 
-def open_jobs(jobs: list[Job], weights: Weights, root: Path | None) -> tuple[list[Opened], dict[str, str]]:
+def open_jobs(jobs: list[Job], weights: Weights, root: Path) -> tuple[list[Opened], dict[str, str]]:
     """Returns the jobs with their data sets, checked before anything is read, on all ranks alike; and why others fail.
 
     Raises UserError when none is left, or for a job without a name.
@@ -119,8 +93,8 @@ def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
         return None
 
 
-def _open(job: Job, weights: Weights, root: Path | None) -> dict[str, Images]:
-    if job.task and root and (told := missing(job.task, root, [path.name for path in job.data.values()])):
+def _open(job: Job, weights: Weights, root: Path) -> dict[str, Images]:
+    if job.task and (told := missing(job.task, root, [path.name for path in job.data.values()])):
         raise UserError(told)
     sets = {role: load_manifest(path) for role, path in job.data.items()}
     for manifest in sets.values():

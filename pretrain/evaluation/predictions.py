@@ -20,6 +20,7 @@ from pretrain.models.weights import Weights
 from pretrain.shards.examples import sample_names
 
 MAX_WRONG = 24  # pictures; a page shows them all
+MAX_PAIRS = 200_000  # of classes, true and predicted: ImageNet's 50,000 images have fewer
 THUMBNAIL = 96  # pixels of a picture's longer side
 
 
@@ -71,6 +72,20 @@ def wrong_items(found: Predictions, manifest: Manifest) -> list[dict[str, Any]]:
         }
         for row, index, name in zip(chosen, indices, sample_names(manifest, indices))
     ]
+
+
+def confusion(found: Predictions, manifest: Manifest) -> dict[str, Any]:
+    """Returns how often which class was taken for which, for the report page; empty where images have several labels.
+
+    "confusion": rows [class, prediction, images] of all pairs that occur; "classes": their names, by number.
+    """
+    if found.labels.shape[1] > 1:
+        return {}
+    pairs, numbers = np.unique(np.stack([found.labels[:, 0], found.classes[:, 0]], axis=1), axis=0, return_counts=True)
+    if len(pairs) > MAX_PAIRS:
+        return {}
+    rows = np.column_stack([pairs, numbers]).tolist()
+    return {"classes": [_class_name(manifest, number) for number in range(int(pairs.max()) + 1)], "confusion": rows}
 
 
 def _class_name(manifest: Manifest, number: int) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import cli
+from pretrain.config import model_name
 from pretrain.errors import UserError
-from pretrain.escape import in_markdown
+from pretrain.escape import in_markdown, portable, portable_path
 from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Row, in_words
 from pretrain.evaluation.jobs import Done, Opened
-from pretrain.evaluation.predictions import lines, wrong_items
+from pretrain.evaluation.predictions import confusion, lines, wrong_items
 from pretrain.evaluation.subject import Subject, transform_of
 from pretrain.json_files import Fields, read_json
 from pretrain.log import not_a_link, warn
@@ -33,7 +34,7 @@ def record_of(
         "version": 1,
         "weights": str(weights.source),
         "weights_sha256": digest,
-        "model": weights.model.name,
+        "model": model_name(weights.model, with_size=False),
         "image_size": subject.image_size,
         "num_classes": subject.num_classes,
         "loss": subject.loss,
@@ -199,7 +200,7 @@ def _grown(before: Any, now: Any) -> Any:
 
 def print_table(rows: list[Row], title: str) -> None:
     """Shows the rows on the terminal."""
-    cli.print_table(title, *_cells(rows), no_wrap=True)
+    cli.print_table(title, *_cells(rows))
 
 
 def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -231,7 +232,7 @@ def pages(rows: list[Row], record: dict[str, Any], done: list[Done]) -> dict[str
     found: dict[str, str | None] = {}
     scored = [(result.predictions, sets["test"].manifest) for _, sets, result in done if result.predictions is not None]
     if scored:
-        found["wrong.json"] = json.dumps({"items": wrong_items(*scored[0])}, indent=1)
+        found["wrong.json"] = json.dumps({"items": wrong_items(*scored[0]), **confusion(*scored[0])})
     elif not any(_origin(row)[0] == HEAD for row in rows):  # none of an earlier call stands here either
         found["wrong.json"] = None
     found["results.md"] = _results_page(rows, record)
@@ -253,21 +254,21 @@ def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
         *(map(in_markdown, row) for row in cells),
     ]
     text = [
-        f"# {in_markdown(record['weights'])}",
+        f"# {in_markdown(portable_path(record['weights']))}",
         "",
         f"Model {in_markdown(record['model'])} at {record['image_size']} px.",
         "",
     ]
     text += ["| " + " | ".join(line) + " |" for line in table] + [""]
     text += [
-        f"- {in_markdown(role)}: {in_markdown(of['path'])}, {of['num_samples']:,} images"
+        f"- {in_markdown(role)}: {in_markdown(portable_path(of['path']))}, {of['num_samples']:,} images"
         for role, of in record["data"].items()
     ]
     text.append(f"- images as evaluation={in_words(record['transform'])} shows them")
     for kind, evaluator in EVALUATORS.items():
         if protocol := record.get(kind):
             text += [f"- {line}" for line in evaluator.told(protocol)]
-    text += [f"- **not scored**: {in_markdown(reason)}" for reason in record["failed"].values()]
+    text += [f"- **not scored**: {in_markdown(portable(reason))}" for reason in record["failed"].values()]
     return "\n".join(text)
 
 

@@ -88,7 +88,8 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
     with one_at_a_time(out):
         _begin(folder, out, made, shorter_side)
         ready = {name: _ready(name, part, folder, notes, shorter_side) for name, part in found.items()}
-    told += [f"{kind}: {number:,}" for kind, number in (notes.passed_over + notes.notes).most_common()]
+    for title, numbers in (("passed over", notes.passed_over), ("pictures", notes.notes)):
+        told += [f"{title}: {number:,} {kind}" for kind, number in numbers.most_common()]
     for name, part in made.items():
         if dropped := read_dropped(folder / name):
             images = "1 image is" if len(dropped) == 1 else f"{len(dropped):,} images are"
@@ -98,7 +99,7 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
     for name, manifest in manifests.items():
         check_shards(manifest)
         if name != "train":
-            told += filter(None, [read_as(manifest, manifests["train"])[1]])
+            told += _read_as(name, manifest, manifests["train"])
     learnt = manifests["train"]
     return OwnData(
         train=ready["train"],
@@ -109,6 +110,12 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
         class_names=learnt.class_names or tuple(map(str, range(learnt.num_classes))),
         told=tuple(told),
     )
+
+
+def _read_as(name: str, manifest: Manifest, train: Manifest) -> list[str]:
+    """What is to be told of the classes of val or test; by the parts' names, since a page tells nobody's folders."""
+    told = read_as(manifest, train)[1]
+    return [told.replace(str(manifest.path), name).replace(str(train.path), "train")] if told else []
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

@@ -9,15 +9,9 @@ from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.shards.listing import files_below, is_of_the_system
 from pretrain.shards.pictures import stored_ending
+from pretrain.shards.sources import SPLIT_NAMES, holds_classes, is_split_name
 
 MANIFEST = "manifest.json"
-# What people call the parts of a data set, in small letters; of several the first is taken.
-_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-_ALL_NAMES = {name for names in _NAMES.values() for name in names}
 
 
 def find_parts(train: Path, test: Path | None) -> tuple[dict[str, Path], list[str]]:
@@ -52,7 +46,7 @@ def is_manifest(path: Path) -> bool:
 def name_of(train: Path) -> str:
     """Returns what a set is called: the name of its folder; of photos/train, or photos/manifest.json, "photos"."""
     place = train.resolve()
-    while place.name in (MANIFEST, *_ALL_NAMES):
+    while place.name == MANIFEST or is_split_name(place.name):
         place = place.parent
     return shown(place.name) or "data"
 
@@ -73,11 +67,11 @@ def _parts_inside(folder: Path) -> dict[str, Path]:
     if not folder.is_dir() or is_manifest(folder):
         return {}
     folders = {path.name.lower(): path for path in sorted(folder.iterdir()) if _is_folder(path)}
-    if folders and set(folders) <= _ALL_NAMES and not any(map(_holds_classes, folders.values())):
+    if folders and all(map(is_split_name, folders)) and not any(map(_holds_classes, folders.values())):
         first = next(iter(folders.values()))
         raise UserError(f"{first}: holds no class folders; expected {first}/CLASS/NAME.jpg")
     found = {}
-    for part, names in _NAMES.items():
+    for part, names in SPLIT_NAMES.items():
         here = [folders[name] for name in names if name in folders and _holds_classes(folders[name])]
         if here:
             found[part] = here[0]
@@ -98,8 +92,4 @@ def _is_folder(path: Path) -> bool:
 
 def _holds_classes(folder: Path) -> bool:
     """Whether a folder has folders and no pictures of its own, or is of shards: else it is a class itself."""
-    if is_manifest(folder):
-        return True
-    entries = [path for path in folder.iterdir() if not is_of_the_system(path.name)]
-    own = any(path.is_file() and stored_ending(path.name) for path in entries)
-    return not own and any(path.is_dir() for path in entries)
+    return is_manifest(folder) or holds_classes(folder)

@@ -12,10 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pretrain.config import MAX_CLASSES, ModelConfig
-from pretrain.config.model import VIT_SHAPES
+from pretrain.config import MAX_CLASSES, model_name
 from pretrain.data.manifest import MAX_SAMPLES
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
@@ -27,6 +24,7 @@ from pretrain.json_files import Fields, parse_json
 FILE = "accuracy.json"
 FORMAT, VERSION = "pretrain-accuracy", 1
 _Z = 1.959963984540054  # of the normal distribution: 95 % lie within
+_MOST_RANKS = 1 << 20
 _MAX_LINE_BYTES = 1 << 16  # of a prediction; ours have 300
 
 
@@ -60,8 +58,8 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
         "data": sweep.task.name,
         "weights": weights,
         "from_scratch": sweep.start.weights is None,
-        "model": _in_words(sweep.start.model),
-        "device": _device(),
+        "model": model_name(sweep.start.model),
+        "device": _device(config.output / config.name),
         "run": config.name,
         "image_size": config.model.image_size,
         "steps": config.total_steps,
@@ -81,19 +79,17 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
     }
 
 
-def _in_words(model: ModelConfig) -> str:
-    """A model by its real shape: a named size with another width is not that size."""
-    if model.timm_name is not None:
-        return model.timm_name
-    named = VIT_SHAPES.get(model.name)
-    if named is None or model.shape == named:
-        return f"{model.name}/{model.patch_size}"
-    return f"a ViT of width {model.shape.width} and depth {model.shape.depth}, patches of {model.patch_size} px"
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return f"one {torch.cuda.get_device_name()}"
+def _device(folder: Path) -> str:
+    """The machine of a run's last start, in words; this one's cores where that was on a CPU, or is not known."""
+    try:
+        lines = (folder / "starts.jsonl").read_bytes().splitlines()
+        start = Fields.of(parse_json(lines[-1], str(folder)), str(folder))
+        ranks, device = start.integer("world_size", 1, _MOST_RANKS), start.text("device")
+        on_gpu = start.text("device_type") == "cuda"
+    except (OSError, IndexError, UserError):  # its line was lost on a full disk: no reason to refuse the result
+        on_gpu = False
+    if on_gpu:
+        return f"one {device}" if ranks == 1 else f"{ranks} x {device}"
     cores = len(os.sched_getaffinity(0))
     return f"{cores} CPU core" + "s" * (cores > 1)
 

@@ -22,12 +22,11 @@ from pretrain.cluster.jobs import start as start_job
 from pretrain.cluster.limits import free_memory_bytes
 from pretrain.cluster.local import environment
 from pretrain.config import MAY_CHANGE, Config
-from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
 from pretrain.finetune.running import ROOT
 from pretrain.finetune.scores import chosen_lr, claim_sweep
-from pretrain.finetune.sweep import Options, Start, Sweep, asked_for, final_runs, key_of, write_out
+from pretrain.finetune.sweep import Options, Start, Sweep, asked_for, final_runs, fitting_size, key_of, write_out
 from pretrain.json_files import Fields, read_json
 from pretrain.plan.choose import MICRO_BATCHES, layout_of
 from pretrain.plan.memory import memory
@@ -35,11 +34,14 @@ from pretrain.sizes import is_plain
 from pretrain.tasks.table import FineTuning, Task
 
 PAPER_SIZE = 384  # pixels, where there is a GPU: on a CPU a step at 384 px takes as long as four at 224
+_MOST_TIMES = 2  # the weights' own size: the paper goes from 224 to 512; tables of positions are stretched no further
 STORED_SIDE = 512  # pixels of the shorter side of stored photos: a crop for 384 px is a part of them
-_RATES = (0.003, 0.01, 0.03)  # of the paper's small sets, without 0.001: few steps do not get far with it
+_PAPER_RATES = (0.001, 0.003, 0.01, 0.03)  # of its small sets
+_RATES = _PAPER_RATES[1:]  # few steps do not get far with the first
 _MOST_STEPS, _LEAST_STEPS, _IMAGES_PER_STEP = 20_000, 80, 5
 _MOST_BATCH, _LEAST_BATCH = 512, 16
 _MOST_WARMUP = 500
+_LARGE = 1_000_000  # images of a set to which any protocol applies
 _CHOOSING = 1000  # images to choose the rate on, as of the paper's CIFAR, but at most a fifth of train
 _MICRO_BATCH = "engine.max_micro_batch_size"
 _USABLE_SHARE = 0.8  # of memory, for tensors: the rest is the loader's, the CUDA context's, the allocator's gaps
@@ -68,10 +70,13 @@ def protocol_for(num_train: int, image_size: int) -> FineTuning:
 def default_size(start: Start, *, on_gpu: bool) -> int:
     """Returns the pixels to fine-tune at where nobody says: the paper's 384 on a GPU, never fewer than the weights'.
 
-    On a CPU, and of networks of timm's whose windows fit one size, the weights' own.
+    At most twice the weights' own, and less what fills no patch. On a CPU, and of networks of timm's whose windows fit
+    one size, the weights' own.
     """
     own = start.model.image_size
-    return max(own, PAPER_SIZE) if on_gpu and start.model.timm_name is None else own
+    if not on_gpu or start.model.timm_name is not None:
+        return own
+    return fitting_size(max(own, min(PAPER_SIZE, _MOST_TIMES * own)), start.model)
 
 
 def stored_side(image_size: int) -> int:
@@ -79,11 +84,32 @@ def stored_side(image_size: int) -> int:
     return max(STORED_SIDE, -(-image_size * 4 // 3))
 
 
+def check_asked(name: str, options: Options, *, image_size: int, on_gpu: bool) -> None:
+    """Raises UserError for what no run can have, a wrong key say, before the photos are looked at.
+
+    A large set stands for the photos: what only their number decides is told by `plan_own`.
+    """
+    data = OwnData(Path("train"), None, Path("test"), _LARGE, _LARGE, ("a", "b"), ())
+    sweep = _sweep_of(name, data, options, image_size=image_size, on_gpu=on_gpu)
+    final_runs(sweep, sweep.protocol.lr_grid[0])
+
+
 def plan_own(name: str, data: OwnData, options: Options, *, image_size: int, on_gpu: bool) -> Sweep:
     """Returns the sweep of own data; its folder is `options.out` itself, which it claims. Raises UserError."""
+    sweep = _sweep_of(name, data, options, image_size=image_size, on_gpu=on_gpu)
+    config = final_runs(sweep, sweep.protocol.lr_grid[0])[0]
+    if not any(key_of(override) == _MICRO_BATCH for override in sweep.overrides):
+        usable = _usable_bytes(on_gpu)
+        fitting = fitting_micro_batch(config, sweep.task.num_classes, usable, options.num_gpus or 1)
+        sweep = replace(sweep, overrides=(f"{_MICRO_BATCH}={fitting}", *sweep.overrides))
+    claim_sweep(sweep)
+    return sweep
+
+
+def _sweep_of(name: str, data: OwnData, options: Options, *, image_size: int, on_gpu: bool) -> Sweep:
     task = Task(
         name=name,
-        num_classes=load_manifest(data.train).num_classes,
+        num_classes=len(data.class_names),
         splits={"train": "", "test": ""},
         num_samples={"train": data.num_train, "test": data.num_test},
         tfds="",
@@ -99,23 +125,8 @@ def plan_own(name: str, data: OwnData, options: Options, *, image_size: int, on_
     if not data.choose and held_out >= data.num_train:
         raise UserError(f"{data.train.parent}: {data.num_train} images to learn from are too few; expected at least 2")
     overrides = (*machine_settings(options.overrides, on_gpu=on_gpu), *options.overrides)
-    sweep = Sweep(
-        task,
-        protocol,
-        options.start,
-        options.out.absolute(),
-        data.train,
-        select,
-        data.test,
-        options.num_seeds,
-        overrides,
-    )
-    config = final_runs(sweep, protocol.lr_grid[0])[0]  # a wrong key is told before anything is written
-    if not any(key_of(override) == _MICRO_BATCH for override in overrides):
-        fitting = fitting_micro_batch(config, task.num_classes, _usable_bytes(on_gpu), options.num_gpus or 1)
-        sweep = replace(sweep, overrides=(f"{_MICRO_BATCH}={fitting}", *overrides))
-    claim_sweep(sweep)
-    return sweep
+    out = options.out.absolute()
+    return Sweep(task, protocol, options.start, out, data.train, select, data.test, options.num_seeds, overrides)
 
 
 def fitting_micro_batch(config: Config, num_classes: int, usable_bytes: float, num_ranks: int) -> int:
@@ -151,14 +162,19 @@ def machine_settings(overrides: Sequence[str], *, on_gpu: bool) -> list[str]:
 
 
 def differences(sweep: Sweep) -> list[str]:
-    """Returns in what the sweep is not the paper's protocol."""
-    config = final_runs(sweep, sweep.protocol.lr_grid[0])[0]
-    paper = {
-        "batch": (config.data.global_batch, 512),
-        "px": (config.model.image_size, PAPER_SIZE),
+    """Returns in what the sweep is not the paper's protocol for a set of this size."""
+    config, ours, paper = final_runs(sweep, sweep.protocol.lr_grid[0])[0], sweep.protocol, sweep.task.finetuning
+    assert paper is not None
+    rates, papers = (" ".join(f"{lr:g}" for lr in grid) for grid in (ours.lr_grid, _PAPER_RATES))
+    pairs = {
+        "steps": (ours.steps, paper.steps),
+        "warm-up": (ours.warmup_steps, paper.warmup_steps),
+        "rates": (rates, papers),
+        "batch": (config.data.global_batch, _MOST_BATCH),
+        "px": (config.model.image_size, fitting_size(PAPER_SIZE, config.model)),
         "precision": (config.engine.precision, "bf16"),
     }
-    told = [f"{name} {now} instead of {was}" for name, (now, was) in paper.items() if now != was]
+    told = [f"{name} {now} instead of {was}" for name, (now, was) in pairs.items() if now != was]
     told += [f"{sweep.num_seeds} instead of 3 seeds"] * (sweep.num_seeds != 3)
     free = {"engine.precision", "data.global_batch", *MAY_CHANGE} - {"data.order"}  # told above, or of the machine
     return told + [one for one in sweep.overrides if key_of(one) not in free]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import MAY_CHANGE
+from pretrain.config import MAY_CHANGE, model_name
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.scores import RunScore, chosen_lr, real_score, score
@@ -50,7 +50,7 @@ def results(sweep: Sweep) -> dict[str, Any] | None:
         ],
         "from_scratch": sweep.start.weights is None,
         "weights": sweep.start.sha256,
-        "model": sweep.start.model.name,
+        "model": model_name(sweep.start.model, with_size=False),
         "image_size": sweep.protocol.image_size,
         "steps": sweep.protocol.steps,
         "differs": differences_from_paper(sweep, min(one.num_images for one in done)),

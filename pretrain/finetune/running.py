@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.cli import tell
 from pretrain.cluster.jobs import STOPPED, run_job, start
 from pretrain.cluster.local import default_num_ranks, environment, launcher_or_python
 from pretrain.config import Config, config_to_yaml
@@ -18,7 +19,7 @@ from pretrain.finetune.results import real_results, results, vtab_results, write
 from pretrain.finetune.scores import DIVERGED, chosen_lr, claim_sweep, real_score, score
 from pretrain.finetune.sweep import Options, Sweep, final_runs, plan_sweep, selecting_runs
 from pretrain.storage import write_text
-from pretrain.tasks.table import Task, missing
+from pretrain.tasks.table import Task, check_any_there, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,14 +38,7 @@ def plan(tasks: Sequence[Task], options: Options) -> list[Sweep]:
 
     Raises UserError when no data is there, or a folder belongs to other weights or data.
     """
-    absent = [line for task in tasks if (line := missing(task, options.data))]
-    if len(absent) == len(tasks):
-        raise UserError(
-            f"no data: {'; '.join(absent)}"
-            if len(absent) == 1
-            else f"none of {len(absent)} sets is in {options.data}; the first: {absent[0]}"
-        )
-    for line in absent:
+    for line in check_any_there(tasks, options.data):
         print(shown(f"missing: {line}"), file=sys.stderr)
     return [_plan_one(task, options) for task in tasks if not missing(task, options.data)]
 
@@ -99,21 +93,29 @@ def run_sweeps(sweeps: Sequence[Sweep], options: Options) -> int:
 
 
 def _run_sweep(sweep: Sweep, options: Options) -> int:
-    for config in selecting_runs(sweep):
-        if code := _run(config, sweep, options, selecting=True):
+    selecting, name = selecting_runs(sweep), sweep.task.name
+    total = len(selecting) + sweep.num_seeds
+    if not all(map(score, selecting)):
+        tell(f"{name}: {total} trainings: {len(selecting)} to choose the rate, {sweep.num_seeds} final")
+    for number, config in enumerate(selecting, 1):
+        title = f"{name}: training {number} of {total}: learning rate {config.optim.lr:g}, to choose it"
+        if code := _run(config, sweep, options, selecting=True, title=title):
             return code
     lr = chosen_lr(sweep)
     assert lr is not None
-    for config in final_runs(sweep, lr):
-        if code := _run(config, sweep, options, selecting=False):
+    for number, config in enumerate(final_runs(sweep, lr), len(selecting) + 1):
+        title = f"{name}: training {number} of {total}: final, learning rate {lr:g}, seed {config.seed}"
+        if code := _run(config, sweep, options, selecting=False, title=title):
             return code
     return 0
 
 
-def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool) -> int:
+def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, title: str = "") -> int:
     """Trains unless that is done, and scores ImageNet's final runs by ReaL; returns 0, else the code to exit with."""
     folder = config.output / config.name
     if score(config) is None:
+        if title:
+            tell(title)
         code = train(config, sweep, _num_ranks(options))
         if code == NonFiniteError.exit_code and selecting:
             print(f"{shown(folder)}: learning rate {config.optim.lr:g} is too high, it is not chosen", flush=True)

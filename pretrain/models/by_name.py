@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +18,7 @@ from pretrain.config.checks import did_you_mean
 from pretrain.data.downloads import Download, cache_folder, fetch, progress, tell, told_size
 from pretrain.errors import StorageError, UserError, first_line
 from pretrain.models.published import BUCKET, GoogleFile, google_file
-from pretrain.storage import sha256
+from pretrain.storage import sha256, write_text
 
 SCHEMES = ("timm", "hf-hub", "google")
 FORMS = "timm:NAME, hf-hub:OWNER/NAME or google:NAME"
@@ -62,6 +62,39 @@ def fetched(weights: Path | str) -> Path:
         return _from_google(str(weights), google_file(name))
     repository, _, revision = (_timms(name) if scheme == "timm" else name).partition("@")
     return _from_hub(str(weights), repository, revision or None)
+
+
+_LICENCE = re.compile("[a-z0-9.-]{1,40}")  # a word of the hub's list
+
+
+def licence_of(weights: Path | str) -> str | None:
+    """Returns the licence of named weights in the hub's words, such as apache-2.0; None of others, or not known.
+
+    Of the hub it is what was told when the weights were fetched.
+    """
+    if not is_name(weights):
+        return None
+    scheme, _, name = str(weights).partition(":")
+    if scheme == "google":
+        return google_file(name).licence.lower()
+    repository = (_timms(name) if scheme == "timm" else name).partition("@")[0]
+    try:
+        told = _licence_file(repository).read_text()[:80].strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return told if _LICENCE.fullmatch(told) else None
+
+
+def _licence_file(repository: str) -> Path:
+    return cache_folder() / "licences" / f"{repository}.txt"
+
+
+def _keep_licence(repository: str, licence: object) -> None:
+    """For the card of a later conversion; a cache that cannot be written is no reason to fetch nothing."""
+    path = _licence_file(repository)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, f"{licence}\n", shared=True)
 
 
 def _timms(name: str) -> str:
@@ -115,6 +148,7 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Path:
         known = [size for file in wanted if (size := sizes[file]) is not None]
         total = sum(known) if len(known) == len(wanted) else None
         licence = getattr(info.card_data, "license", None) or "no licence told"
+        _keep_licence(repository, licence)
         cache = constants.HF_HUB_CACHE
         tell(f"{name}: fetching {', '.join(wanted)} of {address} ({told_size(total)}, {licence}) to {cache}")
         with progress(name, total or 0) as advance, _quiet():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.read import read_state
-from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, non_defaults
+from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, model_name, non_defaults
 from pretrain.escape import code_in_markdown, in_markdown, shown
 from pretrain.json_files import Fields, brief, parse_json
 from pretrain.models.tensors import Weights, read_fields, readable
@@ -111,7 +111,9 @@ def _model(weights: Weights, target: str) -> str:
         lines = [f"timm's {config.timm_name}, {millions:.1f}M parameters."]
     else:
         width, depth, mlp_dim, heads = config.shape
-        lines.append(f"{config.name}/{config.patch_size}: width {width}, depth {depth}, MLP {mlp_dim}, {heads} heads;")
+        lines.append(
+            f"{model_name(config, with_size=False)}: width {width}, depth {depth}, MLP {mlp_dim}, {heads} heads;"
+        )
         lines.append(f"pooling {config.pooling}, positions {config.positions}, {config.gelu} GELU.")
         if form := config.other_form():
             lines.append(f"Blocks of another form ([arXiv 2302.05442](https://arxiv.org/abs/2302.05442)): {form}.")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pretrain.gpus import PEAK_FLOPS
+
 GIB = 1 << 30
 
 
@@ -10,7 +12,7 @@ class Device:
     """One GPU and its share of a node. Rates are per second and per direction."""
 
     name: str
-    peak_flops: float  # dense bf16; the figures with 2:4 sparsity are twice as high and mean nothing here
+    peak_flops: float  # dense bf16
     memory_bytes: int  # what torch sees of it
     memory_rate: float  # bytes
     link_rate: float  # bytes over NVLink
@@ -18,10 +20,10 @@ class Device:
 
 # Data sheets of the SXM forms; memory as torch.cuda.get_device_properties tells it, memory of B200 from its sheet.
 DEVICES = {
-    "a100": Device("a100", 312e12, int(79.1 * GIB), 2.04e12, 300e9),
-    "h100": Device("h100", 989e12, int(79.1 * GIB), 3.35e12, 450e9),
-    "h200": Device("h200", 989e12, int(139.8 * GIB), 4.8e12, 450e9),
-    "b200": Device("b200", 2250e12, int(178 * GIB), 8.0e12, 900e9),
+    "a100": Device("a100", PEAK_FLOPS["a100"], int(79.1 * GIB), 2.04e12, 300e9),
+    "h100": Device("h100", PEAK_FLOPS["h100"], int(79.1 * GIB), 3.35e12, 450e9),
+    "h200": Device("h200", PEAK_FLOPS["h200"], int(139.8 * GIB), 4.8e12, 450e9),
+    "b200": Device("b200", PEAK_FLOPS["b200"], int(178 * GIB), 8.0e12, 900e9),
 }
 
 # Of the ceiling model: a matrix product reaches this share of the peak, a pointwise kernel this share of the memory's

@@ -9,10 +9,11 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from pretrain.config import Config, non_defaults
+from pretrain.config import Config, model_name, non_defaults
+from pretrain.escape import portable
 from pretrain.report.goodput import goodput, lost_steps
 from pretrain.report.runs import Curve, Run
-from pretrain.report.story import model_name, portable, sentence, training_seconds
+from pretrain.report.story import sentence, training_seconds
 from pretrain.tasks.published import PAPER_ROWS, PaperRow
 from pretrain.tasks.table import VTAB, vtab_means
 
@@ -76,6 +77,10 @@ def summary(run: Run) -> dict[str, Any]:
         "finetuning": run.finetuning,
         "wrong_predictions": {
             "count": run.num_wrong,
+            "confused": [
+                {"label": label, "predicted": predicted, "count": number, "of": total}
+                for label, predicted, number, total in (run.confusion.confused if run.confusion else ())
+            ],
             "shown": [
                 {"name": w.name, "label": w.label, "predicted": w.predicted, "probability": w.probability}
                 for w in run.wrong
@@ -162,8 +167,8 @@ _OVERVIEW = (
     "last val top-1",
     "last train loss",
     "images/s",
-    "skipped",
-    "bad",
+    "skipped steps",
+    "bad samples",
     "restarts",
 )
 
@@ -243,7 +248,7 @@ def losses_table(summaries: Sequence[dict[str, Any]]) -> Table:
                 NOTHING if skipped is None else f"{skipped:,}" + _at_steps(values["skipped_at"]),
             ]
         )
-    return Table(["run", "samples seen", "bad", *causes, "skipped steps"], rows, num_runs=len(rows))
+    return Table(["run", "samples seen", "bad samples", *causes, "skipped steps"], rows, num_runs=len(rows))
 
 
 def nothing_lost(summaries: Sequence[dict[str, Any]]) -> str | None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import MAX_CLASSES
 from pretrain.errors import UserError
+from pretrain.escape import portable
 from pretrain.json_files import Fields, read_json
+from pretrain.report.confusion import drawn, read_pairs
 from pretrain.report.files import inside
 from pretrain.report.page import template
 from pretrain.report.runs import MAX_COUNT, read_wrong
@@ -21,11 +22,7 @@ from pretrain.storage import write_text
 PAGE = "report.html"
 _ACCURACY = "accuracy.json"
 _MAX_BARS = 24  # classes of the chart; of more those with the lowest accuracy
-_MAX_CELLS = 30  # classes a side of the confusion picture; of more those with the most mistakes
-_MAX_CONFUSED = 8  # pairs of classes that are listed
 _MAX_SECONDS = 1e9
-CELL, LABEL = 30, 150  # units of SVG, about pixels: a cell's side, the room for names
-_MAX_LABEL = 20  # letters, that fit
 
 
 @dataclass(frozen=True)
@@ -38,28 +35,6 @@ class Bar:
     share: float
     low: float  # of the 95 % interval
     high: float
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Images of one class that got one prediction."""
-
-    x: int
-    y: int
-    number: int
-    opacity: float  # rises with the share of the class's images
-    is_right: bool
-    text: str  # shown when pointed at
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """The confusion picture: rows are true classes, columns predictions."""
-
-    names: list[str]  # of the classes drawn, cut where they are long
-    cells: list[Cell]
-    size: int  # units of SVG a side
-    is_part: bool  # whether classes are left out
 
 
 def is_own(folder: Path) -> bool:
@@ -80,7 +55,7 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
         run = _one_name(values, "run")
         wrong = read_wrong(folder / run)[0] if inside(folder, f"{run}/evaluation/wrong.json") else []
         text = template("own_page.html.jinja").render(
-            **_shown(values), wrong=wrong, trained=shlex.quote(str(_from_here(folder) / run)), CELL=CELL, LABEL=LABEL
+            **_shown(values), wrong=wrong, trained=shlex.quote(str(_from_here(folder) / run))
         )
         page.parent.mkdir(parents=True, exist_ok=True)
         write_text(page, text, errors="replace")
@@ -102,7 +77,6 @@ def _shown(values: Fields) -> dict[str, Any]:
         values.wrong("format", f"pretrain-accuracy, not {found!r}")
     classes = values.texts("classes")
     bars = sorted((_bar(part, classes) for part in values.parts("per_class")), key=lambda bar: (bar.share, bar.name))
-    pairs = _pairs(values, len(classes))
     low, high = _interval(values)
     seconds = None if values.values.get("seconds") is None else values.number("seconds", 0, _MAX_SECONDS)
     facts = {
@@ -118,14 +92,12 @@ def _shown(values: Fields) -> dict[str, Any]:
         "time": None if seconds is None else _time(seconds),
         "bars": bars[:_MAX_BARS],
         "num_bars": len(bars),
-        "confusion": _confusion(pairs, classes),
-        "confused": _confused(pairs, classes)[:_MAX_CONFUSED],
-        "num_confused": len(_confused(pairs, classes)),
+        "confusion": drawn(read_pairs(values, len(classes)), classes),
         "lr": values.number("lr", 0, 1e3),
         "selection": [_rate(part) for part in values.parts("selection")],
         "seeds": [f"{100 * seed:.2f} %" for seed in _numbers(values, "seeds")],
-        "told": values.texts("told"),
-        "differs": values.texts("differs"),
+        "told": list(map(portable, values.texts("told"))),
+        "differs": list(map(portable, values.texts("differs"))),
     }
 
 
@@ -167,61 +139,6 @@ def _rate(part: Fields) -> tuple[str, str]:
     top1 = part.values.get("top1")
     reached = "not finite" if top1 is None else f"{100 * part.number('top1', 0, 1):.1f} %"
     return f"{part.number('lr', 0, 1e3):g}", reached
-
-
-def _pairs(values: Fields, num_classes: int) -> dict[tuple[int, int], int]:
-    """How many images of a class (the first) got a prediction (the second)."""
-    rows = values.values.get("confusion")
-    if not isinstance(rows, list):
-        values.wrong("confusion", "a list of [class, prediction, images]")
-    found: dict[tuple[int, int], int] = {}
-    for place, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != 3:
-            raise UserError(f"{values.source}: confusion[{place}] is no [class, prediction, images]")
-        of = Fields(dict(zip(("class", "prediction", "images"), row)), f"{values.source}: confusion[{place}]")
-        most = min(num_classes, MAX_CLASSES) - 1
-        found[of.integer("class", 0, most), of.integer("prediction", 0, most)] = of.integer("images", 1, MAX_COUNT)
-    return found
-
-
-def _confusion(pairs: dict[tuple[int, int], int], classes: tuple[str, ...]) -> Confusion:
-    totals, mistakes = [0] * len(classes), [0] * len(classes)
-    for (label, predicted), number in pairs.items():
-        totals[label] += number
-        if label != predicted:
-            mistakes[label] += number
-            mistakes[predicted] += number
-    met = [label for label in range(len(classes)) if totals[label] or mistakes[label]]
-    drawn = sorted(sorted(met, key=lambda label: (-mistakes[label], label))[:_MAX_CELLS])
-    places = {label: place for place, label in enumerate(drawn)}
-    cells = [
-        Cell(
-            x=LABEL + CELL * places[predicted],
-            y=LABEL + CELL * places[label],
-            number=number,
-            opacity=round(0.15 + 0.85 * number / totals[label], 3),
-            is_right=label == predicted,
-            text=f"{number:,} of {totals[label]:,} {classes[label]}: taken for {classes[predicted]}",
-        )
-        for (label, predicted), number in pairs.items()
-        if label in places and predicted in places
-    ]
-    names = [_cut(classes[label]) for label in drawn]
-    return Confusion(names, cells, LABEL + CELL * len(drawn), len(drawn) < len(met))
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _MAX_LABEL else f"{name[: _MAX_LABEL - 1]}…"
-
-
-def _confused(pairs: dict[tuple[int, int], int], classes: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
-    """The pairs that are mistaken most often: true class, prediction, images, all images of the class."""
-    totals = [0] * len(classes)
-    for (label, _), number in pairs.items():
-        totals[label] += number
-    wrong = [(label, predicted, number) for (label, predicted), number in pairs.items() if label != predicted]
-    wrong.sort(key=lambda row: (-row[2], row[0], row[1]))
-    return [(classes[label], classes[to], number, totals[label]) for label, to, number in wrong]
 
 
 def _time(seconds: float) -> str:

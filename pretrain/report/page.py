@@ -13,13 +13,12 @@ from types import MappingProxyType
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.escape import code_in_markdown, in_markdown, shown
+from pretrain.escape import code_in_markdown, in_markdown, portable, portable_path, shown
 from pretrain.report import curves, figures, story
 from pretrain.report.batch import Example
 from pretrain.report.fewshot import fewshot_chart
 from pretrain.report.figures import Table, summary
 from pretrain.report.runs import Run
-from pretrain.report.story import portable
 from pretrain.storage import write_text
 
 MAX_CARDS = 7  # beyond it the table has the runs
@@ -32,7 +31,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     The same runs give the same bytes. The Markdown page shows curves.png by its relative name.
     """
     summaries = [summary(run) for run in runs]
-    record = {"format": "pretrain-report", "version": 1, "paper": _paper(), "runs": summaries}
+    record = {"format": "pretrain-report", "version": 1, "paper": _paper(), "runs": _portable(summaries)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         curves.draw_curves(runs, out / "curves.png")
@@ -46,6 +45,20 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); give another --out") from None
     return [out / name for name in NAMES]
+
+
+_PATHS = ("folder", "path", "weights", "command")  # keys whose texts are a path, or one among others
+
+
+def _portable(value: Any, key: str = "") -> Any:
+    """Returns the value with no path that tells whose disk it was."""
+    if isinstance(value, dict):
+        return {name: _portable(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    return portable_path(value) if key in _PATHS and value.startswith("/") else portable(value)
 
 
 def _json_values(value: Any) -> Any:
@@ -73,9 +86,10 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
     finetune = f"python tools/finetune.py {run} --task"
     evaluate = f"python tools/evaluate.py {run}"
     metrics = {metric for r in runs for metric in r.curves}
+    evaluated = {row["metric"] for r in runs if r.evaluation for row in r.evaluation["rows"]}
     have = {
         "validation": "val/top1" in metrics,
-        "fewshot": any("shot" in metric for metric in metrics),
+        "fewshot": any("shot" in metric for metric in metrics | evaluated),
         "scores": any(s["scores"] for s in summaries),
         "finetuning": any(r.finetuning or (r.config and r.config.init_from) for r in runs),
         "evaluation": any(r.evaluation for r in runs),
@@ -98,7 +112,7 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
     """Returns what a run ran with, by name; only what is known."""
     versions = ", ".join(f"{name} {version}" for name, version in (values["versions"] or {}).items())
     facts = {
-        "folder": portable(values["folder"]),
+        "folder": portable_path(values["folder"]),
         "model": values["model"],
         "command": portable(" ".join(map(str, values["command"] or []))),
         "restarts": _restarts(values),
@@ -169,6 +183,7 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
         figures=figures,
         story=story,
         portable=portable,
+        portable_path=portable_path,
         fewshots=fewshots,
         first_fewshot=next(iter(fewshots), None),
         panels=panels,
@@ -216,8 +231,11 @@ def markdown(
         if values["starts"]:
             lines += ["", *_lines(figures.starts_table(values))]
         for record in figures.evaluations(values):
-            lines += ["", f"Evaluation of {in_markdown(portable(record['weights']))}:", ""]
+            lines += ["", f"Evaluation of {in_markdown(portable_path(record['weights']))}:", ""]
             lines += _lines(figures.evaluation_table(record["rows"]))
+        if confused := values["wrong_predictions"]["confused"]:
+            pairs = (f"{of['label']} for {of['predicted']} ({of['count']:,} of {of['of']:,})" for of in confused)
+            lines += ["", f"Taken for another class most often: {in_markdown('; '.join(pairs))}."]
     if (configs := figures.config_table(summaries)).rows:
         lines += ["", "## Differs from the defaults", "", *_lines(configs)]
     return "\n".join(lines) + "\n"

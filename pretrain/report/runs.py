@@ -22,10 +22,13 @@ import numpy as np
 
 from pretrain.config import Config, load_config
 from pretrain.errors import ConfigError, UserError
+from pretrain.escape import portable_path
 from pretrain.json_files import Fields, read_json
 from pretrain.log import MAX_STEP, warn
 from pretrain.report.batch import Example, read_batch
+from pretrain.report.confusion import Confusion, drawn, read_pairs
 from pretrain.report.files import MAX_PICTURE_BYTES, Picture, inside, lines, picture, picture_file, read_text
+from pretrain.report.places import nothing_in
 from pretrain.report.target import Target, read_target
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values
@@ -67,6 +70,7 @@ class Run:
     pictures: list[Picture]
     wrong: list[WrongPrediction]  # the first MAX_WRONG
     num_wrong: int  # in wrong.json
+    confusion: Confusion | None  # of the classes, where each image has one
     target: Target | None
     done: bool
 
@@ -74,7 +78,12 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads folders of runs, of weights with results, of results. Raises UserError when one holds nothing to report."""
     names = [folder.resolve().name for folder in folders]
-    return [_read_run(f, name if names.count(name) == 1 else str(f)) for f, name in zip(folders, names)]
+    places = list(map(portable_path, folders))
+    called = [
+        name if names.count(name) == 1 else place if places.count(place) == 1 else str(folder)
+        for folder, name, place in zip(folders, names, places)
+    ]
+    return list(map(_read_run, folders, called))
 
 
 def _read_run(folder: Path, name: str) -> Run:
@@ -82,12 +91,7 @@ def _read_run(folder: Path, name: str) -> Run:
     evaluation = _read_evaluation(folder)
     finetuning = [_read_finetuning(path) for path in _finetuning_files(folder)]
     if not (curves or evaluation or finetuning):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: not found; give the folder of a run, such as runs/NAME")
-        raise UserError(
-            f"{folder}: nothing to report: no metrics.jsonl of a run that has logged something, and no results of "
-            "tools/evaluate.py or tools/finetune.py"
-        )
+        raise nothing_in(folder)
     starts = list(lines(folder, "starts.jsonl", _start))
     wrong, num_wrong = read_wrong(folder)
     batch = read_batch(folder)
@@ -109,6 +113,7 @@ def _read_run(folder: Path, name: str) -> Run:
         pictures=_read_pictures(folder, [] if batch else ["batch.png"]),
         wrong=wrong,
         num_wrong=num_wrong,
+        confusion=_read_confusion(folder) if num_wrong else None,
         target=read_target(folder, starts[-1]["recipe"], config) if starts else None,
         done=(folder / "DONE").is_file(),
     )
@@ -317,6 +322,19 @@ def read_wrong(folder: Path) -> tuple[list[WrongPrediction], int]:
     except (OSError, UserError) as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise UserError(f"{path}: cannot be used as wrong predictions ({reason}); move it away") from None
+
+
+def _read_confusion(folder: Path) -> Confusion | None:
+    """Which classes were taken for which, None where that is not known or no class was taken for another."""
+    if (path := inside(folder, f"{_evaluation_place(folder)}wrong.json")) is None:
+        return None
+    with _written_by("evaluate", path):
+        values = Fields.of(read_json(path), str(path))
+        if "confusion" not in values.values:  # of several labels to an image, or of an earlier version
+            return None
+        classes = values.texts("classes")
+        found = drawn(read_pairs(values, len(classes)), classes)
+    return found if found.confused else None
 
 
 def _wrong_picture(folder: Path, item: Fields, source: str) -> Picture | None:

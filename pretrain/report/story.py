@@ -1,23 +1,10 @@
 """What a reader wants first, in a sentence: what was trained, on what, how long, where, and with which result."""
 
-import re
-from pathlib import Path
 from typing import Any
 
-from pretrain.config import VIT_SHAPES, ModelConfig
+from pretrain.config import model_name
+from pretrain.escape import portable
 from pretrain.report.runs import Run
-
-
-def model_name(config: ModelConfig) -> str:
-    """Returns "ViT-B/16 at 224 px"; a named size whose width or depth was changed goes by its real shape."""
-    if config.timm_name is not None:
-        return f"timm's {config.timm_name} at {config.image_size} px"
-    size = f"{config.patch_size} at {config.image_size} px"
-    named = VIT_SHAPES.get(config.name)
-    if config.trunk_units is not None or named is None or config.shape == named:
-        return f"ViT-{config.name}/{size}"
-    width, depth, _, heads = config.shape
-    return f"ViT of width {width}, depth {depth}, {heads} heads, patches of {size}"
 
 
 def training_seconds(run: Run) -> float | None:
@@ -80,20 +67,6 @@ def _machine(start: dict[str, Any]) -> str:
     if start.get("device_type") == "cpu":
         return f" on {ranks} CPU rank{'s' * (ranks > 1)} ({device})"
     return f" on {ranks} x {device}"
-
-
-_ABSOLUTE = re.compile(r"""(^|[\s='"\[(,])/(?:[^\s/'",\])]+/)+([^\s/'",\])]+/[^\s/'",\])]+)""", re.MULTILINE)
-
-
-def portable(text: str, *, whole: bool = False) -> str:
-    """Returns a text whose paths below the working folder are relative, and others cut to their last two parts.
-
-    A page that travels need not tell whose disk it was. whole: paths stay usable, so only the first is done.
-    """
-    here = str(Path.cwd())
-    if here != "/":
-        text = re.sub(rf"{re.escape(here)}(/|(?![^\s'\",\])]))", lambda found: "" if found[1] else ".", text)
-    return text if whole else _ABSOLUTE.sub(r"\1.../\2", text)
 
 
 def headline(values: dict[str, Any]) -> tuple[str, str] | None:

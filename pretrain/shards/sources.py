@@ -3,6 +3,7 @@
 import os
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -40,16 +41,18 @@ def folder_items(
     here reads, one that lies in two classes by links.
     """
     told = told or Told()
-    classes = _class_folders(root, told)
+    refused: list[Path] = []
+    classes = _class_folders(root, told, refused)
     items = PackedItems(partial(file_item, root, apply_orientation))
     words = array("q")
     for label, name in enumerate(classes):
         for path in files_below(root / name, told.passed_over):
             if stored_ending(path.name) is None:
-                _pass_over(path, told)
+                _pass_over(path, told, refused)
                 continue
             append_file(items, root, path, label)
             words.append(place_word(path))
+    _refuse(refused)
     if not items:
         raise UserError(
             f"{root}: no images found; expected {root}/CLASS/NAME.jpg (endings: {', '.join(IMAGE_ENDINGS)})"
@@ -98,7 +101,39 @@ def same_files(root: Path, items: PackedItems, words: array) -> dict[int, int]:
     return again
 
 
-def _class_folders(root: Path, told: Told) -> list[str]:
+# What people call the parts of a data set, in small letters; of several the first is taken.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+_ALL_SPLIT_NAMES = {name for names in SPLIT_NAMES.values() for name in names}
+
+
+def is_split_name(name: str) -> bool:
+    """Returns whether a folder of this name may be a part of a data set."""
+    return name.lower() in _ALL_SPLIT_NAMES
+
+
+def holds_classes(folder: Path) -> bool:
+    """Returns whether a folder has folders and no pictures of its own: else it is a class itself."""
+    entries = [path for path in folder.iterdir() if not is_of_the_system(path.name)]
+    own = any(path.is_file() and stored_ending(path.name) for path in entries)
+    return not own and any(path.is_dir() for path in entries)
+
+
+def _refuse_splits(root: Path, names: Sequence[str]) -> None:
+    """Raises UserError where the folders are parts of a data set, whose classes lie inside them."""
+    parts = [name for name in names if holds_classes(root / name)]
+    if parts and all(map(is_split_name, names)):
+        first = min(parts, key=lambda name: (name.lower() not in SPLIT_NAMES["train"], name))
+        raise UserError(
+            f"{root}: its folders {', '.join(names)} are parts of a set, which hold the classes; give one of them, "
+            f"{root / first}, and make each a data set of its own"
+        )
+
+
+def _class_folders(root: Path, told: Told, refused: list[Path]) -> list[str]:
     """The names of the class folders, sorted; what else lies beside them is told, or refused when it is a picture."""
     names, beside = [], []
     for path in sorted(root.iterdir()):
@@ -115,7 +150,7 @@ def _class_folders(root: Path, told: Told) -> list[str]:
         elif stored_ending(path.name):
             beside.append(path)
         else:
-            _pass_over(path, told)
+            _pass_over(path, told, refused)
     if beside and not names:
         raise UserError(f"{root}: its {len(beside):,} photos lie in no class folder; expected {root}/CLASS/NAME.jpg")
     if names and beside:
@@ -123,15 +158,28 @@ def _class_folders(root: Path, told: Told) -> list[str]:
     unreadable = next((name for name in names if not is_text(name)), None)
     if unreadable is not None:
         raise UserError(f"{root}/{shown(unreadable)}: the folder's name is not UTF-8, and it names a class; rename it")
+    _refuse_splits(root, names)
     return names
 
 
-def _pass_over(path: Path, told: Told) -> None:
-    """Counts a file that is no picture. Raises UserError for a picture that nothing here reads."""
+def _pass_over(path: Path, told: Told, refused: list[Path]) -> None:
+    """Counts a file that is no picture; a picture that nothing here reads is added to `refused`."""
     ending = ending_of(path.name)
     if ending in REFUSED_ENDINGS or ending in PICTURE_ENDINGS:
-        raise UserError(f"{path}: .{ending} pictures cannot be read here; convert it to JPEG or PNG, or move it away")
+        return refused.append(path)
     told.passed_over[f".{ending} files" if ending else "files without an ending"] += 1
+
+
+def _refuse(refused: Sequence[Path]) -> None:
+    """Raises UserError for pictures that nothing here reads, with the number of each kind and the first of all."""
+    if not refused:
+        return
+    numbers = Counter(ending_of(path.name) for path in refused)
+    kinds = ", ".join(f"{number:,} .{ending}" for ending, number in numbers.most_common())
+    rest = "convert it to JPEG or PNG, or move it away"
+    if len(refused) > 1:
+        rest = f"the first of {kinds}: convert them to JPEG or PNG, or move them away"
+    raise UserError(f"{refused[0]}: .{ending_of(refused[0].name)} pictures cannot be read here; {rest}")
 
 
 def npz_items(path: Path) -> tuple[list[Item], list[str]]:

@@ -20,11 +20,12 @@ from pretrain.json_files import Fields, brief, read_json
 from pretrain.shards.archives import Original, Splits, read_text
 from pretrain.shards.build import Progress, build, check_labels, read_dropped_items
 from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples
-from pretrain.shards.imagenet import TRAIN_TAR, VAL_TAR
+from pretrain.shards.imagenet import TRAIN_TAR, VAL_TAR, wnids
 from pretrain.shards.packs import pack_originals, split_of
 from pretrain.shards.sources import Item, sniffed_ending
 from pretrain.shards.tfrecord import Record, read_features, split_records, tfds_folder
 from pretrain.storage import write_text
+from pretrain.tasks.readers import IMAGES, LABELS, READERS
 from pretrain.tasks.table import Task
 
 FORMAT, VERSION = "pretrain-task", 2
@@ -295,7 +296,7 @@ def open_source(task: Task, paths: Sequence[Path]) -> Source:
             f"{paths[0]}: {task.name} is made from TFDS records ({task.tfds}), whose order defines its images, or from "
             f"packs named for train, val and test; neither is here"
         )
-    splits = task.originals(paths[0])
+    splits = READERS[task.originals](paths[0])
     return Source(ORIGINALS, splits, _class_names(task, _names_in(splits)))
 
 
@@ -310,7 +311,7 @@ def _dataset(task: Task) -> str:
 
 def _class_names(task: Task, found: Sequence[str]) -> list[str]:
     """The names of the classes: the task's own, those of the source if it names all, or mere numbers."""
-    names = list(task.class_names or found)
+    names = list(wnids() if task.is_imagenet else found)
     return names if len(names) == task.num_classes else [str(number) for number in range(task.num_classes)]
 
 
@@ -358,7 +359,7 @@ def _from_record(task: Task, record: Record) -> Original:
     """Parses a record for its name and its label; its image is read again when it is written."""
     features = read_features(record)
     try:
-        label = task.label(features)
+        label = LABELS[task.label](features)
         name = next((features[key][0].decode() for key in _NAME_FEATURES if features.get(key)), record.id)
         ending = sniffed_ending(features["image"][0])
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
@@ -375,6 +376,6 @@ def _read_image(task: Task, record: Record) -> bytes:
     if task.image is None:
         return data
     try:
-        return task.image(data)
+        return IMAGES[task.image](data)
     except (ValueError, OSError) as error:
         raise UserError(f"{record.path}: image of record {record.number}: {error}") from None

@@ -1,25 +1,18 @@
 """The evaluation tasks of the ViT paper as rows of one table: what a set is, where it comes from, how it is scored.
 
 `TASKS[name]` says what preparing, fine-tuning and reporting need to know of a task. A new task is a new row.
-docs/tasks.md explains the choices.
+docs/tasks.md explains the choices. The table is read before torch is imported, so that a misspelt name or absent data
+is told at once: what reads images and labels is named here and stands in readers.py.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pretrain.data.permutation import words
+from pretrain.config.checks import did_you_mean
 from pretrain.errors import UserError
-from pretrain.shards.archives import Splits
-from pretrain.shards.class_folders import class_folders, sorted_class_folders
-from pretrain.shards.imagenet import imagenet, wnids
-from pretrain.shards.originals import cifar, dtd, flowers, pets
-from pretrain.shards.tfrecord import Features
-from pretrain.tasks import vtab_labels as labels
 
 NATURAL, SPECIALISED, STRUCTURED = "natural", "specialised", "structured"
 
@@ -53,10 +46,10 @@ class Task:
     finetuning: FineTuning | None  # None: scored with the model that was fine-tuned on ImageNet
     tested_on: str  # "real" images, or "synthetic records" only, since the set was not at hand
     group: str | None = None  # of VTAB
-    label: Callable[[Features], int] = labels.stored_label  # of a TFDS record
-    image: Callable[[bytes], bytes] | None = None  # what TFDS's image needs before it can be seen
-    originals: Callable[[Path], Splits] | None = None  # reads the authors' files; None: TFDS records or packs only
-    class_names: tuple[str, ...] = ()  # where they are the same in every source
+    label: str = "stored_label"  # of a TFDS record: a row of readers.LABELS
+    image: str | None = None  # what TFDS's image needs before it can be seen: a row of readers.IMAGES
+    originals: str | None = None  # reads the authors' files: a row of readers.READERS; None: TFDS records or packs
+    is_imagenet: bool = False  # its classes are ImageNet's, called by their WordNet ids in every source
     metric: str = "top1"  # "real": a prediction is right when it is one of the image's ReaL labels
     official_metric: str = "top1"  # of the set's authors, where it differs from the paper's
     data_of: str | None = None  # the task whose data this one is scored on
@@ -90,10 +83,19 @@ def missing(task: Task, root: Path, splits: Sequence[str] = ()) -> str | None:
     )
 
 
+def check_any_there(tasks: Sequence[Task], root: Path) -> list[str]:
+    """Returns the lines of `missing` of the tasks that lack something. Raises UserError when all of them do."""
+    absent = [line for one in tasks if (line := missing(one, root))]
+    if absent and len(absent) == len(tasks):
+        some = f"none of {len(absent)} sets is in {root}; the first: " if len(absent) > 1 else "no data: "
+        raise UserError(f"{some}{absent[0]}")
+    return absent
+
+
 def task(name: str) -> Task:
     """Returns a row of the table. Raises UserError when there is none of that name."""
     if name not in TASKS:
-        raise UserError(f"{name!r} is not a task; there are {', '.join(TASKS)}")
+        raise UserError(f"{name!r} is not a task; there are {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
     return TASKS[name]
 
 
@@ -110,43 +112,7 @@ _KRIZHEVSKY = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 
 
-def _variant(folder_names: Sequence[str]) -> Callable[[Path], Splits]:
-    """The reader of an ImageNet variant, whose folders are classes: numbers, or WordNet ids in ImageNet's order."""
-
-    def read(source: Path) -> Splits:
-        index = {wnid: number for number, wnid in enumerate(wnids())}
-        classes = {name: index.get(name, number) for number, name in enumerate(folder_names)}
-        return {"test": class_folders(source, classes)}
-
-    return read
-
-
-def _seeded(read: Callable[[Path], Splits], num_test: int = 0) -> Callable[[Path], Splits]:
-    """The reader of a VTAB set's original files: 800 + 200 images by a seed, since TFDS's order is not theirs.
-
-    read: gives `train` and maybe `val`, from which the 200 are then taken. num_test: taken from `train` too, behind the
-    1,000, where the authors have no test split; 0: they have one.
-    """
-
-    def splits(source: Path) -> Splits:
-        found = read(source)
-        shuffled = {}
-        for split, originals in found.items():
-            plan = np.argsort(words(len(originals), "v1", "vtab", 0), kind="stable")
-            shuffled[split] = [originals[number] for number in plan]
-        train, val = shuffled["train"][:800], shuffled.get("val", shuffled["train"][800:])[:200]
-        test = shuffled["train"][1000:][:num_test] if num_test else found["test"]
-        return {"train": train, "val": val, "trainval": train + val, "test": test}
-
-    return splits
-
-
-def _class_folders(num_classes: int, num_test: int) -> Callable[[Path], Splits]:
-    """The reader of a VTAB set that its authors give as one folder for each class, without splits."""
-    return _seeded(lambda source: {"train": sorted_class_folders(source, num_classes)}, num_test)
-
-
-def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: Sequence[str], **more: Any) -> Task:
+def _imagenet_variant(name: str, count: int, tfds: str, url: str, **more: Any) -> Task:
     return Task(
         name=name,
         num_classes=1000,
@@ -157,8 +123,8 @@ def _imagenet_variant(name: str, count: int, tfds: str, url: str, folder_names: 
         licence="MIT for the list; images as found on the web",
         finetuning=None,
         tested_on="synthetic records",
-        originals=_variant(folder_names),
-        class_names=wnids(),
+        originals=name,
+        is_imagenet=True,
         **more,
     )
 
@@ -220,8 +186,8 @@ _ROWS = (
         num_samples={"train": 1_281_167, "val": 50_000},
         url="https://image-net.org/challenges/LSVRC/2012/",
         licence="non-commercial research, registration",
-        originals=imagenet,
-        class_names=wnids(),
+        originals="imagenet",
+        is_imagenet=True,
         tested_on="real",
     ),
     Task(
@@ -242,14 +208,12 @@ _ROWS = (
         10_000,
         "imagenet_v2/matched-frequency:*.*.*",
         "https://github.com/modestyachts/ImageNetV2 (matched-frequency)",
-        [str(number) for number in range(1000)],
     ),
     _imagenet_variant(
         "imagenet_a",
         7_500,
         "imagenet_a:*.*.*",
         "https://github.com/hendrycks/natural-adv-examples",
-        wnids("imagenet_a"),
         scored_wnids="imagenet_a",
     ),
     _imagenet_variant(
@@ -257,7 +221,6 @@ _ROWS = (
         30_000,
         "imagenet_r:*.*.*",
         "https://github.com/hendrycks/imagenet-r",
-        wnids("imagenet_r"),
         scored_wnids="imagenet_r",
     ),
     _imagenet_variant(
@@ -265,7 +228,6 @@ _ROWS = (
         50_889,
         "imagenet_sketch:*.*.*",
         "https://github.com/HaohanWang/ImageNet-Sketch",
-        wnids(),
     ),
     _own(
         "cifar10",
@@ -276,7 +238,7 @@ _ROWS = (
         _CIFAR,
         url=_KRIZHEVSKY,
         licence=_RESEARCH,
-        originals=lambda source: cifar(source, 10),
+        originals="cifar10",
         tested_on="real",
     ),
     _own(
@@ -288,7 +250,7 @@ _ROWS = (
         _CIFAR,
         url=_KRIZHEVSKY,
         licence=_RESEARCH,
-        originals=lambda source: cifar(source, 100),
+        originals="cifar100",
         tested_on="synthetic records",
     ),
     _own(
@@ -300,7 +262,7 @@ _ROWS = (
         _SMALL,
         url=f"{_OXFORD}/pets/",
         licence="CC BY-SA 4.0",
-        originals=pets,
+        originals="pets",
         official_metric="mean_per_class",
         tested_on="synthetic records",
     ),
@@ -316,7 +278,7 @@ _ROWS = (
         num_samples={"train": 1_020, "val": 1_020, "test": 6_149},
         url=f"{_OXFORD}/flowers/102/",
         licence=_RESEARCH,
-        originals=flowers,
+        originals="flowers",
         official_metric="mean_per_class",
         tested_on="synthetic records",
     ),
@@ -327,23 +289,23 @@ _ROWS = (
     ),
     _vtab(
         *("cifar100", NATURAL, 100, "cifar100:3.*.*", "train[45000:45200]", "test", 10_000, _KRIZHEVSKY, _RESEARCH),
-        originals=_seeded(lambda source: cifar(source, 100)),
+        originals="vtab/cifar100",
         tested_on="real",
     ),
     _vtab(
         *("dtd", NATURAL, 47, "dtd:3.*.*", _VAL, "test", 1_880, f"{_OXFORD}/dtd/", "research only"),
-        originals=_seeded(dtd),
+        originals="vtab/dtd",
     ),
     _vtab(
         *("flowers102", NATURAL, 102, "oxford_flowers102:2.*.*", _VAL, "test", 6_149),
         *(f"{_OXFORD}/flowers/102/", _RESEARCH),
-        originals=_seeded(flowers),
+        originals="vtab/flowers102",
         official_metric="mean_per_class",
     ),
     _vtab(
         *("pets", NATURAL, 37, "oxford_iiit_pet:3.*.*", "train[2944:3144]", "test", 3_669),
         *(f"{_OXFORD}/pets/", "CC BY-SA 4.0"),
-        originals=_seeded(pets),
+        originals="vtab/pets",
         official_metric="mean_per_class",
     ),
     _vtab(
@@ -361,13 +323,13 @@ _ROWS = (
     _vtab(
         *("eurosat", SPECIALISED, 10, "eurosat/rgb:2.*.*", "train[16200:16400]", "train[21600:]", 5_400),
         *("https://github.com/phelber/EuroSAT", "MIT"),
-        originals=_class_folders(10, num_test=5_400),
+        originals="vtab/eurosat",
         tested_on="real",
     ),
     _vtab(
         *("resisc45", SPECIALISED, 45, "resisc45:3.*.*", "train[18900:19100]", "train[25200:]", 6_300),
         *("https://www.tensorflow.org/datasets/catalog/resisc45", _RESEARCH),
-        originals=_class_folders(45, num_test=6_300),
+        originals="vtab/resisc45",
     ),
     _vtab(
         "diabetic_retinopathy",
@@ -379,29 +341,29 @@ _ROWS = (
         "competition rules, manual download",
         official_metric="quadratic_kappa",
     ),
-    _vtab("clevr_count", STRUCTURED, 8, *_CLEVR, *_CLEVR_FROM, label=labels.clevr_count),
-    _vtab("clevr_distance", STRUCTURED, 6, *_CLEVR, *_CLEVR_FROM, label=labels.clevr_distance),
+    _vtab("clevr_count", STRUCTURED, 8, *_CLEVR, *_CLEVR_FROM, label="clevr_count"),
+    _vtab("clevr_distance", STRUCTURED, 6, *_CLEVR, *_CLEVR_FROM, label="clevr_distance"),
     _vtab(
         *("dmlab", STRUCTURED, 6, "dmlab:2.0.1", _VAL, "test", 22_735),
         *("https://www.tensorflow.org/datasets/catalog/dmlab", "none stated"),
     ),
     _vtab(
         *("dsprites_location", STRUCTURED, 16, *_DSPRITES, *_DSPRITES_FROM),
-        label=labels.dsprites_x_position,
-        image=labels.visible_sprite,
+        label="dsprites_x_position",
+        image="visible_sprite",
     ),
     _vtab(
         *("dsprites_orientation", STRUCTURED, 16, *_DSPRITES, *_DSPRITES_FROM),
-        label=labels.dsprites_orientation,
-        image=labels.visible_sprite,
+        label="dsprites_orientation",
+        image="visible_sprite",
     ),
     _vtab(
         *("kitti_distance", STRUCTURED, 4, "kitti:3.1.0", _VAL, "test", 711),
         *("https://www.cvlibs.net/datasets/kitti/", "CC BY-NC-SA 3.0"),
-        label=labels.kitti_vehicle_distance,
+        label="kitti_vehicle_distance",
     ),
-    _vtab("smallnorb_azimuth", STRUCTURED, 18, *_NORB, *_NORB_FROM, label=labels.smallnorb_azimuth),
-    _vtab("smallnorb_elevation", STRUCTURED, 9, *_NORB, *_NORB_FROM, label=labels.smallnorb_elevation),
+    _vtab("smallnorb_azimuth", STRUCTURED, 18, *_NORB, *_NORB_FROM, label="smallnorb_azimuth"),
+    _vtab("smallnorb_elevation", STRUCTURED, 9, *_NORB, *_NORB_FROM, label="smallnorb_elevation"),
 )
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 VTAB = tuple(row.name for row in _ROWS if row.group)  # in the order of the paper's Table 9

@@ -3,6 +3,7 @@
 deepspeed launch/pretrain.py --config configs/NAME.yaml
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 
 from pretrain.checkpoint.find import find_checkpoint, newest_valid, set_aside_newer
 from pretrain.checkpoint.read import CheckpointReader
+from pretrain.cli import tell_next
 from pretrain.cluster import agreement, peers, ranks, signals, watchdog
-from pretrain.config import Config
+from pretrain.config import Config, model_name
 from pretrain.data.classes import match_classes
 from pretrain.data.lanes import read_amplification
 from pretrain.data.loader import train_batches
@@ -24,7 +26,7 @@ from pretrain.engine.step import Engine
 from pretrain.engine.versions import untried
 from pretrain.errors import ConfigError, NotFoundError, StorageError
 from pretrain.evaluation import classification
-from pretrain.log import RunLog, say
+from pretrain.log import RunLog, in_words, say
 from pretrain.models.build import build_model
 from pretrain.models.profile import num_parameters
 from pretrain.models.tensors import Weights
@@ -112,7 +114,9 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         loop(config, data, engine, state, log, profile, batches, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
         mark_done(folder, state.step, state.metrics)
-        say(f"done: {folder}, step {state.step}" + "".join(f", {k} {v:.4g}" for k, v in state.metrics.items()))
+        say(f"done: {folder}, step {state.step}" + "".join(f", {in_words(k, v)}" for k, v in state.metrics.items()))
+        if ranks.is_main():
+            tell_next(f"python tools/report.py {shlex.quote(str(folder))}")
     else:
         ending.note(folder, f"asked to stop; saved at step {state.step}")
         say(f"stopped as asked at step {state.step}; the same command goes on from there")
@@ -170,7 +174,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     if statistics_of(model):
         say("batch norm: its statistics stay those of the weights that the run starts from")
     say(
-        f"{config.output / config.name}: {config.model.name}, {num_parameters(model):,} parameters, "
+        f"{config.output / config.name}: {model_name(config.model)}, {num_parameters(model):,} parameters, "
         f"{data.num_classes} classes",
         f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
         f"{data.order.epochs(config.total_steps):.1f} epochs{' of the slowest' if data.order.mixture else ''}; "

@@ -1,0 +1,27 @@
+"""Where results lie in a folder, by their names alone: a folder without any is told before torch is imported."""
+
+from pathlib import Path
+
+from pretrain.errors import UserError
+
+# What training, tools/evaluate.py and tools/finetune.py leave: in the folder itself, or below it.
+_NAMES = (
+    *("metrics.jsonl", "accuracy.json", "results.json", "evaluation/results.json"),
+    *("*/results.json", "finetune*/**/results.json"),
+)
+
+
+def check_any(folder: Path) -> None:
+    """Raises UserError for a folder that holds nothing to report."""
+    if not any(next(folder.glob(name), None) for name in _NAMES):
+        raise nothing_in(folder)
+
+
+def nothing_in(folder: Path) -> UserError:
+    """Returns the error of a folder that holds nothing to report."""
+    if not folder.is_dir():
+        return UserError(f"{folder}: not found; give the folder of a run, such as runs/NAME")
+    return UserError(
+        f"{folder}: nothing to report: no metrics.jsonl of a run that has logged something, and no results of "
+        "tools/evaluate.py or tools/finetune.py"
+    )

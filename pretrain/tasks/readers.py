@@ -1,0 +1,97 @@
+"""What reads the images and labels of the tasks, by the names that rows of table.py give: a function each."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.data.permutation import words
+from pretrain.shards.archives import Splits
+from pretrain.shards.class_folders import class_folders, sorted_class_folders
+from pretrain.shards.imagenet import imagenet, wnids
+from pretrain.shards.originals import cifar, dtd, flowers, pets
+from pretrain.shards.tfrecord import Features
+from pretrain.tasks import vtab_labels as labels
+
+
+def _variant(folder_names: Callable[[], Sequence[str]]) -> Callable[[Path], Splits]:
+    """The reader of an ImageNet variant, whose folders are classes: numbers, or WordNet ids in ImageNet's order."""
+
+    def read(source: Path) -> Splits:
+        index = {wnid: number for number, wnid in enumerate(wnids())}
+        classes = {name: index.get(name, number) for number, name in enumerate(folder_names())}
+        return {"test": class_folders(source, classes)}
+
+    return read
+
+
+def _numbers() -> list[str]:
+    return [str(number) for number in range(1000)]
+
+
+def _seeded(read: Callable[[Path], Splits], num_test: int = 0) -> Callable[[Path], Splits]:
+    """The reader of a VTAB set's original files: 800 + 200 images by a seed, since TFDS's order is not theirs.
+
+    read: gives `train` and maybe `val`, from which the 200 are then taken. num_test: taken from `train` too, behind the
+    1,000, where the authors have no test split; 0: they have one.
+    """
+
+    def splits(source: Path) -> Splits:
+        found = read(source)
+        shuffled = {}
+        for split, originals in found.items():
+            plan = np.argsort(words(len(originals), "v1", "vtab", 0), kind="stable")
+            shuffled[split] = [originals[number] for number in plan]
+        train, val = shuffled["train"][:800], shuffled.get("val", shuffled["train"][800:])[:200]
+        test = shuffled["train"][1000:][:num_test] if num_test else found["test"]
+        return {"train": train, "val": val, "trainval": train + val, "test": test}
+
+    return splits
+
+
+def _class_folders(num_classes: int, num_test: int) -> Callable[[Path], Splits]:
+    """The reader of a VTAB set that its authors give as one folder for each class, without splits."""
+    return _seeded(lambda source: {"train": sorted_class_folders(source, num_classes)}, num_test)
+
+
+def _cifar(num_classes: int) -> Callable[[Path], Splits]:
+    return lambda source: cifar(source, num_classes)
+
+
+# The authors' files of a set, by splits.
+READERS: dict[str, Callable[[Path], Splits]] = {
+    "imagenet": imagenet,
+    "imagenet_v2": _variant(_numbers),
+    "imagenet_a": _variant(partial(wnids, "imagenet_a")),
+    "imagenet_r": _variant(partial(wnids, "imagenet_r")),
+    "imagenet_sketch": _variant(wnids),
+    "cifar10": _cifar(10),
+    "cifar100": _cifar(100),
+    "pets": pets,
+    "flowers": flowers,
+    "vtab/cifar100": _seeded(_cifar(100)),
+    "vtab/dtd": _seeded(dtd),
+    "vtab/flowers102": _seeded(flowers),
+    "vtab/pets": _seeded(pets),
+    "vtab/eurosat": _class_folders(10, num_test=5_400),
+    "vtab/resisc45": _class_folders(45, num_test=6_300),
+}
+
+# The class of a TFDS record.
+LABELS: dict[str, Callable[[Features], int]] = {
+    reader.__name__: reader
+    for reader in (
+        labels.stored_label,
+        labels.clevr_count,
+        labels.clevr_distance,
+        labels.dsprites_x_position,
+        labels.dsprites_orientation,
+        labels.kitti_vehicle_distance,
+        labels.smallnorb_azimuth,
+        labels.smallnorb_elevation,
+    )
+}
+
+# What is done to a TFDS record's image.
+IMAGES: dict[str, Callable[[bytes], bytes]] = {"visible_sprite": labels.visible_sprite}
