@@ -474,10 +474,10 @@ def test_how_many_tars_are_indexed_at_a_time(
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_indexing_in_processes_killed_at_any_moment(kills: int, tmp_path: Path) -> None:
     """kill -9 of the command, or of it and its processes: the bytes of one process undisturbed. Checked in two, too."""
-    photos(tmp_path / "photos", 40 + 40 * kills, side=90)
+    photos(tmp_path / "photos", 20 + 20 * kills, side=90)
     made = make_shards([tmp_path / "photos"], None, tmp_path / "in", replace(SMALL, samples_per_shard=1))[0]
     tars, out = [shard.path for shard in load_manifest(made).shards], tmp_path / "out" / "set"
-    whole = tree(index_existing(tars, [], tmp_path / "whole" / "set").parent)
+    whole = tree(make_shards(tars, None, tmp_path / "whole" / "set", Options())[0].parent)
     line = [sys.executable, ROOT / "tools" / "make_shards.py", *tars, out, "--workers", "2"]
     for kill in range(kills):
         there = len(list(out.glob("*.idx")))
@@ -490,7 +490,7 @@ def test_indexing_in_processes_killed_at_any_moment(kills: int, tmp_path: Path) 
         if (out / "manifest.json").exists():  # it was faster
             break
     else:
-        index_existing(tars, [], out, workers=2 if kills > 1 else 1)
+        make_shards(tars, None, out, Options(workers=2 if kills > 1 else 1))
     assert tree(out) == whole
     manifest, counted = load_manifest(out), list[int]()
     assert list(verify(manifest, counted.append, workers=2)) == [] and sum(counted) == manifest.num_samples
