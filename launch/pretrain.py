@@ -23,9 +23,9 @@ STOP = signals.StopRequest() if __name__ == "__main__" else None
 
 from pretrain import cli
 from pretrain.checkpoint.layout import step_folders
-from pretrain.cluster import local, restarts
+from pretrain.cluster import forks, local, restarts
 from pretrain.cluster.slurm import rank_so_far
-from pretrain.config import config_to_yaml, load_config, option_hint, settings_help
+from pretrain.config import Config, config_to_yaml, load_config, option_hint, settings_help
 from pretrain.errors import ConfigError, UserError
 from pretrain.json_files import Fields, read_json
 
@@ -71,18 +71,28 @@ def main() -> int | None:
     if arguments.restarts is None and arguments.num_gpus is not None:
         raise UserError("--num-gpus is of --restarts; `deepspeed` has --num_gpus")
     if arguments.restarts is not None and not restarts.is_supervised(os.environ):
-        return _with_restarts(arguments.restarts, arguments.num_gpus, config.output / config.name)
-    signals.end_with_launcher()
-    if not rank_so_far(os.environ):
-        print(f"{config.name}: loading torch and DeepSpeed", flush=True)
-    with watchdog.watching(config.output / config.name, config.engine.watchdog_s, config.engine.timeout_s):
-        with cli.loading():
-            from pretrain.train.run import train
-        train(config, recipe=arguments.config, stop=STOP)
+        return _with_restarts(arguments.restarts, arguments.num_gpus, config, arguments.config)
+    _train(config, arguments.config)
     return None
 
 
-def _with_restarts(most: int, num_ranks: int | None, folder: Path) -> int:
+def _train(config: Config, recipe: Path) -> None:
+    signals.end_with_launcher(STOP)
+    if not rank_so_far(os.environ):
+        _tell_of_imports(config)
+    with watchdog.watching(config.output / config.name, config.engine.watchdog_s, config.engine.timeout_s):
+        with cli.loading():
+            from pretrain.train.run import train
+        train(config, recipe=recipe, stop=STOP)
+
+
+def _tell_of_imports(config: Config) -> None:
+    if "torch" not in sys.modules:
+        print(f"{config.name}: loading torch and DeepSpeed", flush=True)
+
+
+def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Path) -> int:
+    folder = config.output / config.name
     for option, value, lowest in (("--restarts", most, 0), ("--num-gpus", num_ranks, 1)):
         if value is not None and value < lowest:
             raise UserError(f"{option} is {value}, expected at least {lowest}")
@@ -99,10 +109,19 @@ def _with_restarts(most: int, num_ranks: int | None, folder: Path) -> int:
             return not Fields.of(read_json(folder / "STOP.json"), "STOP.json").flag("retry", True)
         return False
 
-    words = [sys.executable, *sys.orig_argv[1:]]  # as it was given: ranks know that they are such
+    _tell_of_imports(config)
+    forks.count_gpus_without_the_driver()
+    with cli.loading():
+        import pretrain.train.run  # noqa: F401 - once for all ranks and all starts
     ranks = num_ranks or local.default_num_ranks()
+    if forks.can_fork():
+        start: restarts.Start = forks.by_fork(partial(cli.run, partial(_train, config, recipe), at_once=True))
+    else:
+        start = restarts.by_command(
+            [sys.executable, *sys.orig_argv[1:]]
+        )  # as it was given: ranks know that they are such
     forget = partial(watchdog.forget_reports, folder)
-    return restarts.run_with_restarts(words, ranks, most, STOP, newest=newest, forbidden=forbidden, forget=forget)
+    return restarts.run_with_restarts(start, ranks, most, STOP, newest=newest, forbidden=forbidden, forget=forget)
 
 
 if __name__ == "__main__":

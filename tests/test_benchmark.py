@@ -16,6 +16,7 @@ from pretrain.benchmark.cells import cell_config, cell_rows
 from pretrain.benchmark.measure import summary_ms
 from pretrain.benchmark.models import activation_bytes
 from pretrain.benchmark.models import counted as counted_columns
+from pretrain.benchmark.peer_table import GPU_MODELS, cells_of, fitting_batch
 from pretrain.benchmark.peers import LoopFailed, compared
 from pretrain.benchmark.table import TABLE
 from pretrain.config import VIT_SHAPES, ModelConfig
@@ -35,6 +36,22 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+def test_what_a_short_stay_on_a_gpu_yields_first() -> None:
+    """Our own loop of every model, compiled; then each beside its peers. Batches fit, and the largest do not share."""
+    cells = cells_of(None, None, None, on_gpu=True)
+    assert cells[:5] == [(model, "on", ["ours"]) for model in GPU_MODELS]
+    assert cells[5:7] == [("L/16", "on", ["ours", "timm", "plain"]), ("L/16", "off", ["ours", "timm", "plain"])]
+    assert len(cells) == 15
+    assert cells_of(["Ti/16"], None, ["timm"], on_gpu=False) == [("Ti/16", "off", ["ours", "timm"])]
+    options = {"batch": None, "image_size": 224, "precision": "bf16", "zero_stage": 1, "checkpoint_activations": False}
+    batches = {model: fitting_batch(model, 1, options, 80 << 30) for model in GPU_MODELS}
+    for batch, needed in batches.values():
+        assert 8 <= batch <= 512 and needed <= 0.85 * (80 << 30)
+    assert batches["S/16"][0] == 512 and batches["g/14"][0] < batches["L/16"][0] < batches["S/16"][0]
+    assert fitting_batch("g/14", 1, options | {"batch": 128}, 80 << 30)[0] == 128  # as asked for
+    assert fitting_batch("timm:resnet50", 1, options, 80 << 30) == (128, 80 << 30)
+
+
 def test_a_cell_beside_a_peer(tmp_path: Path) -> None:
     """Rate, FLOP/s, step time and ratio agree; a CPU has no peak and so no MFU; nothing is measured twice."""
     out = tmp_path / "folder" / "cells.jsonl"

@@ -5,16 +5,18 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
+from test_slurm import TASK
 
 from pretrain.cluster import agreement, peers, ranks, signals
 from pretrain.cluster.jobs import array_ranges
-from pretrain.cluster.local import gpus_asked_for, rank_variables
+from pretrain.cluster.local import free_port, gpus_asked_for, rank_variables
 from pretrain.errors import LostProcessError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +104,69 @@ def test_a_port_that_is_taken(
             monkeypatch.setenv(signals.SUPERVISOR, "1")
         with pytest.raises(kind, match=told):
             ranks.start(5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_come_is_lost(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is another one or rank 0 that is waited for: the same command may get further."""
+    for name, value in rank_variables(rank, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(signals.SUPERVISOR, raising=False)
+    with pytest.raises(LostProcessError, match=f"rank {rank} of 2 did not meet the others at 127.0.0.1:"):
+        ranks.start(1)
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The variables of a task of srun, the only ones that are set; what this process knows of its place comes back."""
+    monkeypatch.setattr(os, "environ", variables := dict(TASK))
+    monkeypatch.setattr(ranks, "gpu_is_here", lambda: True)
+    for name in ("_from_slurm", "_place"):
+        monkeypatch.setattr(ranks, name, getattr(ranks, name))
+    yield variables
+
+
+def test_a_task_that_sees_its_own_gpu_alone_keeps_its_place(
+    task: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--gpus-per-task: DeepSpeed is told 0, the device; the node's first rank is still one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    ranks.complete_environment()
+    assert ranks.choose_device() == torch.device("cuda", 0)
+    assert task["LOCAL_RANK"] == "0" and ranks.local_rank() == 1
+
+
+def test_gpus_without_a_task_are_told(task: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task for each node would leave seven of eight idle, and say nothing."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    ranks.complete_environment()
+    with pytest.raises(UserError, match="this node has 8 GPUs, but 4 of the run's tasks: .*--ntasks-per-node=8"):
+        ranks.choose_device()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert ranks.choose_device() == torch.device("cuda", 1)
+
+
+def test_the_interface_to_a_host(task: dict[str, str]) -> None:
+    """gloo is told it, unless somebody has; a name that leads nowhere tells none."""
+    assert ranks.interface_to("127.0.0.1") == "lo" and ranks.interface_to("no-such-host.invalid") is None
+    task["MASTER_ADDR"] = "127.0.0.1"
+    ranks.complete_environment()
+    assert task["GLOO_SOCKET_IFNAME"] == "lo"
+    task["GLOO_SOCKET_IFNAME"] = "eth7"
+    ranks.complete_environment()
+    assert task["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_several_tasks_and_no_srun_are_refused(task: dict[str, str]) -> None:
+    """`sbatch --ntasks=8 --wrap "python launch/pretrain.py ..."` would be one rank alone."""
+    for name in ("SLURM_STEP_ID", "SLURM_PROCID"):
+        task.pop(name)
+    task |= {"SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}
+    with pytest.raises(UserError, match="a batch script with 8 tasks has started this process, alone: put srun before"):
+        ranks.complete_environment()
+    task.pop("ENVIRONMENT")  # somebody's shell
+    ranks.complete_environment()
+    assert task["WORLD_SIZE"] == "1"
 
 
 def test_a_node_that_names_itself_by_loopback_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from pretrain.data.loader import (
     Batch,
     check_bad_fraction,
     count_reasons,
+    count_recent,
     eval_batches,
     train_batches,
 )
@@ -473,19 +474,38 @@ def test_to_moves_what_the_model_needs(shard_folder: Path, monkeypatch: pytest.M
 
 def test_the_limit_of_bad_samples() -> None:
     """Above max_bad_fraction the run stops, but not before 10,000 samples were seen and 100 were bad."""
-    check_bad_fraction({"tar": 0}, 0, 0.0)
-    check_bad_fraction({"tar": 5000}, 9_999, 0.001)
-    check_bad_fraction({"tar": 99}, 10_000, 0.001)
-    check_bad_fraction({"tar": 100}, 100_000, 0.001)
+    check_bad_fraction({"tar": 0}, [], 0, 0.0)
+    check_bad_fraction({"tar": 5000}, [[0, 5000]], 9_999, 0.001)
+    check_bad_fraction({"tar": 99}, [[0, 99]], 10_000, 0.001)
+    check_bad_fraction({"tar": 100}, [[0, 100]], 100_000, 0.001)
     for bad, seen, limit in [({"tar": 60, "decode": 41, "label": 0}, 100_000, 0.001), ({"tar": 100}, 10_000, 0.0)]:
         with pytest.raises(BadSamplesError) as error:
-            check_bad_fraction(bad, seen, limit)
+            check_bad_fraction(bad, [], seen, limit)
         assert error.value.exit_code == 78
-        assert f"{sum(bad.values())} of {seen} samples" in str(error.value) and "data.max_bad_fraction" in str(
-            error.value
-        )
-    with pytest.raises(BadSamplesError, match=r"\(60 tar, 41 decode\)"):
-        check_bad_fraction({"tar": 60, "decode": 41, "label": 0}, 100_000, 0.001)
+        told = str(error.value)
+        assert f"{sum(bad.values())} of the {seen:,} samples" in told and "data.max_bad_fraction" in told
+    with pytest.raises(BadSamplesError, match=r"\(since the start 60 tar, 41 decode\)"):
+        check_bad_fraction({"tar": 60, "decode": 41, "label": 0}, [], 100_000, 0.001)
+
+
+def test_what_becomes_bad_after_weeks_is_noticed() -> None:
+    """300 million good samples hide a lost shard from a fraction of all; the last 100,000 to 200,000 do not."""
+    before, recent, seen = 300_000_000, [[17, 5]], 0
+    while True:
+        seen += 4096
+        recent = count_recent(recent, before + seen, 1024)  # a quarter of the shards is empty since
+        bad = 5 + seen // 4
+        try:
+            check_bad_fraction({"tar": bad}, recent, before + seen, 0.1)
+        except BadSamplesError as error:
+            assert f"{seen // 4} of the last " in str(error) and f"(since the start {bad} tar)" in str(error)
+            break
+    assert seen < 100_000  # 0.1 of the stretch before, good as a whole, and of what came since
+    recent = []
+    for step in range(1, 2000):  # one in 4,096 all along is no news, whatever the border of stretches
+        recent = count_recent(recent, step * 4096, 1)
+        assert len(recent) <= 2
+        check_bad_fraction({"tar": step}, recent, step * 4096, 0.001)
 
 
 def test_a_full_shared_memory_is_called_that(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

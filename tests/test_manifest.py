@@ -12,6 +12,7 @@ import pytest
 from pretrain import storage
 from pretrain.config import MAX_CLASSES
 from pretrain.data import manifest as manifest_module
+from pretrain.data import manifest as manifests
 from pretrain.data.manifest import (
     MAX_SHARD_BYTES,
     MAX_SHARD_SAMPLES,
@@ -113,8 +114,15 @@ def test_a_missing_manifest_names_the_tool(tmp_path: Path) -> None:
     assert "manifest.json: not found; make shards and manifest with tools/make_shards.py" in refusal(tmp_path)
 
 
-def test_missing_and_cut_shards_are_found_at_the_start(own_shards: Path) -> None:
-    """A shard or an index that is gone, or has another size, is named before the first step."""
+@pytest.mark.parametrize("slow", [False, True])
+def test_missing_and_cut_shards_are_found_at_the_start(
+    slow: bool, own_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard or an index that is gone, or has another size, is named before the first step; where the disk is slow, by
+    many threads."""
+    if slow:
+        monkeypatch.setattr(manifests, "_LOOKED_AT", 1)
+        monkeypatch.setattr(manifests, "_SLOW_S", -1.0)
     manifest = load_manifest(own_shards)
     shard = manifest.shards[1].path
     data = shard.read_bytes()

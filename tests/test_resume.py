@@ -23,7 +23,7 @@ from pretrain.checkpoint.layout import step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.cluster.ranks import rank as own_rank
 from pretrain.config import Config
-from pretrain.data import reader
+from pretrain.data import loader, reader
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
@@ -271,6 +271,76 @@ def test_a_failing_disk_costs_no_step(undisturbed: Config, shards: Path, tmp_pat
         assert run_ranks(_storage_error, 1, config)[0].count("an earlier start of this run found its data") == 1
     finally:
         shutil.move(away, shards)
+    run_ranks(finish, 2, config)
+    expect_same_run(config, undisturbed)
+
+
+def _with_broken_validation(config: Config) -> str:
+    """Trains; the validation set cannot be read on one rank."""
+    real = os.pread
+
+    def pread(file: int, num_bytes: int, start: int) -> bytes:
+        if num_bytes > 8 and own_rank() == 1 and "/val/" in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file, num_bytes, start)
+
+    reader.RETRY_AFTER_S = (0.0, 0.0)
+    os.pread = pread
+    return _storage_error(config)
+
+
+def test_a_validation_that_cannot_be_read_costs_no_step(shards: Path, tmp_path: Path) -> None:
+    """Its step is saved, with the trained weights and the validation still due, and 75 on all; the same end."""
+    options: dict[str, Any] = {"data__val": str(make_shards(tmp_path / "val", seed=1)), "data__workers": 0}
+    options |= {"evaluation__every_steps": 7, "checkpoint__every_steps": 1000, "optim__average_decay": 0.9}
+    config = tiny_config(shards, tmp_path / "broken", total_steps=10, **options)
+    whole = changed(config, output=str(tmp_path / "whole"))
+    run_ranks(finish, 2, whole)
+    assert all("Input/output error" in told for told in run_ranks(_with_broken_validation, 2, config))
+    folder = config.output / config.name
+    (saved,) = step_folders(folder / "checkpoints")
+    assert step_of(saved) == 7 and read_state(saved)["train"]["validation_due"]
+    assert json.loads((folder / "STOP.json").read_text())["exit_code"] == 75
+    run_ranks(finish, 2, config)
+    expect_same_run(config, whole)
+
+
+def _with_a_stuck_loader(config: Config, at: int) -> None:
+    """Trains; on one rank no loader process comes back from a step's samples, as from a disk that hangs."""
+    real = loader._TrainSteps.__getitem__
+
+    def read(steps: loader._TrainSteps, step: int) -> loader.Batch:
+        if step == at and own_rank() == 1:
+            time.sleep(10_000)
+        return real(steps, step)
+
+    loader._TrainSteps.__getitem__ = read
+    train(config)
+
+
+@pytest.mark.parametrize("at", [0, 8])
+def test_a_stop_is_heard_while_no_data_comes(at: int, undisturbed: Config, shards: Path, tmp_path: Path) -> None:
+    """The step whose data all ranks have is taken and saved, soon; the next start goes on behind it."""
+    config = changed(long_run(shards, tmp_path / "stuck", "fp32", 1), checkpoint__every_steps=1000)
+    processes = start_ranks(_with_a_stuck_loader, 2, config, at)
+    try:
+        wait_for_steps(config, processes, max(0, at - 1))
+        starts = config.output / config.name / "starts.jsonl"
+        while not starts.exists() and all(process.is_alive() for process in processes):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        asked = time.monotonic()
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+        for process in processes:
+            assert process.results.poll(60) and process.results.recv() == (None, None)
+        assert time.monotonic() < asked + 25
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert [step_of(path) for path in step_folders(config.output / config.name / "checkpoints")] == [at] * (at > 0)
+    assert steps_logged(config) == at
     run_ranks(finish, 2, config)
     expect_same_run(config, undisturbed)
 

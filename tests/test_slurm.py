@@ -50,8 +50,12 @@ def test_a_task_knows_its_place() -> None:
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "gpu007",
-        "MASTER_PORT": str(20000 + (8 * 4711 + 2) % 20000),
+        "MASTER_PORT": str(20000 + (8 * 4711 + 2) % 12000),
     }
+    assert (
+        slurm.rank_variables(TASK | {"SLURM_RESTART_COUNT": "1"})["MASTER_PORT"]
+        != slurm.rank_variables(TASK)["MASTER_PORT"]
+    )
     uneven = TASK | {"SLURM_STEP_TASKS_PER_NODE": "6,2", "SLURM_STEP_NUM_NODES": "1", "MASTER_PORT": "29500"}
     found = slurm.rank_variables(uneven)
     assert (found["LOCAL_WORLD_SIZE"], found["MASTER_ADDR"], found["MASTER_PORT"]) == ("2", "127.0.0.1", "29500")
@@ -135,6 +139,7 @@ def test_an_array_of_another_length_is_refused(script: list[str], told: str) -> 
 
 FAKES = {
     "python": 'echo "$FOLDER"; exit "${FAILS:-0}"',
+    "squeue": 'echo "${COMMENT:-}"',
     "scancel": 'echo "$*" >> "$LOG.cancelled"',
     "scontrol": 'echo "$*" >> "$LOG"; exit 1',  # else the script waits for its end
     "sbatch": """n=$(($(cat "$LOG.count" 2>/dev/null || echo 0) + 1)); echo $n > "$LOG.count"
@@ -146,7 +151,9 @@ echo "$n;cluster"
 }
 
 
-def with_fakes(folder: Path, words: list[str], **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def with_fakes(
+    folder: Path, words: list[str], cwd: Path = ROOT, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Runs a script with programs that only write down what they are asked for; returns that too."""
     for name, lines in FAKES.items():
         (folder / name).write_text(f"#!/bin/bash\n{lines}\n")
@@ -154,7 +161,7 @@ def with_fakes(folder: Path, words: list[str], **variables: str) -> tuple[subpro
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(folder / "log"), "LC_ALL": "C", **variables}
     environment = {**os.environ, **environment}
     done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, start_new_session=True, timeout=100
+        words, cwd=cwd, env=environment, capture_output=True, text=True, start_new_session=True, timeout=100
     )
     return done, (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
 
@@ -182,14 +189,20 @@ def test_a_chain_that_is_not_submitted_whole_is_cancelled(
     assert (tmp_path / "log.cancelled").read_text() == f"{cancelled}\n" and "evaluate" not in done.stdout
 
 
+COUNT = "restarts without the disk: "
+COUNTED = f"update JobId=9 Comment={COUNT}"
+
+
 @pytest.mark.parametrize(
     ("script", "variables", "code", "asked"),
     [
         ("launch/pretrain.sbatch", {"FAILS": "2"}, 2, []),
-        ("launch/pretrain.sbatch", {"FAILS": "1"}, 1, ["requeue 9"]),
-        ("launch/pretrain.sbatch", {"FAILS": "1", "SLURM_RESTART_COUNT": "5"}, 1, []),
-        ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run"}, 75, ["requeue 9"]),
-        ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run", "SLURM_RESTART_COUNT": "5"}, 75, []),
+        ("launch/pretrain.sbatch", {"FAILS": "1"}, 1, [f"{COUNTED}1", "requeue 9"]),
+        ("launch/pretrain.sbatch", {"FAILS": "1", "COMMENT": f"{COUNT}4"}, 1, [f"{COUNTED}5", "requeue 9"]),
+        ("launch/pretrain.sbatch", {"FAILS": "1", "COMMENT": f"{COUNT}5"}, 1, []),
+        ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run", "COMMENT": "mine"}, 75, [f"{COUNTED}1", "requeue 9"]),
+        ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run", "COMMENT": f"{COUNT}5"}, 75, []),
+        ("launch/pretrain.sbatch", {"GONE": "launch"}, 75, [f"{COUNTED}1", "requeue 9"]),
         ("launch/evaluate.sbatch", {}, 2, []),
     ],
 )
@@ -197,8 +210,9 @@ def test_a_job_that_does_not_come_to_its_command(
     script: str, variables: dict[str, str], code: int, asked: list[str], tmp_path: Path
 ) -> None:
     """A wrong key needs a person; a disk that is away is tried again, not for ever; no arguments: how it is used."""
+    cwd = tmp_path if variables.pop("GONE", "") else ROOT
     variables = {"FOLDER": str(tmp_path / "run"), "SLURM_JOB_ID": "9", **variables}
-    done, told = with_fakes(tmp_path, ["bash", script], **variables)
+    done, told = with_fakes(tmp_path, ["bash", str(ROOT / script)], cwd, **variables)
     assert (done.returncode, told) == (code, asked), done.stderr
     assert script != "launch/evaluate.sbatch" or "usage: sbatch --array" in done.stdout
 

@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
     "start_samples": 10_000,  # of a shard
     "built_images": 4000,
     "built_times": 3,
-    "repeats": 3,  # how often an epoch of the row `memory` has each photo
+    "repeats": 8,  # how often an epoch of the row `memory` has each photo
 }
 
 

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import cli
-from pretrain.benchmark.cells import LOOPS
+from pretrain.benchmark.cells import LOOPS, NUM_CLASSES, cell_config
 from pretrain.benchmark.peers import LoopFailed, compared
 from pretrain.errors import UserError
 from pretrain.escape import in_markdown
 from pretrain.json_files import parse_json
+from pretrain.plan.memory import Layout, memory
 from pretrain.provenance import commit, processor
 from pretrain.storage import write_text
 
 # On a GPU by what is most worth knowing: a short stay should yield these first.
 GPU_MODELS, CPU_MODELS = ["L/16", "H/14", "B/16", "g/14", "S/16"], ["Ti/16", "S/16"]
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "benchmarks" / "train.jsonl"
+_GPU_ROUNDS, _GPU_STEPS = 3, 15  # that ten minutes on a GPU yield the whole table
+_MAX_BATCH, _FILLED = 512, 0.85  # of a device's memory; the rest is for what the plan does not count
 _HEADER = ["model", "loop", "compile", "ranks", "images/s", "TFLOP/s", "MFU", "of measured peak", "memory [GB]"]
 _HEADER += ["forward [ms]", "backward", "optimizer", "collectives", "data", "ours / it", "interval"]
 
@@ -33,43 +36,84 @@ def peer_table(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         raise UserError("--peer compares fp32 and bf16; --precision is fp16")
     if options["data"]:
         raise UserError("--peer compares steps on random images; --data measures ours alone")
-    if arguments.ranks < 1 or arguments.rounds < 1:
+    if arguments.ranks < 1 or (arguments.rounds is not None and arguments.rounds < 1):
         raise UserError("--ranks and --rounds: expected at least 1")
-    device, on_gpu = _device()
-    models = arguments.model or (GPU_MODELS if on_gpu else CPU_MODELS)
+    device, gpu_bytes = _device()
     out = arguments.out or DEFAULT_OUT
     rows, failures = _earlier(out), []
-    for model in models:
-        for compiled in arguments.compile or (["on", "off"] if on_gpu else ["off"]):
-            # The other form of GELU costs nothing on a GPU, and compiled.
-            default = [loop for loop in LOOPS[1:] if loop != "timm-tanh" or (not on_gpu and compiled == "off")]
-            loops = ["ours", *(arguments.loops or default)]
-            if model.startswith("timm:") or "+" in model:
-                loops = [loop for loop in loops if not loop.startswith("timm")]  # only plain ViTs have their twin there
-            cell = {"model": model, "compiled": compiled == "on", "options": options}
-            settings = {"num_ranks": arguments.ranks, "threads": arguments.threads, "rounds": arguments.rounds}
-            key = json.dumps({**cell, **settings, "loops": loops, "device": device, "commit": commit()})
-            if any(row["cell"] == key for row in rows):
-                cli.tell(f"{model}, compile {compiled}: measured before, in {out}")
-                continue
-            try:
-                found = compared(loops, cell, **settings)
-            except LoopFailed as failure:
-                cli.tell(f"{model}, compile {compiled}: {failure}")
-                failures.append(model)
-                continue
-            rows += [row | {"cell": key} for row in found]
-            write(rows, out)  # after each cell: what was measured outlives an interrupt
+    rounds = arguments.rounds or (_GPU_ROUNDS if gpu_bytes else 5)
+    settings = {"num_ranks": arguments.ranks, "threads": arguments.threads, "rounds": rounds}
+    for model, compiled, loops in cells_of(arguments.model, arguments.compile, arguments.loops, on_gpu=gpu_bytes > 0):
+        own, together = dict(options), True
+        if gpu_bytes:
+            own["steps"] = options["steps"] or _GPU_STEPS
+            own["batch"], needed = fitting_batch(model, arguments.ranks, options, gpu_bytes)
+            together = needed * len(loops) <= _FILLED * gpu_bytes
+        cell = {"model": model, "compiled": compiled == "on", "options": own}
+        key = json.dumps({**cell, **settings, "loops": loops, "device": device, "commit": commit()})
+        if any(row["cell"] == key for row in rows):
+            cli.tell(f"{model}, compile {compiled}, {', '.join(loops)}: measured before, in {out}")
+            continue
+        try:
+            found = compared(loops, cell, **settings, together=together)
+        except LoopFailed as failure:
+            cli.tell(f"{model}, compile {compiled}: {failure}")
+            failures.append(model)
+            continue
+        rows += [row | {"cell": key} for row in found]
+        write(rows, out)  # after each cell: what was measured outlives an interrupt
     _show(rows)
     if failures:
         raise UserError(f"{len(failures)} cells failed; see above")
 
 
-def _device() -> tuple[str, bool]:
+def cells_of(
+    models: list[str] | None, compiled: list[str] | None, loops: list[str] | None, *, on_gpu: bool
+) -> list[tuple[str, str, list[str]]]:
+    """Returns what is measured, in order: model, compile on or off, loops. None: the default.
+
+    On a GPU first our own loop alone, compiled, of all models: a stay that is cut short has at least these.
+    """
+    found: list[tuple[str, str, list[str]]] = []
+    models = models or (GPU_MODELS if on_gpu else CPU_MODELS)
+    modes = compiled or (["on", "off"] if on_gpu else ["off"])
+    if on_gpu and len(models) > 1:
+        found += [(model, modes[0], ["ours"]) for model in models]
+    for model in models:
+        for mode in modes:
+            # The other form of GELU costs nothing on a GPU, and compiled.
+            default = [loop for loop in LOOPS[1:] if loop != "timm-tanh" or (not on_gpu and mode == "off")]
+            chosen = ["ours", *(loops or default)]
+            if model.startswith("timm:") or "+" in model:  # only plain ViTs have their twin there
+                chosen = [loop for loop in chosen if not loop.startswith("timm")]
+            found.append((model, mode, chosen))
+    return found
+
+
+def fitting_batch(model: str, num_ranks: int, options: dict[str, Any], gpu_bytes: int) -> tuple[int, int]:
+    """Returns images per rank, as asked for or the largest power of two that fits, and the bytes that they take.
+
+    By the plan's formula, and for models that it does not know the benchmark's default of 128, all of the memory.
+    """
+    if model.startswith("timm:") or "+" in model:
+        return options["batch"] or 128, gpu_bytes
+    batch = options["batch"] or _MAX_BATCH
+    while True:
+        config = cell_config(model, options["image_size"], batch * num_ranks, options["precision"])
+        layout = Layout(num_ranks, options["zero_stage"], batch, 1, options["checkpoint_activations"])
+        needed = memory(config, NUM_CLASSES, layout).peak
+        if options["batch"] or batch == 1 or needed <= _FILLED * gpu_bytes:
+            return batch, needed
+        batch //= 2
+
+
+def _device() -> tuple[str, int]:
+    """Its name, and the bytes of its memory; 0 for a CPU."""
     import torch  # seconds, and only here; the cells have processes of their own
 
-    gpu = torch.cuda.is_available()
-    return (torch.cuda.get_device_name() if gpu else processor()), gpu
+    if not torch.cuda.is_available():
+        return processor(), 0
+    return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
 
 
 def _earlier(out: Path) -> list[dict[str, Any]]:

@@ -85,15 +85,23 @@ class RunningLoop:
 
 
 def compared(
-    loops: list[str], cell: dict[str, Any], *, num_ranks: int, threads: int | None, rounds: int
+    loops: list[str],
+    cell: dict[str, Any],
+    *,
+    num_ranks: int,
+    threads: int | None,
+    rounds: int,
+    together: bool = True,
 ) -> list[dict[str, Any]]:
     """Returns a row for each loop, the first of them ours; each row has `ratio`, our rate by its rate.
 
-    Where not all fit into the device's memory they run one after the other, and `interleaved` is False.
-    Raises LoopFailed.
+    Where not all fit into the device's memory together they run one after the other, and `interleaved` is False; not
+    together: it is known before. Raises LoopFailed.
     """
     cells = [{**cell, "loop": loop, "options": {**cell["options"], "paced": True}} for loop in loops]
     try:
+        if not together and len(cells) > 1:
+            raise LoopFailed("out of memory, by the plan")
         rows, interleaved = _together(cells, num_ranks, threads, rounds), True
     except LoopFailed as failure:
         if "out of memory" not in str(failure) or len(cells) == 1:

@@ -3,8 +3,12 @@
 One process without a launcher is a world of one rank.
 """
 
+import fcntl
 import os
 import random
+import socket
+import struct
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -17,8 +21,11 @@ from pretrain.cluster.local import free_port, gpu_is_here, gpus_asked_for, rank_
 from pretrain.cluster.signals import SUPERVISOR
 from pretrain.errors import LostProcessError, UserError
 
+_SIOCGIFADDR = 0x8915  # Linux: the address of an interface
+
 _cpu_group: Any = None  # gloo, made by `start`
 _from_slurm = False  # whether srun has started the ranks
+_place: int | None = None  # on its node, where LOCAL_RANK is not that
 
 
 def start(timeout_s: int) -> torch.device:
@@ -41,7 +48,7 @@ def start(timeout_s: int) -> torch.device:
         timeout = timedelta(seconds=timeout_s)
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        except dist.DistNetworkError as error:
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise not_met(error) from None
         _cpu_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     return device
@@ -49,13 +56,14 @@ def start(timeout_s: int) -> torch.device:
 
 def not_met(error: Exception) -> UserError | LostProcessError:
     """Returns what to tell of the error with which this rank did not come to the place where ranks meet."""
-    if SUPERVISOR in os.environ:  # it chose the place, which somebody has taken since, or a rank is lost: tries another
-        told = str(error).splitlines()[0]
-        return LostProcessError(f"rank {rank()} did not meet the others at port {os.environ['MASTER_PORT']}: {told}")
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    where, told = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+    # A supervisor, or the number of the job, has chosen the place, which somebody has taken since: the next start has
+    # another one. Who waits in vain has lost somebody, or MASTER_ADDR is wrong.
+    if SUPERVISOR in os.environ or _from_slurm or "timed out" in told.lower():
+        return LostProcessError(f"rank {rank()} of {world_size()} did not meet the others at {where}: {told}")
     if "EADDRINUSE" in str(error):
         return UserError(f"{where} is in use, by another run? Give this one --master_port PORT, or MASTER_PORT=PORT")
-    return UserError(f"rank {rank()} cannot reach rank 0 at {where}: {str(error).splitlines()[0]}")
+    return UserError(f"rank {rank()} cannot reach rank 0 at {where}: {told}")
 
 
 def stop() -> None:
@@ -87,8 +95,8 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process on its node, from 0: the device it uses."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """This process on its node, from 0: the device it uses, unless it sees no other."""
+    return _place if _place is not None else int(os.environ.get("LOCAL_RANK", 0))
 
 
 def ranks_here() -> int:
@@ -112,19 +120,41 @@ def seed_generators(seed: int, step: int) -> None:
 def complete_environment() -> None:
     """Sets the variables that no launcher has set: of a task of srun, or of a world of one rank. Raises UserError."""
     global _from_slurm
+    if "RANK" not in os.environ and (tasks := slurm.tasks_beside(os.environ)):
+        raise UserError(
+            f"a batch script with {tasks} tasks has started this process, alone: put srun before python, as "
+            "launch/pretrain.sbatch does, or ask for --ntasks=1"
+        )
     if "RANK" not in os.environ and slurm.is_task(os.environ):
         variables = slurm.rank_variables(os.environ)
         if _from_slurm := variables["WORLD_SIZE"] != "1":  # alone: several may be started in one step, by hand
             os.environ.update(variables)
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:  # no launcher: one rank
         os.environ.update(rank_variables(0, 1, free_port()))
-    if os.environ.get("MASTER_ADDR") == "127.0.0.1":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host's name up, and warns if it fails
     missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise UserError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; check its environment")
+    # Else gloo takes the address of the host's own name, which many systems have as 127.0.1.1, or warns of it.
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(os.environ["MASTER_ADDR"])):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
     if not 0 <= rank() < world_size():
         raise UserError(f"WORLD_SIZE is {world_size()} but RANK is {rank()}: ranks count from 0; check the launcher")
+
+
+def interface_to(host: str) -> str | None:
+    """Returns the name of the network interface by which this machine reaches a host; None where nothing tells it."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            own = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # one without an address
+                    found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                    if socket.inet_ntoa(found[20:24]) == own:
+                        return name
+    except OSError:
+        pass
+    return None
 
 
 def choose_device() -> torch.device:
@@ -137,9 +167,19 @@ def choose_device() -> torch.device:
                 "DS_ACCELERATOR=cpu trains on the CPU"
             )
         return torch.device("cpu")
+    global _place
     count = torch.cuda.device_count()
     if count == 1 and _from_slurm:
-        os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task: each task sees its own alone; DeepSpeed reads it too
+        _place, os.environ["LOCAL_RANK"] = (
+            local_rank(),
+            "0",
+        )  # --gpus-per-task: it sees its own alone; told to DeepSpeed
+        return torch.device("cuda", 0)
+    if _from_slurm and count > ranks_here():
+        raise UserError(
+            f"this node has {count} GPUs, but {ranks_here()} of the run's tasks: ask for --ntasks-per-node={count}, a "
+            "task for each GPU, or set CUDA_VISIBLE_DEVICES"
+        )
     if local_rank() >= count:
         raise UserError(f"LOCAL_RANK is {local_rank()}, but this process sees {count} GPUs; start one rank per GPU")
     return torch.device("cuda", local_rank())

@@ -1,7 +1,7 @@
 """Restarts on one machine, without a scheduler: starts the ranks of a run, and again when one of them is lost.
 
-The ranks are processes as a launcher would start them; this one waits for them. Imports no torch; who calls it may, to
-count GPUs (local.default_num_ranks).
+The ranks are forks of this process (forks.py), or processes as a launcher would start them; this one waits for them.
+Imports no torch; who calls it may.
 """
 
 import os
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from pretrain.cluster import monitor, slurm
 from pretrain.cluster.local import free_port, rank_variables
@@ -24,6 +25,7 @@ COUNT = "PRETRAIN_RESTARTS"  # environment variable of the ranks: how often they
 DEFECT = 1
 RETRY = (0, DEFECT, StorageError.exit_code, LostProcessError.exit_code)
 LOST_S = 2.0  # after which the others of a lost rank are ended: they can only say that they have lost it
+AGREED_S = 10.0  # likewise, of one that has met an error: if all have, rank 0 tells it, and the others wait for that
 MOST_PAUSE_S = 60.0  # before a restart, when those before it have led to nothing
 _LOOK_EVERY_S = 0.05
 _MONITORS_END_S = 5.0  # they look twice a second; one that writes to a disk that hangs is not waited for
@@ -31,6 +33,29 @@ _OTHERS = {
     "TORCHELASTIC_RUN_ID": "torchrun has --max-restarts",
     "SLURM_STEP_ID": "under SLURM launch/pretrain.sbatch requeues the job",
 }
+
+
+class Process(Protocol):
+    """What is needed of subprocess.Popen."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """The exit code, -N for signal N; None: it runs."""
+        ...
+
+    def wait(self) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+
+Start = Callable[[Mapping[str, str]], Process]  # starts a rank with these variables beside this process's own
+
+
+def by_command(words: Sequence[str]) -> Start:
+    """Starts ranks by a command."""
+    return lambda variables: subprocess.Popen(words, env={**os.environ, **variables})
 
 
 def is_supervised(environment: Mapping[str, str]) -> bool:
@@ -47,7 +72,7 @@ def is_supervised(environment: Mapping[str, str]) -> bool:
 
 
 def run_with_restarts(
-    words: Sequence[str],
+    start: Start,
     num_ranks: int,
     most: int,
     stop: StopRequest,
@@ -56,7 +81,7 @@ def run_with_restarts(
     forbidden: Callable[[], bool],
     forget: Callable[[], object],
 ) -> int:
-    """Runs a command on so many ranks of this machine to its end; returns its exit code, 128 + N for signal N.
+    """Runs so many ranks on this machine to their end; returns the run's exit code, 128 + N for signal N.
 
     A lost rank ends the others, and all start again: at once, later ones with a pause, at most `most` times in a row
     without a new checkpoint. newest: names the newest one, "" where there is none; a later one's name is greater, and
@@ -68,7 +93,7 @@ def run_with_restarts(
     before = ""
     while True:
         before = newest() or before
-        codes = _run_once(words, num_ranks, count, stop)
+        codes = _run_once(start, num_ranks, count, stop)
         code = _decisive(codes)
         idle = 0 if newest() > before else idle + 1
         if code == 0 or stop.signal_name is not None:
@@ -86,15 +111,17 @@ def run_with_restarts(
         return _as_exit_code(code)
 
 
-def _run_once(words: Sequence[str], num_ranks: int, count: int, stop: StopRequest) -> list[int]:
-    """Starts every rank, waits until all have ended, and returns their exit codes; -N: ended by signal N."""
+def _run_once(start: Start, num_ranks: int, count: int, stop: StopRequest) -> list[int]:
+    """Starts every rank, waits until all have ended, and returns their exit codes; -N: ended by signal N.
+
+    0 of those that were ended here, as others were lost: they tell nothing.
+    """
     port = free_port()
     own = {SUPERVISOR: str(os.getpid()), COUNT: str(count), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Process] = []
     try:
         for rank in range(num_ranks):
-            place = rank_variables(rank, num_ranks, port)
-            processes.append(subprocess.Popen(words, env={**os.environ, **own, **place}))
+            processes.append(start({**own, **rank_variables(rank, num_ranks, port)}))
         return _wait(processes, stop)
     finally:  # also by a second Ctrl-C
         _send(processes, signal.SIGKILL)
@@ -105,7 +132,7 @@ def _run_once(words: Sequence[str], num_ranks: int, count: int, stop: StopReques
             time.sleep(_LOOK_EVERY_S)
 
 
-def _monitors_of(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+def _monitors_of(processes: Sequence[Process]) -> bool:
     """Whether one of the processes beside the ranks is there, which may yet tell of a rank's end."""
     ranks = {str(process.pid) for process in processes}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -116,25 +143,28 @@ def _monitors_of(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
     return False
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], stop: StopRequest) -> list[int]:
-    asked, lost_at = False, None
+def _wait(processes: Sequence[Process], stop: StopRequest) -> list[int]:
+    asked, lost_at, given_s = False, None, 0.0
+    ended_here: list[bool] = [False] * len(processes)
     while None in (codes := [process.poll() for process in processes]):
         if stop.signal_name is not None and not asked:
             asked = True
             _send(processes, signal.SIGTERM)  # whatever it was here: a terminal's SIGINT has reached them already
-        if lost_at is None and any(code is not None and _is_lost(code) for code in codes):
+        if lost_at is None and any(codes):  # neither 0 nor running
             lost_at = time.monotonic()
-        if lost_at is not None and time.monotonic() >= lost_at + LOST_S:
+            given_s = LOST_S if any(code is not None and _is_lost(code) for code in codes) else AGREED_S
+        if lost_at is not None and time.monotonic() >= lost_at + given_s and not any(ended_here):
+            ended_here = [code is None for code in codes]
             _send(processes, signal.SIGKILL)
         time.sleep(_LOOK_EVERY_S)
-    return [process.returncode for process in processes]
+    return [0 if ended else process.wait() for process, ended in zip(processes, ended_here)]
 
 
 def _is_lost(code: int) -> bool:
     return code < 0 or code in (DEFECT, LostProcessError.exit_code)
 
 
-def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def _send(processes: Sequence[Process], number: int) -> None:
     for process in processes:
         process.send_signal(number)  # to none that has ended
 

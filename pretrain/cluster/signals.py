@@ -18,6 +18,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A plain shell may be closed while its jobs go on; these start ranks for nobody but themselves.
 _LAUNCHERS = (
     "deepspeed",
+    "ds",  # the same by another name
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",
     "torchrun",
@@ -25,6 +26,8 @@ _LAUNCHERS = (
 )
 SUPERVISOR = "PRETRAIN_SUPERVISOR"  # environment variable: the process that has started the ranks (restarts.py)
 _LOOK_EVERY_S = 1.0
+_ON_ONE_MACHINE = "deepspeed.launcher.launch"  # without --node_rank `deepspeed` itself has started it
+_INITS = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit")  # to which orphans go
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -36,6 +39,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.launchers = _launchers_above()  # those that die during the imports are to be missed too
         heard = [n for n in _STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in heard}
 
@@ -64,20 +68,24 @@ def live_as_long_as_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+_GONE = "gone"  # when no process can have started
+
+
 class _Process(NamedTuple):
     number: int
     started: str  # in clock ticks since boot: numbers are used again
 
 
-def end_with_launcher() -> None:
+def end_with_launcher(stop: StopRequest | None = None) -> None:
     """Has this process asked to stop (SIGTERM) when a launcher that it descends from dies, which else leaves orphans.
 
-    All of them are watched, as one may leave the next one alive: `deepspeed` its launch.py, and that its ranks.
+    All of them are watched, those since `stop` was made, as one may leave the next one alive: `deepspeed` its
+    launch.py, and that its ranks.
     """
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor is not None and supervisor != str(os.getppid()):  # it died before this process has looked
         os.kill(os.getpid(), signal.SIGTERM)
-    watched = _launchers_above()
+    watched = {*(stop.launchers if stop else ()), *_launchers_above()}
     if not watched:
         return
 
@@ -91,20 +99,37 @@ def end_with_launcher() -> None:
 
 def _launchers_above() -> list[_Process]:
     found: list[_Process] = []
-    number = os.getppid()
+    number, orphan = os.getppid(), None
     while number > 1:
         try:
             words = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            parent = int(Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+            parent, group = _parent_and_group(number)
         except OSError:  # not Linux, or gone this moment: then its own parent's death is seen instead
             break
         script = Path(words[1]).name if len(words) > 1 else ""
         module = words[words.index("-m") + 1 :][:1] if "-m" in words[:4] else []
-        of_ours = os.environ.get(SUPERVISOR) == str(number)
-        if of_ours or any(word in _LAUNCHERS for word in (Path(words[0]).name, script, *module)):
+        if os.environ.get(SUPERVISOR) == str(number) or any(
+            word in _LAUNCHERS for word in (Path(words[0]).name, script, *module)
+        ):
             found.append(_Process(number, _started(number)))
+            orphan = None
+            if module == [_ON_ONE_MACHINE] and not any(word.startswith("--node_rank") for word in words):
+                if not _started(group) or (parent == 1 and _name(1) in _INITS):
+                    orphan = _Process(parent, _GONE)
         number = parent
-    return found
+    return found if orphan is None else [*found, orphan]
+
+
+def _parent_and_group(number: int) -> tuple[int, int]:
+    fields = Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return int(fields[1]), int(fields[2])
+
+
+def _name(number: int) -> str:
+    try:
+        return Path(f"/proc/{number}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _started(number: int) -> str:

@@ -14,6 +14,13 @@ def is_task(environment: Mapping[str, str]) -> bool:
     return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP and "SLURM_PROCID" in environment
 
 
+def tasks_beside(environment: Mapping[str, str]) -> int:
+    """Returns the number of a job's tasks where its batch script, not srun, has started this process; 0 for one."""
+    tasks = environment.get("SLURM_NTASKS", "")
+    in_script = environment.get("ENVIRONMENT") == "BATCH" and not is_task(environment)
+    return int(tasks) if in_script and tasks.isdigit() and int(tasks) > 1 else 0
+
+
 def rank_so_far(environment: Mapping[str, str]) -> int:
     """Returns this process's rank as its launcher or srun tells it, before it has joined the others; 0 without one."""
     return int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
@@ -49,7 +56,8 @@ def _rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(_tasks_here(environment)),
         "MASTER_ADDR": "127.0.0.1" if alone else first_host(nodes),
-        "MASTER_PORT": str(20000 + (8 * job + step) % 20000),  # of the job and its step: others may share the node
+        # Of the job, its step and its start: others may share the node. Below the ports that Linux gives to anybody.
+        "MASTER_PORT": str(20000 + (8 * job + step + 101 * int(environment.get("SLURM_RESTART_COUNT", 0))) % 12000),
     }
     return found | {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
 

@@ -70,7 +70,7 @@ class DataConfig:
     # init_from must have been trained with the same. Google's code: [-1, 1]; many of timm's models: ImageNet's.
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # red, green, blue
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # red, green, blue
-    max_bad_fraction: float = 0.001  # stop when more of the samples seen cannot be used (from 10,000 seen, 100 bad)
+    max_bad_fraction: float = 0.001  # stop when more of the samples, all or of late, cannot be used (docs/data.md)
     strict_images: bool = False  # true: a JPEG that libjpeg warns of is a bad sample; false: it is told, and used
     workers: int = 4  # loader processes per rank; 0 reads in the training process
     prefetch: int = 2  # steps that each loader process prepares ahead

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, _utils, get_worker_info
 
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.cluster.limits import check_memory, check_open_files
@@ -321,6 +321,7 @@ _running: weakref.WeakSet = weakref.WeakSet()
 
 @atexit.register
 def _end_workers() -> None:
+    _utils.MP_STATUS_CHECK_INTERVAL = 0.5  # type: ignore[misc]  # seconds for each to end: all may be stuck in a read
     for iterator in list(_running):
         iterator._shutdown_workers()
         for worker in iterator._workers:
@@ -337,6 +338,7 @@ def _start_worker(worker: int) -> None:
 
 REASONS = ("tar", "missing", "decode", "label", "damaged")
 _MIN_SEEN, _MIN_BAD = 10_000, 100  # before that, a fraction says little
+_RECENT = 100_000  # samples, a stretch of the run: what is bad in the latest one and the one before is judged too
 
 
 def count_reasons(records: list[BadRecord]) -> torch.Tensor:
@@ -344,12 +346,33 @@ def count_reasons(records: list[BadRecord]) -> torch.Tensor:
     return torch.tensor([float(sum(r.reason == reason for r in records)) for reason in REASONS], dtype=torch.float64)
 
 
-def check_bad_fraction(bad: dict[str, int], seen: int, max_fraction: float) -> None:
-    """Raises BadSamplesError when more than `max_fraction` of the samples seen over all ranks could not be used."""
-    total = sum(bad.values())
-    if seen >= _MIN_SEEN and total >= _MIN_BAD and total > max_fraction * seen:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items() if count)
-        raise BadSamplesError(
-            f"{total} of {seen} samples could not be used ({reasons}), more than data.max_bad_fraction "
-            f"({max_fraction}); bad_samples.jsonl in the run's folder names them"
-        )
+def check_bad_fraction(bad: dict[str, int], recent: list[list[int]], seen: int, max_fraction: float) -> None:
+    """Raises BadSamplesError when more than `max_fraction` of the samples over all ranks could not be used.
+
+    bad: by reason, of the `seen` ones since the start. recent: what `count_recent` has made of them: behind weeks of
+    good data a fraction of all would not show what has become of the shards since.
+    """
+    first = max(0, _stretch(seen) - 1)
+    of_late = sum(count for stretch, count in recent if stretch >= first)
+    for count, of, which in ((sum(bad.values()), seen, ""), (of_late, seen - first * _RECENT, "last ")):
+        if of >= _MIN_SEEN and count >= _MIN_BAD and count > max_fraction * of:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items() if number)
+            raise BadSamplesError(
+                f"{count} of the {which}{of:,} samples could not be used (since the start {reasons}), more than "
+                f"data.max_bad_fraction ({max_fraction}); bad_samples.jsonl in the run's folder names them"
+            )
+
+
+def count_recent(recent: list[list[int]], seen: int, count: int) -> list[list[int]]:
+    """Returns the last stretches' numbers and how many of their samples are bad, with `count` more, the last of `seen`.
+
+    At most two of them: those that have any.
+    """
+    counts = {stretch: bad for stretch, bad in recent}
+    counts[_stretch(seen)] = counts.get(_stretch(seen), 0) + count
+    return [[stretch, counts[stretch]] for stretch in sorted(counts)[-2:]]
+
+
+def _stretch(seen: int) -> int:
+    """The number of the stretch that the last of so many samples is in."""
+    return max(0, seen - 1) // _RECENT

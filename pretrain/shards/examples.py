@@ -13,7 +13,8 @@ from typing import BinaryIO, NamedTuple
 
 from pretrain.config import MAX_CLASSES
 from pretrain.data.images import decode
-from pretrain.data.manifest import IMAGE_ENDINGS, Manifest, file_inside
+from pretrain.data.inside import file_inside
+from pretrain.data.manifest import IMAGE_ENDINGS, Manifest
 from pretrain.data.reader import BadSample, read_sample
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, parse_json

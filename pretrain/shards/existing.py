@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pretrain.config import MAX_CLASSES
-from pretrain.data.manifest import Shard, file_inside
+from pretrain.data.inside import file_inside
+from pretrain.data.manifest import Shard
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import StorageError, UserError
 from pretrain.escape import shown

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.data.manifest import check_shards, file_inside, load_manifest
+from pretrain.data.inside import file_inside
+from pretrain.data.manifest import check_shards, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, read_json

@@ -170,7 +170,8 @@ def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
         return None
     sets = _open(wanted.fewshot_train, config), _open(wanted.fewshot_test, config)
     for manifest in sets:
-        check_shards(manifest)
+        if not ranks.local_rank():  # as above
+            check_shards(manifest)
         if manifest.multi_label:
             raise ConfigError(f"evaluation.fewshot: {manifest.path} has several labels per image; few-shot needs one")
     return sets[0], _by_class_names(sets[1], sets[0])

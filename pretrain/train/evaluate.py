@@ -5,6 +5,7 @@ from dataclasses import replace
 from pretrain.cluster import agreement, signals, watchdog
 from pretrain.config import Config
 from pretrain.engine.step import Engine
+from pretrain.errors import StorageError, UserError
 from pretrain.evaluation import classification, fewshot
 from pretrain.evaluation.classification import EvaluationStopped
 from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Job
@@ -19,11 +20,12 @@ def evaluate(
 ) -> bool:
     """Measures what is due into state.metrics, with the averaged weights where they are kept.
 
-    Returns whether it was given up to stop; then all that was due still is.
+    Returns whether it was given up to stop; then all that was due still is, as after an error, which all ranks meet.
     """
     watchdog.section("evaluate", state.step)
     subject = _subject(config, data, engine, stop)
     metrics: dict[str, float] = {}
+    met: Exception | None = None
     with engine.averaged():
         try:
             if state.validation_due:
@@ -35,8 +37,12 @@ def evaluate(
                 metrics |= _features_metrics(subject, {"train": few, "test": test}, knn=config.evaluation.knn)
         except EvaluationStopped:
             return True
+        except (StorageError, UserError) as error:
+            met = error  # raised when the trained weights are back
         finally:
             watchdog.section("step")
+    if met is not None:
+        raise met
     state.metrics = metrics
     state.validation_due = state.features_due = False
     log.scalars(state.step, state.metrics)

@@ -52,7 +52,7 @@ from pretrain.errors import ConfigError, StorageError, UserError
 from pretrain.json_files import Fields, brief, read_bytes, read_json
 from pretrain.log import MAX_STEP, TIME_FORMAT, JsonLines, not_a_link, rewind, say, warn
 from pretrain.provenance import UNKNOWN, commit, versions
-from pretrain.storage import fsync_path, write_text
+from pretrain.storage import PASSING_ERRORS, fsync_path, write_text
 
 _JOB = (
     *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"),
@@ -89,6 +89,10 @@ def _take_lock(folder: Path, held: list[TextIO]) -> str:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         file = open(folder / _LOCK, "a+", opener=not_a_link)
     except OSError as error:
+        if error.errno in PASSING_ERRORS or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"{folder}: cannot be written for now ({error.strerror}); the same command goes on when it can"
+            ) from None
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another output=") from None
     held.append(file)
     try:

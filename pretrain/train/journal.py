@@ -9,7 +9,7 @@ import torch
 
 from pretrain.cluster import agreement, ranks, signals
 from pretrain.config import Config
-from pretrain.data.loader import REASONS, BadRecord, Batch, check_bad_fraction, count_reasons
+from pretrain.data.loader import REASONS, BadRecord, Batch, check_bad_fraction, count_reasons, count_recent
 from pretrain.engine.step import StepResult
 from pretrain.errors import BadSamplesError, NonFiniteError
 from pretrain.log import JsonLines, say, warn
@@ -104,12 +104,13 @@ class Journal:
         self._bad.add(state.step, batch.bad, sum(counts))
         seen = state.step * self._config.data.global_batch
         total = sum(state.bad_samples.values())
+        state.recent_bad = count_recent(state.recent_bad, seen, sum(counts))
         if _worth_telling(total, sum(counts)) and (last := self._bad.write()):
             say(
                 f"warning: {total} of {seen} samples so far could not be used, the last: "
                 f"{last['shard']}: {last['detail']}"
             )
-        check_bad_fraction(state.bad_samples, seen, self._config.data.max_bad_fraction)
+        check_bad_fraction(state.bad_samples, state.recent_bad, seen, self._config.data.max_bad_fraction)
 
     def _note_damaged(self, state: TrainState, batch: Batch, count: int) -> None:
         state.damaged_samples += count

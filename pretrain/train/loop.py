@@ -2,13 +2,14 @@
 
 from pretrain.cluster import agreement, signals
 from pretrain.config import Config
-from pretrain.data.loader import train_batches
+from pretrain.data.loader import Batch
 from pretrain.engine.step import Engine
 from pretrain.log import RunLog
 from pretrain.optim import learning_rate
 from pretrain.train.datasets import DataSets
 from pretrain.train.evaluate import evaluate
 from pretrain.train.first_batch import show_first_batch
+from pretrain.train.incoming import Incoming
 from pretrain.train.journal import Journal
 from pretrain.train.meter import Meter
 from pretrain.train.profile import Profile
@@ -23,29 +24,25 @@ def loop(
     state: TrainState,
     log: RunLog,
     profile: Profile,
+    batches: Incoming,
     stop: signals.StopRequest,
     *,
     branched: bool,
 ) -> None:
     """Trains from state.step to config.total_steps or until asked to stop, and saves; `state` tells how far it came.
 
+    batches: those of these steps.
     branched: the run goes on from another run's checkpoint, and saves one of its own before the first step.
     """
     meter = Meter(config, data.num_classes, state, engine)
     journal, saver = Journal(config.output / config.name, config), Saver(config, data, engine, log)
-    batches = train_batches(data.train, data.order, engine.plan, config, state.step)
     if branched:  # the other run may delete its checkpoint, or be further on at the next start
         saver.save(state, meter, must_succeed=True)
-    state.validation_due &= data.val is not None  # evaluation may have been switched off since
-    state.features_due &= data.fewshot is not None
-    if state.validation_due or state.features_due:  # a stop cut it short
+    if _still_due(data, state):  # a stop cut it short
         if evaluate(config, data, engine, state, log, stop):
             return
         saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
-    batch = meter.wait_for(batches, state.step)
-    with saver.finished_before_errors():
-        agreement.raise_together(batch.error if batch else None)
-    following = meter.wait_for(batches, state.step)
+    batch, following = _first_two(batches, meter, state, saver)
     while batch is not None:
         answer = journal.ask(batch, following, stop, saver)
         if state.step == 0:
@@ -69,7 +66,9 @@ def loop(
             if (state.validation_due or state.features_due) and not stopping:
                 profile.end()  # it is of steps alone
                 saver.finish()  # the steps that would take it further are far away
-                stopping = evaluate(config, data, engine, state, log, stop)
+                journal.write_down()
+                with saver.saved_before_errors(state, meter):
+                    stopping = evaluate(config, data, engine, state, log, stop)
             if due(state.step, config.checkpoint.every_steps) or last or stopping:
                 journal.write_down()
                 saver.save(state, meter, must_succeed=last or stopping)
@@ -78,6 +77,23 @@ def loop(
             break
         batch, following = following, meter.wait_for(batches, state.step)
     saver.end(stop)
+
+
+def _first_two(batches: Incoming, meter: Meter, state: TrainState, saver: Saver) -> tuple[Batch | None, Batch | None]:
+    """The first batches; none where the run is asked to stop before there is anything to take a step on."""
+    batch = meter.wait_for(batches, state.step)
+    if agreement.any_rank(batches.late):
+        return None, None
+    with saver.finished_before_errors():
+        agreement.raise_together(batch.error if batch else None)
+    return batch, meter.wait_for(batches, state.step)
+
+
+def _still_due(data: DataSets, state: TrainState) -> bool:
+    """Whether an evaluation of an earlier start is; it may have been switched off since."""
+    state.validation_due &= data.val is not None
+    state.features_due &= data.fewshot is not None
+    return state.validation_due or state.features_due
 
 
 def _set_due(config: Config, data: DataSets, state: TrainState) -> None:

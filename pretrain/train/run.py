@@ -15,6 +15,7 @@ from pretrain.cluster import agreement, peers, ranks, signals, watchdog
 from pretrain.config import Config
 from pretrain.data.classes import match_classes
 from pretrain.data.lanes import read_amplification
+from pretrain.data.loader import train_batches
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import Order, plan_batch, share
 from pretrain.engine.frozen import statistics_of
@@ -41,6 +42,7 @@ from pretrain.train.folder import (
     refuse_changes,
     resumed_order,
 )
+from pretrain.train.incoming import Incoming
 from pretrain.train.loop import loop
 from pretrain.train.profile import Profile
 from pretrain.train.save import restore_copy
@@ -87,7 +89,8 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         say("stopped as asked before the first step")
         return
     _warn_of_young_averages(config)
-    origin = _branch_point(config, data) if config.branch_from and checkpoint is None else None
+    branches = config.branch_from is not None and checkpoint is None
+    origin: Path | None = agreement.together(lambda: _branch_point(config, data)) if branches else None
     warn_of_small_store(data.train, data.order)
     engine = build_engine(config, data, device, from_scratch=checkpoint is None)
     if checkpoint is not None:
@@ -104,8 +107,9 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         facts=_facts(data, engine.num_parameters, device),
     )
     log = RunLog(folder, state.step, config.total_steps)
-    with Profile(config, engine) as profile:
-        loop(config, data, engine, state, log, profile, stop, branched=origin is not None)
+    coming = train_batches(data.train, data.order, engine.plan, config, state.step)
+    with Profile(config, engine) as profile, Incoming(coming, stop) as batches:
+        loop(config, data, engine, state, log, profile, batches, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
         mark_done(folder, state.step, state.metrics)
         say(f"done: {folder}, step {state.step}" + "".join(f", {k} {v:.4g}" for k, v in state.metrics.items()))
@@ -154,11 +158,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
             f"evaluation.fewshot_train: {config.model.name} has {len(heads)} heads, so no one input of it"
         )
     if from_scratch and config.init_from is not None:
-        weights = read_weights(config.init_from, config.model.image_size)
-        check_same_function(weights, config.model, config.data)
-        if not config.init_new_head:
-            _refuse_other_classes(weights, data.train)
-        load_tensors(model, weights, new_head=config.init_new_head)
+        agreement.together(lambda: _load(model, config, data))  # a node may lack them
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     num_ranks, batch = ranks.world_size(), config.data.global_batch
     plan = plan_batch(batch, num_ranks, config.engine.max_micro_batch_size)
@@ -182,6 +182,16 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     )
     return Engine(model, config, plan, device)
+
+
+def _load(model: torch.nn.Module, config: Config, data: DataSets) -> None:
+    """Loads init_from's weights. Raises UserError when they do not fit."""
+    assert config.init_from is not None
+    weights = read_weights(config.init_from, config.model.image_size)
+    check_same_function(weights, config.model, config.data)
+    if not config.init_new_head:
+        _refuse_other_classes(weights, data.train)
+    load_tensors(model, weights, new_head=config.init_new_head)
 
 
 def _told_of_sources(data: DataSets, steps: int) -> list[str]:
@@ -295,7 +305,7 @@ def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
     engine.load(reader, saved.engine)
     state = saved.train
     same_ranks = saved.world_size == ranks.world_size()
-    restored = same_ranks and engine.load_generators(reader.generators(ranks.rank()))
+    restored = same_ranks and agreement.together(lambda: engine.load_generators(reader.generators(ranks.rank())))
     if not restored:
         ranks.seed_generators(config.seed, state.step)
     note = (

@@ -170,6 +170,15 @@ class Saver:
             self.finish()
             raise
 
+    @contextmanager
+    def saved_before_errors(self, state: TrainState, meter: Meter) -> Iterator[None]:
+        """Around what comes between a step and its save, and raises on all ranks alike: the step is saved first."""
+        try:
+            yield
+        except (UserError, StorageError):
+            self.save(state, meter, must_succeed=True)
+            raise
+
     def _everything_else(self, state: TrainState) -> dict[str, Any]:
         """What is not a tensor, as state.json holds it, on rank 0, which writes it. Called by all ranks."""
         config, data, of_engine = self._config, self._data, self._engine.state()

@@ -24,6 +24,7 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     bad_samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    recent_bad: list[list[int]] = field(default_factory=list)  # of late: pretrain.data.loader.count_recent
     damaged_samples: int = 0  # used nevertheless
     metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation after this very step, if there was one
     window: list[float] = field(
@@ -40,6 +41,9 @@ class TrainState:
         window = saved.values.get("window", none.window)
         if not isinstance(window, list) or len(window) != 3 or not all(map(_is_number, window)):
             saved.wrong("window", "three numbers")
+        recent = saved.values.get("recent_bad", [])  # an older run has none
+        if not isinstance(recent, list) or not all(map(_is_pair, recent)):
+            saved.wrong("recent_bad", "pairs of numbers")
         for name, value in metrics.values.items():
             if not _is_number(value):
                 metrics.wrong(name, "a number")
@@ -47,6 +51,7 @@ class TrainState:
             **{name: saved.integer(name, 0, MAX_COUNT, getattr(none, name)) for name in counts},
             **{name: saved.flag(name, getattr(none, name)) for name in flags},
             bad_samples={reason: bad.integer(reason, 0, MAX_COUNT, 0) for reason in REASONS},
+            recent_bad=recent,
             metrics=dict(metrics.values),
             window=window,
         )
@@ -98,3 +103,8 @@ def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dic
 def _is_number(value: object) -> bool:
     """NaN included: a validation may have given it."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_pair(value: object) -> bool:
+    """Of a stretch's number and a count."""
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 <= n <= MAX_COUNT for n in value)

@@ -1,0 +1,42 @@
+"""Files of a data set's folder: there, and really in it. A set may be a stranger's, whose links lead elsewhere."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain.errors import StorageError, UserError
+
+
+def real_folder_of(folder: str) -> str:
+    """Returns where a folder really lies."""
+    return os.path.join(os.path.realpath(folder), "")  # with a slash at its end
+
+
+def file_inside(folder: Path, path: Path | str, real_folder: Callable[[str], str] = real_folder_of) -> tuple[str, int]:
+    """Returns where a file of a data set's folder really lies, and its size in bytes.
+
+    The folder itself may be a link, and links inside it are followed. real_folder: says where a folder really lies.
+    Raises UserError when a link leads out of the folder, or the file is none; FileNotFoundError or NotADirectoryError
+    when nothing is there; StorageError when the disk does not say.
+    """
+    try:
+        parent, name = os.path.split(path)
+        status = os.lstat(path)
+        real = os.path.realpath(path) if stat.S_ISLNK(status.st_mode) else real_folder(parent) + name
+        if not real.startswith(real_folder(str(folder))):
+            raise UserError(
+                f"{path}: leads to {real}, outside the data set's folder; move that file here, or give the "
+                "folder where manifest and shards really lie (the folder itself may be a link)"
+            )
+        if stat.S_ISLNK(status.st_mode):
+            status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        kind = UserError if error.errno in (errno.ELOOP, errno.ENAMETOOLONG) else StorageError
+        raise kind(f"{path}: cannot be looked at ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: is not a file")
+    return real, status.st_size

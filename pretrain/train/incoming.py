@@ -1,0 +1,65 @@
+"""The batches of a run as they come: waited for in slices, so that a wish to stop is heard while none does."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from pretrain.cluster import signals
+from pretrain.data.loader import Batch
+
+GIVEN_S = 2.0  # from when a wish to stop is heard: a batch that is under way may still come
+_LOOK_EVERY_S = 0.1
+
+
+class Incoming(Iterator[Batch]):
+    """Iterates over batches. Ends early, and is `late`, when one does not come and this rank is asked to stop.
+
+    A loader process may be stuck in a read for minutes, and whoever has asked ends the run within 30 seconds. The run
+    has a batch in hand: it takes that step, and saves. A thread waits for the next one, for ever if need be.
+    """
+
+    def __init__(self, batches: Iterator[Batch], stop: signals.StopRequest) -> None:
+        self._batches, self._stop, self.late = batches, stop, False
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._fetch, name="next-batch", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Incoming":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Ends the thread, and with it the batches; not one that waits for a batch that does not come."""
+        self._wanted.put(False)
+        if not self.late:
+            self._thread.join()
+
+    def __next__(self) -> Batch:
+        if self.late:
+            raise StopIteration
+        self._wanted.put(True)
+        heard: float | None = None
+        while True:
+            try:
+                found = self._found.get(timeout=_LOOK_EVERY_S)
+            except queue.Empty:
+                if self._stop.signal_name is None:
+                    continue
+                heard = heard or time.monotonic()
+                if time.monotonic() < heard + GIVEN_S:
+                    continue
+                self.late = True
+                raise StopIteration from None
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+    def _fetch(self) -> None:
+        while self._wanted.get():
+            try:
+                self._found.put(next(self._batches))
+            except Exception as error:  # StopIteration too
+                self._found.put(error)
+        del self._batches
