@@ -98,13 +98,13 @@ def run(main: Callable[[], int | None], *, at_once: bool = False) -> None:
 
 
 # Of the disk, not of the program: full, over quota, read-only, not permitted, failing.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, *PASSING_ERRORS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
 def _on_os_error(error: OSError) -> int:
     if isinstance(error, StorageError):
         return _say(f"error: {error}", error.exit_code)
-    if error.errno in _DISK_ERRORS:
+    if error.errno in _DISK_ERRORS or (error.errno in PASSING_ERRORS and error.filename):  # without: of a socket
         out = "the disk may be away" if error.errno in PASSING_ERRORS else "make room, or choose another folder"
         return _say(f"error: {error.filename or 'writing'}: {error.strerror}; {out}", 75)
     traceback.print_exc()

@@ -41,7 +41,9 @@ def portable(text: str, *, whole: bool = False) -> str:
     """
     here = str(Path.cwd())
     if here != "/":
-        text = re.sub(rf"{re.escape(here)}(/|(?![^\s'\",\])]))", lambda found: "" if found[1] else ".", text)
+        text = re.sub(
+            rf"(?<![^\s='\"\[(,:]){re.escape(here)}(/|(?![^\s'\",\])]))", lambda found: "" if found[1] else ".", text
+        )
     return text if whole else _ABSOLUTE.sub(r"\1.../\2", text)
 
 

@@ -469,6 +469,7 @@ def test_a_page_tells_nobodys_folders(tmp_path: Path, monkeypatch: pytest.Monkey
         f"x.py --config=/home/me/secret/configs/a.yaml data.train={tmp_path}/data/x [/a/b/c/d, '/a/b/c/e'] a/b /c /c/d"
     )
     assert portable(here) == "x.py --config=.../configs/a.yaml data.train=data/x [.../c/d, '.../c/e'] a/b /c .../c/d"
+    assert portable(f"/mnt{tmp_path}/runs/x", whole=True) == f"/mnt{tmp_path}/runs/x"  # elsewhere
     assert portable(f"{tmp_path}/runs/x", whole=True) == "runs/x" and portable("/a/b/c", whole=True) == "/a/b/c"
     run = make_run(tmp_path)
     with_recipe(run)

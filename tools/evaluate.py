@@ -73,7 +73,8 @@ def main() -> None:
             write_predictions(arguments.predictions, done)
             cli.tell(arguments.predictions)
         shown = arguments.out or out.parent
-        cli.tell_next(f"python tools/report.py {shlex.quote(str(shown))}")
+        if done:
+            cli.tell_next(f"python tools/report.py {shlex.quote(str(shown))}")
     ranks.stop()
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} not scored: {', '.join(failed)}")

@@ -260,6 +260,9 @@ def _prepare(row: Task, sources: list[Path], out: Path, samples_per_shard: int) 
         _warn(f"{row.name}: not comparable with published scores: {'; '.join(reasons)}")
 
 
+_TOLD = 20  # problems
+
+
 def _verify(arguments: Namespace) -> None:
     _refuse(arguments, (option for option in _ALL if option != "--workers"), "with --verify")
     paths = [Path(path) for path in arguments.paths]
@@ -271,17 +274,20 @@ def _verify(arguments: Namespace) -> None:
         from pretrain.shards.pool import num_cores
         from pretrain.shards.verify import verify
 
-    problems = []
+    number = 0
     for path in paths:
         manifest = load_manifest(path)
         processes = arguments.workers or (num_cores() if manifest.num_samples >= MIN_IMAGES_FOR_PROCESSES else 1)
         with cli.progress("checking", manifest.num_samples, "samples") as advance:
-            problems += list(verify(manifest, advance, workers=processes, told=cli.tell))
-        cli.tell(f"{manifest.path}: {manifest.num_samples} samples, {len(problems)} problems")
-    for problem in problems[:20]:
-        cli.tell(problem, sys.stderr)
-    if problems:
-        raise UserError(f"{len(problems)} problems found")
+            problems = 0
+            for problem in verify(manifest, advance, workers=processes, told=cli.tell):
+                problems += 1
+                if number + problems <= _TOLD:  # at once: an error may end this before it is through
+                    cli.tell(problem, sys.stderr)
+        cli.tell(f"{manifest.path}: {manifest.num_samples} samples, {problems} problems")
+        number += problems
+    if number:
+        raise UserError(f"{number} problems found" + (f", the first {_TOLD} are above" if number > _TOLD else ""))
 
 
 if __name__ == "__main__":

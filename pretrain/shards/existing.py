@@ -57,7 +57,8 @@ def index_existing(
         with suppress(OSError):  # something is done, which a later start does not do again
             work.rmdir()
         raise
-    remove(work)
+    with suppress(OSError):  # a process whose parent was killed may still write there
+        remove(work)
     return path
 
 

@@ -42,13 +42,15 @@ def _beside(images: Path) -> Path:
 
 
 def _magic(path: Path) -> bytes:
-    """A file's first four bytes, decompressed; none of what cannot be read, which others tell."""
+    """A file's first four bytes, decompressed; none of what cannot be read, unless its name says what it is."""
     try:
         if not path.is_file():
             return b""
         with _opened(path) as file:
             return file.read(4)
-    except (OSError, EOFError, zlib.error):
+    except (OSError, EOFError, zlib.error) as error:
+        if "-ubyte" in path.name:
+            raise unreadable(path, error, what="idx file") from None
         return b""
 
 

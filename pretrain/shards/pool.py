@@ -97,8 +97,8 @@ def _share_out(tasks: Iterator[Any], processes: dict[Connection, Any], progress:
         time.sleep(0.1)  # until the operating system knows its exit code
         codes = {process.exitcode for process in processes.values()} - {None, 0}
         raise LostProcessError(
-            f"a process that writes shards has ended (exit code {', '.join(map(str, codes)) or 'unknown'}; -9 is often "
-            "too little memory: give fewer --workers); the same command goes on with the shards that are complete"
+            f"a worker process has ended (exit code {', '.join(map(str, codes)) or 'unknown'}; -9 is often "
+            "too little memory: give fewer --workers); the same command again keeps the shards that it has completed"
         ) from None
 
 

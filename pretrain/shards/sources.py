@@ -124,8 +124,9 @@ def holds_classes(folder: Path) -> bool:
 
 def _refuse_splits(root: Path, names: Sequence[str]) -> None:
     """Raises UserError where the folders are parts of a data set, whose classes lie inside them."""
-    parts = [name for name in names if holds_classes(root / name)]
-    if parts and all(map(is_split_name, names)):
+    if not all(map(is_split_name, names)):
+        return  # before a look into each of them
+    if parts := [name for name in names if holds_classes(root / name)]:
         first = min(parts, key=lambda name: (name.lower() not in SPLIT_NAMES["train"], name))
         raise UserError(
             f"{root}: its folders {', '.join(names)} are parts of a set, which hold the classes; give one of them, "

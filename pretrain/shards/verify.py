@@ -1,7 +1,7 @@
 """Everything of a data set read again, a shard at a time: digests, indexes, keys, labels, images."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
@@ -19,6 +19,8 @@ from pretrain.shards.tars import alone, check_end, repeated, samples_in
 from pretrain.storage import sha256
 
 _PARTS = 16  # in which words of keys are sorted, so that not all are copied
+_SHIFT = np.uint64(60)  # by which a word's part is left over
+_NONE = np.zeros(0, dtype="<u8")
 
 
 def verify(
@@ -35,11 +37,11 @@ def verify(
     """
     each = replace(manifest, class_names=(), label_map=None)  # sent to processes with each shard
     tasks = ((number, replace(each, shards=(shard,))) for number, shard in enumerate(manifest.shards))
-    words = np.zeros(manifest.num_samples, dtype="<u8")
+    words = [_NONE] * len(manifest.shards)
     waiting: dict[int, list[str]] = {}
     following = 0
     for number, problems, found in results(_checked, tasks, min(workers, len(manifest.shards)), progress):
-        words[manifest.first_indices[number] :][: len(found)] = found
+        words[number] = found
         waiting[number] = problems
         while following in waiting:
             yield from waiting.pop(following)
@@ -49,16 +51,19 @@ def verify(
 
 
 def _checked(task: tuple[int, Manifest], progress: Progress) -> tuple[int, list[str], np.ndarray]:
-    """The number of a data set's only shard, what is wrong with it, and a word for each of its samples, 0 for none."""
+    """The number of a data set's only shard, what is wrong with it, and a word for each of its samples, 0 for none.
+
+    No words at all of one that is not what the manifest says: it may claim any number of samples.
+    """
     number, manifest = task
     (shard,) = manifest.shards
     problems: list[str] = []
-    words = np.zeros(shard.num_samples, dtype="<u8")
+    kept: list[np.ndarray] = []
     try:
         check_shards(manifest)
         with local_copy(shard) as here:
             try:
-                for problem in _problems(manifest, here, words, progress):
+                for problem in _problems(manifest, here, kept, progress):
                     problems.append(f"{shard.url or shard.path}: {problem}")
             except UserError as error:  # of a remote shard it names the copy, which the user has never seen
                 problems.append(str(error).replace(str(here.path.parent), str(shard.path.parent)))
@@ -66,18 +71,20 @@ def _checked(task: tuple[int, Manifest], progress: Progress) -> tuple[int, list[
         problems.append(str(error))
     finally:
         forget_shards()
+    words = kept[0] if kept else _NONE
     _, first = np.unique(words, return_index=True)  # a key that occurs again in its shard is told already
     once = np.zeros_like(words)
     once[first] = words[first]
     return number, problems, once
 
 
-def _problems(manifest: Manifest, shard: Shard, words: np.ndarray, progress: Progress) -> Iterator[str]:
-    """Yields what is wrong with a shard that lies here, and sets the words of its keys."""
+def _problems(manifest: Manifest, shard: Shard, kept: list[np.ndarray], progress: Progress) -> Iterator[str]:
+    """Yields what is wrong with a shard that lies here, and keeps the words of its keys."""
     if sha256(shard.path) != shard.sha256:
         yield "is not the file that was indexed (SHA-256 differs)"
         return
     index, only = load_index(shard), alone(shard, manifest.num_classes)
+    kept.append(words := np.zeros(shard.num_samples, dtype="<u8"))
     yield from _problems_of_keys(shard, index)
     with shard.path.open("rb") as file:
         for number in range(shard.num_samples):
@@ -126,30 +133,31 @@ def _word(key: str) -> int:
     return int.from_bytes(blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") or 1
 
 
-def _in_common(manifest: Manifest, words: np.ndarray) -> str | None:
-    """What is to be told of keys that several shards have; words: of each sample of the set's, 0 for none."""
+def _in_common(manifest: Manifest, words: Sequence[np.ndarray]) -> str | None:
+    """What is to be told of keys that several shards have; words: of the samples of each shard, 0 for none."""
     count, places = repeated_words(words)
     if not count:
         return None
     named = []
-    for index in places:
-        shard, number = manifest.locate(index)
+    for place, number in places:
+        shard, index = manifest.shards[place], int(manifest.first_indices[place]) + number
         key = "" if shard.url else f" ({shown(read_sample(manifest, index).key)})"
         named.append(f"sample {number} of {shown(shard.path.name)}{key}")
     return f"{count:,} keys are in several shards, which is no error: {' and '.join(named)}"
 
 
-def repeated_words(words: np.ndarray) -> tuple[int, tuple[int, ...]]:
-    """Returns how many words, 0 left out, have occurred before, and the places of the first two of one that has.
+def repeated_words(words: Sequence[np.ndarray]) -> tuple[int, list[tuple[int, int]]]:
+    """Returns how many words, 0 left out, have occurred before, and the places of the first two of one that has: the
+    number of the array, and the place in it.
 
-    words: uint64, 8 bytes of memory each; takes 4 more. 300 million: 30 s.
+    words: arrays of uint64, 8 bytes of memory each; takes 4 more. 300 million: 30 s.
     """
-    count, places = 0, ()
-    leading = words.astype("<u8", copy=False).view(np.uint8)[7::8]
+    count, places = 0, list[tuple[int, int]]()
     for part in range(_PARTS):
-        found = np.sort(words[leading // (256 // _PARTS) == part])
-        again = np.flatnonzero((found[1:] == found[:-1]) & (found[1:] != 0))
+        found = np.sort(np.concatenate([_NONE, *(one[(one >> _SHIFT == part) & (one != 0)] for one in words)]))
+        again = np.flatnonzero(found[1:] == found[:-1])
         count += len(again)
         if len(again) and not places:
-            places = tuple(np.flatnonzero(words == found[again[0]])[:2].tolist())
+            same = ((number, np.flatnonzero(one == found[again[0]]).tolist()) for number, one in enumerate(words))
+            places = [(number, place) for number, found_there in same for place in found_there][:2]
     return count, places
