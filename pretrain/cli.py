@@ -68,6 +68,8 @@ def loading() -> Iterator[None]:
     finally:
         gc.enable()
         word.cancel()
+        if word.ident is not None:
+            word.join()  # a process with a thread is not forked
 
 
 def run(main: Callable[[], int | None], *, at_once: bool = False) -> None:
@@ -157,7 +159,8 @@ def tell(line: object, stream: TextIO | None = None) -> None:
 def tell_next(what: str) -> None:
     """Prints what to do next, unless another command has started this one and will say it."""
     if PART_OF not in os.environ:
-        tell(f"next: {what}")
+        with suppress(OSError):  # a full disk, a closed pipe: what was done is done
+            tell(f"next: {what}")
 
 
 def print_table(

@@ -192,7 +192,7 @@ class RunLog:
         self._start_step, self._start_time = step, time.monotonic()
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._board: Any = None
-        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        peak = peak_flops(torch.cuda.get_device_name()) if ranks.is_main() and ranks.has_gpu() else None
         self._peak = peak and peak * ranks.world_size()
         if ranks.is_main():
             self._board = _board(folder / "tensorboard", step + 1)
@@ -236,10 +236,10 @@ class RunLog:
         tell_lost_lines()
 
     def _to_board(self, write: Callable[[Any], Any]) -> None:
-        if self._board is None:
+        if (board := self._board) is None:  # read once: another thread may switch it off
             return
         try:
-            write(self._board)
+            write(board)
         except OSError as error:  # its writer raises on a full disk, out of any call
             warn(f"TensorBoard: {error.strerror or error}; off for the rest of this run")
             self._board = None

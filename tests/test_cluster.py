@@ -149,7 +149,10 @@ def test_gpus_without_a_task_are_told(task: dict[str, str], monkeypatch: pytest.
 def test_the_interface_to_a_host(task: dict[str, str]) -> None:
     """gloo is told it, unless somebody has; a name that leads nowhere tells none."""
     assert ranks.interface_to("127.0.0.1") == "lo" and ranks.interface_to("no-such-host.invalid") is None
-    task["MASTER_ADDR"] = "127.0.0.1"
+    task["MASTER_ADDR"] = "127.0.0.1"  # of several nodes: this one's own name leads there
+    ranks.complete_environment()
+    assert "GLOO_SOCKET_IFNAME" not in task
+    task |= rank_variables(0, 4, 1)  # all are here
     ranks.complete_environment()
     assert task["GLOO_SOCKET_IFNAME"] == "lo"
     task["GLOO_SOCKET_IFNAME"] = "eth7"

@@ -472,20 +472,23 @@ def test_to_moves_what_the_model_needs(shard_folder: Path, monkeypatch: pytest.M
     assert [tensor.device.type for tensor in moved[:6]] == ["meta"] * 4 + ["cpu"] * 2
 
 
+BATCH = 4096
+
+
 def test_the_limit_of_bad_samples() -> None:
     """Above max_bad_fraction the run stops, but not before 10,000 samples were seen and 100 were bad."""
-    check_bad_fraction({"tar": 0}, [], 0, 0.0)
-    check_bad_fraction({"tar": 5000}, [[0, 5000]], 9_999, 0.001)
-    check_bad_fraction({"tar": 99}, [[0, 99]], 10_000, 0.001)
-    check_bad_fraction({"tar": 100}, [[0, 100]], 100_000, 0.001)
+    check_bad_fraction({"tar": 0}, [], 0, BATCH, 0.0)
+    check_bad_fraction({"tar": 5000}, [[0, 5000]], 9_999, BATCH, 0.001)
+    check_bad_fraction({"tar": 99}, [[0, 99]], 10_000, BATCH, 0.001)
+    check_bad_fraction({"tar": 100}, [[0, 100]], 100_000, BATCH, 0.001)
     for bad, seen, limit in [({"tar": 60, "decode": 41, "label": 0}, 100_000, 0.001), ({"tar": 100}, 10_000, 0.0)]:
         with pytest.raises(BadSamplesError) as error:
-            check_bad_fraction(bad, [], seen, limit)
+            check_bad_fraction(bad, [], seen, BATCH, limit)
         assert error.value.exit_code == 78
         told = str(error.value)
         assert f"{sum(bad.values())} of the {seen:,} samples" in told and "data.max_bad_fraction" in told
     with pytest.raises(BadSamplesError, match=r"\(since the start 60 tar, 41 decode\)"):
-        check_bad_fraction({"tar": 60, "decode": 41, "label": 0}, [], 100_000, 0.001)
+        check_bad_fraction({"tar": 60, "decode": 41, "label": 0}, [], 100_000, BATCH, 0.001)
 
 
 def test_what_becomes_bad_after_weeks_is_noticed() -> None:
@@ -496,7 +499,7 @@ def test_what_becomes_bad_after_weeks_is_noticed() -> None:
         recent = count_recent(recent, before + seen, 1024)  # a quarter of the shards is empty since
         bad = 5 + seen // 4
         try:
-            check_bad_fraction({"tar": bad}, recent, before + seen, 0.1)
+            check_bad_fraction({"tar": bad}, recent, before + seen, BATCH, 0.1)
         except BadSamplesError as error:
             assert f"{seen // 4} of the last " in str(error) and f"(since the start {bad} tar)" in str(error)
             break
@@ -505,7 +508,7 @@ def test_what_becomes_bad_after_weeks_is_noticed() -> None:
     for step in range(1, 2000):  # one in 4,096 all along is no news, whatever the border of stretches
         recent = count_recent(recent, step * 4096, 1)
         assert len(recent) <= 2
-        check_bad_fraction({"tar": step}, recent, step * 4096, 0.001)
+        check_bad_fraction({"tar": step}, recent, step * 4096, BATCH, 0.001)
 
 
 def test_a_full_shared_memory_is_called_that(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ def test_the_console_shows_what_tables_show(
     values = {"train/loss": 1.23456, "train/top1": 0.1234, "train/lr": 1e-3, "train/data_wait": 0.02}
     values |= {"train/memory_gb": 12.34, "train/tflop_per_s": 400.0, "train/bad_samples": 0, "train/skipped_steps": 2}
     for name, mfu in (("NVIDIA H100 80GB HBM3", "  mfu 40.4%"), ("NVIDIA GeForce RTX 4090", ""), (None, "")):
-        monkeypatch.setattr(torch.cuda, "is_available", partial(bool, name))
+        monkeypatch.setattr(ranks, "has_gpu", partial(bool, name))
         monkeypatch.setattr(torch.cuda, "get_device_name", partial(str, name))
         log = RunLog(tmp_path, 0, 100)
         log.scalars(50, values)

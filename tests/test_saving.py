@@ -243,6 +243,8 @@ def test_an_error_at_every_call_of_a_save(step: int, part: int | None, tmp_path:
         {"bad_samples": {"tar": "3"}},
         {"metrics": {"val/top1": "good"}},
         {"window": [0, 0]},
+        {"recent_bad": [[1]]},
+        {"recent_bad": [[1, 2.0]]},
         {"window": 3},
     ],
 )
@@ -251,6 +253,7 @@ def test_a_state_of_other_types_is_refused(change: dict[str, Any]) -> None:
     good = json.loads(json.dumps(asdict(TrainState(step=3, metrics={"val/loss": float("nan")}))))
     assert str(TrainState.of(Fields.of(good, "x"))) == str(TrainState(step=3, metrics={"val/loss": float("nan")}))
     others = {"step": 1, "skipped_steps": 2, "skipped_in_a_row": 3, "damaged_samples": 4, "window": [1.0, 2.0, 3.0]}
+    others |= {"recent_bad": [[3, 4], [5, 6]]}
     others |= {"validation_due": True, "features_due": True, "bad_samples": dict.fromkeys(good["bad_samples"], 5)}
     full = {**good, **others, "metrics": {"val/top1": 0.5}}
     assert asdict(TrainState.of(Fields.of(full, "x"))) == full  # no field is forgotten

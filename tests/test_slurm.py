@@ -141,7 +141,7 @@ FAKES = {
     "python": 'echo "$FOLDER"; exit "${FAILS:-0}"',
     "squeue": 'echo "${COMMENT:-}"',
     "scancel": 'echo "$*" >> "$LOG.cancelled"',
-    "scontrol": 'echo "$*" >> "$LOG"; exit 1',  # else the script waits for its end
+    "scontrol": 'echo "$*" >> "$LOG"; [[ $1 == update && -z ${NO_COMMENT:-} ]]',  # else the script waits for its end
     "sbatch": """n=$(($(cat "$LOG.count" 2>/dev/null || echo 0) + 1)); echo $n > "$LOG.count"
 printf "%s\\n" "$*" >> "$LOG"
 [[ $n == "${FAIL_AT:-}" ]] && exit 3
@@ -202,6 +202,7 @@ COUNTED = f"update JobId=9 Comment={COUNT}"
         ("launch/pretrain.sbatch", {"FAILS": "1", "COMMENT": f"{COUNT}5"}, 1, []),
         ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run", "COMMENT": "mine"}, 75, [f"{COUNTED}1", "requeue 9"]),
         ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run", "COMMENT": f"{COUNT}5"}, 75, []),
+        ("launch/pretrain.sbatch", {"FAILS": "1", "NO_COMMENT": "1"}, 1, [f"{COUNTED}1"]),
         ("launch/pretrain.sbatch", {"GONE": "launch"}, 75, [f"{COUNTED}1", "requeue 9"]),
         ("launch/evaluate.sbatch", {}, 2, []),
     ],

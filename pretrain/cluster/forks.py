@@ -54,10 +54,10 @@ def by_fork(call: Callable[[], object]) -> Callable[[Mapping[str, str]], Fork]:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, AttributeError):  # nobody reads; or closed
                 stream.flush()  # what waits in it would be written by the fork too
-        if pid := os.fork():
-            return Fork(pid)
-        code = 1
+        code, pid = 1, -1
         try:
+            if pid := os.fork():
+                return Fork(pid)
             os.environ.pop(_NVML_CHECK, None)
             os.environ.update(variables)
             call()
@@ -67,9 +67,13 @@ def by_fork(call: Callable[[], object]) -> Callable[[Mapping[str, str]], Fork]:
                     thread.join()
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:
+            if pid:
+                raise
             traceback.print_exc()
         finally:
-            os._exit(code)  # what this process would do at its end is not the fork's to do
+            if not pid:
+                os._exit(code)  # what this process would do at its end is not the fork's to do
+        raise AssertionError
 
     return start
 

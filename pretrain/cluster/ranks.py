@@ -136,7 +136,8 @@ def complete_environment() -> None:
         raise UserError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; check its environment")
     # Else gloo takes the address of the host's own name, which many systems have as 127.0.1.1, or warns of it.
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(os.environ["MASTER_ADDR"])):
-        os.environ["GLOO_SOCKET_IFNAME"] = name
+        if name != "lo" or ranks_here() == world_size():  # rank 0's own name may lead to loopback too
+            os.environ["GLOO_SOCKET_IFNAME"] = name
     if not 0 <= rank() < world_size():
         raise UserError(f"WORLD_SIZE is {world_size()} but RANK is {rank()}: ranks count from 0; check the launcher")
 

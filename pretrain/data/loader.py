@@ -346,15 +346,19 @@ def count_reasons(records: list[BadRecord]) -> torch.Tensor:
     return torch.tensor([float(sum(r.reason == reason for r in records)) for reason in REASONS], dtype=torch.float64)
 
 
-def check_bad_fraction(bad: dict[str, int], recent: list[list[int]], seen: int, max_fraction: float) -> None:
+def check_bad_fraction(
+    bad: dict[str, int], recent: list[list[int]], seen: int, global_batch: int, max_fraction: float
+) -> None:
     """Raises BadSamplesError when more than `max_fraction` of the samples over all ranks could not be used.
 
     bad: by reason, of the `seen` ones since the start. recent: what `count_recent` has made of them: behind weeks of
-    good data a fraction of all would not show what has become of the shards since.
+    good data a fraction of all would not show what has become of the shards since. global_batch: of each step, whose
+    samples are of the stretch that it ends in.
     """
     first = max(0, _stretch(seen) - 1)
     of_late = sum(count for stretch, count in recent if stretch >= first)
-    for count, of, which in ((sum(bad.values()), seen, ""), (of_late, seen - first * _RECENT, "last ")):
+    seen_of_late = min(seen, seen - first * _RECENT + global_batch)
+    for count, of, which in ((sum(bad.values()), seen, ""), (of_late, seen_of_late, "last ")):
         if of >= _MIN_SEEN and count >= _MIN_BAD and count > max_fraction * of:
             reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items() if number)
             raise BadSamplesError(

@@ -24,16 +24,19 @@ def keep_compiled() -> None:
     """
     if _FOLDER in os.environ:
         return
-    folder = cache_folder() / f"compiled-{os.geteuid()}"  # the rest of the cache may be a group's
+    folder = None
     try:
+        folder = cache_folder() / f"compiled-{os.geteuid()}"  # the rest of the cache may be a group's
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
             raise PermissionError(0, "others may write to it")
         with tempfile.TemporaryFile(dir=folder) as file:  # two ranks compile the same, and one waits
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: nobody knows this user's home
         if ranks.local_rank() == 0:
-            warn(f"{folder}: compiled code is not kept there, the next start may compile again ({error.strerror})")
+            why = getattr(error, "strerror", None) or error
+            place = folder or "PRETRAIN_CACHE"
+            warn(f"{place}: compiled code is not kept there, the next start may compile again ({why})")
         return
     os.environ[_FOLDER] = str(folder)

@@ -31,9 +31,9 @@ class Incoming(Iterator[Batch]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Ends the thread, and with it the batches; not one that waits for a batch that does not come."""
+        """Ends the thread, and with it the batches; does not wait for one that may itself wait for a batch."""
         self._wanted.put(False)
-        if not self.late:
+        if not self.late and kind is None:
             self._thread.join()
 
     def __next__(self) -> Batch:

@@ -102,7 +102,8 @@ class Journal:
         for reason, count in zip(REASONS, counts):
             state.bad_samples[reason] = state.bad_samples.get(reason, 0) + count  # an older run may not know it
         self._bad.add(state.step, batch.bad, sum(counts))
-        seen = state.step * self._config.data.global_batch
+        size = self._config.data.global_batch
+        seen = state.step * size
         total = sum(state.bad_samples.values())
         state.recent_bad = count_recent(state.recent_bad, seen, sum(counts))
         if _worth_telling(total, sum(counts)) and (last := self._bad.write()):
@@ -110,7 +111,7 @@ class Journal:
                 f"warning: {total} of {seen} samples so far could not be used, the last: "
                 f"{last['shard']}: {last['detail']}"
             )
-        check_bad_fraction(state.bad_samples, state.recent_bad, seen, self._config.data.max_bad_fraction)
+        check_bad_fraction(state.bad_samples, state.recent_bad, seen, size, self._config.data.max_bad_fraction)
 
     def _note_damaged(self, state: TrainState, batch: Batch, count: int) -> None:
         state.damaged_samples += count

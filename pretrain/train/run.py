@@ -109,8 +109,10 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         facts=_facts(data, engine.num_parameters, device),
     )
     log = RunLog(folder, state.step, config.total_steps)
-    coming = train_batches(data.train, data.order, engine.plan, config, state.step)
-    with Profile(config, engine) as profile, Incoming(coming, stop) as batches:
+    with (
+        Profile(config, engine) as profile,
+        Incoming(train_batches(data.train, data.order, engine.plan, config, state.step), stop) as batches,
+    ):
         loop(config, data, engine, state, log, profile, batches, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
         mark_done(folder, state.step, state.metrics)
@@ -118,7 +120,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         if ranks.is_main():
             tell_next(f"python tools/report.py {shlex.quote(str(folder))}")
     else:
-        ending.note(folder, f"asked to stop; saved at step {state.step}")
+        ending.note(folder, f"asked to stop; saved at step {state.step}" if state.step else "asked to stop at step 0")
         say(f"stopped as asked at step {state.step}; the same command goes on from there")
     log.close()
     engine.close()
