@@ -16,6 +16,7 @@ import torch
 from ranks import run_ranks
 
 from pretrain import log as log_module
+from pretrain.cluster import ranks
 from pretrain.gpus import peak_flops
 from pretrain.log import JsonLines, RunLog, duration, rewind, sync
 
