@@ -283,7 +283,7 @@ def test_features_are_scored_as_by_hand(alone: Path, places: tuple[Path, Path, n
 MISTAKES: dict[str, tuple[list[object], str]] = {
     "no such task": (["--tasks", "imagenett", "--data", "."], "'imagenett' is not a task; there are imagenet"),
     "no such kind": (["--tasks", "kmeans:pets", "--data", "."], "'kmeans:pets' is neither a task nor fewshot:NAME"),
-    "no folder": (["--tasks", "imagenet"], "--tasks needs --data ROOT"),
+    "no folder": (["--tasks", "imagenet"], "no data: imagenet: no val in data/imagenet; get the set from"),
     "nothing to learn from": (["--tasks", "knn:imagenet_v2", "--data", "."], "imagenet_v2 has no training images"),
     "no head": (["--tasks", "knn:pets", "--data", ".", "--predictions", "x"], "--predictions are of the model's head"),
 }
@@ -296,6 +296,7 @@ def test_mistakes_are_told_before_anything_is_read(
     """In one line, with the way out; not even the weights are opened: an empty folder is none."""
     arguments, message = MISTAKES[mistake]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), *map(str, arguments)])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         load_tool("evaluate").main()
 
