@@ -117,9 +117,7 @@ def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Pat
     if forks.can_fork():
         start: restarts.Start = forks.by_fork(partial(cli.run, partial(_train, config, recipe), at_once=True))
     else:
-        start = restarts.by_command(
-            [sys.executable, *sys.orig_argv[1:]]
-        )  # as it was given: ranks know that they are such
+        start = restarts.by_command([sys.executable, *sys.orig_argv[1:]])  # as given: ranks know that they are such
     forget = partial(watchdog.forget_reports, folder)
     return restarts.run_with_restarts(start, ranks, most, STOP, newest=newest, forbidden=forbidden, forget=forget)
 

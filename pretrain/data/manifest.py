@@ -5,15 +5,13 @@ sample begins. Both are checked when read, so that a changed or cut shard is fou
 What they claim is compared with limits before it is used, no link leads out of the folder: a set may be a stranger's.
 """
 
-import gc
 import hashlib
 import json
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import chain
@@ -130,8 +128,7 @@ def load_manifest(path: Path) -> Manifest:
         kind = label.text("kind", "class")
         if kind not in LABEL_KINDS:
             label.wrong("kind", f"one of {', '.join(LABEL_KINDS)}")
-        with _uncollected():
-            shards = _shards_of(values, path.parent)
+        shards = _shards_of(values, path.parent)
         num_classes = label.integer("num_classes", 1, MAX_CLASSES)
         manifest = Manifest(
             path=path,
@@ -159,18 +156,6 @@ def load_manifest(path: Path) -> Manifest:
     if not manifest.num_samples:
         raise UserError(f"{path}: lists no samples")
     return manifest
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """For making very many objects: looking for what might be thrown away, which is nothing, takes half of the time."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def _shards_of(values: Fields, folder: Path) -> tuple[Shard, ...]:
