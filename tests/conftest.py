@@ -4,6 +4,7 @@ PRETRAIN_TEST_DATA and PRETRAIN_TEST_FIXTURES name folders of real images and of
 tests that need one are skipped, with the reason, where the variable is not set.
 """
 
+import errno
 import io
 import os
 import shutil
@@ -97,3 +98,14 @@ def _named_folder(variable: str) -> Path:
     if not Path(name).is_dir():
         pytest.skip(f"{variable} is {name}, which is not a folder")
     return Path(name)
+
+
+@pytest.fixture
+def no_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder can be listed, by whatever call."""
+
+    def fail(*_: object) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for call in ("listdir", "scandir"):
+        monkeypatch.setattr(os, call, fail)

@@ -101,14 +101,8 @@ def test_what_a_process_left_whose_end_nobody_noted_is_removed(tmp_path: Path) -
     process.wait()
 
 
-def test_a_folder_that_cannot_be_listed_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_heard(tmp_path: Path, no_listing: None) -> None:
     """Its left-over files would stay for ever; a glob hides the error."""
-
-    def fail(*_: object) -> list[str]:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    for call in ("listdir", "scandir"):
-        monkeypatch.setattr(os, call, fail)
     with pytest.raises(PermissionError):
         storage.remove_left_over(tmp_path)
 
