@@ -342,7 +342,7 @@ def test_results_and_errors_of_processes() -> None:
     assert sorted(results(half, range(0, 12, 2), 2, told.append)) == [0, 1, 2, 3, 4, 5] and sum(told) == 6
     with pytest.raises(UserError, match="^7 is odd$"):
         list(results(half, [2, 7], 2, told.append))
-    with pytest.raises(LostProcessError, match="exit code -9.*the same command goes on") as lost:
+    with pytest.raises(LostProcessError, match="exit code -9.*the same command again keeps the shards") as lost:
         list(results(half, [2, -2, 4], 2, told.append))
     assert "\n" not in str(lost.value) and lost.value.exit_code == 76
 
