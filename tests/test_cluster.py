@@ -16,7 +16,7 @@ from test_slurm import TASK
 
 from pretrain.cluster import agreement, peers, ranks, signals
 from pretrain.cluster.jobs import array_ranges
-from pretrain.cluster.local import free_port, gpus_asked_for, rank_variables
+from pretrain.cluster.local import default_num_ranks, free_port, gpus_asked_for, rank_variables
 from pretrain.errors import LostProcessError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +144,17 @@ def test_gpus_without_a_task_are_told(task: dict[str, str], monkeypatch: pytest.
         ranks.choose_device()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert ranks.choose_device() == torch.device("cuda", 1)
+
+
+def test_idle_gpus_are_counted(task: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one rank that sees several; DS_ACCELERATOR=cpu wants none of them, not even with --restarts."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    task["SLURM_NTASKS"] = task["SLURM_STEP_NUM_TASKS"] = "1"
+    assert ranks.num_idle_gpus() == 7 and default_num_ranks() == 8
+    task["WORLD_SIZE"] = "8"
+    assert ranks.num_idle_gpus() == 0
+    task |= {"WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    assert ranks.num_idle_gpus() == 0 and default_num_ranks() == 1
 
 
 def test_the_interface_to_a_host(task: dict[str, str]) -> None:

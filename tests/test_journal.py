@@ -161,11 +161,11 @@ class Late:
 def timed(config: Config) -> list[float]:
     """Trains; the steps take the TURNS one after the other. Returns the seconds of each, from note to note:
     a tenth is faster, for other work on the machine makes steps longer and never shorter."""
-    all_reduce, train_step, note, adding_up = (
+    all_reduce, train_step, note, begin_add_up = (
         dist.all_reduce,
         Engine.train_step,
         journal.Journal.note,
-        agreement.adding_up,
+        agreement.begin_add_up,
     )
     seconds: list[list[float]] = [[], [], [], []]
     turn, last = [0], [time.perf_counter()]
@@ -175,7 +175,7 @@ def timed(config: Config) -> list[float]:
         return Late(work) if async_op and TURNS[turn[0]][1] else work
 
     def in_turns(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return adding_up(numbers) if TURNS[turn[0]][0] else lambda: adding_up(numbers)()
+        return begin_add_up(numbers) if TURNS[turn[0]][0] else lambda: begin_add_up(numbers)()
 
     def stepped(engine: Engine, *args: Any) -> Any:
         time.sleep(STEP_S)
@@ -187,7 +187,7 @@ def timed(config: Config) -> list[float]:
         turn[0], last[0] = (turn[0] + 1) % len(TURNS), time.perf_counter()
         return stopping
 
-    dist.all_reduce, Engine.train_step, journal.Journal.note, agreement.adding_up = slow, stepped, taken, in_turns
+    dist.all_reduce, Engine.train_step, journal.Journal.note, agreement.begin_add_up = slow, stepped, taken, in_turns
     train(config)
     return [sorted(of_turn)[len(of_turn) // 10] for of_turn in seconds]
 

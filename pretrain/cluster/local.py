@@ -34,10 +34,10 @@ def gpus_asked_for() -> str | None:
 
 
 def default_num_ranks() -> int:
-    """Returns one rank per GPU of this machine; 1 without one."""
+    """Returns one rank per GPU of this machine; 1 without one, or where the CPU is asked for."""
     import torch
 
-    return torch.cuda.device_count() or 1
+    return 1 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count() or 1
 
 
 def launcher(num_ranks: int | None) -> list[str]:

@@ -45,7 +45,7 @@ class Journal:
             float(saver.done),
         ]
         told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [5 + reasons]
-        return agreement.adding_up(told)
+        return agreement.begin_add_up(told)
 
     def note(
         self,

@@ -24,7 +24,7 @@ from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_machine
 from pretrain.engine.step import Engine
 from pretrain.engine.versions import untried
-from pretrain.errors import ConfigError, NotFoundError, StorageError
+from pretrain.errors import ConfigError, DeviceMemoryError, NotFoundError, StorageError
 from pretrain.evaluation import classification
 from pretrain.log import RunLog, in_words, say
 from pretrain.models.build import build_model
@@ -99,15 +99,9 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         set_aside_newer(checkpoint)
     start = checkpoint or origin
     state = _resume(engine, start, config) if start else _start(config)
-    record_start(
-        folder,
-        config,
-        engine.deepspeed_config,
-        state.step,
-        recipe,
-        branched=origin is not None,
-        facts=_facts(data, engine.num_parameters, device),
-    )
+    facts = _facts(data, engine.num_parameters, device)
+    told = folder, config, engine.deepspeed_config, state.step, recipe
+    agreement.from_main(lambda: record_start(*told, branched=origin is not None, facts=facts))
     log = RunLog(folder, state.step, config.total_steps)
     with (
         Profile(config, engine) as profile,
@@ -173,6 +167,8 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     if told := untried():
         say(f"warning: {told}")
+    if idle := ranks.num_idle_gpus():
+        say(f"warning: one rank uses one of {idle + 1} GPUs; deepspeed or torchrun starts a rank for each")
     if statistics_of(model):
         say("batch norm: its statistics stay those of the weights that the run starts from")
     say(
@@ -187,7 +183,14 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     )
-    return Engine(model, config, plan, device)
+    try:
+        return Engine(model, config, plan, device)
+    except torch.OutOfMemoryError as error:
+        told = str(error).partition(". ")[0]
+        raise DeviceMemoryError(
+            f"model.name: this GPU does not hold {config.model.name} and its optimizer ({told}); "
+            "try engine.zero_stage=2 or 3, or more GPUs; tools/plan.py says what fits"
+        ) from error
 
 
 def _load(model: torch.nn.Module, config: Config, data: DataSets) -> None:
@@ -314,10 +317,7 @@ def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
     restored = same_ranks and agreement.together(lambda: engine.load_generators(reader.generators(ranks.rank())))
     if not restored:
         ranks.seed_generators(config.seed, state.step)
-    note = (
-        ""
-        if restored
-        else f"; random states of dropout drawn anew ({saved.world_size} ranks then, {ranks.world_size()} now)"
-    )
+    why = f"{saved.world_size} ranks then, {ranks.world_size()} now" if not same_ranks else "none saved for this device"
+    note = "" if restored else f"; random states of dropout drawn anew ({why})"
     say(f"resumed from {checkpoint}{note}")
     return state
