@@ -63,10 +63,10 @@ def noted(config: Config, place: Path) -> tuple[list[str], list[bool]]:
         events.append("step")
         return result
 
-    def taken(self: Any, *args: Any) -> bool:
-        stopping = note(self, *args)
+    def taken(self: Any, *args: Any) -> Any:
+        agreed = note(self, *args)
         waits.append(waiting())
-        return stopping
+        return agreed
 
     def waiting() -> bool:
         assert watchdog._watch is not None
@@ -106,12 +106,12 @@ def bad_in_most_steps(folder: Path) -> list[int]:
         ]
         bad = bad if ranks.rank() or step % 2 else []
         batch = Batch(slots, slots[:, None], slots[:, None], slots.bool(), slots, slots, bad, bad[:1])
-        one.note(state, batch, StepResult(torch.ones(3), 1.0, True), saver, one.ask(batch, None, stop, saver))
+        one.note(state, batch, StepResult(torch.ones(3), 1.0, True), one.ask(batch, None, stop, saver))
     one.write_down()
     one.write_down()
     lost = batch._replace(valid=slots < 0)
     with pytest.raises(BadSamplesError, match="step 8: none of its 12 images"):
-        one.note(state, lost, StepResult(torch.ones(3), 1.0, True), saver, one.ask(lost, None, stop, saver))
+        one.note(state, lost, StepResult(torch.ones(3), 1.0, True), one.ask(lost, None, stop, saver))
     return gathered
 
 
@@ -181,11 +181,11 @@ def timed(config: Config) -> list[float]:
         time.sleep(STEP_S)
         return train_step(engine, *args)
 
-    def taken(self: Any, *args: Any) -> bool:
-        stopping = note(self, *args)
+    def taken(self: Any, *args: Any) -> Any:
+        agreed = note(self, *args)
         seconds[turn[0]].append(time.perf_counter() - last[0])
         turn[0], last[0] = (turn[0] + 1) % len(TURNS), time.perf_counter()
-        return stopping
+        return agreed
 
     dist.all_reduce, Engine.train_step, journal.Journal.note, agreement.begin_add_up = slow, stepped, taken, in_turns
     train(config)

@@ -48,7 +48,7 @@ def command(config: Config, hangs_on: int | None, how: str) -> None:
     elif rank == str(hangs_on):
         inner = journal.Journal.note
 
-        def note(self: Any, state: Any, *rest: Any) -> bool:
+        def note(self: Any, state: Any, *rest: Any) -> Any:
             if state.step == 6:
                 {"sleeps": time.sleep, "blocks": ctypes.PyDLL(None).sleep}[how](1000)
             return inner(self, state, *rest)
