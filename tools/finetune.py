@@ -159,7 +159,7 @@ def _show_own(found: dict[str, Any], out: Path, page: Path) -> None:
     low, high = found["interval"]
     cli.tell(
         f"{found['data']}: {found['top1']:.1%} of {found['n']:,} test images are named rightly "
-        f"(95 % interval {low:.1%} to {high:.1%})"
+        f"(95% interval {low:.1%} to {high:.1%})"
     )
     cli.tell(f"page:    {page}")
     cli.tell(f"weights: {out / found['run']}")
