@@ -145,10 +145,12 @@ def test_held_out_by_class_and_seed() -> None:
 def test_split_of_a_folder(tmp_path: Path) -> None:
     """Train and test are the folder's images, none in both, with names; the photos' folder is as before."""
     folder = photos(tmp_path / "pets", {"cat": 10, "dog": 6, "newt": 1})
+    (folder / "fish").mkdir()
     before = sorted(folder.rglob("*"))
     data = prepared(folder, tmp_path / "out")
     assert (data.num_train, data.num_test, data.class_names) == (14, 3, ("cat", "dog", "newt"))
-    assert "3 of 17 images" in data.told[0] and "1 classes have one image" in data.told[0]
+    assert "3 of 17 images" in data.told[0] and data.told[0].endswith("not tested: 1, 'newt' first")
+    assert "passed over: 1 folders without pictures, the first 'fish'" in data.told
     tested = names_in(data.test)
     assert Counter(name.partition("/")[0] for name in tested) == {"cat": 2, "dog": 1}
     pixels = {read_sample(load_manifest(data.test), index).image for index in range(3)}
