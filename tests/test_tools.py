@@ -69,7 +69,7 @@ MAX_CPU_S = 0.5  # of any of these, beyond the interpreter's own
 INTERPRETER_S = 0.02  # on a machine with nothing else to do; where it takes longer, so may they
 IN_TURN = """
 import json, os, runpy, sys
-os._exit = sys.exit  # with which launch/pretrain.py ends at once
+os._exit = sys.exit  # with which a command ends
 _, tool, calls = sys.argv
 for words in json.loads(calls):
     sys.argv = [tool, *words]
