@@ -412,12 +412,21 @@ def test_options_that_do_not_go_together(
     assert getattr(caught.value, "exit_code", None) == 2 or getattr(caught.value, "code", None) == 2
 
 
+def test_weights_alone_are_required(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """KEY=VALUE may be left out, and so is not asked for."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--train", "photos"])
+    with pytest.raises(SystemExit):
+        load_tool("finetune").main()
+    assert capsys.readouterr().err.endswith("the following arguments are required: WEIGHTS\n")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["optim.lrr=1"], "optim.lrr"),
         (["optim.momentum=fast"], "optim.momentum"),
         (["optim.lr=0.1"], "the sweep sets optim.lr itself; give --lr"),
+        (["epochs=3"], "the sweep sets epochs itself; give --steps"),
         (["--lr", "2000"], "--lr is (2000.0,), expected positive rates"),
         (["--image-size", "17"], "expected a multiple of the weights' patches of"),
     ],
@@ -524,6 +533,14 @@ def test_the_pages_command_can_be_copied(tmp_path: Path, monkeypatch: pytest.Mon
     for folder in (Path("runs/my pets"), tmp_path / "runs" / "my pets"):
         text = html.unescape(write_page(folder).read_text())
         assert "python tools/predict.py 'runs/my pets/final' PHOTO.jpg" in text and str(tmp_path) not in text
+
+
+def test_a_page_of_its_own_is_of_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a run it is refused by its name: it is none."""
+    folders = [str(results_folder(tmp_path / name, 3)) for name in ("a", "b")]
+    monkeypatch.setattr(sys, "argv", ["report.py", *folders])
+    with pytest.raises(UserError, match=f"{folders[0]}: .* has a page of its own; give it alone"):
+        load_tool("report").main()
 
 
 @pytest.mark.parametrize("key", ["classes", "per_class", "confusion", "interval", "run", "top1", "seconds"])

@@ -69,7 +69,9 @@ def _arguments() -> argparse.Namespace:
     only.add_argument("--list", action="store_true", help="print the runs with their numbers and stop")
     only.add_argument("--run", type=int, metavar="INDEX", help="do one run of the list: for job arrays")
     only.add_argument("--collect", action="store_true", help="train nothing: make the table from what is there")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config of every run")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the config of every run"
+    )
     arguments = parser.parse_intermixed_args()
     _check_own(arguments)
     check_weights(arguments.weights)
