@@ -394,7 +394,7 @@ def test_what_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_a_misspelt_name_is_told_without_torch(name: str, told: str, tmp_path: Path) -> None:
     """Before what takes seconds to import."""
-    code = "import runpy, sys; sys.argv = ['predict', sys.argv[1], 'x.jpg']\n"
+    code = "import os, runpy, sys; os._exit = sys.exit; sys.argv = ['predict', sys.argv[1], 'x.jpg']\n"
     code += f"try: runpy.run_path({str(ROOT / 'tools' / 'predict.py')!r}, run_name='__main__')\n"
     code += "finally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=240, cwd=tmp_path)

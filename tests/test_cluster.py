@@ -283,3 +283,22 @@ def test_ranges_of_job_arrays() -> None:
     """One after the other, from 0 on; what has no job has no array."""
     assert array_ranges([4, 3]) == ["0-3", "4-6"]
     assert array_ranges([0, 3]) == ["0-2"] and array_ranges([1, 0]) == ["0-0"]
+
+
+@pytest.mark.parametrize(("rank", "who"), [(None, ""), ("3", "rank 3: ")])
+def test_a_wish_to_stop_is_told_once(
+    rank: str | None, who: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C reaches ranks twice, from the terminal and as SIGTERM from what has started them, which is no rank."""
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    stop = signals.StopRequest()
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+    finally:
+        stop.close()
+    assert stop.signal_name == "SIGTERM"
+    assert capfd.readouterr().err == f"{who}SIGINT: saving and stopping after this step or the next\n"

@@ -705,17 +705,20 @@ def test_imagenet_is_scored_by_real_labels_too(tiny: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_command_alone_saves(tiny: Path, tmp_path: Path) -> None:
-    """With two ranks under DeepSpeed's launcher: exit code 130 when all have saved and gone, no DONE."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_command_saves(tiny: Path, tmp_path: Path, number: int) -> None:
+    """With two ranks, SIGTERM to the command alone, Ctrl-C to all of them: exit code 130 when all have saved and gone,
+    no DONE, no traceback."""
     words = arguments(tiny, tmp_path, "--steps", 100_000, "--num-gpus", 2)
     process = start_tool([*words, "checkpoint.every_steps=100000"])
     run = tmp_path / "pets" / "select-lr0.001"
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped; the same command goes on" in output, output
+    assert "Traceback" not in output
     assert len(step_folders(run / "checkpoints")) == 1 and not (run / "DONE").exists()
 
 

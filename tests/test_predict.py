@@ -98,7 +98,12 @@ def test_a_bad_image_is_named_and_the_others_go_on(
     told = capsys.readouterr()
     first, *rest = told.out.splitlines()
     assert first == str(good) and len(rest) == 2 and all("%" in line for line in rest)
-    for name in ("nowhere.png: cannot be used", "text.jpg: cannot be used (decode", "Is a directory", "3 of 4 images"):
+    for name in (
+        "nowhere.png: cannot be used",
+        "text.jpg: cannot be used (decode",
+        "is a folder; give its images",
+        "3 of 4 images",
+    ):
         assert name in told.err
 
 

@@ -18,10 +18,18 @@ from pretrain.config import config_to_yaml, model_from_dict, model_name
 from pretrain.errors import UserError
 from pretrain.escape import portable, portable_path
 from pretrain.log import TIME_FORMAT
-from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, differ_in_length, draw_panels, moving_mean
+from pretrain.report.curves import (
+    _BUCKETS,
+    _log_levels,
+    _reduced,
+    axis_labels,
+    differ_in_length,
+    draw_panels,
+    moving_mean,
+)
 from pretrain.report.fewshot import fewshot_chart
 from pretrain.report.figures import config_differences, losses_table, protocol_scores, starts_table, summary, targets
-from pretrain.report.page import html, markdown, write_report
+from pretrain.report.page import caption, html, markdown, write_report
 from pretrain.report.runs import read_runs
 from pretrain.report.story import duration, headline, millions, sentence, training_seconds
 from pretrain.report.target import recipe_score
@@ -102,7 +110,7 @@ def test_restarts_lost_steps_and_goodput(tmp_path: Path) -> None:
     assert values["goodput"] == pytest.approx(24_000 / (24_000 + 3 * (150 + 300)), rel=1e-4) and values["goodput"] > 0.9
     told = markdown([values]).splitlines()
     assert "- restarts: 3, 150 steps done again" in told
-    assert "- goodput: 94.7% of the time went into steps that count, validation and saves do not" in told
+    assert "- goodput: 94.7% of the time went into steps that count, the rest into starts, validation, saves" in told
     old = (tmp_path / "run" / "metrics.jsonl").read_text().replace('"time"', '"other"')
     (tmp_path / "run" / "metrics.jsonl").write_text(old)  # of an earlier version
     assert summary(read_runs([tmp_path / "run"])[0])["goodput"] is None
@@ -592,3 +600,22 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="nothing to report: no metrics.jsonl"):
         read_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0, 0.0025, 0.005], ["0", "0.0025", "0.005"]),
+        ([0, 2.5e-4, 0.001], ["0", "2.5e-4", "1e-3"]),  # a rate's axis: never 7.5e-4 below 0.001
+        ([0.5, 1, 20_000], ["0.5", "1", "20,000"]),
+    ],
+)
+def test_labels_of_an_axis_are_of_one_form(values: list[float], labels: list[str]) -> None:
+    """Short ones, that fit beside the diagram."""
+    assert axis_labels(values) == labels
+
+
+def test_pictures_are_told_in_words() -> None:
+    """By the names that tools/visualize.py gives, those of older weights too; others keep theirs."""
+    assert "where it looks" in caption("rollout") and caption("rollout-0a1b").endswith("; weights 0a1b")
+    assert caption("my_own-picture") == "my own-picture"

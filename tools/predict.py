@@ -70,6 +70,8 @@ def main() -> int:
         except (OSError, BadSample) as error:
             num_bad += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)
+            if isinstance(error, IsADirectoryError):
+                reason = f"is a folder; give its images, as {path}/*.jpg"
             cli.tell(f"{path}: cannot be used ({reason})", sys.stderr)
             if arguments.json:
                 print(json.dumps({"image": str(path), "error": reason}), flush=True)

@@ -56,6 +56,16 @@ def launcher_or_python(num_ranks: int) -> list[str]:
     return [sys.executable] if num_ranks == 1 else launcher(num_ranks)
 
 
+def ranks_here(num_ranks: int | None) -> list[str]:
+    """Returns the options of launch/pretrain.py that start so many ranks of this machine; None: on all GPUs.
+
+    Sooner than `deepspeed`, which imports DeepSpeed twice more, and which answers Ctrl-C with a traceback of its own.
+    """
+    if num_ranks == 1:
+        return []
+    return ["--restarts", "0", *([] if num_ranks is None else ["--num-gpus", str(num_ranks)])]
+
+
 def environment(num_threads: int | None = None) -> dict[str, str]:
     """Returns what ranks are started with: this process's variables and, without a GPU, those of `on_cpu`."""
     return {**os.environ} if gpu_is_here() else {**os.environ, **on_cpu(num_threads)}

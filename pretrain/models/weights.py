@@ -99,6 +99,8 @@ def _why_not(path: Path) -> str:
         return "is DeepSpeed's own checkpoint, a pickle that may execute code: tools/convert.py has --trust-pickle"
     if path.suffix == ".safetensors":
         return "its tensors do not tell their architecture: give the folder, with config.json in it"
+    if runs := sorted(folder.parent for folder in path.glob("*/checkpoints")):
+        return f"holds runs; give one of them, as {runs[0]}"
     return f"is none of what can be read; {expected}"
 
 
