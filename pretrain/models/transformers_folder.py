@@ -181,8 +181,8 @@ def _preprocessing(path: Path, image_size: int) -> _Preprocessing:
         values = read_fields(path, PROCESSOR)
     else:
         warn(
-            f"{path}: has no {PROCESSOR}: taken are the defaults of transformers' ViT (mean and deviation 0.5, squashed, "
-            "bilinear), which need not be what it was trained with"
+            f"{path}: has no {PROCESSOR}: taken are the defaults of transformers' ViT (mean and deviation 0.5, "
+            "squashed, bilinear), which need not be what it was trained with"
         )
     if unknown := sorted(values.values.keys() - _PROCESSOR_KEYS):
         warn(f"{values.source}: {few(unknown)}: not known here, and not done")
