@@ -198,6 +198,10 @@ def _load(model: torch.nn.Module, config: Config, data: DataSets) -> None:
     if not config.init_new_head:
         _refuse_other_classes(weights, data.train)
     load_tensors(model, weights, new_head=config.init_new_head)
+    if config.init_new_head and config.model.timm_name is not None:  # ours is built with one of zeros
+        with torch.no_grad():
+            for name in classifier_names(model):
+                model.get_parameter(name).zero_()
 
 
 def _told_of_sources(data: DataSets, steps: int) -> list[str]:
