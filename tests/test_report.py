@@ -314,7 +314,7 @@ def test_results_without_a_run(tmp_path: Path) -> None:
 
 RECIPE = """# A recipe.
 #
-# command:   deepspeed launch/pretrain.py
+# command:   deepspeed launch/pretrain.py --config recipes/of_mine.yaml init_from=demo/weights [key=value ...]
 # score:     top-1 after
 #            fine-tuning
 # deviations: none
@@ -353,13 +353,18 @@ def with_recipe(run: Path, header: str = RECIPE) -> None:
         ("large", {"global_batch: 12": "global_batch: 24"}, None),
         ("large", {"train: shards": "train: own/photos"}, None),
         ("large", {"depth: 2": "depth: 3"}, None),
-        ("large", {"lr: 0.002": "lr: 0.001"}, "B/16: 79.15. top-1 after fine-tuning"),
+        ("large", {"lr: 0.002": "lr: 0.001"}, None),
+        ("large", {"loss: softmax": "loss: sigmoid"}, None),
+        ("large", {"flip: 0.5": "flip: 0.0"}, None),
+        ("large", {"init_from: null": "init_from: demo/weights"}, None),
+        ("large", {"workers: 0": "workers: 3", "seed: 0": "seed: 1"}, "B/16: 79.15. top-1 after fine-tuning"),
+        ("other", {"init_from: null": "init_from: /there/demo/weights"}, "top-1 after fine-tuning"),  # its command's
     ],
 )
 def test_a_promise_holds_for_the_recipes_runs_alone(
     tmp_path: Path, name: str, changed: dict[str, str], score: str | None
 ) -> None:
-    """The data, batch, length and model are the recipe's, or those of the run's line in its table."""
+    """The settings are the recipe's, or those of the run's line in its table, or of the header's command."""
     run = make_run(tmp_path, name)
     with_recipe(run)
     text = (run / "config.yaml").read_text()
