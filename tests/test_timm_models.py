@@ -156,6 +156,18 @@ def test_pixels_that_are_not_made_here_are_refused(cfg: dict[str, Any], message:
     one_line(caught.value)
 
 
+def test_another_size_of_timms_tests_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By which timm's published score was measured; what is the same is not told."""
+    cfg = {"input_size": (3, 160, 160), "crop_pct": 0.95, "test_input_size": (3, 192, 192), "test_crop_pct": 1.0}
+    folder = timm_folder(random_timm("test_vit"), tmp_path / "t", **cfg)
+    assert read_weights(folder).model.image_size == 160
+    told = "test_input_size (3, 192, 192), test_crop_pct 1.0: timm's validate.py evaluates by these"
+    assert told in capsys.readouterr().err
+    edit(folder, {"test_input_size": [3, 160, 160], "test_crop_pct": None})
+    read_weights(folder)
+    assert not capsys.readouterr().err
+
+
 def test_a_key_that_is_not_known_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It may change the pixels or the function; timm's own keys are known, all of them."""
     timm_folder(random_timm("test_resnet", num_classes=3), tmp_path / "t")

@@ -16,6 +16,7 @@ from pretrain.models.tensors import Weights, per_channel, readable
 from pretrain.models.timm_folder import read_foreign
 from pretrain.models.torch_files import Saved, read_torch
 
+_OF_TESTS = ("test_input_size", "test_crop_pct")  # of timm's own weights of this name, not of these
 _KEPT = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of what timm resolves
 
 
@@ -66,5 +67,5 @@ def _as_config(full_name: str, saved: Saved, path: Path) -> dict[str, Any]:
         "architecture": name,
         "num_classes": max(classes, default=0),
         "model_args": model_args,
-        "pretrained_cfg": cfg | {key: resolved[key] for key in _KEPT},
+        "pretrained_cfg": cfg | {key: resolved[key] for key in _KEPT} | dict.fromkeys(_OF_TESTS),
     }
