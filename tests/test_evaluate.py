@@ -35,7 +35,7 @@ from pretrain.evaluation.jobs import as_head_reads
 from pretrain.evaluation.names import NEEDS
 from pretrain.evaluation.results import pages, with_earlier
 from pretrain.models.build import build_model
-from pretrain.models.weights import read_weights, weights_sha256
+from pretrain.models.weights import load_model, read_weights, weights_sha256
 from pretrain.report.runs import _read_evaluation
 from pretrain.shards.existing import index_existing
 
@@ -52,10 +52,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, 
     return train, test, folder / "tiny", save_run(config, NAMES)
 
 
-def all_images(shards: Path, **transform: Any) -> Batch:
+def all_images(shards: Path, image_size: int = 16, **transform: Any) -> Batch:
     manifest = load_manifest(shards)
     config = DataConfig(workers=0, **{"eval_crop": 0.9, **transform})
-    options = {"batch_size": manifest.num_samples, "image_size": 16, "config": config}
+    options = {"batch_size": manifest.num_samples, "image_size": image_size, "config": config}
     return next(eval_batches(manifest, np.arange(manifest.num_samples), **options))
 
 
@@ -245,6 +245,29 @@ def test_rows_of_other_weights_stay(
     (out / "results.json").write_text('{"rows": [1]}')
     evaluate(run, *near)
     assert "cannot be read as an earlier call's" in capsys.readouterr().err and len(table_of(out)) == 2
+
+
+def test_another_image_size_is_another_measurement(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its rows are of the model with resized positions, and stand beside none of the trained size."""
+    train, test, run, _ = places
+    options = ["--workers", 0, "--out", tmp_path, "--val", test]
+    evaluate(run, *options, "--fewshot", train, test, "--shots", 1)
+    with pytest.raises(UserError, match="--image-size is 0, expected at least 1"):
+        evaluate(run, *options, "--image-size", 0)
+    capsys.readouterr()
+    evaluate(run, *options, "--image-size", 24)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 rows of an earlier call are dropped (other image size): 1-shot, 1-shot-std" in line
+    assert record_of(tmp_path)["image_size"] == 24 and set(table_of(tmp_path)) == {"loss", "top1", "top5"}
+    images = all_images(test, image_size=24)
+    with torch.no_grad():
+        right = load_model(run, 24)(to_float(images.images, torch.float32)).argmax(1) == images.labels[:, 0]
+    assert table_of(tmp_path)["top1"][0] == pytest.approx(right.double().mean().item())
 
 
 def test_what_does_not_fit_in_an_earlier_record_is_replaced(
