@@ -32,12 +32,13 @@ from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
 from pretrain.evaluation.fewshot import fewshot
 from pretrain.evaluation.jobs import as_head_reads
-from pretrain.evaluation.names import NEEDS
+from pretrain.evaluation.names import NEEDS, absent, named
 from pretrain.evaluation.results import pages, with_earlier
 from pretrain.models.build import build_model
 from pretrain.models.weights import load_model, read_weights, weights_sha256
 from pretrain.report.runs import _read_evaluation
 from pretrain.shards.existing import index_existing
+from pretrain.tasks.table import VTAB
 
 torch.set_num_threads(1)
 NAMES = [f"shade {i}" for i in range(7)]
@@ -309,6 +310,15 @@ def test_what_does_not_fit_in_an_earlier_record_is_replaced(
         found, told = merged(text)
         assert found == 1 and len(told.splitlines()) == 1, text[:500]
         assert "cannot be read as an earlier call's" in told and len(told) < 600, text[:500]
+
+
+def test_vtab_stands_for_its_tasks_and_a_misspelt_set_is_told(tmp_path: Path) -> None:
+    """Each once, whatever else is named; a folder of one's own that is there is no misspelling."""
+    found = [one.text for one in named("knn:vtab,imagenet,knn:vtab/dtd,vtab", tmp_path)]
+    assert found == [*(f"knn:{name}" for name in VTAB), "imagenet", *VTAB]
+    (tmp_path / "pet").mkdir()
+    told = [absent(one, tmp_path) or "" for one in named("knn:cifar_10,knn:pet", tmp_path)]
+    assert told[0].endswith("tools/make_shards.py makes shards. Did you mean: 'cifar10'?") and "mean" not in told[1]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
