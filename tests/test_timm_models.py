@@ -161,7 +161,7 @@ def test_another_size_of_timms_tests_is_told(tmp_path: Path, capsys: pytest.Capt
     cfg = {"input_size": (3, 160, 160), "crop_pct": 0.95, "test_input_size": (3, 192, 192), "test_crop_pct": 1.0}
     folder = timm_folder(random_timm("test_vit"), tmp_path / "t", **cfg)
     assert read_weights(folder).model.image_size == 160
-    told = "test_input_size (3, 192, 192), test_crop_pct 1.0: timm's validate.py evaluates by these"
+    told = "timm's validate.py evaluates by {'crop_pct': 1.0, 'input_size': [3, 192, 192]}; here it is as in training: "
     assert told in capsys.readouterr().err
     edit(folder, {"test_input_size": [3, 160, 160], "test_crop_pct": None})
     read_weights(folder)

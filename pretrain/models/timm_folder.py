@@ -179,16 +179,11 @@ def _preprocessing(cfg: Fields) -> _Preprocessing:
         "mean": per_channel(found, "mean"),
         "std": per_channel(found, "std"),
     }
-    _tell_test_size(cfg, {"input_size": tuple(size), "crop_pct": use["eval_crop"]})
+    used = {"input_size": list(size), "crop_pct": use["eval_crop"]}
+    tests = {key: cfg.values.get(f"test_{key}") or value for key, value in used.items()}
+    if tests != used:
+        warn(f"{cfg.source}: timm's validate.py evaluates by {brief(tests)}; here it is as in training: {brief(used)}")
     return _Preprocessing(square(sides, "input_size", cfg.source), use)
-
-
-def _tell_test_size(cfg: Fields, used: dict[str, Any]) -> None:
-    """timm's own scores of some models are at a larger size than that of their training."""
-    tests = {key: value for key in used if (value := cfg.values.get(f"test_{key}"))}
-    tests = {key: tuple(value) if isinstance(value, list) else value for key, value in tests.items()}
-    if different := [f"test_{key} {brief(value)}" for key, value in tests.items() if value != used[key]]:
-        warn(f"{cfg.source}: {', '.join(different)}: timm's validate.py evaluates by these, here it is as in training")
 
 
 def _tell_unknown_keys(values: Fields, cfg: Fields) -> None:
