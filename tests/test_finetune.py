@@ -170,13 +170,15 @@ def test_cuts_are_told(full_sets: None) -> None:
         assert any(part in one for one in told), part
 
 
+LARGE = replace(B16, model=ModelConfig(name="L"))
 HUGE = replace(B16, model=ModelConfig(name="H", patch_size=14))
 
 
 @pytest.mark.parametrize(
     ("start", "size", "average", "told"),
     [
-        (B16, 512, True, []),  # ViT, Table 2: L/16 at 512 px, H/14 at 518, with averages
+        (LARGE, 512, True, []),  # ViT, Table 2: L/16 at 512 px, H/14 at 518, with averages
+        (B16, 512, True, ["image_size: 512 instead of 384", "optim.average_decay=0.9999"]),
         (HUGE, 518, True, []),
         (HUGE, None, False, []),
         (B16, 512, False, ["image_size: 512 instead of 384"]),
