@@ -168,7 +168,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     num_ranks, batch = ranks.world_size(), config.data.global_batch
     plan = plan_batch(batch, num_ranks, config.engine.max_micro_batch_size)
-    too_large = data.val is not None and data.val.multi_label and not data.ranks_classes
+    too_large = data.val is not None and data.val.multi_label and not data.has_average_precision
     most = classification.MAX_LOGIT_BYTES_IN_TRAINING
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     if told := untried():
