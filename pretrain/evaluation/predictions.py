@@ -113,7 +113,7 @@ def assumed_names(weights: Path, num_classes: int) -> tuple[str, ...]:
     is_published = is_name(weights) and str(weights).startswith(("timm:", "google:"))
     if not is_published or num_classes not in _IMAGENETS:
         return ()
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     return tuple(ImageNetInfo(_IMAGENETS[num_classes]).label_descriptions())
 
