@@ -239,10 +239,24 @@ def test_scores_stand_beside_the_papers(tmp_path: Path) -> None:
     assert "| ViT-B/16, ImageNet | 77.91% | 83.57% | 98.13% | 87.13% | 93.81% | 89.49% | – | arXiv" in page
     assert "| svhn | 88.00% |" not in page and f"| {last.removeprefix('vtab/')} | 88.00% | 51.20% | 51.10% |" in page
     assert "| mean of all | 52.00% | 77.63% | 76.29% | 72.71% |" in page
-    assert "| imagenet | tiny | top1 | 75.00% ± 0.40 | 3 | 0.01 | 500 | the paper's |" in page
+    assert "| imagenet | tiny | top1 | 75.00% ± 0.40 | – | 3 | 0.01 | 500 | the paper's |" in page
     assert "| cifar100 | tiny | top1 | – ± 0.40 |" in page and "No run has a score" not in page
     record = json.loads(paths[3].read_text(), parse_constant=lambda word: pytest.fail(f"{word} in report.json"))
     assert [row["scores"].get("imagenet") for row in record["paper"]][:4] == [0.8836, 0.8855, 0.8776, 0.853]
+
+
+def test_two_sizes_of_a_task_are_told_apart(tmp_path: Path) -> None:
+    """ImageNet at 384 and at 512 pixels are both the paper's: neither hides the other."""
+    run = make_run(tmp_path)
+    write_finetuning(run, "imagenet", 0.85, image_size=512)
+    (run / "finetune").rename(run / "finetune-512")
+    write_finetuning(run, "imagenet", 0.84, image_size=384)
+    values = summary(read_runs([run])[0])
+    assert values["scores"] == {"imagenet": 0.85} and len(values["scores_at"]["imagenet"]) == 2
+    page = write_report(read_runs([run]), tmp_path / "out")[2].read_text()
+    assert "| tiny | 84.00% at 384 px, 85.00% at 512 px | – |" in page
+    for size, mean in ((384, 84), (512, 85)):
+        assert f"| imagenet | tiny | top1 | {mean}.00% ± 0.40 | {size} | 3 | 0.01 | 500 | the paper's |" in page
 
 
 def test_another_protocol_is_no_score_of_the_papers(tmp_path: Path) -> None:
@@ -263,7 +277,7 @@ def test_another_protocol_is_no_score_of_the_papers(tmp_path: Path) -> None:
     assert protocol_scores(read_runs([run])[0]) == {"imagenet": 0.7}
     page = write_report(read_runs([run]), tmp_path / "out")[2].read_text()
     assert "| 500 | steps: 3 instead of 10000 |" in page and "| 500 | not all seeds are done |" in page
-    assert "| imagenet | tiny | top1 | 30.00% ± 0.40 | 3 | 0.01 | 500 | random weights |" in page
+    assert "| imagenet | tiny | top1 | 30.00% ± 0.40 | – | 3 | 0.01 | 500 | random weights |" in page
 
 
 def test_results_of_all_weights_in_a_folder_are_shown(tmp_path: Path) -> None:
@@ -308,7 +322,7 @@ def test_results_without_a_run(tmp_path: Path) -> None:
 
 RECIPE = """# A recipe.
 #
-# command:   deepspeed launch/pretrain.py
+# command:   deepspeed launch/pretrain.py --config recipes/of_mine.yaml init_from=demo/weights [key=value ...]
 # score:     top-1 after
 #            fine-tuning
 # deviations: none
@@ -347,13 +361,18 @@ def with_recipe(run: Path, header: str = RECIPE) -> None:
         ("large", {"global_batch: 12": "global_batch: 24"}, None),
         ("large", {"train: shards": "train: own/photos"}, None),
         ("large", {"depth: 2": "depth: 3"}, None),
-        ("large", {"lr: 0.002": "lr: 0.001"}, "B/16: 79.15. top-1 after fine-tuning"),
+        ("large", {"lr: 0.002": "lr: 0.001"}, None),
+        ("large", {"loss: softmax": "loss: sigmoid"}, None),
+        ("large", {"flip: 0.5": "flip: 0.0"}, None),
+        ("large", {"init_from: null": "init_from: demo/weights"}, None),
+        ("large", {"workers: 0": "workers: 3", "seed: 0": "seed: 1"}, "B/16: 79.15. top-1 after fine-tuning"),
+        ("other", {"init_from: null": "init_from: /there/demo/weights"}, "top-1 after fine-tuning"),  # its command's
     ],
 )
 def test_a_promise_holds_for_the_recipes_runs_alone(
     tmp_path: Path, name: str, changed: dict[str, str], score: str | None
 ) -> None:
-    """The data, batch, length and model are the recipe's, or those of the run's line in its table."""
+    """The settings are the recipe's, or those of the run's line in its table, or of the header's command."""
     run = make_run(tmp_path, name)
     with_recipe(run)
     text = (run / "config.yaml").read_text()

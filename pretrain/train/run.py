@@ -162,7 +162,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     num_ranks, batch = ranks.world_size(), config.data.global_batch
     plan = plan_batch(batch, num_ranks, config.engine.max_micro_batch_size)
-    too_large = data.val is not None and data.val.multi_label and not data.ranks_classes
+    too_large = data.val is not None and data.val.multi_label and not data.has_average_precision
     most = classification.MAX_LOGIT_BYTES_IN_TRAINING
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     if told := untried():
@@ -201,6 +201,10 @@ def _load(model: torch.nn.Module, config: Config, data: DataSets) -> None:
     if not config.init_new_head:
         _refuse_other_classes(weights, data.train)
     load_tensors(model, weights, new_head=config.init_new_head)
+    if config.init_new_head and config.model.timm_name is not None:  # ours is built with one of zeros
+        with torch.no_grad():
+            for name in classifier_names(model):
+                model.get_parameter(name).zero_()
 
 
 def _told_of_sources(data: DataSets, steps: int) -> list[str]:
