@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from pretrain import cli
 from pretrain.cluster.jobs import PART_OF, STOPPED, run_job
-from pretrain.cluster.local import environment, gpu_is_here, launcher, launcher_or_python
+from pretrain.cluster.local import environment, gpu_is_here, ranks_here
 from pretrain.config import load_config
 from pretrain.errors import UserError
 
@@ -81,8 +81,8 @@ def main() -> None:
 def _training(out: Path, config: str, *overrides: str, num_ranks: int | None) -> tuple[list[str], Path]:
     """Returns the command that trains by a config, and the run's folder; None: on all GPUs."""
     path = f"configs/{config}.yaml"
-    words = launcher(num_ranks) if num_ranks is None else launcher_or_python(num_ranks)
-    command = [*words, "launch/pretrain.py", "--config", path, f"output={out / 'runs'}", *overrides]
+    words = [sys.executable, "launch/pretrain.py", *ranks_here(num_ranks)]
+    command = [*words, "--config", path, f"output={out / 'runs'}", *overrides]
     return command, out / "runs" / load_config(ROOT / path, overrides).name
 
 

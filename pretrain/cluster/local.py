@@ -40,20 +40,19 @@ def default_num_ranks() -> int:
     return 1 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count() or 1
 
 
-def launcher(num_ranks: int | None) -> list[str]:
-    """Returns the words before a script and its arguments that start it on so many ranks by DeepSpeed's launcher.
-
-    None: on all GPUs.
-    """
+def launcher(num_ranks: int) -> list[str]:
+    """Returns the words before a script and its arguments that start it: DeepSpeed's launcher, python for one rank."""
+    if num_ranks == 1:  # the launcher imports DeepSpeed twice more, seconds
+        return [sys.executable]
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
-    count = [] if num_ranks is None else ["--num_gpus", str(num_ranks)]
-    return [deepspeed, "-q", *count, "--master_port", str(free_port())]  # another run may have the default port
-
-
-def launcher_or_python(num_ranks: int) -> list[str]:
-    """Returns the words that start a script soonest: DeepSpeed's launcher, plain python for one rank."""
-    # DeepSpeed's imports DeepSpeed twice more, seconds per run: for one rank there is no need of it.
-    return [sys.executable] if num_ranks == 1 else launcher(num_ranks)
+    return [
+        deepspeed,
+        "-q",
+        "--num_gpus",
+        str(num_ranks),
+        "--master_port",
+        str(free_port()),
+    ]  # the default may be taken
 
 
 def ranks_here(num_ranks: int | None) -> list[str]:
