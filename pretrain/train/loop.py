@@ -43,10 +43,10 @@ def loop(
             return
         saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
     batch, following = _first_two(batches, meter, state, saver)
+    if batch is not None and state.step == 0:
+        show_first_batch(batch, data.train.class_names, log)
     while batch is not None:
         answer = journal.ask(batch, following, stop, saver)
-        if state.step == 0:
-            show_first_batch(batch, data.train.class_names, log)
         lr = learning_rate(config.optim, config.total_steps, state.step)
         with profile.step(state.step + 1), engine.layers.watched(due(state.step + 1, config.log.layers_every_steps)):
             result = engine.train_step(batch.to(engine.device), lr)
@@ -54,10 +54,9 @@ def loop(
         state.metrics = {}
         meter.add(result)
         with saver.finished_before_errors():
-            agreed = journal.note(state, batch, result, answer)
-            if agreed.saver_done:
+            stopping, saver_done = journal.note(state, batch, result, answer)
+            if saver_done:
                 saver.advance()
-        stopping = agreed.stop
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
             journal.write_down()
