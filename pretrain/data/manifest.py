@@ -7,6 +7,7 @@ What they claim is compared with limits before it is used, no link leads out of 
 
 import hashlib
 import json
+import os
 import re
 import time
 import zlib
@@ -24,7 +25,7 @@ import numpy as np
 from pretrain.config import MAX_CLASSES
 from pretrain.data.classes import ClassMatch, check_names, match_classes
 from pretrain.data.index_rows import BLOCK, INDEX_FORMAT, INDEX_VERSION, MAX_LINE_BYTES, num_arrays_bytes, read_line
-from pretrain.data.inside import file_inside, real_folder_of
+from pretrain.data.inside import file_inside, plain_files, real_folder_of
 from pretrain.data.remote import check_url, file_name, is_url
 from pretrain.data.store import Store
 from pretrain.errors import PASSING_ERRORS, NotFoundError, StorageError, UserError
@@ -45,6 +46,7 @@ _MIN_SAMPLE_BYTES = 2 * BLOCK  # the headers of image and label
 MAX_SAMPLES = 1 << 48  # of a set, so that sums stay within 64 bits
 _MAX_NAME_BYTES = 255  # of a file, as Linux has it
 _SHA256 = re.compile("[0-9a-f]{64}")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,250}\.tar")  # in the folder itself, at most 255 bytes
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Manifest:
 
     def locate(self, index: int) -> tuple[Shard, int]:
         """Returns the shard that holds a sample, and the sample's number in it."""
-        shard = int(np.searchsorted(self.first_indices, index, side="right")) - 1
+        shard = int(self.first_indices.searchsorted(index, side="right")) - 1  # a third of np.searchsorted's time
         return self.shards[shard], index - int(self.first_indices[shard])
 
 
@@ -162,20 +164,46 @@ def _shards_of(values: Fields, folder: Path) -> tuple[Shard, ...]:
     """The shards that a manifest lists. Raises UserError when one claims what no shard can have, or comes twice."""
     shards: dict[str, Shard] = {}
     for entry in values.parts("shards"):
-        url = entry.text("path") if is_url(entry.text("path")) else ""
-        name = _file_name(entry, "name", file_name(check_url(url))) if url else _file_name(entry, "path")
-        if not name.endswith(".tar"):
-            entry.wrong("path", "a name that ends in .tar")
-        if name in shards:
+        name, shard = _plain_shard(entry.values, folder) or _shard_of(entry, folder)
+        if shards.setdefault(name, shard) is not shard:
             raise UserError(f"{values.source}: lists {brief(name)} twice; list each shard once")
-        num_bytes = entry.integer("num_bytes", _MIN_SAMPLE_BYTES, MAX_SHARD_BYTES)
-        most = min(MAX_SHARD_SAMPLES, num_bytes // _MIN_SAMPLE_BYTES)
-        num_samples = entry.integer("num_samples", 1, most)
-        sha256 = entry.text("sha256")
-        if not _SHA256.fullmatch(sha256):
-            entry.wrong("sha256", "64 hexadecimal digits")
-        shards[name] = Shard(folder / name, num_samples, num_bytes, sha256, url)
     return tuple(shards.values())
+
+
+def _plain_shard(entry: dict[str, Any], folder: Path) -> tuple[str, Shard] | None:
+    """Returns name and shard of an entry that is as nearly all are; None: `_shard_of` decides, and says what is wrong.
+
+    A third of its time: a set has 30,000 of them.
+    """
+    name, sha256 = entry.get("path", ""), entry.get("sha256", "")
+    num_samples, num_bytes = entry.get("num_samples", 0), entry.get("num_bytes", 0)
+    if (
+        type(name) is type(sha256) is str
+        and type(num_samples) is type(num_bytes) is int  # not bool
+        and _PLAIN_NAME.fullmatch(name)
+        and _SHA256.fullmatch(sha256)
+        and _MIN_SAMPLE_BYTES <= num_bytes <= MAX_SHARD_BYTES
+        and 1 <= num_samples <= _most_samples(num_bytes)
+    ):
+        return name, Shard(folder / name, num_samples, num_bytes, sha256)
+    return None
+
+
+def _shard_of(entry: Fields, folder: Path) -> tuple[str, Shard]:
+    url = entry.text("path") if is_url(entry.text("path")) else ""
+    name = _file_name(entry, "name", file_name(check_url(url))) if url else _file_name(entry, "path")
+    if not name.endswith(".tar"):
+        entry.wrong("path", "a name that ends in .tar")
+    num_bytes = entry.integer("num_bytes", _MIN_SAMPLE_BYTES, MAX_SHARD_BYTES)
+    num_samples = entry.integer("num_samples", 1, _most_samples(num_bytes))
+    sha256 = entry.text("sha256")
+    if not _SHA256.fullmatch(sha256):
+        entry.wrong("sha256", "64 hexadecimal digits")
+    return name, Shard(folder / name, num_samples, num_bytes, sha256, url)
+
+
+def _most_samples(num_bytes: int) -> int:
+    return min(MAX_SHARD_SAMPLES, num_bytes // _MIN_SAMPLE_BYTES)
 
 
 def _read_names(label: Fields, folder: Path, num_classes: int) -> tuple[str, ...]:
@@ -219,7 +247,9 @@ def check_shards(manifest: Manifest) -> None:
 
     Raises UserError naming the first that is not, StorageError when the disk does not say.
     """
-    shards, look = manifest.shards, partial(_looked_at, manifest.path.parent, cache(real_folder_of))
+    folder, real_folder = manifest.path.parent, cache(real_folder_of)
+    files = cache(partial(plain_files, folder, real_folder=real_folder))
+    shards, look = manifest.shards, partial(_looked_at, folder, real_folder, files)
     parts = [shards[start : start + _LOOKED_AT] for start in range(0, len(shards), _LOOKED_AT)]
     listed: dict[str, Shard] = {}
     with ThreadPoolExecutor(_LOOKERS) as pool:
@@ -241,6 +271,10 @@ def check_shards(manifest: Manifest) -> None:
                         )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"{error.filename}: listed in {manifest.path} but not found") from None
+        except OSError as error:
+            if isinstance(error, (UserError, StorageError)):
+                raise
+            raise StorageError(f"{error.filename}: cannot be looked at ({error.strerror})") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -250,14 +284,29 @@ _SLOW_S = 0.2  # for them: a question to a network's disk takes a millisecond, a
 _LOOKERS = 16  # threads, which on a local disk are in each other's way
 
 
-def _looked_at(folder: Path, real_folder: Callable[[str], str], shards: tuple[Shard, ...]) -> list[tuple[str, int]]:
-    """Where shards really lie, and their sizes; their indexes are there too. Raises as `file_inside`."""
+def _looked_at(
+    folder: Path,
+    real_folder: Callable[[str], str],
+    files: Callable[[str], frozenset[str]],
+    shards: tuple[Shard, ...],
+) -> list[tuple[str, int]]:
+    """Where shards really lie, and their sizes; their indexes are there too. Raises as `file_inside`.
+
+    files: `plain_files` of a folder, of which only a size has to be asked for; whatever else is left to `file_inside`.
+    """
     found = []
     for shard in shards:
         place = str(shard.path)
-        # Of a remote one each answer of its server tells the size.
-        found.append((shard.url, shard.num_bytes) if shard.url else file_inside(folder, place, real_folder))
-        file_inside(folder, place.removesuffix(".tar") + ".idx", real_folder)
+        parent, _, name = place.rpartition("/")
+        plain = files(parent)
+        if shard.url:
+            found.append((shard.url, shard.num_bytes))  # each answer of its server tells the size
+        elif name in plain:
+            found.append((real_folder(parent) + name, os.lstat(place).st_size))
+        else:
+            found.append(file_inside(folder, place, real_folder))
+        if name.removesuffix(".tar") + ".idx" not in plain:
+            file_inside(folder, place.removesuffix(".tar") + ".idx", real_folder)
     return found
 
 
