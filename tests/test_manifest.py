@@ -13,9 +13,8 @@ from pretrain import storage
 from pretrain.config import MAX_CLASSES
 from pretrain.data import manifest as manifest_module
 from pretrain.data import manifest as manifests
+from pretrain.data import shard_list
 from pretrain.data.manifest import (
-    MAX_SHARD_BYTES,
-    MAX_SHARD_SAMPLES,
     Manifest,
     Shard,
     ShardIndex,
@@ -26,6 +25,7 @@ from pretrain.data.manifest import (
     write_manifest,
 )
 from pretrain.data.reader import read_sample
+from pretrain.data.shard_list import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, ShardList, column
 from pretrain.errors import StorageError, UserError
 from pretrain.json_files import Fields
 
@@ -285,14 +285,27 @@ def test_the_short_way_is_the_long_one(own_shards: Path) -> None:
     """Shards as they are usually listed are read in one look, to the same; what is wrong is left to the long way."""
     good = json.loads((own_shards / "manifest.json").read_text())["shards"][0]
     for usual in (good, good | {"path": "x" * 251 + ".tar"}, good | {"num_bytes": 10**12}):
-        assert manifests._plain_shard(usual, own_shards) == manifests._shard_of(Fields(usual, "x"), own_shards)
+        assert shard_list._plain_shard(usual) == shard_list._shard_of(Fields(usual, "x"))
     strange = [good | {"path": path} for path in ("https://host/a.tar", "train/a.tar", "x" * 252 + ".tar", "ä.tar")]
     for key in ("path", "num_samples", "num_bytes", "sha256"):
         strange.append({other: good[other] for other in good if other != key})
         strange += [good | {key: value} for value in WRONG_VALUES[f"shard.{key}"]]
     strange.remove(good | {"num_bytes": 10**12})
     for entry in strange:
-        assert manifests._plain_shard(entry, own_shards) is None, entry
+        assert shard_list._plain_shard(entry) is None, entry
+
+
+def test_a_list_of_shards_is_a_sequence(shard_folder: Path) -> None:
+    """Of one object for each, made once, equal to a tuple of them."""
+    shards = load_manifest(shard_folder).shards
+    assert isinstance(shards, ShardList) and len(shards) == 3
+    assert shards[1] is shards[1] and [*shards] == [shards[0], shards[1], shards[2]] and shards[-1] == shards[2]
+    assert shards[1:] == (shards[1], shards[2]) and shards == tuple(shards) != shards[1:]
+    assert hash(shards) == hash(tuple(shards))
+    for name in ("place", "num_samples", "num_bytes", "sha256", "url"):
+        assert column(shards, name) == column(tuple(shards), name)
+    with pytest.raises(IndexError):
+        shards[3]
 
 
 @pytest.mark.parametrize("again", [[0, 0], [0, 1, 2, 1], [2, 2, 2, 2]], ids=str)
