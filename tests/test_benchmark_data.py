@@ -21,7 +21,7 @@ from tests.test_loader import needs_shared_memory
 tool = load_tool("benchmark")
 
 SMALL = {"rounds": 1, "worker_steps": 2, "far_shards": 2, "far_samples": 96, "far_workers": 0, "repeats": 1}
-SMALL |= {"built_images": 320, "built_times": 1}
+SMALL |= {"far_turns": 2, "built_images": 320, "built_times": 1}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,7 @@ def test_a_faulty_network_gives_the_same_log(photos: Path, tmp_path: Path, monke
     assert found["logs of samples and pixels are equal"]["holds"]
     assert found["bytes over the network in the second epoch"]["value"] == 0
     assert found["requests per 1,000 images"]["value"] * 0.192 == pytest.approx(6)  # 4 blocks of 48, 2 faults
+    assert found["processor time of a loader: from the disk / over the network"]["value"] > 0
 
 
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (500, 512)])

@@ -13,9 +13,8 @@ from pretrain import storage
 from pretrain.config import MAX_CLASSES
 from pretrain.data import manifest as manifest_module
 from pretrain.data import manifest as manifests
+from pretrain.data import shard_list
 from pretrain.data.manifest import (
-    MAX_SHARD_BYTES,
-    MAX_SHARD_SAMPLES,
     Manifest,
     Shard,
     ShardIndex,
@@ -26,7 +25,9 @@ from pretrain.data.manifest import (
     write_manifest,
 )
 from pretrain.data.reader import read_sample
-from pretrain.errors import UserError
+from pretrain.data.shard_list import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, ShardList, column
+from pretrain.errors import StorageError, UserError
+from pretrain.json_files import Fields
 
 
 def changed(folder: Path, **changes: Any) -> Path:
@@ -135,6 +136,31 @@ def test_missing_and_cut_shards_are_found_at_the_start(
     shard.write_bytes(data)
     shard.with_suffix(".idx").unlink()
     with pytest.raises(UserError, match=f"{shard.stem}.idx: listed in .* but not found"):
+        check_shards(manifest)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_files_are_looked_at_once(listed: bool, own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a shard its size is asked for, of an index nothing where the folder could be listed; else of both."""
+    manifest, real, asked = load_manifest(own_shards), os.lstat, list[str]()
+    monkeypatch.setattr(os, "lstat", lambda path: asked.append(os.path.splitext(path)[1]) or real(path))
+    if not listed:
+        monkeypatch.setattr(os, "scandir", denied)
+    check_shards(manifest)
+    of_files = [ending for ending in asked if ending]  # without those of folders, by realpath
+    assert sorted(of_files) == [".idx"] * (0 if listed else 3) + [".tar"] * 3
+
+
+def denied(*_: object) -> Any:
+    """A call that the disk refuses."""
+    raise PermissionError(13, "Permission denied", "somewhere")
+
+
+def test_a_disk_that_does_not_say_a_size_may_do_later(own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 75, with the place."""
+    manifest, real = load_manifest(own_shards), os.lstat
+    monkeypatch.setattr(os, "lstat", lambda path: denied() if str(path).endswith("1.tar") else real(path))
+    with pytest.raises(StorageError, match="somewhere: cannot be looked at .Permission denied"):
         check_shards(manifest)
 
 
@@ -253,6 +279,33 @@ def test_every_value_is_checked_for_type_and_range(key: str, own_shards: Path) -
         assert said.startswith(str(path)) and len(said) < 500, value
     path.write_text(good)
     assert load_manifest(path).num_samples == 103
+
+
+def test_the_short_way_is_the_long_one(own_shards: Path) -> None:
+    """Shards as they are usually listed are read in one look, to the same; what is wrong is left to the long way."""
+    good = json.loads((own_shards / "manifest.json").read_text())["shards"][0]
+    for usual in (good, good | {"path": "x" * 251 + ".tar"}, good | {"num_bytes": 10**12}):
+        assert shard_list._plain_shard(usual) == shard_list._shard_of(Fields(usual, "x"))
+    strange = [good | {"path": path} for path in ("https://host/a.tar", "train/a.tar", "x" * 252 + ".tar", "ä.tar")]
+    for key in ("path", "num_samples", "num_bytes", "sha256"):
+        strange.append({other: good[other] for other in good if other != key})
+        strange += [good | {key: value} for value in WRONG_VALUES[f"shard.{key}"]]
+    strange.remove(good | {"num_bytes": 10**12})
+    for entry in strange:
+        assert shard_list._plain_shard(entry) is None, entry
+
+
+def test_a_list_of_shards_is_a_sequence(shard_folder: Path) -> None:
+    """Of one object for each, made once, equal to a tuple of them."""
+    shards = load_manifest(shard_folder).shards
+    assert isinstance(shards, ShardList) and len(shards) == 3
+    assert shards[1] is shards[1] and [*shards] == [shards[0], shards[1], shards[2]] and shards[-1] == shards[2]
+    assert shards[1:] == (shards[1], shards[2]) and shards == tuple(shards) != shards[1:]
+    assert hash(shards) == hash(tuple(shards))
+    for name in ("place", "num_samples", "num_bytes", "sha256", "url"):
+        assert column(shards, name) == column(tuple(shards), name)
+    with pytest.raises(IndexError):
+        shards[3]
 
 
 @pytest.mark.parametrize("again", [[0, 0], [0, 1, 2, 1], [2, 2, 2, 2]], ids=str)

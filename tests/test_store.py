@@ -96,6 +96,28 @@ def test_every_sample_is_the_local_one(site: Site, far: Manifest, manifest: Mani
     assert [read_sample(far, index) for index in indices] and len(site.requests) == count
 
 
+def test_a_block_costs_one_look_into_its_index(far: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are read together and kept: three reads for a block, one for a sample, one to open an index."""
+    real, reads = os.pread, list[tuple[int, ...]]()
+    monkeypatch.setattr(os, "pread", lambda *arguments: reads.append(arguments) or real(*arguments))
+    for index in range(far.num_samples):
+        read_sample(far, index)
+    assert len(reads) == 3 * 13 + far.num_samples + 3
+
+
+@pytest.mark.parametrize("row", ["offset", "key", "sample"])
+def test_a_damaged_index_is_told(row: str, far: Manifest) -> None:
+    """Of the rows of a block, one wrong number: the index is named, and no sample is called bad."""
+    path = far.shards[0].path.with_suffix(".idx")
+    data = bytearray(path.read_bytes())
+    numbers = {"offset": 2, "key": 41 + 2, "sample": 41 + 40 + 2}  # of 40 samples, of which this is the third
+    data[data.index(b"\n") + 1 + 4 * numbers[row] + 3] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path.name}: does not fit its shard .payload_crc32"):
+        read_sample(far, 2)
+    assert read_sample(far, 40)
+
+
 def test_blocks_go_through_the_manifest_and_end_with_shards(far: Manifest) -> None:
     """A block on the border of two shards is two; together the blocks are the shards, each sample in one."""
     for size in (1, 7, 64):

@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {
     "far_shards": 20,
     "far_samples": 1000,  # of a shard
     "far_workers": 1,  # leaves a core to the server and the fetcher
+    "far_turns": 100,  # steps of 64
     "start_shards": 30_000,
     "start_samples": 10_000,  # of a shard
     "built_images": 4000,

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import re
 import signal
+import statistics
 import time
 import zlib
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 from pretrain.benchmark.reading import line, loader, photo_set, repeated_set
 from pretrain.data.loader import Batch
-from pretrain.data.manifest import load_manifest
+from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.data.store import Store
 from pretrain.shards.elsewhere import index_urls
@@ -28,7 +29,7 @@ _STALL_S = 60.0  # longer than any client should wait
 
 
 def far_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """An epoch from the disk, then one over the network; then all samples once more, from the store."""
+    """An epoch from the disk, then one over the network; all samples once more, from the store; steps in turns."""
     shards, samples = options["far_shards"], options["far_samples"]
     near = repeated_set(photo_set(Path(options["photos"]), folder), folder / "near", shards, samples)
     with _served(folder / "near") as site:
@@ -54,6 +55,29 @@ def far_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for index in range(far.num_samples):
             read_sample(far, index)
         yield line("bytes over the network in the second epoch", float(site.sent.value), at_most=0)
+        site.begin(faulty=True)
+        far = replace(far, store=Store(folder / "another-store", 1 << 40))
+        own, other = _in_turns(near, far, options["far_turns"])
+        told = f"{other:.2f} and {own:.2f} ms an image, steps of both in turns"
+        yield line(
+            "processor time of a loader: from the disk / over the network", own / other, at_least=0.95, told=told
+        )
+
+
+def _in_turns(near: Manifest, far: Manifest, steps: int) -> tuple[float, float]:
+    """The processor time in ms that an image takes the process that reads and decodes it, of each set: medians.
+
+    What the clock says holds the server and the fetcher too where these have no cores of their own, and whatever else
+    the machine does; steps in turns hold neither.
+    """
+    loaders = [loader(manifest, steps + 1, _BATCH, lanes=True) for manifest in (near, far)]
+    times: tuple[list[float], list[float]] = [], []
+    for _ in range(steps + 1):
+        for batches, own in zip(loaders, times):
+            start = time.process_time()
+            next(batches)
+            own.append((time.process_time() - start) * 1000 / _BATCH)
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])  # without the first, which opens files
 
 
 def _logged(batch: Batch) -> bytes:

@@ -86,7 +86,7 @@ def blocks_of(manifest: Manifest, order: Order, slots: range, step: int) -> Iter
 
 def _blocks_kept(manifest: Manifest, store: Store) -> int:
     """How many blocks of a set its store holds."""
-    mean_bytes = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_samples * manifest.block_samples
+    mean_bytes = manifest.num_bytes / manifest.num_samples * manifest.block_samples
     return int(store.max_bytes / mean_bytes)
 
 

@@ -1,14 +1,16 @@
-"""A shard's index on the disk: its first line, and rows that are read one by one.
+"""A shard's index on the disk: its first line, and rows that are read one by one, or those of a block at once.
 
 The indexes of 30,000 shards of 10,000 samples have 3.6 GB, and no cache of a process has the one that is needed next:
 to read it whole would take a tenth of the time of decoding a photo. So a reader checks the first line and the size,
-and then reads the 12 or 16 bytes of a sample; `manifest.load_index` reads and checks all.
+and then reads the 12 bytes of a sample, or 12 a sample of a block; `manifest.load_index` reads and checks all.
 """
 
 import os
 import struct
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pretrain.json_files import Fields, brief, parse_json
 
@@ -75,28 +77,36 @@ class IndexRows:
         if file >= 0:
             os.close(file)
 
-    def offset(self, number: int) -> int:
-        """Returns the first byte of a sample; of the number behind the last, the end."""
-        return self._row(number, 1)[0] * BLOCK
-
     def byte_range(self, number: int) -> tuple[int, int]:
         """Returns the first byte of a sample and the first byte after it. Raises ValueError when they cannot be."""
-        start, end = (block * BLOCK for block in self._row(number, 2))
+        start, end = (block * BLOCK for block in struct.unpack("<2I", self._read(number, 2)))
         if not start < end <= self._shard_bytes:
             raise ValueError(f"sample {number} lies at bytes {start} to {end} of {self._shard_bytes}")
         return start, end
 
     def key_crc32(self, number: int) -> int:
         """Returns the checksum of a sample's key."""
-        return self._row(self._num_samples + 1 + number, 1)[0]
+        return struct.unpack("<I", self._read(self._num_samples + 1 + number, 1))[0]
 
-    def sample_crc32(self, number: int) -> int | None:
-        """Returns the checksum of a sample's byte range; an index of version 1 has none."""
-        return self._row(2 * self._num_samples + 1 + number, 1)[0] if self._version > 1 else None
+    def part(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Returns offsets, checksums of keys and of samples first .. end-1, as `manifest.ShardIndex` has them.
 
-    def _row(self, at: int, count: int) -> tuple[int, ...]:
+        Raises ValueError when the offsets cannot be.
+        """
+        count, keys = end - first, self._num_samples + 1
+        offsets = self._array(first, count + 1)
+        if (offsets[1:] <= offsets[:-1]).any() or int(offsets[-1]) * BLOCK > self._shard_bytes:
+            raise ValueError(f"samples {first} to {end - 1} lie where they cannot")
+        sums = self._array(keys + self._num_samples + first, count) if self._version > 1 else None
+        return offsets, self._array(keys + first, count), sums
+
+    def _array(self, at: int, count: int) -> np.ndarray:
+        return np.frombuffer(self._read(at, count), "<u4")
+
+    def _read(self, at: int, count: int) -> bytes:
+        """The bytes of `count` numbers."""
         begin = self._start + 4 * at
         data = read_at(self._file, begin, begin + 4 * count)
         if len(data) < 4 * count:
             raise ValueError("it has become shorter")
-        return struct.unpack(f"<{count}I", data)
+        return data

@@ -40,3 +40,17 @@ def file_inside(folder: Path, path: Path | str, real_folder: Callable[[str], str
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path}: is not a file")
     return real, status.st_size
+
+
+def plain_files(folder: Path, parent: str, real_folder: Callable[[str], str] = real_folder_of) -> frozenset[str]:
+    """Returns the names of the files of `parent`, a data set's folder or one in it: of `file_inside` no questions more.
+
+    Links are left out; where `parent` leads out of the set's folder, or cannot be listed, all are. Who looks at many
+    files begins here: to list 60,000 takes a tenth of the time of looking at each.
+    """
+    try:
+        with os.scandir(parent) as entries:
+            names = frozenset(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+        return names if real_folder(parent).startswith(real_folder(str(folder))) else frozenset()
+    except OSError:
+        return frozenset()

@@ -10,7 +10,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
@@ -72,27 +72,48 @@ def read_sample(manifest: Manifest, index: int) -> RawSample:
     when the bytes are not the indexed sample, StorageError when they cannot be read for now.
     """
     shard, number = manifest.locate(index)
-    start, end, key = _patiently(shard, "cannot be opened", lambda: _place(shard, number))
     try:
-        if end - start > MAX_SAMPLE_BYTES:
-            raise BadSample("tar", f"{end - start} bytes in one sample")
-        if shard.url:
-            return _parse(_from_store(manifest, index, number, start, end), key)
-        what = f"bytes {start} to {end} cannot be read"
-        data = _patiently(shard, what, lambda: _pread(shard, start, end))
-        if len(data) != end - start:
-            raise BadSample("tar", f"the shard ends at byte {start + len(data)}")
-        return _parse(data, key)
+        return _far_sample(manifest, shard, number, index) if shard.url else _near_sample(shard, number)
     except BadSample as bad:
-        if bad.reason == "tar":  # is it the shard, or the index, of which only the sample's row was read?
+        if bad.reason == "tar":  # is it the shard, or the index, of which only some rows were read?
             _patiently(shard, "cannot be opened", lambda: load_index(shard))
         raise
+
+
+def _near_sample(shard: Shard, number: int) -> RawSample:
+    start, end, key = _patiently(shard, "cannot be opened", lambda: _place(shard, number))
+    _check_size(end - start)
+    data = _patiently(shard, f"bytes {start} to {end} cannot be read", lambda: _pread(shard, start, end))
+    if len(data) != end - start:
+        raise BadSample("tar", f"the shard ends at byte {start + len(data)}")
+    return _parse(data, key)
+
+
+def _far_sample(manifest: Manifest, shard: Shard, number: int, index: int) -> RawSample:
+    """A sample from the store, as it was indexed. A block with other bytes is downloaded anew, once."""
+    rows = _block_rows(shard, *_block_numbers(manifest, shard, number, index))
+    row = number - rows.first
+    start, end = rows.index.byte_range(row)
+    _check_size(end - start)
+    store = manifest.store or store_at(None)
+    for tries in (1, 2):
+        data = store.read(rows.block, start, end)
+        if len(data) == end - start and is_intact(data, rows.index, row):
+            return _parse(data, int(rows.index.key_crc32[row]))
+        if tries == 1:
+            store.discard(rows.block)
+    raise BadSample("tar", f"bytes {start} to {end} of {shard.url} are not those that were indexed")
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MAX_SAMPLE_BYTES:
+        raise BadSample("tar", f"{num_bytes} bytes in one sample")
 
 
 def _place(shard: Shard, number: int) -> tuple[int, int, int]:
     """A sample's first byte, the first one after it, the checksum of its key."""
     index = _open_shard(shard)[1]
-    return *_row_of(shard, lambda: index.byte_range(number)), _row_of(shard, lambda: index.key_crc32(number))
+    return _row_of(shard, lambda: (*index.byte_range(number), index.key_crc32(number)))
 
 
 def _row_of(shard: Shard, read: Callable[[], Any]) -> Any:
@@ -130,33 +151,32 @@ def block_of(manifest: Manifest, index: int) -> Block | None:
     Blocks are `Manifest.block_samples` consecutive samples; one on the border of two shards is two, one in each.
     """
     shard, number = manifest.locate(index)
-    if not shard.url:
-        return None
+    return _block_rows(shard, *_block_numbers(manifest, shard, number, index)).block if shard.url else None
+
+
+def _block_numbers(manifest: Manifest, shard: Shard, number: int, index: int) -> tuple[int, int]:
+    """The numbers in its shard of the first sample of a sample's block, and of the first one behind."""
     size = manifest.block_samples
-    first = number - min(number, index % size)
-    end = min(shard.num_samples, number + size - index % size)
+    return number - min(number, index % size), min(shard.num_samples, number + size - index % size)
 
-    def borders() -> tuple[int, int]:
+
+class _BlockRows(NamedTuple):
+    """A block of a remote shard, and its samples' rows of the shard's index."""
+
+    block: Block
+    first: int  # number in the shard of its first sample
+    index: ShardIndex  # of the block's samples alone
+
+
+@lru_cache(maxsize=256)  # blocks; a step takes several samples of each. At most 48 KB: 4,096 rows of 12 bytes
+def _block_rows(shard: Shard, first: int, end: int) -> _BlockRows:
+    def read() -> ShardIndex:
         rows = _open_shard(shard)[1]
-        return _row_of(shard, lambda: (rows.offset(first), rows.offset(end)))
+        return ShardIndex(*_row_of(shard, lambda: rows.part(first, end)))
 
-    return Block(shard.url, shard.sha256, shard.num_bytes, *_patiently(shard, "cannot be opened", borders))
-
-
-def _from_store(manifest: Manifest, index: int, number: int, start: int, end: int) -> bytes:
-    """A remote sample's bytes, as they were indexed. A block with others is downloaded anew, once."""
-    shard, block = manifest.locate(index)[0], block_of(manifest, index)
-    row = partial(_row_of, shard, lambda: _open_shard(shard)[1].sample_crc32(number))
-    expected = _patiently(shard, "cannot be opened", row)
-    store = manifest.store or store_at(None)
-    assert block is not None
-    for tries in (1, 2):
-        data = store.read(block, start, end)
-        if len(data) == end - start and (expected is None or zlib.crc32(data) == expected):
-            return data
-        if tries == 1:
-            store.discard(block)
-    raise BadSample("tar", f"bytes {start} to {end} of {block.url} are not those that were indexed")
+    index = _patiently(shard, "cannot be opened", read)
+    start, behind = index.byte_range(0)[0], index.byte_range(end - first - 1)[1]
+    return _BlockRows(Block(shard.url, shard.sha256, shard.num_bytes, start, behind), first, index)
 
 
 def is_intact(data: bytes, shard_index: ShardIndex, number: int) -> bool:
@@ -329,3 +349,4 @@ def _pread(shard: Shard, start: int, end: int) -> bytes:
 def forget_shards() -> None:
     """Closes what is open: the space of a removed file is free only then."""
     _open_shard.cache_clear()
+    _block_rows.cache_clear()

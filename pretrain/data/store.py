@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from pretrain.config import DataConfig
@@ -40,7 +40,7 @@ class Block:
     start: int  # first byte
     end: int  # first byte behind
 
-    @property
+    @cached_property  # a block is asked for once for each of its samples
     def name(self) -> str:
         """Its file's name; it says whose bytes these are, wherever the shard may lie."""
         return f"{self.sha256}-{self.start}-{self.end}"
@@ -77,16 +77,18 @@ class Store:
 
     def _opened(self, block: Block) -> int:
         """A block's file, marked as used."""
-        path = self.folder / block.name
         _check_once(self.folder)
+        place = f"{self.folder}/{block.name}"  # no Path: each sample is opened anew
         with _told(self.folder):
             while True:
-                with suppress(FileNotFoundError):
-                    descriptor = os.open(path, os.O_RDONLY | _OWN)
-                    if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_S:
-                        os.utime(descriptor)
-                    return descriptor
-                self._download(block, path)
+                try:
+                    descriptor = os.open(place, os.O_RDONLY | _OWN)
+                except FileNotFoundError:
+                    self._download(block, Path(place))
+                    continue
+                if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_S:
+                    os.utime(descriptor)
+                return descriptor
 
     def _download(self, block: Block, path: Path) -> None:
         """Makes a block's file; also returns without it, when somebody else was faster or it must be tried again."""

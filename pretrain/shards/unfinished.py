@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.data.manifest import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Shard
+from pretrain.data.shard_list import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Shard
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, read_json
 from pretrain.storage import remove, remove_left_over, write_text

@@ -143,7 +143,7 @@ def _bytes_in_use(manifest: Manifest, lanes: Lanes) -> float:
     """Bytes of the remote blocks that a node's lanes have open."""
     if not manifest.is_remote:
         return 0.0
-    mean_bytes = sum(shard.num_bytes for shard in manifest.shards) / manifest.num_samples
+    mean_bytes = manifest.num_bytes / manifest.num_samples
     share_of_lanes = min(1, (ranks.ranks_here() / ranks.world_size()) + 1 / lanes.num_lanes)
     return lanes.num_lanes * share_of_lanes * lanes.window_blocks * lanes.block_samples * mean_bytes
 
