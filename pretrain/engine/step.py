@@ -20,7 +20,7 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
-from pretrain.engine.compiling import keep_compiled
+from pretrain.engine.compiling import compiles, keep_compiled
 from pretrain.engine.filling import fill
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
@@ -68,7 +68,8 @@ class Engine:
         self.num_parameters = num_parameters(model)  # before ZeRO 3 takes them apart
         if config.engine.checkpoint_activations:
             _checkpoint_activations(model)
-        if config.engine.compile:
+        self.compiled, self.told_of_compiling = compiles(config, device)
+        if self.compiled:
             keep_compiled()
             compile_blocks(model)
         self._frozen = FrozenStatistics(model)

@@ -46,11 +46,15 @@ def build_without_values(config: ModelConfig, num_classes: int) -> nn.Module:
     A constructor makes one parameter at a time, whose memory is gone before the next one.
     """
     assert config.timm_name is None, "timm's constructors draw their values"
-    on_meta = register_module_parameter_registration_hook(lambda module, name, made: nn.Parameter(made.to("meta")))
+
+    def without_value(module: nn.Module, name: str, made: nn.Parameter) -> Any:
+        return nn.Parameter(made.to("meta"))
+
+    hook = register_module_parameter_registration_hook(without_value)
     try:
         return VisionTransformer(config, num_classes)
     finally:
-        on_meta.remove()
+        hook.remove()
 
 
 def drawn_values(model: nn.Module, config: ModelConfig, seed: int) -> Values:

@@ -5,6 +5,7 @@ deepspeed launch/pretrain.py --config configs/NAME.yaml
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pretrain.log import RunLog, in_words, say
 from pretrain.models.build import Values, build_model, build_without_values, drawn_values, zero_values
 from pretrain.models.profile import num_parameters
 from pretrain.models.tensors import Weights
-from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
+from pretrain.models.weights import check_same_function, checkpoint_config, classifier_names, load_tensors, read_weights
 from pretrain.provenance import processor
 from pretrain.train import ending
 from pretrain.train.datasets import DataSets, open_data, warn_of_small_store
@@ -82,7 +83,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     restore_copy(config, stop)
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
-        agreement.together(lambda: _go_on_from(checkpoint, config, data))
+        config = agreement.together(lambda: _go_on_from(checkpoint, config, data))
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
         return
@@ -187,7 +188,10 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     )
-    return Engine(model, config, plan, device, values)
+    engine = Engine(model, config, plan, device, values)
+    if engine.told_of_compiling:
+        say(engine.told_of_compiling)
+    return engine
 
 
 def _model_and_values(config: Config, num_classes: int, *, from_scratch: bool) -> tuple[torch.nn.Module, Values | None]:
@@ -300,9 +304,14 @@ def _start(config: Config) -> TrainState:
     return TrainState()
 
 
-def _go_on_from(checkpoint: Path, config: Config, data: DataSets) -> None:
+def _go_on_from(checkpoint: Path, config: Config, data: DataSets) -> Config:
+    """The config, which keeps to what the run began with where it leaves a choice."""
     refuse_changes(checkpoint, config, data.train)
     data.follow(resumed_order(checkpoint, data.order, config.total_steps))
+    if config.engine.compile == "auto":
+        config = replace(config, engine=replace(config.engine, compile=checkpoint_config(checkpoint).engine.compile))
+        check_machine(config)
+    return config
 
 
 def _branch_point(config: Config, data: DataSets) -> Path:
