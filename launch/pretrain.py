@@ -115,7 +115,7 @@ def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Pat
         import pretrain.train.run  # noqa: F401 - once for all ranks and all starts
     ranks = num_ranks or local.default_num_ranks()
     if forks.can_fork():
-        start: restarts.Start = forks.by_fork(partial(cli.run, partial(_train, config, recipe), at_once=True))
+        start: restarts.Start = forks.by_fork(partial(cli.run, partial(_train, config, recipe)))
     else:
         start = restarts.by_command([sys.executable, *sys.orig_argv[1:]])  # as given: ranks know that they are such
     forget = partial(watchdog.forget_reports, folder)
@@ -123,4 +123,4 @@ def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Pat
 
 
 if __name__ == "__main__":
-    cli.run(main, at_once=True)
+    cli.run(main)

@@ -6,6 +6,7 @@ import errno
 import gc
 import io
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,17 +24,49 @@ from pretrain.escape import shown
 
 _WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
 _ON_ANOTHER_NODE_S = 3.0  # likewise; a lost node is to be told within 5 s, of which asking the others takes one
+_INTERRUPTED = 130  # exit code, as of shells
+_AGAIN_S = 0.01  # after which an interrupt comes again that could not be raised
 
 
-def _interrupted_in_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An interrupt before `run` was reached, while a command imports what it needs, is one word too."""
+def _interrupted(*_: object) -> None:
+    """Ends the process with the one word of an interrupt, as which Python would show a traceback, or the signal."""
+    if _speaks_first():
+        with suppress(OSError):
+            os.write(2, b"interrupted\n")
+    os._exit(_INTERRUPTED)
+
+
+def _end_when_interrupted() -> bool:
+    """Has an interrupt end the process where it is; returns False where something else listens, or is deaf to it."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return False
+    signal.signal(signal.SIGINT, _interrupted)
+    return True
+
+
+def _speaks_first() -> bool:
+    """Whether nobody else says that a terminal has interrupted this command: rank 0, or what has started it."""
+    return PART_OF not in os.environ and not rank_so_far(os.environ)
+
+
+def _in_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An interrupt before `run` was reached, while a command imports what it needs, or after its work."""
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)  # Python would end itself by the signal after this
+    _interrupted()
 
 
-sys.excepthook = _interrupted_in_imports
+def _in_destructors(unraisable: "sys.UnraisableHookArgs") -> None:
+    """An interrupt where Python raises nothing, as in callbacks of imports: it would be printed, and lost."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        return _unraisablehook(unraisable)
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGINT)).start()  # in what is around this
+
+
+_unraisablehook = sys.unraisablehook
+sys.excepthook, sys.unraisablehook = _in_imports, _in_destructors
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -57,35 +90,42 @@ def check_found(path: Path, expected: str) -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """For imports that take seconds: faster, and with a word for who watches a terminal."""
+    """For imports that take seconds: faster, and with a word for who watches a terminal.
+
+    An interrupt ends the process at once: nothing is written yet, and C++ that torch is made of ends the process by
+    SIGABRT where a call of it into Python raises.
+    """
     word = threading.Timer(2.0, lambda: print("loading torch", file=sys.stderr, flush=True))
     word.daemon = True
     if sys.stderr.isatty():
         word.start()
     gc.disable()  # thousands of modules are made, and nothing is thrown away: a fifth of the time
+    had_none = _end_when_interrupted()
     try:
         yield
     finally:
+        if had_none:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         gc.enable()
         word.cancel()
         if word.ident is not None:
             word.join()  # a process with a thread is not forked
 
 
-def run(main: Callable[[], int | None], *, at_once: bool = False) -> None:
-    """Runs a command and exits: 0 when it was done, else the error's `exit_code` after one line on stderr.
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a command and ends the process: 0 when it was done, else the error's `exit_code` after one line on stderr.
 
     Errors without an exit code are defects of ours and keep their traceback (exit 1). An interrupt exits with 130.
-    at_once: the process ends behind its exit handlers, without a last look through all modules of torch and DeepSpeed,
-    which takes a second.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8, terminals need not know accents
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
+    except SystemExit as end:  # argparse has printed what was asked for, or what is wrong
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
-        code = _say("interrupted", 130)
+        code = _say("interrupted", _INTERRUPTED) if _speaks_first() else _INTERRUPTED
     except BrokenPipeError:  # `tool | head`: nobody reads on
         code = 0
     except OSError as error:
@@ -96,7 +136,7 @@ def run(main: Callable[[], int | None], *, at_once: bool = False) -> None:
             traceback.print_exc()
         else:
             _say(f"error: {error}", code)
-    _leave(code, at_once)
+    _leave(code)
 
 
 # Of the disk, not of the program: full, over quota, read-only, not permitted, failing.
@@ -124,16 +164,25 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _leave(code: int, at_once: bool) -> None:
+def _leave(code: int) -> None:
     unwritten = _flush()
     code = code or unwritten
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them
-    if at_once and all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()):
-        atexit._run_exitfuncs()
-        _flush()
-        os._exit(code)
-    sys.exit(code)
+    end_process(code)
+
+
+def end_process(code: int) -> None:
+    """Ends this process behind its threads and exit handlers.
+
+    Not by sys.exit: a last look through all modules of torch and DeepSpeed takes a second, in which an interrupt would
+    end the process by the signal.
+    """
+    _end_when_interrupted()  # Python only prints what exit handlers raise
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as the interpreter waits for threads
+    atexit._run_exitfuncs()
+    _flush()
+    os._exit(code)
 
 
 def _flush() -> int:

@@ -54,6 +54,12 @@ class StorageError(OSError):
         return shown(super().__str__())
 
 
+class DeviceMemoryError(Exception):
+    """The device's memory is too small for what is asked of it, perhaps on this rank alone: no collective follows."""
+
+    exit_code = 2
+
+
 class LostProcessError(RuntimeError):
     """A rank or a loader worker died or hangs: the same command goes on from the newest checkpoint."""
 

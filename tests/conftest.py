@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from browser import Browser, find_browser
 from PIL import Image
 
+from pretrain import cli
 from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
@@ -38,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests of the longest files first; else the order stays."""
     place = {f"test_{name}": number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG_FILES)))
+
+
+@pytest.fixture(autouse=True)
+def commands_leave_by_system_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command's end would be that of the tests, where they run it in their own process."""
+    monkeypatch.setattr(cli, "end_process", sys.exit)
 
 
 @pytest.fixture(scope="session")

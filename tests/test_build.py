@@ -347,13 +347,15 @@ def run_tool(*lines: str) -> subprocess.CompletedProcess[str]:
     """
     program = (
         "import runpy, sys\n"
+        "from pretrain import cli\n"
+        "cli.end_process = sys.exit\n"
         "for line in sys.stdin:\n"
         "    sys.argv = ['make_shards.py', *line.split()]\n"
         f"    try: runpy.run_path({str(ROOT / 'tools' / 'make_shards.py')!r}, run_name='__main__')\n"
         "    except SystemExit as end: print('exit', end.code, flush=True)\n"
     )
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
+    return subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True, cwd=ROOT)
 
 
 def test_the_command_line_makes_and_checks_a_set(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from pretrain.models.by_name import check_name, fetched, is_name, licence_of
 from pretrain.models.google import write_google
 from pretrain.models.published import BUCKET, FILES, SHORT, google_file
 from pretrain.models.timm_folder import write_timm_folder
-from pretrain.models.weights import load_model, results_folder
+from pretrain.models.transformers_folder import PROCESSOR, write_transformers_folder
+from pretrain.models.weights import load_model, read_weights, results_folder
 
 NAME, IN_BUCKET = "google:ViT-B_16", "imagenet21k/ViT-B_16.npz"
 OWNED, COMMIT = "hf-hub:somebody/tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -223,6 +224,7 @@ class Hub:
         self.fault: Callable[[str, str], str] = lambda method, file: ""
         self.repository = "somebody/tiny"
         self.revisions: dict[str, set[str]] = {}  # asked for, by file
+        self.asked_in_vain: list[str] = []  # files that are not there
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         """Answers the API's question for the repository, and those for its files."""
@@ -234,7 +236,8 @@ class Hub:
         match = re.fullmatch(f"/{self.repository}/resolve/([^/]+)/(.+)", path)
         if not match or not (file := self.folder / match[2]).is_file():
             code = "EntryNotFound" if match else "RepoNotFound"
-            return self._send(handler, 404, {"X-Error-Code": code}, b"")
+            self.asked_in_vain += [match[2]] if match else []
+            return self._send(handler, 404, {"X-Error-Code": code, "X-Repo-Commit": COMMIT}, b"")
         self.revisions.setdefault(file.name, set()).add(match[1])
         start = re.match(r"bytes=(\d+)-", handler.headers.get("Range", ""))
         first = int(start[1]) if start else 0
@@ -334,6 +337,63 @@ def test_a_cut_transfer_from_the_hub_goes_on(
     assert first == 0 < second
 
 
+@pytest.fixture(scope="module")
+def of_transformers(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as transformers writes it, with a mean and deviation of its own. Never change it."""
+    folder = tmp_path_factory.mktemp("of_transformers")
+    write_transformers_folder(in_memory(model, tiny_model()), folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["pretrain"]  # of our conversion
+    (folder / "config.json").write_text(json.dumps(config))
+    seen = {"image_mean": [0.4] * 3, "image_std": [0.25] * 3, "resample": 3}
+    (folder / PROCESSOR).write_text(json.dumps(seen))
+    return folder
+
+
+def test_transformers_processor_comes_along(
+    of_transformers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How its images are seen is a file of its own; a snapshot that transformers' model alone has fetched lacks it."""
+    with hub(of_transformers, monkeypatch) as site:
+        folder = fetched(OWNED)
+        assert PROCESSOR in capsys.readouterr().err and read_weights(Path(OWNED)).interpolation == "bicubic"
+        (folder / PROCESSOR).unlink()
+        assert (fetched(OWNED) / PROCESSOR).is_file() and not site.asked_in_vain
+    monkeypatch.setenv("HF_ENDPOINT", DEAD)
+    assert fetched(OWNED) == folder
+    (folder / PROCESSOR).unlink()
+    with pytest.raises(StorageError, match="cannot be reached"):
+        fetched(OWNED)
+
+
+def test_a_repository_without_processor_is_told_and_asked_once(
+    of_transformers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That it is not there is known without a network; its defaults are a warning at each use."""
+    folder = Path(shutil.copytree(of_transformers, tmp_path / "repository"))
+    (folder / PROCESSOR).unlink()
+    with hub(folder, monkeypatch) as site:
+        fetched(OWNED)
+        assert site.asked_in_vain == [PROCESSOR] and not capsys.readouterr().err.count("warning")
+    monkeypatch.setenv("HF_ENDPOINT", DEAD)
+    assert read_weights(Path(OWNED)).interpolation == "bilinear"
+    assert f"has no {PROCESSOR}: taken are the defaults" in capsys.readouterr().err
+
+
+def test_another_model_of_transformers_is_refused_before_its_tensors(
+    of_transformers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name, with the way out; so is a folder."""
+    folder = Path(shutil.copytree(of_transformers, tmp_path / "repository"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
+    told = "is transformers' 'dinov2'; of transformers only ViT is read; timm has such weights as timm:NAME"
+    with hub(folder, monkeypatch) as site, pytest.raises(UserError, match=f"{OWNED}: config.json: {told}"):
+        fetched(OWNED)
+    assert {file for _, file, _ in site.requests} == {"config.json"}
+    with pytest.raises(UserError, match=told):
+        read_weights(folder)
+
+
 @pytest.mark.parametrize("case", ["no repository", "no tensors", "damaged", "damaged text", "no network", "offline"])
 def test_a_wrong_answer_of_the_hub_is_one_line(
     case: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -394,7 +454,7 @@ def test_what_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_a_misspelt_name_is_told_without_torch(name: str, told: str, tmp_path: Path) -> None:
     """Before what takes seconds to import."""
-    code = "import runpy, sys; sys.argv = ['predict', sys.argv[1], 'x.jpg']\n"
+    code = "import os, runpy, sys; os._exit = sys.exit; sys.argv = ['predict', sys.argv[1], 'x.jpg']\n"
     code += f"try: runpy.run_path({str(ROOT / 'tools' / 'predict.py')!r}, run_name='__main__')\n"
     code += "finally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=240, cwd=tmp_path)

@@ -16,7 +16,7 @@ from test_slurm import TASK
 
 from pretrain.cluster import agreement, peers, ranks, signals
 from pretrain.cluster.jobs import array_ranges
-from pretrain.cluster.local import free_port, gpus_asked_for, rank_variables
+from pretrain.cluster.local import default_num_ranks, free_port, gpus_asked_for, rank_variables
 from pretrain.errors import LostProcessError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +146,17 @@ def test_gpus_without_a_task_are_told(task: dict[str, str], monkeypatch: pytest.
     assert ranks.choose_device() == torch.device("cuda", 1)
 
 
+def test_idle_gpus_are_counted(task: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one rank that sees several; DS_ACCELERATOR=cpu wants none of them, not even with --restarts."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    task["SLURM_NTASKS"] = task["SLURM_STEP_NUM_TASKS"] = "1"
+    assert ranks.num_idle_gpus() == 7 and default_num_ranks() == 8
+    task["WORLD_SIZE"] = "8"
+    assert ranks.num_idle_gpus() == 0
+    task |= {"WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    assert ranks.num_idle_gpus() == 0 and default_num_ranks() == 1
+
+
 def test_the_interface_to_a_host(task: dict[str, str]) -> None:
     """gloo is told it, unless somebody has; a name that leads nowhere tells none."""
     assert ranks.interface_to("127.0.0.1") == "lo" and ranks.interface_to("no-such-host.invalid") is None
@@ -272,3 +283,22 @@ def test_ranges_of_job_arrays() -> None:
     """One after the other, from 0 on; what has no job has no array."""
     assert array_ranges([4, 3]) == ["0-3", "4-6"]
     assert array_ranges([0, 3]) == ["0-2"] and array_ranges([1, 0]) == ["0-0"]
+
+
+@pytest.mark.parametrize(("rank", "who"), [(None, ""), ("3", "rank 3: ")])
+def test_a_wish_to_stop_is_told_once(
+    rank: str | None, who: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C reaches ranks twice, from the terminal and as SIGTERM from what has started them, which is no rank."""
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    stop = signals.StopRequest()
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+    finally:
+        stop.close()
+    assert stop.signal_name == "SIGTERM"
+    assert capfd.readouterr().err == f"{who}SIGINT: saving and stopping after this step or the next\n"

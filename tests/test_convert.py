@@ -45,7 +45,7 @@ from pretrain.models.tensors import LazyTensor, Weights
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
 from pretrain.models.verify import Source, our_outputs
-from pretrain.models.weights import read_weights
+from pretrain.models.weights import read_weights, weights_sha256
 from pretrain.train.datasets import open_data
 from pretrain.train.run import build_engine
 
@@ -679,7 +679,9 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
     row = {"model": "trained", "metric": "10-shot", "value": 0.25, "n": 1234}
     rows = [row, {**row, "metric": "10-shot-std"}, {**row, "model": "random weights"}, {**row, "metric": "pets/top1"}]
     data = {"fewshot_test": {"sha256": "ab"}, "pets/test": {"sha256": "cd"}, "val": {"sha256": "ef"}}
-    results = {"weights": "tiny", "rows": rows, "data": data}
+    record = {"weights_sha256": weights_sha256(tmp_path / "tiny" / "checkpoints" / "step-0000000015"), "image_size": 16}
+    other = {"weights": "other", "weights_sha256": "0", "image_size": 16, "rows": [{**row, "value": 0.75}]}
+    results = {**other, "others": [{"weights": "tiny", **record, "rows": rows, "data": data}]}
     (tmp_path / "tiny" / "evaluation").mkdir()
     (tmp_path / "tiny" / "evaluation" / "results.json").write_text(json.dumps(results))
     words = ["--to", "timm", "--no-verify", "--push", "a/b", "--license", "cc-by-4.0"]
@@ -706,6 +708,20 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
     assert first["metrics"] == [metric] and second["metrics"] == [{**metric, "name": "top1"}]
     assert first["dataset"]["args"] == {"fewshot_test_manifest_sha256": "ab"}
     assert second["dataset"] == {"name": "pets", "type": "pets", "args": {"pets/test_manifest_sha256": "cd"}}
+    told = _told_scores(tmp_path, ["--without", "head"], convert)
+    assert "- 10-shot 0.25" in told and "pets/top1" not in told and "val/top1" not in told
+    assert not _told_scores(tmp_path, ["--image-size", "32"], convert)
+    (tmp_path / "tiny" / "evaluation" / "results.json").write_text(json.dumps(other))
+    assert "0.75" not in (told := _told_scores(tmp_path, [], convert)) and "- val/top1 0.625" in told
+
+
+def _told_scores(folder: Path, words: list[str], convert: Any) -> str:
+    """The scores of the card when the run `tiny` is converted in another way, "" without any."""
+    words = ["--to", "timm", "--no-verify", "--overwrite", *words]
+    assert convert.call(folder / "tiny", folder / "out", *words) == 0
+    card = (folder / "out" / "README.md").read_text()
+    assert "## Scores" in card or "model-index" not in card
+    return card.partition("## Scores")[2].partition("##")[0]
 
 
 @pytest.fixture(autouse=True)

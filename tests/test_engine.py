@@ -25,7 +25,7 @@ from pretrain.data.order import BatchPlan
 from pretrain.engine import compiling
 from pretrain.engine.settings import check_machine, check_precision, deepspeed_config
 from pretrain.engine.step import Engine
-from pretrain.errors import UserError
+from pretrain.errors import DeviceMemoryError, StorageError, UserError
 from pretrain.models.build import build_model
 from pretrain.optim import learning_rate, moment_dtypes
 from pretrain.train.datasets import open_data
@@ -582,6 +582,18 @@ def test_a_precision_that_the_machine_lacks_is_one_line(
     check_precision(config)
 
 
+def test_slow_emulation_of_bf16_does_not_count(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch and DeepSpeed have it on GPUs before Ampere."""
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    config = tiny_config(shards, Path("unused"), engine__precision="bf16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match="engine.precision=bf16: Tesla V100 has no .* choose fp16 or fp32"):
+        check_precision(config)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    check_precision(config)
+
+
 def test_a_missing_compiler_is_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told before the engine is built; CC and CXX name others, and who does not compile needs none."""
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -721,9 +733,27 @@ def test_out_of_memory_names_the_key() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
 
     engine._train_step = no_room  # type: ignore[method-assign,assignment]
-    with pytest.raises(UserError, match="^engine.max_micro_batch_size: 96 images at a time .* try 48, or") as caught:
+    with pytest.raises(
+        DeviceMemoryError, match="^engine.max_micro_batch_size: 96 images at a time .* try 48, or"
+    ) as caught:
         engine.train_step(None, 0.1)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     engine._fits = True
     with pytest.raises(torch.OutOfMemoryError):
         engine.train_step(None, 0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["predict", "features"])
+def test_out_of_memory_in_an_evaluation_names_the_key(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of its own kind: who meets a user's error puts the trained weights back, which all ranks do together."""
+    engine = Engine.__new__(Engine)
+    engine._module = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2)})
+
+    def no_room(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr("pretrain.engine.step._head_of", lambda module: module["head"])
+    engine._logits = no_room  # type: ignore[method-assign,assignment]
+    with pytest.raises(DeviceMemoryError, match="^evaluation.batch_size: 8 images at a time, .*; try 4$") as caught:
+        getattr(engine, what)(torch.zeros(8, 3, 4, 4))
+    assert not isinstance(caught.value, (UserError, StorageError)) and caught.value.exit_code == 2

@@ -32,12 +32,13 @@ from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
 from pretrain.evaluation.fewshot import fewshot
 from pretrain.evaluation.jobs import as_head_reads
-from pretrain.evaluation.names import NEEDS
+from pretrain.evaluation.names import NEEDS, absent, named
 from pretrain.evaluation.results import pages, with_earlier
 from pretrain.models.build import build_model
-from pretrain.models.weights import read_weights, weights_sha256
+from pretrain.models.weights import load_model, read_weights, weights_sha256
 from pretrain.report.runs import _read_evaluation
 from pretrain.shards.existing import index_existing
+from pretrain.tasks.table import VTAB
 
 torch.set_num_threads(1)
 NAMES = [f"shade {i}" for i in range(7)]
@@ -52,10 +53,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, 
     return train, test, folder / "tiny", save_run(config, NAMES)
 
 
-def all_images(shards: Path, **transform: Any) -> Batch:
+def all_images(shards: Path, image_size: int = 16, **transform: Any) -> Batch:
     manifest = load_manifest(shards)
     config = DataConfig(workers=0, **{"eval_crop": 0.9, **transform})
-    options = {"batch_size": manifest.num_samples, "image_size": 16, "config": config}
+    options = {"batch_size": manifest.num_samples, "image_size": image_size, "config": config}
     return next(eval_batches(manifest, np.arange(manifest.num_samples), **options))
 
 
@@ -247,6 +248,29 @@ def test_rows_of_other_weights_stay(
     assert "cannot be read as an earlier call's" in capsys.readouterr().err and len(table_of(out)) == 2
 
 
+def test_another_image_size_is_another_measurement(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its rows are of the model with resized positions, and stand beside none of the trained size."""
+    train, test, run, _ = places
+    options = ["--workers", 0, "--out", tmp_path, "--val", test]
+    evaluate(run, *options, "--fewshot", train, test, "--shots", 1)
+    with pytest.raises(UserError, match="--image-size is 0, expected at least 1"):
+        evaluate(run, *options, "--image-size", 0)
+    capsys.readouterr()
+    evaluate(run, *options, "--image-size", 24)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 rows of an earlier call are dropped (other image size): 1-shot, 1-shot-std" in line
+    assert record_of(tmp_path)["image_size"] == 24 and set(table_of(tmp_path)) == {"loss", "top1", "top5"}
+    images = all_images(test, image_size=24)
+    with torch.no_grad():
+        right = load_model(run, 24)(to_float(images.images, torch.float32)).argmax(1) == images.labels[:, 0]
+    assert table_of(tmp_path)["top1"][0] == pytest.approx(right.double().mean().item())
+
+
 def test_what_does_not_fit_in_an_earlier_record_is_replaced(
     places: tuple[Path, Path, Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,6 +310,15 @@ def test_what_does_not_fit_in_an_earlier_record_is_replaced(
         found, told = merged(text)
         assert found == 1 and len(told.splitlines()) == 1, text[:500]
         assert "cannot be read as an earlier call's" in told and len(told) < 600, text[:500]
+
+
+def test_vtab_stands_for_its_tasks_and_a_misspelt_set_is_told(tmp_path: Path) -> None:
+    """Each once, whatever else is named; a folder of one's own that is there is no misspelling."""
+    found = [one.text for one in named("knn:vtab,imagenet,knn:vtab/dtd,vtab", tmp_path)]
+    assert found == [*(f"knn:{name}" for name in VTAB), "imagenet", *VTAB]
+    (tmp_path / "pet").mkdir()
+    told = [absent(one, tmp_path) or "" for one in named("knn:cifar_10,knn:pet", tmp_path)]
+    assert told[0].endswith("tools/make_shards.py makes shards. Did you mean: 'cifar10'?") and "mean" not in told[1]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])

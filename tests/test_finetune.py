@@ -48,7 +48,7 @@ from pretrain.finetune.sweep import (
     read_start,
     selecting_runs,
 )
-from pretrain.models.weights import load_model, read_weights
+from pretrain.models.weights import load_model, read_weights, weights_sha256
 from pretrain.optim import learning_rate
 from pretrain.shards.examples import Example, write_examples
 from pretrain.tasks.imagenet_labels import real_labels
@@ -170,13 +170,15 @@ def test_cuts_are_told(full_sets: None) -> None:
         assert any(part in one for one in told), part
 
 
+LARGE = replace(B16, model=ModelConfig(name="L"))
 HUGE = replace(B16, model=ModelConfig(name="H", patch_size=14))
 
 
 @pytest.mark.parametrize(
     ("start", "size", "average", "told"),
     [
-        (B16, 512, True, []),  # ViT, Table 2: L/16 at 512 px, H/14 at 518, with averages
+        (LARGE, 512, True, []),  # ViT, Table 2: L/16 at 512 px, H/14 at 518, with averages
+        (B16, 512, True, ["image_size: 512 instead of 384", "optim.average_decay=0.9999"]),
         (HUGE, 518, True, []),
         (HUGE, None, False, []),
         (B16, 512, False, ["image_size: 512 instead of 384"]),
@@ -404,11 +406,36 @@ def test_what_is_no_score_is_refused(tiny: Path, tmp_path: Path, monkeypatch: py
     ask = {folder / "DONE": (score, config, "remove"), sweep.folder / "sweep.json": (claim_sweep, sweep, "give")}
     ask[folder / "evaluation" / "results.json"] = (real_score, config, "move")
     for text in ["", "[" * 100_000, "[]", "5", "9" * 5000, *map(json.dumps, WRONG_SCORES)]:
+        text = text.replace('{"rows"', '{"weights": "step-0000000004", "image_size": 24, "rows"')
+        text = text.replace('{"val', '{"weights": "step-0000000004", "image_size": 24, "val')
         for path, (read, argument, said) in ask.items():
             path.write_text(text)
             with pytest.raises(UserError, match=said) as caught:
                 read(argument)
             one_line(caught.value)
+
+
+def test_real_is_of_the_final_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    """Not of another one of the run that was evaluated later, nor at another size; also once it has been removed."""
+    config = final_runs(tiny_sweep(tiny, tmp_path), 0.03)[0]
+    folder = config.output / config.name
+    checkpoint = folder / "checkpoints" / "step-0000000004"
+    shutil.copytree(newest_valid(tiny / "tiny" / "checkpoints") or Path(), checkpoint)
+
+    def record(name: str, digest: str, size: int, top1: float) -> dict[str, Any]:
+        rows = [{"metric": "real/top1", "value": top1, "n": 10}]
+        return {"weights": f"checkpoints/{name}", "weights_sha256": digest, "image_size": size, "rows": rows}
+
+    digest, path = weights_sha256(checkpoint), folder / "evaluation" / "results.json"
+    path.parent.mkdir()
+    own, larger = record(checkpoint.name, digest, 24, 0.5), record(checkpoint.name, digest, 48, 0.6)
+    before = record("step-0000000002", "0" * 64, 24, 0.7)
+    path.write_text(json.dumps(before | {"others": [larger, own]}))
+    assert real_score(config) == RunScore(0.5, 10)
+    shutil.rmtree(checkpoint)
+    assert real_score(config) == RunScore(0.5, 10)
+    path.write_text(json.dumps(before | {"others": [larger]}))
+    assert real_score(config) is None
 
 
 def test_a_sweep_belongs_to_its_weights_and_data(tiny: Path, tmp_path: Path) -> None:
@@ -705,17 +732,20 @@ def test_imagenet_is_scored_by_real_labels_too(tiny: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_command_alone_saves(tiny: Path, tmp_path: Path) -> None:
-    """With two ranks under DeepSpeed's launcher: exit code 130 when all have saved and gone, no DONE."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_command_saves(tiny: Path, tmp_path: Path, number: int) -> None:
+    """With two ranks, SIGTERM to the command alone, Ctrl-C to all of them: exit code 130 when all have saved and gone,
+    no DONE, no traceback."""
     words = arguments(tiny, tmp_path, "--steps", 100_000, "--num-gpus", 2)
     process = start_tool([*words, "checkpoint.every_steps=100000"])
     run = tmp_path / "pets" / "select-lr0.001"
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped; the same command goes on" in output, output
+    assert "Traceback" not in output
     assert len(step_folders(run / "checkpoints")) == 1 and not (run / "DONE").exists()
 
 

@@ -80,7 +80,7 @@ def slowly(config: Config) -> None:
     """Trains, each step at least STEP_PAUSE_S long."""
     inner = journal.Journal.note
 
-    def note(self: Any, *rest: Any) -> bool:
+    def note(self: Any, *rest: Any) -> Any:
         time.sleep(STEP_PAUSE_S)
         return inner(self, *rest)
 

@@ -608,9 +608,10 @@ def test_what_others_wrote_of_scores_does_nothing_to_a_card(row: dict[str, Any],
         "data": {"val": {"sha256": "a\u202eb"}, "val/\u202e": {"sha256": "ab"}},  # turns the direction of writing
         "rows": [{"model": "trained", "metric": "top1", "value": 0.5, "n": 9, **row}],
     }
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    results |= {"weights_sha256": weights_sha256(tmp_path), "image_size": tiny_model().image_size}
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results))
-    (tmp_path / "model.safetensors").write_bytes(b"")
     assert_card_is_plain(tmp_path)
 
 

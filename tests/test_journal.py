@@ -63,10 +63,10 @@ def noted(config: Config, place: Path) -> tuple[list[str], list[bool]]:
         events.append("step")
         return result
 
-    def taken(self: Any, *args: Any) -> bool:
-        stopping = note(self, *args)
+    def taken(self: Any, *args: Any) -> Any:
+        agreed = note(self, *args)
         waits.append(waiting())
-        return stopping
+        return agreed
 
     def waiting() -> bool:
         assert watchdog._watch is not None
@@ -106,12 +106,12 @@ def bad_in_most_steps(folder: Path) -> list[int]:
         ]
         bad = bad if ranks.rank() or step % 2 else []
         batch = Batch(slots, slots[:, None], slots[:, None], slots.bool(), slots, slots, bad, bad[:1])
-        one.note(state, batch, StepResult(torch.ones(3), 1.0, True), saver, one.ask(batch, None, stop, saver))
+        one.note(state, batch, StepResult(torch.ones(3), 1.0, True), one.ask(batch, None, stop, saver))
     one.write_down()
     one.write_down()
     lost = batch._replace(valid=slots < 0)
     with pytest.raises(BadSamplesError, match="step 8: none of its 12 images"):
-        one.note(state, lost, StepResult(torch.ones(3), 1.0, True), saver, one.ask(lost, None, stop, saver))
+        one.note(state, lost, StepResult(torch.ones(3), 1.0, True), one.ask(lost, None, stop, saver))
     return gathered
 
 
@@ -161,11 +161,11 @@ class Late:
 def timed(config: Config) -> list[float]:
     """Trains; the steps take the TURNS one after the other. Returns the seconds of each, from note to note:
     a tenth is faster, for other work on the machine makes steps longer and never shorter."""
-    all_reduce, train_step, note, adding_up = (
+    all_reduce, train_step, note, begin_add_up = (
         dist.all_reduce,
         Engine.train_step,
         journal.Journal.note,
-        agreement.adding_up,
+        agreement.begin_add_up,
     )
     seconds: list[list[float]] = [[], [], [], []]
     turn, last = [0], [time.perf_counter()]
@@ -175,19 +175,19 @@ def timed(config: Config) -> list[float]:
         return Late(work) if async_op and TURNS[turn[0]][1] else work
 
     def in_turns(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return adding_up(numbers) if TURNS[turn[0]][0] else lambda: adding_up(numbers)()
+        return begin_add_up(numbers) if TURNS[turn[0]][0] else lambda: begin_add_up(numbers)()
 
     def stepped(engine: Engine, *args: Any) -> Any:
         time.sleep(STEP_S)
         return train_step(engine, *args)
 
-    def taken(self: Any, *args: Any) -> bool:
-        stopping = note(self, *args)
+    def taken(self: Any, *args: Any) -> Any:
+        agreed = note(self, *args)
         seconds[turn[0]].append(time.perf_counter() - last[0])
         turn[0], last[0] = (turn[0] + 1) % len(TURNS), time.perf_counter()
-        return stopping
+        return agreed
 
-    dist.all_reduce, Engine.train_step, journal.Journal.note, agreement.adding_up = slow, stepped, taken, in_turns
+    dist.all_reduce, Engine.train_step, journal.Journal.note, agreement.begin_add_up = slow, stepped, taken, in_turns
     train(config)
     return [sorted(of_turn)[len(of_turn) // 10] for of_turn in seconds]
 

@@ -53,6 +53,19 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     limits.check_memory(1 << 60, "all of it")
 
 
+def test_memory_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits of the job and of its step count, where the process's own group has none; what it read is given back."""
+    groups = [tmp_path / "job" / "step" / "task", tmp_path / "job" / "step", tmp_path / "job", tmp_path]
+    groups[0].mkdir(parents=True)
+    for group, most in zip(groups, ("max", "9000000", "8000000")):
+        for name, text in {"max": most, "current": "5000000", "stat": "anon 4000000\nactive_file 1000000"}.items():
+            (group / f"memory.{name}").write_text(text + "\n")
+    monkeypatch.setattr(limits, "_control_groups", lambda: groups)
+    assert limits.free_memory_bytes() == 4_000_000
+    monkeypatch.undo()
+    assert all(group.is_relative_to("/sys/fs/cgroup") for group in limits._control_groups())
+
+
 def may_mount() -> bool:
     """Whether this user may have a /dev/shm of its own."""
     words = ["unshare", "--mount", "mount", "-t", "tmpfs", "-o", "size=64m", "none", "/dev/shm"]

@@ -145,10 +145,12 @@ def test_held_out_by_class_and_seed() -> None:
 def test_split_of_a_folder(tmp_path: Path) -> None:
     """Train and test are the folder's images, none in both, with names; the photos' folder is as before."""
     folder = photos(tmp_path / "pets", {"cat": 10, "dog": 6, "newt": 1})
+    (folder / "fish").mkdir()
     before = sorted(folder.rglob("*"))
     data = prepared(folder, tmp_path / "out")
     assert (data.num_train, data.num_test, data.class_names) == (14, 3, ("cat", "dog", "newt"))
-    assert "3 of 17 images" in data.told[0] and "1 classes have one image" in data.told[0]
+    assert "3 of 17 images" in data.told[0] and data.told[0].endswith("not tested: 1, 'newt' first")
+    assert "passed over: 1 folders without pictures, the first 'fish'" in data.told
     tested = names_in(data.test)
     assert Counter(name.partition("/")[0] for name in tested) == {"cat": 2, "dog": 1}
     pixels = {read_sample(load_manifest(data.test), index).image for index in range(3)}
@@ -410,12 +412,21 @@ def test_options_that_do_not_go_together(
     assert getattr(caught.value, "exit_code", None) == 2 or getattr(caught.value, "code", None) == 2
 
 
+def test_weights_alone_are_required(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """KEY=VALUE may be left out, and so is not asked for."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--train", "photos"])
+    with pytest.raises(SystemExit):
+        load_tool("finetune").main()
+    assert capsys.readouterr().err.endswith("the following arguments are required: WEIGHTS\n")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["optim.lrr=1"], "optim.lrr"),
         (["optim.momentum=fast"], "optim.momentum"),
         (["optim.lr=0.1"], "the sweep sets optim.lr itself; give --lr"),
+        (["epochs=3"], "the sweep sets epochs itself; give --steps"),
         (["--lr", "2000"], "--lr is (2000.0,), expected positive rates"),
         (["--image-size", "17"], "expected a multiple of the weights' patches of"),
     ],
@@ -524,6 +535,14 @@ def test_the_pages_command_can_be_copied(tmp_path: Path, monkeypatch: pytest.Mon
         assert "python tools/predict.py 'runs/my pets/final' PHOTO.jpg" in text and str(tmp_path) not in text
 
 
+def test_a_page_of_its_own_is_of_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a run it is refused by its name: it is none."""
+    folders = [str(results_folder(tmp_path / name, 3)) for name in ("a", "b")]
+    monkeypatch.setattr(sys, "argv", ["report.py", *folders])
+    with pytest.raises(UserError, match=f"{folders[0]}: .* has a page of its own; give it alone"):
+        load_tool("report").main()
+
+
 @pytest.mark.parametrize("key", ["classes", "per_class", "confusion", "interval", "run", "top1", "seconds"])
 @pytest.mark.parametrize("value", [None, [], [[0, 10**9, 1]], {"a": 1}, "../..", 1e300])
 def test_strangers_figures_are_shown_or_refused(tmp_path: Path, key: str, value: Any) -> None:
@@ -559,7 +578,7 @@ def test_from_photos_to_predictions(tmp_path: Path) -> None:
     assert found["correct"] >= 10  # three colours: a guess is right 4 times
     assert sum(row[2] for row in found["confusion"]) == 12
     assert found["correct"] == sum(number for label, to, number in found["confusion"] if label == to)
-    assert f"{found['top1']:.1%} of 12 test images are named rightly (95 % interval" in done.stdout
+    assert f"{found['top1']:.1%} of 12 test images are named rightly (95% interval" in done.stdout
     assert (out / "report.html").is_file() and str(tmp_path) not in (out / "report.html").read_text()
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0 and "launch/pretrain.py" not in again.stdout  # nothing is trained twice

@@ -61,6 +61,24 @@ def test_classes_without_names_are_told_once(tmp_path: Path, predict: Any, capsy
     assert {line.split()[-1] for line in told.out.splitlines() if "%" in line} == {"0", "1", "2"}
 
 
+@pytest.mark.parametrize(
+    ("name", "num_classes", "first"),
+    [("timm:x", 1000, "tench"), ("google:B_16", 21_843, "organism"), ("timm:x", 3, "0"), ("hf-hub:a/b", 1000, "0")],
+)
+def test_published_weights_without_names_are_of_imagenet(
+    name: str, num_classes: int, first: str, tmp_path: Path, predict: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Where they have as many classes as it has, which is said to be assumed."""
+    make_weights(tmp_path / "w", num_classes, loss="softmax")
+    monkeypatch.setattr("pretrain.models.by_name.fetched", lambda _: tmp_path / "w")
+    assert predict(name, make_image(tmp_path / "a.png", 0), "--json", "--top", num_classes) == 0
+    told = capsys.readouterr()
+    found = {row["class"]: row["name"] for row in json.loads(told.out)["predictions"]}
+    assert found[0].startswith(first) and (f"{num_classes:,} classes are taken for ImageNet's" in told.err) == (
+        first != "0"
+    )
+
+
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid", None])
 def test_probabilities_are_the_models_own(
     loss: str | None, tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]
@@ -98,7 +116,12 @@ def test_a_bad_image_is_named_and_the_others_go_on(
     told = capsys.readouterr()
     first, *rest = told.out.splitlines()
     assert first == str(good) and len(rest) == 2 and all("%" in line for line in rest)
-    for name in ("nowhere.png: cannot be used", "text.jpg: cannot be used (decode", "Is a directory", "3 of 4 images"):
+    for name in (
+        "nowhere.png: cannot be used",
+        "text.jpg: cannot be used (decode",
+        "is a folder; give its images",
+        "3 of 4 images",
+    ):
         assert name in told.err
 
 

@@ -76,7 +76,7 @@ PROTOCOLS = {
     ),
     "scaling_g14": Protocol(  # big_vision configs/proj/scaling_laws/train_vit_g.py
         "arXiv 2106.04560",
-        "paper, for G/14",
+        "in the paper, for G/14",
         0,
         "rsqrt",
         head_bias=-10.0,
@@ -169,7 +169,7 @@ OTHERS = {
     ],
     "scaling_g14": [
         Line("g/14", None, 8e-4, 0.03, 0.0, None, None),
-        Line("G/14", None, 8e-4, 0.03, 0.0, None, 90.45),
+        Line("G/14", None, 8e-4, 0.03, 0.0, None, None),
     ],
 }
 LINES = VIT_TABLE_3 | AUGREG | OTHERS

@@ -18,10 +18,18 @@ from pretrain.config import config_to_yaml, model_from_dict, model_name
 from pretrain.errors import UserError
 from pretrain.escape import portable, portable_path
 from pretrain.log import TIME_FORMAT
-from pretrain.report.curves import _BUCKETS, _log_levels, _reduced, differ_in_length, draw_panels, moving_mean
+from pretrain.report.curves import (
+    _BUCKETS,
+    _log_levels,
+    _reduced,
+    axis_labels,
+    differ_in_length,
+    draw_panels,
+    moving_mean,
+)
 from pretrain.report.fewshot import fewshot_chart
 from pretrain.report.figures import config_differences, losses_table, protocol_scores, starts_table, summary, targets
-from pretrain.report.page import html, markdown, write_report
+from pretrain.report.page import caption, html, markdown, write_report
 from pretrain.report.runs import read_runs
 from pretrain.report.story import duration, headline, millions, sentence, training_seconds
 from pretrain.report.target import recipe_score
@@ -102,7 +110,7 @@ def test_restarts_lost_steps_and_goodput(tmp_path: Path) -> None:
     assert values["goodput"] == pytest.approx(24_000 / (24_000 + 3 * (150 + 300)), rel=1e-4) and values["goodput"] > 0.9
     told = markdown([values]).splitlines()
     assert "- restarts: 3, 150 steps done again" in told
-    assert "- goodput: 94.7% of the time went into steps that count, validation and saves do not" in told
+    assert "- goodput: 94.7% of the time went into steps that count, the rest into starts, validation, saves" in told
     old = (tmp_path / "run" / "metrics.jsonl").read_text().replace('"time"', '"other"')
     (tmp_path / "run" / "metrics.jsonl").write_text(old)  # of an earlier version
     assert summary(read_runs([tmp_path / "run"])[0])["goodput"] is None
@@ -231,10 +239,24 @@ def test_scores_stand_beside_the_papers(tmp_path: Path) -> None:
     assert "| ViT-B/16, ImageNet | 77.91% | 83.57% | 98.13% | 87.13% | 93.81% | 89.49% | – | arXiv" in page
     assert "| svhn | 88.00% |" not in page and f"| {last.removeprefix('vtab/')} | 88.00% | 51.20% | 51.10% |" in page
     assert "| mean of all | 52.00% | 77.63% | 76.29% | 72.71% |" in page
-    assert "| imagenet | tiny | top1 | 75.00% ± 0.40 | 3 | 0.01 | 500 | the paper's |" in page
+    assert "| imagenet | tiny | top1 | 75.00% ± 0.40 | – | 3 | 0.01 | 500 | the paper's |" in page
     assert "| cifar100 | tiny | top1 | – ± 0.40 |" in page and "No run has a score" not in page
     record = json.loads(paths[3].read_text(), parse_constant=lambda word: pytest.fail(f"{word} in report.json"))
     assert [row["scores"].get("imagenet") for row in record["paper"]][:4] == [0.8836, 0.8855, 0.8776, 0.853]
+
+
+def test_two_sizes_of_a_task_are_told_apart(tmp_path: Path) -> None:
+    """ImageNet at 384 and at 512 pixels are both the paper's: neither hides the other."""
+    run = make_run(tmp_path)
+    write_finetuning(run, "imagenet", 0.85, image_size=512)
+    (run / "finetune").rename(run / "finetune-512")
+    write_finetuning(run, "imagenet", 0.84, image_size=384)
+    values = summary(read_runs([run])[0])
+    assert values["scores"] == {"imagenet": 0.85} and len(values["scores_at"]["imagenet"]) == 2
+    page = write_report(read_runs([run]), tmp_path / "out")[2].read_text()
+    assert "| tiny | 84.00% at 384 px, 85.00% at 512 px | – |" in page
+    for size, mean in ((384, 84), (512, 85)):
+        assert f"| imagenet | tiny | top1 | {mean}.00% ± 0.40 | {size} | 3 | 0.01 | 500 | the paper's |" in page
 
 
 def test_another_protocol_is_no_score_of_the_papers(tmp_path: Path) -> None:
@@ -255,7 +277,7 @@ def test_another_protocol_is_no_score_of_the_papers(tmp_path: Path) -> None:
     assert protocol_scores(read_runs([run])[0]) == {"imagenet": 0.7}
     page = write_report(read_runs([run]), tmp_path / "out")[2].read_text()
     assert "| 500 | steps: 3 instead of 10000 |" in page and "| 500 | not all seeds are done |" in page
-    assert "| imagenet | tiny | top1 | 30.00% ± 0.40 | 3 | 0.01 | 500 | random weights |" in page
+    assert "| imagenet | tiny | top1 | 30.00% ± 0.40 | – | 3 | 0.01 | 500 | random weights |" in page
 
 
 def test_results_of_all_weights_in_a_folder_are_shown(tmp_path: Path) -> None:
@@ -300,7 +322,7 @@ def test_results_without_a_run(tmp_path: Path) -> None:
 
 RECIPE = """# A recipe.
 #
-# command:   deepspeed launch/pretrain.py
+# command:   deepspeed launch/pretrain.py --config recipes/of_mine.yaml init_from=demo/weights [key=value ...]
 # score:     top-1 after
 #            fine-tuning
 # deviations: none
@@ -339,13 +361,18 @@ def with_recipe(run: Path, header: str = RECIPE) -> None:
         ("large", {"global_batch: 12": "global_batch: 24"}, None),
         ("large", {"train: shards": "train: own/photos"}, None),
         ("large", {"depth: 2": "depth: 3"}, None),
-        ("large", {"lr: 0.002": "lr: 0.001"}, "B/16: 79.15. top-1 after fine-tuning"),
+        ("large", {"lr: 0.002": "lr: 0.001"}, None),
+        ("large", {"loss: softmax": "loss: sigmoid"}, None),
+        ("large", {"flip: 0.5": "flip: 0.0"}, None),
+        ("large", {"init_from: null": "init_from: demo/weights"}, None),
+        ("large", {"workers: 0": "workers: 3", "seed: 0": "seed: 1"}, "B/16: 79.15. top-1 after fine-tuning"),
+        ("other", {"init_from: null": "init_from: /there/demo/weights"}, "top-1 after fine-tuning"),  # its command's
     ],
 )
 def test_a_promise_holds_for_the_recipes_runs_alone(
     tmp_path: Path, name: str, changed: dict[str, str], score: str | None
 ) -> None:
-    """The data, batch, length and model are the recipe's, or those of the run's line in its table."""
+    """The settings are the recipe's, or those of the run's line in its table, or of the header's command."""
     run = make_run(tmp_path, name)
     with_recipe(run)
     text = (run / "config.yaml").read_text()
@@ -592,3 +619,22 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="nothing to report: no metrics.jsonl"):
         read_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0, 0.0025, 0.005], ["0", "0.0025", "0.005"]),
+        ([0, 2.5e-4, 0.001], ["0", "2.5e-4", "1e-3"]),  # a rate's axis: never 7.5e-4 below 0.001
+        ([0.5, 1, 20_000], ["0.5", "1", "20,000"]),
+    ],
+)
+def test_labels_of_an_axis_are_of_one_form(values: list[float], labels: list[str]) -> None:
+    """Short ones, that fit beside the diagram."""
+    assert axis_labels(values) == labels
+
+
+def test_pictures_are_told_in_words() -> None:
+    """By the names that tools/visualize.py gives, those of older weights too; others keep theirs."""
+    assert "where it looks" in caption("rollout") and caption("rollout-0a1b").endswith("; weights 0a1b")
+    assert caption("my_own-picture") == "my own-picture"

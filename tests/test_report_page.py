@@ -82,6 +82,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 IMAGES = "[...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().width])"
 BOXES = """[...document.querySelectorAll(".scroll")].map(
   b => [b.scrollWidth, b.clientWidth, b.getBoundingClientRect().right])"""
+# How far the texts of diagrams stick out of these, where they are cut.
+CUT = """Math.max(...[...document.querySelectorAll(".panel text, .chart text")].map(t => {
+  const [text, svg] = [t, t.closest("svg")].map(e => e.getBoundingClientRect());
+  return Math.max(svg.left - text.left, text.right - svg.right);
+}))"""
 TEXT_HEIGHT = "Math.min(...[...document.querySelectorAll('.panel text')].map(t => t.getBoundingClientRect().height))"
 
 
@@ -97,7 +102,7 @@ def test_the_page_is_shown_whole(browser: Browser, page: Path, width: int, schem
     boxes = browser.evaluate(BOXES)
     assert all(right <= width for *_, right in boxes)
     assert width == DESK or sum(inside > outside for inside, outside, _ in boxes) >= 3
-    assert browser.evaluate(TEXT_HEIGHT) >= 10
+    assert browser.evaluate(TEXT_HEIGHT) >= 10 and browser.evaluate(CUT) <= 0
 
 
 FIRST = """(() => {
@@ -255,6 +260,14 @@ def test_what_is_missing_names_the_command_that_adds_it(tmp_path: Path) -> None:
     commands = [f"python tools/{tool}.py {run} --" for tool in ("finetune", "evaluate", "visualize")]
     commands.append(f"python tools/evaluate.py {run} --fewshot TRAIN TEST</pre>")
     assert all(command in text for command in commands) and "wrong.json" in text and "Never validated" not in text
+    assert text.count("tools/finetune.py") == 1  # that nothing was fine-tuned says that no score is the paper's
+    tuned = make_run(tmp_path, "tuned")
+    config = (tuned / "config.yaml").read_text()
+    (tuned / "config.yaml").write_text(config.replace("init_from: null", "init_from: weights"))
+    text = html_of(tuned)
+    assert "tools/visualize.py" in text and not [
+        word for word in ("--task", "few-shot", "fine-tuned yet") if word in text
+    ]
     add_evaluation(run)
     assert "No few-shot accuracy over steps" not in html_of(run)  # its last weights were measured
     shutil.rmtree(run / "evaluation")
@@ -263,7 +276,7 @@ def test_what_is_missing_names_the_command_that_adds_it(tmp_path: Path) -> None:
     assert not [command for command in commands if command in text] and "wrong.json" not in text
     (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
     text = html_of(run)
-    assert "Never validated" in text and "1 steps</text>" in text and "m</text>" not in text  # no thousandths of a step
+    assert "Never validated" in text and ">1</text>" in text and "m</text>" not in text  # no thousandths of a step
 
 
 def test_confusion_of_classes_is_shown(browser: Browser, tmp_path: Path) -> None:

@@ -204,6 +204,7 @@ FILES: list[tuple[str, Any]] = [
     ("finetune/x/results.json", tuned(mean=10**400)),
     ("finetune/x/results.json", tuned(mean=True)),
     ("finetune/x/results.json", tuned(n=1e400)),
+    ("finetune/x/results.json", tuned(image_size=0)),
     ("finetune/x/results.json", tuned(values=5)),
     ("finetune/x/results.json", tuned(values=[0.5, "x"])),
     ("finetune/x/results.json", tuned(differs="text")),

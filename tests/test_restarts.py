@@ -15,7 +15,7 @@ from ranks import run_ranks
 from test_resume import expect_same_run, finish
 from tiny import changed, make_shards, tiny_config
 
-from pretrain.cluster import monitor, restarts, signals, watchdog
+from pretrain.cluster import jobs, monitor, restarts, signals, watchdog
 from pretrain.cluster.local import on_cpu
 from pretrain.config import config_to_dict
 from pretrain.errors import UserError
@@ -129,6 +129,7 @@ def test_under_a_launcher_it_is_refused(environment: dict[str, str], told: str) 
     assert restarts.is_supervised(environment | {signals.SUPERVISOR: "1"}) and not restarts.is_supervised({})
     shell = {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}  # salloc's own step is no launcher
     assert not restarts.is_supervised(shell)
+    assert not restarts.is_supervised(environment | {jobs.PART_OF: "1"})  # tools/finetune.py starts it, under srun too
 
 
 SUPERVISED = """

@@ -52,6 +52,25 @@ def test_a_lock_that_somebody_holds_is_another_run(
         claim(tmp_path / "run")
 
 
+def test_other_nodes_may_see_the_lock_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS: rank 0 brings it to the server, the others look again for a while."""
+    synced, looks = [], []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    lock = claim(tmp_path / "run")
+    assert lock is not None and str(tmp_path / "run" / "lock") in synced
+    token = (tmp_path / "run" / "lock").read_text()
+    monkeypatch.setattr(run_folder.agreement, "from_main", lambda _: token)
+    monkeypatch.setattr(run_folder.ranks, "is_main", lambda: False)
+    monkeypatch.setattr(run_folder.time, "sleep", lambda _: looks.append(late.rename(tmp_path / "run")))
+    late = (tmp_path / "run").rename(tmp_path / "late")
+    assert claim(tmp_path / "run") is None and len(looks) == 1
+    monkeypatch.setattr(run_folder, "SEEN_WITHIN_S", 0.0)
+    (tmp_path / "run" / "lock").write_text("another run's")
+    with pytest.raises(UserError, match="run: rank 0 does not see it; give output= on a disk that all share"):
+        claim(tmp_path / "run")
+    lock.close()
+
+
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     """Of a folder that somebody else made: the lock, the config, the recipe, DONE."""
     run, other = tmp_path / "run", tmp_path / "other"

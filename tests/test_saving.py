@@ -412,7 +412,7 @@ def slow_training(config: Config, slow: int, go: Path) -> None:
 
 
 def noted(folder: Path) -> list[int]:
-    """The steps at which the journal takes a save further that rank 0 has done at step 1, rank 1 at step 3."""
+    """The steps at which all ranks know that a save is done, by rank 0 at step 1 and by rank 1 at step 3."""
     from pretrain.cluster import ranks
     from pretrain.data.loader import Batch
     from pretrain.engine.step import StepResult
@@ -422,12 +422,14 @@ def noted(folder: Path) -> list[int]:
     config = tiny_config(folder, folder, log__samples=False)
     ones, step, taken = torch.ones(6, dtype=torch.long), 0, []
     batch = Batch(ones, ones[:, None], ones[:, None], ones.bool(), ones, ones, [])
-    saver: Any = SimpleNamespace(advance=lambda: (taken.append(step), setattr(saver, "done", False)))
+    saver: Any = SimpleNamespace()
     journal, stop = Journal(folder, config), cast(Any, SimpleNamespace(signal_name=None))
     for step in range(6):
         saver.done = not taken and step >= (3 if ranks.rank() else 1)
         answer = journal.ask(batch, None, stop, saver)
-        assert not journal.note(TrainState(step=step), batch, StepResult(torch.ones(3), 1.0, True), saver, answer)
+        agreed = journal.note(TrainState(step=step), batch, StepResult(torch.ones(3), 1.0, True), answer)
+        assert not agreed.stop
+        taken += [step] * agreed.saver_done
     return taken
 
 

@@ -120,7 +120,7 @@ def hold(phase: str, held: Held) -> None:
 
     inner = journal.Journal.note
 
-    def note(self: Any, state: Any, *rest: Any) -> bool:
+    def note(self: Any, state: Any, *rest: Any) -> Any:
         held.step = state.step
         return inner(self, state, *rest)
 

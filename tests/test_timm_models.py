@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +28,12 @@ from pretrain.data.order import Order
 from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.features import pre_logits
 from pretrain.models.build import build_model
+from pretrain.models.equivalent import classifier_names
 from pretrain.models.google import for_google
 from pretrain.models.weights import check_same_function, model_of, read_weights
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
-from pretrain.train.run import train
+from pretrain.train.run import _load, train
 
 torch.set_num_threads(1)
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -152,6 +154,18 @@ def test_pixels_that_are_not_made_here_are_refused(cfg: dict[str, Any], message:
     with pytest.raises(UserError, match=message) as caught:
         read_weights(tmp_path / "t")
     one_line(caught.value)
+
+
+def test_another_size_of_timms_tests_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By which timm's published score was measured; what is the same is not told."""
+    cfg = {"input_size": (3, 160, 160), "crop_pct": 0.95, "test_input_size": (3, 192, 192), "test_crop_pct": 1.0}
+    folder = timm_folder(random_timm("test_vit"), tmp_path / "t", **cfg)
+    assert read_weights(folder).model.image_size == 160
+    told = "timm's validate.py evaluates by {'crop_pct': 1.0, 'input_size': [3, 192, 192]}; here it is as in training: "
+    assert told in capsys.readouterr().err
+    edit(folder, {"test_input_size": [3, 160, 160], "test_crop_pct": None})
+    read_weights(folder)
+    assert not capsys.readouterr().err
 
 
 def test_a_key_that_is_not_known_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,6 +387,22 @@ def test_the_tools_say_of_real_photos_what_timm_says(name: str, photos: list[byt
         number = line["label"]
         assert line["top5"] == classes[number].tolist()
         assert line["probabilities"] == pytest.approx(values[number].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_convnext3", "test_efficientnet"])
+def test_a_new_head_is_of_zeros(name: str, tmp_path: Path) -> None:
+    """As ours is: timm draws its own, from which each seed would begin with other logits."""
+    theirs = random_timm(name, num_classes=5)
+    weights = read_weights(timm_folder(theirs, tmp_path / "t"))
+    seen = {"data__mean": list(weights.mean), "data__std": list(weights.std)}
+    config = tiny_config(tmp_path, tmp_path, init_from=str(tmp_path / "t"), init_new_head=True, **seen)
+    config = replace(config, model=weights.model)
+    model = build_model(config.model, 7, seed=1)
+    _load(model, config, cast(Any, None))
+    head = classifier_names(model)
+    found, before = dict(model.named_parameters()), dict(theirs.named_parameters())
+    assert len(head) == 2 and not any(found[key].any() for key in head)
+    assert all(torch.equal(found[key], before[key]) for key in found.keys() - head)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from tiny import NUM_CLASSES, make_shards, tiny_config
 from weights_on_disk import ROOT, save_run
 
 from pretrain import cli
-from pretrain.cluster.jobs import start
+from pretrain.cluster.jobs import PART_OF, start
 from pretrain.evaluation.evaluators import EVALUATORS
 from pretrain.evaluation.names import NEEDS
 from pretrain.models.convert import TARGETS
@@ -69,7 +69,7 @@ MAX_CPU_S = 0.5  # of any of these, beyond the interpreter's own
 INTERPRETER_S = 0.02  # on a machine with nothing else to do; where it takes longer, so may they
 IN_TURN = """
 import json, os, runpy, sys
-os._exit = sys.exit  # with which launch/pretrain.py ends at once
+os._exit = sys.exit  # with which a command ends
 _, tool, calls = sys.argv
 for words in json.loads(calls):
     sys.argv = [tool, *words]
@@ -162,6 +162,43 @@ def test_an_interrupt_of_imports_is_a_word(name: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == [HERE]
+
+
+ODD_MOMENTS = """
+import atexit, os, signal, sys, threading, time
+from pretrain import cli
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+class Odd:
+    __del__ = lambda self: interrupt()
+def main():
+    if sys.argv[1] == "exit handler":
+        atexit.register(interrupt)
+    elif sys.argv[1] == "thread that is waited for":
+        threading.Timer(0.3, interrupt).start()
+    elif sys.argv[1] == "destructor":
+        Odd()
+        time.sleep(60)
+    elif sys.argv[1] == "import that catches all":
+        with cli.loading():
+            try: interrupt()
+            except BaseException: pass
+    print("done")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", ["exit handler", "thread that is waited for", "destructor", "import that catches all"]
+)
+@pytest.mark.parametrize("started_by_another", [False, True])
+def test_an_interrupt_is_one_word_at_odd_moments(moment: str, started_by_another: bool) -> None:
+    """Where Python itself would print a traceback, go on, or end by the signal; who has started this one says it."""
+    environment = {**os.environ, **({PART_OF: "1"} if started_by_another else {})}
+    command = [sys.executable, "-c", ODD_MOMENTS, moment]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stderr) == (130, "" if started_by_another else "interrupted\n")
+    assert done.stdout == ("done\n" if moment in ("exit handler", "thread that is waited for") else "")
 
 
 RESULTS = {

@@ -94,6 +94,15 @@ def test_arguments_may_name_size_and_pooling(tmp_path: Path) -> None:
     assert_is(tmp_path / "last.pth", other, 96)
 
 
+def test_a_convolutional_network_has_no_size_of_its_own(tmp_path: Path) -> None:
+    """--img-size is then of its images alone."""
+    other = randomised(timm.create_model("test_convnext3", num_classes=3))
+    arguments = {"model": "test_convnext3", "img_size": 96, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    torch.save({"state_dict": other.state_dict(), "args": arguments}, tmp_path / "last.pth")
+    assert read_weights(tmp_path / "last.pth").model.image_size == 96
+    assert_is(tmp_path / "last.pth", other, 96)
+
+
 def test_an_arch_alone_is_enough_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PyTorch's example script writes no more; how its images were seen is timm's default for the name."""
     torch.save({"arch": "test_vit", "state_dict": model().state_dict(), "best_acc1": 0.5}, tmp_path / "w.pth")

@@ -48,7 +48,7 @@ def command(config: Config, hangs_on: int | None, how: str) -> None:
     elif rank == str(hangs_on):
         inner = journal.Journal.note
 
-        def note(self: Any, state: Any, *rest: Any) -> bool:
+        def note(self: Any, state: Any, *rest: Any) -> Any:
             if state.step == 6:
                 {"sleeps": time.sleep, "blocks": ctypes.PyDLL(None).sleep}[how](1000)
             return inner(self, state, *rest)
@@ -253,6 +253,40 @@ def test_reports_of_an_earlier_start_end_nobody(tmp_path: Path, monkeypatch: pyt
         old.write_text("rank 1 is gone again\n")
         assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
     assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from pretrain.cluster import watchdog
+watchdog.LOOK_AROUND_S, watchdog.WAITING_S, watchdog.FIRST_FACTOR = 0.5, 0.5, 1
+def is_invalid_grad_norm():  # as DeepSpeed's, where a rank waits for the GPU, and the GPU for others
+    time.sleep(100)
+with watchdog.watching(Path(sys.argv[1]), int(sys.argv[2]), 600):
+    print(flush=True)
+    is_invalid_grad_norm() if sys.argv[3] == "for the GPU" else time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("waits", "floor_s", "told", "report"),
+    [
+        ("for the GPU", 1, "waits for other ranks", "waiting"),
+        ("for nobody", 1, "hangs", "lost"),
+        ("for nobody", 60, "lost another: rank 1 is gone", "waiting"),
+    ],
+)
+def test_who_waits_for_a_gpu_waits_for_others(waits: str, floor_s: int, told: str, report: str, tmp_path: Path) -> None:
+    """No frame of a collective shows it; and what is told of another rank is proof, whatever this one is doing."""
+    line = [sys.executable, "-c", HANGING, str(tmp_path), str(floor_s), waits]
+    environment = os.environ | {"RANK": "0", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None and process.stdout.readline() == "\n"
+        if floor_s == 60:
+            (tmp_path / "lost-rank-00001.txt").write_text("rank 1 is gone\n")
+        error = process.communicate(timeout=50)[1]
+    assert process.returncode == 76 and f" {told}, in section start" in error
+    assert told in (tmp_path / f"{report}-rank-00000.txt").read_text()
 
 
 def test_a_silent_node_does_not_hide_what_a_rank_has_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

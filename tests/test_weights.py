@@ -474,6 +474,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(
         (lambda path: None, "not found"),
         (lambda path: path.mkdir(), "is none of what can be read"),
         (lambda path: (path / "checkpoints").mkdir(parents=True), "has no checkpoint yet"),
+        (lambda path: (path / "final" / "checkpoints").mkdir(parents=True), "holds runs; .*, as .*/some/final$"),
         (lambda path: path.mkdir() or (path / "latest").write_text("global_step3"), "is DeepSpeed's own checkpoint"),
     ],
 )

@@ -44,7 +44,7 @@ def main() -> None:
     workers = min(4, len(os.sched_getaffinity(0))) if arguments.workers is None else arguments.workers
 
     device = ranks.start(TIMEOUT_S)
-    weights = agreement.together(lambda: read_weights(arguments.weights))
+    weights = agreement.together(lambda: read_weights(arguments.weights, arguments.image_size))
     digest = agreement.from_main(lambda: weights_sha256(weights.source))
     opened, failed = open_jobs(jobs, weights, arguments.data)
     subject = subject_of(
@@ -110,6 +110,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--loss", choices=["softmax", "sigmoid"], help="default: the one it was trained with; softmax where not known"
     )
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels of the model's input (default: trained)")
     parser.add_argument("--batch-size", type=int, default=256, help="images per rank and forward pass (default 256)")
     parser.add_argument("--workers", type=int, help="loader processes per rank (default: up to 4, as cores allow)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write a line of JSON for each image")
@@ -117,7 +118,7 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not (arguments.val or arguments.fewshot or arguments.tasks):
         raise UserError("nothing to evaluate: give --val MANIFEST, --fewshot TRAIN TEST, or --tasks NAME,...")
-    for name, lowest in (("batch_size", 1), ("workers", 0)):
+    for name, lowest in (("image_size", 1), ("batch_size", 1), ("workers", 0)):
         value = getattr(arguments, name)
         if value is not None and value < lowest:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")

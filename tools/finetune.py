@@ -69,7 +69,9 @@ def _arguments() -> argparse.Namespace:
     only.add_argument("--list", action="store_true", help="print the runs with their numbers and stop")
     only.add_argument("--run", type=int, metavar="INDEX", help="do one run of the list: for job arrays")
     only.add_argument("--collect", action="store_true", help="train nothing: make the table from what is there")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config of every run")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the config of every run"
+    )
     arguments = parser.parse_intermixed_args()
     _check_own(arguments)
     check_weights(arguments.weights)
@@ -159,7 +161,7 @@ def _show_own(found: dict[str, Any], out: Path, page: Path) -> None:
     low, high = found["interval"]
     cli.tell(
         f"{found['data']}: {found['top1']:.1%} of {found['n']:,} test images are named rightly "
-        f"(95 % interval {low:.1%} to {high:.1%})"
+        f"(95% interval {low:.1%} to {high:.1%})"
     )
     cli.tell(f"page:    {page}")
     cli.tell(f"weights: {out / found['run']}")

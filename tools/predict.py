@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def main() -> int:
         import torch
 
         from pretrain.data.reader import BadSample
-        from pretrain.evaluation.predictions import likeliest
+        from pretrain.evaluation.predictions import assumed_names, likeliest
         from pretrain.log import warn
         from pretrain.models.weights import model_of, read_weights
 
@@ -60,6 +61,9 @@ def main() -> int:
     model = model_of(weights).to(device)
     if weights.loss is None:
         warn(f"{arguments.weights}: probabilities are softmax; the loss that it was trained with is not known")
+    if not weights.class_names and (names := assumed_names(arguments.weights, weights.num_classes)):
+        warn(f"{arguments.weights}: has no class names; its {len(names):,} classes are taken for ImageNet's")
+        weights = replace(weights, class_names=names)
     if not weights.class_names:
         warn(f"{arguments.weights}: has no class names, so classes are told by their numbers")
     num_bad = 0
@@ -70,6 +74,8 @@ def main() -> int:
         except (OSError, BadSample) as error:
             num_bad += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)
+            if isinstance(error, IsADirectoryError):
+                reason = f"is a folder; give its images, as {path}/*.jpg"
             cli.tell(f"{path}: cannot be used ({reason})", sys.stderr)
             if arguments.json:
                 print(json.dumps({"image": str(path), "error": reason}), flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
+from pretrain.errors import UserError
 from pretrain.report.places import check_any
 
 
@@ -30,8 +31,12 @@ def main() -> None:
         from pretrain.report.page import write_report
         from pretrain.report.runs import read_runs
 
-    if len(arguments.runs) == 1 and is_own(arguments.runs[0]):
-        return cli.tell(write_page(arguments.runs[0], arguments.out))
+    if own := [run for run in arguments.runs if is_own(run)]:
+        if len(arguments.runs) > 1:
+            raise UserError(
+                f"{own[0]}: tools/finetune.py --train has written it, and it has a page of its own; give it alone"
+            )
+        return cli.tell(write_page(own[0], arguments.out))
     out = arguments.out or arguments.runs[0] / "report"
     for path in write_report(read_runs(arguments.runs), out):
         cli.tell(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pretrain.cluster import ranks
+from pretrain.cluster import agreement, ranks
 from pretrain.cluster.limits import free_memory_bytes
 from pretrain.errors import StorageError
 
@@ -108,9 +108,13 @@ class HostCopies:
         self._kept: dict[str, FileCopy] = {}
 
     def take(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, FileCopy]:
-        """Returns a copy of each file's tensors, good until the next call. Raises StorageError without memory."""
+        """Returns a copy of each file's tensors, good until the next call. Called by all ranks.
+
+        Raises StorageError without memory; for lack of room on one node on all ranks, so that none holds what its
+        neighbours will ask for again.
+        """
         missing = [name for name, part in files.items() if name not in self._kept or not self._kept[name].fits(part)]
-        _check_room(sum(host_bytes(files[name]) for name in missing))
+        agreement.together(lambda: _check_room(sum(host_bytes(files[name]) for name in missing)))
         try:
             self._kept |= {name: FileCopy(files[name]) for name in missing}
         except StorageError:

@@ -15,13 +15,6 @@ from pretrain.cluster.watchdog import asked, beat
 from pretrain.errors import StorageError, UserError
 
 
-def barrier() -> None:
-    """Waits until every rank has come here."""
-    if dist.is_initialized():
-        dist.barrier(group=cpu_group())
-    beat()
-
-
 def gather(value: Any) -> list[Any]:
     """Returns every rank's (small, picklable) value, in rank order, on every rank."""
     if not dist.is_initialized():
@@ -80,10 +73,10 @@ def together(make: Callable[[], Any]) -> Any:
 
 def add_up(numbers: torch.Tensor) -> torch.Tensor:
     """Returns the sum over all ranks of a small tensor, as float64 on the CPU."""
-    return adding_up(numbers)()
+    return begin_add_up(numbers)()
 
 
-def adding_up(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
+def begin_add_up(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Begins `add_up`, and returns what waits for the sum: the way to all ranks is taken beside what comes between.
 
     All ranks begin the same agreements in the same order.

@@ -47,7 +47,7 @@ class Fork:
 
 
 def by_fork(call: Callable[[], object]) -> Callable[[Mapping[str, str]], Fork]:
-    """Starts processes that do `call`, which ends them by SystemExit: pretrain.cli.run does."""
+    """Starts processes that do `call`, which ends them, or raises SystemExit: pretrain.cli.run does."""
     gc.freeze()  # collections in the forks do not touch, and so copy, what is here
 
     def start(variables: Mapping[str, str]) -> Fork:

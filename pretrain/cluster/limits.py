@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pretrain.errors import StorageError, UserError
 
+_GROUPS = Path("/sys/fs/cgroup")
+
 
 def check_open_files(needed: int, why: str) -> None:
     """Raises the soft limit as far as the hard one allows. Raises UserError when `needed` more than now do not fit."""
@@ -37,16 +39,23 @@ def free_memory_bytes() -> int | None:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+    return min([free, *(_free_in(group, free) for group in _control_groups())])
+
+
+def _control_groups() -> list[Path]:
+    """This process's, and those that hold it: SLURM limits job and step, not the task that a process is in."""
     try:
-        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip().lstrip("/")
+        own = _GROUPS / Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip().lstrip("/")
+    except (OSError, IndexError):  # none, or the older kind
+        return []
+    return [group for group in (own, *own.parents) if group.is_relative_to(_GROUPS)]
+
+
+def _free_in(group: Path, unlimited: int) -> int:
+    """What a control group has left, with what it gives back when somebody needs it, as shards that were read."""
+    try:
         most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        given_back = (
-            "inactive_file",
-            "active_file",
-            "slab_reclaimable",
-        )  # when somebody needs it, as shards read often
-        free = min(free, most - used + sum(int(cached.get(name, 0)) for name in given_back))
-    except (OSError, ValueError, IndexError):
-        pass  # no limit, or the older kind of control groups
-    return free
+    except (OSError, ValueError):  # "max", or the group of all
+        return unlimited
+    return most - used + sum(int(cached.get(name, 0)) for name in ("inactive_file", "active_file", "slab_reclaimable"))

@@ -34,10 +34,10 @@ def gpus_asked_for() -> str | None:
 
 
 def default_num_ranks() -> int:
-    """Returns one rank per GPU of this machine; 1 without one."""
+    """Returns one rank per GPU of this machine; 1 without one, or where the CPU is asked for."""
     import torch
 
-    return torch.cuda.device_count() or 1
+    return 1 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count() or 1
 
 
 def launcher(num_ranks: int | None) -> list[str]:
@@ -54,6 +54,16 @@ def launcher_or_python(num_ranks: int) -> list[str]:
     """Returns the words that start a script soonest: DeepSpeed's launcher, plain python for one rank."""
     # DeepSpeed's imports DeepSpeed twice more, seconds per run: for one rank there is no need of it.
     return [sys.executable] if num_ranks == 1 else launcher(num_ranks)
+
+
+def ranks_here(num_ranks: int | None) -> list[str]:
+    """Returns the options of launch/pretrain.py that start so many ranks of this machine; None: on all GPUs.
+
+    Sooner than `deepspeed`, which imports DeepSpeed twice more, and which answers Ctrl-C with a traceback of its own.
+    """
+    if num_ranks == 1:
+        return []
+    return ["--restarts", "0", *([] if num_ranks is None else ["--num-gpus", str(num_ranks)])]
 
 
 def environment(num_threads: int | None = None) -> dict[str, str]:

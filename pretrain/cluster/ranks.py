@@ -84,6 +84,11 @@ def has_gpu() -> bool:
     return gpu_is_here() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
+def num_idle_gpus() -> int:
+    """GPUs that a run of one rank sees and does not use."""
+    return torch.cuda.device_count() - 1 if has_gpu() and world_size() == 1 else 0
+
+
 def rank() -> int:
     """This process, from 0, over all nodes."""
     return int(os.environ.get("RANK", 0))
@@ -170,11 +175,9 @@ def choose_device() -> torch.device:
         return torch.device("cpu")
     global _place
     count = torch.cuda.device_count()
-    if count == 1 and _from_slurm:
-        _place, os.environ["LOCAL_RANK"] = (
-            local_rank(),
-            "0",
-        )  # --gpus-per-task: it sees its own alone; told to DeepSpeed
+    if count == 1 and _from_slurm:  # --gpus-per-task: it sees its own alone
+        _place = local_rank()
+        os.environ["LOCAL_RANK"] = "0"  # where DeepSpeed looks for the device
         return torch.device("cuda", 0)
     if _from_slurm and count > ranks_here():
         raise UserError(

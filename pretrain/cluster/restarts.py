@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pretrain.cluster import monitor, slurm
+from pretrain.cluster.jobs import PART_OF
 from pretrain.cluster.local import free_port, rank_variables
 from pretrain.cluster.signals import SUPERVISOR, StopRequest
 from pretrain.errors import LostProcessError, StorageError, UserError
@@ -61,10 +62,12 @@ def by_command(words: Sequence[str]) -> Start:
 def is_supervised(environment: Mapping[str, str]) -> bool:
     """Returns whether this process is a rank that `run_with_restarts` has started.
 
-    Raises UserError when something else has.
+    Raises UserError when something else has, but for a command of ours (`jobs.start`), which may itself be a task.
     """
     if SUPERVISOR in environment:
         return True
+    if PART_OF in environment:
+        return False
     if "RANK" in environment or slurm.is_task(environment):
         instead = next((told for name, told in _OTHERS.items() if name in environment), "start it by plain python")
         raise UserError(f"--restarts starts the ranks itself, but a launcher has started this one: {instead}")

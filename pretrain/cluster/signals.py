@@ -46,8 +46,12 @@ class StopRequest:
     def _note(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
-        told = f"rank {rank_so_far(os.environ)}: {self.signal_name}: saving and stopping after this step or the next\n"
+        first, self.signal_name = self.signal_name is None, signal.Signals(number).name
+        if not first:  # as of who has started the ranks, and passes on what a terminal has told them already
+            return
+        launched = {"RANK", "SLURM_PROCID"} & os.environ.keys()
+        who = f"rank {rank_so_far(os.environ)}: " if launched else ""
+        told = f"{who}{self.signal_name}: saving and stopping after this step or the next\n"
         with suppress(OSError):  # the terminal may be gone, and a handler that raises ends the training unsaved
             os.write(2, told.encode())  # print may be interrupted in itself, and then raises
 

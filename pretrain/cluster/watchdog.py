@@ -34,6 +34,7 @@ _MONITOR_ENDS_S = 10.0  # it looks every half second
 _TOLD = 3  # nodes that a line names
 _MAX_LINE = 1000  # characters of a report that are told
 _WAITS_IN = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
+_WAITS_FOR_DEVICE = "is_invalid_grad_norm"  # DeepSpeed's: the step's one wait for the GPU, where NCCL's others show
 
 _watch: "_Watch | None" = None
 
@@ -203,15 +204,15 @@ class _Watch:
                 if stopped := monitor.stopped_children(os.getpid()):
                     self._end(beat, f"waits for loader process {stopped[0]}, stopped", silent_s, self._stopped_s)
             waiting = self._waits_for_others()
-            if waiting and silent_s - looked_around >= LOOK_AROUND_S / 2:
+            if silent_s - looked_around >= LOOK_AROUND_S / 2:  # a GPU waits where no frame shows it
                 looked_around = silent_s
                 if others := lost_others(self._folder):
                     self._end(beat, f"lost another: {others[0]}", silent_s, beat.limit_s, waiting=True)
             if silent_s >= beat.limit_s + (WAITING_S if waiting else 0):
-                what = "waits for other ranks" if waiting else "hangs"
-                if waiting and (silent := peers.silent()):
-                    what += f"; {'; '.join(silent[:_TOLD])}"
-                self._end(beat, what, silent_s, beat.limit_s, waiting=waiting)
+                silent = peers.silent()
+                waiting = waiting or bool(silent)
+                told = ["waits for other ranks" if waiting else "hangs", *silent[:_TOLD]]
+                self._end(beat, "; ".join(told), silent_s, beat.limit_s, waiting=waiting)
             elif silent_s >= beat.limit_s and self._beat is beat:  # the process beside must not take it for blocked
                 monitor.write_beat(self._memory, beat._replace(limit_s=beat.limit_s + WAITING_S))
 
@@ -223,7 +224,8 @@ class _Watch:
         for _ in range(12):
             if frame is None:
                 return False
-            if any(part in frame.f_code.co_filename for part in _WAITS_IN):
+            code = frame.f_code
+            if code.co_name == _WAITS_FOR_DEVICE or any(part in code.co_filename for part in _WAITS_IN):
                 return True
             frame = frame.f_back
         return False

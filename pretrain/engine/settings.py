@@ -62,11 +62,13 @@ def check_machine(config: Config) -> None:
 
 
 def check_precision(config: Config) -> None:
-    """Raises UserError when DeepSpeed would refuse the precision on this machine, as fp16 on most CPUs."""
+    """Raises UserError for a precision that this machine has no instructions for, as fp16 on most CPUs."""
     accelerator: Any = get_accelerator()  # its types say None
-    precision = config.engine.precision
+    precision, on_gpu = config.engine.precision, accelerator.device_name() == "cuda"
     supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    if on_gpu:  # by default torch counts slow emulation, as a V100 or T4 has
+        supported["bf16"] = lambda: torch.cuda.is_bf16_supported(including_emulation=False)
     if precision in supported and not supported[precision]():
-        device = torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else "this CPU"
+        device = torch.cuda.get_device_name() if on_gpu else "this CPU"
         others = "bf16 or fp32" if precision == "fp16" else "fp16 or fp32"
         raise UserError(f"engine.precision={precision}: {device} has no instructions for it; choose {others}")

@@ -77,8 +77,11 @@ class OwnedSlices:
             state = self._optimizer.state[flat]
             on_device = group.get("fused") or group.get("capturable")  # keys of torch's AdamW
             state["step"] = torch.tensor(step, dtype=torch.float32, device=flat.device if on_device else "cpu")
-            for name, dtype in self.moments.items():  # existing tensors are kept: DeepSpeed has views of them
-                state[name].zero_() if name in state else state.__setitem__(name, torch.zeros_like(flat, dtype=dtype))
+            for name, dtype in self.moments.items():
+                if name in state:  # the tensor is kept: DeepSpeed has views of it
+                    state[name].zero_()
+                else:
+                    state[name] = torch.zeros_like(flat, dtype=dtype)
             if clear_weights:
                 flat.data.zero_()  # padding is uninitialised memory
 

@@ -28,13 +28,14 @@ from pretrain.engine.patches import after_start, before_start
 from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config
 from pretrain.engine.slices import OwnedSlices
 from pretrain.engine.versions import reading_inside, step_is_known
-from pretrain.errors import UserError
+from pretrain.errors import DeviceMemoryError, UserError
 from pretrain.losses import num_correct, per_image_loss
 from pretrain.models.build import Values, compile_blocks, held_values
 from pretrain.models.profile import num_parameters
 from pretrain.models.weights import classifier_names
 from pretrain.optim import PIECE_ELEMENTS, build_optimizer, moment_dtypes
 
+_LAYERS = "log.layers_every_steps"
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's fp16 loss scaler
 
 
@@ -127,8 +128,8 @@ class Engine:
     def train_step(self, batch: Batch, lr: float) -> StepResult:
         """Takes one optimizer step on this rank's share of a global batch, micro-batch by micro-batch.
 
-        Raises UserError, on this rank alone, when the GPU's memory does not hold a micro-batch. Where it has held one
-        before, it is not the size, and another try may go well.
+        Raises DeviceMemoryError, on this rank alone, when the GPU's memory does not hold a micro-batch. Where it has
+        held one before, it is not the size, and another try may go well.
         """
         try:
             result = self._train_step(batch, lr)
@@ -138,10 +139,9 @@ class Engine:
             if self._fits:
                 raise
             size, ways = self.plan.micro_batch, "engine.checkpoint_activations=true, engine.zero_stage=2 or 3"
-            told = str(error).partition(". ")[0]
-            raise UserError(
-                f"engine.max_micro_batch_size: {size} images at a time are too many for this GPU ({told}); try "
-                f"{max(1, size // 2)}, or {ways}; tools/plan.py says what fits"
+            raise DeviceMemoryError(
+                f"engine.max_micro_batch_size: {size} images at a time are too many for this GPU ({_short(error)}); "
+                f"try {max(1, size // 2)}, or {ways}; tools/plan.py says what fits"
             ) from error
 
     def _train_step(self, batch: Batch, lr: float) -> StepResult:
@@ -196,7 +196,14 @@ class Engine:
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits of uint8 images [B, 3, H, W], without dropout. A collective under ZeRO-3."""
+        """Returns the logits of uint8 images [B, 3, H, W], without dropout. A collective under ZeRO-3.
+
+        Raises DeviceMemoryError, on this rank alone, when the GPU's memory does not hold them; so does `features`.
+        """
+        with _fitting("evaluation.batch_size", len(images)):
+            return self._logits(images)
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
         self._engine.eval()
         return self._engine(to_float(images, self.dtype, self._normalisation))
 
@@ -206,15 +213,16 @@ class Engine:
 
         Through the whole forward pass: ZeRO-3 gathers weights where modules are called, and no other way is as safe.
         """
-        self._engine.eval()
         inputs: list[torch.Tensor] = []
         note = _head_of(self._module).register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(1)))
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not look for a hook
-            self._engine(to_float(images, self.dtype, self._normalisation))
+        # Compiled code does not look for a hook.
+        with torch.compiler.set_stance("force_eager"), _fitting("evaluation.batch_size", len(images)):
+            self._logits(images)
         note.remove()
         (found,) = inputs
         return found
 
+    @torch.no_grad()
     def layer_numbers(self, batch: Batch, result: StepResult) -> dict[str, float]:
         """Returns norms of the layers in the step that `self.layers` has watched, and largest attention logits.
 
@@ -224,8 +232,9 @@ class Engine:
         numbers = self.layers.read(result.grad_norm if result.applied else None)
         most = min(MAX_IMAGES, self.plan.micro_batch, int(batch.valid.sum()))
         images = batch.images[batch.valid][:most] if most else batch.images[:1]  # each rank takes part
-        with torch.compiler.set_stance("force_eager"), LargestLogits() as largest:  # compiled code does not look for it
-            self.predict(images.to(self.device))
+        # Compiled code does not look for it.
+        with torch.compiler.set_stance("force_eager"), LargestLogits() as largest, _fitting(_LAYERS, len(images)):
+            self._logits(images.to(self.device))
         of_ranks = agreement.gather(torch.stack(largest.found).tolist() if largest.found else [])
         return numbers | {f"layers/attention.{n}/max_logit": max(logits) for n, logits in enumerate(zip(*of_ranks))}
 
@@ -283,10 +292,7 @@ class Engine:
     def load(self, reader: CheckpointReader, state: dict[str, Any]) -> None:
         """Restores weights, moments, averages and `state` from a checkpoint of any world size and ZeRO stage."""
         self._owned.set_optimizer_state(step=state["optimizer_step"], clear_weights=True)
-        self._fill(reader, self._trained() + self._frozen.slices(), "weights")
-        self._fill(reader, self.moments(), "optimizer")
-        if self._averages:
-            self._fill(reader, self._averaged(), "average")
+        agreement.together(lambda: self._fill_all(reader))
         for name, value in (state.get("loss_scaler") or {}).items():
             if self.dtype == torch.float16 and name in _SCALER_STATE:
                 setattr(self._zero.loss_scaler, name, value)
@@ -314,12 +320,35 @@ class Engine:
         """Frees what DeepSpeed holds."""
         self._engine.destroy()
 
+    def _fill_all(self, reader: CheckpointReader) -> None:
+        self._fill(reader, self._trained() + self._frozen.slices(), "weights")
+        self._fill(reader, self.moments(), "optimizer")
+        if self._averages:
+            self._fill(reader, self._averaged(), "average")
+
     def _fill(self, reader: CheckpointReader, parts: list[Slice], kind: str) -> None:
         names = [name for name, _ in self._engine.module.named_parameters()]
         prefixes = [f"{moment}/" for moment in self._moments] if kind == "optimizer" else [""]
         frozen = self._frozen.names if kind != "optimizer" else []
         check_names(reader, [prefix + name for prefix in prefixes for name in names] + frozen, kind)
         reader.read_into(*parts, kind=kind)
+
+
+@contextmanager
+def _fitting(key: str, num_images: int) -> Iterator[None]:
+    """Names the key that decides how many images are looked at, where they are too many."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        less = f"try {num_images // 2}" if key != _LAYERS and num_images > 1 else "0 switches it off"
+        raise DeviceMemoryError(
+            f"{key}: {num_images} images at a time, without gradients, are too many for this GPU ({_short(error)}); "
+            + less
+        ) from error
+
+
+def _short(error: torch.OutOfMemoryError) -> str:
+    return str(error).partition(". ")[0]
 
 
 class _ForwardClock:

@@ -185,7 +185,7 @@ def scores_of(found: Predictions) -> list[Score]:
     return scores
 
 
-def ranks_classes(manifest: Manifest, num_images: int, num_classes: int, max_logit_bytes: int) -> bool:
+def has_average_precision(manifest: Manifest, num_images: int, num_classes: int, max_logit_bytes: int) -> bool:
     """Returns whether there is mean average precision: where images have several labels, and the logits fit."""
     return manifest.multi_label and logit_bytes(num_images, num_classes) <= max_logit_bytes
 

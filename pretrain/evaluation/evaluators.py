@@ -20,9 +20,9 @@ from pretrain.evaluation.classification import (
     Predictions,
     Score,
     among,
+    has_average_precision,
     logit_bytes,
     predict_all,
-    ranks_classes,
     relabelled,
     scores_of,
 )
@@ -98,7 +98,7 @@ def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
     if job.task and job.task.metric == "real":
         labels = agreement.from_main(lambda: _real_labels(manifest))
         batches, num_scored = relabelled(batches, labels), sum(bool(labels[index]) for index in indices)
-    keep_logits = ranks_classes(manifest, len(indices), subject.num_classes, subject.max_logit_bytes)
+    keep_logits = has_average_precision(manifest, len(indices), subject.num_classes, subject.max_logit_bytes)
     if manifest.multi_label and not keep_logits:
         needed = logit_bytes(len(indices), subject.num_classes)
         subject.tell(f"{manifest.path}: no mean average precision: its logits would take {needed >> 30} GB")

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.config.checks import did_you_mean
 from pretrain.errors import UserError
-from pretrain.tasks.table import TASKS, Task, missing, task, task_folder
+from pretrain.tasks.table import TASKS, VTAB, Task, missing, task, task_folder
 
 HEAD = "classify"  # asked for by a task's bare name and by --val; the others as KIND:NAME
 # The kinds of evaluation, rows of evaluators.EVALUATORS, and the data sets of each: "test", and "train" where there is
@@ -28,9 +29,18 @@ class Named(NamedTuple):
 
 
 def named(tasks: str, root: Path) -> list[Named]:
-    """Returns what --tasks NAME,... asks for, each once, on the data in `root`. Raises UserError for a wrong name."""
+    """Returns what --tasks NAME,... asks for, each once, on the data in `root`. Raises UserError for a wrong name.
+
+    vtab and KIND:vtab stand for all of its tasks.
+    """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    return [_named(name, root) for name in dict.fromkeys(names)]
+    every = [one for name in names for one in _each(name)]
+    return [_named(name, root) for name in dict.fromkeys(every)]
+
+
+def _each(text: str) -> list[str]:
+    kind, colon, name = text.rpartition(":")
+    return [f"{kind}{colon}{one}" for one in VTAB] if name == "vtab" else [text]
 
 
 def _named(text: str, root: Path) -> Named:
@@ -59,7 +69,10 @@ def absent(one: Named, root: Path) -> str | None:
     if one.task is not None:
         return missing(one.task, root, [path.name for path in one.data.values()])
     gone = next((path for path in one.data.values() if not (path / "manifest.json").exists()), None)
-    return None if gone is None else f"{one.text}: {gone} has no manifest.json; tools/make_shards.py makes shards"
+    if gone is None:
+        return None
+    hint = "" if gone.parent.exists() else did_you_mean(one.text.partition(":")[2], TASKS)
+    return f"{one.text}: {gone} has no manifest.json; tools/make_shards.py makes shards.{hint}"
 
 
 def check_any_there(asked: Sequence[Named], root: Path) -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.reader import read_sample
 from pretrain.evaluation.classification import Predictions, logits_of
 from pretrain.evaluation.subject import eval_config
+from pretrain.models.by_name import is_name
 from pretrain.models.weights import Weights
 from pretrain.shards.examples import sample_names
 
@@ -98,6 +100,22 @@ def _thumbnail(data: bytes) -> bytes:
     file = io.BytesIO()
     picture.save(file, "png")
     return file.getvalue()
+
+
+_IMAGENETS = {1000: "imagenet-1k", 21_843: "imagenet-21k-goog"}  # by number of classes, as timm calls the lists
+
+
+def assumed_names(weights: Path, num_classes: int) -> tuple[str, ...]:
+    """Returns ImageNet's names for published weights with as many classes as it has, () for all others.
+
+    Files of Google's, and most of timm's, tell none; their classes are numbered as timm's lists are.
+    """
+    is_published = is_name(weights) and str(weights).startswith(("timm:", "google:"))
+    if not is_published or num_classes not in _IMAGENETS:
+        return ()
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return tuple(ImageNetInfo(_IMAGENETS[num_classes]).label_descriptions())
 
 
 def likeliest(

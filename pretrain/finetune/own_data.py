@@ -140,7 +140,8 @@ def _open(path: Path, notes: Told) -> _Part:
 def _without_empty(items: PackedItems, names: Sequence[str], notes: Told) -> tuple[PackedItems, list[str]]:
     """The items with classes that have an image only; the others are told."""
     kept = sorted(set(items.labels))
-    notes.passed_over["folders without pictures"] += len(names) - len(kept)
+    first = next(name for label, name in enumerate(names) if label not in kept)
+    notes.passed_over[f"folders without pictures, the first {first!r}"] += len(names) - len(kept)
     places = {label: place for place, label in enumerate(kept)}
     return items.relabelled([places.get(label, 0) for label in range(len(names))]), [names[label] for label in kept]
 
@@ -201,8 +202,9 @@ def _told_of_split(part: _Part, labels: Sequence[int], chosen: Sequence[int]) ->
         raise UserError(
             f"{part.place}: each class has one image, which is learnt from; give --test, or a second image of each"
         )
-    single = sum(number == 1 for number in Counter(labels).values())
-    alone = f"; {single:,} classes have one image, which is learnt from" if single else ""
+    single = [label for label, number in sorted(Counter(labels).items()) if number == 1]
+    first = f", {part.names[single[0]]!r} first" if single and part.names else ""
+    alone = f"; classes of one image, which is learnt from and not tested: {len(single):,}{first}" if single else ""
     return (
         f"no test was given: {len(chosen):,} of {len(labels):,} images are held out for it ({TEST_SHARE:.0%} of each "
         f"class, seed {SPLIT_SEED}){alone}"

@@ -14,9 +14,9 @@ from pretrain.finetune.sweep import Sweep, final_runs, fitting_size, key_of, sel
 from pretrain.tasks.preparation import set_differences
 from pretrain.tasks.table import VTAB, vtab_means
 
-# The highest resolution rows of the paper's Table 2: ImageNet at 512 px for patches of 16, 518 for those of 14, with
-# Polyak averages. Its Table 5, and all other tasks, are at 384 px without.
-_TABLE_2_SIZES = {16: 512, 14: 518}
+# The highest resolution rows of the paper's Table 2: ImageNet at 512 px for L/16, 518 for H/14, with Polyak averages.
+# Its Table 5, and all other tasks, are at 384 px without.
+_TABLE_2_SIZES = {("L", 16): 512, ("H", 14): 518}
 _TABLE_2_AVERAGE = 0.9999
 _NUM_REAL = 46_837  # validation images that have a ReaL label; the other 3,163 have none
 
@@ -89,8 +89,9 @@ def differences_from_paper(sweep: Sweep, num_scored: int) -> list[str]:
 def _is_table_2(sweep: Sweep) -> bool:
     """Whether this is ImageNet as in the paper's Table 2: at a higher resolution, with averaged weights."""
     config = final_runs(sweep, sweep.protocol.lr_grid[0])[0]
-    sizes = (sweep.protocol.image_size, _TABLE_2_SIZES.get(sweep.start.model.patch_size))
-    return sweep.task.name == "imagenet" and sizes[0] == sizes[1] and config.optim.average_decay == _TABLE_2_AVERAGE
+    size = _TABLE_2_SIZES.get((sweep.start.model.name, sweep.start.model.patch_size))
+    is_its_size = sweep.protocol.image_size == size
+    return sweep.task.name == "imagenet" and is_its_size and config.optim.average_decay == _TABLE_2_AVERAGE
 
 
 def real_results(sweep: Sweep, imagenet: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from pretrain.config import Config, config_to_dict, load_config, resume_differences
+from pretrain.config import MAX_IMAGE_SIZE, Config, config_to_dict, load_config, resume_differences
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.sweep import Sweep, selecting_runs, write_out
 from pretrain.json_files import Fields, read_json
+from pretrain.models.weights import weights_sha256
 
 _MAX_IMAGES = 1 << 48  # of a data set
 DIVERGED = "DIVERGED"  # file in the folder of a selecting run whose loss did not stay finite
@@ -79,13 +81,28 @@ def claim_sweep(sweep: Sweep) -> None:
         raise UserError(f"{path}: was begun with another {' and '.join(different)}; give another --out")
 
 
+def _is_of_final(record: Fields, config: Config) -> bool:
+    """Whether a record is of a run's final checkpoint: by its digest; by its name where that has been removed."""
+    if record.integer("image_size", 1, MAX_IMAGE_SIZE) != config.model.image_size:
+        return False
+    checkpoint = config.output / config.name / "checkpoints" / f"step-{config.total_steps:010d}"
+    if checkpoint.is_dir():
+        return record.text("weights_sha256") == weights_sha256(checkpoint)
+    return Path(record.text("weights")).name == checkpoint.name
+
+
 def real_score(config: Config) -> RunScore | None:
-    """Returns what tools/evaluate.py found by ReaL labels for a final run, None when it has not scored them."""
+    """Returns what tools/evaluate.py found by ReaL labels for a final run, None when it has not scored them.
+
+    Its file holds records of other checkpoints of the run too, and the last one to be evaluated stands first.
+    """
     path = config.output / config.name / "evaluation" / "results.json"
     if not path.is_file():
         return None
     try:
-        rows = Fields.of(read_json(path), str(path)).parts("rows")
+        last = Fields.of(read_json(path), str(path))
+        records = [one for one in (last, *last.parts("others", ())) if _is_of_final(one, config)]
+        rows = [row for one in records for row in one.parts("rows")]
         found = next((row for row in rows if row.text("metric") == "real/top1"), None)
         return found and RunScore(found.number("value", 0, 1), found.integer("n", 0, _MAX_IMAGES))
     except (OSError, UserError) as error:

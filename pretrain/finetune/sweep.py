@@ -38,7 +38,9 @@ _OWN_KEYS = {
     "output": "--out",
     "total_steps": "--steps",
     "total_epochs": "--steps",
+    "epochs": "--steps",  # as other programs call it
     "optim.lr": "--lr",
+    "lr": "--lr",
     "seed": "--seeds",
     "model.image_size": "--image-size",
     "data.train": "--data",

@@ -17,6 +17,7 @@ from urllib.parse import quote
 from pretrain.config.checks import did_you_mean
 from pretrain.data.downloads import Download, cache_folder, fetch, progress, tell, told_size
 from pretrain.errors import StorageError, UserError, first_line
+from pretrain.json_files import Fields
 from pretrain.models.published import BUCKET, GoogleFile, google_file
 from pretrain.storage import sha256, write_text
 
@@ -26,6 +27,7 @@ FORMS = "timm:NAME, hf-hub:OWNER/NAME or google:NAME"
 _REPOSITORY = re.compile(r"(?!.*(\.\.|--|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w.-]{0,95}(/\w[\w.-]{0,95}){0,3}", re.ASCII)
 _TENSORS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there
+_PROCESSOR = "preprocessor_config.json"  # of transformers' repositories alone, some of which have none
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
@@ -139,6 +141,7 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Path:
     address = f"{endpoint}/{repository}" + (f"/tree/{revision}" if revision else "")
     with _one_line(name, address):
         from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import EntryNotFoundError
 
         if (folder := _cached(repository, revision)) is not None:
             return folder
@@ -154,15 +157,23 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Path:
         with progress(name, total or 0) as advance, _quiet():
             paths = [_hub_file(repository, wanted[0], revision, endpoint, advance)]
             commit = paths[0].parent.name  # of this one file; a branch may move before the next
+            _check_blob(paths[0], address)
+            needs_processor = _needs_processor(paths[0].parent, name)  # refuses what is not read, before its tensors
             paths += [_hub_file(repository, file, commit, endpoint, advance) for file in wanted[1:]]
-    for path in paths:
+            if needs_processor and _PROCESSOR not in wanted:
+                with suppress(EntryNotFoundError):  # asked for, so that the cache holds that it is not there
+                    _hub_file(repository, _PROCESSOR, commit, endpoint, advance)
+    for path in paths[1:]:
         _check_blob(path, address)
     return paths[0].parent
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
-    """The folder of a snapshot that is complete in the cache: files appear there when they are complete."""
-    from huggingface_hub import try_to_load_from_cache
+    """The folder of a snapshot that is complete in the cache: files appear there when they are complete.
+
+    That a repository has no processor is known where the hub's client, ours or transformers', has asked for it once.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, "config.json", revision=revision)
     if not isinstance(found, str):
@@ -173,7 +184,17 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     complete = names & {_TENSORS[0], _TENSORS[2]} or (
         _TENSORS[1] in names and bool(shards) and len(shards) == int(shards[0][1])
     )
+    if complete and _PROCESSOR not in names and _needs_processor(folder, repository):
+        complete = try_to_load_from_cache(repository, _PROCESSOR, revision=folder.name) is _CACHED_NO_EXIST
     return folder if complete else None
+
+
+def _needs_processor(folder: Path, name: str) -> bool:
+    """Whether a snapshot is of transformers' ViT. Raises UserError where it is of another of its models."""
+    from pretrain.models.tensors import read_fields  # with torch, which reading the tensors needs in any case
+    from pretrain.models.transformers_folder import is_of_transformers
+
+    return is_of_transformers(Fields(read_fields(folder, "config.json").values, f"{name}: config.json"))
 
 
 def _wanted(sizes: dict[str, Any], name: str, address: str) -> list[str]:
@@ -182,7 +203,7 @@ def _wanted(sizes: dict[str, Any], name: str, address: str) -> list[str]:
     if "config.json" not in sizes or tensors is None:
         raise UserError(f"{name}: {address} has no config.json with {', '.join(_TENSORS)}; nothing else is read")
     shards = sorted(filter(_SHARD.fullmatch, sizes)) if tensors == _TENSORS[1] else []
-    return ["config.json", tensors, *shards]
+    return ["config.json", *([_PROCESSOR] if _PROCESSOR in sizes else []), tensors, *shards]
 
 
 def _hub_file(repository: str, file: str, revision: str | None, endpoint: str, advance: Callable[[int], None]) -> Path:

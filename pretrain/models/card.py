@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +35,31 @@ def model_card(
     loading: str,
     proof: str,
     licence: str | None = None,
+    without: Collection[str] = (),
 ) -> str:
     """Returns the card. Recipe, data and scores are told where the source is a checkpoint of ours.
 
-    loading: Python lines; proof: what the verification found; licence: the hub's word for it, such as apache-2.0.
+    loading: Python lines; proof: what the verification found; licence: the hub's word for it, such as apache-2.0;
+    without: "head", "pre_logits", where these parts of the source were left out. Scores are those of the function that
+    is written: at its size, and without a head those of its features.
     """
     place = weights.source / "state.json"
     state = Fields(read_state(weights.source) if place.is_file() else {}, str(place))
-    results = _results(weights.source)
+    results = _results(weights, without)
     parts = [
         _front(weights, target, title, licence, results),
         f"# {title}",
         _model(weights, target),
         f"```python\n{loading}\n```",
     ]
+    scores = []
     if state.values:
         with readable(place):
             config = config_from_dict(state.part("config").values, str(place))
             parts += ["## Recipe", _recipe(config, state), "## Data", _data(config, state)]
-    if scores := [*_validation(state), *_evaluation(results)]:
+            if weights.num_classes and weights.model.image_size == config.model.image_size:
+                scores += _validation(state)
+    if scores := [*scores, *_evaluation(results)]:
         parts += ["## Scores", "\n".join(scores)]
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts += ["## Conversion", f"```\n{command}\n```", proof, f"Versions: {used}."]
@@ -193,15 +199,24 @@ def _validation(state: Fields) -> Iterator[str]:
             yield f"- {_told(name)} {value:.4g} (at the end of this checkpoint's step)"
 
 
-def _results(source: Path) -> Fields | None:
+def _results(weights: Weights, without: Collection[str]) -> Fields | None:
     """What tools/evaluate.py measured of these weights, beside the run of a checkpoint or in a converted folder."""
-    folder = results_folder(source, "evaluation").parent
+    folder = results_folder(weights.source, "evaluation").parent
     if not (folder / "evaluation" / "results.json").is_file():
         return None
-    results = read_fields(folder, "evaluation/results.json")
-    digest = weights_sha256(source)
-    own = [each for each in results.parts("others", ()) if each.values.get("weights_sha256") == digest]
-    return own[0] if own and results.values.get("weights_sha256") != digest else results
+    last = read_fields(folder, "evaluation/results.json")
+    identity = (weights_sha256(weights.source), weights.model.image_size)
+    for record in (last, *last.parts("others", ())):
+        if (record.values.get("weights_sha256"), record.values.get("image_size")) == identity:
+            rows = [row.values for row in record.parts("rows") if _still_holds(row.text("metric"), without)]
+            return Fields({**record.values, "rows": rows}, record.source)
+    return None
+
+
+def _still_holds(metric: str, without: Collection[str]) -> bool:
+    """Whether a score is of what is written: features are the head's input, which the representation layer makes."""
+    is_of_features = ":" in metric or "-shot" in metric
+    return "pre_logits" not in without and (is_of_features or "head" not in without)
 
 
 def _evaluation(results: Fields | None) -> Iterator[str]:

@@ -151,6 +151,7 @@ def _write(conversion: Conversion, weights: Weights, out: Path, work: Path) -> b
         loading=loading(conversion.target, weights, conversion.out.name, conversion.repository),
         proof=proof,
         licence=conversion.licence,
+        without=conversion.source.without,
     )
     card.write_text(text, encoding="utf-8")
     return True

@@ -5,14 +5,18 @@ from typing import Any
 
 import torch
 
+from pretrain.config import ModelConfig
 from pretrain.errors import UserError
 from pretrain.json_files import Fields
 from pretrain.log import warn
+from pretrain.models.build import timm_options
+from pretrain.models.claims import building, check_arguments
 from pretrain.models.equivalent import classifier_names
 from pretrain.models.tensors import Weights, per_channel, readable
 from pretrain.models.timm_folder import read_foreign
 from pretrain.models.torch_files import Saved, read_torch
 
+_OF_TESTS = ("test_input_size", "test_crop_pct")  # of timm's own weights of this name, not of these
 _KEPT = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of what timm resolves
 
 
@@ -50,8 +54,10 @@ def _as_config(full_name: str, saved: Saved, path: Path) -> dict[str, Any]:
     given |= {key: per_channel(Fields(given, str(path)), key) for key in ("mean", "std") if key in given}
     resolved = resolve_data_config(given, pretrained_cfg=cfg)
     model_args = dict(arguments.get("model_kwargs") or {})
-    if arguments.get("img_size"):
-        model_args["img_size"] = arguments["img_size"]
+    if size := arguments.get("img_size"):
+        check_arguments({"img_size": size}, f"{path}: args")
+        with building(path, len(saved.tensors)):  # convolutional networks take images of any size, and no argument
+            model_args |= timm_options(ModelConfig(name=f"timm:{name}", image_size=size))
     if arguments.get("gp"):
         model_args["global_pool"] = arguments["gp"]
     with torch.device("meta"):
@@ -61,5 +67,5 @@ def _as_config(full_name: str, saved: Saved, path: Path) -> dict[str, Any]:
         "architecture": name,
         "num_classes": max(classes, default=0),
         "model_args": model_args,
-        "pretrained_cfg": cfg | {key: resolved[key] for key in _KEPT},
+        "pretrained_cfg": cfg | {key: resolved[key] for key in _KEPT} | dict.fromkeys(_OF_TESTS),
     }

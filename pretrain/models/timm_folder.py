@@ -179,6 +179,10 @@ def _preprocessing(cfg: Fields) -> _Preprocessing:
         "mean": per_channel(found, "mean"),
         "std": per_channel(found, "std"),
     }
+    used = {"input_size": list(size), "crop_pct": use["eval_crop"]}
+    tests = {key: cfg.values.get(f"test_{key}") or value for key, value in used.items()}
+    if tests != used:
+        warn(f"{cfg.source}: timm's validate.py evaluates by {brief(tests)}; here it is as in training: {brief(used)}")
     return _Preprocessing(square(sides, "input_size", cfg.source), use)
 
 

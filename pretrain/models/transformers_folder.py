@@ -47,6 +47,7 @@ from pretrain.models.tensors import (
 from pretrain.models.torch_files import tensors_in
 from pretrain.models.vit import NORM_EPS
 
+PROCESSOR = "preprocessor_config.json"  # how its images are seen
 _GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 _LOSSES = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}  # by problem_type
 _SQUASH, _SHORTEST = "transformers", "transformers_shortest"  # eval_transform of what its processors do
@@ -68,6 +69,21 @@ _CONFIG_KEYS = {OURS} | set(
     "task_specific_params".split()
 )
 _RESIZED_BY = choices_of(DataConfig, "interpolation")  # what both sides know
+
+
+def is_of_transformers(values: Fields) -> bool:
+    """Returns whether a folder's config.json is of transformers' ViT; timm's and ours are not.
+
+    Raises UserError where it is of another model of transformers.
+    """
+    if values.values.get("model_type") is None or values.values["model_type"] == "vit":
+        return values.values.get("model_type") == "vit"
+    if values.values.keys() & {OURS, "architecture"}:  # timm's models, as transformers wraps them
+        return False
+    raise UserError(
+        f"{values.source}: is transformers' {brief(values.values['model_type'])}; of transformers only ViT is read; "
+        "timm has such weights as timm:NAME"
+    )
 
 
 def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
@@ -160,8 +176,14 @@ class _Preprocessing(NamedTuple):
 
 
 def _preprocessing(path: Path, image_size: int) -> _Preprocessing:
-    name = "preprocessor_config.json"
-    values = read_fields(path, name) if (path / name).exists() else Fields({}, str(path / name))
+    values = Fields({}, str(path / PROCESSOR))
+    if (path / PROCESSOR).exists():
+        values = read_fields(path, PROCESSOR)
+    else:
+        warn(
+            f"{path}: has no {PROCESSOR}: taken are the defaults of transformers' ViT (mean and deviation 0.5, "
+            "squashed, bilinear), which need not be what it was trained with"
+        )
     if unknown := sorted(values.values.keys() - _PROCESSOR_KEYS):
         warn(f"{values.source}: {few(unknown)}: not known here, and not done")
     if "DeiT" in values.text("image_processor_type", values.text("feature_extractor_type", "")):

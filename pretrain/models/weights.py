@@ -24,7 +24,7 @@ from pretrain.models.tensors import LazyTensor, Weights, file_in, finite, read_f
 from pretrain.models.timm_checkpoint import read_timm_checkpoint
 from pretrain.models.timm_folder import read_timm_folder
 from pretrain.models.torch_files import is_torch_file
-from pretrain.models.transformers_folder import read_transformers_folder
+from pretrain.models.transformers_folder import is_of_transformers, read_transformers_folder
 from pretrain.storage import sha256
 
 _PICKLES = (".pkl", ".pickle", ".tar")
@@ -84,8 +84,7 @@ def _read(path: Path, image_size: int | None) -> Weights:
 
 def _read_folder(path: Path, file: Path | None = None) -> Weights:
     """Of transformers, timm or ours, by its config.json."""
-    values = read_fields(path, "config.json").values
-    is_transformers = values.get("model_type") == "vit"
+    is_transformers = is_of_transformers(read_fields(path, "config.json"))
     return read_transformers_folder(path, file) if is_transformers else read_timm_folder(path, file)
 
 
@@ -99,6 +98,8 @@ def _why_not(path: Path) -> str:
         return "is DeepSpeed's own checkpoint, a pickle that may execute code: tools/convert.py has --trust-pickle"
     if path.suffix == ".safetensors":
         return "its tensors do not tell their architecture: give the folder, with config.json in it"
+    if runs := sorted(folder.parent for folder in path.glob("*/checkpoints")):
+        return f"holds runs; give one of them, as {runs[0]}"
     return f"is none of what can be read; {expected}"
 
 

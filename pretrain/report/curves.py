@@ -69,7 +69,7 @@ def _digits(text: str) -> list[str]:
 # --- SVG -------------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 360, 215  # of a panel, in units of SVG: about a pixel, on a phone too
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24  # margins
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 8, 24  # margins; a label at the left has up to 6 characters, 0.0025
 _BUCKETS = 250  # a longer curve keeps the smallest and the largest value of each of so many stretches
 
 
@@ -174,7 +174,7 @@ def _panel(of: PanelOf, runs: Sequence[Run], log_steps: bool) -> Panel | None:
         of.title,
         of.unit,
         [(round(axes.x(step), 1), _step_label(step)) for step in steps],
-        [(round(axes.y(level), 1), _label(level)) for level in levels],
+        [(round(axes.y(level), 1), label) for level, label in zip(levels, axis_labels(levels))],
         sorted(lines, key=lambda line: line.kind != "raw"),  # pale ones below
         dots,
     )
@@ -283,10 +283,12 @@ def _step_label(step: float) -> str:
     return EngFormatter(sep="").format_eng(step)  # 10k
 
 
-def _label(value: float) -> str:
-    if 0 < abs(value) < 0.001:
-        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")  # 2.5e-4: there is room for 6 characters
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def axis_labels(values: Sequence[float]) -> list[str]:
+    """Returns short labels, all of one form: 2.5e-4 and 1e-3 where one of them is that small."""
+    if any(0 < abs(value) < 0.001 for value in values):
+        parts = [f"{value:.2e}".split("e") for value in values]
+        return [f"{float(digits):g}e{int(power)}" if float(digits) else "0" for digits, power in parts]
+    return [f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for value in values]
 
 
 # --- PNG -------------------------------------------------------------------------------------------------------------

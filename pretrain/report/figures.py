@@ -58,6 +58,7 @@ def summary(run: Run) -> dict[str, Any]:
         "model": model_name(config.model) if config else None,
         "target": {"recipe": run.target.recipe, "score": run.target.score} if run.target else None,
         "scores": protocol_scores(run),
+        "scores_at": {task: found for task, found in _by_size(run).items() if len(found) > 1},
         "last": {metric: finite(values[-1]) for metric, (_, values) in sorted(run.curves.items())},
         "best": {metric: best(run.curves[metric], *how) for metric, how in _BEST.items() if metric in run.curves},
         "median_images_per_s": float(np.median(rates)) if rates.size else None,
@@ -128,12 +129,21 @@ def protocol_scores(run: Run) -> dict[str, float]:
     """Returns the run's mean score of each task, a fraction; "vtab" is the flat mean of its tasks, when all are there.
 
     A result of another protocol, or from random weights, is no such score: the table of fine-tunings alone has it.
+    Of several, such as ImageNet's at 384 and at 512 pixels, it is the one at the largest size, the last of equals.
     """
-    by_protocol = [of for of in run.finetuning if not of["differs"] and not of["from_scratch"]]
-    means = {of["task"]: of["mean"] for of in by_protocol if math.isfinite(of["mean"])}
+    means = {task: found[-1]["mean"] for task, found in _by_size(run).items()}
     if set(VTAB) <= set(means):
         means.setdefault("vtab", vtab_means({task: means[task] for task in VTAB})["vtab"])
     return means
+
+
+def _by_size(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Each task's mean scores by the protocol with their image sizes, from the smallest."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for of in sorted(run.finetuning, key=lambda of: of["image_size"] or 0):  # stable
+        if not of["differs"] and not of["from_scratch"] and math.isfinite(of["mean"]):
+            found.setdefault(of["task"], []).append({"image_size": of["image_size"], "mean": of["mean"]})
+    return found
 
 
 def config_differences(config: Config) -> Iterator[tuple[str, str]]:
@@ -192,7 +202,7 @@ def _overview(values: dict[str, Any]) -> list[str]:
 def paper_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """The runs' scores above the paper's."""
     rows = [
-        [values["run"], *(_percent(values["scores"].get(task)) for task in PAPER_COLUMNS.values()), "this report"]
+        [values["run"], *(_score(values, task) for task in PAPER_COLUMNS.values()), "this report"]
         for values in summaries
     ]
     for row in REFERENCES:
@@ -200,6 +210,13 @@ def paper_table(summaries: Sequence[dict[str, Any]]) -> Table:
         rows.append([_paper_model(row), *cells, row.source])
     columns = len(PAPER_COLUMNS)
     return Table(["model", *PAPER_COLUMNS, "source"], rows, num_runs=len(summaries), text_columns=(0, columns + 1))
+
+
+def _score(values: dict[str, Any], task: str) -> str:
+    """A cell of the paper's table; of several scores each, with its size."""
+    if several := values["scores_at"].get(task):
+        return ", ".join(f"{_percent(of['mean'])} at {of['image_size'] or NOTHING} px" for of in several)
+    return _percent(values["scores"].get(task))
 
 
 def vtab_table(summaries: Sequence[dict[str, Any]]) -> Table:
@@ -325,6 +342,7 @@ def finetuning_table(summaries: Sequence[dict[str, Any]]) -> Table:
                     values["run"],
                     of["metric"],
                     cell + spread,
+                    str(of["image_size"] or NOTHING),
                     str(len(of["values"]) or NOTHING),
                     NOTHING if of["lr"] is None else f"{of['lr']:g}",
                     NOTHING if of["n"] is None else f"{of['n']:,}",
@@ -333,7 +351,7 @@ def finetuning_table(summaries: Sequence[dict[str, Any]]) -> Table:
             )
     rows.sort(key=lambda row: row[0])  # stable: runs keep their order
     return Table(
-        ["task", "run", "metric", "mean", "seeds", "lr", "images", "protocol"], rows, text_columns=(0, 1, 2, 7)
+        ["task", "run", "metric", "mean", "px", "seeds", "lr", "images", "protocol"], rows, text_columns=(0, 1, 2, 8)
     )
 
 

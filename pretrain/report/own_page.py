@@ -4,7 +4,6 @@ A sentence and a chart first; then what is taken for what, the photos that were 
 script, nothing from outside; names of classes and photos are whatever someone wrote.
 """
 
-import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pretrain.report.confusion import drawn, read_pairs
 from pretrain.report.files import inside
 from pretrain.report.page import template
 from pretrain.report.runs import MAX_COUNT, read_wrong
+from pretrain.report.story import duration
 from pretrain.storage import write_text
 
 PAGE = "report.html"
@@ -89,13 +89,14 @@ def _shown(values: Fields) -> dict[str, Any]:
         "num_classes": len(classes),
         "overall": Bar("all classes", *_counts(values), 100 * values.number("top1", 0, 1), low, high),
         "chance": 100 / max(1, len(classes)),
-        "time": None if seconds is None else _time(seconds),
+        "time": None if seconds is None else duration(seconds),
         "bars": bars[:_MAX_BARS],
         "num_bars": len(bars),
         "confusion": drawn(read_pairs(values, len(classes)), classes),
         "lr": values.number("lr", 0, 1e3),
         "selection": [_rate(part) for part in values.parts("selection")],
-        "seeds": [f"{100 * seed:.2f} %" for seed in _numbers(values, "seeds")],
+        "num_choosing": max((part.integer("n", 0, MAX_COUNT) for part in values.parts("selection")), default=0),
+        "seeds": [f"{seed:.2%}" for seed in _numbers(values, "seeds")],
         "told": list(map(portable, values.texts("told"))),
         "differs": list(map(portable, values.texts("differs"))),
     }
@@ -137,12 +138,5 @@ def _bar(part: Fields, classes: tuple[str, ...]) -> Bar:
 def _rate(part: Fields) -> tuple[str, str]:
     """A learning rate that was tried, and what it reached on the held-out images."""
     top1 = part.values.get("top1")
-    reached = "not finite" if top1 is None else f"{100 * part.number('top1', 0, 1):.1f} %"
+    reached = "not finite" if top1 is None else f"{part.number('top1', 0, 1):.1%}"
     return f"{part.number('lr', 0, 1e3):g}", reached
-
-
-def _time(seconds: float) -> str:
-    """A duration in words: 48 seconds, 12 minutes, 3.4 hours."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} seconds"
-    return f"{math.ceil(seconds / 60)} minutes" if seconds < 100 * 60 else f"{seconds / 3600:.1f} hours"

@@ -47,6 +47,11 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     return [out / name for name in NAMES]
 
 
+_CAPTIONS = {
+    "batch": "the first augmented batch",
+    "internals": "what it has learned: patch filters, positions, how far its heads look (the ViT paper's figure 7)",
+    "rollout": "where it looks: attention rolled out over all blocks (the ViT paper's figure 6)",
+}
 _PATHS = ("folder", "path", "weights", "command")  # keys whose texts are a path, or one among others
 
 
@@ -87,11 +92,13 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
     evaluate = f"python tools/evaluate.py {run}"
     metrics = {metric for r in runs for metric in r.curves}
     evaluated = {row["metric"] for r in runs if r.evaluation for row in r.evaluation["rows"]}
+    tuned = all(r.config and r.config.init_from for r in runs)  # of these nobody asks how they transfer
+    finetuned = any(r.finetuning or (r.config and r.config.init_from) for r in runs)
     have = {
         "validation": "val/top1" in metrics,
-        "fewshot": any("shot" in metric for metric in metrics | evaluated),
-        "scores": any(s["scores"] for s in summaries),
-        "finetuning": any(r.finetuning or (r.config and r.config.init_from) for r in runs),
+        "fewshot": tuned or any("shot" in metric for metric in metrics | evaluated),
+        "scores": tuned or any(s["scores"] for s in summaries) or not finetuned,
+        "finetuning": finetuned,
         "evaluation": any(r.evaluation for r in runs),
         "pictures": any(p.name != "batch" for r in runs for p in r.pictures),
         "wrong": any(r.num_wrong for r in runs),
@@ -116,14 +123,17 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
         "model": values["model"],
         "command": portable(" ".join(map(str, values["command"] or []))),
         "restarts": _restarts(values),
-        "goodput": f"{values['goodput']:.1%} of the time went into steps that count, validation and saves do not"
-        if values["goodput"]
-        else "",
+        "goodput": _goodput(values["goodput"]),
         "ranks of each start": ", ".join(map(str, values["ranks"])),
         "commit": values["commit"],
         "versions": versions,
     }
     return {name: str(fact) for name, fact in facts.items() if fact}
+
+
+def _goodput(share: float | None) -> str:
+    rest = "the rest into starts, validation, saves"
+    return f"{share:.1%} of the time went into steps that count, {rest}" if share else ""
 
 
 def _restarts(values: dict[str, Any]) -> str:
@@ -138,6 +148,14 @@ def _shared_facts(summaries: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Returns what all of several runs ran with."""
     first, *others = map(_facts, summaries)
     return {name: fact for name, fact in first.items() if others and all(of.get(name) == fact for of in others)}
+
+
+def caption(picture: str) -> str:
+    """Returns what a picture of a run's folder shows, by its name, which may end in the digest of older weights."""
+    known, _, digest = picture.partition("-")
+    if known not in _CAPTIONS:
+        return picture.replace("_", " ")
+    return _CAPTIONS[known] + (f"; weights {digest}" if digest else "")
 
 
 def _batches(runs: Sequence[Run]) -> list[tuple[str, list[Example]]]:
@@ -182,6 +200,7 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
         batches=_batches(runs),
         figures=figures,
         story=story,
+        caption=caption,
         portable=portable,
         portable_path=portable_path,
         fewshots=fewshots,

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.config import Config, load_config
+from pretrain.config import MAX_IMAGE_SIZE, Config, load_config
 from pretrain.errors import ConfigError, UserError
 from pretrain.escape import portable_path
 from pretrain.json_files import Fields, read_json
@@ -275,6 +275,9 @@ def _read_finetuning(path: Path) -> dict[str, Any]:
             "values": _figures(values, "values"),
             "lr": None if values.values.get("lr") is None else _figure(values, "lr"),
             "n": None if values.values.get("n") is None else values.integer("n", 0, MAX_COUNT),
+            "image_size": None
+            if values.values.get("image_size") is None
+            else values.integer("image_size", 1, MAX_IMAGE_SIZE),
             "from_scratch": values.flag("from_scratch", False),
             "differs": [*values.texts("differs", ()), *([] if done else ["not all seeds are done"])],
         }

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import Config, load_config
+from pretrain.config import MAY_CHANGE, Config, config_to_dict, load_config
+from pretrain.config.reading import flatten
 from pretrain.errors import ConfigError
 from pretrain.report.files import read_text
+
+_FREE = {*MAY_CHANGE, "name", "seed"} - {"data.reweight"}  # settings without a part in a score
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Target:
 def read_target(folder: Path, recipe: str | None, config: Config | None) -> Target | None:
     """Returns what `recipe` promises, by the copy that the run's folder has; None without one.
 
-    Nor where the run is not the recipe's: another data set, batch, length or model has another score.
+    Nor where the run is not the recipe's: another data set, start, model, length, rate or loss has another score.
     """
     text = read_text(folder, "recipe.yaml") if recipe else None
     if not recipe or not text or config is None:
@@ -33,16 +36,28 @@ def read_target(folder: Path, recipe: str | None, config: Config | None) -> Targ
 
 def _is_the_recipes(config: Config, path: Path, text: str, name: str) -> bool:
     line = _table_line(text, name)
+    ways = [[], _of_command(text)] if line is None else [_overrides(line)]
     try:
-        return _decides(config) == _decides(load_config(path, [] if line is None else _overrides(line)))
+        return any(_decides(config) == _decides(load_config(path, overrides)) for overrides in ways)
     except ConfigError:  # of another version
         return False
 
 
 def _decides(config: Config) -> tuple[Any, ...]:
-    """What a score is of. Of the data the end of its path: it may lie elsewhere."""
-    data = [(source.path.parts[-2:], source.weight) for source in config.data.sources]
-    return data, config.data.global_batch, config.total_steps, config.model
+    """What a score is of: all settings that make a run another one. Of paths the end: they may lie elsewhere."""
+    data = [(_end(source.path), source.weight) for source in config.data.sources]
+    settings = {key: value for key, value in flatten(config_to_dict(config)) if key not in _FREE}
+    return data, _end(config.init_from), _end(config.branch_from), settings
+
+
+def _end(path: Path | None) -> tuple[str, ...]:
+    return () if path is None else path.parts[-2:]
+
+
+def _of_command(text: str) -> list[str]:
+    """The overrides in the header's command line, without what it leaves to the reader's choice in brackets."""
+    line = next((line for line in _header(text) if line.startswith(" command:")), "")
+    return re.findall(r"\s([a-z_.]+=[^\s\]]+)(?=\s|$)", line)
 
 
 def recipe_score(text: str, name: str) -> str | None:

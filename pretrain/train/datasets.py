@@ -35,12 +35,12 @@ class DataSets:
             self.val_indices = order.held_out_indices()
 
     @property
-    def ranks_classes(self) -> bool:
+    def has_average_precision(self) -> bool:
         """Whether validation has mean average precision: where images have several labels, and logits fit."""
         if self.val is None:
             return False
         most = classification.MAX_LOGIT_BYTES_IN_TRAINING
-        return classification.ranks_classes(self.val, len(self.val_indices), self.num_classes, most)
+        return classification.has_average_precision(self.val, len(self.val_indices), self.num_classes, most)
 
 
 def open_data(config: Config) -> DataSets:

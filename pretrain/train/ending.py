@@ -22,6 +22,9 @@ _LOST = (
     "Timed out waiting",
     "Socket closed",
     "remote process exited",
+    "Broken pipe",
+    "wait timeout after",  # at the store, where NCCL's ranks meet
+    "Connection was likely closed",
     "Watchdog caught collective operation timeout",
     "DataLoader worker",
 )

@@ -28,14 +28,14 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
 
 from pretrain.checkpoint.read import read_state
-from pretrain.cluster import agreement, ranks, restarts
+from pretrain.cluster import agreement, ranks, restarts, watchdog
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
     Config,
@@ -61,6 +61,7 @@ _JOB = (
 _STARTS, _LOCK, _ROOM = "starts.jsonl", "lock", ".room-for-DONE"
 _ROOM_BYTES = 4096  # more than DONE ever has: a step and some scores
 _MAX_RECIPE_BYTES = 1 << 20
+SEEN_WITHIN_S = 60.0  # on NFS a node may believe for so long that what it did not find is not there
 _CLAIM_TRIES = 20  # half a second each: a killed run's last processes may need seconds to go
 
 
@@ -76,11 +77,21 @@ def claim(folder: Path) -> TextIO | None:
     def see() -> None:
         if ranks.is_main():
             return  # reading would close the file, and with any closing a process loses its lock
-        if not (folder / _LOCK).is_file() or (folder / _LOCK).read_text() != token:
-            raise UserError(f"{folder}: rank {ranks.rank()} does not see it; give output= on a disk that all share")
+        until = time.monotonic() + SEEN_WITHIN_S
+        while not _holds(folder / _LOCK, token):
+            if time.monotonic() >= until:
+                raise UserError(f"{folder}: rank {ranks.rank()} does not see it; give output= on a disk that all share")
+            watchdog.beat()
+            time.sleep(0.5)
 
     agreement.together(see)
     return held[0] if held else None
+
+
+def _holds(path: Path, token: str) -> bool:
+    with suppress(OSError):
+        return path.read_text() == token
+    return False
 
 
 def _take_lock(folder: Path, held: list[TextIO]) -> str:
@@ -105,6 +116,7 @@ def _take_lock(folder: Path, held: list[TextIO]) -> str:
         file.truncate(0)
         file.write(token)
         file.flush()
+        os.fsync(file.fileno())  # else an NFS client keeps it to itself as long as the file is open
     return token
 
 
@@ -306,9 +318,8 @@ def record_start(
     """
     if not ranks.is_main():
         return
-    logs = [
-        path for path in folder.iterdir() if path.suffix == ".jsonl" and path.name != _STARTS
-    ]  # its history is kept
+    with _named(folder):
+        logs = [path for path in folder.glob("*.jsonl") if path.name != _STARTS]  # its history is kept
     reached = max((rewind(path, step) for path in logs), default=step)
     texts = {"config.yaml": config_to_yaml(config), "deepspeed.json": json.dumps(deepspeed_config, indent=2) + "\n"}
     for name, text in {**texts, _ROOM: " " * _ROOM_BYTES}.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,13 @@ from pretrain.train.state import TrainState
 
 MAX_RECORDS_KEPT = 10_000  # of all ranks: some MB on rank 0, when they come together
 MAX_SKIPPED_IN_A_ROW = 3  # steps whose loss or gradients are not finite; then the run stops
+
+
+class Agreed(NamedTuple):
+    """What all ranks know, alike, after a step."""
+
+    stop: bool  # asked to, or by an error of any rank's following batch
+    saver_done: bool  # all ranks, with the part of a save that is under way
 
 
 class Journal:
@@ -45,29 +52,23 @@ class Journal:
             float(saver.done),
         ]
         told = torch.cat([torch.tensor(flags, dtype=torch.float64), count_reasons(batch.bad)])  # [5 + reasons]
-        return agreement.adding_up(told)
+        return agreement.begin_add_up(told)
 
     def note(
         self,
         state: TrainState,
         batch: Batch,
         result: StepResult,
-        saver: Saver,
         answer: Callable[[], torch.Tensor],
-    ) -> bool:
-        """Returns, on all ranks alike, whether to stop: asked to, or by an error of any rank's following batch.
-
-        Takes `saver` further when all ranks are done. Raises BadSamplesError, NonFiniteError.
-        """
+    ) -> Agreed:
+        """Writes down what the step used and lost, over all ranks. Raises BadSamplesError, NonFiniteError."""
         stopping, failed, num_valid, damaged, done, *bad = answer().tolist()
-        if done == ranks.world_size():
-            saver.advance()
         try:
             self._note_losses(state, batch, result, num_valid, damaged, bad)
         except (BadSamplesError, NonFiniteError):
             self.write_down()  # the message says that they are named there
             raise
-        return bool(stopping or failed)
+        return Agreed(stop=bool(stopping or failed), saver_done=done == ranks.world_size())
 
     def write_down(self) -> None:
         """Writes on rank 0 what all ranks have left out since the last time. Called by all ranks.

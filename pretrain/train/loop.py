@@ -54,7 +54,10 @@ def loop(
         state.metrics = {}
         meter.add(result)
         with saver.finished_before_errors():
-            stopping = journal.note(state, batch, result, saver, answer)
+            agreed = journal.note(state, batch, result, answer)
+            if agreed.saver_done:
+                saver.advance()
+        stopping = agreed.stop
         last = state.step == config.total_steps
         if due(state.step, config.log.every_steps) or last:
             journal.write_down()

@@ -25,7 +25,7 @@ from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_machine
 from pretrain.engine.step import Engine
 from pretrain.engine.versions import untried
-from pretrain.errors import ConfigError, NotFoundError, StorageError
+from pretrain.errors import ConfigError, DeviceMemoryError, NotFoundError, StorageError
 from pretrain.evaluation import classification
 from pretrain.log import RunLog, in_words, say
 from pretrain.models.build import Values, build_model, build_without_values, drawn_values, zero_values
@@ -100,15 +100,9 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     if checkpoint is not None:
         set_aside_newer(checkpoint)
     state = _resume(engine, start, config) if start else _start(config)
-    record_start(
-        folder,
-        config,
-        engine.deepspeed_config,
-        state.step,
-        recipe,
-        branched=origin is not None,
-        facts=_facts(data, engine.num_parameters, device),
-    )
+    facts = _facts(data, engine.num_parameters, device)
+    told = folder, config, engine.deepspeed_config, state.step, recipe
+    agreement.from_main(lambda: record_start(*told, branched=origin is not None, facts=facts))
     log = RunLog(folder, state.step, config.total_steps)
     with (
         Profile(config, engine) as profile,
@@ -169,11 +163,13 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     num_ranks, batch = ranks.world_size(), config.data.global_batch
     plan = plan_batch(batch, num_ranks, config.engine.max_micro_batch_size)
-    too_large = data.val is not None and data.val.multi_label and not data.ranks_classes
+    too_large = data.val is not None and data.val.multi_label and not data.has_average_precision
     most = classification.MAX_LOGIT_BYTES_IN_TRAINING
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     if told := untried():
         say(f"warning: {told}")
+    if idle := ranks.num_idle_gpus():
+        say(f"warning: one rank uses one of {idle + 1} GPUs; deepspeed or torchrun starts a rank for each")
     if statistics_of(model):
         say("batch norm: its statistics stay those of the weights that the run starts from")
     say(
@@ -188,7 +184,14 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     )
-    engine = Engine(model, config, plan, device, values)
+    try:
+        engine = Engine(model, config, plan, device, values)
+    except torch.OutOfMemoryError as error:
+        told = str(error).partition(". ")[0]
+        raise DeviceMemoryError(
+            f"model.name: this GPU does not hold {config.model.name} and its optimizer ({told}); "
+            "try engine.zero_stage=2 or 3, or more GPUs; tools/plan.py says what fits"
+        ) from error
     if engine.told_of_compiling:
         say(engine.told_of_compiling)
     return engine
@@ -214,6 +217,10 @@ def _load(model: torch.nn.Module, config: Config, data: DataSets) -> None:
     if not config.init_new_head:
         _refuse_other_classes(weights, data.train)
     load_tensors(model, weights, new_head=config.init_new_head)
+    if config.init_new_head and config.model.timm_name is not None:  # ours is built with one of zeros
+        with torch.no_grad():
+            for name in classifier_names(model):
+                model.get_parameter(name).zero_()
 
 
 def _told_of_sources(data: DataSets, steps: int) -> list[str]:
@@ -335,10 +342,7 @@ def _resume(engine: Engine, checkpoint: Path, config: Config) -> TrainState:
     restored = same_ranks and agreement.together(lambda: engine.load_generators(reader.generators(ranks.rank())))
     if not restored:
         ranks.seed_generators(config.seed, state.step)
-    note = (
-        ""
-        if restored
-        else f"; random states of dropout drawn anew ({saved.world_size} ranks then, {ranks.world_size()} now)"
-    )
+    why = f"{saved.world_size} ranks then, {ranks.world_size()} now" if not same_ranks else "none saved for this device"
+    note = "" if restored else f"; random states of dropout drawn anew ({why})"
     say(f"resumed from {checkpoint}{note}")
     return state

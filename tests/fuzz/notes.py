@@ -26,7 +26,7 @@ from pretrain.finetune import own_results, scores
 from pretrain.models.card import model_card
 from pretrain.models.google import class_names_file, write_google
 from pretrain.models.timm_folder import write_own_folder
-from pretrain.models.weights import read_weights
+from pretrain.models.weights import read_weights, weights_sha256
 from pretrain.report.files import picture
 from pretrain.report.own_page import write_page
 from pretrain.shards import elsewhere, unfinished
@@ -201,7 +201,8 @@ def card_scores(folder: Path) -> Target:
         _written(own / "evaluation" / "results.json", data)
         _told(model_card(replace(weights, source=own), "timm", **_WORDS))
 
-    return _json(_RESULTS, call)
+    own = {"weights_sha256": weights_sha256(folder / "own"), "image_size": weights.model.image_size}
+    return _json(_RESULTS | own, call)
 
 
 _WORDS: dict[str, Any] = {"title": "a", "command": "b", "loading": "c", "proof": "d", "versions": {"torch": "2"}}
