@@ -22,6 +22,7 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
+from pretrain.engine import compiling
 from pretrain.engine.settings import check_machine, check_precision, deepspeed_config
 from pretrain.engine.step import Engine
 from pretrain.errors import DeviceMemoryError, StorageError, UserError
@@ -606,6 +607,54 @@ def test_a_missing_compiler_is_one_line(shards: Path, tmp_path: Path, monkeypatc
     (tmp_path / "mine").touch(mode=0o755)
     monkeypatch.setenv("CXX", "mine")
     check_machine(config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stage", "device", "lacks", "compiled", "told"),
+    [
+        ("auto", 1, "cuda", None, True, "engine.compile=auto: blocks are compiled"),
+        ("auto", 2, "cuda", "g++ only", False, "engine.compile=auto: blocks are not compiled (no C compiler: apt"),
+        ("auto", 1, "cuda", "no header", False, "engine.compile=auto: blocks are not compiled (no Python.h: apt"),
+        ("auto", 1, "cuda", "old GPU", False, "engine.compile=auto: blocks are not compiled (the GPU is older than"),
+        ("auto", 3, "cuda", None, False, "engine.compile=auto: blocks are not compiled (ZeRO 3 would"),
+        ("auto", 1, "cpu", None, False, ""),
+        (True, 3, "cuda", "g++ only", True, "engine.compile=true: blocks are compiled"),
+        (True, 1, "cpu", None, True, ""),
+        (False, 1, "cuda", None, False, "engine.compile=false: blocks are not compiled"),
+    ],
+)
+def test_what_is_compiled(
+    asked: Any,
+    stage: int,
+    device: str,
+    lacks: str | None,
+    compiled: bool,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By default on GPUs where each rank finds what Triton needs, and told; a reason where it does not."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / ("g++" if lacks == "g++ only" else "gcc")).touch(mode=0o755)
+    (tmp_path / ("none" if lacks == "no header" else "Python.h")).touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(compiling, "find_spec", lambda name: name)
+    capability = (6, 1) if lacks == "old GPU" else (7, 0)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    config = tiny_config(tmp_path, tmp_path, engine__compile=asked, engine__zero_stage=stage)
+    found, line = compiling.compiles(config, torch.device(device))
+    assert found is compiled and line.startswith(told) and bool(line) == bool(told) and "\n" not in line
+
+
+def test_all_ranks_compile_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot is enough, and its reason is told."""
+    monkeypatch.setattr(compiling, "_lacking", lambda device: None)
+    monkeypatch.setattr(compiling.agreement, "gather", lambda own: [own, "no Triton", own])
+    assert compiling.compiles(tiny_config(tmp_path, tmp_path), torch.device("cuda")) == (
+        False,
+        "engine.compile=auto: blocks are not compiled (no Triton)",
+    )
 
 
 def names_missing(config: Config) -> list[str]:

@@ -17,7 +17,7 @@ from weights_on_disk import randomised
 from pretrain.config import VIT_SHAPES, ModelConfig
 from pretrain.config.model import PLAIN_FORM, VIT_FORMS
 from pretrain.errors import ConfigError
-from pretrain.models.build import build_model
+from pretrain.models.build import build_model, build_without_values, drawn_values
 from pretrain.models.positions import sincos2d
 from pretrain.models.profile import forward_macs, num_parameters, train_flops
 from pretrain.models.vit import NORM_EPS, Attention, Block, VisionTransformer, draw_kept
@@ -265,6 +265,21 @@ def test_the_seed_alone_decides_the_weights() -> None:
         assert torch.equal(torch.get_rng_state(), before)
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("variant", INITIALISED)
+def test_values_drawn_one_at_a_time_are_the_model_s(variant: str) -> None:
+    """Into a model without values, whose buffers are whole; at each call again, and no other generator moves."""
+    config = tiny(**INITIALISED[variant])
+    whole, before = build_model(config, NUM_CLASSES, seed=5), torch.get_rng_state()
+    model = build_without_values(config, NUM_CLASSES)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(torch.equal(b, c) for b, c in zip(model.buffers(), whole.buffers(), strict=True))
+    values = drawn_values(model, config, seed=5)
+    for _ in range(2):
+        for (name, value), (expected, parameter) in zip(values(), whole.named_parameters(), strict=True):
+            assert name == expected and torch.equal(value, parameter)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- positions -------------------------------------------------------------------------------------------------------

@@ -1,19 +1,26 @@
 """The plan: sizes equal the built model's, memory equals what the real engine holds, choices fit, one-line errors."""
 
+import ctypes
 import gc
 import json
 import os
+import resource
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from tiny import NUM_CLASSES as SQUARES
+from tiny import make_shards
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.engine.step as engine_step
@@ -34,11 +41,14 @@ from pretrain.plan.failures import Failures, best_interval_s, goodput
 from pretrain.plan.memory import BUCKET_ELEMENTS, PREFETCH_ELEMENTS, Layout, activation_bytes, memory
 from pretrain.plan.speed import Cluster, communication_s, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
+from pretrain.train.datasets import open_data
+from pretrain.train.run import build_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_CLASSES = 1000
 NARROWER = 8  # models whose memory is measured; so are their classes
 WHOLE_ELEMENTS = 100_000  # DeepSpeed's param_persistence_threshold: smaller tensors ZeRO 3 keeps whole
+M_MMAP_THRESHOLD = -3  # of mallopt
 H100 = Cluster(DEVICES["h100"], gpus_per_node=8, network_rate=400e9)
 
 
@@ -159,6 +169,19 @@ def tensors() -> list[torch.Tensor]:
     return [tensor for tensor in found if tensor.device.type != "meta"]
 
 
+def scale_buckets(share: float) -> None:
+    """Has the engine of this process tell DeepSpeed of buckets that fit a small model."""
+
+    def with_buckets(*args: Any) -> dict[str, Any]:
+        values = deepspeed_config(*args)
+        values["zero_optimization"]["reduce_bucket_size"] = int(share * BUCKET_ELEMENTS)
+        values["zero_optimization"]["stage3_prefetch_bucket_size"] = int(share * PREFETCH_ELEMENTS)
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = int(share * WHOLE_ELEMENTS)
+        return values
+
+    engine_step.deepspeed_config = with_buckets  # type: ignore[assignment]
+
+
 def measured_peak(config: Config, share: float, num_classes: int) -> int:
     """Bytes that the engine's tensors take at the worst moment of its second step, on this rank.
 
@@ -169,20 +192,14 @@ def measured_peak(config: Config, share: float, num_classes: int) -> int:
     device = ranks.start(600)
     plan = plan_batch(config.data.global_batch, ranks.world_size(), config.engine.max_micro_batch_size)
 
-    def with_buckets(*args: Any) -> dict[str, Any]:
-        values = deepspeed_config(*args)
-        values["zero_optimization"]["reduce_bucket_size"] = int(share * BUCKET_ELEMENTS)
-        values["zero_optimization"]["stage3_prefetch_bucket_size"] = int(share * PREFETCH_ELEMENTS)
-        values["zero_optimization"]["stage3_param_persistence_threshold"] = int(share * WHOLE_ELEMENTS)
-        return values
-
     def fused(*args: Any) -> torch.optim.Optimizer:
         optimizer = build_optimizer(*args)
         for group in optimizer.param_groups if isinstance(optimizer, torch.optim.AdamW) else []:
             group["fused"] = True
         return optimizer
 
-    engine_step.deepspeed_config, engine_step.build_optimizer = with_buckets, fused  # type: ignore[assignment]
+    engine_step.build_optimizer = fused  # type: ignore[assignment]
+    scale_buckets(share)
     before = tensors()
     ours = {tensor.untyped_storage().data_ptr() for tensor in before}
     engine = engine_step.Engine(build_model(config.model, num_classes), config, plan, device)
@@ -270,6 +287,95 @@ def test_memory_is_what_the_engine_holds_in_every_layout(name: str, world_size: 
 def test_memory_counts_averages_and_bf16_moments() -> None:
     """Two ranks: Polyak averages, a first moment in bf16 and the temporaries of its update."""
     compare_cells(2, WITH_AVERAGES)
+
+
+def start_of_many(config: Config, share: float, from_scratch: bool) -> int:
+    """The most bytes that rank 0 of 64 has at a time until its engine is built; the others are torch's fake group."""
+    os.environ.update(WORLD_SIZE="64", LOCAL_WORLD_SIZE="1")
+    dist.init_process_group("fake", rank=0, world_size=64, store=FakeStore())
+    device, data = ranks.start(60), open_data(config)
+    scale_buckets(share)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        engine = build_engine(config, data, device, from_scratch=from_scratch)
+    engine.close()
+    return highest(record.profiler.kineto_results.events())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "from_scratch"),
+    [
+        (1, "bf16", True),
+        (3, "bf16", True),
+        pytest.param(1, "bf16", False, marks=pytest.mark.slow),
+        pytest.param(3, "bf16", False, marks=pytest.mark.slow),
+        pytest.param(2, "bf16", True, marks=pytest.mark.slow),
+        pytest.param(1, "fp32", True, marks=pytest.mark.slow),
+        pytest.param(3, "fp32", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_start_holds_no_whole_copy_besides(stage: int, precision: str, from_scratch: bool, tmp_path: Path) -> None:
+    """Weights are drawn one at a time, also the float32 ones that a bf16 run starts from; a resume needs none.
+
+    ZeRO 1 and 2 have the rounded weights twice, when DeepSpeed joins them: that is the formula. ZeRO 3 has the rank's
+    part with its state, and on a CPU what DeepSpeed moves it through: less than a third of the model's weights.
+    """
+    model = {"name": "Ti", "width": 128, "depth": 24, "mlp_dim": 512, "heads": 2, "image_size": 16, "patch_size": 8}
+    data = {"train": str(make_shards(tmp_path / "squares")), "global_batch": 64}
+    config = config_of(model, data=data, engine={"zero_stage": stage, "precision": precision})
+    (most,) = run_ranks(start_of_many, 1, config, 1e-4, from_scratch)
+    weights = plain_parameters(config.model, SQUARES) * (2 if precision == "bf16" else 4)
+    print(f"ZeRO {stage}, {precision}, {from_scratch=}: {most / weights:.3f} of the weights")
+    if stage == 3:
+        assert most < weights / 3
+    else:
+        predicted = memory(config, SQUARES, layout_of(config, 64, stage, 1, recompute=False)).phases["start"]
+        assert 0.9 <= predicted / most <= 1.05, (predicted, most)
+
+
+def bytes_of_a_start(config: Config, from_scratch: bool) -> tuple[int, int, float]:
+    """What this rank's resident memory grows by until DeepSpeed begins, and at most until the engine is built; the
+    processor time of it.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)  # fixed: else glibc keeps what is freed for later
+    device, data = ranks.start(600), open_data(config)
+    scale_buckets(1e-3)
+    given: list[int] = []
+    initialize = deepspeed.initialize
+
+    def noted(**options: Any) -> Any:
+        given.append(highest_rss())
+        return initialize(**options)
+
+    deepspeed.initialize = noted
+    before, began = highest_rss(), time.process_time()
+    build_engine(config, data, device, from_scratch=from_scratch)
+    return given[0] - before, highest_rss() - before, time.process_time() - began
+
+
+def highest_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("from_scratch", [True, False])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_a_wide_start_takes_what_training_takes(
+    world_size: int, stage: int, from_scratch: bool, tmp_path: Path
+) -> None:
+    """202M parameters in bf16: until DeepSpeed begins a rank has no more than its weights and what one parameter needs,
+    then no more than it goes on to train with; gloo's copies are a part of that.
+    """
+    data = {"train": str(make_shards(tmp_path / "squares")), "global_batch": 64}
+    config = config_of({"name": "L/16", "depth": 16}, data=data, engine={"zero_stage": stage})
+    measured = run_ranks(bytes_of_a_start, world_size, config, from_scratch)
+    first, most, seconds = (max(values) for values in zip(*measured))
+    layout = layout_of(config, world_size, stage, 1, recompute=False)
+    held = memory(config, SQUARES, layout, bucket=int(1e-3 * BUCKET_ELEMENTS))
+    parameters = plain_parameters(config.model, SQUARES)
+    told = f"{first / parameters:.1f}, {most / parameters:.1f} bytes per parameter, {seconds:.1f} s of processor time"
+    print(f"{world_size} ranks, ZeRO {stage}, {from_scratch=}, {parameters:,} parameters: {told}")
+    assert first < held.weights + parameters
+    assert most < held.rest + 3 * parameters
 
 
 def recomputing_config(recompute: bool) -> Config:

@@ -443,7 +443,7 @@ def test_machines_are_not_part_of_a_recipe() -> None:
             engine = [text.partition("=")[0] for text in line.overrides if text.startswith("engine.")]
             assert set(engine) <= {"engine.max_micro_batch_size"}
         config = config_of(name, [])
-        assert config.engine.precision == "bf16" and config.engine.compile
+        assert config.engine.precision == "bf16" and config.engine.compile == "auto"
         assert config.init_from is None and config.seed == 0
 
 

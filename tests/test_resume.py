@@ -22,7 +22,7 @@ from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.cluster.ranks import rank as own_rank
-from pretrain.config import Config
+from pretrain.config import Config, load_config
 from pretrain.data import loader, reader
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
@@ -854,6 +854,14 @@ def test_the_next_start_finds_what_was_compiled(shards: Path, tmp_path: Path) ->
     assert sum(counts["fxgraph_cache_miss"] for counts in made) > 0 and list(tmp_path.glob("compiled-*"))
     for counts in run_ranks(compiled_run, 2, second, tmp_path):
         assert counts["fxgraph_cache_hit"] > 0 and not counts["fxgraph_cache_miss"]
+
+
+def test_a_resume_keeps_to_what_its_run_was_told(shards: Path, tmp_path: Path) -> None:
+    """A run with engine.compile=false, of before there was a choice, is not compiled by a later default."""
+    first = tiny_config(shards, tmp_path, total_steps=5, optim__schedule="constant", engine__compile=False)
+    run_ranks(train, 1, first)
+    run_ranks(train, 1, changed(first, total_steps=6, engine__compile="auto"))
+    assert load_config(tmp_path / "tiny" / "config.yaml").engine.compile is False
 
 
 @pytest.mark.parametrize("unusable", ["a file", "of all", "a link"])

@@ -140,10 +140,14 @@ def _shown(default: Any, hint: Any) -> str:
     if default == MISSING:
         return "(must be given)"
     if get_origin(hint) is Literal:
-        return "|".join([str(default), *(str(choice) for choice in get_args(hint) if choice != default)])
+        return "|".join(map(_word, [default, *(choice for choice in get_args(hint) if choice != default)]))
     if isinstance(default, tuple):
         default = list(default)
     return str(default) if isinstance(default, (str, Path)) else json.dumps(default)
+
+
+def _word(choice: Any) -> str:
+    return json.dumps(choice) if isinstance(choice, bool) else str(choice)
 
 
 def _comments(source: str) -> dict[tuple[str, str], str]:

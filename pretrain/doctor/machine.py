@@ -178,7 +178,7 @@ def check_compiler(wanted: bool) -> Iterator[Finding]:
     if done.returncode:
         cause = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
         return (yield Finding("compiler", bad, f"{compiler} cannot build for Python: {cause[-200:]}", remedy))
-    yield Finding("compiler", OK, f"{compiler} builds for Python" + ("" if wanted else "; engine.compile is false"))
+    yield Finding("compiler", OK, f"{compiler} builds for Python")
 
 
 def check_precision(config: Config) -> Iterator[Finding]:

@@ -1,4 +1,6 @@
-"""Compiled code is kept where the next start finds it: /tmp, torch's own place, is another one on another node.
+"""Whether blocks are compiled, and where compiled code is kept.
+
+It is kept where the next start finds it: /tmp, torch's own place, is another one on another node.
 
 It lies in the user's cache folder, not in the run's: it is executed, and a run's folder may come from somebody else.
 torch looks it up by all that it was made of (the graph, the releases, the device), so that ranks and runs share it; a
@@ -7,14 +9,47 @@ file appears complete or not at all, whatever kills its writer.
 
 import fcntl
 import os
+import shutil
 import stat
+import sysconfig
 import tempfile
+from importlib.util import find_spec
+from pathlib import Path
 
-from pretrain.cluster import ranks
+import torch
+
+from pretrain.cluster import agreement, ranks
+from pretrain.config import Config
 from pretrain.data.downloads import cache_folder
 from pretrain.log import warn
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable; Triton's kernels lie in the same folder
+_LEAST_CAPABILITY = (7, 0)  # Volta, which Triton needs
+
+
+def compiles(config: Config, device: torch.device) -> tuple[bool, str]:
+    """Returns whether blocks are compiled, on all ranks alike, and what to tell of it: on a CPU nothing. Collective."""
+    asked = config.engine.compile
+    if device.type != "cuda":
+        return config.engine.compiles(on_gpu=False), ""
+    lacking = next(filter(None, agreement.gather(_lacking(device))), None) if asked == "auto" else None
+    compiled = config.engine.compiles(on_gpu=True, able=lacking is None)
+    why = "" if compiled or asked != "auto" else f" ({lacking or 'ZeRO 3 would have them compiled over and over'})"
+    return compiled, f"engine.compile={str(asked).lower()}: blocks are {'' if compiled else 'not '}compiled{why}"
+
+
+def _lacking(device: torch.device) -> str | None:
+    """What this rank lacks for compiling for its GPU, None when all is there."""
+    compilers = filter(None, [os.environ.get("CC"), "gcc", "clang"])  # as Triton looks for it
+    if not any(map(shutil.which, compilers)):
+        return "no C compiler: apt install build-essential python3-dev"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "no Python.h: apt install python3-dev"
+    if find_spec("triton") is None:
+        return "no Triton in this torch"
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return "the GPU is older than Triton's"
+    return None
 
 
 def keep_compiled() -> None:

@@ -54,7 +54,7 @@ def check_machine(config: Config) -> None:
     """Raises UserError for what this machine cannot do: a precision, as fp16 on most CPUs, or compiling."""
     check_precision(config)
     names = [os.environ.get("CC"), os.environ.get("CXX"), "cc", "gcc", "g++", "clang", "clang++"]
-    if config.engine.compile and not any(map(shutil.which, filter(None, names))):
+    if config.engine.compile is True and not any(map(shutil.which, filter(None, names))):
         raise UserError(
             "engine.compile=true: torch.compile needs a C and C++ compiler, and none is found: apt install "
             "build-essential (or set CC and CXX), or set engine.compile=false"

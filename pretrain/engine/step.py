@@ -20,7 +20,8 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
-from pretrain.engine.compiling import keep_compiled
+from pretrain.engine.compiling import compiles, keep_compiled
+from pretrain.engine.filling import fill
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
@@ -29,7 +30,7 @@ from pretrain.engine.slices import OwnedSlices
 from pretrain.engine.versions import reading_inside, step_is_known
 from pretrain.errors import DeviceMemoryError, UserError
 from pretrain.losses import num_correct, per_image_loss
-from pretrain.models.build import compile_blocks
+from pretrain.models.build import Values, compile_blocks, held_values
 from pretrain.models.profile import num_parameters
 from pretrain.models.weights import classifier_names
 from pretrain.optim import PIECE_ELEMENTS, build_optimizer, moment_dtypes
@@ -47,9 +48,14 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """A model that trains. Built on all ranks from equal weights."""
+    """A model that trains. Built on all ranks from equal weights.
 
-    def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device) -> None:
+    values: of a model on "meta", gone through twice where it trains in lower precision; None: its own.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device, values: Values | None = None
+    ) -> None:
         check_precision(config)
         self.plan, self.device = plan, device
         self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # around the parts of a step, for a trace
@@ -61,18 +67,21 @@ class Engine:
         # however uneven the split (docs/training.md).
         self._loss_weight = ranks.world_size() * plan.accumulation / config.data.global_batch
         self.num_parameters = num_parameters(model)  # before ZeRO 3 takes them apart
-        model.to(device)
         if config.engine.checkpoint_activations:
             _checkpoint_activations(model)
-        if config.engine.compile:
+        self.compiled, self.told_of_compiling = compiles(config, device)
+        if self.compiled:
             keep_compiled()
             compile_blocks(model)
         self._frozen = FrozenStatistics(model)
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
         self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size())
         before_start()
-        rounded = self.dtype != torch.float32
-        exact = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if rounded}
+        values = values or held_values(model)
+        with reading_inside():
+            fill(model, values, self.dtype, device, self.deepspeed_config)
+        if self.dtype == torch.float32:
+            values = None  # what is held is not needed any more
         # Any: what this file uses of them is DeepSpeed's inside, which its types do not tell.
         engine, zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, dist_init_required=False
@@ -83,9 +92,9 @@ class Engine:
         self._moments = moment_dtypes(config.optim)
         self._average_decay = config.optim.average_decay
         with reading_inside():
-            self._take_hold(config, exact)
+            self._take_hold(config, values)
 
-    def _take_hold(self, config: Config, exact: dict[str, torch.Tensor]) -> None:
+    def _take_hold(self, config: Config, exact: Values | None) -> None:
         """Reads DeepSpeed's inside for the first time, all that a checkpoint or a resume will read."""
         self._optimizer: Any = self._zero.optimizer
         self._frozen.refresh_model(self.dtype)
@@ -105,10 +114,13 @@ class Engine:
         self.check()
 
     @torch.no_grad()
-    def _start_from(self, exact: dict[str, torch.Tensor]) -> None:
+    def _start_from(self, exact: Values) -> None:
         """Makes the master weights the given float32 ones: DeepSpeed takes them from the model's, rounded already."""
-        for part in self._trained():
-            part.values.copy_(exact[part.name].view(-1).narrow(0, part.offset, part.values.numel()))
+        trained = {part.name: part for part in self._trained()}
+        for name, value in exact():
+            if name in trained:  # this rank owns something of it
+                part = trained[name]
+                part.values.copy_(value.view(-1).narrow(0, part.offset, part.values.numel()))
         self._owned.refresh_model()
 
     # --- training ---

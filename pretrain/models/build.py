@@ -1,14 +1,19 @@
 """From a model's config to an initialised `nn.Module`: the ViT of this package, or any model of timm."""
 
 import difflib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pretrain.config import ModelConfig
 from pretrain.errors import ConfigError
-from pretrain.models.vit import VisionTransformer, init_weights
+from pretrain.models.vit import VisionTransformer, init_parameter, init_weights
+
+# Goes through the names and float32 values of a model's parameters, one at a time, in the model's order, at each call.
+Values = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
 def build_model(config: ModelConfig, num_classes: int, seed: int = 0) -> nn.Module:
@@ -33,6 +38,49 @@ def outline(config: ModelConfig, num_classes: int) -> nn.Module:
         if config.timm_name is not None:
             return _build_timm(config, num_classes, seed=0)
         return VisionTransformer(config, num_classes)
+
+
+def build_without_values(config: ModelConfig, num_classes: int) -> nn.Module:
+    """Returns the model with its parameters on "meta", its buffers on the CPU; for `drawn_values` to fill. Not timm's.
+
+    A constructor makes one parameter at a time, whose memory is gone before the next one.
+    """
+    assert config.timm_name is None, "timm's constructors draw their values"
+
+    def without_value(module: nn.Module, name: str, made: nn.Parameter) -> Any:
+        return nn.Parameter(made.to("meta"))
+
+    hook = register_module_parameter_registration_hook(without_value)
+    try:
+        return VisionTransformer(config, num_classes)
+    finally:
+        hook.remove()
+
+
+def drawn_values(model: nn.Module, config: ModelConfig, seed: int) -> Values:
+    """Returns the values that `build_model` would give the model's parameters."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # before ZeRO 3 takes them apart
+
+    def draw() -> Iterator[tuple[str, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in shapes.items():
+            value = torch.empty(shape)
+            init_parameter(name, value, config, generator)
+            yield name, value
+
+    return draw
+
+
+def zero_values(model: nn.Module) -> Values:
+    """Returns zeros for the model's parameters: what they are until a checkpoint is loaded."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return lambda: ((name, torch.zeros(shape)) for name, shape in shapes.items())
+
+
+def held_values(model: nn.Module) -> Values:
+    """Returns the values that the model's parameters have now; views, no copies."""
+    held = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    return lambda: iter(held)
 
 
 def _build_timm(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:

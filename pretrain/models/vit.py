@@ -248,38 +248,43 @@ def _with_positions(x: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor
 
 @torch.no_grad()
 def init_weights(model: VisionTransformer, config: ModelConfig, generator: torch.Generator) -> None:
-    """Initialises all weights, in float32, as vision_transformer and big_vision do (models_vit.py, models/vit.py).
+    """Initialises all weights, in the model's order; see `init_parameter`."""
+    for name, parameter in model.named_parameters():
+        init_parameter(name, parameter, config, generator)
+
+
+def init_parameter(name: str, value: torch.Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    """Draws a parameter's first value, in float32, as vision_transformer and big_vision do (models_vit.py,
+    models/vit.py).
 
     Dense kernels: Xavier uniform, with q, k and v each as its own matrix; MLP biases: N(0, 1e-6); positions: N(0, 0.02)
     (with class_position=false, big_vision's way: N(0, 1 / sqrt(D))); convolutions and the representation layer: LeCun
     normal (flax's default); head: zeros with a constant bias; last norm of a ResNet unit: zeros; the rest: zeros,
     norms' scales ones.
     """
-    positions_std = 0.02 if config.class_position else config.shape.width**-0.5
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32, name  # bfloat16 would quantise the draws
-        if name == "head.bias":
-            parameter.fill_(config.head_bias)
-        elif "pos_embed" in name or name.endswith("relative_embed"):
-            parameter.normal_(std=positions_std, generator=generator)
-        elif parameter.ndim == 4 or name == "pre_logits.weight":
-            _lecun_normal(parameter, generator)
-        elif ".mlp." in name and name.endswith(".bias"):
-            parameter.normal_(std=1e-6, generator=generator)
-        elif name.endswith((".qkv.weight", ".kv.weight")):
-            for part in parameter.split(parameter.shape[1]):
-                nn.init.xavier_uniform_(part, generator=generator)
-        elif name == "attn_pool.latent":
-            nn.init.xavier_uniform_(parameter[0], generator=generator)
-        elif "norm" in name and name.endswith(".weight"):
-            parameter.fill_(0.0 if name.endswith("norm3.weight") else 1.0)
-        elif parameter.ndim == 2 and name != "head.weight":
-            nn.init.xavier_uniform_(parameter, generator=generator)
-        else:  # biases, class token, head kernel
-            parameter.zero_()
+    assert value.dtype == torch.float32, name  # bfloat16 would quantise the draws
+    if name == "head.bias":
+        value.fill_(config.head_bias)
+    elif "pos_embed" in name or name.endswith("relative_embed"):
+        value.normal_(std=0.02 if config.class_position else config.shape.width**-0.5, generator=generator)
+    elif value.ndim == 4 or name == "pre_logits.weight":
+        _lecun_normal(value, generator)
+    elif ".mlp." in name and name.endswith(".bias"):
+        value.normal_(std=1e-6, generator=generator)
+    elif name.endswith((".qkv.weight", ".kv.weight")):
+        for part in value.split(value.shape[1]):
+            nn.init.xavier_uniform_(part, generator=generator)
+    elif name == "attn_pool.latent":
+        nn.init.xavier_uniform_(value[0], generator=generator)
+    elif "norm" in name and name.endswith(".weight"):
+        value.fill_(0.0 if name.endswith("norm3.weight") else 1.0)
+    elif value.ndim == 2 and name != "head.weight":
+        nn.init.xavier_uniform_(value, generator=generator)
+    else:  # biases, class token, head kernel
+        value.zero_()
 
 
-def _lecun_normal(parameter: torch.Tensor, generator: torch.Generator) -> None:
+def _lecun_normal(value: torch.Tensor, generator: torch.Generator) -> None:
     """flax.linen's lecun_normal: truncated at two standard deviations, variance 1 / fan_in after truncation."""
-    std = math.sqrt(1.0 / parameter[0].numel()) / 0.87962566103423978
-    nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
+    std = math.sqrt(1.0 / value[0].numel()) / 0.87962566103423978
+    nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -149,8 +149,10 @@ def _memory(
     backward, end, step = _phases(item, p, part, layout, bucket, in_float32, (saved, start), largest, prefetch)
     if not rounded:
         step -= item * part  # the gradients are float32 already
+    # Stages 1 and 2 join the rounded weights, which are there twice for that; 3 has cut each parameter up at once.
+    start = item * part + (item + 4) * largest if layout.stage == 3 else 2 * item * p
     phases = {
-        "start": 4 * p,  # the whole model in float32, before it is cut
+        "start": start,
         "backward": rest + backward,
         "reduce": rest + end,
         "step": rest + step + update,

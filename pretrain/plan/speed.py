@@ -1,6 +1,6 @@
 """Time of a step by formula: products at an assumed or measured MFU, launches, communication."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretrain.config import Config
 from pretrain.plan.devices import Device
@@ -84,7 +84,8 @@ def step(config: Config, num_classes: int, layout: Layout, cluster: Cluster, mfu
     rate = cluster.device.peak_flops * _RATE_AGAINST_BF16[config.engine.precision]
     passes = layout.micro_batch * flops / (rate * mfu) * (4 / 3 if layout.recompute else 1)
     launches = config.model.shape.depth * _LAUNCHES_PER_BLOCK * _LAUNCH_S
-    launches *= _COMPILED_SHARE if config.engine.compile else 1
+    compiled = replace(config.engine, zero_stage=layout.stage).compiles(on_gpu=True)
+    launches *= _COMPILED_SHARE if compiled else 1
     compute = layout.accumulation * max(passes, launches)
     talk = communication_s(volume(config, num_classes, layout), layout.num_ranks, cluster)
     images = config.data.global_batch / (compute + talk)

@@ -5,6 +5,7 @@ deepspeed launch/pretrain.py --config configs/NAME.yaml
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from pretrain.engine.versions import untried
 from pretrain.errors import ConfigError, DeviceMemoryError, NotFoundError, StorageError
 from pretrain.evaluation import classification
 from pretrain.log import RunLog, in_words, say
-from pretrain.models.build import build_model
+from pretrain.models.build import Values, build_model, build_without_values, drawn_values, zero_values
 from pretrain.models.profile import num_parameters
 from pretrain.models.tensors import Weights
-from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
+from pretrain.models.weights import check_same_function, checkpoint_config, classifier_names, load_tensors, read_weights
 from pretrain.provenance import processor
 from pretrain.train import ending
 from pretrain.train.datasets import DataSets, open_data, warn_of_small_store
@@ -82,7 +83,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     restore_copy(config, stop)
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
-        agreement.together(lambda: _go_on_from(checkpoint, config, data))
+        config = agreement.together(lambda: _go_on_from(checkpoint, config, data))
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
         return
@@ -93,11 +94,11 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     _warn_of_young_averages(config)
     branches = config.branch_from is not None and checkpoint is None
     origin: Path | None = agreement.together(lambda: _branch_point(config, data)) if branches else None
+    start = checkpoint or origin
     warn_of_small_store(data.train, data.order)
-    engine = build_engine(config, data, device, from_scratch=checkpoint is None)
+    engine = build_engine(config, data, device, from_scratch=start is None)
     if checkpoint is not None:
         set_aside_newer(checkpoint)
-    start = checkpoint or origin
     state = _resume(engine, start, config) if start else _start(config)
     facts = _facts(data, engine.num_parameters, device)
     told = folder, config, engine.deepspeed_config, state.step, recipe
@@ -150,7 +151,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
 
     Raises UserError for a model that cannot be trained, or weights that do not fit it.
     """
-    model = build_model(config.model, data.num_classes, config.seed)
+    model, values = _model_and_values(config, data.num_classes, from_scratch=from_scratch)
     _refuse_state(model, config, from_scratch=from_scratch)
     heads = {name.rpartition(".")[0] for name in classifier_names(model)}
     if data.fewshot and len(heads) > 1:
@@ -184,13 +185,28 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     )
     try:
-        return Engine(model, config, plan, device)
+        engine = Engine(model, config, plan, device, values)
     except torch.OutOfMemoryError as error:
         told = str(error).partition(". ")[0]
         raise DeviceMemoryError(
             f"model.name: this GPU does not hold {config.model.name} and its optimizer ({told}); "
             "try engine.zero_stage=2 or 3, or more GPUs; tools/plan.py says what fits"
         ) from error
+    if engine.told_of_compiling:
+        say(engine.told_of_compiling)
+    return engine
+
+
+def _model_and_values(config: Config, num_classes: int, *, from_scratch: bool) -> tuple[torch.nn.Module, Values | None]:
+    """The model with its values in it, or what fills it parameter by parameter, so that no rank holds all in float32.
+
+    The first where timm draws them, and where init_from's are read: an error in a file has to be met before a part of
+    the model waits for other ranks.
+    """
+    if config.model.timm_name is not None or (from_scratch and config.init_from is not None):
+        return build_model(config.model, num_classes, config.seed), None
+    model = build_without_values(config.model, num_classes)
+    return model, drawn_values(model, config.model, config.seed) if from_scratch else zero_values(model)
 
 
 def _load(model: torch.nn.Module, config: Config, data: DataSets) -> None:
@@ -268,7 +284,7 @@ def _refuse_state(model: torch.nn.Module, config: Config, *, from_scratch: bool)
     saved_names, name, statistics = model.state_dict().keys(), config.model.name, statistics_of(model)
     if held := [key for key, _ in model.named_buffers() if key in saved_names and key not in statistics]:
         raise ConfigError(f"model.name: {name} keeps state ({held[0]}, ...) that checkpoints do not hold")
-    if statistics and from_scratch and config.init_from is None and config.branch_from is None:
+    if statistics and from_scratch and config.init_from is None:
         raise ConfigError(
             f"model.name: {name} has batch norm ({statistics[0]}, ...), whose statistics are not trained here but kept "
             "from init_from, which is not given; or choose a model with layer or group norm, for example "
@@ -295,9 +311,14 @@ def _start(config: Config) -> TrainState:
     return TrainState()
 
 
-def _go_on_from(checkpoint: Path, config: Config, data: DataSets) -> None:
+def _go_on_from(checkpoint: Path, config: Config, data: DataSets) -> Config:
+    """The config, which keeps to what the run began with where it leaves a choice."""
     refuse_changes(checkpoint, config, data.train)
     data.follow(resumed_order(checkpoint, data.order, config.total_steps))
+    if config.engine.compile == "auto":
+        config = replace(config, engine=replace(config.engine, compile=checkpoint_config(checkpoint).engine.compile))
+        check_machine(config)
+    return config
 
 
 def _branch_point(config: Config, data: DataSets) -> Path:
