@@ -42,9 +42,7 @@ def loop(
         if evaluate(config, data, engine, state, log, stop):
             return
         saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
-    batch, following = _first_two(batches, meter, state, saver)
-    if batch is not None and state.step == 0:
-        show_first_batch(batch, data.train.class_names, log)
+    batch, following = _first_two(batches, data, state, meter, saver, log)
     while batch is not None:
         answer = journal.ask(batch, following, stop, saver)
         lr = learning_rate(config.optim, config.total_steps, state.step)
@@ -81,13 +79,20 @@ def loop(
     saver.end(stop)
 
 
-def _first_two(batches: Incoming, meter: Meter, state: TrainState, saver: Saver) -> tuple[Batch | None, Batch | None]:
-    """The first batches; none where the run is asked to stop before there is anything to take a step on."""
+def _first_two(
+    batches: Incoming, data: DataSets, state: TrainState, meter: Meter, saver: Saver, log: RunLog
+) -> tuple[Batch | None, Batch | None]:
+    """The first batches; none where the run is asked to stop before there is anything to take a step on.
+
+    The very first one of a run is shown.
+    """
     batch = meter.wait_for(batches, state.step)
     if agreement.any_rank(batches.late):
         return None, None
     with saver.finished_before_errors():
         agreement.raise_together(batch.error if batch else None)
+    if batch is not None and state.step == 0:
+        show_first_batch(batch, data.train.class_names, log)
     return batch, meter.wait_for(batches, state.step)
 
 
