@@ -29,7 +29,10 @@ _AGAIN_S = 0.01  # after which an interrupt comes again that could not be raised
 
 
 def _interrupted(*_: object) -> None:
-    """Ends the process with the one word of an interrupt, as which Python would show a traceback, or the signal."""
+    """Ends the process with the one word of an interrupt, as which Python would show a traceback, or the signal.
+
+    It flushes nothing: the work's own output is out when this listens, and the stream may be in the midst of a write.
+    """
     if _speaks_first():
         with suppress(OSError):
             os.write(2, b"interrupted\n")

@@ -24,7 +24,7 @@ from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
 from pretrain.engine import compiling
 from pretrain.engine.settings import check_machine, check_precision, deepspeed_config
-from pretrain.engine.step import Engine
+from pretrain.engine.step import Engine, _fitting
 from pretrain.errors import DeviceMemoryError, StorageError, UserError
 from pretrain.models.build import build_model
 from pretrain.optim import learning_rate, moment_dtypes
@@ -582,6 +582,21 @@ def test_a_precision_that_the_machine_lacks_is_one_line(
     check_precision(config)
 
 
+def test_out_of_memory_of_the_model_and_of_layer_norms(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be changed is named; norms of layers can be done without."""
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    config = tiny_config(shards, Path("unused"))
+    monkeypatch.setattr("pretrain.train.run.Engine", no_room)
+    with pytest.raises(DeviceMemoryError, match="^model.name: this GPU does not hold .*; try engine.zero_stage=2"):
+        build_engine(config, open_data(config), torch.device("cpu"), from_scratch=True)
+    with pytest.raises(DeviceMemoryError, match="^log.layers_every_steps: 4 images .*; 0 switches it off$"):
+        with _fitting("log.layers_every_steps", 4):
+            no_room()
+
+
 def test_slow_emulation_of_bf16_does_not_count(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch and DeepSpeed have it on GPUs before Ampere."""
     monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: "cuda")
@@ -614,6 +629,7 @@ def test_a_missing_compiler_is_one_line(shards: Path, tmp_path: Path, monkeypatc
     [
         ("auto", 1, "cuda", None, True, "engine.compile=auto: blocks are compiled"),
         ("auto", 2, "cuda", "g++ only", False, "engine.compile=auto: blocks are not compiled (no C compiler: apt"),
+        ("auto", 1, "cuda", "CC", False, "engine.compile=auto: blocks are not compiled (CC=ccache gcc is not there)"),
         ("auto", 1, "cuda", "no header", False, "engine.compile=auto: blocks are not compiled (no Python.h: apt"),
         ("auto", 1, "cuda", "old GPU", False, "engine.compile=auto: blocks are not compiled (the GPU is older than"),
         ("auto", 3, "cuda", None, False, "engine.compile=auto: blocks are not compiled (ZeRO 3 would"),
@@ -636,9 +652,11 @@ def test_what_is_compiled(
     """By default on GPUs where each rank finds what Triton needs, and told; a reason where it does not."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
+    if lacks == "CC":
+        monkeypatch.setenv("CC", "ccache gcc")  # Triton takes it for a file's name
     (tmp_path / ("g++" if lacks == "g++ only" else "gcc")).touch(mode=0o755)
     (tmp_path / ("none" if lacks == "no header" else "Python.h")).touch()
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda *names: str(tmp_path))
     monkeypatch.setattr(compiling, "find_spec", lambda name: name)
     capability = (6, 1) if lacks == "old GPU" else (7, 0)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)

@@ -110,7 +110,10 @@ def test_restarts_lost_steps_and_goodput(tmp_path: Path) -> None:
     assert values["goodput"] == pytest.approx(24_000 / (24_000 + 3 * (150 + 300)), rel=1e-4) and values["goodput"] > 0.9
     told = markdown([values]).splitlines()
     assert "- restarts: 3, 150 steps done again" in told
-    assert "- goodput: 94.7% of the time went into steps that count, the rest into starts, validation, saves" in told
+    (goodput,) = (line for line in told if line.startswith("- goodput: "))
+    assert goodput.startswith(
+        "- goodput: 94.7% of the time went into steps that count, the rest into starts, steps done"
+    )
     old = (tmp_path / "run" / "metrics.jsonl").read_text().replace('"time"', '"other"')
     (tmp_path / "run" / "metrics.jsonl").write_text(old)  # of an earlier version
     assert summary(read_runs([tmp_path / "run"])[0])["goodput"] is None
@@ -355,7 +358,7 @@ def with_recipe(run: Path, header: str = RECIPE) -> None:
     [
         ("large", {}, "B/16: 79.15. top-1 after fine-tuning"),
         ("small", {"total_steps: 20": "total_steps: 40"}, "B/32: 74.91. top-1 after fine-tuning"),
-        ("other", {}, "top-1 after fine-tuning"),
+        ("other", {}, None),  # its command starts from weights
         ("small", {}, None),  # its line has twice the steps
         ("large", {"total_steps: 20": "total_steps: 10"}, None),
         ("large", {"global_batch: 12": "global_batch: 24"}, None),

@@ -169,13 +169,18 @@ import atexit, os, signal, sys, threading, time
 from pretrain import cli
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
+def interrupt_when_waited_for():
+    while signal.getsignal(signal.SIGINT) is not cli._interrupted:
+        time.sleep(0.01)
+    interrupt()
 class Odd:
     __del__ = lambda self: interrupt()
 def main():
     if sys.argv[1] == "exit handler":
         atexit.register(interrupt)
     elif sys.argv[1] == "thread that is waited for":
-        threading.Timer(0.3, interrupt).start()
+        print("done", flush=True)
+        return threading.Thread(target=interrupt_when_waited_for).start()
     elif sys.argv[1] == "destructor":
         Odd()
         time.sleep(60)

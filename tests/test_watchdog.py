@@ -18,7 +18,7 @@ from tiny import make_shards, tiny_config
 from pretrain import cli
 from pretrain.cluster import monitor, peers, signals, watchdog
 from pretrain.config import Config
-from pretrain.errors import LostProcessError
+from pretrain.errors import DeviceMemoryError, LostProcessError
 from pretrain.train import ending, journal
 from pretrain.train import run as training
 from pretrain.train.run import train
@@ -261,9 +261,11 @@ from pathlib import Path
 from pretrain.cluster import watchdog
 watchdog.LOOK_AROUND_S, watchdog.WAITING_S, watchdog.FIRST_FACTOR = 0.5, 0.5, 1
 def is_invalid_grad_norm():  # as DeepSpeed's, where a rank waits for the GPU, and the GPU for others
+    watchdog.beat()
     time.sleep(100)
 with watchdog.watching(Path(sys.argv[1]), int(sys.argv[2]), 600):
     print(flush=True)
+    watchdog.beat()
     is_invalid_grad_norm() if sys.argv[3] == "for the GPU" else time.sleep(100)
 """
 
@@ -271,8 +273,8 @@ with watchdog.watching(Path(sys.argv[1]), int(sys.argv[2]), 600):
 @pytest.mark.parametrize(
     ("waits", "floor_s", "told", "report"),
     [
-        ("for the GPU", 1, "waits for other ranks", "waiting"),
-        ("for nobody", 1, "hangs", "lost"),
+        ("for the GPU", 3, "waits for other ranks", "waiting"),
+        ("for nobody", 3, "hangs", "lost"),
         ("for nobody", 60, "lost another: rank 1 is gone", "waiting"),
     ],
 )
@@ -283,10 +285,28 @@ def test_who_waits_for_a_gpu_waits_for_others(waits: str, floor_s: int, told: st
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None and process.stdout.readline() == "\n"
         if floor_s == 60:
-            (tmp_path / "lost-rank-00001.txt").write_text("rank 1 is gone\n")
+            (tmp_path / "report").write_text("rank 1 is gone\n")
+            (tmp_path / "report").rename(tmp_path / "lost-rank-00001.txt")
         error = process.communicate(timeout=50)[1]
     assert process.returncode == 76 and f" {told}, in section start" in error
     assert told in (tmp_path / f"{report}-rank-00000.txt").read_text()
+
+
+def test_what_a_gpu_lacks_is_told_by_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others only lose it: it leaves the reason in the folder, and that another try is none."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lack = DeviceMemoryError("evaluation.batch_size: 8 images at a time are too many")
+    with pytest.raises(DeviceMemoryError), watchdog.watching(tmp_path, 300, 600), ending.noted(tmp_path):
+        raise lack
+    assert "evaluation.batch_size: 8" in (tmp_path / "lost-rank-00001.txt").read_text()
+    monkeypatch.setenv("RANK", "0")
+    ending.note(tmp_path, LostProcessError("rank 0 of 2 lost another process of the run"))
+    stop = json.loads((tmp_path / "STOP.json").read_text())
+    assert stop == {"reason": str(lack), "retry": False, "exit_code": 2}
+    ending.note(tmp_path, "asked to stop")
+    ending.note(tmp_path, LostProcessError("rank 0 of 2 lost another process of the run"))
+    assert json.loads((tmp_path / "STOP.json").read_text())["exit_code"] == 76
 
 
 def test_a_silent_node_does_not_hide_what_a_rank_has_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

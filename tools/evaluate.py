@@ -62,7 +62,9 @@ def main() -> None:
     if ranks.is_main():
         rows = [row for _, _, found in done for row in found.rows]
         record = record_of(subject, weights, digest, opened, done, failed)
-        out = arguments.out or results_folder(arguments.weights, "evaluation")
+        # At another size they are other results: these are not the run's own in a report.
+        name = f"evaluation-{arguments.image_size}px" if arguments.image_size else "evaluation"
+        out = arguments.out or results_folder(arguments.weights, name)
         print_table(rows, str(arguments.weights))
         with one_at_a_time(out):
             rows, record = with_earlier(rows, record, out / "results.json")

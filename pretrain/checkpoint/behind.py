@@ -4,6 +4,7 @@ The thread calls no collective: it may meet those of the training in another ord
 """
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,6 +102,10 @@ def wait_for_copies() -> None:
         torch.cuda.current_stream().synchronize()
 
 
+class NoRoomError(StorageError):
+    """A node has too little host memory free for its ranks' copies; raised on all ranks."""
+
+
 class HostCopies:
     """Copies of all files of a rank's checkpoints: memory that is taken at the first save, and kept."""
 
@@ -110,8 +115,8 @@ class HostCopies:
     def take(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, FileCopy]:
         """Returns a copy of each file's tensors, good until the next call. Called by all ranks.
 
-        Raises StorageError without memory; for lack of room on one node on all ranks, so that none holds what its
-        neighbours will ask for again.
+        Raises StorageError without memory; NoRoomError, on all ranks, so that none holds what its neighbours will ask
+        for again.
         """
         missing = [name for name, part in files.items() if name not in self._kept or not self._kept[name].fits(part)]
         agreement.together(lambda: _check_room(sum(host_bytes(files[name]) for name in missing)))
@@ -127,12 +132,12 @@ class HostCopies:
 
 
 def _check_room(num_bytes: int) -> None:
-    """Raises StorageError unless all ranks of this node can have so much: an allocation fails only when it is used."""
+    """Raises NoRoomError unless all ranks of this node can have so much: an allocation fails only when it is used."""
     free = free_memory_bytes()
     if num_bytes and free is not None and free < (needed := num_bytes * ranks.ranks_here()):
-        raise StorageError(
-            f"{free / 1e9:.1f} GB of host memory are free, {needed / 1e9:.1f} GB are needed for copies of this node's "
-            "ranks; free some, or set checkpoint.behind=false"
+        raise NoRoomError(
+            f"{socket.gethostname()}: {free / 1e9:.1f} GB of host memory are free, {needed / 1e9:.1f} GB are needed "
+            "for copies of its ranks; free some, or set checkpoint.behind=false"
         )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.behind import FileCopy, HostCopies, Job, wait_for_copies
+from pretrain.checkpoint.behind import FileCopy, HostCopies, Job, NoRoomError, wait_for_copies
 from pretrain.checkpoint.layout import FORMAT, KINDS, VERSION, Slice, file_name, manifest_text, set_aside, step_folders
 from pretrain.cluster import agreement, ranks
+from pretrain.errors import StorageError
 from pretrain.log import warn
 from pretrain.storage import crc32c, fsync_path, remove, write_text
 
@@ -76,12 +77,12 @@ class Save:
         if problem:
             contents, problem = (), problem if ranks.is_main() else None  # told once
         elif copies is not None:
-            taken: dict[str, FileCopy] = {}
-            if lack := attempt(lambda: taken.update(copies.take(files))):
-                warn(f"step {step}: {lack}; this rank's files are written while training waits")
+            try:
+                contents = copies.take(files).items()
+            except StorageError as lack:
                 self._behind = False
-            else:
-                contents = taken.items()
+                if ranks.is_main() or not isinstance(lack, NoRoomError):  # which all ranks meet
+                    warn(f"step {step}: {lack}; files are written while training waits")
         self._writing = Job(lambda: _packed(*_written(self._temporary, contents, problem), rows), behind=self._behind)
         self._publishing: Job | None = None
         self.published: bool | None = None  # None: under way

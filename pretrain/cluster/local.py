@@ -41,9 +41,7 @@ def default_num_ranks() -> int:
 
 
 def launcher(num_ranks: int) -> list[str]:
-    """Returns the words before a script and its arguments that start it: DeepSpeed's launcher, python for one rank."""
-    if num_ranks == 1:  # the launcher imports DeepSpeed twice more, seconds
-        return [sys.executable]
+    """Returns the words before a script and its arguments that start it on so many ranks by DeepSpeed's launcher."""
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     return [
         deepspeed,
@@ -53,6 +51,12 @@ def launcher(num_ranks: int) -> list[str]:
         "--master_port",
         str(free_port()),
     ]  # the default may be taken
+
+
+def launcher_or_python(num_ranks: int) -> list[str]:
+    """Returns the words that start a script soonest: DeepSpeed's launcher, plain python for one rank."""
+    # DeepSpeed's imports DeepSpeed twice more, seconds per run: for one rank there is no need of it.
+    return [sys.executable] if num_ranks == 1 else launcher(num_ranks)
 
 
 def ranks_here(num_ranks: int | None) -> list[str]:

@@ -39,13 +39,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._interrupted = False
         self.launchers = _launchers_above()  # those that die during the imports are to be missed too
         heard = [n for n in _STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in heard}
 
     def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.signal_name == "SIGINT":
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         first, self.signal_name = self.signal_name is None, signal.Signals(number).name
         if not first:  # as of who has started the ranks, and passes on what a terminal has told them already
             return

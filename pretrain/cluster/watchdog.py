@@ -22,7 +22,7 @@ from pathlib import Path
 from pretrain.cluster import monitor, peers
 from pretrain.cluster.monitor import SECTIONS, Age, Beat
 from pretrain.cluster.slurm import rank_so_far
-from pretrain.errors import LostProcessError
+from pretrain.errors import DeviceMemoryError, LostProcessError
 from pretrain.escape import shown
 
 FACTOR = 5  # a section may take so many times its longest silence of late
@@ -163,8 +163,8 @@ class _Watch:
         monitor.write_beat(self._memory, self._beat)
 
     def ended_by(self, error: Exception) -> None:
-        """Tells the others of an error that they may not have met: one of ours, which is not agreed upon."""
-        if not hasattr(error, "exit_code"):
+        """Tells the others of an error that they may not have met: a defect of ours, or a lack of this rank's GPU."""
+        if not hasattr(error, "exit_code") or isinstance(error, DeviceMemoryError):
             who, where = monitor.place(self._rank, os.getpid(), self._beat)
             monitor.report(
                 self._folder, self._rank, f"{who} ended, {where}: {type(error).__name__}: {error}".splitlines()[0]
@@ -204,12 +204,15 @@ class _Watch:
                 if stopped := monitor.stopped_children(os.getpid()):
                     self._end(beat, f"waits for loader process {stopped[0]}, stopped", silent_s, self._stopped_s)
             waiting = self._waits_for_others()
-            if silent_s - looked_around >= LOOK_AROUND_S / 2:  # a GPU waits where no frame shows it
+            # Also where no frame shows that it waits, for its GPU; who hangs himself hangs perhaps at this disk.
+            if (waiting or silent_s < beat.limit_s) and silent_s - looked_around >= LOOK_AROUND_S / 2:
                 looked_around = silent_s
                 if others := lost_others(self._folder):
                     self._end(beat, f"lost another: {others[0]}", silent_s, beat.limit_s, waiting=True)
             if silent_s >= beat.limit_s + (WAITING_S if waiting else 0):
-                silent = peers.silent()
+                silent: list[str] = []
+                with suppress(OSError):  # no file left to open
+                    silent = peers.silent()
                 waiting = waiting or bool(silent)
                 told = ["waits for other ranks" if waiting else "hangs", *silent[:_TOLD]]
                 self._end(beat, "; ".join(told), silent_s, beat.limit_s, waiting=waiting)

@@ -40,10 +40,14 @@ def compiles(config: Config, device: torch.device) -> tuple[bool, str]:
 
 def _lacking(device: torch.device) -> str | None:
     """What this rank lacks for compiling for its GPU, None when all is there."""
-    compilers = filter(None, [os.environ.get("CC"), "gcc", "clang"])  # as Triton looks for it
-    if not any(map(shutil.which, compilers)):
-        return "no C compiler: apt install build-essential python3-dev"
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+    # As Triton looks for both: a CC that is set is taken as it is, and Debian's scheme leads to where no header lies.
+    chosen = os.environ.get("CC")
+    if not any(map(shutil.which, ["gcc", "clang"] if chosen is None else [chosen])):
+        none = "no C compiler: apt install build-essential python3-dev"
+        return none if chosen is None else f"CC={chosen} is not there"
+    scheme = sysconfig.get_default_scheme()
+    header = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    if not Path(header, "Python.h").is_file():
         return "no Python.h: apt install python3-dev"
     if find_spec("triton") is None:
         return "no Triton in this torch"

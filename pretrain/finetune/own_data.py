@@ -139,11 +139,13 @@ def _open(path: Path, notes: Told) -> _Part:
 
 def _without_empty(items: PackedItems, names: Sequence[str], notes: Told) -> tuple[PackedItems, list[str]]:
     """The items with classes that have an image only; the others are told."""
-    kept = sorted(set(items.labels))
+    kept = set(items.labels)
     first = next(name for label, name in enumerate(names) if label not in kept)
     notes.passed_over[f"folders without pictures, the first {first!r}"] += len(names) - len(kept)
-    places = {label: place for place, label in enumerate(kept)}
-    return items.relabelled([places.get(label, 0) for label in range(len(names))]), [names[label] for label in kept]
+    places = {label: place for place, label in enumerate(sorted(kept))}
+    return items.relabelled([places.get(label, 0) for label in range(len(names))]), [
+        names[label] for label in sorted(kept)
+    ]
 
 
 def _check_classes(found: Mapping[str, _Part]) -> None:

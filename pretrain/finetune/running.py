@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pretrain.cli import tell
 from pretrain.cluster.jobs import STOPPED, run_job, start
-from pretrain.cluster.local import default_num_ranks, environment, launcher, ranks_here
+from pretrain.cluster.local import default_num_ranks, environment, launcher_or_python, ranks_here
 from pretrain.config import Config, config_to_yaml
 from pretrain.errors import NonFiniteError, UserError
 from pretrain.escape import shown
@@ -130,7 +130,7 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, tit
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only its score is needed
     elif sweep.task.name == "imagenet" and real_score(config) is None:
         evaluate = [ROOT / "tools" / "evaluate.py", folder, "--tasks", "real", "--data", options.data]
-        code = start([*launcher(_num_ranks(options)), *map(str, evaluate)], environment())
+        code = start([*launcher_or_python(_num_ranks(options)), *map(str, evaluate)], environment())
         if code:
             print(
                 f"warning: {shown(folder)}: not scored by ReaL labels, see above; the table goes without",

@@ -81,13 +81,12 @@ def claim_sweep(sweep: Sweep) -> None:
         raise UserError(f"{path}: was begun with another {' and '.join(different)}; give another --out")
 
 
-def _is_of_final(record: Fields, config: Config) -> bool:
-    """Whether a record is of a run's final checkpoint: by its digest; by its name where that has been removed."""
-    if record.integer("image_size", 1, MAX_IMAGE_SIZE) != config.model.image_size:
+def _is_of(record: Fields, image_size: int, checkpoint: Path, digest: str | None) -> bool:
+    """Whether a record is of a checkpoint: by its digest; by its name where that has been removed."""
+    if record.integer("image_size", 1, MAX_IMAGE_SIZE) != image_size:
         return False
-    checkpoint = config.output / config.name / "checkpoints" / f"step-{config.total_steps:010d}"
-    if checkpoint.is_dir():
-        return record.text("weights_sha256") == weights_sha256(checkpoint)
+    if digest is not None:
+        return record.text("weights_sha256") == digest
     return Path(record.text("weights")).name == checkpoint.name
 
 
@@ -99,9 +98,12 @@ def real_score(config: Config) -> RunScore | None:
     path = config.output / config.name / "evaluation" / "results.json"
     if not path.is_file():
         return None
+    final = config.output / config.name / "checkpoints" / f"step-{config.total_steps:010d}"
+    digest = weights_sha256(final) if final.is_dir() else None
     try:
         last = Fields.of(read_json(path), str(path))
-        records = [one for one in (last, *last.parts("others", ())) if _is_of_final(one, config)]
+        every = last, *last.parts("others", ())
+        records = [one for one in every if _is_of(one, config.model.image_size, final, digest)]
         rows = [row for one in records for row in one.parts("rows")]
         found = next((row for row in rows if row.text("metric") == "real/top1"), None)
         return found and RunScore(found.number("value", 0, 1), found.integer("n", 0, _MAX_IMAGES))

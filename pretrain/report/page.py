@@ -132,7 +132,7 @@ def _facts(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _goodput(share: float | None) -> str:
-    rest = "the rest into starts, validation, saves"
+    rest = "the rest into starts, steps done again, validation, saves"
     return f"{share:.1%} of the time went into steps that count, {rest}" if share else ""
 
 

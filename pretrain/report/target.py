@@ -12,6 +12,8 @@ from pretrain.report.files import read_text
 
 _FREE = {*MAY_CHANGE, "name", "seed"} - {"data.reweight"}  # settings without a part in a score
 
+_NO_PROMISE = re.compile(r"(?:[^:]+: )?(?:none|not measured)\b")  # also behind the model of a line of the table
+
 
 @dataclass(frozen=True)
 class Target:
@@ -31,14 +33,16 @@ def read_target(folder: Path, recipe: str | None, config: Config | None) -> Targ
         return None
     name = folder.resolve().name
     score = recipe_score(text, name)
-    return Target(recipe, score) if score and _is_the_recipes(config, folder / "recipe.yaml", text, name) else None
+    if score is None or _NO_PROMISE.match(score) or not _is_the_recipes(config, folder / "recipe.yaml", text, name):
+        return None
+    return Target(recipe, score)
 
 
 def _is_the_recipes(config: Config, path: Path, text: str, name: str) -> bool:
     line = _table_line(text, name)
-    ways = [[], _of_command(text)] if line is None else [_overrides(line)]
+    overrides = _of_command(text) if line is None else _overrides(line)
     try:
-        return any(_decides(config) == _decides(load_config(path, overrides)) for overrides in ways)
+        return _decides(config) == _decides(load_config(path, overrides))
     except ConfigError:  # of another version
         return False
 
@@ -51,7 +55,9 @@ def _decides(config: Config) -> tuple[Any, ...]:
 
 
 def _end(path: Path | None) -> tuple[str, ...]:
-    return () if path is None else path.parts[-2:]
+    if path is None:
+        return ()
+    return path.parts[-3 if path.parent.name == "checkpoints" else -2 :]
 
 
 def _of_command(text: str) -> list[str]:

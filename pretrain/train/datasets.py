@@ -11,6 +11,7 @@ from pretrain.data.lanes import Lanes, choose_lanes, fits
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.data.mixture import Mixture, choose_source_lanes, joined, phases_of, quotas_of
 from pretrain.data.order import Order
+from pretrain.data.shard_list import column
 from pretrain.data.store import make_folder, store_at
 from pretrain.errors import ConfigError
 from pretrain.evaluation import classification
@@ -114,7 +115,9 @@ def _open(path: Path, config: Config) -> Manifest:
 
 def warn_of_small_store(manifest: Manifest, order: Order) -> None:
     """Says when remote blocks would leave a node's store before all their samples were used."""
-    if order.name == "lanes" and manifest.store:  # lanes have their blocks open; where they do not fit, none stays
+    if manifest.store is None:
+        return
+    if order.name == "lanes":  # lanes have their blocks open; where they do not fit, none stays
         needed = 1.25 * sum(_bytes_in_use(source, lanes) for source, lanes in zip(*_lanes_of(manifest, order)))
         if needed > manifest.store.max_bytes:
             say(
@@ -122,8 +125,9 @@ def warn_of_small_store(manifest: Manifest, order: Order) -> None:
                 f"that a node has in use; each would be downloaded many times. Raise it to {needed / 1e9:.1f}"
             )
         return
-    num_bytes = sum(shard.num_bytes for shard in manifest.shards if shard.url)
-    if manifest.store and num_bytes > manifest.store.max_bytes:
+    sizes, urls = column(manifest.shards, "num_bytes"), column(manifest.shards, "url")
+    num_bytes = sum(size for size, url in zip(sizes, urls) if url)
+    if num_bytes > manifest.store.max_bytes:
         blocks = 1 - manifest.store.max_bytes / num_bytes
         say(
             f"warning: {manifest.path}: {num_bytes / 1e9:.1f} GB of remote shards do not fit data.store_gb "

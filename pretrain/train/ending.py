@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain.cluster import peers, ranks, watchdog
-from pretrain.errors import LostProcessError, StorageError
+from pretrain.errors import DeviceMemoryError, LostProcessError, StorageError, UserError
+from pretrain.json_files import Fields, read_json
 from pretrain.storage import write_text
 
 _FILE = "STOP.json"
@@ -57,8 +58,13 @@ def noted(folder: Path) -> Iterator[None]:
 
 
 def note(folder: Path, reason: Exception | str) -> None:
-    """Writes STOP.json, on rank 0: whether the same command, as it is, may get further."""
-    if not ranks.is_main():
+    """Writes STOP.json, on rank 0: whether the same command, as it is, may get further.
+
+    What a rank's GPU lacks that rank writes, whichever it is; the others only lose it.
+    """
+    if not (ranks.is_main() or isinstance(reason, DeviceMemoryError)):
+        return
+    if isinstance(reason, LostProcessError) and not may_retry(folder):
         return
     exit_code = 0 if isinstance(reason, str) else getattr(reason, "exit_code", 1)
     # A defect of ours may be one of the machine: whoever starts again gives up when no start gets further.
@@ -66,6 +72,14 @@ def note(folder: Path, reason: Exception | str) -> None:
     values = {"reason": str(reason) or type(reason).__name__, "retry": retry, "exit_code": exit_code}
     with suppress(OSError):  # a full disk is told by the error itself
         write_text(folder / _FILE, json.dumps(values) + "\n", errors="backslashreplace")
+
+
+def may_retry(folder: Path) -> bool:
+    """Returns whether nothing in STOP.json forbids another try."""
+    try:
+        return Fields.of(read_json(folder / _FILE), _FILE).values.get("retry") is not False
+    except (OSError, UserError):
+        return True
 
 
 def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:

@@ -35,7 +35,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from pretrain.checkpoint.read import read_state
-from pretrain.cluster import agreement, ranks, restarts, watchdog
+from pretrain.cluster import agreement, ranks, restarts
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
     Config,
@@ -74,17 +74,15 @@ def claim(folder: Path) -> TextIO | None:
     held: list[TextIO] = []
     token = agreement.from_main(lambda: _take_lock(folder, held))
 
-    def see() -> None:
-        if ranks.is_main():
-            return  # reading would close the file, and with any closing a process loses its lock
-        until = time.monotonic() + SEEN_WITHIN_S
-        while not _holds(folder / _LOCK, token):
-            if time.monotonic() >= until:
-                raise UserError(f"{folder}: rank {ranks.rank()} does not see it; give output= on a disk that all share")
-            watchdog.beat()
-            time.sleep(0.5)
-
-    agreement.together(see)
+    seen, until = False, time.monotonic() + SEEN_WITHIN_S
+    while True:
+        # Reading on rank 0 would close the file, and with any closing a process loses its lock.
+        seen = seen or ranks.is_main() or _holds(folder / _LOCK, token)
+        if not agreement.any_rank(not seen and time.monotonic() < until):
+            break
+        time.sleep(0.5)
+    why = f"{folder}: rank {ranks.rank()} does not see it; give output= on a disk that all share"
+    agreement.raise_together(None if seen else UserError(why))
     return held[0] if held else None
 
 

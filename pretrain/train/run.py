@@ -318,6 +318,8 @@ def _go_on_from(checkpoint: Path, config: Config, data: DataSets) -> Config:
     if config.engine.compile == "auto":
         config = replace(config, engine=replace(config.engine, compile=checkpoint_config(checkpoint).engine.compile))
         check_machine(config)
+        if config.engine.compile != "auto":
+            say(f"engine.compile: {str(config.engine.compile).lower()}, as the run began")
     return config
 
 
