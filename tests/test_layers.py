@@ -30,7 +30,7 @@ def with_a_head(*args: Any) -> Any:
 
 
 def finish(config: Config) -> None:
-    run.build_model = with_a_head
+    run._model_and_values = lambda config, *args, **_: (with_a_head(config.model, *args, config.seed), None)
     run.train(config)
 
 

@@ -95,7 +95,7 @@ def _shown(values: Fields) -> dict[str, Any]:
         "confusion": drawn(read_pairs(values, len(classes)), classes),
         "lr": values.number("lr", 0, 1e3),
         "selection": [_rate(part) for part in values.parts("selection")],
-        "num_choosing": max((part.integer("n", 0, MAX_COUNT) for part in values.parts("selection")), default=0),
+        "num_choosing": max((part.integer("n", 0, MAX_COUNT, 0) for part in values.parts("selection")), default=0),
         "seeds": [f"{seed:.2%}" for seed in _numbers(values, "seeds")],
         "told": list(map(portable, values.texts("told"))),
         "differs": list(map(portable, values.texts("differs"))),
