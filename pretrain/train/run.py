@@ -20,7 +20,7 @@ from pretrain.data.classes import match_classes
 from pretrain.data.lanes import read_amplification
 from pretrain.data.loader import train_batches
 from pretrain.data.manifest import Manifest
-from pretrain.data.order import Order, plan_batch, share
+from pretrain.data.order import BatchPlan, Order, plan_batch, share
 from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_machine
 from pretrain.engine.step import Engine
@@ -161,29 +161,14 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     if from_scratch and config.init_from is not None:
         agreement.together(lambda: _load(model, config, data))  # a node may lack them
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
-    num_ranks, batch = ranks.world_size(), config.data.global_batch
-    plan = plan_batch(batch, num_ranks, config.engine.max_micro_batch_size)
-    too_large = data.val is not None and data.val.multi_label and not data.has_average_precision
-    most = classification.MAX_LOGIT_BYTES_IN_TRAINING
-    without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
+    plan = plan_batch(config.data.global_batch, ranks.world_size(), config.engine.max_micro_batch_size)
     if told := untried():
         say(f"warning: {told}")
     if idle := ranks.num_idle_gpus():
         say(f"warning: one rank uses one of {idle + 1} GPUs; deepspeed or torchrun starts a rank for each")
     if statistics_of(model):
         say("batch norm: its statistics stay those of the weights that the run starts from")
-    say(
-        f"{config.output / config.name}: {model_name(config.model)}, {num_parameters(model):,} parameters, "
-        f"{data.num_classes} classes",
-        f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
-        f"{data.order.epochs(config.total_steps):.1f} epochs{' of the slowest' if data.order.mixture else ''}; "
-        f"validation: {len(data.val_indices):,} images{without}",
-        *_told_of_order(data.order),
-        *_told_of_sources(data, config.total_steps),
-        f"batch {batch} = {num_ranks} ranks x {plan.accumulation} x {plan.micro_batch}"
-        + (f" less {plan.masked} masked slots ({plan.masked / (batch + plan.masked):.1%})" if plan.masked else "")
-        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
-    )
+    say(*_told_of_run(config, data, model, plan, device))
     try:
         engine = Engine(model, config, plan, device, values)
     except torch.OutOfMemoryError as error:
@@ -195,6 +180,28 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     if engine.told_of_compiling:
         say(engine.told_of_compiling)
     return engine
+
+
+def _told_of_run(
+    config: Config, data: DataSets, model: torch.nn.Module, plan: BatchPlan, device: torch.device
+) -> list[str]:
+    """What trains, on what, how the batch is split."""
+    batch, masked = config.data.global_batch, plan.masked
+    too_large = data.val is not None and data.val.multi_label and not data.has_average_precision
+    most = classification.MAX_LOGIT_BYTES_IN_TRAINING
+    without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
+    return [
+        f"{config.output / config.name}: {model_name(config.model)}, {num_parameters(model):,} parameters, "
+        f"{data.num_classes} classes",
+        f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
+        f"{data.order.epochs(config.total_steps):.1f} epochs{' of the slowest' if data.order.mixture else ''}; "
+        f"validation: {len(data.val_indices):,} images{without}",
+        *_told_of_order(data.order),
+        *_told_of_sources(data, config.total_steps),
+        f"batch {batch} = {ranks.world_size()} ranks x {plan.accumulation} x {plan.micro_batch}"
+        + (f" less {masked} masked slots ({masked / (batch + masked):.1%})" if masked else "")
+        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
+    ]
 
 
 def _model_and_values(config: Config, num_classes: int, *, from_scratch: bool) -> tuple[torch.nn.Module, Values | None]:
