@@ -198,7 +198,7 @@ def test_a_run_that_is_not_watched(start: Callable[..., Run]) -> None:
     """engine.watchdog_s=0: no process beside the rank; and a watched one that ends well leaves nothing behind."""
     run = start(1, total_steps=3, engine__watchdog_s=0)
     assert run.codes() == [0] and not list(run.folder.glob("*rank-*.txt"))
-    run = start(1, total_steps=4)
+    run = start(1, total_steps=3, name="watched")
     assert run.codes() == [0] and not list(run.folder.glob("*rank-*.txt"))
 
 
