@@ -11,7 +11,6 @@ import pytest
 
 from pretrain import storage
 from pretrain.config import MAX_CLASSES
-from pretrain.data import manifest as manifest_module
 from pretrain.data import manifest as manifests
 from pretrain.data import shard_list
 from pretrain.data.manifest import (
@@ -24,10 +23,12 @@ from pretrain.data.manifest import (
     write_index,
     write_manifest,
 )
+from pretrain.data.order import Order
 from pretrain.data.reader import read_sample
 from pretrain.data.shard_list import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, ShardList, column
 from pretrain.errors import StorageError, UserError
 from pretrain.json_files import Fields
+from pretrain.train.datasets import warn_of_small_store
 
 
 def changed(folder: Path, **changes: Any) -> Path:
@@ -308,6 +309,14 @@ def test_a_list_of_shards_is_a_sequence(shard_folder: Path) -> None:
         shards[3]
 
 
+def test_a_start_makes_no_objects(shard_folder: Path) -> None:
+    """Of a local set, whatever a rank asks of all its shards before the first batch."""
+    manifest = load_manifest(shard_folder)
+    check_shards(manifest)
+    warn_of_small_store(manifest, Order(manifest.num_samples, 0, 4, 0))
+    assert isinstance(manifest.shards, ShardList) and not manifest.is_remote and not manifest.shards._made
+
+
 @pytest.mark.parametrize("again", [[0, 0], [0, 1, 2, 1], [2, 2, 2, 2]], ids=str)
 def test_a_shard_that_is_listed_twice_is_refused(again: list[int], own_shards: Path) -> None:
     """Though the totals fit: its samples would come as often."""
@@ -477,6 +486,6 @@ def test_an_index_is_not_read_beyond_what_its_samples_need(own_shards: Path) -> 
 
 def test_nobody_writes_an_index_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit of samples holds for the writer too."""
-    monkeypatch.setattr(manifest_module, "MAX_SHARD_SAMPLES", 2)
+    monkeypatch.setattr(manifests, "MAX_SHARD_SAMPLES", 2)
     with pytest.raises(UserError, match="a.tar: has 3 samples, at most 2"):
         write_index(Shard(tmp_path / "a.tar", 3, 8192, ""), ShardIndex(np.arange(4), np.zeros(3)))
