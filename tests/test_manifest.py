@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pretrain.data.manifest import (
 from pretrain.data.order import Order
 from pretrain.data.reader import read_sample
 from pretrain.data.shard_list import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, ShardList, column
+from pretrain.data.store import Store
 from pretrain.errors import StorageError, UserError
 from pretrain.json_files import Fields
 from pretrain.train.datasets import warn_of_small_store
@@ -309,12 +311,18 @@ def test_a_list_of_shards_is_a_sequence(shard_folder: Path) -> None:
         shards[3]
 
 
-def test_a_start_makes_no_objects(shard_folder: Path) -> None:
+def test_a_start_makes_no_objects(shard_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a local set, whatever a rank asks of all its shards before the first batch."""
     manifest = load_manifest(shard_folder)
     check_shards(manifest)
     warn_of_small_store(manifest, Order(manifest.num_samples, 0, 4, 0))
     assert isinstance(manifest.shards, ShardList) and not manifest.is_remote and not manifest.shards._made
+    far = ShardList()
+    for number in range(3):
+        far.add(f"/set/{number}.tar", 2, 10_000, "0" * 64, f"https://there/{number}.tar")
+    manifest = replace(manifest, shards=far, store=Store(shard_folder, 15_000))
+    warn_of_small_store(manifest, Order(manifest.num_samples, 0, 4, 0))
+    assert "remote shards do not fit data.store_gb" in capsys.readouterr().out and not far._made
 
 
 @pytest.mark.parametrize("again", [[0, 0], [0, 1, 2, 1], [2, 2, 2, 2]], ids=str)

@@ -274,9 +274,10 @@ def test_another_protocol_is_no_score_of_the_papers(tmp_path: Path) -> None:
     shutil.copytree(run / "finetune" / "imagenet", scratch)
     line = json.loads((scratch / "results.json").read_text())
     (scratch / "results.json").write_text(json.dumps({**line, "mean": 0.3, "from_scratch": True}))
-    evaluation = run / "finetune" / "imagenet" / "final-lr0.01-seed0" / "evaluation"  # no fine-tuning result
-    evaluation.mkdir(parents=True)
-    (evaluation / "results.json").write_text("{}")
+    for name in ("evaluation", "evaluation-384px"):  # no results of a fine-tuning
+        evaluation = run / "finetune" / "imagenet" / "final-lr0.01-seed0" / name
+        evaluation.mkdir(parents=True)
+        (evaluation / "results.json").write_text("{}")
     assert protocol_scores(read_runs([run])[0]) == {"imagenet": 0.7}
     page = write_report(read_runs([run]), tmp_path / "out")[2].read_text()
     assert "| 500 | steps: 3 instead of 10000 |" in page and "| 500 | not all seeds are done |" in page

@@ -304,7 +304,13 @@ def test_what_a_gpu_lacks_is_told_by_its_rank(tmp_path: Path, monkeypatch: pytes
     ending.note(tmp_path, LostProcessError("rank 0 of 2 lost another process of the run"))
     stop = json.loads((tmp_path / "STOP.json").read_text())
     assert stop == {"reason": str(lack), "retry": False, "exit_code": 2}
+    with pytest.raises(LostProcessError, match="rank 1 on .*evaluation.batch_size: 8 .*; that has to be changed$"):
+        with ending.lost_processes(tmp_path):
+            raise RuntimeError("Connection closed by peer [::1]:1")
+    (tmp_path / "checkpoints" / "step-0000000010").mkdir(parents=True)  # it was enough once
     ending.note(tmp_path, "asked to stop")
+    ending.note(tmp_path, lack)
+    assert json.loads((tmp_path / "STOP.json").read_text())["retry"]
     ending.note(tmp_path, LostProcessError("rank 0 of 2 lost another process of the run"))
     assert json.loads((tmp_path / "STOP.json").read_text())["exit_code"] == 76
 

@@ -62,7 +62,7 @@ def main() -> None:
     if ranks.is_main():
         rows = [row for _, _, found in done for row in found.rows]
         record = record_of(subject, weights, digest, opened, done, failed)
-        # At another size they are other results: these are not the run's own in a report.
+        # At a size of their own they are other results, which a report does not show as the run's.
         name = f"evaluation-{arguments.image_size}px" if arguments.image_size else "evaluation"
         out = arguments.out or results_folder(arguments.weights, name)
         print_table(rows, str(arguments.weights))
@@ -74,7 +74,7 @@ def main() -> None:
         if arguments.predictions:
             write_predictions(arguments.predictions, done)
             cli.tell(arguments.predictions)
-        shown = arguments.out or out.parent
+        shown = out if arguments.out or arguments.image_size else out.parent
         if done:
             cli.tell_next(f"python tools/report.py {shlex.quote(str(shown))}")
     ranks.stop()
@@ -116,7 +116,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256, help="images per rank and forward pass (default 256)")
     parser.add_argument("--workers", type=int, help="loader processes per rank (default: up to 4, as cores allow)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write a line of JSON for each image")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for the results (default: WEIGHTS/evaluation)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for the results (default: WEIGHTS/evaluation[-Npx])")
     arguments = parser.parse_args()
     if not (arguments.val or arguments.fewshot or arguments.tasks):
         raise UserError("nothing to evaluate: give --val MANIFEST, --fewshot TRAIN TEST, or --tasks NAME,...")

@@ -192,10 +192,17 @@ def _read_yaml(path: Path) -> Any:
     except AssertionError:  # omegaconf's answer to a file that holds one number
         values = None
     except _REFUSED as error:
-        raise ConfigError(f"{path}: not valid YAML: {_short(' '.join(str(error).split()), 600)}") from None
+        raise _refusal(str(path), "not valid YAML", error) from None
     if not OmegaConf.is_dict(values):
         raise ConfigError(f"{path}: expected `key: value` lines")
     return values
+
+
+def _refusal(source: str, what: str, error: Exception) -> ConfigError:
+    told = " ".join(str(error).split())
+    if "maximum nesting depth" in told:  # libyaml's own, of a thousand, since PyYAML 6.0.4; met before its first event
+        return ConfigError(f"{source}: is nested more than {MAX_NESTING} deep")
+    return ConfigError(f"{source}: {what}: {_short(told, 600)}")
 
 
 def _read_override(text: str) -> Any:
@@ -211,7 +218,7 @@ def _read_override(text: str) -> Any:
     except ConfigError:
         raise
     except _REFUSED as error:
-        raise ConfigError(f"{_short(text)}: not a valid value: {_short(' '.join(str(error).split()), 600)}") from None
+        raise _refusal(_short(text), "not a valid value", error) from None
 
 
 def _check_text(text: str, source: str) -> None:

@@ -250,7 +250,8 @@ def _finetuning_files(folder: Path) -> list[Path]:
     """The results of each task: below a run or weights, or in the folder that tools/finetune.py's --out named."""
     own = [path for path in folder.glob("*/results.json") if _is_of("pretrain-finetuning", folder, path)]
     found = {*folder.glob("finetune*/**/results.json"), *own}
-    found = {path for path in found if path.parent.name != "evaluation"}  # of a final run, by tools/evaluate.py
+    # Of a final run tools/evaluate.py has others, in evaluation and evaluation-384px.
+    found = {path for path in found if not path.parent.name.startswith("evaluation")}
     return sorted(path for path in found if inside(folder, str(path.relative_to(folder))))
 
 

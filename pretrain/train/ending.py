@@ -62,16 +62,19 @@ def note(folder: Path, reason: Exception | str) -> None:
 
     What a rank's GPU lacks that rank writes, whichever it is; the others only lose it.
     """
-    if not (ranks.is_main() or isinstance(reason, DeviceMemoryError)):
-        return
-    if isinstance(reason, LostProcessError) and not may_retry(folder):
+    lacks_memory = isinstance(reason, DeviceMemoryError)
+    if not (ranks.is_main() or lacks_memory):
         return
     exit_code = 0 if isinstance(reason, str) else getattr(reason, "exit_code", 1)
     # A defect of ours may be one of the machine: whoever starts again gives up when no start gets further.
     retry = exit_code in (0, 1, StorageError.exit_code, LostProcessError.exit_code)
+    if lacks_memory:  # which was enough when there is a checkpoint: somebody else has it now
+        retry = any((folder / "checkpoints").glob("step-*"))
+    if retry and isinstance(reason, Exception) and not may_retry(folder):
+        return  # of another rank, whose loss is all that this one has seen
     values = {"reason": str(reason) or type(reason).__name__, "retry": retry, "exit_code": exit_code}
     with suppress(OSError):  # a full disk is told by the error itself
-        write_text(folder / _FILE, json.dumps(values) + "\n", errors="backslashreplace")
+        write_text(folder / _FILE, json.dumps(values) + "\n", errors="backslashreplace", shared=lacks_memory)
 
 
 def may_retry(folder: Path) -> bool:
@@ -103,9 +106,9 @@ def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
             + "; the same command goes on from the newest checkpoint"
         )
     if known:
+        way = "the same command goes on from the newest checkpoint" if may_retry(folder) else "that has to be changed"
         return LostProcessError(
-            f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run: {known[0]}; the same "
-            "command goes on from the newest checkpoint"
+            f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run: {known[0]}; {way}"
         )
     return LostProcessError(
         f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run, which is gone or hangs: its own "
