@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from pretrain import cli
 from pretrain.cluster.jobs import PART_OF, STOPPED, run_job
-from pretrain.cluster.local import environment, gpu_is_here, ranks_here
+from pretrain.cluster.local import environment, gpu_is_here, options_of_ranks
 from pretrain.config import load_config
 from pretrain.errors import UserError
 
@@ -81,7 +81,7 @@ def main() -> None:
 def _training(out: Path, config: str, *overrides: str, num_ranks: int | None) -> tuple[list[str], Path]:
     """Returns the command that trains by a config, and the run's folder; None: on all GPUs."""
     path = f"configs/{config}.yaml"
-    words = [sys.executable, "launch/pretrain.py", *ranks_here(num_ranks)]
+    words = [sys.executable, "launch/pretrain.py", *options_of_ranks(num_ranks)]
     command = [*words, "--config", path, f"output={out / 'runs'}", *overrides]
     return command, out / "runs" / load_config(ROOT / path, overrides).name
 

@@ -43,14 +43,8 @@ def default_num_ranks() -> int:
 def launcher(num_ranks: int) -> list[str]:
     """Returns the words before a script and its arguments that start it on so many ranks by DeepSpeed's launcher."""
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
-    return [
-        deepspeed,
-        "-q",
-        "--num_gpus",
-        str(num_ranks),
-        "--master_port",
-        str(free_port()),
-    ]  # the default may be taken
+    port = str(free_port())  # the default one may be taken
+    return [deepspeed, "-q", "--num_gpus", str(num_ranks), "--master_port", port]
 
 
 def launcher_or_python(num_ranks: int) -> list[str]:
@@ -59,7 +53,7 @@ def launcher_or_python(num_ranks: int) -> list[str]:
     return [sys.executable] if num_ranks == 1 else launcher(num_ranks)
 
 
-def ranks_here(num_ranks: int | None) -> list[str]:
+def options_of_ranks(num_ranks: int | None) -> list[str]:
     """Returns the options of launch/pretrain.py that start so many ranks of this machine; None: on all GPUs.
 
     Sooner than `deepspeed`, which imports DeepSpeed twice more, and which answers Ctrl-C with a traceback of its own.

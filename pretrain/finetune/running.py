@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pretrain.cli import tell
 from pretrain.cluster.jobs import STOPPED, run_job, start
-from pretrain.cluster.local import default_num_ranks, environment, launcher_or_python, ranks_here
+from pretrain.cluster.local import default_num_ranks, environment, launcher_or_python, options_of_ranks
 from pretrain.config import Config, config_to_yaml
 from pretrain.errors import NonFiniteError, UserError
 from pretrain.escape import shown
@@ -150,7 +150,7 @@ def train(config: Config, sweep: Sweep, num_ranks: int) -> int:
     file = sweep.folder / "configs" / f"{config.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, config_to_yaml(config), shared=True)
-    words = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *ranks_here(num_ranks), "--config", str(file)]
+    words = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *options_of_ranks(num_ranks), "--config", str(file)]
     return run_job(words, environment(), config.output / config.name / "lock")
 
 
