@@ -27,7 +27,6 @@ from pretrain.cluster import forks, local, restarts
 from pretrain.cluster.slurm import rank_so_far
 from pretrain.config import Config, config_to_yaml, load_config, option_hint, settings_help
 from pretrain.errors import ConfigError, UserError
-from pretrain.json_files import Fields, read_json
 
 
 def _tell(line: str) -> None:
@@ -96,7 +95,6 @@ def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Pat
     for option, value, lowest in (("--restarts", most, 0), ("--num-gpus", num_ranks, 1)):
         if value is not None and value < lowest:
             raise UserError(f"{option} is {value}, expected at least {lowest}")
-    (folder / "STOP.json").unlink(missing_ok=True)  # of an earlier start
     assert STOP is not None
 
     def newest() -> str:
@@ -104,22 +102,19 @@ def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Pat
             return next((path.name for path in step_folders(folder / "checkpoints")), "")
         return ""
 
-    def forbidden() -> bool:
-        with suppress(OSError, UserError):
-            return not Fields.of(read_json(folder / "STOP.json"), "STOP.json").flag("retry", True)
-        return False
-
     _tell_of_imports(config)
     forks.count_gpus_without_the_driver()
     with cli.loading():
         import pretrain.train.run  # noqa: F401 - once for all ranks and all starts
+        from pretrain.train import ending
+    ending.forget(folder)  # what an earlier start has left
     ranks = num_ranks or local.default_num_ranks()
     if forks.can_fork():
         start: restarts.Start = forks.by_fork(partial(cli.run, partial(_train, config, recipe)))
     else:
         start = restarts.by_command([sys.executable, *sys.orig_argv[1:]])  # as given: ranks know that they are such
-    forget = partial(watchdog.forget_reports, folder)
-    return restarts.run_with_restarts(start, ranks, most, STOP, newest=newest, forbidden=forbidden, forget=forget)
+    refused, forget = partial(ending.refused, folder), partial(watchdog.forget_reports, folder)
+    return restarts.run_with_restarts(start, ranks, most, STOP, newest=newest, refused=refused, forget=forget)
 
 
 if __name__ == "__main__":

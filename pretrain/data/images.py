@@ -42,13 +42,14 @@ def decode(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.T
     BadSample("decode") when it cannot be decoded or is beyond the limits of data/headers.py.
     """
     headers.check_parts(data)
-    is_jpeg = data.startswith(b"\xff\xd8")
-    kept, size = headers.jpeg_header(data) if is_jpeg else headers.JpegHeader(0)
-    (width, height), form = (size, "JPEG") if size else _header(data := _without_text(data))
-    headers.check_size(width, height)
-    refused = None
-    if is_jpeg:  # torchvision takes 2/3 of Pillow's time. A damaged PNG can crash it
-        headers.check_memory(width, height, headers.TORCHVISION_JPEG + kept, data)
+    kept, refused = 0.0, None
+    if data.startswith(b"\xff\xd8"):  # torchvision takes 2/3 of Pillow's time. A damaged PNG can crash it
+        kept, size = headers.jpeg_header(data)
+        if size is None:
+            with _opened(data) as opened:
+                size = opened.size
+        headers.check_size(*size)
+        headers.check_memory(*size, headers.TORCHVISION_JPEG + kept, data)
         try:
             image, heard = listen(lambda: _decode_jpeg(data))
             for complaint in heard:
@@ -56,22 +57,22 @@ def decode(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.T
             return image
         except RuntimeError as error:  # damaged, or of a kind that torchvision does not know: Pillow decides
             refused = str(error).partition("\n")[0]
-            (width, height), form = _header(data)  # what is decoded next is what Pillow takes it for
-            headers.check_size(width, height)
-    headers.check_memory(width, height, headers.PILLOW.get(form, headers.PILLOW["JPEG"]) + kept, data)
-    image = _decode_with_pillow(data)
+    data = _without_text(data)
+    with _opened(data) as opened:  # what is decoded is what Pillow takes it for
+        headers.check_size(*opened.size)
+        headers.check_memory(*opened.size, headers.PILLOW.get(opened.format or "", headers.PILLOW["JPEG"]) + kept, data)
+        pixels = _pixels(opened)
     if refused is not None:
         told(refused)
-    return image
+    return pixels
 
 
-def _header(data: bytes) -> tuple[tuple[int, int], str]:
-    """Width and height, and the format, as Pillow reads them."""
+def _opened(data: bytes) -> Image.Image:
+    """The image whose header Pillow has read; its pixels come when they are asked for."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                return header.size, header.format or ""
+            return Image.open(io.BytesIO(data), formats=FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("decode", _reason(error)) from None
 
@@ -119,19 +120,19 @@ def _without_text(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _decode_with_pillow(data: bytes) -> torch.Tensor:
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """A picture of Pillow's as uint8 [3, height, width]."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
-            rows = max(1, _BAND // 4 // image.width)
-            for top in range(0, image.height, rows):  # a second image of the whole size would double the memory
-                part = image.crop((0, top, image.width, min(top + rows, image.height)))
-                if part.mode.startswith("I"):  # 16-bit gray, which `convert` would clip to white
-                    part = Image.fromarray((np.asarray(part) >> 8).astype(np.uint8))
-                elif part.mode == "P":
-                    part = part.convert("RGBA")  # a palette may have transparency; its colors stay as they are
-                pixels[top : top + rows] = np.asarray(part.convert("RGB"))
-            return torch.from_numpy(pixels).permute(2, 0, 1)
+        pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+        rows = max(1, _BAND // 4 // image.width)
+        for top in range(0, image.height, rows):  # a second image of the whole size would double the memory
+            part = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
+            if part.mode.startswith("I"):  # 16-bit gray, which `convert` would clip to white
+                part = Image.fromarray((np.asarray(part) >> 8).astype(np.uint8))
+            elif part.mode == "P":
+                part = part.convert("RGBA")  # a palette may have transparency; its colors stay as they are
+            pixels[top : top + rows] = np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many types on damaged files: struct.error, IndexError, TypeError ...

@@ -140,8 +140,8 @@ class Engine:
                 raise
             size, ways = self.plan.micro_batch, "engine.checkpoint_activations=true, engine.zero_stage=2 or 3"
             raise DeviceMemoryError(
-                f"engine.max_micro_batch_size: {size} images at a time are too many for this GPU ({_short(error)}); "
-                f"try {max(1, size // 2)}, or {ways}; tools/plan.py says what fits"
+                f"engine.max_micro_batch_size: {size} images at a time are too many for this GPU "
+                f"({first_sentence(error)}); try {max(1, size // 2)}, or {ways}; tools/plan.py says what fits"
             ) from error
 
     def _train_step(self, batch: Batch, lr: float) -> StepResult:
@@ -342,12 +342,13 @@ def _fitting(key: str, num_images: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         less = f"try {num_images // 2}" if key != _LAYERS and num_images > 1 else "0 switches it off"
         raise DeviceMemoryError(
-            f"{key}: {num_images} images at a time, without gradients, are too many for this GPU ({_short(error)}); "
-            + less
+            f"{key}: {num_images} images at a time, without gradients, are too many for this GPU "
+            f"({first_sentence(error)}); {less}"
         ) from error
 
 
-def _short(error: torch.OutOfMemoryError) -> str:
+def first_sentence(error: torch.OutOfMemoryError) -> str:
+    """Returns what an error begins with; advice and the state of the allocator follow."""
     return str(error).partition(". ")[0]
 
 

@@ -46,8 +46,7 @@ def lost_processes(folder: Path) -> Iterator[None]:
 def noted(folder: Path) -> Iterator[None]:
     """Leaves the reason in STOP.json when the block ends by an error, which it raises as `lost_processes` does."""
     if ranks.is_main():
-        (folder / _FILE).unlink(missing_ok=True)  # of an earlier start
-        watchdog.forget_reports(folder)
+        forget(folder)  # an earlier start
     watchdog.tell_also(lambda lost: note(folder, lost))
     try:
         with lost_processes(folder):
@@ -70,19 +69,26 @@ def note(folder: Path, reason: Exception | str) -> None:
     retry = exit_code in (0, 1, StorageError.exit_code, LostProcessError.exit_code)
     if lacks_memory:  # which was enough when there is a checkpoint: somebody else has it now
         retry = any((folder / "checkpoints").glob("step-*"))
-    if retry and isinstance(reason, Exception) and not may_retry(folder):
+    if retry and isinstance(reason, Exception) and refused(folder) is not None:
         return  # of another rank, whose loss is all that this one has seen
     values = {"reason": str(reason) or type(reason).__name__, "retry": retry, "exit_code": exit_code}
     with suppress(OSError):  # a full disk is told by the error itself
         write_text(folder / _FILE, json.dumps(values) + "\n", errors="backslashreplace", shared=lacks_memory)
 
 
-def may_retry(folder: Path) -> bool:
-    """Returns whether nothing in STOP.json forbids another try."""
+def forget(folder: Path) -> None:
+    """Deletes what a start has left: how it ended, and what its ranks told of each other."""
+    (folder / _FILE).unlink(missing_ok=True)
+    watchdog.forget_reports(folder)
+
+
+def refused(folder: Path) -> int | None:
+    """Returns the exit code of a run whose STOP.json forbids another try, whichever rank wrote it; else None."""
     try:
-        return Fields.of(read_json(folder / _FILE), _FILE).values.get("retry") is not False
+        fields = Fields.of(read_json(folder / _FILE), _FILE)
+        return None if fields.flag("retry", True) else fields.integer("exit_code", 1, 255, 1)
     except (OSError, UserError):
-        return True
+        return None
 
 
 def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
@@ -106,7 +112,8 @@ def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
             + "; the same command goes on from the newest checkpoint"
         )
     if known:
-        way = "the same command goes on from the newest checkpoint" if may_retry(folder) else "that has to be changed"
+        may_retry = refused(folder) is None
+        way = "the same command goes on from the newest checkpoint" if may_retry else "that has to be changed"
         return LostProcessError(
             f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run: {known[0]}; {way}"
         )

@@ -23,7 +23,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.order import BatchPlan, Order, plan_batch, share
 from pretrain.engine.frozen import statistics_of
 from pretrain.engine.settings import check_machine
-from pretrain.engine.step import Engine
+from pretrain.engine.step import Engine, first_sentence
 from pretrain.engine.versions import untried
 from pretrain.errors import ConfigError, DeviceMemoryError, NotFoundError, StorageError
 from pretrain.evaluation import classification
@@ -172,9 +172,8 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     try:
         engine = Engine(model, config, plan, device, values)
     except torch.OutOfMemoryError as error:
-        told = str(error).partition(". ")[0]
         raise DeviceMemoryError(
-            f"model.name: this GPU does not hold {config.model.name} and its optimizer ({told}); "
+            f"model.name: this GPU does not hold {config.model.name} and its optimizer ({first_sentence(error)}); "
             "try engine.zero_stage=2 or 3, or more GPUs; tools/plan.py says what fits"
         ) from error
     if engine.told_of_compiling:
