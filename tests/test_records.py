@@ -148,6 +148,36 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     assert load_manifest(tmp_path / "three").class_names == tuple(NAMES)
 
 
+HUB = [f"train-0000{n}-of-00003-{'abc'[n] * 16}.parquet" for n in range(3)]  # with the digest of each behind
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (HUB, None),
+        (["0000.parquet", "0001.parquet"], None),
+        (HUB[:2], "is one of 3, 2 were given, of which train-00002-of-00003 is missing"),
+        ([*HUB, HUB[0]], "train-00000-of-00003 is too many"),
+        ([*HUB[:2], HUB[2].replace("of-00003", "of-00004")], "train-00002-of-00003 is missing"),
+        (["0000.parquet", "0001.parquet", "0000.parquet"], "0000.parquet: is given twice"),
+        (["0000.parquet", "0001.parquet", "0002.parquet"], "0002.parquet: is given twice, the other time as"),
+    ],
+)
+def test_parquet_files_of_a_split_are_complete(given: list[str], said: str | None, tmp_path: Path) -> None:
+    """By the count in their names; where they have none, at least none is there twice, also by a link."""
+    for number, name in enumerate(dict.fromkeys(given)):
+        if name == "0002.parquet":
+            (tmp_path / "in" / name).symlink_to("0000.parquet")
+        else:
+            parquet_file(tmp_path / "in" / name, IMAGES[2 * number : 2 * number + 2], [0, 1])
+    files = [tmp_path / "in" / name for name in given]
+    if said:
+        assert said in refusal(make_shards, files, None, tmp_path / "set", SMALL)
+        return
+    make_shards(files, None, tmp_path / "set", SMALL)
+    assert load_manifest(tmp_path / "set").num_samples == 2 * len(given)
+
+
 def test_rows_without_an_image_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Null, no image, more than is read; a BMP becomes a PNG, as in folders."""
     monkeypatch.setattr(parquet_module, "MAX_IMAGE_BYTES", 5000)
@@ -244,6 +274,7 @@ TRAIN = [f"train-0000{n}-of-00002" for n in range(2)]
         (["part-1.tfrecord", "part-2.tfrecord"], [""], None),
         (TRAIN, [TRAIN[0]] * 2, "2 were given, of which train-00001-of-00002 is missing"),
         (TRAIN, [*TRAIN, TRAIN[0]], "train-00000-of-00002 is too many"),
+        (["part-1.tfrecord", "part-2.tfrecord"], ["part-1.tfrecord"] * 2, "part-1.tfrecord: is given twice"),
         (["train.tfrecord", "validation.tfrecord"], [""], "files of several splits"),
         ([*TRAIN, "validation-00000-of-00001"], [""], "files of several splits"),
         (["a/0.tfrecord", "b/0.tfrecord"], ["a/0.tfrecord", "b/0.tfrecord"], "files of several splits"),
