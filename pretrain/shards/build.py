@@ -95,6 +95,8 @@ def build(
     for done in complete:
         notes.update(done.notes)
     dropped = shards.dropped(complete)
+    if told and dropped:
+        told.num_dropped, told.first_dropped = len(dropped), dropped[0][1]
     written = [done.shard for done in complete if done.shard.num_samples]
     if not written:
         unfinished.clear(out, set_name(out))

@@ -29,6 +29,8 @@ class Told:
     passed_over: Counter[str] = field(default_factory=Counter)  # files that are nobody's data
     classes: str = ""  # how its classes were recognised in a list of names
     notes: Counter[str] = field(default_factory=Counter)  # pictures that were converted, or look otherwise than shown
+    num_dropped: int = 0  # images that cannot be read or decoded
+    first_dropped: str = ""  # with the reason
 
 
 def folder_items(
