@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from tfds_records import example, write_split
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
+from pretrain.shards import class_tars
 from pretrain.shards import parquet as parquet_module
+from pretrain.shards.archives import read_at
 from pretrain.shards.build import read_dropped
 from pretrain.shards.make import Options, make_part, make_shards
 from pretrain.shards.parquet import Columns
 from pretrain.shards.passes import FOLDER
 from pretrain.shards.records import RowsSoFar
+from pretrain.shards.tfrecord import file_records, read_record
 from tests.test_building import refusal, tree
 
 NAMES = ["ant", "bee", "cow"]
@@ -329,3 +333,19 @@ def test_a_label_column_of_what_has_no_columns(tmp_path: Path) -> None:
     other = replace(SMALL, label_column="x")
     with pytest.raises(UserError, match="--label-column is for parquet and TFRecord files"):
         make_shards([tmp_path / "x.npz"], None, tmp_path / "set", other)
+
+
+def test_a_mount_that_gives_less_at_a_time_cuts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mounts of FUSE and of networks may: only nothing at all is the end of a file."""
+    data = IMAGES[0]
+    (tmp_path / "x").write_bytes(data)
+    write_split(tmp_path, "toy", "train", [data], 1)
+    (record,) = file_records(tmp_path / "toy-train.tfrecord-00000-of-00001")
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, at: real(file, max(1, count // 3), at))
+    assert class_tars._read(tmp_path / "x", 0, len(data)) == data
+    assert read_at(tmp_path / "x", 0, len(data), len(data)) == data
+    assert parquet_module._read(tmp_path / "x", 0, len(data), Counter(), False) == data
+    assert read_record(record) == data
+    with pytest.raises(UserError, match="ends at byte"):
+        read_at(tmp_path / "x", 0, len(data) + 1, 1 << 20)

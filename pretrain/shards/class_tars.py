@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.data.index_rows import read_at
 from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.tar_headers import BadHeader, end_of, members
@@ -245,7 +246,7 @@ def _read(path: Path, offset: int, num_bytes: int) -> bytes:
     if num_bytes > MAX_IMAGE_BYTES:
         raise BadSample("tar", f"{num_bytes} bytes, at most {MAX_IMAGE_BYTES}")
     with path.open("rb") as file:
-        data = os.pread(file.fileno(), num_bytes, offset)
+        data = read_at(file.fileno(), offset, offset + num_bytes)
     if len(data) < num_bytes:
         raise UserError(f"{path}: ends at byte {offset + len(data)}, within an image; it was cut meanwhile")
     return data

@@ -4,7 +4,6 @@ Pages are compressed, so no row can be read by itself: each file is unpacked onc
 end to end in OUT/.passes, from which shards are written in their shuffled order. Nothing in a file is executed.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.data.index_rows import read_at
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.errors import UserError, first_line
 from pretrain.json_files import Fields, brief, is_text, parse_json, read_json
@@ -206,7 +206,7 @@ def _read(path: Path, start: int, num_bytes: int, notes: Counter[str], apply_ori
     if num_bytes > MAX_IMAGE_BYTES:
         raise BadSample("tar", f"{num_bytes} bytes, at most {MAX_IMAGE_BYTES}")
     with path.open("rb") as file:
-        data = os.pread(file.fileno(), num_bytes, start)
+        data = read_at(file.fileno(), start, start + num_bytes)
     if len(data) != num_bytes:
         raise UserError(f"{path}: is cut; remove {path.parent} to have it made anew")
     return picture_of(data, "row.jpg", notes, apply_orientation)
