@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.engine.step as engine_step
 from pretrain.benchmark.models import activation_bytes as saved_bytes
-from pretrain.benchmark.train import PEAK_TFLOP_PER_S
 from pretrain.cluster import ranks
 from pretrain.config import Config, ModelConfig, config_from_dict
 from pretrain.data.loader import Batch, single_labels
@@ -402,10 +401,8 @@ def test_activations_make_the_peak(recompute: bool) -> None:
 
 
 def test_constants_are_those_of_their_owners() -> None:
-    """What the plan repeats because it must not import torch: the piece of an update, the peaks."""
+    """What the plan repeats because it must not import torch: the piece of an update, DeepSpeed's buckets."""
     assert memory_module._PIECE_ELEMENTS == PIECE_ELEMENTS
-    for name, peak in PEAK_TFLOP_PER_S.items():
-        assert DEVICES[name.lower()].peak_flops == peak * 1e12
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero = DeepSpeedZeroConfig()
