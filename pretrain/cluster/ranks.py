@@ -171,8 +171,8 @@ def _enter_driver() -> None:
         torch.cuda.init()
     except RuntimeError as error:
         raise UserError(
-            f"there are GPUs, but CUDA cannot use them ({str(error).splitlines()[0]}): look at nvidia-smi, and whether "
-            f"the driver is new enough for CUDA {torch.version.cuda}; DS_ACCELERATOR=cpu trains on the CPU"
+            "CUDA cannot use the GPUs here: look at nvidia-smi, and whether the driver is new enough for CUDA "
+            f"{torch.version.cuda} ({str(error).splitlines()[0]}); DS_ACCELERATOR=cpu trains on the CPU"
         ) from None
 
 
