@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import timm
 
 from pretrain.config import Config, load_config
 
@@ -370,6 +371,15 @@ def test_the_steps_tell_their_arithmetic(name: str) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["paper_imagenet21k", "augreg_imagenet21k"])
+def test_the_shards_have_the_classes_of_the_head(name: str) -> None:
+    """The command of the header names a list that timm has, a WordNet id for each output, sorted."""
+    path = re.search(r" --classes \$\(python -c '(.+)'\)(/\S+)$", header(name), flags=re.MULTILINE)
+    assert path is not None and path[1] == "import timm; print(timm.__path__[0])"
+    ids = Path(f"{timm.__path__[0]}{path[2]}").read_text().split()
+    assert len(ids) == config_of(name, []).model.num_classes and ids == sorted(set(ids))
+
+
 def test_g14_has_its_schedule_and_its_heads_decay() -> None:
     """Scaling: 1M steps, rsqrt with a timescale of 10k, a cooldown of 50k, decay 0.03 and 3.0 on the head."""
     config = config_of("scaling_g14", [])
@@ -449,8 +459,6 @@ def test_machines_are_not_part_of_a_recipe() -> None:
 
 def test_timm_has_the_networks() -> None:
     """The baselines' names exist in timm, where a misspelt one would be found only when the run starts."""
-    import timm
-
     assert set(TIMM.values()) <= set(timm.list_models("resnetv2_*_bit"))
 
 
