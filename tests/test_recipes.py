@@ -436,6 +436,20 @@ def test_headers_are_complete(name: str) -> None:
     assert ("# data:      private" in text) == (name in private)
 
 
+@pytest.mark.parametrize("name", LINES)
+def test_a_header_makes_what_its_commands_read(name: str) -> None:
+    """Sets of photos for training, validation and the final score; a score after fine-tuning has its command."""
+    text, data = header(name), config_of(name, []).data
+    wanted = {str(path) for path in (data.train, data.val) if path} | set(re.findall(r"--val (\S+)", text))
+    if re.search(r"tools/(evaluate|finetune)\.py \S+ --tasks? imagenet", text):
+        wanted.add("data/imagenet")
+    made = set(re.findall(r"tools/make_shards\.py (?:--task imagenet )?[\w./]+ (data/\w+)", text))
+    is_private = "private data" in text
+    assert is_private or wanted == made
+    if not is_private and "after fine-tuning at 384 px" in text:
+        assert "tools/finetune.py runs/" in text
+
+
 def test_runs_do_not_share_a_folder() -> None:
     """Every documented line is a run of its own name, which begins with its file's, so that none resumes another."""
     names = []
