@@ -356,19 +356,30 @@ def test_the_public_splits_hold_out_what_big_vision_does() -> None:
 @pytest.mark.parametrize("name", sorted(set(LINES) - {"scaling_g14"}))
 def test_the_steps_tell_their_arithmetic(name: str) -> None:
     """The comment beside total_steps is right: epochs x (images - held out) / batch, for each number of epochs."""
+    images, steps = told_steps(name)
+    assert images == PROTOCOLS[name].images
+    batch = config_of(name, []).data.global_batch
+    assert steps == {line.epochs: round(line.epochs * images / batch) for line in LINES[name] if line.epochs}
+
+
+def test_the_steps_of_own_photos_tell_theirs() -> None:
+    """The same comment: 90 epochs are 90, of the photos that are not held out."""
+    images, steps = told_steps("photos_s16")
+    assert steps == {90: round(90 * images / config_of("photos_s16", []).data.global_batch)}
+
+
+def told_steps(name: str) -> tuple[int, dict[int, int]]:
+    """What the comment beside total_steps says, checked against the file: images of an epoch, epochs -> steps."""
     config = config_of(name, [])
     text = re.search(r"^total_steps: .*$", (CONFIGS / f"{name}.yaml").read_text(), flags=re.MULTILINE)
     assert text is not None
-    said = re.search(r"# (\d+) epochs x \(([\d,]+) - ([\d,]+)\) images / (\d+)", text[0])
+    said = re.search(r"# (\d+) epochs x \(([\d,]+) - ([\d,]+)\) (?:images|photos) / (\d+)", text[0])
     assert said is not None
     epochs, images, held_out, batch = (int(number.replace(",", "")) for number in said.groups())
     assert (held_out, batch) == (config.data.held_out, config.data.global_batch)
-    assert images - held_out == PROTOCOLS[name].images
     steps = {epochs: config.total_steps}
     steps |= {int(n): int(s) for n, s in re.findall(r"; (\d+) epochs: ([\d_]+)", text[0])}
-    assert steps == {
-        line.epochs: round(line.epochs * (images - held_out) / batch) for line in LINES[name] if line.epochs
-    }
+    return images - held_out, steps
 
 
 @pytest.mark.parametrize("name", ["paper_imagenet21k", "augreg_imagenet21k"])
