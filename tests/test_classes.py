@@ -50,12 +50,18 @@ def test_equal_lists_are_silent() -> None:
         ([CAFE[1], "x"], ["x", CAFE[0]], (1, 0), "in another order"),
         (["1", "3"], ["0", "1", "2", "3"], (1, 3), "val has 2 of the 4 classes of train, in another order"),
         (["0", "1", "2"], ["0", "10", "2", "1"], (0, 3, 2), "in another order"),
+        (
+            ["a", "b", "c"],
+            ["a", "b", "unused 2", "unused 3"],
+            None,
+            "val has 3 of the 4 classes of train: mapped by name",
+        ),
     ],
 )
 def test_what_can_be_mapped_by_name_is_mapped_and_said(
     theirs: list[str], ours: list[str], labels: tuple[int, ...] | None, said: str
 ) -> None:
-    """Another order, a part of the classes, names that only look equal."""
+    """Another order, a part of the classes, names that only look equal, a class for an output that was kept for it."""
     found = match(theirs, ours)
     assert found.labels == labels and found.told and said in found.told
 
@@ -77,6 +83,7 @@ def test_what_cannot_be_compared_is_said_once() -> None:
         (["a", "b", "c", "d"], ["a", "b", "c"], "val has 4 classes, train has 3"),
         (["b", "a"], ["a", "b", "a"], "train: classes 0 and 2 are both called 'a'"),
         (["a", "a"], ["a", "b"], "val: class 1, 'a', stands twice in its list"),
+        (["b", "c"], ["a", "b", "unused 2"], "val: class 1 is 'c', which train does not have (its class 1 is 'b')"),
     ],
 )
 def test_anything_else_is_refused_with_the_first_difference(theirs: list[str], ours: list[str], said: str) -> None:

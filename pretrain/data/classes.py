@@ -61,6 +61,8 @@ def _by_name(theirs: Sequence[str], ours: Sequence[str], their_place: str, our_p
             )
         places[name] = place
     for number, name in enumerate(theirs):
+        if number < len(ours) and ours[number] == f"{_UNUSED}{number}":
+            places.setdefault(_normal(name), number)  # an output that was kept for a class to come
         if _normal(name) not in places:
             own = f"{ours[number]!r}" if number < len(ours) else "none"
             raise UserError(
