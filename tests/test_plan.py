@@ -566,6 +566,9 @@ def test_what_is_assumed_is_said_where_it_comes_from(
         (["--table", "--price", "2.5"], "--price has no effect with --table; leave it out"),
         (["model.name=R50+B/16"], "R50+B is no plain ViT"),
         (["model.name=timm:resnet50", "model.head_bias=0", "data.workers=0"], "timm:resnet50 is no plain ViT"),
+        (["total_epochs=90", "model.name=R50+B/16", "data.train=nowhere"], "R50+B is no plain ViT"),
+        (["total_epochs=90", "data.train=nowhere"], "nowhere: not found"),
+        (["total_epochs=90", "data.train=nowhere"], "without data give total_steps=N"),
         (["engine.zero_stage=0"], "engine.zero_stage is 0"),
     ],
     ids=lambda value: value[0] + value[-1] if isinstance(value, list) else "",
@@ -575,3 +578,13 @@ def test_errors_are_one_line(arguments: list[str], told: str) -> None:
     *dropped, error = result.stderr.splitlines()
     assert result.returncode == 2 and result.stdout == "" and all(line.endswith(": dropped") for line in dropped)
     assert error.startswith("error: ") and told in error, result.stderr
+
+
+def test_epochs_take_the_manifest(tmp_path: Path) -> None:
+    """Of 101 images and batches of 32, 10 epochs are 32 steps; where all are held out, that is the error."""
+    steps = ["data.train=" + str(make_shards(tmp_path / "squares")), "data.global_batch=32", "total_epochs=10"]
+    told = []
+    for more in (["data.held_out=0"], ["data.held_out=101"], ["data.held_out=0", "total_steps=32"]):
+        told.append(plan("--config", CONFIG, *steps, "optim.warmup_steps=1", *more, "--gpus", "1"))
+    assert told[0].returncode == 0 and told[0].stdout == told[2].stdout, told[0].stderr
+    assert told[1].returncode == 2 and "data.held_out (101) leaves nothing of" in told[1].stderr
