@@ -85,6 +85,8 @@ def test_labels_alone_beside_names_that_are_other_numbers_are_refused(names: lis
         match([], names, 3)
     with pytest.raises(UserError, match="val" + said.format("train")):
         match(names, [], 0, 9)
+    with pytest.raises(UserError, match=f"class {label} is called '{names[label]}'"):
+        match([], [*names, f"unused {len(names)}"], 3)  # a head with an output more
     padded = [f"{number:03}" for number in range(12)]
     assert match([], padded, 12).told == "val has no class names: labels are taken to mean the same"
 

@@ -57,14 +57,13 @@ def _refuse_other_numbers(names: Sequence[str], place: str, without: str) -> Non
     """Raises UserError for numbers that are not their labels: folders 0, 1, 10, 2, sorted as texts. A mere label 2 may
     be the class called 2, or the third.
     """
-    number = (
-        next((label for label, name in enumerate(names) if int(name) != label), None) if _are_digits(names) else None
-    )
-    if number is not None:
-        raise UserError(
-            f"{place}: class {number} is called {names[number]!r}, and {without} has labels without names, which may "
-            "mean either; make one of them anew with tools/make_shards.py --classes"
-        )
+    numbers = [name for name in names if not name.startswith(_UNUSED)]  # these are the last ones, of a head
+    for label, name in enumerate(numbers if _are_digits(numbers) else ()):
+        if int(name) != label:
+            raise UserError(
+                f"{place}: class {label} is called {name!r}, and {without} has labels without names, which may mean "
+                "either; make one of them anew with tools/make_shards.py --classes"
+            )
 
 
 def _by_name(theirs: Sequence[str], ours: Sequence[str], their_place: str, our_place: str) -> ClassMatch:
