@@ -35,7 +35,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from pretrain.checkpoint.read import read_state
-from pretrain.cluster import agreement, ranks, restarts
+from pretrain.cluster import agreement, ranks, restarts, watchdog
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
     Config,
@@ -83,6 +83,7 @@ def claim(folder: Path) -> TextIO | None:
         time.sleep(0.5)
     why = f"{folder}: rank {ranks.rank()} does not see it; give output= on a disk that all share"
     agreement.raise_together(None if seen else UserError(why))
+    watchdog.belongs_to(token)  # now that all have it: a rank lost before is told of without one
     return held[0] if held else None
 
 
