@@ -18,7 +18,7 @@ from tiny import make_shards, tiny_config
 from pretrain import cli
 from pretrain.cluster import monitor, peers, signals, watchdog
 from pretrain.config import Config
-from pretrain.errors import DeviceMemoryError, LostProcessError
+from pretrain.errors import DeviceMemoryError, LostProcessError, UserError
 from pretrain.train import ending, journal
 from pretrain.train import run as training
 from pretrain.train.run import train
@@ -357,6 +357,17 @@ def test_what_a_gpu_lacks_is_told_by_its_rank(tmp_path: Path, monkeypatch: pytes
     assert json.loads((tmp_path / "STOP.json").read_text())["retry"]
     ending.note(tmp_path, LostProcessError("rank 0 of 2 lost another process of the run"))
     assert json.loads((tmp_path / "STOP.json").read_text())["exit_code"] == 76
+
+
+def test_an_earlier_start_says_no_for_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """STOP.json stays until a start has the run's lock; who starts it tells the old one from the new."""
+    monkeypatch.setenv("RANK", "0")
+    assert ending.stamp(tmp_path) is None and ending.stamp(tmp_path / "none" / "STOP.json") is None
+    ending.note(tmp_path, UserError("a wrong setting"))
+    earlier = ending.stamp(tmp_path)
+    assert ending.refused(tmp_path) == 2 and ending.refused(tmp_path, earlier) is None
+    ending.note(tmp_path, UserError("a wrong setting"))
+    assert ending.refused(tmp_path, earlier) == 2
 
 
 def test_a_silent_node_does_not_hide_what_a_rank_has_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,8 +82,21 @@ def forget(folder: Path) -> None:
     watchdog.forget_reports(folder)
 
 
-def refused(folder: Path) -> int | None:
-    """Returns the exit code of a run whose STOP.json forbids another try, whichever rank wrote it; else None."""
+def stamp(folder: Path) -> tuple[int, int] | None:
+    """Returns what tells a STOP.json from a later one; None where there is none, or it cannot be looked at."""
+    with suppress(OSError):
+        status = (folder / _FILE).stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
+def refused(folder: Path, earlier: tuple[int, int] | None = None) -> int | None:
+    """Returns the exit code of a run whose STOP.json forbids another try, whichever rank wrote it; else None.
+
+    earlier: the stamp of one that does not count: a start that has not come to the lock has left it there.
+    """
+    if earlier is not None and stamp(folder) == earlier:
+        return None
     try:
         fields = Fields.of(read_json(folder / _FILE), _FILE)
         return None if fields.flag("retry", True) else fields.integer("exit_code", 1, 255, 1)
