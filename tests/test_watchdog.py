@@ -352,9 +352,11 @@ def test_what_a_gpu_lacks_is_told_by_its_rank(tmp_path: Path, monkeypatch: pytes
         with ending.lost_processes(tmp_path):
             raise RuntimeError("Connection closed by peer [::1]:1")
     (tmp_path / "checkpoints" / "step-0000000010").mkdir(parents=True)  # it was enough once
-    ending.note(tmp_path, "asked to stop")
-    ending.note(tmp_path, lack)
-    assert json.loads((tmp_path / "STOP.json").read_text())["retry"]
+    with pytest.raises(DeviceMemoryError) as raised, ending.noted(tmp_path):
+        raise lack
+    assert raised.value.exit_code == 75  # which whoever starts ranks tries again, 2 never
+    stop = json.loads((tmp_path / "STOP.json").read_text())
+    assert stop == {"reason": str(lack), "retry": True, "exit_code": 75}
     ending.note(tmp_path, LostProcessError("rank 0 of 2 lost another process of the run"))
     assert json.loads((tmp_path / "STOP.json").read_text())["exit_code"] == 76
 
