@@ -13,7 +13,7 @@ runs/NAME/
   profile/                       traces of steps (profile.py), when asked for: by the config, or by a file PROFILE here
   DONE                           proof of the end: the last step and its validation
   STOP.json                      why the last start ended before it, and whether to start again (ending.py)
-  lost-rank-N.txt waiting-rank-N.txt    of a rank that hung, or waited for such a one: a line, its threads' stacks
+  lost-rank-N.txt waiting-rank-N.txt    of a rank that hung, or waited for such a one: a line, its start, stacks
   .room-for-DONE                 until then: its place on the disk, which logs may fill
 
 Somebody else may have made the folder: nothing is written through a link in it.
