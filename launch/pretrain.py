@@ -107,13 +107,13 @@ def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Pat
     with cli.loading():
         import pretrain.train.run  # noqa: F401 - once for all ranks and all starts
         from pretrain.train import ending
-    ending.forget(folder)  # what an earlier start has left
+    earlier = ending.stamp(folder)  # STOP.json is deleted by who has the run's lock: another start may be ending
     ranks = num_ranks or local.default_num_ranks()
     if forks.can_fork():
         start: restarts.Start = forks.by_fork(partial(cli.run, partial(_train, config, recipe)))
     else:
         start = restarts.by_command([sys.executable, *sys.orig_argv[1:]])  # as given: ranks know that they are such
-    refused, forget = partial(ending.refused, folder), partial(watchdog.forget_reports, folder)
+    refused, forget = partial(ending.refused, folder, earlier), partial(watchdog.forget_reports, folder)
     return restarts.run_with_restarts(start, ranks, most, STOP, newest=newest, refused=refused, forget=forget)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, whatever kills the writer; damage is found, named, and the one before is used."""
 
+import errno
 import json
 import os
 import random
@@ -184,6 +185,60 @@ def test_an_unreadable_file_is_passed_over(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(find, "crc32c", failing)
     assert newest_valid(tmp_path) == tmp_path / "step-0000000001"
+
+
+def test_a_read_that_fails_for_now_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is away, or does not know who asks: tried again, then an error that may pass, not the step before."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    real, left, numbers, waits = find.crc32c, [0], [], []
+
+    def failing(path: Path) -> str:
+        if left[0] and path.name.startswith("weights"):
+            left[0] -= 1
+            raise OSError(numbers[-1], os.strerror(numbers[-1]))
+        return real(path)
+
+    monkeypatch.setattr(find, "crc32c", failing)
+    monkeypatch.setattr(find.time, "sleep", waits.append)
+    for number in (errno.ETIMEDOUT, errno.ESTALE, errno.EIO):
+        left[0] = 2
+        numbers.append(number)
+        assert newest_valid(tmp_path) == tmp_path / "step-0000000002" and left == [0]
+    for number in (errno.ETIMEDOUT, errno.EACCES):
+        left[0] = 1000
+        numbers.append(number)
+        for look in (lambda: newest_valid(tmp_path), lambda: validate(tmp_path / "step-0000000002")):
+            with pytest.raises(
+                StorageError, match=f"weights-0.*for now .{os.strerror(number)}.*is no damage; the same"
+            ):
+                look()
+    assert waits == [0.5, 2.0] * 5  # and not where a right is missing
+
+
+def read_while_one_rank_cannot(folder: Path) -> str:
+    """Rank 1 has lost its mount of the disk."""
+    ranks.start(60)
+    find._AGAIN_AFTER_S = ()
+    if ranks.rank() == 1:
+
+        def away(path: Path) -> list:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        find.read_manifest = away
+    try:
+        return str(newest_valid(folder))
+    except StorageError as error:
+        return str(error)
+
+
+def test_what_one_rank_cannot_read_for_now_sets_nothing_aside(tmp_path: Path) -> None:
+    """All ranks hear of it, and end alike."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    told = f"{tmp_path}/step-0000000002/MANIFEST.json: rank 1 cannot read it for now (Stale file handle), which is no "
+    for answer in run_ranks(read_while_one_rank_cannot, 2, tmp_path):
+        assert answer.startswith(told)
 
 
 def test_an_average_is_a_third_kind_that_may_be_missing(tmp_path: Path) -> None:

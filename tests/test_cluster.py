@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,25 @@ def test_a_node_that_names_itself_by_loopback_is_not_asked(monkeypatch: pytest.M
     finally:
         peers.leave()
     assert told.startswith("n2 (rank 2) ")
+
+
+def test_every_rank_of_a_large_run_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them ask than the system keeps in its queue; nobody answers once this rank has left."""
+    for name, value in rank_variables(0, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(peers, "_BACKLOG", 1)
+    places: list[tuple[str, str, int]] = []
+    peers.meet(lambda own: places.append(own) or [own])
+    try:
+        for _ in range(10):
+            socket.create_connection(places[0][1:], timeout=peers.ANSWER_S).close()
+            time.sleep(0.02)
+    finally:
+        peers.leave()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(places[0][1:], timeout=0.5)
+    for thread in threading.enumerate():
+        assert thread.name != "peers" or (thread.join(5), thread.is_alive()) == (None, False)
 
 
 def test_stop_request_remembers_and_a_second_interrupt_interrupts(capfd: pytest.CaptureFixture[str]) -> None:

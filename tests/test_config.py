@@ -3,7 +3,9 @@
 import ast
 import copy
 import dataclasses
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from pretrain.config import (
     resume_differences,
 )
 from pretrain.config.hints import OTHER_NAMES
-from pretrain.errors import ConfigError, UserError
+from pretrain.errors import ConfigError, StorageError, UserError
 from pretrain.train.epochs import in_steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -648,3 +650,20 @@ def test_a_dict_of_json_has_the_same_limits() -> None:
     for value in (deep, [1] * 5000, "x" * 5000, "${a}" * 2000):
         with pytest.raises(ConfigError, match="nested|values|letters"):
             config_from_dict({**SMALLEST, "init_from": value}, "state.json")
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.EIO, StorageError), (errno.ESTALE, StorageError), (errno.ENOENT, ConfigError), (errno.EACCES, ConfigError)],
+)
+def test_a_disk_that_is_away_is_no_wrong_key(
+    number: int, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2 would end a job for good; a file that is not there, or may not be read, needs a person."""
+
+    def fail(*_: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(error, match=rf"tiny.yaml: cannot be read .*(?i:{os.strerror(number)})"):
+        load_config(tmp_path / "tiny.yaml")

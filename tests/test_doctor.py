@@ -222,6 +222,34 @@ def test_data_sets_and_room(own_shards: Path, tmp_path: Path, monkeypatch: pytes
     assert missing.state == RED and "not found" in missing.found
 
 
+def test_what_is_deleted_while_it_is_counted_is_no_fault(
+    own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training deletes old checkpoints beside the doctor, between a listing and the look at what it names."""
+    config = tiny_config(own_shards, tmp_path / "runs")
+    steps = [config.output / config.name / "checkpoints" / f"step-000000000{number}" for number in (1, 2, 3)]
+    for step in steps:
+        step.mkdir(parents=True)
+        (step / "state.json").write_bytes(bytes(1_000_000))
+    list_it, look_at = os.scandir, os.lstat
+
+    def listing(path: Any = ".") -> Any:
+        if str(path) == str(steps[0]):
+            shutil.rmtree(path)
+        return list_it(path)
+
+    def look(path: Any, **named: Any) -> os.stat_result:
+        if str(path) == str(steps[1] / "state.json"):
+            os.unlink(path)
+        return look_at(path, **named)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    monkeypatch.setattr(os, "lstat", look)
+    (found,) = disks.check_free_disk(config, 5)
+    assert found.state == OK and "1.0 MB there" in found.found, found
+    assert not steps[0].exists() and not (steps[1] / "state.json").exists()
+
+
 def test_remote_shards(shard_folder: Path, tmp_path: Path) -> None:
     """One range is read, and nothing kept; a server that is away is storage."""
     with served(Site(shard_folder)) as site:

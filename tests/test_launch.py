@@ -1,5 +1,6 @@
 """The commands that users type, as processes: DeepSpeed's launcher, plain python, wrong input, interrupts."""
 
+import fcntl
 import json
 import os
 import signal
@@ -80,6 +81,30 @@ def test_missing_data_is_one_line(shards: Path, tmp_path: Path) -> None:
     result = run(words)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"error: {tmp_path / 'nowhere'}" in result.stderr and "tools/make_shards.py" in result.stderr
+
+
+def test_a_supervisor_deletes_nothing_of_a_run_that_is_going_on(shards: Path, tmp_path: Path) -> None:
+    """Another process has the lock: how it ends, and whom it has lost, is its own."""
+    words = [sys.executable, *command(shards, tmp_path)[6:], "--restarts=1", "--num-gpus=1"]
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "STOP.json").write_text('{"reason": "a wrong setting", "retry": false, "exit_code": 77}')
+    (folder / "lost-rank-00003.txt").write_text("rank 3 is gone\n")
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    with open(folder / "lock", "a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        result = run(words)
+    assert result.returncode == 2 and "another process trains in this folder" in result.stderr, result.stderr
+    assert {name: (folder / name).read_text() for name in before} == before
+
+
+def test_a_supervisor_whose_folder_cannot_be_made_is_one_line(shards: Path, tmp_path: Path) -> None:
+    """A file stands where the runs' folder would be."""
+    (tmp_path / "file").touch()
+    words = [sys.executable, *command(shards, tmp_path, f"output={tmp_path / 'file'}")[6:], "--restarts=1"]
+    result = run([*words, "--num-gpus=1"])
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert f"error: {tmp_path / 'file' / 'tiny'}: cannot be written (Not a directory)" in result.stderr
 
 
 def test_a_precision_that_the_cpu_lacks_is_one_line(shards: Path, tmp_path: Path) -> None:

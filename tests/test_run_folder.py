@@ -15,7 +15,7 @@ from tiny import tiny_config
 from pretrain import provenance
 from pretrain.config import config_to_dict
 from pretrain.data.order import Order
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import LostProcessError, StorageError, UserError
 from pretrain.train import folder as run_folder
 from pretrain.train.folder import claim, fingerprint, is_done, mark_done, record_start, refuse_changes
 from pretrain.train.state import resumed
@@ -49,6 +49,21 @@ def test_a_lock_that_somebody_holds_is_another_run(
     monkeypatch.setattr(fcntl, "lockf", failing(number))
     monkeypatch.setattr(run_folder.time, "sleep", lambda _: None)
     with pytest.raises(UserError, match="another process trains in this folder"):
+        claim(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "PRETRAIN_RESTARTS"])
+def test_a_start_that_came_again_and_finds_the_lock_comes_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start before it may still hold it, on a node that is cut off or without power: nothing for a person yet."""
+    monkeypatch.setattr(fcntl, "lockf", failing(errno.EAGAIN))
+    monkeypatch.setattr(run_folder.time, "sleep", lambda _: None)
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match="another process trains in this folder"):
+        claim(tmp_path / "run")
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(LostProcessError, match="run: is still locked, perhaps by the start before this one"):
         claim(tmp_path / "run")
 
 

@@ -226,6 +226,36 @@ def test_a_job_that_does_not_come_to_its_command(
     assert script != "launch/evaluate.sbatch" or "usage: sbatch --array" in done.stdout
 
 
+NO_MORE = '{"reason": "a wrong setting", "retry": false, "exit_code": 77}'
+
+
+@pytest.mark.parametrize(
+    ("does", "idle", "told", "counted"),
+    [
+        ("exit 76", "", "exit code 76, newest checkpoint : requeued", "9 1"),  # it has not come to its folder
+        ("exit 76", "9 4", "exit code 76, newest checkpoint : requeued", "9 5"),
+        ("exit 76", "9 5", "not requeued: 6 starts in a row without a new checkpoint", "9 6"),
+        ("exit 76", "8 5", "exit code 76, newest checkpoint : requeued", "9 1"),  # another job, looked at since
+        ('mkdir -p "$FOLDER/checkpoints/step-1"; exit 76', "9 5", "newest checkpoint step-1: requeued", "9 0"),
+        ('sleep 0.1; echo "$STOP" > "$FOLDER/STOP.json"; exit 77', "", f"not requeued: {NO_MORE}", ""),
+    ],
+)
+def test_what_an_earlier_job_has_left_is_not_deleted(
+    does: str, idle: str, told: str, counted: str, tmp_path: Path
+) -> None:
+    """That job may be ending: its script has yet to read STOP.json, which says nothing of this start."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP.json").write_text(NO_MORE)
+    (tmp_path / "run" / "idle_restarts").write_text(idle)
+    (tmp_path / "srun").write_text(f'#!/bin/bash\ngrep -q false "$FOLDER/STOP.json" || exit 2\n{does}\n')
+    (tmp_path / "srun").chmod(0o755)
+    variables = {"FOLDER": str(tmp_path / "run"), "SLURM_JOB_ID": "9", "STOP": NO_MORE}
+    done, asked = with_fakes(tmp_path, ["bash", str(ROOT / "launch/pretrain.sbatch")], **variables)
+    assert done.returncode == (77 if "77" in does else 76) and done.stdout.splitlines()[-1].endswith(told), done.stdout
+    assert asked == (["requeue 9"] if told.endswith(": requeued") else [])
+    assert (tmp_path / "run" / "idle_restarts").read_text().strip() == counted
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_data_set_as_a_job_array(tmp_path: Path) -> None:

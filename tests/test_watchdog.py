@@ -18,7 +18,7 @@ from tiny import make_shards, tiny_config
 from pretrain import cli
 from pretrain.cluster import monitor, peers, signals, watchdog
 from pretrain.config import Config
-from pretrain.errors import DeviceMemoryError, LostProcessError
+from pretrain.errors import DeviceMemoryError, LostProcessError, UserError
 from pretrain.train import ending, journal
 from pretrain.train import run as training
 from pretrain.train.run import train
@@ -218,7 +218,7 @@ def test_limits_are_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         clock[0] += 60 if visit == 0 else 4  # the first one compiles
         watch.enter("data", visit)
     assert limits[0] == 100 and limits[1:17] == [300] * 16 and limits[17:] == [20] * 13
-    assert monitor.read_beat(watch._memory) == (60, 29, 10.0, 1, False)
+    assert monitor.read_beat(watch._memory)[:5] == (60, 29, 10.0, 1, False)
 
 
 def test_a_suspended_machine_ages_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +253,50 @@ def test_reports_of_an_earlier_start_end_nobody(tmp_path: Path, monkeypatch: pyt
         old.write_text("rank 1 is gone again\n")
         assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
     assert watchdog.lost_others(tmp_path) == ["rank 2 hangs", "rank 1 is gone again"]
+
+
+OF_A_START = """
+import os, sys, time
+from pathlib import Path
+from pretrain.cluster import watchdog
+with watchdog.watching(Path(sys.argv[1]), 300, 600):
+    watchdog.belongs_to(sys.argv[2])
+    print(flush=True)
+    if sys.argv[3] == "fails":
+        raise RuntimeError("CUDA error")
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("how", ["fails", "is killed"])
+def test_reports_of_another_start_end_nobody(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that never gets the run's lock tells of its ranks in the same folder; a rank that has it passes over them."""
+
+    def lose_rank(rank: int, start: str) -> None:
+        words = [sys.executable, "-c", OF_A_START, str(tmp_path), start, how]
+        environment = os.environ | {"RANK": str(rank), "PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(words, text=True, env=environment, **pipes) as process:
+            assert process.stdout is not None and process.stdout.readline() == "\n"
+            if how == "is killed":
+                process.kill()
+        until = time.monotonic() + 20
+        while not (tmp_path / f"lost-rank-{rank:05d}.txt").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+
+    ours, theirs = "a" * 32, "b" * 32
+    monkeypatch.setenv("RANK", "0")
+    with watchdog.watching(tmp_path, 300, 600):
+        lose_rank(1, "")
+        (told,) = watchdog.lost_others(tmp_path)  # before either has the lock: it may be the same start
+        assert told.startswith("rank 1 on ")
+        lose_rank(2, theirs)
+        watchdog.belongs_to(ours)
+        assert watchdog.lost_others(tmp_path) == []
+        watchdog.section("step", 3)
+        lose_rank(3, ours)
+        (told,) = watchdog.lost_others(tmp_path)
+        assert told.startswith("rank 3 on ") and told.endswith("CUDA error") == (how == "fails")
 
 
 HANGING = """
@@ -308,11 +352,24 @@ def test_what_a_gpu_lacks_is_told_by_its_rank(tmp_path: Path, monkeypatch: pytes
         with ending.lost_processes(tmp_path):
             raise RuntimeError("Connection closed by peer [::1]:1")
     (tmp_path / "checkpoints" / "step-0000000010").mkdir(parents=True)  # it was enough once
-    ending.note(tmp_path, "asked to stop")
-    ending.note(tmp_path, lack)
-    assert json.loads((tmp_path / "STOP.json").read_text())["retry"]
+    with pytest.raises(DeviceMemoryError) as raised, ending.noted(tmp_path):
+        raise lack
+    assert raised.value.exit_code == 75  # which whoever starts ranks tries again, 2 never
+    stop = json.loads((tmp_path / "STOP.json").read_text())
+    assert stop == {"reason": str(lack), "retry": True, "exit_code": 75}
     ending.note(tmp_path, LostProcessError("rank 0 of 2 lost another process of the run"))
     assert json.loads((tmp_path / "STOP.json").read_text())["exit_code"] == 76
+
+
+def test_an_earlier_start_says_no_for_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """STOP.json stays until a start has the run's lock; who starts it tells the old one from the new."""
+    monkeypatch.setenv("RANK", "0")
+    assert ending.stamp(tmp_path) is None and ending.stamp(tmp_path / "none" / "STOP.json") is None
+    ending.note(tmp_path, UserError("a wrong setting"))
+    earlier = ending.stamp(tmp_path)
+    assert ending.refused(tmp_path) == 2 and ending.refused(tmp_path, earlier) is None
+    ending.note(tmp_path, UserError("a wrong setting"))
+    assert ending.refused(tmp_path, earlier) == 2
 
 
 def test_a_silent_node_does_not_hide_what_a_rank_has_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

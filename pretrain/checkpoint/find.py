@@ -2,18 +2,23 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.layout import DamagedError, flaw_of_file, read_manifest, step_folders, step_of
 from pretrain.cluster import agreement, ranks
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.log import warn
 from pretrain.storage import crc32c, remove
 
 _LOOKS = 10  # at a run whose training deletes or replaces the very checkpoint that is being read
+_AGAIN_AFTER_S = (0.5, 2.0)  # a file that cannot be read: the disk may be away for a moment
+# Of a disk that is away or does not know who asks; a bad sector is EIO, and stays one.
+_NO_DAMAGE = PASSING_ERRORS - {errno.EIO} | {errno.EACCES, errno.EPERM}
 _TOO_FAST = "{}: its checkpoints are deleted faster than they can be read; raise checkpoint.keep_last"
 
 
@@ -23,7 +28,7 @@ def newest_valid(folder: Path) -> Path | None:
     Each damaged one is passed over with a warning that names the file at fault; ranks share the reading. When the
     training deletes or replaces what is being read, the newest one is looked for again. Raises DamagedError when there
     are checkpoints but none is valid: a silent fresh start would lose the run. Raises StorageError when the folder
-    cannot be listed, or its checkpoints vanish each time.
+    cannot be listed, a rank cannot read a file for now, or its checkpoints vanish each time.
     """
     for _look in range(_LOOKS):
         folders = agreement.from_main(lambda: _listed(folder))
@@ -96,7 +101,7 @@ def read_newest(folder: Path, read: Callable[[Path], Any]) -> Any:
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint at `path`: a step folder, or the newest valid one of a run. Called by all ranks.
 
-    Raises UserError when there is none, DamagedError when it cannot be used.
+    Raises UserError when there is none, DamagedError when it cannot be used, StorageError when it cannot be read now.
     """
     if agreement.from_main(lambda: (path / "MANIFEST.json").is_file()):
         if problems := _damages_shared(path):
@@ -141,7 +146,7 @@ def refusing_vanished(path: Path) -> Iterator[None]:
 
 
 def validate(path: Path) -> None:
-    """Checks a checkpoint folder. Raises DamagedError, naming the file and what is wrong with it."""
+    """Checks a checkpoint folder. Raises DamagedError, naming the file and what is wrong with it, and StorageError."""
     if problem := next(_damages(path, share=False), None):
         _refuse(path, problem)
 
@@ -152,27 +157,56 @@ def _refuse(path: Path, problem: str) -> None:
 
 
 def _damages_shared(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, on every rank alike; each reads a share of it."""
-    return [problem for found in agreement.gather(list(_damages(path))) for problem in found]
+    """What is wrong with a checkpoint, on every rank alike; each reads a share of it, up to the first damage.
+
+    Raises StorageError, on all ranks, when one cannot read its share for now: an intact checkpoint is not set aside.
+    """
+    found = agreement.together(lambda: next(_damages(path), None))
+    return [problem for problem in agreement.gather(found) if problem]
 
 
 def _damages(path: Path, share: bool = True) -> Iterator[str]:
-    """Yields what is wrong, over this rank's share of the files."""
+    """Yields what is wrong, over this rank's share of the files. Raises StorageError."""
     try:
-        files = read_manifest(path)
-    except (OSError, UserError) as error:
+        files = _tried(path / "MANIFEST.json", partial(read_manifest, path))
+    except UserError as error:
         reason = str(error).removeprefix(f"{path / 'MANIFEST.json'}: ").removeprefix(f"{path}: ")
         yield f"MANIFEST.json cannot be used ({reason})"
         return
     rank, world = (ranks.rank(), ranks.world_size()) if share else (0, 1)
     for name, num_bytes, checksum in files[rank::world]:
-        file = path / name
         try:
-            if flaw := flaw_of_file(path, name):
-                yield flaw
-            elif file.stat().st_size != num_bytes:
-                yield f"{name} has {file.stat().st_size} bytes, MANIFEST.json says {num_bytes}"
-            elif (found := crc32c(file)) != checksum:
-                yield f"{name} has CRC {found}, MANIFEST.json says {checksum}"
-        except OSError as error:  # a bad sector, for example
-            yield f"{name} cannot be read ({error.strerror})"
+            flaw = _tried(path / name, partial(_flaw, path, name, num_bytes, checksum))
+        except DamagedError as error:
+            flaw = str(error)
+        if flaw:
+            yield flaw
+
+
+def _tried(file: Path, read: Callable[[], Any]) -> Any:
+    """Returns what `read` makes of a file, after a few tries where its disk hiccups.
+
+    Raises StorageError where the disk, not the file, is at fault, and DamagedError otherwise.
+    """
+    for wait_s in (*_AGAIN_AFTER_S, None):
+        try:
+            return read()
+        except OSError as error:
+            if wait_s is not None and error.errno in PASSING_ERRORS:
+                time.sleep(wait_s)
+                continue
+            if error.errno in _NO_DAMAGE:
+                told = f"rank {ranks.rank()} cannot read it for now ({error.strerror}), which is no damage"
+                raise StorageError(f"{file}: {told}; the same command goes on when it can") from None
+            raise DamagedError(f"{file.name} cannot be read ({error.strerror})") from None
+
+
+def _flaw(path: Path, name: str, num_bytes: int, checksum: str) -> str | None:
+    """What is wrong with a file of a checkpoint. Raises OSError."""
+    if flaw := flaw_of_file(path, name):
+        return flaw
+    if (size := (path / name).stat().st_size) != num_bytes:
+        return f"{name} has {size} bytes, MANIFEST.json says {num_bytes}"
+    if (found := crc32c(path / name)) != checksum:
+        return f"{name} has CRC {found}, MANIFEST.json says {checksum}"
+    return None

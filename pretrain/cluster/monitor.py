@@ -22,8 +22,9 @@ BLOCKED_S = 10.0  # beyond a section's limit: the rank's own thread, which tells
 STACKS_S = 2.0  # for the rank to write its stacks
 DUMP_SIGNAL = signal.SIGUSR2  # faulthandler's own handler answers it, also when no Python code can run
 
-_BEAT = struct.Struct("<QQdI?")
+_BEAT = struct.Struct("<QQdI?32s")
 HEARTBEAT_BYTES = mmap.PAGESIZE
+START = "start "  # before its name, in the second line of a report
 
 
 class Beat(NamedTuple):
@@ -34,6 +35,7 @@ class Beat(NamedTuple):
     limit_s: float  # of the section, between two beats
     section: int  # of SECTIONS
     ended: bool  # in order: nobody needs to look any more
+    start: bytes = bytes(32)  # of the run, as its lock names it; zeros before that
 
 
 def write_beat(memory: mmap.mmap, beat: Beat) -> None:
@@ -81,10 +83,11 @@ def stopped_children(parent: int) -> list[int]:
     return found
 
 
-def report(folder: Path, rank: int, line: str, stacks: str = "", *, waiting: bool = False) -> None:
-    """Writes into the run's folder how a rank was lost: a line, then the stacks of its threads.
+def report(folder: Path, rank: int, line: str, start: bytes, stacks: str = "", *, waiting: bool = False) -> None:
+    """Writes into the run's folder how a rank was lost: a line, its start, then the stacks of its threads.
 
-    Complete or not at all, where the disk does not take it. waiting: it waited for others, whose loss is the cause.
+    Complete or not at all, where the disk does not take it. start: of the beat; other starts, which do not come to the
+    lock, have the folder in common. waiting: it waited for others, whose loss is the cause.
     """
     path = folder / f"{'waiting' if waiting else 'lost'}-rank-{rank:05d}.txt"
     temporary = path.with_name(f".{path.name}")
@@ -92,8 +95,13 @@ def report(folder: Path, rank: int, line: str, stacks: str = "", *, waiting: boo
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         with open(descriptor, "w", errors="backslashreplace") as file:
-            file.write(f"{line}\n{stacks}")
+            file.write(f"{line}\n{START}{name_of(start)}\n{stacks}")
         os.replace(temporary, path)
+
+
+def name_of(start: bytes) -> str:
+    """Returns a start's name, "" before it has one."""
+    return start.rstrip(b"\0").decode()
 
 
 def place(rank: int, process: int, beat: Beat) -> tuple[str, str]:
@@ -117,7 +125,7 @@ def _watch(memory: mmap.mmap, stacks: int, rank: int, process: int, folder: Path
         who, where = place(rank, process, beat)
         if os.getppid() != process:
             line = f"{who} is gone, {where}: killed, or out of memory"
-            return _tell(folder, rank, line, "")
+            return _tell(folder, rank, line, beat.start, "")
         silent_s = age.look(beat.count)
         stopped_for = stopped_for + LOOK_EVERY_S if state_of(process) == "T" else 0.0
         if stopped_for >= stopped_s:
@@ -133,13 +141,13 @@ def _watch(memory: mmap.mmap, stacks: int, rank: int, process: int, folder: Path
             continue
         with suppress(OSError):
             os.kill(process, signal.SIGKILL)
-        return _tell(folder, rank, line, read_stacks(stacks))
+        return _tell(folder, rank, line, beat.start, read_stacks(stacks))
 
 
-def _tell(folder: Path, rank: int, line: str, stacks: str) -> None:
+def _tell(folder: Path, rank: int, line: str, start: bytes, stacks: str) -> None:
     with suppress(OSError):  # before the report: what hangs may be the disk
         os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
-    report(folder, rank, line, stacks)
+    report(folder, rank, line, start, stacks)
 
 
 def main() -> None:

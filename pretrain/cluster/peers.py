@@ -1,21 +1,22 @@
 """The other nodes of a run: which of them do not answer when a collective has not come back.
 
-Each rank listens on a port of its own and never accepts: the system answers for it as long as node, network and process
-are there. gloo and NCCL tell that they waited, not for whom. Imports no torch.
+Each rank listens on a port of its own: the system answers for it as long as node, network and process are there, also
+where the process itself is stopped. gloo and NCCL tell that they waited, not for whom. Imports no torch.
 """
 
 import errno
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
-ANSWER_S = 1.0  # a node answers within milliseconds
-_BACKLOG = 4096  # every rank may ask the first rank of each node once, and is never accepted
+ANSWER_S = 1.5  # a node answers within milliseconds; where its queue is full, the system asks again after a second
+_BACKLOG = 4096  # of those that ask at once; Linux before 5.4 cuts it to 128
 
 
 class _Node(NamedTuple):
@@ -40,6 +41,7 @@ def meet(gather: Callable[[Any], list[Any]]) -> None:
     own = None
     with suppress(OSError, ValueError):
         _listener = _listening()
+        threading.Thread(target=_take_away, args=(_listener,), name="peers", daemon=True).start()
         own = (socket.gethostname(), *_listener.getsockname()[:2])
     nodes: dict[str, _Node] = {}
     for rank, place in enumerate(gather(own)):
@@ -55,6 +57,8 @@ def leave() -> None:
     global _listener, _others
     _others = []
     if _listener is not None:
+        with suppress(OSError):
+            _listener.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who waits in accept
         _listener.close()
         _listener = None
 
@@ -70,6 +74,13 @@ def _listening() -> socket.socket:
     listener.bind((address, 0))
     listener.listen(_BACKLOG)
     return listener
+
+
+def _take_away(listener: socket.socket) -> None:
+    """Takes those that have asked out of the queue, which else is full when every rank of a large run has."""
+    with suppress(OSError):  # it was closed, or no file is left to open
+        while True:
+            listener.accept()[0].close()
 
 
 def silent(seconds: float = ANSWER_S) -> list[str]:

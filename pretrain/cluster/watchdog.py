@@ -32,7 +32,7 @@ WAITING_S = 20.0  # a rank that waits for others lets them speak first
 LOOK_AROUND_S = 10.0  # without a sign of life: then others' reports are looked for
 _MONITOR_ENDS_S = 10.0  # it looks every half second
 _TOLD = 3  # nodes that a line names
-_MAX_LINE = 1000  # characters of a report that are told
+_MAX_LINE, _MAX_HEAD = 1000, 10_000  # characters of a report that are told, and that are read
 _WAITS_IN = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
 _WAITS_FOR_DEVICE = "is_invalid_grad_norm"  # DeepSpeed's: the step's one wait for the GPU, where NCCL's others show
 
@@ -79,6 +79,15 @@ def asked(answered: Callable[[], bool]) -> None:
         _watch.answered = answered
 
 
+def belongs_to(start: str) -> None:
+    """Says which start of the run this rank is of, 32 letters: from now on it hears of lost ranks of that one alone.
+
+    A start that does not get the run's lock tells of its ranks in the same folder.
+    """
+    if _watch is not None:
+        _watch.name_start(start.encode())
+
+
 def tell_also(function: Callable[[LostProcessError], None]) -> None:
     """Has the watchdog call a function with what it tells, before it ends the process."""
     if _watch is not None:
@@ -96,13 +105,16 @@ def lost_others(folder: Path, wait_s: float = 0.0) -> list[str]:
     """Returns what is told of other ranks that were lost, a line each; waits for the first, at most `wait_s`."""
     own, until = f"lost-rank-{rank_so_far(os.environ):05d}.txt", time.monotonic() + wait_s
     passed_over = _watch.earlier if _watch is not None else set()
+    own_start = _watch.start if _watch is not None else ""
     while True:
         found = []
         with suppress(OSError):
             for path in sorted(folder.glob("lost-rank-*.txt"), key=lambda path: path.stat().st_mtime):
                 if path.name != own and _identity(path) not in passed_over:
                     with open(path, errors="replace", opener=_not_a_link) as file:
-                        found.append(shown(file.readline(_MAX_LINE).strip()))
+                        told, start = [*file.read(_MAX_HEAD).splitlines(), "", ""][:2]
+                    if start.partition(monitor.START)[2] == own_start:
+                        found.append(shown(told[:_MAX_LINE].strip()))
         if found or time.monotonic() >= until:
             return found
         time.sleep(0.2)
@@ -152,9 +164,16 @@ class _Watch:
         self._note_silence()
         self._longest[self._section].append(self._silence_s)
         self._section, self._silence_s = name, 0.0
-        self._beat = Beat(
-            self._beat.count, self._beat.step if step is None else step, self._limit_s(), SECTIONS.index(name), False
-        )
+        step = self._beat.step if step is None else step
+        self._beat = self._beat._replace(step=step, limit_s=self._limit_s(), section=SECTIONS.index(name))
+        self.beat()
+
+    @property
+    def start(self) -> str:
+        return monitor.name_of(self._beat.start)
+
+    def name_start(self, name: bytes) -> None:
+        self._beat = self._beat._replace(start=name)
         self.beat()
 
     def beat(self) -> None:
@@ -166,9 +185,8 @@ class _Watch:
         """Tells the others of an error that they may not have met: a defect of ours, or a lack of this rank's GPU."""
         if not hasattr(error, "exit_code") or isinstance(error, DeviceMemoryError):
             who, where = monitor.place(self._rank, os.getpid(), self._beat)
-            monitor.report(
-                self._folder, self._rank, f"{who} ended, {where}: {type(error).__name__}: {error}".splitlines()[0]
-            )
+            line = f"{who} ended, {where}: {type(error).__name__}: {error}".splitlines()[0]
+            monitor.report(self._folder, self._rank, line, self._beat.start)
 
     def close(self) -> None:
         """Ends the watching, in order."""
@@ -241,7 +259,7 @@ class _Watch:
         stacks = monitor.read_stacks(self._stacks)
         with suppress(OSError):  # before the report: what hangs may be the disk
             os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
-        monitor.report(self._folder, self._rank, line, stacks, waiting=waiting)
+        monitor.report(self._folder, self._rank, line, beat.start, stacks, waiting=waiting)
         with suppress(Exception):
             self.also(LostProcessError(line))
         monitor.write_beat(self._memory, beat._replace(ended=True))

@@ -19,7 +19,7 @@ from pretrain.config.checks import did_you_mean
 from pretrain.config.hints import option_hint, other_name
 from pretrain.config.model import OF_TIMM, ModelConfig
 from pretrain.config.sections import Config
-from pretrain.errors import ConfigError
+from pretrain.errors import PASSING_ERRORS, ConfigError, StorageError
 
 MAX_BYTES = 100_000  # of a file or an override; a complete config has 3,000, our longest recipe 5,000
 MAX_NESTING = 16  # sections and lists inside each other; ours have 3. libyaml dies of a hundred thousand
@@ -46,7 +46,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), tell: Callable[
 
     Where an override makes model.name a timm: model, settings of the file that have no effect on it are dropped, and
     `tell` hears which; without `tell` they are refused. Of total_steps and total_epochs, the one given last counts.
-    Raises ConfigError, one line that names the file or the override at fault, the key and a suggestion.
+    Raises ConfigError, one line that names the file or the override at fault, the key and a suggestion, and
+    StorageError when the file cannot be read for now.
     """
     return _to_config(str(path), _read_yaml(Path(path)), overrides, tell)
 
@@ -182,6 +183,8 @@ def _read_yaml(path: Path) -> Any:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
+            raise StorageError(f"{path}: cannot be read for now ({error.strerror})") from None
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"{path}: cannot be read ({_reason(error)}){did_you_mean(path.name, near)}") from None
     try:

@@ -145,12 +145,27 @@ def check_free_disk(config: Config, num_classes: int | None) -> Iterator[Finding
     if not is_plain(config.model) or num_classes is None:
         return (yield Finding("room on disk", OK, f"{told}; no formula for this model's checkpoints"))
     number, each = kept_checkpoints(config), checkpoint_bytes(config, num_classes)
-    there = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    there = _bytes_in(run / "checkpoints")
     needed = max(each, number * each - there)  # one more than is kept is written before one goes
     told += f"; {size(needed)} needed: {number} checkpoints of {size(each)}" + (f", {size(there)} there" * bool(there))
     remedy = "make room, another output=, or lower checkpoint.keep_last, raise keep_every_steps"
     enough = free >= needed
     yield Finding("room on disk", OK if enough else AWAY, told, "" if enough else remedy)
+
+
+def _bytes_in(folder: Path) -> int:
+    """The bytes of all files in a folder, of which a training, or a fetcher, may delete some meanwhile."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    total = 0
+    for parent, _, names in os.walk(folder, onerror=fail):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
 
 
 def sets_of(config: Config) -> dict[str, Path]:
@@ -232,7 +247,7 @@ def _check_store(config: Config) -> Iterator[Finding]:
     finally:
         path.unlink(missing_ok=True)
     free = shutil.disk_usage(store.folder).free
-    there = sum(entry.stat().st_size for entry in os.scandir(store.folder))
+    there = _bytes_in(store.folder)
     told = f"{store.folder}: {size(free + there)} for data.store_gb={config.data.store_gb:g}"
     if twice:
         yield Finding("store", RED, f"{store.folder}: a lock is given to two processes", "a local disk as data.store")

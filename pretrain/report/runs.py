@@ -122,7 +122,7 @@ def _read_run(folder: Path, name: str) -> Run:
 def _read_config(path: Path) -> Config | None:
     try:
         return load_config(path)
-    except ConfigError as error:  # of another version: its text is shown all the same
+    except (ConfigError, OSError) as error:  # of another version: its text is shown all the same
         return warn(f"{error}; reported without it")
 
 

@@ -43,7 +43,7 @@ def _is_the_recipes(config: Config, path: Path, text: str, name: str) -> bool:
     overrides = _of_command(text) if line is None else _overrides(line)
     try:
         return _decides(config) == _decides(load_config(path, overrides))
-    except ConfigError:  # of another version
+    except (ConfigError, OSError):  # of another version
         return False
 
 

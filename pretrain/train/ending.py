@@ -44,7 +44,10 @@ def lost_processes(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def noted(folder: Path) -> Iterator[None]:
-    """Leaves the reason in STOP.json when the block ends by an error, which it raises as `lost_processes` does."""
+    """Leaves the reason in STOP.json when the block ends by an error, which it raises as `lost_processes` does.
+
+    A GPU's memory that was enough when there is a checkpoint may be so again: exit code 75, as of storage.
+    """
     if ranks.is_main():
         forget(folder)  # an earlier start
     watchdog.tell_also(lambda lost: note(folder, lost))
@@ -52,6 +55,8 @@ def noted(folder: Path) -> Iterator[None]:
         with lost_processes(folder):
             yield
     except Exception as error:
+        if isinstance(error, DeviceMemoryError) and any((folder / "checkpoints").glob("step-*")):
+            error.exit_code = StorageError.exit_code  # somebody else has it now
         note(folder, error)
         raise
 
@@ -67,8 +72,6 @@ def note(folder: Path, reason: Exception | str) -> None:
     exit_code = 0 if isinstance(reason, str) else getattr(reason, "exit_code", 1)
     # A defect of ours may be one of the machine: whoever starts again gives up when no start gets further.
     retry = exit_code in (0, 1, StorageError.exit_code, LostProcessError.exit_code)
-    if lacks_memory:  # which was enough when there is a checkpoint: somebody else has it now
-        retry = any((folder / "checkpoints").glob("step-*"))
     if retry and isinstance(reason, Exception) and refused(folder) is not None:
         return  # of another rank, whose loss is all that this one has seen
     values = {"reason": str(reason) or type(reason).__name__, "retry": retry, "exit_code": exit_code}
@@ -82,8 +85,21 @@ def forget(folder: Path) -> None:
     watchdog.forget_reports(folder)
 
 
-def refused(folder: Path) -> int | None:
-    """Returns the exit code of a run whose STOP.json forbids another try, whichever rank wrote it; else None."""
+def stamp(folder: Path) -> tuple[int, int] | None:
+    """Returns what tells a STOP.json from a later one; None where there is none, or it cannot be looked at."""
+    with suppress(OSError):
+        status = (folder / _FILE).stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
+def refused(folder: Path, earlier: tuple[int, int] | None = None) -> int | None:
+    """Returns the exit code of a run whose STOP.json forbids another try, whichever rank wrote it; else None.
+
+    earlier: the stamp of one that does not count: a start that has not come to the lock has left it there.
+    """
+    if earlier is not None and stamp(folder) == earlier:
+        return None
     try:
         fields = Fields.of(read_json(folder / _FILE), _FILE)
         return None if fields.flag("retry", True) else fields.integer("exit_code", 1, 255, 1)

@@ -13,7 +13,7 @@ runs/NAME/
   profile/                       traces of steps (profile.py), when asked for: by the config, or by a file PROFILE here
   DONE                           proof of the end: the last step and its validation
   STOP.json                      why the last start ended before it, and whether to start again (ending.py)
-  lost-rank-N.txt waiting-rank-N.txt    of a rank that hung, or waited for such a one: a line, its threads' stacks
+  lost-rank-N.txt waiting-rank-N.txt    of a rank that hung, or waited for such a one: a line, its start, stacks
   .room-for-DONE                 until then: its place on the disk, which logs may fill
 
 Somebody else may have made the folder: nothing is written through a link in it.
@@ -35,7 +35,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from pretrain.checkpoint.read import read_state
-from pretrain.cluster import agreement, ranks, restarts
+from pretrain.cluster import agreement, ranks, restarts, watchdog
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
     Config,
@@ -48,16 +48,14 @@ from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fit
 from pretrain.data.manifest import Manifest
 from pretrain.data.mixture import Phase, begun, lanes_as_numbers, lanes_in, phases_in, phases_of, told_phases
 from pretrain.data.order import Order
-from pretrain.errors import PASSING_ERRORS, ConfigError, StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, ConfigError, LostProcessError, StorageError, UserError
 from pretrain.json_files import Fields, brief, read_bytes, read_json
 from pretrain.log import MAX_STEP, TIME_FORMAT, JsonLines, not_a_link, rewind, say, warn
 from pretrain.provenance import UNKNOWN, commit, versions
 from pretrain.storage import fsync_path, write_text
 
-_JOB = (
-    *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"),
-    *(restarts.COUNT, "TORCHELASTIC_RESTART_COUNT"),
-)
+_RESTARTS = ("SLURM_RESTART_COUNT", restarts.COUNT, "TORCHELASTIC_RESTART_COUNT")
+_JOB = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", *_RESTARTS)
 _STARTS, _LOCK, _ROOM = "starts.jsonl", "lock", ".room-for-DONE"
 _ROOM_BYTES = 4096  # more than DONE ever has: a step and some scores
 _MAX_RECIPE_BYTES = 1 << 20
@@ -69,7 +67,7 @@ def claim(folder: Path) -> TextIO | None:
     """Makes the run's folder and takes its lock, which is held as long as the returned file is open (rank 0).
 
     Raises UserError, on all ranks, when another process trains in it, when it cannot be written, or when a rank's node
-    does not see it.
+    does not see it; LostProcessError when a start that was started again finds it locked.
     """
     held: list[TextIO] = []
     token = agreement.from_main(lambda: _take_lock(folder, held))
@@ -83,6 +81,7 @@ def claim(folder: Path) -> TextIO | None:
         time.sleep(0.5)
     why = f"{folder}: rank {ranks.rank()} does not see it; give output= on a disk that all share"
     agreement.raise_together(None if seen else UserError(why))
+    watchdog.belongs_to(token)  # now that all have it: a rank lost before is told of without one
     return held[0] if held else None
 
 
@@ -106,7 +105,7 @@ def _take_lock(folder: Path, held: list[TextIO]) -> str:
     held.append(file)
     try:
         _lock(file, folder)
-    except UserError:
+    except (UserError, LostProcessError):
         file.close()
         raise
     token = uuid.uuid4().hex
@@ -129,6 +128,12 @@ def _lock(file: TextIO, folder: Path) -> None:
                     "see to it that no second process trains in this folder"
                 )
             time.sleep(0.5)
+    if any(os.environ.get(name, "0") != "0" for name in _RESTARTS):
+        # A node that its scheduler has lost may still train, and a server keeps the lock of one without power for 90 s.
+        raise LostProcessError(
+            f"{folder}: is still locked, perhaps by the start before this one, whose node does not answer; "
+            "the same command goes on when it is gone"
+        )
     raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another name=")
 
 
