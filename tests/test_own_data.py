@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,24 @@ def test_what_is_no_set_is_refused(
     with pytest.raises(UserError, match=message) as caught:
         find_parts(tmp_path / train, None if test is None else tmp_path / test)
     one_line(caught.value)
+
+
+@pytest.mark.parametrize("test", ["", "val", "val/../val"])
+def test_what_is_scored_chooses_no_rate(tmp_path: Path, test: str) -> None:
+    """Val that --test names, or that is all there is to score, is the test: images are held out of train instead."""
+    photos(tmp_path / "train", {"a": 1, "b": 1})
+    photos(tmp_path / "val", {"a": 1, "b": 1})
+    scored = tmp_path / (test or "val")
+    assert find_parts(tmp_path, tmp_path / test)[0] == {"train": tmp_path / "train", "test": scored}
+
+
+def test_shards_are_the_same_as_their_manifest(tmp_path: Path) -> None:
+    """A set may be named by its folder and by its manifest.json, and is not its own test by either."""
+    (tmp_path / "manifest.json").touch()
+    places = tmp_path, tmp_path / "manifest.json"
+    for train, test in product(places, places):
+        with pytest.raises(UserError, match="is what is trained on"):
+            find_parts(train, test)
 
 
 def test_names_of_sets(tmp_path: Path) -> None:
