@@ -192,6 +192,18 @@ def test_rows_of_an_earlier_call_stay(
     assert {**several, "rows": None} == {**one, "rows": None} and len(one["probe"]["c"]) == 2
 
 
+def test_wrong_predictions_tell_of_what_they_are(
+    places: tuple[Path, Path, Path, nn.Module], evaluate: Callable[..., None], tmp_path: Path
+) -> None:
+    """The data by its folder and digest, and the weights: a page shows them beside no other accuracy."""
+    _, test, run, _ = places
+    evaluate(run, "--workers", 0, "--out", tmp_path, "--val", test)
+    wrong, record = json.loads((tmp_path / "wrong.json").read_text()), record_of(tmp_path)
+    assert wrong["data"] == f"{test.parent.name}/{test.name}" and wrong["items"]
+    assert wrong["data_sha256"] == record["data"]["val"]["sha256"] == load_manifest(test).sha256
+    assert wrong["weights_sha256"] == record["weights_sha256"]
+
+
 def test_rows_on_other_data_or_by_another_protocol_are_dropped(
     places: tuple[Path, Path, Path, nn.Module],
     evaluate: Callable[..., None],

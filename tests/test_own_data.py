@@ -545,6 +545,30 @@ def test_the_page_in_a_browser(browser: Browser, tmp_path: Path, width: int, sch
     assert browser.evaluate("document.querySelector('.bars').getBoundingClientRect().bottom") < 844
 
 
+@pytest.mark.parametrize(
+    ("of", "is_shown"),
+    [
+        ({"data_sha256": "a", "weights_sha256": "b"}, True),
+        ({"data_sha256": "other", "weights_sha256": "b"}, False),
+        ({"data_sha256": "a", "weights_sha256": "other"}, False),
+        ({}, False),  # of an earlier version, which did not say it
+    ],
+)
+def test_wrong_photos_are_those_of_the_test(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], of: dict[str, str], is_shown: bool
+) -> None:
+    """Where tools/evaluate.py has scored other data or another checkpoint since, its photos are left out and told."""
+    folder = results_folder(tmp_path, 3)
+    for path, about in (
+        ("accuracy.json", {"test_sha256": "a", "run_sha256": "b"}),
+        ("final/evaluation/wrong.json", of),
+    ):
+        values = json.loads((folder / path).read_text())
+        (folder / path).write_text(json.dumps({**values, **about}))
+    assert ("most certain" in write_page(folder).read_text()) == is_shown
+    assert ("wrong.json: left out: of other data or weights" in capsys.readouterr().err) != is_shown
+
+
 def test_the_pages_command_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quoted, with the folder as it was given; of a whole path nothing that is above the working folder."""
     monkeypatch.chdir(tmp_path)

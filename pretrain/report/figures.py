@@ -18,6 +18,7 @@ from pretrain.tasks.published import PAPER_ROWS, PaperRow
 from pretrain.tasks.table import VTAB, vtab_means
 
 NOTHING = "–"  # in a cell for which nothing was measured
+DIGEST_LETTERS = 12  # of a digest, as shown: as many as in names of files
 
 # The columns of the paper's Table 2, and the tasks whose scores they show.
 PAPER_COLUMNS = {
@@ -77,14 +78,15 @@ def summary(run: Run) -> dict[str, Any]:
         "evaluation": run.evaluation,
         "finetuning": run.finetuning,
         "wrong_predictions": {
-            "count": run.num_wrong,
+            "count": run.wrong.number,
+            **{key: getattr(run.wrong, key) for key in ("data", "data_sha256", "weights_sha256")},
             "confused": [
                 {"label": label, "predicted": predicted, "count": number, "of": total}
-                for label, predicted, number, total in (run.confusion.confused if run.confusion else ())
+                for label, predicted, number, total in (run.wrong.confusion.confused if run.wrong.confusion else ())
             ],
             "shown": [
                 {"name": w.name, "label": w.label, "predicted": w.predicted, "probability": w.probability}
-                for w in run.wrong
+                for w in run.wrong.shown
             ],
         },
         "pictures": [picture.name for picture in run.pictures],
@@ -314,6 +316,12 @@ def evaluations(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the records of all weights that were evaluated into a run's folder, those of the last call first."""
     record = values["evaluation"]
     return [record, *record["others"]] if record else []
+
+
+def of_wrong(wrong: dict[str, Any]) -> str:
+    """Returns of which data and weights wrong predictions are, as a heading goes on; nothing where that is not told."""
+    told = f" on {wrong['data']}" if wrong["data"] else ""
+    return told + (f", weights {wrong['weights_sha256'][:DIGEST_LETTERS]}" if wrong["weights_sha256"] else "")
 
 
 def evaluation_table(found: Sequence[dict[str, Any]]) -> Table:

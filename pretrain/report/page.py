@@ -101,7 +101,7 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
         "finetuning": finetuned,
         "evaluation": any(r.evaluation for r in runs),
         "pictures": any(p.name != "batch" for r in runs for p in r.pictures),
-        "wrong": any(r.num_wrong for r in runs),
+        "wrong": any(r.wrong.number for r in runs),
     }
     lines = {
         "validation": ("Never validated: data.val=MANIFEST or data.held_out=COUNT lets a run do so.", ""),
@@ -254,7 +254,8 @@ def markdown(
             lines += _lines(figures.evaluation_table(record["rows"]))
         if confused := values["wrong_predictions"]["confused"]:
             pairs = (f"{of['label']} for {of['predicted']} ({of['count']:,} of {of['of']:,})" for of in confused)
-            lines += ["", f"Taken for another class most often: {in_markdown('; '.join(pairs))}."]
+            of = figures.of_wrong(values["wrong_predictions"])
+            lines += ["", in_markdown(f"Taken for another class most often{of}: {'; '.join(pairs)}.")]
     if (configs := figures.config_table(summaries)).rows:
         lines += ["", "## Differs from the defaults", "", *_lines(configs)]
     return "\n".join(lines) + "\n"

@@ -52,6 +52,21 @@ class WrongPrediction:
 
 
 @dataclass(frozen=True)
+class Wrong:
+    """What wrong.json holds. An earlier version did not say of which data and weights it is: texts are empty then."""
+
+    shown: list[WrongPrediction]  # the first MAX_WRONG
+    number: int  # of all in the file
+    confusion: Confusion | None  # of the classes, where each image has one
+    data: str
+    data_sha256: str
+    weights_sha256: str
+
+
+NOTHING_WRONG = Wrong([], 0, None, "", "", "")
+
+
+@dataclass(frozen=True)
 class Run:
     """All that is known of a run from its folder."""
 
@@ -68,9 +83,7 @@ class Run:
     skipped_at: list[int]  # steps whose update was skipped
     batch: list[Example]  # of the first batch
     pictures: list[Picture]
-    wrong: list[WrongPrediction]  # the first MAX_WRONG
-    num_wrong: int  # in wrong.json
-    confusion: Confusion | None  # of the classes, where each image has one
+    wrong: Wrong
     target: Target | None
     done: bool
 
@@ -93,7 +106,6 @@ def _read_run(folder: Path, name: str) -> Run:
     if not (curves or evaluation or finetuning):
         raise nothing_in(folder)
     starts = list(lines(folder, "starts.jsonl", _start))
-    wrong, num_wrong = read_wrong(folder)
     batch = read_batch(folder)
     config_text = read_text(folder, "config.yaml")
     config = None if config_text is None else _read_config(folder / "config.yaml")
@@ -111,9 +123,7 @@ def _read_run(folder: Path, name: str) -> Run:
         skipped_at=list(lines(folder, "skipped_steps.jsonl", _step)),
         batch=batch,
         pictures=_read_pictures(folder, [] if batch else ["batch.png"]),
-        wrong=wrong,
-        num_wrong=num_wrong,
-        confusion=_read_confusion(folder) if num_wrong else None,
+        wrong=read_wrong(folder),
         target=read_target(folder, starts[-1]["recipe"], config) if starts else None,
         done=(folder / "DONE").is_file(),
     )
@@ -304,40 +314,40 @@ def _read_pictures(folder: Path, names: list[str]) -> list[Picture]:
     return [picture for picture in found if picture]
 
 
-def read_wrong(folder: Path) -> tuple[list[WrongPrediction], int]:
-    """Returns the first MAX_WRONG wrong predictions, and how many the file has."""
+def read_wrong(folder: Path) -> Wrong:
+    """Returns the wrong predictions of the last call of tools/evaluate.py that scored the head."""
     if (path := inside(folder, f"{_evaluation_place(folder)}wrong.json")) is None:
-        return [], 0
+        return NOTHING_WRONG
     try:
-        items = Fields.of(read_json(path), str(path)).parts("items")
-        return (
-            [
-                WrongPrediction(
-                    name=item.text("name"),
-                    label=item.text("label", max_letters=1 << 16),  # of several classes
-                    predicted=item.text("predicted"),
-                    probability=None if item.values.get("probability") is None else item.number("probability", 0, 1),
-                    picture=_wrong_picture(folder, item, str(path)),
-                )
-                for item in items[:MAX_WRONG]
-            ],
-            len(items),
+        values = Fields.of(read_json(path), str(path))
+        items = values.parts("items")
+        return Wrong(
+            shown=[_wrong_item(folder, item, str(path)) for item in items[:MAX_WRONG]],
+            number=len(items),
+            confusion=_confusion(values) if items else None,
+            **{key: values.text(key, "") for key in ("data", "data_sha256", "weights_sha256")},
         )
     except (OSError, UserError) as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise UserError(f"{path}: cannot be used as wrong predictions ({reason}); move it away") from None
 
 
-def _read_confusion(folder: Path) -> Confusion | None:
+def _wrong_item(folder: Path, item: Fields, source: str) -> WrongPrediction:
+    return WrongPrediction(
+        name=item.text("name"),
+        label=item.text("label", max_letters=1 << 16),  # of several classes
+        predicted=item.text("predicted"),
+        probability=None if item.values.get("probability") is None else item.number("probability", 0, 1),
+        picture=_wrong_picture(folder, item, source),
+    )
+
+
+def _confusion(values: Fields) -> Confusion | None:
     """Which classes were taken for which, None where that is not known or no class was taken for another."""
-    if (path := inside(folder, f"{_evaluation_place(folder)}wrong.json")) is None:
+    if "confusion" not in values.values:  # of several labels to an image, or of an earlier version
         return None
-    with _written_by("evaluate", path):
-        values = Fields.of(read_json(path), str(path))
-        if "confusion" not in values.values:  # of several labels to an image, or of an earlier version
-            return None
-        classes = values.texts("classes")
-        found = drawn(read_pairs(values, len(classes)), classes)
+    classes = values.texts("classes")
+    found = drawn(read_pairs(values, len(classes)), classes)
     return found if found.confused else None
 
 
