@@ -604,6 +604,24 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
+def test_results_of_final_runs_are_not_the_runs_own(tmp_path: Path) -> None:
+    """A final run that was fine-tuned and evaluated itself; an evaluation below finetune that is of another tool."""
+    run = make_run(tmp_path)
+    write_finetuning(run, "imagenet", 0.75)
+    final = make_run(run / "finetune" / "imagenet", "final")
+    write_finetuning(final, "pets", 0.9)
+    for folder in (run / "finetune" / "x", run / "finetune-late" / "evaluation-384px"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text('{"format": "pretrain-evaluation"}')
+    own = make_run(run / "finetune-photos", "final")
+    (own / "evaluation").mkdir()
+    (own / "evaluation" / "results.json").write_text("{}")
+    (found,) = read_runs([run])
+    assert [of["task"] for of in found.finetuning] == ["imagenet"]
+    (found,) = read_runs([final])
+    assert [of["task"] for of in found.finetuning] == ["pets"]
+
+
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     """No run, an empty one, foreign results: exit code 2, or a UserError that names the file."""
     assert "no: not found; expected the folder of a run" in one_line_error(run_tool("report", tmp_path / "no"))

@@ -257,12 +257,18 @@ def _evaluated(record: Fields) -> list[dict[str, Any]]:
 
 
 def _finetuning_files(folder: Path) -> list[Path]:
-    """The results of each task: below a run or weights, or in the folder that tools/finetune.py's --out named."""
-    own = [path for path in folder.glob("*/results.json") if _is_of("pretrain-finetuning", folder, path)]
-    found = {*folder.glob("finetune*/**/results.json"), *own}
-    # Of a final run tools/evaluate.py has others, in evaluation and evaluation-384px.
-    found = {path for path in found if not path.parent.name.startswith("evaluation")}
-    return sorted(path for path in found if inside(folder, str(path.relative_to(folder))))
+    """The results of each task: below a run or weights, or in the folder that tools/finetune.py's --out named.
+
+    Not those of a final run below, which has a config.yaml and may have been evaluated and fine-tuned itself.
+    """
+    found = {path for path in folder.glob("*/results.json") if _is_of("pretrain-finetuning", folder, path)}
+    for between in ("", "*/", "*/*/"):
+        for path in folder.glob(f"finetune*/{between}results.json"):
+            *above, _ = path.relative_to(folder).parents
+            of_a_run = any((folder / part / "config.yaml").exists() for part in above)
+            if not of_a_run and inside(folder, str(path.relative_to(folder))):
+                found.add(path)
+    return sorted(path for path in found if not _is_of("pretrain-evaluation", folder, path))
 
 
 def _is_of(form: str, folder: Path, path: Path) -> bool:
