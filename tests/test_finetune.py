@@ -451,7 +451,15 @@ def test_a_sweep_belongs_to_its_weights_and_data(tiny: Path, tmp_path: Path) -> 
 
 
 def vtab_lines(values: list[float]) -> list[dict[str, Any]]:
-    common = {"complete": True, "lr": 0.01, "n": 100, "seeds": [0, 1], "from_scratch": False, "differs": []}
+    common = {
+        "complete": True,
+        "lr": 0.01,
+        "n": 100,
+        "seeds": [0, 1],
+        "from_scratch": False,
+        "differs": [],
+        "weights": "0",
+    }
     return [{"task": name, "values": [value, value], **common} for name, value in zip(VTAB, values)]
 
 

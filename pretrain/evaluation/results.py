@@ -72,7 +72,7 @@ def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] |
 
 # --- merged with an earlier call's -----------------------------------------------------------------------------------
 
-_LETTERS = 12  # of a digest in a file's name
+_LETTERS = 12  # of a digest, in a file's name and on a page
 _MOST = 1 << 53  # a whole number up to here is one in JSON of any reader
 SHARED = {
     "loss": "loss",
@@ -271,10 +271,11 @@ def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
         ["---", *["---:"] * (len(header) - 1)],
         *(map(in_markdown, row) for row in cells),
     ]
+    digest = in_markdown(str(record.get("weights_sha256", "not known"))[:_LETTERS])
     text = [
         f"# {in_markdown(portable_path(record['weights']))}",
         "",
-        f"Model {in_markdown(record['model'])} at {record['image_size']} px.",
+        f"Model {in_markdown(record['model'])} at {record['image_size']} px, weights {digest}.",
         "",
     ]
     text += ["| " + " | ".join(line) + " |" for line in table] + [""]

@@ -129,7 +129,9 @@ def weights_sha256(source: Path) -> str:
             files = [source / "MANIFEST.json"]
         elif source.is_dir():
             names = sorted(path.name for path in source.iterdir() if re.search(_OF_WEIGHTS, path.name))
-            files = [file_in(source, name) for name in names]
+            files = [
+                path for path in (file_in(source, name) for name in names) if path.is_file()
+            ]  # no pipe, which waits
         else:
             beside = ("config.json", PROCESSOR) if is_torch_file(source) else ()
             files = [source, *(file_in(source.parent, name) for name in beside if (source.parent / name).is_file())]

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from pretrain.config import Config, model_name, non_defaults
-from pretrain.escape import portable
+from pretrain.escape import portable, portable_path
 from pretrain.report.goodput import goodput, lost_steps
 from pretrain.report.runs import Curve, Run
 from pretrain.report.story import sentence, training_seconds
@@ -324,6 +324,12 @@ def of_wrong(wrong: dict[str, Any]) -> str:
     return told + (f", weights {wrong['weights_sha256'][:DIGEST_LETTERS]}" if wrong["weights_sha256"] else "")
 
 
+def of_record(record: dict[str, Any]) -> str:
+    """Returns which weights a record of an evaluation is of, in words."""
+    digest = f", weights {record['weights_sha256'][:DIGEST_LETTERS]}" if record["weights_sha256"] else ""
+    return portable_path(record["weights"]) + digest + "; those here now are others" * record["is_of_others"]
+
+
 def evaluation_table(found: Sequence[dict[str, Any]]) -> Table:
     """The rows that tools/evaluate.py measured; a standard deviation stands with its mean."""
     spread = {(row["model"], row["metric"]): row["value"] for row in found}
@@ -355,12 +361,12 @@ def finetuning_table(summaries: Sequence[dict[str, Any]]) -> Table:
                     NOTHING if of["lr"] is None else f"{of['lr']:g}",
                     NOTHING if of["n"] is None else f"{of['n']:,}",
                     "; ".join(["random weights"] * of["from_scratch"] + of["differs"]) or "the paper's",
+                    of["weights_sha256"][:DIGEST_LETTERS] or NOTHING,
                 ]
             )
     rows.sort(key=lambda row: row[0])  # stable: runs keep their order
-    return Table(
-        ["task", "run", "metric", "mean", "px", "seeds", "lr", "images", "protocol"], rows, text_columns=(0, 1, 2, 8)
-    )
+    header = ["task", "run", "metric", "mean", "px", "seeds", "lr", "images", "protocol", "weights"]
+    return Table(header, rows, text_columns=(0, 1, 2, 8, 9))
 
 
 def config_table(summaries: Sequence[dict[str, Any]]) -> Table:

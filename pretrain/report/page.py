@@ -189,7 +189,8 @@ def template(name: str) -> Any:
 def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
     """Returns the page; its file names no other file."""
     panels = curves.draw_panels(runs)
-    charts = {number: fewshot_chart(run.evaluation["rows"]) for number, run in enumerate(runs) if run.evaluation}
+    evaluated = {number: run.evaluation for number, run in enumerate(runs) if run.evaluation}
+    charts = {number: fewshot_chart(of["rows"]) for number, of in evaluated.items() if not of["is_of_others"]}
     fewshots = {number: chart for number, chart in charts.items() if chart}
     by_title = {panel.title: panel for panel in panels}
     return template("page.html.jinja").render(
@@ -202,7 +203,6 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
         story=story,
         caption=caption,
         portable=portable,
-        portable_path=portable_path,
         fewshots=fewshots,
         first_fewshot=next(iter(fewshots), None),
         panels=panels,
@@ -250,7 +250,7 @@ def markdown(
         if values["starts"]:
             lines += ["", *_lines(figures.starts_table(values))]
         for record in figures.evaluations(values):
-            lines += ["", f"Evaluation of {in_markdown(portable_path(record['weights']))}:", ""]
+            lines += ["", f"Evaluation of {in_markdown(figures.of_record(record))}:", ""]
             lines += _lines(figures.evaluation_table(record["rows"]))
         if confused := values["wrong_predictions"]["confused"]:
             pairs = (f"{of['label']} for {of['predicted']} ({of['count']:,} of {of['of']:,})" for of in confused)

@@ -28,6 +28,7 @@ from pretrain.log import MAX_STEP, warn
 from pretrain.report.batch import Example, read_batch
 from pretrain.report.confusion import Confusion, drawn, read_pairs
 from pretrain.report.files import MAX_PICTURE_BYTES, Picture, inside, lines, picture, picture_file, read_text
+from pretrain.report.own_weights import digest_here, evaluation_compared, finetuning_compared
 from pretrain.report.places import nothing_in
 from pretrain.report.target import Target, read_target
 
@@ -105,6 +106,7 @@ def _read_run(folder: Path, name: str) -> Run:
     finetuning = [_read_finetuning(path) for path in _finetuning_files(folder)]
     if not (curves or evaluation or finetuning):
         raise nothing_in(folder)
+    here = digest_here(folder) if evaluation or finetuning else None
     starts = list(lines(folder, "starts.jsonl", _start))
     batch = read_batch(folder)
     config_text = read_text(folder, "config.yaml")
@@ -117,8 +119,8 @@ def _read_run(folder: Path, name: str) -> Run:
         starts=starts,
         config=config,
         config_text=config_text,
-        evaluation=evaluation,
-        finetuning=finetuning,
+        evaluation=evaluation and evaluation_compared(evaluation, folder, here),
+        finetuning=[finetuning_compared(found, here) for found in finetuning],
         bad_samples=_read_bad_samples(folder),
         skipped_at=list(lines(folder, "skipped_steps.jsonl", _step)),
         batch=batch,
@@ -237,15 +239,12 @@ def _read_evaluation(folder: Path) -> dict[str, Any] | None:
         values = Fields.of(read_json(path), str(path))
         if (found := values.text("format")) != "pretrain-evaluation":
             raise UserError(f"its format is {found!r}")
-        others = [
-            {"weights": other.text("weights"), "rows": _evaluated(other)}
-            for other in values.parts("others", ())[:MAX_OTHERS]
-        ]
-        return {**values.values, "weights": values.text("weights"), "rows": _evaluated(values), "others": others}
+        others = [_evaluated(other) for other in values.parts("others", ())[:MAX_OTHERS]]
+        return {**values.values, **_evaluated(values), "others": others}
 
 
-def _evaluated(record: Fields) -> list[dict[str, Any]]:
-    return [
+def _evaluated(record: Fields) -> dict[str, Any]:
+    rows = [
         {
             "model": row.text("model"),
             "metric": row.text("metric"),
@@ -254,6 +253,7 @@ def _evaluated(record: Fields) -> list[dict[str, Any]]:
         }
         for row in record.parts("rows")
     ]
+    return {"weights": record.text("weights"), "weights_sha256": record.text("weights_sha256", ""), "rows": rows}
 
 
 def _finetuning_files(folder: Path) -> list[Path]:
@@ -296,6 +296,7 @@ def _read_finetuning(path: Path) -> dict[str, Any]:
             if values.values.get("image_size") is None
             else values.integer("image_size", 1, MAX_IMAGE_SIZE),
             "from_scratch": values.flag("from_scratch", False),
+            "weights_sha256": values.text("weights", ""),  # empty from random weights, too
             "differs": [*values.texts("differs", ()), *([] if done else ["not all seeds are done"])],
         }
 
