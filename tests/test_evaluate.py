@@ -26,7 +26,7 @@ from pretrain.config import DataConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.errors import UserError
+from pretrain.errors import DeviceMemoryError, UserError
 from pretrain.evaluation import evaluators, subject
 from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
@@ -457,6 +457,28 @@ def test_mistakes_are_told_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         evaluate(run, "--out", tmp_path / "out", *arguments(train, test))
     assert one_line(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "told"), [(8, "--batch-size: 8 images at a time .* try 4$"), (1, "no memory for the model")]
+)
+def test_a_batch_that_does_not_fit_is_told(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    told: str,
+) -> None:
+    """With the option that mends it; a DeviceMemoryError is one line, exit code 2."""
+
+    def no_room(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    _, test, run, _ = places
+    monkeypatch.setattr(subject, "logits_of", lambda *_: no_room)
+    with pytest.raises(DeviceMemoryError, match=told):
+        evaluate(run, "--val", test, "--workers", 0, "--out", tmp_path, "--batch-size", batch_size)
 
 
 def test_the_exit_code_tells(tmp_path: Path) -> None:

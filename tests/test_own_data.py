@@ -35,6 +35,7 @@ from pretrain.finetune.own_runs import (
     in_words,
     plan_own,
     protocol_for,
+    score_images,
     stored_side,
 )
 from pretrain.finetune.sweep import Options, Start, final_runs, selecting_runs
@@ -398,6 +399,20 @@ def test_micro_batches_fit_the_memory(gigabytes: float, expected: int) -> None:
     engine = {"max_micro_batch_size": 64}
     config = config_from_dict({**values, "name": "x", "total_steps": 1, "optim": optim, "engine": engine}, "test")
     assert fitting_micro_batch(config, 10, gigabytes * 1e9, 1) == expected
+
+
+@pytest.mark.parametrize(("overrides", "batch_size"), [((), "3"), (("evaluation.batch_size=2",), "2")])
+def test_images_are_scored_by_as_many_as_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], batch_size: str
+) -> None:
+    """The micro-batch of the training: the 256 of tools/evaluate.py, in float32, may be too many for the memory."""
+    monkeypatch.setattr("pretrain.finetune.own_runs.fitting_micro_batch", lambda *_: 3)
+    called: list[list[str]] = []
+    monkeypatch.setattr("pretrain.finetune.own_runs.start_job", lambda words, _: called.append(words))
+    data = prepared(photos(tmp_path / "pets", {"cat": 5, "dog": 5}), tmp_path / "out")
+    score_images(plan(data, tmp_path / "out", lr_grid=(0.01,), overrides=overrides))
+    (words,) = called
+    assert words[words.index("--batch-size") + 1] == batch_size
 
 
 @pytest.mark.parametrize(
