@@ -412,6 +412,20 @@ def test_a_run_in_a_sentence(tmp_path: Path) -> None:
     assert sentence(bare, summary(bare)).endswith("random weights: 20 steps of 12 images in 2 s.")
 
 
+def test_a_branch_is_told_by_its_own_steps(tmp_path: Path) -> None:
+    """Steps, epochs and time from where it left the other run, which perhaps did not begin with random weights."""
+    run = make_run(tmp_path)  # steps 5, 10, 15, 20
+    start = {"step": 10, "train_set": "trees", "train_images": 96}
+    (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    text = (run / "config.yaml").read_text().replace("branch_from: null", "branch_from: runs/long")
+    (run / "config.yaml").write_text(text)
+    (found,) = read_runs([run])
+    told = sentence(found, summary(found))
+    assert told.endswith(
+        "branched from runs/long at step 10 on trees (96 images): 10 steps of 12 images (1.2 epochs) in 1 s."
+    )
+
+
 def test_models_go_by_their_real_shape(tmp_path: Path) -> None:
     """A named size is called so only where nothing of its shape was changed."""
     names = {
