@@ -584,6 +584,15 @@ def test_wrong_photos_are_those_of_the_test(
     assert ("wrong.json: left out: of other data or weights" in capsys.readouterr().err) != is_shown
 
 
+def test_the_interval_is_as_exact_as_the_accuracy(tmp_path: Path) -> None:
+    """Of many test images it is narrower than a percent: 97.7% is not 98 to 98%."""
+    folder = results_folder(tmp_path, 3)
+    values = json.loads((folder / "accuracy.json").read_text())
+    values |= {"correct": 48_825, "n": 50_000, "top1": 48_825 / 50_000, "interval": list(wilson(48_825, 50_000))}
+    (folder / "accuracy.json").write_text(json.dumps(values))
+    assert "97.7% <span>accuracy; 97.5 to 97.8% with 95% confidence" in write_page(folder).read_text()
+
+
 def test_the_pages_command_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quoted, with the folder as it was given; of a whole path nothing that is above the working folder."""
     monkeypatch.chdir(tmp_path)
