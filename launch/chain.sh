@@ -11,7 +11,8 @@
 # What differs between clusters and runs; account and partition of all jobs: SBATCH_ACCOUNT, SBATCH_PARTITION.
 tasks=${TASKS:-}                         # an array element each, separated by spaces; empty: no evaluation
 data=${DATA:-data}                       # folder of their data sets
-format=${TO:-timm}                       # of the converted weights: tools/convert.py --to
+format=${TO:-pretrain}                   # of the converted weights: tools/convert.py --to; timm's and transformers' hold no
+                                         # model.representation_size. TO=npz wants OUT=NAME.npz
 pretrain_options=${PRETRAIN_OPTIONS:-}   # sbatch's, for example "--nodes=8 --time=12:00:00"
 convert_options=${CONVERT_OPTIONS:-}
 evaluate_options=${EVALUATE_OPTIONS:-}
@@ -21,6 +22,7 @@ cd "$(dirname "$0")/.."
 
 run=$(python launch/pretrain.py "$@" --print-folder)
 converted=${OUT:-$run/converted}
+[[ $format != npz || $converted == *.npz ]] || { echo "TO=npz writes a file: give OUT=NAME.npz too" >&2; exit 2; }
 jobs=()
 cancel() {
   [[ $BASH_SUBSHELL -gt 0 ]] && return  # of $(...), whose failure comes here again

@@ -17,6 +17,8 @@ from pretrain.data.classes import ClassMatch, match_classes
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest, read_as
 from pretrain.errors import UserError
+from pretrain.models.timm_folder import write_own_folder
+from pretrain.models.weights import read_weights
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
 from pretrain.train.datasets import open_data
@@ -48,12 +50,18 @@ def test_equal_lists_are_silent() -> None:
         ([CAFE[1], "x"], ["x", CAFE[0]], (1, 0), "in another order"),
         (["1", "3"], ["0", "1", "2", "3"], (1, 3), "val has 2 of the 4 classes of train, in another order"),
         (["0", "1", "2"], ["0", "10", "2", "1"], (0, 3, 2), "in another order"),
+        (
+            ["a", "b", "c"],
+            ["a", "b", "unused 2", "unused 3"],
+            None,
+            "val has 3 of the 4 classes of train: mapped by name",
+        ),
     ],
 )
 def test_what_can_be_mapped_by_name_is_mapped_and_said(
     theirs: list[str], ours: list[str], labels: tuple[int, ...] | None, said: str
 ) -> None:
-    """Another order, a part of the classes, names that only look equal."""
+    """Another order, a part of the classes, names that only look equal, a class for an output that was kept for it."""
     found = match(theirs, ours)
     assert found.labels == labels and found.told and said in found.told
 
@@ -75,6 +83,7 @@ def test_what_cannot_be_compared_is_said_once() -> None:
         (["a", "b", "c", "d"], ["a", "b", "c"], "val has 4 classes, train has 3"),
         (["b", "a"], ["a", "b", "a"], "train: classes 0 and 2 are both called 'a'"),
         (["a", "a"], ["a", "b"], "val: class 1, 'a', stands twice in its list"),
+        (["b", "c"], ["a", "b", "unused 2"], "val: class 1 is 'c', which train does not have (its class 1 is 'b')"),
     ],
 )
 def test_anything_else_is_refused_with_the_first_difference(theirs: list[str], ours: list[str], said: str) -> None:
@@ -82,6 +91,37 @@ def test_anything_else_is_refused_with_the_first_difference(theirs: list[str], o
     with pytest.raises(UserError) as error:
         match(theirs, ours)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+IDS = ["n00004475", "n00005787", "n00006024"]
+
+
+@pytest.mark.parametrize(
+    "names, of_head",
+    [
+        (IDS, (*IDS, "unused 3", "unused 4")),
+        (["a", "b"], ("a", "b", "unused 2", "unused 3", "unused 4")),
+        (["a", "b", "c", "d", "e"], ("a", "b", "c", "d", "e")),
+        (["0", "1", "2"], ()),
+        (["0", "1", "2", "3", "4"], ("0", "1", "2", "3", "4")),
+        ([], ()),
+    ],
+)
+def test_a_head_with_more_outputs_than_classes_keeps_their_names(
+    names: list[str], of_head: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Of a checkpoint, as everything reads it, after the way through a folder too; a set with a part of the names, ids
+    or words, is still mapped by name. Numbers are none.
+    """
+    save_run(tiny_config(tmp_path, tmp_path, name="run", model__num_classes=5), names)
+    weights = read_weights(tmp_path / "run")
+    assert weights.class_names == of_head
+    write_own_folder(weights, tmp_path / "folder")
+    assert read_weights(tmp_path / "folder").class_names == of_head
+    if of_head and names[0] != "0":
+        part = names[::-1][:2]
+        assert match(part, list(of_head)).labels == (len(names) - 1, len(names) - 2)
+        assert match(names, list(of_head), num_ours=5).labels is None
 
 
 def shards(folder: Path, names: list[str], num_samples: int = 12) -> Path:

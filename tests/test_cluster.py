@@ -16,7 +16,7 @@ from test_slurm import TASK
 
 from pretrain.cluster import agreement, peers, ranks, signals
 from pretrain.cluster.jobs import array_ranges
-from pretrain.cluster.local import default_num_ranks, free_port, gpus_asked_for, rank_variables
+from pretrain.cluster.local import default_num_ranks, environment, free_port, gpus_asked_for, rank_variables
 from pretrain.errors import LostProcessError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +121,7 @@ def task(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The variables of a task of srun, the only ones that are set; what this process knows of its place comes back."""
     monkeypatch.setattr(os, "environ", variables := dict(TASK))
     monkeypatch.setattr(ranks, "gpu_is_here", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     for name in ("_from_slurm", "_place"):
         monkeypatch.setattr(ranks, name, getattr(ranks, name))
     yield variables
@@ -251,6 +252,22 @@ def test_gpus_that_were_asked_for_and_are_not_there_are_told(monkeypatch: pytest
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=0,1 asks for GPUs, but PyTorch finds none"):
         ranks.start(5)
+    # As launch/pretrain.py has it: DeepSpeed is imported before, and must not be told that the CPU is meant.
+    code = "import pretrain.train.run; from pretrain.cluster import ranks; ranks.start(5)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("DS_ACCELERATOR=cpu trains on the CPU"), done.stderr
+    assert "DS_ACCELERATOR" not in environment()
+
+
+def test_gpus_that_cannot_be_used_are_told(task: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed has torch count them by NVML, which knows nothing of CUDA and its driver."""
+
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UserError, match=r"look at nvidia-smi, .* \(The NVIDIA .* 12020\)\.\); DS_ACCELERATOR=cpu"):
+        ranks.choose_device()
 
 
 @pytest.mark.parametrize(

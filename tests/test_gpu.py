@@ -1,4 +1,7 @@
-"""What only a GPU can show. Skipped elsewhere; run with `pytest -m gpu`."""
+"""What only a GPU can show. Skipped elsewhere; run with `pytest -m gpu -n 6`: some 50 starts of ten seconds and more.
+
+Where time is short: `-k "twice or logits or fused or copies or finite"` first, which take single steps.
+"""
 
 import json
 import multiprocessing
@@ -49,8 +52,8 @@ def start_on_gpu(shards: Path, output: Path, *overrides: str, words: list[str]) 
     return subprocess.Popen(command, env=without_cpu(), start_new_session=True)
 
 
-def train_on_gpu(shards: Path, output: Path, *overrides: str, num_ranks: int = 1) -> None:
-    with start_on_gpu(shards, output, *overrides, words=launcher(num_ranks)) as process:
+def train_on_gpu(shards: Path, output: Path, *overrides: str, words: list[str]) -> None:
+    with start_on_gpu(shards, output, *overrides, words=words) as process:
         assert process.wait(timeout=500) == 0
 
 
@@ -100,9 +103,9 @@ def test_a_resumed_run_is_the_same_run(changes: tuple[str, ...], tmp_path: Path)
     """On one GPU, with dropout: stopped half-way and resumed equals uninterrupted, bit for bit."""
     shards = make_shards(tmp_path / "squares")
     recipe = (*changes, "model.dropout=0.1", "data.workers=1", "optim.schedule=rsqrt")
-    train_on_gpu(shards, tmp_path / "whole", *recipe)
-    train_on_gpu(shards, tmp_path / "parts", *recipe, "total_steps=10")
-    train_on_gpu(shards, tmp_path / "parts", *recipe, "total_steps=20")
+    train_on_gpu(shards, tmp_path / "whole", *recipe, words=launcher(1))
+    for total_steps in (10, 20):
+        train_on_gpu(shards, tmp_path / "parts", *recipe, f"total_steps={total_steps}", words=launcher_or_python(1))
     expect_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -118,14 +121,14 @@ def test_a_stop_is_heard_and_costs_nothing(tmp_path: Path) -> None:
     """SIGTERM in the midst of training: exit code 0 after a save, and the same command ends as if nothing had been."""
     shards = make_shards(tmp_path / "squares")
     recipe = ("total_steps=600", "log.every_steps=1", "checkpoint.every_steps=1000", "model.dropout=0.1")
-    train_on_gpu(shards, tmp_path / "whole", *recipe)
+    train_on_gpu(shards, tmp_path / "whole", *recipe, words=launcher_or_python(1))
     with start_on_gpu(shards, tmp_path / "parts", *recipe, words=launcher_or_python(1)) as process:
         wait_for_steps(tmp_path / "parts", 10, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 0
     stopped = newest_valid(tmp_path / "parts" / "tiny" / "checkpoints")
     assert stopped is not None and 10 <= step_of(stopped) < 600, stopped
-    train_on_gpu(shards, tmp_path / "parts", *recipe)
+    train_on_gpu(shards, tmp_path / "parts", *recipe, words=launcher_or_python(1))
     expect_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -222,7 +225,7 @@ def stepped_twice(config: Config) -> bool:
 def test_the_same_step_twice(tokens: int, tmp_path: Path) -> None:
     """What docs/training.md says of exact resumption on GPUs: bit for bit, as far as the attention's kernel is."""
     model = shape_of(tokens)
-    config = tiny_config(tmp_path, tmp_path, engine__precision="bf16", data__global_batch=16)
+    config = tiny_config(tmp_path, tmp_path, engine__precision="bf16", data__global_batch=128)
     assert on_gpu(stepped_twice, changed(config, model=model))
 
 
@@ -288,7 +291,7 @@ def test_a_lost_rank_ends_the_others_and_costs_an_interval(tmp_path: Path) -> No
     assert reached is not None and step_of(reached) >= 50
     stop = json.loads((tmp_path / "tiny" / "STOP.json").read_text())
     assert stop["retry"] is True, stop
-    train_on_gpu(shards, tmp_path, *recipe, num_ranks=2)
+    train_on_gpu(shards, tmp_path, *recipe, words=launcher(2))
     assert (tmp_path / "tiny" / "DONE").exists()
 
 
@@ -305,7 +308,7 @@ def test_two_ranks_are_one(stage: int, precision: str, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "squares")
     recipe = (f"engine.zero_stage={stage}", f"engine.precision={precision}", ACCUMULATED, "log.every_steps=1")
     for num_ranks in (1, 2):
-        train_on_gpu(shards, tmp_path / str(num_ranks), *recipe, num_ranks=num_ranks)
+        train_on_gpu(shards, tmp_path / str(num_ranks), *recipe, words=launcher_or_python(num_ranks))
     one, two = (losses(tmp_path / str(num_ranks)) for num_ranks in (1, 2))
     assert len(one) == 20 and two == pytest.approx(one, rel=1e-4 if precision == "fp32" else 3e-2)
 

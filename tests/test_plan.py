@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.engine.step as engine_step
 from pretrain.benchmark.models import activation_bytes as saved_bytes
-from pretrain.benchmark.train import PEAK_TFLOP_PER_S
 from pretrain.cluster import ranks
 from pretrain.config import Config, ModelConfig, config_from_dict
 from pretrain.data.loader import Batch, single_labels
@@ -402,10 +401,8 @@ def test_activations_make_the_peak(recompute: bool) -> None:
 
 
 def test_constants_are_those_of_their_owners() -> None:
-    """What the plan repeats because it must not import torch: the piece of an update, the peaks."""
+    """What the plan repeats because it must not import torch: the piece of an update, DeepSpeed's buckets."""
     assert memory_module._PIECE_ELEMENTS == PIECE_ELEMENTS
-    for name, peak in PEAK_TFLOP_PER_S.items():
-        assert DEVICES[name.lower()].peak_flops == peak * 1e12
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero = DeepSpeedZeroConfig()
@@ -569,6 +566,9 @@ def test_what_is_assumed_is_said_where_it_comes_from(
         (["--table", "--price", "2.5"], "--price has no effect with --table; leave it out"),
         (["model.name=R50+B/16"], "R50+B is no plain ViT"),
         (["model.name=timm:resnet50", "model.head_bias=0", "data.workers=0"], "timm:resnet50 is no plain ViT"),
+        (["total_epochs=90", "model.name=R50+B/16", "data.train=nowhere"], "R50+B is no plain ViT"),
+        (["total_epochs=90", "data.train=nowhere"], "nowhere: not found"),
+        (["total_epochs=90", "data.train=nowhere"], "without data give total_steps=N"),
         (["engine.zero_stage=0"], "engine.zero_stage is 0"),
     ],
     ids=lambda value: value[0] + value[-1] if isinstance(value, list) else "",
@@ -578,3 +578,13 @@ def test_errors_are_one_line(arguments: list[str], told: str) -> None:
     *dropped, error = result.stderr.splitlines()
     assert result.returncode == 2 and result.stdout == "" and all(line.endswith(": dropped") for line in dropped)
     assert error.startswith("error: ") and told in error, result.stderr
+
+
+def test_epochs_take_the_manifest(tmp_path: Path) -> None:
+    """Of 101 images and batches of 32, 10 epochs are 32 steps; where all are held out, that is the error."""
+    steps = ["data.train=" + str(make_shards(tmp_path / "squares")), "data.global_batch=32", "total_epochs=10"]
+    told = []
+    for more in (["data.held_out=0"], ["data.held_out=101"], ["data.held_out=0", "total_steps=32"]):
+        told.append(plan("--config", CONFIG, *steps, "optim.warmup_steps=1", *more, "--gpus", "1"))
+    assert told[0].returncode == 0 and told[0].stdout == told[2].stdout, told[0].stderr
+    assert told[1].returncode == 2 and "data.held_out (101) leaves nothing of" in told[1].stderr

@@ -16,6 +16,14 @@ def test_file_map_is_complete() -> None:
     assert sorted(listed) == sorted(expected)
 
 
+def test_every_room_is_on_both_maps() -> None:
+    """Each folder of the package stands in the README's map and among the rooms of docs/architecture.md."""
+    rooms = {path.parent.name for path in (ROOT / "pretrain").glob("*/__init__.py")}
+    assert rooms == set(re.findall(r"pretrain/(\w+)/  +\S", (ROOT / "README.md").read_text()))
+    rows = re.findall(r"^\| `(\w+)/` \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+    assert rooms == set(rows)
+
+
 def test_links_lead_somewhere() -> None:
     """Every relative link of README and docs names a file that exists, and a heading that the file has."""
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:

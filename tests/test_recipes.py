@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import timm
 
 from pretrain.config import Config, load_config
 
@@ -355,19 +356,39 @@ def test_the_public_splits_hold_out_what_big_vision_does() -> None:
 @pytest.mark.parametrize("name", sorted(set(LINES) - {"scaling_g14"}))
 def test_the_steps_tell_their_arithmetic(name: str) -> None:
     """The comment beside total_steps is right: epochs x (images - held out) / batch, for each number of epochs."""
+    images, steps = told_steps(name)
+    assert images == PROTOCOLS[name].images
+    batch = config_of(name, []).data.global_batch
+    assert steps == {line.epochs: round(line.epochs * images / batch) for line in LINES[name] if line.epochs}
+
+
+def test_the_steps_of_own_photos_tell_theirs() -> None:
+    """The same comment: 90 epochs are 90, of the photos that are not held out."""
+    images, steps = told_steps("photos_s16")
+    assert steps == {90: round(90 * images / config_of("photos_s16", []).data.global_batch)}
+
+
+def told_steps(name: str) -> tuple[int, dict[int, int]]:
+    """What the comment beside total_steps says, checked against the file: images of an epoch, epochs -> steps."""
     config = config_of(name, [])
     text = re.search(r"^total_steps: .*$", (CONFIGS / f"{name}.yaml").read_text(), flags=re.MULTILINE)
     assert text is not None
-    said = re.search(r"# (\d+) epochs x \(([\d,]+) - ([\d,]+)\) images / (\d+)", text[0])
+    said = re.search(r"# (\d+) epochs x \(([\d,]+) - ([\d,]+)\) (?:images|photos) / (\d+)", text[0])
     assert said is not None
     epochs, images, held_out, batch = (int(number.replace(",", "")) for number in said.groups())
     assert (held_out, batch) == (config.data.held_out, config.data.global_batch)
-    assert images - held_out == PROTOCOLS[name].images
     steps = {epochs: config.total_steps}
     steps |= {int(n): int(s) for n, s in re.findall(r"; (\d+) epochs: ([\d_]+)", text[0])}
-    assert steps == {
-        line.epochs: round(line.epochs * (images - held_out) / batch) for line in LINES[name] if line.epochs
-    }
+    return images - held_out, steps
+
+
+@pytest.mark.parametrize("name", ["paper_imagenet21k", "augreg_imagenet21k"])
+def test_the_shards_have_the_classes_of_the_head(name: str) -> None:
+    """The command of the header names a list that timm has, a WordNet id for each output, sorted."""
+    path = re.search(r" --classes \$\(python -c '(.+)'\)(/\S+)$", header(name), flags=re.MULTILINE)
+    assert path is not None and path[1] == "import timm; print(timm.__path__[0])"
+    ids = Path(f"{timm.__path__[0]}{path[2]}").read_text().split()
+    assert len(ids) == config_of(name, []).model.num_classes and ids == sorted(set(ids))
 
 
 def test_g14_has_its_schedule_and_its_heads_decay() -> None:
@@ -426,6 +447,20 @@ def test_headers_are_complete(name: str) -> None:
     assert ("# data:      private" in text) == (name in private)
 
 
+@pytest.mark.parametrize("name", LINES)
+def test_a_header_makes_what_its_commands_read(name: str) -> None:
+    """Sets of photos for training, validation and the final score; a score after fine-tuning has its command."""
+    text, data = header(name), config_of(name, []).data
+    wanted = {str(path) for path in (data.train, data.val) if path} | set(re.findall(r"--val (\S+)", text))
+    if re.search(r"tools/(evaluate|finetune)\.py \S+ --tasks? imagenet", text):
+        wanted.add("data/imagenet")
+    made = set(re.findall(r"tools/make_shards\.py (?:--task imagenet )?[\w./]+ (data/\w+)", text))
+    is_private = "private data" in text
+    assert is_private or wanted == made
+    if not is_private and "after fine-tuning at 384 px" in text:
+        assert "tools/finetune.py runs/" in text
+
+
 def test_runs_do_not_share_a_folder() -> None:
     """Every documented line is a run of its own name, which begins with its file's, so that none resumes another."""
     names = []
@@ -449,8 +484,6 @@ def test_machines_are_not_part_of_a_recipe() -> None:
 
 def test_timm_has_the_networks() -> None:
     """The baselines' names exist in timm, where a misspelt one would be found only when the run starts."""
-    import timm
-
     assert set(TIMM.values()) <= set(timm.list_models("resnetv2_*_bit"))
 
 

@@ -172,11 +172,19 @@ def test_what_a_chain_submits(tmp_path: Path) -> None:
     variables = {"FOLDER": run, "TASKS": "a,b\nknn:c", "EVALUATE_OPTIONS": "--array=0-1%1"}
     done, asked = with_fakes(tmp_path, ["launch/chain.sh", "--config", "c"], **variables)
     assert done.returncode == 0 and "evaluate 3: 2 elements" in done.stdout, done.stderr
-    assert f"launch/convert.sbatch {run} {run}/converted --to" in asked[1]
+    assert f"launch/convert.sbatch {run} {run}/converted --to pretrain --overwrite" in asked[1]
     assert "--array=0-1 --array=0-1%1 launch/evaluate.sbatch a,b" in asked[2] and asked[3].startswith("knn:c ")
     command = asked[4].partition("--wrap ")[2].replace("python", "printf %s,")
     shown = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=True)
     assert shown.stdout == f"tools/report.py,{run},"
+
+
+def test_a_chain_to_npz_wants_the_file_s_name(tmp_path: Path) -> None:
+    """Refused before anything is submitted: the conversion would fail when the training is done."""
+    done, asked = with_fakes(tmp_path, ["launch/chain.sh"], FOLDER="runs/x", TO="npz", TASKS="a")
+    assert (done.returncode, asked) == (2, []) and "give OUT=NAME.npz too" in done.stderr
+    done, asked = with_fakes(tmp_path, ["launch/chain.sh"], FOLDER="runs/x", TO="npz", OUT="x.npz")
+    assert done.returncode == 0 and "launch/convert.sbatch runs/x x.npz --to npz" in asked[1], done.stderr
 
 
 @pytest.mark.parametrize(("event", "code", "cancelled"), [("FAIL_AT", 3, "1 2"), ("CTRL_C_AT", 130, "1 2 3")])

@@ -52,7 +52,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def save_run(config: Config, class_names: list[str], *, step: int = 20) -> nn.Module:
     """Writes the run's folder with one checkpoint of random weights; returns the model."""
-    num_classes = len(class_names)
+    num_classes = config.model.num_classes or len(class_names)
     model = randomised(build_model(config.model, num_classes))
     slices = [Slice(n, tuple(p.shape), 0, p.detach().flatten()) for n, p in model.named_parameters()]
     state: dict[str, Any] = {

@@ -34,15 +34,13 @@ LOADER_RATE, LOADER_RATE_RANDAUGMENT = 496.0, 275.0
 def main() -> None:
     arguments = _parser().parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides, lambda line: cli.tell(line, sys.stderr))
-    if not config.total_steps:
-        from pretrain.train.epochs import in_steps
-
-        config = in_steps(config)
     if not is_plain(config.model):
         raise UserError(
             f"model.name: {config.model.name} is no plain ViT with absolute positions, which alone has formulas; "
             "tools/benchmark.py model counts it"
         )
+    if not config.total_steps:
+        config = _in_steps(config)
     used = {name for name, value in vars(arguments).items() if value is not None}
     if arguments.table:
         for name in ("gpus", *_OF_THE_RUN):
@@ -73,6 +71,19 @@ def main() -> None:
     if arguments.out_json is not None:
         content = {"config": config.name, "gpu": device.name, "assumed": [row[:2] for row in told], "plan": values}
         write_text(arguments.out_json, json.dumps(content, indent=1) + "\n")
+
+
+def _in_steps(config: Config) -> Config:
+    """Returns the config with the steps of its total_epochs, which take the manifest of data.train."""
+    from pretrain.train.epochs import in_steps
+
+    try:
+        found = in_steps(config)
+    except UserError as error:
+        raise UserError(f"{error} (total_epochs takes the number of images; without data give total_steps=N)") from None
+    if not found.total_steps:
+        raise UserError(f"data.held_out ({config.data.held_out}) leaves nothing of {config.data.train} to train on")
+    return found
 
 
 _DEFAULTS = {
@@ -123,7 +134,8 @@ def _check(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "Plans a run before it is queued: which stage, micro-batch and recomputation, how long, at what price.\n"
-        "Formulas only: needs no GPU and no data. Images are those of the recipe: data.global_batch stays.",
+        "Formulas only: needs no GPU and no data; with total_epochs the manifest of data.train is read for the\n"
+        "number of images: without data give total_steps=N. Images are those of the recipe: data.global_batch stays.",
         "python tools/plan.py --config configs/augreg_imagenet1k.yaml model.name=L/16 --gpus 1,8,64 --gpu h200",
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")

@@ -15,12 +15,11 @@ from pretrain.benchmark.parts import PartClock
 from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
 from pretrain.engine.settings import DTYPES
+from pretrain.gpus import peak_flops
 from pretrain.models.profile import num_parameters, train_flops
 from pretrain.provenance import commit, versions
 from pretrain.train.meter import peak_memory_bytes
 
-# Dense bf16, from data sheets; the figures with 2:4 sparsity are twice as high and mean nothing here.
-PEAK_TFLOP_PER_S = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 _PEAK_SHAPE = 1024, 4096  # of the products for timm's models, which have no width of ours: L's
 _PEAK_REPEATS = 10  # products of which the median is the measured peak
 
@@ -110,13 +109,13 @@ def _rates(config: Config, batch: int, times_ms: list[float], device: str) -> di
     """Images per second of all ranks; FLOP/s of one of them."""
     median_ms = statistics.median(times_ms)
     tflop_per_s = 1000 * batch / median_ms * train_flops(config.model, NUM_CLASSES) / 1e12
-    peak = next((value for part, value in PEAK_TFLOP_PER_S.items() if part in device), None)
+    peak = peak_flops(device)
     return {
         "images_per_s": round(1000 * batch * ranks.world_size() / median_ms, 3),
         "ms_per_step": summary_ms(times_ms),
         "tflop_per_s": round(tflop_per_s, 4),
-        "mfu": round(tflop_per_s / peak, 4) if peak else None,
-        "peak_tflop_per_s": peak,
+        "mfu": round(1e12 * tflop_per_s / peak, 4) if peak else None,
+        "peak_tflop_per_s": peak and peak / 1e12,
     }
 
 

@@ -58,7 +58,6 @@ def by_fork(call: Callable[[], object]) -> Callable[[Mapping[str, str]], Fork]:
         try:
             if pid := os.fork():
                 return Fork(pid)
-            os.environ.pop(_NVML_CHECK, None)
             os.environ.update(variables)
             call()
         except SystemExit as end:

@@ -64,8 +64,12 @@ def options_of_ranks(num_ranks: int | None) -> list[str]:
 
 
 def environment(num_threads: int | None = None) -> dict[str, str]:
-    """Returns what ranks are started with: this process's variables and, without a GPU, those of `on_cpu`."""
-    return {**os.environ} if gpu_is_here() else {**os.environ, **on_cpu(num_threads)}
+    """Returns what ranks are started with: this process's variables and, without a GPU, those of `on_cpu`.
+
+    Where GPUs are asked for and not there, the ranks say so.
+    """
+    on_gpu = gpu_is_here() or gpus_asked_for() is not None
+    return {**os.environ} if on_gpu else {**os.environ, **on_cpu(num_threads)}
 
 
 def on_cpu(num_threads: int | None = None) -> dict[str, str]:

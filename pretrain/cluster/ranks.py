@@ -40,6 +40,8 @@ def start(timeout_s: int) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False  # fp32 is asked for by name: torch's default rounds convolutions to 10 bits
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # Of the attentions the one whose order of sums is known: torch 2.11 on Hopper would take cuDNN's.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         # Sums depend on the number of threads; a fixed share of the cores keeps runs repeatable on one machine.
         cores = len(os.sched_getaffinity(0))
@@ -163,6 +165,17 @@ def interface_to(host: str) -> str | None:
     return None
 
 
+def _enter_driver() -> None:
+    """Begins to use CUDA: DeepSpeed has torch count GPUs without asking whether they can be used."""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        raise UserError(
+            "CUDA cannot use the GPUs here: look at nvidia-smi, and whether the driver is new enough for CUDA "
+            f"{torch.version.cuda} ({str(error).splitlines()[0]}); DS_ACCELERATOR=cpu trains on the CPU"
+        ) from None
+
+
 def choose_device() -> torch.device:
     """Returns the device of this rank. Raises UserError when GPUs were asked for and are not there."""
     if not has_gpu():
@@ -174,6 +187,7 @@ def choose_device() -> torch.device:
             )
         return torch.device("cpu")
     global _place
+    _enter_driver()
     count = torch.cuda.device_count()
     if count == 1 and _from_slurm:  # --gpus-per-task: it sees its own alone
         _place = local_rank()

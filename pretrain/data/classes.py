@@ -9,6 +9,7 @@ from pretrain.errors import UserError
 from pretrain.json_files import brief, is_text
 
 MAX_NAME_LETTERS = 4096  # of a class: it may be a list of all words for it
+_UNUSED = "unused "  # and its number: an output of a head that its data set had no class for
 
 
 class ClassMatch(NamedTuple):
@@ -60,6 +61,8 @@ def _by_name(theirs: Sequence[str], ours: Sequence[str], their_place: str, our_p
             )
         places[name] = place
     for number, name in enumerate(theirs):
+        if number < len(ours) and ours[number] == f"{_UNUSED}{number}":
+            places.setdefault(_normal(name), number)  # an output that was kept for a class to come
         if _normal(name) not in places:
             own = f"{ours[number]!r}" if number < len(ours) else "none"
             raise UserError(
@@ -90,6 +93,17 @@ def check_names(names: object, num_classes: int, source: str) -> tuple[str, ...]
     return tuple(names)
 
 
+def names_of_head(class_names: Sequence[str], num_outputs: int) -> tuple[str, ...]:
+    """Returns a name for each output of a head that was trained on these classes; () where they have no names.
+
+    An output beyond them, as where 21,841 classes met model.num_classes=21843, is "unused 21841": without a name for it
+    all others would be lost, and labels be taken by their place.
+    """
+    if len(class_names) < num_outputs and not has_names(class_names):
+        return ()
+    return (*class_names, *(f"{_UNUSED}{number}" for number in range(len(class_names), num_outputs)))
+
+
 def has_names(class_names: Sequence[str]) -> bool:
     """Returns whether names say what a class is: mere numbers are what a set gets whose labels came without."""
     return bool(class_names) and list(class_names) != [str(number) for number in range(len(class_names))]
@@ -105,5 +119,5 @@ def _normal(name: str) -> str:
 
 
 def _are_wordnet_ids(class_names: Sequence[str]) -> bool:
-    """ImageNet's names of classes, n01440764: they cannot be compared with words."""
-    return all(re.fullmatch(r"n\d{8}", name) for name in class_names)
+    """ImageNet's names of classes, n01440764, beside unused outputs: they cannot be compared with words."""
+    return all(re.fullmatch(rf"n\d{{8}}|{_UNUSED}\d+", name) for name in class_names)

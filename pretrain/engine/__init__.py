@@ -4,5 +4,9 @@ import os
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed's import: no search for one, no warning
+from pretrain.cluster.local import gpus_asked_for
+
+# Before DeepSpeed's import: no search for an accelerator, no warning. Not where GPUs were asked for and are not there:
+# it would look like the user's own wish, and the run would train on the CPU without a word.
+if not torch.cuda.is_available() and gpus_asked_for() is None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -13,6 +13,7 @@ from pretrain.checkpoint.find import read_newest, refusing_vanished, validate
 from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.config import MAX_CLASSES, Config, DataConfig, ModelConfig, config_from_dict
 from pretrain.config.model import VitForm
+from pretrain.data.classes import names_of_head
 from pretrain.errors import UserError
 from pretrain.json_files import Fields
 from pretrain.models import by_name
@@ -191,7 +192,7 @@ def _read_checkpoint(path: Path) -> Weights:
                 for name, shape in reader.shapes(kind).items()
             },
             num_classes=num_classes,
-            class_names=names if len(names) == num_classes else (),  # fewer where the data has fewer than the model
+            class_names=names_of_head(names, num_classes),
             eval_transform=config.data.eval_transform,
             eval_crop=config.data.eval_crop,
             interpolation=config.data.interpolation,
