@@ -311,7 +311,7 @@ def test_imagenet_from_its_tars(ilsvrc: dict[str, Any]) -> None:
     assert listed(splits["val"]) == [(n, label, ilsvrc["val"][n]) for n, label in zip(names, ilsvrc["labels"])]
 
 
-@pytest.mark.parametrize("form", ["synsets", "pairs", "npz", "devkit"])
+@pytest.mark.parametrize("form", ["synsets", "pairs", "pairs in folders", "npz", "devkit"])
 def test_validation_labels_in_every_form(form: str, ilsvrc: dict[str, Any]) -> None:
     """WordNet ids, (name, class) in any order, an array, and the devkit, whose classes have an order of their own."""
     folder, wnids, labels = ilsvrc["folder"], ilsvrc["wnids"], ilsvrc["labels"]
@@ -321,6 +321,9 @@ def test_validation_labels_in_every_form(form: str, ilsvrc: dict[str, Any]) -> N
     elif form == "pairs":
         lines = [f"ILSVRC2012_val_{number:08d}.JPEG {label}\n" for number, label in enumerate(labels, start=1)]
         (folder / "val.txt").write_text("".join(reversed(lines)))
+    elif form == "pairs in folders":  # sorted by their paths, they are sorted by class
+        names = [f"{wnids[label]}/ILSVRC2012_val_{number:08d}.JPEG" for number, label in enumerate(labels, start=1)]
+        (folder / "val.txt").write_text("".join(f"{name} {label}\n" for name, label in zip(names, labels)))
     elif form == "npz":
         np.savez(folder / "imagenet_val_labels.npz", label=np.array(labels, np.uint16))
     else:
@@ -344,6 +347,22 @@ def test_other_label_lists_are_refused(labels: list[int], said: str, ilsvrc: dic
     (ilsvrc["folder"] / "val_labels.txt").write_text("".join(f"{label}\n" for label in labels))
     message = refusal(imagenet, ilsvrc["folder"])
     assert said in message and DEVKIT in message
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["ILSVRC2012_val_{:08d}.JPEG", "{}.JPEG"], "ILSVRC2012_val_00000001.JPEG is expected"),
+        (["x/ILSVRC2012_val_{:08d}.JPEG"], "ILSVRC2012_val_00000002.JPEG is expected"),
+        (["{}"], "ILSVRC2012_val_00000001.JPEG is expected"),
+    ],
+)
+def test_a_list_of_other_names_is_refused(names: list[str], said: str, ilsvrc: dict[str, Any]) -> None:
+    """Its order would be taken for that of the images: plain numbers are sorted 1, 10, 2; one that is there twice."""
+    numbers = [1, 1, 3, 4] if names[0].startswith("x/") else [1, 2, 3, 4]
+    lines = [f"{names[place % len(names)].format(number)} 7\n" for place, number in enumerate(numbers)]
+    (ilsvrc["folder"] / "val.txt").write_text("".join(lines))
+    assert said in refusal(val_labels, ilsvrc["folder"])
 
 
 def test_imagenet_from_folders(tmp_path: Path) -> None:

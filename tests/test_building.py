@@ -618,6 +618,19 @@ def test_options_that_cannot_be(options: list[str], said: str, tmp_path: Path, m
     assert said in refusal(main)
 
 
+def test_a_long_list_of_what_was_left_out_ends_no_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 300 million images it is larger than any JSON that is read: the command line takes number and first line from
+    the build."""
+    monkeypatch.setattr(build_module, "read_json", lambda _: (_ for _ in ()).throw(UserError("holds more than")))
+    out = tmp_path / "set"
+    monkeypatch.setattr(sys, "argv", ["make_shards.py", str(photos(tmp_path / "in", 8)), str(out), "--workers=1"])
+    runpy.run_path(str(ROOT / "tools" / "make_shards.py"))["main"]()
+    said = capsys.readouterr().err
+    assert f"warning: 1 images left out, {out}/provenance.json names them; the first: " in said and "broken.jpg" in said
+
+
 def test_tars_that_are_shards_have_no_parts(tmp_path: Path) -> None:
     """What would have no effect is refused."""
     (tmp_path / "a.tar").write_bytes(b"")

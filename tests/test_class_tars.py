@@ -159,3 +159,52 @@ def test_a_list_of_classes_in_lines_that_is_none(tmp_path: Path) -> None:
     """Bytes that are no text."""
     (tmp_path / "x.txt").write_bytes(b"\xff")
     assert "is not UTF-8" in refusal(read_class_list, tmp_path / "x.txt")
+
+
+ONE = {"1.jpg": b"1"}  # a tar of one class, by its headers
+OTHERS = {
+    "folders of classes": ({"cat/1.jpg": b"1", "dog/2.jpg": b"2"}, "images in several folders, cat and dog"),
+    "a folder and none": ({"./1.jpg": b"1", "x/2.jpg": b"2"}, "images in several folders, . and x"),
+    "tars": ({"n01.tar": b"1"}, "holds a tar, n01.tar"),
+    "img2dataset": ({"0.jpg": b"1", "0.json": b"{}", "0.txt": b"x"}, "0.jpg and 0.json are a sample"),
+    "texts first": ({"0.txt": b"x", "0.jpg": b"1"}, "0.txt and 0.jpg are a sample"),
+}
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_tars_of_something_else_would_become_classes(kind: str, within: bool, tmp_path: Path) -> None:
+    """Parts with folders of classes, tars of tars, shards without .cls: in a folder of tars, and in a tar of tars."""
+    members, said = OTHERS[kind]
+    tars = {"a.tar": tar_of(ONE), "b.tar": tar_of(members)}
+    (tmp_path / "in").mkdir()
+    for name, data in {"x.tar": tar_of(tars)}.items() if within else tars.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    source = tmp_path / "in" / "x.tar" if within else tmp_path / "in"
+    message = refusal(make_shards, [source], None, tmp_path / "set", SMALL)
+    assert said in message and "b.tar" in message
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_tars_that_are_called_as_parts_are_no_classes(within: bool, tmp_path: Path) -> None:
+    """train.tar and val.tar, whatever they hold; a class of trains lies beside others."""
+    tars = {"train.tar": tar_of(ONE), "val.tar": tar_of(ONE)}
+    (tmp_path / "in").mkdir()
+    for name, data in tars.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    (tmp_path / "x.tar").write_bytes(tar_of(tars))
+    source = tmp_path / "x.tar" if within else tmp_path / "in"
+    assert "its tars train, val are parts of a set" in refusal(make_shards, [source], None, tmp_path / "set", SMALL)
+    (tmp_path / "in" / "val.tar").rename(tmp_path / "in" / "tram.tar")
+    assert class_tar_items(tmp_path / "in", Told())[1] == ["train", "tram"]
+
+
+def test_what_lies_in_one_folder_of_a_class_is_its_images(tmp_path: Path) -> None:
+    """A folder inside, and texts that are of no image, are no sign of anything."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        members = {f"./{name}/1.jpg": b"1", f"{name}/2.jpg": b"2", f"{name}/README.txt": b"x", f"{name}/x.json": b"{}"}
+        (tmp_path / "in" / f"{name}.tar").write_bytes(tar_of(members))
+    told = Told()
+    items, names = class_tar_items(tmp_path / "in", told)
+    assert names == ["a", "b"] and list(items.labels) == [0, 0, 1, 1] and told.passed_over[".json files"] == 2

@@ -76,6 +76,21 @@ def test_what_cannot_be_compared_is_said_once() -> None:
     assert told and "('n01440764') and train ('tench') are of different kinds" in told
 
 
+@pytest.mark.parametrize("names", [["0", "1", "10", "2"], ["1", "2", "3"], ["1", "3", "5"]])
+def test_labels_alone_beside_names_that_are_other_numbers_are_refused(names: list[str]) -> None:
+    """Folders 0 to 10, sorted as texts, and a list with number labels: label 2 would be class 10, without a word."""
+    label = next(label for label, name in enumerate(names) if name != str(label))
+    said = f": class {label} is called '{names[label]}', and {{}} has labels without names, which may mean either"
+    with pytest.raises(UserError, match="train" + said.format("val")):
+        match([], names, 3)
+    with pytest.raises(UserError, match="val" + said.format("train")):
+        match(names, [], 0, 9)
+    with pytest.raises(UserError, match=f"class {label} is called '{names[label]}'"):
+        match([], [*names, f"unused {len(names)}"], 3)  # a head with an output more
+    padded = [f"{number:03}" for number in range(12)]
+    assert match([], padded, 12).told == "val has no class names: labels are taken to mean the same"
+
+
 @pytest.mark.parametrize(
     "theirs, ours, said",
     [

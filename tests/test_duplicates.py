@@ -3,6 +3,7 @@
 import io
 import os
 from dataclasses import replace
+from errno import EIO, EMFILE, ENFILE, ENOMEM
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import StorageError
 from pretrain.shards import duplicates
+from pretrain.shards import items as items_module
 from pretrain.shards.build import build
 from pretrain.shards.duplicates import MAX_DISTANCE, NEAR_FILE, perceptual_hash
-from pretrain.shards.items import PackedItems
+from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.make import Options, make_part, make_shards
 from pretrain.shards.passes import Work
 from pretrain.shards.sources import Told, file_item, folder_items
@@ -142,3 +144,59 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """What to install, in one line."""
     monkeypatch.setitem(__import__("sys").modules, "imagehash", None)
     assert "pip install 'vit-pretrain[duplicates]'" in refusal(perceptual_hash, photo(1))
+
+
+class _Disk:
+    """A file whose reads fail, each with an error of its own; then it is read."""
+
+    def __init__(self, data: bytes, *numbers: int) -> None:
+        self.data, self.numbers = data, list(numbers)
+
+    def read(self) -> bytes:
+        """The bytes, when no failure is left."""
+        if self.numbers:
+            raise OSError(self.numbers[0], os.strerror(self.numbers.pop(0)))
+        return self.data
+
+
+def test_a_read_that_fails_for_now_costs_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO, as of a network disk, is tried again; without memory or descriptors the build ends, and goes on later."""
+    monkeypatch.setattr(items_module, "RETRY_AFTER_S", (0.0, 0.0), raising=False)
+    file = io.BytesIO()
+    photo(1).save(file, "png")
+    again, worn, poor = (_Disk(file.getvalue(), *[error] * n) for error, n in ((EIO, 2), (EIO, 9), (EMFILE, 9)))
+    items = [Item(disk.read, "png", 0, name) for disk, name in ((again, "again"), (worn, "worn"))]
+    told = Told()
+    build(items, ["a"], tmp_path / "set", samples_per_shard=5, seed=None, told=told)
+    assert load_manifest(tmp_path / "set").num_samples == 1 and len(worn.numbers) == 6
+    assert told.num_dropped == 1 and told.first_dropped.startswith("worn: missing: cannot be read (")
+    for error in (EMFILE, ENFILE, ENOMEM):
+        poor.numbers = [error]
+        with pytest.raises(StorageError, match="poor: cannot be read for now"):
+            items_module.read_item(Item(poor.read, "png", 0, "poor"))
+
+
+def test_what_could_not_be_compared_does_not_come_in_later(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk gives a copy of a test image when its shard is written, not when it is looked at: it stays outside."""
+    monkeypatch.setattr(items_module, "RETRY_AFTER_S", (), raising=False)
+    copy = photo(100)
+    copy.save(source / "a" / "copy.png")
+    nearest_of, reads = duplicates._nearest_of, []
+
+    def fails(item: Item) -> bytes:
+        reads.append(item.source)
+        raise OSError(EIO, os.strerror(EIO))
+
+    def nearest(near: duplicates.Near, item: Item) -> int:
+        own = item._replace(read=partial(fails, item)) if item.source.endswith("copy.png") else item
+        return nearest_of(near, own)
+
+    monkeypatch.setattr(duplicates, "_nearest_of", nearest)
+    away = replace(SMALL, away_from=(tmp_path / "sets" / "test",))
+    _, told = make_shards([source], None, tmp_path / "set", away)
+    assert load_manifest(tmp_path / "set").num_samples == 31 and len(reads) == 1
+    assert f"{source}/a/copy.png,,," in (tmp_path / "set" / NEAR_FILE).read_text().splitlines()
+    assert told.passed_over[f"images that cannot be read, and not be compared with them ({NEAR_FILE})"] == 1
+    assert told.passed_over[f"images that look like those of evaluation sets ({NEAR_FILE})"] == 3

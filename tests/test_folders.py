@@ -170,6 +170,8 @@ def test_pictures_that_would_be_left_out_are_refused_by_name(tmp_path: Path) -> 
         (["train/cat/1.png", "test/cat/2.png"], None),
         (["Train/cat/1.png", "validation/cat/2.png", "test/old/3.png"], None),
         (["train/cat/1.png"], None),
+        (["train/cat/1.png", "annotations/1.xml"], None),
+        (["train/cat/1.png", "val/cat/2.png", "masks/1.png"], None),
         (["train/1.png", "test/2.png"], ["test", "train"]),  # pictures of trains and tests
         (["train/1.png", "train/old/2.png", "tram/3.png"], ["train", "tram"]),
         (["train/old/1.png", "tram/new/2.png"], ["train", "tram"]),
@@ -178,7 +180,8 @@ def test_pictures_that_would_be_left_out_are_refused_by_name(tmp_path: Path) -> 
 def test_parts_of_a_set_are_no_classes(tmp_path: Path, names: list[str], classes: list[str] | None) -> None:
     """photos/train/CLASS and photos/test/CLASS: a set of two classes train and test would be learnt without a word."""
     for number, name in enumerate(names):
-        picture(tmp_path / name, number)
+        path = picture((tmp_path / name).with_suffix(".png"), number)
+        path.rename(tmp_path / name)
     (tmp_path / "notes.txt").write_text("x")
     if classes is not None:
         assert folder_items(tmp_path)[1] == classes

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+import weakref
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import InterpolationMode
 
 from pretrain.config import DataConfig
+from pretrain.data import images
 from pretrain.data.images import (
     decode,
     decode_upright,
@@ -511,3 +513,24 @@ def test_errors_of_exif_of_any_type_are_told(error: type[Exception], monkeypatch
     monkeypatch.setattr(Image.Image, "getexif", failing)
     assert decode_upright(file.getvalue(), told.append).shape == (3, 16, 24)
     assert told == ["EXIF cannot be read"]
+
+
+def test_a_cmyk_photo_is_not_decoded_beside_pillow_s_header_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow says its size, and keeps copies of its segments, up to 16 MB, as long as its image lives."""
+    opened: list[weakref.ref] = []
+    alive: list[bool] = []
+    real, real_decode = images._opened, images._decode_jpeg
+
+    def noting(data: bytes) -> Image.Image:
+        image = real(data)
+        opened.append(weakref.ref(image))
+        return image
+
+    def decoding(data: bytes) -> torch.Tensor:
+        alive.extend(image() is not None for image in opened)
+        return real_decode(data)
+
+    monkeypatch.setattr(images, "_opened", noting)
+    monkeypatch.setattr(images, "_decode_jpeg", decoding)
+    assert decode(encoded(picture().convert("CMYK"), "jpeg")).shape == (3, 30, 40)
+    assert alive == [False]

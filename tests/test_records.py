@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from tfds_records import example, write_split
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
+from pretrain.shards import class_tars
 from pretrain.shards import parquet as parquet_module
+from pretrain.shards.archives import read_at
 from pretrain.shards.build import read_dropped
 from pretrain.shards.make import Options, make_part, make_shards
 from pretrain.shards.parquet import Columns
 from pretrain.shards.passes import FOLDER
 from pretrain.shards.records import RowsSoFar
+from pretrain.shards.tfrecord import file_records, read_record
 from tests.test_building import refusal, tree
 
 NAMES = ["ant", "bee", "cow"]
@@ -148,6 +152,36 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     assert load_manifest(tmp_path / "three").class_names == tuple(NAMES)
 
 
+HUB = [f"train-0000{n}-of-00003-{'abc'[n] * 16}.parquet" for n in range(3)]  # with the digest of each behind
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (HUB, None),
+        (["0000.parquet", "0001.parquet"], None),
+        (HUB[:2], "is one of 3, 2 were given, of which train-00002-of-00003 is missing"),
+        ([*HUB, HUB[0]], "train-00000-of-00003 is too many"),
+        ([*HUB[:2], HUB[2].replace("of-00003", "of-00004")], "train-00002-of-00003 is missing"),
+        (["0000.parquet", "0001.parquet", "0000.parquet"], "0000.parquet: is given twice"),
+        (["0000.parquet", "0001.parquet", "0002.parquet"], "0002.parquet: is given twice, the other time as"),
+    ],
+)
+def test_parquet_files_of_a_split_are_complete(given: list[str], said: str | None, tmp_path: Path) -> None:
+    """By the count in their names; where they have none, at least none is there twice, also by a link."""
+    for number, name in enumerate(dict.fromkeys(given)):
+        if name == "0002.parquet":
+            (tmp_path / "in" / name).symlink_to("0000.parquet")
+        else:
+            parquet_file(tmp_path / "in" / name, IMAGES[2 * number : 2 * number + 2], [0, 1])
+    files = [tmp_path / "in" / name for name in given]
+    if said:
+        assert said in refusal(make_shards, files, None, tmp_path / "set", SMALL)
+        return
+    make_shards(files, None, tmp_path / "set", SMALL)
+    assert load_manifest(tmp_path / "set").num_samples == 2 * len(given)
+
+
 def test_rows_without_an_image_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Null, no image, more than is read; a BMP becomes a PNG, as in folders."""
     monkeypatch.setattr(parquet_module, "MAX_IMAGE_BYTES", 5000)
@@ -244,6 +278,7 @@ TRAIN = [f"train-0000{n}-of-00002" for n in range(2)]
         (["part-1.tfrecord", "part-2.tfrecord"], [""], None),
         (TRAIN, [TRAIN[0]] * 2, "2 were given, of which train-00001-of-00002 is missing"),
         (TRAIN, [*TRAIN, TRAIN[0]], "train-00000-of-00002 is too many"),
+        (["part-1.tfrecord", "part-2.tfrecord"], ["part-1.tfrecord"] * 2, "part-1.tfrecord: is given twice"),
         (["train.tfrecord", "validation.tfrecord"], [""], "files of several splits"),
         ([*TRAIN, "validation-00000-of-00001"], [""], "files of several splits"),
         (["a/0.tfrecord", "b/0.tfrecord"], ["a/0.tfrecord", "b/0.tfrecord"], "files of several splits"),
@@ -298,3 +333,19 @@ def test_a_label_column_of_what_has_no_columns(tmp_path: Path) -> None:
     other = replace(SMALL, label_column="x")
     with pytest.raises(UserError, match="--label-column is for parquet and TFRecord files"):
         make_shards([tmp_path / "x.npz"], None, tmp_path / "set", other)
+
+
+def test_a_mount_that_gives_less_at_a_time_cuts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mounts of FUSE and of networks may: only nothing at all is the end of a file."""
+    data = IMAGES[0]
+    (tmp_path / "x").write_bytes(data)
+    write_split(tmp_path, "toy", "train", [data], 1)
+    (record,) = file_records(tmp_path / "toy-train.tfrecord-00000-of-00001")
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, at: real(file, max(1, count // 3), at))
+    assert class_tars._read(tmp_path / "x", 0, len(data)) == data
+    assert read_at(tmp_path / "x", 0, len(data), len(data)) == data
+    assert parquet_module._read(tmp_path / "x", 0, len(data), Counter(), False) == data
+    assert read_record(record) == data
+    with pytest.raises(UserError, match="ends at byte"):
+        read_at(tmp_path / "x", 0, len(data) + 1, 1 << 20)

@@ -17,7 +17,7 @@ from tests.web import FAULTS, Site, at_random, every, s3_server, served
 
 DATA = os.urandom(700_000)
 LASTING = {  # a fault in every answer: the error, and what it says
-    "503": (StorageError, r"cannot be read for now \(status 503, after 9 tries\)"),
+    "503": (StorageError, r"cannot be read for now \(status 503, after 11 tries\)"),
     "429": (StorageError, "status 429"),
     "silence": (StorageError, "nothing arrived for 0.3 s"),
     "range": (StorageError, "another range than was asked for"),
@@ -146,7 +146,7 @@ def test_no_more_is_read_than_was_asked_for() -> None:
             read(f"http://127.0.0.1:{listening.getsockname()[1]}/a.tar", 0, 1000, 1000)
         listening.shutdown(socket.SHUT_RDWR)
         thread.join(10)
-    assert len(sent) < 9 * 100  # what sockets hold on their way
+    assert len(sent) < remote.MAX_TRIES * 100  # what sockets hold on their way
 
 
 def test_nobody_there() -> None:
@@ -238,10 +238,10 @@ def answered(status: int, code: str) -> Exception:
         (answered(404, "NoSuchBucket"), UserError, r"not found \(status 404\)"),
         (answered(400, "ExpiredToken"), UserError, r"the server refuses it \(status 400\)"),
         (like("Forbidden", code=403), UserError, "may not be read"),
-        (answered(503, "SlowDown"), StorageError, r"\(cannot be signed, ClientError, after 9 tries\)"),
-        (answered(429, "TooManyRequests"), StorageError, "after 9 tries"),
-        (like("RefreshError", retryable=True), StorageError, "after 9 tries"),
-        (like("RefreshError", cause="TransportError"), StorageError, "after 9 tries"),
+        (answered(503, "SlowDown"), StorageError, r"\(cannot be signed, ClientError, after 11 tries\)"),
+        (answered(429, "TooManyRequests"), StorageError, "after 11 tries"),
+        (like("RefreshError", retryable=True), StorageError, "after 11 tries"),
+        (like("RefreshError", cause="TransportError"), StorageError, "after 11 tries"),
         (like("EndpointConnectionError"), StorageError, "cannot be signed, EndpointConnectionError"),
         (TimeoutError("secret"), StorageError, "cannot be signed, TimeoutError"),
     ],
@@ -283,3 +283,14 @@ def test_many_faults_at_random(site: Site) -> None:
     for start in range(0, len(DATA), 10_000):
         assert read(f"{site.url}/a.tar", start, start + 10_000) == DATA[start : start + 10_000]
     assert site.faults.total() > 5
+
+
+def test_the_waits_of_all_tries_are_as_long_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/data.md: 11 times in a row, in about 20 s; the longest wait is reached."""
+    waited: list[float] = []
+    monkeypatch.undo()  # `hasty`
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    monkeypatch.setattr(remote.random, "uniform", lambda low, high: (low + high) / 2)
+    for tries in range(1, remote.MAX_TRIES):
+        remote.wait_before(tries)
+    assert remote.MAX_TRIES == 11 and 18 < sum(waited) < 24 and max(waited) == 0.75 * remote.MAX_WAIT_S

@@ -217,7 +217,6 @@ def _quality(quality: int | None, shorter_side: int | None) -> int:
 
 def _tell(out: Path, path: Path, told: "Told") -> None:
     from pretrain.data.manifest import load_manifest
-    from pretrain.shards.build import read_dropped
     from pretrain.shards.counts import read_counts, table_of
 
     manifest = load_manifest(path)
@@ -232,8 +231,9 @@ def _tell(out: Path, path: Path, told: "Told") -> None:
             cli.tell(f"{title}: {number:,} {kind}")
         if len(kinds) > MAX_KINDS:
             cli.tell(f"{title}: {len(kinds) - MAX_KINDS:,} more kinds, in {out / 'counts.json'}")
-    if dropped := read_dropped(out):
-        _warn(f"{len(dropped)} images left out, {out / 'provenance.json'} names them; the first: {dropped[0]}")
+    if told.num_dropped:  # of the build: millions in provenance.json would be more than is read of any JSON
+        named = f"{out / 'provenance.json'} names them; the first: {told.first_dropped}"
+        _warn(f"{told.num_dropped} images left out, {named}")
 
 
 def _warn(message: str) -> None:

@@ -27,7 +27,7 @@ def match_classes(
     Names in another order, a part of the names, and names that only look equal (composed and decomposed accents) are
     mapped by name, and told. Where one side has no names, or they are of another kind (WordNet ids and words), labels
     are taken as they are, and that is told. Raises UserError, naming the first difference, when a class has no
-    counterpart.
+    counterpart, and where names of one side are numbers other than its labels, and the other side has labels alone.
     """
     if num_theirs > num_ours:
         raise UserError(f"{their_place} has {num_theirs} classes, {our_place} has {num_ours}")
@@ -42,6 +42,8 @@ def match_classes(
     if len(without) == 2 or list(theirs) == list(ours):
         return ClassMatch(None, None)
     if without:
+        for place, names in ((their_place, theirs), (our_place, ours)):
+            _refuse_other_numbers(names, place, without[0])
         return ClassMatch(None, f"{without[0]} has no class names: labels are taken to mean the same")
     if _are_wordnet_ids(theirs) != _are_wordnet_ids(ours):
         kinds = f"class names of {their_place} ({theirs[0]!r}) and {our_place} ({ours[0]!r}) are of different kinds"
@@ -49,6 +51,19 @@ def match_classes(
             raise UserError(f"{kinds}, and not as many ({num_theirs}, {num_ours}); give both the same names")
         return ClassMatch(None, f"{kinds}: labels are taken to mean the same")
     return _by_name(theirs, ours, their_place, our_place)
+
+
+def _refuse_other_numbers(names: Sequence[str], place: str, without: str) -> None:
+    """Raises UserError for numbers that are not their labels: folders 0, 1, 10, 2, sorted as texts. A mere label 2 may
+    be the class called 2, or the third.
+    """
+    numbers = [name for name in names if not name.startswith(_UNUSED)]  # these are the last ones, of a head
+    for label, name in enumerate(numbers if _are_digits(numbers) else ()):
+        if int(name) != label:
+            raise UserError(
+                f"{place}: class {label} is called {name!r}, and {without} has labels without names, which may mean "
+                "either; make one of them anew with tools/make_shards.py --classes"
+            )
 
 
 def _by_name(theirs: Sequence[str], ours: Sequence[str], their_place: str, our_place: str) -> ClassMatch:

@@ -46,8 +46,7 @@ def decode(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.T
     if data.startswith(b"\xff\xd8"):  # torchvision takes 2/3 of Pillow's time. A damaged PNG can crash it
         kept, size = headers.jpeg_header(data)
         if size is None:
-            with _opened(data) as opened:
-                size = opened.size
+            size = _opened(data).size  # no more of it: Pillow's copies of segments would live on beside the pixels
         headers.check_size(*size)
         headers.check_memory(*size, headers.TORCHVISION_JPEG + kept, data)
         try:

@@ -23,7 +23,7 @@ from pretrain.json_files import brief
 
 SCHEMES = ("http", "https", "s3", "gs")
 SILENCE_S = 3.0  # between two arrivals of bytes, and until a connection stands
-MAX_TRIES = 9  # in a row without news; their waits add up to about 20 seconds
+MAX_TRIES = 11  # in a row without news; their waits add up to 14 to 29 seconds, 22 in the mean
 FIRST_WAIT_S, MAX_WAIT_S = 0.05, 8.0  # before the second try; doubled for each further one
 MIN_PROGRESS_BYTES = 64 << 10  # that make a try count as none: else a server could send a byte at a time for ever
 MAX_REDIRECTS = 5

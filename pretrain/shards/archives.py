@@ -5,13 +5,13 @@ folders). What is read has a limit, and is compared with it before.
 """
 
 import gzip
-import os
 import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from pretrain.data import index_rows
 from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.tar_headers import BadHeader, end_of, members
@@ -100,7 +100,7 @@ def _packed_members(path: Path) -> Iterable[File]:
 def read_at(path: Path, offset: int, num_bytes: int, limit: int) -> bytes:
     _check_size(num_bytes, limit)
     with path.open("rb") as file:
-        data = os.pread(file.fileno(), num_bytes, offset)
+        data = index_rows.read_at(file.fileno(), offset, offset + num_bytes)
     if len(data) < num_bytes:
         raise UserError(f"{path}: ends at byte {offset + len(data)}, within a file of {num_bytes} bytes at {offset}")
     return data

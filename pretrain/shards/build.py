@@ -19,13 +19,13 @@ from pretrain.data.images import decode
 from pretrain.data.manifest import LABEL_ENDING, MAX_SAMPLES, Shard, write_manifest
 from pretrain.data.permutation import words
 from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, is_text, read_json
 from pretrain.log import warn
 from pretrain.shards import unfinished
 from pretrain.shards.counts import add_to_counts, write_counts
-from pretrain.shards.items import PASSING_WHEN_READ, Item, PackedItems, digest_of, taken
+from pretrain.shards.items import Item, PackedItems, digest_of, read_item, taken
 from pretrain.shards.pool import Engine, Progress, results
 from pretrain.shards.resizing import NOTE, Resizing, resized
 from pretrain.shards.sources import Told
@@ -95,6 +95,8 @@ def build(
     for done in complete:
         notes.update(done.notes)
     dropped = shards.dropped(complete)
+    if told and dropped:
+        told.num_dropped, told.first_dropped = len(dropped), dropped[0][1]
     written = [done.shard for done in complete if done.shard.num_samples]
     if not written:
         unfinished.clear(out, set_name(out))
@@ -329,17 +331,8 @@ def _warn_of_damage(item: Item, complaint: str) -> None:
 
 
 def _read(item: Item) -> bytes:
-    """Reads an image by the rule of those who will read the shard. Raises BadSample, or StorageError for a passing one:
-    an image is not left out for good because its disk was away.
-    """
-    try:
-        data = item.read()
-    except OSError as error:  # of this file; the disk that is written to has errors of its own
-        if error.errno in PASSING_WHEN_READ:
-            raise StorageError(
-                shown(f"{item.source}: cannot be read for now ({error.strerror}); the same command goes on")
-            ) from None
-        raise BadSample("missing", f"cannot be read ({error.strerror})") from None
+    """Reads an image by the rule of those who will read the shard. Raises BadSample, or StorageError for now."""
+    data = read_item(item)
     if len(data) > MAX_IMAGE_BYTES:
         raise BadSample("tar", f"{len(data)} bytes, at most {MAX_IMAGE_BYTES}")
     return data

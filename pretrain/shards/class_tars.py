@@ -3,12 +3,15 @@
 import gzip
 import io
 import os
+import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.data.index_rows import read_at
 from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.tar_headers import BadHeader, end_of, members
@@ -21,7 +24,7 @@ from pretrain.shards.passes import Piece, Work, outcome_of, run_pass
 from pretrain.shards.pictures import ending_of, stored_ending
 from pretrain.shards.pool import Progress
 from pretrain.shards.records import key_of
-from pretrain.shards.sources import Told
+from pretrain.shards.sources import Told, is_split_name
 from pretrain.shards.tars import check_end, unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.storage import replacing
@@ -38,7 +41,7 @@ def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
 
     Only headers are read: 14 million in some minutes where the disk seeks fast. Members that are no JPEG, PNG or WebP,
     and files that are no tar, are passed over and counted. Raises UserError for a tar that cannot be read to its end,
-    for WebDataset shards, whose labels are in them, and for a single tar; StorageError when the disk fails for now.
+    for tars that are no classes (see `_Seen`), and for a single tar; StorageError when the disk fails for now.
     """
     items = PackedItems(partial(tar_item, folder))
     names = []
@@ -56,6 +59,7 @@ def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
             f"{folder}: holds a single tar, which makes a single class; add the tars of the other classes, or unpack "
             f"{names[0]}.tar if it holds folders of classes"
         )
+    _refuse_splits(folder, names)
     if not items:
         raise UserError(f"{folder}: no images found in its {len(names)} tars; expected {folder}/CLASS.tar with JPEGs")
     return items, names
@@ -104,12 +108,22 @@ def tar_of_tars_items(path: Path, told: Told, work: Work) -> tuple[PackedItems, 
     names = [Path(span.name).stem for span in spans]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: holds {Counter(names).most_common(1)[0][0]}.tar more than once")
+    _refuse_splits(path, names)
     items = PackedItems(partial(tar_item, path.parent))
     for label, span in enumerate(spans):
         _add_members(path, label, items, told, stamp, span)
     if not items:
         raise UserError(f"{path}: no images found in its {len(names)} tars; expected CLASS.tar with JPEGs")
     return items, names
+
+
+def _refuse_splits(place: Path, names: Sequence[str]) -> None:
+    """Raises UserError where the tars are called as the parts of a data set are."""
+    if names and all(map(is_split_name, names)):
+        raise UserError(
+            f"{place}: its tars {', '.join(names)} are parts of a set, and would become its classes; unpack them to "
+            "folders of classes, and make each a data set of its own"
+        )
 
 
 def _is_class(name: str) -> bool:
@@ -142,6 +156,46 @@ class _Span(NamedTuple):
     name: str
 
 
+class _Seen:
+    """What a class's tar has shown so far, by which tars of something else are known: each would be a class."""
+
+    def __init__(self, named: str) -> None:
+        self._named = named
+        self._folder: Path | None = None  # of its images
+        self._name = ""  # of the last member
+
+    def check(self, member: tarfile.TarInfo) -> None:
+        """Raises UserError for a tar or labels inside, images of several folders, and images with texts beside them."""
+        before, self._name = self._name, member.name
+        ending, kinds = ending_of(member.name), {ending_of(member.name), ending_of(before)}
+        if ending == LABEL_ENDING:
+            raise UserError(
+                f"{self._named}: {shown(member.name)} holds labels (.cls): these are WebDataset shards; give the "
+                "tars themselves, not their folder"
+            )
+        if ending == "tar":
+            raise UserError(
+                f"{self._named}: holds a tar, {shown(member.name)}, so it is not of one class; give it alone if it has "
+                "a tar for each class, or unpack it"
+            )
+        if kinds & _TEXTS and not kinds.isdisjoint(_KEPT) and _stem(before) == _stem(member.name):
+            raise UserError(
+                f"{self._named}: {shown(before)} and {shown(member.name)} are a sample, as in WebDataset shards, where "
+                "a tar is no class; give a list of paths and labels (.csv), or tars of classes that hold images alone"
+            )
+        folder = Path(member.name).parent if ending in _KEPT else self._folder
+        if self._folder not in (None, folder):
+            raise UserError(
+                f"{self._named}: has images in several folders, {shown(self._folder)} and {shown(folder)}, and would "
+                "become one class; unpack it, and give the folder that holds the folders of classes"
+            )
+        self._folder = folder
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _add_members(
     path: Path, label: int, items: PackedItems, told: Told, stamp: tuple[int, int], span: _Span | None = None
 ) -> None:
@@ -151,20 +205,18 @@ def _add_members(
     """
     start, size = (span.start, span.num_bytes) if span else (0, stamp[0])
     named, end = f"{path}[{span.name}]" if span else str(path), start
+    seen = _Seen(named)
     try:
         with path.open("rb") as file:
             for member in members(file, start, start + size):
                 end = end_of(member)
                 if member.isdir():
                     continue
-                if ending_of(member.name) == LABEL_ENDING:
-                    raise UserError(
-                        f"{named}: {shown(member.name)} holds labels (.cls): these are WebDataset shards; give the "
-                        "tars themselves, not their folder"
-                    )
                 if not member.isreg() or is_of_the_system(Path(member.name).name):
                     told.passed_over["links, devices and hidden files in tars"] += 1
-                elif stored_ending(member.name) is None or ending_of(member.name) not in _KEPT:
+                    continue
+                seen.check(member)
+                if stored_ending(member.name) is None or ending_of(member.name) not in _KEPT:
                     ending = ending_of(member.name)
                     told.passed_over[f".{ending} files" if ending else "files without an ending"] += 1
                 else:
@@ -178,6 +230,7 @@ def _add_members(
 _HEAD_BYTES = 8 << 10  # of a tar, in which its first file's header lies, behind some folders' own
 _PIECE_BYTES = 1 << 20  # decompressed at a time
 _KEPT = (*IMAGE_ENDINGS, "jfif", "jpe", "jif", "jfi")  # what is stored as it is
+_TEXTS = {"json", "txt"}  # of an image, as img2dataset writes them into its shards
 
 
 def tar_item(folder: Path, reference: str, label: int, notes: Counter[str]) -> Item:
@@ -193,7 +246,7 @@ def _read(path: Path, offset: int, num_bytes: int) -> bytes:
     if num_bytes > MAX_IMAGE_BYTES:
         raise BadSample("tar", f"{num_bytes} bytes, at most {MAX_IMAGE_BYTES}")
     with path.open("rb") as file:
-        data = os.pread(file.fileno(), num_bytes, offset)
+        data = read_at(file.fileno(), offset, offset + num_bytes)
     if len(data) < num_bytes:
         raise UserError(f"{path}: ends at byte {offset + len(data)}, within an image; it was cut meanwhile")
     return data

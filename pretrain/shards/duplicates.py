@@ -19,8 +19,8 @@ from PIL import Image, ImageOps
 from pretrain.data.images import decode
 from pretrain.data.manifest import Manifest, check_shards, load_manifest
 from pretrain.data.reader import MAX_LABELS, BadSample, read_sample
-from pretrain.errors import StorageError, UserError
-from pretrain.shards.items import PASSING_WHEN_READ, Item, PackedItems
+from pretrain.errors import UserError
+from pretrain.shards.items import Item, PackedItems, Unreadable, read_item
 from pretrain.shards.passes import Piece, Work, run_pass
 from pretrain.shards.pool import Progress
 from pretrain.shards.sources import Told
@@ -31,6 +31,7 @@ NEAR_FILE = "near_duplicates.csv"
 MAX_DISTANCE = 6
 _MIN_CONTRAST = 8  # of 256 levels: below, rounding errors would be the hash
 _PIECE = 2048  # images: some seconds of work
+_FAR, _UNREAD = 65, 66  # in place of a distance: of an image without a hash, of one that the disk does not give
 _NONE = np.uint64(0)  # of an image that cannot be read; the hash of one of one colour, which would be near to all such
 
 
@@ -84,12 +85,8 @@ def _digests(task: Any, path: Path, progress: Progress) -> bytes:
 def _read(item: Item) -> bytes:
     """An image's bytes, b"" where it cannot be read, which is told when its shard is written."""
     try:
-        return item.read()
+        return read_item(item)
     except BadSample:
-        return b""
-    except OSError as error:
-        if error.errno in PASSING_WHEN_READ:  # as where shards are written
-            raise StorageError(f"{item.source}: cannot be read for now ({error.strerror})") from None
         return b""
 
 
@@ -100,31 +97,39 @@ def without_near(items: PackedItems, folders: Sequence[Path], work: Work, told: 
     """Returns the items but those that look like an image of evaluation sets; OUT/near_duplicates.csv lists these.
 
     Two images look alike when their perceptual hashes, or that of the mirror image, differ in at most MAX_DISTANCE
-    bits. folders: data sets, with their manifests and shards. Raises UserError where one is not complete, where
-    imagehash is not installed, and when nothing is left.
+    bits. What the disk does not give is left out too, listed without a set: it may be read when its shard is written,
+    compared with nothing. folders: data sets, with their manifests and shards. Raises UserError where one is not
+    complete, where imagehash is not installed, and when nothing is left.
     """
     manifests = [load_manifest(folder) for folder in folders]
     for manifest in manifests:
         check_shards(manifest)
     key = " ".join(manifest.sha256 for manifest in manifests)
     near = _near(manifests, work)
-    found = _pass(partial(_nearest, near), items, work, "looking", f"1 {key}")
-    left_out = np.flatnonzero(found >> np.uint64(32) <= MAX_DISTANCE).tolist()
+    found = _pass(partial(_nearest, near), items, work, "looking", f"2 {key}")
+    distances = found >> np.uint64(32)
+    left_out = np.flatnonzero((distances <= MAX_DISTANCE) | (distances == _UNREAD)).tolist()
+    unread = int((distances == _UNREAD).sum())
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["image", "set", "sample", "distance"])
     for index in left_out:
         distance, place = divmod(int(found[index]), 1 << 32)
-        number, sample = near.places[place].tolist()
         source = items[index].source.encode("utf-8", "backslashreplace").decode()
+        if distance == _UNREAD:
+            writer.writerow([source, "", "", ""])
+            continue
+        number, sample = near.places[place].tolist()
         writer.writerow([source, near.names[number], sample, distance])
     write_text(work.out / NEAR_FILE, file.getvalue(), shared=True)
     if len(left_out) == len(items):
         raise UserError(
-            f"{work.out}: nothing is left: all {len(items):,} images look like those of --away-from ({NEAR_FILE}); "
-            "is it the set itself?"
+            f"{work.out}: nothing is left: all {len(items):,} images look like those of --away-from ({NEAR_FILE}) or "
+            "cannot be read; is it the set itself?"
         )
-    told.passed_over[f"images that look like those of evaluation sets ({NEAR_FILE})"] += len(left_out)
+    told.passed_over[f"images that look like those of evaluation sets ({NEAR_FILE})"] += len(left_out) - unread
+    if unread:
+        told.passed_over[f"images that cannot be read, and not be compared with them ({NEAR_FILE})"] += unread
     return items.without(left_out)
 
 
@@ -165,11 +170,13 @@ def _nearest(near: Near, task: Iterable[Item], path: Path, progress: Progress) -
 
 def _nearest_of(near: Near, item: Item) -> int:
     try:
-        own = perceptual_hash(_picture(_read(item)))
+        own = perceptual_hash(_picture(read_item(item)))
+    except Unreadable:
+        return _UNREAD << 32
     except BadSample:  # told when its shard is written
         own = _NONE
     if own == _NONE or not len(near.hashes):
-        return 65 << 32
+        return _FAR << 32
     distances = np.bitwise_count(near.hashes ^ own)
     place = int(distances.argmin())
     return int(distances[place]) << 32 | place

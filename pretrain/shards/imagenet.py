@@ -123,6 +123,17 @@ def _devkit_labels(devkit: Path) -> list[int]:
         raise UserError(f"{devkit}: meta.mat or the validation ground truth cannot be used ({error!r:.200})") from None
 
 
+def _by_number(lines: list[list[str]]) -> list[list[str]]:
+    """Lines as "ILSVRC2012_val_00000001.JPEG 65" in the order of the images, in whatever folders they lie. Raises
+    ValueError where one names no image, or not the next one.
+    """
+    lines = sorted(lines, key=lambda words: Path(words[0]).name)
+    for number, words in enumerate(lines, start=1):
+        if Path(words[0]).stem != f"ILSVRC2012_val_{number:08d}":
+            raise ValueError(f"{words[0]} where ILSVRC2012_val_{number:08d}.JPEG is expected; name each image once")
+    return lines
+
+
 def _label_list(path: Path) -> list[int]:
     if path.suffix == ".npz":
         return whole_numbers(read_arrays(path, ("label",))["label"], f"{path}: label", -(10**9), 10**9)
@@ -130,7 +141,7 @@ def _label_list(path: Path) -> list[int]:
         index = {wnid: number for number, wnid in enumerate(wnids())}
         lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
         if lines and len(lines[0]) > 1:
-            lines.sort()  # "ILSVRC2012_val_00000001.JPEG 65": by name
+            lines = _by_number(lines)
         return [index[words[-1]] if words[-1] in index else int(words[-1][:20]) for words in lines]
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a list of labels ({error!s:.200})") from None

@@ -6,6 +6,7 @@ end, and its label, and becomes an `Item` when its shard is written.
 
 import errno
 import hashlib
+import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,9 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from pretrain.errors import PASSING_ERRORS
+from pretrain.data.reader import RETRY_AFTER_S, BadSample
+from pretrain.errors import PASSING_ERRORS, StorageError
+from pretrain.escape import shown
 
 
 class Item(NamedTuple):
@@ -25,9 +28,11 @@ class Item(NamedTuple):
     source: str  # where it came from, for error messages
 
 
-# Reading an image fails with these for now. EIO may be a bad sector, and would end every further start; a file that was
-# there when it was listed has gone meanwhile, or is not seen by this machine.
-PASSING_WHEN_READ = PASSING_ERRORS - {errno.EIO} | {errno.ENOENT, errno.ENOTDIR}
+# Reading an image fails with these for now: a file that was there when it was listed has gone meanwhile, or is not seen
+# by this machine; the machine lacks memory or descriptors. EIO may also be a bad sector, which would end every further
+# start: see `read_item`.
+_PASSING_WHEN_READ = PASSING_ERRORS - {errno.EIO} | {errno.ENOENT, errno.ENOTDIR}
+_PASSING_WHEN_READ |= {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 # Makes the item of a reference; what is to be said of its picture is added to the counter when it is read. It is sent
 # to other processes: a function of a module, or a `partial` of one.
@@ -115,6 +120,29 @@ class PackedItems(Sequence[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))
+
+
+class Unreadable(BadSample):
+    """An image that the disk does not give: not its bytes are to blame, and it may be read another time."""
+
+
+def read_item(item: Item) -> bytes:
+    """Returns an image's bytes. Raises StorageError where that fails for now: an image is not left out for good because
+    its disk was away. Raises Unreadable where it fails for good, with EIO after as many tries as in training.
+    """
+    for wait_s in (*RETRY_AFTER_S, None):
+        try:
+            return item.read()
+        except StorageError:
+            raise
+        except OSError as error:  # of this file; the disk that is written to has errors of its own
+            if error.errno in _PASSING_WHEN_READ:
+                why = f"cannot be read for now ({error.strerror}); the same command goes on"
+                raise StorageError(shown(f"{item.source}: {why}")) from None
+            if error.errno != errno.EIO or wait_s is None:
+                raise Unreadable("missing", f"cannot be read ({error.strerror})") from None
+            time.sleep(wait_s)
+    raise AssertionError
 
 
 def taken(items: Sequence[Item], indices: Iterable[int], notes: Counter[str]) -> list[Item]:

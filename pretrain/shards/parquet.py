@@ -4,7 +4,6 @@ Pages are compressed, so no row can be read by itself: each file is unpacked onc
 end to end in OUT/.passes, from which shards are written in their shuffled order. Nothing in a file is executed.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.data.index_rows import read_at
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.errors import UserError, first_line
 from pretrain.json_files import Fields, brief, is_text, parse_json, read_json
@@ -19,7 +19,15 @@ from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.passes import FOLDER, Piece, Work, run_pass
 from pretrain.shards.pictures import picture_of
 from pretrain.shards.pool import Progress
-from pretrain.shards.records import RowsSoFar, ending_of_kind, items_of_rows, key_of, one_split, unnumbered
+from pretrain.shards.records import (
+    RowsSoFar,
+    check_complete,
+    ending_of_kind,
+    items_of_rows,
+    key_of,
+    one_split,
+    unnumbered,
+)
 from pretrain.shards.tars import unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.storage import replacing
@@ -57,13 +65,14 @@ def parquet_items(
 
     The image is the column that the file's metadata calls one, or its only column of bytes; the label the one named, or
     the only ClassLabel, or one called `label`. Raises UserError for files of several splits, of other columns, or with
-    rows without a label.
+    rows without a label, and for a file that is missing or given twice.
     """
     one_split(files, _split_of)
     columns = [columns_of(path, label_column) for path in files]
     for path, found in zip(files, columns):
         if found.names != columns[0].names:
             raise UserError(f"{path}: has other classes than {files[0]}; make two sets of them")
+    check_complete(files)
     keys = [key_of("parquet 1", number, path) for number, path in enumerate(files)]
     pieces = [Piece(f"{key} {found}", partial(tuple, (path, found))) for key, path, found in zip(keys, files, columns)]
     listings = run_pass(_unpack, pieces, work, "unpacking", "files")
@@ -197,7 +206,7 @@ def _read(path: Path, start: int, num_bytes: int, notes: Counter[str], apply_ori
     if num_bytes > MAX_IMAGE_BYTES:
         raise BadSample("tar", f"{num_bytes} bytes, at most {MAX_IMAGE_BYTES}")
     with path.open("rb") as file:
-        data = os.pread(file.fileno(), num_bytes, start)
+        data = read_at(file.fileno(), start, start + num_bytes)
     if len(data) != num_bytes:
         raise UserError(f"{path}: is cut; remove {path.parent} to have it made anew")
     return picture_of(data, "row.jpg", notes, apply_orientation)

@@ -5,6 +5,7 @@ A pass over the files (passes.py) finds where the images lie, their kind and the
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from pretrain.shards.items import ItemOf, PackedItems
 from pretrain.shards.sources import sniffed_ending
 
 _ENDINGS = ("jpg", "png", "webp")
+# train-00003-of-00016, maybe with a digest and an ending behind
+_NUMBERED = re.compile(r"((?:.*-)?\d{5}-of-(\d{5}))(?!\d).*")
 MAX_NAMES_LETTERS = 300  # of a label that is a text, as of a class's name
 
 
@@ -134,3 +137,25 @@ def one_split(paths: Sequence[Path], split_of: Callable[[Path], str]) -> None:
     if len(splits) > 1:
         named = ", ".join(f"{count} of {split or 'no split'}" for split, count in sorted(splits.items()))
         raise UserError(f"{paths[0].parent}: holds files of several splits ({named}); give the files of one of them")
+
+
+def check_complete(paths: Sequence[Path]) -> None:
+    """Raises UserError for files whose names tell their number and count unless all are there, once, and for a file
+    that is given twice.
+    """
+    if numbered := _NUMBERED.fullmatch(paths[0].name):
+        start, count = numbered[1][: -len("00000-of-00000")], numbered[2]
+        expected = Counter(f"{start}{number:05d}-of-{count}" for number in range(int(count)))
+        given = Counter(_NUMBERED.sub(r"\1", path.name) for path in paths)
+        for wrong, what in ((expected - given, "is missing"), (given - expected, "is too many")):
+            if wrong:
+                raise UserError(
+                    f"{paths[0]}: is one of {int(count)}, {len(paths)} were given, of which {min(wrong)} {what}; give "
+                    "each once"
+                )
+    places: dict[str, Path] = {}
+    for path in paths:
+        place = os.path.realpath(path)
+        if place in places:
+            raise UserError(f"{path}: is given twice, the other time as {places[place]}; give each file once")
+        places[place] = path

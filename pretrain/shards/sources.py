@@ -29,6 +29,8 @@ class Told:
     passed_over: Counter[str] = field(default_factory=Counter)  # files that are nobody's data
     classes: str = ""  # how its classes were recognised in a list of names
     notes: Counter[str] = field(default_factory=Counter)  # pictures that were converted, or look otherwise than shown
+    num_dropped: int = 0  # images that cannot be read or decoded
+    first_dropped: str = ""  # with the reason
 
 
 def folder_items(
@@ -122,14 +124,18 @@ def holds_classes(folder: Path) -> bool:
     return not own and any(path.is_dir() for path in entries)
 
 
+def _holds_pictures(folder: Path) -> bool:
+    return any(stored_ending(path.name) for path in files_below(folder))
+
+
 def _refuse_splits(root: Path, names: Sequence[str]) -> None:
-    """Raises UserError where the folders are parts of a data set, whose classes lie inside them."""
-    if not all(map(is_split_name, names)):
-        return  # before a look into each of them
-    if parts := [name for name in names if holds_classes(root / name)]:
+    """Raises UserError where folders are parts of a data set, whose classes lie inside them."""
+    parts = [name for name in names if is_split_name(name) and holds_classes(root / name)]
+    others = (name for name in names if not is_split_name(name))  # annotations; or classes, beside one of trains
+    if len(parts) > 1 or (parts and not any(_holds_pictures(root / name) for name in others)):
         first = min(parts, key=lambda name: (name.lower() not in SPLIT_NAMES["train"], name))
         raise UserError(
-            f"{root}: its folders {', '.join(names)} are parts of a set, which hold the classes; give one of them, "
+            f"{root}: its folders {', '.join(parts)} are parts of a set, which hold the classes; give one of them, "
             f"{root / first}, and make each a data set of its own"
         )
 

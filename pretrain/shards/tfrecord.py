@@ -4,7 +4,6 @@ A TFDS folder holds `NAME-SPLIT.tfrecord-00003-of-00016`. A record is framed by 
 tf.train.Example: a map from a feature's path (`objects/location`) to a flat list of bytes, floats or integers.
 """
 
-import os
 import re
 import struct
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 
+from pretrain.data.index_rows import read_at
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, read_json
 
@@ -202,7 +202,7 @@ def file_records(path: Path) -> Iterator[Record]:
 def read_record(record: Record) -> bytes:
     """Returns a record's bytes. Raises UserError naming file and offset when its checksum differs."""
     with record.path.open("rb") as file:
-        data = os.pread(file.fileno(), record.num_bytes + 4, record.offset)
+        data = read_at(file.fileno(), record.offset, record.offset + record.num_bytes + 4)
     if len(data) < record.num_bytes + 4 or masked_crc32c(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise UserError(f"{record.path}: byte {record.offset}: record {record.number} is damaged (CRC differs)")
     return data[:-4]

@@ -18,13 +18,20 @@ from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.passes import Piece, Work, run_pass
 from pretrain.shards.pictures import picture_of
 from pretrain.shards.pool import Progress
-from pretrain.shards.records import RowsSoFar, ending_of_kind, items_of_rows, key_of, one_split, unnumbered
+from pretrain.shards.records import (
+    RowsSoFar,
+    check_complete,
+    ending_of_kind,
+    items_of_rows,
+    key_of,
+    one_split,
+    unnumbered,
+)
 from pretrain.shards.tfrecord import FILE, Features, Record, file_records, read_features, shard_lengths
 
 _IMAGES = ("image", "image/encoded")  # of TFDS; of TensorFlow's ImageNet
 _LABELS = ("label", "image/class/label")
 _IMAGENET = re.compile(r"[a-z]+-\d{5}-of-\d{5}")  # train-00000-of-01024, of TensorFlow's scripts for ImageNet
-_NUMBERED = re.compile(r"(.*-)(\d{5})-of-(\d{5})(.*)")
 
 
 def tfrecord_files(paths: Sequence[Path]) -> list[Path]:
@@ -47,7 +54,8 @@ def tfrecord_items(
     without an image or a label.
     """
     one_split(files, _split_of)
-    expected = _check_complete(files)
+    check_complete(files)
+    expected = _num_records(files[0])
     label = label_column or next((name for name in _LABELS if name in _first(files[0])), _LABELS[0])
     keys = [key_of(f"tfrecord 1 {label}", number, path) for number, path in enumerate(files)]
     pieces = [Piece(key, partial(tuple, (path, label))) for key, path in zip(keys, files)]
@@ -75,20 +83,10 @@ def _names(folder: Path, label: str) -> list[str]:
     return read_text(path).splitlines() if path.exists() else []
 
 
-def _check_complete(files: Sequence[Path]) -> int | None:
-    """Checks files by the count in their names. Returns how many records dataset_info.json says there are, if any."""
-    if numbered := _NUMBERED.fullmatch(files[0].name):
-        start, _, count, end = numbered.groups()
-        expected = Counter(f"{start}{number:05d}-of-{count}{end}" for number in range(int(count)))
-        given = Counter(path.name for path in files)
-        for wrong, what in ((expected - given, "is missing"), (given - expected, "is too many")):
-            if wrong:
-                raise UserError(
-                    f"{files[0]}: is one of {int(count)}, {len(files)} were given, of which {min(wrong)} {what}; give "
-                    "each once"
-                )
-    match = FILE.fullmatch(files[0].name)
-    return sum(shard_lengths(files[0].parent, match["split"])) or None if match else None
+def _num_records(first: Path) -> int | None:
+    """How many records dataset_info.json says there are in a split, if any, by the name of one of its files."""
+    match = FILE.fullmatch(first.name)
+    return sum(shard_lengths(first.parent, match["split"])) or None if match else None
 
 
 def _list(task: tuple[Path, str], listing: Path, progress: Progress) -> bytes:
