@@ -646,6 +646,8 @@ def test_from_photos_to_predictions(tmp_path: Path) -> None:
     assert sum(row[2] for row in found["confusion"]) == 12
     assert found["correct"] == sum(number for label, to, number in found["confusion"] if label == to)
     assert f"{found['top1']:.1%} of 12 test images are named rightly (95% interval" in done.stdout
+    wrong = json.loads((out / found["run"] / "evaluation" / "wrong.json").read_text())
+    assert (wrong["weights_sha256"], wrong["data_sha256"]) == (found["run_sha256"], found["test_sha256"])
     assert (out / "report.html").is_file() and str(tmp_path) not in (out / "report.html").read_text()
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0 and "launch/pretrain.py" not in again.stdout  # nothing is trained twice
