@@ -26,7 +26,7 @@ from pretrain.config import DataConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.errors import UserError
+from pretrain.errors import DeviceMemoryError, UserError
 from pretrain.evaluation import evaluators, subject
 from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
@@ -190,6 +190,18 @@ def test_rows_of_an_earlier_call_stay(
     assert len(table_of(tmp_path / "one")) == 13 and table_of(tmp_path / "several") == table_of(tmp_path / "one")
     several, one = (record_of(tmp_path / name) for name in ("several", "one"))
     assert {**several, "rows": None} == {**one, "rows": None} and len(one["probe"]["c"]) == 2
+
+
+def test_wrong_predictions_tell_of_what_they_are(
+    places: tuple[Path, Path, Path, nn.Module], evaluate: Callable[..., None], tmp_path: Path
+) -> None:
+    """The data by its folder and digest, and the weights: a page shows them beside no other accuracy."""
+    _, test, run, _ = places
+    evaluate(run, "--workers", 0, "--out", tmp_path, "--val", test)
+    wrong, record = json.loads((tmp_path / "wrong.json").read_text()), record_of(tmp_path)
+    assert wrong["data"] == f"{test.parent.name}/{test.name}" and wrong["items"]
+    assert wrong["data_sha256"] == record["data"]["val"]["sha256"] == load_manifest(test).sha256
+    assert wrong["weights_sha256"] == record["weights_sha256"]
 
 
 def test_rows_on_other_data_or_by_another_protocol_are_dropped(
@@ -445,6 +457,28 @@ def test_mistakes_are_told_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         evaluate(run, "--out", tmp_path / "out", *arguments(train, test))
     assert one_line(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "told"), [(8, "--batch-size: 8 images at a time .* try 4$"), (1, "no memory for the model")]
+)
+def test_a_batch_that_does_not_fit_is_told(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    told: str,
+) -> None:
+    """With the option that mends it; a DeviceMemoryError is one line, exit code 2."""
+
+    def no_room(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    _, test, run, _ = places
+    monkeypatch.setattr(subject, "logits_of", lambda *_: no_room)
+    with pytest.raises(DeviceMemoryError, match=told):
+        evaluate(run, "--val", test, "--workers", 0, "--out", tmp_path, "--batch-size", batch_size)
 
 
 def test_the_exit_code_tells(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pretrain.finetune.own_runs import (
     in_words,
     plan_own,
     protocol_for,
+    score_images,
     stored_side,
 )
 from pretrain.finetune.sweep import Options, Start, final_runs, selecting_runs
@@ -116,6 +118,24 @@ def test_what_is_no_set_is_refused(
     with pytest.raises(UserError, match=message) as caught:
         find_parts(tmp_path / train, None if test is None else tmp_path / test)
     one_line(caught.value)
+
+
+@pytest.mark.parametrize("test", ["", "val", "val/../val"])
+def test_what_is_scored_chooses_no_rate(tmp_path: Path, test: str) -> None:
+    """Val that --test names, or that is all there is to score, is the test: images are held out of train instead."""
+    photos(tmp_path / "train", {"a": 1, "b": 1})
+    photos(tmp_path / "val", {"a": 1, "b": 1})
+    scored = tmp_path / (test or "val")
+    assert find_parts(tmp_path, tmp_path / test)[0] == {"train": tmp_path / "train", "test": scored}
+
+
+def test_shards_are_the_same_as_their_manifest(tmp_path: Path) -> None:
+    """A set may be named by its folder and by its manifest.json, and is not its own test by either."""
+    (tmp_path / "manifest.json").touch()
+    places = tmp_path, tmp_path / "manifest.json"
+    for train, test in product(places, places):
+        with pytest.raises(UserError, match="is what is trained on"):
+            find_parts(train, test)
 
 
 def test_names_of_sets(tmp_path: Path) -> None:
@@ -381,6 +401,20 @@ def test_micro_batches_fit_the_memory(gigabytes: float, expected: int) -> None:
     assert fitting_micro_batch(config, 10, gigabytes * 1e9, 1) == expected
 
 
+@pytest.mark.parametrize(("overrides", "batch_size"), [((), "3"), (("evaluation.batch_size=2",), "2")])
+def test_images_are_scored_by_as_many_as_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], batch_size: str
+) -> None:
+    """The micro-batch of the training: the 256 of tools/evaluate.py, in float32, may be too many for the memory."""
+    monkeypatch.setattr("pretrain.finetune.own_runs.fitting_micro_batch", lambda *_: 3)
+    called: list[list[str]] = []
+    monkeypatch.setattr("pretrain.finetune.own_runs.start_job", lambda words, _: called.append(words))
+    data = prepared(photos(tmp_path / "pets", {"cat": 5, "dog": 5}), tmp_path / "out")
+    score_images(plan(data, tmp_path / "out", lr_grid=(0.01,), overrides=overrides))
+    (words,) = called
+    assert words[words.index("--batch-size") + 1] == batch_size
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -526,6 +560,39 @@ def test_the_page_in_a_browser(browser: Browser, tmp_path: Path, width: int, sch
     assert browser.evaluate("document.querySelector('.bars').getBoundingClientRect().bottom") < 844
 
 
+@pytest.mark.parametrize(
+    ("of", "is_shown"),
+    [
+        ({"data_sha256": "a", "weights_sha256": "b"}, True),
+        ({"data_sha256": "other", "weights_sha256": "b"}, False),
+        ({"data_sha256": "a", "weights_sha256": "other"}, False),
+        ({}, False),  # of an earlier version, which did not say it
+    ],
+)
+def test_wrong_photos_are_those_of_the_test(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], of: dict[str, str], is_shown: bool
+) -> None:
+    """Where tools/evaluate.py has scored other data or another checkpoint since, its photos are left out and told."""
+    folder = results_folder(tmp_path, 3)
+    for path, about in (
+        ("accuracy.json", {"test_sha256": "a", "run_sha256": "b"}),
+        ("final/evaluation/wrong.json", of),
+    ):
+        values = json.loads((folder / path).read_text())
+        (folder / path).write_text(json.dumps({**values, **about}))
+    assert ("most certain" in write_page(folder).read_text()) == is_shown
+    assert ("wrong.json: left out: of other data or weights" in capsys.readouterr().err) != is_shown
+
+
+def test_the_interval_is_as_exact_as_the_accuracy(tmp_path: Path) -> None:
+    """Of many test images it is narrower than a percent: 97.7% is not 98 to 98%."""
+    folder = results_folder(tmp_path, 3)
+    values = json.loads((folder / "accuracy.json").read_text())
+    values |= {"correct": 48_825, "n": 50_000, "top1": 48_825 / 50_000, "interval": list(wilson(48_825, 50_000))}
+    (folder / "accuracy.json").write_text(json.dumps(values))
+    assert "97.7% <span>accuracy; 97.5 to 97.8% with 95% confidence" in write_page(folder).read_text()
+
+
 def test_the_pages_command_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quoted, with the folder as it was given; of a whole path nothing that is above the working folder."""
     monkeypatch.chdir(tmp_path)
@@ -579,6 +646,8 @@ def test_from_photos_to_predictions(tmp_path: Path) -> None:
     assert sum(row[2] for row in found["confusion"]) == 12
     assert found["correct"] == sum(number for label, to, number in found["confusion"] if label == to)
     assert f"{found['top1']:.1%} of 12 test images are named rightly (95% interval" in done.stdout
+    wrong = json.loads((out / found["run"] / "evaluation" / "wrong.json").read_text())
+    assert (wrong["weights_sha256"], wrong["data_sha256"]) == (found["run_sha256"], found["test_sha256"])
     assert (out / "report.html").is_file() and str(tmp_path) not in (out / "report.html").read_text()
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0 and "launch/pretrain.py" not in again.stdout  # nothing is trained twice

@@ -15,7 +15,7 @@ from weights_on_disk import ROOT, load_tool, one_line_error, randomised, run_too
 
 from pretrain.config import DataConfig, ModelConfig
 from pretrain.data.images import decode, eval_image, to_float
-from pretrain.errors import UserError
+from pretrain.errors import DeviceMemoryError, UserError
 from pretrain.models.build import build_model
 from pretrain.models.equivalent import own_tensors
 from pretrain.models.tensors import LazyTensor, Weights
@@ -77,6 +77,18 @@ def test_published_weights_without_names_are_of_imagenet(
     assert found[0].startswith(first) and (f"{num_classes:,} classes are taken for ImageNet's" in told.err) == (
         first != "0"
     )
+
+
+def test_a_gpu_without_room_is_told(tmp_path: Path, predict: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training beside it may have taken all: one line with the way out."""
+
+    def no_room(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    make_weights(tmp_path / "w")
+    monkeypatch.setattr("pretrain.evaluation.predictions.likeliest", no_room)
+    with pytest.raises(DeviceMemoryError, match="CUDA_VISIBLE_DEVICES= takes the CPU"):
+        predict(tmp_path / "w", make_image(tmp_path / "a.png", 0))
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid", None])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -18,6 +19,7 @@ from pretrain.config import config_to_yaml, model_from_dict, model_name
 from pretrain.errors import UserError
 from pretrain.escape import portable, portable_path
 from pretrain.log import TIME_FORMAT
+from pretrain.models.weights import weights_sha256
 from pretrain.report.curves import (
     _BUCKETS,
     _log_levels,
@@ -410,6 +412,20 @@ def test_a_run_in_a_sentence(tmp_path: Path) -> None:
     assert sentence(bare, summary(bare)).endswith("random weights: 20 steps of 12 images in 2 s.")
 
 
+def test_a_branch_is_told_by_its_own_steps(tmp_path: Path) -> None:
+    """Steps, epochs and time from where it left the other run, which perhaps did not begin with random weights."""
+    run = make_run(tmp_path)  # steps 5, 10, 15, 20
+    start = {"step": 10, "train_set": "trees", "train_images": 96}
+    (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    text = (run / "config.yaml").read_text().replace("branch_from: null", "branch_from: runs/long")
+    (run / "config.yaml").write_text(text)
+    (found,) = read_runs([run])
+    told = sentence(found, summary(found))
+    assert told.endswith(
+        "branched from runs/long at step 10 on trees (96 images): 10 steps of 12 images (1.2 epochs) in 1 s."
+    )
+
+
 def test_models_go_by_their_real_shape(tmp_path: Path) -> None:
     """A named size is called so only where nothing of its shape was changed."""
     names = {
@@ -602,6 +618,82 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     first, second = (write_report(read_runs([run]), tmp_path / name) for name in ("a", "b"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_results_of_final_runs_are_not_the_runs_own(tmp_path: Path) -> None:
+    """A final run that was fine-tuned and evaluated itself; an evaluation below finetune that is of another tool."""
+    run = make_run(tmp_path)
+    write_finetuning(run, "imagenet", 0.75)
+    final = make_run(run / "finetune" / "imagenet", "final")
+    write_finetuning(final, "pets", 0.9)
+    for folder in (run / "finetune" / "x", run / "finetune-late" / "evaluation-384px"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text('{"format": "pretrain-evaluation"}')
+    own = make_run(run / "finetune-photos", "final")
+    (own / "evaluation").mkdir()
+    (own / "evaluation" / "results.json").write_text("{}")
+    (found,) = read_runs([run])
+    assert [of["task"] for of in found.finetuning] == ["imagenet"]
+    (found,) = read_runs([final])
+    assert [of["task"] for of in found.finetuning] == ["pets"]
+
+
+def with_results_of(folder: Path, digest: str, weights: str) -> None:
+    """Few-shot and CIFAR-10 of the weights of a digest."""
+    rows = [{"model": kind, "metric": "5-shot", "value": 0.5, "n": 9} for kind in ("trained", "raw pixels")]
+    (folder / "evaluation").mkdir(exist_ok=True)
+    record = {"format": "pretrain-evaluation", "weights": weights, "weights_sha256": digest, "rows": rows}
+    (folder / "evaluation" / "results.json").write_text(json.dumps(record))
+    write_finetuning(folder, "cifar10", 0.91, weights=digest)
+
+
+def of_others(folder: Path, digest: str) -> bool:
+    """Whether a report tells the results as other weights'; with their digest, which it tells in any case."""
+    (run,) = read_runs([folder])
+    values = summary(run)
+    page, text = html([run], [values]), markdown([values])
+    told = [f"{digest[:12]}; those here now are others" in each for each in (page, text)]
+    told += [not values["scores"], "Few-shot accuracy" not in page]
+    told.append(f"| other weights than those here now | {digest[:12]} |" in text)
+    assert len(set(told)) == 1 and page.count(digest[:12]) >= 2 and f", weights {digest[:12]}" in text
+    return told[0]
+
+
+def test_results_of_earlier_weights_are_not_the_folders_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """convert --overwrite keeps them, and a run goes on: they are shown as what they are, and not beside the paper."""
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    digest = weights_sha256(folder)
+    with_results_of(folder, digest, "runs/x/converted")
+    assert not of_others(folder, digest)
+    (folder / "model.safetensors").write_text("trained longer")
+    assert of_others(folder, digest)
+    run = make_run(tmp_path)
+    for step, was_longer in ((100, False), (300, True)):
+        checkpoint = run / "checkpoints" / f"step-{step:010d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "MANIFEST.json").write_text(str(step))
+        if not was_longer:
+            digest = weights_sha256(checkpoint)
+            with_results_of(run, digest, str(checkpoint))
+        assert of_others(run, digest) == was_longer
+    assert not capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_compared_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their results are shown all the same: links out of the folder, to read which would show others' files."""
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "secret").touch()
+    (folder / "model.safetensors").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "other.safetensors")  # a pipe would wait
+    with_results_of(folder, "0" * 64, "converted")
+    assert not of_others(folder, "0" * 64)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its weights cannot be compared with those of its results" in line and "outside of its folder" in line
 
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:

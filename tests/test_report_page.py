@@ -49,7 +49,8 @@ def add_everything(run: Path, word: str = "plain") -> None:
     (run / "batch.json").write_text(json.dumps({"side": 24, "images": tiles}))
     item = {"name": word, "label": word, "predicted": word, "probability": 0.9}
     items = [{**item, "png_base64": base64.b64encode(png()).decode()}] * (MAX_WRONG + 5)
-    (run / "evaluation" / "wrong.json").write_text(json.dumps({"items": items}))
+    of = {"data": word, "data_sha256": word, "weights_sha256": word}
+    (run / "evaluation" / "wrong.json").write_text(json.dumps({**of, "items": items}))
     (run / "bad_samples.jsonl").write_text(json.dumps({"step": 3, "reason": word}) + "\n")
     start = {"step": 0, "time": word, "world_size": 2, "commit": word, "command": [word], "versions": {word: word}}
     (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
@@ -246,7 +247,7 @@ def test_damaged_and_foreign_pictures_are_left_out(tmp_path: Path, capsys: pytes
     (run / "evaluation" / "wrong.json").write_text(json.dumps({"items": [{**item, **other} for other in others]}))
     found = read_runs([run])[0]
     assert [picture.name for picture in found.pictures] == ["whole"]
-    assert [wrong.picture is not None for wrong in found.wrong] == [False, False, True, False]
+    assert [wrong.picture is not None for wrong in found.wrong.shown] == [False, False, True, False]
     told = capsys.readouterr().err
     for reason in ("half.png: not a picture", "page.png: not a picture", "no file ../../private.png", "not base64"):
         assert reason in told
@@ -286,6 +287,7 @@ def test_confusion_of_classes_is_shown(browser: Browser, tmp_path: Path) -> None
     classes = [f"{SCRIPT} {number}" for number in range(40)]
     pairs = [[n, n, 5] for n in range(40)] + [[n, (n + 1) % 40, 1 + n] for n in range(40)]
     wrong = {"items": [{"name": "x", "label": "a", "predicted": "b"}], "classes": classes, "confusion": pairs}
+    wrong |= {"data": "sets/<b>" + "x" * 100, "data_sha256": "a" * 64, "weights_sha256": "0123456789abcdef" * 4}
     (run / "evaluation" / "wrong.json").write_text(json.dumps(wrong))
     path = tmp_path / "page.html"
     path.write_text(html_of(run))
@@ -293,9 +295,10 @@ def test_confusion_of_classes_is_shown(browser: Browser, tmp_path: Path) -> None
     assert browser.evaluate("document.documentElement.scrollWidth") <= PHONE
     assert browser.evaluate("window.hurt") is None
     cells = browser.evaluate("document.querySelectorAll('.confusion rect').length")
-    assert cells >= 30 and "what is taken for what" in browser.evaluate("document.body.innerText")
+    page, of = browser.evaluate("document.body.innerText"), f"on {wrong['data']}, weights 0123456789ab"
+    assert cells >= 30 and f"what is taken for what {of}\n" in page and f"wrong predictions {of}\n" in page
     text = markdown([summary(of_run) for of_run in read_runs([run])])
-    assert "Taken for another class most often" in text and "(40 of 45)" in text
+    assert f"Taken for another class most often {of.replace('<', '&lt;')}: " in text and "(40 of 45)" in text
 
 
 def test_markdown_keeps_names_as_text(tmp_path: Path) -> None:

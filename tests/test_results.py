@@ -44,6 +44,7 @@ def test_results_of_several_weights_stay(
         assert sorted(values) == sorted(v for *_, v in calls[:done]) and top["weights_sha256"] == digest * 64
     page = (tmp_path / "results.md").read_text()
     assert page.count("# X") == 3 and all(f"{value:.2%}" in page for *_, value in CALLS)
+    assert all(page.count(f"px, weights {digest * 12}.") == 1 for digest in "abc")
     assert not capsys.readouterr().err
     pictures = {path.read_text().strip() for path in tmp_path.glob("wrong*.json")}
     assert pictures == {"a", "b", "c"} and (tmp_path / "wrong.json").read_text().strip() == digest

@@ -17,6 +17,7 @@ from torch import nn
 from weights_on_disk import in_memory, one_line, randomised, tiny_model
 
 from pretrain.errors import UserError
+from pretrain.finetune.sweep import read_start
 from pretrain.models import load_model
 from pretrain.models.build import build_model
 from pretrain.models.timm_folder import write_own_folder
@@ -122,6 +123,22 @@ def test_a_file_without_architecture_says_the_way_out(arch: dict[str, str], told
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "num_classes": 3}))
     weights = read_weights(tmp_path / "w.pth")  # a plain ViT: its first convolution took timm's default mean
     assert torch.equal(weights.tensors["head.weight"].read(), model().get_parameter("head.weight"))
+
+
+def test_files_beside_one_config_are_told_apart(tmp_path: Path) -> None:
+    """Fine-tuning starts from the file that was named, whatever else lies there; each has a digest of its own."""
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "num_classes": 3}))
+    names = ("model.pth", "best.pt", "last.ckpt")
+    for seed, name in enumerate(names):
+        torch.save(model(seed).state_dict(), tmp_path / name)
+    starts = [read_start(tmp_path / name, from_scratch=False) for name in names]
+    for seed, start in enumerate(starts):
+        assert start.weights and start.weights.name == names[seed]
+        head = read_weights(start.weights).tensors["head.weight"].read()
+        assert torch.equal(head, model(seed).get_parameter("head.weight"))
+    digests = {start.sha256 for start in starts}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "num_classes": 3, "labels": None}))
+    assert len(digests | {weights_sha256(tmp_path / name) for name in names}) == 6
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "model.pth.tar"])

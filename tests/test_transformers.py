@@ -498,6 +498,26 @@ def test_a_mean_that_is_not_google_s_is_written(tmp_path: Path) -> None:
         assert torch.equal(weights.tensors[tensor].read(), parameter), tensor
 
 
+@pytest.mark.parametrize(
+    ("use", "side", "crops", "resample"),
+    [
+        ({"eval_transform": "vit"}, 16, False, 2),  # bilinear always; data.interpolation is that of crops
+        ({"eval_transform": "fewshot", "eval_crop": 0.8}, 20, True, 2),
+        ({"eval_transform": "timm_squash", "eval_crop": 0.8}, 20, True, 3),
+        ({"eval_transform": "timm_squash", "eval_crop": 1.0}, 16, False, 3),
+    ],
+)
+def test_a_squash_is_written_as_one(use: dict[str, Any], side: int, crops: bool, resample: int, tmp_path: Path) -> None:
+    """To a square of these pixels, of which the centre may be kept; not as a crop of the shorter side."""
+    config = tiny_model()
+    weights = in_memory(build_model(config, 3), config, NAMES, interpolation="bicubic", **use)
+    write_transformers_folder(weights, tmp_path)
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert written["size"] == {"height": side, "width": side} and written["resample"] == resample
+    assert written.get("do_center_crop", False) == crops
+    assert written["image_processor_type"] == ("DeiTImageProcessor" if crops else "ViTImageProcessor")
+
+
 def test_a_runs_own_transform_and_loss_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The processor cannot say timm's transform: a word of it when written; kept beside, also when transformers saves
     the model anew.

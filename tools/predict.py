@@ -50,6 +50,7 @@ def main() -> int:
 
         from pretrain.data.reader import BadSample
         from pretrain.evaluation.predictions import assumed_names, likeliest
+        from pretrain.evaluation.subject import fitting
         from pretrain.log import warn
         from pretrain.models.weights import model_of, read_weights
 
@@ -58,7 +59,8 @@ def main() -> int:
         raise UserError(f"{arguments.weights}: has no head, so it tells features, not classes")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # as in evaluation: the same float32 logits
-    model = model_of(weights).to(device)
+    with fitting(1):
+        model = model_of(weights).to(device)
     if weights.loss is None:
         warn(f"{arguments.weights}: probabilities are softmax; the loss that it was trained with is not known")
     if not weights.class_names and (names := assumed_names(arguments.weights, weights.num_classes)):
@@ -70,7 +72,8 @@ def main() -> int:
     for path in arguments.images:
         damage: list[str] = []
         try:
-            predictions = likeliest(model, weights, path.read_bytes(), arguments.top, device, damage.append)
+            with fitting(1):
+                predictions = likeliest(model, weights, path.read_bytes(), arguments.top, device, damage.append)
         except (OSError, BadSample) as error:
             num_bad += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)

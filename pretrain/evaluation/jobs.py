@@ -11,7 +11,7 @@ from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_a
 from pretrain.errors import UserError
 from pretrain.evaluation.evaluators import EVALUATORS, Found, Job
 from pretrain.evaluation.names import HEAD, Named
-from pretrain.evaluation.subject import Images, Subject, all_images
+from pretrain.evaluation.subject import Images, Subject, all_images, fitting
 from pretrain.log import warn
 from pretrain.models.weights import Weights
 from pretrain.tasks.table import missing
@@ -71,10 +71,14 @@ def shared_sets(opened: list[Opened]) -> set[Path]:
 
 
 def do_jobs(subject: Subject, opened: list[Opened], failed: dict[str, str]) -> list[Done]:
-    """Returns the jobs that were done; why others could not be is added to `failed`. Called by all ranks."""
+    """Returns the jobs that were done; why others could not be is added to `failed`. Called by all ranks.
+
+    Raises DeviceMemoryError, on this rank alone, when the GPU's memory does not hold a batch.
+    """
     done = []
     for job, sets in opened:
-        found = _tried(job, failed, partial(EVALUATORS[job.kind].score, subject, job, sets))
+        with fitting(subject.batch_size):
+            found = _tried(job, failed, partial(EVALUATORS[job.kind].score, subject, job, sets))
         if found is not None:
             done.append(Done(job, sets, found))
     return done

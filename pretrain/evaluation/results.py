@@ -11,7 +11,7 @@ from typing import Any
 from pretrain import cli
 from pretrain.config import model_name
 from pretrain.errors import UserError
-from pretrain.escape import in_markdown, portable, portable_path
+from pretrain.escape import in_markdown, portable, portable_path, shown
 from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Row, in_words
 from pretrain.evaluation.jobs import Done, Opened
 from pretrain.evaluation.predictions import confusion, lines, wrong_items
@@ -72,7 +72,7 @@ def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] |
 
 # --- merged with an earlier call's -----------------------------------------------------------------------------------
 
-_LETTERS = 12  # of a digest in a file's name
+_LETTERS = 12  # of a digest, in a file's name and on a page
 _MOST = 1 << 53  # a whole number up to here is one in JSON of any reader
 SHARED = {
     "loss": "loss",
@@ -234,14 +234,28 @@ def pages(rows: list[Row], record: dict[str, Any], done: list[Done]) -> dict[str
     wrong.json is of the first set that the last call to score the head scored it on.
     """
     found: dict[str, str | None] = {}
-    scored = [(result.predictions, sets["test"].manifest) for _, sets, result in done if result.predictions is not None]
+    scored = [one for one in done if one.found.predictions is not None]
     if scored:
-        found["wrong.json"] = json.dumps({"items": wrong_items(*scored[0]), **confusion(*scored[0])})
+        found["wrong.json"] = json.dumps(_wrong(scored[0], record["weights_sha256"]))
     elif not any(_origin(row)[0] == HEAD for row in rows):  # none of an earlier call stands here either
         found["wrong.json"] = None
     found["results.md"] = _results_page(rows, record)
     found["results.json"] = json.dumps({**record, "rows": [row._asdict() for row in rows]}, indent=2)
     return found
+
+
+def _wrong(done: Done, digest: str) -> dict[str, Any]:
+    """What wrong.json holds, and of which data and weights it is."""
+    manifest, predictions = done.sets["test"].manifest, done.found.predictions
+    assert predictions is not None
+    folder = "/".join(manifest.path.absolute().parent.parts[-2:])  # "imagenet/val": "val" alone names no set
+    return {
+        "data": shown(done.job.name or folder),
+        "data_sha256": manifest.sha256,
+        "weights_sha256": digest,
+        "items": wrong_items(predictions, manifest),
+        **confusion(predictions, manifest),
+    }
 
 
 def _results_page(rows: list[Row], record: dict[str, Any]) -> str:
@@ -257,10 +271,11 @@ def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
         ["---", *["---:"] * (len(header) - 1)],
         *(map(in_markdown, row) for row in cells),
     ]
+    digest = in_markdown(str(record.get("weights_sha256", "not known"))[:_LETTERS])
     text = [
         f"# {in_markdown(portable_path(record['weights']))}",
         "",
-        f"Model {in_markdown(record['model'])} at {record['image_size']} px.",
+        f"Model {in_markdown(record['model'])} at {record['image_size']} px, weights {digest}.",
         "",
     ]
     text += ["| " + " | ".join(line) + " |" for line in table] + [""]

@@ -14,6 +14,7 @@ from pretrain import cli
 from pretrain.config import DataConfig
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import Manifest
+from pretrain.errors import DeviceMemoryError
 from pretrain.evaluation import fewshot
 from pretrain.evaluation.classification import MAX_LOGIT_BYTES, Predict, logits_of
 from pretrain.evaluation.features import MAX_PIXEL_BYTES, Extract, Features, extract_features, pre_logits, raw_pixels
@@ -49,6 +50,18 @@ def all_images(manifest: Manifest) -> Images:
 def no_progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Shows nothing, in place of `cli.progress`."""
     yield lambda _: None
+
+
+@contextmanager
+def fitting(num_images: int) -> Iterator[None]:
+    """Tells in one line that so many images at a time do not fit into this GPU's memory; one: the model does not."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = f"--batch-size: {num_images} images at a time are too many for this GPU; try {num_images // 2}"
+        if num_images == 1:
+            told = "this GPU has no memory for the model, beside what else it does; CUDA_VISIBLE_DEVICES= takes the CPU"
+        raise DeviceMemoryError(told) from error
 
 
 @dataclass
@@ -172,7 +185,8 @@ def subject_of(
     loss: None for the one that they were trained with, softmax where that is not known. fewshot_transform: as in
     DataConfig. baselines: few-shot also with random weights and with raw pixels. shared: see Subject.
     """
-    model = model_of(weights).to(device)
+    with fitting(1):
+        model = model_of(weights).to(device)
     own = eval_config(weights, workers)
     crop = fewshot.CROP if fewshot_transform == fewshot.TRANSFORM else own.eval_crop
     few = replace(own, eval_transform=cast(Any, fewshot_transform), eval_crop=crop)

@@ -17,8 +17,9 @@ MANIFEST = "manifest.json"
 def find_parts(train: Path, test: Path | None) -> tuple[dict[str, Path], list[str]]:
     """Returns where train, val and test are, those that are there, and what is to be told.
 
-    A folder with train, val, test inside is taken apart; where one of val and test is there, it is scored. Raises
-    UserError for what is no folder or manifest, and for pictures that would be left out.
+    A folder with train, val, test inside is taken apart; where one of val and test is there, it is scored. Val that
+    --test names is the test and chooses nothing. Raises UserError for what is no folder or manifest, and for pictures
+    that would be left out.
     """
     _check("--train", train)
     inside = _parts_inside(train)
@@ -33,14 +34,23 @@ def find_parts(train: Path, test: Path | None) -> tuple[dict[str, Path], list[st
         parts["test"] = scored
     elif "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
-    if "test" in parts and parts["test"].resolve() == parts["train"].resolve():
+    places = {name: _place(path) for name, path in parts.items()}
+    if places.get("test") == places["train"]:
         raise UserError(f"{parts['test']}: is what is trained on; leave out --test, and a part is held out of it")
+    if "val" in places and places["val"] == places["test"]:
+        del parts["val"]
     return parts, told
 
 
 def is_manifest(path: Path) -> bool:
     """Returns whether a path names shards: their manifest.json, or the folder that holds it."""
     return path.name == MANIFEST or (path / MANIFEST).is_file()
+
+
+def _place(path: Path) -> Path:
+    """The folder of a part, which its manifest.json names as well."""
+    place = path.resolve()
+    return place.parent if place.name == MANIFEST else place
 
 
 def name_of(train: Path) -> str:

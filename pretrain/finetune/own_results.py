@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import MAX_CLASSES, model_name
-from pretrain.data.manifest import MAX_SAMPLES
+from pretrain.data.manifest import MAX_SAMPLES, load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
 from pretrain.finetune.own_runs import PREDICTIONS, differences, final_run
 from pretrain.finetune.results import results, write_results
+from pretrain.finetune.scores import final_sha256
 from pretrain.finetune.sweep import Sweep, write_out
 from pretrain.json_files import Fields, parse_json
 
@@ -61,6 +62,8 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
         "model": model_name(sweep.start.model),
         "device": _device(config.output / config.name),
         "run": config.name,
+        "run_sha256": final_sha256(config),  # these tell whether wrong.json is of this result
+        "test_sha256": load_manifest(sweep.test).sha256,
         "image_size": config.model.image_size,
         "steps": config.total_steps,
         "batch": config.data.global_batch,

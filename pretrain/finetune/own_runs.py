@@ -24,7 +24,7 @@ from pretrain.cluster.local import environment
 from pretrain.config import MAY_CHANGE, Config
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
-from pretrain.finetune.running import ROOT
+from pretrain.finetune.running import scoring
 from pretrain.finetune.scores import chosen_lr, claim_sweep
 from pretrain.finetune.sweep import Options, Start, Sweep, asked_for, final_runs, fitting_size, key_of, write_out
 from pretrain.json_files import Fields, read_json
@@ -234,6 +234,6 @@ def score_images(sweep: Sweep) -> None:
     path = folder / "evaluation" / PREDICTIONS
     if path.is_file():
         return
-    words = [ROOT / "tools" / "evaluate.py", folder, "--val", sweep.test, "--predictions", path]
-    if code := start_job([sys.executable, *map(str, words)], environment()):
+    words = [sys.executable, *scoring(config), "--val", str(sweep.test), "--predictions", str(path)]
+    if code := start_job(words, environment()):
         raise UserError(f"{folder}: could not be scored (exit code {code}); what went wrong stands above")

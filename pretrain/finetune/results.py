@@ -168,6 +168,7 @@ def vtab_results(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tasks": {name: statistics.fmean(scores[name][seed] for seed in seeds) for name in names},
         "missing": [name for name in VTAB if name not in by_task],
         "from_scratch": by_task[names[0]]["from_scratch"],
+        "weights": by_task[names[0]]["weights"],
         "differs": list(dict.fromkeys(text for name in names for text in by_task[name]["differs"])),
     }
 

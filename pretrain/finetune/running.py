@@ -129,14 +129,24 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, tit
     if selecting:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only its score is needed
     elif sweep.task.name == "imagenet" and real_score(config) is None:
-        evaluate = [ROOT / "tools" / "evaluate.py", folder, "--tasks", "real", "--data", options.data]
-        code = start([*launcher_or_python(_num_ranks(options)), *map(str, evaluate)], environment())
+        words = [*scoring(config), "--tasks", "real", "--data", str(options.data)]
+        code = start([*launcher_or_python(_num_ranks(options)), *words], environment())
         if code:
             print(
                 f"warning: {shown(folder)}: not scored by ReaL labels, see above; the table goes without",
                 file=sys.stderr,
             )
     return 0
+
+
+def scoring(config: Config) -> list[str]:
+    """Returns the words that score a run by tools/evaluate.py, with as many images at a time as its training had.
+
+    It computes in float32, in which the 256 images of its default may not fit where a validation in bf16 does.
+    """
+    batch_size = min(config.evaluation.batch_size, config.engine.max_micro_batch_size)
+    words = [ROOT / "tools" / "evaluate.py", config.output / config.name, "--batch-size", batch_size]
+    return list(map(str, words))
 
 
 def _num_ranks(options: Options) -> int:

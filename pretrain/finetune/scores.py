@@ -90,6 +90,16 @@ def _is_of(record: Fields, image_size: int, checkpoint: Path, digest: str | None
     return Path(record.text("weights")).name == checkpoint.name
 
 
+def final_sha256(config: Config) -> str | None:
+    """Returns the digest of a final run's last checkpoint, None where it is not there."""
+    final = _final_checkpoint(config)
+    return weights_sha256(final) if final.is_dir() else None
+
+
+def _final_checkpoint(config: Config) -> Path:
+    return config.output / config.name / "checkpoints" / f"step-{config.total_steps:010d}"
+
+
 def real_score(config: Config) -> RunScore | None:
     """Returns what tools/evaluate.py found by ReaL labels for a final run, None when it has not scored them.
 
@@ -98,8 +108,7 @@ def real_score(config: Config) -> RunScore | None:
     path = config.output / config.name / "evaluation" / "results.json"
     if not path.is_file():
         return None
-    final = config.output / config.name / "checkpoints" / f"step-{config.total_steps:010d}"
-    digest = weights_sha256(final) if final.is_dir() else None
+    final, digest = _final_checkpoint(config), final_sha256(config)
     try:
         last = Fields.of(read_json(path), str(path))
         every = last, *last.parts("others", ())

@@ -297,8 +297,10 @@ def _values(weights: Weights) -> dict[str, Any]:
 
 
 def _preprocessor(weights: Weights) -> dict[str, Any]:
-    size, squashes = weights.model.image_size, weights.eval_transform in (_SQUASH, "vit", "fewshot")
-    resized = size if weights.eval_transform == "vit" else round(size / weights.eval_crop)
+    size, ours = weights.model.image_size, weights.eval_transform
+    squashes = ours in (_SQUASH, "vit", "fewshot", "timm_squash")
+    resized = size if ours == "vit" else round(size / weights.eval_crop)
+    resample = "bilinear" if ours in ("vit", "fewshot") else weights.interpolation  # theirs, whatever else is set
     crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
     kind = "DeiTImageProcessor" if squashes else "BitImageProcessor"  # which resizes the shorter side
     return {
@@ -306,7 +308,7 @@ def _preprocessor(weights: Weights) -> dict[str, Any]:
         "do_resize": True,
         "size": {"height": resized, "width": resized} if squashes else {"shortest_edge": resized},
         **(crop if resized != size or not squashes else {}),
-        "resample": INTERPOLATIONS[weights.interpolation],
+        "resample": INTERPOLATIONS[resample],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

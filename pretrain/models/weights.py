@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pretrain.models.tensors import LazyTensor, Weights, file_in, finite, read_f
 from pretrain.models.timm_checkpoint import read_timm_checkpoint
 from pretrain.models.timm_folder import read_timm_folder
 from pretrain.models.torch_files import is_torch_file
-from pretrain.models.transformers_folder import is_of_transformers, read_transformers_folder
+from pretrain.models.transformers_folder import PROCESSOR, is_of_transformers, read_transformers_folder
 from pretrain.storage import sha256
 
 _PICKLES = (".pkl", ".pickle", ".tar")
@@ -67,7 +68,7 @@ def _read(path: Path, image_size: int | None) -> Weights:
         path = by_name.fetched(path)
     if is_torch_file(path):
         beside = (path.parent / "config.json").is_file()
-        return _read_folder(path.parent, path) if beside else read_timm_checkpoint(path)
+        return replace(_read_folder(path.parent, path), source=path) if beside else read_timm_checkpoint(path)
     if (path / "config.json").is_file():
         return _read_folder(path)
     if (path / "checkpoints").is_dir():
@@ -120,7 +121,8 @@ def results_folder(weights: Path, name: str) -> Path:
 def weights_sha256(source: Path) -> str:
     """Returns the SHA-256 of what `Weights.source` names; a checkpoint's manifest holds the checksums of its files.
 
-    Of a folder: its config.json and tensors, not results that may lie beside them. Raises UserError when unreadable.
+    Of a folder: its config.json and tensors, not results that may lie beside them. Of a file of PyTorch's: with the
+    JSON files beside it by which it is read. Raises UserError when unreadable.
     """
     total = hashlib.sha256()
     with readable(source):
@@ -128,9 +130,12 @@ def weights_sha256(source: Path) -> str:
             files = [source / "MANIFEST.json"]
         elif source.is_dir():
             names = sorted(path.name for path in source.iterdir() if re.search(_OF_WEIGHTS, path.name))
-            files = [file_in(source, name) for name in names]
+            files = [
+                path for path in (file_in(source, name) for name in names) if path.is_file()
+            ]  # no pipe, which waits
         else:
-            files = [source]
+            beside = ("config.json", PROCESSOR) if is_torch_file(source) else ()
+            files = [source, *(file_in(source.parent, name) for name in beside if (source.parent / name).is_file())]
         for path in files:
             total.update(path.name.encode() + bytes.fromhex(sha256(path)))
     return total.hexdigest()

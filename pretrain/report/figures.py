@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from pretrain.config import Config, model_name, non_defaults
-from pretrain.escape import portable
+from pretrain.escape import portable, portable_path
 from pretrain.report.goodput import goodput, lost_steps
 from pretrain.report.runs import Curve, Run
 from pretrain.report.story import sentence, training_seconds
@@ -18,6 +18,7 @@ from pretrain.tasks.published import PAPER_ROWS, PaperRow
 from pretrain.tasks.table import VTAB, vtab_means
 
 NOTHING = "–"  # in a cell for which nothing was measured
+DIGEST_LETTERS = 12  # of a digest, as shown: as many as in names of files
 
 # The columns of the paper's Table 2, and the tasks whose scores they show.
 PAPER_COLUMNS = {
@@ -77,14 +78,15 @@ def summary(run: Run) -> dict[str, Any]:
         "evaluation": run.evaluation,
         "finetuning": run.finetuning,
         "wrong_predictions": {
-            "count": run.num_wrong,
+            "count": run.wrong.number,
+            **{key: getattr(run.wrong, key) for key in ("data", "data_sha256", "weights_sha256")},
             "confused": [
                 {"label": label, "predicted": predicted, "count": number, "of": total}
-                for label, predicted, number, total in (run.confusion.confused if run.confusion else ())
+                for label, predicted, number, total in (run.wrong.confusion.confused if run.wrong.confusion else ())
             ],
             "shown": [
                 {"name": w.name, "label": w.label, "predicted": w.predicted, "probability": w.probability}
-                for w in run.wrong
+                for w in run.wrong.shown
             ],
         },
         "pictures": [picture.name for picture in run.pictures],
@@ -316,6 +318,18 @@ def evaluations(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [record, *record["others"]] if record else []
 
 
+def of_wrong(wrong: dict[str, Any]) -> str:
+    """Returns of which data and weights wrong predictions are, as a heading goes on; nothing where that is not told."""
+    told = f" on {wrong['data']}" if wrong["data"] else ""
+    return told + (f", weights {wrong['weights_sha256'][:DIGEST_LETTERS]}" if wrong["weights_sha256"] else "")
+
+
+def of_record(record: dict[str, Any]) -> str:
+    """Returns which weights a record of an evaluation is of, in words."""
+    digest = f", weights {record['weights_sha256'][:DIGEST_LETTERS]}" if record["weights_sha256"] else ""
+    return portable_path(record["weights"]) + digest + "; those here now are others" * record["is_of_others"]
+
+
 def evaluation_table(found: Sequence[dict[str, Any]]) -> Table:
     """The rows that tools/evaluate.py measured; a standard deviation stands with its mean."""
     spread = {(row["model"], row["metric"]): row["value"] for row in found}
@@ -347,12 +361,12 @@ def finetuning_table(summaries: Sequence[dict[str, Any]]) -> Table:
                     NOTHING if of["lr"] is None else f"{of['lr']:g}",
                     NOTHING if of["n"] is None else f"{of['n']:,}",
                     "; ".join(["random weights"] * of["from_scratch"] + of["differs"]) or "the paper's",
+                    of["weights_sha256"][:DIGEST_LETTERS] or NOTHING,
                 ]
             )
     rows.sort(key=lambda row: row[0])  # stable: runs keep their order
-    return Table(
-        ["task", "run", "metric", "mean", "px", "seeds", "lr", "images", "protocol"], rows, text_columns=(0, 1, 2, 8)
-    )
+    header = ["task", "run", "metric", "mean", "px", "seeds", "lr", "images", "protocol", "weights"]
+    return Table(header, rows, text_columns=(0, 1, 2, 8, 9))
 
 
 def config_table(summaries: Sequence[dict[str, Any]]) -> Table:

@@ -12,10 +12,11 @@ from typing import Any
 from pretrain.errors import UserError
 from pretrain.escape import portable
 from pretrain.json_files import Fields, read_json
+from pretrain.log import warn
 from pretrain.report.confusion import drawn, read_pairs
 from pretrain.report.files import inside
 from pretrain.report.page import template
-from pretrain.report.runs import MAX_COUNT, read_wrong
+from pretrain.report.runs import MAX_COUNT, WrongPrediction, read_wrong
 from pretrain.report.story import duration
 from pretrain.storage import write_text
 
@@ -53,7 +54,7 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
     try:
         values = Fields.of(read_json(path), str(path))
         run = _one_name(values, "run")
-        wrong = read_wrong(folder / run)[0] if inside(folder, f"{run}/evaluation/wrong.json") else []
+        wrong = _wrong(values, folder, run)
         text = template("own_page.html.jinja").render(
             **_shown(values), wrong=wrong, trained=shlex.quote(str(_from_here(folder) / run))
         )
@@ -62,6 +63,18 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
     except OSError as error:
         raise UserError(f"{error.filename or page}: {error.strerror}; give another --out") from None
     return page
+
+
+def _wrong(values: Fields, folder: Path, run: str) -> list[WrongPrediction]:
+    """The photos that were wrong; none where a later evaluation of the run, on other data say, has left its own."""
+    if (path := inside(folder, f"{run}/evaluation/wrong.json")) is None:
+        return []
+    found, own = read_wrong(folder / run), values.text("run_sha256", "")
+    of_other_weights = own and found.weights_sha256 not in ("", own)
+    if found.data_sha256 != values.text("test_sha256", "") or of_other_weights:
+        warn(f"{path}: left out: of other data or weights than {_ACCURACY}; tools/evaluate.py RUN --val TEST makes it")
+        return []
+    return found.shown
 
 
 def _from_here(folder: Path) -> Path:

@@ -101,7 +101,7 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
         "finetuning": finetuned,
         "evaluation": any(r.evaluation for r in runs),
         "pictures": any(p.name != "batch" for r in runs for p in r.pictures),
-        "wrong": any(r.num_wrong for r in runs),
+        "wrong": any(r.wrong.number for r in runs),
     }
     lines = {
         "validation": ("Never validated: data.val=MANIFEST or data.held_out=COUNT lets a run do so.", ""),
@@ -189,7 +189,8 @@ def template(name: str) -> Any:
 def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
     """Returns the page; its file names no other file."""
     panels = curves.draw_panels(runs)
-    charts = {number: fewshot_chart(run.evaluation["rows"]) for number, run in enumerate(runs) if run.evaluation}
+    evaluated = {number: run.evaluation for number, run in enumerate(runs) if run.evaluation}
+    charts = {number: fewshot_chart(of["rows"]) for number, of in evaluated.items() if not of["is_of_others"]}
     fewshots = {number: chart for number, chart in charts.items() if chart}
     by_title = {panel.title: panel for panel in panels}
     return template("page.html.jinja").render(
@@ -202,7 +203,6 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
         story=story,
         caption=caption,
         portable=portable,
-        portable_path=portable_path,
         fewshots=fewshots,
         first_fewshot=next(iter(fewshots), None),
         panels=panels,
@@ -250,11 +250,12 @@ def markdown(
         if values["starts"]:
             lines += ["", *_lines(figures.starts_table(values))]
         for record in figures.evaluations(values):
-            lines += ["", f"Evaluation of {in_markdown(portable_path(record['weights']))}:", ""]
+            lines += ["", f"Evaluation of {in_markdown(figures.of_record(record))}:", ""]
             lines += _lines(figures.evaluation_table(record["rows"]))
         if confused := values["wrong_predictions"]["confused"]:
             pairs = (f"{of['label']} for {of['predicted']} ({of['count']:,} of {of['of']:,})" for of in confused)
-            lines += ["", f"Taken for another class most often: {in_markdown('; '.join(pairs))}."]
+            of = figures.of_wrong(values["wrong_predictions"])
+            lines += ["", in_markdown(f"Taken for another class most often{of}: {'; '.join(pairs)}.")]
     if (configs := figures.config_table(summaries)).rows:
         lines += ["", "## Differs from the defaults", "", *_lines(configs)]
     return "\n".join(lines) + "\n"

@@ -28,6 +28,7 @@ from pretrain.log import MAX_STEP, warn
 from pretrain.report.batch import Example, read_batch
 from pretrain.report.confusion import Confusion, drawn, read_pairs
 from pretrain.report.files import MAX_PICTURE_BYTES, Picture, inside, lines, picture, picture_file, read_text
+from pretrain.report.own_weights import digest_here, evaluation_compared, finetuning_compared
 from pretrain.report.places import nothing_in
 from pretrain.report.target import Target, read_target
 
@@ -52,6 +53,21 @@ class WrongPrediction:
 
 
 @dataclass(frozen=True)
+class Wrong:
+    """What wrong.json holds. An earlier version did not say of which data and weights it is: texts are empty then."""
+
+    shown: list[WrongPrediction]  # the first MAX_WRONG
+    number: int  # of all in the file
+    confusion: Confusion | None  # of the classes, where each image has one
+    data: str
+    data_sha256: str
+    weights_sha256: str
+
+
+NOTHING_WRONG = Wrong([], 0, None, "", "", "")
+
+
+@dataclass(frozen=True)
 class Run:
     """All that is known of a run from its folder."""
 
@@ -68,9 +84,7 @@ class Run:
     skipped_at: list[int]  # steps whose update was skipped
     batch: list[Example]  # of the first batch
     pictures: list[Picture]
-    wrong: list[WrongPrediction]  # the first MAX_WRONG
-    num_wrong: int  # in wrong.json
-    confusion: Confusion | None  # of the classes, where each image has one
+    wrong: Wrong
     target: Target | None
     done: bool
 
@@ -92,8 +106,8 @@ def _read_run(folder: Path, name: str) -> Run:
     finetuning = [_read_finetuning(path) for path in _finetuning_files(folder)]
     if not (curves or evaluation or finetuning):
         raise nothing_in(folder)
+    here = digest_here(folder) if evaluation or finetuning else None
     starts = list(lines(folder, "starts.jsonl", _start))
-    wrong, num_wrong = read_wrong(folder)
     batch = read_batch(folder)
     config_text = read_text(folder, "config.yaml")
     config = None if config_text is None else _read_config(folder / "config.yaml")
@@ -105,15 +119,13 @@ def _read_run(folder: Path, name: str) -> Run:
         starts=starts,
         config=config,
         config_text=config_text,
-        evaluation=evaluation,
-        finetuning=finetuning,
+        evaluation=evaluation and evaluation_compared(evaluation, folder, here),
+        finetuning=[finetuning_compared(found, here) for found in finetuning],
         bad_samples=_read_bad_samples(folder),
         skipped_at=list(lines(folder, "skipped_steps.jsonl", _step)),
         batch=batch,
         pictures=_read_pictures(folder, [] if batch else ["batch.png"]),
-        wrong=wrong,
-        num_wrong=num_wrong,
-        confusion=_read_confusion(folder) if num_wrong else None,
+        wrong=read_wrong(folder),
         target=read_target(folder, starts[-1]["recipe"], config) if starts else None,
         done=(folder / "DONE").is_file(),
     )
@@ -227,15 +239,12 @@ def _read_evaluation(folder: Path) -> dict[str, Any] | None:
         values = Fields.of(read_json(path), str(path))
         if (found := values.text("format")) != "pretrain-evaluation":
             raise UserError(f"its format is {found!r}")
-        others = [
-            {"weights": other.text("weights"), "rows": _evaluated(other)}
-            for other in values.parts("others", ())[:MAX_OTHERS]
-        ]
-        return {**values.values, "weights": values.text("weights"), "rows": _evaluated(values), "others": others}
+        others = [_evaluated(other) for other in values.parts("others", ())[:MAX_OTHERS]]
+        return {**values.values, **_evaluated(values), "others": others}
 
 
-def _evaluated(record: Fields) -> list[dict[str, Any]]:
-    return [
+def _evaluated(record: Fields) -> dict[str, Any]:
+    rows = [
         {
             "model": row.text("model"),
             "metric": row.text("metric"),
@@ -244,15 +253,22 @@ def _evaluated(record: Fields) -> list[dict[str, Any]]:
         }
         for row in record.parts("rows")
     ]
+    return {"weights": record.text("weights"), "weights_sha256": record.text("weights_sha256", ""), "rows": rows}
 
 
 def _finetuning_files(folder: Path) -> list[Path]:
-    """The results of each task: below a run or weights, or in the folder that tools/finetune.py's --out named."""
-    own = [path for path in folder.glob("*/results.json") if _is_of("pretrain-finetuning", folder, path)]
-    found = {*folder.glob("finetune*/**/results.json"), *own}
-    # Of a final run tools/evaluate.py has others, in evaluation and evaluation-384px.
-    found = {path for path in found if not path.parent.name.startswith("evaluation")}
-    return sorted(path for path in found if inside(folder, str(path.relative_to(folder))))
+    """The results of each task: below a run or weights, or in the folder that tools/finetune.py's --out named.
+
+    Not those of a final run below, which has a config.yaml and may have been evaluated and fine-tuned itself.
+    """
+    found = {path for path in folder.glob("*/results.json") if _is_of("pretrain-finetuning", folder, path)}
+    for between in ("", "*/", "*/*/"):
+        for path in folder.glob(f"finetune*/{between}results.json"):
+            *above, _ = path.relative_to(folder).parents
+            of_a_run = any((folder / part / "config.yaml").exists() for part in above)
+            if not of_a_run and inside(folder, str(path.relative_to(folder))):
+                found.add(path)
+    return sorted(path for path in found if not _is_of("pretrain-evaluation", folder, path))
 
 
 def _is_of(form: str, folder: Path, path: Path) -> bool:
@@ -280,6 +296,7 @@ def _read_finetuning(path: Path) -> dict[str, Any]:
             if values.values.get("image_size") is None
             else values.integer("image_size", 1, MAX_IMAGE_SIZE),
             "from_scratch": values.flag("from_scratch", False),
+            "weights_sha256": values.text("weights", ""),  # empty from random weights, too
             "differs": [*values.texts("differs", ()), *([] if done else ["not all seeds are done"])],
         }
 
@@ -304,40 +321,40 @@ def _read_pictures(folder: Path, names: list[str]) -> list[Picture]:
     return [picture for picture in found if picture]
 
 
-def read_wrong(folder: Path) -> tuple[list[WrongPrediction], int]:
-    """Returns the first MAX_WRONG wrong predictions, and how many the file has."""
+def read_wrong(folder: Path) -> Wrong:
+    """Returns the wrong predictions of the last call of tools/evaluate.py that scored the head."""
     if (path := inside(folder, f"{_evaluation_place(folder)}wrong.json")) is None:
-        return [], 0
+        return NOTHING_WRONG
     try:
-        items = Fields.of(read_json(path), str(path)).parts("items")
-        return (
-            [
-                WrongPrediction(
-                    name=item.text("name"),
-                    label=item.text("label", max_letters=1 << 16),  # of several classes
-                    predicted=item.text("predicted"),
-                    probability=None if item.values.get("probability") is None else item.number("probability", 0, 1),
-                    picture=_wrong_picture(folder, item, str(path)),
-                )
-                for item in items[:MAX_WRONG]
-            ],
-            len(items),
+        values = Fields.of(read_json(path), str(path))
+        items = values.parts("items")
+        return Wrong(
+            shown=[_wrong_item(folder, item, str(path)) for item in items[:MAX_WRONG]],
+            number=len(items),
+            confusion=_confusion(values) if items else None,
+            **{key: values.text(key, "") for key in ("data", "data_sha256", "weights_sha256")},
         )
     except (OSError, UserError) as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise UserError(f"{path}: cannot be used as wrong predictions ({reason}); move it away") from None
 
 
-def _read_confusion(folder: Path) -> Confusion | None:
+def _wrong_item(folder: Path, item: Fields, source: str) -> WrongPrediction:
+    return WrongPrediction(
+        name=item.text("name"),
+        label=item.text("label", max_letters=1 << 16),  # of several classes
+        predicted=item.text("predicted"),
+        probability=None if item.values.get("probability") is None else item.number("probability", 0, 1),
+        picture=_wrong_picture(folder, item, source),
+    )
+
+
+def _confusion(values: Fields) -> Confusion | None:
     """Which classes were taken for which, None where that is not known or no class was taken for another."""
-    if (path := inside(folder, f"{_evaluation_place(folder)}wrong.json")) is None:
+    if "confusion" not in values.values:  # of several labels to an image, or of an earlier version
         return None
-    with _written_by("evaluate", path):
-        values = Fields.of(read_json(path), str(path))
-        if "confusion" not in values.values:  # of several labels to an image, or of an earlier version
-            return None
-        classes = values.texts("classes")
-        found = drawn(read_pairs(values, len(classes)), classes)
+    classes = values.texts("classes")
+    found = drawn(read_pairs(values, len(classes)), classes)
     return found if found.confused else None
 
 

@@ -47,11 +47,15 @@ def sentence(run: Run, values: dict[str, Any]) -> str:
     model = ("" if config.model.timm_name else "A ") + model_name(config.model)
     size = f" ({millions(start['parameters'])} parameters)" if start.get("parameters") else ""
     how = f"fine-tuned from {portable(str(config.init_from))}" if config.init_from else "trained from random weights"
-    seen = values["steps"] * config.data.global_batch
+    steps = values["steps"]
+    if config.branch_from:  # its log begins at the other run's step
+        begun = min(run.starts[0]["step"] if run.starts else 0, steps)
+        how, steps = f"branched from {portable(str(config.branch_from))} at step {begun:,}", steps - begun
+    seen = steps * config.data.global_batch
     data, images = start.get("train_set") or "", start.get("train_images")
     of = f" of {start['num_classes']:,} classes" if start.get("num_classes") else ""
     on = f" on {data} ({images:,} images{of})" if data and images else ""
-    length = f"{values['steps']:,} steps of {config.data.global_batch:,} images"
+    length = f"{steps:,} steps of {config.data.global_batch:,} images"
     length += f" ({seen / images:.1f} epochs)" if images else ""
     seconds = training_seconds(run)
     took = f" in {duration(seconds)}" if seconds else ""

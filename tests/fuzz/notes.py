@@ -260,7 +260,7 @@ def own_accuracy(folder: Path) -> Target:
     values = {
         "format": "pretrain-accuracy", "version": 1, "data": "a", "weights": "b", "from_scratch": False,
         "model": "B/16", "device": "1 CPU core", "run": "c", "image_size": 16, "steps": 5, "batch": 2, "lr": 0.01,
-        "seeds": [0.5],
+        "seeds": [0.5], "run_sha256": "0" * 64, "test_sha256": "1" * 64,
         "selection": [{"lr": 0.01, "top1": 0.5}, {"lr": 0.03, "top1": None}], "seconds": 5.5, "num_train": 5,
         "num_test": 2, "classes": ["ash", "birch"], "correct": 1, "n": 2, "top1": 0.5, "interval": [0.1, 0.9],
         "per_class": [{"label": 0, "name": "ash", "correct": 1, "n": 2, "top1": 0.5, "interval": [0.1, 0.9]}],

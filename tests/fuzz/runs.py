@@ -46,6 +46,7 @@ _RESULTS = {
 _WRONG: dict[str, Any] = {"items": [{"name": "a", "label": "b", "predicted": "c", "probability": 0.5, "path": "a.png"}]}
 _WRONG["items"].append(_WRONG["items"][0] | {"png_base64": base64.b64encode(picture()).decode()})
 _WRONG |= {"classes": ["b", "c"], "confusion": [[0, 0, 3], [0, 1, 2], [1, 1, 4]]}
+_WRONG |= {"data": "d", "data_sha256": "0" * 64, "weights_sha256": "1" * 64}
 _FINETUNING = {
     "format": "pretrain-finetuning", "version": 1, "task": "cifar10", "metric": "top1", "mean": 0.5, "std": 0.1,
     "values": [0.5, 0.5], "lr": 0.01,
