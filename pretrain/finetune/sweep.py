@@ -32,6 +32,7 @@ _CROPPED = {"crop": "inception", "crop_area": [0.05, 1.0], "crop_ratio": [0.75, 
 _WHOLE = {"crop": "inception", "crop_area": [1.0, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.0}
 _GOOGLE_RESIZE = {"interpolation": "bilinear", "antialias": False, "eval_transform": "vit"}
 
+_DATA = "--data with --task, --test with --train"
 # What the sweep sets itself, with the option that sets it.
 _OWN_KEYS = {
     "name": "--out",
@@ -43,13 +44,13 @@ _OWN_KEYS = {
     "lr": "--lr",
     "seed": "--seeds",
     "model.image_size": "--image-size",
-    "data.train": "--data",
-    "data.val": "--data",
-    "data.held_out": "--data",
+    "data.train": _DATA,
+    "data.val": _DATA,
+    "data.held_out": _DATA,
     "init_from": "WEIGHTS",
     "init_new_head": "WEIGHTS",
     "branch_from": "WEIGHTS",
-    "model.num_classes": "--task",
+    "model.num_classes": "--task; of own images their classes are counted",
     "data.mean": "WEIGHTS",
     "data.std": "WEIGHTS",
     "evaluation.every_steps": "nothing: each run is scored once, at its end",
