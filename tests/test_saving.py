@@ -43,7 +43,8 @@ KILL, FULL, FAILING = "signal=KILL", "error=ENOSPC", "error=EIO"
 # jobs, which number its parts.
 AT_ONCE, WRITER, PUBLISHER = None, 0, 1
 PARTS = pytest.mark.parametrize("part", [AT_ONCE, WRITER, PUBLISHER], ids=["at_once", "writer", "publisher"])
-needs_strace = pytest.mark.skipif(bool(why_not()), reason=why_not() or "")
+WHY_NOT = why_not()
+needs_strace = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 
 
 def save_step(config: Config, step: int, *, must_succeed: bool = False) -> None:
