@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 import yaml
+from processes import end_session, processes_of
 from ranks import start_ranks
-from test_watchdog import processes_of
 from tiny import make_shards, tiny_config
 
 from pretrain import cli
@@ -216,7 +216,7 @@ def test_a_stop(
         config = tiny_config(shards, tmp_path, **changes)
         (above,) = start_ranks(launcher, 1, config, tmp_path, phase, target, output)
         session = above.pid
-        request.addfinalizer(lambda: [os.kill(left, signal.SIGKILL) for left in processes_of(session)])
+        request.addfinalizer(lambda: end_session(session))
 
         def ready() -> bool:
             held = phase == "training" or len(list(tmp_path.glob("ready-*"))) == 2
