@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
@@ -834,7 +835,8 @@ def compiled_run(config: Config, cache: Path | None) -> Counter[str]:
     return torch._dynamo.utils.counters["inductor"]
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on CPUs")
+HAS_COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").is_file()
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs g++ and Python.h on CPUs")
 
 
 @pytest.mark.slow
