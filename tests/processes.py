@@ -1,4 +1,5 @@
-"""Processes that tests start: who of a session lives, and an end of them all, however a test ends."""
+"""Processes that tests start: who of a session lives, an end of them all, however a test ends, and whether others are
+busy beside them."""
 
 import os
 import signal
@@ -36,3 +37,11 @@ def end_session(session: int) -> None:
     for number in processes_of(session):
         with suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
+
+
+def is_quiet(*, own: int = 0) -> bool:
+    """Whether a core was free for each process of the last minute, so that a time measured in it tells of the program.
+
+    own: busy processes of the test, which do not count.
+    """
+    return os.getloadavg()[0] < len(os.sched_getaffinity(0)) + own

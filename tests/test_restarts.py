@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from processes import whole_session
+from processes import is_quiet, whole_session
 from ranks import run_ranks
 from test_resume import expect_same_run, finish
 from tiny import changed, make_shards, tiny_config
@@ -274,6 +274,7 @@ def expect(condition: object, seconds: float = 60) -> None:
 
 
 OURS = [sys.executable, "launch/pretrain.py", "--restarts=1", "--num-gpus=2"]
+BACK_S = 60  # after a rank was lost, where nothing else runs
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node=2", "--max-restarts=5"]
 
 
@@ -312,8 +313,9 @@ def test_a_killed_rank_leads_to_the_next_step(words: list[str], count: str, tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_four_ranks_are_back_in_seconds(tmp_path: Path) -> None:
-    """kill -9 of one of 4 ranks: the next optimizer step after 10 s on 2 cores (alone on the machine; wanted: 15); one
-    process has imported torch for all ranks and starts."""
+    """kill -9 of one of 4 ranks: the next optimizer step after 10 s on 2 cores (alone on the machine; wanted: 15; asked
+    for where nothing else runs: BACK_S); one process has imported torch for all ranks and starts."""
+    quiet_before = is_quiet()
     shards = make_shards(tmp_path / "squares")
     config = tiny_config(shards, tmp_path, total_steps=10**6, checkpoint__every_steps=10, log__every_steps=1)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
@@ -338,6 +340,7 @@ def test_four_ranks_are_back_in_seconds(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         said, told = process.communicate(timeout=60)
     print(f"\nback after {seconds:.1f} s")
+    assert seconds < BACK_S or not (quiet_before and is_quiet(own=4))
     assert process.returncode == 0 and "restart 1: rank 2 ended by SIGKILL" in told, told
     assert said.count("loading torch") == 1 and said.count("batch 12 = 4 ranks") == 2
 
