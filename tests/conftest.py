@@ -7,6 +7,7 @@ tests that need one are skipped, with the reason, where the variable is not set.
 import errno
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,11 +28,20 @@ from pretrain.shards.sources import Item
 LONG_FILES = ("timm_loop", "timm_models", "finetune", "convert", "slurm", "tasks_scored", "variants", "resume")
 LONG_FILES += ("engine", "transformers", "mixtures", "launch", "saving", "restarts", "disasters", "stops", "demo")
 
+# What whoever starts the tests has around him: a launcher's or a job's world, a claim that any output is a terminal
+# (rich's tables), proxies, which would be asked for the servers that tests start here.
+NOT_OF_TESTS = re.compile(r"RANK|WORLD_SIZE|(LOCAL|MASTER|SLURM)_\w+|FORCE_COLOR|TTY_COMPATIBLE|(?i:\w+_proxy)")
+
 CLASSES = ["ash", "birch", "cedar", "elm", "fir"]
 
 
 def pytest_configure() -> None:
-    """A shell starts what is in its background deaf to Ctrl-C, and so would be all that the tests start."""
+    """Tests see the same world wherever they are started.
+
+    A shell starts what is in its background deaf to Ctrl-C, and so would be all that the tests start.
+    """
+    for name in filter(NOT_OF_TESTS.fullmatch, list(os.environ)):
+        del os.environ[name]
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,6 +1,8 @@
 """System calls that fail, or that kill their process: strace's injection into a process that waits for it."""
 
+import ctypes
 import mmap
+import os
 import re
 import shutil
 import signal
@@ -20,6 +22,7 @@ WRITING = (
     "?mkdirat ?rmdir ?ftruncate ?fallocate ?chmod ?fchmod ?fchmodat ?getdents64"
 )
 LOOKING = "?read ?pread64 ?close ?lseek ?stat ?lstat ?fstat ?newfstatat ?statx ?mmap"
+_PR_SET_PTRACER, _ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)  # of Linux's prctl
 
 
 class Point(NamedTuple):
@@ -31,15 +34,24 @@ class Point(NamedTuple):
 
 
 def why_not() -> str | None:
-    """Says why strace cannot be used here, None when it can."""
+    """Says why strace cannot be used here, None when it can: it is tried on a process that is none of its own."""
     if shutil.which("strace") is None:
         return "strace is not installed"
-    done = subprocess.run(
-        ["strace", "-qq", "-e", "trace=none", "-e", "inject=getppid:error=EIO", sys.executable, "-c", ""],
-        capture_output=True,
-        text=True,
-    )
-    return f"strace cannot trace here ({done.stderr.strip()[:100]})" if done.returncode else None
+    with subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE) as traceable:
+        assert traceable.stdout is not None
+        traceable.stdout.readline()
+        try:
+            with traced(traceable.pid, "", Path(os.devnull), Point("getppid", 1, "error=EIO")):
+                return None
+        except AssertionError as error:
+            return f"strace cannot trace here ({str(error).strip()[:100]})"
+        finally:
+            traceable.kill()
+
+
+def let_be_traced() -> None:
+    """In the process: lets strace attach to it. A kernel with Yama leaves that to what has started the process."""
+    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY_PROCESS, 0, 0, 0)  # without Yama an error, and nothing is needed
 
 
 class Gate:
@@ -61,6 +73,7 @@ class Gate:
 
     def enter(self) -> None:
         """In the process: waits until the other side lets it in."""
+        let_be_traced()
         self._counts[3] = threading.get_native_id()
         self._counts[0] += 1
         self._wait()
@@ -96,9 +109,9 @@ def traced(thread: int, calls: str, log: Path, point: Point | None = None) -> It
     command = ["strace", "-p", str(thread), "-o", str(log), "-e", f"trace={names}", *inject]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         assert strace.stderr is not None
-        line = strace.stderr.readline()
-        assert "attached" in line, line
         try:
+            line = strace.stderr.readline()
+            assert "attached" in line, line
             yield
             strace.send_signal(signal.SIGINT)  # it lets go of the process
             strace.communicate(timeout=2)
@@ -116,3 +129,9 @@ def counted(log: Path) -> Counter[str]:
 def points(counts: Counter[str], effects: list[str]) -> list[Point]:
     """Every call of every kind, with each effect."""
     return [Point(call, n, effect) for effect in effects for call in sorted(counts) for n in range(1, counts[call] + 1)]
+
+
+if __name__ == "__main__":  # what why_not tries it on
+    let_be_traced()
+    print(flush=True)
+    time.sleep(60)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import whole_session
 from ranks import run_ranks
 from scipy.ndimage import zoom
 from slurm import cluster, wait_for
@@ -745,13 +746,13 @@ def test_a_signal_to_the_command_saves(tiny: Path, tmp_path: Path, number: int) 
     """With two ranks, SIGTERM to the command alone, Ctrl-C to all of them: exit code 130 when all have saved and gone,
     no DONE, no traceback."""
     words = arguments(tiny, tmp_path, "--steps", 100_000, "--num-gpus", 2)
-    process = start_tool([*words, "checkpoint.every_steps=100000"])
     run = tmp_path / "pets" / "select-lr0.001"
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
-        time.sleep(0.05)
-    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    with whole_session(start_tool([*words, "checkpoint.every_steps=100000"])) as process:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped; the same command goes on" in output, output
     assert "Traceback" not in output
     assert len(step_folders(run / "checkpoints")) == 1 and not (run / "DONE").exists()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import processes_of, whole_session
 from tiny import make_shards, tiny_config
 
 from pretrain.checkpoint.layout import step_folders
@@ -148,27 +149,16 @@ def _wait_for_steps(folder: Path, steps: int) -> None:
         time.sleep(0.05)
 
 
-def _processes_of(group: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return found
-
-
 def test_ctrl_c_saves_and_stops(shards: Path, tmp_path: Path) -> None:
     """SIGINT to the whole group, as a terminal sends it: a checkpoint of the last step, no DONE, nobody left."""
-    process = _start(command(shards, tmp_path, "total_steps=100000", "checkpoint.every_steps=100000"))
-    _wait_for_steps(tmp_path / "tiny", 5)
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert "stopped as asked at step" in output, output
-    assert len(step_folders(tmp_path / "tiny" / "checkpoints")) == 1 and not (tmp_path / "tiny" / "DONE").exists()
-    _expect_nobody(process.pid)
+    words = command(shards, tmp_path, "total_steps=100000", "checkpoint.every_steps=100000")
+    with whole_session(_start(words)) as process:
+        _wait_for_steps(tmp_path / "tiny", 5)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert "stopped as asked at step" in output, output
+        assert len(step_folders(tmp_path / "tiny" / "checkpoints")) == 1 and not (tmp_path / "tiny" / "DONE").exists()
+        _expect_nobody(process.pid)
 
 
 @pytest.mark.parametrize(
@@ -182,25 +172,26 @@ def test_death_of_the_launcher_leaves_no_orphans(
     launcher_word: bytes, number: int, shards: Path, tmp_path: Path
 ) -> None:
     """launch.py, or `deepspeed` above it, is ended: DeepSpeed's ranks would go on for ever; ours save and stop."""
-    process = _start(command(shards, tmp_path, "total_steps=100000", "checkpoint.every_steps=100000"))
-    _wait_for_steps(tmp_path / "tiny", 5)
-    for pid in _processes_of(process.pid):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:5]
-        if any(word.endswith(launcher_word) for word in words):
-            os.kill(pid, number)
-    process.communicate(timeout=60)
-    assert len(step_folders(tmp_path / "tiny" / "checkpoints")) == 1 and not (tmp_path / "tiny" / "DONE").exists()
-    assert json.loads((tmp_path / "tiny" / "STOP.json").read_text())["retry"]
-    _expect_nobody(process.pid)
+    words = command(shards, tmp_path, "total_steps=100000", "checkpoint.every_steps=100000")
+    with whole_session(_start(words)) as process:
+        _wait_for_steps(tmp_path / "tiny", 5)
+        for pid in processes_of(process.pid):
+            first_words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:5]
+            if any(word.endswith(launcher_word) for word in first_words):
+                os.kill(pid, number)
+        process.communicate(timeout=60)
+        assert len(step_folders(tmp_path / "tiny" / "checkpoints")) == 1 and not (tmp_path / "tiny" / "DONE").exists()
+        assert json.loads((tmp_path / "tiny" / "STOP.json").read_text())["retry"]
+        _expect_nobody(process.pid)
 
 
 def test_a_signal_in_the_imports_stops_before_the_first_step(shards: Path, tmp_path: Path) -> None:
     """SIGUSR1 ends a process that has not said otherwise; SLURM would call the job failed."""
     words = [sys.executable, *command(shards, tmp_path)[6:]]
-    process = _start(words)
-    assert process.stdout is not None and "loading torch" in process.stdout.readline()
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    with whole_session(_start(words)) as process:
+        assert process.stdout is not None and "loading torch" in process.stdout.readline()
+        process.send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped as asked before the first step" in output, output
     stop = json.loads((tmp_path / "tiny" / "STOP.json").read_text())
     assert stop == {"reason": "asked to stop before the first step", "retry": True, "exit_code": 0}
@@ -224,21 +215,22 @@ def test_a_lost_rank_ends_the_others_in_one_line(shards: Path, tmp_path: Path) -
         )
         for rank in range(2)
     ]
-    _wait_for_steps(tmp_path / "tiny", 5)
-    ranks[1].kill()
-    _, told = ranks[0].communicate(timeout=60)
-    ranks[1].communicate()
+    try:
+        _wait_for_steps(tmp_path / "tiny", 5)
+        ranks[1].kill()
+        _, told = ranks[0].communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
     assert ranks[0].returncode == 76 and "Traceback" not in told, told
     named = f"error: rank 0 of 2 lost another process of the run: rank 1 on {socket.gethostname()} (process "
     assert f"{named}{ranks[1].pid}) is gone, in section" in told
     assert json.loads((tmp_path / "tiny" / "STOP.json").read_text())["retry"] is True
 
 
-def _expect_nobody(group: int) -> None:
+def _expect_nobody(session: int) -> None:
     deadline = time.monotonic() + 30
-    while _processes_of(group) and time.monotonic() < deadline:
+    while (left := processes_of(session)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = _processes_of(group)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
     assert not left, "processes were left behind"

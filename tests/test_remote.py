@@ -112,6 +112,16 @@ def test_redirects_are_followed_to_http_alone(site: Site) -> None:
     assert read(f"{site.url}/b.tar") == DATA
 
 
+@pytest.mark.parametrize("target", ["http://h/b", "HTTP://h/b"])
+def test_https_is_never_followed_to_http(target: str) -> None:
+    """Anyone on the way could read a signature, and change what arrives. Other addresses of https are followed."""
+    with pytest.raises(UserError, match="leads to .*; only https is followed from there"):
+        remote._redirected("https://h/a", "https://h/a", target)
+    for secure in ("/b", "//other/b", "https://other/b"):
+        assert remote._redirected("https://h/a", "https://h/a", secure).startswith("https://")
+    assert remote._redirected("http://h/a", "http://h/a", "https://h/b") == "https://h/b"
+
+
 @pytest.mark.parametrize("target", ["/\u00e4.tar", "http://[bad/x.tar", "http://a..b/x.tar", "http://h:port/x.tar"])
 def test_redirects_to_no_address_are_told(site: Site, target: str) -> None:
     """One line, as for any redirect that is not followed."""

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
@@ -188,13 +189,16 @@ def test_kill_9_and_another_number_of_ranks(order: str, shards: Path, tmp_path: 
 def _stop_after(config: Config, ranks: int, step: int, number: int = signal.SIGTERM, to_rank: int = 1) -> int:
     """Starts a run, asks one rank to stop after `step` steps, and returns the step at which all stopped."""
     processes = start_ranks(train, ranks, config)
-    wait_for_steps(config, processes, step)
-    os.kill(processes[to_rank].pid, number)
-    for process in processes:
-        error, _ = process.results.recv() if process.results.poll(60) else ("timeout", None)
-        process.kill()
-        process.join()
-        assert error is None, error
+    try:
+        wait_for_steps(config, processes, step)
+        os.kill(processes[to_rank].pid, number)
+        for process in processes:
+            error, _ = process.results.recv() if process.results.poll(60) else ("timeout", None)
+            assert error is None, error
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     return steps_logged(config)
 
 
@@ -454,10 +458,13 @@ def test_done_is_done(shards: Path, tmp_path: Path) -> None:
 def test_two_processes_cannot_train_in_one_folder(shards: Path, tmp_path: Path) -> None:
     """The second one is refused while the first one lives."""
     config = tiny_config(shards, tmp_path, total_steps=100_000)
-    first = start_ranks(train, 1, config)
-    wait_for_steps(config, first, 2)
-    assert "another process trains in this folder" in run_ranks(refusal, 1, config)[0]
-    first[0].kill()
+    (first,) = start_ranks(train, 1, config)
+    try:
+        wait_for_steps(config, [first], 2)
+        assert "another process trains in this folder" in run_ranks(refusal, 1, config)[0]
+    finally:
+        first.kill()
+        first.join()
 
 
 # --- what ends a run -------------------------------------------------------------------------------------------------
@@ -828,7 +835,8 @@ def compiled_run(config: Config, cache: Path | None) -> Counter[str]:
     return torch._dynamo.utils.counters["inductor"]
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on CPUs")
+HAS_COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").is_file()
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs g++ and Python.h on CPUs")
 
 
 @pytest.mark.slow

@@ -43,7 +43,8 @@ KILL, FULL, FAILING = "signal=KILL", "error=ENOSPC", "error=EIO"
 # jobs, which number its parts.
 AT_ONCE, WRITER, PUBLISHER = None, 0, 1
 PARTS = pytest.mark.parametrize("part", [AT_ONCE, WRITER, PUBLISHER], ids=["at_once", "writer", "publisher"])
-needs_strace = pytest.mark.skipif(bool(why_not()), reason=why_not() or "")
+WHY_NOT = why_not()
+needs_strace = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 
 
 def save_step(config: Config, step: int, *, must_succeed: bool = False) -> None:
@@ -121,13 +122,18 @@ def tried(config: Config, steps: list[int], part: int | None, calls: str, point:
         status.extend([how] if found else [])
         return bool(found)
 
-    assert gate.reached(ended=ended), (config.output / "stderr").read_text()
-    with traced(gate.thread, calls, config.output / "trace", point):
-        gate.open()
-        alive = gate.reached(left=True, ended=ended)
-    if alive:
-        gate.open()
-        status.append(os.waitpid(pid, 0)[1])
+    try:
+        assert gate.reached(ended=ended), (config.output / "stderr").read_text()
+        with traced(gate.thread, calls, config.output / "trace", point):
+            gate.open()
+            alive = gate.reached(left=True, ended=ended)
+        if alive:
+            gate.open()
+            status.append(os.waitpid(pid, 0)[1])
+    finally:
+        if not status:  # it would wait at the gate for ever
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status[0]), counted(config.output / "trace")
 
 
@@ -288,15 +294,20 @@ class Training:
     def save(self, point: Point | None = None, look: Callable[[], None] = lambda: None) -> Counter[str] | None:
         """Lets the next save's part happen, under strace; returns its calls, None when the rank did not live on.
 
-        look: called when the part has been done and the training cannot save further.
+        look: called when the part has been done and the training cannot save further. What it raises ends the training,
+        which would wait at the gate for ever.
         """
-        assert self._gate.reached(ended=self._ended), self.outcomes()
-        with traced(self._gate.thread, WRITING, self._trace, point):
-            self._gate.open()
-            alive = self._gate.reached(left=True, ended=self._ended)
-        if not alive:
-            return None
-        look()
+        try:
+            assert self._gate.reached(ended=self._ended), self.outcomes()
+            with traced(self._gate.thread, WRITING, self._trace, point):
+                self._gate.open()
+                alive = self._gate.reached(left=True, ended=self._ended)
+            if not alive:
+                return None
+            look()
+        except BaseException:
+            self.kill()
+            raise
         self._gate.open()
         return counted(self._trace)
 
@@ -446,13 +457,18 @@ def test_a_stop_while_a_save_is_under_way(tmp_path: Path) -> None:
     stopped, undisturbed = (tiny_config(shards, tmp_path / name, **options) for name in ("stopped", "undisturbed"))
     folder, go = stopped.output / stopped.name / "checkpoints", tmp_path / "go"
     processes = start_ranks(slow_training, 2, stopped, 1, go)
-    wait_for_steps(stopped, processes, 9)
-    assert step_folders(folder) == [] and (folder / ".tmp-step-0000000006").is_dir()
-    os.kill(processes[1].pid, signal.SIGTERM)
-    time.sleep(0.2)
-    assert step_folders(folder) == []
-    go.touch()
-    assert [process.results.recv() for process in processes if process.results.poll(100)] == [(None, None)] * 2
+    try:
+        wait_for_steps(stopped, processes, 9)
+        assert step_folders(folder) == [] and (folder / ".tmp-step-0000000006").is_dir()
+        os.kill(processes[1].pid, signal.SIGTERM)
+        time.sleep(0.2)
+        assert step_folders(folder) == []
+        go.touch()
+        assert [process.results.recv() for process in processes if process.results.poll(100)] == [(None, None)] * 2
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     found = [step_of(path) for path in step_folders(folder)]
     assert found[-1] == 6 and 9 <= found[0] == steps_logged(stopped) < 20  # and 12, where this test was slow to look
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 import yaml
+from processes import end_session, is_quiet, processes_of
 from ranks import start_ranks
-from test_watchdog import processes_of
 from tiny import make_shards, tiny_config
 
 from pretrain import cli
@@ -43,7 +43,7 @@ TARGETS = ("rank", "group", "parent")
 PHASES = ("imports", "start", "compile", "training", "evaluation", "data", "saving")
 OUTPUTS = ("read", "closed")
 HELD_AT = 4  # the step of the evaluation or save that is held, and after which data is waited for
-TARGET_S, SLOWER = 25, 5  # until nobody is left; how much slower a busy machine may be
+TARGET_S, SLOWER = 25, 5  # until nobody is left; how much slower a machine may be that others keep busy
 PATIENT_S = 120
 pytestmark = pytest.mark.timeout(300)
 
@@ -200,7 +200,7 @@ def test_a_stop(
     request: pytest.FixtureRequest,
 ) -> None:
     """Exit code 0, a checkpoint of the step under way when it was heard or of the next, STOP.json, no process left."""
-    number, folder = getattr(signal, f"SIG{name}"), tmp_path / "tiny"
+    number, folder, quiet_before = getattr(signal, f"SIG{name}"), tmp_path / "tiny", is_quiet()
     if phase == "imports":
         session, sent = stop_in_imports(number, target, output, shards, tmp_path)
         saved, heard = 0, [0]
@@ -216,7 +216,7 @@ def test_a_stop(
         config = tiny_config(shards, tmp_path, **changes)
         (above,) = start_ranks(launcher, 1, config, tmp_path, phase, target, output)
         session = above.pid
-        request.addfinalizer(lambda: [os.kill(left, signal.SIGKILL) for left in processes_of(session)])
+        request.addfinalizer(lambda: end_session(session))
 
         def ready() -> bool:
             held = phase == "training" or len(list(tmp_path.glob("ready-*"))) == 2
@@ -239,7 +239,8 @@ def test_a_stop(
     wait_for(lambda: not processes_of(session), tmp_path)
     seconds = time.monotonic() - sent
     measured.append((seconds, saved - min(heard)))
-    assert max(heard) <= saved <= min(heard) + 2 and seconds < SLOWER * TARGET_S
+    assert max(heard) <= saved <= min(heard) + 2
+    assert seconds < (TARGET_S if quiet_before and is_quiet(own=2) else SLOWER * TARGET_S)
     stop = json.loads((folder / "STOP.json").read_text())
     reason = f"asked to stop; saved at step {saved}" if saved else "asked to stop before the first step"
     assert stop == {"reason": reason, "retry": True, "exit_code": 0} and not (folder / "DONE").exists()

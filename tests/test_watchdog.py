@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import processes_of
 from ranks import start_ranks
 from tiny import make_shards, tiny_config
 
@@ -93,18 +94,6 @@ class Run:
                 os.kill(number, signal.SIGKILL)
             rank.kill()
             rank.join()
-
-
-def processes_of(session: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return found
 
 
 @pytest.fixture
