@@ -12,7 +12,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 KILLED_S = 30  # after they have asked to stop, DeepSpeed's launcher and SLURM (KillWait) kill
 NAMED_S = 30  # beyond its limit: a rank that hangs has been told of, and the others have named it
 BACK_S = 10  # after a rank was lost: the next step
-REFUSED_S = 20  # at most, until a server that refuses at once is given up
+REFUSED_S = 30  # at most, until a server that refuses at once is given up
 
 
 def documented(page: str, *sentences: str) -> None:
