@@ -29,7 +29,7 @@ def main() -> None:
         "python tools/demo.py --out demo",
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of all that it makes (default demo)")
-    parser.add_argument("--images", type=int, default=80_000, help="characters to generate (default 80000)")
+    parser.add_argument("--images", type=int, default=64_000, help="characters to generate (default 64000)")
     parser.add_argument("--finetune-steps", type=int, default=200, help="steps of each fine-tuning (default 200)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to configs/demo.yaml")
     arguments = parser.parse_intermixed_args()
