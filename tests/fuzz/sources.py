@@ -114,7 +114,7 @@ def class_tars(folder: Path) -> Target:
         load_manifest(path)
 
     attacks = [tar.replace(member(b"a.cls", b"1"), b"") for tar in hostile_tars()]
-    return Target([images(b"b.png", b"x/c.PNG", b"d.txt")], attacks, slow_tars(), changed_tar, call)
+    return Target([images(b"x/b.png", b"x/c.PNG", b"d.txt")], attacks, slow_tars(), changed_tar, call)
 
 
 def remote_tar(folder: Path) -> Target:
