@@ -113,8 +113,8 @@ def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Pat
         start: restarts.Start = forks.by_fork(partial(cli.run, partial(_train, config, recipe)))
     else:
         start = restarts.by_command([sys.executable, *sys.orig_argv[1:]])  # as given: ranks know that they are such
-    refused, forget = partial(ending.refused, folder, earlier), partial(watchdog.forget_reports, folder)
-    return restarts.run_with_restarts(start, ranks, most, STOP, newest=newest, refused=refused, forget=forget)
+    refused = partial(ending.refused, folder, earlier)
+    return restarts.run_with_restarts(start, ranks, most, STOP, newest=newest, refused=refused)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ def test_equal_lists_are_silent() -> None:
         ([CAFE[1], "x"], ["x", CAFE[0]], (1, 0), "in another order"),
         (["1", "3"], ["0", "1", "2", "3"], (1, 3), "val has 2 of the 4 classes of train, in another order"),
         (["0", "1", "2"], ["0", "10", "2", "1"], (0, 3, 2), "in another order"),
+        (["0", "1", "2"], ["0", "10", "2", "1", "unused 4"], (0, 3, 2), "in another order"),
+        (["ash", "elm"], ["n00000001", "n00000002", "unused 2"], None, "labels are taken to mean the same"),
         (
             ["a", "b", "c"],
             ["a", "b", "unused 2", "unused 3"],

@@ -300,11 +300,14 @@ def test_gpus_that_cannot_be_used_are_told(task: dict[str, str], monkeypatch: py
         ({"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2"),
         ({"SLURM_STEP_GPUS": "0"}, "SLURM_STEP_GPUS=0"),
         ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}, "CUDA_VISIBLE_DEVICES=GPU-8932f937"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1"}, None),  # DeepSpeed's launcher, on CPUs too
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "CROSS_SIZE": "1"}, "CUDA_VISIBLE_DEVICES=2,3"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1", "SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1"),
     ],
 )
 def test_who_asks_for_gpus(variables: dict, asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variables by which users and SLURM give a process its GPUs; those that give none."""
-    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+    for name in ("CUDA_VISIBLE_DEVICES", "CROSS_SIZE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

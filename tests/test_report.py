@@ -671,14 +671,23 @@ def test_results_of_earlier_weights_are_not_the_folders_own(tmp_path: Path, caps
     (folder / "model.safetensors").write_text("trained longer")
     assert of_others(folder, digest)
     run = make_run(tmp_path)
-    for step, was_longer in ((100, False), (300, True)):
-        checkpoint = run / "checkpoints" / f"step-{step:010d}"
+    first, later = (run / "checkpoints" / f"step-{step:010d}" for step in (100, 300))
+    for checkpoint in (first, later):  # both are kept: the best one, say
         checkpoint.mkdir(parents=True)
-        (checkpoint / "MANIFEST.json").write_text(str(step))
-        if not was_longer:
-            digest = weights_sha256(checkpoint)
-            with_results_of(run, digest, str(checkpoint))
-        assert of_others(run, digest) == was_longer
+        (checkpoint / "MANIFEST.json").write_text(checkpoint.name)
+        digest = weights_sha256(first)
+        if checkpoint == first:
+            with_results_of(run, digest, str(first))
+        assert not of_others(run, digest)
+    shutil.rmtree(first)
+    assert of_others(run, digest)
+    shutil.rmtree(run / "finetune")
+    (run / "converted").mkdir()  # as by launch/chain.sh
+    for name in ("config.json", "model.safetensors"):
+        (run / "converted" / name).write_text("{}")
+    digest = weights_sha256(run / "converted")
+    with_results_of(run, digest, str(run / "converted"))
+    assert not of_others(run, digest)
     assert not capsys.readouterr().err
 
 

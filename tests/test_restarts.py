@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ranks import run_ranks
 from test_resume import expect_same_run, finish
 from tiny import changed, make_shards, tiny_config
 
-from pretrain.cluster import jobs, monitor, restarts, signals, watchdog
+from pretrain.cluster import jobs, monitor, restarts, signals
 from pretrain.cluster.local import on_cpu
 from pretrain.config import config_to_dict
 from pretrain.errors import UserError
@@ -87,7 +86,6 @@ def run_fakes(folder: Path, starts: list[str], *, refused: int | None = None) ->
             stop,
             newest=lambda: max((path.name for path in folder.glob("step-*")), default=""),
             refused=lambda: refused,
-            forget=partial(watchdog.forget_reports, folder),
         )
     finally:
         stop.close()
@@ -98,23 +96,6 @@ def test_a_run_that_says_no_is_not_tried_again(tmp_path: Path, capfd: pytest.Cap
     assert run_fakes(tmp_path, ["0:76,1:76"], refused=2) == 2
     told = "not restarted: rank 0 exit code 76, rank 1 exit code 76; newest checkpoint: none"
     assert capfd.readouterr().err.splitlines() == [told]
-
-
-def test_a_late_report_does_not_reach_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process beside a rank that was killed tells of it up to half a second later."""
-    late = "import sys, time; time.sleep(1); open(sys.argv[3], 'w').close()"
-    program = f"""
-import os, signal, subprocess, sys
-report = sys.argv[1] + "/lost-rank-00000.txt"
-if os.environ["PRETRAIN_RESTARTS"] == "1":
-    sys.exit(os.path.exists(report))
-subprocess.Popen([sys.executable, "-S", "-c", {late!r}, {monitor.__file__!r}, str(os.getpid()), report])
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    monkeypatch.setattr(sys.modules[__name__], "RANK", program)
-    assert run_fakes(tmp_path, []) == 0
-    time.sleep(1)
-    assert not list(tmp_path.glob("lost-*"))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +131,7 @@ def rank():
 if restarts.is_supervised(os.environ):
     rank()
 start = forks.by_fork(rank) if "forks" in sys.argv else restarts.by_command([sys.executable, *sys.orig_argv[1:]])
-sys.exit(restarts.run_with_restarts(start, 2, 5, stop, newest=str, refused=lambda: None, forget=str))
+sys.exit(restarts.run_with_restarts(start, 2, 5, stop, newest=str, refused=lambda: None))
 """
 
 

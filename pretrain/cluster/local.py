@@ -27,10 +27,17 @@ def gpus_asked_for() -> str | None:
     """Returns the variable, with its value, by which somebody has given this process GPUs; None when nobody has."""
     # The first that is there decides: a step may have been given none of its job's, and a user may hide them.
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
-        if (value := os.environ.get(name)) is not None:
+        if (value := os.environ.get(name)) is not None and not _is_of_deepspeed(name, value):
             none = value.strip() in ("", "-1", "NoDevFiles") or (name == "SLURM_GPUS_ON_NODE" and value == "0")
             return None if none else f"{name}={value}"
     return None
+
+
+def _is_of_deepspeed(name: str, value: str) -> bool:
+    """Whether DeepSpeed's launcher has set a variable: it numbers its ranks so on CPUs too."""
+    if name != "CUDA_VISIBLE_DEVICES" or "CROSS_SIZE" not in os.environ:
+        return False
+    return value.split(",") == [str(number) for number in range(len(value.split(",")))]
 
 
 def default_num_ranks() -> int:

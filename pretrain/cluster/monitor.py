@@ -24,6 +24,7 @@ DUMP_SIGNAL = signal.SIGUSR2  # faulthandler's own handler answers it, also when
 
 _BEAT = struct.Struct("<QQdI?32s")
 HEARTBEAT_BYTES = mmap.PAGESIZE
+MAX_LINE = 1000  # characters of a report's first line
 START = "start "  # before its name, in the second line of a report
 
 
@@ -95,7 +96,7 @@ def report(folder: Path, rank: int, line: str, start: bytes, stacks: str = "", *
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         with open(descriptor, "w", errors="backslashreplace") as file:
-            file.write(f"{line}\n{START}{name_of(start)}\n{stacks}")
+            file.write(f"{line[:MAX_LINE]}\n{START}{name_of(start)}\n{stacks}")
         os.replace(temporary, path)
 
 

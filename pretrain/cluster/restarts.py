@@ -82,15 +82,13 @@ def run_with_restarts(
     *,
     newest: Callable[[], str],
     refused: Callable[[], int | None],
-    forget: Callable[[], object],
 ) -> int:
     """Runs so many ranks on this machine to their end; returns the run's exit code, 128 + N for signal N.
 
     A lost rank ends the others, and all start again: at once, later ones with a pause, at most `most` times in a row
     without a new checkpoint. newest: names the newest one, "" where there is none; a later one's name is greater, and
     one that was set aside, or whose disk is away, is no progress. refused: the exit code of a run that has said that it
-    must not be started again, else None. forget: deletes what the ranks of the last start have told of each other,
-    before the next. What asks this process to stop (signals.py) asks the ranks to.
+    must not be started again, else None. What asks this process to stop (signals.py) asks the ranks to.
     """
     idle = count = 0
     before = ""
@@ -110,7 +108,6 @@ def run_with_restarts(
             _tell(f"not restarted: {idle} starts in a row without a new checkpoint; {told}")
         elif _pause(idle, stop):
             count += 1
-            forget()
             _tell(f"restart {count}: {told}")
             continue
         return _as_exit_code(code)

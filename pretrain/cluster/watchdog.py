@@ -32,7 +32,7 @@ WAITING_S = 20.0  # a rank that waits for others lets them speak first
 LOOK_AROUND_S = 10.0  # without a sign of life: then others' reports are looked for
 _MONITOR_ENDS_S = 10.0  # it looks every half second
 _TOLD = 3  # nodes that a line names
-_MAX_LINE, _MAX_HEAD = 1000, 10_000  # characters of a report that are told, and that are read
+_MAX_HEAD = 20_000  # characters of a report that are read: its first two lines
 _WAITS_IN = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
 _WAITS_FOR_DEVICE = "is_invalid_grad_norm"  # DeepSpeed's: the step's one wait for the GPU, where NCCL's others show
 
@@ -114,7 +114,7 @@ def lost_others(folder: Path, wait_s: float = 0.0) -> list[str]:
                     with open(path, errors="replace", opener=_not_a_link) as file:
                         told, start = [*file.read(_MAX_HEAD).splitlines(), "", ""][:2]
                     if start.partition(monitor.START)[2] == own_start:
-                        found.append(shown(told[:_MAX_LINE].strip()))
+                        found.append(shown(told[: monitor.MAX_LINE].strip()))
         if found or time.monotonic() >= until:
             return found
         time.sleep(0.2)

@@ -37,7 +37,7 @@ def match_classes(
     without = [
         place
         for place, names, others in ((their_place, theirs, ours), (our_place, ours, theirs))
-        if not names or (not has_names(names) and not _are_digits(others))
+        if not names or (not has_names(names) and not _are_digits(_used(others)))
     ]
     if len(without) == 2 or list(theirs) == list(ours):
         return ClassMatch(None, None)
@@ -47,7 +47,7 @@ def match_classes(
         return ClassMatch(None, f"{without[0]} has no class names: labels are taken to mean the same")
     if _are_wordnet_ids(theirs) != _are_wordnet_ids(ours):
         kinds = f"class names of {their_place} ({theirs[0]!r}) and {our_place} ({ours[0]!r}) are of different kinds"
-        if num_theirs != num_ours:
+        if len(_used(theirs)) != len(_used(ours)):
             raise UserError(f"{kinds}, and not as many ({num_theirs}, {num_ours}); give both the same names")
         return ClassMatch(None, f"{kinds}: labels are taken to mean the same")
     return _by_name(theirs, ours, their_place, our_place)
@@ -57,7 +57,7 @@ def _refuse_other_numbers(names: Sequence[str], place: str, without: str) -> Non
     """Raises UserError for numbers that are not their labels: folders 0, 1, 10, 2, sorted as texts. A mere label 2 may
     be the class called 2, or the third.
     """
-    numbers = [name for name in names if not name.startswith(_UNUSED)]  # these are the last ones, of a head
+    numbers = _used(names)
     for label, name in enumerate(numbers if _are_digits(numbers) else ()):
         if int(name) != label:
             raise UserError(
@@ -119,6 +119,11 @@ def names_of_head(class_names: Sequence[str], num_outputs: int) -> tuple[str, ..
     return (*class_names, *(f"{_UNUSED}{number}" for number in range(len(class_names), num_outputs)))
 
 
+def _used(class_names: Sequence[str]) -> list[str]:
+    """The names without those of unused outputs, which are a head's last ones."""
+    return [name for name in class_names if not name.startswith(_UNUSED)]
+
+
 def has_names(class_names: Sequence[str]) -> bool:
     """Returns whether names say what a class is: mere numbers are what a set gets whose labels came without."""
     return bool(class_names) and list(class_names) != [str(number) for number in range(len(class_names))]
@@ -134,5 +139,5 @@ def _normal(name: str) -> str:
 
 
 def _are_wordnet_ids(class_names: Sequence[str]) -> bool:
-    """ImageNet's names of classes, n01440764, beside unused outputs: they cannot be compared with words."""
-    return all(re.fullmatch(rf"n\d{{8}}|{_UNUSED}\d+", name) for name in class_names)
+    """ImageNet's names of classes, n01440764: they cannot be compared with words."""
+    return all(re.fullmatch(r"n\d{8}", name) for name in _used(class_names))

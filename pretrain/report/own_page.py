@@ -66,12 +66,15 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
 
 
 def _wrong(values: Fields, folder: Path, run: str) -> list[WrongPrediction]:
-    """The photos that were wrong; none where a later evaluation of the run, on other data say, has left its own."""
+    """The photos that were wrong; none where a later evaluation of the run, on other data say, has left its own.
+
+    What an earlier version wrote has no digests, and is taken.
+    """
     if (path := inside(folder, f"{run}/evaluation/wrong.json")) is None:
         return []
-    found, own = read_wrong(folder / run), values.text("run_sha256", "")
-    of_other_weights = own and found.weights_sha256 not in ("", own)
-    if found.data_sha256 != values.text("test_sha256", "") or of_other_weights:
+    found = read_wrong(folder / run)
+    pairs = ((found.weights_sha256, "run_sha256"), (found.data_sha256, "test_sha256"))
+    if any(digest and values.text(key, digest) != digest for digest, key in pairs):
         warn(f"{path}: left out: of other data or weights than {_ACCURACY}; tools/evaluate.py RUN --val TEST makes it")
         return []
     return found.shown

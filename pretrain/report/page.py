@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 from pretrain.escape import code_in_markdown, in_markdown, portable, portable_path, shown
 from pretrain.report import curves, figures, story
 from pretrain.report.batch import Example
-from pretrain.report.fewshot import fewshot_chart
+from pretrain.report.fewshot import FewShot, fewshot_chart
 from pretrain.report.figures import Table, summary
 from pretrain.report.runs import Run
 from pretrain.storage import write_text
@@ -186,11 +186,16 @@ def template(name: str) -> Any:
     return environment.get_template(name)
 
 
+def _fewshot_chart(evaluation: dict[str, Any]) -> FewShot | None:
+    """Of the first record that has one, and is of weights that are here."""
+    records = [record for record in (evaluation, *evaluation["others"]) if not record["is_of_others"]]
+    return next(filter(None, (fewshot_chart(record["rows"]) for record in records)), None)
+
+
 def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
     """Returns the page; its file names no other file."""
     panels = curves.draw_panels(runs)
-    evaluated = {number: run.evaluation for number, run in enumerate(runs) if run.evaluation}
-    charts = {number: fewshot_chart(of["rows"]) for number, of in evaluated.items() if not of["is_of_others"]}
+    charts = {number: _fewshot_chart(run.evaluation) for number, run in enumerate(runs) if run.evaluation}
     fewshots = {number: chart for number, chart in charts.items() if chart}
     by_title = {panel.title: panel for panel in panels}
     return template("page.html.jinja").render(

@@ -28,7 +28,7 @@ from pretrain.log import MAX_STEP, warn
 from pretrain.report.batch import Example, read_batch
 from pretrain.report.confusion import Confusion, drawn, read_pairs
 from pretrain.report.files import MAX_PICTURE_BYTES, Picture, inside, lines, picture, picture_file, read_text
-from pretrain.report.own_weights import digest_here, evaluation_compared, finetuning_compared
+from pretrain.report.own_weights import digests_here, evaluation_compared, finetuning_compared
 from pretrain.report.places import nothing_in
 from pretrain.report.target import Target, read_target
 
@@ -106,7 +106,7 @@ def _read_run(folder: Path, name: str) -> Run:
     finetuning = [_read_finetuning(path) for path in _finetuning_files(folder)]
     if not (curves or evaluation or finetuning):
         raise nothing_in(folder)
-    here = digest_here(folder) if evaluation or finetuning else None
+    here = digests_here(folder) if evaluation or finetuning else set()
     starts = list(lines(folder, "starts.jsonl", _start))
     batch = read_batch(folder)
     config_text = read_text(folder, "config.yaml")

@@ -151,7 +151,7 @@ def check_complete(paths: Sequence[Path]) -> None:
             if wrong:
                 raise UserError(
                     f"{paths[0]}: is one of {int(count)}, {len(paths)} were given, of which {min(wrong)} {what}; give "
-                    "each once"
+                    "each once, and parts of another set as a set of their own"
                 )
     places: dict[str, Path] = {}
     for path in paths:

@@ -49,7 +49,8 @@ def noted(folder: Path) -> Iterator[None]:
     A GPU's memory that was enough when there is a checkpoint may be so again: exit code 75, as of storage.
     """
     if ranks.is_main():
-        forget(folder)  # an earlier start
+        (folder / _FILE).unlink(missing_ok=True)  # of an earlier start
+        watchdog.forget_reports(folder)
     watchdog.tell_also(lambda lost: note(folder, lost))
     try:
         with lost_processes(folder):
@@ -77,12 +78,6 @@ def note(folder: Path, reason: Exception | str) -> None:
     values = {"reason": str(reason) or type(reason).__name__, "retry": retry, "exit_code": exit_code}
     with suppress(OSError):  # a full disk is told by the error itself
         write_text(folder / _FILE, json.dumps(values) + "\n", errors="backslashreplace", shared=lacks_memory)
-
-
-def forget(folder: Path) -> None:
-    """Deletes what a start has left: how it ended, and what its ranks told of each other."""
-    (folder / _FILE).unlink(missing_ok=True)
-    watchdog.forget_reports(folder)
 
 
 def stamp(folder: Path) -> tuple[int, int] | None:
