@@ -23,7 +23,8 @@ class Incoming(Iterator[Batch]):
     def __init__(self, batches: Iterator[Batch], stop: signals.StopRequest) -> None:
         self._batches, self._stop, self.late = batches, stop, False
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._found: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
+        # No SimpleQueue: a signal late in its timeout has CPython 3.11 and 3.12 wait for ever.
+        self._found: queue.Queue[Batch | Exception] = queue.Queue()
         self._thread = threading.Thread(target=self._fetch, name="next-batch", daemon=True)
         self._thread.start()
 
