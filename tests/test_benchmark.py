@@ -144,6 +144,19 @@ def test_saves_are_one_json_line(tmp_path: Path) -> None:
     assert "is no folder" in benchmark("save", "--folder", str(tmp_path / "none")).stderr
 
 
+@pytest.mark.slow
+def test_starts_are_timed_beside_another_checkout() -> None:
+    """New and resumed, by each way; here the other checkout is this one."""
+    result = benchmark("start", "--ranks", "1", "--rounds", "1", "--beside", str(ROOT))
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    ways = ["python", "python", f"python, {ROOT}", f"python, {ROOT}"]
+    assert [(row["way"], row["start"]) for row in rows] == list(zip(ways, ["new", "resumed"] * 2))
+    assert all(0 < row["first_step_s"] <= row["exit_s"] for row in rows)
+    assert all(low <= median <= high for low, median, high in rows[0]["ratios"].values())
+    assert "has no launch/pretrain.py" in benchmark("start", "--beside", str(ROOT / "docs")).stderr
+
+
 @pytest.mark.parametrize("what", ["train", "model", "save"])
 def test_a_wrong_model_is_told_before_anything_runs(what: str) -> None:
     """Exit code 2, one line."""

@@ -3,6 +3,7 @@
 python tools/benchmark.py train --model B/16 L/16     the training step: images/s, FLOP/s, MFU, memory
 python tools/benchmark.py model --out models.jsonl    a table: parameters, FLOPs, activations, latencies
 python tools/benchmark.py save --model B/16           how long training waits for a checkpoint, at once and behind it
+python tools/benchmark.py start --ranks 1 4           from the command to the first step, of a new run and a resumed one
 python tools/benchmark.py order --samples 300000000   reading and mixing by the order of samples, without images
 python tools/benchmark.py data --rows decode workers  reading photos, beside timm and webdataset, and over a network
 """
@@ -21,6 +22,7 @@ from pretrain.benchmark.cells import LOOPS, cell_config, cell_rows, check_name
 from pretrain.benchmark.data_table import PHOTOS, ROWS, data_lines, print_lines
 from pretrain.benchmark.orders import order_rows
 from pretrain.benchmark.peer_table import peer_table
+from pretrain.benchmark.starting import start_lines
 from pretrain.benchmark.table import MAX_PARAMETERS_ON_CPU, TABLE, model_row, print_table, write_table
 from pretrain.errors import UserError
 
@@ -31,12 +33,13 @@ def main() -> None:
         "python tools/benchmark.py train --model B/16 L/16 --compile on off",
     )
     commands = parser.add_subparsers(
-        dest="what", required=True, metavar="train|model|order|save|data", help="what to measure"
+        dest="what", required=True, metavar="train|model|save|start|order|data", help="what to measure"
     )
     _add_train(commands)
     _add_model(commands)
-    _add_order(commands)
     _add_save(commands)
+    _add_start(commands)
+    _add_order(commands)
     _add_data(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
@@ -230,6 +233,32 @@ def _run_save(arguments: argparse.Namespace) -> None:
         if failure:
             raise UserError(f"{model}: {failure}")
         _print_row(rows[-1], arguments.out)
+
+
+def _add_start(commands: Any) -> None:
+    parser = _add_parser(
+        commands,
+        "start",
+        "Times commands by the clock, to the first step and to the exit: a new run of four steps, and one resumed at\n"
+        "its second; for each number of ranks and each way to start them, beside another checkout if one is given.\n"
+        "Alone on the machine. One JSON line for each: medians over the rounds.",
+        "python tools/benchmark.py start --ranks 1 4 --beside ../older",
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4], help="of this machine (default 1 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="in which each way has its turn (default 5)")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="a checkout of another commit of this repository")
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+    parser.set_defaults(run=_run_start)
+
+
+def _run_start(arguments: argparse.Namespace) -> None:
+    if min(*arguments.ranks, arguments.rounds) < 1:
+        raise UserError("--ranks and --rounds: expected at least 1")
+    other = arguments.beside and arguments.beside.resolve()
+    if other and not (other / "launch" / "pretrain.py").is_file():
+        raise UserError(f"--beside {arguments.beside}: has no launch/pretrain.py; give a checkout of this repository")
+    for row in start_lines(arguments.ranks, arguments.rounds, other):
+        _print_row(row, arguments.out)
 
 
 def _add_order(commands: Any) -> None:

@@ -17,7 +17,7 @@ from pretrain.errors import UserError
 NUM_CLASSES = 1000
 LOOPS = ("ours", "timm", "timm-tanh", "plain")  # what train.py times, and loops.py builds
 RANDOM = "random"  # as data.train: images that are made, not read
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_name(model: str) -> None:
@@ -71,7 +71,7 @@ def command_of(what: str, cell: dict[str, Any]) -> list[str]:
 
 def environment_of(threads: int | None = None) -> dict[str, str]:
     """Returns the variables of such a process; threads: of a CPU, None: all of its share."""
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
