@@ -23,6 +23,7 @@ from pretrain.data.order import BatchPlan
 from pretrain.engine.compiling import compiles, keep_compiled
 from pretrain.engine.filling import fill
 from pretrain.engine.frozen import FrozenStatistics
+from pretrain.engine.host_memory import keep_freed_memory
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
 from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config
@@ -112,6 +113,8 @@ class Engine:
         self._averages = {flat: flat.detach().clone() for flat in kept}
         self.state()
         self.check()
+        if self.device.type == "cpu":
+            keep_freed_memory()  # not sooner: what the start frees is not needed again
 
     @torch.no_grad()
     def _start_from(self, exact: Values) -> None:
