@@ -4,11 +4,13 @@ import ctypes
 import gc
 import json
 import os
+import re
 import resource
 import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from test_counts import counted
 from tiny import NUM_CLASSES as SQUARES
-from tiny import make_shards
+from tiny import make_shards, tiny_config
+from torch._inductor.utils import run_and_get_code
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,19 +30,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pretrain.engine.step as engine_step
 from pretrain.benchmark.models import activation_bytes as saved_bytes
 from pretrain.cluster import ranks
-from pretrain.config import Config, ModelConfig, config_from_dict
+from pretrain.config import Config, ModelConfig, config_from_dict, config_to_dict
 from pretrain.data.loader import Batch, single_labels
 from pretrain.data.order import plan_batch
 from pretrain.engine.settings import deepspeed_config
+from pretrain.errors import UserError
+from pretrain.gpus import FP32_PEAK_FLOPS, PEAK_FLOPS
 from pretrain.models.build import build_model, outline
 from pretrain.models.profile import _counted_macs, num_parameters
+from pretrain.models.vit import Block
 from pretrain.optim import PIECE_ELEMENTS, build_optimizer
 from pretrain.plan import memory as memory_module
-from pretrain.plan.choose import Choice, best, layout_of, smallest
-from pretrain.plan.devices import DEVICES, assumed_mfu
+from pretrain.plan.choose import Choice, best, layout_of, price, smallest
+from pretrain.plan.devices import DEVICES, PRODUCT_SHARE, Device, assumed_mfu
 from pretrain.plan.failures import Failures, best_interval_s, goodput
+from pretrain.plan.launches import COMPILED, is_compiled, launches
 from pretrain.plan.memory import BUCKET_ELEMENTS, PREFETCH_ELEMENTS, Layout, activation_bytes, memory
-from pretrain.plan.speed import Cluster, communication_s, volume
+from pretrain.plan.speed import Cluster, Rate, communication_s, step, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
 from pretrain.train.datasets import open_data
 from pretrain.train.run import build_engine
@@ -414,6 +422,106 @@ def test_constants_are_those_of_their_owners() -> None:
 # --- time, failures, choices ------------------------------------------------------------------------------------------
 
 
+def rate_of(config: Config, device: Device = H100.device, **others: float) -> Rate:
+    return Rate(assumed_mfu(device, config.model.shape.width, config.engine.precision), **others)
+
+
+@pytest.mark.parametrize("name", ["S/16", "L/16", "G/14"])
+@pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
+def test_float32_stays_below_its_own_peak(device: Device, name: str) -> None:
+    """Products in fp32 are no TF32 here: a GPU gives 7 % of its bf16 peak or less, and no plan may promise more."""
+    config = config_of({"name": name}, engine={"precision": "fp32"})
+    assert FP32_PEAK_FLOPS[device.name] < 0.07 * PEAK_FLOPS[device.name]
+    cluster, flops = Cluster(device, 8, 400e9), 6 * plain_forward_macs(config.model, NUM_CLASSES)
+    for gpus in (1, 8, 64):
+        choice = best(config, NUM_CLASSES, gpus, cluster, rate_of(config, device), 0.92 * device.memory_bytes)
+        if choice:
+            reached = choice.step.images_per_s * flops / gpus
+            assert 0.2 < reached / FP32_PEAK_FLOPS[device.name] < PRODUCT_SHARE
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ((1, 1, 64), {}),
+        ((8, 1, 64), {}),
+        *(
+            pytest.param(layout, changes, marks=pytest.mark.slow)
+            for layout, changes in (
+                ((1, 1, 64), {"model__depth": 12, "model__drop_path": 0.1}),
+                ((1, 1, 64), {"engine__checkpoint_activations": True}),
+                ((1, 1, 16), {}),
+                ((8, 2, 2), {}),
+                ((1, 2, 16), {}),
+                ((8, 3, 64), {}),
+                ((8, 3, 2), {}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_launches_are_those_of_the_engine(
+    layout: tuple[int, int, int], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of a whole eager step of 24 blocks, as test_counts.py counts them: within 2 %."""
+    shards, (num_ranks, stage, micro) = make_shards(tmp_path / "squares"), layout
+    plain = {"model__depth": 24, "engine__precision": "bf16", "data__global_batch": 64}
+    config = tiny_config(shards, tmp_path, **(plain | changes))
+    eager = config_from_dict({**config_to_dict(config), "engine": {"precision": "bf16", "compile": False}}, "plan")
+    planned = layout_of(eager, num_ranks, stage, micro, config.engine.checkpoint_activations)
+    found = counted(config, layout)["launches"]
+    assert launches(eager, planned) == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_block_keeps_most_of_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in the code that the compiler writes for a CPU: norms, GELU and sums are joined, the products stay."""
+    # What is compiled already is not written again.
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+    model = {"name": "Ti", "width": 128, "mlp_dim": 512, "heads": 2, "image_size": 64, "patch_size": 8}
+    block = Block(config_of(model).model).bfloat16()
+    images = torch.randn(4, 65, 128, dtype=torch.bfloat16, requires_grad=True)
+    torch.compiler.reset()
+    block.compile(fullgraph=True)
+    _, codes = run_and_get_code(lambda: block(images).sum().backward())
+    torch.compiler.reset()
+    call = r"(extern_kernels\.\w+|cpp_fused\w+|torch\.ops\.aten\.\w+\.\w+)\("
+    forward, backward = (len(re.findall(call, code[code.index("def call") :])) for code in codes)
+    assert (forward + backward, forward) == pytest.approx((COMPILED.plain, COMPILED.again), abs=2)
+    assert COMPILED.plain > 12 + 2  # the products, and attention's two passes
+
+
+def test_few_images_wait_for_the_host() -> None:
+    """L/16 on 512 GPUs, 8 images on each: the launches take longer than the products; with 64 images they do not."""
+    config = config_of({"name": "L/16"}, data={"global_batch": 4096})
+    steps = [step(config, NUM_CLASSES, Layout(n, 1, 4096 // n, 1, False), H100, rate_of(config)) for n in (64, 512)]
+    assert [each.waits_for_host for each in steps] == [False, True]
+    assert steps[1].images_per_s < 6 * steps[0].images_per_s
+    eager = config_of({"name": "L/16"}, data={"global_batch": 4096}, engine={"compile": False})
+    few, fast = Layout(512, 1, 8, 1, False), rate_of(config, launch_s=1e-6)
+    assert step(eager, NUM_CLASSES, few, H100, rate_of(eager)).compute_s > steps[1].compute_s
+    assert not step(config, NUM_CLASSES, few, H100, fast).waits_for_host
+
+
+def test_zero_3_is_chosen_for_want_of_memory_alone() -> None:
+    """It is slower than stage 1 by more than what it sends: the share that was measured elsewhere, or the given one."""
+    config = config_of({"name": "L/16"})
+    one, three = (Layout(8, stage, 128, 1, False) for stage in (1, 3))
+    for rate in (rate_of(config), rate_of(config, zero3_share=0.5)):
+        fast, slow = (step(config, NUM_CLASSES, layout, H100, rate) for layout in (one, three))
+        assert fast.communication_s == pytest.approx(slow.communication_s)
+        assert fast.compute_s / slow.compute_s == pytest.approx(rate.zero3_share)
+    assert is_compiled(config, one) and not is_compiled(config, three)
+    large = config_of({"name": "22B/14"})
+    for usable in (20e9, 40e9, 80e9):
+        choice = best(large, NUM_CLASSES, 512, H100, rate_of(large), usable)
+        others = (price(large, NUM_CLASSES, Layout(512, stage, 1, 2, True), H100, rate_of(large)) for stage in (1, 2))
+        assert choice is None or choice.layout.stage < 3 or all(other.memory.peak > usable for other in others)
+
+
 def test_communication_is_the_ring_s() -> None:
     """L/16: 3.6 ms on 8 GPUs over NVLink, 4.5 ms on 64 with 8 network cards a node, 36 ms with one."""
     config = config_of({"name": "L/16"})
@@ -443,9 +551,9 @@ def test_the_interval_loses_least() -> None:
 def test_the_choice_fits_and_is_the_simplest_of_the_fastest(name: str, gpus: int) -> None:
     config = config_of({"name": name})
     usable = 0.92 * H100.device.memory_bytes
-    mfu = assumed_mfu(H100.device, config.model.shape.width)
-    choice: Choice | None = best(config, NUM_CLASSES, gpus, H100, mfu, usable)
-    least = smallest(config, NUM_CLASSES, gpus, H100, mfu).memory.peak
+    rate = rate_of(config)
+    choice: Choice | None = best(config, NUM_CLASSES, gpus, H100, rate, usable)
+    least = smallest(config, NUM_CLASSES, gpus, H100, rate).memory.peak
     if choice is None:
         assert name == "22B/14" and least > usable
         return
@@ -453,7 +561,7 @@ def test_the_choice_fits_and_is_the_simplest_of_the_fastest(name: str, gpus: int
     assert choice.layout.num_ranks * choice.layout.micro_batch * choice.layout.accumulation >= 1024
     if name == "S/16":
         assert choice.layout.stage == 1 and not choice.layout.recompute
-    half = best(config, NUM_CLASSES, gpus, H100, mfu, usable / 2)
+    half = best(config, NUM_CLASSES, gpus, H100, rate, usable / 2)
     assert half is None or half.step.total_s >= choice.step.total_s / 1.01
 
 
@@ -502,13 +610,15 @@ def test_no_torch_and_few_seconds() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_what_is_assumed_is_said_where_it_comes_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each row by option, config and size; "given" where an option was used; a save costs what training waits for."""
+Assumed = Callable[..., tuple[dict[str, tuple[str, ...]], Any, str]]
+
+
+@pytest.fixture
+def assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Assumed:
+    """The command in this process: its last table by row, its JSON, its stderr."""
     main = runpy.run_path(str(ROOT / "tools" / "plan.py"))["main"]
 
-    def assumed(*arguments: str) -> tuple[dict[str, tuple[str, ...]], dict[str, Any], str]:
+    def run(*arguments: str) -> tuple[dict[str, tuple[str, ...]], Any, str]:
         line = ["plan.py", "--config", str(ROOT / CONFIG), "--json", str(tmp_path / "x.json"), *arguments]
         monkeypatch.setattr(sys, "argv", line)
         main()
@@ -516,6 +626,12 @@ def test_what_is_assumed_is_said_where_it_comes_from(
         rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.out.splitlines()]
         values = json.loads((tmp_path / "x.json").read_text())
         return {row[0]: tuple(row[1:]) for row in rows if len(row) == 4}, values["plan"], told.err
+
+    return run
+
+
+def test_what_is_assumed_is_said_where_it_comes_from(assumed: Assumed) -> None:
+    """Each row by option, config and size; "given" where an option was used; a save costs what training waits for."""
 
     def goodputs(values: dict[str, Any]) -> list[float]:
         return [row["goodput"] for row in values["saving"]["goodput"]]
@@ -548,6 +664,64 @@ def test_what_is_assumed_is_said_where_it_comes_from(
     rows, _, _ = assumed("--table")
     assert rows["MFU, B/16"][0] == "28.7%" and rows["MFU, 22B/14"][0] > "45%" and "MFU on one GPU" not in rows
     assert "a save waits" not in rows
+    rows, _, _ = assumed(large, "engine.precision=fp32")
+    assert rows["peak, fp32"][0] == "67 TF/s" and "peak, dense bf16" not in rows
+    assert rows["until a failure ends"] == ("60 s", "--detect-s", "reliability.md")
+    assert rows["launches per block"][:2] == ("27, eager 29", "") and rows["a launch, host time"][0] == "10 us"
+
+
+def test_a_layout_that_is_not_compiled_is_told(assumed: Assumed) -> None:
+    """ZeRO 3 is not, unless engine.compile=true: the MFU is of a compiled step, and the share is named."""
+    large, most = ("model.name=22B/14", "model.dropout=0", "--gpus", "512"), 1 / 0.73
+    rows, values, warned = assumed(*large)
+    assert rows["ZeRO 3 against 1 and 2"] == ("73%", "--zero3-share", "L/16 of others")
+    assert warned.startswith("warning: ZeRO 3 is not compiled") and "x 0.73 (--zero3-share)" in warned
+    (choice,) = values["choices"]
+    assert (choice["stage"], choice["compiled"]) == (3, False)
+    _, faster, _ = assumed(*large, "--zero3-share", "1")
+    assert 1.2 < faster["choices"][0]["images_per_s"] / choice["images_per_s"] < most
+    _, values, warned = assumed(*large, "engine.compile=true")
+    assert warned == "" and values["choices"][0]["compiled"]
+    _, values, warned = assumed("--table")
+    assert warned.startswith("warning: ZeRO 3 is not compiled")
+    assert {row["compiled"] for row in values if row["fits"] and row["stage"] < 3} == {True}
+
+
+def measured_line(**changes: Any) -> dict[str, Any]:
+    """A line of tools/benchmark.py train --peer, as far as the plan reads it."""
+    line = {"model": "L/16", "loop": "ours", "image_size": 224, "batch_per_rank": 512, "ranks": 1, "zero_stage": 1}
+    line |= {"precision": "bf16 weights and activations, fp32 master weights and moments", "compile": True}
+    line |= {"checkpoint_activations": False, "data": "random, on the device", "tflop_per_s": 445.05}
+    return line | {"device": "NVIDIA H100 80GB HBM3"} | changes
+
+
+def test_the_mfu_is_what_was_measured(assumed: Assumed, tmp_path: Path) -> None:
+    """The newest line of the model, device, precision and of compiled code or not; other lines are left alone."""
+    others = ({"model": "B/16"}, {"loop": "timm"}, {"ranks": 8}, {"compile": False, "tflop_per_s": 300.0})
+    others += ({"device": "NVIDIA H200"}, {"data": "data/imagenet"}, {"model": "timm:resnet50"}, {"image_size": 384})
+    others += ({"precision": "fp32 weights and activations", "tflop_per_s": 33.5}, {"checkpoint_activations": True})
+    others += ({"model": "R50+L/16"}, {"zero_stage": 3}, {"device": "cpu, 2 threads"}, {"model": "L/32"})
+    other_rate = {"tflop_per_s": 100.0}
+    lines = [measured_line(**other_rate), measured_line(), *(measured_line(**(other_rate | each)) for each in others)]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = "model.name=L/16", "--gpus", "1", "--from", str(file)
+    rows, values, warned = assumed(*given)
+    assert rows["MFU on one GPU"] == ("45.0%", "--mfu", "measured, 512 images") and warned == ""
+    flops = values["run"]["flops_per_image"]
+    assert values["choices"][0]["images_per_s"] * flops == pytest.approx(445.05e12, rel=0.02)  # less an uneven split
+    rows, _, warned = assumed(*given, "engine.compile=false")
+    assert rows["MFU on one GPU"][0] == "30.3%" and warned == ""
+    rows, _, _ = assumed(*given, "engine.precision=fp32")
+    assert rows["MFU on one GPU"][0] == "50.0%"
+    rows, _, _ = assumed("--table", "--from", str(file))
+    assert rows["MFU, L/16"] == ("45.0%", "--mfu", "measured, 512 images") and rows["MFU, H/14"][2].startswith("of a ")
+    wanted = "no line of ViT-L/16 at 224 px, bf16, compiled, on one a100; it has L/16 on NVIDIA H100 80GB HBM3, B/16 on"
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        assumed(*given, "--gpu", "a100")
+    file.write_text('{"model": "L/16", "row": "save"}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl:1: loop is missing"):
+        assumed(*given)
 
 
 @pytest.mark.parametrize(
@@ -561,6 +735,9 @@ def test_what_is_assumed_is_said_where_it_comes_from(
         (["--classes", "0"], "--classes is 0, expected 1 to"),
         (["--restart-s", "-1"], "--restart-s is -1, expected above 0"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--zero3-share", "1.5"], "--zero3-share is 1.5, expected above 0 and up to 1"),
+        (["--from", "nowhere.jsonl"], "--from nowhere.jsonl: No such file"),
+        (["--from", "nowhere.jsonl", "--mfu", "0.4"], "--mfu and --from both tell the MFU"),
         (["--json", "tests"], "--json tests: is a folder, expected a file"),
         (["--table", "--gpus", "1,8,64"], "--gpus has no effect with --table; leave it out"),
         (["--table", "--price", "2.5"], "--price has no effect with --table; leave it out"),

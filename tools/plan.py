@@ -3,7 +3,7 @@
 python tools/plan.py --config configs/NAME.yaml [key=value ...] --gpus 1,8,64 --gpu h100
 
 Everything is a formula (docs/performance.md). The memory of tensors is tested against the real engine on CPU ranks; no
-time was measured on a GPU yet.
+time was measured on a GPU yet. With --from benchmarks/train.jsonl the MFU is that of tools/benchmark.py train --peer.
 """
 
 import argparse
@@ -11,17 +11,21 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.config import Config, ModelConfig, load_config
+from pretrain.config import Config, load_config
 from pretrain.errors import UserError
+from pretrain.json_files import Fields
 from pretrain.plan.choose import USABLE_SHARE
 from pretrain.plan.devices import DEVICES, GIB, assumed_mfu
 from pretrain.plan.failures import Failures, Saves
-from pretrain.plan.report import TABLE_MODELS, Assumptions, checkpoint_bytes, show, show_models
-from pretrain.plan.speed import Cluster
+from pretrain.plan.launches import COMPILED, EAGER
+from pretrain.plan.measured import measured, read_rows, wanted
+from pretrain.plan.report import TABLE_MODELS, Assumptions, checkpoint_bytes, of_model, show, show_models
+from pretrain.plan.speed import LAUNCH_S, ZERO3_SHARE, Cluster, Rate
 from pretrain.sizes import is_plain
 from pretrain.storage import write_text
 
@@ -53,24 +57,38 @@ def main() -> None:
     _check(arguments)
     device = DEVICES[arguments.gpu]
     cluster = Cluster(device, arguments.gpus_per_node, arguments.network_gb_s * 1e9)
-    given, rows = _assumptions(arguments, config)
+    lines = read_rows(arguments.measured) if arguments.measured else []
+    given, rows = _assumptions(arguments, config, lines)
     if arguments.table:
-        values: object = show_models(
-            config, cluster, given, lambda other: arguments.mfu or assumed_mfu(device, other.model.shape.width)
-        )
+        choices = show_models(config, cluster, given, lambda other: _rate(arguments, other, lines)[0])
+        values: object = choices
         rows = [row for row in rows if _name(row[2]) not in _OF_THE_RUN]
     else:
         values = show(config, gpus, cluster, given)
+        choices = values["choices"]
     told = [[*row[:3], "given" if _name(row[2]) in used - {"gpu"} else row[3]] for row in rows]
     cli.print_table("Assumed", ["", "", "change by", "source"], told, text_columns=(0, 2, 3))
-    if not config.engine.compile and not arguments.mfu:
-        of_compiled = (
-            "the assumed MFU, and so time and price, are of a compiled step; an eager one is slower: give --mfu"
-        )
-        cli.tell(f"warning: engine.compile=false: {of_compiled}", sys.stderr)
+    of_compiled = any(row[3] == _OF_COMPILED for row in told)
+    if uncompiled := _uncompiled(config, choices, of_compiled, arguments.zero3_share):
+        cli.tell(f"warning: {uncompiled}", sys.stderr)
     if arguments.out_json is not None:
         content = {"config": config.name, "gpu": device.name, "assumed": [row[:2] for row in told], "plan": values}
         write_text(arguments.out_json, json.dumps(content, indent=1) + "\n")
+
+
+def _uncompiled(config: Config, choices: list[dict[str, Any]], of_compiled: bool, zero3_share: float) -> str:
+    """Says that the MFU is of a compiled step where a layout that is chosen will not be compiled."""
+    if not config.engine.compile and of_compiled:
+        return (
+            "engine.compile=false: the assumed MFU, and so time and price, are of a compiled step; an eager one is "
+            "slower: give --mfu"
+        )
+    if config.engine.compile and any(choice["fits"] and not choice["compiled"] for choice in choices):
+        return (
+            "ZeRO 3 is not compiled (engine.compile=auto): its time is that of a compiled step's MFU x "
+            f"{zero3_share:g} (--zero3-share), which is not measured"
+        )
+    return ""
 
 
 def _in_steps(config: Config) -> Config:
@@ -95,14 +113,20 @@ _DEFAULTS = {
     "image_kb": 110.0,
     "copy_gb_s": 20.0,  # of one GPU, pinned: PCIe 4 moves up to 32; a node's memory takes it from eight
     "write_gb_s": 1.0,
+    "zero3_share": ZERO3_SHARE,
+    "launch_us": 1e6 * LAUNCH_S,
     "mtbf_h": 50_000.0,
-    "restart_s": 300.0,
+    # A rank that died is named within seconds, one that was stopped after 45 (docs/reliability.md); one that hangs in
+    # the device, or a node without power, takes engine.watchdog_s or engine.timeout_s, and is one end among many.
+    "detect_s": 60.0,
+    "restart_s": 300.0,  # 12 on a CPU, alone (docs/results.md); the rest: the scheduler, CUDA, NCCL, reading
 }
 # What a table of sizes does not use: it has no run.
 _OF_THE_RUN = (
     *("price", "loader_rate", "image_kb", "copy_gb_s", "write_gb_s", "save_s", "mtbf_h", "detect_s", "restart_s"),
 )
-_MOST = {"mfu": 1.0, "usable": 1.0}
+_OF_COMPILED = "of a compiled step"  # the source of an assumed MFU
+_MOST = {"mfu": 1.0, "usable": 1.0, "zero3_share": 1.0}
 
 
 def _name(option: str) -> str:
@@ -111,7 +135,7 @@ def _name(option: str) -> str:
 
 def _check(arguments: argparse.Namespace) -> None:
     rates = "loader_rate", "image_kb", "copy_gb_s", "write_gb_s", "mtbf_h", "usable", "network_gb_s"
-    for name in ("mfu", "price", *rates):
+    for name in ("mfu", "zero3_share", "launch_us", "price", *rates):
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and 0 < value <= _MOST.get(name, 1e12)):
             raise UserError(
@@ -125,6 +149,8 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value <= 1e6:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}, expected above 0 and up to 1e6")
+    if arguments.mfu and arguments.measured:
+        raise UserError("--mfu and --from both tell the MFU; give one of them")
     if arguments.out_json is not None and not arguments.out_json.parent.is_dir():
         raise UserError(f"--json {arguments.out_json}: there is no folder {arguments.out_json.parent}")
     if arguments.out_json is not None and arguments.out_json.is_dir():
@@ -150,6 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, dest="out_json", metavar="FILE", help="write the numbers too")
     parser.add_argument("--classes", type=int, help="outputs of the head (default: model.num_classes, else 1000)")
     parser.add_argument("--mfu", type=float, help="of one GPU without recomputation, 0 to 1 (default: by width)")
+    parser.add_argument(
+        "--from", type=Path, dest="measured", metavar="FILE", help="MFU as tools/benchmark.py train --peer measured it"
+    )
+    parser.add_argument("--zero3-share", type=float, help=f"of ZeRO 1's rate that 3 has (default {ZERO3_SHARE})")
+    parser.add_argument("--launch-us", type=float, help=f"host time of a launch (default {1e6 * LAUNCH_S:g})")
     parser.add_argument("--price", type=float, help="of a GPU's hour (default 2.5)")
     parser.add_argument("--usable", type=float, help=f"share of memory (default {USABLE_SHARE})")
     parser.add_argument("--gpus-per-node", type=int, help="(default 8)")
@@ -160,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--write-gb-s", type=float, help="of a node to the checkpoints' disk (default 1)")
     parser.add_argument("--save-s", type=float, help="that a save keeps training waiting (default: by --copy-gb-s)")
     parser.add_argument("--mtbf-h", type=float, help="hours of a GPU between failures (default 50000)")
-    parser.add_argument("--detect-s", type=float, help="from a failure to the end (default: engine.timeout_s)")
+    parser.add_argument("--detect-s", type=float, help="from a failure to the end (default 60)")
     parser.add_argument("--restart-s", type=float, help="from the end to the next step (default 300)")
     return parser
 
@@ -179,23 +210,45 @@ def _numbers(text: str, config: Config) -> list[int]:
     return gpus
 
 
-def _assumptions(arguments: argparse.Namespace, config: Config) -> tuple[Assumptions, list[list[str]]]:
-    device = DEVICES[arguments.gpu]
+def _rate(arguments: argparse.Namespace, config: Config, lines: list[Fields]) -> tuple[Rate, str]:
+    """What a GPU reaches with a config's model, and where its MFU comes from."""
+    device, width, precision = DEVICES[arguments.gpu], config.model.shape.width, config.engine.precision
+    found = measured(lines, config, device)
+    if found is not None:
+        mfu, source = found.mfu, f"measured, {found.batch} images"
+    else:
+        mfu, source = arguments.mfu or assumed_mfu(device, width, precision), _OF_COMPILED
+    return Rate(mfu, arguments.zero3_share, 1e-6 * arguments.launch_us), source
+
+
+def _assumptions(
+    arguments: argparse.Namespace, config: Config, lines: list[Fields]
+) -> tuple[Assumptions, list[list[str]]]:
+    device, precision = DEVICES[arguments.gpu], config.engine.precision
     classes = arguments.classes or config.model.num_classes or 1000
-    mfu = arguments.mfu or assumed_mfu(device, config.model.shape.width)
+    rate, source = _rate(arguments, config, lines)
+    if arguments.measured and not arguments.table and not source.startswith("measured"):
+        raise UserError(f"--from {arguments.measured}: {wanted(lines, config, device)}")
     augmented = config.data.randaugment_layers > 0
     loader = arguments.loader_rate or (LOADER_RATE_RANDAUGMENT if augmented else LOADER_RATE)
     behind, rates = config.checkpoint.behind, (1e9 * arguments.copy_gb_s, 1e9 * arguments.write_gb_s)
     saves = Saves(checkpoint_bytes(config, classes), behind, *rates, arguments.gpus_per_node, arguments.save_s)
-    detect_s = arguments.detect_s or config.engine.timeout_s
     usable = arguments.usable * device.memory_bytes
-    failures = Failures(arguments.mtbf_h, detect_s, arguments.restart_s)
+    failures = Failures(arguments.mtbf_h, arguments.detect_s, arguments.restart_s)
     bytes_of_image = arguments.image_kb * 1e3
-    given = Assumptions(classes, mfu, usable, arguments.price, loader, bytes_of_image, saves, failures)
+    given = Assumptions(classes, rate, usable, arguments.price, loader, bytes_of_image, saves, failures)
     return given, [
         ["classes", f"{classes:,}", "--classes", "config, or 1000"],
-        *_mfu_rows(arguments, mfu),
-        ["peak, dense bf16", f"{device.peak_flops / 1e12:,.0f} TF/s", "--gpu", "data sheet"],
+        *_mfu_rows(arguments, config, lines),
+        [
+            "peak, fp32" if precision == "fp32" else "peak, dense bf16",
+            f"{device.peak(precision) / 1e12:,.4g} TF/s",
+            "--gpu",
+            "data sheet",
+        ],
+        ["ZeRO 3 against 1 and 2", f"{arguments.zero3_share:.0%}", "--zero3-share", "L/16 of others"],
+        ["launches per block", f"{COMPILED.plain}, eager {EAGER.plain}", "", "counted on CPUs"],
+        ["a launch, host time", f"{arguments.launch_us:g} us", "--launch-us", "assumed"],
         ["memory for tensors", f"{usable / GIB:.1f} GiB", "--usable", "not measured"],
         ["NVLink one way", f"{device.link_rate / 1e9:,.0f} GB/s", "--gpu", "data sheet"],
         ["a node's network", f"{arguments.network_gb_s:,.0f} GB/s", "--network-gb-s", "8 x 400 Gb/s"],
@@ -207,8 +260,8 @@ def _assumptions(arguments: argparse.Namespace, config: Config) -> tuple[Assumpt
         ["disk, of each node", f"{arguments.write_gb_s:g} GB/s", "--write-gb-s", "not measured"],
         ["a save waits", _waits(arguments), "--save-s", f"by {'--copy-gb-s' if behind else '--write-gb-s'}"],
         ["failures, per GPU", f"{arguments.mtbf_h:,.0f} h", "--mtbf-h", "Llama 3: 50,600 h"],
-        ["until a failure ends", f"{detect_s:,.0f} s", "--detect-s", "engine.timeout_s"],
-        ["until it trains again", f"{arguments.restart_s:,.0f} s", "--restart-s", "not measured"],
+        ["until a failure ends", f"{arguments.detect_s:,.0f} s", "--detect-s", "reliability.md"],
+        ["until it trains again", f"{arguments.restart_s:,.0f} s", "--restart-s", "performance.md"],
     ]
 
 
@@ -216,13 +269,16 @@ def _waits(arguments: argparse.Namespace) -> str:
     return "see above" if arguments.save_s is None else f"{arguments.save_s:g} s"
 
 
-def _mfu_rows(arguments: argparse.Namespace, mfu: float) -> list[list[str]]:
+def _mfu_rows(arguments: argparse.Namespace, config: Config, lines: list[Fields]) -> list[list[str]]:
     """The MFU of the config's model; of a table that of each size."""
     if not arguments.table or arguments.mfu:
-        return [["MFU on one GPU", f"{mfu:.1%}", "--mfu", "of a compiled step"]]
-    widths = {name: ModelConfig(name=name).shape.width for name in TABLE_MODELS}
-    each = {name: assumed_mfu(DEVICES[arguments.gpu], width) for name, width in widths.items()}
-    return [[f"MFU, {name}", f"{share:.1%}", "--mfu", "of a compiled step"] for name, share in each.items()]
+        rate, source = _rate(arguments, config, lines)
+        return [["MFU on one GPU", f"{rate.mfu:.1%}", "--mfu", source]]
+    rows = []
+    for name in TABLE_MODELS:
+        rate, source = _rate(arguments, of_model(config, name), lines)
+        rows.append([f"MFU, {name}", f"{rate.mfu:.1%}", "--mfu", source])
+    return rows
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pretrain.config import Config
 from pretrain.data.order import plan_batch
 from pretrain.plan.memory import Layout, Memory, memory
-from pretrain.plan.speed import Cluster, Step, step
+from pretrain.plan.speed import Cluster, Rate, Step, step
 
 # Images of a forward pass that are tried as engine.max_micro_batch_size.
 MICRO_BATCHES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
@@ -30,19 +30,19 @@ def layout_of(config: Config, num_ranks: int, stage: int, max_micro_batch: int, 
     return Layout(num_ranks, stage, plan.micro_batch, plan.accumulation, recompute)
 
 
-def price(config: Config, num_classes: int, layout: Layout, cluster: Cluster, mfu: float) -> Choice:
+def price(config: Config, num_classes: int, layout: Layout, cluster: Cluster, rate: Rate) -> Choice:
     """Returns a layout with its memory and its time."""
-    return Choice(layout, memory(config, num_classes, layout), step(config, num_classes, layout, cluster, mfu))
+    return Choice(layout, memory(config, num_classes, layout), step(config, num_classes, layout, cluster, rate))
 
 
 def best(
-    config: Config, num_classes: int, num_ranks: int, cluster: Cluster, mfu: float, usable_bytes: float
+    config: Config, num_classes: int, num_ranks: int, cluster: Cluster, rate: Rate, usable_bytes: float
 ) -> Choice | None:
     """Returns the fastest layout that fits, None when none does.
 
     Among equally fast ones: without recomputation, the lowest stage, the largest micro-batch.
     """
-    choices = _choices(config, num_classes, num_ranks, cluster, mfu)
+    choices = _choices(config, num_classes, num_ranks, cluster, rate)
     fitting = [choice for choice in choices if choice.memory.peak <= usable_bytes]
     if not fitting:
         return None
@@ -51,20 +51,20 @@ def best(
     return min(alike, key=_simplicity)
 
 
-def smallest(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, mfu: float) -> Choice:
+def smallest(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, rate: Rate) -> Choice:
     """Returns the layout that needs least memory."""
-    choices = _choices(config, num_classes, num_ranks, cluster, mfu)
+    choices = _choices(config, num_classes, num_ranks, cluster, rate)
     return min(choices, key=lambda choice: choice.memory.peak)
 
 
-def _choices(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, mfu: float) -> Iterator[Choice]:
+def _choices(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, rate: Rate) -> Iterator[Choice]:
     layouts = {
         layout_of(config, num_ranks, stage, micro, recompute): None
         for recompute in (False, True)
         for stage in (1, 2, 3)
         for micro in MICRO_BATCHES
     }
-    return (price(config, num_classes, layout, cluster, mfu) for layout in layouts)
+    return (price(config, num_classes, layout, cluster, rate) for layout in layouts)
 
 
 def _simplicity(choice: Choice) -> tuple[bool, int, int]:

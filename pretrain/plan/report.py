@@ -7,8 +7,9 @@ from pretrain import cli
 from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.plan.choose import MICRO_BATCHES, Choice, best, layout_of, price, smallest
 from pretrain.plan.failures import Failures, Saves, best_interval_s, goodput
+from pretrain.plan.launches import is_compiled
 from pretrain.plan.memory import STAGES, activation_bytes, moment_bytes
-from pretrain.plan.speed import Cluster, communication_s, volume
+from pretrain.plan.speed import Cluster, Rate, communication_s, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
 
 GIB = 1 << 30
@@ -23,7 +24,7 @@ class Assumptions:
     """What the plan takes for granted; each has an option of tools/plan.py."""
 
     num_classes: int
-    mfu: float
+    rate: Rate
     usable_bytes: float
     price_per_gpu_h: float
     loader_rate: float  # images per second and core
@@ -47,7 +48,7 @@ def kept_checkpoints(config: Config) -> int:
 
 def choices(config: Config, gpus: list[int], cluster: Cluster, given: Assumptions) -> dict[int, Choice | None]:
     """Returns the best layout for each number of GPUs, None where nothing fits."""
-    args = cluster, given.mfu, given.usable_bytes
+    args = cluster, given.rate, given.usable_bytes
     return {count: best(config, given.num_classes, count, *args) for count in gpus}
 
 
@@ -75,7 +76,7 @@ def _show_choices(
     rows, values = [], []
     for count, choice in chosen.items():
         if choice is None:
-            least = smallest(config, given.num_classes, count, cluster, given.mfu).memory
+            least = smallest(config, given.num_classes, count, cluster, given.rate).memory
             rows.append([str(count), f"too large: {least.worst_phase}", "", f"{least.peak / GIB:.1f}", "", "", "", ""])
             values.append({"gpus": count, "fits": False, "least_bytes": least.peak, "worst": least.worst_phase})
             continue
@@ -85,10 +86,12 @@ def _show_choices(
         peak = f"{choice.memory.peak / GIB:.1f}"
         rate = f"{choice.step.images_per_s:,.0f}"
         mfu = f"{choice.step.mfu:.1%}"
-        rows.append([str(count), f"ZeRO {layout.stage}", micro, peak, rate, mfu, _days(took), f"{cost:,.0f}"])
+        chosen_stage = f"ZeRO {layout.stage}{_marks(config, choice)}"
+        rows.append([str(count), chosen_stage, micro, peak, rate, mfu, _days(took), f"{cost:,.0f}"])
         values.append(
             {"gpus": count, "fits": True, **asdict(layout), "peak_bytes": choice.memory.peak}
             | {"images_per_s": choice.step.images_per_s, "step_s": choice.step.total_s, "mfu": choice.step.mfu}
+            | {"compiled": is_compiled(config, layout), "waits_for_host": choice.step.waits_for_host}
             | {"run_s": took, "cost": cost}
         )
     cli.print_table(
@@ -96,7 +99,8 @@ def _show_choices(
         ["GPUs", "choose", "images", "GiB", "img/s", "MFU", "time", "cost"],
         rows,
         text_columns=(1,),
-        caption="images x micro-batches of a step; R: engine.checkpoint_activations",
+        caption="images x micro-batches of a step; R: engine.checkpoint_activations; e: not compiled; "
+        "h: the GPU waits for the host's launches",
     )
     for count, choice in chosen.items():
         if choice:
@@ -104,6 +108,11 @@ def _show_choices(
             told = f"engine.zero_stage={layout.stage} engine.max_micro_batch_size={layout.micro_batch}"
             cli.tell(f"{count:6} GPUs: {told}" + " engine.checkpoint_activations=true" * layout.recompute)
     return values
+
+
+def _marks(config: Config, choice: Choice) -> str:
+    """What stands behind a layout's stage; the table's caption explains it."""
+    return " e" * (not is_compiled(config, choice.layout)) + " h" * choice.step.waits_for_host
 
 
 def _show_run(config: Config, given: Assumptions) -> dict[str, Any]:
@@ -127,7 +136,7 @@ def _show_memory(
     rows, values = [], []
     for stage in STAGES:
         layout = layout_of(config, count, stage, micro, recompute)
-        held = price(config, given.num_classes, layout, cluster, given.mfu).memory
+        held = price(config, given.num_classes, layout, cluster, given.rate).memory
         parts = held.weights, held.gradients, held.optimizer, held.averages, held.buckets, held.activations
         fits = held.peak <= given.usable_bytes
         cells = [_gib(part) for part in (*parts, held.peak)]
@@ -154,7 +163,7 @@ def _show_micro(config: Config, count: int, stage: int, cluster: Cluster, given:
         cells, value = [f"{plain.micro_batch} x {plain.accumulation}"], {"micro_batch": plain.micro_batch}
         for layout, name in ((plain, "plain"), (again, "recomputed")):
             saved, start = activation_bytes(config, given.num_classes, layout.micro_batch, layout.recompute)
-            peak = price(config, given.num_classes, layout, cluster, given.mfu).memory.peak
+            peak = price(config, given.num_classes, layout, cluster, given.rate).memory.peak
             mark = "" if peak <= given.usable_bytes else " !"
             cells += [f"{(saved + start) / GIB:.2f}", f"{peak / GIB:.1f}{mark}"]
             value |= {f"{name}_activations": saved + start, f"{name}_peak": peak}
@@ -252,21 +261,30 @@ def _best_interval_s(given: Assumptions, num_gpus: int) -> float:
     return max(given.saves.behind_s(num_gpus), young)
 
 
-def show_models(config: Config, cluster: Cluster, given: Assumptions, mfu_of: Any) -> list[dict[str, Any]]:
-    """Prints the choice for each size and number of GPUs, and its rate; returns the rows."""
+def of_model(config: Config, name: str) -> Config:
+    """Returns the config with another model, of 224 pixels."""
+    model = {"name": name, "image_size": 224, "pooling": config.model.pooling}
+    return config_from_dict({**config_to_dict(config), "model": model}, "plan")
+
+
+def show_models(config: Config, cluster: Cluster, given: Assumptions, rate_of: Any) -> list[dict[str, Any]]:
+    """Prints the choice for each size and number of GPUs, and its rate; returns the rows.
+
+    rate_of: from a config to the Rate of its model.
+    """
     values, layouts, rates = [], [], []
     for name in TABLE_MODELS:
-        model = {"name": name, "image_size": 224, "pooling": config.model.pooling}
-        other = config_from_dict({**config_to_dict(config), "model": model}, "plan")
+        other = of_model(config, name)
         told, rate = [name], [name]
         for count in TABLE_GPUS:
             fits = count <= config.data.global_batch
-            args = given.num_classes, count, cluster, mfu_of(other), given.usable_bytes
+            args = given.num_classes, count, cluster, rate_of(other), given.usable_bytes
             choice = best(other, *args) if fits else None
             value: dict[str, Any] = {"model": name, "gpus": count, "fits": choice is not None}
             if choice:
                 layout = choice.layout
                 value |= asdict(layout) | {"images_per_s": choice.step.images_per_s, "peak": choice.memory.peak}
+                value |= {"compiled": is_compiled(other, layout), "waits_for_host": choice.step.waits_for_host}
             values.append(value)
             told.append(_short(choice))
             rate.append(_thousands(choice.step.images_per_s) if choice else "-")

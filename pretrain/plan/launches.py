@@ -1,0 +1,67 @@
+"""Launches of a step: what the host has to hand to a GPU, one by one, however few the images.
+
+Counted of the real engine on CPU ranks, as tests/test_counts.py counts, and of a compiled block in the code that the
+compiler writes for a CPU; tests/test_plan.py compares. For a GPU it splits sums over all tokens and joins copies: about
+as many. Not in it: collectives, and what ZeRO 3 does to gather matrices for each pass.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from pretrain.config import Config
+from pretrain.plan.memory import Layout
+
+
+class BlockLaunches(NamedTuple):
+    """Of one block, forward and backward pass: 12 matrix products, 2 of attention, norms, GELU, sums for biases."""
+
+    plain: int
+    again: int  # of the second forward pass, with recomputation
+    drop_path: int  # what stochastic depth adds: its draws, and products where they are not joined with others
+
+
+EAGER, COMPILED = BlockLaunches(29, 8, 10), BlockLaunches(27, 9, 3)
+_UNJOINED = 4  # ZeRO 3's linear layers add their bias in a launch of its own
+_ENDS = 62  # of a micro-batch beside its blocks: images, patches, head, loss, counts
+_STEP, _STEP_FLOAT32_SUMS, _STEP_3 = 57, 35, 62  # of an optimizer step: norm, clipping, AdamW, casts
+_TENSORS_OF_BLOCK, _OTHER_TENSORS = 12, 8  # parameters
+
+
+def is_compiled(config: Config, layout: Layout) -> bool:
+    """Returns whether a layout's blocks are compiled on a GPU: with engine.compile=auto not under ZeRO 3."""
+    return replace(config.engine, zero_stage=max(1, layout.stage)).compiles(on_gpu=True)
+
+
+def launches(config: Config, layout: Layout) -> int:
+    """Returns the launches of an optimizer step on one rank."""
+    block = COMPILED if is_compiled(config, layout) else EAGER
+    each = block.plain + block.again * layout.recompute + block.drop_path * (config.model.drop_path > 0)
+    each += _UNJOINED * (layout.stage == 3)
+    depth = config.model.shape.depth
+    tensors = _TENSORS_OF_BLOCK * depth + _OTHER_TENSORS
+    passes = layout.accumulation * (depth * each + _ENDS)
+    return passes + _of_gradients(config, layout, tensors) + _of_optimizer(config, layout, tensors)
+
+
+def _sums_in_float32(config: Config, layout: Layout) -> bool:
+    return layout.accumulation > 1 and config.engine.precision == "bf16"
+
+
+def _of_gradients(config: Config, layout: Layout, tensors: int) -> int:
+    """Copies into DeepSpeed's buckets and out of them, and sums of micro-batches: tensor by tensor."""
+    times, in_float32 = layout.accumulation, _sums_in_float32(config, layout)
+    copies = tensors + tensors // layout.num_ranks  # all into the bucket, a rank's own part out of it
+    if layout.stage == 3:
+        return tensors * (times + 1 + (2 * times - 1) * in_float32)
+    if layout.stage == 2 and in_float32:
+        return times * (copies + 2 * tensors // layout.num_ranks)
+    added = (times - 1) * tensors
+    if in_float32:  # each is cast and added, and DeepSpeed's class reduces them as one
+        return added + 2 * times * tensors
+    return added + (copies if layout.num_ranks > 1 else 0)
+
+
+def _of_optimizer(config: Config, layout: Layout, tensors: int) -> int:
+    if layout.stage == 3:
+        return 2 * tensors + _STEP_3
+    return _STEP_FLOAT32_SUMS if layout.stage == 1 and _sums_in_float32(config, layout) else _STEP
