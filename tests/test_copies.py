@@ -437,7 +437,7 @@ def give_up(folder: Path) -> list[str]:
 def test_all_ranks_give_up_together(tmp_path: Path) -> None:
     """A signal to one rank, a limit, an error on rank 0: all ranks stop waiting, with the same error."""
     ours, theirs = run_ranks(give_up, 2, tmp_path, timeout_s=100)
-    assert ours == theirs and "has come in 0 s" in ours[0] and "is not there" in ours[1] and len(ours) == 2
+    assert ours == theirs and "was downloaded in 0 s" in ours[0] and "is not there" in ours[1] and len(ours) == 2
 
 
 def flip(store: Any, path: str) -> None:

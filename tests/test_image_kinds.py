@@ -167,7 +167,7 @@ KINDS: dict[str, list[File]] = {
     "progressive JPEG": [jpeg(progressive=True), jpeg(RGB.convert("L"), progressive=True)],
     "12-bit JPEG": [of_12_bits()],
     "truncated": [*cut()],
-    "bytes behind the end": [
+    "bytes after the end": [
         file._replace(data=file.data + b"\xff\xd8 junk" * 99) for file in (jpeg(), lossless(RGB), WEBP)
     ],
     "BMP": [converted("bmp", "bmp")],

@@ -25,12 +25,12 @@ def test_documents_name_the_limits() -> None:
     """The number in a sentence is the one in the code."""
     documented(
         "reliability.md",
-        f"A process that somebody has stopped has {monitor.STOPPED_S:g} s.",
+        f"A stopped process has {monitor.STOPPED_S:g} s to continue.",
         f"| {save.COPIED_AFTER_STOP_S:g} s for a copy under way, else the next start makes it",
         f"the next step after {BACK_S} s on 2 cores",
         f"within the limit + {NAMED_S} s",
-        f"before it meets the others | these are ended after {restarts.AGREED_S:g} s",
-        f"the same by the process beside it, {monitor.BLOCKED_S:g} s later",
+        f"before it meets the others | the others are ended after {restarts.AGREED_S:g} s",
+        f"the monitor process does the same {monitor.BLOCKED_S:g} s later",
         "tried again after {:g}, {:g}, {:g} and {:g} s, the shard reopened".format(*reader.RETRY_AFTER_S),
     )
     documented("cluster.md", f"kills its ranks {KILLED_S} s after it was asked to stop", f"KillWait ({KILLED_S} s")

@@ -38,7 +38,7 @@ def test_a_file_system_without_locks_is_told(
     lock = claim(tmp_path / "run")
     assert lock is not None
     lock.close()
-    assert f"gives no locks ({os.strerror(number)})" in capsys.readouterr().err
+    assert f"does not support locks ({os.strerror(number)})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
@@ -187,7 +187,9 @@ def test_a_torn_start_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [(row["step"], row.get("branched")) for row in rows] == [(0, None), (8, True), (12, None)]
     assert rows[1]["starts_before"] == hashlib.sha256(whole).hexdigest()
     assert rows[2]["starts_before"] == hashlib.sha256(whole + lines[1]).hexdigest()
-    assert capsys.readouterr().err.count("starts.jsonl: 17 bytes of a start that was not written whole are cut") == 1
+    assert (
+        capsys.readouterr().err.count("starts.jsonl: removed 17 bytes, the incomplete record of an earlier start") == 1
+    )
 
 
 def test_a_recipe_that_cannot_be_copied_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -282,7 +282,7 @@ def _check_references(config: Any, source: str) -> None:
 
     def count(value: Any, key: str, steps: int) -> int:
         if steps > 2 * MAX_NESTING:
-            raise ConfigError(f"{source}: {key}: its ${{key}} references go in a circle, or too far")
+            raise ConfigError(f"{source}: {key}: its ${{key}} references are circular or nested too deeply")
         if key not in counts and isinstance(value, (dict, list)):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             counts[key] = sum(count(item, f"{key}.{name}".lstrip("."), steps + 1) for name, item in items)
@@ -292,7 +292,9 @@ def _check_references(config: Any, source: str) -> None:
         return counts[key]
 
     if (total := count(config, "", 0)) > MAX_REFERENCES:
-        raise ConfigError(f"{source}: its ${{key}} references lead to {total:,} more; at most {MAX_REFERENCES:,}")
+        raise ConfigError(
+            f"{source}: has {total:,} ${{key}} references, nested ones included; at most {MAX_REFERENCES:,}"
+        )
 
 
 def _referred(key: str, dots: str, name: str) -> str:

@@ -96,7 +96,7 @@ def one_at_a_time(out: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
-            warn(f"{out}: its file system gives no locks ({error.strerror}); let no two commands write there at once")
+            warn(f"{out}: no locks on its file system ({error.strerror}); do not run two commands that write there")
         yield
 
 

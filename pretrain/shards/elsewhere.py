@@ -95,7 +95,7 @@ def local_names(urls: Sequence[str]) -> list[str]:
             if wrong := next((url for url, name in zip(urls, names) if not name.endswith(".tar")), None):
                 raise UserError(f"{wrong}: a shard's name ends in .tar; a compressed one cannot be read in parts")
             return names
-    raise UserError(f"{urls[0]}: the shards' names cannot be told apart")
+    raise UserError(f"{urls[0]}: two shards have the same host and path; rename one")
 
 
 def _walked(out: Path, work: Path, num_classes: int, stopped: threading.Event, url: str, name: str) -> Walk:

@@ -132,7 +132,7 @@ def warn_of_small_store(manifest: Manifest, order: Order) -> None:
         say(
             f"warning: {manifest.path}: {num_bytes / 1e9:.1f} GB of remote shards do not fit data.store_gb "
             f"({manifest.store.max_bytes / 1e9:g}): {blocks:.0%} of all samples will download a whole block of "
-            f"{manifest.block_samples}. Raise it, or take the order for remote shards"
+            f"{manifest.block_samples}. Raise it, or set data.order=lanes"
         )
 
 

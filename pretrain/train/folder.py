@@ -124,8 +124,8 @@ def _lock(file: TextIO, folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):  # the two of a lock that somebody has
                 return warn(
-                    f"{folder}: its file system gives no locks ({error.strerror}); "
-                    "see to it that no second process trains in this folder"
+                    f"{folder}: its file system does not support locks ({error.strerror}); "
+                    "make sure that no second process trains in this folder"
                 )
             time.sleep(0.5)
     if any(os.environ.get(name, "0") != "0" for name in _RESTARTS):
@@ -363,11 +363,11 @@ def _cut_torn_start(path: Path) -> None:
         if torn := len(text) - (text.rfind(b"\n") + 1):
             with open(path, "r+b", opener=not_a_link) as file:
                 file.truncate(len(text) - torn)
-            warn(f"{path}: {torn} bytes of a start that was not written whole are cut")
+            warn(f"{path}: removed {torn} bytes, the incomplete record of an earlier start")
     except FileNotFoundError:
         return
     except (OSError, UserError) as error:
-        warn(f"{path}: its last line could not be looked at ({error})")
+        warn(f"{path}: its last line could not be checked ({error})")
 
 
 def digest_of_starts(folder: Path) -> str:

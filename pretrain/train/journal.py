@@ -39,10 +39,9 @@ class Journal:
     def ask(
         self, batch: Batch, following: Batch | None, stop: signals.StopRequest, saver: Saver
     ) -> Callable[[], torch.Tensor]:
-        """Begins to agree on what is known before the step on `batch`; `note` is given what this returns.
+        """Starts the all-reduce of this step's flags, so that it overlaps the step; `note` gets the result.
 
-        So the way to all ranks, tens of milliseconds at hundreds of them, is taken beside the step. What happens
-        meanwhile, as a signal that is heard, is asked before the next one.
+        It takes tens of ms at hundreds of ranks. A signal that arrives meanwhile counts from the next step on.
         """
         flags = [
             float(stop.signal_name is not None),

@@ -156,7 +156,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     heads = {name.rpartition(".")[0] for name in classifier_names(model)}
     if data.fewshot and len(heads) > 1:
         raise ConfigError(
-            f"evaluation.fewshot_train: {config.model.name} has {len(heads)} heads, so no one input of it"
+            f"evaluation.fewshot_train: {config.model.name} has {len(heads)} heads; few-shot needs a single one"
         )
     if from_scratch and config.init_from is not None:
         agreement.together(lambda: _load(model, config, data))  # a node may lack them
@@ -325,7 +325,7 @@ def _go_on_from(checkpoint: Path, config: Config, data: DataSets) -> Config:
         config = replace(config, engine=replace(config.engine, compile=checkpoint_config(checkpoint).engine.compile))
         check_machine(config)
         if config.engine.compile != "auto":
-            say(f"engine.compile: {str(config.engine.compile).lower()}, as the run began")
+            say(f"engine.compile: {str(config.engine.compile).lower()}, as at the start of the run")
     return config
 
 

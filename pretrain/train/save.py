@@ -52,8 +52,8 @@ def restore_copy(config: Config, stop: signals.StopRequest) -> None:
             if has_own:
                 return  # the thread that copies tells what is wrong
             raise StorageError(
-                f"checkpoint.copy_to: {url}: nothing that can be used has come in {limit:,.0f} s; the same command "
-                "tries again, or starts afresh with checkpoint.copy_to=null"
+                f"checkpoint.copy_to: {url}: no complete copy was downloaded in {limit:,.0f} s; the same command "
+                "tries again; with checkpoint.copy_to=null it starts from scratch"
             )
         time.sleep(_LOOK_EVERY_S)
     agreement.from_main(job.result)
