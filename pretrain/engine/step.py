@@ -20,6 +20,7 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
+from pretrain.engine.ahead import CopyAhead
 from pretrain.engine.compiling import compiles, keep_compiled
 from pretrain.engine.filling import fill
 from pretrain.engine.frozen import FrozenStatistics
@@ -57,7 +58,7 @@ class Engine:
         self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device, values: Values | None = None
     ) -> None:
         check_precision(config)
-        self.plan, self.device = plan, device
+        self.plan, self.device, self.ahead = plan, device, CopyAhead(device)
         self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # around the parts of a step, for a trace
         self._fits = False  # a micro-batch, into the GPU's memory
         self.dtype = DTYPES[config.engine.precision]
