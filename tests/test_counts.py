@@ -340,6 +340,16 @@ def test_each_size_of_a_batch_has_its_own_code(order: tuple[bool, bool], graphs:
     assert (graphs.graphs, graphs.calls, graphs.open_sizes) == (2, 2 * 2 * 2, 0)
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+def test_kernels_are_timed_where_that_is_asked_for(tuned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each block, and never in CUDA graphs: see compile_blocks."""
+    found: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: found.append(options))
+    shape = {"width": 32, "depth": 3, "mlp_dim": 64, "heads": 2, "image_size": 16, "patch_size": 8}
+    compile_blocks(build_model(ModelConfig(name="Ti", **shape), NUM_CLASSES), tuned=tuned)
+    assert found == [{"dynamic": False, "mode": "max-autotune-no-cudagraphs" if tuned else None}] * 3
+
+
 @QUIET
 @pytest.mark.slow
 @pytest.mark.parametrize("planted", ["break", "constant"])

@@ -193,7 +193,7 @@ class EngineConfig:
     zero_stage: int = 1  # 1: shards optimizer state; 2: and gradients; 3: and weights. 0 is refused (wrong in bf16)
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; master weights are always fp32
     max_micro_batch_size: int = 256  # images per rank and forward pass, at most: what fits in memory
-    compile: Literal["auto", True, False] = "auto"  # torch.compile each block; auto: on GPUs, where it can, not ZeRO 3
+    compile: Literal["auto", True, False, "max-autotune"] = "auto"  # each block; auto: on GPUs, if it can, not ZeRO 3
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, about 30 % slower
     timeout_s: int = 600  # a collective that takes longer fails the run instead of hanging it
     watchdog_s: int = 300  # a rank silent for longer than this, and than 5 times its usual, is ended (76); 0: never
@@ -203,7 +203,7 @@ class EngineConfig:
 
         Not by itself under ZeRO 3, whose hooks cut each block into pieces that are compiled over and over.
         """
-        return (on_gpu and able and self.zero_stage < 3) if self.compile == "auto" else self.compile
+        return (on_gpu and able and self.zero_stage < 3) if self.compile == "auto" else bool(self.compile)
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""

@@ -54,10 +54,11 @@ def check_machine(config: Config) -> None:
     """Raises UserError for what this machine cannot do: a precision, as fp16 on most CPUs, or compiling."""
     check_precision(config)
     names = [os.environ.get("CC"), os.environ.get("CXX"), "cc", "gcc", "g++", "clang", "clang++"]
-    if config.engine.compile is True and not any(map(shutil.which, filter(None, names))):
+    asked = config.engine.compile
+    if asked in (True, "max-autotune") and not any(map(shutil.which, filter(None, names))):
         raise UserError(
-            "engine.compile=true: torch.compile needs a C and C++ compiler, and none is found: apt install "
-            "build-essential (or set CC and CXX), or set engine.compile=false"
+            f"engine.compile={str(asked).lower()}: torch.compile needs a C and C++ compiler, and none is found: apt "
+            "install build-essential (or set CC and CXX), or set engine.compile=false"
         )
 
 

@@ -73,7 +73,7 @@ class Engine:
         self.compiled, self.told_of_compiling = compiles(config, device)
         if self.compiled:
             keep_compiled()
-            compile_blocks(model)
+            compile_blocks(model, tuned=config.engine.compile == "max-autotune")
         self._frozen = FrozenStatistics(model)
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
         self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size())
