@@ -6,6 +6,7 @@ the device raises. Not shown: the backward pass, which needs a CUDA context, col
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from pretrain.data.loader import Batch, single_labels
 from pretrain.data.mix import Mix, mixed
 from pretrain.data.order import BatchPlan
 from pretrain.engine import patches, step
+from pretrain.engine.fp8 import train_in_fp8
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.layers import LargestLogits, LayerNorms
 from pretrain.engine.slices import Part
@@ -171,6 +173,24 @@ def test_models_stay_on_the_device(dtype: torch.dtype, changes: dict[str, Any]) 
     on_cuda(model.train()(to_float(images, dtype, IMAGENET)), model.eval()(to_float(images, dtype)))
     if dtype == torch.float32:
         on_cuda(logits_of(model, IMAGENET)(images), pre_logits(model)(images), among(logits_of(model), [1, 3])(images))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
+def test_fp8_is_given_what_a_gpu_multiplies() -> None:
+    """Both sides in the order that its kernels want, sizes in multiples of 16; tokens are any number."""
+    model = model_of()
+    with unset_fake_temporarily():
+        train_in_fp8(model)
+    images = torch.zeros(BATCH - 1, 3, SIDE, SIDE, dtype=torch.bfloat16, device=CUDA)
+    with NoCopies():
+        on_cuda(model.train()(images))
+    model.blocks[0].mlp.fc1 = nn.Linear(32, 72, device=CUDA, dtype=torch.bfloat16)  # type: ignore[index, union-attr]
+    with unset_fake_temporarily():
+        train_in_fp8(model)
+    with pytest.raises(RuntimeError, match="divisible by 16"):
+        model(images)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from pretrain.data.order import BatchPlan
 from pretrain.engine.ahead import CopyAhead
 from pretrain.engine.compiling import compiles, keep_compiled
 from pretrain.engine.filling import fill
+from pretrain.engine.fp8 import train_in_fp8
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
@@ -70,6 +71,8 @@ class Engine:
         self.num_parameters = num_parameters(model)  # before ZeRO 3 takes them apart
         if config.engine.checkpoint_activations:
             _checkpoint_activations(model)
+        if config.engine.fp8:
+            train_in_fp8(model)
         self.compiled, self.told_of_compiling = compiles(config, device)
         if self.compiled:
             keep_compiled()
