@@ -12,7 +12,8 @@ from tiny import changed, make_shards, tiny_config
 from torch import nn
 
 from pretrain.cluster import ranks
-from pretrain.config import Config, ModelConfig
+from pretrain.config import Config, ModelConfig, config_to_dict
+from pretrain.config.changes import resume_differences
 from pretrain.data.loader import train_batches
 from pretrain.data.order import plan_batch
 from pretrain.engine import fp8
@@ -62,6 +63,13 @@ def test_a_machine_without_fp8_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         check_fp8(config)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     check_fp8(config)
+
+
+def test_a_resume_keeps_its_arithmetic(tmp_path: Path) -> None:
+    """Switched on or off in a run it is refused, as another precision is."""
+    config = tiny_config(tmp_path, tmp_path, engine__precision="bf16")
+    told = resume_differences(config_to_dict(config), changed(config, engine__fp8=True))
+    assert told == ["engine.fp8: was False, is True"]
 
 
 def models() -> tuple[Any, Any]:
