@@ -35,8 +35,8 @@ NUM_CLASSES = 7
 VIEWS = ("view", "detach", "alias", "t.default", "transpose", "slice", "select", "as_strided", "unbind", "narrow")
 VIEWS += ("expand", "split", "chunk", "permute", "unsqueeze", "squeeze", "_unsafe_view", "lift_fresh")
 # Of a tensor on a GPU each of these waits until the GPU has computed it, or for a copy from memory that is not pinned.
-READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "unique")
-READS += ("equal",)
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "unique", "equal")
+READS += ("new_tensor",)
 MAKES = (torch.tensor, torch.as_tensor, torch.from_numpy)
 
 
@@ -92,7 +92,7 @@ class _Operations(TorchDispatchMode):
         name = str(function)
         if not name.startswith(tuple(f"aten.{view}" for view in VIEWS)):
             self._counts.ops[name] += 1
-        if name.startswith(("aten.masked_select", "aten._unique", "aten.repeat_interleave.Tensor")):
+        if name.startswith(("aten.nonzero", "aten.masked_select", "aten._unique", "aten.repeat_interleave.Tensor")):
             self._counts.waits[name] += 1
         if name.startswith("aten.index") and any(getattr(i, "dtype", None) == torch.bool for i in args[1]):
             self._counts.waits[name] += 1  # a mask: how many it takes is asked of the device
@@ -246,6 +246,16 @@ def test_what_is_planted_is_counted(config: Config) -> None:
     assert counted(config, (1, 1, 64), "launches")["step"] > 3000
 
 
+def test_waits_that_hide_are_counted() -> None:
+    """One argument makes `torch.where` a search for what is true; `new_tensor` copies to where its tensor lies."""
+    values = torch.arange(3.0)
+    with Counts() as counts:
+        torch.where(values > 0)
+        values.nonzero()
+        values.new_tensor([1.0])
+    assert counts.waits == {"aten.nonzero.default": 2, "new_tensor": 1}
+
+
 # --- graphs of the compiler ------------------------------------------------------------------------------------------
 
 
@@ -328,6 +338,16 @@ def test_each_size_of_a_batch_has_its_own_code(order: tuple[bool, bool], graphs:
             with torch.set_grad_enabled(training):
                 model.train(training)(torch.randn(4 if training else 6, 3, 16, 16))
     assert (graphs.graphs, graphs.calls, graphs.open_sizes) == (2, 2 * 2 * 2, 0)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_kernels_are_timed_where_that_is_asked_for(tuned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each block, and never in CUDA graphs: see compile_blocks."""
+    found: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: found.append(options))
+    shape = {"width": 32, "depth": 3, "mlp_dim": 64, "heads": 2, "image_size": 16, "patch_size": 8}
+    compile_blocks(build_model(ModelConfig(name="Ti", **shape), NUM_CLASSES), tuned=tuned)
+    assert found == [{"dynamic": False, "mode": "max-autotune-no-cudagraphs" if tuned else None}] * 3
 
 
 @QUIET

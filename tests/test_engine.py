@@ -609,14 +609,17 @@ def test_slow_emulation_of_bf16_does_not_count(shards: Path, monkeypatch: pytest
     check_precision(config)
 
 
-def test_a_missing_compiler_is_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", [True, "max-autotune"])
+def test_a_missing_compiler_is_one_line(
+    asked: Any, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Told before the engine is built; CC and CXX name others, and who does not compile needs none."""
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     check_machine(tiny_config(shards, tmp_path))
-    config = tiny_config(shards, tmp_path, engine__compile=True)
-    with pytest.raises(UserError, match="engine.compile=true: .*apt install build-essential") as error:
+    config = tiny_config(shards, tmp_path, engine__compile=asked)
+    with pytest.raises(UserError, match=f"engine.compile={str(asked).lower()}: .*apt install build-essential") as error:
         check_machine(config)
     assert "\n" not in str(error.value)
     (tmp_path / "mine").touch(mode=0o755)
@@ -636,6 +639,7 @@ def test_a_missing_compiler_is_one_line(shards: Path, tmp_path: Path, monkeypatc
         ("auto", 1, "cpu", None, False, ""),
         (True, 3, "cuda", "g++ only", True, "engine.compile=true: blocks are compiled"),
         (True, 1, "cpu", None, True, ""),
+        ("max-autotune", 1, "cuda", "g++ only", True, "engine.compile=max-autotune: blocks are compiled"),
         (False, 1, "cuda", None, False, "engine.compile=false: blocks are not compiled"),
     ],
 )

@@ -6,6 +6,7 @@ the device raises. Not shown: the backward pass, which needs a CUDA context, col
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.checkpoint import behind
 from pretrain.checkpoint.behind import FileCopy, HostCopies, host_bytes
@@ -24,7 +26,8 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels
 from pretrain.data.mix import Mix, mixed
 from pretrain.data.order import BatchPlan
-from pretrain.engine import patches
+from pretrain.engine import patches, step
+from pretrain.engine.fp8 import train_in_fp8
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.layers import LargestLogits, LayerNorms
 from pretrain.engine.slices import Part
@@ -94,6 +97,23 @@ def on_cuda(*tensors: torch.Tensor) -> None:
     assert [tensor.device for tensor in tensors] == [CUDA] * len(tensors)
 
 
+class NoCopies(TorchDispatchMode):
+    """Raises where values go from the host to the device or back, and where the device is asked how many are not zero.
+
+    For each of these a step waits: memory of the host that is not pinned is copied behind all that was launched before.
+    tests/test_counts.py, on CPUs, cannot tell such a copy from a cast.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        assert not name.startswith("aten.nonzero"), f"{name} waits for the device"
+        result = function(*args, **(kwargs or {}))
+        if name.startswith(("aten._to_copy", "aten.copy_")):
+            source, target = args[name.startswith("aten.copy_")].device.type, result.device.type
+            assert source == target, f"{name} from {source} to {target}"
+        return result
+
+
 def engine_of(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     """An engine around a model on the device, less DeepSpeed: whose part calls the model, and takes no step."""
     engine: Any = object.__new__(Engine)
@@ -156,6 +176,24 @@ def test_models_stay_on_the_device(dtype: torch.dtype, changes: dict[str, Any]) 
 
 
 @torch.no_grad()
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
+def test_fp8_is_given_what_a_gpu_multiplies() -> None:
+    """Both sides in the order that its kernels want, sizes in multiples of 16; tokens are any number."""
+    model = model_of()
+    with unset_fake_temporarily():
+        train_in_fp8(model)
+    images = torch.zeros(BATCH - 1, 3, SIDE, SIDE, dtype=torch.bfloat16, device=CUDA)
+    with NoCopies():
+        on_cuda(model.train()(images))
+    model.blocks[0].mlp.fc1 = nn.Linear(32, 72, device=CUDA, dtype=torch.bfloat16)  # type: ignore[index, union-attr]
+    with unset_fake_temporarily():
+        train_in_fp8(model)
+    with pytest.raises(RuntimeError, match="divisible by 16"):
+        model(images)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_losses_and_counts_stay_on_the_device(kind: str, labels: int) -> None:
@@ -174,9 +212,10 @@ def test_a_training_step_and_evaluation_stay_on_the_device(changes: dict[str, An
     batch = batch_on_host(2).to(engine.device)
     on_cuda(*batch[:4])
     assert batch.index.device.type == "cpu"
-    on_cuda(engine.train_step(batch, 1e-3).sums)
-    with engine.averaged():
-        on_cuda(engine.predict(batch.images), engine.features(batch.images))
+    with NoCopies():
+        on_cuda(engine.train_step(batch, 1e-3).sums)
+        with engine.averaged():
+            on_cuda(engine.predict(batch.images), engine.features(batch.images))
 
 
 @torch.no_grad()
@@ -341,3 +380,30 @@ def test_a_mixture_of_host_and_device_is_found(planted: Callable[[Any], None]) -
     engine = engine_of()
     with pytest.raises(RuntimeError, match="two different devices|same device"):
         planted(engine)
+
+
+COPIES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "to": lambda losses: losses + torch.zeros(len(losses)).to(losses.device),
+    "back": lambda losses: losses.to("cpu"),
+    "new_tensor": lambda losses: losses + losses.new_tensor([0.5]),
+    "tensor": lambda losses: losses + torch.tensor([0.5], device=losses.device),
+    "copy_": lambda losses: losses.clone().copy_(torch.zeros(len(losses))),
+    "where": lambda losses: torch.where(losses > 0),
+    "nonzero": lambda losses: losses.nonzero(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("planted", COPIES)
+def test_a_copy_inside_a_step_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to write one, between the losses and their sum."""
+    engine, batch, plain = engine_of(), batch_on_host().to(CUDA), step.per_image_loss
+
+    def with_copy(*given: Any) -> torch.Tensor:
+        losses = plain(*given)
+        COPIES[planted](losses)
+        return losses
+
+    monkeypatch.setattr(step, "per_image_loss", with_copy)
+    with pytest.raises(AssertionError, match="from c|waits for the device"), NoCopies():
+        engine.train_step(batch, 1e-3)

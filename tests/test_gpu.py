@@ -31,6 +31,7 @@ from pretrain.config import Config, ModelConfig, OptimConfig, config_to_dict
 from pretrain.data.loader import Batch, single_labels
 from pretrain.data.order import plan_batch
 from pretrain.engine import step as engine_step
+from pretrain.engine.ahead import CopyAhead
 from pretrain.engine.step import Engine
 from pretrain.models.build import build_model
 from pretrain.optim import build_optimizer, parameter_groups
@@ -350,3 +351,25 @@ def test_copies_are_pinned_and_whole(tmp_path: Path) -> None:
     copy.write(tmp_path / "ours")
     assert copy._bytes.is_pinned()
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize(("copies_wait", "steps_wait"), [(100_000_000, 20_000_000), (20_000_000, 100_000_000)])
+def test_a_batch_copied_ahead_is_whole(copies_wait: int, steps_wait: int) -> None:
+    """Copies held up longer than steps (some 60 and 12 ms): no step reads too early. Steps longer than copies: no
+    batch's memory is given away while a step may read it.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    ahead, shape, slots = CopyAhead(device), (64, 3, 224, 224), torch.arange(64)
+    images = [torch.full(shape, number, dtype=torch.uint8).pin_memory() for number in range(8)]
+    batches = [Batch(image, *single_labels(slots), slots >= 0, slots, slots, []) for image in images]
+    assert ahead._stream is not None
+    found = []
+    for batch, following in zip(batches, [*batches[1:], None]):
+        with torch.cuda.stream(ahead._stream):
+            torch.cuda._sleep(copies_wait)
+        arrived = ahead.take(batch, following)
+        torch.cuda._sleep(steps_wait)
+        found.append(torch.stack([arrived.images.min(), arrived.images.max(), arrived.labels.sum()]))
+        del arrived
+    expected = int(slots.sum())
+    assert torch.stack(found).tolist() == [[number, number, expected] for number in range(8)]

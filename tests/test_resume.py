@@ -28,6 +28,7 @@ from pretrain.data import loader, reader
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest
+from pretrain.engine import compiling
 from pretrain.engine.compiling import keep_compiled
 from pretrain.errors import ConfigError, NonFiniteError, StorageError, UserError
 from pretrain.train import run
@@ -896,6 +897,37 @@ def test_compiled_code_is_kept_where_nobody_else_writes(
     keep_compiled()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     assert f"{place}: compiled code is not kept there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mounted", "shared"),
+    [
+        ("overlay / overlay rw 0 0\n/dev/sda1 {home} ext4 rw 0 0", False),
+        ("overlay / overlay rw 0 0\nserver:/export {home} nfs4 rw,vers=4.2 0 0", True),
+        ("auto.home {home} autofs rw 0 0\nserver:/export {home} lustre rw 0 0\ntmpfs {home}x tmpfs rw 0 0\n", True),
+        ("server:/ / nfs rw 0 0\n/dev/sda1 {home} xfs rw 0 0", False),
+        ("server:/ / nfs rw 0 0\n/dev/sda1 {home}/compiled xfs rw 0 0", True),
+        ("/dev/sda1 {home} xfs rw 0 0\nserver:/ / nfs rw 0 0", False),
+        ("sshfs {home} fuse.sshfs rw 0 0", True),
+        ("fuse-overlayfs / fuse.fuse-overlayfs rw 0 0", False),
+        ("", False),
+    ],
+)
+def test_compiled_code_is_kept_on_the_node(
+    mounted: str, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the user's cache is on a network file system: in a folder of the node, with the same care."""
+    home, node, mounts = tmp_path / "my home", tmp_path / "node", tmp_path / "mounts"
+    node.mkdir()
+    mounts.write_text(mounted.format(home=str(home).replace(" ", "\\040")))
+    monkeypatch.setattr(compiling, "_MOUNTS", mounts)
+    monkeypatch.setattr(compiling, "_OF_NODE", node)
+    monkeypatch.setenv("PRETRAIN_CACHE", str(home))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    keep_compiled()
+    (made,) = [*node.iterdir(), *(home.iterdir() if home.exists() else [])]
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(made) and made.stat().st_mode & 0o777 == 0o700
+    assert made.parent == (node if shared else home)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

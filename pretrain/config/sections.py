@@ -193,7 +193,8 @@ class EngineConfig:
     zero_stage: int = 1  # 1: shards optimizer state; 2: and gradients; 3: and weights. 0 is refused (wrong in bf16)
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; master weights are always fp32
     max_micro_batch_size: int = 256  # images per rank and forward pass, at most: what fits in memory
-    compile: Literal["auto", True, False] = "auto"  # torch.compile each block; auto: on GPUs, where it can, not ZeRO 3
+    compile: Literal["auto", True, False, "max-autotune"] = "auto"  # each block; auto: on GPUs, if it can, not ZeRO 3
+    fp8: bool = False  # train with products of the blocks in fp8, by torchao, from Ada on (docs/performance.md)
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, about 30 % slower
     timeout_s: int = 600  # a collective that takes longer fails the run instead of hanging it
     watchdog_s: int = 300  # a rank silent for longer than this, and than 5 times its usual, is ended (76); 0: never
@@ -203,7 +204,7 @@ class EngineConfig:
 
         Not by itself under ZeRO 3, whose hooks cut each block into pieces that are compiled over and over.
         """
-        return (on_gpu and able and self.zero_stage < 3) if self.compile == "auto" else self.compile
+        return (on_gpu and able and self.zero_stage < 3) if self.compile == "auto" else bool(self.compile)
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
@@ -214,6 +215,11 @@ class EngineConfig:
             )
         elif self.zero_stage not in (1, 2, 3):
             yield f"engine.zero_stage is {self.zero_stage}, expected 1, 2 or 3"
+        if self.fp8 and (self.precision != "bf16" or self.zero_stage == 3):
+            yield (
+                f"engine.fp8 is of engine.precision=bf16 and zero_stage 1 and 2, not of {self.precision} with "
+                f"{self.zero_stage}"
+            )
         yield from outside(
             self, "engine", max_micro_batch_size=(1, 1 << 20), timeout_s=(1, 86_400), watchdog_s=(0, 86_400)
         )
@@ -341,6 +347,8 @@ class Config:
             )
         if self.init_new_head and self.init_from is None:
             problems.append("init_new_head needs init_from, which is null")
+        if self.engine.fp8:
+            problems += _fp8_problems(self.model)
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -364,3 +372,13 @@ class Config:
 
 def _parts(config: Config) -> list[Any]:
     return [getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name))]
+
+
+def _fp8_problems(model: ModelConfig) -> list[str]:
+    """What forbids engine.fp8 for a model."""
+    if model.timm_name is not None:
+        return [f"engine.fp8 is of our own ViTs, not of {model.name}"]
+    width, _, mlp_dim, _ = model.shape
+    if width % 16 or mlp_dim % 16:
+        return [f"engine.fp8 needs multiples of 16: model.width is {width}, mlp_dim {mlp_dim}"]
+    return []

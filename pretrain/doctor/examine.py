@@ -194,7 +194,7 @@ def _checks(config: Config | None, num_hosts: int, *, is_leader: bool) -> list[C
         ("own name", partial(machine.check_host_name, num_hosts)),
     ]
     if is_leader:
-        wanted = config is not None and config.engine.compile is True
+        wanted = config is not None and config.engine.compile in (True, "max-autotune")
         checks.append(("compiler", partial(machine.check_compiler, wanted)))
     if is_leader and config is not None:
         for key, path in disks.sets_of(config).items():

@@ -1,14 +1,17 @@
 """Whether blocks are compiled, and where compiled code is kept.
 
-It is kept where the next start finds it: /tmp, torch's own place, is another one on another node.
+It is kept where the next start finds it, which in /tmp, torch's own place, a restart of the machine takes away.
 
 It lies in the user's cache folder, not in the run's: it is executed, and a run's folder may come from somebody else.
-torch looks it up by all that it was made of (the graph, the releases, the device), so that ranks and runs share it; a
-file appears complete or not at all, whatever kills its writer.
+Where that is on a network file system each node has a folder of its own: Triton loads what it has just written, and
+over NFS ranks of several nodes end with "Stale file handle" when another one replaces it. torch looks it up by all
+that it was made of (the graph, the releases, the device), so that ranks and runs share it; a file appears complete or
+not at all, whatever kills its writer.
 """
 
 import fcntl
 import os
+import re
 import shutil
 import stat
 import sysconfig
@@ -24,6 +27,10 @@ from pretrain.data.downloads import cache_folder
 from pretrain.log import warn
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable; Triton's kernels lie in the same folder
+_MOUNTS = Path("/proc/self/mounts")
+_OF_NODE = Path("/var/tmp")  # of this node, and kept when it restarts
+# Types of file systems that several nodes may share. Those of FUSE are called fuse.NAME, most of them remote ones.
+_NETWORK = {"9p", "afs", "autofs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4", "panfs", "smb3", "wekafs"}
 _LEAST_CAPABILITY = (7, 0)  # Volta, which Triton needs
 
 
@@ -57,15 +64,16 @@ def _lacking(device: torch.device) -> str | None:
 
 
 def keep_compiled() -> None:
-    """Has torch.compile keep its code in PRETRAIN_CACHE, unless TORCHINDUCTOR_CACHE_DIR names a folder.
+    """Has torch.compile keep its code in PRETRAIN_CACHE, or in /var/tmp where that is on a network file system.
 
-    A folder that cannot be written or locked, or that others may write to, is a warning: torch's own place serves.
+    TORCHINDUCTOR_CACHE_DIR names another folder. One that cannot be written or locked, or that others may write to, is
+    a warning: torch's own place serves.
     """
     if _FOLDER in os.environ:
         return
     folder = None
     try:
-        folder = cache_folder() / f"compiled-{os.geteuid()}"  # the rest of the cache may be a group's
+        folder = _place()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
@@ -79,3 +87,26 @@ def keep_compiled() -> None:
             warn(f"{place}: compiled code is not kept there, the next start may compile again ({why})")
         return
     os.environ[_FOLDER] = str(folder)
+
+
+def _place() -> Path:
+    """Where compiled code belongs, whether it can lie there or not."""
+    name = f"compiled-{os.geteuid()}"  # of the user alone: the rest of the cache may be a group's
+    if _on_network(cache_folder()):
+        return _OF_NODE / f"vit-pretrain-{name}"
+    return cache_folder() / name
+
+
+def _on_network(path: Path) -> bool:
+    """Whether a path, which need not be there yet, lies on a file system that other nodes may share."""
+    try:
+        table = _MOUNTS.read_text(errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return False
+    path, above, kind = path.absolute().resolve(), 0, ""
+    for line in table:
+        _, point, this_kind, *_ = line.split(" ")
+        point = Path(re.sub(r"\\([0-7]{3})", lambda digits: chr(int(digits[1], 8)), point))  # a blank is \040 there
+        if path.is_relative_to(point) and len(point.parts) >= above:  # of two at a place the later one is seen
+            above, kind = len(point.parts), this_kind
+    return kind in _NETWORK or (kind.startswith("fuse.") and kind != "fuse.fuse-overlayfs")  # a container's

@@ -9,6 +9,7 @@ from deepspeed.accelerator import get_accelerator
 
 from pretrain.config import Config
 from pretrain.data.order import BatchPlan
+from pretrain.engine.fp8 import check_fp8
 from pretrain.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -51,13 +52,15 @@ def deepspeed_config(config: Config, plan: BatchPlan, world_size: int) -> dict[s
 
 
 def check_machine(config: Config) -> None:
-    """Raises UserError for what this machine cannot do: a precision, as fp16 on most CPUs, or compiling."""
+    """Raises UserError for what this machine cannot do: a precision, as fp16 on most CPUs, fp8, or compiling."""
     check_precision(config)
+    check_fp8(config)
     names = [os.environ.get("CC"), os.environ.get("CXX"), "cc", "gcc", "g++", "clang", "clang++"]
-    if config.engine.compile is True and not any(map(shutil.which, filter(None, names))):
+    asked = config.engine.compile
+    if asked in (True, "max-autotune") and not any(map(shutil.which, filter(None, names))):
         raise UserError(
-            "engine.compile=true: torch.compile needs a C and C++ compiler, and none is found: apt install "
-            "build-essential (or set CC and CXX), or set engine.compile=false"
+            f"engine.compile={str(asked).lower()}: torch.compile needs a C and C++ compiler, and none is found: apt "
+            "install build-essential (or set CC and CXX), or set engine.compile=false"
         )
 
 

@@ -4,7 +4,6 @@ The gradient is clipped, and the optimizer stepped, inside `self._engine.step()`
 Where its slices of weights and moments lie is told by slices.py.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -20,8 +19,11 @@ from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
+from pretrain.engine.ahead import CopyAhead
+from pretrain.engine.clock import ForwardClock
 from pretrain.engine.compiling import compiles, keep_compiled
 from pretrain.engine.filling import fill
+from pretrain.engine.fp8 import train_in_fp8
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.host_memory import keep_freed_memory
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
@@ -58,7 +60,7 @@ class Engine:
         self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device, values: Values | None = None
     ) -> None:
         check_precision(config)
-        self.plan, self.device = plan, device
+        self.plan, self.device, self.ahead = plan, device, CopyAhead(device)
         self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # around the parts of a step, for a trace
         self._fits = False  # a micro-batch, into the GPU's memory
         self.dtype = DTYPES[config.engine.precision]
@@ -70,10 +72,12 @@ class Engine:
         self.num_parameters = num_parameters(model)  # before ZeRO 3 takes them apart
         if config.engine.checkpoint_activations:
             _checkpoint_activations(model)
+        if config.engine.fp8:
+            train_in_fp8(model)
         self.compiled, self.told_of_compiling = compiles(config, device)
         if self.compiled:
             keep_compiled()
-            compile_blocks(model)
+            compile_blocks(model, tuned=config.engine.compile == "max-autotune")
         self._frozen = FrozenStatistics(model)
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
         self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size())
@@ -243,7 +247,7 @@ class Engine:
 
     def on_forward(self, note: Callable[[float], None]) -> None:
         """Has each forward pass of the training tell its seconds, on a GPU those of an earlier pass."""
-        clock = _ForwardClock(note, self.device)
+        clock = ForwardClock(note, self.device)
         self._module.register_forward_pre_hook(lambda module, _: clock.begin() if module.training else None)
         self._module.register_forward_hook(lambda module, *_: clock.end() if module.training else None)
 
@@ -353,29 +357,6 @@ def _fitting(key: str, num_images: int) -> Iterator[None]:
 def first_sentence(error: torch.OutOfMemoryError) -> str:
     """Returns what an error begins with; advice and the state of the allocator follow."""
     return str(error).partition(". ")[0]
-
-
-class _ForwardClock:
-    """Times forward passes without waiting for the device."""
-
-    def __init__(self, note: Callable[[float], None], device: torch.device) -> None:
-        self._note, self._gpu, self._began = note, device.type == "cuda", 0.0
-        self._pending: list[tuple[Any, Any]] = []  # events of passes that the device may not have finished
-
-    def begin(self) -> None:
-        if self._gpu:
-            self._pending.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._pending[-1][0].record()
-        else:
-            self._began = time.perf_counter()
-
-    def end(self) -> None:
-        if not self._gpu:
-            return self._note(time.perf_counter() - self._began)
-        self._pending[-1][1].record()
-        while self._pending and self._pending[0][1].query():
-            first, last = self._pending.pop(0)
-            self._note(first.elapsed_time(last) / 1000)
 
 
 def _head_of(model: nn.Module) -> nn.Module:

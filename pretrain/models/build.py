@@ -126,12 +126,16 @@ def _takes_image_size(name: str, image_size: int) -> bool:
     return True
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, *, tuned: bool = False) -> None:
     """Compiles each block of a ViT on its own: seconds instead of minutes, and parameter names stay as they are.
 
     Each size of a batch has its own code; there are two, training's and evaluation's, which are filled up. Else the
     second one would be compiled for any size, and a run that resumes by a validation would train by other kernels.
+
+    tuned: by the fastest of several kernels, which the compiler times. Without its CUDA graphs: each block would need
+    one of its own, and in the memory of a graph its gradients would be overwritten while DeepSpeed still holds them.
     """
+    mode = "max-autotune-no-cudagraphs" if tuned else None
     blocks = getattr(model, "blocks", None)
     for module in blocks if isinstance(blocks, nn.Sequential) else [model]:
-        module.compile(dynamic=False)
+        module.compile(dynamic=False, mode=mode)

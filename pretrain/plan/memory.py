@@ -107,7 +107,7 @@ def memory(
     """
     activations = activation_bytes(config, num_classes, layout.micro_batch, layout.recompute)
     model = config.model
-    images = layout.micro_batch * layout.accumulation * 3 * model.image_size**2  # uint8, the rank's whole share
+    images = 2 * layout.micro_batch * layout.accumulation * 3 * model.image_size**2  # uint8, two steps' whole shares
     matrix = largest_parameter(config, num_classes)
     return _memory(config, plain_parameters(model, num_classes), layout, bucket, activations, images, matrix, prefetch)
 

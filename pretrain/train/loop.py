@@ -47,7 +47,7 @@ def loop(
         answer = journal.ask(batch, following, stop, saver)
         lr = learning_rate(config.optim, config.total_steps, state.step)
         with profile.step(state.step + 1), engine.layers.watched(due(state.step + 1, config.log.layers_every_steps)):
-            result = engine.train_step(batch.to(engine.device), lr)
+            result = engine.train_step(engine.ahead.take(batch, following), lr)
         state.step += 1
         state.metrics = {}
         meter.add(result)

@@ -1,0 +1,66 @@
+"""Products of the blocks' linear layers in fp8, by torchao: activations and weights e4m3, gradients of outputs e5m2.
+
+Each tensor has one scale, by its own largest value in this step. Weights stay the parameters that they are, so that
+neither ZeRO nor a checkpoint knows of it. Gradients of weights stay products in bf16: they add up over tokens, of which
+fp8 needs a multiple of 16 (197 an image), and all of the rounding would reach the optimizer.
+
+Not a function of our own over torch._scaled_mm: torchao's is compiled in one graph, and keeps off a fault of Triton's
+that stores NaN in compiled fp8 (triton-lang/triton#11111), which no test on a CPU would meet.
+"""
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain.cluster import ranks
+from pretrain.config import Config
+from pretrain.errors import UserError
+
+_LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+
+
+def check_fp8(config: Config) -> None:
+    """Raises UserError where engine.fp8 is asked for and this machine lacks what it needs. CPUs compute it slowly."""
+    if not config.engine.fp8:
+        return
+    if find_spec("torchao") is None:
+        raise UserError("engine.fp8=true: torchao is not installed; pip install 'torchao>=0.18', or engine.fp8=false")
+    if ranks.has_gpu() and torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
+        raise UserError(
+            f"engine.fp8=true: {torch.cuda.get_device_name()} has no products in fp8, which begin with compute "
+            "capability 8.9 (H100, H200, L40S, RTX 4090); set engine.fp8=false"
+        )
+
+
+def train_in_fp8(model: nn.Module) -> None:
+    """Has the linear layers of a ViT's blocks compute in fp8 while they train; in evaluation they are as before."""
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]  # an extra, and seconds to import
+        CastConfig,
+        Float8LinearConfig,
+        ScalingType,
+        convert_to_float8_training,
+    )
+
+    as_it_is = ScalingType.DISABLED
+    settings = Float8LinearConfig(
+        cast_config_input_for_grad_weight=CastConfig(as_it_is, target_dtype=torch.float8_e4m3fn),
+        cast_config_grad_output_for_grad_weight=CastConfig(as_it_is, target_dtype=torch.float8_e5m2),
+    )
+    blocks = model.get_submodule("blocks")
+    convert_to_float8_training(blocks, config=settings)
+    layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
+    kind = _only_in_training(type(layers[0]))
+    for layer in layers:
+        layer.__class__ = kind
+
+
+def _only_in_training(kind: type[nn.Linear]) -> type[nn.Linear]:
+    """A kind of linear layer that is a plain one in evaluation."""
+
+    class OnlyInTraining(kind):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) if self.training else F.linear(input, self.weight, self.bias)
+
+    return OnlyInTraining
