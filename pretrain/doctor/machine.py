@@ -17,7 +17,7 @@ from torch.cuda import nccl
 from pretrain import provenance
 from pretrain.cluster import ranks
 from pretrain.cluster.limits import free_memory_bytes
-from pretrain.cluster.local import gpus_asked_for
+from pretrain.cluster.local import driver_version, gpus_asked_for
 from pretrain.config import Config
 from pretrain.data.loader import SHARED_MEMORY, Room
 from pretrain.doctor.findings import OK, RED, WARN, Finding, size
@@ -28,7 +28,6 @@ USUAL = Room(open_files=512, memory_bytes=4 << 30, shared_bytes=1 << 30)
 MIN_LOCKED_BYTES = 1 << 30  # InfiniBand registers NCCL's buffers, some hundred MB a rank
 COMPILE_S = 30.0  # a compiler's patience; it needs a tenth of a second
 _INFINIBAND = Path("/sys/class/infiniband")
-_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def check_versions() -> Iterator[Finding]:
@@ -51,7 +50,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_gpu() -> Iterator[Finding]:
-    """The GPU of this rank, driver and CUDA; red when GPUs were asked for and are not there."""
+    """The GPU of this rank, driver and CUDA; red when GPUs are expected and not there."""
     try:
         device = ranks.choose_device()
     except UserError as error:
@@ -70,15 +69,8 @@ def check_gpu() -> Iterator[Finding]:
     told = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; {seen}"
     yield Finding("GPU", OK, re.sub(r"(?<==)[\d,]{30,}", "...", told), differs=WARN)
     version = ".".join(map(str, nccl.version()))
-    yield Finding("CUDA", OK, f"{torch.version.cuda}, NCCL {version}, driver {_driver()}", differs=WARN)
-
-
-def _driver() -> str:
-    try:
-        found = re.search(r"Module .*?(\d+\.[\d.]+)", _DRIVER.read_text())
-    except OSError:
-        found = None
-    return found[1] if found else provenance.UNKNOWN
+    driver = driver_version() or provenance.UNKNOWN
+    yield Finding("CUDA", OK, f"{torch.version.cuda}, NCCL {version}, driver {driver}", differs=WARN)
 
 
 def check_limits(room: Room, why: str) -> Iterator[Finding]:
