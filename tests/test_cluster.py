@@ -308,7 +308,9 @@ def old_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "535.104.05"
 
 
-def test_a_driver_too_old_for_torch_does_not_train_on_the_cpu(old_driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_too_old_for_torch_does_not_train_on_the_cpu(
+    old_driver: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """torch finds no GPU then, and nobody need have named any; who hides them, or asks for the CPU, gets the CPU."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(UserError) as refused:
@@ -317,6 +319,8 @@ def test_a_driver_too_old_for_torch_does_not_train_on_the_cpu(old_driver: str, m
     assert told.startswith(f"NVIDIA's driver {old_driver} has GPUs, but PyTorch finds none here: look at nvidia-smi; ")
     assert f"has CUDA 13.0, which needs driver 580 or newer: update {old_driver}, or make install CUDA=12" in told
     assert told.endswith("DS_ACCELERATOR=cpu trains on the CPU") and "DS_ACCELERATOR" not in environment()
+    local.warn_of_missing_gpus()  # as `make install` ends
+    assert capsys.readouterr().out == f"warning: {told}\n"
     for name, value in {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "0", "DS_ACCELERATOR": "cpu"}.items():
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

@@ -65,6 +65,19 @@ def driver_version() -> str | None:
     return found[1] if found else None
 
 
+def missing_gpus() -> str | None:
+    """Returns what to tell where torch finds no GPU, though there should be one; None where there need not be."""
+    if (expected := gpus_expected()) is None:
+        return None
+    return f"{expected}, but PyTorch finds none here: {driver_advice()}; DS_ACCELERATOR=cpu trains on the CPU"
+
+
+def warn_of_missing_gpus() -> None:
+    """Tells at the end of `make install` that a run would not find the GPUs here."""
+    if (told := missing_gpus()) and not gpu_is_here():
+        print(f"warning: {told}")
+
+
 def driver_advice() -> str:
     """Returns what to do about GPUs that torch does not find or cannot use."""
     import torch

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.cluster import slurm
-from pretrain.cluster.local import driver_advice, free_port, gpu_is_here, gpus_expected, rank_variables
+from pretrain.cluster.local import driver_advice, free_port, gpu_is_here, missing_gpus, rank_variables
 from pretrain.cluster.signals import SUPERVISOR
 from pretrain.errors import LostProcessError, UserError
 
@@ -179,11 +179,9 @@ def _enter_driver() -> None:
 def choose_device() -> torch.device:
     """Returns the device of this rank. Raises UserError when GPUs are expected and PyTorch does not find them."""
     if not has_gpu():
-        expected = None if os.environ.get("DS_ACCELERATOR") == "cpu" else gpus_expected()
-        if expected:  # it would run a hundred times slower, and say nothing
-            raise UserError(
-                f"{expected}, but PyTorch finds none here: {driver_advice()}; DS_ACCELERATOR=cpu trains on the CPU"
-            )
+        told = None if os.environ.get("DS_ACCELERATOR") == "cpu" else missing_gpus()
+        if told:  # it would run a hundred times slower, and say nothing
+            raise UserError(told)
         return torch.device("cpu")
     global _place
     _enter_driver()
