@@ -22,6 +22,9 @@ from pretrain.config import Config
 from pretrain.data.loader import SHARED_MEMORY, Room
 from pretrain.doctor.findings import OK, RED, WARN, Finding, size
 from pretrain.errors import UserError
+from pretrain.gpus import peak_flops
+from pretrain.plan.devices import DEVICES, assumed_mfu
+from pretrain.sizes import is_plain, plain_forward_macs
 
 # Where no config says what is needed: some 8 loader processes with 2 batches each, of 256 images of 224 pixels.
 USUAL = Room(open_files=512, memory_bytes=4 << 30, shared_bytes=1 << 30)
@@ -71,6 +74,15 @@ def check_gpu() -> Iterator[Finding]:
     version = ".".join(map(str, nccl.version()))
     driver = driver_version() or provenance.UNKNOWN
     yield Finding("CUDA", OK, f"{torch.version.cuda}, NCCL {version}, driver {driver}", differs=WARN)
+
+
+def images_per_s(config: Config, num_classes: int) -> float | None:
+    """Returns how many images a second this rank's GPU takes, as tools/plan.py assumes; None where no formula holds."""
+    if not ranks.has_gpu() or not is_plain(config.model) or peak_flops(name := torch.cuda.get_device_name()) is None:
+        return None
+    device = next(device for key, device in DEVICES.items() if key in name.lower().replace("-", " ").split())
+    reached = device.peak_flops * assumed_mfu(device, config.model.shape.width)
+    return reached / (6 * plain_forward_macs(config.model, num_classes))
 
 
 def check_limits(room: Room, why: str) -> Iterator[Finding]:

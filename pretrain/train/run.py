@@ -36,7 +36,7 @@ from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, checkpoint_config, classifier_names, load_tensors, read_weights
 from pretrain.provenance import processor
 from pretrain.train import ending
-from pretrain.train.datasets import DataSets, open_data, warn_of_small_store
+from pretrain.train.datasets import DataSets, open_data, warn_of_single_reads, warn_of_small_store
 from pretrain.train.epochs import in_steps
 from pretrain.train.folder import (
     claim,
@@ -109,6 +109,8 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     origin: Path | None = agreement.together(lambda: _branch_point(config, data)) if branches else None
     start = checkpoint or origin
     warn_of_small_store(data.train, data.order)
+    if start is None:  # one that goes on keeps its order
+        warn_of_single_reads(config.data, data.train, data.order)
     engine = build_engine(config, data, device, from_scratch=start is None)
     if checkpoint is not None:
         set_aside_newer(checkpoint)
