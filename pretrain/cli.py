@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeGuard
 
 from pretrain.cluster.jobs import PART_OF
 from pretrain.cluster.slurm import rank_so_far  # not cluster.ranks, which imports torch: a wrong key is told at once
@@ -26,6 +26,11 @@ _WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and r
 _ON_ANOTHER_NODE_S = 3.0  # likewise; a lost node is to be told within 5 s, of which asking the others takes one
 _INTERRUPTED = 130  # exit code, as of shells
 _AGAIN_S = 0.01  # after which an interrupt comes again that could not be raised
+# What imports of pyproject.toml's dependencies are called. That another module is missing is a defect.
+DEPENDENCIES = frozenset(
+    "PIL braceexpand deepspeed google_crc32c huggingface_hub jinja2 matplotlib numpy omegaconf rich safetensors scipy "
+    "sklearn tensorboard timm torch torchvision webdataset yaml".split()
+)
 
 
 def _interrupted(*_: object) -> None:
@@ -53,10 +58,22 @@ def _speaks_first() -> bool:
 
 
 def _in_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An interrupt before `run` was reached, while a command imports what it needs, or after its work."""
+    """An error before `run` was reached, while a command imports what it needs, or an interrupt after its work."""
+    if _is_not_installed(error):
+        _leave(_say_not_installed(error))
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
     _interrupted()
+
+
+def _is_not_installed(error: BaseException) -> TypeGuard[ModuleNotFoundError]:
+    """Returns whether this Python is not the one that `make install` has made ready."""
+    return isinstance(error, ModuleNotFoundError) and error.name in DEPENDENCIES
+
+
+def _say_not_installed(error: ModuleNotFoundError) -> int:
+    out = "source .venv/bin/activate, or make install first"
+    return _say(f"error: {sys.executable} has no {error.name}: {out}", UserError.exit_code)
 
 
 def _in_destructors(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -135,7 +152,9 @@ def run(main: Callable[[], int | None]) -> None:
         code = _on_os_error(error)
     except Exception as error:
         code = getattr(error, "exit_code", 1)
-        if code == 1:
+        if _is_not_installed(error):
+            code = _say_not_installed(error)
+        elif code == 1:
             traceback.print_exc()
         else:
             _say(f"error: {error}", code)

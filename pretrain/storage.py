@@ -134,3 +134,27 @@ def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_MOUNTS = Path("/proc/self/mounts")
+# By the types of the system's table of mounts: file systems that ask another machine for each read.
+_NETWORK_FILE_SYSTEMS = {
+    **{"nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "beegfs": "BeeGFS", "ceph": "CephFS"},
+    **{"fuse.ceph-fuse": "CephFS", "wekafs": "WekaFS", "panfs": "PanFS", "cifs": "CIFS", "smb3": "CIFS"},
+    **{"fuse.glusterfs": "GlusterFS", "fuse.juicefs": "JuiceFS", "fuse.sshfs": "sshfs", "fuse.gcsfuse": "gcsfuse"},
+}
+
+
+def network_file_system(path: Path) -> str | None:
+    """Returns the name of the network file system that a path lies on, None of a local one or where nothing tells."""
+    try:
+        place, lines = path.resolve(), _MOUNTS.read_text(errors="surrogateescape").split("\n")
+    except OSError:
+        return None
+    kind, depth = "", 0
+    for line in filter(None, lines):
+        _, point, its_kind, *_ = line.split(" ")
+        point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point))  # a blank is \040
+        if place.is_relative_to(point) and len(point.parts) >= depth:  # of two at one point the later hides the first
+            kind, depth = its_kind, len(point.parts)
+    return _NETWORK_FILE_SYSTEMS.get(kind)

@@ -16,11 +16,12 @@ from pretrain.config import Config
 from pretrain.data.classes import ClassMatch, match_classes
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest, read_as
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.models.timm_folder import write_own_folder
 from pretrain.models.weights import read_weights
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
+from pretrain.train import datasets
 from pretrain.train.datasets import open_data
 from pretrain.train.run import build_engine
 
@@ -173,6 +174,33 @@ def test_a_validation_set_of_another_order_is_read_by_name(
         open_data(tiny_config(train, tmp_path / "runs", data__val=str(other)))
     (few,) = eval_batches(load_manifest(val), data.val_indices, **options)
     assert few.labels.tolist() != batch.labels.tolist()  # as stored, without the map
+
+
+def test_sets_that_a_run_cannot_take_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More held out than there is; images one by one over a network, where nobody has chosen an order."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    train = shards(tmp_path / "train", ["a", "b", "c"])
+    with pytest.raises(
+        ConfigError, match=r"\(3000\) leaves nothing of 12 samples .*; hold out fewer, as data.held_out=0"
+    ):
+        open_data(tiny_config(train, tmp_path / "runs", data__held_out=3000))
+    told = f"warning: {train}/manifest.json is on NFS, which order=permuted asks for each image at another place; "
+    for place, order, said in (
+        ("NFS", "auto", told),
+        ("NFS", "permuted", ""),
+        ("NFS", "lanes", ""),
+        (None, "auto", ""),
+    ):
+        monkeypatch.setattr(datasets, "network_file_system", lambda path, place=place: place)
+        config = tiny_config(train, tmp_path / "runs", data__order=order)
+        data = open_data(config)
+        datasets.warn_of_single_reads(config.data, data.train, data.order)
+        assert capsys.readouterr().out == (
+            f"{said}data.order=lanes takes those that lie together within a few steps\n" if said else ""
+        )
 
 
 def start_from(configs: list[Config]) -> list[str]:

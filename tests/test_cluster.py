@@ -16,12 +16,13 @@ import torch
 from ranks import run_ranks
 from test_slurm import TASK
 
-from pretrain.cluster import agreement, peers, ranks, signals
+from pretrain.cluster import agreement, local, peers, ranks, signals
 from pretrain.cluster.jobs import array_ranges
 from pretrain.cluster.local import default_num_ranks, environment, free_port, gpus_asked_for, rank_variables
 from pretrain.errors import LostProcessError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CROSS_SIZE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
 
 
 def agree() -> dict[str, Any]:
@@ -287,8 +288,62 @@ def test_gpus_that_cannot_be_used_are_told(task: dict[str, str], monkeypatch: py
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update")
 
     monkeypatch.setattr(torch.cuda, "init", init)
-    with pytest.raises(UserError, match=r"look at nvidia-smi, .* \(The NVIDIA .* 12020\)\.\); DS_ACCELERATOR=cpu"):
+    with pytest.raises(UserError, match=r"the GPUs here \(The NVIDIA .* 12020\)\.\): .*; DS_ACCELERATOR=cpu"):
         ranks.choose_device()
+
+
+NVIDIA = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Sat Sep 13 10:11:12 UTC 2025\nGCC version:  gcc 12\n"
+
+
+@pytest.fixture
+def old_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A machine with a GPU whose driver is older than torch's CUDA wants, so that torch finds no GPU; its version."""
+    (tmp_path / "version").write_text(NVIDIA.format("535.104.05"))
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(local, "_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(local, "_DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in (*GPU_VARIABLES, "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    return "535.104.05"
+
+
+def test_a_driver_too_old_for_torch_does_not_train_on_the_cpu(
+    old_driver: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch finds no GPU then, and nobody need have named any; who hides them, or asks for the CPU, gets the CPU."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError) as refused:
+        ranks.choose_device()
+    told = str(refused.value)
+    assert told.startswith(f"NVIDIA's driver {old_driver} has GPUs, but PyTorch finds none here: look at nvidia-smi; ")
+    assert f"has CUDA 13.0, which needs driver 580 or newer: update {old_driver}, or make install CUDA=12" in told
+    assert told.endswith("DS_ACCELERATOR=cpu trains on the CPU") and "DS_ACCELERATOR" not in environment()
+    local.warn_of_missing_gpus()  # as `make install` ends
+    assert capsys.readouterr().out == f"warning: {told}\n"
+    for name, value in {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "0", "DS_ACCELERATOR": "cpu"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert ranks.choose_device().type == "cpu"
+            assert environment()["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.setattr(local, "_DEVICES", Path("/nosuch"))  # a container that was given no GPU
+    assert ranks.choose_device().type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "told"),
+    [
+        ("12.8", "has CUDA 12.8, which needs driver 525 or newer"),  # this one is: no word of an update
+        ("14.0", "has CUDA 14.0, for which the driver may be too old"),
+        (None, "is a build without CUDA, make install brings one with it"),
+    ],
+)
+def test_advice_on_gpus_that_are_not_found(
+    old_driver: str, cuda: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes by the CUDA that torch was built with."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert local.driver_advice().endswith(told)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +362,7 @@ def test_gpus_that_cannot_be_used_are_told(task: dict[str, str], monkeypatch: py
 )
 def test_who_asks_for_gpus(variables: dict, asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variables by which users and SLURM give a process its GPUs; those that give none."""
-    for name in ("CUDA_VISIBLE_DEVICES", "CROSS_SIZE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+    for name in GPU_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

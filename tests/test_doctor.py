@@ -222,6 +222,36 @@ def test_data_sets_and_room(own_shards: Path, tmp_path: Path, monkeypatch: pytes
     assert missing.state == RED and "not found" in missing.found
 
 
+def test_reading_too_slow_for_image_by_image(own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slower than the GPU with all loader processes, or over a network where nobody has chosen; lanes read blocks."""
+
+    def found(**changes: Any) -> list[tuple[str, bool]]:
+        config = tiny_config(own_shards, tmp_path / "runs", data__workers=3, **changes)
+        findings = list(disks.check_set("data.train", own_shards, config))
+        return [(f.state, "data.order=lanes" in f.remedy) for f in findings]
+
+    assert found() == [(OK, False)]
+    monkeypatch.setattr(disks, "images_per_s", lambda config, num_classes: 1e9)
+    assert found() == found(data__order="permuted") == [(WARN, True)] and found(data__order="lanes") == [(OK, False)]
+    monkeypatch.setattr(disks, "images_per_s", lambda config, num_classes: 1e-9)
+    assert found() == [(OK, False)]
+    monkeypatch.setattr(disks, "network_file_system", lambda path: "Lustre" if path == own_shards else None)
+    assert found() == [(WARN, True)] and found(data__order="permuted") == found(data__order="lanes") == [(OK, False)]
+
+
+def test_the_images_that_a_gpu_takes(shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tools/plan.py's formulas; nothing is said of GPUs that are not known, nor of CPUs."""
+    model = {"name": "L/16", "width": None, "depth": None, "mlp_dim": None, "heads": None, "image_size": 224}
+    changes = {f"model__{key}": value for key, value in (model | {"patch_size": 16}).items()}
+    config = tiny_config(shard_folder, tmp_path, **changes)
+    assert machine.images_per_s(config, 1000) is None
+    monkeypatch.setattr(machine.ranks, "has_gpu", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert machine.images_per_s(config, 1000) == pytest.approx(876, rel=0.01)  # docs/performance.md
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 PCIe")
+    assert machine.images_per_s(config, 1000) is None
+
+
 def test_what_is_deleted_while_it_is_counted_is_no_fault(
     own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Goodput, the share of the time that went into steps that count: as the report has it from a run's files, under
-failures at random, and of a real run that is killed again and again."""
+failures at random, and of a real run that is killed again and again. And what would hold up single steps."""
 
+import gc
 import json
 import random
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import start_ranks
+from ranks import run_ranks, start_ranks
 from test_resume import steps_logged
 from tiny import make_shards, tiny_config
 
@@ -19,7 +20,7 @@ from pretrain.plan.failures import Failures
 from pretrain.plan.failures import goodput as expected
 from pretrain.report.figures import summary
 from pretrain.report.runs import read_runs
-from pretrain.train import journal
+from pretrain.train import journal, run
 from pretrain.train.run import train
 
 TARGET = 0.9
@@ -106,3 +107,24 @@ def test_a_real_run_killed_every_20_intervals(tmp_path: Path) -> None:
     values = summary(read_runs([tmp_path / "tiny"])[0])
     print(f"{kills} kills, {values['lost_steps']} of 600 steps done again, goodput {values['goodput']:.1%}")
     assert values["restarts"] == kills > 0 and values["goodput"] >= TARGET
+
+
+def left_out_of_collections(config: Config) -> tuple[int, bool, int]:
+    """How many objects collections leave out when the loop begins, whether the engine is one, how many at the end."""
+    found, loop = [], run.loop
+
+    def counting(*given: Any, **named: Any) -> None:
+        engine = given[2]
+        found.extend((gc.get_freeze_count(), all(known is not engine for known in gc.get_objects())))
+        loop(*given, **named)
+
+    run.loop = counting
+    train(config)
+    return *found, gc.get_freeze_count()
+
+
+def test_no_step_waits_for_a_look_through_all_imports(tmp_path: Path) -> None:
+    """Python's garbage collector leaves out what is there before the first step: imports, the engine."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, total_steps=2, optim__warmup_steps=1)
+    ((number, engine_too, number_after),) = run_ranks(left_out_of_collections, 1, config)
+    assert number > 100_000 and engine_too and number_after == 0

@@ -1,7 +1,15 @@
-"""The file map of docs/architecture.md is true: every file of the program, each once, and nothing that is not there."""
+"""The file map of docs/architecture.md is true: every file of the program, each once, and nothing that is not there.
+
+And the README's `make` calls install what they say.
+"""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,3 +70,42 @@ def _exists(parts: list[str]) -> bool:
             rest, text = parts[depth:], source.read_text()
             return all(re.search(rf"\b(def|class) {name}\b|^    {name},$", text, re.M) for name in rest)
     return len(parts) == 1 and (ROOT / "pretrain" / parts[0]).is_dir()
+
+
+# An environment is a link to this Python: a real one takes seconds.
+PYTHON = """#!/bin/sh
+[ "$2" = venv ] || exec {python} "$@"
+[ "$3" = --clear ] && shift && rm -r "$3"
+mkdir -p "$3/bin" && ln -sf {python} "$3/bin/python"
+"""
+
+
+def made(*words: str, venv: Path) -> str:
+    """What `make` says with these words, where pip and pytest only say that they were called."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    python = venv.with_name("python")
+    python.write_text(PYTHON.format(python=sys.executable))
+    python.chmod(0o755)
+    tools = f"VENV={venv}", f"PYTHON={python}", "PIP=echo pip:", "PYTEST=@echo pytest"
+    done = subprocess.run(["make", *tools, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 or "***" in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_make_installs_what_is_asked_for(tmp_path: Path) -> None:
+    """Not the tests' packages with `install`, those once with `test`; torch of the CUDA that was chosen, also later."""
+    venv = tmp_path / "venv"
+    told = made("install", venv=venv)
+    assert "--editable ." in told and "[dev]" not in told and "Traceback" not in told
+    assert (venv / "constraints.txt").read_text() == (ROOT / "requirements.lock").read_text()
+    assert "pip:" not in made("install", venv=venv)
+    assert "--editable .[dev]" in made("test", venv=venv) and "pip:" not in made("install", "test", venv=venv)
+    (venv / "of CUDA 13").touch()
+    assert "pip:" in made("install", "CUDA=12", venv=venv) and not (venv / "of CUDA 13").exists()
+    versions = dict(line.split("==") for line in (venv / "constraints.txt").read_text().splitlines())
+    assert versions["torch"] == "2.9.1" and "numpy" in versions
+    assert not [name for name in versions if re.match("torchvision|triton|nvidia-|cuda-", name)]
+    assert "pip:" not in made("install", venv=venv) and "--editable .[dev]" in made("test", venv=venv)
+    assert (venv / "constraints.txt").read_text().endswith("torch==2.9.1\n")
+    assert "expected 12 or 13" in made("install", "CUDA=11", venv=venv)

@@ -363,9 +363,12 @@ def test_the_steps_tell_their_arithmetic(name: str) -> None:
 
 
 def test_the_steps_of_own_photos_tell_theirs() -> None:
-    """The same comment: 90 epochs are 90, of the photos that are not held out."""
-    images, steps = told_steps("photos_s16")
-    assert steps == {90: round(90 * images / config_of("photos_s16", []).data.global_batch)}
+    """The comment beside total_epochs, for 100,000 photos; any number has as many epochs, less what is held out."""
+    config, text = config_of("photos_s16", []), (CONFIGS / "photos_s16.yaml").read_text()
+    steps = round(90 * (100_000 - config.data.held_out) / config.data.global_batch)
+    assert (config.total_epochs, config.total_steps) == (90, 0) and f"{steps:_} steps" in text
+    told = f"90 epochs x (100,000 - {config.data.held_out:,}) photos / {config.data.global_batch}"
+    assert told in text and f"total_steps={steps:_})" in text
 
 
 def told_steps(name: str) -> tuple[int, dict[int, int]]:
@@ -373,7 +376,7 @@ def told_steps(name: str) -> tuple[int, dict[int, int]]:
     config = config_of(name, [])
     text = re.search(r"^total_steps: .*$", (CONFIGS / f"{name}.yaml").read_text(), flags=re.MULTILINE)
     assert text is not None
-    said = re.search(r"# (\d+) epochs x \(([\d,]+) - ([\d,]+)\) (?:images|photos) / (\d+)", text[0])
+    said = re.search(r"# (\d+) epochs x \(([\d,]+) - ([\d,]+)\) images / (\d+)", text[0])
     assert said is not None
     epochs, images, held_out, batch = (int(number.replace(",", "")) for number in said.groups())
     assert (held_out, batch) == (config.data.held_out, config.data.global_batch)

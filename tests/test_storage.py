@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import cli, storage
-from pretrain.storage import crc32c, fsync_path, remove, replacing, sha256, write_text
+from pretrain.storage import crc32c, fsync_path, network_file_system, remove, replacing, sha256, write_text
 
 
 def test_a_file_is_replaced_by_one_rename(tmp_path: Path) -> None:
@@ -167,3 +167,31 @@ def test_an_error_of_the_disk_is_one_line(number: int, told: str, capsys: pytest
         cli.run(fail)
     assert end.value.code == 75
     assert capsys.readouterr().err.startswith(f"error: runs/a/STOP.json: {os.strerror(number)}; {told}")
+
+
+MOUNTS = """/dev/vda / ext4 rw 0 0
+systemd-1 /data autofs rw 0 0
+10.0.0.1@o2ib:/scratch /data lustre rw,flock 0 0
+/dev/nvme0n1 /data/local xfs rw 0 0
+server:/my /home/my\\040set nfs4 rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/", None),
+        ("/data", "Lustre"),
+        ("/data/imagenet/train", "Lustre"),
+        ("/data/local/imagenet", None),
+        ("/database", None),
+        ("/home/my set/photos", "NFS"),
+    ],
+)
+def test_network_file_systems(path: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deepest mount above a path counts, of two at one place the later; names may hold blanks."""
+    (tmp_path / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "mounts")
+    assert network_file_system(Path(path)) == name
+    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "absent")  # not Linux
+    assert network_file_system(Path(path)) is None

@@ -3,9 +3,12 @@
 import json
 import os
 import pty
+import re
 import resource
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,35 @@ def test_help_and_wrong_words_need_no_torch(name: str, tmp_path: Path) -> None:
         assert str(tmp_path / ABSENT) in line and ("expected " in line or "cannot be read" in line)
     for line, (_, said) in zip(told[num_missing:], quick):
         assert said in line
+
+
+def test_a_python_without_our_packages_is_one_line() -> None:
+    """A newcomer who has not activated .venv; met where a command begins, or in what it imports later."""
+    bare = [sys.executable, "-E", "-S"]  # without site-packages
+    late = "from pretrain import cli; cli.run(lambda: __import__('torch'))"
+    for words in (["launch/pretrain.py"], ["tools/benchmark.py"], ["tools/demo.py"], ["-c", late]):
+        done = subprocess.run([*bare, *words], capture_output=True, text=True, cwd=ROOT, check=False)
+        told = done.stderr.splitlines()
+        assert done.returncode == 2 and len(told) == 1, done.stderr
+        assert told[0].endswith("source .venv/bin/activate, or make install first")
+
+
+@pytest.mark.parametrize("name", ["pretrain.nosuch", "mpi4py", "torch._C"])
+def test_another_module_that_is_missing_is_a_defect(name: str) -> None:
+    """Ours, what a dependency imports beside, and a part of one: with traceback, before `run` and in it."""
+    for how in (f"import {name}", f"cli.run(lambda: __import__({name!r}))"):
+        code = f"import sys; from pretrain import cli; sys.modules[{name!r}] = None; {how}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 1 and "Traceback" in done.stderr and "activate" not in done.stderr, done.stderr
+
+
+def test_the_dependencies_are_known_by_the_names_of_their_imports() -> None:
+    """Those of pyproject.toml; and yaml, which omegaconf brings."""
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for line in required:
+        files = metadata.distribution(re.split("[>=]", line)[0]).read_text("RECORD") or ""
+        assert cli.DEPENDENCIES & set(re.findall(r"^(\w+)/", files, re.MULTILINE)), line
+    assert len(cli.DEPENDENCIES) == len(required) + len(["yaml"])
 
 
 def cpu_seconds(*command: str, cwd: Path) -> float:

@@ -100,7 +100,9 @@ def _in_steps(config: Config) -> Config:
     except UserError as error:
         raise UserError(f"{error} (total_epochs takes the number of images; without data give total_steps=N)") from None
     if not found.total_steps:
-        raise UserError(f"data.held_out ({config.data.held_out}) leaves nothing of {config.data.train} to train on")
+        raise UserError(
+            f"data.held_out ({config.data.held_out}) leaves nothing of {config.data.train} to train on; lower it"
+        )
     return found
 
 

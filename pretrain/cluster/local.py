@@ -4,9 +4,14 @@ Does not import torch before it is asked for a GPU.
 """
 
 import os
+import re
 import socket
 import sys
 from pathlib import Path
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_DEVICES = Path("/dev")  # nvidia0, nvidia1 ...: a GPU each
+_LEAST_DRIVER = {"12": 525, "13": 580}  # of CUDA's releases, on Linux: NVIDIA's table of minor version compatibility
 
 
 def free_port() -> int:
@@ -25,12 +30,69 @@ def gpu_is_here() -> bool:
 
 def gpus_asked_for() -> str | None:
     """Returns the variable, with its value, by which somebody has given this process GPUs; None when nobody has."""
+    return _given() or None
+
+
+def gpus_expected() -> str | None:
+    """Returns who says that this process has GPUs; None when nobody does, or they are hidden from it.
+
+    Where no variable tells, a driver does, with a GPU that this process may open: a driver too old for torch's CUDA
+    looks to torch like none.
+    """
+    if (given := _given()) is not None:
+        return f"{given} asks for GPUs" if given else None
+    driver = driver_version()
+    may_open = any(os.access(path, os.R_OK | os.W_OK) for path in _DEVICES.glob("nvidia[0-9]*"))
+    return f"NVIDIA's driver {driver} has GPUs" if driver and may_open else None
+
+
+def _given() -> str | None:
+    """The variable, with its value, that gives this process GPUs; "" where it gives none, None where there is none."""
     # The first that is there decides: a step may have been given none of its job's, and a user may hide them.
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
         if (value := os.environ.get(name)) is not None and not _is_of_deepspeed(name, value):
             none = value.strip() in ("", "-1", "NoDevFiles") or (name == "SLURM_GPUS_ON_NODE" and value == "0")
-            return None if none else f"{name}={value}"
+            return "" if none else f"{name}={value}"
     return None
+
+
+def driver_version() -> str | None:
+    """Returns the version of NVIDIA's driver, as 580.95.05; None without one."""
+    try:
+        found = re.search(r"Module .*?(\d+\.[\d.]+)", _DRIVER.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def missing_gpus() -> str | None:
+    """Returns what to tell where torch finds no GPU, though there should be one; None where there need not be."""
+    if (expected := gpus_expected()) is None:
+        return None
+    return f"{expected}, but PyTorch finds none here: {driver_advice()}; DS_ACCELERATOR=cpu trains on the CPU"
+
+
+def warn_of_missing_gpus() -> None:
+    """Tells at the end of `make install` that a run would not find the GPUs here."""
+    if (told := missing_gpus()) and not gpu_is_here():
+        print(f"warning: {told}")
+
+
+def driver_advice() -> str:
+    """Returns what to do about GPUs that torch does not find or cannot use."""
+    import torch
+
+    version = torch.version.cuda
+    if version is None:
+        return f"torch {torch.__version__} is a build without CUDA, make install brings one with it"
+    least = _LEAST_DRIVER.get(version.partition(".")[0])
+    advice = f"look at nvidia-smi; torch {torch.__version__} has CUDA {version}"
+    if least is None:
+        return f"{advice}, for which the driver may be too old"
+    advice += f", which needs driver {least} or newer"
+    if (driver := driver_version()) and int(driver.partition(".")[0]) < least:
+        advice += f": update {driver}, or make install CUDA=12 (docs/troubleshooting.md)"
+    return advice
 
 
 def _is_of_deepspeed(name: str, value: str) -> bool:
@@ -73,9 +135,9 @@ def options_of_ranks(num_ranks: int | None) -> list[str]:
 def environment(num_threads: int | None = None) -> dict[str, str]:
     """Returns what ranks are started with: this process's variables and, without a GPU, those of `on_cpu`.
 
-    Where GPUs are asked for and not there, the ranks say so.
+    Where GPUs are expected and not there, the ranks say so.
     """
-    on_gpu = gpu_is_here() or gpus_asked_for() is not None
+    on_gpu = gpu_is_here() or gpus_expected() is not None
     return {**os.environ} if on_gpu else {**os.environ, **on_cpu(num_threads)}
 
 

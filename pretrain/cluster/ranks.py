@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.cluster import slurm
-from pretrain.cluster.local import free_port, gpu_is_here, gpus_asked_for, rank_variables
+from pretrain.cluster.local import driver_advice, free_port, gpu_is_here, missing_gpus, rank_variables
 from pretrain.cluster.signals import SUPERVISOR
 from pretrain.errors import LostProcessError, UserError
 
@@ -31,8 +31,8 @@ _place: int | None = None  # on its node, where LOCAL_RANK is not that
 def start(timeout_s: int) -> torch.device:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT describe; returns the device.
 
-    Under plain srun SLURM's variables describe it. Raises UserError when they contradict each other, or when GPUs were
-    asked for and are not there.
+    Under plain srun SLURM's variables describe it. Raises UserError when they contradict each other, or when GPUs are
+    expected and not there.
     """
     global _cpu_group
     complete_environment()
@@ -171,20 +171,17 @@ def _enter_driver() -> None:
         torch.cuda.init()
     except RuntimeError as error:
         raise UserError(
-            "CUDA cannot use the GPUs here: look at nvidia-smi, and whether the driver is new enough for CUDA "
-            f"{torch.version.cuda} ({str(error).splitlines()[0]}); DS_ACCELERATOR=cpu trains on the CPU"
+            f"CUDA cannot use the GPUs here ({str(error).splitlines()[0]}): {driver_advice()}; "
+            "DS_ACCELERATOR=cpu trains on the CPU"
         ) from None
 
 
 def choose_device() -> torch.device:
-    """Returns the device of this rank. Raises UserError when GPUs were asked for and are not there."""
+    """Returns the device of this rank. Raises UserError when GPUs are expected and PyTorch does not find them."""
     if not has_gpu():
-        asked = gpus_asked_for()
-        if asked and os.environ.get("DS_ACCELERATOR") != "cpu":  # it would run a hundred times slower, and say nothing
-            raise UserError(
-                f"{asked} asks for GPUs, but PyTorch finds none here: look at nvidia-smi and the driver; "
-                "DS_ACCELERATOR=cpu trains on the CPU"
-            )
+        told = None if os.environ.get("DS_ACCELERATOR") == "cpu" else missing_gpus()
+        if told:  # it would run a hundred times slower, and say nothing
+            raise UserError(told)
         return torch.device("cpu")
     global _place
     _enter_driver()

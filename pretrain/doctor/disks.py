@@ -19,10 +19,11 @@ from pretrain.data.reader import block_of, is_intact
 from pretrain.data.remote import download
 from pretrain.data.store import make_folder, store_at
 from pretrain.doctor.findings import AWAY, OK, RED, WARN, Finding, size
+from pretrain.doctor.machine import images_per_s
 from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.plan.report import checkpoint_bytes, kept_checkpoints
 from pretrain.sizes import is_plain
-from pretrain.storage import write_text
+from pretrain.storage import network_file_system, write_text
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HELD = (errno.EAGAIN, errno.EACCES)  # the two answers of a lock that somebody has
@@ -190,14 +191,26 @@ def check_set(key: str, path: Path, config: Config) -> Iterator[Finding]:
         remote = next((number for number, shard in enumerate(manifest.shards) if shard.url), None)
         count, seconds, images, what = _read_local(manifest) if remote is None else _read_remote(manifest, remote)
         rate = count / 1e6 / max(seconds, 1e-6)
-        of = f"{manifest.num_samples:,} images in {len(manifest.shards):,} shards"
-        yield Finding(
-            check, OK, f"{of}; {what}: {rate:,.0f} MB/s" + (f", {images:,.0f}/s" if images else ""), value=rate
-        )
+        told = f"{manifest.num_samples:,} images in {len(manifest.shards):,} shards; {what}: {rate:,.0f} MB/s"
+        told += f", {images:,.0f}/s" if images else ""
+        slow = _slow_reads(manifest, images, config) if key.startswith("data.train") and remote is None else ""
+        remedy = "data.order=lanes takes neighbours together, more data.workers read more at a time" if slow else ""
+        yield Finding(check, WARN if slow else OK, told + slow, remedy, value=rate)
         if remote is not None:
             yield from _check_store(config)
     except (UserError, OSError) as error:
         yield told_of(error, check, f"look at {path}; tools/make_shards.py checks and makes sets")
+
+
+def _slow_reads(manifest: Manifest, images: float, config: Config) -> str:
+    """What makes reading image by image slow, as order=permuted does; "" where it is not, or lanes are chosen."""
+    if config.data.order == "lanes":
+        return ""
+    needed, readers = images_per_s(config, manifest.num_classes), max(1, config.data.workers)
+    if needed is not None and readers * images < needed:
+        return f"; {needed:,.0f}/s needed by a rank of {readers} readers"
+    system = network_file_system(manifest.path.parent) if config.data.order == "auto" else None
+    return f"; on {system}, which is asked for each image at another place" if system else ""
 
 
 def _read_local(manifest: Manifest) -> tuple[int, float, float, str]:

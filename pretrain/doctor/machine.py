@@ -17,18 +17,20 @@ from torch.cuda import nccl
 from pretrain import provenance
 from pretrain.cluster import ranks
 from pretrain.cluster.limits import free_memory_bytes
-from pretrain.cluster.local import gpus_asked_for
+from pretrain.cluster.local import driver_version, gpus_asked_for
 from pretrain.config import Config
 from pretrain.data.loader import SHARED_MEMORY, Room
 from pretrain.doctor.findings import OK, RED, WARN, Finding, size
 from pretrain.errors import UserError
+from pretrain.gpus import peak_flops
+from pretrain.plan.devices import DEVICES, assumed_mfu
+from pretrain.sizes import is_plain, plain_forward_macs
 
 # Where no config says what is needed: some 8 loader processes with 2 batches each, of 256 images of 224 pixels.
 USUAL = Room(open_files=512, memory_bytes=4 << 30, shared_bytes=1 << 30)
 MIN_LOCKED_BYTES = 1 << 30  # InfiniBand registers NCCL's buffers, some hundred MB a rank
 COMPILE_S = 30.0  # a compiler's patience; it needs a tenth of a second
 _INFINIBAND = Path("/sys/class/infiniband")
-_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def check_versions() -> Iterator[Finding]:
@@ -51,7 +53,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_gpu() -> Iterator[Finding]:
-    """The GPU of this rank, driver and CUDA; red when GPUs were asked for and are not there."""
+    """The GPU of this rank, driver and CUDA; red when GPUs are expected and not there."""
     try:
         device = ranks.choose_device()
     except UserError as error:
@@ -70,15 +72,17 @@ def check_gpu() -> Iterator[Finding]:
     told = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; {seen}"
     yield Finding("GPU", OK, re.sub(r"(?<==)[\d,]{30,}", "...", told), differs=WARN)
     version = ".".join(map(str, nccl.version()))
-    yield Finding("CUDA", OK, f"{torch.version.cuda}, NCCL {version}, driver {_driver()}", differs=WARN)
+    driver = driver_version() or provenance.UNKNOWN
+    yield Finding("CUDA", OK, f"{torch.version.cuda}, NCCL {version}, driver {driver}", differs=WARN)
 
 
-def _driver() -> str:
-    try:
-        found = re.search(r"Module .*?(\d+\.[\d.]+)", _DRIVER.read_text())
-    except OSError:
-        found = None
-    return found[1] if found else provenance.UNKNOWN
+def images_per_s(config: Config, num_classes: int) -> float | None:
+    """Returns how many images a second this rank's GPU takes, as tools/plan.py assumes; None where no formula holds."""
+    if not ranks.has_gpu() or not is_plain(config.model) or peak_flops(name := torch.cuda.get_device_name()) is None:
+        return None
+    device = next(device for key, device in DEVICES.items() if key in name.lower().replace("-", " ").split())
+    reached = device.peak_flops * assumed_mfu(device, config.model.shape.width)
+    return reached / (6 * plain_forward_macs(config.model, num_classes))
 
 
 def check_limits(room: Room, why: str) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.cluster import ranks
-from pretrain.config import Config
+from pretrain.config import Config, DataConfig
 from pretrain.data.lanes import Lanes, choose_lanes, fits
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.data.mixture import Mixture, choose_source_lanes, joined, phases_of, quotas_of
@@ -16,6 +16,7 @@ from pretrain.data.store import make_folder, store_at
 from pretrain.errors import ConfigError
 from pretrain.evaluation import classification
 from pretrain.log import say
+from pretrain.storage import network_file_system
 
 
 @dataclass
@@ -64,7 +65,8 @@ def open_data(config: Config) -> DataSets:
         )
     if config.data.held_out >= train_set.num_samples:
         raise ConfigError(
-            f"data.held_out ({config.data.held_out}) leaves nothing of {train_set.num_samples} samples to train on"
+            f"data.held_out ({config.data.held_out}) leaves nothing of {train_set.num_samples} samples to train on; "
+            f"hold out fewer, as data.held_out={train_set.num_samples // 50}"
         )
     if config.data.global_batch < ranks.world_size():
         raise ConfigError(
@@ -134,6 +136,19 @@ def warn_of_small_store(manifest: Manifest, order: Order) -> None:
             f"({manifest.store.max_bytes / 1e9:g}): {blocks:.0%} of all samples will download a whole block of "
             f"{manifest.block_samples}. Raise it, or set data.order=lanes"
         )
+
+
+def warn_of_single_reads(config: DataConfig, manifest: Manifest, order: Order) -> None:
+    """Says when order=auto reads image by image over a network: it knows remote shards by their addresses alone."""
+    if config.order != "auto" or order.name == "lanes":
+        return
+    for source in manifest.sources or (manifest,):
+        if system := network_file_system(source.path.parent):
+            say(
+                f"warning: {source.path} is on {system}, which order=permuted asks for each image at another place; "
+                "data.order=lanes takes those that lie together within a few steps"
+            )
+            return
 
 
 def _lanes_of(manifest: Manifest, order: Order) -> tuple[list[Manifest], list[Lanes]]:
