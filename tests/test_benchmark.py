@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from weights_on_disk import load_tool
 
 from pretrain.benchmark.cells import cell_config, cell_rows
+from pretrain.benchmark.device import attention_ms, gpu_state, measured_peak
 from pretrain.benchmark.measure import summary_ms
 from pretrain.benchmark.models import activation_bytes
 from pretrain.benchmark.models import counted as counted_columns
@@ -75,6 +77,8 @@ def test_a_cell_beside_a_peer(tmp_path: Path) -> None:
     ratios = sorted(b / a for a, b in zip(values["rounds_ms"], theirs["rounds_ms"]))
     assert theirs["ratio"] == pytest.approx({"median": sum(ratios) / 2, "low": ratios[0], "high": ratios[1]}, abs=1e-3)
     assert "| Ti/16 | timm | off | 1 |" in out.with_suffix(".md").read_text() and out.with_suffix(".png").exists()
+    assert values["attention_ms"]["math"] > 0 and theirs["attention_ms"] is None
+    assert values["memory_reserved_gb"] is None and values["rounds_gpu"] == [None, None]
     written = out.read_text()
     again = benchmark(*cell)
     assert "measured before" in again.stdout and out.read_text() == written
@@ -128,6 +132,51 @@ def test_loops_that_do_not_fit_together_run_one_by_one(tmp_path: Path, monkeypat
     assert (tmp_path / "log").read_text() == "ours " * 3 + "large " * 3
     with pytest.raises(LoopFailed, match="broken: ValueError: no"):
         in_turns(["ours", "broken"], tmp_path / "log", monkeypatch)
+
+
+# --- what the device gives -------------------------------------------------------------------------------------------
+
+
+def test_the_peak_is_measured_with_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ones each time: constant ones take less power on a GPU, which then clocks higher than in training."""
+    products: list[torch.Tensor] = []
+
+    def once(product: Any, *_: Any) -> list[float]:
+        products.append(product())
+        return [1.0]
+
+    monkeypatch.setattr("pretrain.benchmark.device.step_times_ms", once)
+    config = cell_config("Ti/16", 32, 2, "fp32")
+    found = [measured_peak(config, 2, torch.device("cpu")) for _ in range(2)]
+    assert found[0] == {"measured_peak_tflop_per_s": round(4 * 8 * 192 * 768 / 1e9, 4)}
+    assert torch.equal(*products) and products[0].std() > 100 and len(products[0].unique()) > 1000
+
+
+def test_attention_is_timed_by_each_kernel_that_there_is() -> None:
+    """On a CPU two of four; none for a model whose attention is not known."""
+    found = attention_ms(cell_config("Ti/16", 32, 2, "fp32"), 2, torch.device("cpu"))
+    assert found is not None and [*found] == ["flash", "cudnn", "efficient", "math"]
+    assert found["flash"] and found["math"] and found["cudnn"] is None and found["efficient"] is None
+    assert attention_ms(cell_config("timm:resnet18", 32, 2, "fp32"), 2, torch.device("cpu")) is None
+
+
+def test_clock_and_power_are_asked_of_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the GPU's own number, since NVML does not heed CUDA_VISIBLE_DEVICES; None where NVML is away or refuses."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
+    nvml: Any = ModuleType("pynvml")
+    nvml.NVMLError, nvml.NVML_CLOCK_SM, nvml.nvmlInit = ZeroDivisionError, 1, lambda: None
+    nvml.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+    nvml.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x24
+    nvml.nvmlDeviceGetClockInfo = lambda handle, kind: {("GPU-12-34", 1): 1410}[handle, kind]
+    nvml.nvmlDeviceGetPowerUsage = lambda handle: 698_765
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    throttled_by = ["software power cap", "software thermal slowdown"]
+    assert gpu_state(gpu) == {"sm_clock_mhz": 1410, "power_w": 698.8, "throttled_by": throttled_by}
+    nvml.nvmlDeviceGetPowerUsage = lambda handle: 1 / 0
+    assert gpu_state(gpu) is None and gpu_state(torch.device("cpu")) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpu_state(gpu) is None
 
 
 @pytest.mark.slow
