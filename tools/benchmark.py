@@ -95,7 +95,12 @@ def _add_train(commands: Any) -> None:
         "--threads", type=int, help="with --peer: of each rank on a CPU (default: its share of the cores)"
     )
     parser.add_argument("--rounds", type=int, help="with --peer: of --steps steps (default 5 of 5, on a GPU 3 of 15)")
-    parser.add_argument("--data", help="a data set, to train on its images through the loader instead of random ones")
+    parser.add_argument(
+        "--processes", type=int, help="with --peer: of a loop, one after the other (default 3, on a GPU 1)"
+    )
+    parser.add_argument(
+        "--data", help="a set, to train on its images through the loader; with --peer ours alone, beside random images"
+    )
     parser.add_argument("--workers", type=int, default=4, help="with --data: loader processes of a rank (default 4)")
     parser.add_argument("--bottleneck", action="store_true", help="with --data: what bounds such a run, and a way out")
     parser.add_argument("--loops", nargs="+", choices=LOOPS[1:], help="with --peer: those beside ours (default: all)")
@@ -115,7 +120,7 @@ def _run_train(arguments: argparse.Namespace) -> None:
     }
     for model in arguments.model or []:  # a wrong name is told before the first cell runs
         cell_config(model, arguments.image_size, 8, arguments.precision)
-    for name, least in (("ranks", 1), ("rounds", 1), ("workers", 0)):
+    for name, least in (("ranks", 1), ("rounds", 1), ("processes", 1), ("workers", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name} is {value}, expected at least {least}")
