@@ -1,6 +1,7 @@
 """The yardstick: the real training step, timed, with figures that follow from each other; and the table of models."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import make_shards
 from weights_on_disk import load_tool
 
 from pretrain.benchmark.cells import RANDOM_IMAGES, cell_config, cell_rows
@@ -273,6 +275,45 @@ def test_clock_and_power_are_asked_of_nvml(monkeypatch: pytest.MonkeyPatch) -> N
     assert gpu_state(gpu) is None and gpu_state(torch.device("cpu")) is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert gpu_state(gpu) is None
+
+
+SMALL_SHAPES = """
+from pretrain.config import VIT_SHAPES
+for name, shape in VIT_SHAPES.items():
+    VIT_SHAPES[name] = shape._replace(depth=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("models", "mode"), [(None, "off"), (["S/16"], "on")])
+def test_every_cell_of_a_gpu_runs(
+    models: list[str] | None, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of a GPU in its order, on a CPU: true widths, patches of 14 and 16, two blocks, 112 pixels.
+
+    Eager, two models on real images too; and one compiled. Each cell's processes find the shapes cut short.
+    """
+    (tmp_path / "sitecustomize.py").write_text(SMALL_SHAPES)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr("pretrain.benchmark.peer_table._device", lambda: ("no GPU", 80 << 30))
+    data, out = None if models else str(make_shards(tmp_path / "squares")), tmp_path / "cells.jsonl"
+    command = ["--image-size", "112", "--batch", "2", "--steps", "2", "--warmup", "1", "--rounds", "1", "--peer"]
+    command += ["--compile", mode, "--out", str(out)]
+    command += ["--model", *models] if models else ["--data", str(data), "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *command])
+    tool.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["model"], row["loop"], row["compile"]) for row in rows] == [
+        (cell.model, loop, mode == "on")
+        for cell in cells_of(models, [mode], None, on_gpu=True, data=data)
+        for loop in cell.loops
+    ]
+    for row in rows:
+        shape = VIT_SHAPES[row["model"].partition("/")[0]]
+        assert row["parameters"] < 6 * shape.width * (2 * shape.width + shape.mlp_dim), row["model"]  # of two blocks
+        assert row["images_per_s"] > 0 and (row["loop"] != "ours" or row["attention_ms"]["math"] > 0)
+        assert row["first_loss"] == pytest.approx(np.log(7 if row["data"] == data else 1000), rel=0.25), row
 
 
 @pytest.mark.slow
