@@ -1,23 +1,27 @@
 """The yardstick: the real training step, timed, with figures that follow from each other; and the table of models."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import make_shards
 from weights_on_disk import load_tool
 
-from pretrain.benchmark.cells import cell_config, cell_rows
+from pretrain.benchmark.cells import RANDOM_IMAGES, cell_config, cell_rows
+from pretrain.benchmark.device import attention_ms, gpu_state, measured_peak
 from pretrain.benchmark.measure import summary_ms
 from pretrain.benchmark.models import activation_bytes
 from pretrain.benchmark.models import counted as counted_columns
 from pretrain.benchmark.peer_table import GPU_MODELS, cells_of, fitting_batch
-from pretrain.benchmark.peers import LoopFailed, compared
+from pretrain.benchmark.peers import LoopFailed, Schedule, compared
 from pretrain.benchmark.table import TABLE
 from pretrain.config import VIT_SHAPES, ModelConfig
 from pretrain.data.loader import single_labels
@@ -25,6 +29,7 @@ from pretrain.errors import UserError
 from pretrain.losses import per_image_loss
 from pretrain.models.build import build_model
 from pretrain.models.profile import train_flops
+from pretrain.provenance import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 tool = load_tool("benchmark")
@@ -35,14 +40,19 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.slow
 def test_what_a_short_stay_on_a_gpu_yields_first() -> None:
-    """Our own loop of every model, compiled; then each beside its peers. Batches fit, and the largest do not share."""
-    cells = cells_of(None, None, None, on_gpu=True)
-    assert cells[:5] == [(model, "on", ["ours"]) for model in GPU_MODELS]
-    assert cells[5:7] == [("L/16", "on", ["ours", "timm", "plain"]), ("L/16", "off", ["ours", "timm", "plain"])]
-    assert len(cells) == 15
-    assert cells_of(["Ti/16"], None, ["timm"], on_gpu=False) == [("Ti/16", "off", ["ours", "timm"])]
+    """Our own loop of every model, compiled; then each beside its peers, the largest last, compiled, then eager."""
+    alone = [(model, "on", ["ours"], None) for model in GPU_MODELS]
+    peers = ["L/16", "B/16", "S/16", "H/14", "g/14"]
+    beside = [(model, mode, ["ours", "timm", "plain"], None) for mode in ("on", "off") for model in peers]
+    assert cells_of(None, None, None, on_gpu=True) == alone + beside
+    read = [(model, "on", ["ours"], "set") for model in ("L/16", "S/16")]
+    assert cells_of(None, None, None, on_gpu=True, data="set") == alone + read + beside
+    assert cells_of(["Ti/16"], None, ["timm"], on_gpu=False) == [("Ti/16", "off", ["ours", "timm"], None)]
+
+
+def test_batches_fit_into_a_gpu() -> None:
+    """The largest power of two by the plan, unless one is asked for."""
     options = {"batch": None, "image_size": 224, "precision": "bf16", "zero_stage": 1, "checkpoint_activations": False}
     batches = {model: fitting_batch(model, 1, options, 80 << 30) for model in GPU_MODELS}
     for batch, needed in batches.values():
@@ -56,7 +66,7 @@ def test_a_cell_beside_a_peer(tmp_path: Path) -> None:
     """Rate, FLOP/s, step time and ratio agree; a CPU has no peak and so no MFU; nothing is measured twice."""
     out = tmp_path / "folder" / "cells.jsonl"
     cell = ["train", "--model", "Ti/16", "--image-size", "32", "--batch", "4", "--steps", "4", "--compile", "off"]
-    cell += ["--peer", "--rounds", "2", "--loops", "timm", "--out", str(out)]
+    cell += ["--peer", "--rounds", "2", "--processes", "1", "--loops", "timm", "--out", str(out)]
     result = benchmark(*cell)
     assert result.returncode == 0, result.stderr
     values, theirs = map(json.loads, out.read_text().splitlines())
@@ -75,6 +85,8 @@ def test_a_cell_beside_a_peer(tmp_path: Path) -> None:
     ratios = sorted(b / a for a, b in zip(values["rounds_ms"], theirs["rounds_ms"]))
     assert theirs["ratio"] == pytest.approx({"median": sum(ratios) / 2, "low": ratios[0], "high": ratios[1]}, abs=1e-3)
     assert "| Ti/16 | timm | off | 1 |" in out.with_suffix(".md").read_text() and out.with_suffix(".png").exists()
+    assert values["attention_ms"]["math"] > 0 and theirs["attention_ms"] is None
+    assert values["memory_reserved_gb"] is None and values["rounds_gpu"] == [None, None]
     written = out.read_text()
     again = benchmark(*cell)
     assert "measured before" in again.stdout and out.read_text() == written
@@ -84,33 +96,46 @@ def test_a_cell_beside_a_peer(tmp_path: Path) -> None:
 
 
 FAKE_LOOP = """
-import json, pathlib, sys
+import fcntl, json, pathlib, sys
 cell = json.loads(sys.argv[-1])
-name, number = cell["loop"], 0
-memory = pathlib.Path(cell["options"]["log"] + "-memory")
+name, number, mode, log = cell["loop"], 0, cell["options"]["mode"], cell["options"]["log"]
+device, shared = open(log + "-device", "w"), False
+try:
+    fcntl.flock(device, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    shared = True
 if name == "broken":
     sys.exit("ValueError: no")
-if name == "large" and memory.exists():
+if name == "large" and shared or name == "huge":
     sys.exit("torch.OutOfMemoryError: CUDA out of memory.")
-memory.touch()
+if mode == "exclusive" and shared:
+    sys.exit("error: CUDA cannot use the GPUs here (CUDA error: CUDA-capable device(s) is/are busy or unavailable)")
+with open(log + "-starts", "a") as file:
+    file.write(name + " ")
 print("chatter", flush=True)
 print(0, flush=True)
 for line in sys.stdin:
     number += 1
-    with open(cell["options"]["log"], "a") as log:
-        log.write(name + " ")
+    with open(log, "a") as file:
+        file.write(name + " ")
     print(number, flush=True)
-memory.unlink(missing_ok=True)
-print(json.dumps({"model": "M", "loop": name, "rounds_ms": [cell["options"]["ms"][name]] * number}))
+ms = cell["options"]["ms"][name]
+if mode == "luck":
+    ms *= pathlib.Path(log + "-starts").read_text().split().count(name)
+row = {"model": "M", "loop": name, "first_loss": ms, "rounds_ms": [ms] * number, "rounds_gpu": [None] * number}
+print(json.dumps(row))
 """
 
 
-def in_turns(loops: list[str], log: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Loops that do nothing but write down when their rounds were."""
+def in_turns(
+    loops: list[str], log: Path, monkeypatch: pytest.MonkeyPatch, *, mode: str = "", processes: int = 1
+) -> list[dict[str, Any]]:
+    """Loops that do nothing but write down when they started, and when their rounds were."""
     made = lambda what, cell: [sys.executable, "-c", FAKE_LOOP, json.dumps(cell)]  # noqa: E731
     monkeypatch.setattr("pretrain.benchmark.peers.command_of", made)
-    cell = {"options": {"log": str(log), "ms": {"ours": 10.0, "timm": 12.0, "large": 5.0}}}
-    return compared(loops, cell, num_ranks=1, threads=1, rounds=3)
+    options = {"log": str(log), "ms": {"ours": 10.0, "timm": 12.0, "large": 5.0}, "mode": mode}
+    cell = {"model": "M", "compiled": False, "options": options}
+    return compared(loops, cell, Schedule(num_ranks=1, threads=1, rounds=3, processes=processes))
 
 
 def test_rounds_are_taken_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,12 +147,173 @@ def test_rounds_are_taken_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_loops_that_do_not_fit_together_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And their rows say so. Another error is told by its own line."""
+    """And their rows say so: for want of memory, or on a GPU that takes one process at a time."""
     rows = in_turns(["ours", "large"], tmp_path / "log", monkeypatch)
     assert [row["interleaved"] for row in rows] == [False, False] and rows[1]["ratio"]["median"] == 0.5
     assert (tmp_path / "log").read_text() == "ours " * 3 + "large " * 3
+    rows = in_turns(["ours", "timm"], tmp_path / "exclusive", monkeypatch, mode="exclusive")
+    assert [row["interleaved"] for row in rows] == [False, False] and rows[1]["ratio"]["median"] == 1.2
+
+
+def test_our_row_outlives_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails alone too, or for another reason: its row says why, and the others are compared without it."""
+    ours, huge, timm = in_turns(["ours", "huge", "timm"], tmp_path / "log", monkeypatch)
+    assert huge == {
+        "model": "M",
+        "loop": "huge",
+        "compile": False,
+        "ranks": 1,
+        "failed": "torch.OutOfMemoryError: CUDA out of memory.",
+    }
+    assert ours["ratio"]["median"] == 1.0 and timm["ratio"]["median"] == 1.2
+    assert (tmp_path / "log").read_text() == "ours " * 3 + "timm " * 3  # none of them twice
+    ours, broken, timm = in_turns(["ours", "broken", "timm"], tmp_path / "other", monkeypatch)
+    assert broken["failed"] == "ValueError: no" and (ours["interleaved"], timm["interleaved"]) == (True, True)
     with pytest.raises(LoopFailed, match="broken: ValueError: no"):
-        in_turns(["ours", "broken"], tmp_path / "log", monkeypatch)
+        in_turns(["broken", "ours"], tmp_path / "none", monkeypatch)
+
+
+def test_rounds_are_spread_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All loops are started anew, each second time backwards; a row is one process's, with the rounds of all.
+
+    Here our second process is half as fast as the first one, as luck would have it; so is timm's.
+    """
+    log = tmp_path / "log"
+    ours, timm = in_turns(["ours", "timm"], log, monkeypatch, mode="luck", processes=2)
+    assert log.read_text() == "ours timm timm ours timm ours "
+    assert (tmp_path / "log-starts").read_text() == "ours timm timm ours "
+    assert ours["rounds_ms"] == [10.0, 10.0, 20.0] and timm["rounds_ms"] == [12.0, 12.0, 24.0]
+    assert ours["first_loss"] == 10.0 and ours["processes"] == 2 and ours["rounds_gpu"] == [None] * 3
+    assert timm["ratio"] == {"median": 1.2, "low": 1.2, "high": 1.2}
+    rows = in_turns(["ours", "large"], tmp_path / "alone", monkeypatch, processes=3)
+    assert (tmp_path / "alone").read_text() == "ours large large ours ours large " and not rows[0]["interleaved"]
+
+
+def test_a_failed_peer_is_shown_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its row has the reason, and the command fails; want of memory will not be less the next time, the rest may."""
+    numbers: dict[str, Any] = dict.fromkeys(
+        ("images_per_s", "tflop_per_s", "measured_peak_tflop_per_s", "memory_gb"), 1.0
+    )
+    numbers["parts_ms"] = dict.fromkeys(("forward", "backward", "optimizer", "collectives", "data"), 1.0)
+    about = {"mfu": None, "image_size": 32, "batch_per_rank": 4, "precision": "bf16", "data": RANDOM_IMAGES, "steps": 1}
+    about |= {"device": "cpu", "versions": {"torch": "2", "timm": "1"}, "commit": None, "interleaved": True}
+    about |= {"rounds_ms": [1.0], "ratio": {"median": 1.0, "low": 1.0, "high": 1.0}}
+    key, out = {"model": "Ti/16", "compile": False, "ranks": 1}, tmp_path / "cells.jsonl"
+    reasons, calls = {"timm": "RuntimeError: a bad day", "plain": "CUDA out of memory."}, []
+
+    def fails(loops: list[str], cell: dict[str, Any], *_: Any, **__: Any) -> list[dict[str, Any]]:
+        calls.append(loops)
+        return [key | {"loop": "ours"} | numbers | about, key | {"loop": loops[1], "failed": reasons[loops[1]]}]
+
+    monkeypatch.setattr("pretrain.benchmark.peer_table._device", lambda: ("cpu", 0))
+    monkeypatch.setattr("pretrain.benchmark.peer_table.compared", fails)
+    for loop, times in (("timm", 2), ("plain", 1)):
+        calls.clear()
+        for _ in range(2):
+            command = ["train", "--peer", "--model", "Ti/16", "--loops", loop, "--out", str(out)]
+            monkeypatch.setattr(sys, "argv", ["benchmark.py", *command])
+            with pytest.raises(UserError, match="1 loops failed"):
+                tool.main()
+        assert len(calls) == times and reasons[loop] in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 4
+    page = out.with_suffix(".md").read_text()
+    assert "| Ti/16 | timm | off | 1 |  |" in page and "- Ti/16, timm, compile off: RuntimeError: a bad day" in page
+
+
+def test_the_device_is_asked_in_a_process_that_ends() -> None:
+    """The parent never imports torch: a context of its own would keep a GPU in EXCLUSIVE_PROCESS from the loops."""
+    code = (
+        "import sys; sys.modules['torch'] = None; from pretrain.benchmark.peer_table import _device; print(_device())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{(processor(), 0)}\n"
+
+
+# --- what the device gives -------------------------------------------------------------------------------------------
+
+
+def test_the_peak_is_measured_with_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ones each time: constant ones take less power on a GPU, which then clocks higher than in training."""
+    products: list[torch.Tensor] = []
+
+    def once(product: Any, *_: Any) -> list[float]:
+        products.append(product())
+        return [1.0]
+
+    monkeypatch.setattr("pretrain.benchmark.device.step_times_ms", once)
+    config = cell_config("Ti/16", 32, 2, "fp32")
+    found = [measured_peak(config, 2, torch.device("cpu")) for _ in range(2)]
+    assert found[0] == {"measured_peak_tflop_per_s": round(4 * 8 * 192 * 768 / 1e9, 4)}
+    assert torch.equal(*products) and products[0].std() > 100 and len(products[0].unique()) > 1000
+
+
+def test_attention_is_timed_by_each_kernel_that_there_is() -> None:
+    """On a CPU two of four; none for a model whose attention is not known."""
+    found = attention_ms(cell_config("Ti/16", 32, 2, "fp32"), 2, torch.device("cpu"))
+    assert found is not None and [*found] == ["flash", "cudnn", "efficient", "math"]
+    assert found["flash"] and found["math"] and found["cudnn"] is None and found["efficient"] is None
+    assert attention_ms(cell_config("timm:resnet18", 32, 2, "fp32"), 2, torch.device("cpu")) is None
+
+
+def test_clock_and_power_are_asked_of_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the GPU's own number, since NVML does not heed CUDA_VISIBLE_DEVICES; None where NVML is away or refuses."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
+    nvml: Any = ModuleType("pynvml")
+    nvml.NVMLError, nvml.NVML_CLOCK_SM, nvml.nvmlInit = ZeroDivisionError, 1, lambda: None
+    nvml.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+    nvml.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x24
+    nvml.nvmlDeviceGetClockInfo = lambda handle, kind: {("GPU-12-34", 1): 1410}[handle, kind]
+    nvml.nvmlDeviceGetPowerUsage = lambda handle: 698_765
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    throttled_by = ["software power cap", "software thermal slowdown"]
+    assert gpu_state(gpu) == {"sm_clock_mhz": 1410, "power_w": 698.8, "throttled_by": throttled_by}
+    nvml.nvmlDeviceGetPowerUsage = lambda handle: 1 / 0
+    assert gpu_state(gpu) is None and gpu_state(torch.device("cpu")) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpu_state(gpu) is None
+
+
+SMALL_SHAPES = """
+from pretrain.config import VIT_SHAPES
+for name, shape in VIT_SHAPES.items():
+    VIT_SHAPES[name] = shape._replace(depth=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("models", "mode"), [(None, "off"), (["S/16"], "on")])
+def test_every_cell_of_a_gpu_runs(
+    models: list[str] | None, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of a GPU in its order, on a CPU: true widths, patches of 14 and 16, two blocks, 112 pixels.
+
+    Eager, two models on real images too; and one compiled. Each cell's processes find the shapes cut short.
+    """
+    (tmp_path / "sitecustomize.py").write_text(SMALL_SHAPES)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr("pretrain.benchmark.peer_table._device", lambda: ("no GPU", 80 << 30))
+    data, out = None if models else str(make_shards(tmp_path / "squares")), tmp_path / "cells.jsonl"
+    command = ["--image-size", "112", "--batch", "2", "--steps", "2", "--warmup", "1", "--rounds", "1", "--peer"]
+    command += ["--compile", mode, "--out", str(out)]
+    command += ["--model", *models] if models else ["--data", str(data), "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *command])
+    tool.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["model"], row["loop"], row["compile"]) for row in rows] == [
+        (cell.model, loop, mode == "on")
+        for cell in cells_of(models, [mode], None, on_gpu=True, data=data)
+        for loop in cell.loops
+    ]
+    for row in rows:
+        shape = VIT_SHAPES[row["model"].partition("/")[0]]
+        assert row["parameters"] < 6 * shape.width * (2 * shape.width + shape.mlp_dim), row["model"]  # of two blocks
+        assert row["images_per_s"] > 0 and (row["loop"] != "ours" or row["attention_ms"]["math"] > 0)
+        assert row["first_loss"] == pytest.approx(np.log(7 if row["data"] == data else 1000), rel=0.25), row
 
 
 @pytest.mark.slow

@@ -1,16 +1,22 @@
 """What bounds a run is named: eight slow-downs are planted, one in each stage, and each is found."""
 
+import os
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing.reductions as reductions
 from ranks import run_ranks
 from tiny import make_shards, tiny_config
+from weights_on_disk import load_tool
 
 from pretrain.benchmark.bottleneck import Costs, diagnosis, images_per_s, stage_costs
+from pretrain.benchmark.cells import cell_rows
 from pretrain.benchmark.parts import PartClock, watch_collectives, watch_engine
 from pretrain.cluster import ranks
 from pretrain.config import Config
@@ -70,6 +76,54 @@ def test_eight_planted_slow_downs_are_named(tmp_path: Path) -> None:
     config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, data__global_batch=4, data__workers=1)
     named = run_ranks(planted_and_named, 1, config)[0]
     assert len(named) == 8 and all(stage == found for stage, found in named.items()), named
+
+
+def test_batches_are_pinned_where_a_run_pins_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor, on a GPU alone: from other memory the copy takes longer than in a run."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, data__global_batch=4)
+    pinned: list[torch.Tensor] = []
+    trained: list[Batch] = []
+    engine: Any = SimpleNamespace(
+        plan=plan_batch(4, 1, 4), device=torch.device("cpu"), train_step=lambda batch, lr: trained.append(batch)
+    )
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    for gpu in (False, True):
+        monkeypatch.setattr(ranks, "has_gpu", lambda gpu=gpu: gpu)
+        stage_costs(config, open_data(config), engine, PartClock(gpu=False))
+        assert len(pinned) == 6 * gpu
+        assert all(any(found is own for own in pinned) == gpu for found in trained[-1][:4])
+
+
+def run_bottleneck(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, Any]]:
+    """The options that the command gives its cells."""
+    asked: list[dict[str, Any]] = []
+    row = {"images_per_s": 1.0, "cores": 1, "bound_by": "disk", "way_out": "none"}
+    tool = load_tool("benchmark")
+    monkeypatch.setattr(tool, "cell_rows", lambda what, cell: (asked.append(cell["options"]) or [row], None))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--bottleneck", "--data", "set", *arguments])
+    tool.main()
+    return asked
+
+
+def test_what_is_measured_is_what_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are compiled as engine.compile=auto has it, unless told otherwise; ranks share the machine's cores."""
+    (own,) = run_bottleneck(monkeypatch)
+    assert (own["compile"], own["ranks"]) == ("auto", 1)
+    both = run_bottleneck(monkeypatch, "--compile", "on", "off", "--ranks", "4")
+    assert [(own["compile"], own["ranks"]) for own in both] == [(True, 4), (False, 4)]
+
+
+@pytest.mark.slow
+def test_ranks_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole command: a rank of as many as there are cores has one of them, to compute and to load."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    options: dict[str, Any] = {"batch": 4, "warmup": 1, "steps": 2, "precision": "fp32", "image_size": 32}
+    options |= {"data": str(make_shards(tmp_path / "squares")), "workers": 1, "zero_stage": 1, "compile": "auto"}
+    rows, failure = cell_rows("bottleneck", {"model": "Ti/16", "options": options | {"ranks": cores}})
+    assert failure is None
+    assert (rows[0]["cores"], rows[0]["ranks"], rows[0]["compile"]) == (1, cores, False)
+    assert rows[0]["device"] == "cpu, 1 threads" and max(rows[0]["predicted_images_per_s"], key=int) == "1"
 
 
 COSTS = Costs(

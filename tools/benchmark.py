@@ -88,12 +88,19 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--zero-stage", type=int, choices=[1, 2, 3], default=1, help="default 1")
     parser.add_argument("--peer", action="store_true", help="beside timm's loop and plain PyTorch, in turns; a table")
-    parser.add_argument("--ranks", type=int, default=1, help="with --peer: on this machine (default 1)")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="of this machine; with --bottleneck: that share its cores (default 1)"
+    )
     parser.add_argument(
         "--threads", type=int, help="with --peer: of each rank on a CPU (default: its share of the cores)"
     )
     parser.add_argument("--rounds", type=int, help="with --peer: of --steps steps (default 5 of 5, on a GPU 3 of 15)")
-    parser.add_argument("--data", help="a data set, to train on its images through the loader instead of random ones")
+    parser.add_argument(
+        "--processes", type=int, help="with --peer: of a loop, one after the other (default 3, on a GPU 1)"
+    )
+    parser.add_argument(
+        "--data", help="a set, to train on its images through the loader; with --peer ours alone, beside random images"
+    )
     parser.add_argument("--workers", type=int, default=4, help="with --data: loader processes of a rank (default 4)")
     parser.add_argument("--bottleneck", action="store_true", help="with --data: what bounds such a run, and a way out")
     parser.add_argument("--loops", nargs="+", choices=LOOPS[1:], help="with --peer: those beside ours (default: all)")
@@ -113,6 +120,10 @@ def _run_train(arguments: argparse.Namespace) -> None:
     }
     for model in arguments.model or []:  # a wrong name is told before the first cell runs
         cell_config(model, arguments.image_size, 8, arguments.precision)
+    for name, least in (("ranks", 1), ("rounds", 1), ("processes", 1), ("workers", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}, expected at least {least}")
     if arguments.bottleneck:
         _run_bottleneck(arguments, options)
         return
@@ -128,16 +139,18 @@ def _run_train(arguments: argparse.Namespace) -> None:
 
 
 def _run_bottleneck(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    if arguments.data is None or arguments.workers < 0:
-        raise UserError("--bottleneck: give a data set with --data, and --workers from 0 on")
+    if arguments.data is None:
+        raise UserError("--bottleneck: give a data set with --data")
     for model in arguments.model or ["B/16"]:
-        compiled = arguments.compile == ["on"]
-        rows, failure = cell_rows("bottleneck", {"model": model, "options": options | {"compile": compiled}})
-        if failure:
-            raise UserError(f"{model}: {failure}")
-        row = rows[-1]
-        _print_row(row, arguments.out)
-        cli.tell(f"{model}: {row['images_per_s']:,.1f} images/s, bound by: {row['bound_by']}. {row['way_out']}")
+        for compiled in arguments.compile or ["auto"]:  # as a run does
+            own = options | {"compile": {"on": True, "off": False}.get(compiled, compiled), "ranks": arguments.ranks}
+            rows, failure = cell_rows("bottleneck", {"model": model, "options": own})
+            if failure:
+                raise UserError(f"{model}, compile {compiled}: {failure}")
+            row = rows[-1]
+            _print_row(row, arguments.out)
+            rate = f"{row['images_per_s']:,.1f} images/s of a rank with {row['cores']} cores"
+            cli.tell(f"{model}: {rate}, bound by: {row['bound_by']}. {row['way_out']}")
 
 
 def _print_row(row: dict[str, Any], out: Path | None) -> None:

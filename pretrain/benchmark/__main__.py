@@ -1,6 +1,6 @@
 """One cell, measured in this process, which cells.py has started; a line of JSON per row.
 
-python -m pretrain.benchmark train|bottleneck|model|save|data CELL     CELL: arguments of `measure` as JSON
+python -m pretrain.benchmark train|bottleneck|model|save|data|device CELL     CELL: arguments of `measure` as JSON
 """
 
 import json
@@ -17,6 +17,8 @@ def main() -> None:
         from pretrain.benchmark.bottleneck import measure
     elif what == "save":
         from pretrain.benchmark.save import measure
+    elif what == "device":
+        from pretrain.benchmark.device import measure
     elif what == "data":
         from pretrain.benchmark.data import measure
     else:

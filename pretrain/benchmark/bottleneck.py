@@ -93,12 +93,17 @@ def diagnosis(costs: Costs, workers: int, cores: int, on_gpu: bool) -> dict[str,
 
 
 def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the row of a model on a data set; options: of tools/benchmark.py train --bottleneck."""
+    """Yields the row of a model on a data set; options: of tools/benchmark.py train --bottleneck.
+
+    Of one rank, alone: of `options["ranks"]` that share the machine's cores, whose collectives are not measured.
+    """
+    cores = max(1, len(os.sched_getaffinity(0)) // options["ranks"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # of a rank on a CPU; the only one here would be given all
     plan = plan_cell(options)
     config = cell_config(
         model,
         options["image_size"],
-        plan.batch * ranks.world_size(),
+        plan.batch,
         options["precision"],
         data={"train": options["data"], "workers": options["workers"]},
         compile=options["compile"],
@@ -110,14 +115,14 @@ def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     engine = build_engine(config, plan.device, data.num_classes)
     watch_engine(clock, engine)
     costs = stage_costs(config, data, engine, clock)
-    cores = max(1, len(os.sched_getaffinity(0)) // ranks.ranks_here())
     yield {
         "model": model,
         **diagnosis(costs, config.data.workers, cores, plan.device.type == "cuda"),
         "ms_per_image": {name: round(1000 * value, 4) for name, value in costs._asdict().items()},
         "workers": config.data.workers,
         "cores": cores,
-        "ranks": ranks.world_size(),
+        "ranks": options["ranks"],
+        "compile": engine.compiled,
         "batch_per_rank": plan.batch,
         "data": options["data"],
         "device": plan.name,
@@ -144,7 +149,7 @@ def stage_costs(config: Config, data: DataSets, engine: Engine, clock: PartClock
 
 
 def _loaded(config: Config, data: DataSets, engine: Engine) -> tuple[Batch, dict[str, float]]:
-    """A batch, prepared in this process, and the seconds that a batch takes in each stage of the loader."""
+    """A batch, prepared in this process, and the seconds that one takes in each stage of the loader."""
     steps = loader._TrainSteps(data.train, data.order, engine.plan, config)
     clocks = [PartClock(gpu=False) for _ in _LOADER]
     plain = {function: getattr(loader, function) for function in _LOADER.values()}
@@ -158,7 +163,13 @@ def _loaded(config: Config, data: DataSets, engine: Engine) -> tuple[Batch, dict
     finally:
         for function, original in plain.items():
             setattr(loader, function, original)
-    return batch, dict(zip(_LOADER, map(median, zip(*seconds))))
+    return _pinned(batch) if ranks.has_gpu() else batch, dict(zip(_LOADER, map(median, zip(*seconds))))
+
+
+def _pinned(batch: Batch) -> Batch:
+    """A batch as the loader hands it over on a GPU: a copy of other memory is slower, and waits."""
+    images, labels, weights, valid, epoch, index = (tensor.pin_memory() for tensor in batch[:6])
+    return batch._replace(images=images, labels=labels, label_weights=weights, valid=valid, epoch=epoch, index=index)
 
 
 def _handed_over_s(config: Config, data: DataSets, engine: Engine, loaded_s: float) -> float:

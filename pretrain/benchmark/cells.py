@@ -17,6 +17,7 @@ from pretrain.errors import UserError
 NUM_CLASSES = 1000
 LOOPS = ("ours", "timm", "timm-tanh", "plain")  # what train.py times, and loops.py builds
 RANDOM = "random"  # as data.train: images that are made, not read
+RANDOM_IMAGES = "random, on the device"  # what a row says of them
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,7 +37,7 @@ def cell_config(
     *,
     pooling: str | None = None,
     data: dict[str, Any] | None = None,
-    **engine: int,
+    **engine: Any,
 ) -> Config:
     """Returns the config of a run, on random images unless `data` says otherwise; `engine`: keys of its section."""
     check_name(model)
@@ -54,7 +55,7 @@ def cell_config(
 def cell_rows(what: str, cell: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
     """Measures a cell in a process of its own; returns the rows that it printed and, when it failed, why.
 
-    what: "train", "model", "save" or "data".
+    what: "train", "bottleneck", "model", "save", "data" or "device".
     """
     # A fresh process per cell: what one leaves behind (compiler caches, allocator) must not reach the next.
     result = subprocess.run(command_of(what, cell), env=environment_of(), capture_output=True, text=True)

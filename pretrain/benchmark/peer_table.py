@@ -6,87 +6,143 @@ A cell that the file of results has already, from the same device and commit, is
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain import cli
-from pretrain.benchmark.cells import LOOPS, NUM_CLASSES, cell_config
-from pretrain.benchmark.peers import LoopFailed, compared
+from pretrain.benchmark.cells import LOOPS, NUM_CLASSES, RANDOM_IMAGES, cell_config, cell_rows
+from pretrain.benchmark.peers import LoopFailed, Schedule, compared
 from pretrain.errors import UserError
 from pretrain.escape import in_markdown
 from pretrain.json_files import parse_json
 from pretrain.plan.memory import Layout, memory
-from pretrain.provenance import commit, processor
+from pretrain.provenance import commit
 from pretrain.storage import write_text
 
-# On a GPU by what is most worth knowing: a short stay should yield these first.
+# On a GPU by what is most worth knowing: a stay that is cut short should have these first. Our loop alone, one cell a
+# model, should take 5 minutes, the cells beside peers, each of which timm's whole model is compiled for, 20 to 40 more:
+# an estimate, no GPU has run it yet.
 GPU_MODELS, CPU_MODELS = ["L/16", "H/14", "B/16", "g/14", "S/16"], ["Ti/16", "S/16"]
+_GPU_PEERS = ["L/16", "B/16", "S/16", "H/14", "g/14"]  # the largest last: they take longest to compile
+_GPU_DATA = ["L/16", "S/16"]  # on real images: one that the GPU bounds, and one that the loader may
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "benchmarks" / "train.jsonl"
-_GPU_ROUNDS, _GPU_STEPS = 3, 15  # that ten minutes on a GPU yield the whole table
+_GPU_ROUNDS, _GPU_STEPS = 3, 15
+_CPU_ROUNDS, _CPU_PROCESSES = 5, 3
 _MAX_BATCH, _FILLED = 512, 0.85  # of a device's memory; the rest is for what the plan does not count
 _HEADER = ["model", "loop", "compile", "ranks", "images/s", "TFLOP/s", "MFU", "of measured peak", "memory [GB]"]
 _HEADER += ["forward [ms]", "backward", "optimizer", "collectives", "data", "ours / it", "interval"]
 
 
+class PeerCell(NamedTuple):
+    """What is measured at a time: a model's step in each of the loops."""
+
+    model: str
+    compiled: str  # "on" or "off"
+    loops: list[str]
+    data: str | None = None  # the set whose images are read; None: random ones
+
+
 def peer_table(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Measures all cells, the most important first, and shows them; lines, table and plot lie at --out.
 
-    Raises UserError for what cannot be compared, and at the end when a cell failed.
+    Raises UserError for what cannot be compared, and at the end when a loop failed.
     """
     if options["precision"] == "fp16":
         raise UserError("--peer compares fp32 and bf16; --precision is fp16")
-    if options["data"]:
-        raise UserError("--peer compares steps on random images; --data measures ours alone")
-    if arguments.ranks < 1 or (arguments.rounds is not None and arguments.rounds < 1):
-        raise UserError("--ranks and --rounds: expected at least 1")
     device, gpu_bytes = _device()
+    schedule = schedule_of(arguments, on_gpu=gpu_bytes > 0)
     out = arguments.out or DEFAULT_OUT
-    rows, failures = _earlier(out), []
-    rounds = arguments.rounds or (_GPU_ROUNDS if gpu_bytes else 5)
-    settings = {"num_ranks": arguments.ranks, "threads": arguments.threads, "rounds": rounds}
-    for model, compiled, loops in cells_of(arguments.model, arguments.compile, arguments.loops, on_gpu=gpu_bytes > 0):
-        own, together = dict(options), True
-        if gpu_bytes:
-            own["steps"] = options["steps"] or _GPU_STEPS
-            own["batch"], needed = fitting_batch(model, arguments.ranks, options, gpu_bytes)
-            together = needed * len(loops) <= _FILLED * gpu_bytes
-        cell = {"model": model, "compiled": compiled == "on", "options": own}
-        key = json.dumps({**cell, **settings, "loops": loops, "device": device, "commit": commit()})
-        if any(row["cell"] == key for row in rows):
-            cli.tell(f"{model}, compile {compiled}, {', '.join(loops)}: measured before, in {out}")
+    rows, keys, failures = _earlier(out), set(), 0
+    asked = arguments.model, arguments.compile, arguments.loops
+    for cell in cells_of(*asked, on_gpu=gpu_bytes > 0, data=options["data"]):
+        own, together = _options_of(cell, schedule, options, gpu_bytes)
+        measured = {"model": cell.model, "compiled": cell.compiled == "on", "options": own}
+        about = {**measured, **schedule._asdict(), "loops": cell.loops, "device": device, "commit": commit()}
+        key = json.dumps(about)
+        keys.add(key)
+        if _is_measured(rows, key):
+            cli.tell(f"{_name(cell)}: measured before, in {out}")
             continue
         try:
-            found = compared(loops, cell, **settings, together=together)
+            found = compared(cell.loops, measured, schedule, together=together)
         except LoopFailed as failure:
-            cli.tell(f"{model}, compile {compiled}: {failure}")
-            failures.append(model)
+            cli.tell(f"{_name(cell)}: {failure}")
+            failures += 1
             continue
-        rows += [row | {"cell": key} for row in found]
+        for row in found:
+            if "failed" in row:
+                cli.tell(f"{_name(cell)}: {row['loop']}: {row['failed']}")
+        rows = [row for row in rows if row["cell"] != key] + [row | {"cell": key} for row in found]
         write(rows, out)  # after each cell: what was measured outlives an interrupt
     _show(rows)
+    failures += sum("failed" in row for row in rows if row["cell"] in keys)
     if failures:
-        raise UserError(f"{len(failures)} cells failed; see above")
+        raise UserError(f"{failures} loops failed; see above")
+
+
+def schedule_of(arguments: argparse.Namespace, *, on_gpu: bool) -> Schedule:
+    """Returns how often loops are started and measured. Raises UserError for more processes than rounds."""
+    rounds, processes = arguments.rounds, arguments.processes
+    if rounds is None:
+        rounds = _GPU_ROUNDS if on_gpu else _CPU_ROUNDS
+    if processes is None:  # on a GPU a start takes longer than the rounds, and no luck of that kind is known there
+        processes = 1 if on_gpu else min(_CPU_PROCESSES, rounds)
+    if processes > rounds:
+        raise UserError(
+            f"--processes is {processes}, expected at most a process for each of {rounds} rounds (--rounds)"
+        )
+    return Schedule(arguments.ranks, arguments.threads, rounds, processes)
+
+
+def _options_of(
+    cell: PeerCell, schedule: Schedule, options: dict[str, Any], gpu_bytes: int
+) -> tuple[dict[str, Any], bool]:
+    """A cell's own options, and whether its loops fit into the device's memory together."""
+    own = options | ({} if cell.data else {"data": None, "workers": None})
+    if not gpu_bytes:
+        return own, True
+    own["steps"] = options["steps"] or _GPU_STEPS
+    own["batch"], needed = fitting_batch(cell.model, schedule.num_ranks, options, gpu_bytes)
+    return own, needed * len(cell.loops) <= _FILLED * gpu_bytes
+
+
+def _name(cell: PeerCell) -> str:
+    return f"{cell.model}, compile {cell.compiled}, {', '.join(cell.loops)}" + (", real images" if cell.data else "")
+
+
+def _is_measured(rows: list[dict[str, Any]], key: str) -> bool:
+    """Whether nothing is to be gained by another try: what does not fit into the memory alone never will."""
+    found = [row for row in rows if row["cell"] == key]
+    return bool(found) and all("out of memory" in row.get("failed", "out of memory") for row in found)
 
 
 def cells_of(
-    models: list[str] | None, compiled: list[str] | None, loops: list[str] | None, *, on_gpu: bool
-) -> list[tuple[str, str, list[str]]]:
-    """Returns what is measured, in order: model, compile on or off, loops. None: the default.
+    models: list[str] | None,
+    compiled: list[str] | None,
+    loops: list[str] | None,
+    *,
+    on_gpu: bool,
+    data: str | None = None,
+) -> list[PeerCell]:
+    """Returns what is measured, in order. None: the default; data: a set, on which our loop is measured too, alone.
 
-    On a GPU first our own loop alone, compiled, of all models: a stay that is cut short has at least these.
+    On a GPU first our own loop alone, compiled, of all models: a stay that is cut short has at least these. Then real
+    images, then all peers compiled, then all of them eager.
     """
-    found: list[tuple[str, str, list[str]]] = []
-    models = models or (GPU_MODELS if on_gpu else CPU_MODELS)
     modes = compiled or (["on", "off"] if on_gpu else ["off"])
-    if on_gpu and len(models) > 1:
-        found += [(model, modes[0], ["ours"]) for model in models]
-    for model in models:
-        for mode in modes:
+    chosen, of_data, of_peers = (GPU_MODELS, _GPU_DATA, _GPU_PEERS) if on_gpu else (CPU_MODELS,) * 3
+    found = []
+    if on_gpu and len(models or chosen) > 1:
+        found += [PeerCell(model, modes[0], ["ours"]) for model in models or chosen]
+    if data:
+        found += [PeerCell(model, modes[0], ["ours"], data) for model in models or of_data]
+    for mode in modes:
+        for model in models or of_peers:
             # The other form of GELU costs nothing on a GPU, and compiled.
             default = [loop for loop in LOOPS[1:] if loop != "timm-tanh" or (not on_gpu and mode == "off")]
-            chosen = ["ours", *(loops or default)]
+            beside = ["ours", *(loops or default)]
             if model.startswith("timm:") or "+" in model:  # only plain ViTs have their twin there
-                chosen = [loop for loop in chosen if not loop.startswith("timm")]
-            found.append((model, mode, chosen))
+                beside = [loop for loop in beside if not loop.startswith("timm")]
+            found.append(PeerCell(model, mode, beside))
     return found
 
 
@@ -108,12 +164,14 @@ def fitting_batch(model: str, num_ranks: int, options: dict[str, Any], gpu_bytes
 
 
 def _device() -> tuple[str, int]:
-    """Its name, and the bytes of its memory; 0 for a CPU."""
-    import torch  # seconds, and only here; the cells have processes of their own
+    """Its name, and the bytes of its memory; 0 for a CPU.
 
-    if not torch.cuda.is_available():
-        return processor(), 0
-    return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    Asked in a process that ends: one that stays would hold a part of the GPU, and all of one in EXCLUSIVE_PROCESS.
+    """
+    rows, failure = cell_rows("device", {})
+    if failure:
+        raise UserError(f"the device does not answer: {failure}")
+    return rows[0]["name"], rows[0]["bytes"]
 
 
 def _earlier(out: Path) -> list[dict[str, Any]]:
@@ -140,14 +198,16 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Returns a row of the table as text."""
+    begin = [row["model"], row["loop"], "on" if row["compile"] else "off", str(row["ranks"])]
+    if "failed" in row:
+        return [*begin, *[""] * (len(_HEADER) - len(begin) - 1), "failed"]
+    if row["data"] != RANDOM_IMAGES:
+        begin[1] += ", real images"
     peak, mfu, parts, ratio = row["measured_peak_tflop_per_s"], row["mfu"], row["parts_ms"], row["ratio"]
     times = [f"{parts[name]:,.1f}" for name in ("forward", "backward", "optimizer", "collectives", "data")]
     ours = row["loop"] == "ours"
     return [
-        row["model"],
-        row["loop"],
-        "on" if row["compile"] else "off",
-        str(row["ranks"]),
+        *begin,
         f"{row['images_per_s']:,.1f}",
         f"{row['tflop_per_s']:,.3g}",
         "" if mfu is None else f"{100 * mfu:.1f} %",
@@ -160,9 +220,14 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def _conditions(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return (
+            f"{row['model']}, {row['loop']}, compile {'on' if row['compile'] else 'off'}: {in_markdown(row['failed'])}"
+        )
     return (
         f"{row['model']}, {row['loop']}: {row['image_size']} pixels, {row['batch_per_rank']} images per rank, "
-        f"{row['precision']}, images: {row['data']}; {len(row['rounds_ms'])} rounds of {row['steps']} steps; "
+        f"{row['precision']}, images: {row['data']}; {len(row['rounds_ms'])} rounds of {row['steps']} steps "
+        f"in {row.get('processes', 1)} processes, one after the other; "
         f"{row['device']}, torch {row['versions']['torch']}, timm {row['versions']['timm']}, commit {row['commit']}"
     )
 
@@ -176,7 +241,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Draws our rate over each peer's, a bar with its interval for each; at 1 both are equally fast."""
     from matplotlib.figure import Figure  # a second to import
 
-    peers = [row for row in rows if row["loop"] != "ours"]
+    peers = [row for row in rows if row["loop"] != "ours" and "failed" not in row]
     figure = Figure(figsize=(7, 1 + 0.35 * len(peers)), layout="constrained")
     axes = figure.add_subplot()
     names = [f"{row['model']} {row['loop']}{', compiled' if row['compile'] else ''} x{row['ranks']}" for row in peers]

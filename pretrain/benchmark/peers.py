@@ -9,14 +9,26 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from pretrain.benchmark.cells import command_of, environment_of, why_it_failed
 from pretrain.cluster.local import free_port, rank_variables
 
+# What the reason says where loops cannot share a device: its memory, or a GPU in the mode EXCLUSIVE_PROCESS.
+_OF_SHARING = ("out of memory", "ALLOC_FAILED", "busy or unavailable")
+
 
 class LoopFailed(Exception):
-    """A loop that ended before its row; says why."""
+    """A loop that ended before its row; says which, and why."""
+
+    def __init__(self, loop: str, why: str) -> None:
+        super().__init__(f"{loop}: {why}")
+        self.loop, self.why = loop, why
+
+    @property
+    def of_sharing(self) -> bool:
+        """Whether it may go well with the device for itself."""
+        return any(text in self.why for text in _OF_SHARING)
 
 
 class RunningLoop:
@@ -49,8 +61,9 @@ class RunningLoop:
         """Lets it take the steps of a round."""
         stdin = self._processes[0].stdin
         assert stdin is not None
-        stdin.write("go\n")
-        stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: `wait` says why
+            stdin.write("go\n")
+            stdin.flush()
 
     def row(self) -> dict[str, Any]:
         """Ends it and returns what it measured. Raises LoopFailed."""
@@ -81,41 +94,88 @@ class RunningLoop:
     def _failed(self) -> LoopFailed:
         code = self._processes[0].wait()
         self._errors.seek(0)
-        return LoopFailed(f"{self.name}: {why_it_failed(code, self._errors.read())}")
+        return LoopFailed(self.name, why_it_failed(code, self._errors.read()))
+
+
+class Schedule(NamedTuple):
+    """How often loops are started and measured, and on what."""
+
+    num_ranks: int
+    threads: int | None  # of a rank on a CPU
+    rounds: int
+    processes: int = 1  # of a loop, one after the other, which the rounds are spread over
+
+    def rounds_of_processes(self) -> list[int]:
+        """Returns how many rounds each of a loop's processes takes."""
+        least, more = divmod(self.rounds, self.processes)
+        return [least + (number < more) for number in range(self.processes)]
 
 
 def compared(
-    loops: list[str],
-    cell: dict[str, Any],
-    *,
-    num_ranks: int,
-    threads: int | None,
-    rounds: int,
-    together: bool = True,
+    loops: list[str], cell: dict[str, Any], schedule: Schedule, *, together: bool = True
 ) -> list[dict[str, Any]]:
     """Returns a row for each loop, the first of them ours; each row has `ratio`, our rate by its rate.
 
-    Where not all fit into the device's memory together they run one after the other, and `interleaved` is False; not
-    together: it is known before. Raises LoopFailed.
+    Where not all can share the device they run one after the other, and `interleaved` is False; not together: it is
+    known before. A peer that fails has a row with nothing but the reason, `failed`. Raises LoopFailed when ours does.
     """
     cells = [{**cell, "loop": loop, "options": {**cell["options"], "paced": True}} for loop in loops]
+    interleaved = together or len(cells) == 1
     try:
-        if not together and len(cells) > 1:
-            raise LoopFailed("out of memory, by the plan")
-        rows, interleaved = _together(cells, num_ranks, threads, rounds), True
+        found = _measured([cells] if interleaved else [[each] for each in cells], schedule)
     except LoopFailed as failure:
-        if "out of memory" not in str(failure) or len(cells) == 1:
+        if interleaved and len(cells) > 1 and failure.of_sharing:
+            return compared(loops, cell, schedule, together=False)
+        if failure.loop == loops[0]:
             raise
-        rows = [_together([each], num_ranks, threads, rounds)[0] for each in cells]
-        interleaved = False
-    return [row | {"interleaved": interleaved, "ratio": ratio(rows[0], row)} for row in rows]
+        # The others would be as comparable without it.
+        rows = compared([loop for loop in loops if loop != failure.loop], cell, schedule, together=together)
+        rows.insert(loops.index(failure.loop), _failed_row(cell, schedule, failure))
+        return rows
+    ours, rows = found[loops[0]], []
+    assert isinstance(ours, dict)
+    for row in (found[loop] for loop in loops):
+        if isinstance(row, LoopFailed):
+            rows.append(_failed_row(cell, schedule, row))
+        else:
+            rows.append(row | {"interleaved": interleaved, "ratio": ratio(ours, row)})
+    return rows
 
 
-def _together(cells: list[dict[str, Any]], num_ranks: int, threads: int | None, rounds: int) -> list[dict[str, Any]]:
+def _failed_row(cell: dict[str, Any], schedule: Schedule, failure: LoopFailed) -> dict[str, Any]:
+    about = {"model": cell["model"], "loop": failure.loop, "compile": cell["compiled"], "ranks": schedule.num_ranks}
+    return about | {"failed": failure.why}
+
+
+def _measured(groups: list[list[dict[str, Any]]], schedule: Schedule) -> dict[str, dict[str, Any] | LoopFailed]:
+    """Runs groups of loops one after the other, each second time backwards; returns each loop's row, or why it failed.
+
+    Raises LoopFailed for a loop that runs beside others, and for the first of all.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, LoopFailed] = {}
+    for number, rounds in enumerate(schedule.rounds_of_processes()):
+        for cells in groups if number % 2 == 0 else reversed(groups):
+            if cells[0]["loop"] in failed:
+                continue
+            try:
+                found = _in_turns(cells if number % 2 == 0 else cells[::-1], schedule, rounds)
+            except LoopFailed as failure:
+                if len(cells) > 1 or cells is groups[0]:
+                    raise
+                failed[failure.loop] = failure
+                continue
+            for name, row in found.items():
+                rows.setdefault(name, []).append(row)
+    return {name: joined(of_processes) for name, of_processes in rows.items()} | failed
+
+
+def _in_turns(cells: list[dict[str, Any]], schedule: Schedule, rounds: int) -> dict[str, dict[str, Any]]:
+    """Runs loops beside each other, in one process of each; returns their rows."""
     with ExitStack() as stack:
         running = []
         for cell in cells:  # one after the other: their first steps, too, should not disturb each other
-            loop = RunningLoop(cell, num_ranks, threads)
+            loop = RunningLoop(cell, schedule.num_ranks, schedule.threads)
             stack.callback(loop.end)
             loop.wait()
             running.append(loop)
@@ -123,13 +183,24 @@ def _together(cells: list[dict[str, Any]], num_ranks: int, threads: int | None, 
             for loop in running if number % 2 == 0 else reversed(running):
                 loop.begin_round()
                 loop.wait()
-        return [loop.row() for loop in running]
+        return {loop.name: loop.row() for loop in running}
+
+
+def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the row of that process of a loop whose step takes the middle time (of two the shorter), with all rounds.
+
+    So the figures of a row follow from each other.
+    """
+    in_order = sorted(rows, key=lambda row: statistics.median(row["rounds_ms"]))
+    every = {name: [value for row in rows for value in row[name]] for name in ("rounds_ms", "rounds_gpu")}
+    return in_order[(len(rows) - 1) // 2] | every | {"processes": len(rows)}
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """Returns our rate divided by theirs: the median of the rounds, and the least and the greatest of them.
 
-    Of five rounds the two enclose the true median with a probability of 94 %.
+    Of five independent rounds the two enclose the true median with a probability of 94 %. Rounds of one process are
+    not: where its memory lies is a matter of luck, and all of them share it.
     """
     ratios = [their_ms / our_ms for our_ms, their_ms in zip(ours["rounds_ms"], theirs["rounds_ms"], strict=True)]
     values = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}

@@ -3,25 +3,19 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from pretrain.benchmark.cells import NUM_CLASSES, cell_config
+from pretrain.benchmark.cells import NUM_CLASSES, RANDOM_IMAGES, cell_config
+from pretrain.benchmark.device import attention_ms, gpu_state, measured_peak, memory_of_steps_gb
 from pretrain.benchmark.loops import build_loop
 from pretrain.benchmark.measure import on_meta, plan_cell, step_times_ms, summary_ms
 from pretrain.benchmark.parts import PartClock
 from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
-from pretrain.engine.settings import DTYPES
 from pretrain.gpus import peak_flops
 from pretrain.models.profile import num_parameters, train_flops
 from pretrain.provenance import commit, versions
-from pretrain.train.meter import peak_memory_bytes
-
-_PEAK_SHAPE = 1024, 4096  # of the products for timm's models, which have no width of ours: L's
-_PEAK_REPEATS = 10  # products of which the median is the measured peak
 
 
 def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ours") -> Iterator[dict[str, Any]]:
@@ -49,14 +43,15 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
     first_step_s = time.perf_counter() - began
     for _ in range(plan.warmup - 1):
         step()
-    rounds, parts = [], []
+    rounds, parts, states = [], [], []
     for _ in _starts(options["paced"]):
         clock.read_ms()
         rounds.append(step_times_ms(step, plan.steps, gpu))
+        states.append(gpu_state(plan.device))
         parts.append({name: ms / plan.steps for name, ms in clock.read_ms().items()})
         if options["paced"]:
             _tell({"round": len(rounds)})
-    memory_gb = peak_memory_bytes(plan.device) / 1e9
+    memory_gb = memory_of_steps_gb(plan.device)  # before what is measured beside the model
     yield {
         "model": model,
         "loop": loop,
@@ -68,12 +63,14 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         "zero_stage": config.engine.zero_stage if loop == "ours" else None,
         "compile": compiled,
         "checkpoint_activations": config.engine.checkpoint_activations,
-        "data": options["data"] or "random, on the device",
+        "data": options["data"] or RANDOM_IMAGES,
         **_rates(config, plan.batch, [ms for times in rounds for ms in times], plan.name),
-        **_measured_peak(config, plan.batch, plan.device),
+        **measured_peak(config, plan.batch, plan.device),
+        "attention_ms": attention_ms(config, plan.batch, plan.device) if loop == "ours" else None,
         "rounds_ms": [round(statistics.median(times), 3) for times in rounds],
+        "rounds_gpu": states,
         "parts_ms": {name: round(statistics.median(part[name] for part in parts), 3) for name in parts[0]},
-        "memory_gb": round(memory_gb, 3),
+        **memory_gb,
         "first_step_s": round(first_step_s, 2),
         "first_loss": round(first_loss, 5),
         "steps": plan.steps,
@@ -117,16 +114,3 @@ def _rates(config: Config, batch: int, times_ms: list[float], device: str) -> di
         "mfu": round(1e12 * tflop_per_s / peak, 4) if peak else None,
         "peak_tflop_per_s": peak and peak / 1e12,
     }
-
-
-def _measured_peak(config: Config, batch: int, device: torch.device) -> dict[str, float]:
-    """What this device reaches in the products of the MLP alone, [tokens, width] x [width, mlp] and back, TFLOP/s."""
-    plain = config.model.timm_name is None
-    width, mlp_dim = (config.model.shape.width, config.model.shape.mlp_dim) if plain else _PEAK_SHAPE
-    tokens = batch * (config.model.image_size // (config.model.patch_size if plain else 16)) ** 2
-    made: dict[str, Any] = {"dtype": DTYPES[config.engine.precision], "device": device}
-    x, up, down = (torch.ones(size, **made) for size in ((tokens, width), (width, mlp_dim), (mlp_dim, width)))
-    product: Callable[[], torch.Tensor] = torch.no_grad()(lambda: x @ up @ down)
-    product()
-    median_ms = statistics.median(step_times_ms(product, _PEAK_REPEATS, device.type == "cuda"))
-    return {"measured_peak_tflop_per_s": round(4 * tokens * width * mlp_dim / median_ms / 1e9, 4)}
