@@ -183,7 +183,7 @@ def _scheduled_rate(config: OptimConfig, total_steps: int, step: int) -> float:
     warmup = config.warmup_steps
     progress = min(1.0, max(0.0, (step - warmup) / max(1, total_steps - warmup)))
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return config.end_lr + (config.lr - config.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "linear":
         return config.end_lr + (config.lr - config.end_lr) * (1 - progress) ** config.power
     if config.schedule == "rsqrt":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from pretrain.config import ModelConfig, OptimConfig
@@ -59,6 +60,7 @@ def test_schedules_equal_googles(test_fixtures: Path) -> None:
     ("changes", "expected"),
     [
         ({"schedule": "cosine"}, {5: 1.0, 10: 2.0, 40: 1.5, 55: 1.0, 70: 0.5, 100: 0.0}),
+        ({"schedule": "cosine", "end_lr": 0.2}, {5: 1.0, 10: 2.0, 40: 1.55, 55: 1.1, 70: 0.65, 100: 0.2}),
         ({"schedule": "linear", "end_lr": 0.2}, {5: 1.0, 10: 2.0, 55: 1.1, 100: 0.2}),
         ({"schedule": "linear", "end_lr": 0.2, "power": 2.0}, {5: 1.0, 10: 2.0, 55: 0.65, 82: 0.272, 100: 0.2}),
         ({"schedule": "rsqrt", "timescale_steps": 20}, {5: 1.0, 10: 2.0, 70: 1.0, 90: 0.894427191}),
@@ -79,6 +81,20 @@ def test_schedules_by_hand(changes: dict[str, Any], expected: dict[int, float]) 
     assert {step: learning_rate(config, 100, step) for step in expected} == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("end_lr", [0.0, 1e-5])
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_cosine_equals_timms(warmup: int, end_lr: float) -> None:
+    """The rate of each step is that of timm's CosineLRScheduler with --min-lr and --warmup-prefix, to rounding."""
+    theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-3)
+    length: dict[str, Any] = {"t_initial": 100 - warmup, "warmup_t": warmup, "warmup_prefix": True}
+    schedule = CosineLRScheduler(theirs, **length, lr_min=end_lr, t_in_epochs=False)
+    ours = optim(lr=3e-3, warmup_steps=warmup, end_lr=end_lr)
+    for step in range(101):
+        schedule.step_update(step)
+        expected = pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12, abs=1e-18)
+        assert learning_rate(ours, 100, step) == expected, step
+
+
 def test_the_warm_up_rises_linearly_from_zero() -> None:
     """Step 0 has rate 0, the peak comes when the warm-up is over, and without warm-up the run starts there."""
     for schedule in ("cosine", "linear", "rsqrt"):
@@ -90,10 +106,11 @@ def test_the_warm_up_rises_linearly_from_zero() -> None:
 
 
 def test_the_schedules_end_where_they_should() -> None:
-    """Cosine ends at 0, linear at end_lr; rsqrt does not depend on the end, so that a run may be prolonged."""
+    """Cosine and linear end at end_lr, 0 unless set; rsqrt does not depend on the end, so a run may be prolonged."""
     assert learning_rate(optim(), 100, 100) == pytest.approx(0.0, abs=1e-12)
     assert learning_rate(optim(), 100, 50) == pytest.approx(0.5)
-    assert learning_rate(optim(schedule="linear", end_lr=0.25), 100, 100) == 0.25
+    for schedule in ("cosine", "linear"):
+        assert learning_rate(optim(schedule=schedule, end_lr=0.25), 100, 100) == 0.25
     rsqrt = optim(schedule="rsqrt", warmup_steps=10, timescale_steps=20)
     assert [learning_rate(rsqrt, total, 70) for total in (71, 100, 10**6)] == [1 / math.sqrt(1 + 60 / 20)] * 3
 

@@ -142,7 +142,7 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "rsqrt", "constant", "stair"] = "cosine"  # decay after the warm-up
     warmup_steps: int = 0  # the rate rises linearly from 0 in this many steps
     cooldown_steps: int = 0  # the rate falls linearly to 0 in the last steps, whatever the schedule; constant: WSD
-    end_lr: float = 0.0  # linear: the rate at the last step (vision_transformer uses 1e-5)
+    end_lr: float = 0.0  # cosine, linear: the rate at the last step (timm's min_lr; vision_transformer: 1e-5)
     power: float = 1.0  # linear: of the remaining share, (1 - progress) ^ power
     timescale_steps: int = 10_000  # rsqrt: lr / sqrt(1 + (max(step, warmup) + shift - warmup) / timescale)
     shift_steps: int = 0  # rsqrt: see there; above 0 the peak is below lr
@@ -159,7 +159,8 @@ class OptimConfig:
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             yield f"optim.betas is {tuple(self.betas)}, momentum {self.momentum}, expected numbers in 0 <= beta < 1"
         uses = (
-            ("schedule", ("linear",), ("end_lr", "power")),
+            ("schedule", ("cosine", "linear"), ("end_lr",)),
+            ("schedule", ("linear",), ("power",)),
             ("schedule", ("rsqrt",), ("timescale_steps", "shift_steps")),
             ("schedule", ("stair",), ("stair_steps", "stair_multipliers")),
             ("name", ("adamw", "lion"), ("betas",)),
