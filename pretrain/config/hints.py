@@ -45,6 +45,7 @@ OTHER_NAMES = {
     "lr_scheduler": "optim.schedule",
     "lr_scheduler_type": "optim.schedule",
     "min_lr": "optim.end_lr",
+    "layer_decay": "optim.layer_decay",
     "clip_grad": "optim.clip_norm",
     "grad_clip_norm": "optim.clip_norm",
     "max_grad_norm": "optim.clip_norm",

@@ -138,6 +138,7 @@ class OptimConfig:
     moment_dtype: Literal["fp32", "bf16"] = "fp32"  # of the first moment; bf16: rounded as in big_vision
     weight_decay: float = 0.0  # torch's convention (times lr), on kernels only; big_vision's wd / lr (docs/training.md)
     head_decay_multiplier: float = 1.0  # of the head's kernel: Scaling ViT decays it 100 times as much
+    layer_decay: float = 1.0  # a layer's rate is so much of the next one's (BEiT, MAE: 0.65 to 0.75); 1: all alike
     clip_norm: float = 1.0  # global gradient norm is clipped to this; 0: no clipping
     schedule: Literal["cosine", "linear", "rsqrt", "constant", "stair"] = "cosine"  # decay after the warm-up
     warmup_steps: int = 0  # the rate rises linearly from 0 in this many steps
@@ -155,7 +156,8 @@ class OptimConfig:
         yield from outside(self, "optim", lr=(0, 1e3), eps=(0, 1), weight_decay=(0, 1e3), clip_norm=(0, 1e9))
         yield from outside(self, "optim", warmup_steps=(0, 1 << 40), end_lr=(0, 1e3), timescale_steps=(1, 1 << 40))
         yield from outside(self, "optim", cooldown_steps=(0, 1 << 40), shift_steps=(0, 1 << 40), power=(0.01, 100))
-        yield from outside(self, "optim", head_decay_multiplier=(0, 1e4), average_decay=(0, 0.9999999))
+        yield from outside(self, "optim", head_decay_multiplier=(0, 1e4), layer_decay=(0.01, 1))
+        yield from outside(self, "optim", average_decay=(0, 0.9999999))
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             yield f"optim.betas is {tuple(self.betas)}, momentum {self.momentum}, expected numbers in 0 <= beta < 1"
         uses = (
