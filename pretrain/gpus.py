@@ -11,3 +11,9 @@ def peak_flops(name: str) -> float | None:
     if "a100" not in words and set(words) & set(_OTHER_FORMS) or "mig" in words:
         return None
     return next((peak for key, peak in PEAK_FLOPS.items() if key in words), None)
+
+
+def mfu(flops_per_s: float, name: str) -> float | None:
+    """Returns the share of one GPU's peak in dense bf16 that a model's own FLOP/s make, None where it is not known."""
+    peak = peak_flops(name)
+    return flops_per_s / peak if peak else None

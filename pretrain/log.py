@@ -21,7 +21,6 @@ from PIL import Image
 from pretrain.cluster import ranks
 from pretrain.errors import UserError
 from pretrain.escape import shown
-from pretrain.gpus import peak_flops
 from pretrain.json_files import Fields, parse_json
 from pretrain.storage import replacing, write_text
 
@@ -192,8 +191,6 @@ class RunLog:
         self._start_step, self._start_time = step, time.monotonic()
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._board: Any = None
-        peak = peak_flops(torch.cuda.get_device_name()) if ranks.is_main() and ranks.has_gpu() else None
-        self._peak = peak and peak * ranks.world_size()
         if ranks.is_main():
             self._board = _board(folder / "tensorboard", step + 1)
 
@@ -207,8 +204,6 @@ class RunLog:
             return
         left = (time.monotonic() - self._start_time) / max(1, step - self._start_step) * (self._total_steps - step)
         words = [in_words(name, value) for name, value in values.items() if _worth_a_look(name, value)]
-        if self._peak and (rate := values.get("train/tflop_per_s")):
-            words.append(f"mfu {1e12 * rate / self._peak:.1%}")  # of the peak in bf16
         shown = "  ".join(words)
         say(f"step {step}/{self._total_steps} ({step / self._total_steps:.1%})  {shown}  left {duration(left)}")
 
@@ -292,6 +287,8 @@ def in_words(name: str, value: float) -> str:
     short = name.removeprefix("train/")
     if name == "train/memory_gb":
         return f"memory {value:.1f} GB"
+    if name == "train/mfu":
+        return f"mfu {value:.1%}"  # of the peak in bf16; a tenth of a per cent is noise already
     last = short.rpartition("/")[2]
     if isinstance(value, float) and (last in _SHARES or last.startswith(("fewshot_", "knn_"))):
         return f"{short} {value:.2%}"
