@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 import torch
 from PIL import Image
@@ -183,11 +183,24 @@ def step_of(line: bytes) -> int:
     return Fields.of(parse_json(line, "line"), "line").integer("step", 0, MAX_STEP)
 
 
-class RunLog:
-    """The writers of one run, opened at `step`. On ranks other than 0 every method does nothing."""
+class OtherLog(Protocol):
+    """A place elsewhere for the numbers of a run. It raises nothing."""
 
-    def __init__(self, folder: Path, step: int, total_steps: int) -> None:
-        self._folder, self._total_steps = folder, total_steps
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes named numbers of `step`, without waiting."""
+
+    def close(self) -> None:
+        """Ends what it has begun."""
+
+
+class RunLog:
+    """The writers of one run, opened at `step`. On ranks other than 0 every method does nothing.
+
+    elsewhere: takes the numbers besides the run's own files.
+    """
+
+    def __init__(self, folder: Path, step: int, total_steps: int, elsewhere: OtherLog | None = None) -> None:
+        self._folder, self._total_steps, self._elsewhere = folder, total_steps, elsewhere
         self._start_step, self._start_time = step, time.monotonic()
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._board: Any = None
@@ -200,6 +213,8 @@ class RunLog:
             return
         self._metrics.append({"step": step, "time": time.strftime(TIME_FORMAT), **values})
         self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+        if self._elsewhere is not None:
+            self._elsewhere.scalars(step, values)
         if not on_console:
             return
         left = (time.monotonic() - self._start_time) / max(1, step - self._start_step) * (self._total_steps - step)
@@ -228,6 +243,8 @@ class RunLog:
     def close(self) -> None:
         """Ends the TensorBoard file, and tells what was lost."""
         self._to_board(lambda board: board.close())
+        if self._elsewhere is not None:
+            self._elsewhere.close()
         tell_lost_lines()
 
     def _to_board(self, write: Callable[[Any], Any]) -> None:

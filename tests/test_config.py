@@ -235,6 +235,7 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["evaluation.every_steps=-1"], "evaluation.every_steps is -1"),
         (["evaluation.batch_size=0"], "evaluation.batch_size is 0"),
         (["log.every_steps=0"], "log.every_steps is 0"),
+        (["log.wandb_entity=us"], "log.wandb_entity (us) has no effect: log.wandb_project is null"),
         (["checkpoint.every_steps=0"], "checkpoint.every_steps is 0"),
         (["checkpoint.keep_last=1"], "checkpoint.keep_last is 1, expected 2"),
         (["checkpoint.keep_every_steps=-1"], "checkpoint.keep_every_steps is -1"),
@@ -465,6 +466,7 @@ def test_what_a_resumed_run_may_change() -> None:
     """Machine and bookkeeping may change, everything else is told with both values."""
     assert set(MAY_CHANGE) <= set(keys())
     base = merged(SMALLEST, {"evaluation": {"fewshot_train": "few", "fewshot_test": "test"}})  # some keys need them
+    base = merged(base, {"log": {"wandb_project": "trials"}})
     config = config_from_dict(base, "trial")
     saved = config_to_dict(config)
     assert resume_differences(saved, config) == []

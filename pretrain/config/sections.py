@@ -263,11 +263,15 @@ class LogConfig:
 
     every_steps: int = 50  # steps between two lines of the console, metrics.jsonl and TensorBoard
     layers_every_steps: int = 0  # norms of each layer, largest attention logits (docs/training.md); 0: never
+    wandb_project: str | None = None  # of Weights & Biases, for the same numbers (docs/training.md); null: not there
+    wandb_entity: str | None = None  # user or team there; null: the account's own
     samples: bool = False  # append the (epoch, index) of every sample to samples-RANK.jsonl: proof of order, 20 B each
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
         yield from outside(self, "log", every_steps=(1, 1 << 40), layers_every_steps=(0, 1 << 40))
+        if self.wandb_entity is not None and self.wandb_project is None:
+            yield f"log.wandb_entity ({self.wandb_entity}) has no effect: log.wandb_project is null"
 
 
 @dataclass
