@@ -20,3 +20,9 @@ def peak_flops(name: str) -> float | None:
     """Returns the FLOP/s in dense bf16 of "NVIDIA H100 80GB HBM3", None of a GPU whose peak is not known here."""
     known = known_gpu(name)
     return PEAK_FLOPS[known] if known else None
+
+
+def mfu(flops_per_s: float, name: str) -> float | None:
+    """Returns the share of one GPU's peak in dense bf16 that a model's own FLOP/s make, None where it is not known."""
+    peak = peak_flops(name)
+    return flops_per_s / peak if peak else None

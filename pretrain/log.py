@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 import torch
 from PIL import Image
@@ -21,7 +21,6 @@ from PIL import Image
 from pretrain.cluster import ranks
 from pretrain.errors import UserError
 from pretrain.escape import shown
-from pretrain.gpus import peak_flops
 from pretrain.json_files import Fields, parse_json
 from pretrain.storage import replacing, write_text
 
@@ -184,16 +183,27 @@ def step_of(line: bytes) -> int:
     return Fields.of(parse_json(line, "line"), "line").integer("step", 0, MAX_STEP)
 
 
-class RunLog:
-    """The writers of one run, opened at `step`. On ranks other than 0 every method does nothing."""
+class OtherLog(Protocol):
+    """A place elsewhere for the numbers of a run. It raises nothing."""
 
-    def __init__(self, folder: Path, step: int, total_steps: int) -> None:
-        self._folder, self._total_steps = folder, total_steps
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes named numbers of `step`, without waiting."""
+
+    def close(self) -> None:
+        """Ends what it has begun."""
+
+
+class RunLog:
+    """The writers of one run, opened at `step`. On ranks other than 0 every method does nothing.
+
+    elsewhere: takes the numbers besides the run's own files.
+    """
+
+    def __init__(self, folder: Path, step: int, total_steps: int, elsewhere: OtherLog | None = None) -> None:
+        self._folder, self._total_steps, self._elsewhere = folder, total_steps, elsewhere
         self._start_step, self._start_time = step, time.monotonic()
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._board: Any = None
-        peak = peak_flops(torch.cuda.get_device_name()) if ranks.is_main() and ranks.has_gpu() else None
-        self._peak = peak and peak * ranks.world_size()
         if ranks.is_main():
             self._board = _board(folder / "tensorboard", step + 1)
 
@@ -203,12 +213,12 @@ class RunLog:
             return
         self._metrics.append({"step": step, "time": time.strftime(TIME_FORMAT), **values})
         self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+        if self._elsewhere is not None:
+            self._elsewhere.scalars(step, values)
         if not on_console:
             return
         left = (time.monotonic() - self._start_time) / max(1, step - self._start_step) * (self._total_steps - step)
         words = [in_words(name, value) for name, value in values.items() if _worth_a_look(name, value)]
-        if self._peak and (rate := values.get("train/tflop_per_s")):
-            words.append(f"mfu {1e12 * rate / self._peak:.1%}")  # of the peak in bf16
         shown = "  ".join(words)
         say(f"step {step}/{self._total_steps} ({step / self._total_steps:.1%})  {shown}  left {duration(left)}")
 
@@ -233,6 +243,8 @@ class RunLog:
     def close(self) -> None:
         """Ends the TensorBoard file, and tells what was lost."""
         self._to_board(lambda board: board.close())
+        if self._elsewhere is not None:
+            self._elsewhere.close()
         tell_lost_lines()
 
     def _to_board(self, write: Callable[[Any], Any]) -> None:
@@ -292,6 +304,8 @@ def in_words(name: str, value: float) -> str:
     short = name.removeprefix("train/")
     if name == "train/memory_gb":
         return f"memory {value:.1f} GB"
+    if name == "train/mfu":
+        return f"mfu {value:.1%}"  # of the peak in bf16; a tenth of a per cent is noise already
     last = short.rpartition("/")[2]
     if isinstance(value, float) and (last in _SHARES or last.startswith(("fewshot_", "knn_"))):
         return f"{short} {value:.2%}"

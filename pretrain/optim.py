@@ -4,7 +4,7 @@ Every optimizer here works element by element: ZeRO cuts the weights into flat t
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,24 +16,34 @@ PIECE_ELEMENTS = 1 << 24  # an update works on so many at a time: 64 MB per temp
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, head_decay_multiplier: float = 1.0, head: Collection[str] = ()
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    head_decay_multiplier: float = 1.0,
+    head: Collection[str] = (),
+    rate_scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the groups: kernels with weight decay, the head's kernel with its multiple, everything else without.
 
     Kernels are tensors of two and more dimensions named `*.weight`, as big_vision's mask `.*/kernel$`: biases, norms,
     class tokens, probes and positions are not. The head (`head`: names of its tensors) has a group of its own only when
-    its decay differs. Empty groups are left out.
+    its decay differs. `rate_scales` (1 where a tensor has none) become the groups' `lr_scale`, see `set_rate`: so many
+    scales, so many times these groups. Empty ones are left out.
     """
-    kernels, others, head_kernels = [], [], []
+    decays = {"kernels": weight_decay, "others": 0.0, "head": weight_decay * head_decay_multiplier}
+    members: dict[tuple[float, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or not name.endswith(".weight"):
-            others.append(parameter)
-        elif name in head and head_decay_multiplier != 1.0:
-            head_kernels.append(parameter)
+            kind = "others"
         else:
-            kernels.append(parameter)
-    decays = ((kernels, weight_decay), (others, 0.0), (head_kernels, weight_decay * head_decay_multiplier))
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
+            kind = "head" if name in head and head_decay_multiplier != 1.0 else "kernels"
+        members.setdefault(((rate_scales or {}).get(name, 1.0), kind), []).append(parameter)
+    return [
+        {"params": members[scale, kind], "weight_decay": decay, "lr_scale": scale}
+        for scale in sorted({scale for scale, _ in members})
+        for kind, decay in decays.items()
+        if (scale, kind) in members
+    ]
 
 
 def moment_dtypes(config: OptimConfig) -> dict[str, torch.dtype]:
@@ -42,13 +52,24 @@ def moment_dtypes(config: OptimConfig) -> dict[str, torch.dtype]:
     return {"exp_avg": first, "exp_avg_sq": torch.float32} if config.name == "adamw" else {"momentum": first}
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module, head: Collection[str] = ()) -> torch.optim.Optimizer:
-    """Returns the optimizer over the model's parameter groups; the rate is set before each step, see `learning_rate`.
+def build_optimizer(
+    config: OptimConfig,
+    model: nn.Module,
+    head: Collection[str] = (),
+    rate_scales: Mapping[str, float] | None = None,
+) -> torch.optim.Optimizer:
+    """Returns the optimizer over the model's parameter groups; `set_rate` gives them the rate before each step.
 
-    head: names of the head's tensors, for `head_decay_multiplier`.
+    head: names of the head's tensors, for `head_decay_multiplier`. rate_scales: by the names of tensors, for
+    `layer_decay`; None: one rate for all.
     """
-    multiplier = config.head_decay_multiplier
-    groups = parameter_groups(model, config.weight_decay, head_decay_multiplier=multiplier, head=head)
+    groups = parameter_groups(
+        model,
+        config.weight_decay,
+        head_decay_multiplier=config.head_decay_multiplier,
+        head=head,
+        rate_scales=rate_scales,
+    )
     betas = (config.betas[0], config.betas[1])
     if config.name == "adamw" and config.moment_dtype == "fp32":
         # One pass over memory, on CPUs too; without it ten, over temporaries as large as the flat tensors.
@@ -167,6 +188,12 @@ def _decayed(moment: torch.Tensor, beta: float) -> torch.Tensor:
     return moment * float(torch.tensor(beta, dtype=moment.dtype))
 
 
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives each group the step's rate times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
 def learning_rate(config: OptimConfig, total_steps: int, step: int) -> float:
     """Returns the rate of `step` (from 0; the first step of a warm-up has rate 0).
 
@@ -183,7 +210,7 @@ def _scheduled_rate(config: OptimConfig, total_steps: int, step: int) -> float:
     warmup = config.warmup_steps
     progress = min(1.0, max(0.0, (step - warmup) / max(1, total_steps - warmup)))
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return config.end_lr + (config.lr - config.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "linear":
         return config.end_lr + (config.lr - config.end_lr) * (1 - progress) ** config.power
     if config.schedule == "rsqrt":

@@ -210,9 +210,14 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["optim.eps=-1"], "optim.eps is -1.0"),
         (["optim.weight_decay=-0.1"], "optim.weight_decay is -0.1"),
         (["optim.clip_norm=-1"], "optim.clip_norm is -1.0"),
+        (["optim.layer_decay=0"], "optim.layer_decay is 0.0, expected 0.01 to 1"),
         (["optim.warmup_steps=-1"], "optim.warmup_steps is -1"),
         (["optim.warmup_steps=101"], "optim.warmup_steps (101) is larger than total_steps (100)"),
-        (["optim.end_lr=1e-5"], "optim.end_lr (1e-05) is used by linear only, not by optim.schedule=cosine"),
+        (
+            ["optim.schedule=rsqrt", "optim.end_lr=1e-5"],
+            "(1e-05) is used by cosine and linear only, not by optim.sched",
+        ),
+        (["optim.power=2"], "optim.power (2.0) is used by linear only, not by optim.schedule=cosine"),
         (["optim.momentum=0.8"], "optim.momentum (0.8) is used by sgd only, not by optim.name=adamw"),
         (["optim.name=sgd", "optim.eps=1e-6"], "optim.eps (1e-06) is used by adamw only, not by optim.name=sgd"),
         (["optim.name=sgd", "optim.betas=[0.9,0.95]"], "is used by adamw and lion only, not by optim.name=sgd"),
@@ -230,6 +235,7 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["evaluation.every_steps=-1"], "evaluation.every_steps is -1"),
         (["evaluation.batch_size=0"], "evaluation.batch_size is 0"),
         (["log.every_steps=0"], "log.every_steps is 0"),
+        (["log.wandb_entity=us"], "log.wandb_entity (us) has no effect: log.wandb_project is null"),
         (["checkpoint.every_steps=0"], "checkpoint.every_steps is 0"),
         (["checkpoint.keep_last=1"], "checkpoint.keep_last is 1, expected 2"),
         (["checkpoint.keep_every_steps=-1"], "checkpoint.keep_every_steps is -1"),
@@ -460,6 +466,7 @@ def test_what_a_resumed_run_may_change() -> None:
     """Machine and bookkeeping may change, everything else is told with both values."""
     assert set(MAY_CHANGE) <= set(keys())
     base = merged(SMALLEST, {"evaluation": {"fewshot_train": "few", "fewshot_test": "test"}})  # some keys need them
+    base = merged(base, {"log": {"wandb_project": "trials"}})
     config = config_from_dict(base, "trial")
     saved = config_to_dict(config)
     assert resume_differences(saved, config) == []

@@ -215,6 +215,20 @@ def test_a_step_costs_no_more_than_it_must(
     assert sum(found["check"].values()) == 1 and found["watched"] == found["waits"], found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "most_launches", "most_collectives"), [((1, 1, 64), 1070, 1), ((64, 2, 64), 1020, 54)], ids=str
+)
+def test_rates_by_layer_cost_a_group_for_each(
+    layout: tuple[int, int, int], most_launches: int, most_collectives: int, config: Config
+) -> None:
+    """26 layers of 24 blocks, kernels and the rest: 52 groups in place of two, each of some 20 launches; one wait."""
+    found = counted(changed(config, optim__layer_decay=0.75), layout)
+    assert found["step"] <= most_launches, found
+    assert sum(found["waits"].values()) <= 1, found
+    assert sum(found["collectives"].values()) <= most_collectives, found
+
+
 def test_an_evaluation_waits_for_its_answers_alone() -> None:
     """Best classes, their shares and losses, batch by batch; the mask of unread images is never asked of the device."""
     slots = torch.arange(6)

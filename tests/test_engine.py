@@ -65,19 +65,30 @@ def losses_of_run(config: Config) -> list[float]:
     return steps(engine, data, config, 0, STEPS)
 
 
+def rate_scale(name: str, config: Config) -> float:
+    """What a parameter's rate is multiplied with, by the formula of MAE (util/lr_decay.py)."""
+    num_layers = config.model.shape.depth + 1
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
+        layer = 0
+    else:
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else num_layers
+    return config.optim.layer_decay ** (num_layers - layer)
+
+
 def plain_losses(config: Config) -> list[float]:
     """The same run as a plain PyTorch loop: one process, no DeepSpeed, no accumulation."""
     data = open_data(config)
     model = build_model(config.model, data.num_classes, config.seed).train()
-    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and n.endswith("weight")]
-    others = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and n.endswith("weight"))]
-    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = []
+    for name, parameter in model.named_parameters():
+        decay = config.optim.weight_decay if parameter.ndim >= 2 and name.endswith("weight") else 0.0
+        groups.append({"params": [parameter], "weight_decay": decay, "scale": rate_scale(name, config)})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     losses = []
     plan = BatchPlan(config.data.global_batch, 1, 0)
     for step, batch in zip(range(STEPS), train_batches(data.train, data.order, plan, config, 0)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, config.total_steps, step)
+            group["lr"] = group["scale"] * learning_rate(config.optim, config.total_steps, step)
         logits = model(to_float(batch.images, torch.float32))
         targets = torch.zeros_like(logits).scatter_add_(1, batch.labels.clamp(min=0), batch.label_weights)
         loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
@@ -108,6 +119,20 @@ def test_losses_equal_a_plain_loop(
     changes = {"engine__zero_stage": stage, "engine__max_micro_batch_size": max_micro_batch_size}
     config = tiny_config(shards, Path("unused"), **changes)
     compare(run_ranks(losses_of_run, world_size, config)[0], plain, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "max_micro_batch_size"), [(1, 1, 256), (1, 3, 3), (2, 2, 256), (3, 3, 3)]
+)
+def test_rates_by_layer_equal_a_plain_loop(
+    stage: int, world_size: int, max_micro_batch_size: int, shards: Path, plain: list[float]
+) -> None:
+    """With a group for each layer, some of fewer elements than ranks: the losses of a plain loop to 1e-5."""
+    changes = {"engine__zero_stage": stage, "engine__max_micro_batch_size": max_micro_batch_size}
+    config = tiny_config(shards, Path("unused"), **changes, optim__layer_decay=0.5)
+    expected = plain_losses(config)
+    assert max(abs(a - b) / b for a, b in zip(expected, plain)) > 1e-2
+    compare(run_ranks(losses_of_run, world_size, config)[0], expected, 1e-5)
 
 
 def test_uneven_split_weighs_every_image_alike(shards: Path, plain: list[float]) -> None:
@@ -375,9 +400,10 @@ OTHER_OPTIMIZERS: dict[str, dict[str, Any]] = {
 def test_the_state_of_every_optimizer_fits_any_layout(name: str, shards: Path, tmp_path: Path) -> None:
     """Saved after 10 steps on 2 ranks at stage 1, loaded at stage 3 on 3 ranks: the same 10 losses.
 
-    bf16 momenta are bf16 in the file. The head's kernel has its own decay.
+    bf16 momenta are bf16 in the file. The head's kernel has its own decay, each layer its own rate.
     """
     optim = OTHER_OPTIMIZERS[name] | {"weight_decay": 0.1, "head_decay_multiplier": 10.0, "warmup_steps": 3}
+    optim |= {"layer_decay": 0.7}
     config = changed(tiny_config(shards, tmp_path), optim=optim)
     expected = run_ranks(save_at, 2, config, tmp_path, 10)[0]
     path = tmp_path / "step-0000000010"
@@ -428,6 +454,7 @@ def test_averages_follow_the_recursion(stage: int, then: tuple[int, int], shards
     """decay * average + (1 - decay) * weights from the initial weights on, in float64, within 1e-6 over 6 steps of two
     ranks and 6 more at another stage and world size, with bf16 weights in the model."""
     changes: dict[str, Any] = {"engine__precision": "bf16", "optim__average_decay": 0.8, "optim__lr": 1e-2}
+    changes |= {"optim__layer_decay": 0.7} if stage == 1 else {}
     config = tiny_config(shards, tmp_path, engine__zero_stage=stage, **changes)
     distance, away, average = run_ranks(average_and_save, 2, config, tmp_path)[0]
     assert distance < 1e-6 and away > 1e-3

@@ -7,18 +7,18 @@ import resource
 import signal
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ranks import run_ranks
+from tiny import make_shards, tiny_config
 
 from pretrain import log as log_module
-from pretrain.cluster import ranks
+from pretrain.config import Config
 from pretrain.gpus import peak_flops
 from pretrain.log import JsonLines, RunLog, duration, rewind, sync
+from pretrain.train import meter, run
 
 
 def test_rewind_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
@@ -220,24 +220,37 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_the_console_shows_what_tables_show(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Shares in per cent, memory in GB, and the share of the peak where the GPU's is known; the files keep numbers."""
+def test_the_console_shows_what_tables_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shares in per cent, memory in GB; the files keep numbers."""
     values = {"train/loss": 1.23456, "train/top1": 0.1234, "train/lr": 1e-3, "train/data_wait": 0.02}
     values |= {"train/memory_gb": 12.34, "train/tflop_per_s": 400.0, "train/bad_samples": 0, "train/skipped_steps": 2}
-    for name, mfu in (("NVIDIA H100 80GB HBM3", "  mfu 40.4%"), ("NVIDIA GeForce RTX 4090", ""), (None, "")):
-        monkeypatch.setattr(ranks, "has_gpu", partial(bool, name))
-        monkeypatch.setattr(torch.cuda, "get_device_name", partial(str, name))
-        log = RunLog(tmp_path, 0, 100)
-        log.scalars(50, values)
-        log.scalars(50, {"val/top1": 0.5, "val/fewshot_5": 0.25, "val/images": 101, "val/loss": 2.0})
-        log.close()
-        training, validation = capsys.readouterr().out.splitlines()
-        shown = "loss 1.235  top1 12.34%  lr 0.001  data_wait 2.00%  memory 12.3 GB  skipped_steps 2"
-        assert training.startswith(f"step 50/100 (50.0%)  {shown}{mfu}  left "), training
-        assert "  val/top1 50.00%  val/fewshot_5 25.00%  val/images 101  val/loss 2  left" in validation
+    values |= {"train/mfu": 0.40446}
+    log = RunLog(tmp_path, 0, 100)
+    log.scalars(50, values)
+    log.scalars(50, {"val/top1": 0.5, "val/fewshot_5": 0.25, "val/images": 101, "val/loss": 2.0})
+    log.close()
+    training, validation = capsys.readouterr().out.splitlines()
+    shown = "loss 1.235  top1 12.34%  lr 0.001  data_wait 2.00%  memory 12.3 GB  skipped_steps 2  mfu 40.4%"
+    assert training.startswith(f"step 50/100 (50.0%)  {shown}  left "), training
+    assert "  val/top1 50.00%  val/fewshot_5 25.00%  val/images 101  val/loss 2  left" in validation
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["train/top1"] == 0.1234
+
+
+def train_on(gpu: str, config: Config) -> None:
+    """A run on CPUs, whose meter takes them for such a GPU."""
+    meter.gpu_name = lambda device: gpu
+    run.train(config)
+
+
+@pytest.mark.parametrize(("gpu", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GeForce RTX 4090", None)])
+def test_the_share_of_the_peak_is_logged(gpu: str, peak: float | None, tmp_path: Path) -> None:
+    """Each line of two ranks' run has it where the GPU's peak is known: their FLOP/s by twice that peak."""
+    config = tiny_config(make_shards(tmp_path / "shards"), tmp_path, total_steps=10)
+    run_ranks(train_on, 2, gpu, config)
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(("train/mfu" in row) == (peak is not None) for row in rows)
+    for row in rows if peak else []:
+        assert row["train/mfu"] == pytest.approx(1e12 * row["train/tflop_per_s"] / (2 * peak))
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from pretrain.config import ModelConfig, OptimConfig
+from pretrain.errors import ConfigError
+from pretrain.models.build import build_model
+from pretrain.models.rates import rate_scales
 from pretrain.models.vit import VisionTransformer
 from pretrain.models.weights import classifier_names
-from pretrain.optim import PIECE_ELEMENTS, build_optimizer, learning_rate, moment_dtypes, parameter_groups
+from pretrain.optim import (
+    PIECE_ELEMENTS,
+    build_optimizer,
+    learning_rate,
+    moment_dtypes,
+    parameter_groups,
+    set_rate,
+)
 
 
 def optim(**changes: Any) -> OptimConfig:
@@ -59,6 +72,7 @@ def test_schedules_equal_googles(test_fixtures: Path) -> None:
     ("changes", "expected"),
     [
         ({"schedule": "cosine"}, {5: 1.0, 10: 2.0, 40: 1.5, 55: 1.0, 70: 0.5, 100: 0.0}),
+        ({"schedule": "cosine", "end_lr": 0.2}, {5: 1.0, 10: 2.0, 40: 1.55, 55: 1.1, 70: 0.65, 100: 0.2}),
         ({"schedule": "linear", "end_lr": 0.2}, {5: 1.0, 10: 2.0, 55: 1.1, 100: 0.2}),
         ({"schedule": "linear", "end_lr": 0.2, "power": 2.0}, {5: 1.0, 10: 2.0, 55: 0.65, 82: 0.272, 100: 0.2}),
         ({"schedule": "rsqrt", "timescale_steps": 20}, {5: 1.0, 10: 2.0, 70: 1.0, 90: 0.894427191}),
@@ -79,6 +93,20 @@ def test_schedules_by_hand(changes: dict[str, Any], expected: dict[int, float]) 
     assert {step: learning_rate(config, 100, step) for step in expected} == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("end_lr", [0.0, 1e-5])
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_cosine_equals_timms(warmup: int, end_lr: float) -> None:
+    """The rate of each step is that of timm's CosineLRScheduler with --min-lr and --warmup-prefix, to rounding."""
+    theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-3)
+    length: dict[str, Any] = {"t_initial": 100 - warmup, "warmup_t": warmup, "warmup_prefix": True}
+    schedule = CosineLRScheduler(theirs, **length, lr_min=end_lr, t_in_epochs=False)
+    ours = optim(lr=3e-3, warmup_steps=warmup, end_lr=end_lr)
+    for step in range(101):
+        schedule.step_update(step)
+        expected = pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12, abs=1e-18)
+        assert learning_rate(ours, 100, step) == expected, step
+
+
 def test_the_warm_up_rises_linearly_from_zero() -> None:
     """Step 0 has rate 0, the peak comes when the warm-up is over, and without warm-up the run starts there."""
     for schedule in ("cosine", "linear", "rsqrt"):
@@ -90,10 +118,11 @@ def test_the_warm_up_rises_linearly_from_zero() -> None:
 
 
 def test_the_schedules_end_where_they_should() -> None:
-    """Cosine ends at 0, linear at end_lr; rsqrt does not depend on the end, so that a run may be prolonged."""
+    """Cosine and linear end at end_lr, 0 unless set; rsqrt does not depend on the end, so a run may be prolonged."""
     assert learning_rate(optim(), 100, 100) == pytest.approx(0.0, abs=1e-12)
     assert learning_rate(optim(), 100, 50) == pytest.approx(0.5)
-    assert learning_rate(optim(schedule="linear", end_lr=0.25), 100, 100) == 0.25
+    for schedule in ("cosine", "linear"):
+        assert learning_rate(optim(schedule=schedule, end_lr=0.25), 100, 100) == 0.25
     rsqrt = optim(schedule="rsqrt", warmup_steps=10, timescale_steps=20)
     assert [learning_rate(rsqrt, total, 70) for total in (71, 100, 10**6)] == [1 / math.sqrt(1 + 60 / 20)] * 3
 
@@ -172,6 +201,112 @@ def test_what_is_no_kernel_does_not_decay() -> None:
     decayed, spared = parameter_groups(model, 0.1)
     assert {names[id(parameter)] for parameter in decayed["params"]} == set(kernels)
     assert {names[id(parameter)] for parameter in spared["params"]} == set(others)
+
+
+# --- layer-wise decay ------------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {"name": "Ti", "width": 16, "depth": 3, "mlp_dim": 32, "heads": 2, "image_size": 16}
+SMALL |= {"patch_size": 8}
+DECAY, NUM_CLASSES = 0.75, 5
+
+
+def both(pooling: Any) -> tuple[nn.Module, Any, dict[str, str]]:
+    """Our model, timm's of the same weights, and our name for each of its parameters."""
+    ours = build_model(ModelConfig(**SMALL, pooling=pooling), NUM_CLASSES)
+    form = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
+    timms_pooling = {"token": "token", "gap": "avg", "map": "map"}[pooling]
+    form |= {"class_token": pooling == "token", "global_pool": timms_pooling, "act_layer": "gelu_tanh"}
+    theirs: Any = timm.create_model("vit_tiny_patch16_224", num_classes=NUM_CLASSES, **form)
+    names = {name: name.replace("fc_norm.", "norm.") for name, _ in theirs.named_parameters()}
+    assert sorted(names.values()) == sorted(name for name, _ in ours.named_parameters())
+    weights = ours.state_dict()
+    theirs.load_state_dict({name: weights[own] for name, own in names.items()})
+    return ours, theirs, names
+
+
+def timms_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """As timm's train.py makes them of --layer-decay."""
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    return param_groups_layer_decay(model, weight_decay, spared, layer_decay=DECAY)
+
+
+def of_each(model: nn.Module, groups: list[dict[str, Any]], key: str) -> dict[str, float]:
+    """What each parameter's group says, by the parameter's name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: group[key] for group in groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("pooling", ["token", "gap", "map"])
+def test_rates_by_layer_equal_timms(pooling: str) -> None:
+    """Scale and weight decay of every parameter are those of timm's param_groups_layer_decay, but for the last norm
+    where it stands before the pooling: timm counts it to the last block. In MAE, as here, its rate is the head's.
+    """
+    ours, theirs, names = both(pooling)
+    groups = build_optimizer(
+        optim(weight_decay=0.05, layer_decay=DECAY), ours, rate_scales=rate_scales(ours, DECAY)
+    ).param_groups
+    assert len(groups) == len(timms_groups(theirs, 0.05)) == 2 * (SMALL["depth"] + 2)
+    for key in ("lr_scale", "weight_decay"):
+        expected = {names[name]: value for name, value in of_each(theirs, timms_groups(theirs, 0.05), key).items()}
+        found = of_each(ours, groups, key)
+        assert found.keys() == expected.keys()
+        different = {name: (found[name], expected[name]) for name in found if found[name] != expected[name]}
+        if key == "lr_scale":
+            assert different == ({} if pooling == "gap" else dict.fromkeys(("norm.weight", "norm.bias"), (1.0, DECAY)))
+        else:
+            assert different == ({"attn_pool.latent": (0.0, 0.05)} if pooling == "map" else {})
+
+
+def test_steps_by_layer_equal_timms() -> None:
+    """20 steps of AdamW beside timm's model, groups and schedule, the last norm taken out of its group: losses to 1e-5.
+
+    Not the GAP model, whose norm stands behind the pooling in timm.
+    """
+    ours, theirs, _ = both("token")
+    config = optim(lr=1e-2, weight_decay=0.05, warmup_steps=3, end_lr=1e-4, layer_decay=DECAY)
+    optimizer = build_optimizer(config, ours, rate_scales=rate_scales(ours, DECAY))
+    groups, norm = timms_groups(theirs, 0.05), list(theirs.norm.parameters())
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if all(parameter is not own for own in norm)]
+    groups.append({"params": norm, "weight_decay": 0.0, "lr_scale": 1.0})
+    timms = torch.optim.AdamW(groups, lr=1e-2)
+    schedule = CosineLRScheduler(timms, 17, lr_min=1e-4, warmup_t=3, warmup_prefix=True, t_in_epochs=False)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        images = torch.rand(8, 3, 16, 16, generator=generator)
+        labels = torch.randint(0, NUM_CLASSES, (8,), generator=generator)
+        losses = [nn.functional.cross_entropy(model(images), labels) for model in (ours, theirs)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5), step
+        set_rate(optimizer, learning_rate(config, 20, step))
+        schedule.step_update(step)
+        for loss, each in zip(losses, (optimizer, timms)):
+            each.zero_grad()
+            loss.backward()
+            each.step()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"positions": "learned2d", "positions_at": "every_layer"}, {"trunk": [1], "image_size": 32}], ids=str
+)
+def test_every_part_has_a_layer(changes: dict[str, Any]) -> None:
+    """Tables of positions at each block are the block's, a hybrid's trunk is an embedding; the rest is the head's."""
+    config = ModelConfig(**{**SMALL, "patch_size": 16, "representation_size": 8, **changes})
+    scales = rate_scales(VisionTransformer(config, NUM_CLASSES), DECAY)
+    for name, scale in scales.items():
+        first, second, *_ = [*name.split("."), ""]
+        block = {"blocks": int(second) + 1} if first == "blocks" else {}
+        layer = {"patch_embed": 0, "cls_token": 0, "pos_embed": 0, "norm": 4, "pre_logits": 4, "head": 4, **block}
+        assert scale == DECAY ** (4 - layer[first]), name
+    assert scales["pre_logits.weight"] == scales["head.bias"] == 1.0
+
+
+def test_models_of_timm_have_timms_layers() -> None:
+    """A network that is no ViT has the layers that timm gives it; one of which timm says nothing is refused."""
+    model: Any = timm.create_model("convnext_atto", num_classes=3)
+    expected = of_each(model, timms_groups(model, 0.05), "lr_scale")
+    assert rate_scales(model, DECAY) == expected and len(set(expected.values())) > 4
+    with pytest.raises(ConfigError, match="^optim.layer_decay: timm does not say which layers Sequential has"):
+        rate_scales(dense(bias=True), DECAY)
 
 
 def dense(*, bias: bool) -> nn.Module:

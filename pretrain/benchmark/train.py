@@ -13,7 +13,7 @@ from pretrain.benchmark.measure import on_meta, plan_cell, step_times_ms, summar
 from pretrain.benchmark.parts import PartClock
 from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
-from pretrain.gpus import peak_flops
+from pretrain.gpus import mfu, peak_flops
 from pretrain.models.profile import num_parameters, train_flops
 from pretrain.provenance import commit, versions
 
@@ -106,11 +106,11 @@ def _rates(config: Config, batch: int, times_ms: list[float], device: str) -> di
     """Images per second of all ranks; FLOP/s of one of them."""
     median_ms = statistics.median(times_ms)
     tflop_per_s = 1000 * batch / median_ms * train_flops(config.model, NUM_CLASSES) / 1e12
-    peak = peak_flops(device)
+    peak, share = peak_flops(device), mfu(1e12 * tflop_per_s, device)
     return {
         "images_per_s": round(1000 * batch * ranks.world_size() / median_ms, 3),
         "ms_per_step": summary_ms(times_ms),
         "tflop_per_s": round(tflop_per_s, 4),
-        "mfu": round(1e12 * tflop_per_s / peak, 4) if peak else None,
+        "mfu": round(share, 4) if share else None,
         "peak_tflop_per_s": peak and peak / 1e12,
     }

@@ -38,6 +38,8 @@ MAY_CHANGE = (
     "log.every_steps",
     "log.layers_every_steps",
     "log.samples",
+    "log.wandb_project",
+    "log.wandb_entity",
     "profile.at_step",
     "profile.num_steps",
     "checkpoint.every_steps",

@@ -138,11 +138,12 @@ class OptimConfig:
     moment_dtype: Literal["fp32", "bf16"] = "fp32"  # of the first moment; bf16: rounded as in big_vision
     weight_decay: float = 0.0  # torch's convention (times lr), on kernels only; big_vision's wd / lr (docs/training.md)
     head_decay_multiplier: float = 1.0  # of the head's kernel: Scaling ViT decays it 100 times as much
+    layer_decay: float = 1.0  # a layer's rate is so much of the next one's (BEiT, MAE: 0.65 to 0.75); 1: all alike
     clip_norm: float = 1.0  # global gradient norm is clipped to this; 0: no clipping
     schedule: Literal["cosine", "linear", "rsqrt", "constant", "stair"] = "cosine"  # decay after the warm-up
     warmup_steps: int = 0  # the rate rises linearly from 0 in this many steps
     cooldown_steps: int = 0  # the rate falls linearly to 0 in the last steps, whatever the schedule; constant: WSD
-    end_lr: float = 0.0  # linear: the rate at the last step (vision_transformer uses 1e-5)
+    end_lr: float = 0.0  # cosine, linear: the rate at the last step (timm's min_lr; vision_transformer: 1e-5)
     power: float = 1.0  # linear: of the remaining share, (1 - progress) ^ power
     timescale_steps: int = 10_000  # rsqrt: lr / sqrt(1 + (max(step, warmup) + shift - warmup) / timescale)
     shift_steps: int = 0  # rsqrt: see there; above 0 the peak is below lr
@@ -155,11 +156,13 @@ class OptimConfig:
         yield from outside(self, "optim", lr=(0, 1e3), eps=(0, 1), weight_decay=(0, 1e3), clip_norm=(0, 1e9))
         yield from outside(self, "optim", warmup_steps=(0, 1 << 40), end_lr=(0, 1e3), timescale_steps=(1, 1 << 40))
         yield from outside(self, "optim", cooldown_steps=(0, 1 << 40), shift_steps=(0, 1 << 40), power=(0.01, 100))
-        yield from outside(self, "optim", head_decay_multiplier=(0, 1e4), average_decay=(0, 0.9999999))
+        yield from outside(self, "optim", head_decay_multiplier=(0, 1e4), layer_decay=(0.01, 1))
+        yield from outside(self, "optim", average_decay=(0, 0.9999999))
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             yield f"optim.betas is {tuple(self.betas)}, momentum {self.momentum}, expected numbers in 0 <= beta < 1"
         uses = (
-            ("schedule", ("linear",), ("end_lr", "power")),
+            ("schedule", ("cosine", "linear"), ("end_lr",)),
+            ("schedule", ("linear",), ("power",)),
             ("schedule", ("rsqrt",), ("timescale_steps", "shift_steps")),
             ("schedule", ("stair",), ("stair_steps", "stair_multipliers")),
             ("name", ("adamw", "lion"), ("betas",)),
@@ -266,11 +269,15 @@ class LogConfig:
 
     every_steps: int = 50  # steps between two lines of the console, metrics.jsonl and TensorBoard
     layers_every_steps: int = 0  # norms of each layer, largest attention logits (docs/training.md); 0: never
+    wandb_project: str | None = None  # of Weights & Biases, for the same numbers (docs/training.md); null: not there
+    wandb_entity: str | None = None  # user or team there; null: the account's own
     samples: bool = False  # append the (epoch, index) of every sample to samples-RANK.jsonl: proof of order, 20 B each
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
         yield from outside(self, "log", every_steps=(1, 1 << 40), layers_every_steps=(0, 1 << 40))
+        if self.wandb_entity is not None and self.wandb_project is None:
+            yield f"log.wandb_entity ({self.wandb_entity}) has no effect: log.wandb_project is null"
 
 
 @dataclass

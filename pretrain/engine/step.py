@@ -35,8 +35,9 @@ from pretrain.errors import DeviceMemoryError, UserError
 from pretrain.losses import num_correct, per_image_loss
 from pretrain.models.build import Values, compile_blocks, held_values
 from pretrain.models.profile import num_parameters
+from pretrain.models.rates import rate_scales
 from pretrain.models.weights import classifier_names
-from pretrain.optim import PIECE_ELEMENTS, build_optimizer, moment_dtypes
+from pretrain.optim import PIECE_ELEMENTS, build_optimizer, moment_dtypes, set_rate
 
 _LAYERS = "log.layers_every_steps"
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's fp16 loss scaler
@@ -79,7 +80,9 @@ class Engine:
             keep_compiled()
             compile_blocks(model, tuned=config.engine.compile == "max-autotune")
         self._frozen = FrozenStatistics(model)
-        optimizer = build_optimizer(config.optim, model, classifier_names(model))
+        decay = config.optim.layer_decay
+        scales = rate_scales(model, decay) if decay < 1 else None
+        optimizer = build_optimizer(config.optim, model, classifier_names(model), scales)
         self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size())
         before_start()
         values = values or held_values(model)
@@ -152,8 +155,7 @@ class Engine:
             ) from error
 
     def _train_step(self, batch: Batch, lr: float) -> StepResult:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self._optimizer, lr)
         self._engine.train()
         self._frozen.freeze()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)

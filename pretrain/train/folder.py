@@ -5,6 +5,7 @@ runs/NAME/
   recipe.yaml                    the file that the last start's config was read from, as it was written
   starts.jsonl                   each start: step, versions, commit, ranks, command
   metrics.jsonl  tensorboard/    the curves
+  wandb/                         what Weights & Biases keeps here, when asked for
   batch.png  batch.json          the first augmented batch, and where in the picture each image lies, with its classes
   bad_samples.jsonl  skipped_steps.jsonl  damaged_samples.jsonl    what was left out, or used though damaged
   samples-RANK.jsonl             the order, when asked for

@@ -13,6 +13,7 @@ from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.config import Config
 from pretrain.data.loader import Batch
 from pretrain.engine.step import Engine, StepResult
+from pretrain.gpus import mfu
 from pretrain.log import say
 from pretrain.models.profile import train_flops
 from pretrain.train.datasets import DataSets
@@ -28,6 +29,7 @@ class Meter:
     def __init__(self, config: Config, num_classes: int, state: TrainState, engine: Engine) -> None:
         self._config, self._device = config, engine.device
         self._flops_per_image = train_flops(config.model, num_classes)
+        self._gpu = gpu_name(engine.device)
         self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         if ranks.is_main():  # what was saved is the sum over all ranks
             self._sums += torch.tensor(state.window, dtype=torch.float64, device=self._device)
@@ -101,6 +103,8 @@ class Meter:
             numbers["train/grad_norm"] = float(result.grad_norm)
         if engine.loss_scale is not None:
             numbers["train/loss_scale"] = engine.loss_scale
+        if share := mfu(rate * self._flops_per_image / ranks.world_size(), self._gpu):
+            numbers["train/mfu"] = share
         self._restart()
         return numbers
 
@@ -131,6 +135,11 @@ class Meter:
                 f"the median is {median(own_s) * per_step:.3g} s"
             )
         return numbers
+
+
+def gpu_name(device: torch.device) -> str:
+    """Returns what torch calls this rank's GPU, "" on a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -52,6 +52,7 @@ from pretrain.train.loop import loop
 from pretrain.train.profile import Profile
 from pretrain.train.save import restore_copy
 from pretrain.train.state import TrainState, resumed
+from pretrain.train.wandb_log import check_installed, wandb_log
 
 # Of the initial weights in the averages at the end; the paper's own rows, 0.9999 over 20,000 steps, leave 13.5 %.
 MAX_INITIAL_SHARE = 0.5
@@ -71,6 +72,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
         device = ranks.start(config.engine.timeout_s)
         peers.meet(agreement.gather)
         agreement.together(lambda: check_machine(config))
+        agreement.from_main(lambda: check_installed(config))
         lock = claim(folder)
         with ending.noted(folder):
             _train(config, folder, device, recipe, stop)
@@ -118,7 +120,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     facts = _facts(data, engine.num_parameters, device)
     told = folder, config, engine.deepspeed_config, state.step, recipe
     agreement.from_main(lambda: record_start(*told, branched=origin is not None, facts=facts))
-    log = RunLog(folder, state.step, config.total_steps)
+    log = RunLog(folder, state.step, config.total_steps, wandb_log(config, folder))
     with (
         Profile(config, engine) as profile,
         Incoming(train_batches(data.train, data.order, engine.plan, config, state.step), stop) as batches,
