@@ -77,6 +77,7 @@ OTHER_NAMES = {
     "ratio": "data.crop_ratio",
     "hflip": "data.flip",
     "aa": "data.randaugment_layers and data.randaugment_magnitude",
+    "color_jitter": "data.color_jitter",
     "mixup_alpha": "data.mixup",
     "cutmix_alpha": "data.cutmix",
     "num_workers": "data.workers",

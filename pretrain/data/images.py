@@ -17,9 +17,9 @@ from torchvision.transforms.v2 import functional as F
 
 from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, Normalisation
 from pretrain.data import headers
+from pretrain.data.augment import augmented
 from pretrain.data.damage import listen
 from pretrain.data.permutation import uniform, words
-from pretrain.data.randaugment import rand_augment
 from pretrain.data.reader import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow knows 40 more, and runs Ghostscript for one
@@ -158,7 +158,7 @@ def train_image(image: torch.Tensor, size: int, config: DataConfig, *key: object
     result = _crop_and_resize(image, box, size, config)
     if draws[-1] < config.flip:
         result = result.flip(2)
-    return rand_augment(result, config.randaugment_layers, config.randaugment_magnitude, *key)
+    return augmented(result, config, *key)
 
 
 def _crop_and_resize(image: torch.Tensor, box: Box, size: int, config: DataConfig) -> torch.Tensor:
