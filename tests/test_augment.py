@@ -1,5 +1,6 @@
 """timm's and DeiT's augmentations: the libraries' own operations on keyed draws, and their distributions."""
 
+import random
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as F
 
-from pretrain.config import DataConfig
-from pretrain.data.augment import color_jitter
+from pretrain.config import DataConfig, Normalisation
+from pretrain.data.augment import color_jitter, erased_box, random_erasing
 from pretrain.data.images import train_image
 from pretrain.data.permutation import uniform, words
 from tests.test_images import ks_pvalue
@@ -84,3 +86,76 @@ def test_jitter_is_distributed_as_torchvisions(monkeypatch: pytest.MonkeyPatch) 
         torch.manual_seed(0)
         theirs = np.array([ColorJitter.get_params(*ranges)[1:4] for _ in range(4000)], dtype=float)
     assert all(ks_pvalue(ours[:, which], theirs[:, which]) > 1e-3 for which in range(3))
+
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def timms_box(erase: RandomErasing, height: int, width: int) -> tuple[int, ...] | None:
+    """Where timm's transform sets an image of ones to zero: top, left, height, width."""
+    rows, columns = torch.nonzero(erase(torch.ones(1, height, width))[0] == 0, as_tuple=True)
+    if not len(rows):
+        return None
+    top, left = int(rows.min()), int(columns.min())
+    return top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 96), (8, 200)])
+def test_erased_boxes_are_distributed_as_timms(height: int, width: int) -> None:
+    """Kolmogorov-Smirnov over 3,000 boxes each: area, ratio, top, left; as often none where a side is short."""
+    theirs_of, state = RandomErasing(1.0, mode="const", device="cpu"), random.getstate()
+    random.seed(0)
+    theirs = [timms_box(theirs_of, height, width) for _ in range(3000)]
+    random.setstate(state)
+    keys = [(0, "ks", 0, index) for index in range(3000)]
+    ours = [erased_box(height, width, uniform(words(22, "v1", "random_erasing", *key)).tolist()) for key in keys]
+    assert abs(ours.count(None) - theirs.count(None)) < 5 * (2 * max(theirs.count(None), 1)) ** 0.5
+    pairs = zip(*(np.array([box for box in boxes if box], dtype=float).T for boxes in (ours, theirs)))
+    (our_top, their_top), (our_left, their_left), (our_h, their_h), (our_w, their_w) = pairs
+    assert ks_pvalue(our_top, their_top) > 1e-3 and ks_pvalue(our_left, their_left) > 1e-3
+    assert ks_pvalue(our_h * our_w, their_h * their_w) > 1e-3 and ks_pvalue(our_h / our_w, their_h / their_w) > 1e-3
+
+
+@pytest.mark.parametrize("normalisation", [Normalisation(), IMAGENET])
+def test_erased_pixels_are_a_normal_models_input(normalisation: Normalisation) -> None:
+    """Noise in the box alone, for each channel the nearest level of N(0, 1) after the normalisation; none repeated."""
+    image = torch.full((3, 96, 96), 77, dtype=torch.uint8)
+    noise: list[list[np.ndarray]] = [[], [], []]
+    for index in range(60):
+        result = random_erasing(image, 1.0, normalisation, 0, "noise", 0, index)
+        draws = uniform(words(23, "v1", "random_erasing", 0, "noise", 0, index)).tolist()[1:]
+        box = erased_box(96, 96, draws)
+        assert box is not None and (image == 77).all()
+        top, left, height, width = box
+        inside = result[:, top : top + height, left : left + width].reshape(3, -1).numpy().astype(float)
+        assert int((result != 77).sum()) == int((inside != 77).sum())
+        for channel, values in zip(noise, inside):
+            channel.append(values)
+    levels = [np.concatenate(parts) for parts in noise]
+    normal = np.random.default_rng(0).standard_normal(len(levels[0]))
+    for values, mean, std in zip(levels, *normalisation):
+        expected = np.clip(np.rint(255 * (mean + std * normal)), 0, 255)
+        assert ks_pvalue(values, expected) > 1e-3 and abs(values.mean() - expected.mean()) < 1
+    values = np.stack(levels)
+    assert np.abs(np.corrcoef(values)[np.triu_indices(3, 1)]).max() < 0.02  # no channel tells another
+    assert abs(np.corrcoef(values[0, 1:], values[0, :-1])[0, 1]) < 0.02  # and no pixel the next
+
+
+def test_images_are_erased_as_often_as_asked() -> None:
+    """0 never, 1 always, 0.25 in a quarter, of those that 1 erases; the rest of the image is as without."""
+    erased = 0
+    for index in range(400):
+        never, some, always = (augmented(index, random_erasing=p) for p in (0.0, 0.25, 1.0))
+        assert torch.equal(never, augmented(index)) and not torch.equal(always, never)
+        assert torch.equal(some, never) or torch.equal(some, always)
+        erased += not torch.equal(some, never)
+    assert 57 < erased < 143  # 100 +- 5 standard deviations
+
+
+def test_erasing_depends_on_the_key_alone() -> None:
+    """The same key gives the same noise whatever the global generators say, another index other noise."""
+    first = augmented(7, random_erasing=1.0)
+    random.seed(1)
+    torch.manual_seed(1)
+    assert torch.equal(augmented(7, random_erasing=1.0), first)
+    assert not torch.equal(augmented(8, random_erasing=1.0), first)

@@ -29,7 +29,7 @@ class Costs(NamedTuple):
 
     disk: float  # reading its bytes from the shard, page cache included
     decode: float
-    augmentation: float  # crop, resize, flip, RandAugment, color jitter
+    augmentation: float  # crop, resize, flip, RandAugment and what else data/augment.py does
     hand_over: float  # from a worker's shared memory to the rank, pinned for a GPU
     copy: float  # to the device
     device: float  # forward and backward pass

@@ -78,6 +78,7 @@ OTHER_NAMES = {
     "hflip": "data.flip",
     "aa": "data.randaugment_layers and data.randaugment_magnitude",
     "color_jitter": "data.color_jitter",
+    "reprob": "data.random_erasing",
     "mixup_alpha": "data.mixup",
     "cutmix_alpha": "data.cutmix",
     "num_workers": "data.workers",

@@ -59,6 +59,7 @@ class DataConfig:
     randaugment_layers: int = 0  # operations of RandAugment per image; 0: none
     randaugment_magnitude: float = 10.0  # of RandAugment's operations, in TensorFlow's scale of 0 to 10 and beyond
     color_jitter: float = 0.0  # brightness, contrast and saturation: factors of 1 - this to 1 + this; 0: none
+    random_erasing: float = 0.0  # probability that a box of an image becomes noise (timm's mode pixel); 0: none
     mixup: float = 0.0  # p of mixup's Beta(p, p), one draw per step; 0: none
     cutmix: float = 0.0  # p of CutMix's Beta(p, p), one draw per step; with mixup too, a coin chooses; 0: none
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops, and of timm's and transformers' evaluation
@@ -124,7 +125,7 @@ class DataConfig:
         yield from outside(self, "data", max_bad_fraction=(0, 1), workers=(0, 256), prefetch=(1, 256))
         yield from outside(self, "data", store_gb=(1e-3, 1e6))
         yield from outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
-        yield from outside(self, "data", color_jitter=(0, 10))
+        yield from outside(self, "data", color_jitter=(0, 10), random_erasing=(0, 1))
         yield from outside(self, "data", mixup=(0, 1e3), cutmix=(0, 1e3))
 
 
