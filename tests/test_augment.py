@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from timm.data.random_erasing import RandomErasing
-from torchvision.transforms import ColorJitter
+from torchvision.transforms import ColorJitter, Grayscale
 from torchvision.transforms import functional as F
 
 from pretrain.config import DataConfig, Normalisation
@@ -86,6 +86,37 @@ def test_jitter_is_distributed_as_torchvisions(monkeypatch: pytest.MonkeyPatch) 
         torch.manual_seed(0)
         theirs = np.array([ColorJitter.get_params(*ranges)[1:4] for _ in range(4000)], dtype=float)
     assert all(ks_pvalue(ours[:, which], theirs[:, which]) > 1e-3 for which in range(3))
+
+
+def three_augmented(index: int) -> Image.Image:
+    """DeiT III's augmentation of an image after crop and flip, by the functions that its authors call."""
+    picture: Any = Image.fromarray(augmented(index).permute(1, 2, 0).numpy())
+    pick, share = uniform(words(2, "v1", "three_augment", 3, "trees", 0, index)).tolist()
+    blur = ImageFilter.GaussianBlur(radius=0.1 + share * (2.0 - 0.1))
+    return [Grayscale(3), ImageOps.solarize, lambda image: image.filter(blur)][int(pick * 3)](picture)
+
+
+def test_three_augment_is_deits() -> None:
+    """Every pixel: grey, solarized or blurred, each a third of the time; the colour jitter comes after it."""
+    picks = Counter()
+    for index in range(40):
+        expected = three_augmented(index)
+        assert torch.equal(augmented(index, three_augment=True), as_tensor(expected))
+        jittered = color_jitter(expected, 0.3, 3, "trees", 0, index)
+        assert torch.equal(augmented(index, three_augment=True, color_jitter=0.3), as_tensor(jittered))
+    for index in range(3000):
+        picks[int(uniform(words(2, "v1", "three_augment", 3, "trees", 0, index))[0] * 3)] += 1
+    assert len(picks) == 3 and all(abs(count - 1000) < 5 * (3000 * 2 / 9) ** 0.5 for count in picks.values())
+
+
+def test_each_augmentation_leaves_the_others_draws_as_they_were() -> None:
+    """Erasing puts the same noise into the same box whatever becomes of the colours."""
+    for index in range(20):
+        erased = augmented(index, random_erasing=1.0)
+        coloured = augmented(index, three_augment=True, color_jitter=0.3)
+        both = augmented(index, three_augment=True, color_jitter=0.3, random_erasing=1.0)
+        noise = both != coloured
+        assert noise.any() and torch.equal(both[noise], erased[noise])
 
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -202,6 +202,7 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["data.flip=1.1"], "data.flip is 1.1"),
         (["data.color_jitter=-0.1"], "data.color_jitter is -0.1, expected 0 to 10"),
         (["data.random_erasing=2"], "data.random_erasing is 2.0, expected 0 to 1"),
+        (["data.three_augment=true", "data.randaugment_layers=2"], "data.randaugment_layers (2) are both set"),
         (["data.eval_crop=0"], "data.eval_crop is 0.0"),
         (["data.max_bad_fraction=2"], "data.max_bad_fraction is 2.0"),
         (["data.workers=-1"], "data.workers is -1"),

@@ -58,6 +58,7 @@ class DataConfig:
     flip: float = 0.5  # probability of a horizontal flip; 0 for characters and other things that are not symmetric
     randaugment_layers: int = 0  # operations of RandAugment per image; 0: none
     randaugment_magnitude: float = 10.0  # of RandAugment's operations, in TensorFlow's scale of 0 to 10 and beyond
+    three_augment: bool = False  # one of grey, solarize and blur for each image (DeiT III); not beside RandAugment
     color_jitter: float = 0.0  # brightness, contrast and saturation: factors of 1 - this to 1 + this; 0: none
     random_erasing: float = 0.0  # probability that a box of an image becomes noise (timm's mode pixel); 0: none
     mixup: float = 0.0  # p of mixup's Beta(p, p), one draw per step; 0: none
@@ -125,6 +126,11 @@ class DataConfig:
         yield from outside(self, "data", max_bad_fraction=(0, 1), workers=(0, 256), prefetch=(1, 256))
         yield from outside(self, "data", store_gb=(1e-3, 1e6))
         yield from outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
+        if self.three_augment and self.randaugment_layers:
+            yield (
+                f"data.three_augment and data.randaugment_layers ({self.randaugment_layers}) are both set: "
+                "each takes the other's place; choose one"
+            )
         yield from outside(self, "data", color_jitter=(0, 10), random_erasing=(0, 1))
         yield from outside(self, "data", mixup=(0, 1e3), cutmix=(0, 1e3))
 

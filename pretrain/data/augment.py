@@ -9,7 +9,7 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pretrain.config import DataConfig, Normalisation
 from pretrain.data.permutation import uniform, words
@@ -17,6 +17,7 @@ from pretrain.data.randaugment import rand_augment
 
 _JITTERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 _ORDERS = tuple(permutations(range(len(_JITTERS))))
+_BLUR_RADIUS = (0.1, 2.0)  # pixels, whatever the image's size
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # shares of the image, height / width: timm's, for DeiT too
 _ERASING_TRIES = 10  # as in timm
 _NOISE_STEPS = 1 << 16  # of probability, in which the levels of noise are counted
@@ -28,11 +29,30 @@ def augmented(image: torch.Tensor, config: DataConfig, *key: object) -> torch.Te
     key: (seed, data set, epoch, index) of the sample; the same key gives the same pixels.
     """
     image = rand_augment(image, config.randaugment_layers, config.randaugment_magnitude, *key)
-    if config.color_jitter:
+    if config.three_augment or config.color_jitter:
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        picture = color_jitter(picture, config.color_jitter, *key)
+        if config.three_augment:
+            picture = three_augment(picture, *key)
+        if config.color_jitter:
+            picture = color_jitter(picture, config.color_jitter, *key)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return random_erasing(image, config.random_erasing, config.normalisation, *key) if config.random_erasing else image
+
+
+def three_augment(picture: Image.Image, *key: object) -> Image.Image:
+    """Returns the picture grey, solarized or blurred, a third of the cases each: DeiT III's 3-Augment.
+
+    Its colour jitter is a setting of its own there too. Source: facebookresearch/deit, augment.py.
+    """
+    pick, share = uniform(words(2, "v1", "three_augment", *key)).tolist()
+    match int(pick * 3):
+        case 0:
+            return ImageOps.grayscale(picture).convert("RGB")
+        case 1:
+            return ImageOps.solarize(picture)  # inverts values from 128 on
+        case _:
+            low, high = _BLUR_RADIUS
+            return picture.filter(ImageFilter.GaussianBlur(low + (high - low) * share))
 
 
 def color_jitter(picture: Image.Image, strength: float, *key: object) -> Image.Image:
