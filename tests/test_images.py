@@ -24,12 +24,11 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from pretrain.config import DataConfig
 from pretrain.data import images
+from pretrain.data.crops import inception_crop, random_resized_crop
 from pretrain.data.images import (
     decode,
     decode_upright,
     eval_image,
-    inception_crop,
-    random_resized_crop,
     to_float,
     train_image,
 )
