@@ -197,6 +197,8 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["data.crop_area=[0.5,0.4]"], "data.crop_area is (0.5, 0.4), expected 0 < low <= high"),
         (["data.crop_ratio=[0,1]"], "data.crop_ratio is (0.0, 1.0)"),
         (["data.crop_area=[0.5,1.5]"], "no more than 1.0"),
+        (["data.crop=simple", "data.crop_area=[0.2,1]"], "data.crop_area ((0.2, 1.0)) has no effect: crop=simple"),
+        (["data.crop=simple", "data.antialias=false"], "data.antialias (False) has no effect: crop=simple"),
         (["data.global_batch=0"], "data.global_batch is 0"),
         (["data.held_out=-1"], "data.held_out is -1"),
         (["data.flip=1.1"], "data.flip is 1.1"),

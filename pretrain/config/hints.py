@@ -80,6 +80,7 @@ OTHER_NAMES = {
     "color_jitter": "data.color_jitter",
     "reprob": "data.random_erasing",
     "threeaugment": "data.three_augment",
+    "src": "data.crop=simple",
     "mixup_alpha": "data.mixup",
     "cutmix_alpha": "data.cutmix",
     "num_workers": "data.workers",

@@ -52,7 +52,7 @@ class DataConfig:
     held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
     order: Literal["auto", "permuted", "lanes"] = "auto"  # of samples; auto: lanes for remote shards (docs/data.md)
     global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
-    crop: Literal["random_resized", "inception"] = "random_resized"  # torchvision's, or TensorFlow's (the paper)
+    crop: Literal["random_resized", "inception", "simple"] = "random_resized"  # torchvision's; the paper's; DeiT III's
     crop_area: tuple[float, float] = (0.08, 1.0)  # of a crop: share of the image's area; Google's code: 0.05 to 1
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # of a crop: width / height
     flip: float = 0.5  # probability of a horizontal flip; 0 for characters and other things that are not symmetric
@@ -118,6 +118,9 @@ class DataConfig:
                 yield f"data.{name} is ({low}, {high}), expected 0 < low <= high"
         if self.eval_transform == "vit" and self.eval_crop != DataConfig.eval_crop:
             yield f"data.eval_crop ({self.eval_crop}) has no effect: eval_transform=vit does not crop"
+        for name, value in non_defaults(self) if self.crop == "simple" else ():
+            if name in ("crop_area", "crop_ratio", "antialias"):
+                yield f"data.{name} ({value}) has no effect: crop=simple only resizes the shorter side, with antialias"
         if self.crop_area[1] > 1:
             yield f"data.crop_area is ({self.crop_area[0]}, {self.crop_area[1]}); an image has no more than 1.0"
         yield from outside(

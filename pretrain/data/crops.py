@@ -1,4 +1,4 @@
-"""Where the random crops of training lie in an image: the boxes of torchvision and of TensorFlow from uniform draws."""
+"""Where the random crops of training lie in an image, by uniform draws: those of torchvision, TensorFlow, DeiT III."""
 
 import math
 
@@ -10,12 +10,13 @@ from pretrain.data.permutation import uniform, words
 _TRIES = 10  # of RandomResizedCrop, as in torchvision
 _INCEPTION_TRIES = 100  # of sample_distorted_bounding_box, TensorFlow's default
 NUM_DRAWS = 2 * _TRIES + 2  # of random_resized_crop
+_BORDER = 4  # pixels that the simple crop goes beyond the image, as in DeiT III
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def random_box(height: int, width: int, config: DataConfig, draws: np.ndarray, *key: object) -> Box:
-    """Returns the box of data.crop in an image of this height and width.
+    """Returns the box of data.crop, unless it is simple, in an image of this height and width.
 
     draws: [NUM_DRAWS or more], those of the key (seed, data set, epoch, index), which `inception` does without.
     """
@@ -74,3 +75,15 @@ def random_resized_crop(
     crop_height = min(height, max(1, round(width / ratio[0])) if width / height < ratio[0] else height)
     crop_width = min(width, max(1, round(height * ratio[1])) if width / height > ratio[1] else width)
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def mirrored_places(side: int, length: int, draw: float) -> np.ndarray:
+    """Returns which rows, or columns, of an image of so many a simple crop of `length` takes, int64 [length].
+
+    draw: uniform in [0, 1), of the start within the image and a border of 4 pixels, which mirrors the image about its
+    outermost pixels (torchvision's padding mode "reflect").
+    """
+    start = int(draw * (side + 2 * _BORDER - length + 1)) - _BORDER
+    last = side - 1
+    places = np.arange(start, start + length) % max(1, 2 * last)  # to and fro
+    return np.minimum(places, 2 * last - places)

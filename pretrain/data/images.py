@@ -146,11 +146,22 @@ def train_image(image: torch.Tensor, size: int, config: DataConfig, *key: object
     """
     # A fixed number of draws in a fixed order, so that a change of one setting leaves the other draws as they were.
     draws = uniform(words(crops.NUM_DRAWS + 1, "v1", "aug", *key))
-    box = crops.random_box(image.shape[1], image.shape[2], config, draws, *key)
-    result = _crop_and_resize(image, box, size, config)
+    if config.crop == "simple":
+        result = _simple_crop(image, size, config, draws)
+    else:
+        box = crops.random_box(image.shape[1], image.shape[2], config, draws, *key)
+        result = _crop_and_resize(image, box, size, config)
     if draws[-1] < config.flip:
         result = result.flip(2)
     return augmented(result, config, *key)
+
+
+def _simple_crop(image: torch.Tensor, size: int, config: DataConfig, draws: np.ndarray) -> torch.Tensor:
+    """DeiT III's: the shorter side resized to `size`, a mirrored border, and of all that a square anywhere."""
+    sides = _shorter_side_to(size, image)
+    shares = draws[crops.NUM_DRAWS - 2 : crops.NUM_DRAWS].tolist()  # those of top and left in every crop
+    rows, columns = (crops.mirrored_places(side, size, share) for side, share in zip(sides, shares))
+    return _resize(image, sides, config)[:, rows][:, :, columns]
 
 
 def _crop_and_resize(image: torch.Tensor, box: Box, size: int, config: DataConfig) -> torch.Tensor:
