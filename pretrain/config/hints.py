@@ -79,7 +79,6 @@ OTHER_NAMES = {
     "aa": "data.randaugment_layers and data.randaugment_magnitude",
     "color_jitter": "data.color_jitter",
     "reprob": "data.random_erasing",
-    "threeaugment": "data.three_augment",
     "src": "data.crop=simple",
     "mixup_alpha": "data.mixup",
     "cutmix_alpha": "data.cutmix",
