@@ -24,12 +24,11 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from pretrain.config import DataConfig
 from pretrain.data import images
+from pretrain.data.crops import inception_crop, random_resized_crop
 from pretrain.data.images import (
     decode,
     decode_upright,
     eval_image,
-    inception_crop,
-    random_resized_crop,
     to_float,
     train_image,
 )
@@ -238,6 +237,26 @@ def test_a_training_image_is_the_crop_of_its_draws() -> None:
             expected = v2.functional.resize(part, [32, 32], InterpolationMode(interpolation), antialias=True)
             expected = expected.flip(-1) if draws[22] < 0.5 else expected
             assert torch.equal(train_image(image, 32, settings, 3, "trees", 0, index), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 80), (90, 40), (32, 32)])
+def test_a_simple_crop_is_deits(height: int, width: int) -> None:
+    """torchvision's resize of the shorter side, reflecting border of 4 and crop at the drawn place, then the flip.
+
+    All places are reached, those at both ends of the border included.
+    """
+    image = torch.from_numpy(rgb(picture(height, width)).copy())
+    smooth: Any = v2.functional.resize(image, [32], InterpolationMode.BICUBIC, antialias=True)
+    padded = v2.functional.pad(smooth, [4], padding_mode="reflect")
+    seen: set[tuple[int, int]] = set()
+    for index in range(400):
+        draws = uniform(words(23, "v1", "aug", 3, "trees", 0, index))
+        top, left = (int(share * (side - 31)) for share, side in zip(draws[20:22], padded.shape[1:]))
+        expected = padded[:, top : top + 32, left : left + 32]
+        expected = expected.flip(-1) if draws[22] < 0.5 else expected
+        assert torch.equal(train_image(image, 32, config(crop="simple"), 3, "trees", 0, index), expected)
+        seen.add((top, left))
+    assert [{place[axis] for place in seen} for axis in (0, 1)] == [set(range(side - 31)) for side in padded.shape[1:]]
 
 
 def test_the_flip_is_separate_from_the_crop() -> None:

@@ -29,7 +29,7 @@ class Costs(NamedTuple):
 
     disk: float  # reading its bytes from the shard, page cache included
     decode: float
-    augmentation: float  # crop, resize, flip, RandAugment
+    augmentation: float  # crop, resize, flip, RandAugment and what else data/augment.py does
     hand_over: float  # from a worker's shared memory to the rank, pinned for a GPU
     copy: float  # to the device
     device: float  # forward and backward pass
@@ -50,7 +50,7 @@ class Costs(NamedTuple):
 _WAYS_OUT = {
     "disk": "copy the shards to a local disk, or set data.store for remote ones; more workers wait side by side",
     "decode": "shrink the images once (make_shards.py --shorter-side), or give the rank more cores",
-    "augmentation": "shrink the images once (make_shards.py --shorter-side), fewer randaugment_layers, or more cores",
+    "augmentation": "shrink the images once (make_shards.py --shorter-side), less augmentation, or more cores",
     "hand_over": "look at /dev/shm and at the limits of pinned memory; a larger batch has less to unpack per image",
     "copy": "look at the GPU's PCIe link (nvidia-smi topo -m): images are copied as bytes already",
     "device": "engine.compile=true, bf16, and the largest engine.max_micro_batch_size that fits",

@@ -25,6 +25,7 @@ from pretrain.benchmark.far_data import far_rows
 from pretrain.benchmark.first_batch import first_batch_rows, start_rows
 from pretrain.benchmark.reading import line, loader, photo_set
 from pretrain.data import images
+from pretrain.data.crops import random_resized_crop
 from pretrain.data.loader import Batch
 from pretrain.data.manifest import Manifest
 from pretrain.data.permutation import uniform, words
@@ -108,7 +109,7 @@ def _plain(data: bytes, layers: int, *key: Any) -> torch.Tensor:
         image = images.decode(data)
     draws: Any = uniform(words(23, "v1", "aug", *key))
     height, width = image.shape[1:]
-    top, left, *size = images.random_resized_crop(height, width, (0.08, 1.0), (0.75, 4 / 3), draws)
+    top, left, *size = random_resized_crop(height, width, (0.08, 1.0), (0.75, 4 / 3), draws)
     crop = F.resized_crop(image, top, left, size[0], size[1], [224, 224], F.InterpolationMode.BICUBIC, antialias=True)
     return rand_augment(F.horizontal_flip(crop) if draws[-1] < 0.5 else crop, layers, 10.0, *key)
 

@@ -52,12 +52,15 @@ class DataConfig:
     held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
     order: Literal["auto", "permuted", "lanes"] = "auto"  # of samples; auto: lanes for remote shards (docs/data.md)
     global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
-    crop: Literal["random_resized", "inception"] = "random_resized"  # torchvision's, or TensorFlow's (the paper)
+    crop: Literal["random_resized", "inception", "simple"] = "random_resized"  # torchvision's; the paper's; DeiT III's
     crop_area: tuple[float, float] = (0.08, 1.0)  # of a crop: share of the image's area; Google's code: 0.05 to 1
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # of a crop: width / height
     flip: float = 0.5  # probability of a horizontal flip; 0 for characters and other things that are not symmetric
     randaugment_layers: int = 0  # operations of RandAugment per image; 0: none
     randaugment_magnitude: float = 10.0  # of RandAugment's operations, in TensorFlow's scale of 0 to 10 and beyond
+    three_augment: bool = False  # one of grey, solarize and blur for each image (DeiT III); not beside RandAugment
+    color_jitter: float = 0.0  # brightness, contrast and saturation: factors of 1 - this to 1 + this; 0: none
+    random_erasing: float = 0.0  # probability that a box of an image becomes noise (timm's mode pixel); 0: none
     mixup: float = 0.0  # p of mixup's Beta(p, p), one draw per step; 0: none
     cutmix: float = 0.0  # p of CutMix's Beta(p, p), one draw per step; with mixup too, a coin chooses; 0: none
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"  # of crops, and of timm's and transformers' evaluation
@@ -115,6 +118,9 @@ class DataConfig:
                 yield f"data.{name} is ({low}, {high}), expected 0 < low <= high"
         if self.eval_transform == "vit" and self.eval_crop != DataConfig.eval_crop:
             yield f"data.eval_crop ({self.eval_crop}) has no effect: eval_transform=vit does not crop"
+        for name, value in non_defaults(self) if self.crop == "simple" else ():
+            if name in ("crop_area", "crop_ratio", "antialias"):
+                yield f"data.{name} ({value}) has no effect: crop=simple only resizes the shorter side, with antialias"
         if self.crop_area[1] > 1:
             yield f"data.crop_area is ({self.crop_area[0]}, {self.crop_area[1]}); an image has no more than 1.0"
         yield from outside(
@@ -123,6 +129,12 @@ class DataConfig:
         yield from outside(self, "data", max_bad_fraction=(0, 1), workers=(0, 256), prefetch=(1, 256))
         yield from outside(self, "data", store_gb=(1e-3, 1e6))
         yield from outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
+        if self.three_augment and self.randaugment_layers:
+            yield (
+                f"data.three_augment and data.randaugment_layers ({self.randaugment_layers}) are both set: "
+                "each takes the other's place; choose one"
+            )
+        yield from outside(self, "data", color_jitter=(0, 10), random_erasing=(0, 1))
         yield from outside(self, "data", mixup=(0, 1e3), cutmix=(0, 1e3))
 
 

@@ -16,10 +16,11 @@ from torchvision.io import ImageReadMode
 from torchvision.transforms.v2 import functional as F
 
 from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, Normalisation
-from pretrain.data import headers
+from pretrain.data import crops, headers
+from pretrain.data.augment import augmented
+from pretrain.data.crops import Box
 from pretrain.data.damage import listen
 from pretrain.data.permutation import uniform, words
-from pretrain.data.randaugment import rand_augment
 from pretrain.data.reader import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow knows 40 more, and runs Ghostscript for one
@@ -29,10 +30,6 @@ _PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", (b"zTXt", b"iTXt")
 # A band of floats has more than 32 MB, which malloc gives back at once; smaller ones stay in its heap.
 _PIECE, _BAND = 16_000_000, 4_000_000  # pixels
 _AREA_ROWS = 32  # of big_vision's new pixels at a time: as float64, all would take more than the image itself
-_TRIES = 10  # of RandomResizedCrop, as in torchvision
-_INCEPTION_TRIES = 100  # of sample_distorted_bounding_box, TensorFlow's default
-
-Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def decode(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.Tensor:
@@ -148,17 +145,23 @@ def train_image(image: torch.Tensor, size: int, config: DataConfig, *key: object
     key: (seed, data set, epoch, index) of the sample; the same key gives the same pixels.
     """
     # A fixed number of draws in a fixed order, so that a change of one setting leaves the other draws as they were.
-    draws = uniform(words(2 * _TRIES + 3, "v1", "aug", *key))
-    height, width = image.shape[1:]
-    if config.crop == "inception":
-        tries = uniform(words(2 * _INCEPTION_TRIES + 2, "v1", "inception", *key))
-        box = inception_crop(height, width, config.crop_area, config.crop_ratio, tries)
+    draws = uniform(words(crops.NUM_DRAWS + 1, "v1", "aug", *key))
+    if config.crop == "simple":
+        result = _simple_crop(image, size, config, draws)
     else:
-        box = random_resized_crop(height, width, config.crop_area, config.crop_ratio, draws)
-    result = _crop_and_resize(image, box, size, config)
+        box = crops.random_box(image.shape[1], image.shape[2], config, draws, *key)
+        result = _crop_and_resize(image, box, size, config)
     if draws[-1] < config.flip:
         result = result.flip(2)
-    return rand_augment(result, config.randaugment_layers, config.randaugment_magnitude, *key)
+    return augmented(result, config, *key)
+
+
+def _simple_crop(image: torch.Tensor, size: int, config: DataConfig, draws: np.ndarray) -> torch.Tensor:
+    """DeiT III's: the shorter side resized to `size`, a mirrored border, and of all that a square anywhere."""
+    sides = _shorter_side_to(size, image)
+    shares = draws[crops.NUM_DRAWS - 2 : crops.NUM_DRAWS].tolist()  # those of top and left in every crop
+    rows, columns = (crops.mirrored_places(side, size, share) for side, share in zip(sides, shares))
+    return _resize(image, sides, config)[:, rows][:, :, columns]
 
 
 def _crop_and_resize(image: torch.Tensor, box: Box, size: int, config: DataConfig) -> torch.Tensor:
@@ -205,57 +208,6 @@ def _in_bands(
     # A copy, not a view of what is left out.
     bands = [resize(band, (band.shape[1], size[1]))[:, :, left : left + columns].clone() for band in bands]
     return resize(torch.cat(bands, dim=1), (size[0], columns))[:, top : top + rows]
-
-
-def inception_crop(
-    height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], draws: np.ndarray
-) -> Box:
-    """Returns the box of TensorFlow's sample_distorted_bounding_box from uniform draws in [0, 1).
-
-    draws: [2 * 100 + 2 or more]: ratio and height of each try, then top and left. Not RandomResizedCrop: the ratio and
-    the height are uniform, so areas are smaller, and the last offset is never drawn. No fit in 100 tries: the whole
-    image. float64 where TensorFlow has float32.
-    """
-    smallest, largest = (share * height * width for share in area)
-    for attempt in range(_INCEPTION_TRIES):
-        aspect = ratio[0] + (ratio[1] - ratio[0]) * draws[2 * attempt]
-        low, high = round(math.sqrt(smallest / aspect)), round(math.sqrt(largest / aspect))
-        if round(high * aspect) > width:
-            high = int((width + 0.5 - 1e-7) / aspect)
-            high -= round(high * aspect) > width
-        high = min(high, height)
-        low = min(low, high)
-        crop_height = low + int(draws[2 * attempt + 1] * (high - low + 1))
-        crop_height += round(crop_height * aspect) * crop_height < smallest
-        crop_height -= round(crop_height * aspect) * crop_height > largest
-        crop_width = round(crop_height * aspect)
-        if smallest <= crop_width * crop_height <= largest and 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(draws[2 * _INCEPTION_TRIES] * (height - crop_height))
-            left = int(draws[2 * _INCEPTION_TRIES + 1] * (width - crop_width))
-            return top, left, crop_height, crop_width
-    return 0, 0, height, width
-
-
-def random_resized_crop(
-    height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], draws: np.ndarray
-) -> Box:
-    """Returns the box of torchvision's RandomResizedCrop from uniform draws in [0, 1).
-
-    draws: [2 * tries + 2 or more]: area and log-ratio of each try, then top and left. Without a fit after all
-    tries: the central crop nearest to the allowed ratios.
-    """
-    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
-    for attempt in range(_TRIES):
-        crop_area = height * width * (area[0] + (area[1] - area[0]) * draws[2 * attempt])
-        aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * draws[2 * attempt + 1])
-        crop_width, crop_height = round(math.sqrt(crop_area * aspect)), round(math.sqrt(crop_area / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(draws[2 * _TRIES] * (height - crop_height + 1))
-            left = int(draws[2 * _TRIES + 1] * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    crop_height = min(height, max(1, round(width / ratio[0])) if width / height < ratio[0] else height)
-    crop_width = min(width, max(1, round(height * ratio[1])) if width / height > ratio[1] else width)
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tensor:
