@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from tiny import changed, make_shards, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.engine.patches
 import pretrain.engine.step
@@ -124,6 +125,41 @@ def steps_with_faults(config: Config, patched: bool) -> list[Any]:
         told.append((result.sums.tolist() if step != 4 else None, result.applied, float(result.grad_norm)))
     parts = {part.name: part.values.tolist() for part in [*engine.weights(), *engine.moments()]}
     return [told, parts, engine.state()]
+
+
+class LargestBuffer(TorchDispatchMode):
+    """The most elements of a tensor that is made empty while it is entered."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if str(function) == "aten.empty.memory_format":
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def largest_buffer(config: Config) -> int:
+    engine, data = start(config), open_data(config)
+    with LargestBuffer() as largest:
+        engine.train_step(next(train_batches(data.train, data.order, engine.plan, config, 0)), lr=1e-3)
+    return largest.elements
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro", "has_bucket"),
+    [
+        (1, 64, False),
+        pytest.param(2, 64, False, marks=pytest.mark.slow),
+        pytest.param(1, 5, False, marks=pytest.mark.slow),  # another class of DeepSpeed's
+        pytest.param(2, 5, True, marks=pytest.mark.slow),  # its reduction is what adds up micro-batches
+    ],
+)
+def test_one_rank_has_no_bucket(stage: int, micro: int, has_bucket: bool, config: Config) -> None:
+    """What it reduces nothing through is not allocated: 1 GB of a GPU."""
+    changes: dict[str, Any] = {"engine__zero_stage": stage, "engine__max_micro_batch_size": micro}
+    (elements,) = run_ranks(largest_buffer, 1, changed(config, engine__precision="bf16", **changes))
+    assert elements == 500_000_000 if has_bucket else elements < 1_000_000, elements
 
 
 # Ranks, stage, precision, images of a micro-batch. One rank averages nothing; bf16 in micro-batches on stage 1 is a

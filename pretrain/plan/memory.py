@@ -133,6 +133,7 @@ def _memory(
     rounded = item < 4
     accumulates = layout.accumulation > 1
     in_float32 = accumulates and config.engine.precision == "bf16"  # gradients of several micro-batches
+    bucket = bucket if _reduces(config, layout, in_float32) else 0
     unsharded = in_float32 and layout.stage == 1  # DeepSpeed's BF16_Optimizer
     weights = item * (part if layout.stage == 3 else p)
     optimizer = part * (4 + moment_bytes(config))
@@ -162,6 +163,12 @@ def _memory(
     return Memory(weights, gradients, optimizer, averages, bucket * item, saved, rest, phases)
 
 
+def _reduces(config: Config, layout: Layout, in_float32: bool) -> bool:
+    """Whether gradients go through DeepSpeed's bucket: on one rank only where engine/patches.py leaves it so."""
+    left_alone = layout.stage == 3 or config.engine.precision == "fp16" or (layout.stage == 2 and in_float32)
+    return layout.num_ranks > 1 or left_alone
+
+
 def _phases(
     item: int,
     p: int,
@@ -183,6 +190,9 @@ def _phases(
     if layout.stage == 1 and in_float32:
         pieces = min(p, _FALLBACK_ELEMENTS)
         return item * p + saved + start, item * p + (4 + item) * pieces, item * p
+    if not bucket:  # one rank: gradients stay where they are; ZeRO 2 keeps the sums of micro-batches apart
+        whole = item * p * (layout.accumulation > 1)
+        return whole + saved + start, item * p + whole * (layout.stage == 2), (2 * item + 4) * part
     if layout.stage == 1:
         whole = item * p * (layout.accumulation > 1)  # of the micro-batches before
         end = item * p + item * max(bucket, part)
