@@ -36,6 +36,8 @@ def deepspeed_config(config: Config, plan: BatchPlan, world_size: int) -> dict[s
         },
         # Several bf16 micro-batches are added up in float32: bf16 would lose the small ones.
         "data_types": {"grad_accum_dtype": "fp32" if plan.accumulation > 1 and precision == "bf16" else None},
+        # None: DeepSpeed sums gradients over ranks in the model's type.
+        "communication_data_type": "fp32" if config.engine.reduce_dtype == "fp32" else None,
         "zero_optimization": {
             "stage": config.engine.zero_stage,
             "overlap_comm": False,

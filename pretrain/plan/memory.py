@@ -129,6 +129,7 @@ def _memory(
     prefetch: int,
 ) -> Memory:
     item, p, ranks = _ELEMENT_BYTES[config.engine.precision], num_parameters, layout.num_ranks
+    sent = 4 if config.engine.reduce_dtype == "fp32" else item
     part = -(-p // ranks) if layout.stage else p
     rounded = item < 4
     accumulates = layout.accumulation > 1
@@ -138,7 +139,7 @@ def _memory(
     weights = item * (part if layout.stage == 3 else p)
     optimizer = part * (4 + moment_bytes(config))
     averages = 4 * part if config.optim.average_decay else 0
-    kept = bucket * item if layout.stage == 3 else 0
+    kept = bucket * sent if layout.stage == 3 else 0
     if unsharded:
         kept += 4 * p
     elif layout.stage == 3:
@@ -147,7 +148,7 @@ def _memory(
     fused = config.optim.name == "adamw" and config.optim.moment_dtype == "fp32"
     update = 0 if fused else _PIECES * 4 * min(part, _PIECE_ELEMENTS)
     saved, start = activations
-    backward, end, step = _phases(item, p, part, layout, bucket, in_float32, (saved, start), largest, prefetch)
+    backward, end, step = _phases(item, sent, p, part, layout, bucket, in_float32, (saved, start), largest, prefetch)
     if not rounded:
         step -= item * part  # the gradients are float32 already
     # Stages 1 and 2 join the rounded weights, which are there twice for that; 3 has cut each parameter up at once.
@@ -160,7 +161,8 @@ def _memory(
     }
     held = part if layout.stage >= 2 else p
     gradients = held * (4 if in_float32 and layout.stage >= 2 else item) + (4 * p if unsharded else 0)
-    return Memory(weights, gradients, optimizer, averages, bucket * item, saved, rest, phases)
+    buckets = bucket * (sent if layout.stage == 3 else item)
+    return Memory(weights, gradients, optimizer, averages, buckets, saved, rest, phases)
 
 
 def _reduces(config: Config, layout: Layout, in_float32: bool) -> bool:
@@ -171,6 +173,7 @@ def _reduces(config: Config, layout: Layout, in_float32: bool) -> bool:
 
 def _phases(
     item: int,
+    sent: int,
     p: int,
     part: int,
     layout: Layout,
@@ -180,7 +183,10 @@ def _phases(
     largest: int,
     prefetch: int,
 ) -> tuple[int, int, int]:
-    """What the backward pass's start, its end with the reduction, and the step hold beside `rest`."""
+    """What the backward pass's start, its end with the reduction, and the step hold beside `rest`.
+
+    item, sent: bytes of an element as the model has it, as a reduction sends it.
+    """
     saved, start = activations
     if layout.stage == 0:  # plain data parallelism: whole gradients, reduced in place
         return saved + start + (item * p if layout.accumulation > 1 else 0), item * p, item * p + 4 * p
@@ -189,13 +195,15 @@ def _phases(
     left = saved * (p - filled) // p  # activations that are not used up when it comes
     if layout.stage == 1 and in_float32:
         pieces = min(p, _FALLBACK_ELEMENTS)
-        return item * p + saved + start, item * p + (4 + item) * pieces, item * p
+        # joined in float32, and as they are sent where that is another type
+        return item * p + saved + start, item * p + (4 + sent * (sent < 4)) * pieces, item * p
     if not bucket:  # one rank: gradients stay where they are; ZeRO 2 keeps the sums of micro-batches apart
         whole = item * p * (layout.accumulation > 1)
         return whole + saved + start, item * p + whole * (layout.stage == 2), (2 * item + 4) * part
+    wide = sent * (sent > item)  # bytes per element of a second copy, as it is sent
     if layout.stage == 1:
         whole = item * p * (layout.accumulation > 1)  # of the micro-batches before
-        end = item * p + item * max(bucket, part)
+        end = item * p + max(item * bucket + wide * filled, item * part)
         # own gradients are copied, with the whole of a parameter that two ranks share
         return item * bucket + whole + saved + start, end + item * shared, (2 * item + 4) * part + item * shared
     pending = item * largest if bucket < p else 0  # a gradient that waits until the bucket has room
@@ -203,13 +211,16 @@ def _phases(
         own = 4 * part if in_float32 else item * (part + shared)
         before = own if layout.accumulation > 1 else 0
         joins = layout.num_ranks > 1 or in_float32  # slices of several ranks, copied together
-        joined, joined_next = (item * elements * joins for elements in (filled, min(bucket, p - filled)))
+        joined, joined_next = ((item + wide) * elements * joins for elements in (filled, min(bucket, p - filled)))
         # Own gradients are allocated behind the first reduction; those of several micro-batches live since the first.
         reduced = own + joined + 4 * largest if in_float32 else max(joined, own + joined_next)
         end = item * bucket + reduced + left + pending
         return item * bucket + before + saved + start, end, own if in_float32 else item * shared + (2 * item + 4) * part
     gathered = item * min(p, _LIVE_ELEMENTS) if layout.num_ranks > 1 else 0
     ahead = item * min(p, 2 * prefetch) if layout.num_ranks > 1 else 0  # joined pieces that are not cut up yet
-    copies = item * filled + (4 * filled // layout.num_ranks if in_float32 else 0)  # joined; own part in float32
+    kept = 4 if in_float32 else item
+    copies = sent * filled + (
+        kept * filled // layout.num_ranks if kept != sent else 0
+    )  # joined; own part as it is kept
     end = copies + left + pending + gathered * (p - filled) // p
     return gathered + max(ahead, start) + saved, end, 4 * part + (0 if in_float32 else item * part)
