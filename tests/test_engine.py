@@ -23,7 +23,7 @@ from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
 from pretrain.engine import compiling
-from pretrain.engine.settings import check_machine, check_precision, deepspeed_config
+from pretrain.engine.settings import check_machine, check_precision, deepspeed_config, told_of_overlap
 from pretrain.engine.step import Engine, _fitting
 from pretrain.errors import DeviceMemoryError, StorageError, UserError
 from pretrain.models.build import build_model
@@ -408,7 +408,7 @@ def errors_of_means(layouts: list[tuple[Config, int]]) -> list[float]:
             engine._engine.backward(engine._engine(*gradients))
             engine._engine.step()
         mean = agreement.add_up(own.double().sum(0)) / (ranks.world_size() * num_micro)
-        expected = dict(zip(("dense.weight", "dense.bias", "norm.weight", "pos_embed"), mean.numpy()))
+        expected: dict[str, Any] = dict(zip(("dense.weight", "dense.bias", "norm.weight", "pos_embed"), mean.numpy()))
         off = [values + expected[name].ravel() for name, values in whole(engine.weights()).items()]
         errors.append(float(np.sqrt(np.mean(np.square(off))) / mean.std()))
         engine.close()
@@ -603,7 +603,7 @@ def test_deepspeed_parses_what_we_mean(precision: str, plan: BatchPlan, shards: 
     config = tiny_config(
         shards, Path("unused"), engine__zero_stage=2, engine__precision=precision, optim__clip_norm=0.0
     )
-    parsed = DeepSpeedConfig(deepspeed_config(config, plan, 1))
+    parsed = DeepSpeedConfig(deepspeed_config(config, plan, 1, 10))
     assert parsed.zero_config.stage == 2 and parsed.gradient_clipping == 0.0
     assert (parsed.float16_config.enabled, parsed.bfloat16_config.enabled) == (precision == "fp16", precision == "bf16")
     assert parsed.train_micro_batch_size_per_gpu == plan.micro_batch
@@ -612,7 +612,38 @@ def test_deepspeed_parses_what_we_mean(precision: str, plan: BatchPlan, shards: 
     expected = "fp32" if plan.accumulation > 1 and precision == "bf16" else None
     assert parsed.grad_accum_dtype == expected and parsed.communication_data_type is None
     config = changed(config, engine__reduce_dtype="fp32")
-    assert DeepSpeedConfig(deepspeed_config(config, plan, 1)).communication_data_type == torch.float32
+    assert DeepSpeedConfig(deepspeed_config(config, plan, 1, 10)).communication_data_type == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_ranks", "accumulation", "largest", "overlaps", "bucket", "told"),
+    [
+        (1, 1, 1, 10, False, 500_000_000, "one rank sums nothing"),
+        (1, 2, 1, 10, True, 50_000_000, ""),
+        (3, 2, 4, 60_000_000, True, 60_000_000, ""),  # no gradient goes around the bucket
+        (1, 2, 4, 10, True, 50_000_000, "ZeRO 1 in bf16 with several micro-batches"),
+    ],
+)
+def test_where_reductions_are_overlapped(
+    stage: int,
+    num_ranks: int,
+    accumulation: int,
+    largest: int,
+    overlaps: bool,
+    bucket: int,
+    told: str,
+    shards: Path,
+) -> None:
+    """On several ranks, in small buckets; where it does nothing the start says so. By default it is off."""
+    config, plan = tiny_config(shards, shards, engine__precision="bf16"), BatchPlan(2, accumulation, 0)
+    zero = deepspeed_config(config, plan, num_ranks, largest)["zero_optimization"]
+    assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (False, 500_000_000)
+    assert not told_of_overlap(config, plan, num_ranks)
+    config = changed(config, engine__overlap_reduction=True, engine__zero_stage=stage)
+    zero = deepspeed_config(config, plan, num_ranks, largest)["zero_optimization"]
+    assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (overlaps, bucket)
+    line = told_of_overlap(config, plan, num_ranks)
+    assert told in line and bool(told) == line.startswith("engine.overlap_reduction=true has no effect: ")
 
 
 @pytest.mark.parametrize("precision, others", [("fp16", "bf16 or fp32"), ("bf16", "fp16 or fp32")])

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "data.store_gb",
     "engine.zero_stage",
     "engine.reduce_dtype",  # more ranks may need it
+    "engine.overlap_reduction",
     "engine.max_micro_batch_size",
     "engine.compile",
     "engine.checkpoint_activations",

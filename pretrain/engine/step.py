@@ -25,7 +25,7 @@ from pretrain.engine.filling import fill
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
-from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config
+from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config, told_of_overlap
 from pretrain.engine.slices import OwnedSlices
 from pretrain.engine.versions import reading_inside, step_is_known
 from pretrain.errors import DeviceMemoryError, UserError
@@ -75,7 +75,9 @@ class Engine:
             compile_blocks(model)
         self._frozen = FrozenStatistics(model)
         optimizer = build_optimizer(config.optim, model, classifier_names(model))
-        self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size())
+        largest = max(parameter.numel() for parameter in model.parameters())
+        self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size(), largest)
+        self.told_of_overlap = told_of_overlap(config, plan, ranks.world_size())
         before_start()
         values = values or held_values(model)
         with reading_inside():
