@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pretrain.config.sections
 import pretrain.engine.patches
 import pretrain.engine.step
-from pretrain.cluster import ranks
+from pretrain.cluster import ranks, watchdog
 from pretrain.config import Config
 from pretrain.data.loader import train_batches
 from pretrain.engine.step import Engine
@@ -239,6 +240,9 @@ def test_overlapped_reductions_have_the_same_bits(layout: tuple[int, int, str, i
     assert beside == behind
 
 
+WAITS = "the process waits in "
+
+
 class Stream:
     """A stream of a device that is not there: tells what waits for it, and runs nothing."""
 
@@ -251,7 +255,7 @@ class Stream:
         self.told.append(f"{self.name} stream waits for {other.name}")
 
     def synchronize(self) -> None:
-        self.told.append(f"the process waits in {sys._getframe(1).f_code.co_name}")
+        self.told.append(WAITS + sys._getframe(1).f_code.co_name)
 
 
 class Event:
@@ -324,5 +328,22 @@ def test_the_step_follows_reductions_without_waiting(stage: int, config: Config)
         assert (last, norm) == ("main stream waits for another", "main stream reduces")
         each = ["another stream waits for main", "main stream waits for another", "another stream reduces"]
         assert len(reductions) > 2 * len(each) and reductions == each * (len(reductions) // 3)
-    waits = "the process waits in independent_gradient_partition_epilogue"
-    assert waits in run_ranks(told_in_a_step, 2, config, False)[0]
+    assert WAITS + "independent_gradient_partition_epilogue" in run_ranks(told_in_a_step, 2, config, False)[0]
+
+
+@pytest.mark.parametrize("overlaps", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_zero_3_waits_for_the_device(overlaps: bool, config: Config) -> None:
+    """Behind each micro-batch, and once for the weights that are kept whole between steps, which no count on a CPU
+    shows. On a device that is behind also for buckets and weights of before. The watchdog knows all these places.
+    """
+    config = changed(config, engine__zero_stage=3, engine__max_micro_batch_size=2, engine__overlap_reduction=overlaps)
+    behind_a_pass, of_weights = "independent_gradient_partition_epilogue", "_allgather_params_coalesced"
+    found = waits(config, is_behind=False)
+    assert found == {behind_a_pass: 3, of_weights: 1}
+    found |= waits(config, is_behind=True)
+    assert "__reduce_and_partition_ipg_grads" in found and set(found) <= watchdog._WAITS_FOR_DEVICE, found
+
+
+def waits(config: Config, *, is_behind: bool) -> Counter[str]:
+    told = run_ranks(told_in_a_step, 2, config, True, is_behind)[0]
+    return Counter(line.removeprefix(WAITS) for line in told if line.startswith(WAITS))
