@@ -195,9 +195,7 @@ class EngineConfig:
     zero_stage: int = 1  # 1: shards optimizer state; 2: and gradients; 3: and weights. 0 is refused (wrong in bf16)
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; master weights are always fp32
     reduce_dtype: Literal["precision", "fp32"] = "precision"  # of sums over ranks; fp32: exacter, twice bf16's bytes
-    overlap_reduction: bool = (
-        False  # sum over ranks beside the backward pass (docs/performance.md); no GPU has shown it
-    )
+    overlap_reduction: bool = False  # sum beside the backward pass (docs/performance.md); no GPU has shown it yet
     max_micro_batch_size: int = 256  # images per rank and forward pass, at most: what fits in memory
     compile: Literal["auto", True, False] = "auto"  # torch.compile each block; auto: on GPUs, where it can, not ZeRO 3
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, about 30 % slower
