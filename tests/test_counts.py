@@ -229,6 +229,18 @@ def test_rates_by_layer_cost_a_group_for_each(
     assert sum(found["collectives"].values()) <= most_collectives, found
 
 
+@pytest.mark.parametrize(
+    ("layout", "most_collectives"), [((8, 1, 64), 4), pytest.param((8, 2, 2), 7, marks=pytest.mark.slow)], ids=str
+)
+def test_overlapped_reductions_cost_no_more(
+    layout: tuple[int, int, int], most_collectives: int, config: Config
+) -> None:
+    """As above, where a bucket holds the whole model. What a GPU's streams wait for: tests/test_engine_patches.py."""
+    found = counted(changed(config, engine__overlap_reduction=True), layout)
+    assert found["step"] <= 60 and sum(found["waits"].values()) == 1, found
+    assert sum(found["collectives"].values()) <= most_collectives, found
+
+
 def test_an_evaluation_waits_for_its_answers_alone() -> None:
     """Best classes, their shares and losses, batch by batch; the mask of unread images is never asked of the device."""
     slots = torch.arange(6)

@@ -1,6 +1,10 @@
 """DeepSpeed's patches: each works, and is still needed. A DeepSpeed that behaves otherwise fails here by name."""
 
 import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +12,15 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from ranks import run_ranks
 from tiny import changed, make_shards, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import pretrain.config.sections
 import pretrain.engine.patches
 import pretrain.engine.step
-from pretrain.cluster import ranks
+from pretrain.cluster import ranks, watchdog
 from pretrain.config import Config
 from pretrain.data.loader import train_batches
 from pretrain.engine.step import Engine
@@ -105,6 +112,7 @@ def test_no_false_alarm_about_the_optimizer(config: Config, patched: bool) -> No
 
 def steps_with_faults(config: Config, patched: bool) -> list[Any]:
     """12 steps, clipped; the loss is NaN on the last rank in one, a gradient infinite on the first in another."""
+    pretrain.config.sections.OVERLAPPED_BUCKET_ELEMENTS = 0  # so the largest parameter's: several buckets
     if not patched:
         pretrain.engine.patches._lighten_step = lambda zero: None
         pretrain.engine.patches._lighten_unsharded_step = lambda: None
@@ -124,6 +132,41 @@ def steps_with_faults(config: Config, patched: bool) -> list[Any]:
         told.append((result.sums.tolist() if step != 4 else None, result.applied, float(result.grad_norm)))
     parts = {part.name: part.values.tolist() for part in [*engine.weights(), *engine.moments()]}
     return [told, parts, engine.state()]
+
+
+class LargestBuffer(TorchDispatchMode):
+    """The most elements of a tensor that is made empty while it is entered."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if str(function) == "aten.empty.memory_format":
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def largest_buffer(config: Config) -> int:
+    engine, data = start(config), open_data(config)
+    with LargestBuffer() as largest:
+        engine.train_step(next(train_batches(data.train, data.order, engine.plan, config, 0)), lr=1e-3)
+    return largest.elements
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro", "has_bucket"),
+    [
+        (1, 64, False),
+        pytest.param(2, 64, False, marks=pytest.mark.slow),
+        pytest.param(1, 5, False, marks=pytest.mark.slow),  # another class of DeepSpeed's
+        pytest.param(2, 5, True, marks=pytest.mark.slow),  # its reduction is what adds up micro-batches
+    ],
+)
+def test_one_rank_has_no_bucket(stage: int, micro: int, has_bucket: bool, config: Config) -> None:
+    """What it reduces nothing through is not allocated: 1 GB of a GPU."""
+    changes: dict[str, Any] = {"engine__zero_stage": stage, "engine__max_micro_batch_size": micro}
+    (elements,) = run_ranks(largest_buffer, 1, changed(config, engine__precision="bf16", **changes))
+    assert elements == 500_000_000 if has_bucket else elements < 1_000_000, elements
 
 
 # Ranks, stage, precision, images of a micro-batch. One rank averages nothing; bf16 in micro-batches on stage 1 is a
@@ -153,3 +196,154 @@ def test_the_light_step_has_the_same_bits(layout: tuple[int, int, str, int], con
         assert told == their_told and state == their_state
         assert [number for number, (_, applied, _) in enumerate(told, 1) if not applied] == [4, 7]
         assert parts == their_parts and state["optimizer_step"] == 10
+
+
+# --- reductions beside the backward pass -----------------------------------------------------------------------------
+
+
+def steps_beside(config: Config, overlapped: bool) -> list[Any]:
+    """The same steps, with reductions beside the backward pass or behind it, in buckets of the same size."""
+    if not overlapped:
+        inner = pretrain.engine.step.deepspeed_config
+
+        def behind(*arguments: Any) -> dict[str, Any]:
+            values = inner(*arguments)
+            values["zero_optimization"]["overlap_comm"] = False
+            return values
+
+        pretrain.engine.step.deepspeed_config = behind
+    return steps_with_faults(config, patched=True)
+
+
+# As above. Not ZeRO 1 on three ranks, which fills its buckets in another order then: where in a bucket an element lies
+# decides in which order three numbers are added up.
+BESIDE = [(2, 1, "bf16", 64), (3, 2, "fp32", 2)]
+SLOW_BESIDE = [(2, 3, "bf16", 64), (2, 2, "bf16", 2), (2, 1, "fp32", 2), (1, 1, "fp32", 5)]
+LONG_BESIDE = [(3, 3, "fp32", 2), (3, 2, "bf16", 64), (2, 1, "bf16", 2), (1, 2, "bf16", 5)]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *BESIDE,
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_BESIDE),
+        *(pytest.param(layout, marks=pytest.mark.long) for layout in LONG_BESIDE),
+    ],
+    ids=lambda layout: "-".join(map(str, layout)),
+)
+def test_overlapped_reductions_have_the_same_bits(layout: tuple[int, int, str, int], config: Config) -> None:
+    """As the test of the light step. On a CPU nothing runs beside anything: it is the bookkeeping that is shown."""
+    world_size, stage, precision, micro = layout
+    of_layout = {"engine__zero_stage": stage, "engine__precision": precision, "engine__max_micro_batch_size": micro}
+    config = changed(config, **of_layout, optim__clip_norm=0.05, engine__overlap_reduction=True)
+    beside, behind = (run_ranks(steps_beside, world_size, config, overlapped) for overlapped in (True, False))
+    assert beside == behind
+
+
+WAITS = "the process waits in "
+
+
+class Stream:
+    """A stream of a device that is not there: tells what waits for it, and runs nothing."""
+
+    told: list[str] = []  # by all streams
+
+    def __init__(self, name: str = "another") -> None:
+        self.name = name
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.told.append(f"{self.name} stream waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.told.append(WAITS + sys._getframe(1).f_code.co_name)
+
+
+class Event:
+    """An event of such a stream; on a device that is behind none is over."""
+
+    is_behind = False
+    synchronize = Stream.synchronize
+
+    def __init__(self) -> None:
+        self.told = Stream.told
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return not self.is_behind
+
+
+class Told(TorchDispatchMode):
+    """Tells collectives too, each with the stream that it is given to."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "reduce" in str(function) and str(function).startswith("c10d"):
+            Stream.told.append(f"{get_accelerator().current_stream().name} stream reduces")  # type: ignore[union-attr]
+        return function(*args, **(kwargs or {}))
+
+
+def pretend_streams() -> None:
+    """Has DeepSpeed take this process's CPU for a device with streams, as a GPU is."""
+    accelerator: Any = get_accelerator()
+    streams = [Stream("main")]
+
+    @contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    for name in ("is_synchronized_device", "resolves_data_dependency", "handles_memory_backpressure"):
+        setattr(accelerator, name, lambda: False)
+    accelerator.current_stream, accelerator.default_stream = (lambda: streams[-1]), (lambda: streams[0])
+    accelerator.stream, accelerator.synchronize = entered, Stream("device").synchronize
+    type(accelerator).Stream, type(accelerator).Event = Stream, Event
+    torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign,assignment]
+
+
+def told_in_a_step(config: Config, patched: bool, is_behind: bool = False) -> list[str]:
+    """What reduces and waits in the second step, as on a device with streams."""
+    Event.is_behind = is_behind
+    if not patched:
+        pretrain.engine.patches._overlap_without_waiting = lambda zero: None
+    pretrain.config.sections.OVERLAPPED_BUCKET_ELEMENTS = 0
+    pretend_streams()
+    engine, data = start(config), open_data(config)
+    batches = train_batches(data.train, data.order, engine.plan, config, 0)
+    engine.train_step(next(batches), lr=1e-3)
+    Stream.told.clear()
+    with Told():
+        engine.train_step(next(batches), lr=1e-3)
+    return Stream.told
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_step_follows_reductions_without_waiting(stage: int, config: Config) -> None:
+    """All run on a stream of their own, each behind the gradients; the stream of the step waits for the last one, and
+    then comes the norm. The process does not wait; when DeepSpeed's own does not either, the patch can go.
+    """
+    config = changed(config, engine__zero_stage=stage, engine__overlap_reduction=True)
+    for told in run_ranks(told_in_a_step, 2, config, True):
+        *reductions, last, norm = told
+        assert (last, norm) == ("main stream waits for another", "main stream reduces")
+        each = ["another stream waits for main", "main stream waits for another", "another stream reduces"]
+        assert len(reductions) > 2 * len(each) and reductions == each * (len(reductions) // 3)
+    assert WAITS + "independent_gradient_partition_epilogue" in run_ranks(told_in_a_step, 2, config, False)[0]
+
+
+@pytest.mark.parametrize("overlaps", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_zero_3_waits_for_the_device(overlaps: bool, config: Config) -> None:
+    """Behind each micro-batch, and once for the weights that are kept whole between steps, which no count on a CPU
+    shows. On a device that is behind also for buckets and weights of before. The watchdog knows all these places.
+    """
+    config = changed(config, engine__zero_stage=3, engine__max_micro_batch_size=2, engine__overlap_reduction=overlaps)
+    behind_a_pass, of_weights = "independent_gradient_partition_epilogue", "_allgather_params_coalesced"
+    found = waits(config, is_behind=False)
+    assert found == {behind_a_pass: 3, of_weights: 1}
+    found |= waits(config, is_behind=True)
+    assert "__reduce_and_partition_ipg_grads" in found and set(found) <= watchdog._WAITS_FOR_DEVICE, found
+
+
+def waits(config: Config, *, is_behind: bool) -> Counter[str]:
+    told = run_ranks(told_in_a_step, 2, config, True, is_behind)[0]
+    return Counter(line.removeprefix(WAITS) for line in told if line.startswith(WAITS))

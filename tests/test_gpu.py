@@ -314,6 +314,22 @@ def test_two_ranks_are_one(stage: int, precision: str, tmp_path: Path) -> None:
     assert len(one) == 20 and two == pytest.approx(one, rel=1e-4 if precision == "fp32" else 3e-2)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("stage", "max_micro_batch_size"), [(1, 256), (2, 256), (2, 3), (3, 256)])
+def test_overlapped_reductions_have_the_same_bits(stage: int, max_micro_batch_size: int, tmp_path: Path) -> None:
+    """200 steps of two ranks in bf16, with reductions beside the backward pass and behind it: a race of streams would
+    show. 302M parameters, so that a backward pass fills seven buckets. Two numbers have one sum, in whatever order.
+    """
+    shards = make_shards(tmp_path / "squares")
+    recipe = [f"engine.zero_stage={stage}", f"engine.max_micro_batch_size={max_micro_batch_size}"]
+    recipe += ["model.width=1024", "model.depth=24", "model.mlp_dim=4096", "model.heads=16", "engine.compile=false"]
+    recipe += ["total_steps=200", "checkpoint.every_steps=1000", "checkpoint.behind=false"]
+    for overlap in ("true", "false"):
+        words = launcher(2)
+        train_on_gpu(shards, tmp_path / overlap, *recipe, f"engine.overlap_reduction={overlap}", words=words)
+    expect_same_end(tmp_path / "true", tmp_path / "false")
+
+
 def test_out_of_memory_is_told(tmp_path: Path) -> None:
     """Exit code 2, one line that names the key."""
     result = benchmark("--model", "B/16", "--batch", "30000", "--compile", "off", check=False)

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import CodeType, FrameType
 
 from pretrain.cluster import monitor, peers
 from pretrain.cluster.monitor import SECTIONS, Age, Beat
@@ -34,7 +35,15 @@ _MONITOR_ENDS_S = 10.0  # it looks every half second
 _TOLD = 3  # nodes that a line names
 _MAX_HEAD = 20_000  # characters of a report that are read: its first two lines
 _WAITS_IN = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
-_WAITS_FOR_DEVICE = "is_invalid_grad_norm"  # DeepSpeed's: the step's one wait for the GPU, where NCCL's others show
+# DeepSpeed's, where a rank waits for its GPU, and the GPU for others: the norm of the gradients; under ZeRO 3 also the
+# end of each backward pass, the gathering of small weights, and gradients and weights that the GPU is behind with.
+_WAITS_FOR_DEVICE = {
+    "is_invalid_grad_norm",
+    "independent_gradient_partition_epilogue",
+    "_allgather_params_coalesced",
+    "__reduce_and_partition_ipg_grads",
+    "fetch_sub_module",
+}
 
 _watch: "_Watch | None" = None
 
@@ -238,17 +247,19 @@ class _Watch:
                 monitor.write_beat(self._memory, beat._replace(limit_s=beat.limit_s + WAITING_S))
 
     def _waits_for_others(self) -> bool:
-        """Whether others owe an answer, or the main thread is in a collective, as far as its innermost frames tell."""
+        """Whether others owe an answer, or the main thread is in a collective, as far as its innermost frames tell.
+
+        Or any thread waits for the GPU: autograd has one of its own for the backward pass.
+        """
         if not self.answered():
             return True
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        for _ in range(12):
-            if frame is None:
-                return False
-            code = frame.f_code
-            if code.co_name == _WAITS_FOR_DEVICE or any(part in code.co_filename for part in _WAITS_IN):
+        for thread, frame in sys._current_frames().items():
+            codes = _innermost(frame)
+            if any(code.co_name in _WAITS_FOR_DEVICE for code in codes):
                 return True
-            frame = frame.f_back
+            if thread == threading.main_thread().ident:
+                if any(part in code.co_filename for code in codes for part in _WAITS_IN):
+                    return True
         return False
 
     def _end(self, beat: Beat, what: str, silent_s: float, limit_s: float, *, waiting: bool = False) -> None:
@@ -264,6 +275,15 @@ class _Watch:
             self.also(LostProcessError(line))
         monitor.write_beat(self._memory, beat._replace(ended=True))
         os._exit(LostProcessError.exit_code)
+
+
+def _innermost(frame: FrameType | None) -> list[CodeType]:
+    """Returns the code of a thread's last few calls."""
+    codes = []
+    while frame is not None and len(codes) < 12:
+        codes.append(frame.f_code)
+        frame = frame.f_back
+    return codes
 
 
 def _shared_file() -> int:

@@ -23,6 +23,8 @@ MAY_CHANGE = (
     "data.store",
     "data.store_gb",
     "engine.zero_stage",
+    "engine.reduce_dtype",  # more ranks may need it
+    "engine.overlap_reduction",
     "engine.max_micro_batch_size",
     "engine.compile",
     "engine.checkpoint_activations",

@@ -18,6 +18,8 @@ from pretrain.config.sources import Reweight, Source, phases, training_data, wei
 from pretrain.errors import ConfigError
 
 EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
+BUCKET_ELEMENTS = 500_000_000  # of gradients that DeepSpeed sums over ranks at a time, unless told: 1 GB in bf16
+OVERLAPPED_BUCKET_ELEMENTS = 50_000_000  # where it does so beside the backward pass: the last one has nothing beside it
 
 
 class Normalisation(NamedTuple):
@@ -207,6 +209,8 @@ class EngineConfig:
 
     zero_stage: int = 1  # 1: shards optimizer state; 2: and gradients; 3: and weights. 0 is refused (wrong in bf16)
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; master weights are always fp32
+    reduce_dtype: Literal["precision", "fp32"] = "precision"  # of sums over ranks; fp32: exacter, twice bf16's bytes
+    overlap_reduction: bool = False  # sum beside the backward pass (docs/performance.md); no GPU has shown it yet
     max_micro_batch_size: int = 256  # images per rank and forward pass, at most: what fits in memory
     compile: Literal["auto", True, False, "max-autotune"] = "auto"  # each block; auto: on GPUs, if it can, not ZeRO 3
     fp8: bool = False  # train with products of the blocks in fp8, by torchao, from Ada on (docs/performance.md)
@@ -220,6 +224,18 @@ class EngineConfig:
         Not by itself under ZeRO 3, whose hooks cut each block into pieces that are compiled over and over.
         """
         return (on_gpu and able and self.zero_stage < 3) if self.compile == "auto" else bool(self.compile)
+
+    def overlaps(self, num_ranks: int) -> bool:
+        """Returns whether gradients are summed over ranks beside the backward pass: one rank has nothing to sum."""
+        return self.overlap_reduction and num_ranks > 1
+
+    def bucket_elements(self, num_ranks: int, largest_parameter: int) -> int:
+        """Returns of how many elements a bucket of gradients is.
+
+        Beside the backward pass of no fewer than the largest parameter has: DeepSpeed would read that one's gradient on
+        another stream without telling the allocator, which could give its memory away meanwhile.
+        """
+        return max(OVERLAPPED_BUCKET_ELEMENTS, largest_parameter) if self.overlaps(num_ranks) else BUCKET_ELEMENTS
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""

@@ -15,10 +15,11 @@ from pretrain.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def deepspeed_config(config: Config, plan: BatchPlan, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, plan: BatchPlan, world_size: int, largest_parameter: int) -> dict[str, Any]:
     """Returns DeepSpeed's configuration, derived from ours; every key that we rely on is written out.
 
     Defaults are no help: unknown keys are ignored silently, and clipping is 1.0 when it is not named.
+    largest_parameter: its elements.
     """
     precision = config.engine.precision
     return {
@@ -37,9 +38,12 @@ def deepspeed_config(config: Config, plan: BatchPlan, world_size: int) -> dict[s
         },
         # Several bf16 micro-batches are added up in float32: bf16 would lose the small ones.
         "data_types": {"grad_accum_dtype": "fp32" if plan.accumulation > 1 and precision == "bf16" else None},
+        # None: DeepSpeed sums gradients over ranks in the model's type.
+        "communication_data_type": "fp32" if config.engine.reduce_dtype == "fp32" else None,
         "zero_optimization": {
             "stage": config.engine.zero_stage,
-            "overlap_comm": False,
+            "overlap_comm": config.engine.overlaps(world_size),  # by default on under ZeRO 3
+            "reduce_bucket_size": config.engine.bucket_elements(world_size, largest_parameter),
             "round_robin_gradients": False,  # makes the map of owned slices wrong
             "reduce_scatter": True,
             "contiguous_gradients": True,
@@ -49,6 +53,16 @@ def deepspeed_config(config: Config, plan: BatchPlan, world_size: int) -> dict[s
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # on by default: waits for the device twice per micro-batch
     }
+
+
+def told_of_overlap(config: Config, plan: BatchPlan, world_size: int) -> str:
+    """Returns a line where engine.overlap_reduction is set and does nothing, else none."""
+    why = ""
+    if world_size == 1:
+        why = "one rank sums nothing"
+    elif config.engine.zero_stage == 1 and config.engine.precision == "bf16" and plan.accumulation > 1:
+        why = "ZeRO 1 in bf16 with several micro-batches sums once, behind the last one; engine.zero_stage=2 overlaps"
+    return f"engine.overlap_reduction=true has no effect: {why}" if config.engine.overlap_reduction and why else ""
 
 
 def check_machine(config: Config) -> None:

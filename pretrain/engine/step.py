@@ -28,7 +28,7 @@ from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.host_memory import keep_freed_memory
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
-from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config
+from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config, told_of_overlap
 from pretrain.engine.slices import OwnedSlices
 from pretrain.engine.versions import reading_inside, step_is_known
 from pretrain.errors import DeviceMemoryError, UserError
@@ -83,7 +83,9 @@ class Engine:
         decay = config.optim.layer_decay
         scales = rate_scales(model, decay) if decay < 1 else None
         optimizer = build_optimizer(config.optim, model, classifier_names(model), scales)
-        self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size())
+        largest = max(parameter.numel() for parameter in model.parameters())
+        self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size(), largest)
+        self.told_of_overlap = told_of_overlap(config, plan, ranks.world_size())
         before_start()
         values = values or held_values(model)
         with reading_inside():

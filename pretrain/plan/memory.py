@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pretrain.config import Config
 from pretrain.sizes import num_tokens, plain_parameters
 
-BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size, which engine/settings.py leaves as it is: 1 GB in bf16
 PREFETCH_ELEMENTS = 50_000_000  # ZeRO 3 gathers so much ahead: stage3_prefetch_bucket_size
 _LIVE_ELEMENTS = 1_000_000_000  # ZeRO 3 keeps gathered weights up to this: stage3_max_live_parameters
 _FALLBACK_ELEMENTS = 500_000_000  # DeepSpeed's BF16_Optimizer reduces gradients in pieces of this
@@ -97,18 +96,19 @@ def memory(
     num_classes: int,
     layout: Layout,
     *,
-    bucket: int = BUCKET_ELEMENTS,
+    bucket: int | None = None,
     prefetch: int = PREFETCH_ELEMENTS,
 ) -> Memory:
     """Returns the memory of a rank that trains `config`'s model in this layout.
 
     Stage 0 is plain data parallelism, for comparison: the engine refuses it. bucket, prefetch: elements that are
-    reduced, gathered at a time.
+    reduced, gathered at a time; None: as the engine has it.
     """
     activations = activation_bytes(config, num_classes, layout.micro_batch, layout.recompute)
     model = config.model
     images = 2 * layout.micro_batch * layout.accumulation * 3 * model.image_size**2  # uint8, two steps' whole shares
     matrix = largest_parameter(config, num_classes)
+    bucket = bucket or config.engine.bucket_elements(layout.num_ranks, matrix)
     return _memory(config, plain_parameters(model, num_classes), layout, bucket, activations, images, matrix, prefetch)
 
 
@@ -129,15 +129,18 @@ def _memory(
     prefetch: int,
 ) -> Memory:
     item, p, ranks = _ELEMENT_BYTES[config.engine.precision], num_parameters, layout.num_ranks
+    sent = 4 if config.engine.reduce_dtype == "fp32" else item
+    overlaps = config.engine.overlaps(ranks)
     part = -(-p // ranks) if layout.stage else p
     rounded = item < 4
     accumulates = layout.accumulation > 1
     in_float32 = accumulates and config.engine.precision == "bf16"  # gradients of several micro-batches
+    bucket = bucket if _reduces(config, layout, in_float32) else 0
     unsharded = in_float32 and layout.stage == 1  # DeepSpeed's BF16_Optimizer
     weights = item * (part if layout.stage == 3 else p)
     optimizer = part * (4 + moment_bytes(config))
     averages = 4 * part if config.optim.average_decay else 0
-    kept = bucket * item if layout.stage == 3 else 0
+    kept = bucket * sent if layout.stage == 3 else 0
     if unsharded:
         kept += 4 * p
     elif layout.stage == 3:
@@ -146,7 +149,8 @@ def _memory(
     fused = config.optim.name == "adamw" and config.optim.moment_dtype == "fp32"
     update = 0 if fused else _PIECES * 4 * min(part, _PIECE_ELEMENTS)
     saved, start = activations
-    backward, end, step = _phases(item, p, part, layout, bucket, in_float32, (saved, start), largest, prefetch)
+    sizes = item, sent, p, part
+    backward, end, step = _phases(*sizes, layout, bucket, overlaps, in_float32, (saved, start), largest, prefetch)
     if not rounded:
         step -= item * part  # the gradients are float32 already
     # Stages 1 and 2 join the rounded weights, which are there twice for that; 3 has cut each parameter up at once.
@@ -159,21 +163,33 @@ def _memory(
     }
     held = part if layout.stage >= 2 else p
     gradients = held * (4 if in_float32 and layout.stage >= 2 else item) + (4 * p if unsharded else 0)
-    return Memory(weights, gradients, optimizer, averages, bucket * item, saved, rest, phases)
+    buckets = bucket * (sent if layout.stage == 3 else item * (1 + overlaps))
+    return Memory(weights, gradients, optimizer, averages, buckets, saved, rest, phases)
+
+
+def _reduces(config: Config, layout: Layout, in_float32: bool) -> bool:
+    """Whether gradients go through DeepSpeed's bucket: on one rank only where engine/patches.py leaves it so."""
+    left_alone = layout.stage == 3 or config.engine.precision == "fp16" or (layout.stage == 2 and in_float32)
+    return layout.num_ranks > 1 or left_alone
 
 
 def _phases(
     item: int,
+    sent: int,
     p: int,
     part: int,
     layout: Layout,
     bucket: int,
+    overlaps: bool,
     in_float32: bool,
     activations: tuple[int, int],
     largest: int,
     prefetch: int,
 ) -> tuple[int, int, int]:
-    """What the backward pass's start, its end with the reduction, and the step hold beside `rest`."""
+    """What the backward pass's start, its end with the reduction, and the step hold beside `rest`.
+
+    item, sent: bytes of an element as the model has it, as a reduction sends it.
+    """
     saved, start = activations
     if layout.stage == 0:  # plain data parallelism: whole gradients, reduced in place
         return saved + start + (item * p if layout.accumulation > 1 else 0), item * p, item * p + 4 * p
@@ -182,24 +198,31 @@ def _phases(
     left = saved * (p - filled) // p  # activations that are not used up when it comes
     if layout.stage == 1 and in_float32:
         pieces = min(p, _FALLBACK_ELEMENTS)
-        return item * p + saved + start, item * p + (4 + item) * pieces, item * p
-    if layout.stage == 1:
-        whole = item * p * (layout.accumulation > 1)  # of the micro-batches before
-        end = item * p + item * max(bucket, part)
+        # joined in float32, and as they are sent where that is another type
+        return item * p + saved + start, item * p + (4 + sent * (sent < 4)) * pieces, item * p
+    whole = item * p * (layout.accumulation > 1)  # of the micro-batches before
+    if not bucket:  # one rank: gradients stay where they are; ZeRO 2 keeps the sums of micro-batches apart
+        return whole + saved + start, item * p + whole * (layout.stage == 2), (2 * item + 4) * part
+    wide = sent * (sent > item)  # bytes per element of a second copy, as it is sent
+    if layout.stage == 1 and not overlaps:
+        end = item * p + max(item * bucket + wide * filled, item * part)
         # own gradients are copied, with the whole of a parameter that two ranks share
         return item * bucket + whole + saved + start, end + item * shared, (2 * item + 4) * part + item * shared
     pending = item * largest if bucket < p else 0  # a gradient that waits until the bucket has room
-    if layout.stage == 2:
+    if layout.stage <= 2:  # gradients leave through buckets, as they come; with ZeRO 1 only beside the backward pass
         own = 4 * part if in_float32 else item * (part + shared)
-        before = own if layout.accumulation > 1 else 0
+        before = whole if layout.stage == 1 else own * (layout.accumulation > 1)
+        held = item * bucket * (1 + overlaps)
         joins = layout.num_ranks > 1 or in_float32  # slices of several ranks, copied together
-        joined, joined_next = (item * elements * joins for elements in (filled, min(bucket, p - filled)))
+        joined, joined_next = ((item + wide) * elements * joins for elements in (filled, min(bucket, p - filled)))
         # Own gradients are allocated behind the first reduction; those of several micro-batches live since the first.
         reduced = own + joined + 4 * largest if in_float32 else max(joined, own + joined_next)
-        end = item * bucket + reduced + left + pending
-        return item * bucket + before + saved + start, end, own if in_float32 else item * shared + (2 * item + 4) * part
+        sums = whole * (p - filled) // p if layout.stage == 1 else 0
+        end = held + reduced + left + pending + sums
+        return held + before + saved + start, end, own if in_float32 else item * shared + (2 * item + 4) * part
     gathered = item * min(p, _LIVE_ELEMENTS) if layout.num_ranks > 1 else 0
     ahead = item * min(p, 2 * prefetch) if layout.num_ranks > 1 else 0  # joined pieces that are not cut up yet
-    copies = item * filled + (4 * filled // layout.num_ranks if in_float32 else 0)  # joined; own part in float32
+    kept = 4 if in_float32 else item
+    copies = sent * filled + (kept * filled // layout.num_ranks if kept != sent else 0)  # joined; the own part
     end = copies + left + pending + gathered * (p - filled) // p
     return gathered + max(ahead, start) + saved, end, 4 * part + (0 if in_float32 else item * part)
