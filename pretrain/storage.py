@@ -140,13 +140,24 @@ _MOUNTS = Path("/proc/self/mounts")
 # By the types of the system's table of mounts: file systems that ask another machine for each read.
 _NETWORK_FILE_SYSTEMS = {
     **{"nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "beegfs": "BeeGFS", "ceph": "CephFS"},
-    **{"fuse.ceph-fuse": "CephFS", "wekafs": "WekaFS", "panfs": "PanFS", "cifs": "CIFS", "smb3": "CIFS"},
-    **{"fuse.glusterfs": "GlusterFS", "fuse.juicefs": "JuiceFS", "fuse.sshfs": "sshfs", "fuse.gcsfuse": "gcsfuse"},
+    **{
+        "wekafs": "WekaFS",
+        "panfs": "PanFS",
+        "cifs": "CIFS",
+        "smb3": "CIFS",
+        "afs": "AFS",
+        "9p": "9p",
+        "autofs": "autofs",
+    },
 }
+_OF_CONTAINERS = "fuse.fuse-overlayfs"  # of file systems called fuse.NAME the one that is local
 
 
 def network_file_system(path: Path) -> str | None:
-    """Returns the name of the network file system that a path lies on, None of a local one or where nothing tells."""
+    """Returns the name of the network file system that a path lies on, None of a local one or where nothing tells.
+
+    The path need not be there yet. What is mounted by FUSE (gcsfuse, sshfs, JuiceFS ...) counts, by its own name.
+    """
     try:
         place, lines = path.resolve(), _MOUNTS.read_text(errors="surrogateescape").split("\n")
     except OSError:
@@ -157,4 +168,6 @@ def network_file_system(path: Path) -> str | None:
         point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point))  # a blank is \040
         if place.is_relative_to(point) and len(point.parts) >= depth:  # of two at one point the later hides the first
             kind, depth = its_kind, len(point.parts)
+    if kind.startswith("fuse.") and kind != _OF_CONTAINERS:
+        return kind.removeprefix("fuse.")
     return _NETWORK_FILE_SYSTEMS.get(kind)

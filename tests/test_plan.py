@@ -551,6 +551,12 @@ def test_communication_is_the_ring_s() -> None:
             assert 1000 * communication_s(sent, num_ranks, cluster) == pytest.approx(ms, rel=0.01)
     three = volume(config, NUM_CLASSES, Layout(8, 3, 32, 4, False))
     assert three.total == pytest.approx(4 * 3 * 2 * plain_parameters(config.model, NUM_CLASSES) * 7 / 8)
+    exacter = config_of({"name": "L/16"}, engine={"reduce_dtype": "fp32"})
+    for stage, times in ((1, 1), (2, 4), (3, 4)):  # gradients of twice the bytes, the weights as they were
+        layout = Layout(8, stage, 32, 4, False)
+        before, after = volume(config, NUM_CLASSES, layout), volume(exacter, NUM_CLASSES, layout)
+        assert (after.gradients, after.weights) == (2 * before.gradients, before.weights)
+        assert before.gradients == pytest.approx(times * (1 if stage == 3 else 2) * 2 * 7 / 8 * three.total / 21)
 
 
 def test_the_interval_loses_least() -> None:

@@ -19,6 +19,7 @@ from scores import classification_scores
 from tiny import changed, make_shards, tiny_config
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from pretrain import storage
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader, read_state
@@ -920,7 +921,7 @@ def test_compiled_code_is_kept_on_the_node(
     home, node, mounts = tmp_path / "my home", tmp_path / "node", tmp_path / "mounts"
     node.mkdir()
     mounts.write_text(mounted.format(home=str(home).replace(" ", "\\040")))
-    monkeypatch.setattr(compiling, "_MOUNTS", mounts)
+    monkeypatch.setattr(storage, "_MOUNTS", mounts)
     monkeypatch.setattr(compiling, "_OF_NODE", node)
     monkeypatch.setenv("PRETRAIN_CACHE", str(home))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)

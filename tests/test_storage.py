@@ -174,6 +174,8 @@ systemd-1 /data autofs rw 0 0
 10.0.0.1@o2ib:/scratch /data lustre rw,flock 0 0
 /dev/nvme0n1 /data/local xfs rw 0 0
 server:/my /home/my\\040set nfs4 rw 0 0
+bucket /data/bucket fuse.gcsfuse rw 0 0
+fuse-overlayfs /data/layers fuse.fuse-overlayfs rw 0 0
 """
 
 
@@ -186,6 +188,8 @@ server:/my /home/my\\040set nfs4 rw 0 0
         ("/data/local/imagenet", None),
         ("/database", None),
         ("/home/my set/photos", "NFS"),
+        ("/data/bucket/train", "gcsfuse"),
+        ("/data/layers", None),
     ],
 )
 def test_network_file_systems(path: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from pretrain.config.model import (
     named_model,
     stride_of,
 )
+from pretrain.config.normalisation import MINUS_ONE_TO_ONE, Normalisation
 from pretrain.config.reading import (
     choices_of,
     config_from_dict,
@@ -32,10 +33,8 @@ from pretrain.config.reading import (
 )
 from pretrain.config.sections import (
     EVAL_CROP_LIMITS,
-    MINUS_ONE_TO_ONE,
     Config,
     DataConfig,
-    Normalisation,
     OptimConfig,
 )
 from pretrain.config.sources import MAX_REWEIGHT_STEP, MAX_SOURCES, Source

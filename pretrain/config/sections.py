@@ -6,42 +6,20 @@ Each section checks itself (`problems`), `Config` checks what sections mean toge
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
 from pretrain.config.checks import non_defaults, outside
 from pretrain.config.model import ModelConfig
+from pretrain.config.normalisation import Normalisation
 from pretrain.config.sources import Reweight, Source, phases, training_data, weight_problems
 from pretrain.errors import ConfigError
 
 EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
 BUCKET_ELEMENTS = 500_000_000  # of gradients that DeepSpeed sums over ranks at a time, unless told: 1 GB in bf16
 OVERLAPPED_BUCKET_ELEMENTS = 50_000_000  # where it does so beside the backward pass: the last one has nothing beside it
-
-
-class Normalisation(NamedTuple):
-    """What makes a model's input of pixels x in [0, 1]: (x - mean) / std, per channel."""
-
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-
-    def is_near(self, other: "Normalisation") -> bool:
-        """Returns whether both are the same numbers but for the rounding of files."""
-        return all(abs(a - b) < 1e-6 for mine, its in zip(self, other) for a, b in zip(mine, its))
-
-    def problems(self, where: str = "") -> Iterator[str]:
-        """Yields a sentence for each of mean and std that cannot be one."""
-        for name, lowest in (("mean", -1e3), ("std", 1e-6)):
-            values = getattr(self, name)
-            numbers = [v for v in values if isinstance(v, int | float) and isfinite(v) and lowest <= v <= 1e3]
-            if len(numbers) != 3 or len(values) != 3:
-                yield f"{where}{name} is {values}, expected three numbers of {lowest:g} to 1000"
-
-
-MINUS_ONE_TO_ONE = Normalisation()  # Google's: pixels in [-1, 1]
 
 
 @dataclass

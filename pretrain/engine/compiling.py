@@ -11,7 +11,6 @@ not at all, whatever kills its writer.
 
 import fcntl
 import os
-import re
 import shutil
 import stat
 import sysconfig
@@ -25,12 +24,10 @@ from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
 from pretrain.data.downloads import cache_folder
 from pretrain.log import warn
+from pretrain.storage import network_file_system
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable; Triton's kernels lie in the same folder
-_MOUNTS = Path("/proc/self/mounts")
 _OF_NODE = Path("/var/tmp")  # of this node, and kept when it restarts
-# Types of file systems that several nodes may share. Those of FUSE are called fuse.NAME, most of them remote ones.
-_NETWORK = {"9p", "afs", "autofs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4", "panfs", "smb3", "wekafs"}
 _LEAST_CAPABILITY = (7, 0)  # Volta, which Triton needs
 
 
@@ -92,21 +89,6 @@ def keep_compiled() -> None:
 def _place() -> Path:
     """Where compiled code belongs, whether it can lie there or not."""
     name = f"compiled-{os.geteuid()}"  # of the user alone: the rest of the cache may be a group's
-    if _on_network(cache_folder()):
+    if network_file_system(cache_folder()):
         return _OF_NODE / f"vit-pretrain-{name}"
     return cache_folder() / name
-
-
-def _on_network(path: Path) -> bool:
-    """Whether a path, which need not be there yet, lies on a file system that other nodes may share."""
-    try:
-        table = _MOUNTS.read_text(errors="surrogateescape").splitlines()
-    except OSError:  # not Linux
-        return False
-    path, above, kind = path.absolute().resolve(), 0, ""
-    for line in table:
-        _, point, this_kind, *_ = line.split(" ")
-        point = Path(re.sub(r"\\([0-7]{3})", lambda digits: chr(int(digits[1], 8)), point))  # a blank is \040 there
-        if path.is_relative_to(point) and len(point.parts) >= above:  # of two at a place the later one is seen
-            above, kind = len(point.parts), this_kind
-    return kind in _NETWORK or (kind.startswith("fuse.") and kind != "fuse.fuse-overlayfs")  # a container's

@@ -102,10 +102,13 @@ class Engine:
         self._moments = moment_dtypes(config.optim)
         self._average_decay = config.optim.average_decay
         with reading_inside():
-            self._take_hold(config, values)
+            self._finish_start(config, values)
 
-    def _take_hold(self, config: Config, exact: Values | None) -> None:
-        """Reads DeepSpeed's inside for the first time, all that a checkpoint or a resume will read."""
+    def _finish_start(self, config: Config, exact: Values | None) -> None:
+        """Patches DeepSpeed's step, makes optimizer state, exact master weights and averages.
+
+        It reads of DeepSpeed's inside all that a checkpoint or a resume will read: what cannot be read is told now.
+        """
         self._optimizer: Any = self._zero.optimizer
         self._frozen.refresh_model(self.dtype)
         self._owned = OwnedSlices(self._module, self._zero, config.engine.zero_stage, self._moments)

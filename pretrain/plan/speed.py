@@ -70,14 +70,15 @@ def volume(config: Config, num_classes: int, layout: Layout) -> Volume:
     Stage 1 reduces once per step, 2 and 3 with each micro-batch. DeepSpeed's stages 1 and 2 all-reduce, where a
     reduce-scatter would do. Stage 3 gathers the weights for the forward and for the backward pass of each micro-batch.
     """
-    size = plain_parameters(config.model, num_classes) * _ELEMENT_BYTES[config.engine.precision]
+    parameters, item = plain_parameters(config.model, num_classes), _ELEMENT_BYTES[config.engine.precision]
+    weights, gradients = parameters * item, parameters * (4 if config.engine.reduce_dtype == "fp32" else item)
     share = (layout.num_ranks - 1) / layout.num_ranks
     times = layout.accumulation if layout.stage >= 2 else 1
     if layout.stage == 0:
-        return Volume(2 * size * share, 0.0)
+        return Volume(2 * gradients * share, 0.0)
     if layout.stage == 3:
-        return Volume(times * size * share, 2 * times * size * share)
-    return Volume(times * 2 * size * share, size * share)
+        return Volume(times * gradients * share, 2 * times * weights * share)
+    return Volume(times * 2 * gradients * share, weights * share)
 
 
 def communication_s(sent: Volume, num_ranks: int, cluster: Cluster) -> float:
