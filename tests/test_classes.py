@@ -22,8 +22,8 @@ from pretrain.models.weights import read_weights
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
 from pretrain.train import datasets
+from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
-from pretrain.train.run import build_engine
 
 CAFE = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
 

@@ -46,8 +46,8 @@ from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
 from pretrain.models.verify import Source, our_outputs
 from pretrain.models.weights import read_weights, weights_sha256
+from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
-from pretrain.train.run import build_engine
 
 pytestmark = pytest.mark.slow  # most start two processes that import torch and a library
 torch.set_num_threads(1)

@@ -28,8 +28,8 @@ from pretrain.engine.step import Engine, _fitting
 from pretrain.errors import DeviceMemoryError, StorageError, UserError
 from pretrain.models.build import build_model
 from pretrain.optim import learning_rate, moment_dtypes
+from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
-from pretrain.train.run import build_engine
 
 STEPS = 20
 needs_fp16 = pytest.mark.skipif(
@@ -693,7 +693,7 @@ def test_out_of_memory_of_the_model_and_of_layer_norms(shards: Path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
 
     config = tiny_config(shards, Path("unused"))
-    monkeypatch.setattr("pretrain.train.run.Engine", no_room)
+    monkeypatch.setattr("pretrain.train.building.Engine", no_room)
     with pytest.raises(DeviceMemoryError, match="^model.name: this GPU does not hold .*; try engine.zero_stage=2"):
         build_engine(config, open_data(config), torch.device("cpu"), from_scratch=True)
     with pytest.raises(DeviceMemoryError, match="^log.layers_every_steps: 4 images .*; 0 switches it off$"):

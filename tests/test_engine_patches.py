@@ -24,8 +24,8 @@ from pretrain.cluster import ranks, watchdog
 from pretrain.config import Config
 from pretrain.data.loader import train_batches
 from pretrain.engine.step import Engine
+from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
-from pretrain.train.run import build_engine
 
 
 @pytest.fixture(scope="module")

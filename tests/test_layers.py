@@ -18,7 +18,7 @@ from pretrain.engine.layers import layer_of
 from pretrain.losses import per_image_loss
 from pretrain.models.build import build_model
 from pretrain.models.vit import Attention
-from pretrain.train import run
+from pretrain.train import building, run
 from pretrain.train.datasets import open_data
 
 
@@ -30,7 +30,7 @@ def with_a_head(*args: Any) -> Any:
 
 
 def finish(config: Config) -> None:
-    run._model_and_values = lambda config, *args, **_: (with_a_head(config.model, *args, config.seed), None)
+    building._model_and_values = lambda config, *args, **_: (with_a_head(config.model, *args, config.seed), None)
     run.train(config)
 
 

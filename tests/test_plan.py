@@ -49,8 +49,8 @@ from pretrain.plan.launches import COMPILED, is_compiled, launches
 from pretrain.plan.memory import PREFETCH_ELEMENTS, Layout, activation_bytes, memory
 from pretrain.plan.speed import Cluster, Rate, communication_s, step, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
+from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
-from pretrain.train.run import build_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_CLASSES = 1000

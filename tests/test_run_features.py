@@ -31,8 +31,10 @@ from pretrain.report.curves import draw_panels
 from pretrain.report.runs import read_runs
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
+from pretrain.train.announce import warn_of_young_averages
+from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
-from pretrain.train.run import _warn_of_young_averages, build_engine, train
+from pretrain.train.run import train
 
 torch.set_num_threads(1)
 
@@ -280,6 +282,6 @@ def test_averages_that_are_the_initial_weights_are_told(
 ) -> None:
     """They are what is validated and kept: a run too short for its decay would be scored on where it began."""
     config = tiny_config(tmp_path, tmp_path, optim__average_decay=decay, total_steps=steps)
-    _warn_of_young_averages(config)
+    warn_of_young_averages(config)
     said = "".join(capsys.readouterr())
     assert (told in said and "optim.average_decay (0.9999): after 40 steps" in said) if told else not said

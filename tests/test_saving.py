@@ -25,7 +25,7 @@ from test_resume import expect_same_run, finish, steps_logged, wait_for_steps
 from tiny import make_shards, tiny_config
 
 from pretrain import log
-from pretrain.checkpoint.behind import Job
+from pretrain.checkpoint.behind import BackgroundJob
 from pretrain.checkpoint.find import newest_valid, validate
 from pretrain.checkpoint.layout import Slice, step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader
@@ -71,9 +71,9 @@ def save_step(config: Config, step: int, *, must_succeed: bool = False) -> None:
 
 def wait_in_jobs(gate: Gate, part: int, *, first_only: bool = False) -> None:
     """From now on the thread of one part of each save waits at the gate before and after its work."""
-    real, jobs = Job._run, [0]
+    real, jobs = BackgroundJob._run, [0]
 
-    def run(self: Job) -> None:
+    def run(self: BackgroundJob) -> None:
         number, jobs[0] = jobs[0], jobs[0] + 1
         waits = number == part if first_only else number % 2 == part
         if waits:
@@ -82,7 +82,7 @@ def wait_in_jobs(gate: Gate, part: int, *, first_only: bool = False) -> None:
         if waits:
             gate.leave()
 
-    Job._run = run
+    BackgroundJob._run = run
 
 
 def expect_sound(config: Config, at_least: int, valid: int) -> None:

@@ -33,7 +33,8 @@ from pretrain.models.google import for_google
 from pretrain.models.weights import check_same_function, model_of, read_weights
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
-from pretrain.train.run import _load, train
+from pretrain.train.building import _load
+from pretrain.train.run import train
 
 torch.set_num_threads(1)
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

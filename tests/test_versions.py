@@ -16,8 +16,8 @@ from pretrain.config import Config
 from pretrain.data.loader import train_batches
 from pretrain.engine.versions import STEP_OF, TESTED_DEEPSPEED, TESTED_TORCH, reading_inside, untried
 from pretrain.errors import UserError
+from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
-from pretrain.train.run import build_engine
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from pretrain.models.formats import check_weights
 from pretrain.tasks.table import VTAB, check_any_there, task
 
 if TYPE_CHECKING:
-    from pretrain.finetune.running import Job
+    from pretrain.finetune.running import SweepRun
     from pretrain.finetune.sweep import Options
 
 MAX_ROWS = 40  # of the table of classes; the page shows the lowest of more
@@ -232,7 +232,7 @@ def _rates(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected rates, as 0.003,0.01") from None
 
 
-def _list(listed: list[Job]) -> int:
+def _list(listed: list[SweepRun]) -> int:
     for number, job in enumerate(listed):
         what = f"final, seed {job.seed}" if job.lr is None else f"select, learning rate {job.lr:g}"
         print(f"{number}\t{job.task.name}\t{what}")

@@ -141,7 +141,7 @@ def _check_room(num_bytes: int) -> None:
         )
 
 
-class Job:
+class BackgroundJob:
     """Work that is done behind the caller, in a thread of its own, or at once.
 
     The thread is a daemon: a process that ends by an error does not wait for it.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.behind import FileCopy, HostCopies, Job, NoRoomError, wait_for_copies
+from pretrain.checkpoint.behind import BackgroundJob, FileCopy, HostCopies, NoRoomError, wait_for_copies
 from pretrain.checkpoint.layout import FORMAT, KINDS, VERSION, Slice, file_name, manifest_text, set_aside, step_folders
 from pretrain.cluster import agreement, ranks
 from pretrain.errors import StorageError
@@ -83,8 +83,10 @@ class Save:
                 self._behind = False
                 if ranks.is_main() or not isinstance(lack, NoRoomError):  # which all ranks meet
                     warn(f"step {step}: {lack}; files are written while training waits")
-        self._writing = Job(lambda: _packed(*_written(self._temporary, contents, problem), rows), behind=self._behind)
-        self._publishing: Job | None = None
+        self._writing = BackgroundJob(
+            lambda: _packed(*_written(self._temporary, contents, problem), rows), behind=self._behind
+        )
+        self._publishing: BackgroundJob | None = None
         self.published: bool | None = None  # None: under way
 
     @property
@@ -97,7 +99,7 @@ class Save:
         if self._publishing is None:
             gathered = agreement.to_main(self._writing.result())
             main = ranks.is_main()
-            self._publishing = Job(lambda: main and self._publish(gathered), behind=main and self._behind)
+            self._publishing = BackgroundJob(lambda: main and self._publish(gathered), behind=main and self._behind)
         else:
             self.published = agreement.from_main(self._publishing.result)
 

@@ -209,7 +209,7 @@ def on_main(solve: Callable[[], Any], stop_agreed: Callable[[], bool] = lambda: 
     The others wait with signs of life. Raises EvaluationStopped on all ranks when `stop_agreed` says so meanwhile.
     """
     main = ranks.is_main()
-    work = behind.Job(lambda: main and solve(), behind=main)
+    work = behind.BackgroundJob(lambda: main and solve(), behind=main)
     while agreement.any_rank(not work.done):
         if stop_agreed():
             raise EvaluationStopped

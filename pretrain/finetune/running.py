@@ -24,7 +24,7 @@ from pretrain.tasks.table import Task, check_any_there, missing
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Job(NamedTuple):
+class SweepRun(NamedTuple):
     """An element of a job array: which run of which task."""
 
     task: Task
@@ -50,13 +50,13 @@ def _plan_one(task: Task, options: Options) -> Sweep:
     return sweep
 
 
-def jobs(tasks: Sequence[Task], options: Options) -> list[Job]:
+def jobs(tasks: Sequence[Task], options: Options) -> list[SweepRun]:
     """Returns all runs in their order, whether their data is there or not: a number always means the same run."""
     selecting, final = [], []
     for task in tasks:
         grid = sorted(set(options.lr_grid or (task.finetuning.lr_grid if task.finetuning else ())))
-        selecting += [Job(task, lr, 0) for lr in grid if len(grid) > 1]
-        final += [Job(task, None, seed) for seed in range(options.num_seeds)]
+        selecting += [SweepRun(task, lr, 0) for lr in grid if len(grid) > 1]
+        final += [SweepRun(task, None, seed) for seed in range(options.num_seeds)]
     return selecting + final
 
 

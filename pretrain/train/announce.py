@@ -1,0 +1,99 @@
+"""What a start tells, on the console and in starts.jsonl: model, data, batch, doubts."""
+
+from typing import Any
+
+import torch
+
+from pretrain.cluster import ranks
+from pretrain.config import Config, model_name
+from pretrain.data.lanes import read_amplification
+from pretrain.data.order import BatchPlan, Order, share
+from pretrain.evaluation import classification
+from pretrain.log import say
+from pretrain.models.profile import num_parameters
+from pretrain.provenance import processor
+from pretrain.train.datasets import DataSets
+
+# Of the initial weights in the averages at the end; the paper's own rows, 0.9999 over 20,000 steps, leave 13.5 %.
+MAX_INITIAL_SHARE = 0.5
+
+
+def told_of_run(
+    config: Config, data: DataSets, model: torch.nn.Module, plan: BatchPlan, device: torch.device
+) -> list[str]:
+    """Returns the lines of the console that say what trains, on what data, and how the batch is split."""
+    batch, masked = config.data.global_batch, plan.masked
+    too_large = data.val is not None and data.val.multi_label and not data.has_average_precision
+    most = classification.MAX_LOGIT_BYTES_IN_TRAINING
+    without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
+    return [
+        f"{config.output / config.name}: {model_name(config.model)}, {num_parameters(model):,} parameters, "
+        f"{data.num_classes} classes",
+        f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
+        f"{data.order.epochs(config.total_steps):.1f} epochs{' of the slowest' if data.order.mixture else ''}; "
+        f"validation: {len(data.val_indices):,} images{without}",
+        *_told_of_order(data.order),
+        *_told_of_sources(data, config.total_steps),
+        f"batch {batch} = {ranks.world_size()} ranks x {plan.accumulation} x {plan.micro_batch}"
+        + (f" less {masked} masked slots ({masked / (batch + masked):.1%})" if masked else "")
+        + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
+    ]
+
+
+def _told_of_order(order: Order) -> list[str]:
+    """The numbers of the order lanes, and what they make of the reading."""
+    batch = order.global_batch
+    lanes = [(batch, order.lanes)] if order.lanes else []
+    if order.mixture:
+        lanes = [(own.round_samples, own.lanes) for own in order.mixture.lanes]
+    if not lanes:
+        return []
+    shares = [share(batch, rank, ranks.world_size()) for rank in range(ranks.world_size())]
+    here = ranks.ranks_here()
+    nodes = [(some[0].start, some[-1].stop) for some in (shares[at : at + here] for at in range(0, len(shares), here))]
+    told = []
+    for own, numbers in lanes:  # of a mixture a round is nearly a step's samples of a source
+        slots = [range(start * own // batch, stop * own // batch) for start, stop in nodes]
+        told.append(
+            f"order: {numbers.num_lanes} lanes of blocks of {numbers.block_samples} samples; each node reads "
+            f"{'about ' if order.mixture else ''}{read_amplification(numbers, own, slots):.2f} x the bytes that it uses"
+        )
+    return told
+
+
+def _told_of_sources(data: DataSets, steps: int) -> list[str]:
+    """What a mixture takes of each source."""
+    if (mixture := data.order.mixture) is None:
+        return []
+    told, given = [], data.order.given(steps)
+    for place, source in enumerate(data.train.sources):
+        share = ", ".join(
+            f"{phase.quotas[place]:,} of {phase.cycle:,} samples"
+            + (f" from step {phase.first_slot // data.order.global_batch} on" if phase.first_slot else "")
+            for phase in mixture.phases
+        )
+        passes = f"{source.num_samples:,} images, {given[place] / source.num_samples:.1f} passes"
+        told.append(f"mixture: {source.name}: {share}; {passes}, {source.path}")
+    return told
+
+
+def warn_of_young_averages(config: Config) -> None:
+    """Averages begin as the initial weights: of a short run they are little else, and it is they that are validated."""
+    decay, steps = config.optim.average_decay, config.total_steps
+    if (share := decay**steps) > MAX_INITIAL_SHARE:
+        say(
+            f"warning: optim.average_decay ({decay:g}): after {steps} steps the averages, which are validated and "
+            f"kept, still hold {share:.1%} of the initial weights; {0.01 ** (1 / steps):.5f} would leave 1 %"
+        )
+
+
+def facts_of(data: DataSets, num_parameters: int, device: torch.device) -> dict[str, Any]:
+    """Returns what starts.jsonl tells of the model, the data and the machine."""
+    return {
+        "parameters": num_parameters,
+        "train_set": data.train.name,
+        "train_images": data.order.num_train,
+        "num_classes": data.num_classes,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "device_type": device.type,
+    }
