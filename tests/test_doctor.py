@@ -19,7 +19,7 @@ import pytest
 from conftest import CLASSES
 from ranks import run_ranks, start_ranks
 from slurm import cluster, wait_for
-from tiny import tiny_config
+from tiny import changed, tiny_config
 from web import Site, served
 
 from pretrain.cluster import ranks
@@ -243,11 +243,13 @@ def test_the_images_that_a_gpu_takes(shard_folder: Path, tmp_path: Path, monkeyp
     """By tools/plan.py's formulas; nothing is said of GPUs that are not known, nor of CPUs."""
     model = {"name": "L/16", "width": None, "depth": None, "mlp_dim": None, "heads": None, "image_size": 224}
     changes = {f"model__{key}": value for key, value in (model | {"patch_size": 16}).items()}
-    config = tiny_config(shard_folder, tmp_path, **changes)
+    config = tiny_config(shard_folder, tmp_path, engine__precision="bf16", **changes)
     assert machine.images_per_s(config, 1000) is None
     monkeypatch.setattr(machine.ranks, "has_gpu", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert machine.images_per_s(config, 1000) == pytest.approx(876, rel=0.01)  # docs/performance.md
+    in_fp32 = machine.images_per_s(changed(config, engine__precision="fp32"), 1000)
+    assert in_fp32 == pytest.approx(34.2e12 / (3 * 123.1e9), rel=0.02)  # TFLOP/s of the plan, FLOPs of an image
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 PCIe")
     assert machine.images_per_s(config, 1000) is None
 

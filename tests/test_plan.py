@@ -728,6 +728,7 @@ def test_the_mfu_is_what_was_measured(assumed: Assumed, tmp_path: Path) -> None:
     others += ({"model": "R50+L/16"}, {"zero_stage": 3}, {"device": "cpu, 2 threads"}, {"model": "L/32"})
     other_rate = {"tflop_per_s": 100.0}
     lines = [measured_line(**other_rate), measured_line(), *(measured_line(**(other_rate | each)) for each in others)]
+    lines.append({"model": "L/16", "loop": "timm", "compile": True, "ranks": 1, "failed": "out of memory"})
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = "model.name=L/16", "--gpus", "1", "--from", str(file)

@@ -6,10 +6,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -929,6 +931,12 @@ def test_compiled_code_is_kept_on_the_node(
     (made,) = [*node.iterdir(), *(home.iterdir() if home.exists() else [])]
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(made) and made.stat().st_mode & 0o777 == 0o700
     assert made.parent == (node if shared else home)
+    made.rmdir()
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(compiling.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    keep_compiled()
+    (made,) = home.iterdir()  # Triton's libraries would not load from /var/tmp
+    assert made.name == f"compiled-{os.geteuid()}" + (f"-{socket.gethostname()}" if shared else "")
 
 
 @pytest.mark.parametrize("stage", [1, 3])

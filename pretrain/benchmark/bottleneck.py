@@ -42,9 +42,9 @@ class Costs(NamedTuple):
         return self.disk + self.decode + self.augmentation
 
     def rank(self, on_gpu: bool) -> float:
-        """Of the rank's process: a GPU computes while the next batch is handed over, a CPU does one after the other."""
-        step = self.copy + self.device + self.optimizer + self.collectives
-        return max(self.hand_over, step) if on_gpu else self.hand_over + step
+        """Of the rank's process: a GPU computes while the next batch comes, a CPU does one after the other."""
+        step = self.device + self.optimizer + self.collectives
+        return max(self.hand_over, self.copy, step) if on_gpu else self.hand_over + self.copy + step
 
 
 _WAYS_OUT = {

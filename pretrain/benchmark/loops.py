@@ -38,7 +38,7 @@ def build_loop(kind: str, config: Config, device: torch.device, clock: PartClock
 
 
 def _our_loop(config: Config, device: torch.device, clock: PartClock) -> Step:
-    """The engine's step; on real images the next batch is taken after it, as the training loop does."""
+    """The engine's step; on real images the batch after the next is taken behind it, as the training loop does."""
     watch_collectives(clock)
     if str(config.data.train) == RANDOM:
         engine, batch = build_engine(config, device), random_batch(config, device)
@@ -48,16 +48,16 @@ def _our_loop(config: Config, device: torch.device, clock: PartClock) -> Step:
     engine = build_engine(config, device, data.num_classes)
     watch_engine(clock, engine)
     batches = train_batches(data.train, data.order, engine.plan, config, 0)
-    following = [next(batches)]
+    held = [next(batches), next(batches)]
 
     def step() -> torch.Tensor:
         with clock.part("copy"):
-            batch = following[0].to(device)
+            batch = engine.ahead.take(*held)
         result = engine.train_step(batch, config.optim.lr)
         with clock.part("data"):
-            following[0] = next(batches)
-        if following[0].error is not None:
-            raise following[0].error
+            held[:] = held[1], next(batches)
+        if held[1].error is not None:
+            raise held[1].error
         return result.sums[0]
 
     return step

@@ -81,7 +81,8 @@ def images_per_s(config: Config, num_classes: int) -> float | None:
     if not ranks.has_gpu() or not is_plain(config.model) or peak_flops(name := torch.cuda.get_device_name()) is None:
         return None
     device = next(device for key, device in DEVICES.items() if key in name.lower().replace("-", " ").split())
-    reached = device.peak(config.engine.precision) * assumed_mfu(device, config.model.shape.width)
+    precision = config.engine.precision
+    reached = device.peak(precision) * assumed_mfu(device, config.model.shape.width, precision)
     return reached / (6 * plain_forward_macs(config.model, num_classes))
 
 

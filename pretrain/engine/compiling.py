@@ -12,6 +12,7 @@ not at all, whatever kills its writer.
 import fcntl
 import os
 import shutil
+import socket
 import stat
 import sysconfig
 import tempfile
@@ -89,6 +90,16 @@ def keep_compiled() -> None:
 def _place() -> Path:
     """Where compiled code belongs, whether it can lie there or not."""
     name = f"compiled-{os.geteuid()}"  # of the user alone: the rest of the cache may be a group's
-    if network_file_system(cache_folder()):
+    if not network_file_system(cache_folder()):
+        return cache_folder() / name
+    if _holds_programs(_OF_NODE):
         return _OF_NODE / f"vit-pretrain-{name}"
-    return cache_folder() / name
+    return cache_folder() / f"{name}-{socket.gethostname()}"
+
+
+def _holds_programs(folder: Path) -> bool:
+    """Whether what lies in a folder may be executed, as Triton's libraries are: hardened machines forbid it."""
+    try:
+        return not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    except OSError:  # it is not there
+        return False

@@ -11,8 +11,9 @@ def keep_freed_memory() -> None:
     """Has glibc keep what is freed, for the next step to use, instead of giving it back to the kernel.
 
     Else tensors above some megabytes are mapped anew in each step and the kernel fills every page with zeros: 7 % of
-    the processor time of a step of ViT-S/16 in float32 (docs/performance.md). No more memory is held than the largest
-    step took. Other C libraries have no mallopt and stay as they are, and so does glibc where the environment sets it.
+    the processor time of a step of ViT-S/16 in float32 (docs/performance.md). No more is held than was in use at a
+    time, by this process or by one that is forked from it, as loaders are. Other C libraries have no mallopt and stay
+    as they are, and so does glibc where the environment sets it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name in os.environ for name in _AS_WISHED):

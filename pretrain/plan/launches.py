@@ -24,6 +24,7 @@ EAGER, COMPILED = BlockLaunches(29, 8, 10), BlockLaunches(27, 9, 3)
 _UNJOINED = 4  # ZeRO 3's linear layers add their bias in a launch of its own
 _ENDS = 62  # of a micro-batch beside its blocks: images, patches, head, loss, counts
 _STEP, _STEP_FLOAT32_SUMS, _STEP_3 = 57, 35, 62  # of an optimizer step: norm, clipping, AdamW, casts
+_GROUP = 20  # of each further group of parameters; optim.layer_decay makes two for each layer
 _TENSORS_OF_BLOCK, _OTHER_TENSORS = 12, 8  # parameters
 
 
@@ -62,6 +63,8 @@ def _of_gradients(config: Config, layout: Layout, tensors: int) -> int:
 
 
 def _of_optimizer(config: Config, layout: Layout, tensors: int) -> int:
+    groups = 2 * (config.model.shape.depth + 2) if config.optim.layer_decay < 1 else 2
     if layout.stage == 3:
-        return 2 * tensors + _STEP_3
-    return _STEP_FLOAT32_SUMS if layout.stage == 1 and _sums_in_float32(config, layout) else _STEP
+        return 2 * tensors + _STEP_3 + _GROUP * (groups - 2)
+    few = layout.stage == 1 and _sums_in_float32(config, layout)
+    return (_STEP_FLOAT32_SUMS if few else _STEP) + _GROUP * (groups - 2)

@@ -20,7 +20,7 @@ class Measured(NamedTuple):
 
 
 def read_rows(file: Path) -> list[Fields]:
-    """Returns the lines of a file of results. Raises UserError for what is none."""
+    """Returns the lines of a file of results but those of loops that failed. Raises UserError for another file."""
     try:
         lines = read_bytes(file).splitlines()
     except OSError as error:
@@ -28,7 +28,7 @@ def read_rows(file: Path) -> list[Fields]:
     rows = [Fields.of(parse_json(line, f"{file}:{number}"), f"{file}:{number}") for number, line in enumerate(lines, 1)]
     for row in rows:
         row.text("loop")  # a file of another benchmark has none
-    return rows
+    return [row for row in rows if "failed" not in row.values]
 
 
 def measured(rows: list[Fields], config: Config, device: Device) -> Measured | None:
@@ -36,7 +36,7 @@ def measured(rows: list[Fields], config: Config, device: Device) -> Measured | N
 
     Steps on real images are left out: the loader may have bounded them.
     """
-    compiled = replace(config.engine, zero_stage=1).compiles(on_gpu=True)
+    compiled = _compiled(config)
     for row in reversed(rows):  # the newest is the last
         alone = row.text("loop") == "ours" and row.integer("ranks", 1, 1 << 20) == 1 and _zero_stage(row) < 3
         random = row.text("data").startswith("random") and not row.flag("checkpoint_activations")
@@ -56,11 +56,16 @@ def measured(rows: list[Fields], config: Config, device: Device) -> Measured | N
 def wanted(rows: list[Fields], config: Config, device: Device) -> str:
     """Returns what no line is of, and what there is instead, for an error."""
     found = dict.fromkeys(f"{row.text('model')} on {row.text('device')}" for row in rows)
-    compiled = "compiled" if config.engine.compiles(on_gpu=True) else "not compiled"
+    compiled = "compiled" if _compiled(config) else "not compiled"
     return (
         f"no line of {model_name(config.model)}, {config.engine.precision}, "
         f"{compiled}, on one {device.name}; it has {', '.join(list(found)[:6]) or 'no line at all'}"
     )
+
+
+def _compiled(config: Config) -> bool:
+    """Whether the line has to be of compiled blocks; what ZeRO 3 costs beside is the plan's own assumption."""
+    return replace(config.engine, zero_stage=1).compiles(on_gpu=True)
 
 
 def _zero_stage(row: Fields) -> int:
