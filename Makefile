@@ -11,6 +11,7 @@ LOCK_12 := grep -v -e ^torch -e ^triton -e ^nvidia- -e ^cuda- requirements.lock;
 LOCK_13 := cat requirements.lock
 QUIET := $(if $(MAKE_TERMOUT),,--quiet)
 PIP := $(BIN)/python -m pip $(QUIET)
+NEEDED_KB := 10000000
 # Two at a time, each on one thread; a file's tests stay together, for they share what they prepare. Files in the order
 # of tests/conftest.py, the longest first, so that none is alone at the end.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
@@ -74,7 +75,7 @@ preflight:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: apt install python3 python3-venv"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: give PYTHON=python3.12, say"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make environments: apt install python3-venv"; exit 2; }
-	@test -e $(VENV)/cuda || test `df -Pk . | awk 'NR==2 {print $$4}'` -gt 10000000 || { echo "less than 10 GB free here: torch and its libraries need it"; exit 2; }
+	@test -e $(VENV)/cuda || test `df -Pk . | awk 'NR==2 {print $$4}'` -gt $(NEEDED_KB) || { echo "less than 10 GB free here: torch and its libraries need it"; exit 2; }
 
 # Rewrites the versions that `install` uses, from what pyproject.toml allows today.
 lock: preflight

@@ -170,32 +170,33 @@ def test_an_error_of_the_disk_is_one_line(number: int, told: str, capsys: pytest
 
 
 MOUNTS = """/dev/vda / ext4 rw 0 0
-systemd-1 /data autofs rw 0 0
-10.0.0.1@o2ib:/scratch /data lustre rw,flock 0 0
-/dev/nvme0n1 /data/local xfs rw 0 0
-server:/my /home/my\\040set nfs4 rw 0 0
-bucket /data/bucket fuse.gcsfuse rw 0 0
-fuse-overlayfs /data/layers fuse.fuse-overlayfs rw 0 0
+systemd-1 {here}/data autofs rw 0 0
+10.0.0.1@o2ib:/scratch {here}/data lustre rw,flock 0 0
+/dev/nvme0n1 {here}/data/local xfs rw 0 0
+server:/my {here}/my\\040set nfs4 rw 0 0
+bucket {here}/data/bucket fuse.gcsfuse rw 0 0
+fuse-overlayfs {here}/data/layers fuse.fuse-overlayfs rw 0 0
 """
 
 
 @pytest.mark.parametrize(
     ("path", "name"),
     [
-        ("/", None),
-        ("/data", "Lustre"),
-        ("/data/imagenet/train", "Lustre"),
-        ("/data/local/imagenet", None),
-        ("/database", None),
-        ("/home/my set/photos", "NFS"),
-        ("/data/bucket/train", "gcsfuse"),
-        ("/data/layers", None),
+        ("", None),
+        ("data", "Lustre"),
+        ("data/imagenet/train", "Lustre"),
+        ("data/local/imagenet", None),
+        ("database", None),
+        ("my set/photos", "NFS"),
+        ("data/bucket/train", "gcsfuse"),
+        ("data/layers", None),
     ],
 )
 def test_network_file_systems(path: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The deepest mount above a path counts, of two at one place the later; names may hold blanks."""
-    (tmp_path / "mounts").write_text(MOUNTS)
-    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "mounts")
-    assert network_file_system(Path(path)) == name
-    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "absent")  # not Linux
-    assert network_file_system(Path(path)) is None
+    here = tmp_path.resolve()
+    (here / "mounts").write_text(MOUNTS.format(here=here))
+    monkeypatch.setattr(storage, "_MOUNTS", here / "mounts")
+    assert network_file_system(here / path) == name
+    monkeypatch.setattr(storage, "_MOUNTS", here / "absent")  # not Linux
+    assert network_file_system(here / path) is None

@@ -4,21 +4,21 @@ A thread hands them over, and whatever fails there is told once: the training ne
 """
 
 import hashlib
+import os
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pretrain.cluster import ranks
+from pretrain.cluster import ranks, watchdog
 from pretrain.config import Config, config_to_dict
 from pretrain.errors import ConfigError, first_line
 from pretrain.log import say, warn
 
-MAX_WAITING = (
-    10_000  # log lines that have not been handed over; of more, as when wandb hangs, the new ones are left out
-)
+MAX_WAITING = 10_000  # log lines that were not handed over; of more, as when wandb hangs, new ones are left out
 END_S = 60.0  # that the end of a run waits for what is still to be sent
 
 
@@ -29,8 +29,8 @@ def check_installed(config: Config) -> None:
     found = find_spec("wandb")
     if found is None or found.origin is None:  # the folder wandb/ that runs of other programs leave is no package
         raise ConfigError(
-            f"log.wandb_project is {config.log.wandb_project}, but wandb is not installed: pip install "
-            "'vit-pretrain[wandb]', or set it to null"
+            f"log.wandb_project is {config.log.wandb_project}, but wandb is not installed: pip install wandb, "
+            "or set it to null"
         )
 
 
@@ -61,7 +61,10 @@ class WandbLog:
             self._waiting.put(None, timeout=END_S if self._thread.is_alive() else 0)
         except queue.Full:
             pass  # told below
-        self._thread.join(END_S)
+        end = time.monotonic() + END_S
+        while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
+            self._thread.join(min(5.0, left))
+            watchdog.beat()  # it is not the training that hangs
         if self._thread.is_alive():
             warn(f"Weights & Biases: not done after {END_S:.0f} s; what is missing there is in metrics.jsonl")
         elif self._left_out:
@@ -83,6 +86,7 @@ def _start(config: Config, folder: Path) -> Any:
 
     Its own steps must rise, and a resumed run logs some steps again: so ours are a number of each line, and the axis.
     """
+    os.environ.setdefault("WANDB_SILENT", "true")  # who has not logged in is an error then: else it asks, and waits
     import wandb  # pyright: ignore[reportMissingImports] - an extra; 0.5 s to import: only where it is used
 
     # Its console would take our streams; it waits without end for an upload unless it is told not to.
