@@ -86,6 +86,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default 224)")
     parser.add_argument("--compile", nargs="+", choices=["on", "off"], help="cells to run (default both)")
     parser.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
+    parser.add_argument("--fp8", action="store_true", help="our loop with engine.fp8; needs torchao")
     parser.add_argument("--zero-stage", type=int, choices=[1, 2, 3], default=1, help="default 1")
     parser.add_argument("--peer", action="store_true", help="beside timm's loop and plain PyTorch, in turns; a table")
     parser.add_argument(
@@ -113,13 +114,14 @@ def _run_train(arguments: argparse.Namespace) -> None:
         **_options(arguments),
         "image_size": arguments.image_size,
         "checkpoint_activations": arguments.checkpoint_activations,
+        "fp8": arguments.fp8,
         "zero_stage": arguments.zero_stage,
         "paced": False,
         "data": arguments.data,
         "workers": arguments.workers,
     }
     for model in arguments.model or []:  # a wrong name is told before the first cell runs
-        cell_config(model, arguments.image_size, 8, arguments.precision)
+        cell_config(model, arguments.image_size, 8, arguments.precision, fp8=arguments.fp8)
     for name, least in (("ranks", 1), ("rounds", 1), ("processes", 1), ("workers", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:

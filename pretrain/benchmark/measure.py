@@ -12,6 +12,7 @@ from pretrain.cluster import ranks
 from pretrain.config import Config
 from pretrain.data.loader import Batch, single_labels
 from pretrain.data.order import plan_batch
+from pretrain.engine.fp8 import check_fp8
 from pretrain.engine.settings import DTYPES
 from pretrain.engine.step import Engine
 from pretrain.models.build import build_model
@@ -38,6 +39,7 @@ def plan_cell(options: dict[str, Any]) -> Plan:
 
 def build_engine(config: Config, device: torch.device, num_classes: int = NUM_CLASSES) -> Engine:
     """Returns the engine that trains a model."""
+    check_fp8(config)
     plan = plan_batch(config.data.global_batch, ranks.world_size(), config.engine.max_micro_batch_size)
     return Engine(build_model(config.model, num_classes), config, plan, device)
 

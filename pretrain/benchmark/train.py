@@ -34,6 +34,7 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         compile=compiled,
         checkpoint_activations=options["checkpoint_activations"],
         zero_stage=options["zero_stage"],
+        fp8=options["fp8"] and loop == "ours",
         max_micro_batch_size=plan.batch,
     )
     clock = PartClock(gpu)
@@ -98,7 +99,8 @@ def _tell(message: dict[str, Any]) -> None:
 def _precision(loop: str, config: Config) -> str:
     precision = config.engine.precision
     if loop == "ours":
-        return f"{precision} weights and activations, fp32 master weights and moments"
+        products = "fp8 products in blocks, " if config.engine.fp8 else ""
+        return f"{products}{precision} weights and activations, fp32 master weights and moments"
     return precision if precision == "fp32" else f"fp32 weights, autocast to {precision}"
 
 
