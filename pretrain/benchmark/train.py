@@ -37,8 +37,7 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         fp8=options["fp8"] and loop == "ours",
         max_micro_batch_size=plan.batch,
     )
-    clock = PartClock(gpu)
-    step = build_loop(loop, config, plan.device, clock)
+    step = build_loop(loop, config, plan.device, clock := PartClock(gpu))
     began = time.perf_counter()
     first_loss = float(step()) / (plan.batch if loop == "ours" else 1)
     first_step_s = time.perf_counter() - began
