@@ -144,5 +144,7 @@ def test_rates_for_other_numbers_of_workers() -> None:
         "data.workers=8 (1,000.0 images/s); then shrink"
     )
     assert diagnosis(COSTS, 8, 8, on_gpu=True)["bound_by"] == "device"
+    hidden = COSTS._replace(copy=1.5e-3, optimizer=1e-3)  # by a step of 2 ms
+    assert diagnosis(hidden, 16, 16, on_gpu=True)["bound_by"] in ("device", "optimizer")
     for beside in ("hand_over", "copy"):
         assert diagnosis(COSTS._replace(**{beside: 0.1}), 8, 8, on_gpu=True)["bound_by"] == beside

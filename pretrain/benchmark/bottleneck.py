@@ -73,6 +73,8 @@ def diagnosis(costs: Costs, workers: int, cores: int, on_gpu: bool) -> dict[str,
     rate = images_per_s(costs, workers, cores, on_gpu)
     of_loader = costs._asdict()
     of_rank = {name: of_loader.pop(name) for name in Costs._fields if name not in _LOADER}
+    if on_gpu and costs.rank(on_gpu) > max(costs.hand_over, costs.copy):  # they are done while the step goes on
+        del of_rank["hand_over"], of_rank["copy"]
     by_rank = rate >= 0.999 / costs.rank(on_gpu)
     stages = of_rank if by_rank else of_loader if workers else of_loader | of_rank
     bound = max(stages, key=lambda name: stages[name])
