@@ -138,18 +138,9 @@ def sha256(path: Path) -> str:
 
 _MOUNTS = Path("/proc/self/mounts")
 # By the types of the system's table of mounts: file systems that ask another machine for each read.
-_NETWORK_FILE_SYSTEMS = {
-    **{"nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "beegfs": "BeeGFS", "ceph": "CephFS"},
-    **{
-        "wekafs": "WekaFS",
-        "panfs": "PanFS",
-        "cifs": "CIFS",
-        "smb3": "CIFS",
-        "afs": "AFS",
-        "9p": "9p",
-        "autofs": "autofs",
-    },
-}
+_NETWORK_FILE_SYSTEMS = {"nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "beegfs": "BeeGFS"}
+_NETWORK_FILE_SYSTEMS |= {"ceph": "CephFS", "wekafs": "WekaFS", "panfs": "PanFS", "cifs": "CIFS", "smb3": "CIFS"}
+_NETWORK_FILE_SYSTEMS |= {"afs": "AFS", "9p": "9p", "autofs": "autofs"}
 _OF_CONTAINERS = "fuse.fuse-overlayfs"  # of file systems called fuse.NAME the one that is local
 
 

@@ -169,7 +169,24 @@ def test_one_rank_has_no_bucket(stage: int, micro: int, has_bucket: bool, config
     assert elements == 500_000_000 if has_bucket else elements < 1_000_000, elements
 
 
-# Ranks, stage, precision, images of a micro-batch. One rank averages nothing; bf16 in micro-batches on stage 1 is a
+Layout = tuple[int, int, str, int]  # ranks, stage, precision, images of a micro-batch
+
+
+def in_layouts(layouts: list[Layout], slow: list[Layout], long: list[Layout]) -> pytest.MarkDecorator:
+    """A test's `layout`, one after the other."""
+    marked = [pytest.param(layout, marks=pytest.mark.slow) for layout in slow]
+    marked += [pytest.param(layout, marks=pytest.mark.long) for layout in long]
+    return pytest.mark.parametrize("layout", [*layouts, *marked], ids=lambda layout: "-".join(map(str, layout)))
+
+
+def of_layout(config: Config, layout: Layout, **changes: Any) -> Config:
+    """The config, trained so."""
+    _, stage, precision, micro = layout
+    settings = {"engine__zero_stage": stage, "engine__precision": precision, "engine__max_micro_batch_size": micro}
+    return changed(config, **settings, **changes)
+
+
+# One rank averages nothing; bf16 in micro-batches on stage 1 is a
 # class of DeepSpeed's own.
 LAYOUTS = [(2, 2, "fp32", 2), (2, 3, "fp32", 64), (2, 1, "bf16", 64), (1, 1, "fp32", 5)]
 SLOW_LAYOUTS = [(2, 1, "fp32", 64), (2, 3, "bf16", 64), (2, 1, "bf16", 2), (1, 2, "fp32", 5)]
@@ -177,20 +194,10 @@ LONG_LAYOUTS = [(1, 1, "bf16", 64), (1, 1, "bf16", 5), (1, 2, "bf16", 5), (1, 3,
 LONG_LAYOUTS += [(3, 1, "fp32", 64), (3, 2, "bf16", 2), (3, 1, "bf16", 2), (3, 3, "fp32", 2)]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        *LAYOUTS,
-        *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS),
-        *(pytest.param(layout, marks=pytest.mark.long) for layout in LONG_LAYOUTS),
-    ],
-    ids=lambda layout: "-".join(map(str, layout)),
-)
-def test_the_light_step_has_the_same_bits(layout: tuple[int, int, str, int], config: Config) -> None:
+@in_layouts(LAYOUTS, SLOW_LAYOUTS, LONG_LAYOUTS)
+def test_the_light_step_has_the_same_bits(layout: Layout, config: Config) -> None:
     """One to three ranks, also with micro-batches: losses, norms, weights, moments; both faults are skipped by all."""
-    world_size, stage, precision, micro = layout
-    of_layout = {"engine__zero_stage": stage, "engine__precision": precision, "engine__max_micro_batch_size": micro}
-    config = changed(config, **of_layout, optim__clip_norm=0.05, model__drop_path=0.1)
+    world_size, config = layout[0], of_layout(config, layout, optim__clip_norm=0.05, model__drop_path=0.1)
     ours, theirs = (run_ranks(steps_with_faults, world_size, config, patched) for patched in (True, False))
     for (told, parts, state), (their_told, their_parts, their_state) in zip(ours, theirs, strict=True):
         assert told == their_told and state == their_state
@@ -222,20 +229,10 @@ SLOW_BESIDE = [(2, 3, "bf16", 64), (2, 2, "bf16", 2), (2, 1, "fp32", 2), (1, 1, 
 LONG_BESIDE = [(3, 3, "fp32", 2), (3, 2, "bf16", 64), (2, 1, "bf16", 2), (1, 2, "bf16", 5)]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        *BESIDE,
-        *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_BESIDE),
-        *(pytest.param(layout, marks=pytest.mark.long) for layout in LONG_BESIDE),
-    ],
-    ids=lambda layout: "-".join(map(str, layout)),
-)
-def test_overlapped_reductions_have_the_same_bits(layout: tuple[int, int, str, int], config: Config) -> None:
+@in_layouts(BESIDE, SLOW_BESIDE, LONG_BESIDE)
+def test_overlapped_reductions_have_the_same_bits(layout: Layout, config: Config) -> None:
     """As the test of the light step. On a CPU nothing runs beside anything: it is the bookkeeping that is shown."""
-    world_size, stage, precision, micro = layout
-    of_layout = {"engine__zero_stage": stage, "engine__precision": precision, "engine__max_micro_batch_size": micro}
-    config = changed(config, **of_layout, optim__clip_norm=0.05, engine__overlap_reduction=True)
+    world_size, config = layout[0], of_layout(config, layout, optim__clip_norm=0.05, engine__overlap_reduction=True)
     beside, behind = (run_ranks(steps_beside, world_size, config, overlapped) for overlapped in (True, False))
     assert beside == behind
 

@@ -22,7 +22,7 @@ from pretrain.config import Config
 from pretrain.data.loader import SHARED_MEMORY, Room
 from pretrain.doctor.findings import OK, RED, WARN, Finding, size
 from pretrain.errors import UserError
-from pretrain.gpus import peak_flops
+from pretrain.gpus import known_gpu
 from pretrain.plan.devices import DEVICES, assumed_mfu
 from pretrain.sizes import is_plain, plain_forward_macs
 
@@ -78,10 +78,10 @@ def check_gpu() -> Iterator[Finding]:
 
 def images_per_s(config: Config, num_classes: int) -> float | None:
     """Returns how many images a second this rank's GPU takes, as tools/plan.py assumes; None where no formula holds."""
-    if not ranks.has_gpu() or not is_plain(config.model) or peak_flops(name := torch.cuda.get_device_name()) is None:
+    name = known_gpu(torch.cuda.get_device_name()) if ranks.has_gpu() and is_plain(config.model) else None
+    if name is None:
         return None
-    device = next(device for key, device in DEVICES.items() if key in name.lower().replace("-", " ").split())
-    precision = config.engine.precision
+    device, precision = DEVICES[name], config.engine.precision
     reached = device.peak(precision) * assumed_mfu(device, config.model.shape.width, precision)
     return reached / (6 * plain_forward_macs(config.model, num_classes))
 
