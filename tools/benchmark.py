@@ -23,7 +23,7 @@ from pretrain.benchmark.data_table import PHOTOS, ROWS, data_lines, print_lines
 from pretrain.benchmark.orders import order_rows
 from pretrain.benchmark.peer_table import peer_table
 from pretrain.benchmark.starting import start_lines
-from pretrain.benchmark.table import MAX_PARAMETERS_ON_CPU, TABLE, model_row, print_table, write_table
+from pretrain.benchmark.table import MAX_PARAMETERS_ON_CPU, TABLE, model_row, print_kernels, print_table, write_table
 from pretrain.errors import UserError
 
 
@@ -87,6 +87,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--compile", nargs="+", choices=["on", "off"], help="cells to run (default both)")
     parser.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--fp8", action="store_true", help="our loop with engine.fp8; needs torchao")
+    parser.add_argument("--kernels", action="store_true", help="where the step's time goes, kernel by kernel")
     parser.add_argument("--zero-stage", type=int, choices=[1, 2, 3], default=1, help="default 1")
     parser.add_argument("--peer", action="store_true", help="beside timm's loop and plain PyTorch, in turns; a table")
     parser.add_argument(
@@ -116,6 +117,7 @@ def _run_train(arguments: argparse.Namespace) -> None:
         "checkpoint_activations": arguments.checkpoint_activations,
         "fp8": arguments.fp8,
         "zero_stage": arguments.zero_stage,
+        "kernels": arguments.kernels,
         "paced": False,
         "data": arguments.data,
         "workers": arguments.workers,
@@ -138,6 +140,8 @@ def _run_train(arguments: argparse.Namespace) -> None:
             if failure:
                 raise UserError(f"{model}, compile {compiled}: {failure}")
             _print_row(rows[-1], arguments.out)
+            if arguments.kernels:
+                print_kernels(rows[-1])
 
 
 def _run_bottleneck(arguments: argparse.Namespace, options: dict[str, Any]) -> None:

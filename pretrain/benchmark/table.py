@@ -56,6 +56,18 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     cli.print_table("models", _COLUMNS, cells, text_columns=text_columns, caption=_conditions(rows))
 
 
+def print_kernels(row: dict[str, Any]) -> None:
+    """Prints a training step's time by groups of kernels, and the kernels that take longest."""
+    whole = sum(row["kernel_groups_ms"].values())
+    groups = [[name, "", f"{ms:.2f}", f"{ms / whole:.1%}"] for name, ms in row["kernel_groups_ms"].items()]
+    kernels = [
+        [kernel["kernel"][:100], f"{kernel['calls']:g}", f"{kernel['ms']:.2f}", f"{kernel['ms'] / whole:.1%}"]
+        for kernel in row["kernels"]
+    ]
+    columns = ["kernel", "calls", "ms per step", "share"]
+    cli.print_table(f"{row['model']}: a step", columns, groups + kernels, text_columns=(0,))
+
+
 def write_table(rows: list[dict[str, Any]], out: Path) -> None:
     """Writes the rows as JSON lines, and the table beside them as Markdown."""
     ruler = ["---" if name in ("model", "not timed") else "---:" for name in _COLUMNS]

@@ -8,6 +8,7 @@ from typing import Any
 
 from pretrain.benchmark.cells import NUM_CLASSES, RANDOM_IMAGES, cell_config
 from pretrain.benchmark.device import attention_ms, gpu_state, measured_peak, memory_of_steps_gb
+from pretrain.benchmark.kernels import kernels_of
 from pretrain.benchmark.loops import build_loop
 from pretrain.benchmark.measure import on_meta, plan_cell, step_times_ms, summary_ms
 from pretrain.benchmark.parts import PartClock
@@ -16,6 +17,8 @@ from pretrain.config import Config
 from pretrain.gpus import mfu, peak_flops
 from pretrain.models.profile import num_parameters, train_flops
 from pretrain.provenance import commit, versions
+
+_TRACED_STEPS = 5  # with --kernels
 
 
 def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ours") -> Iterator[dict[str, Any]]:
@@ -52,6 +55,7 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         if options["paced"]:
             _tell({"round": len(rounds)})
     memory_gb = memory_of_steps_gb(plan.device)  # before what is measured beside the model
+    kernels = kernels_of(step, min(plan.steps, _TRACED_STEPS), gpu) if options.get("kernels") else {}
     yield {
         "model": model,
         "loop": loop,
@@ -71,6 +75,7 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         "rounds_gpu": states,
         "parts_ms": {name: round(statistics.median(part[name] for part in parts), 3) for name in parts[0]},
         **memory_gb,
+        **kernels,
         "first_step_s": round(first_step_s, 2),
         "first_loss": round(first_loss, 5),
         "steps": plan.steps,

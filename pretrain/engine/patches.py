@@ -80,6 +80,9 @@ def _lighten_step(zero: Any) -> None:
         zero.scaled_global_norm = lambda norm_type=2: _global_norm(zero)
         zero.unscale_and_clip_grads = partial(_unscale_and_clip, zero)
         zero._update_model_bit16_weights = lambda group_index: None
+        # Else each backward pass begins by asking the graph for every parameter, how many gradients will come. Where it
+        # ends is told by autograd (queue_post_backward_callback), not by that number.
+        zero.should_refresh_expected_hook_count = lambda: False
         if dist.get_world_size(zero.dp_process_group) == 1 and not _adds_up_while_reducing(zero):
             # The mean over one rank, for which every gradient is copied twice, through a bucket that each backward pass
             # allocates: 500 million elements, 1 GB in bf16.

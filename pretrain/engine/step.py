@@ -115,6 +115,7 @@ class Engine:
         names = [name for name, _ in self._module.named_parameters()]
         self.layers = LayerNorms(self._owned, self._optimizer, names)
         after_start(config.engine.timeout_s, self._zero)
+        self._engine.eval()  # train_step has it train, and frozen statistics stay as they are
         self._owned.set_optimizer_state(step=0)
         if exact:
             self._start_from(exact)
@@ -161,8 +162,9 @@ class Engine:
 
     def _train_step(self, batch: Batch, lr: float) -> StepResult:
         set_rate(self._optimizer, lr)
-        self._engine.train()
-        self._frozen.freeze()
+        if not self._module.training:  # which tells each module
+            self._engine.train()
+            self._frozen.freeze()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro in batch.split(self.plan.micro_batch):
             with self.mark("forward"):

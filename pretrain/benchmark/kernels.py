@@ -1,0 +1,57 @@
+"""Where the time of a step goes, kernel by kernel, by torch's profiler."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_MOST = 40  # kernels that are told one by one
+# By the names that cuBLAS, cuDNN, FlashAttention, Triton and torch give their kernels, and torch its operators on a CPU.
+_GROUPS = {
+    "attention": "flash|fmha|attention|sdpa",
+    "optimizer": "adam|multi_tensor_apply|lpnorm",
+    "products": r"gemm|nvjet|cutlass|xmma|cublas|splitk|\baten::(add|ba|b)?mm\b|conv|cudnn",
+    "compiled": "triton",
+    "copies": "memcpy|memset",
+    "collectives": "nccl|gloo",
+}
+REST, IDLE = "other", "idle"
+
+
+def group_of(kernel: str) -> str:
+    """Returns what a kernel is for, by its name."""
+    return next((group for group, names in _GROUPS.items() if re.search(names, kernel, re.IGNORECASE)), REST)
+
+
+def kernels_of(step: Callable[[], Any], steps: int, gpu: bool) -> dict[str, Any]:
+    """Returns per step: milliseconds by group, those without a kernel as "idle", and kernels by name, the longest first.
+
+    On a GPU its kernels alone are recorded, which costs the host little; on a CPU torch's operators.
+    """
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if gpu else (None, None)
+    with torch.profiler.profile(activities=[kind]) as trace:
+        if begin:
+            begin.record()
+        for _ in range(steps):
+            step()
+        if end:
+            end.record()
+            torch.cuda.synchronize()
+    kernels = []
+    for found in trace.key_averages():
+        us = found.self_device_time_total if gpu else found.self_cpu_time_total
+        if us and not found.key.startswith("ProfilerStep"):
+            ms = us / 1000 / steps
+            kernels.append({"kernel": found.key, "group": group_of(found.key), "calls": found.count / steps, "ms": ms})
+    kernels.sort(key=lambda kernel: -kernel["ms"])
+    groups = {name: 0.0 for name in [*_GROUPS, REST]}
+    for kernel in kernels:
+        groups[kernel["group"]] += kernel["ms"]
+    if begin and end:
+        groups[IDLE] = max(0.0, begin.elapsed_time(end) / steps - sum(groups.values()))
+    return {
+        "kernel_groups_ms": {name: round(ms, 3) for name, ms in groups.items()},
+        "kernels": [kernel | {"ms": round(kernel["ms"], 4)} for kernel in kernels[:_MOST]],
+    }
