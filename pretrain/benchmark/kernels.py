@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 _MOST = 40  # kernels that are told one by one
-# By the names that cuBLAS, cuDNN, FlashAttention, Triton and torch give their kernels, and torch its operators on a CPU.
+# By the names of kernels of cuBLAS, cuDNN, FlashAttention, Triton and torch, and of torch's operators on a CPU.
 _GROUPS = {
     "attention": "flash|fmha|attention|sdpa",
     "optimizer": "adam|multi_tensor_apply|lpnorm",
@@ -25,13 +25,13 @@ def group_of(kernel: str) -> str:
 
 
 def kernels_of(step: Callable[[], Any], steps: int, gpu: bool) -> dict[str, Any]:
-    """Returns per step: milliseconds by group, those without a kernel as "idle", and kernels by name, the longest first.
+    """Returns milliseconds of a step by group, those without a kernel as "idle", and kernels by name, longest first.
 
     On a GPU its kernels alone are recorded, which costs the host little; on a CPU torch's operators.
     """
     kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if gpu else (None, None)
-    with torch.profiler.profile(activities=[kind]) as trace:
+    with torch.profiler.profile(activities=[kind], acc_events=True) as trace:
         if begin:
             begin.record()
         for _ in range(steps):

@@ -31,7 +31,6 @@ def build_loop(kind: str, config: Config, device: torch.device, clock: PartClock
     """Returns the step of a loop; kind: of cells.LOOPS."""
     if kind == "ours":
         return _our_loop(config, device, clock)
-    torch.backends.cuda.enable_cudnn_sdp(True)  # torch's own choice of kernels, which ranks.start narrows
     batch = random_batch(config, device)
     build = _plain_loop if kind == "plain" else partial(_timm_loop, same_gelu=kind == "timm-tanh")
     return build(config, batch, device, clock)

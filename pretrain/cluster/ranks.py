@@ -40,8 +40,6 @@ def start(timeout_s: int) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False  # fp32 is asked for by name: torch's default rounds convolutions to 10 bits
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Of the attentions the one whose order of sums is known: torch 2.11 on Hopper would take cuDNN's.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         # Sums depend on the number of threads; a fixed share of the cores keeps runs repeatable on one machine.
         cores = len(os.sched_getaffinity(0))

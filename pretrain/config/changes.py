@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "engine.overlap_reduction",
     "engine.max_micro_batch_size",
     "engine.compile",
+    "engine.deterministic",
     "engine.checkpoint_activations",
     "engine.timeout_s",
     "engine.watchdog_s",

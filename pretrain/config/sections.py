@@ -191,6 +191,7 @@ class EngineConfig:
     overlap_reduction: bool = False  # sum beside the backward pass (docs/performance.md); no GPU has shown it yet
     max_micro_batch_size: int = 256  # images per rank and forward pass, at most: what fits in memory
     compile: Literal["auto", True, False, "max-autotune"] = "auto"  # each block; auto: on GPUs, if it can, not ZeRO 3
+    deterministic: bool = False  # on GPUs, kernels whose sums have one order, for more than 256 tokens; slower
     fp8: bool = False  # train with products of the blocks in fp8, by torchao, from Ada on (docs/performance.md)
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, about 30 % slower
     timeout_s: int = 600  # a collective that takes longer fails the run instead of hanging it

@@ -26,6 +26,7 @@ from pretrain.engine.filling import fill
 from pretrain.engine.fp8 import train_in_fp8
 from pretrain.engine.frozen import FrozenStatistics
 from pretrain.engine.host_memory import keep_freed_memory
+from pretrain.engine.kernels import choose_kernels
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
 from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config, told_of_overlap
@@ -61,6 +62,7 @@ class Engine:
         self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device, values: Values | None = None
     ) -> None:
         check_precision(config)
+        self.told_of_kernels = choose_kernels(config, device)
         self.plan, self.device, self.ahead = plan, device, CopyAhead(device)
         self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # around the parts of a step, for a trace
         self._fits = False  # a micro-batch, into the GPU's memory
