@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 _MOST = 40  # kernels that are told one by one
+_STEPS = 5  # that are traced
 # By the names of kernels of cuBLAS, cuDNN, FlashAttention, Triton and torch, and of torch's operators on a CPU.
 _GROUPS = {
-    "attention": "flash|fmha|attention|sdpa",
+    "attention": "flash|fmha|attention|sdpa|cudnn::fusion",
     "optimizer": "adam|multi_tensor_apply|lpnorm",
     "products": r"gemm|nvjet|cutlass|xmma|cublas|splitk|\baten::(add|ba|b)?mm\b|conv|cudnn",
     "compiled": "triton",
@@ -24,7 +25,7 @@ def group_of(kernel: str) -> str:
     return next((group for group, names in _GROUPS.items() if re.search(names, kernel, re.IGNORECASE)), REST)
 
 
-def kernels_of(step: Callable[[], Any], steps: int, gpu: bool) -> dict[str, Any]:
+def kernels_of(step: Callable[[], Any], gpu: bool) -> dict[str, Any]:
     """Returns milliseconds of a step by group, those without a kernel as "idle", and kernels by name, longest first.
 
     On a GPU its kernels alone are recorded, which costs the host little; on a CPU torch's operators.
@@ -34,7 +35,7 @@ def kernels_of(step: Callable[[], Any], steps: int, gpu: bool) -> dict[str, Any]
     with torch.profiler.profile(activities=[kind], acc_events=True) as trace:
         if begin:
             begin.record()
-        for _ in range(steps):
+        for _ in range(_STEPS):
             step()
         if end:
             end.record()
@@ -43,14 +44,14 @@ def kernels_of(step: Callable[[], Any], steps: int, gpu: bool) -> dict[str, Any]
     for found in trace.key_averages():
         us = found.self_device_time_total if gpu else found.self_cpu_time_total
         if us and not found.key.startswith("ProfilerStep"):
-            ms = us / 1000 / steps
-            kernels.append({"kernel": found.key, "group": group_of(found.key), "calls": found.count / steps, "ms": ms})
+            ms = us / 1000 / _STEPS
+            kernels.append({"kernel": found.key, "group": group_of(found.key), "calls": found.count / _STEPS, "ms": ms})
     kernels.sort(key=lambda kernel: -kernel["ms"])
     groups = {name: 0.0 for name in [*_GROUPS, REST]}
     for kernel in kernels:
         groups[kernel["group"]] += kernel["ms"]
     if begin and end:
-        groups[IDLE] = max(0.0, begin.elapsed_time(end) / steps - sum(groups.values()))
+        groups[IDLE] = max(0.0, begin.elapsed_time(end) / _STEPS - sum(groups.values()))
     return {
         "kernel_groups_ms": {name: round(ms, 3) for name, ms in groups.items()},
         "kernels": [kernel | {"ms": round(kernel["ms"], 4)} for kernel in kernels[:_MOST]],

@@ -9,16 +9,14 @@ from typing import Any
 from pretrain.benchmark.cells import NUM_CLASSES, RANDOM_IMAGES, cell_config
 from pretrain.benchmark.device import attention_ms, gpu_state, measured_peak, memory_of_steps_gb
 from pretrain.benchmark.kernels import kernels_of
-from pretrain.benchmark.loops import build_loop
-from pretrain.benchmark.measure import on_meta, plan_cell, step_times_ms, summary_ms
+from pretrain.benchmark.loops import Step, build_loop
+from pretrain.benchmark.measure import Plan, on_meta, plan_cell, step_times_ms, summary_ms
 from pretrain.benchmark.parts import PartClock
 from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
 from pretrain.gpus import mfu, peak_flops
 from pretrain.models.profile import num_parameters, train_flops
 from pretrain.provenance import commit, versions
-
-_TRACED_STEPS = 5  # with --kernels
 
 
 def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ours") -> Iterator[dict[str, Any]]:
@@ -55,7 +53,6 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         if options["paced"]:
             _tell({"round": len(rounds)})
     memory_gb = memory_of_steps_gb(plan.device)  # before what is measured beside the model
-    kernels = kernels_of(step, min(plan.steps, _TRACED_STEPS), gpu) if options.get("kernels") else {}
     yield {
         "model": model,
         "loop": loop,
@@ -70,12 +67,11 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         "data": options["data"] or RANDOM_IMAGES,
         **_rates(config, plan.batch, [ms for times in rounds for ms in times], plan.name),
         **measured_peak(config, plan.batch, plan.device),
-        "attention_ms": attention_ms(config, plan.batch, plan.device) if loop == "ours" else None,
+        **_details(step, config, plan, loop, options["kernels"]),
         "rounds_ms": [round(statistics.median(times), 3) for times in rounds],
         "rounds_gpu": states,
         "parts_ms": {name: round(statistics.median(part[name] for part in parts), 3) for name in parts[0]},
         **memory_gb,
-        **kernels,
         "first_step_s": round(first_step_s, 2),
         "first_loss": round(first_loss, 5),
         "steps": plan.steps,
@@ -83,6 +79,13 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def _details(step: Step, config: Config, plan: Plan, loop: str, kernels: bool) -> dict[str, Any]:
+    """What tells where the time of a step goes; measured behind it."""
+    gpu = plan.device.type == "cuda"
+    attention = attention_ms(config, plan.batch, plan.device) if loop == "ours" else None
+    return {"attention_ms": attention, **(kernels_of(step, gpu) if kernels else {})}
 
 
 def _starts(paced: bool) -> Iterator[None]:

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
@@ -67,7 +68,8 @@ def keep_compiled() -> None:
     TORCHINDUCTOR_CACHE_DIR names another folder. One that cannot be written or locked, or that others may write to, is
     a warning: torch's own place serves.
     """
-    if _FOLDER in os.environ:
+    torchs = default_cache_dir()  # which torch has set as soon as it imports its compiler
+    if os.environ.get(_FOLDER, torchs) != torchs:
         return
     folder = None
     try:
