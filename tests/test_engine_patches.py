@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage_1_and_2
 from ranks import run_ranks
 from tiny import changed, make_shards, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -105,6 +106,29 @@ def test_no_false_alarm_about_the_optimizer(config: Config, patched: bool) -> No
     """DeepSpeed calls SGD untested, on the console of every fine-tuning. When it does not, the patch can go."""
     (told,) = run_ranks(warnings_with_sgd, 1, config, patched)
     assert any("untested optimizer" in line for line in told) != patched
+
+
+def times_gradients_are_counted(config: Config, patched: bool) -> int:
+    if not patched:
+        pretrain.engine.patches._lighten_step = lambda zero: None
+    plain, counted = stage_1_and_2.count_used_parameters_in_backward, []
+
+    def counting(parameters: Any) -> int:
+        counted.append(len(parameters))
+        return plain(parameters)
+
+    stage_1_and_2.count_used_parameters_in_backward = counting
+    engine, data = start(config), open_data(config)
+    batches = train_batches(data.train, data.order, engine.plan, config, 0)
+    for _ in range(2):
+        assert engine.train_step(next(batches), 1e-3).applied
+    return len(counted)
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_no_step_counts_its_gradients(config: Config, patched: bool) -> None:
+    """DeepSpeed asks the graph for every parameter, once per backward pass. When it does not, the patch can go."""
+    assert run_ranks(times_gradients_are_counted, 1, config, patched) == [0 if patched else 2]
 
 
 # --- the step --------------------------------------------------------------------------------------------------------

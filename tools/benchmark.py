@@ -87,7 +87,9 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--compile", nargs="+", choices=["on", "off"], help="cells to run (default both)")
     parser.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--fp8", action="store_true", help="our loop with engine.fp8; needs torchao")
-    parser.add_argument("--kernels", action="store_true", help="where the step's time goes, kernel by kernel")
+    parser.add_argument(
+        "--kernels", action="store_true", help="where the step's time goes, kernel by kernel; with --peer in the JSON"
+    )
     parser.add_argument("--zero-stage", type=int, choices=[1, 2, 3], default=1, help="default 1")
     parser.add_argument("--peer", action="store_true", help="beside timm's loop and plain PyTorch, in turns; a table")
     parser.add_argument(
@@ -128,6 +130,8 @@ def _run_train(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name} is {value}, expected at least {least}")
+    if arguments.kernels and arguments.bottleneck:
+        raise UserError("--kernels tells of a step alone: leave out --bottleneck")
     if arguments.bottleneck:
         _run_bottleneck(arguments, options)
         return

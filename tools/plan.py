@@ -2,8 +2,8 @@
 
 python tools/plan.py --config configs/NAME.yaml [key=value ...] --gpus 1,8,64 --gpu h100
 
-Everything is a formula (docs/performance.md). The memory of tensors is tested against the real engine on CPU ranks; no
-time was measured on a GPU yet. With --from benchmarks/train.jsonl the MFU is that of tools/benchmark.py train --peer.
+Everything is a formula (docs/performance.md). The memory of tensors is tested against the real engine on CPU ranks; the
+MFU is fitted to one H100. With --from benchmarks/train.jsonl it is that of tools/benchmark.py train --peer.
 """
 
 import argparse

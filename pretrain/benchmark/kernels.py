@@ -10,10 +10,10 @@ _MOST = 40  # kernels that are told one by one
 _STEPS = 5  # that are traced
 # By the names of kernels of cuBLAS, cuDNN, FlashAttention, Triton and torch, and of torch's operators on a CPU.
 _GROUPS = {
+    "compiled": "triton",
     "attention": "flash|fmha|attention|sdpa|cudnn::fusion",
     "optimizer": "adam|multi_tensor_apply|lpnorm",
     "products": r"gemm|nvjet|cutlass|xmma|cublas|splitk|\baten::(add|ba|b)?mm\b|conv|cudnn",
-    "compiled": "triton",
     "copies": "memcpy|memset",
     "collectives": "nccl|gloo",
 }

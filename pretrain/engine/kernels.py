@@ -11,43 +11,55 @@ from pretrain.config import Config
 from pretrain.sizes import num_tokens
 
 _HOPPER = 9, 0  # compute capability
-_ORDERED_TOKENS = 256  # up to two blocks of keys: their gradients are two numbers' sum, the same in either order
+_LEAST_CUDNN = 91501  # older ones read beyond the keys where 128 does not divide their number (pytorch#169849)
+# Up to two blocks of keys, whose gradients are the sum of two numbers, the same in either order. Measured on an H100
+# for heads of 64 and 80.
+_ORDERED_TOKENS, _ORDERED_HEAD_WIDTH = 256, 80
 _FASTEST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-_held: Any = None  # torch's choice of attentions ends with it
+_own_tag: str = torch.compiler.config.cache_key_tag  # the user's
+_held: Any = None  # the order of attentions ends with it
 
 
 def choose_kernels(config: Config, device: torch.device) -> str:
-    """Has this process take its kernels on a GPU; returns a line where equal steps will differ by rounding, else none.
+    """Has this process take its kernels on a GPU; returns a line where equal steps may differ by rounding, else none.
 
-    On an H100 cuDNN's attention takes 0.72 of FlashAttention's time for 197 tokens, and torch would take that one. Both
-    add up the queries' gradients over blocks of keys in any order: measured, docs/performance.md.
+    On an H100 cuDNN's attention takes 0.72 of FlashAttention's time for 197 tokens. Both add up the queries' gradients
+    over blocks of keys in any order (docs/results.md, "One H100").
     """
     global _held
     if device.type != "cuda":
         return ""
-    if config.engine.deterministic:
+    deterministic = config.engine.deterministic
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
-        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return ""
-    if torch.cuda.get_device_capability(device) == _HOPPER:
-        if _held is None:
-            _held = sdpa_kernel(_FASTEST, set_priority=True)
-            _held.__enter__()
-        # Else code that was compiled with another attention would be found in the cache.
-        torch.compiler.config.cache_key_tag = "cudnn attention"
-    else:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # not measured there
-    tokens = None if config.model.timm_name is not None else num_tokens(config.model)
-    if tokens is None or tokens <= _ORDERED_TOKENS:
-        return ""
-    return (
-        f"{tokens} tokens: attention's gradient is added up in any order on a GPU, so that a resumed run equals an "
-        "uninterrupted one to rounding; engine.deterministic=true gives the same bits, and takes longer"
-    )
+    torch.use_deterministic_algorithms(deterministic)
+    on_hopper = torch.cuda.get_device_capability(device) == _HOPPER  # elsewhere it was not measured
+    cudnn = on_hopper and not deterministic and (torch.backends.cudnn.version() or 0) >= _LEAST_CUDNN
+    if cudnn and _held is None:
+        _held = sdpa_kernel(_FASTEST, set_priority=True)
+        _held.__enter__()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    # Else code that was compiled with another attention would be found in the cache.
+    torch.compiler.config.cache_key_tag = f"{_own_tag} cudnn attention" if cudnn else _own_tag
+    return "" if deterministic or _is_ordered(config) else _TOLD
+
+
+_TOLD = (
+    "attention's gradient is added up in any order on a GPU for these tokens or heads, so that a resumed run equals an "
+    "uninterrupted one to rounding; engine.deterministic=true asks for one order, and takes longer"
+)
+
+
+def _is_ordered(config: Config) -> bool:
+    """Whether equal steps have equal bits; not of timm's models, whose tokens are not known."""
+    if config.model.timm_name is not None:
+        return False
+    width, _, _, heads = config.model.shape
+    few = num_tokens(config.model) <= _ORDERED_TOKENS and width // heads <= _ORDERED_HEAD_WIDTH
+    return few and config.model.positions != "relative"  # whose gradient a scatter adds up

@@ -35,7 +35,7 @@ class PatchConv(nn.Conv2d):
     """A convolution whose patches touch, [B, C, H, W] -> [B, D, H / side, W / side], as one matrix product.
 
     cuDNN has no fast kernel for three channels, and changes the order of the bytes before and behind it: on an H100
-    some 2.6 of 32 ms of a step of S/16 (docs/results.md).
+    2.5 of 32 ms of kernels in a step of S/16 (docs/performance.md).
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,9 @@ class PatchConv(nn.Conv2d):
         side = self.kernel_size[0]
         down, across = height // side, width // side
         patches = input.reshape(batch, channels, down, side, across, side).permute(0, 2, 4, 1, 3, 5)
-        tokens = F.linear(patches.reshape(batch, down * across, -1), self.weight.flatten(1), self.bias)
+        tokens = F.linear(
+            patches.reshape(batch, down * across, channels * side * side), self.weight.flatten(1), self.bias
+        )
         return tokens.transpose(1, 2).unflatten(2, (down, across))
 
 
