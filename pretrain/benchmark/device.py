@@ -13,8 +13,8 @@ from pretrain.benchmark.measure import step_times_ms
 from pretrain.cluster import ranks
 from pretrain.config import Config
 from pretrain.engine.settings import DTYPES
-from pretrain.models.vit import grid_of
 from pretrain.provenance import processor
+from pretrain.sizes import num_tokens
 from pretrain.train.meter import peak_memory_bytes
 
 _PEAK_SHAPE = 1024, 4096  # of the products for timm's models, which have no width of ours: L's
@@ -71,8 +71,7 @@ def attention_ms(config: Config, batch: int, device: torch.device) -> dict[str, 
     if config.model.timm_name is not None:
         return None
     width, _, _, heads = config.model.shape
-    down, across = grid_of(config.model)
-    tokens, draw = down * across + (config.model.pooling == "token"), _drawn(config, device)
+    tokens, draw = num_tokens(config.model), _drawn(config, device)
     # [B, T, heads, D / heads] as a block's layer writes them, seen as [B, heads, T, D / heads].
     q, k, v, gradient = (draw(batch, tokens, heads, width // heads).transpose(1, 2) for _ in range(4))
     for tensor in (q, k, v):

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from pretrain.benchmark.measure import step_times_ms
+
 _MOST = 40  # kernels that are told one by one
 _STEPS = 5  # that are traced
 # By the names of kernels of cuBLAS, cuDNN, FlashAttention, Triton and torch, and of torch's operators on a CPU.
@@ -31,27 +33,20 @@ def kernels_of(step: Callable[[], Any], gpu: bool) -> dict[str, Any]:
     On a GPU its kernels alone are recorded, which costs the host little; on a CPU torch's operators.
     """
     kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if gpu else (None, None)
     with torch.profiler.profile(activities=[kind], acc_events=True) as trace:
-        if begin:
-            begin.record()
-        for _ in range(_STEPS):
-            step()
-        if end:
-            end.record()
-            torch.cuda.synchronize()
+        times_ms = step_times_ms(step, _STEPS, gpu)
     kernels = []
     for found in trace.key_averages():
         us = found.self_device_time_total if gpu else found.self_cpu_time_total
-        if us and not found.key.startswith("ProfilerStep"):
+        if us:
             ms = us / 1000 / _STEPS
             kernels.append({"kernel": found.key, "group": group_of(found.key), "calls": found.count / _STEPS, "ms": ms})
     kernels.sort(key=lambda kernel: -kernel["ms"])
     groups = {name: 0.0 for name in [*_GROUPS, REST]}
     for kernel in kernels:
         groups[kernel["group"]] += kernel["ms"]
-    if begin and end:
-        groups[IDLE] = max(0.0, begin.elapsed_time(end) / _STEPS - sum(groups.values()))
+    if gpu:
+        groups[IDLE] = max(0.0, sum(times_ms) / _STEPS - sum(groups.values()))
     return {
         "kernel_groups_ms": {name: round(ms, 3) for name, ms in groups.items()},
         "kernels": [kernel | {"ms": round(kernel["ms"], 4)} for kernel in kernels[:_MOST]],

@@ -21,6 +21,10 @@ _FASTEST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_TOLD = (
+    "attention's gradient is added up in any order on a GPU for these tokens or heads, so that a resumed run equals an "
+    "uninterrupted one to rounding; engine.deterministic=true asks for one order, and takes longer"
+)
 _own_tag: str = torch.compiler.config.cache_key_tag  # the user's
 _held: Any = None  # the order of attentions ends with it
 
@@ -48,12 +52,6 @@ def choose_kernels(config: Config, device: torch.device) -> str:
     # Else code that was compiled with another attention would be found in the cache.
     torch.compiler.config.cache_key_tag = f"{_own_tag} cudnn attention" if cudnn else _own_tag
     return "" if deterministic or _is_ordered(config) else _TOLD
-
-
-_TOLD = (
-    "attention's gradient is added up in any order on a GPU for these tokens or heads, so that a resumed run equals an "
-    "uninterrupted one to rounding; engine.deterministic=true asks for one order, and takes longer"
-)
 
 
 def _is_ordered(config: Config) -> bool:
