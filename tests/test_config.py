@@ -476,7 +476,7 @@ def test_what_a_resumed_run_may_change() -> None:
     saved = config_to_dict(config)
     assert resume_differences(saved, config) == []
     assert {key.partition(".")[0] for key in MAY_CHANGE}.isdisjoint({"optim", "model", "seed", "loss", "total_steps"})
-    other_values: dict[Any, Any] = {bool: True, int: 7, Path: "elsewhere", float | None: 2.5}
+    other_values: dict[Any, Any] = {bool: True, int: 7, int | None: 7, Path: "elsewhere", float | None: 2.5}
     hints = {key: hint for key, hint in _leaf_types().items() if key in MAY_CHANGE}
     for key, hint in hints.items():
         value = 3 if key == "engine.zero_stage" else 0.5 if hint is float else other_values.get(hint, "elsewhere")

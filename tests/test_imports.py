@@ -21,8 +21,8 @@ LAYERS = (
     {"tasks"},
     {"engine"},
     {"evaluation"},
-    {"train"},
     {"plan"},
+    {"train"},
     {"finetune", "report", "benchmark", "audit", "doctor"},
     {"launch", "tools"},
 )

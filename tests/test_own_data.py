@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from tiny import tiny_config
 from weights_on_disk import ROOT, load_tool, one_line, save_run, tiny_model
 
-from pretrain.config import ModelConfig, config_from_dict
+from pretrain.config import ModelConfig
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
@@ -31,7 +31,6 @@ from pretrain.finetune.own_results import _device, wilson
 from pretrain.finetune.own_runs import (
     default_size,
     differences,
-    fitting_micro_batch,
     in_words,
     plan_own,
     protocol_for,
@@ -386,19 +385,6 @@ def test_runs_of_own_data(tmp_path: Path) -> None:
     data = prepared(tmp_path / "split", tmp_path / "two")
     for config in selecting_runs(plan(data, tmp_path / "two")):
         assert (config.data.train, config.data.val, config.data.held_out) == (data.train, data.choose, 0)
-
-
-@pytest.mark.parametrize(
-    ("gigabytes", "expected"),
-    [(80, 64), (24, 64), (8, 32), (2.3, 3), (0.1, 1)],
-)
-def test_micro_batches_fit_the_memory(gigabytes: float, expected: int) -> None:
-    """B/16 at 384 px in the 64 images of a forward pass that large GPUs hold, fewer where there is less memory."""
-    values = {"model": {"name": "B", "image_size": 384}, "data": {"train": "x", "global_batch": 512}}
-    optim = {"name": "sgd", "lr": 0.01, "moment_dtype": "bf16"}
-    engine = {"max_micro_batch_size": 64}
-    config = config_from_dict({**values, "name": "x", "total_steps": 1, "optim": optim, "engine": engine}, "test")
-    assert fitting_micro_batch(config, 10, gigabytes * 1e9, 1) == expected
 
 
 @pytest.mark.parametrize(("overrides", "batch_size"), [((), "3"), (("evaluation.batch_size=2",), "2")])

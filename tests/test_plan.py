@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -42,14 +43,14 @@ from pretrain.models.profile import _counted_macs, num_parameters
 from pretrain.models.vit import Block
 from pretrain.optim import PIECE_ELEMENTS, build_optimizer
 from pretrain.plan import memory as memory_module
-from pretrain.plan.choose import Choice, best, layout_of, price, smallest
+from pretrain.plan.choose import Choice, best, fitting_micro_batch, layout_of, price, smallest
 from pretrain.plan.devices import DEVICES, PRODUCT_SHARE, Device, assumed_mfu
 from pretrain.plan.failures import Failures, best_interval_s, goodput
 from pretrain.plan.launches import COMPILED, is_compiled, launches
 from pretrain.plan.memory import PREFETCH_ELEMENTS, Layout, activation_bytes, memory
 from pretrain.plan.speed import Cluster, Rate, communication_s, step, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
-from pretrain.train.building import build_engine
+from pretrain.train.building import build_engine, micro_batch_limit
 from pretrain.train.datasets import open_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -569,6 +570,44 @@ def test_the_interval_loses_least() -> None:
     assert all(goodput(interval * factor, 30, failures, 1) < reached for factor in (0.5, 0.8, 1.25, 2))
     assert goodput(interval, 30, Failures(100, 1800, 1800), 1) == pytest.approx(reached * (1 - 0.01), rel=1e-3)
     assert goodput(1e6, 30, Failures(1, 600, 600), 10_000) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "expected"),
+    [(80, 64), (24, 64), (8, 32), (2.3, 3), (0.1, 1)],
+)
+def test_micro_batches_fit_the_memory(gigabytes: float, expected: int) -> None:
+    """B/16 at 384 px in the 64 images of a forward pass that large GPUs hold, fewer where there is less memory."""
+    config = config_of(
+        {"name": "B", "image_size": 384}, optim={"name": "sgd", "moment_dtype": "bf16"}, data={"global_batch": 512}
+    )
+    assert fitting_micro_batch(config, 10, 1, gigabytes * 1e9, 64) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "num_images", "engine"),
+    [
+        ({"name": "S/16"}, 512, {}),
+        ({"name": "L/16"}, 384, {}),
+        ({"name": "H/14"}, 128, {}),
+        ({"name": "g/14"}, 96, {}),
+        ({"name": "g/14"}, 512, {"checkpoint_activations": True}),
+        ({"name": "R50+L/16"}, 128, {}),
+        ({"name": "timm:resnet50"}, 128, {}),
+        ({"name": "H/14"}, 96, {"max_micro_batch_size": 96}),
+    ],
+)
+def test_a_run_takes_as_many_images_at_a_time_as_fit(
+    model: dict[str, Any], num_images: int, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest of two GPUs decides, and what is given is taken; on a CPU as without a formula."""
+    total = SimpleNamespace(total_memory=DEVICES["h100"].memory_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    monkeypatch.setattr("pretrain.cluster.agreement.gather", lambda value: [2 * value, value])
+    config = config_of(model, engine=engine)
+    size = micro_batch_limit(config, NUM_CLASSES, torch.device("cuda"))
+    assert size == num_images
+    assert micro_batch_limit(config, NUM_CLASSES, torch.device("cpu")) == engine.get("max_micro_batch_size", 128)
 
 
 @pytest.mark.parametrize("name", ["S/16", "L/16", "G/14", "22B/14"])

@@ -189,7 +189,7 @@ class EngineConfig:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; master weights are always fp32
     reduce_dtype: Literal["precision", "fp32"] = "precision"  # of sums over ranks; fp32: exacter, twice bf16's bytes
     overlap_reduction: bool = False  # sum beside the backward pass (docs/performance.md); no GPU has shown it yet
-    max_micro_batch_size: int = 256  # images per rank and forward pass, at most: what fits in memory
+    max_micro_batch_size: int | None = None  # images per rank and forward pass, at most; null: as many as the GPU holds
     compile: Literal["auto", True, False, "max-autotune"] = "auto"  # each block; auto: on GPUs, if it can, not ZeRO 3
     deterministic: bool = False  # on GPUs, kernels whose sums have one order, for more than 256 tokens; slower
     fp8: bool = False  # train with products of the blocks in fp8, by torchao, from Ada on (docs/performance.md)
@@ -230,9 +230,9 @@ class EngineConfig:
                 f"engine.fp8 is of engine.precision=bf16 and zero_stage 1 and 2, not of {self.precision} with "
                 f"{self.zero_stage}"
             )
-        yield from outside(
-            self, "engine", max_micro_batch_size=(1, 1 << 20), timeout_s=(1, 86_400), watchdog_s=(0, 86_400)
-        )
+        if self.max_micro_batch_size is not None:
+            yield from outside(self, "engine", max_micro_batch_size=(1, 1 << 20))
+        yield from outside(self, "engine", timeout_s=(1, 86_400), watchdog_s=(0, 86_400))
 
 
 @dataclass

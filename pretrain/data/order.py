@@ -182,9 +182,12 @@ class BatchPlan:
     masked: int  # slots of a step, over all ranks, that are filled up and count for nothing
 
 
-def plan_batch(global_batch: int, world_size: int, max_micro_batch_size: int) -> BatchPlan:
-    """Returns the fewest equal micro-batches that hold the largest rank's share. Any world_size up to global_batch."""
+def plan_batch(global_batch: int, world_size: int, max_micro_batch_size: int | None) -> BatchPlan:
+    """Returns the fewest equal micro-batches that hold the largest rank's share, None: a single one.
+
+    Any world_size up to global_batch.
+    """
     largest_share = -(-global_batch // world_size)
-    accumulation = -(-largest_share // max_micro_batch_size)
+    accumulation = -(-largest_share // (max_micro_batch_size or largest_share))
     micro_batch = -(-largest_share // accumulation)
     return BatchPlan(micro_batch, accumulation, world_size * accumulation * micro_batch - global_batch)

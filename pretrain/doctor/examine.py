@@ -15,7 +15,6 @@ from pretrain.cluster import ranks
 from pretrain.config import Config
 from pretrain.data.loader import room_needed
 from pretrain.data.manifest import load_manifest
-from pretrain.data.order import plan_batch
 from pretrain.doctor import disks, machine
 from pretrain.doctor.findings import AWAY, RED, Finding, as_json, from_json, lines, merged
 from pretrain.doctor.meeting import Meeting, all_reduce, answer_clock, ask_clock, within
@@ -183,8 +182,7 @@ def _checks(config: Config | None, num_hosts: int, *, is_leader: bool) -> list[C
     room, why, workers = machine.USUAL, "8 loader processes", 8
     checks: list[Check] = [("versions", machine.check_versions), ("GPU", machine.check_gpu)]
     if config is not None:
-        plan = plan_batch(config.data.global_batch, ranks.world_size(), config.engine.max_micro_batch_size)
-        slots, workers = plan.micro_batch * plan.accumulation, config.data.workers
+        slots, workers = -(-config.data.global_batch // ranks.world_size()), config.data.workers
         room = room_needed(slots, config.total_steps, config.model.image_size, config.data)
         why = f"{workers} loader processes"
         checks.append(("precision", partial(machine.check_precision, config)))

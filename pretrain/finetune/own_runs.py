@@ -28,9 +28,7 @@ from pretrain.finetune.running import scoring
 from pretrain.finetune.scores import chosen_lr, claim_sweep
 from pretrain.finetune.sweep import Options, Start, Sweep, asked_for, final_runs, fitting_size, key_of, write_out
 from pretrain.json_files import Fields, read_json
-from pretrain.plan.choose import MICRO_BATCHES, layout_of
-from pretrain.plan.memory import memory
-from pretrain.sizes import is_plain
+from pretrain.plan.choose import MOST_WITHOUT_FORMULA, SURE_SHARE, fitting_micro_batch
 from pretrain.tasks.table import FineTuning, Task
 
 PAPER_SIZE = 384  # pixels, where there is a GPU: on a CPU a step at 384 px takes as long as four at 224
@@ -44,7 +42,6 @@ _MOST_WARMUP = 500
 _LARGE = 1_000_000  # images of a set to which any protocol applies
 _CHOOSING = 1000  # images to choose the rate on, as of the paper's CIFAR, but at most a fifth of train
 _MICRO_BATCH = "engine.max_micro_batch_size"
-_USABLE_SHARE = 0.8  # of memory, for tensors: the rest is the loader's, the CUDA context's, the allocator's gaps
 _MOST_SECONDS = 1e9  # thirty years
 PREDICTIONS = "predictions.jsonl"  # of the final run, in its folder evaluation/
 
@@ -100,7 +97,8 @@ def plan_own(name: str, data: OwnData, options: Options, *, image_size: int, on_
     config = final_runs(sweep, sweep.protocol.lr_grid[0])[0]
     if not any(key_of(override) == _MICRO_BATCH for override in sweep.overrides):
         usable = _usable_bytes(on_gpu)
-        fitting = fitting_micro_batch(config, sweep.task.num_classes, usable, options.num_gpus or 1)
+        most = config.engine.max_micro_batch_size or MOST_WITHOUT_FORMULA
+        fitting = fitting_micro_batch(config, sweep.task.num_classes, options.num_gpus or 1, usable, most)
         sweep = replace(sweep, overrides=(f"{_MICRO_BATCH}={fitting}", *sweep.overrides))
     claim_sweep(sweep)
     return sweep
@@ -129,26 +127,11 @@ def _sweep_of(name: str, data: OwnData, options: Options, *, image_size: int, on
     return Sweep(task, protocol, options.start, out, data.train, select, data.test, options.num_seeds, overrides)
 
 
-def fitting_micro_batch(config: Config, num_classes: int, usable_bytes: float, num_ranks: int) -> int:
-    """Returns the images of a forward pass that fit into a rank's memory, at most the config's; 1 where none fits.
-
-    Which one it is changes no result but rounding. Only plain ViTs have a formula: others keep the config's.
-    """
-    most = config.engine.max_micro_batch_size
-    if not is_plain(config.model):
-        return most
-    for size in (most, *(size for size in MICRO_BATCHES if size < most)):
-        layout = layout_of(config, num_ranks, config.engine.zero_stage, size, config.engine.checkpoint_activations)
-        if memory(config, num_classes, layout).peak <= usable_bytes:
-            return size
-    return 1
-
-
 def _usable_bytes(on_gpu: bool) -> float:
     if on_gpu:  # asked without taking any of it, which the runs would lack
-        return _USABLE_SHARE * torch.cuda.get_device_properties(0).total_memory
+        return SURE_SHARE * torch.cuda.get_device_properties(0).total_memory
     free = free_memory_bytes()
-    return math.inf if free is None else _USABLE_SHARE * free
+    return math.inf if free is None else SURE_SHARE * free
 
 
 def machine_settings(overrides: Sequence[str], *, on_gpu: bool) -> list[str]:

@@ -144,7 +144,7 @@ def scoring(config: Config) -> list[str]:
 
     It computes in float32, in which the 256 images of its default may not fit where a validation in bf16 does.
     """
-    batch_size = min(config.evaluation.batch_size, config.engine.max_micro_batch_size)
+    batch_size = min(filter(None, (config.evaluation.batch_size, config.engine.max_micro_batch_size)))
     words = [ROOT / "tools" / "evaluate.py", config.output / config.name, "--batch-size", batch_size]
     return list(map(str, words))
 

@@ -25,6 +25,7 @@ def told_of_run(
     batch, masked = config.data.global_batch, plan.masked
     too_large = data.val is not None and data.val.multi_label and not data.has_average_precision
     most = classification.MAX_LOGIT_BYTES_IN_TRAINING
+    fitted = ", as many as fit" if config.engine.max_micro_batch_size is None and device.type == "cuda" else ""
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     return [
         f"{config.output / config.name}: {model_name(config.model)}, {num_parameters(model):,} parameters, "
@@ -34,7 +35,7 @@ def told_of_run(
         f"validation: {len(data.val_indices):,} images{without}",
         *_told_of_order(data.order),
         *_told_of_sources(data, config.total_steps),
-        f"batch {batch} = {ranks.world_size()} ranks x {plan.accumulation} x {plan.micro_batch}"
+        f"batch {batch} = {ranks.world_size()} ranks x {plan.accumulation} x {plan.micro_batch}{fitted}"
         + (f" less {masked} masked slots ({masked / (batch + masked):.1%})" if masked else "")
         + f"; ZeRO {config.engine.zero_stage}, {config.engine.precision}, {device.type}",
     ]

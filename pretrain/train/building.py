@@ -15,6 +15,7 @@ from pretrain.log import say
 from pretrain.models.build import Values, build_model, build_without_values, drawn_values, zero_values
 from pretrain.models.tensors import Weights
 from pretrain.models.weights import check_same_function, classifier_names, load_tensors, read_weights
+from pretrain.plan.choose import MICRO_BATCHES, MOST_WITHOUT_FORMULA, SURE_SHARE, fitting_micro_batch
 from pretrain.train.announce import told_of_run
 from pretrain.train.datasets import DataSets
 
@@ -34,7 +35,8 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
     if from_scratch and config.init_from is not None:
         agreement.together(lambda: _load(model, config, data))  # a node may lack them
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
-    plan = plan_batch(config.data.global_batch, ranks.world_size(), config.engine.max_micro_batch_size)
+    most = micro_batch_limit(config, data.num_classes, device)
+    plan = plan_batch(config.data.global_batch, ranks.world_size(), most)
     if told := untried():
         say(f"warning: {told}")
     if idle := ranks.num_idle_gpus():
@@ -51,6 +53,20 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         ) from error
     say(*filter(None, (engine.told_of_compiling, engine.told_of_kernels, engine.told_of_overlap)))
     return engine
+
+
+def micro_batch_limit(config: Config, num_classes: int, device: torch.device) -> int:
+    """Returns the images of a forward pass at most: those of the config, or as many as the smallest GPU holds.
+
+    By formula, and by its whole memory, not by what is free now: the same machines choose the same, so that a resume
+    has the same bits.
+    """
+    if config.engine.max_micro_batch_size is not None:
+        return config.engine.max_micro_batch_size
+    if device.type != "cuda":
+        return MOST_WITHOUT_FORMULA
+    smallest = min(agreement.gather(torch.cuda.get_device_properties(device).total_memory))
+    return fitting_micro_batch(config, num_classes, ranks.world_size(), SURE_SHARE * smallest, max(MICRO_BATCHES))
 
 
 def _model_and_values(config: Config, num_classes: int, *, from_scratch: bool) -> tuple[torch.nn.Module, Values | None]:
