@@ -62,11 +62,12 @@ def test_batches_fit_into_a_gpu() -> None:
     assert fitting_batch("timm:resnet50", 1, options, 80 << 30) == (128, 80 << 30)
 
 
-def test_a_cell_beside_a_peer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [[], ["--in-one"]], ids=["processes", "in-one"])
+def test_a_cell_beside_a_peer(words: list[str], tmp_path: Path) -> None:
     """Rate, FLOP/s, step time and ratio agree; a CPU has no peak and so no MFU; nothing is measured twice."""
     out = tmp_path / "folder" / "cells.jsonl"
     cell = ["train", "--model", "Ti/16", "--image-size", "32", "--batch", "4", "--steps", "4", "--compile", "off"]
-    cell += ["--peer", "--rounds", "2", "--processes", "1", "--loops", "timm", "--out", str(out)]
+    cell += ["--peer", "--rounds", "2", "--processes", "1", "--loops", "timm", "--out", str(out), *words]
     result = benchmark(*cell)
     assert result.returncode == 0, result.stderr
     values, theirs = map(json.loads, out.read_text().splitlines())
@@ -78,6 +79,7 @@ def test_a_cell_beside_a_peer(tmp_path: Path) -> None:
     assert values["first_loss"] == pytest.approx(np.log(1000), rel=1e-3)
     assert theirs["first_loss"] == pytest.approx(np.log(1000), rel=0.2)
     assert [row["loop"] for row in (values, theirs)] == ["ours", "timm"] and theirs["interleaved"]
+    assert ("shared by all loops" in out.with_suffix(".md").read_text()) == bool(words) == theirs["in_one"]
     for row in (values, theirs):
         parts = sum(row["parts_ms"].values())
         assert 0.3 * row["ms_per_step"]["median"] < parts < 1.5 * row["ms_per_step"]["p90"], row

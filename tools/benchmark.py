@@ -103,6 +103,9 @@ def _add_train(commands: Any) -> None:
         "--processes", type=int, help="with --peer: of a loop, one after the other (default 3, on a GPU 1)"
     )
     parser.add_argument(
+        "--in-one", action="store_true", help="with --peer: all loops in one process, whose luck they share; for CPUs"
+    )
+    parser.add_argument(
         "--data", help="a set, to train on its images through the loader; with --peer ours alone, beside random images"
     )
     parser.add_argument("--workers", type=int, default=4, help="with --data: loader processes of a rank (default 4)")

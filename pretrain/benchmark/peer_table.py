@@ -89,7 +89,7 @@ def schedule_of(arguments: argparse.Namespace, *, on_gpu: bool) -> Schedule:
         raise UserError(
             f"--processes is {processes}, expected at most a process for each of {rounds} rounds (--rounds)"
         )
-    return Schedule(arguments.ranks, arguments.threads, rounds, processes)
+    return Schedule(arguments.ranks, arguments.threads, rounds, processes, arguments.in_one)
 
 
 def _options_of(
@@ -223,10 +223,11 @@ def _conditions(row: dict[str, Any]) -> str:
         return (
             f"{row['model']}, {row['loop']}, compile {'on' if row['compile'] else 'off'}: {in_markdown(row['failed'])}"
         )
+    shared = ", shared by all loops" if row.get("in_one") else ""
     return (
         f"{row['model']}, {row['loop']}: {row['image_size']} pixels, {row['batch_per_rank']} images per rank, "
         f"{row['precision']}, images: {row['data']}; {len(row['rounds_ms'])} rounds of {row['steps']} steps "
-        f"in {row.get('processes', 1)} processes, one after the other; "
+        f"in {row.get('processes', 1)} processes, one after the other{shared}; "
         f"{row['device']}, torch {row['versions']['torch']}, timm {row['versions']['timm']}, commit {row['commit']}"
     )
 

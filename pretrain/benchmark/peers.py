@@ -32,10 +32,13 @@ class LoopFailed(Exception):
 
 
 class RunningLoop:
-    """The processes of a loop, one for each rank. Rank 0 waits for a line on its stdin before each round."""
+    """The processes of a loop, one for each rank, or of several loops that share them.
+
+    Rank 0 waits for a line on its stdin before each round.
+    """
 
     def __init__(self, cell: dict[str, Any], num_ranks: int, threads: int | None) -> None:
-        self.name: str = cell["loop"]
+        self._name: str = cell["loop"].split()[0]
         self._errors: IO[str] = tempfile.TemporaryFile("w+")
         environment, port = environment_of(threads), free_port()
         self._processes = [
@@ -65,15 +68,15 @@ class RunningLoop:
             stdin.write("go\n")
             stdin.flush()
 
-    def row(self) -> dict[str, Any]:
-        """Ends it and returns what it measured. Raises LoopFailed."""
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Ends it and returns what it measured, by loop. Raises LoopFailed."""
         stdin = self._processes[0].stdin
         assert stdin is not None
         stdin.close()
         rows = [json.loads(line) for line in self._output if line.startswith('{"model"')]
         if any(process.wait() for process in self._processes) or not rows:
             raise self._failed()
-        return rows[-1]
+        return {row["loop"]: row for row in rows}
 
     def end(self) -> None:
         """Ends its processes, whatever they do."""
@@ -94,7 +97,7 @@ class RunningLoop:
     def _failed(self) -> LoopFailed:
         code = self._processes[0].wait()
         self._errors.seek(0)
-        return LoopFailed(self.name, why_it_failed(code, self._errors.read()))
+        return LoopFailed(self._name, why_it_failed(code, self._errors.read()))
 
 
 class Schedule(NamedTuple):
@@ -104,6 +107,7 @@ class Schedule(NamedTuple):
     threads: int | None  # of a rank on a CPU
     rounds: int
     processes: int = 1  # of a loop, one after the other, which the rounds are spread over
+    in_one: bool = False  # all loops in the same process
 
     def rounds_of_processes(self) -> list[int]:
         """Returns how many rounds each of a loop's processes takes."""
@@ -119,7 +123,8 @@ def compared(
     Where not all can share the device they run one after the other, and `interleaved` is False; not together: it is
     known before. A peer that fails has a row with nothing but the reason, `failed`. Raises LoopFailed when ours does.
     """
-    cells = [{**cell, "loop": loop, "options": {**cell["options"], "paced": True}} for loop in loops]
+    kinds = [" ".join(loops)] if schedule.in_one else loops
+    cells = [{**cell, "loop": kind, "options": {**cell["options"], "paced": True}} for kind in kinds]
     interleaved = together or len(cells) == 1
     try:
         found = _measured([cells] if interleaved else [[each] for each in cells], schedule)
@@ -138,7 +143,8 @@ def compared(
         if isinstance(row, LoopFailed):
             rows.append(_failed_row(cell, schedule, row))
         else:
-            rows.append(row | {"interleaved": interleaved, "ratio": ratio(ours, row)})
+            how = {"interleaved": interleaved, "in_one": schedule.in_one}
+            rows.append(row | how | {"ratio": ratio(ours, row)})
     return rows
 
 
@@ -183,7 +189,7 @@ def _in_turns(cells: list[dict[str, Any]], schedule: Schedule, rounds: int) -> d
             for loop in running if number % 2 == 0 else reversed(running):
                 loop.begin_round()
                 loop.wait()
-        return {loop.name: loop.row() for loop in running}
+        return {name: row for loop in running for name, row in loop.rows().items()}
 
 
 def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from pretrain.benchmark.cells import NUM_CLASSES, RANDOM_IMAGES, cell_config
 from pretrain.benchmark.device import attention_ms, gpu_state, measured_peak, memory_of_steps_gb
 from pretrain.benchmark.kernels import kernels_of
-from pretrain.benchmark.loops import Step, build_loop
+from pretrain.benchmark.loops import build_loop
 from pretrain.benchmark.measure import Plan, on_meta, plan_cell, step_times_ms, summary_ms
 from pretrain.benchmark.parts import PartClock
 from pretrain.cluster import agreement, ranks
@@ -20,13 +20,25 @@ from pretrain.provenance import commit, versions
 
 
 def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ours") -> Iterator[dict[str, Any]]:
-    """Yields the row of a cell; options: of tools/benchmark.py train, loop: of cells.LOOPS.
+    """Yields the rows of a cell; options: of tools/benchmark.py train, loop: of cells.LOOPS, or several with spaces.
 
-    options["paced"]: the steps are taken in rounds, one for each line that comes on stdin, until it ends.
+    options["paced"]: the steps are taken in rounds, one for each line that comes on stdin, until it ends. Several loops
+    take theirs in turn, each second time backwards.
     """
     plan = plan_cell(options)
-    gpu = plan.device.type == "cuda"
-    config = cell_config(
+    loops = [_Loop(kind, _config(model, compiled, options, kind, plan), plan) for kind in loop.split()]
+    for number, _ in enumerate(_starts(options["paced"])):
+        for each in loops if number % 2 == 0 else reversed(loops):
+            each.take_round()
+        if options["paced"]:
+            _tell({"round": number + 1})
+    memory_gb = memory_of_steps_gb(plan.device)  # before what is measured beside the model
+    for each in loops:
+        yield {"model": model, **each.row(options), **memory_gb, **_conditions(plan)}
+
+
+def _config(model: str, compiled: bool, options: dict[str, Any], loop: str, plan: Plan) -> Config:
+    return cell_config(
         model,
         options["image_size"],
         plan.batch * ranks.world_size(),
@@ -38,54 +50,63 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         fp8=options["fp8"] and loop == "ours",
         max_micro_batch_size=plan.batch,
     )
-    step = build_loop(loop, config, plan.device, clock := PartClock(gpu))
-    began = time.perf_counter()
-    first_loss = float(step()) / (plan.batch if loop == "ours" else 1)
-    first_step_s = time.perf_counter() - began
-    for _ in range(plan.warmup - 1):
-        step()
-    rounds, parts, states = [], [], []
-    for _ in _starts(options["paced"]):
-        clock.read_ms()
-        rounds.append(step_times_ms(step, plan.steps, gpu))
-        states.append(gpu_state(plan.device))
-        parts.append({name: ms / plan.steps for name, ms in clock.read_ms().items()})
-        if options["paced"]:
-            _tell({"round": len(rounds)})
-    memory_gb = memory_of_steps_gb(plan.device)  # before what is measured beside the model
-    yield {
-        "model": model,
-        "loop": loop,
-        "image_size": config.model.image_size,
-        "parameters": num_parameters(on_meta(config)),
-        "batch_per_rank": plan.batch,
-        "ranks": ranks.world_size(),
-        "precision": _precision(loop, config),
-        "zero_stage": config.engine.zero_stage if loop == "ours" else None,
-        "compile": compiled,
-        "checkpoint_activations": config.engine.checkpoint_activations,
-        "data": options["data"] or RANDOM_IMAGES,
-        **_rates(config, plan.batch, [ms for times in rounds for ms in times], plan.name),
-        **measured_peak(config, plan.batch, plan.device),
-        **_details(step, config, plan, loop, options["kernels"]),
-        "rounds_ms": [round(statistics.median(times), 3) for times in rounds],
-        "rounds_gpu": states,
-        "parts_ms": {name: round(statistics.median(part[name] for part in parts), 3) for name in parts[0]},
-        **memory_gb,
-        "first_step_s": round(first_step_s, 2),
-        "first_loss": round(first_loss, 5),
-        "steps": plan.steps,
-        "device": plan.name,
-        "versions": versions(),
-        "commit": commit(),
-    }
 
 
-def _details(step: Step, config: Config, plan: Plan, loop: str, kernels: bool) -> dict[str, Any]:
-    """What tells where the time of a step goes; measured behind it."""
-    gpu = plan.device.type == "cuda"
-    attention = attention_ms(config, plan.batch, plan.device) if loop == "ours" else None
-    return {"attention_ms": attention, **(kernels_of(step, gpu) if kernels else {})}
+class _Loop:
+    """A loop that has warmed up, and what its rounds took."""
+
+    def __init__(self, kind: str, config: Config, plan: Plan) -> None:
+        self._kind, self._config, self._plan = kind, config, plan
+        self._gpu = plan.device.type == "cuda"
+        self._step = build_loop(kind, config, plan.device, clock := PartClock(self._gpu))
+        self._clock = clock
+        self._rounds: list[list[float]] = []
+        self._parts: list[dict[str, float]] = []
+        self._states: list[dict[str, Any] | None] = []
+        began = time.perf_counter()
+        self._first_loss = float(self._step()) / (plan.batch if kind == "ours" else 1)
+        self._first_step_s = time.perf_counter() - began
+        for _ in range(plan.warmup - 1):
+            self._step()
+
+    def take_round(self) -> None:
+        """Takes the steps of a round."""
+        self._clock.read_ms()
+        self._rounds.append(step_times_ms(self._step, self._plan.steps, self._gpu))
+        self._states.append(gpu_state(self._plan.device))
+        self._parts.append({name: ms / self._plan.steps for name, ms in self._clock.read_ms().items()})
+
+    def row(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Returns what was measured, and measures what stands beside it in the row."""
+        config, plan, ours = self._config, self._plan, self._kind == "ours"
+        return {
+            "loop": self._kind,
+            "image_size": config.model.image_size,
+            "parameters": num_parameters(on_meta(config)),
+            "batch_per_rank": plan.batch,
+            "ranks": ranks.world_size(),
+            "precision": _precision(self._kind, config),
+            "zero_stage": config.engine.zero_stage if ours else None,
+            "compile": config.engine.compile,
+            "checkpoint_activations": config.engine.checkpoint_activations,
+            "data": options["data"] or RANDOM_IMAGES,
+            **_rates(config, plan.batch, [ms for times in self._rounds for ms in times], plan.name),
+            **measured_peak(config, plan.batch, plan.device),
+            # Where the time of a step goes.
+            "attention_ms": attention_ms(config, plan.batch, plan.device) if ours else None,
+            **(kernels_of(self._step, self._gpu) if options["kernels"] else {}),
+            "rounds_ms": [round(statistics.median(times), 3) for times in self._rounds],
+            "rounds_gpu": self._states,
+            "parts_ms": {
+                name: round(statistics.median(part[name] for part in self._parts), 3) for name in self._parts[0]
+            },
+            "first_step_s": round(self._first_step_s, 2),
+            "first_loss": round(self._first_loss, 5),
+        }
+
+
+def _conditions(plan: Plan) -> dict[str, Any]:
+    return {"steps": plan.steps, "device": plan.name, "versions": versions(), "commit": commit()}
 
 
 def _starts(paced: bool) -> Iterator[None]:
