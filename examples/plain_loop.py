@@ -1,7 +1,7 @@
 """What a pretraining run computes, in plain torch and timm: the same losses, step by step, without this package.
 
-    python launch/pretrain.py --config examples/plain_loop.yaml      the run, on one rank (its data: `make demo`)
-    python examples/plain_loop.py runs/plain_loop                    the same losses as in its metrics.jsonl, to 1e-6
+    DS_ACCELERATOR=cpu python launch/pretrain.py --config examples/plain_loop.yaml    the run (its data: `make demo`)
+    python examples/plain_loop.py runs/plain_loop    the same losses as in its metrics.jsonl, to 1e-6, on a CPU
 
 Of the run's folder it reads config.yaml and samples-00000.jsonl, which lists the samples of each step; of its data the
 manifest and the tars. Weights, schedule, decay, clipping and loss are those of the code below alone: what it does not

@@ -383,7 +383,7 @@ def test_a_task_on_another_machine_has_the_folder_of_the_command(
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """What to install, in one line."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "pip install 'vit-pretrain[ray]'" in refusal(lambda: list(ray_results(half, [2], 1, lambda _: None)))
+    assert "pip install -e '.[ray]'" in refusal(lambda: list(ray_results(half, [2], 1, lambda _: None)))
 
 
 def test_an_interrupt_at_the_start_of_a_process_is_the_listener_s() -> None:

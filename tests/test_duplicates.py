@@ -143,7 +143,7 @@ def test_a_file_that_has_gone_is_not_an_image_that_cannot_be_read(tmp_path: Path
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What to install, in one line."""
     monkeypatch.setitem(__import__("sys").modules, "imagehash", None)
-    assert "pip install 'vit-pretrain[duplicates]'" in refusal(perceptual_hash, photo(1))
+    assert "pip install -e '.[duplicates]'" in refusal(perceptual_hash, photo(1))
 
 
 class _Disk:

@@ -250,7 +250,7 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1")
-    assert "pip install 'vit-pretrain[parquet]'" in refusal(make_shards, [path], None, tmp_path / "set", SMALL)
+    assert "pip install -e '.[parquet]'" in refusal(make_shards, [path], None, tmp_path / "set", SMALL)
 
 
 def test_records_of_a_split_are_complete(tmp_path: Path) -> None:

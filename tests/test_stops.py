@@ -2,7 +2,7 @@
 and one that nobody does. 168 stops; each is saved at the latest after the step that follows the one under way, tells
 so, and leaves nobody behind.
 
-pytest tests/test_stops.py -m "long or not long"
+pytest tests/test_stops.py
 
 Ranks are forked from a process that has imported all, but those that are stopped in their imports.
 """

@@ -26,7 +26,7 @@ from pretrain.models.equivalent import own_tensors, without
 from pretrain.models.transformers_folder import write_transformers_folder
 from pretrain.models.weights import read_weights
 
-pytest.importorskip("transformers", reason="transformers is not installed (pip install 'vit-pretrain[convert]')")
+pytest.importorskip("transformers", reason="transformers is not installed (pip install -e '.[convert]')")
 torch.set_num_threads(1)
 NAMES = ("ash", "birch, silver", "cedar")
 POOLER = "pooler.dense.weight"

@@ -333,7 +333,7 @@ def _add_data(commands: Any) -> None:
         "data",
         "Times the reading of photos, row by row, each in a fresh process beside its peer: "
         + "; ".join(f"{name}: {what}" for name, what in ROWS.items())
-        + ".\nAlone on the machine, with two cores. Ends with 1 when a target is missed.",
+        + ".\nAlone on the machine, with two cores. Ends with 2 when a target is missed.",
         "python tools/benchmark.py data --photos photos.tar --rows decode workers",
     )
     photos = os.environ.get("PRETRAIN_TEST_DATA", "")

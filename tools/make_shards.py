@@ -53,7 +53,7 @@ def main() -> None:
         "OUT gets their indexes and the manifest (docs/data.md).\n"
         "With --task, makes the splits of an evaluation set from a TFDS folder, the authors' downloads, or packs that\n"
         "are named for their splits (docs/tasks.md).",
-        "python tools/make_shards.py tiny_imagenet_train-*.tar.gz data/tiny-train --classes tiny_imagenet_classes.json",
+        "python tools/make_shards.py photos data/photos --shorter-side 512 --apply-orientation",
     )
     parser.add_argument("paths", nargs="+", metavar="SOURCE... OUT", help="what to read, then the folder to write")
     parser.add_argument(

@@ -121,7 +121,7 @@ _DEFAULTS = {
     # A rank that died is named within seconds, one that was stopped after 45 (docs/reliability.md); one that hangs in
     # the device, or a node without power, takes engine.watchdog_s or engine.timeout_s, and is one end among many.
     "detect_s": 60.0,
-    "restart_s": 300.0,  # 12 on a CPU, alone (docs/results.md); the rest: the scheduler, CUDA, NCCL, reading
+    "restart_s": 300.0,  # 6 on a CPU, alone (docs/results.md); the rest: the scheduler, CUDA, NCCL, reading
 }
 # What a table of sizes does not use: it has no run.
 _OF_THE_RUN = (

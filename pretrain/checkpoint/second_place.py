@@ -44,7 +44,7 @@ class SecondPlace:
             self._store, self._root = fsspec.url_to_fs(self.url, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"checkpoint.copy_to: {url}: {error}; s3:// and gs:// need pip install 'vit-pretrain[remote]'"
+                f"checkpoint.copy_to: {url}: {error}; s3:// and gs:// need pip install -e '.[remote]'"
             ) from None
         except Exception as error:
             raise StorageError(

@@ -280,9 +280,7 @@ def _sign(scheme: str, url: str) -> str:
         # The instance belongs to this process: one of the parent's does not survive a fork, and fsspec sees to that.
         return fsspec.filesystem(scheme).sign(url, expiration=SIGNED_FOR_S)
     except ImportError:
-        raise UserError(
-            f"{url}: {scheme}:// needs a package that is missing: pip install 'vit-pretrain[remote]'"
-        ) from None
+        raise UserError(f"{url}: {scheme}:// needs a package that is missing: pip install -e '.[remote]'") from None
     except Exception as error:  # botocore's and google's own; their texts may hold parts of a key
         name, status = type(error).__name__, _status_of(error)
         if name in _NO_CREDENTIALS:

@@ -196,7 +196,7 @@ def perceptual_hash(image: Image.Image) -> np.uint64:
     try:
         from imagehash import phash
     except ImportError:
-        raise UserError("--away-from needs a package: pip install 'vit-pretrain[duplicates]'") from None
+        raise UserError("--away-from needs a package: pip install -e '.[duplicates]'") from None
     grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)  # as the library does it
     if np.ptp(np.asarray(grey)) < _MIN_CONTRAST:
         return _NONE

@@ -91,7 +91,7 @@ def _opened(path: Path) -> Any:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(f"{path}: parquet files need a package: pip install 'vit-pretrain[parquet]'") from None
+        raise UserError(f"{path}: parquet files need a package: pip install -e '.[parquet]'") from None
     return ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)  # else a whole row group would be in memory
 
 

@@ -31,7 +31,7 @@ def ray_results(
         import ray  # pyright: ignore[reportMissingImports]
         from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError("--engine ray needs a package: pip install 'vit-pretrain[ray]'") from None
+        raise UserError("--engine ray needs a package: pip install -e '.[ray]'") from None
     try:
         if not ray.is_initialized():
             ray.init(runtime_env={"env_vars": _environment()}, log_to_driver=False, logging_level=logging.ERROR)
