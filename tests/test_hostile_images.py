@@ -226,6 +226,14 @@ def test_work_is_bounded_before_it_begins(case: str) -> None:
     assert os.times().user - began < 2
 
 
+def test_a_jpeg_may_end_within_its_frame() -> None:
+    """A frame without content, and a scan at once: sizes and number of components would lie behind the file's end."""
+    data = bytes.fromhex("ffd8 ffc00002 ffda000000")
+    assert headers.jpeg_header(data) == headers.JpegHeader(0)
+    with pytest.raises(BadSample, match="decode: "):
+        decode(data)
+
+
 def test_usual_files_have_few_parts() -> None:
     """Progressive files of 10 scans, with another picture or a film appended, and 10 more scans pass."""
     plain = photo(progressive=True)

@@ -89,9 +89,11 @@ def jpeg_header(data: bytes) -> JpegHeader:
     Raises BadSample("decode") when there are too many scans, or too much before the first.
     """
     frame, first_scan = _frame_and_scan(data)
-    if not frame or first_scan + 4 >= len(data) or len(data) < frame + 10 + 3 * data[frame + 9]:
+    if not frame or first_scan + 4 >= len(data) or len(data) < frame + 10:
         return JpegHeader(0)
     components = data[frame + 9]
+    if len(data) < frame + 10 + 3 * components:
+        return JpegHeader(0)
     height, width = data[frame + 5] << 8 | data[frame + 6], data[frame + 7] << 8 | data[frame + 8]
     is_plain = components in (1, 3) and data[frame + 4] == 8 and width and height and data[frame + 1] in _HUFFMAN
     size = (width, height) if is_plain else None

@@ -486,7 +486,7 @@ def changed_picture(data: bytes, random: Random) -> bytes:
     if data.startswith(b"\xff\xd8") and random.random() < 0.5:
         markers = [match.start() for match in re.finditer(rb"\xff[\xc0-\xfe]", data)]
         at, other = random.choice(markers), random.choice(markers)
-        match random.randrange(4):
+        match random.randrange(5):
             case 0:  # within a segment's first bytes: lengths, sizes, numbers of components, sampling
                 return data[:at] + changed_bytes(data[at : at + 20], random) + data[at + 20 :]
             case 1:
@@ -495,4 +495,13 @@ def changed_picture(data: bytes, random: Random) -> bytes:
                 return data[:at] + data[min(at, other) : max(at, other)] * random.choice((1, 2, 100)) + data[at:]
             case 3:
                 return data[: random.randrange(len(data))] + b"\xff\xd9"
+            case 4:  # nothing but a few short segments
+                return b"\xff\xd8" + b"".join(_short_segment(random) for _ in range(random.choice((1, 2, 2, 3))))
     return changed_bytes(data, random)
+
+
+def _short_segment(random: Random) -> bytes:
+    """A JPEG's marker, a length, and fewer bytes than its kind has: the file ends soon behind it, or within it."""
+    marker = random.choice((b"\xff\xc0", b"\xff\xc2", b"\xff\xda", b"\xff\xda", b"\xff\xc4", b"\xff\xe1"))
+    length = random.choice((0, 2, 3, 8, 11))
+    return marker + struct.pack(">H", length) + random.randbytes(random.choice((0, 1, max(0, length - 2))))

@@ -72,6 +72,7 @@ def odd_pictures(jpeg: bytes, png: bytes) -> list[bytes]:
     ]
     middle = len(jpeg) // 2
     seeds += [jpeg[:middle] + bytes(200) + jpeg[middle + 200 :], b"\xff\xd8" * 5000, b"\xff\xd8\xff\xd9", jpeg + jpeg]
+    seeds += [bytes.fromhex("ffd8 ffc00002 ffda0002") + bytes(more) for more in range(4)]  # a frame and a scan, empty
     at = jpeg.index(b"\xff\xc0")
     for sides in ((0, 0), (1, 65_535), (65_535, 65_535), (7000, 7000), (65_535, 655), (1, 1)):
         seeds.append(jpeg[: at + 5] + struct.pack(">HH", *sides) + jpeg[at + 9 :])
