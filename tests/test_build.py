@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from pretrain.data.images import decode
 from pretrain.data.manifest import Manifest, check_shards, load_index, load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
+from pretrain.shards import walks
 from pretrain.shards.build import build, finish_manifest, read_dropped, write_samples
 from pretrain.shards.counts import read_counts
 from pretrain.shards.existing import index_existing
@@ -296,6 +298,28 @@ def test_a_damaged_header_is_refused(tmp_path: Path) -> None:
         damaged[header + 3] ^= 4
         path.write_bytes(damaged)
         assert "a.tar: " in refusal(index_tar, path)
+
+
+@pytest.mark.parametrize("end", [1024, None], ids=["cut", "good"])
+def test_a_tar_that_lies_in_the_way_is_not_replaced(
+    end: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor removed where the source is damaged: it is no copy of ours. One that an interrupted call made is replaced."""
+    source, out = tar_file(tmp_path / "a.tar", good_members()), tmp_path / "out"
+    source.write_bytes(source.read_bytes()[:end])
+    out.mkdir()
+    other = tar_file(out / "a.tar", good_members(1))
+    before = other.read_bytes()
+    assert "out/a.tar: is there already, and would be replaced" in refusal(index_existing, [source], [], out)
+    assert list(out.iterdir()) == [other] and other.read_bytes() == before
+    if end is None:
+        other.unlink()
+        monkeypatch.setattr(walks, "walk", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            index_existing([source], [], out)
+        assert other.exists()
+        monkeypatch.undo()
+        assert load_manifest(index_existing([source], [], out)).num_samples == 6
 
 
 def test_damaged_compressed_tars_links_and_equal_names_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ def index_existing(
 
     workers: processes; 1: this one. The bytes do not depend on them. Killed at any moment, or refused, the same call
     goes on with the tars that are not done. passed_over: is told how many members belong to no sample, by kind. Raises
-    UserError naming the shard, when one is damaged, holds a sample twice or without image or label.
+    UserError naming the shard, when one is damaged, holds a sample twice or without image or label, and naming a file
+    that a copy would replace.
     """
     if not all(path.resolve().parent == out.resolve() for path in tars):
         start_folder(out, classes)  # else: indexed again, where they lie
@@ -48,18 +50,31 @@ def index_existing(
         raise UserError(f"{shown(foreign)}: the tar's name is not UTF-8, and the manifest names it; rename it")
     if long := next((name for name in names if not walks.is_file_name(name)), None):
         raise UserError(f"{long}: the tar's name is too long for the files made of it; rename it")
+    copies = [out / name for path, name in zip(tars, names) if not _is_here(path, out / name)]
+    if not walks.is_begun(out):  # else an interrupted call may have made them
+        _refuse_to_replace(copies)
     work = walks.begin(out)
     tasks = (_Tar(number, path, out / name) for number, (path, name) in enumerate(zip(tars, names)))
     try:
         indexed = results(partial(_indexed, work, len(classes)), tasks, min(workers, len(tars)), lambda _: None)
         path = finish_walks(indexed, classes, out, progress, passed_over)
     except BaseException:
-        with suppress(OSError):  # something is done, which a later start does not do again
-            work.rmdir()
+        if not any(map(os.path.lexists, copies)):  # else a later start would not know them for ours
+            with suppress(OSError):  # something is done, which a later start does not do again
+                work.rmdir()
         raise
     with suppress(OSError):  # a process whose parent was killed may still write there
         remove(work)
     return path
+
+
+def _is_here(source: Path, target: Path) -> bool:
+    return source.resolve() == target.resolve()
+
+
+def _refuse_to_replace(copies: Sequence[Path]) -> None:
+    if there := next((path for path in copies if os.path.lexists(path)), None):
+        raise UserError(f"{there}: is there already, and would be replaced; choose another folder, or move it away")
 
 
 class _Tar(NamedTuple):
@@ -73,7 +88,7 @@ class _Tar(NamedTuple):
 def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int, Walk]:
     """Brings a tar to its place, writes its index and a record, and returns its number and what it holds."""
     record = work / f"{tar.target.name}.json"
-    is_here = tar.source.resolve() == tar.target.resolve()
+    is_here = _is_here(tar.source, tar.target)
     if is_here:
         file_inside(tar.target.parent, tar.target)
     origin = _origin(tar.source, is_here)

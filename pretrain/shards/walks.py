@@ -20,6 +20,11 @@ FOLDER = ".indexing"  # of OUT, for records, until the manifest is there
 Origin = Mapping[str, int | str]  # what says that a file is still the same: its place, its size, its time
 
 
+def is_begun(out: Path) -> bool:
+    """Returns whether an indexing into OUT was begun, and has not come to its end."""
+    return (out / FOLDER).is_dir() and not (out / FOLDER).is_symlink()
+
+
 def begin(out: Path) -> Path:
     """Returns the folder of OUT for records, made or found; what killed processes left in OUT is removed."""
     folder = out / FOLDER
