@@ -28,6 +28,7 @@ from pretrain.shards import walks
 from pretrain.shards.build import build, finish_manifest, read_dropped, write_samples
 from pretrain.shards.counts import read_counts
 from pretrain.shards.existing import index_existing
+from pretrain.shards.make import Options, make_shards
 from pretrain.shards.sources import Item, folder_items, npz_items
 from pretrain.shards.tars import index_tar
 from pretrain.shards.verify import verify
@@ -170,7 +171,7 @@ def test_wrong_lists_of_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_holds_a_set_is_refused(own_shards: Path, tmp_path: Path) -> None:
-    """Neither writing nor indexing other tars overwrites a set; indexing its own tars again is allowed."""
+    """Neither writing nor indexing other tars overwrites a set; indexing its own tars again keeps its names."""
     before = digests(own_shards)
     assert "holds a data set already" in refusal(build, items(4), [], own_shards, samples_per_shard=2, seed=0)
     other = tar_file(tmp_path / "other.tar", good_members())
@@ -182,6 +183,9 @@ def test_a_folder_that_holds_a_set_is_refused(own_shards: Path, tmp_path: Path) 
         k: v for k, v in before.items() if k != "manifest.json"
     }
     assert [shard.sha256 for shard in again.shards] == [before[tar.name] for tar in tars]
+    path, told = make_shards(tars, None, own_shards, Options())
+    assert load_manifest(path).class_names == again.class_names
+    assert told.classes == f"5 classes, as {own_shards / 'classes.json'} names them; --classes gives others"
 
 
 def test_folders_are_read_by_class(tmp_path: Path) -> None:

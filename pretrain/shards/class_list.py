@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from pretrain.config import MAX_CLASSES
 from pretrain.config.checks import did_you_mean
 from pretrain.data.classes import MAX_NAME_LETTERS
+from pretrain.data.inside import file_inside
 from pretrain.errors import UserError
 from pretrain.json_files import brief, is_text, read_json
 from pretrain.shards.imagenet import wnids
@@ -37,6 +38,18 @@ def read_class_list(path: Path) -> ClassList:
         return _class_list(values, str(path))
     except ValueError as error:
         raise UserError(f'{path}: expected a JSON list of names, or an object with "names" ({error})') from None
+
+
+def own_classes(out: Path) -> ClassList | None:
+    """Returns the classes of the data set in a folder, None where there is none, or it has no names.
+
+    What is indexed again would lose them. Raises UserError as `read_class_list`.
+    """
+    path = out / "classes.json"
+    if not (out / "manifest.json").exists() or not path.exists():
+        return None
+    file_inside(out, path)
+    return read_class_list(path)
 
 
 def _lines(path: Path) -> list[str]:

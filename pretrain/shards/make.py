@@ -11,7 +11,7 @@ from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.shards import passes
 from pretrain.shards.build import How, build, build_part, check_labels
-from pretrain.shards.class_list import ClassList, labels_of
+from pretrain.shards.class_list import ClassList, labels_of, own_classes
 from pretrain.shards.class_tars import class_tar_items, is_of_class_tars, is_tar_of_tars, tar_of_tars_items
 from pretrain.shards.counts import add_to_counts
 from pretrain.shards.duplicates import merged, without_near
@@ -129,11 +129,14 @@ def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, o
     """Makes the data set OUT, with progress on a terminal; returns its manifest's path and what is to be told.
 
     classes: a source whose classes have names gets each one's label by its name; elsewhere labels are places in the
-    list. Raises UserError when no row of SOURCES recognises the sources, or they cannot be used.
+    list. None: a set's own tars that are indexed again keep its names. Raises UserError when no row of SOURCES
+    recognises the sources, or they cannot be used.
     """
     passes.clear(out)  # what a call left that was killed at its last step
     source, told = _source_of(sources, out, options), Told()
     if source.items is None:
+        if not classes and (classes := own_classes(out)):
+            told.classes = f"{len(classes.names):,} classes, as {classes.source} names them; --classes gives others"
         names = classes.names if classes else ()
         with cli.progress("indexing", len(sources), "shards") as advance:
             workers = _workers(sum(path.stat().st_size for path in sources) >= MIN_BYTES_FOR_PROCESSES, options)
