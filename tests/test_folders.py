@@ -22,7 +22,7 @@ from pretrain.shards.build import build
 from pretrain.shards.class_list import ClassList, labels_of, read_class_list
 from pretrain.shards.counts import read_counts, table_of
 from pretrain.shards.make import Options, make_shards
-from pretrain.shards.pictures import read_picture
+from pretrain.shards.pictures import picture_of, read_picture
 from pretrain.shards.sources import Item, Told, folder_items
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +140,21 @@ def test_of_several_pictures_the_first_is_taken_and_said(tmp_path: Path) -> None
     frames[0].save(tmp_path / "photos" / "cat" / "a.gif", save_all=True, append_images=frames[1:])
     told = make_shards([tmp_path / "photos"], None, tmp_path / "set", Options())[1]
     assert told.notes["GIF with several pictures, of which the first is taken"] == 1
+
+
+def test_a_tiff_of_many_pictures_takes_no_longer() -> None:
+    """Pillow counts them in the square of their number; whether there is a second one is enough."""
+    file = io.BytesIO()
+    Image.fromarray(pixels()[..., 0]).save(file, "tiff")
+    data = file.getvalue()
+    start = int.from_bytes(data[4:8], "little")
+    tags = data[start : start + 2 + 12 * int.from_bytes(data[start : start + 2], "little")]  # then the next one's place
+    size, again = len(tags) + 4, 20_000
+    places = range(start, start + size * again, size)
+    data = data[:start] + b"".join(tags + (place + size).to_bytes(4, "little") for place in places) + tags + bytes(4)
+    notes, began = Counter[str](), os.times().user
+    assert picture_of(data, "a.tif", notes).startswith(b"\x89PNG")
+    assert os.times().user - began < 2 and notes["TIFF with several pictures, of which the first is taken"] == 1
 
 
 def test_pictures_that_would_be_left_out_are_refused_by_name(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def _stored(image: Image.Image, data: bytes, notes: Counter[str], apply_orientat
     if kept and not (turned and apply_orientation):
         return data
     if not kept:
-        if getattr(image, "n_frames", 1) > 1:
+        if getattr(image, "is_animated", False):  # Pillow counts n_frames in their square
             notes[f"{image.format} with several pictures, of which the first is taken"] += 1
         notes[f"{image.format} converted to PNG"] += 1
     picture: Image.Image = image
