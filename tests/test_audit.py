@@ -22,6 +22,7 @@ import pytest
 from ranks import run_ranks, start_ranks
 from tiny import changed, tiny_config
 
+from pretrain.audit import data as audit_data
 from pretrain.audit import folder as audit_folder
 from pretrain.audit import records, samples
 from pretrain.audit.checks import Finding, audit
@@ -865,6 +866,48 @@ def test_epochs_without_number_are_left_out() -> None:
     run: Any = SimpleNamespace(order=Order(8, 7, 4096, 0), trained=10**9)
     with pytest.raises(LeftOut, match="more than 100,000 epochs"):
         samples._epochs_begun(run)
+
+
+def test_lines_are_due_at_the_interval_and_at_the_end(tmp_path: Path) -> None:
+    """By multiples of it: a checkpoint may claim 10^10 steps."""
+
+    def check(every: int, begun: int, trained: int, total: int, seen: set[int]) -> None:
+        config = SimpleNamespace(log=SimpleNamespace(every_steps=every), total_steps=total)
+        run = SimpleNamespace(folder=tmp_path, starts=[SimpleNamespace(step=begun)], config=config, trained=trained)
+        records._check_due(run, seen)  # pyright: ignore[reportArgumentType]
+
+    for every, begun, trained, total, due in [(4, 4, 13, 13, {8, 12, 13}), (5, 0, 12, 30, {5, 10}), (0, 0, 9, 9, {9})]:
+        check(every, begun, trained, total, due)
+        for step in due:
+            with pytest.raises(Lie, match=f"has no line of step {step};"):
+                check(every, begun, trained, total, due - {step})
+    check(10**9, 0, 10**10, 10**10, {*range(10**9, 10**10 + 1, 10**9)})
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_steps_are_chosen_without_an_array_of_all(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint may claim any number; 2^50 would have 9 petabytes."""
+    order = Order(num_samples=50, held_out=0, global_batch=2048, seed=0)
+    empty = np.empty(0, np.int64)
+    none = audit_folder.Listed(Path("a"), empty, empty, empty, [], [])
+    run = SimpleNamespace(order=order, own_data=None, first_step=4, bad=none, damaged=none, folder=Path("a"))
+    run.trained, run.options = 7 if full else 1 << 50, Options(full, None, False, 0)
+    run.config = SimpleNamespace(data=SimpleNamespace(strict_images=True))
+    monkeypatch.setattr(audit_data, "_reasons", lambda _, indices: [None] * len(indices))
+    outcome = audit_data.check_steps_again(run)  # pyright: ignore[reportArgumentType]
+    assert outcome.count == (3 if full else 2) * 2048
+    assert outcome.left_out == ("" if full else f"{(1 << 50) - 6:,} more steps: --full")
+
+
+def test_starts_are_summed_once(tmp_path: Path) -> None:
+    """Each knows the digest of the lines before it, without reading them again: 10,000 lines are 2 MB."""
+    (tmp_path / "config.yaml").touch()
+    line = json.dumps({"step": 0, "world_size": 1, "more": "a" * 150}).encode() + b"\n"
+    (tmp_path / "starts.jsonl").write_bytes(line * 10_000)
+    began = os.times().user
+    starts = Run(tmp_path, Options(False, None, True, 0)).starts
+    assert os.times().user - began < 3 and len(starts) == 10_000
+    assert [starts[2].before, starts[2].until] == [hashlib.sha256(line * n).hexdigest() for n in (2, 3)]
 
 
 # --- a long run ------------------------------------------------------------------------------------------------------

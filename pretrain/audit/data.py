@@ -97,11 +97,12 @@ def check_listed_again(run: Run) -> Outcome:
 
 def check_steps_again(run: Run) -> Outcome:
     """All samples of a choice of steps are read again: is what fails listed, and nothing else?"""
-    manifest, first, batch = run.own_data, run.first_step, run.order.global_batch
-    steps = np.arange(first, run.trained)
-    if not run.options.full:
-        most = max(1, MAX_SAMPLES_READ // batch)
-        steps = np.sort(np.random.default_rng([run.options.seed, 4]).permutation(len(steps))[:most]) + first
+    manifest, batch = run.own_data, run.order.global_batch
+    all_steps = range(run.first_step, run.trained)  # a checkpoint may claim billions: no array of each
+    steps, most = all_steps, max(1, MAX_SAMPLES_READ // batch)
+    if not run.options.full and len(all_steps) > most:
+        random = np.random.default_rng([run.options.seed, 4])
+        steps = [all_steps[place] for place in sorted(random.choice(len(all_steps), most, replace=False).tolist())]
     known = {
         (epoch, index): reason
         for listed in (run.bad, run.damaged)
@@ -109,7 +110,7 @@ def check_steps_again(run: Run) -> Outcome:
     }
     counted = _strict(run) or run.saved[-1].train.values.get("damaged_samples") is not None
     count = 0
-    for step in steps.tolist():
+    for step in steps:
         epochs, indices = run.order.samples(step)
         if len(indices) > MAX_SAMPLES_READ and not run.options.full:
             some = np.random.default_rng([run.options.seed, 5]).permutation(len(indices))[:MAX_SAMPLES_READ]
@@ -123,7 +124,7 @@ def check_steps_again(run: Run) -> Outcome:
                 expected = f"{found or 'good'}, as it is when read again {REPAIRED}"
                 lie(run.folder / f"{name}.jsonl", f"{what}: {said}", expected)
             count += 1
-    left = run.trained - first - len(steps)
+    left = len(all_steps) - len(steps)
     told = [f"{left:,} more steps: --full"] if left else []
     told += [] if counted else ["damage was not listed by that version"]
     return Outcome(f"samples of {len(steps):,} steps, read again", count, "; ".join(told))

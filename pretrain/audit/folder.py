@@ -187,12 +187,12 @@ class Run:
             text = file.read(_MAX_STARTS_BYTES + 1)
         if len(text) > _MAX_STARTS_BYTES:
             raise Lie(f"{path}: has more than {_MAX_STARTS_BYTES:,} bytes, which is the limit of such a file")
-        found, begin = [], 0
+        found, begin, digest = [], 0, hashlib.sha256()
         for fields in rows_of(io.BytesIO(text), path):  # not read again: a start may be added meanwhile
             step, world_size = fields.integer("step", 0, MAX_STEP), fields.integer("world_size", 1, MAX_RANKS)
-            before = hashlib.sha256(text[:begin]).hexdigest()
-            begin = text.index(b"\n", begin) + 1
-            until = hashlib.sha256(text[:begin]).hexdigest()
+            before, end = digest.hexdigest(), text.index(b"\n", begin) + 1
+            digest.update(text[begin:end])
+            until, begin = digest.hexdigest(), end
             branched = fields.flag("branched", False)
             found.append(Start(fields.source, step, world_size, branched, fields, before, until))
         if not found:
