@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -89,6 +90,16 @@ def test_verify_finds_samples_without_a_place_in_the_index(tmp_path: Path) -> No
     told = list(verify(load_manifest(path)))
     assert told[0].startswith(f"{shard.path}: its index lacks 1 of 3 samples, the first is c.jpg at byte ")
     assert len(told) == 2 and "sample 1: tar" in told[1]  # it has two keys
+
+
+def test_verify_lists_no_folder_for_each_shard(own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30,000 shards and their indexes: that would be 1.8 billion names. What is missing is told all the same."""
+    manifest = load_manifest(own_shards)
+    monkeypatch.setattr("pretrain.data.manifest.plain_files", Mock(side_effect=AssertionError))
+    assert list(verify(manifest)) == []
+    (own_shards / "trees-000001.idx").unlink()
+    (problem,) = verify(manifest)
+    assert problem.endswith(f"trees-000001.idx: listed in {manifest.path} but not found")
 
 
 def test_verify_keeps_the_order_of_shards(own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
