@@ -182,6 +182,25 @@ def test_the_store_is_bounded(site: Site, far: Manifest) -> None:
         read_sample(small, index)
 
 
+def test_processes_in_step_keep_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 processes begin together, and each downloads a block in turn: they look at the bound at different times."""
+    block, shared = 8 << 20, Store(tmp_path, 4 << 30)
+    counters, total, most = [dict[Path, int]() for _ in range(64)], 0, 0
+
+    def remove(_: Path, max_bytes: int) -> None:
+        nonlocal total
+        total = total if total <= max_bytes else int(max_bytes * store._KEPT)
+
+    monkeypatch.setattr(store, "remove_oldest", remove)
+    monkeypatch.setattr(store, "_random", random.Random(0))
+    for turn in range(64 * 40):
+        monkeypatch.setattr(store, "_unchecked", counters[turn % 64])
+        shared._make_room(block)
+        total += block
+        most = max(most, total)
+    assert 0.9 * shared.max_bytes < most < 1.15 * shared.max_bytes
+
+
 def test_a_store_that_cannot_be(far: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file in its place, a full disk: one line, and the way out. A folder that was removed is made again."""
     (tmp_path / "file").write_text("")

@@ -8,6 +8,7 @@ no process numbers, no time limits. The folder must not lie on a network file sy
 import errno
 import fcntl
 import os
+import random
 import re
 import stat
 import time
@@ -119,12 +120,17 @@ class Store:
             os.close(descriptor)
 
     def _make_room(self, needed: int) -> None:
-        """Removes the blocks that were used longest ago when all would take more than the bound, now and then."""
+        """Removes the blocks that were used longest ago when all would take more than the bound, now and then.
+
+        That is at a process's first block, and then at a place of its own: processes that begin together would all look
+        at the same time, and 64 of them take twice the bound until the next one.
+        """
+        every = max(1, self.max_bytes // _CHECKS)
         unchecked = _unchecked.get(self.folder, self.max_bytes) + needed
-        if unchecked < self.max_bytes // _CHECKS:
+        if unchecked < every:
             _unchecked[self.folder] = unchecked
             return
-        _unchecked[self.folder] = 0
+        _unchecked[self.folder] = 0 if self.folder in _unchecked else _random.randrange(every)
         guard = os.open(self.folder / ".evict", os.O_RDWR | os.O_CREAT | _OWN, 0o600)
         try:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,6 +142,8 @@ class Store:
 
 
 _unchecked: dict[Path, int] = {}  # bytes that this process has downloaded since it last looked at the bound
+os.register_at_fork(after_in_child=_unchecked.clear)  # loader processes of one rank would be in step
+_random = random.SystemRandom()  # another one in each process, whatever seeds they share
 
 
 def remove_oldest(folder: Path, max_bytes: int) -> None:
