@@ -11,6 +11,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import sqlite3
 import struct
@@ -24,6 +25,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -43,6 +45,7 @@ from pretrain.shards.class_list import ClassList, read_class_list
 from pretrain.shards.existing import index_existing
 from pretrain.shards.items import PackedItems
 from pretrain.shards.make import Options, make_part, make_shards
+from pretrain.shards.passes import Piece, Work, run_pass
 from pretrain.shards.pool import results
 from pretrain.shards.ray_tasks import ray_results
 from pretrain.shards.resizing import Resizing
@@ -131,17 +134,56 @@ PNG = bytes.fromhex(
 EARLIER = ["6ff54ab4a7530328", "8c8af473295dc7ed", "5316986049163686"]
 
 
-def test_parts_and_then_the_rest(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    """Elements of an array write their shards, in any order, again without harm; the whole command writes the rest."""
+def test_parts_and_then_the_rest(
+    source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elements of an array write their shards, in any order, again without harm; the whole command writes the rest.
+
+    An element reads the records of its own shards: of the others it counts them.
+    """
     out = tmp_path / "set"
     assert make_part([source], None, out, (2, 3), SMALL) == (2, 6)
     assert make_part([source], None, out, (0, 3), SMALL) == (4, 6)
     assert not (out / "manifest.json").exists()
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert make_part([source], None, out, (0, 3), SMALL) == (4, 6)
+    monkeypatch.setattr(build_module.unfinished, "read", read := Mock(side_effect=build_module.unfinished.read))
+    assert make_part([source], None, out, (0, 3), SMALL) == (4, 6) and read.call_count == 2
     make_shards([source], None, out, SMALL)
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before  # not written twice
     assert tree(out) == whole
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_part_of_a_set_that_is_finished_meanwhile(
+    last: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the whole command, which was given too early, before the part's last record or behind it: one line."""
+    out = tmp_path / "set"
+    module, name = (build_module.unfinished, "keep") if last else (build_module, "_write_shard")
+    real = getattr(module, name)
+
+    def finished(*arguments: Any) -> Any:
+        result = real(*arguments)
+        shutil.rmtree(out / FOLDER)
+        return result
+
+    monkeypatch.setattr(module, name, finished)
+    said = refusal(make_part, [source], None, out, (0, 6), SMALL)
+    assert said == f"{out / FOLDER}: is gone; another command has finished this data set meanwhile, or removed it"
+
+
+def test_a_pass_of_a_set_that_is_finished_meanwhile(tmp_path: Path) -> None:
+    """The same, and what is missing elsewhere is not taken for it."""
+
+    def removing(own: Path, path: Path, progress: Any) -> bytes:
+        shutil.rmtree(own)
+        return b""
+
+    work = Work(tmp_path / "set")
+    said = refusal(run_pass, removing, [Piece("a", lambda: work.out / ".passes")], work, "reading", "files")
+    assert said.startswith(f"{work.out / '.passes'}: is gone; another command has finished")
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        run_pass(removing, [Piece("a", lambda: tmp_path / "elsewhere")], work, "reading", "files")
 
 
 @pytest.mark.parametrize("when", ["index_tar", "finish", "clear"])

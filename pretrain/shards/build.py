@@ -135,7 +135,7 @@ def build_part(
     plan = _plan(items, classes, samples_per_shard, seed, how)
     shards = _Shards(items, classes, out, samples_per_shard, seed, plan)
     shards.write(range(part[0], shards.number, part[1]), how, progress)
-    return sum(shards.done(number) is not None for number in range(shards.number)), shards.number
+    return shards.num_complete(), shards.number
 
 
 def _plan(items: Sequence[Item], classes: Sequence[str], samples_per_shard: int, seed: int | None, how: How) -> Plan:
@@ -209,6 +209,10 @@ class _Shards:
     def done(self, number: int) -> Done | None:
         """Returns a shard that is complete."""
         return unfinished.read(self._folder, number, self._path(number))
+
+    def num_complete(self) -> int:
+        """Returns how many shards are complete, those of other parts included."""
+        return unfinished.num_complete(self._folder)
 
     def _path(self, number: int) -> Path:
         return self._out / f"{set_name(self._out)}-{number:06d}.tar"

@@ -81,9 +81,14 @@ def outcome_of(piece: Piece, work: Work) -> Path:
 
 def _kept(function: PieceOf, task: tuple[Path, Any], progress: Progress) -> None:
     path, own = task
-    data = function(own, path, progress)
-    with replacing(path, shared=True) as temporary:
-        temporary.write_bytes(data)
+    try:
+        data = function(own, path, progress)
+        with replacing(path, shared=True) as temporary:
+            temporary.write_bytes(data)
+    except FileNotFoundError:
+        if path.parent.exists():  # what the function reads is missing
+            raise
+        raise unfinished.gone(path.parent) from None
 
 
 def clear(out: Path) -> None:

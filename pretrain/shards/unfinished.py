@@ -5,6 +5,7 @@ images or options is not mixed with what is there.
 """
 
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from pretrain.storage import remove, remove_left_over, write_text
 FOLDER = ".unfinished-set"
 FORMAT, VERSION = "pretrain-unfinished-set", 2
 _PLAN = "plan.json"
+_RECORD = re.compile(r"\d{6,}\.json", re.ASCII)  # of a shard, by its number
 TORN_AFTER_S = 600  # a writer adds to its file all the time; and clocks of nodes differ
 
 Plan = Mapping[str, int | str | None]  # all that the bytes of a set depend on, by a name for the user
@@ -65,7 +67,7 @@ def begin(out: Path, plan: Plan) -> Path:
 
 
 def keep(folder: Path, number: int, done: Done) -> None:
-    """Writes down that shard `number` is complete, with its index."""
+    """Writes down that shard `number` is complete, with its index. Raises UserError when the set is done already."""
     values = {
         "num_samples": done.shard.num_samples,
         "num_bytes": done.shard.num_bytes,
@@ -74,7 +76,23 @@ def keep(folder: Path, number: int, done: Done) -> None:
         "counts": {str(label): count for label, count in sorted(done.counts.items())},
         "notes": dict(done.notes),  # in the order they came, as counts.json has them
     }
-    write_text(_file(folder, number), json.dumps(values) + "\n", shared=True)
+    try:
+        write_text(_file(folder, number), json.dumps(values) + "\n", shared=True)
+    except FileNotFoundError:
+        raise gone(folder) from None
+
+
+def num_complete(folder: Path) -> int:
+    """Returns how many shards are written down as complete; their files are not read, of 30,000 it would take long."""
+    try:
+        return sum(bool(_RECORD.fullmatch(name)) for name in os.listdir(folder))
+    except FileNotFoundError:
+        raise gone(folder) from None
+
+
+def gone(folder: Path) -> UserError:
+    """Returns what to raise where a folder for the time of a build is not there any more."""
+    return UserError(f"{folder}: is gone; another command has finished this data set meanwhile, or removed it")
 
 
 def read(folder: Path, number: int, path: Path) -> Done | None:
