@@ -873,8 +873,10 @@ def test_lines_are_due_at_the_interval_and_at_the_end(tmp_path: Path) -> None:
 
     def check(every: int, begun: int, trained: int, total: int, seen: set[int]) -> None:
         config = SimpleNamespace(log=SimpleNamespace(every_steps=every), total_steps=total)
-        run = SimpleNamespace(folder=tmp_path, starts=[SimpleNamespace(step=begun)], config=config, trained=trained)
-        records._check_due(run, seen)  # pyright: ignore[reportArgumentType]
+        run: Any = SimpleNamespace(
+            folder=tmp_path, starts=[SimpleNamespace(step=begun)], config=config, trained=trained
+        )
+        records._check_due(run, seen)
 
     for every, begun, trained, total, due in [(4, 4, 13, 13, {8, 12, 13}), (5, 0, 12, 30, {5, 10}), (0, 0, 9, 9, {9})]:
         check(every, begun, trained, total, due)
@@ -890,11 +892,11 @@ def test_steps_are_chosen_without_an_array_of_all(full: bool, monkeypatch: pytes
     order = Order(num_samples=50, held_out=0, global_batch=2048, seed=0)
     empty = np.empty(0, np.int64)
     none = audit_folder.Listed(Path("a"), empty, empty, empty, [], [])
-    run = SimpleNamespace(order=order, own_data=None, first_step=4, bad=none, damaged=none, folder=Path("a"))
+    run: Any = SimpleNamespace(order=order, own_data=None, first_step=4, bad=none, damaged=none, folder=Path("a"))
     run.trained, run.options = 7 if full else 1 << 50, Options(full, None, False, 0)
     run.config = SimpleNamespace(data=SimpleNamespace(strict_images=True))
     monkeypatch.setattr(audit_data, "_reasons", lambda _, indices: [None] * len(indices))
-    outcome = audit_data.check_steps_again(run)  # pyright: ignore[reportArgumentType]
+    outcome = audit_data.check_steps_again(run)
     assert outcome.count == (3 if full else 2) * 2048
     assert outcome.left_out == ("" if full else f"{(1 << 50) - 6:,} more steps: --full")
 

@@ -364,6 +364,9 @@ def test_class_lists_are_read(tmp_path: Path) -> None:
     for text in ("", "[" * 100_000, "[" * 100 + "]" * 100, "9" * 5000):
         path.write_text(text)
         assert f"{path}: is n" in refusal(read_class_list, path)
+    lines = tmp_path / "names.txt"
+    lines.write_text("thé\n\n tench \n", encoding="utf-8-sig")  # with a mark before the first name, as on Windows
+    assert read_class_list(lines).names == ("thé", "tench")
 
 
 def test_the_table_of_counts(tmp_path: Path) -> None:

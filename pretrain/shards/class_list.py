@@ -58,7 +58,7 @@ def _lines(path: Path) -> list[str]:
     if len(text) > MAX_TEXT_BYTES:
         raise UserError(f"{path}: more than {MAX_TEXT_BYTES:,} bytes, which is the limit of a list of classes")
     try:
-        return [line.strip() for line in text.decode().splitlines() if line.strip()]
+        return [line.strip() for line in text.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8") from None
 
