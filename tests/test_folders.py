@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -272,7 +273,7 @@ def test_photos_are_turned_when_asked(tmp_path: Path) -> None:
     """EXIF orientation: kept as it lies and said, or turned without loss; transparency is said."""
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    picture(tmp_path / "photos" / "cat" / "1.png", exif=exif)
+    picture(tmp_path / "photos" / "cat" / "1.jpg", form="webp", lossless=True, exif=exif)  # a WebP under that name
     Image.fromarray(pixels(1, 4)).save(tmp_path / "photos" / "cat" / "2.png")
     told = make_shards([tmp_path / "photos"], None, tmp_path / "kept", Options())[1]
     assert {note.partition(",")[0]: count for note, count in told.notes.items()} == {
@@ -284,6 +285,10 @@ def test_photos_are_turned_when_asked(tmp_path: Path) -> None:
     assert stored(tmp_path / "kept") == {(0, as_stored()): 1, (0, clear): 1}
     upright = np.rot90(pixels(), -1).transpose(2, 0, 1).tobytes()
     assert stored(tmp_path / "turned") == {(0, upright): 1, (0, clear): 1}
+    for name, endings in (("kept", ["jpg", "png"]), ("turned", ["png", "png"])):
+        with tarfile.open(tmp_path / name / f"{name}-000000.tar") as tar:
+            members = [member.rpartition(".")[2] for member in tar.getnames()]
+        assert sorted(ending for ending in members if ending != "cls") == endings
 
 
 @pytest.mark.parametrize("form, side", [("jpg", 5300), ("webp", 4100)])

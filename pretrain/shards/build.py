@@ -28,7 +28,7 @@ from pretrain.shards.counts import add_to_counts, write_counts
 from pretrain.shards.items import Item, PackedItems, digest_of, read_item, taken
 from pretrain.shards.pool import Engine, Progress, results
 from pretrain.shards.resizing import NOTE, Resizing, resized
-from pretrain.shards.sources import Told
+from pretrain.shards.sources import Told, sniffed_ending
 from pretrain.shards.tars import index_tar
 from pretrain.shards.unfinished import Done, Plan
 from pretrain.storage import remove_left_over, replacing, write_text
@@ -320,12 +320,13 @@ def _write_tar(path: Path, task: _Task, progress: Progress, counts: Counter[int]
 def _as_stored(item: Item, task: _Task) -> tuple[bytes, str]:
     """An image as the shard holds it, and its ending. Raises BadSample when it cannot be read or decoded."""
     data = _read(item)
+    ending = "png" if item.may_turn and sniffed_ending(data[:12]) == "png" else item.ending
     if not task.check:
-        return data, item.ending
+        return data, ending
     image = decode(data, partial(_warn_of_damage, item))
     smaller = resized(image, task.resizing) if task.resizing else None
     if smaller is None:
-        return data, item.ending
+        return data, ending
     task.notes[NOTE] += 1
     return smaller, "jpg"
 

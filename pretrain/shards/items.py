@@ -26,6 +26,7 @@ class Item(NamedTuple):
     ending: str  # jpg, png, webp
     label: int | list[int]  # a class, or all classes of the image; one kind for a whole data set
     source: str  # where it came from, for error messages
+    may_turn: bool = False  # whether reading turns photos as their EXIF says, which gives a PNG whatever the ending
 
 
 # Reading an image fails with these for now: a file that was there when it was listed has gone meanwhile, or is not seen

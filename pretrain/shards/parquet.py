@@ -197,7 +197,7 @@ def _item(folder: Path, apply_orientation: bool, reference: str, label: int, not
     """Returns the item of a row: of file, listing, row, first byte, number of bytes and ending."""
     name, listing, row, start, num_bytes, kind = reference.split("\0")
     read = partial(_read, _images_of(folder / listing), int(start), int(num_bytes), notes, apply_orientation)
-    return Item(read, ending_of_kind(kind), label, f"{name}[{row}]")
+    return Item(read, ending_of_kind(kind), label, f"{name}[{row}]", apply_orientation)
 
 
 def _read(path: Path, start: int, num_bytes: int, notes: Counter[str], apply_orientation: bool) -> bytes:

@@ -75,7 +75,7 @@ def file_item(root: Path, apply_orientation: bool, reference: str, label: int, n
     path = root / reference
     ending = stored_ending(path.name)
     assert ending is not None  # else it is no picture, and was not taken
-    return Item(partial(read_picture, path, notes, apply_orientation), ending, label, str(path))
+    return Item(partial(read_picture, path, notes, apply_orientation), ending, label, str(path), apply_orientation)
 
 
 def append_file(items: PackedItems, root: Path, path: Path, label: int) -> None:

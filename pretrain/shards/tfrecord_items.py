@@ -114,9 +114,8 @@ def _item(folder: Path, apply_orientation: bool, reference: str, label: int, not
     """Returns the item of a record: of file, number, offset, number of bytes and ending."""
     name, number, offset, num_bytes, kind = reference.split("\0")
     record = Record(folder / name, int(number), int(offset), int(num_bytes))
-    return Item(
-        partial(_read, record, notes, apply_orientation), ending_of_kind(kind), label, f"{record.path}[{number}]"
-    )
+    read = partial(_read, record, notes, apply_orientation)
+    return Item(read, ending_of_kind(kind), label, f"{record.path}[{number}]", apply_orientation)
 
 
 def _read(record: Record, notes: Counter[str], apply_orientation: bool) -> bytes:
