@@ -16,9 +16,8 @@ from tfds_records import example, write_split
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
-from pretrain.shards import class_tars
 from pretrain.shards import parquet as parquet_module
-from pretrain.shards.archives import read_at
+from pretrain.shards.archives import read_member
 from pretrain.shards.build import read_dropped
 from pretrain.shards.make import Options, make_part, make_shards
 from pretrain.shards.parquet import Columns
@@ -343,9 +342,8 @@ def test_a_mount_that_gives_less_at_a_time_cuts_nothing(tmp_path: Path, monkeypa
     (record,) = file_records(tmp_path / "toy-train.tfrecord-00000-of-00001")
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda file, count, at: real(file, max(1, count // 3), at))
-    assert class_tars._read(tmp_path / "x", 0, len(data)) == data
-    assert read_at(tmp_path / "x", 0, len(data), len(data)) == data
+    assert read_member(tmp_path / "x", 0, len(data), len(data)) == data
     assert parquet_module._read(tmp_path / "x", 0, len(data), Counter(), False) == data
     assert read_record(record) == data
     with pytest.raises(UserError, match="ends at byte"):
-        read_at(tmp_path / "x", 0, len(data) + 1, 1 << 20)
+        read_member(tmp_path / "x", 0, len(data) + 1, 1 << 20)

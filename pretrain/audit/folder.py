@@ -17,9 +17,9 @@ import numpy as np
 from pretrain.audit.logs import Lie, lie, open_log, rows, rows_of
 from pretrain.checkpoint.layout import MAX_RANKS, MAX_STEP, own_file, read_manifest, step_folders, step_of
 from pretrain.config import MAX_SOURCES, Config, Source, load_config
-from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
+from pretrain.data.lanes import Lanes, lanes_in
 from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
-from pretrain.data.mixture import Mixture, joined, lanes_in, phases_in
+from pretrain.data.mixture import Mixture, joined, phases_in, source_lanes_in
 from pretrain.data.order import Order
 from pretrain.data.store import store_at
 from pretrain.errors import UserError
@@ -314,17 +314,12 @@ class Run:
         if self.identity[1].get("name") != "lanes":
             return Mixture(sizes, phases)
         own = zip(self.sources, sizes)
-        lanes = tuple(lanes_in(source, size, order.global_batch, self.trained) for source, size in own)
+        lanes = tuple(source_lanes_in(source, size, order.global_batch, self.trained) for source, size in own)
         return Mixture(sizes, phases, lanes)
 
     def _lanes(self, order: Order) -> Lanes:
         """The numbers of the order lanes, which the newest checkpoint names."""
-        numbers = self._identity_fields
-        most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": order.global_batch, "window_blocks": MAX_WINDOW_BLOCKS}
-        lanes = Lanes(**{name: numbers.integer(name, 1, limit) for name, limit in most.items()})
-        if not fits(lanes, order.num_train, order.global_batch, self.trained):
-            numbers.wrong("num_lanes", f"what {order.num_train} samples in batches of {order.global_batch} allow")
-        return lanes
+        return lanes_in(self._identity_fields, order.num_train, order.global_batch, self.trained)
 
     @cached_property
     def bad(self) -> Listed:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain.data.permutation import permute, scatter, unpermute, unscatter
+from pretrain.json_files import Fields
 
 _SLOTS_OF_A_LANE = 8  # fewer: more open blocks over all nodes, and slower to the first batch; more: less well mixed
 MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS = 1 << 24, 1 << 10  # that a checkpoint may claim
@@ -36,6 +37,15 @@ def fits(lanes: Lanes, num_samples: int, global_batch: int, steps: int) -> bool:
     """Returns whether a run of `steps` steps has such lanes: each with a slot and a sample, nothing beyond 64 bits."""
     narrowest = global_batch // lanes.num_lanes
     return num_samples * narrowest >= global_batch and (steps * global_batch + num_samples) * global_batch < 1 << 62
+
+
+def lanes_in(said: Fields, num_samples: int, global_batch: int, steps: int) -> Lanes:
+    """Returns the lanes that a checkpoint names, of a run of `steps` steps. Raises UserError when it has no such."""
+    most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": global_batch, "window_blocks": MAX_WINDOW_BLOCKS}
+    lanes = Lanes(**{name: said.integer(name, 1, limit) for name, limit in most.items()})
+    if not fits(lanes, num_samples, global_batch, steps):
+        said.wrong("num_lanes", f"what {num_samples} samples in batches of {global_batch} allow, for {steps} steps")
+    return lanes
 
 
 def place(

@@ -16,16 +16,7 @@ from math import lcm
 import numpy as np
 
 from pretrain.config import MAX_REWEIGHT_STEP, DataConfig
-from pretrain.data.lanes import (
-    MAX_BLOCK_SAMPLES,
-    MAX_WINDOW_BLOCKS,
-    Lanes,
-    choose_lanes,
-    fits,
-    place,
-    position_of,
-    seen,
-)
+from pretrain.data.lanes import Lanes, choose_lanes, fits, lanes_in, place, position_of, seen
 from pretrain.data.manifest import Manifest, read_as
 from pretrain.data.permutation import unvisit, visit
 from pretrain.errors import ConfigError, UserError
@@ -292,14 +283,10 @@ def lanes_as_numbers(own: SourceLanes) -> dict[str, int]:
     return {"round_samples": own.round_samples, **asdict(own.lanes)}
 
 
-def lanes_in(source: Fields, num_samples: int, global_batch: int, steps: int) -> SourceLanes:
+def source_lanes_in(source: Fields, num_samples: int, global_batch: int, steps: int) -> SourceLanes:
     """Returns a source's lanes that a checkpoint names. Raises UserError when they cannot be a source's."""
     batch = source.integer("round_samples", 1, global_batch)
-    most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": batch, "window_blocks": MAX_WINDOW_BLOCKS}
-    lanes = Lanes(**{name: source.integer(name, 1, limit) for name, limit in most.items()})
-    if not fits(lanes, num_samples, batch, _rounds(steps, global_batch, batch)):
-        source.wrong("num_lanes", f"what {num_samples} samples in rounds of {batch} allow")
-    return SourceLanes(batch, lanes)
+    return SourceLanes(batch, lanes_in(source, num_samples, batch, _rounds(steps, global_batch, batch)))
 
 
 def _lanes_key(seed: int, source: int) -> str:

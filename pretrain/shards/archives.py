@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pretrain.data import index_rows
+from pretrain.data.index_rows import read_at
 from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.tar_headers import BadHeader, end_of, members
@@ -73,7 +73,7 @@ def plain_members(path: Path, file: BinaryIO, start: int, end: int) -> Iterable[
     """Yields the files of a tar that lies in `path`, opened as `file`, from byte `start` to `end`."""
     for member in members(file, start, end):
         if member.isreg():
-            read = partial(read_at, path, member.offset_data, member.size)
+            read = partial(read_member, path, member.offset_data, member.size)
             yield File(member.name.removeprefix("./"), read, f"{path}[{member.name}]")
 
 
@@ -97,10 +97,11 @@ def _packed_members(path: Path) -> Iterable[File]:
             pass  # to its end, where the checksum of all is
 
 
-def read_at(path: Path, offset: int, num_bytes: int, limit: int) -> bytes:
+def read_member(path: Path, offset: int, num_bytes: int, limit: int) -> bytes:
+    """Returns a file that lies in a tar. Raises BadSample when it is too large, UserError when the tar was cut."""
     _check_size(num_bytes, limit)
     with path.open("rb") as file:
-        data = index_rows.read_at(file.fileno(), offset, offset + num_bytes)
+        data = read_at(file.fileno(), offset, offset + num_bytes)
     if len(data) < num_bytes:
         raise UserError(f"{path}: ends at byte {offset + len(data)}, within a file of {num_bytes} bytes at {offset}")
     return data

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.data.index_rows import read_at
 from pretrain.data.manifest import IMAGE_ENDINGS, LABEL_ENDING
-from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
+from pretrain.data.reader import MAX_IMAGE_BYTES
 from pretrain.data.tar_headers import BadHeader, end_of, members
 from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
+from pretrain.shards.archives import read_member
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listing import is_of_the_system
 from pretrain.shards.passes import Piece, Work, outcome_of, run_pass
@@ -238,15 +238,5 @@ def tar_item(folder: Path, reference: str, label: int, notes: Counter[str]) -> I
     tar, offset, num_bytes, name = reference.split("\0", 3)
     ending = stored_ending(name)
     assert ending is not None  # else it was not taken
-    read = partial(_read, folder / tar, int(offset), int(num_bytes))
+    read = partial(read_member, folder / tar, int(offset), int(num_bytes), MAX_IMAGE_BYTES)
     return Item(read, ending, label, f"{folder / tar}[{name}]")
-
-
-def _read(path: Path, offset: int, num_bytes: int) -> bytes:
-    if num_bytes > MAX_IMAGE_BYTES:
-        raise BadSample("tar", f"{num_bytes} bytes, at most {MAX_IMAGE_BYTES}")
-    with path.open("rb") as file:
-        data = read_at(file.fileno(), offset, offset + num_bytes)
-    if len(data) < num_bytes:
-        raise UserError(f"{path}: ends at byte {offset + len(data)}, within an image; it was cut meanwhile")
-    return data

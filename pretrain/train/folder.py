@@ -45,9 +45,9 @@ from pretrain.config import (
     config_to_yaml,
     resume_differences,
 )
-from pretrain.data.lanes import MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS, Lanes, fits
+from pretrain.data.lanes import lanes_in
 from pretrain.data.manifest import Manifest
-from pretrain.data.mixture import Phase, begun, lanes_as_numbers, lanes_in, phases_in, phases_of, told_phases
+from pretrain.data.mixture import Phase, begun, lanes_as_numbers, phases_in, phases_of, source_lanes_in, told_phases
 from pretrain.data.order import Order
 from pretrain.errors import PASSING_ERRORS, ConfigError, LostProcessError, StorageError, UserError
 from pretrain.json_files import Fields, brief, read_bytes, read_json
@@ -283,17 +283,14 @@ def resumed_order(checkpoint: Path, order: Order, steps: int) -> Order:
         saved.wrong("name", "permuted or lanes")
     if mixture := order.mixture:  # sets that were added since have the lanes that are chosen for them today
         began = zip(saved.parts("sources"), mixture.sizes)
-        known = [lanes_in(source, size, order.global_batch, steps) for source, size in began] if name == "lanes" else []
+        began = began if name == "lanes" else ()
+        known = [source_lanes_in(source, size, order.global_batch, steps) for source, size in began]
         if known and len(known) < len(mixture.sizes) and not mixture.lanes:
             raise UserError("data.order: the run began in the order lanes, and a set was added; set data.order=lanes")
         return replace(order, mixture=replace(mixture, lanes=(*known, *mixture.lanes[len(known) :]) if known else ()))
     if name == "permuted":
         return replace(order, lanes=None)
-    most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": order.global_batch, "window_blocks": MAX_WINDOW_BLOCKS}
-    lanes = Lanes(**{key: saved.integer(key, 1, limit) for key, limit in most.items()})
-    if not fits(lanes, order.num_train, order.global_batch, steps):
-        saved.wrong("num_lanes", f"what {order.num_train} samples and {steps} steps of {order.global_batch} allow")
-    return replace(order, lanes=lanes)
+    return replace(order, lanes=lanes_in(saved, order.num_train, order.global_batch, steps))
 
 
 def _state(checkpoint: Path) -> Fields:
