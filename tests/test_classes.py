@@ -111,6 +111,11 @@ def test_anything_else_is_refused_with_the_first_difference(theirs: list[str], o
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_names_that_stand_twice_matter_where_they_are_used() -> None:
+    """ImageNet's cranes are two classes: a set of cats and dogs does not mind."""
+    assert match(["cat", "dog"], ["crane", "dog", "cat", "crane"]).labels == (2, 1)
+
+
 IDS = ["n00004475", "n00005787", "n00006024"]
 
 

@@ -68,16 +68,18 @@ def _refuse_other_numbers(names: Sequence[str], place: str, without: str) -> Non
 
 def _by_name(theirs: Sequence[str], ours: Sequence[str], their_place: str, our_place: str) -> ClassMatch:
     places: dict[str, int] = {}
+    twice: dict[str, int] = {}  # the second place of a name that stands twice
     for place, name in enumerate(map(_normal, ours)):
-        if name in places:
-            raise UserError(
-                f"{our_place}: classes {places[name]} and {place} are both called {name!r}, so those of {their_place}, "
-                "which stand otherwise, cannot be told apart; give both sides the same names in the same order"
-            )
-        places[name] = place
+        if places.setdefault(name, place) != place:
+            twice.setdefault(name, place)
     for number, name in enumerate(theirs):
         if number < len(ours) and ours[number] == f"{_UNUSED}{number}":
             places.setdefault(_normal(name), number)  # an output that was kept for a class to come
+        if second := twice.get(_normal(name)):
+            raise UserError(
+                f"{our_place}: classes {places[_normal(name)]} and {second} are both called {name!r}, so class "
+                f"{number} of {their_place} cannot be told; give both sides the same names in the same order"
+            )
         if _normal(name) not in places:
             own = f"{ours[number]!r}" if number < len(ours) else "none"
             raise UserError(
