@@ -108,8 +108,9 @@ def memory(
     model = config.model
     images = 2 * layout.micro_batch * layout.accumulation * 3 * model.image_size**2  # uint8, two steps' whole shares
     matrix = largest_parameter(config, num_classes)
-    bucket = bucket or config.engine.bucket_elements(layout.num_ranks, matrix)
-    return _memory(config, plain_parameters(model, num_classes), layout, bucket, activations, images, matrix, prefetch)
+    num_parameters = plain_parameters(model, num_classes)
+    bucket = bucket or config.engine.bucket_elements(layout.num_ranks, matrix, num_parameters)
+    return _memory(config, num_parameters, layout, bucket, activations, images, matrix, prefetch)
 
 
 def largest_parameter(config: Config, num_classes: int) -> int:
