@@ -15,6 +15,7 @@ import pytest
 import torch
 from ranks import run_ranks, start_ranks
 from safetensors.torch import save_file
+from weights_on_disk import save_checkpoint
 
 from pretrain import log
 from pretrain.checkpoint import behind, find, read, retention, write
@@ -23,7 +24,7 @@ from pretrain.checkpoint.find import find_checkpoint, newest_valid, validate
 from pretrain.checkpoint.layout import DamagedError, Slice, manifest_text, step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader, check_names, read_state
 from pretrain.checkpoint.retention import apply_retention
-from pretrain.checkpoint.write import Save, save_checkpoint
+from pretrain.checkpoint.write import Save
 from pretrain.cluster import ranks
 from pretrain.errors import StorageError, UserError
 

@@ -236,6 +236,7 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["engine.zero_stage=0"], "engine.zero_stage is 0: DeepSpeed's stage 0 decays weights before the first step"),
         (["engine.zero_stage=4"], "engine.zero_stage is 4, expected 1, 2 or 3"),
         (["engine.max_micro_batch_size=0"], "engine.max_micro_batch_size is 0"),
+        (["engine.fp8=true", "model.name=Bx"], "model.name is 'Bx'"),
         (["engine.timeout_s=0"], "engine.timeout_s is 0"),
         (["evaluation.every_steps=-1"], "evaluation.every_steps is -1"),
         (["evaluation.batch_size=0"], "evaluation.batch_size is 0"),
@@ -680,3 +681,12 @@ def test_a_disk_that_is_away_is_no_wrong_key(
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(error, match=rf"tiny.yaml: cannot be read .*(?i:{os.strerror(number)})"):
         load_config(tmp_path / "tiny.yaml")
+
+
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it alone behind `key=`, and YAML knows nothing of it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changes = {"output": "~/runs", "data": {"train": [{"path": "~/one", "weight": 1}, {"path": "two~", "weight": 1}]}}
+    config = config_from_dict(merged(SMALLEST, changes), "trial", ["data.val=~/val"])
+    assert (config.output, config.data.val) == (tmp_path / "runs", tmp_path / "val")
+    assert [source.path for source in config.data.sources] == [tmp_path / "one", Path("two~")]

@@ -26,11 +26,10 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import make_shards, tiny_config
 from torch import nn
-from weights_on_disk import ROOT, load_tool, one_line_error, randomised, run_tool, save_run
+from weights_on_disk import ROOT, load_tool, one_line_error, randomised, run_tool, save_checkpoint, save_run
 
 import pretrain.models.onnx_file
 from pretrain.checkpoint.layout import Slice
-from pretrain.checkpoint.write import save_checkpoint
 from pretrain.cluster import ranks
 from pretrain.config import Config, ModelConfig, config_to_dict, config_to_yaml
 from pretrain.errors import StorageError, UserError

@@ -353,6 +353,21 @@ def test_all_blocks_share_a_graph_for_training_and_one_for_evaluation(
 
 
 @QUIET
+@pytest.mark.parametrize("training_first", [True, False])
+def test_all_of_timms_blocks_are_compiled(training_first: bool, graphs: Graphs) -> None:
+    """Each has its stochastic depth inside, and a graph of its own: more than the compiler takes by itself. Else a run
+    that resumes with a validation would train by other kernels than the undisturbed one.
+    """
+    model: Any = build_model(ModelConfig(name="timm:vit_tiny_patch16_224", image_size=32, drop_path=0.1), NUM_CLASSES)
+    compile_blocks(model)
+    for training in (training_first, not training_first):
+        before = graphs.calls
+        with torch.set_grad_enabled(training):
+            model.train(training)(torch.randn(2, 3, 32, 32))
+        assert graphs.calls - before == 12
+
+
+@QUIET
 @pytest.mark.parametrize("order", [(True, False), (False, True)], ids=["training_first", "evaluation_first"])
 def test_each_size_of_a_batch_has_its_own_code(order: tuple[bool, bool], graphs: Graphs) -> None:
     """Training's batch and evaluation's, whichever comes first, as after a stop that cut a validation short: no graph

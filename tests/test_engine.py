@@ -1,5 +1,6 @@
 """The engine: equal losses on any number of ranks and any ZeRO stage, slices that any other layout can read, skips."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,24 +10,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from ranks import run_ranks
 from safetensors import safe_open
 from tiny import NUM_CLASSES, changed, every_other, make_shards, tiny_config
 from torch import nn
+from weights_on_disk import save_checkpoint
 
 from pretrain.checkpoint.layout import DamagedError, Slice
 from pretrain.checkpoint.read import CheckpointReader, read_state
-from pretrain.checkpoint.write import save_checkpoint
 from pretrain.cluster import agreement, ranks
-from pretrain.config import Config
+from pretrain.config import Config, ModelConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels, train_batches
 from pretrain.data.order import BatchPlan
 from pretrain.engine import compiling
-from pretrain.engine.settings import check_machine, check_precision, deepspeed_config, told_of_overlap
-from pretrain.engine.step import Engine, _fitting
-from pretrain.errors import DeviceMemoryError, StorageError, UserError
+from pretrain.engine.device_memory import fitting
+from pretrain.engine.patches import after_start
+from pretrain.engine.settings import (
+    MIN_LOSS_SCALE,
+    check_machine,
+    check_precision,
+    deepspeed_config,
+    told_of_overlap,
+)
+from pretrain.engine.step import Engine, _checkpoint_activations
+from pretrain.errors import ConfigError, DeviceMemoryError, StorageError, UserError
 from pretrain.models.build import build_model
+from pretrain.models.profile import train_flops
 from pretrain.optim import learning_rate, moment_dtypes
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
@@ -630,7 +641,7 @@ def test_deepspeed_parses_what_we_mean(precision: str, plan: BatchPlan, shards: 
     config = tiny_config(
         shards, Path("unused"), engine__zero_stage=2, engine__precision=precision, optim__clip_norm=0.0
     )
-    parsed = DeepSpeedConfig(deepspeed_config(config, plan, 1, 10))
+    parsed = DeepSpeedConfig(deepspeed_config(config, plan, 1, 10, 100))
     assert parsed.zero_config.stage == 2 and parsed.gradient_clipping == 0.0
     assert (parsed.float16_config.enabled, parsed.bfloat16_config.enabled) == (precision == "fp16", precision == "bf16")
     assert parsed.train_micro_batch_size_per_gpu == plan.micro_batch
@@ -639,7 +650,7 @@ def test_deepspeed_parses_what_we_mean(precision: str, plan: BatchPlan, shards: 
     expected = "fp32" if plan.accumulation > 1 and precision == "bf16" else None
     assert parsed.grad_accum_dtype == expected and parsed.communication_data_type is None
     config = changed(config, engine__reduce_dtype="fp32")
-    assert DeepSpeedConfig(deepspeed_config(config, plan, 1, 10)).communication_data_type == torch.float32
+    assert DeepSpeedConfig(deepspeed_config(config, plan, 1, 10, 100)).communication_data_type == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -663,11 +674,13 @@ def test_where_reductions_are_overlapped(
 ) -> None:
     """On several ranks, in small buckets; where it does nothing the start says so. By default it is off."""
     config, plan = tiny_config(shards, shards, engine__precision="bf16"), BatchPlan(2, accumulation, 0)
-    zero = deepspeed_config(config, plan, num_ranks, largest)["zero_optimization"]
+    sizes = plan, num_ranks, largest
+    zero = deepspeed_config(config, *sizes, 10**9)["zero_optimization"]
     assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (False, 500_000_000)
+    assert deepspeed_config(config, *sizes, 10**8)["zero_optimization"]["reduce_bucket_size"] == 10**8  # all of a model
     assert not told_of_overlap(config, plan, num_ranks)
     config = changed(config, engine__overlap_reduction=True, engine__zero_stage=stage)
-    zero = deepspeed_config(config, plan, num_ranks, largest)["zero_optimization"]
+    zero = deepspeed_config(config, *sizes, 10**9)["zero_optimization"]
     assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (overlaps, bucket)
     line = told_of_overlap(config, plan, num_ranks)
     assert told in line and bool(told) == line.startswith("engine.overlap_reduction=true has no effect: ")
@@ -697,7 +710,7 @@ def test_out_of_memory_of_the_model_and_of_layer_norms(shards: Path, monkeypatch
     with pytest.raises(DeviceMemoryError, match="^model.name: this GPU does not hold .*; try engine.zero_stage=2"):
         build_engine(config, open_data(config), torch.device("cpu"), from_scratch=True)
     with pytest.raises(DeviceMemoryError, match="^log.layers_every_steps: 4 images .*; 0 switches it off$"):
-        with _fitting("log.layers_every_steps", 4):
+        with fitting("log.layers_every_steps", 4):
             no_room()
 
 
@@ -865,8 +878,52 @@ def test_out_of_memory_names_the_key() -> None:
         engine.train_step(None, 0.1)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     engine._fits = True
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(DeviceMemoryError, match="^this GPU's memory does not hold a step, as it did before") as caught:
         engine.train_step(None, 0.1)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 75 and "\n" not in str(caught.value)
+
+
+def test_forward_passes_are_timed_without_hooks() -> None:
+    """Compiled code would trace them: of a model that is compiled as a whole they break the graph."""
+    engine, found = Engine.__new__(Engine), list[float]()
+    engine._module, engine.device = torch.nn.Linear(2, 2), torch.device("cpu")
+    engine.on_forward(found.append)
+    with engine._forward_clock:
+        time.sleep(0.01)
+    assert not engine._module._forward_hooks and not engine._module._forward_pre_hooks and 0.01 <= found[0] < 10
+
+
+def test_timms_own_limits_are_one_line() -> None:
+    """What a model of timm's has no way to do."""
+    for name, changes, told in (
+        ("timm:vgg11", {"drop_path": 0.1}, "model.drop_path: timm's vgg11 has none"),
+        ("timm:crossvit_tiny_240", {}, "engine.checkpoint_activations: timm does not recompute"),
+    ):
+        with pytest.raises(ConfigError, match=told), torch.device("meta"):
+            _checkpoint_activations(build_model(ModelConfig(name=name, **changes), 10))
+
+
+@pytest.mark.parametrize("name", ["B/16", "timm:test_vit", "timm:resnet18"])
+def test_a_gpus_random_state_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is built, or counted, behind the point where a resume has restored it."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    config = ModelConfig(name=name)
+    train_flops(config, 10)
+    with torch.device("meta"):
+        build_model(config, 10, seed=3)
+    assert not seeded and torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_search_for_a_loss_scale_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would end the process by a bare exception; here such a step is skipped, and counts as a fault."""
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)  # who tells of it
+    scaler = DynamicLossScaler(4.0, 1000, 1, 1, False)
+    after_start(600, SimpleNamespace(dtype=torch.float16, loss_scaler=scaler))
+    for _ in range(5):
+        scaler.update_scale(True)
+    assert scaler.cur_scale == MIN_LOSS_SCALE
 
 
 @pytest.mark.parametrize("what", ["predict", "features"])

@@ -202,3 +202,12 @@ def test_a_late_answer_costs_nothing_beside_the_step(tmp_path: Path) -> None:
         f"\nms of a step: asked behind it {behind:.1f}, late {behind_late:.1f}; beside {beside:.1f}, {beside_late:.1f}"
     )
     assert beside_late - beside < (behind_late - behind) / 2 and behind_late - behind > 1000 * LATE_S / 2
+
+
+def test_a_step_that_is_not_finite_is_a_fault_at_the_least_loss_scale(tmp_path: Path) -> None:
+    """In fp16 a finite loss with infinite gradients lowers the scale, as long as that is possible."""
+    own, state = journal.Journal(tmp_path, tiny_config(tmp_path, tmp_path)), TrainState()
+    batch: Any = SimpleNamespace(index=torch.arange(3))
+    for searches, in_a_row in ((True, 0), (False, 1), (False, 2), (True, 0), (False, 1)):
+        own._note_skipped(state, batch, StepResult(torch.ones(3), 0.0, applied=False, searches_scale=searches))
+        assert state.skipped_in_a_row == in_a_row

@@ -179,8 +179,9 @@ def tensors() -> list[torch.Tensor]:
 
 
 def elements_of(config: Config) -> int:
-    """A bucket's, of several ranks and a model whose parameters are all smaller."""
-    return config.engine.bucket_elements(2, 0)
+    """A bucket's, of several ranks and of the model in its whole width."""
+    whole = ModelConfig(name=f"{config.model.name}/{config.model.patch_size}")
+    return config.engine.bucket_elements(2, 0, plain_parameters(whole, NUM_CLASSES))
 
 
 def scale_buckets(share: float) -> None:
@@ -397,7 +398,7 @@ def test_a_wide_start_takes_what_training_takes(
     measured = run_ranks(bytes_of_a_start, world_size, config, from_scratch)
     first, most, seconds = (max(values) for values in zip(*measured))
     layout = layout_of(config, world_size, stage, 1, recompute=False)
-    held = memory(config, SQUARES, layout, bucket=int(1e-3 * BUCKET_ELEMENTS))
+    held = memory(config, SQUARES, layout, bucket=int(1e-3 * elements_of(config)))
     parameters = plain_parameters(config.model, SQUARES)
     told = f"{first / parameters:.1f}, {most / parameters:.1f} bytes per parameter, {seconds:.1f} s of processor time"
     print(f"{world_size} ranks, ZeRO {stage}, {from_scratch=}, {parameters:,} parameters: {told}")
@@ -422,7 +423,7 @@ def test_activations_make_the_peak(recompute: bool) -> None:
     config, share = recomputing_config(recompute), 1e-3
     (measured,) = run_ranks(measured_peak, 1, config, share, NUM_CLASSES, timeout_s=800)
     layout = layout_of(config, 1, 1, 256, recompute)
-    buckets = {"bucket": int(share * BUCKET_ELEMENTS), "prefetch": int(share * PREFETCH_ELEMENTS)}
+    buckets = {"bucket": int(share * elements_of(config)), "prefetch": int(share * PREFETCH_ELEMENTS)}
     found = memory(config, NUM_CLASSES, layout, **buckets)
     print(recompute, found.peak / measured, found)
     close(found.peak, measured)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,26 @@ from ranks import run_forked
 from torch import nn
 
 from pretrain.checkpoint.layout import Slice
-from pretrain.checkpoint.write import save_checkpoint
+from pretrain.checkpoint.write import Save
 from pretrain.config import Config, ModelConfig, config_to_dict, config_to_yaml
 from pretrain.models.build import build_model
 from pretrain.models.equivalent import own_tensors
 from pretrain.models.tensors import LazyTensor, Weights
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    weights: list[Slice],
+    optimizer: list[Slice],
+    generators: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    average: Sequence[Slice] = (),
+) -> bool:
+    """A save that is waited for; whether it was published. Called by all ranks."""
+    return Save(folder, step, weights, optimizer, generators, state, average).finish()
 
 
 def tiny_model(**changes: Any) -> ModelConfig:

@@ -233,7 +233,7 @@ def _conditions(row: dict[str, Any]) -> str:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    caption = "medians; MFU of the data sheet's dense bf16 peak; interval: least and greatest of the rounds"
+    caption = "medians; MFU of the data sheet's dense bf16 peak; interval: 94 %, of the rounds"
     cli.print_table("training step", _HEADER, map(cells, rows), text_columns=(0, 1), caption=caption)
 
 

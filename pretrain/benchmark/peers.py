@@ -4,6 +4,7 @@ What the machine does meanwhile, and its heat, meets all of them alike; what one
 """
 
 import json
+import math
 import statistics
 import subprocess
 import tempfile
@@ -203,11 +204,22 @@ def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """Returns our rate divided by theirs: the median of the rounds, and the least and the greatest of them.
+    """Returns our rate divided by theirs: the median of the rounds, and its interval.
 
-    Of five independent rounds the two enclose the true median with a probability of 94 %. Rounds of one process are
-    not: where its memory lies is a matter of luck, and all of them share it.
+    That is from the least round to the greatest, which of five independent ones enclose the true median with a
+    probability of 94 %; of more rounds as many are left out on both sides as that probability allows. Rounds of one
+    process are not independent: where its memory lies is a matter of luck, and all of them share it.
     """
-    ratios = [their_ms / our_ms for our_ms, their_ms in zip(ours["rounds_ms"], theirs["rounds_ms"], strict=True)]
-    values = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    pairs = zip(ours["rounds_ms"], theirs["rounds_ms"], strict=True)
+    ratios = sorted(their_ms / our_ms for our_ms, their_ms in pairs)
+    out = _rounds_left_out(len(ratios))
+    values = {"median": statistics.median(ratios), "low": ratios[out], "high": ratios[-1 - out]}
     return {name: round(value, 4) for name, value in values.items()}
+
+
+def _rounds_left_out(rounds: int) -> int:
+    """The most on each side, so that the true median lies beyond the rest with a probability of at most 2 / 2^5."""
+    out, beyond = 0, 1
+    while 2 * (beyond := beyond + math.comb(rounds, out + 1)) <= 2 / 2**5 * 2**rounds:
+        out += 1
+    return out

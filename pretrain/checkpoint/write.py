@@ -20,27 +20,11 @@ _SLOW_S = 3600.0  # a save that lasts longer is taken for one that hangs
 _LOOK_EVERY_S = 0.05
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    weights: list[Slice],
-    optimizer: list[Slice],
-    generators: Mapping[str, torch.Tensor],
-    state: dict[str, Any],
-    average: Sequence[Slice] = (),
-) -> bool:
-    """Writes `folder`/step-N with what every rank owns, and publishes it when all ranks succeeded. Called by all ranks.
-
-    Returns whether it was published. On failure (a full disk) the temporary folder is removed, rank 0 warns, and no
-    earlier checkpoint is touched.
-    """
-    return Save(folder, step, weights, optimizer, generators, state, average).finish()
-
-
 class Save:
-    """One save, as `save_checkpoint` makes it, in two parts: every rank writes; when all have, rank 0 publishes.
+    """`folder`/step-N with what every rank owns, in two parts: every rank writes; when all have, rank 0 publishes it.
 
-    Made and used by all ranks, `done` excepted. With `copies` nothing but copying holds up the caller, who may go on
+    On failure (a full disk) the temporary folder is removed, rank 0 warns, and no earlier checkpoint is touched. Made
+    and used by all ranks, `done` excepted. With `copies` nothing but copying holds up the caller, who may go on
     and change the tensors: each part is done behind it, and waits, `done` on this rank, for `advance`. At most one save
     of a folder may be under way. `before_published` and `when_published` are called on rank 0, before and after the
     rename, in the second part.
@@ -106,7 +90,8 @@ class Save:
     def finish(self) -> bool:
         """Waits for all that is left to do; returns whether it was published.
 
-        Ranks wait for each other with signs of life: a disk may be slow. Beyond an hour the watchdog judges.
+        Ranks wait for each other with signs of life: a disk may be slow. Beyond an hour the watchdog judges. Without
+        `copies` this rank has written already, and the others wait for it no longer than engine.timeout_s.
         """
         until = time.monotonic() + _SLOW_S
         while self.published is None:

@@ -4,6 +4,7 @@ Files come with runs of other people: their size, nesting and references have li
 omegaconf stays in this file and in the defaults of model.py and sections.py.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -101,13 +102,22 @@ def _merge(merged: Any, values: Any, source: str) -> Any:
         _check_values(plain, source)  # whoever wrote it: file, override, somebody's checkpoint
         if wrong := "; ".join(_wrong_shapes(plain, _schema())):
             raise ConfigError(f"{source}: {wrong}")
-        merged = OmegaConf.merge(merged, OmegaConf.create(values))
+        merged = OmegaConf.merge(merged, OmegaConf.create(_at_home(plain)))
         _check_references(OmegaConf.to_container(merged), source)
         return merged
     except ConfigError:
         raise
     except _REFUSED as error:
         raise ConfigError(f"{source}: {_first_line(error)}") from None
+
+
+def _at_home(values: Any) -> Any:
+    """Returns the values with the user's home in place of a leading ~, which a shell leaves alone behind a `key=`."""
+    if isinstance(values, dict):
+        return {key: _at_home(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_at_home(value) for value in values]
+    return os.path.expanduser(values) if isinstance(values, str) and values.startswith("~/") else values
 
 
 def _wrong_shapes(values: Any, schema: dict[str, Any], prefix: str = "") -> Iterator[str]:

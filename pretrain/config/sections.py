@@ -208,13 +208,14 @@ class EngineConfig:
         """Returns whether gradients are summed over ranks beside the backward pass: one rank has nothing to sum."""
         return self.overlap_reduction and num_ranks > 1
 
-    def bucket_elements(self, num_ranks: int, largest_parameter: int) -> int:
-        """Returns of how many elements a bucket of gradients is.
+    def bucket_elements(self, num_ranks: int, largest_parameter: int, num_parameters: int) -> int:
+        """Returns of how many elements a bucket of gradients is, all of which DeepSpeed allocates.
 
         Beside the backward pass of no fewer than the largest parameter has: DeepSpeed would read that one's gradient on
         another stream without telling the allocator, which could give its memory away meanwhile.
         """
-        return max(OVERLAPPED_BUCKET_ELEMENTS, largest_parameter) if self.overlaps(num_ranks) else BUCKET_ELEMENTS
+        beside = max(OVERLAPPED_BUCKET_ELEMENTS, largest_parameter)
+        return min(beside if self.overlaps(num_ranks) else BUCKET_ELEMENTS, num_parameters)
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
@@ -361,7 +362,7 @@ class Config:
             )
         if self.init_new_head and self.init_from is None:
             problems.append("init_new_head needs init_from, which is null")
-        if self.engine.fp8:
+        if self.engine.fp8 and not problems:  # which may be a model's name that is none
             problems += _fp8_problems(self.model)
         if problems:
             raise ConfigError("; ".join(problems))

@@ -8,20 +8,20 @@ import torch
 
 
 class ForwardClock:
-    """Passes the seconds of each forward pass to `note`, on a GPU some steps later."""
+    """Around each forward pass: passes its seconds to `note`, on a GPU some steps later."""
 
     def __init__(self, note: Callable[[float], None], device: torch.device) -> None:
         self._note, self._gpu, self._began = note, device.type == "cuda", 0.0
         self._pending: list[tuple[Any, Any]] = []  # events of passes that the device may not have finished
 
-    def begin(self) -> None:
+    def __enter__(self) -> None:
         if self._gpu:
             self._pending.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
             self._pending[-1][0].record()
         else:
             self._began = time.perf_counter()
 
-    def end(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._gpu:
             return self._note(time.perf_counter() - self._began)
         self._pending[-1][1].record()

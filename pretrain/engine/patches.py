@@ -35,6 +35,10 @@ def before_start() -> None:
 def after_start(timeout_s: int, zero: Any) -> None:
     """What DeepSpeed, and its ZeRO optimizer, have to be given once they have started."""
     _set_group_timeouts(timeout_s)
+    # At the least loss scale it would end the process; here the step is skipped, and the journal counts such steps.
+    scaler: Any = getattr(zero, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
     if step_is_known():
         _lighten_step(zero)
         _overlap_without_waiting(zero)
@@ -85,7 +89,7 @@ def _lighten_step(zero: Any) -> None:
         zero.should_refresh_expected_hook_count = lambda: False
         if dist.get_world_size(zero.dp_process_group) == 1 and not _adds_up_while_reducing(zero):
             # The mean over one rank, for which every gradient is copied twice, through a bucket that each backward pass
-            # allocates: 500 million elements, 1 GB in bf16.
+            # allocates: of as many elements as the model has, up to 500 million.
             zero.reduce_ready_partitions_and_remove_grads = lambda param, i: None
             zero.reduce_bucket_size = 1
     elif type(zero) is DeepSpeedZeroOptimizer_Stage3:

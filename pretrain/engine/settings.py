@@ -12,14 +12,17 @@ from pretrain.data.order import BatchPlan
 from pretrain.engine.fp8 import check_fp8
 from pretrain.errors import UserError
 
+MIN_LOSS_SCALE = 1  # of fp16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def deepspeed_config(config: Config, plan: BatchPlan, world_size: int, largest_parameter: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, plan: BatchPlan, world_size: int, largest_parameter: int, num_parameters: int
+) -> dict[str, Any]:
     """Returns DeepSpeed's configuration, derived from ours; every key that we rely on is written out.
 
     Defaults are no help: unknown keys are ignored silently, and clipping is 1.0 when it is not named.
-    largest_parameter: its elements.
+    largest_parameter: its elements; num_parameters: all of them.
     """
     precision = config.engine.precision
     return {
@@ -34,7 +37,7 @@ def deepspeed_config(config: Config, plan: BatchPlan, world_size: int, largest_p
             "initial_scale_power": 16,
             "loss_scale_window": 1000,
             "hysteresis": 2,
-            "min_loss_scale": 1,
+            "min_loss_scale": MIN_LOSS_SCALE,
         },
         # Several bf16 micro-batches are added up in float32: bf16 would lose the small ones.
         "data_types": {"grad_accum_dtype": "fp32" if plan.accumulation > 1 and precision == "bf16" else None},
@@ -43,7 +46,7 @@ def deepspeed_config(config: Config, plan: BatchPlan, world_size: int, largest_p
         "zero_optimization": {
             "stage": config.engine.zero_stage,
             "overlap_comm": config.engine.overlaps(world_size),  # by default on under ZeRO 3
-            "reduce_bucket_size": config.engine.bucket_elements(world_size, largest_parameter),
+            "reduce_bucket_size": config.engine.bucket_elements(world_size, largest_parameter, num_parameters),
             "round_robin_gradients": False,  # makes the map of owned slices wrong
             "reduce_scatter": True,
             "contiguous_gradients": True,

@@ -22,6 +22,7 @@ from pretrain.data.order import BatchPlan
 from pretrain.engine.ahead import CopyAhead
 from pretrain.engine.clock import ForwardClock
 from pretrain.engine.compiling import compiles, keep_compiled
+from pretrain.engine.device_memory import LAYERS, fitting, never_fits, no_longer_fits
 from pretrain.engine.filling import fill
 from pretrain.engine.fp8 import train_in_fp8
 from pretrain.engine.frozen import FrozenStatistics
@@ -29,18 +30,18 @@ from pretrain.engine.host_memory import keep_freed_memory
 from pretrain.engine.kernels import choose_kernels
 from pretrain.engine.layers import MAX_IMAGES, LargestLogits, LayerNorms
 from pretrain.engine.patches import after_start, before_start
-from pretrain.engine.settings import DTYPES, check_precision, deepspeed_config, told_of_overlap
+from pretrain.engine.settings import DTYPES, MIN_LOSS_SCALE, check_precision, deepspeed_config, told_of_overlap
 from pretrain.engine.slices import OwnedSlices
 from pretrain.engine.versions import reading_inside, step_is_known
-from pretrain.errors import DeviceMemoryError, UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.losses import num_correct, per_image_loss
 from pretrain.models.build import Values, compile_blocks, held_values
 from pretrain.models.profile import num_parameters
 from pretrain.models.rates import rate_scales
+from pretrain.models.vit import VisionTransformer
 from pretrain.models.weights import classifier_names
 from pretrain.optim import PIECE_ELEMENTS, build_optimizer, moment_dtypes, set_rate
 
-_LAYERS = "log.layers_every_steps"
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's fp16 loss scaler
 
 
@@ -50,6 +51,7 @@ class StepResult(NamedTuple):
     sums: torch.Tensor  # float64 [3]: loss, correct answers, valid images, added up over this rank's share
     grad_norm: Any  # global, before clipping; a number or a tensor; meaningless when not applied
     applied: bool  # False: not finite somewhere, so skipped on all ranks
+    searches_scale: bool = False  # fp16: with a loss scale that could still be lowered
 
 
 class Engine:
@@ -65,6 +67,7 @@ class Engine:
         self.told_of_kernels = choose_kernels(config, device)
         self.plan, self.device, self.ahead = plan, device, CopyAhead(device)
         self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # around the parts of a step, for a trace
+        self._forward_clock: AbstractContextManager[Any] = nullcontext()
         self._fits = False  # a micro-batch, into the GPU's memory
         self.dtype = DTYPES[config.engine.precision]
         self._loss, self._label_smoothing = config.loss, config.label_smoothing
@@ -86,7 +89,7 @@ class Engine:
         scales = rate_scales(model, decay) if decay < 1 else None
         optimizer = build_optimizer(config.optim, model, classifier_names(model), scales)
         largest = max(parameter.numel() for parameter in model.parameters())
-        self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size(), largest)
+        self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size(), largest, self.num_parameters)
         self.told_of_overlap = told_of_overlap(config, plan, ranks.world_size())
         before_start()
         values = values or held_values(model)
@@ -147,20 +150,14 @@ class Engine:
         """Takes one optimizer step on this rank's share of a global batch, micro-batch by micro-batch.
 
         Raises DeviceMemoryError, on this rank alone, when the GPU's memory does not hold a micro-batch. Where it has
-        held one before, it is not the size, and another try may go well.
+        held one before, it is not the size, and another try may go well: exit code 75.
         """
         try:
             result = self._train_step(batch, lr)
             self._fits = True
             return result
         except torch.OutOfMemoryError as error:
-            if self._fits:
-                raise
-            size, ways = self.plan.micro_batch, "engine.checkpoint_activations=true, engine.zero_stage=2 or 3"
-            raise DeviceMemoryError(
-                f"engine.max_micro_batch_size: {size} images at a time are too many for this GPU "
-                f"({first_sentence(error)}); try {max(1, size // 2)}, or {ways}; tools/plan.py says what fits"
-            ) from error
+            raise no_longer_fits(error) if self._fits else never_fits(self.plan.micro_batch, error) from error
 
     def _train_step(self, batch: Batch, lr: float) -> StepResult:
         set_rate(self._optimizer, lr)
@@ -168,9 +165,12 @@ class Engine:
             self._engine.train()
             self._frozen.freeze()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        searches_scale = (self.loss_scale or 0) > MIN_LOSS_SCALE
         for micro in batch.split(self.plan.micro_batch):
             with self.mark("forward"):
-                logits = self._engine(to_float(micro.images, self.dtype, self._normalisation))
+                images = to_float(micro.images, self.dtype, self._normalisation)
+                with self._forward_clock:
+                    logits = self._engine(images)
                 target = micro.labels, micro.label_weights
                 losses = per_image_loss(logits, *target, self._loss, self._label_smoothing)
                 loss = torch.where(micro.valid, losses, 0.0).sum()
@@ -183,7 +183,7 @@ class Engine:
         applied = self._engine.was_step_applied()
         if applied:
             self._update_averages()
-        return StepResult(sums, self._engine.get_global_grad_norm(), applied)
+        return StepResult(sums, self._engine.get_global_grad_norm(), applied, searches_scale)
 
     @torch.no_grad()
     def _update_averages(self) -> None:
@@ -218,7 +218,7 @@ class Engine:
 
         Raises DeviceMemoryError, on this rank alone, when the GPU's memory does not hold them; so does `features`.
         """
-        with _fitting("evaluation.batch_size", len(images)):
+        with fitting("evaluation.batch_size", len(images)):
             return self._logits(images)
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
@@ -234,7 +234,7 @@ class Engine:
         inputs: list[torch.Tensor] = []
         note = _head_of(self._module).register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(1)))
         # Compiled code does not look for a hook.
-        with torch.compiler.set_stance("force_eager"), _fitting("evaluation.batch_size", len(images)):
+        with torch.compiler.set_stance("force_eager"), fitting("evaluation.batch_size", len(images)):
             self._logits(images)
         note.remove()
         (found,) = inputs
@@ -251,16 +251,14 @@ class Engine:
         most = min(MAX_IMAGES, self.plan.micro_batch, int(batch.valid.sum()))
         images = batch.images[batch.valid][:most] if most else batch.images[:1]  # each rank takes part
         # Compiled code does not look for it.
-        with torch.compiler.set_stance("force_eager"), LargestLogits() as largest, _fitting(_LAYERS, len(images)):
+        with torch.compiler.set_stance("force_eager"), LargestLogits() as largest, fitting(LAYERS, len(images)):
             self._logits(images.to(self.device))
         of_ranks = agreement.gather(torch.stack(largest.found).tolist() if largest.found else [])
         return numbers | {f"layers/attention.{n}/max_logit": max(logits) for n, logits in enumerate(zip(*of_ranks))}
 
     def on_forward(self, note: Callable[[float], None]) -> None:
         """Has each forward pass of the training tell its seconds, on a GPU those of an earlier pass."""
-        clock = ForwardClock(note, self.device)
-        self._module.register_forward_pre_hook(lambda module, _: clock.begin() if module.training else None)
-        self._module.register_forward_hook(lambda module, *_: clock.end() if module.training else None)
+        self._forward_clock = ForwardClock(note, self.device)
 
     @property
     def loss_scale(self) -> float | None:
@@ -352,24 +350,6 @@ class Engine:
         reader.read_into(*parts, kind=kind)
 
 
-@contextmanager
-def _fitting(key: str, num_images: int) -> Iterator[None]:
-    """Names the key that decides how many images are looked at, where they are too many."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        less = f"try {num_images // 2}" if key != _LAYERS and num_images > 1 else "0 switches it off"
-        raise DeviceMemoryError(
-            f"{key}: {num_images} images at a time, without gradients, are too many for this GPU "
-            f"({first_sentence(error)}); {less}"
-        ) from error
-
-
-def first_sentence(error: torch.OutOfMemoryError) -> str:
-    """Returns what an error begins with; advice and the state of the allocator follow."""
-    return str(error).partition(". ")[0]
-
-
 def _head_of(model: nn.Module) -> nn.Module:
     """The module that turns features into logits."""
     return model.get_submodule(min(classifier_names(model)).rpartition(".")[0])
@@ -384,7 +364,13 @@ def _poison_unless_finite(loss: torch.Tensor) -> torch.Tensor:
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
-    if hasattr(model, "set_grad_checkpointing"):  # timm
+    if isinstance(model, VisionTransformer):
+        model.checkpoint_activations = True
+        return
+    try:
         model.set_grad_checkpointing()  # type: ignore[operator]
-    else:
-        model.checkpoint_activations = True  # type: ignore[assignment]
+    except (AssertionError, AttributeError):  # timm's answer where it has none
+        raise ConfigError(
+            "engine.checkpoint_activations: timm does not recompute this model's activations; set it to false, and "
+            "engine.max_micro_batch_size lower if memory is short"
+        ) from None

@@ -93,8 +93,15 @@ def _build_timm(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
         hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
         raise ConfigError(f"model.name: timm has no model {config.timm_name!r}{hint}")
     options = timm_options(config)
-    torch.manual_seed(seed)
-    return timm.create_model(config.timm_name, num_classes=num_classes, **options)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPUs too, whose state stays
+    try:
+        return timm.create_model(config.timm_name, num_classes=num_classes, **options)
+    except TypeError as error:  # of those that some constructors do not take
+        wrong = next((key for key in ("drop_path", "drop") if f"'{key}_rate'" in str(error)), None)
+        if wrong is None:
+            raise
+        key = {"drop_path": "drop_path", "drop": "dropout"}[wrong]
+        raise ConfigError(f"model.{key}: timm's {config.timm_name} has none; leave it at 0") from None
 
 
 def timm_options(config: ModelConfig) -> dict[str, Any]:
@@ -132,10 +139,16 @@ def compile_blocks(model: nn.Module, *, tuned: bool = False) -> None:
     Each size of a batch has its own code; there are two, training's and evaluation's, which are filled up. Else the
     second one would be compiled for any size, and a run that resumes by a validation would train by other kernels.
 
+    Blocks of timm's draw their stochastic depth inside, and stages differ: each may be a graph of its own, twice.
+
     tuned: by the fastest of several kernels, which the compiler times. Without its CUDA graphs: each block would need
     one of its own, and in the memory of a graph its gradients would be overwritten while DeepSpeed still holds them.
     """
     mode = "max-autotune-no-cudagraphs" if tuned else None
     blocks = getattr(model, "blocks", None)
-    for module in blocks if isinstance(blocks, nn.Sequential) else [model]:
+    parts = list(blocks) if isinstance(blocks, nn.Sequential) else [model]
+    if not isinstance(model, VisionTransformer):
+        limit = 2 * len(parts) + 2  # beyond the limit the compiler leaves blocks as they are, without a word
+        torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+    for module in parts:
         module.compile(dynamic=False, mode=mode)

@@ -108,8 +108,9 @@ def memory(
     model = config.model
     images = 2 * layout.micro_batch * layout.accumulation * 3 * model.image_size**2  # uint8, two steps' whole shares
     matrix = largest_parameter(config, num_classes)
-    bucket = bucket or config.engine.bucket_elements(layout.num_ranks, matrix)
-    return _memory(config, plain_parameters(model, num_classes), layout, bucket, activations, images, matrix, prefetch)
+    num_parameters = plain_parameters(model, num_classes)
+    bucket = bucket or config.engine.bucket_elements(layout.num_ranks, matrix, num_parameters)
+    return _memory(config, num_parameters, layout, bucket, activations, images, matrix, prefetch)
 
 
 def largest_parameter(config: Config, num_classes: int) -> int:
@@ -221,7 +222,9 @@ def _phases(
         end = held + reduced + left + pending + sums
         return held + before + saved + start, end, own if in_float32 else item * shared + (2 * item + 4) * part
     gathered = item * min(p, _LIVE_ELEMENTS) if layout.num_ranks > 1 else 0
-    ahead = item * min(p, 2 * prefetch) if layout.num_ranks > 1 else 0  # joined pieces that are not cut up yet
+    # Joined pieces that are not cut up yet: two, but of a model of two pieces or less the second comes alone.
+    joined_ahead = min(2 * prefetch, max(p - prefetch, min(p, prefetch)))
+    ahead = item * joined_ahead if layout.num_ranks > 1 else 0
     kept = 4 if in_float32 else item
     copies = sent * filled + (kept * filled // layout.num_ranks if kept != sent else 0)  # joined; the own part
     end = copies + left + pending + gathered * (p - filled) // p

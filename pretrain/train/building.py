@@ -7,8 +7,9 @@ from pretrain.config import Config
 from pretrain.data.classes import match_classes
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import plan_batch
+from pretrain.engine.device_memory import first_sentence
 from pretrain.engine.frozen import statistics_of
-from pretrain.engine.step import Engine, first_sentence
+from pretrain.engine.step import Engine
 from pretrain.engine.versions import untried
 from pretrain.errors import ConfigError, DeviceMemoryError
 from pretrain.log import say

@@ -125,9 +125,9 @@ class Journal:
     def _note_skipped(self, state: TrainState, batch: Batch, result: StepResult) -> None:
         loss = agreement.add_up(result.sums)[0].item()
         state.skipped_steps += 1
-        # In fp16 a finite loss with infinite gradients is the search for the loss scale, not a fault.
-        searching_scale = self._config.engine.precision == "fp16" and np.isfinite(loss)
-        state.skipped_in_a_row = 0 if searching_scale else state.skipped_in_a_row + 1
+        # In fp16 a finite loss with infinite gradients is the search for the loss scale, down to the least.
+        searches = result.searches_scale and np.isfinite(loss)
+        state.skipped_in_a_row = 0 if searches else state.skipped_in_a_row + 1
         indices = [index for of_rank in agreement.to_main(batch.index.tolist()) for index in of_rank if index >= 0]
         if ranks.is_main():
             self._skipped.append({"step": state.step, "loss": str(loss), "indices": indices})

@@ -1,0 +1,47 @@
+"""What is said when a GPU's memory does not hold what it is given."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pretrain.errors import DeviceMemoryError, StorageError
+
+LAYERS = "log.layers_every_steps"
+
+
+def never_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemoryError:
+    """Returns the error of a training step that is too large."""
+    ways = "engine.checkpoint_activations=true, engine.zero_stage=2 or 3"
+    return DeviceMemoryError(
+        f"engine.max_micro_batch_size: {num_images} images at a time are too many for this GPU "
+        f"({first_sentence(error)}); try {max(1, num_images // 2)}, or {ways}; tools/plan.py says what fits"
+    )
+
+
+def no_longer_fits(error: torch.OutOfMemoryError) -> DeviceMemoryError:
+    """Returns the error of a training step that did fit before: it may do so again."""
+    lack = DeviceMemoryError(
+        f"this GPU's memory does not hold a step, as it did before ({first_sentence(error)}); another process may have "
+        "it now: start again"
+    )
+    lack.exit_code = StorageError.exit_code
+    return lack
+
+
+@contextmanager
+def fitting(key: str, num_images: int) -> Iterator[None]:
+    """Names the key that decides how many images are looked at, where they are too many."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        less = f"try {num_images // 2}" if key != LAYERS and num_images > 1 else "0 switches it off"
+        raise DeviceMemoryError(
+            f"{key}: {num_images} images at a time, without gradients, are too many for this GPU "
+            f"({first_sentence(error)}); {less}"
+        ) from error
+
+
+def first_sentence(error: torch.OutOfMemoryError) -> str:
+    """Returns what an error begins with; advice and the state of the allocator follow."""
+    return str(error).partition(". ")[0]
