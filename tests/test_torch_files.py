@@ -18,7 +18,7 @@ from weights_on_disk import in_memory, one_line, randomised, tiny_model
 
 from pretrain.errors import UserError
 from pretrain.finetune.sweep import read_start
-from pretrain.models import load_model
+from pretrain.models import load_model, torch_files
 from pretrain.models.build import build_model
 from pretrain.models.timm_folder import write_own_folder
 from pretrain.models.weights import model_of, read_weights, weights_sha256
@@ -275,3 +275,39 @@ def test_a_value_that_is_not_finite_is_told(tmp_path: Path) -> None:
     torch.save({"arch": "test_vit", "state_dict": state}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth: norm.bias holds values that are not finite"):
         load_model(tmp_path / "w.pth")
+
+
+class _Calls:
+    """Unpickling this calls a function."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.called = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.called
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("made", [bytearray, torch.Tensor, torch.FloatTensor, torch.UntypedStorage])
+def test_a_small_file_takes_no_memory_of_its_choosing(made: Any, zipped: bool, tmp_path: Path) -> None:
+    """weights_only calls these with any number: 392 bytes made a bytearray of 100 GB."""
+    values = {"arch": "test_vit", "state_dict": model().state_dict(), "args": _Calls(made, 1000)}
+    torch.save(values, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="w.pth: its pickle makes a .*which can take any memory") as caught:
+        read_weights(tmp_path / "w.pth")
+    one_line(caught.value)
+
+
+def test_a_pickle_of_too_many_opcodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a byte makes a set of 216."""
+    monkeypatch.setattr(torch_files, "MAX_OPCODES", 1000)
+    torch.save({"arch": "test_vit", "state_dict": model().state_dict(), "more": [[]] * 1000}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth: its pickle has more than 1,000 opcodes"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_a_file_from_before_zip_is_read(tmp_path: Path) -> None:
+    """PyTorch's format up to 1.5, in which DeiT's and others' files of 2020 are."""
+    values = {"arch": "test_vit", "state_dict": model().state_dict()}
+    torch.save(values, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert_is(tmp_path / "w.pth", model())
