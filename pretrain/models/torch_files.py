@@ -113,18 +113,19 @@ def _check_pickles(path: Path) -> None:
                 if number >= MAX_OPCODES:
                     raise UserError(f"{path}: its pickle has more than {MAX_OPCODES:,} opcodes, which no model's has")
                 if opcode.name == "GLOBAL" and str(argument).endswith(_ALLOCATING):
+                    made = str(argument).replace(" ", ".")[:100]
                     raise UserError(
-                        f"{path}: its pickle makes a {str(argument).replace(' ', '.')[:100]}, which can take any memory: "
-                        "save its tensors alone, with torch.save(model.state_dict(), ...) or as safetensors"
+                        f"{path}: its pickle makes a {made}, which can take any memory: save its tensors alone, "
+                        "with torch.save(model.state_dict(), ...) or as safetensors"
                     )
+        except UserError:
+            raise
         except ValueError as error:
-            if isinstance(error, UserError):
-                raise
             raise pickle.UnpicklingError(str(error)) from None
 
 
 def _pickles(path: Path) -> Iterator[IO[bytes]]:
-    """Yields the pickles of a file at their beginnings, found as torch.load finds them; each is read before the next."""
+    """Yields a file's pickles, found as torch.load finds them; one is read before the next is asked for."""
     with path.open("rb") as file:
         if file.read(4) == b"PK\3\4":
             yield io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
