@@ -95,6 +95,26 @@ def test_arguments_may_name_size_and_pooling(tmp_path: Path) -> None:
     assert_is(tmp_path / "last.pth", other, 96)
 
 
+@pytest.mark.parametrize("size", [96, (3, 96, 96)])
+def test_the_size_of_the_images_stands_in_for_the_models(size: Any, tmp_path: Path) -> None:
+    """DeiT's --input-size is one number and builds the model; timm's has three."""
+    other = randomised(timm.create_model("test_vit", num_classes=3, img_size=96))
+    arguments = {"model": "test_vit", "input_size": size, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    torch.save({"model": other.state_dict(), "args": argparse.Namespace(**arguments)}, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth").model.image_size == 96
+    assert_is(tmp_path / "w.pth", other, 96)
+
+
+def test_arguments_of_another_script_say_nothing_of_the_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchvision's calls a model resnet18, too, but has no mean and no crop: timm's are taken, which is told."""
+    values = {"model": model().state_dict(), "args": argparse.Namespace(model="test_vit", lr=0.1)}
+    torch.save(values, tmp_path / "w.pth")
+    assert_is(tmp_path / "w.pth", model())
+    assert "w.pth: does not tell how its images were seen" in capsys.readouterr().err
+
+
 def test_a_convolutional_network_has_no_size_of_its_own(tmp_path: Path) -> None:
     """--img-size is then of its images alone."""
     other = randomised(timm.create_model("test_convnext3", num_classes=3))
