@@ -26,7 +26,7 @@ from pretrain.config import DataConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.errors import DeviceMemoryError, UserError
+from pretrain.errors import DeviceMemoryError, StorageError, UserError
 from pretrain.evaluation import evaluators, subject
 from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
@@ -190,6 +190,29 @@ def test_rows_of_an_earlier_call_stay(
     assert len(table_of(tmp_path / "one")) == 13 and table_of(tmp_path / "several") == table_of(tmp_path / "one")
     several, one = (record_of(tmp_path / name) for name in ("several", "one"))
     assert {**several, "rows": None} == {**one, "rows": None} and len(one["probe"]["c"]) == 2
+
+
+def test_a_job_that_ends_the_command_takes_no_earlier_rows_with_it(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each job's rows are written when it is done: storage, memory or a time limit may end the next."""
+
+    def unreachable(*_: Any) -> Any:
+        raise StorageError("the mount is gone")
+
+    train, test, run, _ = places
+    (tmp_path / "a").symlink_to(train.parent)
+    options = ["--workers", 0, "--out", tmp_path, "--val", test, "--data", tmp_path, "--tasks", "knn:a,probe:a"]
+    monkeypatch.setitem(evaluators.EVALUATORS, "probe", evaluators.EVALUATORS["probe"]._replace(score=unreachable))
+    with pytest.raises(StorageError, match="the mount is gone"):
+        evaluate(run, *options)
+    assert len(table_of(tmp_path)) == 5 and "probe:a/train" not in record_of(tmp_path)["data"]
+    monkeypatch.undo()
+    evaluate(run, *options)
+    assert len(table_of(tmp_path)) > 5 and "probe:a/train" in record_of(tmp_path)["data"]
 
 
 def test_wrong_predictions_tell_of_what_they_are(
