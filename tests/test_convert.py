@@ -44,7 +44,7 @@ from pretrain.models.publish import publish_folder
 from pretrain.models.tensors import LazyTensor, Weights
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
-from pretrain.models.verify import Source, our_outputs
+from pretrain.models.verify import Source, _run, our_outputs
 from pretrain.models.weights import read_weights, weights_sha256
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
@@ -238,6 +238,26 @@ def test_what_the_target_computes_differently_is_not_published(
     assert convert.call(tmp_path / "source", tmp_path / "out", "--to", "timm") == 1
     assert "out: not written: more than 1e-05 of the largest" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_caches_beside_the_current_folder_are_found_by_the_verification(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes run in another folder, where a relative PRETRAIN_CACHE or HF_HOME named nothing."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRETRAIN_CACHE", "cache")
+    monkeypatch.setenv("HF_HOME", "../hub")
+    monkeypatch.setenv("HF_HUB_CACHE", "~/hub")
+    program = """
+import json, os, torch
+imports, outputs = peak(), {"nothing": torch.zeros(1)}
+json.dump(dict(os.environ), open("seen.json", "w"))
+"""
+    _run("theirs", program, "", tmp_path / "work")
+    seen = json.loads((tmp_path / "work" / "seen.json").read_text())
+    assert seen["PRETRAIN_CACHE"] == str(tmp_path / "cache") and seen["HF_HOME"] == str(tmp_path.parent / "hub")
+    assert seen["HF_HUB_CACHE"] == "~/hub"  # the hub's library expands it
 
 
 def test_a_bias_that_no_logit_shows_is_compared_bit_for_bit(
