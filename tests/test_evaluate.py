@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -409,6 +410,17 @@ def test_real_needs_no_pass_of_its_own(
         rows[tasks], lines[tasks] = table_of(out), (out / "all.jsonl").read_text()
     assert rows["imagenet,real"] == rows["imagenet"] | rows["real"]
     assert lines["imagenet,real"] == lines["imagenet"] + lines["real"]
+
+
+def test_remembered_batches_keep_no_shared_memory() -> None:
+    """Each of its tensors is an open file: 200 batches of a loader process met the limit of 1024."""
+    columns = [torch.full((4, 1), number).share_memory_() for number in range(6)]
+    model: Any = SimpleNamespace(predict=lambda images: images + 10, _answers={})
+    predict, batches = subject.Subject._remembered(model, iter([Batch(*columns, bad=[])]), Path("real"))
+    for batch in batches:
+        predict(batch.images)
+    kept = model._answers[Path("real")][0]
+    assert not any(tensor.is_shared() for tensor in kept[:6]) and [t[0].item() for t in kept[:6]] == [10, 1, 2, 3, 4, 5]
 
 
 # --- an evaluator more -----------------------------------------------------------------------------------------------
