@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 from tiny import tiny_config
 from weights_on_disk import ROOT, load_tool, one_line, save_run, tiny_model
 
+from pretrain.cluster.jobs import STOPPED
 from pretrain.config import ModelConfig
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
@@ -394,9 +395,10 @@ def test_images_are_scored_by_as_many_as_fit(
     """The micro-batch of the training: the 256 of tools/evaluate.py, in float32, may be too many for the memory."""
     monkeypatch.setattr("pretrain.finetune.own_runs.fitting_micro_batch", lambda *_: 3)
     called: list[list[str]] = []
-    monkeypatch.setattr("pretrain.finetune.own_runs.start_job", lambda words, _: called.append(words))
+    # What stops it is told, not taken for a failure.
+    monkeypatch.setattr("pretrain.finetune.own_runs.run_job", lambda words, *_: called.append(words) or STOPPED)
     data = prepared(photos(tmp_path / "pets", {"cat": 5, "dog": 5}), tmp_path / "out")
-    score_images(plan(data, tmp_path / "out", lr_grid=(0.01,), overrides=overrides))
+    assert score_images(plan(data, tmp_path / "out", lr_grid=(0.01,), overrides=overrides)) == STOPPED
     (words,) = called
     assert words[words.index("--batch-size") + 1] == batch_size
 

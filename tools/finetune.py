@@ -145,9 +145,8 @@ def _on_own_data(arguments: argparse.Namespace) -> int:
     for line in (*told, *data.told, *in_words(sweep, data)):
         cli.tell(line)
     with timed(sweep) as seconds:
-        if code := run_sweeps([sweep], options):
+        if code := run_sweeps([sweep], options) or score_images(sweep):
             return code
-        score_images(sweep)
     found = accuracy(sweep, data, weights=_called(arguments.weights), seconds=seconds())
     write_accuracy(sweep, found)
     _show_own(found, options.out, write_page(options.out))
