@@ -31,8 +31,8 @@ MAX_ROWS = 40  # of the table of classes; the page shows the lowest of more
 def _arguments() -> argparse.Namespace:
     parser = cli.parser(
         "Fine-tunes weights by the paper's protocol: SGD, a learning rate chosen on images held out of train, then\n"
-        "all of train for each seed, and every test image scored once. Each run is a restartable pretraining run; the\n"
-        "same command again goes on, and what is done is not repeated. Writes results.json and results.md.\n"
+        "all of train for each seed. Only final runs are scored on the test images. Each is a restartable pretraining\n"
+        "run; the same command again goes on, and what is done is not repeated. Writes results.json and results.md.\n"
         "With --train, on own photos (photos/CLASS/NAME.jpg, or photos/train/CLASS/..., photos/test/CLASS/...) or\n"
         "shards: a fifth of each class is held out where there is no test; writes report.html too.",
         "python tools/finetune.py runs/NAME --train photos\n"

@@ -39,7 +39,7 @@ def results(sweep: Sweep) -> dict[str, Any] | None:
         "version": 1,
         "task": sweep.task.name,
         "metric": sweep.task.metric,
-        **_over_seeds(done),
+        **over_seeds(done),
         "seeds": [seed for seed, one in enumerate(found) if one is not None],
         "complete": len(done) == sweep.num_seeds,
         "lr": lr,
@@ -57,7 +57,8 @@ def results(sweep: Sweep) -> dict[str, Any] | None:
     }
 
 
-def _over_seeds(scores: Sequence[RunScore]) -> dict[str, Any]:
+def over_seeds(scores: Sequence[RunScore]) -> dict[str, Any]:
+    """Returns the part of a line that says what the seeds reached."""
     values = [one.top1 for one in scores]
     return {
         "mean": statistics.fmean(values),
@@ -101,7 +102,7 @@ def real_results(sweep: Sweep, imagenet: dict[str, Any]) -> dict[str, Any] | Non
     found = [one for one in scores if one is not None]
     if len(found) < len(scores):
         return None
-    line = {**imagenet, "task": "real", **_over_seeds(found), "selection": []}
+    line = {**imagenet, "task": "real", **over_seeds(found), "selection": []}
     if line["n"] != _NUM_REAL:
         told = f"{line['n']:,} instead of {_NUM_REAL:,} images with ReaL labels"
         line["differs"] = [*imagenet["differs"], told]
