@@ -57,6 +57,7 @@ _TOP_KEYS = {"architecture", "num_classes", "num_features", "global_pool", "mode
 _TOP_KEYS |= {"label_names", "label_descriptions", "labels"}
 _PIXELS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # of pretrained_cfg
 # Arguments of timm.create_model that name files and addresses: not a folder's to choose.
+_RATES = ("drop_rate", "drop_path_rate", "drop_block_rate")  # how those that act in training alone end: proj_drop_rate
 _NOT_ARCHITECTURE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
@@ -117,10 +118,11 @@ def read_foreign(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> 
         model = _as_ours(theirs, num_classes)
         usual = get_model_args(timm.create_model(name)) if model is None else {}
     if model is None:
-        special = {k: v for k, v in others.items() if k != "img_size" and usual.get(k) != v}
-        if special:
+        kept = {k: v for k, v in others.items() if k != "img_size" and not k.endswith(_RATES)}
+        if special := {k: v for k, v in kept.items() if usual.get(k) != v}:
             raise UserError(
-                f"{path}: {name} with {brief(special)} is no plain Vision Transformer; this cannot be loaded here"
+                f"{path}: model_args has {brief(special)}; a model of timm's that is not a plain ViT is built here "
+                f"as its name {name} says, with another img_size, num_classes and rates of dropping at most"
             )
         size = others.get("img_size")
         model = ModelConfig(name=f"timm:{name}", image_size=square(size, "img_size", path) if size else pixels.size)
@@ -211,13 +213,15 @@ def _label_names(values: Fields, num_classes: int) -> tuple[str, ...]:
 
 def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:
     """Returns the config of our model that computes what timm's does, None when there is none."""
-    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer import Block, VisionTransformer
 
     gelu = (
         {"GELU": "exact", "GELUTanh": "tanh"}.get(type(theirs.blocks[0].mlp.act).__name__) if _is_vit(theirs) else None
     )
     pooling = {"token": "token", "avg": "gap", "map": "map"}.get(getattr(theirs, "global_pool", ""))
     if not isinstance(theirs, VisionTransformer) or gelu is None or pooling is None:
+        return None
+    if any(type(block) is not Block for block in theirs.blocks):  # another order of norms has the same tensors
         return None
     first: Any = theirs.blocks[0]
     tensors = own_tensors(theirs)
