@@ -135,7 +135,10 @@ def test_a_run_becomes_each_format_and_its_own_code_gives_the_same_logits(target
         for batch in (1, 2):
             logits = torch.from_numpy(session.run(["logits"], {"images": images()[:batch].numpy()})[0])
             assert torch.allclose(logits, model(images()[:batch]), rtol=0, atol=1e-5)
-        assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == NAMES
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["class_names"]) == NAMES
+        transform = {"eval_transform": "timm", "eval_crop": 0.875, "interpolation": "bicubic"}
+        assert json.loads(metadata["transform"]) == transform
         return
     assert read_weights(out).class_names == tuple(NAMES)
     assert torch.equal(load_model(out)(images()), model(images()))
