@@ -7,7 +7,6 @@ python tools/finetune.py WEIGHTS --task cifar10 [--data ROOT] [--out DIR] [--see
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from pretrain.finetune.running import SweepRun
     from pretrain.finetune.sweep import Options
 
+MAX_RATE = 1e3
 MAX_ROWS = 40  # of the table of classes; the page shows the lowest of more
 
 
@@ -89,8 +89,8 @@ def _check_own(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: expected 1 or more")
     for rate in arguments.lr or ():
-        if not 0 < rate < math.inf:
-            raise UserError(f"--lr {rate:g}: expected rates above 0, as 0.003,0.01")
+        if not 0 < rate < MAX_RATE:  # nor NaN
+            raise UserError(f"--lr {rate:g}: expected rates above 0 and below {MAX_RATE:g}, as 0.003,0.01")
     if arguments.train is None and arguments.test is not None:
         raise UserError("--test is of --train; a --task has its own test images")
     if arguments.train is None:

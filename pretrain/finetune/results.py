@@ -22,7 +22,13 @@ _NUM_REAL = 46_837  # validation images that have a ReaL label; the other 3,163 
 
 
 def results(sweep: Sweep) -> dict[str, Any] | None:
-    """Returns a task's line of the table from what its runs left, None while no final run is done.
+    """Returns a task's line of the table from what its runs left, None while no final run is done."""
+    line = reached(sweep)
+    return line and {**line, "differs": differences_from_paper(sweep, line["n"])}
+
+
+def reached(sweep: Sweep) -> dict[str, Any] | None:
+    """Returns a line without what differs from the paper, None while no final run is done.
 
     No times and no paths: the same sweep gives the same bytes however often it was interrupted.
     """
@@ -53,7 +59,6 @@ def results(sweep: Sweep) -> dict[str, Any] | None:
         "model": model_name(sweep.start.model, with_size=False),
         "image_size": sweep.protocol.image_size,
         "steps": sweep.protocol.steps,
-        "differs": differences_from_paper(sweep, min(one.num_images for one in done)),
     }
 
 

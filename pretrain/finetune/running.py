@@ -162,8 +162,6 @@ def scoring(config: Config) -> list[str]:
 
 
 def _num_ranks(options: Options) -> int:
-    if options.num_gpus is not None and options.num_gpus < 1:
-        raise UserError(f"--num-gpus is {options.num_gpus}, expected at least 1")
     return options.num_gpus or default_num_ranks()
 
 
