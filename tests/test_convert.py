@@ -43,7 +43,7 @@ from pretrain.models.publish import publish_folder
 from pretrain.models.tensors import LazyTensor, Weights
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
-from pretrain.models.verify import Source, our_outputs
+from pretrain.models.verify import Source, _run, our_outputs
 from pretrain.models.weights import read_weights, weights_sha256
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
@@ -134,7 +134,10 @@ def test_a_run_becomes_each_format_and_its_own_code_gives_the_same_logits(target
         for batch in (1, 2):
             logits = torch.from_numpy(session.run(["logits"], {"images": images()[:batch].numpy()})[0])
             assert torch.allclose(logits, model(images()[:batch]), rtol=0, atol=1e-5)
-        assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == NAMES
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["class_names"]) == NAMES
+        transform = {"eval_transform": "timm", "eval_crop": 0.875, "interpolation": "bicubic"}
+        assert json.loads(metadata["transform"]) == transform
         return
     assert read_weights(out).class_names == tuple(NAMES)
     assert torch.equal(load_model(out)(images()), model(images()))
@@ -237,6 +240,26 @@ def test_what_the_target_computes_differently_is_not_published(
     assert convert.call(tmp_path / "source", tmp_path / "out", "--to", "timm") == 1
     assert "out: not written: more than 1e-05 of the largest" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_caches_beside_the_current_folder_are_found_by_the_verification(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes run in another folder, where a relative PRETRAIN_CACHE or HF_HOME named nothing."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRETRAIN_CACHE", "cache")
+    monkeypatch.setenv("HF_HOME", "../hub")
+    monkeypatch.setenv("HF_HUB_CACHE", "~/hub")
+    program = """
+import json, os, torch
+imports, outputs = peak(), {"nothing": torch.zeros(1)}
+json.dump(dict(os.environ), open("seen.json", "w"))
+"""
+    _run("theirs", program, "", tmp_path / "work")
+    seen = json.loads((tmp_path / "work" / "seen.json").read_text())
+    assert seen["PRETRAIN_CACHE"] == str(tmp_path / "cache") and seen["HF_HOME"] == str(tmp_path.parent / "hub")
+    assert seen["HF_HUB_CACHE"] == "~/hub"  # the hub's library expands it
 
 
 def test_a_bias_that_no_logit_shows_is_compared_bit_for_bit(
@@ -677,6 +700,7 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
     assert save_checkpoint(tmp_path / "tiny" / "checkpoints", 15, slices, [], {}, state)
     row = {"model": "trained", "metric": "10-shot", "value": 0.25, "n": 1234}
     rows = [row, {**row, "metric": "10-shot-std"}, {**row, "model": "random weights"}, {**row, "metric": "pets/top1"}]
+    rows.append({**row, "metric": "loss", "value": float("nan")})  # of weights that diverged: not on the card
     data = {"fewshot_test": {"sha256": "ab"}, "pets/test": {"sha256": "cd"}, "val": {"sha256": "ef"}}
     record = {"weights_sha256": weights_sha256(tmp_path / "tiny" / "checkpoints" / "step-0000000015"), "image_size": 16}
     other = {"weights": "other", "weights_sha256": "0", "image_size": 16, "rows": [{**row, "value": 0.75}]}

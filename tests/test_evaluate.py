@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from pretrain.config import DataConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, eval_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.errors import DeviceMemoryError, UserError
+from pretrain.errors import DeviceMemoryError, StorageError, UserError
 from pretrain.evaluation import evaluators, subject
 from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
@@ -190,6 +191,29 @@ def test_rows_of_an_earlier_call_stay(
     assert len(table_of(tmp_path / "one")) == 13 and table_of(tmp_path / "several") == table_of(tmp_path / "one")
     several, one = (record_of(tmp_path / name) for name in ("several", "one"))
     assert {**several, "rows": None} == {**one, "rows": None} and len(one["probe"]["c"]) == 2
+
+
+def test_a_job_that_ends_the_command_takes_no_earlier_rows_with_it(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each job's rows are written when it is done: storage, memory or a time limit may end the next."""
+
+    def unreachable(*_: Any) -> Any:
+        raise StorageError("the mount is gone")
+
+    train, test, run, _ = places
+    (tmp_path / "a").symlink_to(train.parent)
+    options = ["--workers", 0, "--out", tmp_path, "--val", test, "--data", tmp_path, "--tasks", "knn:a,probe:a"]
+    monkeypatch.setitem(evaluators.EVALUATORS, "probe", evaluators.EVALUATORS["probe"]._replace(score=unreachable))
+    with pytest.raises(StorageError, match="the mount is gone"):
+        evaluate(run, *options)
+    assert len(table_of(tmp_path)) == 5 and "probe:a/train" not in record_of(tmp_path)["data"]
+    monkeypatch.undo()
+    evaluate(run, *options)
+    assert len(table_of(tmp_path)) > 5 and "probe:a/train" in record_of(tmp_path)["data"]
 
 
 def test_wrong_predictions_tell_of_what_they_are(
@@ -386,6 +410,17 @@ def test_real_needs_no_pass_of_its_own(
         rows[tasks], lines[tasks] = table_of(out), (out / "all.jsonl").read_text()
     assert rows["imagenet,real"] == rows["imagenet"] | rows["real"]
     assert lines["imagenet,real"] == lines["imagenet"] + lines["real"]
+
+
+def test_remembered_batches_keep_no_shared_memory() -> None:
+    """Each of its tensors is an open file: 200 batches of a loader process met the limit of 1024."""
+    columns = [torch.full((4, 1), number).share_memory_() for number in range(6)]
+    model: Any = SimpleNamespace(predict=lambda images: images + 10, _answers={})
+    predict, batches = subject.Subject._remembered(model, iter([Batch(*columns, bad=[])]), Path("real"))
+    for batch in batches:
+        predict(batch.images)
+    kept = model._answers[Path("real")][0]
+    assert not any(tensor.is_shared() for tensor in kept[:6]) and [t[0].item() for t in kept[:6]] == [10, 1, 2, 3, 4, 5]
 
 
 # --- an evaluator more -----------------------------------------------------------------------------------------------

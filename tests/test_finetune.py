@@ -214,9 +214,6 @@ def test_sizes_that_do_not_fit_the_patches(full_sets: None) -> None:
         ({"overrides": ("total_steps=3",)}, "give --steps"),
         ({"overrides": ("data.held_out=3",)}, "give --data"),
         ({"overrides": ("checkpoint.copy_to=/copies",)}, "the sweep sets checkpoint.copy_to itself"),
-        ({"num_seeds": 0}, "--seeds is 0"),
-        ({"image_size": 0}, "--image-size is 0"),
-        ({"lr_grid": (-1.0,)}, "--lr is"),
     ],
 )
 def test_settings_that_are_the_sweeps_own(full_sets: None, changes: dict[str, Any], message: str) -> None:
@@ -577,11 +574,18 @@ def test_an_array_gives_the_same_table(
 
 
 def test_codes_of_runs_that_stopped_or_failed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """130 when a run was asked to stop or its launcher was killed, whatever that returned; else the run's own code."""
-    for code, expected in ((0, 130), (-10, 130), (2, 2), (75, 75), (78, 78)):
+    """130 when a run was asked to stop, whatever that returned; 76 when it was killed; else the run's own code."""
+    for code, expected in ((0, 130), (-10, 130), (-15, 130), (-9, 76), (-11, 76), (2, 2), (75, 75), (78, 78)):
         assert call(monkeypatch, arguments(tiny, tmp_path), lambda *_, code=code: code) == expected
     final = [*arguments(tiny, tmp_path, "--lr", "0.03")]
     assert call(monkeypatch, final, trained) == 77  # nothing else to choose
+
+
+ASKS_TO_STOP = """import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.kill(os.getppid(), signal.SIGTERM)
+assert signal.sigtimedwait([signal.SIGTERM], 20), "it was not passed on"
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -612,6 +616,26 @@ def test_asked_to_stop(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     killer.join()
     assert Path("saved").exists()
     assert signal.getsignal(number) == before
+
+
+def test_scoring_is_asked_to_stop_too(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM to the command alone while a final run is scored: tools/evaluate.py gets it, and is no orphan."""
+    script = tmp_path / "tools" / "evaluate.py"
+    script.parent.mkdir()
+    script.write_text(ASKS_TO_STOP)
+    monkeypatch.setattr(running, "ROOT", tmp_path)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # so that a failure ends this test alone
+    try:
+        sweep = replace(tiny_sweep(tiny, tmp_path), task=task("imagenet"))
+        config = final_runs(sweep, 0.03)[0]
+        pretend(config, 0.5)
+        options = Options(sweep.start, tiny / "data", tmp_path, num_seeds=1, num_gpus=1)
+        assert running._run(config, sweep, options, selecting=False) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
 
 
 def test_missing_sets(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -149,6 +149,18 @@ def test_every_model_survives_every_naming(variant: str, naming: str, tmp_path: 
     assert again.model == config or naming not in exact or config.positions != "learned"
 
 
+def test_what_a_file_has_no_place_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The transform of evaluation, unless the code of its names has that, and the sigmoid loss."""
+    config = tiny_model()
+    model = randomised(build_model(config, 5))
+    for transform, naming in (("vit", "released"), ("big_vision", "big_vision")):
+        write_google(in_memory(model, config, eval_transform=transform, loss="softmax"), tmp_path / "w.npz", naming)
+    assert not capsys.readouterr().err
+    write_google(in_memory(model, config, eval_transform="timm", loss="sigmoid"), tmp_path / "w.npz", "released")
+    told = capsys.readouterr().err
+    assert "no place for eval_transform=timm: who reads it takes vit, nor for the loss, sigmoid" in told
+
+
 @pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
 @pytest.mark.parametrize("naming", NPZ_NAMINGS)
 def test_prefixes_scanned_blocks_and_bfloat16_are_understood(naming: str, prefix: str, tmp_path: Path) -> None:

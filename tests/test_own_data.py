@@ -21,14 +21,17 @@ from scipy.stats import binomtest
 from tiny import tiny_config
 from weights_on_disk import ROOT, load_tool, one_line, save_run, tiny_model
 
-from pretrain.config import ModelConfig
+from pretrain.cluster.jobs import STOPPED
+from pretrain.config import ModelConfig, config_to_yaml
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
+from pretrain.finetune import own_results
 from pretrain.finetune.own_data import OwnData, held_out, prepare
 from pretrain.finetune.own_folders import find_parts, name_of
 from pretrain.finetune.own_results import _device, wilson
 from pretrain.finetune.own_runs import (
+    PREDICTIONS,
     default_size,
     differences,
     in_words,
@@ -394,9 +397,10 @@ def test_images_are_scored_by_as_many_as_fit(
     """The micro-batch of the training: the 256 of tools/evaluate.py, in float32, may be too many for the memory."""
     monkeypatch.setattr("pretrain.finetune.own_runs.fitting_micro_batch", lambda *_: 3)
     called: list[list[str]] = []
-    monkeypatch.setattr("pretrain.finetune.own_runs.start_job", lambda words, _: called.append(words))
+    # What stops it is told, not taken for a failure.
+    monkeypatch.setattr("pretrain.finetune.own_runs.run_job", lambda words, *_: called.append(words) or STOPPED)
     data = prepared(photos(tmp_path / "pets", {"cat": 5, "dog": 5}), tmp_path / "out")
-    score_images(plan(data, tmp_path / "out", lr_grid=(0.01,), overrides=overrides))
+    assert score_images(plan(data, tmp_path / "out", lr_grid=(0.01,), overrides=overrides)) == STOPPED
     (words,) = called
     assert words[words.index("--batch-size") + 1] == batch_size
 
@@ -418,6 +422,7 @@ def test_images_are_scored_by_as_many_as_fit(
         (["--train", ".", "--image-size", "0"], "--image-size 0: expected 1 or more"),
         (["--train", ".", "--lr", "0.1,0"], "--lr 0: expected rates above 0"),
         (["--train", ".", "--lr", "nan"], "--lr nan: expected rates above 0"),
+        (["--task", "cifar10", "--lr", "2000"], "--lr 2000: expected rates above 0 and below 1000"),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -447,7 +452,6 @@ def test_weights_alone_are_required(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["optim.momentum=fast"], "optim.momentum"),
         (["optim.lr=0.1"], "the sweep sets optim.lr itself; give --lr"),
         (["epochs=3"], "the sweep sets epochs itself; give --steps"),
-        (["--lr", "2000"], "--lr is (2000.0,), expected positive rates"),
         (["--image-size", "17"], "expected a multiple of the weights' patches of"),
     ],
 )
@@ -472,6 +476,28 @@ def test_interval_is_wilsons(correct: int, number: int) -> None:
     """As scipy's, at the ends too."""
     expected = binomtest(correct, number).proportion_ci(0.95, method="wilson")
     assert wilson(correct, number) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_table_and_page_have_the_same_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 0's is the float32 one of the predictions, wherever it stands; a training's own may differ in bf16."""
+    data = prepared(photos(tmp_path / "pets", {"cat": 10, "dog": 10}), tmp_path / "out")
+    overrides = ("engine.precision=bf16",)
+    sweep = plan(data, tmp_path / "out", lr_grid=(0.01,), num_seeds=2, overrides=overrides)
+    for config in final_runs(sweep, 0.01):
+        folder = config.output / config.name
+        (folder / "evaluation").mkdir(parents=True)
+        (folder / "config.yaml").write_text(config_to_yaml(config))
+        (folder / "DONE").write_text(json.dumps({"step": config.total_steps, "val/top1": 0.5, "val/images": 4}))
+        predictions = "".join(f'{{"label": {label}, "prediction": 1}}\n' for label in (1, 1, 1, 0))
+        (folder / "evaluation" / PREDICTIONS).write_text(predictions)
+    monkeypatch.setattr(own_results, "final_sha256", lambda _: "0")
+    (sweep.test.parent.parent / "task.json").write_text("of somebody else's: no JSON")  # is not looked at
+    found = own_results.accuracy(sweep, data, weights="w", seconds=None)
+    own_results.write_accuracy(sweep, found)
+    line = json.loads((sweep.folder / "results.json").read_text())
+    assert found["top1"] == 0.75 and found["seeds"] == line["values"] == [0.75, 0.5] and line["mean"] == 0.625
+    told = "seed 0 scored in fp32, the others in bf16"
+    assert told in found["differs"] and told in (sweep.folder / "results.md").read_text()
 
 
 @pytest.mark.parametrize(

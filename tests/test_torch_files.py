@@ -18,7 +18,7 @@ from weights_on_disk import in_memory, one_line, randomised, tiny_model
 
 from pretrain.errors import UserError
 from pretrain.finetune.sweep import read_start
-from pretrain.models import load_model
+from pretrain.models import load_model, torch_files
 from pretrain.models.build import build_model
 from pretrain.models.timm_folder import write_own_folder
 from pretrain.models.weights import model_of, read_weights, weights_sha256
@@ -93,6 +93,26 @@ def test_arguments_may_name_size_and_pooling(tmp_path: Path) -> None:
     weights = read_weights(tmp_path / "last.pth")
     assert weights.model.image_size == 96
     assert_is(tmp_path / "last.pth", other, 96)
+
+
+@pytest.mark.parametrize("size", [96, (3, 96, 96)])
+def test_the_size_of_the_images_stands_in_for_the_models(size: Any, tmp_path: Path) -> None:
+    """DeiT's --input-size is one number and builds the model; timm's has three."""
+    other = randomised(timm.create_model("test_vit", num_classes=3, img_size=96))
+    arguments = {"model": "test_vit", "input_size": size, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    torch.save({"model": other.state_dict(), "args": argparse.Namespace(**arguments)}, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth").model.image_size == 96
+    assert_is(tmp_path / "w.pth", other, 96)
+
+
+def test_arguments_of_another_script_say_nothing_of_the_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchvision's calls a model resnet18, too, but has no mean and no crop: timm's are taken, which is told."""
+    values = {"model": model().state_dict(), "args": argparse.Namespace(model="test_vit", lr=0.1)}
+    torch.save(values, tmp_path / "w.pth")
+    assert_is(tmp_path / "w.pth", model())
+    assert "w.pth: does not tell how its images were seen" in capsys.readouterr().err
 
 
 def test_a_convolutional_network_has_no_size_of_its_own(tmp_path: Path) -> None:
@@ -275,3 +295,39 @@ def test_a_value_that_is_not_finite_is_told(tmp_path: Path) -> None:
     torch.save({"arch": "test_vit", "state_dict": state}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth: norm.bias holds values that are not finite"):
         load_model(tmp_path / "w.pth")
+
+
+class _Calls:
+    """Unpickling this calls a function."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.called = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.called
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("made", [bytearray, torch.Tensor, torch.FloatTensor, torch.UntypedStorage])
+def test_a_small_file_takes_no_memory_of_its_choosing(made: Any, zipped: bool, tmp_path: Path) -> None:
+    """weights_only calls these with any number: 392 bytes made a bytearray of 100 GB."""
+    values = {"arch": "test_vit", "state_dict": model().state_dict(), "args": _Calls(made, 1000)}
+    torch.save(values, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="w.pth: its pickle makes a .*which can take any memory") as caught:
+        read_weights(tmp_path / "w.pth")
+    one_line(caught.value)
+
+
+def test_a_pickle_of_too_many_opcodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a byte makes a set of 216."""
+    monkeypatch.setattr(torch_files, "MAX_OPCODES", 1000)
+    torch.save({"arch": "test_vit", "state_dict": model().state_dict(), "more": [[]] * 1000}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth: its pickle has more than 1,000 opcodes"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_a_file_from_before_zip_is_read(tmp_path: Path) -> None:
+    """PyTorch's format up to 1.5, in which DeiT's and others' files of 2020 are."""
+    values = {"arch": "test_vit", "state_dict": model().state_dict()}
+    torch.save(values, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert_is(tmp_path / "w.pth", model())

@@ -130,16 +130,15 @@ def test_what_was_written_reads_back_bit_for_bit(name: str, tmp_path: Path) -> N
         assert torch.equal(weights.tensors[tensor].read(), parameter), tensor
 
 
-@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new"])
+@pytest.mark.parametrize(("hidden_act", "qkv_bias"), [("gelu", True), ("gelu_new", True), ("gelu", False)])
 @torch.no_grad()
-def test_weights_saved_by_transformers_give_its_logits(hidden_act: str, tmp_path: Path) -> None:
+def test_weights_saved_by_transformers_give_its_logits(hidden_act: str, qkv_bias: bool, tmp_path: Path) -> None:
     """A folder as save_pretrained writes it, in one file and in several, with ImageNet's mean and deviation."""
     import transformers
 
     shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
-    config = transformers.ViTConfig(
-        **shape, num_attention_heads=2, image_size=16, patch_size=8, num_labels=4, hidden_act=hidden_act
-    )
+    shape |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8, "qkv_bias": qkv_bias}
+    config = transformers.ViTConfig(**shape, num_labels=4, hidden_act=hidden_act)
     config.layer_norm_eps = 1e-6
     theirs = randomised(transformers.ViTForImageClassification(config))
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -202,7 +201,7 @@ def _tensors(change: Any) -> Any:
     ("damage", "message"),
     [
         (_edited(hidden_act="relu"), "hidden_act is 'relu', expected GELU"),
-        (_edited(qkv_bias=False), "qkv_bias is false"),
+        (_edited(qkv_bias=False), "tensors unknown: vit.encoder.layer.0.attention"),
         (_edited(patch_size=5), "is not a multiple of model.patch_size"),
         (_edited(hidden_size="wide"), "config.json: hidden_size is 'wide', expected an integer"),
         (_edited(num_hidden_layers=4000), "num_hidden_layers is 4000, expected an integer from 1 to 1024"),

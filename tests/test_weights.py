@@ -505,6 +505,34 @@ def test_weights_of_another_function_are_refused(other: dict[str, Any], said: st
     check_same_function(weights, tiny_model(dropout=0.1, drop_path=0.1, head_bias=-10.0), DataConfig())
 
 
+def test_rates_of_training_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    """timm's arguments of a training with stochastic depth: they act in training alone. Others are named."""
+    import timm
+    from timm.models import save_for_hf
+
+    theirs: Any = randomised(timm.create_model("test_vit3", num_classes=3))
+    rates = {"drop_path_rate": 0.1, "drop_rate": 0.2, "proj_drop_rate": 0.1}
+    save_for_hf(theirs, tmp_path / "timm", model_args=rates, safe_serialization=True)
+    assert read_weights(tmp_path / "timm").model.timm_name == "test_vit3"
+    _edit_json(tmp_path / "timm" / "config.json", lambda v: v["model_args"].update(init_values=0.5))
+    with pytest.raises(UserError, match="model_args has .'init_values': 0.5.; a model of timm's"):
+        read_weights(tmp_path / "timm")
+
+
+def test_blocks_of_another_kind_are_not_ours(tmp_path: Path) -> None:
+    """Norms behind attention and MLP have the same tensors as those before them, and are another function."""
+    import timm
+    from timm.models import save_for_hf
+
+    options: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "qkv_bias": True}
+    options |= {"class_token": True, "global_pool": "token", "fc_norm": False}
+    name = "vit_base_patch16_rpn_224"
+    theirs: Any = randomised(timm.create_model(name, num_classes=3, **options))
+    save_for_hf(theirs, tmp_path / "timm", model_args=options, safe_serialization=True)
+    with pytest.raises(UserError, match="model_args has .*; a model of timm's that is not a plain ViT"):
+        read_weights(tmp_path / "timm")
+
+
 def test_a_folder_cannot_choose_files_for_timm_to_read(tmp_path: Path) -> None:
     """model_args of somebody's config.json reach timm.create_model, which would open a checkpoint_path."""
     model, config = random_model("token")

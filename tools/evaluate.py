@@ -26,17 +26,8 @@ def main() -> None:
     with cli.loading():
         from pretrain.cluster import agreement, ranks
         from pretrain.evaluation import fewshot
-        from pretrain.evaluation.jobs import do_jobs, jobs_of, open_jobs, shared_sets
-        from pretrain.evaluation.results import (
-            one_at_a_time,
-            pages,
-            print_table,
-            record_of,
-            set_aside,
-            with_earlier,
-            write_pages,
-            write_predictions,
-        )
+        from pretrain.evaluation.jobs import Opened, do_jobs, jobs_of, open_jobs, shared_sets
+        from pretrain.evaluation.results import Measured, print_table, write_predictions, write_results
         from pretrain.evaluation.subject import subject_of
         from pretrain.models.weights import read_weights, results_folder, weights_sha256
 
@@ -58,18 +49,18 @@ def main() -> None:
         baselines=arguments.baselines,
         shared=shared_sets(opened),
     )
-    done = do_jobs(subject, opened, failed)
+    measured = Measured(subject, weights, digest)
+    # At a size of their own they are other results, which a report does not show as the run's.
+    name = f"evaluation-{arguments.image_size}px" if arguments.image_size else "evaluation"
+    out = arguments.out or results_folder(arguments.weights, name)
+    done = []
+    for one in do_jobs(subject, opened, failed):
+        done.append(one)
+        if ranks.is_main() and len(done) < len(opened):
+            write_results(out, measured, [Opened(job, sets) for job, sets, _ in done], done, failed)
     if ranks.is_main():
-        rows = [row for _, _, found in done for row in found.rows]
-        record = record_of(subject, weights, digest, opened, done, failed)
-        # At a size of their own they are other results, which a report does not show as the run's.
-        name = f"evaluation-{arguments.image_size}px" if arguments.image_size else "evaluation"
-        out = arguments.out or results_folder(arguments.weights, name)
-        print_table(rows, str(arguments.weights))
-        with one_at_a_time(out):
-            rows, record = with_earlier(rows, record, out / "results.json")
-            set_aside(out, digest)
-            write_pages(out, pages(rows, record, done))
+        print_table([row for one in done for row in one.found.rows], str(arguments.weights))
+        write_results(out, measured, opened, done, failed)
         cli.tell(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
             write_predictions(arguments.predictions, done)

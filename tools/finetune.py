@@ -7,7 +7,6 @@ python tools/finetune.py WEIGHTS --task cifar10 [--data ROOT] [--out DIR] [--see
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -25,14 +24,15 @@ if TYPE_CHECKING:
     from pretrain.finetune.running import SweepRun
     from pretrain.finetune.sweep import Options
 
+MAX_RATE = 1e3
 MAX_ROWS = 40  # of the table of classes; the page shows the lowest of more
 
 
 def _arguments() -> argparse.Namespace:
     parser = cli.parser(
         "Fine-tunes weights by the paper's protocol: SGD, a learning rate chosen on images held out of train, then\n"
-        "all of train for each seed, and every test image scored once. Each run is a restartable pretraining run; the\n"
-        "same command again goes on, and what is done is not repeated. Writes results.json and results.md.\n"
+        "all of train for each seed. Only final runs are scored on the test images. Each is a restartable pretraining\n"
+        "run; the same command again goes on, and what is done is not repeated. Writes results.json and results.md.\n"
         "With --train, on own photos (photos/CLASS/NAME.jpg, or photos/train/CLASS/..., photos/test/CLASS/...) or\n"
         "shards: a fifth of each class is held out where there is no test; writes report.html too.",
         "python tools/finetune.py runs/NAME --train photos\n"
@@ -89,8 +89,8 @@ def _check_own(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: expected 1 or more")
     for rate in arguments.lr or ():
-        if not 0 < rate < math.inf:
-            raise UserError(f"--lr {rate:g}: expected rates above 0, as 0.003,0.01")
+        if not 0 < rate < MAX_RATE:  # nor NaN
+            raise UserError(f"--lr {rate:g}: expected rates above 0 and below {MAX_RATE:g}, as 0.003,0.01")
     if arguments.train is None and arguments.test is not None:
         raise UserError("--test is of --train; a --task has its own test images")
     if arguments.train is None:
@@ -145,9 +145,8 @@ def _on_own_data(arguments: argparse.Namespace) -> int:
     for line in (*told, *data.told, *in_words(sweep, data)):
         cli.tell(line)
     with timed(sweep) as seconds:
-        if code := run_sweeps([sweep], options):
+        if code := run_sweeps([sweep], options) or score_images(sweep):
             return code
-        score_images(sweep)
     found = accuracy(sweep, data, weights=_called(arguments.weights), seconds=seconds())
     write_accuracy(sweep, found)
     _show_own(found, options.out, write_page(options.out))

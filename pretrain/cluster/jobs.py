@@ -14,6 +14,7 @@ from typing import Any
 from pretrain.escape import shown
 
 PART_OF = "PRETRAIN_PART_OF"  # environment variable: another command has started this one, and says what is next
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # ask a command to stop, and reach what it runs
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
 
@@ -36,7 +37,7 @@ def run_job(words: Sequence[str], environment: Mapping[str, str], lock: Path) ->
         if number != signal.SIGINT:  # a terminal tells the ranks itself
             _pass_on(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         code = start(words, environment)
         _wait_until_free(lock)

@@ -104,7 +104,7 @@ def named_model(name: str) -> NamedModel | None:
     """Returns what `vit_base_patch16_384`, `vit_base_r50_s16_224`, `B/16`, `ViT-B_16` or `R50+ViT-B_16` mean, or None.
 
     Only the shape: the activation, the pooling and the rest are this config's own settings. Beside such a name another
-    image_size may be given.
+    image_size than the default may be given; load_config, which knows what was given, refuses the default itself.
     """
     plain = name.partition(".")[0]  # vit_base_patch16_224.augreg_in21k: the tag names weights
     if match := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_(\d+)", plain):
@@ -155,7 +155,7 @@ class ModelConfig:
                     continue
                 if key == "patch_size" and self.patch_size != ModelConfig.patch_size:
                     raise ConfigError(f"model.patch_size is {self.patch_size}, but {self.name} has {said}; remove one")
-                if getattr(self, key) == getattr(ModelConfig, key):  # another image_size wins
+                if getattr(self, key) == getattr(ModelConfig, key):  # another image_size than it wins
                     setattr(self, key, said)
             self.name = named.name
 

@@ -1,6 +1,6 @@
 """What was asked for: jobs, whose data sets are opened and checked, and which are then done."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,18 +70,16 @@ def shared_sets(opened: list[Opened]) -> set[Path]:
     return {path for path in scored if scored.count(path) > 1}
 
 
-def do_jobs(subject: Subject, opened: list[Opened], failed: dict[str, str]) -> list[Done]:
-    """Returns the jobs that were done; why others could not be is added to `failed`. Called by all ranks.
+def do_jobs(subject: Subject, opened: list[Opened], failed: dict[str, str]) -> Iterator[Done]:
+    """Yields each job when it is done; why others could not be is added to `failed`. Called by all ranks.
 
     Raises DeviceMemoryError, on this rank alone, when the GPU's memory does not hold a batch.
     """
-    done = []
     for job, sets in opened:
         with fitting(subject.batch_size):
             found = _tried(job, failed, partial(EVALUATORS[job.kind].score, subject, job, sets))
         if found is not None:
-            done.append(Done(job, sets, found))
-    return done
+            yield Done(job, sets, found)
 
 
 def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pretrain.config.checks import did_you_mean
 from pretrain.errors import UserError
-from pretrain.tasks.table import TASKS, VTAB, Task, missing, task, task_folder
+from pretrain.tasks.table import TASKS, VTAB, Task, check_not_all, missing, task, task_folder
 
 HEAD = "classify"  # asked for by a task's bare name and by --val; the others as KIND:NAME
 # The kinds of evaluation, rows of evaluators.EVALUATORS, and the data sets of each: "test", and "train" where there is
@@ -77,7 +77,4 @@ def absent(one: Named, root: Path) -> str | None:
 
 def check_any_there(asked: Sequence[Named], root: Path) -> None:
     """Raises UserError when the data of none of them is there."""
-    gone = [line for one in asked if (line := absent(one, root))]
-    if gone and len(gone) == len(asked):
-        some = f"none of {len(gone)} sets is in {root}; the first: " if len(gone) > 1 else "no data: "
-        raise UserError(f"{some}{gone[0]}")
+    check_not_all([line for one in asked if (line := absent(one, root))], len(asked), root)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain import cli
 from pretrain.config import model_name
@@ -21,6 +21,29 @@ from pretrain.log import not_a_link, warn
 from pretrain.models.weights import Weights
 from pretrain.provenance import versions
 from pretrain.storage import replacing, write_text
+
+
+class Measured(NamedTuple):
+    """What is measured: all that rows mean nothing without."""
+
+    subject: Subject
+    weights: Weights
+    digest: str  # weights_sha256
+
+
+def write_results(
+    out: Path, measured: Measured, opened: list[Opened], done: list[Done], failed: dict[str, str]
+) -> None:
+    """Merges the jobs done so far into a folder of results. Raises UserError where that cannot be.
+
+    Called after each job: a later one may end the command, or a job's time.
+    """
+    rows = [row for _, _, found in done for row in found.rows]
+    with one_at_a_time(out):
+        rows, record = with_earlier(rows, record_of(*measured, opened, done, failed), out / "results.json")
+        set_aside(out, measured.digest)
+        write_pages(out, pages(rows, record, done))
+
 
 # --- the record ------------------------------------------------------------------------------------------------------
 

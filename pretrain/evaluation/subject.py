@@ -24,6 +24,8 @@ from pretrain.models.weights import Weights, model_of
 
 TRAINED, RANDOM, PIXELS = "trained", "random weights", "raw pixels"
 
+_BESIDE_IMAGES = ("labels", "label_weights", "valid", "epoch", "index")  # a batch's other tensors
+
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]  # title, total, unit
 
 
@@ -114,7 +116,9 @@ class Subject:
             done = []
             for batch in batches:
                 yield batch
-                done.append(batch._replace(images=last[0].cpu()))
+                # What a loader process sent is shared memory: five open files for each batch that keeps it.
+                labels = {name: getattr(batch, name).clone() for name in _BESIDE_IMAGES}
+                done.append(batch._replace(images=last[0].cpu(), **labels))
             self._answers[path] = done  # all of it is there
 
         return predict, noted()

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import MAX_CLASSES, model_name
+from pretrain.config import MAX_CLASSES, Config, model_name
 from pretrain.data.manifest import MAX_SAMPLES, load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
 from pretrain.finetune.own_runs import PREDICTIONS, differences, final_run
-from pretrain.finetune.results import results, write_results
-from pretrain.finetune.scores import final_sha256
+from pretrain.finetune.results import over_seeds, reached, write_results
+from pretrain.finetune.scores import RunScore, final_sha256
 from pretrain.finetune.sweep import Sweep, write_out
 from pretrain.json_files import Fields, parse_json
 
@@ -50,8 +50,8 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
     pairs = list(_pairs(config.output / config.name / "evaluation" / PREDICTIONS))
     if not pairs:
         raise UserError(f"{config.output / config.name}: none of the test images could be scored")
-    line = results(sweep)
-    assert line is not None  # the final run is done
+    line = reached(sweep)
+    assert line is not None and line["seeds"][0] == 0  # the final run is done
     correct = sum(label == predicted for label, predicted in pairs)
     return {
         "format": FORMAT,
@@ -68,7 +68,8 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
         "steps": config.total_steps,
         "batch": config.data.global_batch,
         "lr": config.optim.lr,
-        "seeds": line["values"],
+        # Seed 0's is this evaluation's, in float32; the others have what their trainings scored at their ends.
+        "seeds": [correct / len(pairs), *line["values"][1:]],
         "selection": line["selection"],
         "seconds": seconds,
         "num_train": data.num_train,
@@ -78,8 +79,14 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
         "per_class": _per_class(pairs, data.class_names),
         "confusion": [[*pair, number] for pair, number in sorted(Counter(pairs).items())],
         "told": list(data.told),
-        "differs": differences(sweep),
+        "differs": differences(sweep) + _precisions(config, len(line["values"])),
     }
+
+
+def _precisions(config: Config, num_seeds: int) -> list[str]:
+    if num_seeds < 2 or config.engine.precision == "fp32":
+        return []
+    return [f"seed 0 scored in fp32, the others in {config.engine.precision}"]
 
 
 def _device(folder: Path) -> str:
@@ -128,9 +135,13 @@ def _per_class(pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> list[d
 
 
 def write_accuracy(sweep: Sweep, found: dict[str, Any]) -> None:
-    """Writes accuracy.json, and the results.json that reports of the weights show. Raises UserError."""
-    line = results(sweep)
+    """Writes accuracy.json, and the same figures as the results.json that reports of the weights show.
+
+    Raises UserError.
+    """
+    line = reached(sweep)  # not what differs from a task of the table: a task.json beside own shards is not of theirs
     assert line is not None
+    line |= over_seeds([RunScore(top1, found["n"]) for top1 in found["seeds"]])
     # Own data is nobody's table: such a score is never put beside a paper's.
     write_results(sweep.folder, {**line, "differs": ["own data", *found["differs"]]})
     write_out(sweep.folder / FILE, json.dumps(found, indent=1))

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from pretrain.cluster.jobs import start as start_job
+from pretrain.cluster.jobs import STOPPED, run_job
 from pretrain.cluster.limits import free_memory_bytes
 from pretrain.cluster.local import environment
 from pretrain.config import MAY_CHANGE, Config
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
-from pretrain.finetune.running import scoring
+from pretrain.finetune.running import scoring, tell_stopped
 from pretrain.finetune.scores import chosen_lr, claim_sweep
 from pretrain.finetune.sweep import Options, Start, Sweep, asked_for, final_runs, fitting_size, key_of, write_out
 from pretrain.json_files import Fields, read_json
@@ -210,13 +210,20 @@ def final_run(sweep: Sweep) -> Config:
     return final_runs(sweep, lr)[0]
 
 
-def score_images(sweep: Sweep) -> None:
-    """Scores each test image by the final weights, unless that is done. Raises UserError when it cannot be."""
+def score_images(sweep: Sweep) -> int:
+    """Scores each test image by the final weights, unless that is done; returns 0, or STOPPED when asked to stop.
+
+    Raises UserError when it cannot be.
+    """
     config = final_run(sweep)
     folder = config.output / config.name
     path = folder / "evaluation" / PREDICTIONS
     if path.is_file():
-        return
+        return 0
     words = [sys.executable, *scoring(config), "--val", str(sweep.test), "--predictions", str(path)]
-    if code := start_job(words, environment()):
+    code = run_job(words, environment(), folder / "lock")
+    if code == STOPPED:
+        return tell_stopped()
+    if code:
         raise UserError(f"{folder}: could not be scored (exit code {code}); what went wrong stands above")
+    return 0

@@ -22,7 +22,13 @@ _NUM_REAL = 46_837  # validation images that have a ReaL label; the other 3,163 
 
 
 def results(sweep: Sweep) -> dict[str, Any] | None:
-    """Returns a task's line of the table from what its runs left, None while no final run is done.
+    """Returns a task's line of the table from what its runs left, None while no final run is done."""
+    line = reached(sweep)
+    return line and {**line, "differs": differences_from_paper(sweep, line["n"])}
+
+
+def reached(sweep: Sweep) -> dict[str, Any] | None:
+    """Returns a line without what differs from the paper, None while no final run is done.
 
     No times and no paths: the same sweep gives the same bytes however often it was interrupted.
     """
@@ -39,7 +45,7 @@ def results(sweep: Sweep) -> dict[str, Any] | None:
         "version": 1,
         "task": sweep.task.name,
         "metric": sweep.task.metric,
-        **_over_seeds(done),
+        **over_seeds(done),
         "seeds": [seed for seed, one in enumerate(found) if one is not None],
         "complete": len(done) == sweep.num_seeds,
         "lr": lr,
@@ -53,11 +59,11 @@ def results(sweep: Sweep) -> dict[str, Any] | None:
         "model": model_name(sweep.start.model, with_size=False),
         "image_size": sweep.protocol.image_size,
         "steps": sweep.protocol.steps,
-        "differs": differences_from_paper(sweep, min(one.num_images for one in done)),
     }
 
 
-def _over_seeds(scores: Sequence[RunScore]) -> dict[str, Any]:
+def over_seeds(scores: Sequence[RunScore]) -> dict[str, Any]:
+    """Returns the part of a line that says what the seeds reached."""
     values = [one.top1 for one in scores]
     return {
         "mean": statistics.fmean(values),
@@ -101,7 +107,7 @@ def real_results(sweep: Sweep, imagenet: dict[str, Any]) -> dict[str, Any] | Non
     found = [one for one in scores if one is not None]
     if len(found) < len(scores):
         return None
-    line = {**imagenet, "task": "real", **_over_seeds(found), "selection": []}
+    line = {**imagenet, "task": "real", **over_seeds(found), "selection": []}
     if line["n"] != _NUM_REAL:
         told = f"{line['n']:,} instead of {_NUM_REAL:,} images with ReaL labels"
         line["differs"] = [*imagenet["differs"], told]

@@ -4,16 +4,17 @@ Whatever stops it, the same command goes on: a run that is done is not repeated,
 """
 
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.cli import tell
-from pretrain.cluster.jobs import STOPPED, run_job, start
+from pretrain.cluster.jobs import STOP_SIGNALS, STOPPED, run_job
 from pretrain.cluster.local import default_num_ranks, environment, launcher_or_python, options_of_ranks
 from pretrain.config import Config, config_to_yaml
-from pretrain.errors import NonFiniteError, UserError
+from pretrain.errors import LostProcessError, NonFiniteError, UserError
 from pretrain.escape import shown
 from pretrain.finetune.results import real_results, results, vtab_results, write_results, write_vtab
 from pretrain.finetune.scores import DIVERGED, chosen_lr, claim_sweep, real_score, score
@@ -120,9 +121,12 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, tit
         if code == NonFiniteError.exit_code and selecting:
             print(f"{shown(folder)}: learning rate {config.optim.lr:g} is too high, it is not chosen", flush=True)
             (folder / DIVERGED).touch()
-        elif code == STOPPED or (code <= 0 and score(config) is None):  # below 0: died of a signal
-            print("stopped; the same command goes on", file=sys.stderr)
-            return STOPPED
+        elif code == STOPPED or (-code in (0, *STOP_SIGNALS) and score(config) is None):  # below 0: died of a signal
+            return tell_stopped()
+        elif code < 0 and score(config) is None:
+            killer = " (the kernel's, for want of memory?)" if -code == signal.SIGKILL else ""
+            print(f"error: {shown(folder)} died of signal {-code}{killer}; the same command goes on", file=sys.stderr)
+            return LostProcessError.exit_code
         elif score(config) is None:
             print(f"error: {shown(folder)} ended with exit code {code}; what went wrong stands above", file=sys.stderr)
             return code
@@ -130,13 +134,21 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, tit
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only its score is needed
     elif sweep.task.name == "imagenet" and real_score(config) is None:
         words = [*scoring(config), "--tasks", "real", "--data", str(options.data)]
-        code = start([*launcher_or_python(_num_ranks(options)), *words], environment())
+        code = run_job([*launcher_or_python(_num_ranks(options)), *words], environment(), folder / "lock")
+        if code == STOPPED:
+            return tell_stopped()
         if code:
             print(
                 f"warning: {shown(folder)}: not scored by ReaL labels, see above; the table goes without",
                 file=sys.stderr,
             )
     return 0
+
+
+def tell_stopped() -> int:
+    """Says that what was asked to stop has stopped; returns the code to exit with."""
+    print("stopped; the same command goes on", file=sys.stderr)
+    return STOPPED
 
 
 def scoring(config: Config) -> list[str]:
@@ -150,8 +162,6 @@ def scoring(config: Config) -> list[str]:
 
 
 def _num_ranks(options: Options) -> int:
-    if options.num_gpus is not None and options.num_gpus < 1:
-        raise UserError(f"--num-gpus is {options.num_gpus}, expected at least 1")
     return options.num_gpus or default_num_ranks()
 
 

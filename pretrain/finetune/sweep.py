@@ -115,7 +115,7 @@ def default_folder(weights: Path, *, from_scratch: bool) -> Path:
 def plan_sweep(task: Task, options: Options) -> Sweep:
     """Returns the sweep of a task whose data lies below `options.data`. Reads manifests, no images; writes nothing.
 
-    Raises UserError when the task is not fine-tuned on, or a setting is out of range.
+    Raises UserError when the task is not fine-tuned on, or an override is of what the sweep sets itself.
     """
     if task.finetuning is None:
         raise UserError(
@@ -133,17 +133,11 @@ def plan_sweep(task: Task, options: Options) -> Sweep:
 
 
 def asked_for(protocol: FineTuning, options: Options) -> FineTuning:
-    """Returns a protocol with what was asked for instead. Raises UserError for what is out of range."""
+    """Returns a protocol with what was asked for instead. Raises UserError for an override of what the sweep sets."""
     steps, lr_grid, image_size = options.steps, options.lr_grid, options.image_size
     for override in options.overrides:
         if (key := key_of(override)) in _OWN_KEYS:
             raise UserError(f"{override}: the sweep sets {key} itself; give {_OWN_KEYS[key]}")
-    if options.num_seeds < 1 or (steps is not None and steps < 1):
-        raise UserError(f"--seeds is {options.num_seeds}, --steps {steps}: expected at least 1")
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size is {image_size}, expected pixels")
-    if lr_grid is not None and (not lr_grid or not all(0 < lr < 1e3 for lr in lr_grid)):
-        raise UserError(f"--lr is {lr_grid}, expected positive rates, as 0.003,0.01")
     return replace(
         protocol,
         steps=steps or protocol.steps,

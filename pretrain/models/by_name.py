@@ -22,7 +22,6 @@ from pretrain.models.published import BUCKET, GoogleFile, google_file
 from pretrain.storage import sha256, write_text
 
 SCHEMES = ("timm", "hf-hub", "google")
-FORMS = "timm:NAME, hf-hub:OWNER/NAME or google:NAME"
 # As the hub's client takes them, which imports for seconds: a name begins and ends with a letter, a digit or "_".
 _REPOSITORY = re.compile(r"(?!.*(\.\.|--|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w.-]{0,95}(/\w[\w.-]{0,95}){0,3}", re.ASCII)

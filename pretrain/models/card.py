@@ -76,7 +76,7 @@ def _front(weights: Weights, target: str, title: str, licence: str | None, resul
     for row in results.parts("rows") if results else ():
         job, _, metric = shown(row.text("metric")).rpartition("/")
         value = row.number("value", -1e9, 1e9)
-        if row.text("model") == "trained" and not metric.endswith("-std") and math.isfinite(value):
+        if row.text("model") == "trained" and not metric.endswith("-std"):
             found.append(
                 EvalResult(
                     task_type=task,
@@ -200,7 +200,10 @@ def _validation(state: Fields) -> Iterator[str]:
 
 
 def _results(weights: Weights, without: Collection[str]) -> Fields | None:
-    """What tools/evaluate.py measured of these weights, beside the run of a checkpoint or in a converted folder."""
+    """What tools/evaluate.py measured of these weights, beside the run of a checkpoint or in a converted folder.
+
+    Without rows that are not finite, as a loss may be: no card has a place for them.
+    """
     folder = results_folder(weights.source, "evaluation").parent
     if not (folder / "evaluation" / "results.json").is_file():
         return None
@@ -209,6 +212,7 @@ def _results(weights: Weights, without: Collection[str]) -> Fields | None:
     for record in (last, *last.parts("others", ())):
         if (record.values.get("weights_sha256"), record.values.get("image_size")) == identity:
             rows = [row.values for row in record.parts("rows") if _still_holds(row.text("metric"), without)]
+            rows = [row for row in rows if not isinstance(row.get("value"), float) or math.isfinite(row["value"])]
             return Fields({**record.values, "rows": rows}, record.source)
     return None
 

@@ -80,18 +80,34 @@ def read_google(path: Path, image_size: int | None = None) -> Weights:
         tensors=tensors,
         num_classes=num_classes,
         class_names=_read_names(class_names_file(path)),
-        eval_transform="vit" if naming.class_row else "big_vision",
+        eval_transform=_transform(naming),
         interpolation="bilinear",
     )
 
 
+def _transform(naming: Naming) -> str:
+    """How the code that has such names shows images to its models."""
+    return "vit" if naming.class_row else "big_vision"
+
+
 def write_google(weights: Weights, path: Path, naming: str) -> None:
-    """Writes an .npz file. Raises UserError when Google's code has no such model."""
+    """Writes an .npz file; what it has no place for is told. Raises UserError when Google's code has no such model."""
+    _tell_lost(weights, _transform(NAMINGS[naming]))
     weights = for_google(weights, naming)
     keys = google_keys(weights.model, weights.num_classes, NAMINGS[naming])
     write_npz(path, tensors_to(weights.tensors, keys))
     if weights.class_names:
         class_names_file(path).write_text(json.dumps(list(weights.class_names), indent=1) + "\n", encoding="utf-8")
+
+
+def _tell_lost(weights: Weights, transform: str) -> None:
+    lost = []
+    if weights.eval_transform != transform:
+        lost.append(f"for eval_transform={weights.eval_transform}: who reads it takes {transform}")
+    if weights.loss == "sigmoid":
+        lost.append("for the loss, sigmoid: who reads it takes softmax")
+    if lost:
+        warn(f"{weights.source}: an .npz has no place {', nor '.join(lost)}")
 
 
 def class_names_file(path: Path) -> Path:

@@ -15,6 +15,7 @@ from pretrain.models.tensors import Weights
 from pretrain.models.weights import model_of
 
 OPSET = 18  # the lowest that torch's exporter writes without a conversion: read by the most runtimes
+_TRANSFORM = ("eval_transform", "eval_crop", "interpolation")  # of evaluation, as in DataConfig
 _MAX_BYTES = 1_900_000_000  # a protobuf ends at 2 GiB; beyond it the tensors lie in model.onnx.data
 
 
@@ -37,7 +38,7 @@ class _BothOutputs(nn.Module):
 
 
 def write_onnx(weights: Weights, out: Path) -> None:
-    """Writes model.onnx, with any batch size, and the class names (JSON) and the pixels' range in its metadata.
+    """Writes model.onnx, with any batch size, and in metadata class names and transform (JSON), range of pixels, loss.
 
     Not streaming: the exporter holds the model several times. Raises UserError when its packages are not installed.
     """
@@ -72,6 +73,7 @@ def write_onnx(weights: Weights, out: Path) -> None:
     assert program is not None
     metadata = program.model.metadata_props
     metadata["pixels"] = "RGB, (x - 127.5) / 127.5"
+    metadata["transform"] = json.dumps({key: getattr(weights, key) for key in _TRANSFORM})
     if weights.loss is not None:
         metadata["loss"] = weights.loss
     if weights.class_names:

@@ -33,7 +33,7 @@ def read_timm_checkpoint(path: Path) -> Weights:
     if name not in timm.list_models():
         told = f"its arch, {full_name!r}, is no model of timm's" if full_name else "does not tell its architecture"
         raise UserError(f'{path}: {told}: put a config.json beside it, as {{"architecture": "vit_base_patch16_224"}}')
-    if not saved.arguments:
+    if not {"mean", "crop_pct"} <= saved.arguments.keys():  # torchvision's script, too, names its models "resnet18"
         warn(f"{path}: does not tell how its images were seen; taken is what timm's {name} has as default")
     with readable(path):
         config = _as_config(full_name, saved, path)
@@ -49,12 +49,15 @@ def _as_config(full_name: str, saved: Saved, path: Path) -> dict[str, Any]:
     usual = timm.get_pretrained_cfg(full_name)
     cfg = usual.to_dict() if usual else {}
     given = {key: arguments[key] for key in ("img_size", *_KEPT) if arguments.get(key)}
-    if given.get("input_size"):
-        given["input_size"] = tuple(given["input_size"])
+    if "input_size" in given:
+        given["input_size"] = _three_sizes(given["input_size"], path)
     given |= {key: per_channel(Fields(given, str(path)), key) for key in ("mean", "std") if key in given}
     resolved = resolve_data_config(given, pretrained_cfg=cfg)
     model_args = dict(arguments.get("model_kwargs") or {})
-    if size := arguments.get("img_size"):
+    size = arguments.get("img_size")
+    if "input_size" in given and not model_args.keys() & {"img_size", "dynamic_img_size"}:
+        size = size or given["input_size"][-1]
+    if size:
         check_arguments({"img_size": size}, f"{path}: args")
         with building(path, len(saved.tensors)):  # convolutional networks take images of any size, and no argument
             model_args |= timm_options(ModelConfig(name=f"timm:{name}", image_size=size))
@@ -69,3 +72,10 @@ def _as_config(full_name: str, saved: Saved, path: Path) -> dict[str, Any]:
         "model_args": model_args,
         "pretrained_cfg": cfg | {key: resolved[key] for key in _KEPT} | dict.fromkeys(_OF_TESTS),
     }
+
+
+def _three_sizes(size: Any, path: Path) -> tuple[Any, ...]:
+    """Channels, height and width, as timm's --input-size has them; DeiT's and MAE's is one number."""
+    if isinstance(size, list | tuple):
+        return tuple(size)
+    return (3, size, size)

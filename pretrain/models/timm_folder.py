@@ -56,6 +56,7 @@ _TRANSFORMS = {"center": "timm", "squash": "timm_squash", "border": "timm_border
 _TOP_KEYS = {"architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg"}
 _TOP_KEYS |= {"label_names", "label_descriptions", "labels"}
 _PIXELS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # of pretrained_cfg
+_RATES = ("drop_rate", "drop_path_rate", "drop_block_rate")  # how arguments of training alone end: proj_drop_rate
 # Arguments of timm.create_model that name files and addresses: not a folder's to choose.
 _NOT_ARCHITECTURE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
@@ -111,16 +112,16 @@ def read_foreign(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> 
     num_classes = cfg.integer("num_classes", 0, MAX_CLASSES, 0)
     for said in (values, Fields(arguments, f"{values.source}: model_args")):  # the innermost one counts
         num_classes = said.integer("num_classes", 0, MAX_CLASSES, num_classes)
-    others = {key: value for key, value in arguments.items() if key != "num_classes"}
+    others = {k: v for k, v in arguments.items() if k != "num_classes" and not k.endswith(_RATES)}
     with building(Path(values.source), len(tensors)), torch.device("meta"):
         theirs = timm.create_model(name, num_classes=num_classes, **others)
         model = _as_ours(theirs, num_classes)
         usual = get_model_args(timm.create_model(name)) if model is None else {}
     if model is None:
-        special = {k: v for k, v in others.items() if k != "img_size" and usual.get(k) != v}
-        if special:
+        if special := {k: v for k, v in others.items() if k != "img_size" and usual.get(k) != v}:
             raise UserError(
-                f"{path}: {name} with {brief(special)} is no plain Vision Transformer; this cannot be loaded here"
+                f"{path}: model_args has {brief(special)}; a model of timm's that is not a plain ViT is built here as "
+                f"its name {name} says, with another img_size, num_classes and rates of dropping at most"
             )
         size = others.get("img_size")
         model = ModelConfig(name=f"timm:{name}", image_size=square(size, "img_size", path) if size else pixels.size)
@@ -211,23 +212,19 @@ def _label_names(values: Fields, num_classes: int) -> tuple[str, ...]:
 
 def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:
     """Returns the config of our model that computes what timm's does, None when there is none."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    gelu = (
-        {"GELU": "exact", "GELUTanh": "tanh"}.get(type(theirs.blocks[0].mlp.act).__name__) if _is_vit(theirs) else None
-    )
-    pooling = {"token": "token", "avg": "gap", "map": "map"}.get(getattr(theirs, "global_pool", ""))
-    if not isinstance(theirs, VisionTransformer) or gelu is None or pooling is None:
+    if not _is_plain_vit(theirs):
         return None
-    first: Any = theirs.blocks[0]
+    first = theirs.blocks[0]
+    gelu = {"GELU": "exact", "GELUTanh": "tanh"}.get(type(first.mlp.act).__name__)
+    pooling = {"token": "token", "avg": "gap", "map": "map"}.get(theirs.global_pool)
+    if gelu is None or pooling is None:
+        return None
     tensors = own_tensors(theirs)
     norms = {m.eps for m in theirs.modules() if isinstance(m, torch.nn.LayerNorm)}
     if norms != {NORM_EPS} or (pooling == "gap" and theirs.cls_token is not None):
         return None
     trunk = _trunk_of(theirs.patch_embed)
-    stride = stride_of(trunk)
-    sides = theirs.patch_embed.proj.kernel_size
-    sizes = theirs.patch_embed.img_size
+    sides, sizes = theirs.patch_embed.proj.kernel_size, theirs.patch_embed.img_size
     if len({*sides}) != 1 or len({*sizes}) != 1:
         return None
     config = named_architecture(
@@ -236,7 +233,7 @@ def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:
         first.mlp.fc1.out_features,
         first.attn.num_heads,
         image_size=sizes[0],
-        patch_size=sides[0] * stride,
+        patch_size=sides[0] * stride_of(trunk),
         pooling=pooling,
         positions="none" if theirs.pos_embed is None else "learned",
         class_position=pooling != "token" or not theirs.no_embed_class,
@@ -249,15 +246,18 @@ def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:
     return config if same else None
 
 
-def _is_vit(theirs: Any) -> bool:
-    return bool(len(getattr(theirs, "blocks", ()))) and hasattr(getattr(theirs.blocks[0], "mlp", None), "act")
+def _is_plain_vit(theirs: Any) -> bool:
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    if not isinstance(theirs, VisionTransformer) or not len(theirs.blocks):
+        return False
+    # The class itself: a block with another order of norms has the same tensors.
+    return all(type(block) is Block for block in theirs.blocks) and hasattr(theirs.blocks[0].mlp, "act")
 
 
 def _trunk_of(patch_embed: Any) -> list[int] | None:
     backbone = getattr(patch_embed, "backbone", None)
-    if backbone is None:
-        return None
-    return [len(stage.blocks) for stage in getattr(backbone, "stages", [])]
+    return None if backbone is None else [len(stage.blocks) for stage in getattr(backbone, "stages", [])]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

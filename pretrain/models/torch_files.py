@@ -4,13 +4,15 @@ A training script saves more than tensors: its optimizer is left aside, its argu
 """
 
 import argparse
+import io
 import pickle
+import pickletools
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -22,6 +24,10 @@ from pretrain.models.tensors import LazyTensor, few, file_in, finite, read_safet
 ENDINGS = (".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
 # Where training scripts keep a model's tensors, averages first: they are what such a run is meant to end with.
 _STATES = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module")
+MAX_OPCODES = 1 << 20  # of a pickle: 86 million parameters with averages and an optimizer's state take 20,000
+# What weights_only would call with a size of the file's choosing: 40 bytes that take any memory. No state_dict has it.
+_ALLOCATING = ("bytearray", "Tensor", "TypedStorage", "UntypedStorage")  # how names end: FloatTensor and its like, too
+_LEGACY_PICKLES = 5  # before PyTorch 1.6: magic number, version, system, values, names of the tensors behind them
 _PREFIXES = ("module.", "_orig_mod.", "model.", "ema.")  # of DDP, torch.compile, Lightning, averages
 
 
@@ -81,6 +87,7 @@ def _load(path: Path) -> Any:
         with open_archive(path):  # one that unpacks to far more than it has is refused
             pass
     try:
+        _check_pickles(path)
         # timm's arguments stand in a Namespace, a bag of values.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of pickles that it goes on to refuse
@@ -93,6 +100,39 @@ def _load(path: Path) -> Any:
             f"{path}: {told}, which may execute code: save its tensors alone, with torch.save(model.state_dict(), ...) "
             "or as safetensors"
         ) from None
+
+
+def _check_pickles(path: Path) -> None:
+    """Raises UserError for a file whose pickles make what takes memory that its size does not bound.
+
+    Raises UnpicklingError for what is no pickle. Nothing is imported or called.
+    """
+    for pickled in _pickles(path):
+        try:
+            for number, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
+                if number >= MAX_OPCODES:
+                    raise UserError(f"{path}: its pickle has more than {MAX_OPCODES:,} opcodes, which no model's has")
+                if opcode.name == "GLOBAL" and str(argument).endswith(_ALLOCATING):
+                    made = str(argument).replace(" ", ".")[:100]
+                    raise UserError(
+                        f"{path}: its pickle makes a {made}, which can take any memory: save its tensors alone, "
+                        "with torch.save(model.state_dict(), ...) or as safetensors"
+                    )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise pickle.UnpicklingError(str(error)) from None
+
+
+def _pickles(path: Path) -> Iterator[IO[bytes]]:
+    """Yields a file's pickles, found as torch.load finds them; one is read before the next is asked for."""
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\3\4":
+            yield io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
+            return
+        file.seek(0)
+        for _ in range(_LEGACY_PICKLES):
+            yield file
 
 
 def _unsafe(path: Path) -> list[str]:

@@ -116,8 +116,6 @@ def _check_function(values: Fields) -> None:
     """Raises UserError for a setting that is another function than ours; tells what is not known."""
     if values.text("hidden_act", "") not in _GELU:
         values.wrong("hidden_act", "GELU")
-    if not values.flag("qkv_bias", True):
-        raise UserError(f"{values.source}: qkv_bias is false: our attention has biases")
     if (epsilon := values.number("layer_norm_eps", 0, 1, 1e-12)) != NORM_EPS:
         warn(
             f"{values.source}: layer_norm_eps {epsilon} becomes {NORM_EPS}, which Google's own weights were trained "
@@ -161,6 +159,7 @@ def _architecture(values: Fields, theirs: Mapping[str, LazyTensor], prefix: str,
         patch_size=square(values.values.get("patch_size"), "patch_size", values.source),
         gelu=_GELU[values.text("hidden_act")],
         representation_size=theirs[pooler].shape[0] if pooled else None,
+        qkv_bias=None if values.flag("qkv_bias", True) else False,  # None: as the named size, which has them
     )
     if problems := list(config.problems()):
         raise UserError(f"{values.source}: {'; '.join(problems)}")

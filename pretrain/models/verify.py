@@ -29,6 +29,7 @@ MAX_RATIO = 1e-5  # of the largest value: float32 rounding gives 1e-7 to 3e-6
 HYBRID_MAX_RATIO = 1e-4  # a trunk's float32 outputs are 1e-5 from its float64 ones already (R26+S, nearly initial)
 _ROOT = Path(__file__).resolve().parents[2]
 _IN_MINUS_ONE_TO_ONE = ("npz", "onnx")  # targets that take images in [-1, 1], whatever the weights' own are
+_FOLDERS = ("PRETRAIN_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")  # where weights by name are found
 _LARGE = 100_000_000  # parameters from which on one image must do
 
 
@@ -141,7 +142,10 @@ def _run(side: str, program: str, argument: str, work: Path) -> int:
     command = [sys.executable, "-c", PEAK_MEMORY + program + _END, argument, str(work / side) + ".safetensors"]
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    folders = {name: os.environ[name] for name in _FOLDERS if os.environ.get(name)}
+    # Relative ones are of this folder, not of `work`. Those that the hub's library expands are left to it.
+    absolute = {name: os.path.abspath(value) for name, value in folders.items() if value[0] not in "~$"}
+    done = subprocess.run(command, cwd=work, env=environment | absolute, capture_output=True, text=True)
     if done.returncode < 0:
         raise UserError(
             f"the verification ({side}) was killed by signal {-done.returncode}, as when memory is short; "

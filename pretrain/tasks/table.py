@@ -86,10 +86,15 @@ def missing(task: Task, root: Path, splits: Sequence[str] = ()) -> str | None:
 def check_any_there(tasks: Sequence[Task], root: Path) -> list[str]:
     """Returns the lines of `missing` of the tasks that lack something. Raises UserError when all of them do."""
     absent = [line for one in tasks if (line := missing(one, root))]
-    if absent and len(absent) == len(tasks):
+    check_not_all(absent, len(tasks), root)
+    return absent
+
+
+def check_not_all(absent: Sequence[str], num_asked: int, root: Path) -> None:
+    """Raises UserError when all sets that were asked for lack something. absent: a line for each that does."""
+    if absent and len(absent) == num_asked:
         some = f"none of {len(absent)} sets is in {root}; the first: " if len(absent) > 1 else "no data: "
         raise UserError(f"{some}{absent[0]}")
-    return absent
 
 
 def task(name: str) -> Task:
