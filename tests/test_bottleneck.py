@@ -15,6 +15,7 @@ from ranks import run_ranks
 from tiny import make_shards, tiny_config
 from weights_on_disk import load_tool
 
+from pretrain.benchmark import bottleneck
 from pretrain.benchmark.bottleneck import Costs, diagnosis, images_per_s, stage_costs
 from pretrain.benchmark.cells import cell_rows
 from pretrain.benchmark.parts import PartClock, watch_collectives, watch_engine
@@ -92,6 +93,23 @@ def test_batches_are_pinned_where_a_run_pins_them(tmp_path: Path, monkeypatch: p
         stage_costs(config, open_data(config), engine, PartClock(gpu=False))
         assert len(pinned) == 6 * gpu
         assert all(any(found is own for own in pinned) == gpu for found in trained[-1][:4])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stages_have_the_threads_of_who_runs_them(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader process has one, a rank without loader processes its own; behind the stages it has them again."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, data__global_batch=4, data__workers=workers)
+    decode, found, before = loader.decode, set(), torch.get_num_threads()
+    monkeypatch.setattr(loader, "decode", lambda *args: found.add(torch.get_num_threads()) or decode(*args))
+    engine: Any = SimpleNamespace(plan=plan_batch(4, 1, 4))
+    try:
+        torch.set_num_threads(2)
+        bottleneck._loaded(config, open_data(config), engine)
+        assert found == {1 if workers else 2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_bottleneck(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, Any]]:
