@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from test_slurm import TASK
 
@@ -117,6 +119,28 @@ def test_a_rank_that_does_not_come_is_lost(rank: int, monkeypatch: pytest.Monkey
     monkeypatch.delenv(signals.SUPERVISOR, raising=False)
     with pytest.raises(LostProcessError, match=f"rank {rank} of 2 did not meet the others at 127.0.0.1:"):
         ranks.start(1)
+
+
+def with_gpus(*uuids: str) -> str:
+    """What is told at the start of a rank whose GPU has this one of the names; gloo stands in for NCCL."""
+    join: Any = dist.init_process_group
+    cuda: Any = torch.cuda
+    dist.init_process_group = lambda backend, **named: join("gloo", **named)
+    ranks.choose_device = lambda: torch.device("cuda", 0)
+    cuda.set_device = lambda device: None
+    cuda.get_device_properties = lambda device: SimpleNamespace(uuid=uuids[ranks.rank()])
+    try:
+        ranks.start(60)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_share_a_gpu_are_refused() -> None:
+    """As srun with two tasks and one GPU a node gives it to both, each of which sees it alone; all tell the same."""
+    told, others = run_ranks(with_gpus, 2, "a", "a")
+    assert told == others and told.startswith("ranks 0, 1 on ") and "the same GPU: start one rank per GPU" in told
+    assert run_ranks(with_gpus, 2, "a", "b") == ["", ""]
 
 
 @pytest.fixture

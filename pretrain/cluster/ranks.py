@@ -51,7 +51,23 @@ def start(timeout_s: int) -> torch.device:
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise not_met(error) from None
         _cpu_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+    if device.type == "cuda" and world_size() > 1:
+        _check_own_gpu(device)
     return device
+
+
+def _check_own_gpu(device: torch.device) -> None:
+    """Raises UserError, on all ranks, when some of them have the same GPU: NCCL would refuse it, in other words."""
+    mine = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, mine, group=_cpu_group)
+    for host, uuid in found:
+        sharing = [str(number) for number, other in enumerate(found) if other == (host, uuid)]
+        if len(sharing) > 1:
+            raise UserError(
+                f"ranks {', '.join(sharing)} on {host} have the same GPU: start one rank per GPU (under srun "
+                "--gpus-per-node as large as --ntasks-per-node, or --gpus-per-task=1)"
+            )
 
 
 def not_met(error: Exception) -> UserError | LostProcessError:
