@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +119,34 @@ def test_a_rank_that_does_not_come_is_lost(rank: int, monkeypatch: pytest.Monkey
     monkeypatch.delenv(signals.SUPERVISOR, raising=False)
     with pytest.raises(LostProcessError, match=f"rank {rank} of 2 did not meet the others at 127.0.0.1:"):
         ranks.start(1)
+
+
+@pytest.mark.parametrize(
+    ("places", "cores"),
+    [
+        ([("a", range(16))] * 8, [2] * 8),  # as most launchers leave them
+        ([("a", range(2 * n, 2 * n + 2)) for n in range(8)], [2] * 8),  # as srun binds them
+        ([("a", range(4)), ("b", range(4)), ("b", range(4)), ("b", [4])], [4, 2, 2, 1]),
+        ([("a", [0])] * 3, [1] * 3),
+    ],
+)
+def test_cores_of_a_rank(places: list[tuple[str, Sequence[int]]], cores: list[int]) -> None:
+    """Divided among those of a host that may use the same, not where each has its own."""
+    assert ranks.cores_of_ranks((host, [*map(str, own)]) for host, own in places) == cores
+
+
+def threads_of_bound_ranks() -> int:
+    """Of a rank on a machine of eight cores, four of which are its own."""
+    os.environ.pop("OMP_NUM_THREADS")
+    first = 4 * ranks.rank()
+    os.sched_getaffinity = lambda _: {*range(first, first + 4)}
+    ranks.start(60)
+    return torch.get_num_threads()
+
+
+def test_a_rank_that_srun_has_bound_has_a_thread_on_each_of_its_cores() -> None:
+    """They are not divided by the ranks of the node once more."""
+    assert run_ranks(threads_of_bound_ranks, 2) == [4, 4]
 
 
 def with_gpus(*uuids: str) -> str:

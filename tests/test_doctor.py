@@ -106,7 +106,7 @@ MACHINES: list[tuple[str, Patch, Callable[[], Any], str, str]] = [
     ("one node", lambda m, _: named(m, "127.0.1.1"), lambda: machine.check_host_name(1), OK, "127.0.1.1"),
     ("InfiniBand", lambda m, p: locked(m, p, 1000), lambda: machine.check_limits(Room(0, 0, 0), ""), RED, "locks its"),
     ("enough", lambda m, p: locked(m, p, 1000), lambda: machine.check_limits(Room(0, 0, 0), ""), RED, "0.1 MB at most"),
-    ("too few cores", lambda m, _: None, lambda: machine.check_cores(10_000), WARN, "for a rank with 10000"),
+    ("too few cores", lambda m, _: None, lambda: machine.check_cores(8, 8), WARN, "8 for a rank with 8 loader"),
 ]
 
 
@@ -355,6 +355,8 @@ def test_two_ranks(fault: str, code: int, told: str, shard_folder: Path, tmp_pat
     assert told in table and ("bus " in table) == (fault != "sum"), table
     assert fault != "sum" or "(rank 1)" in table
     assert fault != "clock" or ("+100." in table and "2 ranks on 2 nodes (n0, n1)" in table)
+    cores = len(os.sched_getaffinity(0))  # which the ranks of a node share
+    assert f"{cores if fault == 'clock' else max(1, cores // 2)} for a rank with" in table
     assert fault or ("103 images" in table and "locks" in table and list(tmp_path.iterdir()) == [])
 
 

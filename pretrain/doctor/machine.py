@@ -132,11 +132,10 @@ def _locked_memory() -> Finding:
     )
 
 
-def check_cores(workers: int) -> Iterator[Finding]:
-    """Cores that this process may use, against the processes of this node's ranks: srun binds a task to one."""
-    cores, processes = len(os.sched_getaffinity(0)), workers + 1
+def check_cores(workers: int, cores: int) -> Iterator[Finding]:
+    """The cores of this rank, of which srun may have bound a task to one, against its own and its loader processes."""
     told = f"{cores} for a rank with {workers} loader processes"
-    if cores >= processes:
+    if cores > workers:
         return (yield Finding("cores", OK, told, value=cores))
     remedy = "srun --cpus-per-task=, docker run --cpus=; or lower data.workers"
     yield Finding("cores", WARN, told, remedy, value=cores)
