@@ -67,11 +67,11 @@ def cores_of_ranks(places: Iterable[tuple[str, Sequence[str]]]) -> list[int]:
 
     srun binds each task to its own; other launchers leave all cores to all ranks.
     """
-    places = [(host, set(cores)) for host, cores in places]
+    masks = [(host, set(cores)) for host, cores in places]
     here: dict[str, list[set[str]]] = {}
-    for host, cores in places:
-        here.setdefault(host, []).append(cores)
-    return [max(1, len(own) // sum(not own.isdisjoint(other) for other in here[host])) for host, own in places]
+    for host, own in masks:
+        here.setdefault(host, []).append(own)
+    return [max(1, len(own) // sum(not own.isdisjoint(other) for other in here[host])) for host, own in masks]
 
 
 def _of_all_ranks(value: Any) -> list[Any]:
