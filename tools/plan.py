@@ -53,6 +53,8 @@ def main() -> None:
     for name, value in _DEFAULTS.items():
         if name not in used:
             setattr(arguments, name, value)
+    if "gpus" not in used:  # at most as many as a step has images
+        arguments.gpus = ",".join(n for n in arguments.gpus.split(",") if int(n) <= config.data.global_batch)
     gpus = _numbers(arguments.gpus, config)
     _check(arguments)
     device = DEVICES[arguments.gpu]
@@ -170,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config, for example optim.lr=1e-3"
     )
-    parser.add_argument("--gpus", metavar="N,N", help="numbers of GPUs (default 1,8,64)")
+    parser.add_argument("--gpus", metavar="N,N", help="numbers of GPUs (default 1,8,64, up to data.global_batch)")
     parser.add_argument("--gpu", choices=list(DEVICES), default="h100", help="(default h100)")
     parser.add_argument(
         "--table", action="store_true", help="choices for B, L, H, g, G, e, 22B on 1 to 512 GPUs instead"
