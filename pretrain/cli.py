@@ -109,6 +109,14 @@ def check_found(path: Path, expected: str) -> None:
         pass
 
 
+def check_writable(option: str, file: Path) -> None:
+    """Raises UserError where no file can be: asked before what takes minutes to measure. option: that names it."""
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise UserError(f"{option} {file}: is a folder, expected a file")
+
+
 @contextmanager
 def loading() -> Iterator[None]:
     """For imports that take seconds: faster, and with a word for who watches a terminal.

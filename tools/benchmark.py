@@ -42,6 +42,9 @@ def main() -> None:
     _add_order(commands)
     _add_data(commands)
     arguments = parser.parse_args()
+    given = vars(arguments)
+    if given.get("out") is not None and (given["out"].is_dir() or not given.get("peer")):  # --peer makes the folder
+        cli.check_writable("--out", given["out"])
     arguments.run(arguments)
 
 

@@ -155,10 +155,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}, expected above 0 and up to 1e6")
     if arguments.mfu and arguments.measured:
         raise UserError("--mfu and --from both tell the MFU; give one of them")
-    if arguments.out_json is not None and not arguments.out_json.parent.is_dir():
-        raise UserError(f"--json {arguments.out_json}: there is no folder {arguments.out_json.parent}")
-    if arguments.out_json is not None and arguments.out_json.is_dir():
-        raise UserError(f"--json {arguments.out_json}: is a folder, expected a file")
+    if arguments.out_json is not None:
+        cli.check_writable("--json", arguments.out_json)
 
 
 def _parser() -> argparse.ArgumentParser:
