@@ -360,6 +360,26 @@ def test_a_wrong_out_is_told_before_anything_runs(
             tool.main()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--ranks 8", "--ranks has no effect without --peer"),
+        ("--in-one", "--in-one has no effect without --peer"),
+        *((f"--{name} 2", f"--{name} has no effect without --peer") for name in ("rounds", "processes", "threads")),
+        ("--loops plain", "--loops has no effect without --peer"),
+        ("--bottleneck --data x --ranks 2 --peer", "--peer has no effect with --bottleneck"),
+        ("--bottleneck --data x --rounds 2", "--rounds has no effect with --bottleneck"),
+        ("--bottleneck --data x --steps 9", "--steps has no effect with --bottleneck"),
+    ],
+)
+def test_options_without_effect_are_refused(words: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is measured that is not what was asked for."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *words.split()])
+    monkeypatch.setattr(tool, "cell_rows", lambda what, cell: ([], "measured"))
+    with pytest.raises(UserError, match=told):
+        tool.main()
+
+
 @pytest.mark.parametrize("what", ["train", "model", "save"])
 def test_a_wrong_model_is_told_before_anything_runs(what: str) -> None:
     """Exit code 2, one line."""

@@ -18,6 +18,7 @@ from weights_on_disk import load_tool
 from pretrain.benchmark import bottleneck
 from pretrain.benchmark.bottleneck import Costs, diagnosis, images_per_s, stage_costs
 from pretrain.benchmark.cells import cell_rows
+from pretrain.benchmark.measure import Plan
 from pretrain.benchmark.parts import PartClock, watch_collectives, watch_engine
 from pretrain.cluster import ranks
 from pretrain.config import Config
@@ -138,10 +139,29 @@ def test_ranks_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     cores = len(os.sched_getaffinity(0))
     options: dict[str, Any] = {"batch": 4, "warmup": 1, "steps": 2, "precision": "fp32", "image_size": 32}
     options |= {"data": str(make_shards(tmp_path / "squares")), "workers": 1, "zero_stage": 1, "compile": "auto"}
+    options |= {"checkpoint_activations": True, "fp8": False}
     rows, failure = cell_rows("bottleneck", {"model": "Ti/16", "options": options | {"ranks": cores}})
     assert failure is None
     assert (rows[0]["cores"], rows[0]["ranks"], rows[0]["compile"]) == (1, cores, False)
     assert rows[0]["device"] == "cpu, 1 threads" and max(rows[0]["predicted_images_per_s"], key=int) == "1"
+
+
+def test_the_engine_s_keys_reach_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is the run with them."""
+
+    class Told(Exception):
+        pass
+
+    def stop(*_: Any, **engine: Any) -> None:
+        raise Told(engine["checkpoint_activations"], engine["fp8"])
+
+    plan = Plan(torch.device("cpu"), "a CPU", batch=4, warmup=1, steps=2)
+    monkeypatch.setattr(bottleneck, "plan_cell", lambda options: plan)
+    monkeypatch.setattr(bottleneck, "cell_config", stop)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (options,) = run_bottleneck(monkeypatch, "--fp8", "--checkpoint-activations")
+    with pytest.raises(Told, match="True, True"):
+        next(bottleneck.measure("Ti/16", options))
 
 
 COSTS = Costs(

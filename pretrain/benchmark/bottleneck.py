@@ -111,6 +111,8 @@ def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         options["precision"],
         data={"train": options["data"], "workers": options["workers"]},
         compile=options["compile"],
+        checkpoint_activations=options["checkpoint_activations"],
+        fp8=options["fp8"],
         zero_stage=options["zero_stage"],
         max_micro_batch_size=plan.batch,
     )
