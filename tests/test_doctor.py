@@ -206,13 +206,22 @@ def test_data_sets_and_room(own_shards: Path, tmp_path: Path, monkeypatch: pytes
     """The rate of a good set; a damaged sample, a missing shard, a full disk."""
     config = tiny_config(own_shards, tmp_path / "runs")
     assert disks.sets_of(config) == {"data.train": own_shards}
-    (good,) = disks.check_set("data.train", own_shards, config)
+    with monkeypatch.context() as patch:  # no whole index is read for a sample
+        patch.setattr(disks, "load_index", lambda shard: pytest.fail("whole"))
+        (good,) = disks.check_set("data.train", own_shards, config)
     assert good.state == OK and good.value and "103 images in 3 shards" in good.found
     assert [f.state for f in disks.check_free_disk(config, 5)] == [OK]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DISK(1, 1, 1000))
     (full,) = disks.check_free_disk(config, 5)
     assert full.state == AWAY and "4 checkpoints of" in full.found and "keep_last" in full.remedy
     shards = sorted(own_shards.glob("*.tar"))
+    indexes = {shard.with_suffix(".idx"): shard.with_suffix(".idx").read_bytes() for shard in shards}
+    for path, content in indexes.items():
+        path.write_bytes(content[:-4])
+    (cut,) = disks.check_set("data.train", own_shards, config)
+    assert cut.state == RED and "does not fit its shard" in cut.found
+    for path, content in indexes.items():
+        path.write_bytes(content)
     for shard in shards:
         shard.write_bytes(bytes(shard.stat().st_size))
     (damaged,) = disks.check_set("data.train", own_shards, config)
