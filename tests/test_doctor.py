@@ -13,9 +13,11 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import CLASSES
 from ranks import run_ranks, start_ranks
 from slurm import cluster, wait_for
@@ -135,6 +137,21 @@ def test_a_machine_with_a_fault(
     patch(monkeypatch, tmp_path)
     found = [finding for finding in check() if finding.state == state and told in finding.found]
     assert len(found) == 1 and bool(found[0].remedy) == (state != OK)
+
+
+def test_tasks_with_a_gpu_of_their_own_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is told another one by CUDA_VISIBLE_DEVICES, as with --gpus-per-task: no difference worth a word."""
+    gpu = SimpleNamespace(name="H100", total_memory=80e9)
+    monkeypatch.setattr(ranks, "choose_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine.nccl, "version", lambda: (2, 27, 5))
+    found = {}
+    for rank in (0, 1):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(rank))
+        found[rank] = list(machine.check_gpu())
+    rows = findings.merged(found, {0: "a", 1: "a"})
+    assert rows[0] == Row(OK, "GPU", "H100, 80 GB; 1 seen, asked for by CUDA_VISIBLE_DEVICES", "")
 
 
 def test_locks_and_renames_of_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
