@@ -1,6 +1,8 @@
 """What `make demo` runs, in small: data, training on two ranks, conversion, evaluation, fine-tuning, report."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,21 @@ def test_an_interrupt_lets_a_command_save(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         demo._run(sys.executable, "-c", SAVES, tmp_path / "state")
     assert (tmp_path / "state").read_text() == "saved"
+
+
+def test_sigterm_leaves_no_command_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container or a scheduler sends it to the demo alone: what runs beside its steps is asked to stop."""
+    demo = load_tool("demo")
+    monkeypatch.setattr(demo, "environment", lambda **_: {})  # which imports torch
+    later = "import sys, time; time.sleep(3); open(sys.argv[1], 'w')"
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with demo._beside(tmp_path / "log", [sys.executable, "-c", later, tmp_path / "lived on"]):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert not (tmp_path / "lived on").exists()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
