@@ -18,12 +18,13 @@ from types import TracebackType
 from typing import TextIO, TypeGuard
 
 from pretrain.cluster.jobs import PART_OF
-from pretrain.cluster.slurm import rank_so_far  # not cluster.ranks, which imports torch: a wrong key is told at once
+from pretrain.cluster.slurm import num_tasks, rank_so_far  # not of ranks, which imports torch: errors come at once
 from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
 
 _WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
 _ON_ANOTHER_NODE_S = 3.0  # likewise; a lost node is to be told within 5 s, of which asking the others takes one
+_OTHERS_ARRIVE_S = 1.0  # at the user's error that this task of srun has met, each by itself
 _INTERRUPTED = 130  # exit code, as of shells
 _AGAIN_S = 0.01  # after which an interrupt comes again that could not be raised
 # What imports of pyproject.toml's dependencies are called. That another module is missing is a defect.
@@ -108,6 +109,14 @@ def check_found(path: Path, expected: str) -> None:
         pass
 
 
+def check_writable(option: str, file: Path) -> None:
+    """Raises UserError where no file can be: asked before what takes minutes to measure. option: that names it."""
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise UserError(f"{option} {file}: is a folder, expected a file")
+
+
 @contextmanager
 def loading() -> Iterator[None]:
     """For imports that take seconds: faster, and with a word for who watches a terminal.
@@ -178,6 +187,7 @@ def _on_os_error(error: OSError) -> int:
 def _say(message: str, code: int) -> int:
     """Rank 0 tells what all ranks met. Another rank tells it only if rank 0, whose exit ends this one too, does not."""
     if (rank := rank_so_far(os.environ)) > 0:
+        _end_with(code)
         beside_rank_0 = os.environ.get("LOCAL_RANK", str(rank)) == str(rank)
         time.sleep(_WAIT_FOR_RANK_0_S if beside_rank_0 else _ON_ANOTHER_NODE_S)
         message = f"rank {rank}: {message}"
@@ -186,9 +196,17 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+def _end_with(code: int) -> None:
+    """Has SIGTERM end this process with its own code: of its tasks' codes srun returns the highest, a signal's."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+
+
 def _leave(code: int) -> None:
     unwritten = _flush()
     code = code or unwritten
+    if code == UserError.exit_code and num_tasks(os.environ) > 1:  # at this one's end srun ends the others
+        _end_with(code)
+        time.sleep(_OTHERS_ARRIVE_S)
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them
     end_process(code)

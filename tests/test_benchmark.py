@@ -345,6 +345,41 @@ def test_starts_are_timed_beside_another_checkout() -> None:
     assert "has no launch/pretrain.py" in benchmark("start", "--beside", str(ROOT / "docs")).stderr
 
 
+@pytest.mark.parametrize("command", ["train", "train --bottleneck --data x", "model", "save", "start", "data"])
+def test_a_wrong_out_is_told_before_anything_runs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that was measured for minutes would be lost, under a traceback."""
+    missing, folder = tmp_path / "no" / "rows.jsonl", "is a folder, expected a file"
+    cases = [(command, missing, f"there is no folder {missing.parent}"), (command, tmp_path, folder)]
+    if command == "train":  # whose folder is made
+        cases.append(("train --peer", tmp_path, folder))
+    for words, out, told in cases:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split(), "--out", str(out)])
+        with pytest.raises(UserError, match=f"--out {out}: {told}"):
+            tool.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--ranks 8", "--ranks has no effect without --peer"),
+        ("--in-one", "--in-one has no effect without --peer"),
+        *((f"--{name} 2", f"--{name} has no effect without --peer") for name in ("rounds", "processes", "threads")),
+        ("--loops plain", "--loops has no effect without --peer"),
+        ("--bottleneck --data x --ranks 2 --peer", "--peer has no effect with --bottleneck"),
+        ("--bottleneck --data x --rounds 2", "--rounds has no effect with --bottleneck"),
+        ("--bottleneck --data x --steps 9", "--steps has no effect with --bottleneck"),
+    ],
+)
+def test_options_without_effect_are_refused(words: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is measured that is not what was asked for."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *words.split()])
+    monkeypatch.setattr(tool, "cell_rows", lambda what, cell: ([], "measured"))
+    with pytest.raises(UserError, match=told):
+        tool.main()
+
+
 @pytest.mark.parametrize("what", ["train", "model", "save"])
 def test_a_wrong_model_is_told_before_anything_runs(what: str) -> None:
     """Exit code 2, one line."""

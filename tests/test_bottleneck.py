@@ -15,8 +15,10 @@ from ranks import run_ranks
 from tiny import make_shards, tiny_config
 from weights_on_disk import load_tool
 
+from pretrain.benchmark import bottleneck
 from pretrain.benchmark.bottleneck import Costs, diagnosis, images_per_s, stage_costs
 from pretrain.benchmark.cells import cell_rows
+from pretrain.benchmark.measure import Plan
 from pretrain.benchmark.parts import PartClock, watch_collectives, watch_engine
 from pretrain.cluster import ranks
 from pretrain.config import Config
@@ -94,6 +96,23 @@ def test_batches_are_pinned_where_a_run_pins_them(tmp_path: Path, monkeypatch: p
         assert all(any(found is own for own in pinned) == gpu for found in trained[-1][:4])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stages_have_the_threads_of_who_runs_them(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader process has one, a rank without loader processes its own; behind the stages it has them again."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, data__global_batch=4, data__workers=workers)
+    decode, found, before = loader.decode, set(), torch.get_num_threads()
+    monkeypatch.setattr(loader, "decode", lambda *args: found.add(torch.get_num_threads()) or decode(*args))
+    engine: Any = SimpleNamespace(plan=plan_batch(4, 1, 4))
+    try:
+        torch.set_num_threads(2)
+        bottleneck._loaded(config, open_data(config), engine)
+        assert found == {1 if workers else 2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def run_bottleneck(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, Any]]:
     """The options that the command gives its cells."""
     asked: list[dict[str, Any]] = []
@@ -120,10 +139,29 @@ def test_ranks_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     cores = len(os.sched_getaffinity(0))
     options: dict[str, Any] = {"batch": 4, "warmup": 1, "steps": 2, "precision": "fp32", "image_size": 32}
     options |= {"data": str(make_shards(tmp_path / "squares")), "workers": 1, "zero_stage": 1, "compile": "auto"}
+    options |= {"checkpoint_activations": True, "fp8": False}
     rows, failure = cell_rows("bottleneck", {"model": "Ti/16", "options": options | {"ranks": cores}})
     assert failure is None
     assert (rows[0]["cores"], rows[0]["ranks"], rows[0]["compile"]) == (1, cores, False)
     assert rows[0]["device"] == "cpu, 1 threads" and max(rows[0]["predicted_images_per_s"], key=int) == "1"
+
+
+def test_the_engine_s_keys_reach_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is the run with them."""
+
+    class Told(Exception):
+        pass
+
+    def stop(*_: Any, **engine: Any) -> None:
+        raise Told(engine["checkpoint_activations"], engine["fp8"])
+
+    plan = Plan(torch.device("cpu"), "a CPU", batch=4, warmup=1, steps=2)
+    monkeypatch.setattr(bottleneck, "plan_cell", lambda options: plan)
+    monkeypatch.setattr(bottleneck, "cell_config", stop)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (options,) = run_bottleneck(monkeypatch, "--fp8", "--checkpoint-activations")
+    with pytest.raises(Told, match="True, True"):
+        next(bottleneck.measure("Ti/16", options))
 
 
 COSTS = Costs(

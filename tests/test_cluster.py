@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from test_slurm import TASK
 
@@ -117,6 +119,56 @@ def test_a_rank_that_does_not_come_is_lost(rank: int, monkeypatch: pytest.Monkey
     monkeypatch.delenv(signals.SUPERVISOR, raising=False)
     with pytest.raises(LostProcessError, match=f"rank {rank} of 2 did not meet the others at 127.0.0.1:"):
         ranks.start(1)
+
+
+@pytest.mark.parametrize(
+    ("places", "cores"),
+    [
+        ([("a", range(16))] * 8, [2] * 8),  # as most launchers leave them
+        ([("a", range(2 * n, 2 * n + 2)) for n in range(8)], [2] * 8),  # as srun binds them
+        ([("a", range(4)), ("b", range(4)), ("b", range(4)), ("b", [4])], [4, 2, 2, 1]),
+        ([("a", [0])] * 3, [1] * 3),
+    ],
+)
+def test_cores_of_a_rank(places: list[tuple[str, Sequence[int]]], cores: list[int]) -> None:
+    """Divided among those of a host that may use the same, not where each has its own."""
+    assert ranks.cores_of_ranks((host, [*map(str, own)]) for host, own in places) == cores
+
+
+def threads_of_bound_ranks() -> int:
+    """Of a rank on a machine of eight cores, four of which are its own."""
+    os.environ.pop("OMP_NUM_THREADS")
+    first = 4 * ranks.rank()
+    os.sched_getaffinity = lambda _: {*range(first, first + 4)}
+    ranks.start(60)
+    return torch.get_num_threads()
+
+
+def test_a_rank_that_srun_has_bound_has_a_thread_on_each_of_its_cores() -> None:
+    """They are not divided by the ranks of the node once more."""
+    assert run_ranks(threads_of_bound_ranks, 2) == [4, 4]
+
+
+def with_gpus(*uuids: str) -> str:
+    """What is told at the start of a rank whose GPU has this one of the names; gloo stands in for NCCL."""
+    join: Any = dist.init_process_group
+    cuda: Any = torch.cuda
+    dist.init_process_group = lambda backend, **named: join("gloo", **named)
+    ranks.choose_device = lambda: torch.device("cuda", 0)
+    cuda.set_device = lambda device: None
+    cuda.get_device_properties = lambda device: SimpleNamespace(uuid=uuids[ranks.rank()])
+    try:
+        ranks.start(60)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_share_a_gpu_are_refused() -> None:
+    """As srun with two tasks and one GPU a node gives it to both, each of which sees it alone; all tell the same."""
+    told, others = run_ranks(with_gpus, 2, "a", "a")
+    assert told == others and told.startswith("ranks 0, 1 on ") and "the same GPU: start one rank per GPU" in told
+    assert run_ranks(with_gpus, 2, "a", "b") == ["", ""]
 
 
 @pytest.fixture
@@ -352,12 +404,12 @@ def test_advice_on_gpus_that_are_not_found(
         ({"CUDA_VISIBLE_DEVICES": ""}, None),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
         ({"SLURM_GPUS_ON_NODE": "0"}, None),
-        ({"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2"),
-        ({"SLURM_STEP_GPUS": "0"}, "SLURM_STEP_GPUS=0"),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}, "CUDA_VISIBLE_DEVICES=GPU-8932f937"),
+        ({"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE"),
+        ({"SLURM_STEP_GPUS": "0"}, "SLURM_STEP_GPUS"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}, "CUDA_VISIBLE_DEVICES"),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1"}, None),  # DeepSpeed's launcher, on CPUs too
-        ({"CUDA_VISIBLE_DEVICES": "2,3", "CROSS_SIZE": "1"}, "CUDA_VISIBLE_DEVICES=2,3"),
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1", "SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "CROSS_SIZE": "1"}, "CUDA_VISIBLE_DEVICES"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1", "SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS"),
     ],
 )
 def test_who_asks_for_gpus(variables: dict, asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

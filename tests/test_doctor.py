@@ -13,9 +13,11 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import CLASSES
 from ranks import run_ranks, start_ranks
 from slurm import cluster, wait_for
@@ -106,7 +108,7 @@ MACHINES: list[tuple[str, Patch, Callable[[], Any], str, str]] = [
     ("one node", lambda m, _: named(m, "127.0.1.1"), lambda: machine.check_host_name(1), OK, "127.0.1.1"),
     ("InfiniBand", lambda m, p: locked(m, p, 1000), lambda: machine.check_limits(Room(0, 0, 0), ""), RED, "locks its"),
     ("enough", lambda m, p: locked(m, p, 1000), lambda: machine.check_limits(Room(0, 0, 0), ""), RED, "0.1 MB at most"),
-    ("too few cores", lambda m, _: None, lambda: machine.check_cores(10_000), WARN, "for a rank with 10000"),
+    ("too few cores", lambda m, _: None, lambda: machine.check_cores(8, 8), WARN, "8 for a rank with 8 loader"),
 ]
 
 
@@ -135,6 +137,21 @@ def test_a_machine_with_a_fault(
     patch(monkeypatch, tmp_path)
     found = [finding for finding in check() if finding.state == state and told in finding.found]
     assert len(found) == 1 and bool(found[0].remedy) == (state != OK)
+
+
+def test_tasks_with_a_gpu_of_their_own_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is told another one by CUDA_VISIBLE_DEVICES, as with --gpus-per-task: no difference worth a word."""
+    gpu = SimpleNamespace(name="H100", total_memory=80e9)
+    monkeypatch.setattr(ranks, "choose_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine.nccl, "version", lambda: (2, 27, 5))
+    found = {}
+    for rank in (0, 1):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(rank))
+        found[rank] = list(machine.check_gpu())
+    rows = findings.merged(found, {0: "a", 1: "a"})
+    assert rows[0] == Row(OK, "GPU", "H100, 80 GB; 1 seen, asked for by CUDA_VISIBLE_DEVICES", "")
 
 
 def test_locks_and_renames_of_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,13 +223,22 @@ def test_data_sets_and_room(own_shards: Path, tmp_path: Path, monkeypatch: pytes
     """The rate of a good set; a damaged sample, a missing shard, a full disk."""
     config = tiny_config(own_shards, tmp_path / "runs")
     assert disks.sets_of(config) == {"data.train": own_shards}
-    (good,) = disks.check_set("data.train", own_shards, config)
+    with monkeypatch.context() as patch:  # no whole index is read for a sample
+        patch.setattr(disks, "load_index", lambda shard: pytest.fail("whole"))
+        (good,) = disks.check_set("data.train", own_shards, config)
     assert good.state == OK and good.value and "103 images in 3 shards" in good.found
     assert [f.state for f in disks.check_free_disk(config, 5)] == [OK]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DISK(1, 1, 1000))
     (full,) = disks.check_free_disk(config, 5)
     assert full.state == AWAY and "4 checkpoints of" in full.found and "keep_last" in full.remedy
     shards = sorted(own_shards.glob("*.tar"))
+    indexes = {shard.with_suffix(".idx"): shard.with_suffix(".idx").read_bytes() for shard in shards}
+    for path, content in indexes.items():
+        path.write_bytes(content[:-4])
+    (cut,) = disks.check_set("data.train", own_shards, config)
+    assert cut.state == RED and "does not fit its shard" in cut.found
+    for path, content in indexes.items():
+        path.write_bytes(content)
     for shard in shards:
         shard.write_bytes(bytes(shard.stat().st_size))
     (damaged,) = disks.check_set("data.train", own_shards, config)
@@ -355,6 +381,8 @@ def test_two_ranks(fault: str, code: int, told: str, shard_folder: Path, tmp_pat
     assert told in table and ("bus " in table) == (fault != "sum"), table
     assert fault != "sum" or "(rank 1)" in table
     assert fault != "clock" or ("+100." in table and "2 ranks on 2 nodes (n0, n1)" in table)
+    cores = len(os.sched_getaffinity(0))  # which the ranks of a node share
+    assert f"{cores if fault == 'clock' else max(1, cores // 2)} for a rank with" in table
     assert fault or ("103 images" in table and "locks" in table and list(tmp_path.iterdir()) == [])
 
 

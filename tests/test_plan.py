@@ -823,6 +823,15 @@ def test_errors_are_one_line(arguments: list[str], told: str) -> None:
     assert error.startswith("error: ") and told in error, result.stderr
 
 
+@pytest.mark.parametrize("table", [[], ["--table"]])
+def test_a_small_batch_takes_fewer_gpus_than_the_default(table: list[str]) -> None:
+    """Nobody has asked for 64; whoever does is told what is wrong."""
+    done = plan("--config", CONFIG, "data.global_batch=32", *table)
+    assert done.returncode == 0, done.stderr
+    asked = plan("--config", CONFIG, "data.global_batch=32", "--gpus", "64")
+    assert asked.returncode == 2 and "--gpus: 64 of them, expected 1 to 32" in asked.stderr
+
+
 def test_epochs_take_the_manifest(tmp_path: Path) -> None:
     """Of 101 images and batches of 32, 10 epochs are 32 steps; where all are held out, that is the error."""
     steps = ["data.train=" + str(make_shards(tmp_path / "squares")), "data.global_batch=32", "total_epochs=10"]

@@ -76,13 +76,13 @@ def test_what_is_tried_again(
     assert len(list(tmp_path.glob("start-*-0"))) == len(list(tmp_path.glob("start-*-1"))) == num_starts
 
 
-def run_fakes(folder: Path, starts: list[str], *, refused: int | None = None) -> int:
+def run_fakes(folder: Path, starts: list[str], *, most: int = 2, refused: int | None = None) -> int:
     stop = signals.StopRequest()
     try:
         return restarts.run_with_restarts(
             restarts.by_command([sys.executable, "-S", "-c", RANK, str(folder), *starts]),
             2,
-            2,
+            most,
             stop,
             newest=lambda: max((path.name for path in folder.glob("step-*")), default=""),
             refused=lambda: refused,
@@ -96,6 +96,14 @@ def test_a_run_that_says_no_is_not_tried_again(tmp_path: Path, capfd: pytest.Cap
     assert run_fakes(tmp_path, ["0:76,1:76"], refused=2) == 2
     told = "not restarted: rank 0 exit code 76, rank 1 exit code 76; newest checkpoint: none"
     assert capfd.readouterr().err.splitlines() == [told]
+
+
+@pytest.mark.parametrize("first", ["0:76,1:76", "0:saves,1:0"])
+def test_no_restarts_are_none(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a start that has written a checkpoint, as nearly each does."""
+    monkeypatch.setattr(restarts, "LOST_S", 1.0)
+    assert run_fakes(tmp_path, [first, "0:0,1:0"], most=0) == 76
+    assert len(list(tmp_path.glob("start-*"))) == 2
 
 
 @pytest.mark.parametrize(

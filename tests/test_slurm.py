@@ -43,7 +43,7 @@ TASK = {
 
 def test_a_task_knows_its_place() -> None:
     """Every variable of torchrun's; the port belongs to the job and step."""
-    assert slurm.is_task(TASK)
+    assert slurm.is_task(TASK) and slurm.num_tasks(TASK) == 8 and slurm.num_tasks({}) == 0
     assert slurm.rank_variables(TASK) == {
         "RANK": "5",
         "WORLD_SIZE": "8",
@@ -365,6 +365,23 @@ def test_a_run_that_fails_leaves_nobody_waiting(tmp_path: Path) -> None:
     assert "not requeued" in told and "no: not found" in told
     assert "JobState=CANCELLED" in states["convert"] and "JobState=CANCELLED" in states["evaluate"], states
     assert "JobState=FAILED" in states["report"] and "report-" in told, states
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_user_s_error_on_two_ranks_is_not_requeued(tmp_path: Path) -> None:
+    """srun ends the second by SIGTERM, as it waits for the first one's word: their code, and that word alone."""
+    (tmp_path / "weights").mkdir()
+    with cluster(tmp_path / "s") as run:
+        options = "--parsable --array=0-0 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1".split()
+        command = ("launch/evaluate.sbatch", "knn:a", tmp_path / "weights", "--data", tmp_path)
+        variables = {**on_cpu(1), "MAX_RESTARTS": "1"}
+        job = run("sbatch", *options, f"--output={tmp_path}/%x-%j.out", *command, cwd=ROOT, **variables)
+        wait_for(lambda: not run("squeue", "--noheader"), run, seconds=200)
+        state = job_state(run, job)
+    told = logs(tmp_path)
+    assert "Restarts=0" in state and "ExitCode=2:0" in state, told
+    assert told.count("error: no data") == 1 and "rank 1" not in told, told
 
 
 @pytest.mark.slow

@@ -42,6 +42,9 @@ def main() -> None:
     _add_order(commands)
     _add_data(commands)
     arguments = parser.parse_args()
+    given = vars(arguments)
+    if given.get("out") is not None and (given["out"].is_dir() or not given.get("peer")):  # --peer makes the folder
+        cli.check_writable("--out", given["out"])
     arguments.run(arguments)
 
 
@@ -93,7 +96,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--zero-stage", type=int, choices=[1, 2, 3], default=1, help="default 1")
     parser.add_argument("--peer", action="store_true", help="beside timm's loop and plain PyTorch, in turns; a table")
     parser.add_argument(
-        "--ranks", type=int, default=1, help="of this machine; with --bottleneck: that share its cores (default 1)"
+        "--ranks", type=int, help="with --peer: of this machine; with --bottleneck: that share its cores (default 1)"
     )
     parser.add_argument(
         "--threads", type=int, help="with --peer: of each rank on a CPU (default: its share of the cores)"
@@ -115,6 +118,20 @@ def _add_train(commands: Any) -> None:
     parser.set_defaults(run=_run_train)
 
 
+_OF_PEER = ("loops", "rounds", "processes", "threads", "in_one")
+
+
+def _check_effect(arguments: argparse.Namespace) -> None:
+    """Raises UserError for an option that what is asked for does not look at."""
+    if arguments.bottleneck:
+        others, where = ("peer", *_OF_PEER, "warmup", "steps"), "with --bottleneck"
+    else:
+        others, where = () if arguments.peer else ("ranks", *_OF_PEER), "without --peer"
+    for name in others:
+        if getattr(arguments, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
+
+
 def _run_train(arguments: argparse.Namespace) -> None:
     options = {
         **_options(arguments),
@@ -133,6 +150,8 @@ def _run_train(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name} is {value}, expected at least {least}")
+    _check_effect(arguments)
+    arguments.ranks = arguments.ranks or 1
     if arguments.kernels and arguments.bottleneck:
         raise UserError("--kernels tells of a step alone: leave out --bottleneck")
     if arguments.bottleneck:

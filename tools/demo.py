@@ -4,6 +4,7 @@ python tools/demo.py      (`make demo` installs first)
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -106,13 +107,15 @@ def _run(*command: object, lock: Path = Path(os.devnull)) -> None:
 def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
     """Runs a command while its block runs others, and shows its words behind theirs.
 
-    When the block ends early the command is asked to stop too. Raises UserError when it fails.
+    When the block ends early, as by SIGTERM and SIGUSR1 too, the command is asked to stop. Raises UserError when it
+    fails.
     """
     words = [str(word) for word in command]
     cli.tell("$ " + " ".join([Path(words[0]).name, *words[1:]]))
     with log.open("wb") as file:
         own = {**environment(num_threads=1), PART_OF: "1"}
         process = subprocess.Popen(words, cwd=ROOT, env=own, stdout=file, stderr=file)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
         process.wait()
@@ -120,8 +123,14 @@ def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
         if process.poll() is None:
             process.terminate()
             process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         print(f"\n{log.read_text(errors='replace')}", end="", flush=True)
     _check(words, process.returncode)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _check(words: Sequence[str], code: int) -> None:

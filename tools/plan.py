@@ -53,6 +53,8 @@ def main() -> None:
     for name, value in _DEFAULTS.items():
         if name not in used:
             setattr(arguments, name, value)
+    if "gpus" not in used:  # at most as many as a step has images
+        arguments.gpus = ",".join(n for n in arguments.gpus.split(",") if int(n) <= config.data.global_batch)
     gpus = _numbers(arguments.gpus, config)
     _check(arguments)
     device = DEVICES[arguments.gpu]
@@ -153,10 +155,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}, expected above 0 and up to 1e6")
     if arguments.mfu and arguments.measured:
         raise UserError("--mfu and --from both tell the MFU; give one of them")
-    if arguments.out_json is not None and not arguments.out_json.parent.is_dir():
-        raise UserError(f"--json {arguments.out_json}: there is no folder {arguments.out_json.parent}")
-    if arguments.out_json is not None and arguments.out_json.is_dir():
-        raise UserError(f"--json {arguments.out_json}: is a folder, expected a file")
+    if arguments.out_json is not None:
+        cli.check_writable("--json", arguments.out_json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config, for example optim.lr=1e-3"
     )
-    parser.add_argument("--gpus", metavar="N,N", help="numbers of GPUs (default 1,8,64)")
+    parser.add_argument("--gpus", metavar="N,N", help="numbers of GPUs (default 1,8,64, up to data.global_batch)")
     parser.add_argument("--gpu", choices=list(DEVICES), default="h100", help="(default h100)")
     parser.add_argument(
         "--table", action="store_true", help="choices for B, L, H, g, G, e, 22B on 1 to 512 GPUs instead"

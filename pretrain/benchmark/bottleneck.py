@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
+
 from pretrain.benchmark.cells import cell_config
 from pretrain.benchmark.measure import build_engine, plan_cell
 from pretrain.benchmark.parts import PartClock, watch_collectives, watch_engine
@@ -109,6 +111,8 @@ def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         options["precision"],
         data={"train": options["data"], "workers": options["workers"]},
         compile=options["compile"],
+        checkpoint_activations=options["checkpoint_activations"],
+        fp8=options["fp8"],
         zero_stage=options["zero_stage"],
         max_micro_batch_size=plan.batch,
     )
@@ -157,12 +161,16 @@ def _loaded(config: Config, data: DataSets, engine: Engine) -> tuple[Batch, dict
     plain = {function: getattr(loader, function) for function in _LOADER.values()}
     for clock, function in zip(clocks, _LOADER.values()):
         clock.wrap(loader, function, "data")
+    threads = torch.get_num_threads()
+    if config.data.workers:
+        torch.set_num_threads(1)  # as torch has it in loader processes
     try:
         seconds: list[list[float]] = []
         for number in range(_BATCHES):
             batch = steps[number]
             seconds.append([clock.read_ms()["data"] / 1000 for clock in clocks])
     finally:
+        torch.set_num_threads(threads)
         for function, original in plain.items():
             setattr(loader, function, original)
     return _pinned(batch) if ranks.has_gpu() else batch, dict(zip(_LOADER, map(median, zip(*seconds))))

@@ -29,8 +29,8 @@ def gpu_is_here() -> bool:
 
 
 def gpus_asked_for() -> str | None:
-    """Returns the variable, with its value, by which somebody has given this process GPUs; None when nobody has."""
-    return _given() or None
+    """Returns the variable by which somebody has given this process GPUs; None when nobody has."""
+    return (_given() or "").partition("=")[0] or None
 
 
 def gpus_expected() -> str | None:

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import struct
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -40,10 +41,6 @@ def start(timeout_s: int) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False  # fp32 is asked for by name: torch's default rounds convolutions to 10 bits
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        # Sums depend on the number of threads; a fixed share of the cores keeps runs repeatable on one machine.
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // ranks_here())))
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         try:
@@ -51,7 +48,51 @@ def start(timeout_s: int) -> torch.device:
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise not_met(error) from None
         _cpu_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+    if device.type == "cuda":
+        _check_own_gpu(device)
+    else:
+        # Sums depend on the number of threads; a fixed share of the cores keeps runs repeatable on one machine.
+        cores = cores_of_ranks(_of_all_ranks((socket.gethostname(), own_cores())))[rank()]
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores))
     return device
+
+
+def own_cores() -> list[str]:
+    """Returns the names of the cores that this process may use; others may use them too."""
+    return [str(number) for number in sorted(os.sched_getaffinity(0))]
+
+
+def cores_of_ranks(places: Iterable[tuple[str, Sequence[str]]]) -> list[int]:
+    """Returns how many cores each rank has, given its host and `own_cores`: what some of a host may all use is divided.
+
+    srun binds each task to its own; other launchers leave all cores to all ranks.
+    """
+    masks = [(host, set(cores)) for host, cores in places]
+    here: dict[str, list[set[str]]] = {}
+    for host, own in masks:
+        here.setdefault(host, []).append(own)
+    return [max(1, len(own) // sum(not own.isdisjoint(other) for other in here[host])) for host, own in masks]
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    """As agreement.gather, which stands on this module."""
+    if _cpu_group is None:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value, group=_cpu_group)
+    return found
+
+
+def _check_own_gpu(device: torch.device) -> None:
+    """Raises UserError, on all ranks, when some of them have the same GPU: NCCL would refuse it, in other words."""
+    found = _of_all_ranks((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)))
+    for host, uuid in found:
+        sharing = [str(number) for number, other in enumerate(found) if other == (host, uuid)]
+        if len(sharing) > 1:
+            raise UserError(
+                f"ranks {', '.join(sharing)} on {host} have the same GPU: start one rank per GPU (under srun "
+                "--gpus-per-node as large as --ntasks-per-node, or --gpus-per-task=1)"
+            )
 
 
 def not_met(error: Exception) -> UserError | LostProcessError:

@@ -86,9 +86,10 @@ def run_with_restarts(
     """Runs so many ranks on this machine to their end; returns the run's exit code, 128 + N for signal N.
 
     A lost rank ends the others, and all start again: at once, later ones with a pause, at most `most` times in a row
-    without a new checkpoint. newest: names the newest one, "" where there is none; a later one's name is greater, and
-    one that was set aside, or whose disk is away, is no progress. refused: the exit code of a run that has said that it
-    must not be started again, else None. What asks this process to stop (signals.py) asks the ranks to.
+    without a new checkpoint, never where that is 0. newest: names the newest one, "" where there is none; a later one's
+    name is greater, and one that was set aside, or whose disk is away, is no progress. refused: the exit code of a run
+    that has said that it must not be started again, else None. What asks this process to stop (signals.py) asks the
+    ranks to.
     """
     idle = count = 0
     before = ""
@@ -102,7 +103,7 @@ def run_with_restarts(
         told = f"{_told(codes)}; newest checkpoint: {newest() or 'none'}"
         if (own := refused()) is not None:
             code = own
-        if own is not None or not _may_retry(codes):
+        if own is not None or most == 0 or not _may_retry(codes):
             _tell(f"not restarted: {told}")
         elif idle > most:
             _tell(f"not restarted: {idle} starts in a row without a new checkpoint; {told}")

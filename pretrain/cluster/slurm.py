@@ -14,6 +14,12 @@ def is_task(environment: Mapping[str, str]) -> bool:
     return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP and "SLURM_PROCID" in environment
 
 
+def num_tasks(environment: Mapping[str, str]) -> int:
+    """Returns the number of tasks that srun has started this process among; 0 where it is none."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+    return int(tasks) if is_task(environment) and tasks.isdigit() else 0
+
+
 def tasks_beside(environment: Mapping[str, str]) -> int:
     """Returns the number of a job's tasks where its batch script, not srun, has started this process; 0 for one."""
     tasks = environment.get("SLURM_NTASKS", "")

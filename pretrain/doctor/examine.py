@@ -34,7 +34,7 @@ def examine(config: Config | None, wait_s: float) -> int:
     """
     ranks.complete_environment()
     meeting = Meeting(wait_s)
-    meeting.tell(f"here/{ranks.rank()}", {"host": socket.gethostname()})
+    meeting.tell(f"here/{ranks.rank()}", {"host": socket.gethostname(), "cores": ranks.own_cores()})
     code = _lead(config, meeting) if ranks.is_main() else _follow(config, meeting)
     if code == 0:  # else a collective may hang, and so might this
         ranks.stop()
@@ -65,9 +65,11 @@ def _round(config: Config | None, meeting: Meeting, made: list[disks.Probe]) -> 
     met: list[Finding] = []
     if config is not None:
         met += _carried_out([("run's folder", partial(_make_probe, config, made))], meeting.wait_s)
+    shares = ranks.cores_of_ranks((hosts[rank], fields.texts("cores")) for rank, fields in here.items())
+    cores = dict(zip(here, shares))
     probe = {"path": str(made[0].path), "token": made[0].token, "locks": not made[0].no_locks} if made else {}
-    meeting.tell("plan", {"leaders": leaders, "num_hosts": len(leaders), **probe})
-    checks = _checks(config, len(leaders), is_leader=True)
+    meeting.tell("plan", {"leaders": leaders, "num_hosts": len(leaders), "cores": cores, **probe})
+    checks = _checks(config, len(leaders), cores[0], is_leader=True)
     if made:
         checks.append(("locks", partial(disks.check_own_probe, made[0])))
     if config is not None:
@@ -130,7 +132,8 @@ def _follow(config: Config | None, meeting: Meeting) -> int:
     plan = _heard(meeting, "plan")
     leaders = plan.values.get("leaders")
     is_leader = isinstance(leaders, list) and ranks.rank() in leaders
-    checks = _checks(config, plan.integer("num_hosts", 1, MAX_RANKS), is_leader=is_leader)
+    cores = plan.part("cores").integer(str(ranks.rank()), 1, 1 << 20, len(ranks.own_cores()))  # not in it: it came late
+    checks = _checks(config, plan.integer("num_hosts", 1, MAX_RANKS), cores, is_leader=is_leader)
     if is_leader and (path := plan.text("path", "")):
         token, locks = plan.text("token"), plan.flag("locks")
         checks.append(("shared disk", partial(disks.check_seen_probe, Path(path), token, locks)))
@@ -177,7 +180,7 @@ def _make_probe(config: Config, made: list[disks.Probe]) -> Iterator[Finding]:
         yield disks.told_of(error, "run's folder", "make room, or give another output=")
 
 
-def _checks(config: Config | None, num_hosts: int, *, is_leader: bool) -> list[Check]:
+def _checks(config: Config | None, num_hosts: int, cores: int, *, is_leader: bool) -> list[Check]:
     """What this rank looks at; the disks once on each node."""
     room, why, workers = machine.USUAL, "8 loader processes", 8
     checks: list[Check] = [("versions", machine.check_versions), ("GPU", machine.check_gpu)]
@@ -188,7 +191,7 @@ def _checks(config: Config | None, num_hosts: int, *, is_leader: bool) -> list[C
         checks.append(("precision", partial(machine.check_precision, config)))
     checks += [
         ("limits", partial(machine.check_limits, room, why)),
-        ("cores", partial(machine.check_cores, workers)),
+        ("cores", partial(machine.check_cores, workers, cores)),
         ("own name", partial(machine.check_host_name, num_hosts)),
     ]
     if is_leader:
