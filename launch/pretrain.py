@@ -51,7 +51,7 @@ def main() -> int | None:
         "--restarts",
         type=int,
         metavar="N",
-        help="start this machine's ranks, and again when one is lost: N times in a row without a new checkpoint, 0 never",
+        help="start this machine's ranks, and again when one is lost: N times in a row without a checkpoint, 0 never",
     )
     parser.add_argument(
         "--num-gpus", type=int, metavar="N", help="ranks of --restarts (default: all GPUs, or one CPU rank)"
