@@ -140,7 +140,7 @@ def engine_of(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
             return torch.ones((), device=CUDA)
 
     flat = torch.zeros(1000, device=CUDA)
-    engine.mark = nullcontext
+    engine.mark, engine._forward_clock = nullcontext, nullcontext()
     engine._engine, engine._module, engine._optimizer = Stub(), model, SimpleNamespace(param_groups=[{"lr_scale": 1.0}])
     engine.plan, engine.device, engine.dtype = BatchPlan(BATCH // 2, 2, 0), CUDA, dtype
     engine._loss, engine._label_smoothing, engine._normalisation = "softmax", 0.1, IMAGENET
