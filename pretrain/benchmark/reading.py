@@ -16,7 +16,6 @@ from pretrain.data.loader import Batch, train_batches
 from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.data.order import Order, plan_batch
 from pretrain.data.reader import read_sample
-from pretrain.errors import UserError
 from pretrain.shards.existing import index_existing
 
 
@@ -73,10 +72,3 @@ def loader(
         order = replace(order, lanes=choose_lanes(manifest.block_samples, manifest.num_samples, global_batch))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     return train_batches(manifest, order, plan_batch(global_batch, world_size, 128), config, first)
-
-
-def check_photos(tar: Path | None) -> Path:
-    """Returns the tar of photos. Raises UserError when there is none."""
-    if tar is None or not tar.is_file():
-        raise UserError(f"--photos {tar}: no such file; give a tar of JPEG photos and labels, as webdataset has them")
-    return tar

@@ -36,11 +36,11 @@ PRODUCT_SHARE, MEMORY_SHARE, STEP_SHARE = 0.8, 0.9, 0.85
 # A compiled block with a residual of its precision moves 100 x width elements per token while it computes 72 x width^2
 # FLOPs.
 _ELEMENTS_PER_FLOP_AND_WIDTH = 100 / 72
-_ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def assumed_mfu(device: Device, width: int, precision: str = "bf16") -> float:
     """Returns the share of the precision's peak that a compiled step on one GPU is assumed to reach, by width."""
     products, memory = PRODUCT_SHARE * device.peak(precision), MEMORY_SHARE * device.memory_rate
-    bytes_per_flop = _ELEMENTS_PER_FLOP_AND_WIDTH * _ELEMENT_BYTES[precision] / width
+    bytes_per_flop = _ELEMENTS_PER_FLOP_AND_WIDTH * ELEMENT_BYTES[precision] / width
     return STEP_SHARE * PRODUCT_SHARE / (1 + bytes_per_flop * products / memory)

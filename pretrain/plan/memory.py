@@ -7,6 +7,7 @@ allocator's gaps; `Memory.peak` is of tensors alone.
 from dataclasses import dataclass
 
 from pretrain.config import Config
+from pretrain.plan.devices import ELEMENT_BYTES
 from pretrain.sizes import num_tokens, plain_parameters
 
 PREFETCH_ELEMENTS = 50_000_000  # ZeRO 3 gathers so much ahead: stage3_prefetch_bucket_size
@@ -14,7 +15,6 @@ _LIVE_ELEMENTS = 1_000_000_000  # ZeRO 3 keeps gathered weights up to this: stag
 _FALLBACK_ELEMENTS = 500_000_000  # DeepSpeed's BF16_Optimizer reduces gradients in pieces of this
 _PIECE_ELEMENTS = 1 << 24  # optim.PIECE_ELEMENTS, which cannot be imported without torch
 _PIECES = 3  # float32 temporaries of one piece in an update that is not fused
-_ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STAGES = (0, 1, 2, 3)
 
 
@@ -66,7 +66,7 @@ def activation_bytes(config: Config, num_classes: int, images: int, recompute: b
     fused norms, which save their input and statistics. A compiled block saves no more. With `recompute` one block's
     are made again at a time.
     """
-    model, item, form = config.model, _ELEMENT_BYTES[config.engine.precision], config.model.form
+    model, item, form = config.model, ELEMENT_BYTES[config.engine.precision], config.model.form
     width, depth, mlp_dim, heads = model.shape
     tokens = num_tokens(model)
     # Two norms and what each is given; with parallel blocks one. Normalised queries and keys beside what they were.
@@ -88,7 +88,7 @@ def activation_bytes(config: Config, num_classes: int, images: int, recompute: b
 
 def _head_bytes(config: Config, num_classes: int) -> int:
     """Logits as the model makes them and in float32; what the loss saves beside them."""
-    return num_classes * (_ELEMENT_BYTES[config.engine.precision] + 8)
+    return num_classes * (ELEMENT_BYTES[config.engine.precision] + 8)
 
 
 def memory(
@@ -129,7 +129,7 @@ def _memory(
     largest: int,
     prefetch: int,
 ) -> Memory:
-    item, p, ranks = _ELEMENT_BYTES[config.engine.precision], num_parameters, layout.num_ranks
+    item, p, ranks = ELEMENT_BYTES[config.engine.precision], num_parameters, layout.num_ranks
     sent = 4 if config.engine.reduce_dtype == "fp32" else item
     overlaps = config.engine.overlaps(ranks)
     part = -(-p // ranks) if layout.stage else p

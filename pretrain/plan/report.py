@@ -6,13 +6,13 @@ from typing import Any
 from pretrain import cli
 from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.plan.choose import MICRO_BATCHES, Choice, best, layout_of, price, smallest
+from pretrain.plan.devices import GIB
 from pretrain.plan.failures import Failures, Saves, best_interval_s, goodput
 from pretrain.plan.launches import is_compiled
 from pretrain.plan.memory import STAGES, activation_bytes, moment_bytes
 from pretrain.plan.speed import Cluster, Rate, communication_s, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
 
-GIB = 1 << 30
 DAY_S = 86_400
 GOODPUT_GPUS = (8, 64, 512, 1024, 4096, 10_000)
 TABLE_MODELS = ("B/16", "L/16", "H/14", "g/14", "G/14", "e/14", "22B/14")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pretrain.config import Config
-from pretrain.plan.devices import Device
+from pretrain.plan.devices import ELEMENT_BYTES, Device
 from pretrain.plan.launches import launches
 from pretrain.plan.memory import Layout
 from pretrain.sizes import plain_forward_macs, plain_parameters
@@ -14,7 +14,6 @@ ZERO3_SHARE = 0.73
 # Host time of a launch, Python's and DeepSpeed's part included. Assumed: on two loaded cores of an EPYC it was 20 to 28
 # us of CPU time in fp32, with what a CPU takes for the tiny arithmetic itself.
 LAUNCH_S = 10e-6
-_ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def volume(config: Config, num_classes: int, layout: Layout) -> Volume:
     Stage 1 reduces once per step, 2 and 3 with each micro-batch. DeepSpeed's stages 1 and 2 all-reduce, where a
     reduce-scatter would do. Stage 3 gathers the weights for the forward and for the backward pass of each micro-batch.
     """
-    parameters, item = plain_parameters(config.model, num_classes), _ELEMENT_BYTES[config.engine.precision]
+    parameters, item = plain_parameters(config.model, num_classes), ELEMENT_BYTES[config.engine.precision]
     weights, gradients = parameters * item, parameters * (4 if config.engine.reduce_dtype == "fp32" else item)
     share = (layout.num_ranks - 1) / layout.num_ranks
     times = layout.accumulation if layout.stage >= 2 else 1
