@@ -112,20 +112,22 @@ def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
     """
     words = [str(word) for word in command]
     cli.tell("$ " + " ".join([Path(words[0]).name, *words[1:]]))
-    with log.open("wb") as file:
-        own = {**environment(num_threads=1), PART_OF: "1"}
-        process = subprocess.Popen(words, cwd=ROOT, env=own, stdout=file, stderr=file)
+    process: subprocess.Popen[bytes] | None = None
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
+        with log.open("wb") as file:
+            own = {**environment(num_threads=1), PART_OF: "1"}
+            process = subprocess.Popen(words, cwd=ROOT, env=own, stdout=file, stderr=file)
         yield
         process.wait()
     finally:
-        if process.poll() is None:
+        if process and process.poll() is None:
             process.terminate()
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
         print(f"\n{log.read_text(errors='replace')}", end="", flush=True)
+    assert process is not None
     _check(words, process.returncode)
 
 

@@ -1,6 +1,7 @@
 """Loops beside each other: each in processes of its own, their rounds taken in turn. Imports no torch.
 
 What the machine does meanwhile, and its heat, meets all of them alike; what one leaves behind in a process none.
+On a CPU they may share a process (Schedule.in_one), and with it what our engine asks of malloc there.
 """
 
 import json
@@ -39,7 +40,7 @@ class RunningLoop:
     """
 
     def __init__(self, cell: dict[str, Any], num_ranks: int, threads: int | None) -> None:
-        self._name: str = cell["loop"].split()[0]
+        self._name: str = cell["loop"]
         self._errors: IO[str] = tempfile.TemporaryFile("w+")
         environment, port = environment_of(threads), free_port()
         self._processes = [
@@ -122,7 +123,8 @@ def compared(
     """Returns a row for each loop, the first of them ours; each row has `ratio`, our rate by its rate.
 
     Where not all can share the device they run one after the other, and `interleaved` is False; not together: it is
-    known before. A peer that fails has a row with nothing but the reason, `failed`. Raises LoopFailed when ours does.
+    known before. A peer that fails has a row with nothing but the reason, `failed`. Raises LoopFailed when ours does,
+    or one of those that share a process.
     """
     kinds = [" ".join(loops)] if schedule.in_one else loops
     cells = [{**cell, "loop": kind, "options": {**cell["options"], "paced": True}} for kind in kinds]
@@ -132,7 +134,7 @@ def compared(
     except LoopFailed as failure:
         if interleaved and len(cells) > 1 and failure.of_sharing:
             return compared(loops, cell, schedule, together=False)
-        if failure.loop == loops[0]:
+        if failure.loop == cells[0]["loop"]:
             raise
         # The others would be as comparable without it.
         rows = compared([loop for loop in loops if loop != failure.loop], cell, schedule, together=together)
@@ -207,8 +209,8 @@ def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """Returns our rate divided by theirs: the median of the rounds, and its interval.
 
     That is from the least round to the greatest, which of five independent ones enclose the true median with a
-    probability of 94 %; of more rounds as many are left out on both sides as that probability allows. Rounds of one
-    process are not independent: where its memory lies is a matter of luck, and all of them share it.
+    probability of 94 %, of fewer with less; of more rounds as many are left out on both sides as 94 % allow. Rounds of
+    one process are not independent: where its memory lies is a matter of luck, and all of them share it.
     """
     pairs = zip(ours["rounds_ms"], theirs["rounds_ms"], strict=True)
     ratios = sorted(their_ms / our_ms for our_ms, their_ms in pairs)

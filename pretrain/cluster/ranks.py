@@ -32,8 +32,8 @@ _place: int | None = None  # on its node, where LOCAL_RANK is not that
 def start(timeout_s: int) -> torch.device:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT describe; returns the device.
 
-    Under plain srun SLURM's variables describe it. Raises UserError when they contradict each other, or when GPUs are
-    expected and not there.
+    Under plain srun SLURM's variables describe it. Raises UserError when they contradict each other, when GPUs are
+    expected and not there, or when two ranks have the same one.
     """
     global _cpu_group
     complete_environment()
@@ -76,7 +76,7 @@ def cores_of_ranks(places: Iterable[tuple[str, Sequence[str]]]) -> list[int]:
 
 def _of_all_ranks(value: Any) -> list[Any]:
     """As agreement.gather, which stands on this module."""
-    if _cpu_group is None:
+    if not dist.is_initialized():
         return [value]
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value, group=_cpu_group)

@@ -19,11 +19,11 @@ def never_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemoryEr
     )
 
 
-def no_longer_fits(error: torch.OutOfMemoryError) -> DeviceMemoryError:
+def no_longer_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemoryError:
     """Returns the error of a training step that did fit before: it may do so again."""
     lack = DeviceMemoryError(
         f"this GPU's memory does not hold a step, as it did before ({first_sentence(error)}); another process may have "
-        "it now: start again"
+        f"it now: start again, and if it comes again, with engine.max_micro_batch_size={max(1, num_images // 2)}"
     )
     lack.exit_code = StorageError.exit_code
     return lack

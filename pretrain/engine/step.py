@@ -157,7 +157,8 @@ class Engine:
             self._fits = True
             return result
         except torch.OutOfMemoryError as error:
-            raise no_longer_fits(error) if self._fits else never_fits(self.plan.micro_batch, error) from error
+            told = no_longer_fits if self._fits else never_fits
+            raise told(self.plan.micro_batch, error) from error
 
     def _train_step(self, batch: Batch, lr: float) -> StepResult:
         set_rate(self._optimizer, lr)

@@ -64,7 +64,8 @@ def smallest(config: Config, num_classes: int, num_ranks: int, cluster: Cluster,
 def fitting_micro_batch(config: Config, num_classes: int, num_ranks: int, usable_bytes: float, most: int) -> int:
     """Returns the images of a forward pass that fit into a rank's memory, at most `most`; 1 where none fits.
 
-    Which one it is changes no result but rounding. Only plain ViTs have a formula: of others at most 128.
+    Which one it is changes rounding, and masks of dropout; no result beyond that. Only plain ViTs have a formula: of
+    others at most 128.
     """
     if not is_plain(config.model):
         return min(most, MOST_WITHOUT_FORMULA)

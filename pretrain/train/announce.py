@@ -12,6 +12,7 @@ from pretrain.evaluation import classification
 from pretrain.log import say
 from pretrain.models.profile import num_parameters
 from pretrain.provenance import processor
+from pretrain.sizes import is_plain
 from pretrain.train.datasets import DataSets
 
 # Of the initial weights in the averages at the end; the paper's own rows, 0.9999 over 20,000 steps, leave 13.5 %.
@@ -25,7 +26,8 @@ def told_of_run(
     batch, masked = config.data.global_batch, plan.masked
     too_large = data.val is not None and data.val.multi_label and not data.has_average_precision
     most = classification.MAX_LOGIT_BYTES_IN_TRAINING
-    fitted = ", as many as fit" if config.engine.max_micro_batch_size is None and device.type == "cuda" else ""
+    chosen = config.engine.max_micro_batch_size is None and device.type == "cuda" and is_plain(config.model)
+    fitted = ", as many as fit" if chosen and plan.accumulation > 1 else ""
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     return [
         f"{config.output / config.name}: {model_name(config.model)}, {num_parameters(model):,} parameters, "
