@@ -314,8 +314,11 @@ def test_a_tar_that_lies_in_the_way_is_not_replaced(
     out.mkdir()
     other = tar_file(out / "a.tar", good_members(1))
     before = other.read_bytes()
-    assert "out/a.tar: is there already, and would be replaced" in refusal(index_existing, [source], [], out)
-    assert list(out.iterdir()) == [other] and other.read_bytes() == before
+    for begun in (False, True):  # an indexing of other tars, which says nothing of this one
+        if begun:
+            (out / walks.FOLDER).mkdir()
+        assert "out/a.tar: is there already, and would be replaced" in refusal(index_existing, [source], [], out)
+        assert other in out.iterdir() and other.read_bytes() == before and not (out / "a.idx").exists()
     if end is None:
         other.unlink()
         monkeypatch.setattr(walks, "walk", Mock(side_effect=KeyboardInterrupt))

@@ -7,6 +7,7 @@ import argparse
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,8 +57,9 @@ def main() -> None:
     done = []
     for one in do_jobs(subject, opened, failed):
         done.append(one)
-        if ranks.is_main() and len(done) < len(opened):
-            write_results(out, measured, [Opened(job, sets) for job, sets, _ in done], done, failed)
+        if len(done) < len(opened):  # an error is raised on all ranks: the others would wait for rank 0 in the next job
+            so_far = [Opened(job, sets) for job, sets, _ in done]
+            agreement.from_main(partial(write_results, out, measured, so_far, done, failed))
     if ranks.is_main():
         print_table([row for one in done for row in one.found.rows], str(arguments.weights))
         write_results(out, measured, opened, done, failed)

@@ -73,12 +73,12 @@ def _arguments() -> argparse.Namespace:
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the config of every run"
     )
     arguments = parser.parse_intermixed_args()
-    _check_own(arguments)
+    _check_options(arguments)
     check_weights(arguments.weights)
     return arguments
 
 
-def _check_own(arguments: argparse.Namespace) -> None:
+def _check_options(arguments: argparse.Namespace) -> None:
     """Raises UserError for options that belong to --task alone, or to --train, and for values that no run can have."""
     for option, value in (
         ("--steps", arguments.steps),

@@ -44,7 +44,7 @@ def lanes_in(said: Fields, num_samples: int, global_batch: int, steps: int) -> L
     most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": global_batch, "window_blocks": MAX_WINDOW_BLOCKS}
     lanes = Lanes(**{name: said.integer(name, 1, limit) for name, limit in most.items()})
     if not fits(lanes, num_samples, global_batch, steps):
-        said.wrong("num_lanes", f"what {num_samples} samples in batches of {global_batch} allow, for {steps} steps")
+        said.wrong("num_lanes", f"what {num_samples} samples and {steps} steps allow")
     return lanes
 
 

@@ -177,9 +177,9 @@ def check_shards(manifest: Manifest) -> None:
     Raises UserError naming the first that is not, StorageError when the disk does not say.
     """
     folder, real_folder = manifest.path.parent, cache(real_folder_of)
-    # `verify` asks for each shard by itself, and would list the folder as often.
-    list_files = plain_files if len(manifest.shards) > 1 else lambda *_, **__: frozenset[str]()
-    files = cache(partial(list_files, folder, real_folder=real_folder))
+    files: Callable[..., frozenset[str]] = cache(partial(plain_files, folder, real_folder=real_folder))
+    if len(manifest.shards) == 1:  # as `verify` asks, for each shard, and would list the folder as often
+        files = lambda *_: frozenset()  # noqa: E731  # each file is looked at by itself
     shards, sizes = manifest.shards, column(manifest.shards, "num_bytes")
     places, urls = column(shards, "place"), column(shards, "url")
     look = partial(_looked_at, folder, real_folder, files, places, sizes, urls)

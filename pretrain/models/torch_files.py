@@ -7,6 +7,7 @@ import argparse
 import io
 import pickle
 import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,9 @@ ENDINGS = (".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
 # Where training scripts keep a model's tensors, averages first: they are what such a run is meant to end with.
 _STATES = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module")
 MAX_OPCODES = 1 << 20  # of a pickle: 86 million parameters with averages and an optimizer's state take 20,000
-# What weights_only would call with a size of the file's choosing: 40 bytes that take any memory. No state_dict has it.
-_ALLOCATING = ("bytearray", "Tensor", "TypedStorage", "UntypedStorage")  # how names end: FloatTensor and its like, too
+# What weights_only would call with a size of the file's choosing, and torch.save never writes: 40 bytes that take any
+# memory. `torch Tensor` and `torch.storage UntypedStorage` it does write, as types; called, they touch no memory.
+_ALLOCATING = re.compile(r".* (bytearray|TypedStorage|\w+Tensor)")
 _LEGACY_PICKLES = 5  # before PyTorch 1.6: magic number, version, system, values, names of the tensors behind them
 _PREFIXES = ("module.", "_orig_mod.", "model.", "ema.")  # of DDP, torch.compile, Lightning, averages
 
@@ -112,7 +114,7 @@ def _check_pickles(path: Path) -> None:
             for number, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
                 if number >= MAX_OPCODES:
                     raise UserError(f"{path}: its pickle has more than {MAX_OPCODES:,} opcodes, which no model's has")
-                if opcode.name == "GLOBAL" and str(argument).endswith(_ALLOCATING):
+                if opcode.name == "GLOBAL" and _ALLOCATING.fullmatch(str(argument)):
                     made = str(argument).replace(" ", ".")[:100]
                     raise UserError(
                         f"{path}: its pickle makes a {made}, which can take any memory: save its tensors alone, "
@@ -120,7 +122,7 @@ def _check_pickles(path: Path) -> None:
                     )
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, MemoryError, OverflowError) as error:  # the latter two: of a length that is none
             raise pickle.UnpicklingError(str(error)) from None
 
 

@@ -50,18 +50,15 @@ def index_existing(
         raise UserError(f"{shown(foreign)}: the tar's name is not UTF-8, and the manifest names it; rename it")
     if long := next((name for name in names if not walks.is_file_name(name)), None):
         raise UserError(f"{long}: the tar's name is too long for the files made of it; rename it")
-    copies = [out / name for path, name in zip(tars, names) if not _is_here(path, out / name)]
-    if not walks.is_begun(out):  # else an interrupted call may have made them
-        _refuse_to_replace(copies)
+    _refuse_to_replace([out / name for path, name in zip(tars, names) if not _is_here(path, out / name)])
     work = walks.begin(out)
     tasks = (_Tar(number, path, out / name) for number, (path, name) in enumerate(zip(tars, names)))
     try:
         indexed = results(partial(_indexed, work, len(classes)), tasks, min(workers, len(tars)), lambda _: None)
         path = finish_walks(indexed, classes, out, progress, passed_over)
     except BaseException:
-        if not any(map(os.path.lexists, copies)):  # else a later start would not know them for ours
-            with suppress(OSError):  # something is done, which a later start does not do again
-                work.rmdir()
+        with suppress(OSError):  # something is done, which a later start does not do again
+            work.rmdir()
         raise
     with suppress(OSError):  # a process whose parent was killed may still write there
         remove(work)
@@ -73,7 +70,8 @@ def _is_here(source: Path, target: Path) -> bool:
 
 
 def _refuse_to_replace(copies: Sequence[Path]) -> None:
-    if there := next((path for path in copies if os.path.lexists(path)), None):
+    others = (path for path in copies if os.path.lexists(path) and not walks.is_our_copy(path))
+    if there := next(others, None):
         raise UserError(f"{there}: is there already, and would be replaced; choose another folder, or move it away")
 
 
@@ -97,6 +95,7 @@ def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int,
     index = tar.target.with_suffix(".idx")
     had_index = index.exists()  # one that lies beside a copy may be another tool's
     if not is_here:
+        walks.note_copy(tar.target)
         _bring(tar.source, tar.target)
     try:
         found = walks.walk(tar.target, num_classes)
@@ -104,6 +103,7 @@ def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int,
         if is_here:
             raise
         tar.target.unlink(missing_ok=True)  # nobody can use it, and the user has never seen it
+        walks.forget_copy(tar.target)
         if not had_index:
             index.unlink(missing_ok=True)
         raise UserError(str(error).replace(str(tar.target), str(tar.source))) from None
@@ -136,5 +136,7 @@ def _bring(source: Path, target: Path) -> None:
                     writer.write(block)
     except (OSError, EOFError, zlib.error) as error:
         passes = isinstance(error, OSError) and error.errno in PASSING_ERRORS | {errno.ENOSPC, errno.EDQUOT}
+        if not os.path.lexists(target):
+            walks.forget_copy(target)
         kind = StorageError if passes else UserError
         raise kind(f"{source}: cannot be copied to {target} ({error})") from None

@@ -20,9 +20,23 @@ FOLDER = ".indexing"  # of OUT, for records, until the manifest is there
 Origin = Mapping[str, int | str]  # what says that a file is still the same: its place, its size, its time
 
 
-def is_begun(out: Path) -> bool:
-    """Returns whether an indexing into OUT was begun, and has not come to its end."""
-    return (out / FOLDER).is_dir() and not (out / FOLDER).is_symlink()
+def note_copy(target: Path) -> None:
+    """Writes down, before a tar is copied to OUT, that what will lie there is ours."""
+    _mark(target).touch()
+
+
+def forget_copy(target: Path) -> None:
+    """Takes `note_copy` back."""
+    _mark(target).unlink(missing_ok=True)
+
+
+def is_our_copy(target: Path) -> bool:
+    """Returns whether an indexing that has not come to its end has copied a tar of OUT there."""
+    return not (target.parent / FOLDER).is_symlink() and _mark(target).is_file()
+
+
+def _mark(target: Path) -> Path:
+    return target.parent / FOLDER / f"{target.name}.copy"
 
 
 def begin(out: Path) -> Path:
