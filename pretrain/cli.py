@@ -24,7 +24,7 @@ from pretrain.escape import shown
 
 _WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
 _ON_ANOTHER_NODE_S = 3.0  # likewise; a lost node is to be told within 5 s, of which asking the others takes one
-_OTHERS_ARRIVE_S = 5.0  # at the user's error that this task of srun has met, each by itself: a cold disk is slow
+_OTHERS_ARRIVE_S = 2.0  # at the user's error that this task of srun has met; less than they wait for this one's word
 _INTERRUPTED = 130  # exit code, as of shells
 _AGAIN_S = 0.01  # after which an interrupt comes again that could not be raised
 # What imports of pyproject.toml's dependencies are called. That another module is missing is a defect.
