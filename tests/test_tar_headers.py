@@ -295,7 +295,7 @@ def test_an_archive_of_zeros_is_not_unpacked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"zeros.tar.gz: becomes [\d,]+ bytes or more, at most 67,108,864"):
         index_existing([good, zeros], [], out)
     assert {path.name for path in out.rglob("*")} == {
-        *("zeros.idx", "good.tar", "good.idx", ".indexing", "good.tar.json")
+        *("zeros.idx", "good.tar", "good.idx", ".indexing", "good.tar.json", "good.tar.copy")
     }
     for door in (files_of, pack_originals):
         with pytest.raises(UserError, match=r"zeros.tar.gz: becomes 419,430,912 bytes or more, at most 67,108,864"):

@@ -96,7 +96,11 @@ def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int,
     had_index = index.exists()  # one that lies beside a copy may be another tool's
     if not is_here:
         walks.note_copy(tar.target)
-        _bring(tar.source, tar.target)
+        try:
+            _bring(tar.source, tar.target)
+        finally:
+            if not os.path.lexists(tar.target):
+                walks.forget_copy(tar.target)
     try:
         found = walks.walk(tar.target, num_classes)
     except UserError as error:
@@ -136,7 +140,5 @@ def _bring(source: Path, target: Path) -> None:
                     writer.write(block)
     except (OSError, EOFError, zlib.error) as error:
         passes = isinstance(error, OSError) and error.errno in PASSING_ERRORS | {errno.ENOSPC, errno.EDQUOT}
-        if not os.path.lexists(target):
-            walks.forget_copy(target)
         kind = StorageError if passes else UserError
         raise kind(f"{source}: cannot be copied to {target} ({error})") from None
