@@ -2,7 +2,6 @@
 
 import importlib.util
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,9 @@ from pretrain.models.tensors import LazyTensor, Weights
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    weights: list[Slice],
-    optimizer: list[Slice],
-    generators: dict[str, torch.Tensor],
-    state: dict[str, Any],
-    average: Sequence[Slice] = (),
-) -> bool:
-    """A save that is waited for; whether it was published. Called by all ranks."""
-    return Save(folder, step, weights, optimizer, generators, state, average).finish()
+def save_checkpoint(*contents: Any) -> bool:
+    """A save of what `Save` takes, waited for; whether it was published. Called by all ranks."""
+    return Save(*contents).finish()
 
 
 def tiny_model(**changes: Any) -> ModelConfig:
