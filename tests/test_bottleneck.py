@@ -176,7 +176,12 @@ def test_rates_for_other_numbers_of_workers() -> None:
     assert rates == pytest.approx({0: 1 / 7e-3, 1: 1 / 6e-3, 2: 2 / 6e-3, 4: 4 / 6e-3, 7: 1 / 1e-3, 16: 1 / 1e-3})
     assert images_per_s(COSTS._replace(copy=2e-3), 16, 8, on_gpu=True) == pytest.approx(1 / 2e-3)  # the copy bounds
     assert images_per_s(COSTS, 64, 2, on_gpu=True) == pytest.approx(2 / 5e-3)  # two cores decode and crop
-    assert images_per_s(COSTS, 64, 64, on_gpu=False) == pytest.approx(1 / 1.2e-3)  # hand-over beside nothing
+    assert images_per_s(COSTS, 64, 5, on_gpu=False) == pytest.approx(
+        1 / 2.2e-3
+    )  # 1.2 of the rank, 5 / 5 of the workers
+    assert images_per_s(COSTS, 1, 5, on_gpu=False) == pytest.approx(1 / 6e-3)  # the worker bounds
+    assert diagnosis(COSTS, 64, 5, on_gpu=False)["bound_by"] == "device"
+    assert diagnosis(COSTS, 64, 2, on_gpu=False)["bound_by"] == "decode"
     found = diagnosis(COSTS, 1, 8, on_gpu=True)
     assert found["bound_by"] == "decode" and found["way_out"].startswith(
         "data.workers=8 (1,000.0 images/s); then shrink"

@@ -62,12 +62,15 @@ _WAYS_OUT = {
 
 
 def images_per_s(costs: Costs, workers: int, cores: int, on_gpu: bool) -> float:
-    """Returns what one rank would train with so many workers, of which `cores` can compute at once."""
+    """Returns what one rank would train with so many workers, of which `cores` can compute at once.
+
+    A CPU's rank computes on all of these cores, so that what the workers take of them it does not have.
+    """
     if workers == 0:
         return 1 / (costs.worker + costs.rank(on_gpu))
-    computing = costs.decode + costs.augmentation
-    loaded = min(workers / costs.worker, cores / computing if computing else float("inf"))
-    return min(loaded, 1 / costs.rank(on_gpu))
+    of_the_cores = (costs.decode + costs.augmentation) / cores
+    step = costs.rank(on_gpu)
+    return min(workers / costs.worker, 1 / max(of_the_cores, step) if on_gpu else 1 / (of_the_cores + step))
 
 
 def diagnosis(costs: Costs, workers: int, cores: int, on_gpu: bool) -> dict[str, Any]:
@@ -78,7 +81,12 @@ def diagnosis(costs: Costs, workers: int, cores: int, on_gpu: bool) -> dict[str,
     if on_gpu and costs.rank(on_gpu) > max(costs.hand_over, costs.copy):  # they are done while the step goes on
         del of_rank["hand_over"], of_rank["copy"]
     by_rank = rate >= 0.999 / costs.rank(on_gpu)
-    stages = of_rank if by_rank else of_loader if workers else of_loader | of_rank
+    if workers == 0:
+        stages = of_loader | of_rank
+    elif not on_gpu and rate < 0.999 * workers / costs.worker:  # rank and workers wait for each other's cores
+        stages = {"decode": costs.decode / cores, "augmentation": costs.augmentation / cores} | of_rank
+    else:
+        stages = of_rank if by_rank else of_loader
     bound = max(stages, key=lambda name: stages[name])
     numbers = sorted({0, 1, 2, 4, 8, 16, 32, workers, cores})
     predicted = {
