@@ -197,12 +197,13 @@ class EngineConfig:
     timeout_s: int = 600  # a collective that takes longer fails the run instead of hanging it
     watchdog_s: int = 300  # a rank silent for longer than this, and than 5 times its usual, is ended (76); 0: never
 
-    def compiles(self, *, on_gpu: bool, able: bool = True) -> bool:
-        """Returns whether blocks are compiled; able: what that needs is there.
+    def compiles(self, *, on_gpu: bool, able: bool = True, stage: int | None = None) -> bool:
+        """Returns whether blocks are compiled; able: what that needs is there; stage: another than zero_stage.
 
         Not by itself under ZeRO 3, whose hooks cut each block into pieces that are compiled over and over.
         """
-        return (on_gpu and able and self.zero_stage < 3) if self.compile == "auto" else bool(self.compile)
+        stage = self.zero_stage if stage is None else stage
+        return (on_gpu and able and stage < 3) if self.compile == "auto" else bool(self.compile)
 
     def overlaps(self, num_ranks: int) -> bool:
         """Returns whether gradients are summed over ranks beside the backward pass: one rank has nothing to sum."""

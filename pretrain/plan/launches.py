@@ -5,7 +5,6 @@ compiler writes for a CPU; tests/test_plan.py compares. For a GPU it splits sums
 as many. Not in it: collectives, and what ZeRO 3 does to gather matrices for each pass.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from pretrain.config import Config
@@ -30,7 +29,7 @@ _TENSORS_OF_BLOCK, _OTHER_TENSORS = 12, 8  # parameters
 
 def is_compiled(config: Config, layout: Layout) -> bool:
     """Returns whether a layout's blocks are compiled on a GPU: with engine.compile=auto not under ZeRO 3."""
-    return replace(config.engine, zero_stage=max(1, layout.stage)).compiles(on_gpu=True)
+    return config.engine.compiles(on_gpu=True, stage=layout.stage)
 
 
 def launches(config: Config, layout: Layout) -> int:

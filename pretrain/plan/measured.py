@@ -1,6 +1,5 @@
 """A step's rate as `tools/benchmark.py train --peer` measured it, for the plan of the same model on the same GPU."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ def measured(rows: list[Fields], config: Config, device: Device) -> Measured | N
 
     Steps on real images are left out: the loader may have bounded them.
     """
-    compiled = _compiled(config)
+    compiled = config.engine.compiles(on_gpu=True, stage=1)  # what ZeRO 3 costs beside is the plan's own assumption
     for row in reversed(rows):  # the newest is the last
         alone = row.text("loop") == "ours" and row.integer("ranks", 1, 1 << 20) == 1 and _zero_stage(row) < 3
         random = row.text("data").startswith("random") and not row.flag("checkpoint_activations")
@@ -56,16 +55,11 @@ def measured(rows: list[Fields], config: Config, device: Device) -> Measured | N
 def wanted(rows: list[Fields], config: Config, device: Device) -> str:
     """Returns what no line is of, and what there is instead, for an error."""
     found = dict.fromkeys(f"{row.text('model')} on {row.text('device')}" for row in rows)
-    compiled = "compiled" if _compiled(config) else "not compiled"
+    compiled = "compiled" if config.engine.compiles(on_gpu=True, stage=1) else "not compiled"
     return (
         f"no line of {model_name(config.model)}, {config.engine.precision}, "
         f"{compiled}, on one {device.name}; it has {', '.join(list(found)[:6]) or 'no line at all'}"
     )
-
-
-def _compiled(config: Config) -> bool:
-    """Whether the line has to be of compiled blocks; what ZeRO 3 costs beside is the plan's own assumption."""
-    return replace(config.engine, zero_stage=1).compiles(on_gpu=True)
 
 
 def _zero_stage(row: Fields) -> int:
