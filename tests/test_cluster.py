@@ -19,7 +19,7 @@ from ranks import run_ranks
 from test_slurm import TASK
 
 from pretrain.cluster import agreement, local, peers, ranks, signals
-from pretrain.cluster.jobs import array_ranges
+from pretrain.cluster.jobs import STOPPED, array_ranges, run_job
 from pretrain.cluster.local import default_num_ranks, environment, free_port, gpus_asked_for, rank_variables
 from pretrain.errors import LostProcessError, UserError
 
@@ -425,6 +425,23 @@ def test_starting_ranks_here_needs_no_torch_before_it_asks_for_a_gpu() -> None:
     """A command line that is wrong is told at once: the launcher's words cost no import of torch."""
     code = "import sys; from pretrain.cluster import jobs, local; local.launcher(2); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+ODDLY_NAMED = """
+import ctypes, os, signal, sys, time
+ctypes.CDLL(None).prctl(15, b"\\xff\\xfe")  # PR_SET_NAME
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+os.kill(os.getppid(), signal.SIGTERM)
+for _ in range(100):
+    time.sleep(0.1)
+sys.exit("nobody told it to stop")
+"""
+
+
+def test_a_process_whose_name_is_no_text_is_told_to_stop(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The names of all processes of a machine are read on the way; anybody's may be of any bytes."""
+    assert run_job([sys.executable, "-c", ODDLY_NAMED], os.environ, tmp_path / "lock") == STOPPED
+    assert capfd.readouterr().err == ""
 
 
 def test_ranges_of_job_arrays() -> None:

@@ -11,10 +11,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from pretrain.cluster import monitor
 from pretrain.escape import shown
 
 PART_OF = "PRETRAIN_PART_OF"  # environment variable: another command has started this one, and says what is next
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # ask a command to stop, and reach what it runs
+# Ask a command to stop, and reach what it runs. Not SIGHUP, which a terminal that closes sends to the ranks itself.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
 
@@ -67,12 +69,8 @@ def _pass_on(number: int) -> None:
 
 def _descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(path.parent.name))
+    for number, stat in monitor.processes().items():
+        children.setdefault(stat.parent, []).append(number)
     found = list(children.get(pid, []))
     for child in found:
         found += children.get(child, [])

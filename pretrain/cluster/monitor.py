@@ -63,25 +63,40 @@ class Age:
         return self.seconds
 
 
-def state_of(number: int) -> str:
-    """Returns a process's state as /proc tells it: R, S, D (waits for a disk), T (stopped), Z; "" when it is gone."""
+class Stat(NamedTuple):
+    """What /proc tells of a process."""
+
+    state: str  # R, S, D (waits for a disk), T (stopped), Z (ended, which its parent has not yet taken note of)
+    parent: int
+    group: int
+    started: str  # in clock ticks since boot
+
+
+def stat_of(number: int) -> Stat | None:
+    """Returns what /proc tells of a process; None when it is gone, or where there is no /proc."""
     try:
-        return Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        text = Path(f"/proc/{number}/stat").read_text(errors="replace")  # its name may be of any bytes
+        fields = text.rpartition(")")[2].split()
+        return Stat(fields[0], int(fields[1]), int(fields[2]), fields[19])
     except (OSError, IndexError):
-        return ""
+        return None
+
+
+def processes() -> dict[int, Stat]:
+    """Returns what /proc tells of every process, by number."""
+    numbers = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return {number: stat for number in numbers if (stat := stat_of(number))}
+
+
+def state_of(number: int) -> str:
+    """Returns a process's state; "" when it is gone."""
+    stat = stat_of(number)
+    return stat.state if stat else ""
 
 
 def stopped_children(parent: int) -> list[int]:
     """Returns the processes that `parent` has started and somebody has stopped."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, of = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
-        except (OSError, ValueError):
-            continue  # it has ended
-        if state == "T" and int(of) == parent:
-            found.append(int(path.parent.name))
-    return found
+    return [number for number, stat in processes().items() if stat.state == "T" and stat.parent == parent]
 
 
 def report(folder: Path, rank: int, line: str, start: bytes, stacks: str = "", *, waiting: bool = False) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.cluster.monitor import stat_of
 from pretrain.cluster.slurm import rank_so_far
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -79,7 +80,7 @@ _GONE = "gone"  # when no process can have started
 
 class _Process(NamedTuple):
     number: int
-    started: str  # in clock ticks since boot: numbers are used again
+    started: str  # numbers are used again
 
 
 def end_with_launcher(stop: StopRequest | None = None) -> None:
@@ -106,11 +107,10 @@ def end_with_launcher(stop: StopRequest | None = None) -> None:
 def _launchers_above() -> list[_Process]:
     found: list[_Process] = []
     number, orphan = os.getppid(), None
-    while number > 1:
+    while number > 1 and (stat := stat_of(number)):  # None: not Linux, or gone, and its own parent's death is seen
         try:
             words = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            parent, group = _parent_and_group(number)
-        except OSError:  # not Linux, or gone this moment: then its own parent's death is seen instead
+        except OSError:  # gone this moment
             break
         script = Path(words[1]).name if len(words) > 1 else ""
         module = words[words.index("-m") + 1 :][:1] if "-m" in words[:4] else []
@@ -120,15 +120,10 @@ def _launchers_above() -> list[_Process]:
             found.append(_Process(number, _started(number)))
             orphan = None
             if module == [_ON_ONE_MACHINE] and not any(word.startswith("--node_rank") for word in words):
-                if not _started(group) or (parent == 1 and _name(1) in _INITS):
-                    orphan = _Process(parent, _GONE)
-        number = parent
+                if not _started(stat.group) or (stat.parent == 1 and _name(1) in _INITS):
+                    orphan = _Process(stat.parent, _GONE)
+        number = stat.parent
     return found if orphan is None else [*found, orphan]
-
-
-def _parent_and_group(number: int) -> tuple[int, int]:
-    fields = Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    return int(fields[1]), int(fields[2])
 
 
 def _name(number: int) -> str:
@@ -140,8 +135,5 @@ def _name(number: int) -> str:
 
 def _started(number: int) -> str:
     """When a process has started; "" when there is none, or only what its parent has not yet taken note of."""
-    try:
-        fields = Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+    stat = stat_of(number)
+    return "" if stat is None or stat.state == "Z" else stat.started
