@@ -10,17 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.cluster.ranks import cpu_group, is_main, world_size
+from pretrain.cluster.ranks import all_gather, cpu_group, is_main, world_size
 from pretrain.cluster.watchdog import asked, beat
 from pretrain.errors import StorageError, UserError
 
 
 def gather(value: Any) -> list[Any]:
     """Returns every rank's (small, picklable) value, in rank order, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=cpu_group())
+    values = all_gather(value)
     beat()
     return values
 

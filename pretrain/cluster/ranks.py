@@ -52,7 +52,7 @@ def start(timeout_s: int) -> torch.device:
         _check_own_gpu(device)
     else:
         # Sums depend on the number of threads; a fixed share of the cores keeps runs repeatable on one machine.
-        cores = cores_of_ranks(_of_all_ranks((socket.gethostname(), own_cores())))[rank()]
+        cores = cores_of_ranks(all_gather((socket.gethostname(), own_cores())))[rank()]
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores))
     return device
 
@@ -74,8 +74,8 @@ def cores_of_ranks(places: Iterable[tuple[str, Sequence[str]]]) -> list[int]:
     return [max(1, len(own) // sum(not own.isdisjoint(other) for other in here[host])) for host, own in masks]
 
 
-def _of_all_ranks(value: Any) -> list[Any]:
-    """As agreement.gather, which stands on this module."""
+def all_gather(value: Any) -> list[Any]:
+    """Returns every rank's value, as agreement.gather does, without a word to the watchdog."""
     if not dist.is_initialized():
         return [value]
     found: list[Any] = [None] * world_size()
@@ -85,7 +85,7 @@ def _of_all_ranks(value: Any) -> list[Any]:
 
 def _check_own_gpu(device: torch.device) -> None:
     """Raises UserError, on all ranks, when some of them have the same GPU: NCCL would refuse it, in other words."""
-    found = _of_all_ranks((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)))
+    found = all_gather((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)))
     for host, uuid in found:
         sharing = [str(number) for number, other in enumerate(found) if other == (host, uuid)]
         if len(sharing) > 1:
