@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from pretrain.cluster import ranks
+from pretrain.config import MAX_STEP
 from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, parse_json
@@ -26,7 +27,6 @@ from pretrain.storage import replacing, write_text
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 _BLOCK_BYTES = 1 << 20  # read at a time from the end of a log
-MAX_STEP = 10**12  # no run has more; a larger number in a log is damage
 
 
 def say(*lines: str) -> None:

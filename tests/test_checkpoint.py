@@ -26,6 +26,7 @@ from pretrain.checkpoint.read import CheckpointReader, check_names, read_state
 from pretrain.checkpoint.retention import apply_retention
 from pretrain.checkpoint.write import Save
 from pretrain.cluster import ranks
+from pretrain.config import MAX_STEP
 from pretrain.errors import StorageError, UserError
 
 
@@ -78,6 +79,14 @@ def save_for_ever(folder: Path, elements: int, first: int) -> None:
         if ranks.is_main():
             (folder / "now.txt").write_text(str(step))
             os.replace(folder / "now.txt", folder / "published.txt")
+
+
+def test_the_last_step_that_a_run_may_have_is_found(tmp_path: Path) -> None:
+    """The name of a folder has as many digits; a longer one would be saved, and nobody would find it."""
+    (tmp_path / f"step-{MAX_STEP:010d}").mkdir()
+    assert [step_of(path) for path in step_folders(tmp_path)] == [MAX_STEP]
+    (tmp_path / f"step-{MAX_STEP + 1:010d}").mkdir()
+    assert len(step_folders(tmp_path)) == 1
 
 
 def test_round_trip_on_any_number_of_ranks(tmp_path: Path) -> None:

@@ -246,6 +246,7 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["checkpoint.keep_last=1"], "checkpoint.keep_last is 1, expected 2"),
         (["checkpoint.keep_every_steps=-1"], "checkpoint.keep_every_steps is -1"),
         (["total_steps=0"], "total_steps is 0"),
+        (["total_steps=10_000_000_000"], "total_steps is 10000000000, expected 1 to 9999999999"),
         (["seed=-1"], "seed is -1"),
         (["name=../other"], "name is '../other'"),
         (["init_new_head=true"], "init_new_head needs init_from"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+from pretrain.config import MAX_STEP
 from pretrain.data.lanes import Lanes, choose_lanes, fits, read_amplification
 from pretrain.data.manifest import Manifest, block_samples
 from pretrain.data.order import Order, share
@@ -246,7 +247,7 @@ def test_which_order_a_run_has(
 
     assert (chosen(), chosen(data__order="lanes")) == ("permuted", "lanes")
     with pytest.raises(ConfigError, match="data.order: total_steps .* or set data.order=permuted"):
-        chosen(data__order="lanes", total_steps=1 << 40, data__global_batch=1 << 12)
+        chosen(data__order="lanes", total_steps=MAX_STEP, data__global_batch=1 << 20)
     monkeypatch.setattr(type(manifest), "is_remote", True)
     assert (chosen(), chosen(data__order="permuted")) == ("lanes", "permuted")
 

@@ -13,6 +13,7 @@ from PIL import Image
 from test_hostile_images import chunk, flat_png, many_scans, photo
 from test_report import RECIPE, add_evaluation, make_run, with_recipe, write_finetuning
 
+from pretrain.config import MAX_STEP
 from pretrain.data.headers import MAX_SCANS
 from pretrain.errors import UserError
 from pretrain.report import curves, files
@@ -253,7 +254,7 @@ def links_in_a_circle(run: Path) -> None:
 
 
 def far_apart(run: Path) -> None:
-    lines = [{"step": 10**12, "train/loss": 1e100, "val/top1": 1e-300}, {"step": 0, "train/loss": -1e100}]
+    lines = [{"step": MAX_STEP, "train/loss": 1e100, "val/top1": 1e-300}, {"step": 0, "train/loss": -1e100}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

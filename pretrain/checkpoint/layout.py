@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 
+from pretrain.config import MAX_STEP
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, read_json
 
@@ -34,12 +35,11 @@ if TYPE_CHECKING:  # tools/audit.py reads a run without its second of imports
 
 FORMAT, VERSION = "pretrain-checkpoint", 1
 _OLD = ".old-"
-_STEP_FOLDER = re.compile(rf"(?:{re.escape(_OLD)})?step-(\d{{10}})")
+_STEP_FOLDER = re.compile(rf"(?:{re.escape(_OLD)})?step-(\d{{10}})")  # up to MAX_STEP
 # An entry of index.json has 75 bytes: 2,000 tensors (g/14 with two moments and averages) in slices of 1,700 ranks.
 MAX_INDEX_BYTES = 256 << 20
 MAX_RANKS = 1 << 20  # of a run
 MAX_INDEX_MARKS = 20 << 20  # 4 for each slice of each tensor, of which ZeRO-3 has one on every rank
-MAX_STEP = 10**10 - 1  # ten digits in a folder's name
 MAX_FILE_BYTES = 2**63 - 1  # of any file system
 KINDS = ("weights", "optimizer", "average")
 

@@ -33,6 +33,7 @@ from pretrain.config.reading import (
 )
 from pretrain.config.sections import (
     EVAL_CROP_LIMITS,
+    MAX_STEP,
     Config,
     DataConfig,
     OptimConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "MAX_IMAGE_SIZE",
     "MAX_REWEIGHT_STEP",
     "MAX_SOURCES",
+    "MAX_STEP",
     "Source",
     "MAX_WIDTH",
     "MAY_CHANGE",

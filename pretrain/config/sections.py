@@ -17,6 +17,7 @@ from pretrain.config.normalisation import Normalisation
 from pretrain.config.sources import Reweight, Source, phases, training_data, weight_problems
 from pretrain.errors import ConfigError
 
+MAX_STEP = 10**10 - 1  # ten digits in the name of a checkpoint's folder; a larger number in a log is damage
 EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
 BUCKET_ELEMENTS = 500_000_000  # of gradients that DeepSpeed sums over ranks at a time, unless told: 1 GB in bf16
 OVERLAPPED_BUCKET_ELEMENTS = 50_000_000  # where it does so beside the backward pass: the last one has nothing beside it
@@ -114,8 +115,7 @@ class DataConfig:
                 f"data.three_augment and data.randaugment_layers ({self.randaugment_layers}) are both set: "
                 "each takes the other's place; choose one"
             )
-        yield from outside(self, "data", color_jitter=(0, 10), random_erasing=(0, 1))
-        yield from outside(self, "data", mixup=(0, 1e3), cutmix=(0, 1e3))
+        yield from outside(self, "data", color_jitter=(0, 10), random_erasing=(0, 1), mixup=(0, 1e3), cutmix=(0, 1e3))
 
 
 @dataclass
@@ -353,7 +353,7 @@ class Config:
             problems.append(f"total_epochs is {self.total_epochs}, expected a number above 0, at most 1e6")
         if self.total_epochs is not None and self.data.is_mixture:  # each of its sets has passes of its own
             problems.append("total_epochs is of one set, but data.train is a mixture; give total_steps")
-        problems += [] if by_epochs else [*outside(self, "", total_steps=(1, 1 << 40)), *self._schedule_problems()]
+        problems += [] if by_epochs else [*outside(self, "", total_steps=(1, MAX_STEP)), *self._schedule_problems()]
         problems += outside(self, "", seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             problems.append(f"name is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-'")

@@ -39,6 +39,7 @@ from pretrain.checkpoint.read import read_state
 from pretrain.cluster import agreement, ranks, restarts, watchdog
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
+    MAX_STEP,
     Config,
     config_from_dict,
     config_to_dict,
@@ -51,7 +52,7 @@ from pretrain.data.mixture import Phase, begun, lanes_as_numbers, phases_in, pha
 from pretrain.data.order import Order
 from pretrain.errors import PASSING_ERRORS, ConfigError, LostProcessError, StorageError, UserError
 from pretrain.json_files import Fields, brief, read_bytes, read_json
-from pretrain.log import MAX_STEP, TIME_FORMAT, JsonLines, not_a_link, rewind, say, warn
+from pretrain.log import TIME_FORMAT, JsonLines, not_a_link, rewind, say, warn
 from pretrain.provenance import UNKNOWN, commit, versions
 from pretrain.storage import fsync_path, write_text
 
