@@ -940,3 +940,4 @@ def test_out_of_memory_in_an_evaluation_names_the_key(what: str, monkeypatch: py
     with pytest.raises(DeviceMemoryError, match="^evaluation.batch_size: 8 images at a time, .*; try 4$") as caught:
         getattr(engine, what)(torch.zeros(8, 3, 4, 4))
     assert not isinstance(caught.value, (UserError, StorageError)) and caught.value.exit_code == 2
+    assert not engine._module["head"]._forward_pre_hooks  # it would keep the features of each batch to come

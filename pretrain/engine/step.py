@@ -233,11 +233,11 @@ class Engine:
         Through the whole forward pass: ZeRO-3 gathers weights where modules are called, and no other way is as safe.
         """
         inputs: list[torch.Tensor] = []
-        note = _head_of(self._module).register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(1)))
-        # Compiled code does not look for a hook.
-        with torch.compiler.set_stance("force_eager"), fitting("evaluation.batch_size", len(images)):
-            self._logits(images)
-        note.remove()
+        head = _head_of(self._module)
+        with head.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(1))):
+            # Compiled code does not look for a hook.
+            with torch.compiler.set_stance("force_eager"), fitting("evaluation.batch_size", len(images)):
+                self._logits(images)
         (found,) = inputs
         return found
 
