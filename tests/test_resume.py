@@ -619,6 +619,32 @@ def test_a_validation_cut_short_is_made_up_for(shards: Path, tmp_path: Path) -> 
     assert read_state(path)["metrics"]["val/top1"] == done["val/top1"]
 
 
+def evaluate_slowly(config: Config) -> None:
+    """Trains; by the meter's clock each evaluation takes a thousand seconds."""
+    from pretrain.train import loop, meter
+
+    real, later_s = loop.evaluate, [0.0]
+
+    def evaluate(*arguments: Any) -> bool:
+        later_s[0] += 1000
+        return real(*arguments)
+
+    loop.evaluate = evaluate
+    meter.time = SimpleNamespace(perf_counter=lambda: time.perf_counter() + later_s[0])  # type: ignore[assignment]
+    train(config)
+
+
+def test_what_a_start_makes_up_for_is_not_in_its_rate(shards: Path, tmp_path: Path) -> None:
+    """The report adds up rates: a validation before the first step would be taken for training."""
+    options: dict[str, Any] = {"data__held_out": 23, "evaluation__every_steps": 5, "total_steps": 10}
+    config = tiny_config(shards, tmp_path, **options)
+    run_ranks(stop_in_validation, 1, config)
+    run_ranks(evaluate_slowly, 1, config)
+    lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 5, 10, 10]
+    assert lines[2]["train/images_per_s"] > 1  # of 60; with the evaluation 0.06
+
+
 def test_more_ranks_than_samples_in_a_batch_is_refused(shards: Path, tmp_path: Path) -> None:
     """13 slots would be needed: told before anything is built."""
     config = tiny_config(shards, tmp_path, data__global_batch=1)

@@ -36,12 +36,13 @@ def loop(
     """
     meter = Meter(config, data.num_classes, state, engine)
     journal, saver = Journal(config.output / config.name, config), Saver(config, data, engine, log)
-    if branched:  # the other run may delete its checkpoint, or be further on at the next start
-        saver.save(state, meter, must_succeed=True)
-    if _still_due(data, state):  # a stop cut it short
-        if evaluate(config, data, engine, state, log, stop):
-            return
-        saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
+    with meter.paused():
+        if branched:  # the other run may delete its checkpoint, or be further on at the next start
+            saver.save(state, meter, must_succeed=True)
+        if _still_due(data, state):  # a stop cut it short
+            if evaluate(config, data, engine, state, log, stop):
+                return
+            saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
     batch, following = _first_two(batches, data, state, meter, saver, log)
     while batch is not None:
         answer = journal.ask(batch, following, stop, saver)
