@@ -31,8 +31,7 @@ def loop(
 ) -> None:
     """Trains from state.step to config.total_steps or until asked to stop, and saves; `state` tells how far it came.
 
-    batches: those of these steps.
-    branched: the run goes on from another run's checkpoint, and saves one of its own before the first step.
+    batches: those of these steps. branched: it goes on from another run's checkpoint, and saves one of its own first.
     """
     meter = Meter(config, data.num_classes, state, engine)
     journal, saver = Journal(config.output / config.name, config), Saver(config, data, engine, log)
