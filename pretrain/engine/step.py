@@ -64,7 +64,7 @@ class Engine:
         self, model: nn.Module, config: Config, plan: BatchPlan, device: torch.device, values: Values | None = None
     ) -> None:
         check_precision(config)
-        self.told_of_kernels = choose_kernels(config, device)
+        told_of_kernels = choose_kernels(config, device)
         self.plan, self.device, self.ahead = plan, device, CopyAhead(device)
         self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # around the parts of a step, for a trace
         self._forward_clock: AbstractContextManager[Any] = nullcontext()
@@ -80,7 +80,7 @@ class Engine:
             _checkpoint_activations(model)
         if config.engine.fp8:
             train_in_fp8(model)
-        self.compiled, self.told_of_compiling = compiles(config, device)
+        self.compiled, told_of_compiling = compiles(config, device)
         if self.compiled:
             keep_compiled()
             compile_blocks(model, tuned=config.engine.compile == "max-autotune")
@@ -90,7 +90,8 @@ class Engine:
         optimizer = build_optimizer(config.optim, model, classifier_names(model), scales)
         largest = max(parameter.numel() for parameter in model.parameters())
         self.deepspeed_config = deepspeed_config(config, plan, ranks.world_size(), largest, self.num_parameters)
-        self.told_of_overlap = told_of_overlap(config, plan, ranks.world_size())
+        told = told_of_compiling, told_of_kernels, told_of_overlap(config, plan, ranks.world_size())
+        self.told = [line for line in told if line]
         before_start()
         values = values or held_values(model)
         with reading_inside():

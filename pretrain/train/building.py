@@ -52,7 +52,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
             f"model.name: this GPU does not hold {config.model.name} and its optimizer ({first_sentence(error)}); "
             "try engine.zero_stage=2 or 3, or more GPUs; tools/plan.py says what fits"
         ) from error
-    say(*filter(None, (engine.told_of_compiling, engine.told_of_kernels, engine.told_of_overlap)))
+    say(*engine.told)
     return engine
 
 
