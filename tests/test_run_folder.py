@@ -86,6 +86,11 @@ def test_other_nodes_may_see_the_lock_late(tmp_path: Path, monkeypatch: pytest.M
     lock.close()
 
 
+def start(folder: Path, step: int = 0, recipe: Path | None = None, *, branched: bool = False) -> None:
+    """Records a start of a tiny run."""
+    record_start(folder, tiny_config(folder, folder), {}, step, recipe, branched=branched, facts={})
+
+
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     """Of a folder that somebody else made: the lock, the config, the recipe, DONE."""
     run, other = tmp_path / "run", tmp_path / "other"
@@ -98,7 +103,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
         (run / name).symlink_to(other)
         (run / f".tmp-{name}").symlink_to(other)
     (tmp_path / "recipe.yaml").write_text("# score: 1")
-    record_start(run, tiny_config(tmp_path, tmp_path), {}, 0, tmp_path / "recipe.yaml")
+    start(run, recipe=tmp_path / "recipe.yaml")
     mark_done(run, 3, {})
     assert other.read_text() == "precious"
     assert (run / "recipe.yaml").read_text() == "# score: 1" and json.loads((run / "DONE").read_text()) == {"step": 3}
@@ -107,7 +112,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 def test_done_has_its_room_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its block is taken before logs fill the disk: the file of the start becomes DONE, in place, and never empty."""
     config = tiny_config(tmp_path, tmp_path)
-    record_start(tmp_path, config, {}, 0)
+    start(tmp_path)
     room = tmp_path / ".room-for-DONE"
     number, size = room.stat().st_ino, room.stat().st_size
     real, flags = run_folder.not_a_link, []
@@ -137,7 +142,7 @@ def test_a_full_disk_names_the_file(place: str, tmp_path: Path, monkeypatch: pyt
     if place == "write_text":
         monkeypatch.setattr(run_folder, "write_text", failing(errno.ENOSPC))
         with pytest.raises(StorageError, match="config.yaml: cannot be written .No space left"):
-            record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 0)
+            start(tmp_path)
         return
     monkeypatch.setattr(os, "replace", failing(errno.ENOSPC))
     with pytest.raises(StorageError, match="DONE: cannot be written .No space left"):
@@ -158,7 +163,7 @@ def test_versions_that_cannot_be_read_are_unknown(
     provenance._versions.cache_clear()
     monkeypatch.setattr(metadata, "version", version)
     try:
-        record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 0)
+        start(tmp_path)
         monkeypatch.setattr(metadata, "version", lambda _: pytest.fail("read again"))
         assert provenance.versions()["torch"] == "1"
     finally:
@@ -171,7 +176,7 @@ def test_damaged_logs_do_not_keep_a_run_from_its_start(tmp_path: Path, capsys: p
     """Lines without a step, lists, halves; each file is told."""
     for name in ("metrics.jsonl", "bad_samples.jsonl", "samples-00000.jsonl"):
         (tmp_path / name).write_text('{"step": 1}\n{"loss": 1}\n[1]\n{"st')
-    record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 5)
+    start(tmp_path, 5)
     assert (tmp_path / "samples-00000.jsonl").read_text() == '{"step": 1}\n'
     assert capsys.readouterr().err.count("2 damaged lines left out") == 3
 
@@ -180,8 +185,8 @@ def test_a_torn_start_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     """By a power loss: the next start has a line of its own, and knows the whole lines before it."""
     starts, whole = tmp_path / "starts.jsonl", b'{"step": 0}\n'
     starts.write_bytes(whole + b'{"step": 4, "ti\0\0')
-    record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 8, branched=True)
-    record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 12)
+    start(tmp_path, 8, branched=True)
+    start(tmp_path, 12)
     lines = starts.read_bytes().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines]
     assert [(row["step"], row.get("branched")) for row in rows] == [(0, None), (8, True), (12, None)]
@@ -194,7 +199,7 @@ def test_a_torn_start_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_recipe_that_cannot_be_copied_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It decides nothing."""
-    record_start(tmp_path, tiny_config(tmp_path, tmp_path), {}, 0, tmp_path / "gone.yaml")
+    start(tmp_path, recipe=tmp_path / "gone.yaml")
     assert "gone.yaml: could not be copied" in capsys.readouterr().err
     assert json.loads((tmp_path / "starts.jsonl").read_text())["recipe"] == str(tmp_path / "gone.yaml")
 

@@ -32,7 +32,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TextIO
 
 from pretrain.checkpoint.read import read_state
@@ -307,19 +306,17 @@ def record_start(
     config: Config,
     deepspeed_config: dict[str, Any],
     step: int,
-    recipe: Path | None = None,
+    recipe: Path | None,
     *,
-    branched: bool = False,
-    facts: Mapping[str, Any] = MappingProxyType({}),
+    branched: bool,
+    facts: Mapping[str, Any],
 ) -> None:
-    """Writes what this start runs with, and drops log lines after `step`, which will be written again. Rank 0.
+    """Writes what this start runs with, and drops log lines after `step`, which will be written again. On rank 0.
 
     recipe: the file that the config was read from. branched: it goes on from another run's checkpoint.
     facts: what a reader of the report asks first: parameters, data set, device.
     Raises StorageError where the config cannot be written.
     """
-    if not ranks.is_main():
-        return
     with _named(folder):
         logs = [path for path in folder.glob("*.jsonl") if path.name != _STARTS]  # its history is kept
     reached = max((rewind(path, step) for path in logs), default=step)

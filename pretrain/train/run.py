@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +106,11 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         set_aside_newer(checkpoint)
     state = _resume(engine, start, config) if start else _start(config)
     facts = facts_of(data, engine.num_parameters, device)
-    record = partial(record_start, folder, config, engine.deepspeed_config, state.step, recipe)
-    agreement.from_main(lambda: record(branched=origin is not None, facts=facts))
+    agreement.from_main(
+        lambda: record_start(
+            folder, config, engine.deepspeed_config, state.step, recipe, branched=origin is not None, facts=facts
+        )
+    )
     log = RunLog(folder, state.step, config.total_steps, wandb_log(config, folder))
     with (
         Profile(config, engine) as profile,
