@@ -150,13 +150,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.name, str) and (named := named_model(self.name)):
-            for key, said in (("patch_size", named.patch_size), ("image_size", named.image_size)):
-                if said is None or getattr(self, key) == said:
-                    continue
-                if key == "patch_size" and self.patch_size != ModelConfig.patch_size:
-                    raise ConfigError(f"model.patch_size is {self.patch_size}, but {self.name} has {said}; remove one")
-                if getattr(self, key) == getattr(ModelConfig, key):  # another image_size than it wins
-                    setattr(self, key, said)
+            if self.patch_size not in (ModelConfig.patch_size, named.patch_size):
+                raise ConfigError(
+                    f"model.patch_size is {self.patch_size}, but {self.name} has {named.patch_size}; remove one"
+                )
+            self.patch_size = named.patch_size
+            if named.image_size is not None and self.image_size == ModelConfig.image_size:  # another one wins
+                self.image_size = named.image_size
             self.name = named.name
 
     @property
@@ -168,7 +168,8 @@ class ModelConfig:
     def shape(self) -> VitShape:
         """The named size, with what width, depth, mlp_dim and heads override."""
         named = VIT_SHAPES[HYBRIDS[self.name][0] if self.name in HYBRIDS else self.name]
-        return VitShape(*(named[i] if own is None else own for i, own in enumerate(self._own_shape())))
+        own = self.width, self.depth, self.mlp_dim, self.heads
+        return VitShape(*(named[i] if setting is None else setting for i, setting in enumerate(own)))
 
     @property
     def form(self) -> VitForm:
@@ -181,9 +182,6 @@ class ModelConfig:
         """Returns in what this is not the plain ViT's form, as "qk_norm=true qkv_bias=false"; None when in nothing."""
         triples = zip(VitForm._fields, self.form, PLAIN_FORM)
         return " ".join(f"{name}={str(value).lower()}" for name, value, plain in triples if value != plain) or None
-
-    def _own_shape(self) -> tuple[int | None, ...]:
-        return self.width, self.depth, self.mlp_dim, self.heads
 
     @property
     def trunk_units(self) -> list[int] | None:
