@@ -50,7 +50,7 @@ class Save:
         self._temporary = folder / f".tmp-step-{step:010d}"
         self._behind = copies is not None
         # Text, as of now: the training goes on changing what it is made of.
-        self._state = _json_text(state) if ranks.is_main() else ""
+        self._state = json.dumps(state, indent=1, sort_keys=True) + "\n" if ranks.is_main() else ""
         slices = {kind: part for kind, part in zip(KINDS, (weights, optimizer, average)) if part or kind != "average"}
         files = {file_name(kind, rank, self._world): {s.name: s.values for s in part} for kind, part in slices.items()}
         files[f"generators-{rank:05d}.safetensors"] = dict(generators)
@@ -111,7 +111,8 @@ class Save:
             index = _index_text(_tensor_index([rows for _, _, rows in gathered], self._world))
             texts = {"index.json": index, "state.json": [self._state]}
             published = self._folder / f"step-{self._step:010d}"
-            problems = _listed(attempt(_publish, self._temporary, published, header, files, texts))
+            problem = attempt(_publish, self._temporary, published, header, files, texts)
+            problems = [problem] if problem else []
         if problems:
             attempt(remove, self._temporary)
             warn(
@@ -171,10 +172,6 @@ def _written(
 def _packed(problem: str | None, entries: list[dict[str, Any]], rows: list[tuple]) -> bytes:
     """What rank 0 needs of a rank, thousands of rows, as bytes: to send objects holds up the training of both."""
     return json.dumps([problem, entries, rows]).encode()
-
-
-def _json_text(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
 def _index_text(tensors: dict[str, Any]) -> Iterator[str]:
@@ -241,10 +238,6 @@ def attempt(action: Callable[..., Any], *arguments: Any) -> str | None:
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _listed(problem: str | None) -> list[str]:
-    return [problem] if problem else []
 
 
 def _newest_name(folder: Path) -> str:
