@@ -38,9 +38,10 @@ from pretrain.models import card
 from pretrain.models.card import model_card
 from pretrain.models.weights import read_weights
 from pretrain.storage import crc32c
+from pretrain.train.resuming import receipt
 from pretrain.train.run import train
 from pretrain.train.save import Saver
-from pretrain.train.state import TrainState, receipt
+from pretrain.train.state import TrainState
 
 STEPS, BATCH, HELD_OUT = 20, 12, 7
 

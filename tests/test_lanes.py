@@ -15,9 +15,9 @@ from pretrain.data.manifest import Manifest, block_samples
 from pretrain.data.order import Order, share
 from pretrain.data.permutation import scatter
 from pretrain.errors import ConfigError, UserError
-from pretrain.train import folder as run_folder
+from pretrain.train import resuming
 from pretrain.train.datasets import open_data
-from pretrain.train.folder import fingerprint, resumed_order
+from pretrain.train.resuming import fingerprint, resumed_order
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 504)
 LARGE = Order(300_000_000, 0, 4096, 7, choose_lanes(81, 300_000_000, 4096))
@@ -257,7 +257,7 @@ def test_a_resumed_run_keeps_its_numbers(tmp_path: Path, monkeypatch: pytest.Mon
     begun = Order(103, 0, 12, 0, Lanes(block_samples=9, num_lanes=5))
     today = replace(begun, lanes=Lanes(25, 1))
     state = {"data": fingerprint(manifest, begun)}
-    monkeypatch.setattr(run_folder, "read_state", lambda _: state)
+    monkeypatch.setattr(resuming, "read_state", lambda _: state)
     assert resumed_order(tmp_path, today, 20) == begun == resumed_order(tmp_path, replace(today, lanes=None), 20)
     for key, value in (("block_samples", 0), ("num_lanes", 13), ("window_blocks", None), ("name", "sorted")):
         state["data"] = fingerprint(manifest, begun)

@@ -45,7 +45,7 @@ from pretrain.shards.build import build
 from pretrain.shards.elsewhere import index_urls
 from pretrain.shards.sources import Item
 from pretrain.train.datasets import open_data
-from pretrain.train.folder import fingerprint, refuse_changes, resumed_order
+from pretrain.train.resuming import fingerprint, refuse_changes, resumed_order
 from pretrain.train.run import train
 
 BATCH, STEPS = 12, 16

@@ -35,7 +35,7 @@ from pretrain.engine import compiling
 from pretrain.engine.compiling import keep_compiled
 from pretrain.errors import ConfigError, NonFiniteError, StorageError, UserError
 from pretrain.train import run
-from pretrain.train.folder import refuse_changes
+from pretrain.train.resuming import refuse_changes
 from pretrain.train.run import train
 
 LAYOUTS = [("fp32", 1), ("bf16", 1), ("bf16", 3)]

@@ -17,7 +17,9 @@ from pretrain.config import config_to_dict
 from pretrain.data.order import Order
 from pretrain.errors import LostProcessError, StorageError, UserError
 from pretrain.train import folder as run_folder
-from pretrain.train.folder import claim, fingerprint, is_done, mark_done, record_start, refuse_changes
+from pretrain.train import resuming
+from pretrain.train.folder import claim, is_done, mark_done, record_start
+from pretrain.train.resuming import fingerprint, refuse_changes
 from pretrain.train.state import resumed
 
 
@@ -211,7 +213,7 @@ def test_a_checkpoint_of_another_kind_is_refused(
     """In one line that names the key."""
     config = tiny_config(tmp_path, tmp_path)
     state = {"config": config_to_dict(config), "data": fingerprint(manifest, Order(1, 0, 1, 0)), **change}
-    monkeypatch.setattr(run_folder, "read_state", lambda _: state)
+    monkeypatch.setattr(resuming, "read_state", lambda _: state)
     with pytest.raises(UserError, match="state.json: "):
         refuse_changes(tmp_path, config, manifest)
 

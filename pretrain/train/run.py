@@ -29,18 +29,11 @@ from pretrain.train.announce import facts_of, warn_of_young_averages
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import DataSets, open_data, warn_of_single_reads, warn_of_small_store
 from pretrain.train.epochs import in_steps
-from pretrain.train.folder import (
-    claim,
-    has_started,
-    is_done,
-    mark_done,
-    record_start,
-    refuse_changes,
-    resumed_order,
-)
+from pretrain.train.folder import claim, has_started, is_done, mark_done, record_start
 from pretrain.train.incoming import Incoming
 from pretrain.train.loop import loop
 from pretrain.train.profile import Profile
+from pretrain.train.resuming import refuse_changes, resumed_order
 from pretrain.train.save import restore_copy
 from pretrain.train.state import TrainState, resumed
 from pretrain.train.wandb_log import check_installed, wandb_log

@@ -20,9 +20,10 @@ from pretrain.errors import NonFiniteError, StorageError, UserError
 from pretrain.log import RunLog, warn
 from pretrain.provenance import versions
 from pretrain.train.datasets import DataSets
-from pretrain.train.folder import digest_of_starts, fingerprint
+from pretrain.train.folder import digest_of_starts
 from pretrain.train.meter import Meter
-from pretrain.train.state import TrainState, receipt
+from pretrain.train.resuming import fingerprint, receipt
+from pretrain.train.state import TrainState
 
 COPIED_S = 3600.0  # after the last step a copy to the second place is waited for so long
 COPIED_AFTER_STOP_S = 5.0  # launchers kill 30 s after they have asked to stop; the next start copies it

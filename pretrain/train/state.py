@@ -1,6 +1,5 @@
 """What a resumed run goes on from, apart from tensors."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 from pretrain.checkpoint.layout import MAX_RANKS
 from pretrain.checkpoint.read import read_state
 from pretrain.data.loader import REASONS
-from pretrain.data.order import Order
 from pretrain.json_files import Fields
 
 MAX_COUNT = 2**63 - 1  # of steps or samples, over a whole run
@@ -74,30 +72,6 @@ def resumed(checkpoint: Path) -> Resumed:
     for name in scaler.values:
         scaler.number(name, -1, MAX_COUNT)
     return Resumed(TrainState.of(saved.part("train")), engine.values, saved.integer("world_size", 1, MAX_RANKS))
-
-
-def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a checkpoint and a model card say of the samples seen, for tools/audit.py to add up again.
-
-    identity: name and version of the order, the manifest's SHA-256; of a mixture its sources and phases.
-    """
-    sources = [
-        {**source, "samples_seen": given}
-        for source, given in zip(identity.get("sources", ()), order.given(state.step).tolist())
-    ]
-    return {
-        **identity,
-        **({"sources": sources} if sources else {}),
-        "seed": order.seed,
-        "global_batch": order.global_batch,
-        "num_samples": order.num_samples,
-        "held_out": order.held_out,
-        "steps": state.step,
-        "samples_seen": state.step * order.global_batch,
-        "bad_samples": dict(state.bad_samples),
-        "damaged_samples": state.damaged_samples,
-        "skipped_steps": state.skipped_steps,
-    }
 
 
 def _is_number(value: object) -> bool:

@@ -26,8 +26,8 @@ from pretrain.errors import UserError
 from pretrain.shards.existing import index_existing
 from pretrain.storage import crc32c
 from pretrain.train.datasets import open_data
-from pretrain.train.folder import fingerprint
-from pretrain.train.state import TrainState, receipt
+from pretrain.train.resuming import fingerprint, receipt
+from pretrain.train.state import TrainState
 
 STEPS, SAVED, SKIPPED, RANKS = 6, (3, 6), 5, 2
 NAMES = ["ash", "birch"]

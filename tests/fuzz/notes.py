@@ -38,7 +38,7 @@ from pretrain.shards.examples import Example, load_examples, sample_names
 from pretrain.tasks import preparation
 from pretrain.tasks.table import TASKS
 from pretrain.train.datasets import open_data
-from pretrain.train.folder import fingerprint, refuse_changes, resumed_order
+from pretrain.train.resuming import fingerprint, refuse_changes, resumed_order
 from pretrain.train.state import resumed
 
 Call = Callable[[bytes, Path], object]

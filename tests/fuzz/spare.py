@@ -21,7 +21,7 @@ from pretrain.models import card, timm_folder
 from pretrain.models import weights as models_weights
 from pretrain.report import runs as report_runs
 from pretrain.report import target as report_target
-from pretrain.train import folder as train_folder
+from pretrain.train import resuming
 
 KEPT = 8  # answers of each reader: those to good inputs, which come first
 
@@ -52,7 +52,7 @@ def spare_configs() -> None:
     report_target.load_config = kept(report_target.load_config, lambda path, words: (path.read_bytes(), *words))
     scores.load_config = kept(scores.load_config, Path.read_bytes)
     card.config_from_dict = kept(card.config_from_dict, lambda values, _: repr(values))
-    train_folder.config_from_dict = kept(train_folder.config_from_dict, lambda values, _: repr(values))
+    resuming.config_from_dict = kept(resuming.config_from_dict, lambda values, _: repr(values))
 
 
 @cache
