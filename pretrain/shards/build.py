@@ -24,7 +24,7 @@ from pretrain.escape import shown
 from pretrain.json_files import Fields, is_text, read_json
 from pretrain.log import warn
 from pretrain.shards import unfinished
-from pretrain.shards.counts import add_to_counts, write_counts
+from pretrain.shards.counts import write_counts
 from pretrain.shards.items import Item, PackedItems, digest_of, read_item, taken
 from pretrain.shards.pool import Engine, Progress, results
 from pretrain.shards.resizing import NOTE, Resizing, resized
@@ -369,9 +369,7 @@ def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
         left_out = {"dropped": [line for _, line in made.dropped], "dropped_items": [item for item, _ in made.dropped]}
         write_text(out / "provenance.json", json.dumps({**left_out, **made.provenance}, indent=1) + "\n")
     if made.counts is not None:
-        write_counts(out, [made.counts[label] for label in range(made.num_classes)], classes)
-        if made.told:
-            add_to_counts(out, made.told)
+        write_counts(out, [made.counts[label] for label in range(made.num_classes)], classes, made.told)
     options = {"has_names": bool(classes), "shuffle": shuffle, "multi_label": made.multi_label}
     return write_manifest(out, set_name(out), made.shards, made.num_classes, **options)
 

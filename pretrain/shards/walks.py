@@ -136,7 +136,9 @@ def finish_walks(
     if passed_over is not None:
         passed_over.update(told)
     in_order = [shards[number] for number in sorted(shards)]
-    return finish(out, DataSet(in_order, num_classes, classes, counts, [], first.multi_label), {"scope": "none"})
+    noted = {"passed_over": told, "notes": {}}
+    made = DataSet(in_order, num_classes, classes, counts, [], first.multi_label, told=noted)
+    return finish(out, made, {"scope": "none"})
 
 
 def starts_with_list(shard: Shard) -> bool:
