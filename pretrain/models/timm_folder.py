@@ -70,10 +70,7 @@ def read_timm_folder(path: Path, file: Path | None = None) -> Weights:
     if not values.values.keys() & {OURS, "architecture"}:
         raise UserError(f"{values.source}: is neither timm's nor of tools/convert.py: no 'architecture' in it")
     tensors = tensors_in(path, file)
-    weights = _ours(path, values, tensors) if OURS in values.values else read_foreign(path, values, tensors)
-    if problems := list(weights.model.problems()):
-        raise UserError(f"{values.source}: {'; '.join(problems)}")
-    return weights
+    return _ours(path, values, tensors) if OURS in values.values else read_foreign(path, values, tensors)
 
 
 def _ours(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> Weights:
