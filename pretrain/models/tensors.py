@@ -33,7 +33,7 @@ from pretrain.config import (
     Normalisation,
     choices_of,
 )
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
 from pretrain.json_files import Fields, brief, is_text, read_json
 
 # Resizing as timm's and torchvision's names have it; the number is Pillow's, which transformers writes.
@@ -139,8 +139,10 @@ class Part(NamedTuple):
 KeyMap = Mapping[str, Sequence[Part]]
 
 
-def tensors_from(theirs: Mapping[str, LazyTensor], keys: KeyMap, ours: Mapping[str, tuple[int, ...]], source: Path):
-    """Returns our tensors from those of another format, dict of name to LazyTensor.
+def tensors_from(
+    theirs: Mapping[str, LazyTensor], keys: KeyMap, ours: Mapping[str, tuple[int, ...]], source: Path
+) -> dict[str, LazyTensor]:
+    """Returns our tensors from those of another format.
 
     ours: name -> shape of every tensor of the model. Raises UserError when a tensor is missing, left over, or has
     another shape; when one is read, also if it holds a value that is not finite.
@@ -271,13 +273,9 @@ def readable(path: Path, *others: type[Exception]) -> Iterator[None]:
     except UserError:
         raise
     except (SafetensorError, zipfile.BadZipFile, zlib.error, struct.error) as error:
-        raise UserError(f"{path}: damaged, or not what its name says ({_first_line(error)})") from None
+        raise UserError(f"{path}: damaged, or not what its name says ({first_line(error)[:500]})") from None
     except (*_UNREADABLE, *others) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0][:500]
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)[:500]})") from None
 
 
 def file_in(folder: Path, name: str) -> Path:
