@@ -111,6 +111,13 @@ def kept_use(weights: Weights) -> dict[str, Any]:
     return {key: getattr(weights, key) for key in _USE}
 
 
+def use_in(config: Config) -> dict[str, Any]:
+    """Returns the same fields of Weights, as a run's config has them."""
+    data = config.data
+    use = {"eval_transform": data.eval_transform, "eval_crop": data.eval_crop, "interpolation": data.interpolation}
+    return {**use, "loss": config.loss, **data.normalisation._asdict()}
+
+
 def use_of(kept: Fields, *others: str) -> dict[str, Any]:
     """Returns fields of Weights from what `kept_use` returned, and perhaps keys `others` beside it.
 
