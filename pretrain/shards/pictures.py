@@ -63,7 +63,7 @@ def picture_of(data: bytes, name: str, notes: Counter[str], apply_orientation: b
     headers.check_parts(data)
     coefficients = 0  # bytes per pixel that its decoder keeps beside the pixels
     if data.startswith(b"\xff\xd8"):
-        coefficients = headers.jpeg_coefficients(data)
+        coefficients = headers.jpeg_header(data).coefficients
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
