@@ -130,12 +130,13 @@ def build_part(
     """Writes every n-th shard of what `build` would write, from the i-th on; part: (i, n), 0 <= i < n.
 
     Parts may be written at the same time, on several machines. `build` writes what is missing, and the manifest.
-    Returns the number of shards that are complete, and of all. Raises UserError as `build`.
+    Returns the number of shards that are complete, those of other parts included, and of all. Raises UserError as
+    `build`.
     """
     plan = _plan(items, classes, samples_per_shard, seed, how)
     shards = _Shards(items, classes, out, samples_per_shard, seed, plan)
     shards.write(range(part[0], shards.number, part[1]), how, progress)
-    return shards.num_complete(), shards.number
+    return unfinished.num_complete(shards.folder), shards.number
 
 
 def _plan(items: Sequence[Item], classes: Sequence[str], samples_per_shard: int, seed: int | None, how: How) -> Plan:
@@ -174,7 +175,7 @@ class _Shards:
         self._order = np.arange(size) if seed is None else np.argsort(words(size, "v1", "plan", seed), kind="stable")
         self.number = -(-size // samples_per_shard)
         self.counts = Counter[int]()  # images of each class
-        self._folder = unfinished.begin(out, plan)
+        self.folder = unfinished.begin(out, plan)  # of their records
 
     def write(self, numbers: range, how: How, progress: Progress) -> list[Done]:
         """Writes those of some shards that are not complete yet; returns all of them, in order, without their counts,
@@ -188,13 +189,13 @@ class _Shards:
             there[number] = done._replace(counts=Counter())
 
         for number in numbers:
-            if found := self.done(number):
+            if found := unfinished.read(self.folder, number, self._path(number)):
                 add(number, found)
         progress(sum(done.shard.num_samples + len(done.dropped) for done in there.values()))
         missing = [number for number in numbers if number not in there]
         tasks = (self._task(number, how.resizing) for number in missing)
         for number, done in how.engine(_write_shard, tasks, min(how.workers, max(1, len(missing))), progress):
-            unfinished.keep(self._folder, number, done)
+            unfinished.keep(self.folder, number, done)
             add(number, done)
         return [there[number] for number in numbers]
 
@@ -205,14 +206,6 @@ class _Shards:
             for number, done in enumerate(complete)
             for place, line in done.dropped.items()
         ]
-
-    def done(self, number: int) -> Done | None:
-        """Returns a shard that is complete."""
-        return unfinished.read(self._folder, number, self._path(number))
-
-    def num_complete(self) -> int:
-        """Returns how many shards are complete, those of other parts included."""
-        return unfinished.num_complete(self._folder)
 
     def _path(self, number: int) -> Path:
         return self._out / f"{set_name(self._out)}-{number:06d}.tar"
