@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 from pretrain.config import DataConfig
@@ -113,7 +113,7 @@ class Store:
             if reached > num_bytes:
                 os.ftruncate(descriptor, reached := 0)
             self._make_room(num_bytes)
-            write = _Appender(self.folder, descriptor)
+            write = partial(_append, self.folder, descriptor)
             download(block.url, block.start + reached, block.end, block.shard_bytes, write)
             os.rename(part, path)
         finally:
@@ -193,17 +193,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-class _Appender:
-    """Appends pieces to a file; an error is the store's, never the network's."""
-
-    def __init__(self, folder: Path, descriptor: int) -> None:
-        self._folder, self._descriptor = folder, descriptor
-
-    def __call__(self, piece: bytes) -> None:
-        with _told(self._folder):
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+def _append(folder: Path, descriptor: int, piece: bytes) -> None:
+    """Appends a piece to a block's file; an error is the store's, never the network's."""
+    with _told(folder):
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(descriptor, view) :]
 
 
 @contextmanager
