@@ -18,7 +18,7 @@ from pretrain.config.checks import did_you_mean
 from pretrain.data.downloads import Download, cache_folder, fetch, progress, tell, told_size
 from pretrain.errors import StorageError, UserError, first_line
 from pretrain.json_files import Fields
-from pretrain.models.published import BUCKET, GoogleFile, google_file
+from pretrain.models.google_files import BUCKET, GoogleFile, google_file
 from pretrain.storage import sha256, write_text
 
 SCHEMES = ("timm", "hf-hub", "google")

@@ -122,7 +122,7 @@ def convert(conversion: Conversion, weights: Weights) -> bool:
     return True
 
 
-def published(conversion: Conversion) -> dict[str, Path]:
+def files_for_hub(conversion: Conversion) -> dict[str, Path]:
     """Returns the files at OUT by the names that they have on the hub."""
     out = conversion.place
     files = {name: out / name for name in WRITTEN}

@@ -17,8 +17,8 @@ from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
 from pretrain.shards import walks
-from pretrain.shards.build import Progress, start_folder
-from pretrain.shards.pool import results
+from pretrain.shards.build import start_folder
+from pretrain.shards.pool import Progress, results
 from pretrain.shards.tars import unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.shards.walks import Origin, Walk, finish_walks
