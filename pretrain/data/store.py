@@ -73,14 +73,14 @@ class Store:
 
     def discard(self, block: Block) -> None:
         """Removes a block whose bytes are wrong."""
-        with _told(self.folder), suppress(FileNotFoundError):
+        with _store_errors(self.folder), suppress(FileNotFoundError):
             os.unlink(self.folder / block.name)
 
     def _opened(self, block: Block) -> int:
         """A block's file, marked as used."""
         _check_once(self.folder)
         place = f"{self.folder}/{block.name}"  # no Path: each sample is opened anew
-        with _told(self.folder):
+        with _store_errors(self.folder):
             while True:
                 try:
                     descriptor = os.open(place, os.O_RDONLY | _OWN)
@@ -195,14 +195,15 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _append(folder: Path, descriptor: int, piece: bytes) -> None:
     """Appends a piece to a block's file; an error is the store's, never the network's."""
-    with _told(folder):
+    with _store_errors(folder):
         view = memoryview(piece)
         while view:
             view = view[os.write(descriptor, view) :]
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _store_errors(folder: Path) -> Iterator[None]:
+    """Blames the store, not the shard, for what fails within: StorageError, with the way out when the disk is full."""
     try:
         yield
     except StorageError:

@@ -197,7 +197,7 @@ def _receipt(state: Fields) -> str:
 def _validation(state: Fields) -> Iterator[str]:
     for name, value in (state.part("metrics").values if state.values.get("metrics") else {}).items():
         if isinstance(value, float) or (type(value) is int and abs(value) <= _MOST):  # null: it was not finite
-            yield f"- {_told(name)} {value:.4g} (at the end of this checkpoint's step)"
+            yield f"- {_escaped(name)} {value:.4g} (at the end of this checkpoint's step)"
 
 
 def _results(weights: Weights, without: Collection[str]) -> Fields | None:
@@ -233,12 +233,12 @@ def _evaluation(results: Fields | None) -> Iterator[str]:
         return
     name = code_in_markdown(Path(results.text("weights")).name)
     for row in results.parts("rows"):
-        about = [_told(value) for key, value in row.values.items() if key not in ("metric", "value", "n") and value]
+        about = [_escaped(value) for key, value in row.values.items() if key not in ("metric", "value", "n") and value]
         value, images = row.number("value", -_LARGEST, _LARGEST), row.integer("n", 0, _MOST)
         told = f" ({', '.join(about)})" if about else ""
-        yield f"- {_told(row.text('metric'))} {value:.4g} on {images:,} images{told}, measured on {name}"
+        yield f"- {_escaped(row.text('metric'))} {value:.4g} on {images:,} images{told}, measured on {name}"
 
 
-def _told(value: object) -> str:
+def _escaped(value: object) -> str:
     """What others wrote, as Markdown shows it."""
     return in_markdown(str(value)[:_MAX_LETTERS])

@@ -273,7 +273,7 @@ _UNREADABLE += (ArithmeticError,)
 def readable(path: Path, *others: type[Exception]) -> Iterator[None]:
     """What cannot be read is the user's file, not our defect: one line, which names it.
 
-    others: what may be raised beside the usual, as Exception, where a library builds what the file says.
+    others: further exceptions to report so; Exception where a library builds a model from the file.
     """
     try:
         yield

@@ -79,8 +79,8 @@ def build(
     with any number of processes, and however often the build was killed and begun again.
 
     Without a seed they keep their order. Each image is decoded once: one that cannot be is left out and named in
-    provenance.json; `progress` counts it all the same. told: what was passed over, for counts.json; is told the notes
-    on pictures. Raises UserError when nothing is left, or the folder holds another data set or another's beginning.
+    provenance.json; `progress` counts it all the same. told: its `passed_over` goes into counts.json; notes on pictures
+    are added to it. Raises UserError when nothing is left, or the folder holds another data set or another's beginning.
     """
     plan = _plan(items, classes, samples_per_shard, seed, how)
     if (out / "manifest.json").exists():

@@ -24,7 +24,7 @@ from pretrain.shards.pictures import PICTURE_ENDINGS, REFUSED_ENDINGS, ending_of
 
 @dataclass
 class Told:
-    """What is to be said of a source beside its images, each kind with its number."""
+    """What is reported of a source besides its images: counts of skipped files, notes on pictures, what is left out."""
 
     passed_over: Counter[str] = field(default_factory=Counter)  # files that are nobody's data
     classes: str = ""  # how its classes were recognised in a list of names
