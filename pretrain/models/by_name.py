@@ -222,7 +222,7 @@ def _hub_file(repository: str, file: str, revision: str | None, endpoint: str, a
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the hub's own warnings of each retry: what fails at last is told."""
+    """Without the hub's own warnings of each retry: what fails at last is raised."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()

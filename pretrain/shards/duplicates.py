@@ -84,7 +84,7 @@ def _digests(task: Any, path: Path, progress: Progress) -> bytes:
 
 
 def _read(item: Item) -> bytes:
-    """An image's bytes, b"" where it cannot be read, which is told when its shard is written."""
+    """An image's bytes, b"" where it cannot be read, which is reported when its shard is written."""
     try:
         return read_item(item)
     except BadSample:

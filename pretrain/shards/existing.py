@@ -37,7 +37,7 @@ def index_existing(
     """Indexes existing tars and returns the manifest's path. `.tar.gz` are decompressed; tars elsewhere are copied.
 
     workers: processes; 1: this one. The bytes do not depend on them. Killed at any moment, or refused, the same call
-    goes on with the tars that are not done. passed_over: is told how many members belong to no sample, by kind. Raises
+    goes on with the tars that are not done. passed_over: the numbers of members of no sample are added, by kind. Raises
     UserError naming the shard, when one is damaged, holds a sample twice or without image or label, and naming a file
     that a copy would replace.
     """

@@ -132,7 +132,7 @@ def _leave(*_: object) -> NoReturn:
 
 
 class _Words:
-    """How many samples a worker has done, told now and then."""
+    """How many samples a worker has done, sent now and then."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._count, self._sent_at = connection, 0, time.monotonic()

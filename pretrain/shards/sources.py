@@ -141,7 +141,7 @@ def _refuse_splits(root: Path, names: Sequence[str]) -> None:
 
 
 def _class_folders(root: Path, told: Told, refused: list[Path]) -> list[str]:
-    """The names of the class folders, sorted; what else lies beside them is told, or refused when it is a picture."""
+    """The names of the class folders, sorted; what else lies there is counted, a picture refused."""
     names, beside = [], []
     for path in sorted(root.iterdir()):
         refuse_broken_link(path)

@@ -117,7 +117,7 @@ def finish_walks(
     Raises UserError when labels are lists in some shards only, or make too many classes.
     """
     shards: dict[int, Shard] = {}
-    counts, told, first = Counter[int](), Counter[str](), None
+    counts, skipped, first = Counter[int](), Counter[str](), None
     for number, found in walks:
         first = first or found
         if found.multi_label != first.multi_label:
@@ -128,16 +128,16 @@ def finish_walks(
             )
         shards[number] = found.shard
         counts.update(found.counts)
-        told.update(found.passed_over)
+        skipped.update(found.passed_over)
         progress(1)
     assert first is not None  # nobody gives no tars
     num_classes = len(classes) or max(counts) + 1
     if num_classes > MAX_CLASSES:
         raise UserError(f"{out}: label {max(counts)} makes more than {MAX_CLASSES} classes")
     if passed_over is not None:
-        passed_over.update(told)
+        passed_over.update(skipped)
     in_order = [shards[number] for number in sorted(shards)]
-    noted = {"passed_over": told, "notes": {}}
+    noted = {"passed_over": skipped, "notes": {}}
     made = DataSet(in_order, num_classes, classes, counts, [], first.multi_label, told=noted)
     return finish(out, made, {"scope": "none"})
 
