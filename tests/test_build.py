@@ -21,7 +21,7 @@ from PIL import Image
 
 from pretrain.config import MAX_CLASSES
 from pretrain.data.images import decode
-from pretrain.data.manifest import Manifest, check_shards, load_index, load_manifest
+from pretrain.data.manifest import Manifest, check_shards, load_index, load_manifest, write_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
 from pretrain.shards import walks
@@ -172,16 +172,18 @@ def test_wrong_lists_of_classes_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_a_set_is_refused(own_shards: Path, tmp_path: Path) -> None:
     """Neither writing nor indexing other tars overwrites a set; indexing its own tars again keeps its names."""
-    before = digests(own_shards)
+    before, counts = digests(own_shards), read_counts(own_shards)
     assert "holds a data set already" in refusal(build, items(4), [], own_shards, samples_per_shard=2, seed=0)
     other = tar_file(tmp_path / "other.tar", good_members())
     assert "holds a data set already" in refusal(index_existing, [other], [], own_shards)
     assert digests(own_shards) == before
     tars = sorted(own_shards.glob("*.tar"))
     again = load_manifest(index_existing(tars, ["ash", "birch", "cedar", "elm", "fir"], own_shards))
-    assert {k: v for k, v in digests(own_shards).items() if k != "manifest.json"} == {
-        k: v for k, v in before.items() if k != "manifest.json"
+    assert {name for name, digest in digests(own_shards).items() if digest != before[name]} == {
+        "manifest.json",
+        "counts.json",  # says now that nothing was passed over
     }
+    assert read_counts(own_shards) == counts
     assert [shard.sha256 for shard in again.shards] == [before[tar.name] for tar in tars]
     path, told = make_shards(tars, None, own_shards, Options())
     assert load_manifest(path).class_names == again.class_names
@@ -490,6 +492,21 @@ def test_what_belongs_to_no_sample_is_skipped_by_index_and_reader(tmp_path: Path
     manifest = load_manifest(index_existing([tar], [], tmp_path / "set", passed_over=told))
     assert contents(manifest) == [(image_bytes(number), str(number).encode()) for number in range(3)]
     assert told == {"hidden and system files": 9, "files without an ending": 3, "files of no sample": 3}
+
+
+def test_a_kill_behind_the_manifest_loses_no_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of existing tars: a later call says that there is a data set, so counts.json has to be whole before."""
+    tar = tar_file(tmp_path / "a.tar", [*good_members(), ("README", b"x")])
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        write_manifest(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pretrain.shards.build.write_manifest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards([tar], None, tmp_path / "set", Options())
+    kept = json.loads((tmp_path / "set" / "counts.json").read_text())
+    assert kept["passed_over"]["files without an ending"] == 1 and kept["notes"] == {}
 
 
 def test_members_out_of_order_say_so(tmp_path: Path) -> None:

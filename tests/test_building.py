@@ -507,7 +507,6 @@ def test_how_many_tars_are_indexed_at_a_time(
     monkeypatch.setattr(make, "num_cores", lambda: 5)
     for name, option in (("index_existing", "workers"), ("index_urls", "threads")):
         monkeypatch.setattr(make, name, lambda *_, option=option, **named: asked.append(named[option]) or Path("out"))
-    monkeypatch.setattr(make, "add_to_counts", lambda *_: None)
     make.index_shards([source], None, Path("out"), Options(workers=given))
     assert asked == [found]
 

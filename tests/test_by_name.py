@@ -27,7 +27,7 @@ from pretrain.errors import StorageError, UserError
 from pretrain.models.build import build_model
 from pretrain.models.by_name import check_name, fetched, is_name, licence_of
 from pretrain.models.google import write_google
-from pretrain.models.published import BUCKET, FILES, SHORT, google_file
+from pretrain.models.google_files import BUCKET, FILES, SHORT, google_file
 from pretrain.models.timm_folder import write_timm_folder
 from pretrain.models.transformers_folder import PROCESSOR, write_transformers_folder
 from pretrain.models.weights import load_model, read_weights, results_folder

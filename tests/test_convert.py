@@ -702,7 +702,7 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
     assert save_checkpoint(tmp_path / "tiny" / "checkpoints", 15, slices, [], {}, state)
     row = {"model": "trained", "metric": "10-shot", "value": 0.25, "n": 1234}
     rows = [row, {**row, "metric": "10-shot-std"}, {**row, "model": "random weights"}, {**row, "metric": "pets/top1"}]
-    rows.append({**row, "metric": "loss", "value": float("nan")})  # of weights that diverged: not on the card
+    rows += [{**row, "metric": "loss", "value": value} for value in (float("nan"), 2e9)]  # diverged: not on the card
     data = {"fewshot_test": {"sha256": "ab"}, "pets/test": {"sha256": "cd"}, "val": {"sha256": "ef"}}
     record = {"weights_sha256": weights_sha256(tmp_path / "tiny" / "checkpoints" / "step-0000000015"), "image_size": 16}
     other = {"weights": "other", "weights_sha256": "0", "image_size": 16, "rows": [{**row, "value": 0.75}]}

@@ -147,10 +147,11 @@ def test_the_limits_are_told() -> None:
     headers.check_size(8064, 6048)  # 48 megapixels, as phones take them
     headers.check_memory(8064, 6048, headers.TORCHVISION_JPEG, bytes(25 * MB))
     headers.check_memory(6000, 4000, headers.TORCHVISION_JPEG + 6, bytes(15 * MB))  # progressive, colour at full size
-    assert headers.jpeg_coefficients(photo()) == 0
+    assert headers.jpeg_header(photo()).coefficients == 0
     smooth = Image.new("RGB", (64, 64))
-    assert headers.jpeg_coefficients(encoded(smooth, "jpeg", progressive=True, subsampling=2)) == 3
-    assert headers.jpeg_coefficients(encoded(smooth, "jpeg", progressive=True, subsampling=0)) == 6
+    for subsampling, coefficients in ((2, 3), (0, 6)):
+        data = encoded(smooth, "jpeg", progressive=True, subsampling=subsampling)
+        assert headers.jpeg_header(data).coefficients == coefficients
 
 
 @pytest.mark.parametrize(

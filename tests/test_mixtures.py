@@ -149,7 +149,7 @@ def test_each_pass_of_each_source_has_each_sample_once() -> None:
             assert own.sum() == order.given(steps)[source]
             for epoch in range(int(epochs[own].max(initial=0)) + 2):
                 seen = np.unique(indices[own & (epochs == epoch)])
-                assert len(seen) == (own & (epochs == epoch)).sum() == order.seen_by_source(epoch, steps)[source]
+                assert len(seen) == (own & (epochs == epoch)).sum() == order.seen_in(steps)(epoch)[source]
                 if order.name == "permuted":
                     assert len(seen) == min(size, max(0, own.sum() - epoch * size))
                 elif (rest := own.sum() - epoch * size) > size + 2 * order.global_batch:  # a round may begin several
@@ -305,7 +305,7 @@ def test_ranks_and_workers_change_no_pixel(
     for source, size in enumerate(own.sizes):
         epochs = seen[sources == source, 0]
         counts = np.bincount(epochs)
-        assert counts.tolist() == [own.seen_by_source(epoch, len(found))[source] for epoch in range(len(counts))]
+        assert counts.tolist() == [own.seen_in(len(found))(epoch)[source] for epoch in range(len(counts))]
         whole += (counts == size).sum()
     assert whole >= 1
 

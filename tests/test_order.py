@@ -196,11 +196,11 @@ LANES = (None, Lanes(4, 3), Lanes(2, 5, window_blocks=2))
 @pytest.mark.parametrize("lanes", LANES, ids=str)
 @pytest.mark.parametrize(("size", "held_out", "batch"), [(101, 0, 12), (101, 7, 12), (50, 0, 7), (40, 4, 61)])
 def test_closed_forms_agree_with_the_steps(size: int, held_out: int, batch: int, lanes: Lanes | None) -> None:
-    """`steps_of` finds the step of each sample, and of no held-out one; `seen` counts what the steps before hold."""
+    """`steps_of` finds the step of each sample, and of no held-out one; `seen_in` counts what the steps before hold."""
     order = Order(size, held_out, batch, 3, lanes)
     epochs = np.concatenate([order.samples(step)[0] for step in range(25)])
     for step in range(25):
         assert (order.steps_of(*order.samples(step)) == step).all()
         for epoch in range(80):
-            assert order.seen(epoch, step) == (epochs[: step * batch] == epoch).sum()
+            assert order.seen_in(step)(epoch) == [(epochs[: step * batch] == epoch).sum()]
     assert (order.steps_of(np.zeros(held_out, np.int64), order.held_out_indices()) == -1).all()

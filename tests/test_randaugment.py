@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from pretrain.data.permutation import uniform, words
-from pretrain.data.randaugment import OPERATIONS, augment, rand_augment
+from pretrain.data.randaugment import OPERATIONS, _augmented, rand_augment
 from tests import plain_randaugment
 
 SIZES = [(7, 9), (13, 5), (3, 3)]
@@ -21,6 +21,13 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
     image[:2], image[-1] = 255, image[-1] // 4
     return image.astype(np.uint8)
+
+
+def augment(
+    image: torch.Tensor, name: str, magnitude: float, *, negative: bool = False, centre: tuple[float, float] = (0, 0)
+) -> torch.Tensor:
+    """One operation on a tensor."""
+    return torch.from_numpy(_augmented(image.contiguous().numpy(), name, magnitude, negative=negative, centre=centre))
 
 
 def augmented(image: np.ndarray, name: str, magnitude: float, **options: Any) -> np.ndarray:

@@ -21,7 +21,7 @@ from pretrain.models.formats import NPZ_NAMINGS, WRITABLE, check_weights
 def main() -> int:
     arguments = _arguments()
     with cli.loading():
-        from pretrain.models.convert import Conversion, check_place, convert, loading, published
+        from pretrain.models.convert import Conversion, check_place, convert, files_for_hub, loading
         from pretrain.models.verify import Source, check_installed
 
     config = str(arguments.config.resolve()) if arguments.trust_pickle else None
@@ -52,7 +52,7 @@ def main() -> int:
     if arguments.push:
         from pretrain.models.hub import push
 
-        print(push(published(conversion), arguments.push))
+        print(push(files_for_hub(conversion), arguments.push))
     return 0
 
 

@@ -10,7 +10,6 @@ import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from pretrain.errors import UserError
 from pretrain.tasks.table import Task, task
 
 if TYPE_CHECKING:
+    from pretrain.shards.make import Options
     from pretrain.shards.pool import Engine
     from pretrain.shards.sources import Told
 
@@ -88,17 +88,12 @@ def main() -> None:
 
     with cli.loading():
         from pretrain.shards.class_list import read_class_list
-        from pretrain.shards.make import Options, are_shards, index_shards, make_part, make_shards
-        from pretrain.shards.resizing import Resizing
+        from pretrain.shards.make import are_shards, index_shards, make_part, make_shards
 
     if not arguments.index and are_shards(sources):
         _refuse(arguments, _OF_WRITING, f"on {sources[0]}, which is indexed as it is")
     classes = read_class_list(arguments.classes) if arguments.classes else None
-    resizing = Resizing(arguments.shorter_side, quality) if arguments.shorter_side else None
-    turned, workers, engine = bool(arguments.apply_orientation), arguments.workers, _engine(arguments.engine)
-    away_from, once = tuple(arguments.away_from or ()), bool(arguments.merge_duplicates)
-    options = Options(samples_per_shard, arguments.seed or 0, turned, resizing, workers, engine, once, away_from)
-    options = replace(options, label_column=arguments.label_column)
+    options = _options(arguments, samples_per_shard, quality)
     if part:
         done, number = make_part(sources, classes, out, part, options)
         return cli.tell(f"{out}: {done:,} of {number:,} shards are complete; the command without --part finishes it")
@@ -188,6 +183,23 @@ def _refuse(arguments: Namespace, options: Iterable[str], where: str) -> None:
     for option in options:
         if _value(arguments, option) is not None:
             raise UserError(f"{option} has no effect {where}; leave it out")
+
+
+def _options(arguments: Namespace, samples_per_shard: int, quality: int) -> "Options":
+    from pretrain.shards.make import Options
+    from pretrain.shards.resizing import Resizing
+
+    return Options(
+        samples_per_shard=samples_per_shard,
+        seed=arguments.seed or 0,
+        apply_orientation=bool(arguments.apply_orientation),
+        resizing=Resizing(arguments.shorter_side, quality) if arguments.shorter_side else None,
+        workers=arguments.workers,
+        engine=_engine(arguments.engine),
+        merge_duplicates=bool(arguments.merge_duplicates),
+        away_from=tuple(arguments.away_from or ()),
+        label_column=arguments.label_column,
+    )
 
 
 def _engine(name: str | None) -> "Engine":

@@ -25,9 +25,9 @@ def match_classes(
     """Returns how labels of a data set (`theirs`) are to be read as labels of another set or of weights (`ours`).
 
     Names in another order, a part of the names, and names that only look equal (composed and decomposed accents) are
-    mapped by name, and told. Where one side has no names, or they are of another kind (WordNet ids and words), labels
-    are taken as they are, and that is told. Raises UserError, naming the first difference, when a class has no
-    counterpart, and where names of one side are numbers other than its labels, and the other side has labels alone.
+    mapped by name. Where one side has no names, or they are of another kind (WordNet ids and words), labels are taken
+    as they are. `told` says either. Raises UserError, naming the first difference, when a class has no counterpart, and
+    where names of one side are numbers other than its labels, and the other side has labels alone.
     """
     if num_theirs > num_ours:
         raise UserError(f"{their_place} has {num_theirs} classes, {our_place} has {num_ours}")

@@ -77,7 +77,7 @@ def tell(line: str) -> None:
 
 @contextmanager
 def progress(title: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is told how many bytes more have arrived."""
+    """Yields a function to call with the number of bytes that have just arrived."""
     shown = nullcontext(lambda _: None) if rank_so_far(os.environ) else cli.progress(title, num_bytes >> 20, "MiB")
     with shown as advance:
         arrived = 0

@@ -100,11 +100,6 @@ def jpeg_header(data: bytes) -> JpegHeader:
     return JpegHeader(_coefficients(data, frame, first_scan), size)
 
 
-def jpeg_coefficients(data: bytes) -> float:
-    """Returns how many bytes per pixel a decoder keeps between a JPEG's scans. Raises as `jpeg_header`."""
-    return jpeg_header(data).coefficients
-
-
 def _coefficients(data: bytes, frame: int, first_scan: int) -> float:
     components = data[frame + 9]
     progressive = data[frame + 1] & 0x03 == 2

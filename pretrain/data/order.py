@@ -50,11 +50,6 @@ class Order:
         """Returns how many epochs `steps` steps are; of a mixture passes of the slowest source that has begun."""
         return min((given / size for given, size in zip(self.given(steps).tolist(), self.sizes) if given), default=0.0)
 
-    @property
-    def block_samples(self) -> int | None:
-        """Samples of a block, which are read together; None where samples are read one by one."""
-        return self.lanes.block_samples if self.lanes else None
-
     def samples(self, steps: Steps, slots: Slots | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns (epoch, index) of the slots of steps: two int64 [slots], or [steps, slots] of several steps.
 
@@ -72,16 +67,11 @@ class Order:
         epochs, places = visit(positions, self.num_train, "epoch", self.seed)
         return epochs, self._beyond_held_out(places)
 
-    def seen(self, epoch: int, steps: int) -> int:
-        """Returns how many samples of an epoch, of a mixture's sources together, the first `steps` steps hold."""
-        return sum(self.seen_by_source(epoch, steps))
-
-    def seen_by_source(self, epoch: int, steps: int) -> list[int]:
-        """Returns the same for each source of a mixture; one number for one set."""
-        return self.seen_in(steps)(epoch)
-
     def seen_in(self, steps: int) -> Callable[[int], list[int]]:
-        """Returns `seen_by_source` of the first `steps` steps as a function of the epoch, for many epochs."""
+        """Returns a function of the epoch: how many of its samples the first `steps` steps hold.
+
+        A number for each source of a mixture; one number for one set.
+        """
         if lanes := self.lanes:
             return lambda epoch: [seen(lanes, self.num_train, self.global_batch, epoch, steps * self.global_batch)]
         if (mixture := self.mixture) and mixture.lanes:
@@ -117,15 +107,6 @@ class Order:
                 at = unvisit(epochs[same], places[same], self.num_train, "epoch", self.seed)
             steps[same] = at // self.global_batch
         return steps
-
-    def blocks(self, steps: Steps, slots: Slots | None = None) -> np.ndarray:
-        """Returns the numbers of the blocks that hold the slots of steps, int64, in the order of their first use.
-
-        Block k is the samples k * block_samples and so on of the manifest. Only `lanes` has blocks.
-        """
-        assert self.block_samples is not None
-        numbers, first = np.unique(self.samples(steps, slots)[1] // self.block_samples, return_index=True)
-        return numbers[np.argsort(first)]
 
     def held_out_indices(self) -> np.ndarray:
         """Returns the indices that validation uses, int64 [held_out]."""

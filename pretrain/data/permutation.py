@@ -30,13 +30,14 @@ def permute(positions: np.ndarray, size: int, *key: object) -> np.ndarray:
     A Feistel network over the next power of two; results outside are sent through it again (cycle walking), at most
     twice on average. 8 rounds of a 64-bit mixer: no memory for 300M samples, about 1 us per sample.
     """
-    return _walk(positions, size, max(2, (size - 1).bit_length()), words(_ROUNDS, "v1", "permute", *key))
+    round_keys = words(_ROUNDS, "v1", "permute", *key)
+    return _walk(_feistel, positions, size, max(2, (size - 1).bit_length()), round_keys)
 
 
 def unpermute(results: np.ndarray, size: int, *key: object) -> np.ndarray:
     """Returns the positions that `permute` sends to `results`; int64, any shape."""
     round_keys = words(_ROUNDS, "v1", "permute", *key)
-    return _walk(results, size, max(2, (size - 1).bit_length()), round_keys, network=_feistel_back)
+    return _walk(_feistel_back, results, size, max(2, (size - 1).bit_length()), round_keys)
 
 
 def visit(places: np.ndarray, size: int, *key: object) -> tuple[np.ndarray, np.ndarray]:
@@ -81,20 +82,19 @@ def _scattered(
     for some in np.unique(bits):  # one, or a few where permutations are shorter than the others
         these = bits == some
         tweak = _mix(tweaks[these].astype(np.uint64))
-        result[these] = _walk(places[these], sizes[these].astype(np.uint64), int(some), round_keys, tweak, network)
+        result[these] = _walk(network, places[these], sizes[these].astype(np.uint64), int(some), round_keys, tweak)
     return result
 
 
 def _walk(
+    network: _Network,
     positions: np.ndarray,
     size: int | np.ndarray,
     bits: int,
     round_keys: np.ndarray,
     tweak: np.ndarray | None = None,
-    network: _Network | None = None,
 ) -> np.ndarray:
     """Goes through the network until each position has come out below its size."""
-    network = network or _feistel
     result = network(positions.astype(np.uint64), bits, round_keys, tweak)
     while (outside := result >= size).any():
         result[outside] = network(result[outside], bits, round_keys, None if tweak is None else tweak[outside])

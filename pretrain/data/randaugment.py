@@ -52,21 +52,14 @@ def rand_augment(image: torch.Tensor, layers: int, magnitude: float, *key: objec
     return torch.from_numpy(pixels)
 
 
-def augment(
-    image: torch.Tensor, name: str, magnitude: float, *, negative: bool = False, centre: tuple[float, float] = (0, 0)
-) -> torch.Tensor:
-    """Returns the image after one operation, uint8 [3, height, width].
+def _augmented(
+    image: np.ndarray, name: str, magnitude: float, *, negative: bool, centre: tuple[float, float]
+) -> np.ndarray:
+    """The image, an array in C order, after one operation; itself where nothing changes.
 
     negative: turns, shears and moves the other way. centre: of the cutout, as shares of height and width in [0, 1).
     Lengths are pixels whatever the image's size, as in the original, which was made for 224.
     """
-    return torch.from_numpy(_augmented(image.contiguous().numpy(), name, magnitude, negative=negative, centre=centre))
-
-
-def _augmented(
-    image: np.ndarray, name: str, magnitude: float, *, negative: bool, centre: tuple[float, float]
-) -> np.ndarray:
-    """The same on an array in C order; returns another one, or the image itself where nothing changes."""
     level = magnitude / 10
     signed = -level if negative else level
     enhance = level * 1.8 + 0.1  # 1 leaves the image as it is

@@ -211,7 +211,7 @@ def _parse(data: bytes, wanted_key: int) -> RawSample:
 
 
 def _parse_plain(data: bytes, wanted_key: int) -> RawSample | None:
-    """Returns a sample of one image and one label under plain names, as nearly all are; None: webdataset decides.
+    """Fast path for the usual sample, one image and one label under plain names; None: webdataset has to decide.
 
     A quarter of the time that tarfile and webdataset take. Whatever is unusual, or damaged, is left to them.
     """

@@ -105,9 +105,9 @@ def shards_of(values: Fields, folder: Path) -> ShardList:
 
 
 def _plain_shard(entry: Any) -> tuple[str, int, int, str, str] | None:
-    """Returns what `_shard_of` does of an entry that is as nearly all are; None: that decides, and says what is wrong.
+    """Fast path for the usual entry, in a tenth of the time: a set has 30,000 of them.
 
-    A tenth of its time: a set has 30,000 of them.
+    Returns what `_shard_of` does; None: `_shard_of` has to decide, and says what is wrong.
     """
     if not isinstance(entry, dict):
         return None

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 from pretrain.config import DataConfig
@@ -73,14 +73,14 @@ class Store:
 
     def discard(self, block: Block) -> None:
         """Removes a block whose bytes are wrong."""
-        with _told(self.folder), suppress(FileNotFoundError):
+        with _store_errors(self.folder), suppress(FileNotFoundError):
             os.unlink(self.folder / block.name)
 
     def _opened(self, block: Block) -> int:
         """A block's file, marked as used."""
         _check_once(self.folder)
         place = f"{self.folder}/{block.name}"  # no Path: each sample is opened anew
-        with _told(self.folder):
+        with _store_errors(self.folder):
             while True:
                 try:
                     descriptor = os.open(place, os.O_RDONLY | _OWN)
@@ -113,7 +113,7 @@ class Store:
             if reached > num_bytes:
                 os.ftruncate(descriptor, reached := 0)
             self._make_room(num_bytes)
-            write = _Appender(self.folder, descriptor)
+            write = partial(_append, self.folder, descriptor)
             download(block.url, block.start + reached, block.end, block.shard_bytes, write)
             os.rename(part, path)
         finally:
@@ -193,21 +193,17 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-class _Appender:
-    """Appends pieces to a file; an error is the store's, never the network's."""
-
-    def __init__(self, folder: Path, descriptor: int) -> None:
-        self._folder, self._descriptor = folder, descriptor
-
-    def __call__(self, piece: bytes) -> None:
-        with _told(self._folder):
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+def _append(folder: Path, descriptor: int, piece: bytes) -> None:
+    """Appends a piece to a block's file; an error is the store's, never the network's."""
+    with _store_errors(folder):
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(descriptor, view) :]
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _store_errors(folder: Path) -> Iterator[None]:
+    """Blames the store, not the shard, for what fails within: StorageError, with the way out when the disk is full."""
     try:
         yield
     except StorageError:

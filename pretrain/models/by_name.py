@@ -18,7 +18,7 @@ from pretrain.config.checks import did_you_mean
 from pretrain.data.downloads import Download, cache_folder, fetch, progress, tell, told_size
 from pretrain.errors import StorageError, UserError, first_line
 from pretrain.json_files import Fields
-from pretrain.models.published import BUCKET, GoogleFile, google_file
+from pretrain.models.google_files import BUCKET, GoogleFile, google_file
 from pretrain.storage import sha256, write_text
 
 SCHEMES = ("timm", "hf-hub", "google")
@@ -222,7 +222,7 @@ def _hub_file(repository: str, file: str, revision: str | None, endpoint: str, a
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the hub's own warnings of each retry: what fails at last is told."""
+    """Without the hub's own warnings of each retry: what fails at last is raised."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()

@@ -14,6 +14,7 @@ from pretrain.models.tensors import Weights, read_fields, readable
 from pretrain.models.weights import results_folder, weights_sha256
 
 _MOST = 1 << 40  # images
+_LARGEST = 1e9  # score; the loss of weights that diverged may be any number, or none
 _MAX_LETTERS = 200  # of a name that others wrote
 _RECEIPT = {
     "seed": "seed",
@@ -75,7 +76,7 @@ def _front(weights: Weights, target: str, title: str, licence: str | None, resul
     found = []
     for row in results.parts("rows") if results else ():
         job, _, metric = shown(row.text("metric")).rpartition("/")
-        value = row.number("value", -1e9, 1e9)
+        value = row.number("value", -_LARGEST, _LARGEST)
         if row.text("model") == "trained" and not metric.endswith("-std"):
             found.append(
                 EvalResult(
@@ -196,13 +197,13 @@ def _receipt(state: Fields) -> str:
 def _validation(state: Fields) -> Iterator[str]:
     for name, value in (state.part("metrics").values if state.values.get("metrics") else {}).items():
         if isinstance(value, float) or (type(value) is int and abs(value) <= _MOST):  # null: it was not finite
-            yield f"- {_told(name)} {value:.4g} (at the end of this checkpoint's step)"
+            yield f"- {_escaped(name)} {value:.4g} (at the end of this checkpoint's step)"
 
 
 def _results(weights: Weights, without: Collection[str]) -> Fields | None:
     """What tools/evaluate.py measured of these weights, beside the run of a checkpoint or in a converted folder.
 
-    Without rows that are not finite, as a loss may be: no card has a place for them.
+    Without rows beyond _LARGEST or not finite, as a loss may be: no card has a place for them.
     """
     folder = results_folder(weights.source, "evaluation").parent
     if not (folder / "evaluation" / "results.json").is_file():
@@ -212,9 +213,13 @@ def _results(weights: Weights, without: Collection[str]) -> Fields | None:
     for record in (last, *last.parts("others", ())):
         if (record.values.get("weights_sha256"), record.values.get("image_size")) == identity:
             rows = [row.values for row in record.parts("rows") if _still_holds(row.text("metric"), without)]
-            rows = [row for row in rows if not isinstance(row.get("value"), float) or math.isfinite(row["value"])]
+            rows = [row for row in rows if not _diverged(row.get("value"))]
             return Fields({**record.values, "rows": rows}, record.source)
     return None
+
+
+def _diverged(value: object) -> bool:
+    return isinstance(value, int | float) and not abs(value) <= _LARGEST  # NaN is not, either
 
 
 def _still_holds(metric: str, without: Collection[str]) -> bool:
@@ -228,12 +233,12 @@ def _evaluation(results: Fields | None) -> Iterator[str]:
         return
     name = code_in_markdown(Path(results.text("weights")).name)
     for row in results.parts("rows"):
-        about = [_told(value) for key, value in row.values.items() if key not in ("metric", "value", "n") and value]
-        value, images = row.number("value", -1e9, 1e9), row.integer("n", 0, _MOST)
+        about = [_escaped(value) for key, value in row.values.items() if key not in ("metric", "value", "n") and value]
+        value, images = row.number("value", -_LARGEST, _LARGEST), row.integer("n", 0, _MOST)
         told = f" ({', '.join(about)})" if about else ""
-        yield f"- {_told(row.text('metric'))} {value:.4g} on {images:,} images{told}, measured on {name}"
+        yield f"- {_escaped(row.text('metric'))} {value:.4g} on {images:,} images{told}, measured on {name}"
 
 
-def _told(value: object) -> str:
+def _escaped(value: object) -> str:
     """What others wrote, as Markdown shows it."""
     return in_markdown(str(value)[:_MAX_LETTERS])

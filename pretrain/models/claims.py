@@ -60,7 +60,8 @@ def check_arguments(values: Mapping[str, Any], source: str) -> None:
 
 @contextmanager
 def building(source: Path, num_tensors: int) -> Iterator[None]:
-    """Within, a model that a file describes may be built: of no more parts than the tensors in the file can fill.
+    """Limits the models that are built within, as a file describes them: no more modules and parameters than the
+    tensors in the file can fill.
 
     Raises UserError as soon as there are more, and for whatever a library raises at what the file says.
     """

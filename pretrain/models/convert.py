@@ -122,7 +122,7 @@ def convert(conversion: Conversion, weights: Weights) -> bool:
     return True
 
 
-def published(conversion: Conversion) -> dict[str, Path]:
+def files_for_hub(conversion: Conversion) -> dict[str, Path]:
     """Returns the files at OUT by the names that they have on the hub."""
     out = conversion.place
     files = {name: out / name for name in WRITTEN}
@@ -140,7 +140,7 @@ def _write(conversion: Conversion, weights: Weights, out: Path, work: Path) -> b
         comparison = _verify(conversion, weights, out, work)
         if comparison is None:
             return False
-        proof = f"Verified in fresh processes, largest value 1: {_told(comparison)}."
+        proof = f"Verified in fresh processes, largest value 1: {_in_words(comparison)}."
     card = out.with_suffix(".md") if conversion.beside else out / "README.md"
     text = model_card(
         weights,
@@ -178,7 +178,7 @@ def _verify(conversion: Conversion, weights: Weights, out: Path, work: Path) -> 
     return None
 
 
-def _told(comparison: Comparison) -> str:
+def _in_words(comparison: Comparison) -> str:
     return ", ".join(f"{found.output} differ by {found.ratio:.1e}" for found in comparison.differences)
 
 

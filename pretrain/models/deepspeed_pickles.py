@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pretrain.config import Config
-from pretrain.models.tensors import LazyTensor, Weights, finite, readable
+from pretrain.models.tensors import LazyTensor, Weights, finite, readable, use_in
 
 
 def read_deepspeed(path: Path, config: Config) -> Weights:
@@ -30,12 +30,7 @@ def read_deepspeed(path: Path, config: Config) -> Weights:
         model=config.model,
         tensors=tensors,
         num_classes=tensors["head.weight"].shape[0] if "head.weight" in tensors else 0,
-        eval_transform=config.data.eval_transform,
-        eval_crop=config.data.eval_crop,
-        interpolation=config.data.interpolation,
-        loss=config.loss,
-        mean=config.data.normalisation.mean,
-        std=config.data.normalisation.std,
+        **use_in(config),
     )
 
 

@@ -91,8 +91,11 @@ def _transform(naming: Naming) -> str:
 
 
 def write_google(weights: Weights, path: Path, naming: str) -> None:
-    """Writes an .npz file; what it has no place for is told. Raises UserError when Google's code has no such model."""
-    _tell_lost(weights, _transform(NAMINGS[naming]))
+    """Writes an .npz file, and warns of what it has no place for.
+
+    Raises UserError when Google's code has no such model.
+    """
+    _warn_of_lost(weights, _transform(NAMINGS[naming]))
     weights = for_google(weights, naming)
     keys = google_keys(weights.model, weights.num_classes, NAMINGS[naming])
     write_npz(path, tensors_to(weights.tensors, keys))
@@ -100,7 +103,7 @@ def write_google(weights: Weights, path: Path, naming: str) -> None:
         class_names_file(path).write_text(json.dumps(list(weights.class_names), indent=1) + "\n", encoding="utf-8")
 
 
-def _tell_lost(weights: Weights, transform: str) -> None:
+def _warn_of_lost(weights: Weights, transform: str) -> None:
     lost = []
     if weights.eval_transform != transform:
         lost.append(f"for eval_transform={weights.eval_transform}: who reads it takes {transform}")

@@ -33,7 +33,7 @@ from pretrain.config import (
     Normalisation,
     choices_of,
 )
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
 from pretrain.json_files import Fields, brief, is_text, read_json
 
 # Resizing as timm's and torchvision's names have it; the number is Pillow's, which transformers writes.
@@ -111,6 +111,13 @@ def kept_use(weights: Weights) -> dict[str, Any]:
     return {key: getattr(weights, key) for key in _USE}
 
 
+def use_in(config: Config) -> dict[str, Any]:
+    """Returns the same fields of Weights, as a run's config has them."""
+    data = config.data
+    use = {"eval_transform": data.eval_transform, "eval_crop": data.eval_crop, "interpolation": data.interpolation}
+    return {**use, "loss": config.loss, **data.normalisation._asdict()}
+
+
 def use_of(kept: Fields, *others: str) -> dict[str, Any]:
     """Returns fields of Weights from what `kept_use` returned, and perhaps keys `others` beside it.
 
@@ -139,8 +146,10 @@ class Part(NamedTuple):
 KeyMap = Mapping[str, Sequence[Part]]
 
 
-def tensors_from(theirs: Mapping[str, LazyTensor], keys: KeyMap, ours: Mapping[str, tuple[int, ...]], source: Path):
-    """Returns our tensors from those of another format, dict of name to LazyTensor.
+def tensors_from(
+    theirs: Mapping[str, LazyTensor], keys: KeyMap, ours: Mapping[str, tuple[int, ...]], source: Path
+) -> dict[str, LazyTensor]:
+    """Returns our tensors from those of another format.
 
     ours: name -> shape of every tensor of the model. Raises UserError when a tensor is missing, left over, or has
     another shape; when one is read, also if it holds a value that is not finite.
@@ -264,20 +273,16 @@ _UNREADABLE += (ArithmeticError,)
 def readable(path: Path, *others: type[Exception]) -> Iterator[None]:
     """What cannot be read is the user's file, not our defect: one line, which names it.
 
-    others: what may be raised beside the usual, as Exception, where a library builds what the file says.
+    others: further exceptions to report so; Exception where a library builds a model from the file.
     """
     try:
         yield
     except UserError:
         raise
     except (SafetensorError, zipfile.BadZipFile, zlib.error, struct.error) as error:
-        raise UserError(f"{path}: damaged, or not what its name says ({_first_line(error)})") from None
+        raise UserError(f"{path}: damaged, or not what its name says ({first_line(error)[:500]})") from None
     except (*_UNREADABLE, *others) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0][:500]
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)[:500]})") from None
 
 
 def file_in(folder: Path, name: str) -> Path:

@@ -49,8 +49,8 @@ def _as_config(full_name: str, saved: Saved, path: Path) -> dict[str, Any]:
     usual = timm.get_pretrained_cfg(full_name)
     cfg = usual.to_dict() if usual else {}
     given = {key: arguments[key] for key in ("img_size", *_KEPT) if arguments.get(key)}
-    if "input_size" in given:
-        given["input_size"] = _three_sizes(given["input_size"], path)
+    if sides := given.get("input_size"):  # timm's is channels, height and width; DeiT's and MAE's one number
+        given["input_size"] = tuple(sides) if isinstance(sides, list | tuple) else (3, sides, sides)
     given |= {key: per_channel(Fields(given, str(path)), key) for key in ("mean", "std") if key in given}
     resolved = resolve_data_config(given, pretrained_cfg=cfg)
     model_args = dict(arguments.get("model_kwargs") or {})
@@ -72,10 +72,3 @@ def _as_config(full_name: str, saved: Saved, path: Path) -> dict[str, Any]:
         "model_args": model_args,
         "pretrained_cfg": cfg | {key: resolved[key] for key in _KEPT} | dict.fromkeys(_OF_TESTS),
     }
-
-
-def _three_sizes(size: Any, path: Path) -> tuple[Any, ...]:
-    """Channels, height and width, as timm's --input-size has them; DeiT's and MAE's is one number."""
-    if isinstance(size, list | tuple):
-        return tuple(size)
-    return (3, size, size)

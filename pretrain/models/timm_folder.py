@@ -70,10 +70,7 @@ def read_timm_folder(path: Path, file: Path | None = None) -> Weights:
     if not values.values.keys() & {OURS, "architecture"}:
         raise UserError(f"{values.source}: is neither timm's nor of tools/convert.py: no 'architecture' in it")
     tensors = tensors_in(path, file)
-    weights = _ours(path, values, tensors) if OURS in values.values else read_foreign(path, values, tensors)
-    if problems := list(weights.model.problems()):
-        raise UserError(f"{values.source}: {'; '.join(problems)}")
-    return weights
+    return _ours(path, values, tensors) if OURS in values.values else read_foreign(path, values, tensors)
 
 
 def _ours(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> Weights:
@@ -105,7 +102,7 @@ def read_foreign(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> 
 
     name, arguments = values.text("architecture"), _arguments(values)
     cfg = values.part("pretrained_cfg") if values.values.get("pretrained_cfg") else values
-    _tell_unknown_keys(values, cfg)
+    _warn_of_unknown_keys(values, cfg)
     pixels = _preprocessing(cfg)
     if name not in timm.list_models():
         raise UserError(f"{path}: timm has no model {brief(name)}")
@@ -187,7 +184,7 @@ def _preprocessing(cfg: Fields) -> _Preprocessing:
     return _Preprocessing(square(sides, "input_size", cfg.source), use)
 
 
-def _tell_unknown_keys(values: Fields, cfg: Fields) -> None:
+def _warn_of_unknown_keys(values: Fields, cfg: Fields) -> None:
     """A key that is not known may say something of the pixels or the function that is not done here."""
     from timm.models import PretrainedCfg
 
@@ -354,7 +351,7 @@ def _timm_values(weights: Weights) -> dict[str, Any]:
 
 
 def _timm_transform(weights: Weights) -> dict[str, Any]:
-    """The keys of timm's evaluation transform, or of the one that is nearest to the weights' own, which is told."""
+    """The keys of timm's evaluation transform, or of the nearest to the weights' own, with a warning."""
     ours = weights.eval_transform
     if crop_mode := {transform: mode for mode, transform in _TRANSFORMS.items()}.get(ours):
         return {"interpolation": weights.interpolation, "crop_pct": weights.eval_crop, "crop_mode": crop_mode}

@@ -160,7 +160,7 @@ def _read(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
 
 
 def plainly_named(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
-    """Returns tensors without the prefixes that tools leave in the names of all of them; what was done is told.
+    """Returns tensors without the prefixes that tools leave in the names of all of them; warns of it.
 
     Of averages under "ema." beside the weights the averages are returned.
     """

@@ -53,7 +53,7 @@ _LOSSES = {"single_label_classification": "softmax", "multi_label_classification
 _SQUASH, _SHORTEST = "transformers", "transformers_shortest"  # eval_transform of what its processors do
 # What a file of DeiT's processor need not say, since these are its defaults.
 _OF_DEIT = {"size": 256, "do_center_crop": True, "crop_size": 224, "resample": INTERPOLATIONS["bicubic"]}
-# Keys that are read, or that change neither the pixels nor the function; any other is told.
+# Keys that are read, or that change neither the pixels nor the function; of any other there is a warning.
 _PROCESSOR_KEYS = set(
     "do_resize size default_to_square resample do_center_crop crop_size do_rescale rescale_factor do_normalize "
     "image_mean image_std image_processor_type feature_extractor_type processor_class do_convert_rgb data_format "
@@ -113,7 +113,7 @@ def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
 
 
 def _check_function(values: Fields) -> None:
-    """Raises UserError for a setting that is another function than ours; tells what is not known."""
+    """Raises UserError for a setting that is another function than ours; warns of keys that are not known."""
     if values.text("hidden_act", "") not in _GELU:
         values.wrong("hidden_act", "GELU")
     if (epsilon := values.number("layer_norm_eps", 0, 1, 1e-12)) != NORM_EPS:

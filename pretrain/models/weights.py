@@ -22,7 +22,7 @@ from pretrain.models.claims import check_fit, check_tensors
 from pretrain.models.equivalent import classifier_names, own_tensors, resized
 from pretrain.models.formats import READABLE
 from pretrain.models.google import read_google
-from pretrain.models.tensors import LazyTensor, Weights, file_in, finite, read_fields, readable
+from pretrain.models.tensors import LazyTensor, Weights, file_in, finite, read_fields, readable, use_in
 from pretrain.models.timm_checkpoint import read_timm_checkpoint
 from pretrain.models.timm_folder import read_timm_folder
 from pretrain.models.torch_files import is_torch_file
@@ -193,12 +193,7 @@ def _read_checkpoint(path: Path) -> Weights:
             },
             num_classes=num_classes,
             class_names=names_of_head(names, num_classes),
-            eval_transform=config.data.eval_transform,
-            eval_crop=config.data.eval_crop,
-            interpolation=config.data.interpolation,
-            loss=config.loss,
-            mean=config.data.normalisation.mean,
-            std=config.data.normalisation.std,
+            **use_in(config),
         )
 
 

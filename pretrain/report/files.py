@@ -121,7 +121,7 @@ def _decoded(content: bytes, source: str) -> Image.Image | None:
         return warn(f"{source}: has more than {MAX_PICTURE_BYTES:,} bytes; left out")
     try:
         headers.check_parts(content)
-        coefficients = headers.jpeg_coefficients(content) if content.startswith(b"\xff\xd8") else 0
+        coefficients = headers.jpeg_header(content).coefficients if content.startswith(b"\xff\xd8") else 0
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:

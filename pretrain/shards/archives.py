@@ -18,8 +18,8 @@ from pretrain.data.tar_headers import BadHeader, end_of, members
 from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
+from pretrain.shards.items import Item
 from pretrain.shards.listing import files_below
-from pretrain.shards.sources import Item
 from pretrain.shards.tars import unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 

@@ -1,7 +1,5 @@
 """Arrays of a data set's .npz: what its headers claim is compared with limits before an array is read."""
 
-import io
-import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +9,15 @@ import numpy as np
 from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
+from pretrain.models.npz_file import array_header
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
-
-MAX_HEADER_BYTES = 10_000  # of an array: numpy's own limit, which it compares after it has read as many
-_LENGTHS = {(1, 0): "<H", (2, 0): "<I"}  # of the header, by the format's version; 3.0 is for records
 
 
 def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Returns one-dimensional arrays of numbers or text of a .npz, by name. Raises UserError, also when one lacks."""
+    """Returns one-dimensional arrays of numbers or text of a .npz, by name.
+
+    Raises UserError when the file is damaged or one of `names` is missing.
+    """
     try:
         limit = max_unpacked_bytes(path)
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -38,17 +37,11 @@ def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) 
 
 def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in _LENGTHS:
-            raise ValueError(f"format {version} of an array")
-        length = file.read(struct.calcsize(_LENGTHS[version]))
-        header_bytes = struct.unpack(_LENGTHS[version], length)[0]
-        if header_bytes > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {header_bytes:,} bytes, at most {MAX_HEADER_BYTES:,}")
-        header = io.BytesIO(length + file.read(header_bytes))
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(header)
-        if len(shape) != 1 or dtype.kind not in "iufUS" or not dtype.itemsize:
+        try:
+            shape, _, dtype = array_header(file)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{entry.filename} {error}") from None
+        if len(shape) != 1 or dtype.kind not in "iufUS":
             raise ValueError(f"{entry.filename} is {dtype} of shape {shape}, expected one row of numbers or text")
         data = file.read()
         if shape[0] * dtype.itemsize != len(data):

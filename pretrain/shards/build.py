@@ -24,7 +24,7 @@ from pretrain.escape import shown
 from pretrain.json_files import Fields, is_text, read_json
 from pretrain.log import warn
 from pretrain.shards import unfinished
-from pretrain.shards.counts import add_to_counts, write_counts
+from pretrain.shards.counts import write_counts
 from pretrain.shards.items import Item, PackedItems, digest_of, read_item, taken
 from pretrain.shards.pool import Engine, Progress, results
 from pretrain.shards.resizing import NOTE, Resizing, resized
@@ -79,8 +79,8 @@ def build(
     with any number of processes, and however often the build was killed and begun again.
 
     Without a seed they keep their order. Each image is decoded once: one that cannot be is left out and named in
-    provenance.json; `progress` counts it all the same. told: what was passed over, for counts.json; is told the notes
-    on pictures. Raises UserError when nothing is left, or the folder holds another data set or another's beginning.
+    provenance.json; `progress` counts it all the same. told: its `passed_over` goes into counts.json; notes on pictures
+    are added to it. Raises UserError when nothing is left, or the folder holds another data set or another's beginning.
     """
     plan = _plan(items, classes, samples_per_shard, seed, how)
     if (out / "manifest.json").exists():
@@ -130,12 +130,13 @@ def build_part(
     """Writes every n-th shard of what `build` would write, from the i-th on; part: (i, n), 0 <= i < n.
 
     Parts may be written at the same time, on several machines. `build` writes what is missing, and the manifest.
-    Returns the number of shards that are complete, and of all. Raises UserError as `build`.
+    Returns the number of shards that are complete, those of other parts included, and of all. Raises UserError as
+    `build`.
     """
     plan = _plan(items, classes, samples_per_shard, seed, how)
     shards = _Shards(items, classes, out, samples_per_shard, seed, plan)
     shards.write(range(part[0], shards.number, part[1]), how, progress)
-    return shards.num_complete(), shards.number
+    return unfinished.num_complete(shards.folder), shards.number
 
 
 def _plan(items: Sequence[Item], classes: Sequence[str], samples_per_shard: int, seed: int | None, how: How) -> Plan:
@@ -174,7 +175,7 @@ class _Shards:
         self._order = np.arange(size) if seed is None else np.argsort(words(size, "v1", "plan", seed), kind="stable")
         self.number = -(-size // samples_per_shard)
         self.counts = Counter[int]()  # images of each class
-        self._folder = unfinished.begin(out, plan)
+        self.folder = unfinished.begin(out, plan)  # of their records
 
     def write(self, numbers: range, how: How, progress: Progress) -> list[Done]:
         """Writes those of some shards that are not complete yet; returns all of them, in order, without their counts,
@@ -188,13 +189,13 @@ class _Shards:
             there[number] = done._replace(counts=Counter())
 
         for number in numbers:
-            if found := self.done(number):
+            if found := unfinished.read(self.folder, number, self._path(number)):
                 add(number, found)
         progress(sum(done.shard.num_samples + len(done.dropped) for done in there.values()))
         missing = [number for number in numbers if number not in there]
         tasks = (self._task(number, how.resizing) for number in missing)
         for number, done in how.engine(_write_shard, tasks, min(how.workers, max(1, len(missing))), progress):
-            unfinished.keep(self._folder, number, done)
+            unfinished.keep(self.folder, number, done)
             add(number, done)
         return [there[number] for number in numbers]
 
@@ -205,14 +206,6 @@ class _Shards:
             for number, done in enumerate(complete)
             for place, line in done.dropped.items()
         ]
-
-    def done(self, number: int) -> Done | None:
-        """Returns a shard that is complete."""
-        return unfinished.read(self._folder, number, self._path(number))
-
-    def num_complete(self) -> int:
-        """Returns how many shards are complete, those of other parts included."""
-        return unfinished.num_complete(self._folder)
 
     def _path(self, number: int) -> Path:
         return self._out / f"{set_name(self._out)}-{number:06d}.tar"
@@ -369,9 +362,7 @@ def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
         left_out = {"dropped": [line for _, line in made.dropped], "dropped_items": [item for item, _ in made.dropped]}
         write_text(out / "provenance.json", json.dumps({**left_out, **made.provenance}, indent=1) + "\n")
     if made.counts is not None:
-        write_counts(out, [made.counts[label] for label in range(made.num_classes)], classes)
-        if made.told:
-            add_to_counts(out, made.told)
+        write_counts(out, [made.counts[label] for label in range(made.num_classes)], classes, made.told)
     options = {"has_names": bool(classes), "shuffle": shuffle, "multi_label": made.multi_label}
     return write_manifest(out, set_name(out), made.shards, made.num_classes, **options)
 

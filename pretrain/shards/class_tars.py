@@ -21,13 +21,18 @@ from pretrain.shards.archives import read_member
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listing import is_of_the_system
 from pretrain.shards.passes import Piece, Work, outcome_of, run_pass
-from pretrain.shards.pictures import ending_of, stored_ending
+from pretrain.shards.pictures import JPEG_ENDINGS, ending_of, stored_ending
 from pretrain.shards.pool import Progress
 from pretrain.shards.records import key_of
 from pretrain.shards.sources import Told, is_split_name
 from pretrain.shards.tars import check_end, unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.storage import replacing
+
+_HEAD_BYTES = 8 << 10  # of a tar, in which its first file's header lies, behind some folders' own
+_PIECE_BYTES = 1 << 20  # decompressed at a time
+_KEPT = (*IMAGE_ENDINGS, *JPEG_ENDINGS)  # what is stored as it is
+_TEXTS = {"json", "txt"}  # of an image, as img2dataset writes them into its shards
 
 
 def is_of_class_tars(folder: Path) -> bool:
@@ -216,8 +221,7 @@ def _add_members(
                     told.passed_over["links, devices and hidden files in tars"] += 1
                     continue
                 seen.check(member)
-                if stored_ending(member.name) is None or ending_of(member.name) not in _KEPT:
-                    ending = ending_of(member.name)
+                if (ending := ending_of(member.name)) not in _KEPT:
                     told.passed_over[f".{ending} files" if ending else "files without an ending"] += 1
                 else:
                     reference = f"{path.name}\0{member.offset_data}\0{member.size}\0{member.name}"
@@ -225,12 +229,6 @@ def _add_members(
         check_end(path, end, start + size, named)
     except (BadHeader, OSError) as error:
         raise unreadable(Path(named), error, way_out="; get it again, or move it away") from None
-
-
-_HEAD_BYTES = 8 << 10  # of a tar, in which its first file's header lies, behind some folders' own
-_PIECE_BYTES = 1 << 20  # decompressed at a time
-_KEPT = (*IMAGE_ENDINGS, "jfif", "jpe", "jif", "jfi")  # what is stored as it is
-_TEXTS = {"json", "txt"}  # of an image, as img2dataset writes them into its shards
 
 
 def tar_item(folder: Path, reference: str, label: int, notes: Counter[str]) -> Item:

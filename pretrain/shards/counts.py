@@ -15,16 +15,15 @@ FILE = "counts.json"
 _SHOWN = 40  # classes: more than a screen is no table
 
 
-def write_counts(folder: Path, counts: Sequence[int], classes: Sequence[str]) -> None:
-    """Writes the number of images of each class, in the order of labels; classes: their names, or nothing."""
-    values = {"format": "pretrain-counts", "version": 1, "images": list(counts), "classes": list(classes)}
-    write_text(folder / FILE, json.dumps(values, indent=1) + "\n")
+def write_counts(
+    folder: Path, counts: Sequence[int], classes: Sequence[str], told: Mapping[str, Mapping[str, int]]
+) -> None:
+    """Writes the number of images of each class, in the order of labels; classes: their names, or nothing.
 
-
-def add_to_counts(folder: Path, told: Mapping[str, Mapping[str, int]]) -> None:
-    """Adds what was passed over and noted, each with its number, to a data set's counts."""
-    values: dict[str, Any] = _read(folder).values
-    values |= {name: dict(numbers) for name, numbers in told.items()}
+    told: what was passed over and noted, each kind with its number.
+    """
+    values: dict[str, Any] = {"format": "pretrain-counts", "version": 1, "images": list(counts)}
+    values |= {"classes": list(classes), **told}
     write_text(folder / FILE, json.dumps(values, indent=1) + "\n")
 
 

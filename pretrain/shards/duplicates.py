@@ -32,7 +32,8 @@ MAX_DISTANCE = 6
 _MIN_CONTRAST = 8  # of 256 levels: below, rounding errors would be the hash
 _PIECE = 2048  # images: some seconds of work
 _FAR, _UNREAD = 65, 66  # in place of a distance: of an image without a hash, of one that the disk does not give
-_NONE = np.uint64(0)  # of an image that cannot be read; the hash of one of one colour, which would be near to all such
+# In place of a digest or a hash: of an image that cannot be read, and of one of one colour, near to all such.
+_NONE = np.uint64(0)
 
 
 class Near(NamedTuple):
@@ -55,7 +56,7 @@ def merged(items: PackedItems, work: Work, told: Told) -> PackedItems:
     digests = _pass(_digests, items, work, "comparing", "1")
     order = np.argsort(digests, kind="stable").astype(np.int32)
     digests = digests[order]
-    same = (digests[1:] == digests[:-1]) & (digests[1:] != _NONE)
+    same = (digests[1:] == digests[:-1]) & (digests[1:] != _NONE)  # what cannot be read is equal to nothing
     dropped: list[int] = []
     lists: dict[int, set[int]] = {}
     first = -1
@@ -83,7 +84,7 @@ def _digests(task: Any, path: Path, progress: Progress) -> bytes:
 
 
 def _read(item: Item) -> bytes:
-    """An image's bytes, b"" where it cannot be read, which is told when its shard is written."""
+    """An image's bytes, b"" where it cannot be read, which is reported when its shard is written."""
     try:
         return read_item(item)
     except BadSample:
@@ -143,7 +144,7 @@ def _near(manifests: Sequence[Manifest], work: Work) -> Near:
             places += [(number, sample) for sample in samples for _ in range(2)]
     paths = run_pass(_hashes, pieces, work, "reading the evaluation sets", "parts")
     hashes = np.concatenate([np.fromfile(path, dtype="<u8") for path in paths])
-    kept = hashes != _NONE
+    kept = hashes != _NONE  # neither what cannot be read nor what has one colour
     return Near([manifest.name for manifest in manifests], hashes[kept], np.array(places)[kept])
 
 
@@ -175,7 +176,7 @@ def _nearest_of(near: Near, item: Item) -> int:
         return _UNREAD << 32
     except BadSample:  # told when its shard is written
         own = _NONE
-    if own == _NONE or not len(near.hashes):
+    if own == _NONE or not len(near.hashes):  # not decoded, or of one colour
         return _FAR << 32
     distances = np.bitwise_count(near.hashes ^ own)
     place = int(distances.argmin())

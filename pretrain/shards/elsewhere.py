@@ -23,7 +23,8 @@ from pretrain.data.remote import check_url, download, is_url, num_bytes_of, with
 from pretrain.errors import StorageError, UserError
 from pretrain.json_files import brief
 from pretrain.shards import walks
-from pretrain.shards.build import Progress, start_folder
+from pretrain.shards.build import start_folder
+from pretrain.shards.pool import Progress
 from pretrain.shards.walks import Walk, finish_walks, is_file_name
 from pretrain.storage import remove
 

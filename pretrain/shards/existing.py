@@ -17,8 +17,8 @@ from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
 from pretrain.json_files import is_text
 from pretrain.shards import walks
-from pretrain.shards.build import Progress, start_folder
-from pretrain.shards.pool import results
+from pretrain.shards.build import start_folder
+from pretrain.shards.pool import Progress, results
 from pretrain.shards.tars import unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.shards.walks import Origin, Walk, finish_walks
@@ -37,7 +37,7 @@ def index_existing(
     """Indexes existing tars and returns the manifest's path. `.tar.gz` are decompressed; tars elsewhere are copied.
 
     workers: processes; 1: this one. The bytes do not depend on them. Killed at any moment, or refused, the same call
-    goes on with the tars that are not done. passed_over: is told how many members belong to no sample, by kind. Raises
+    goes on with the tars that are not done. passed_over: the numbers of members of no sample are added, by kind. Raises
     UserError naming the shard, when one is damaged, holds a sample twice or without image or label, and naming a file
     that a copy would replace.
     """

@@ -38,20 +38,20 @@ def files_below(folder: Path, passed_over: Counter[str] | None = None) -> list[P
     Links to folders are followed, but for one that leads back up. Raises UserError on a link to nothing, on a loop of
     links, or on a folder that cannot be read: images would be missing without a word.
     """
-    told = Counter() if passed_over is None else passed_over
+    skipped = Counter() if passed_over is None else passed_over
     found = []
     for place, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
         here = Path(place)
         for name in list(folders):
             if is_of_the_system(name):
-                told["files in hidden and system folders"] += num_files(here / name)
+                skipped["files in hidden and system folders"] += num_files(here / name)
                 folders.remove(name)
             elif (here / name).is_symlink() and leads_up(here / name):
-                told["links that lead back up"] += 1
+                skipped["links that lead back up"] += 1
                 folders.remove(name)
         for name in names:
             if is_of_the_system(name):
-                told["hidden and system files"] += 1
+                skipped["hidden and system files"] += 1
             elif _is_there(here / name):
                 found.append(here / name)
     return sorted(found)

@@ -13,7 +13,6 @@ from pretrain.shards import passes
 from pretrain.shards.build import How, build, build_part, check_labels
 from pretrain.shards.class_list import ClassList, labels_of, own_classes
 from pretrain.shards.class_tars import class_tar_items, is_of_class_tars, is_tar_of_tars, tar_of_tars_items
-from pretrain.shards.counts import add_to_counts
 from pretrain.shards.duplicates import merged, without_near
 from pretrain.shards.elsewhere import THREADS, are_urls, expanded, index_urls
 from pretrain.shards.existing import index_existing
@@ -141,7 +140,6 @@ def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, o
         with cli.progress("indexing", len(sources), "shards") as advance:
             workers = _workers(sum(path.stat().st_size for path in sources) >= MIN_BYTES_FOR_PROCESSES, options)
             path = index_existing(sources, names, out, progress=advance, passed_over=told.passed_over, workers=workers)
-        add_to_counts(out, {"passed_over": told.passed_over, "notes": told.notes})
         return path, told
     items, names = _items_of(source, sources, classes, told, options, out)
     with cli.progress("writing", len(items), "images") as advance:
@@ -255,7 +253,6 @@ def index_shards(patterns: Sequence[str], classes: ClassList | None, out: Path, 
     with cli.progress("indexing", len(sources), "shards") as advance:
         threads = THREADS if options.workers is None else options.workers
         path = index_urls(sources, names, out, progress=advance, passed_over=told.passed_over, threads=threads)
-    add_to_counts(out, {"passed_over": told.passed_over, "notes": told.notes})
     return path, told
 
 

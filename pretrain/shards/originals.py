@@ -25,9 +25,9 @@ from pretrain.shards.archives import (
     read_file,
     text_of,
 )
+from pretrain.shards.items import Item
 from pretrain.shards.matlab import MAX_MATLAB_BYTES, read_matlab, whole
 from pretrain.shards.plain_pickles import read_plain_pickle
-from pretrain.shards.sources import Item
 
 _CIFAR_PIXELS = 3 * 32 * 32  # red plane, green plane, blue plane
 _MAX_CIFAR_BYTES = 256 << 20  # of a batch: the largest, CIFAR-100's train.bin, has 154 MB

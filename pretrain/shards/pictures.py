@@ -18,7 +18,7 @@ from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 # Endings of formats that Pillow reads in C code of its own or of a library made for foreign files.
 _CONVERTED = {"bmp": "BMP", "dib": "BMP", "gif": "GIF", "tif": "TIFF", "tiff": "TIFF", "avif": "AVIF", "apng": "PNG"}
 PICTURE_ENDINGS = tuple(_CONVERTED)  # AVIF is one that some builds of Pillow lack
-_JPEG_ENDINGS = ("jfif", "jpe", "jif", "jfi")
+JPEG_ENDINGS = ("jfif", "jpe", "jif", "jfi")  # beside those of IMAGE_ENDINGS
 # Pictures that nothing here reads: named, never left out without a word.
 REFUSED_ENDINGS = (
     *("heic", "heif", "jxl", "jp2", "j2k", "jpf", "jpx", "psd", "svg", "eps", "ico", "tga", "exr", "hdr", "xcf"),
@@ -31,7 +31,7 @@ def stored_ending(name: str) -> str | None:
     ending = ending_of(name)
     if ending in IMAGE_ENDINGS:
         return ending
-    if ending in _JPEG_ENDINGS:
+    if ending in JPEG_ENDINGS:
         return "jpg"
     return "png" if _CONVERTED.get(ending) in formats() else None
 
@@ -63,7 +63,7 @@ def picture_of(data: bytes, name: str, notes: Counter[str], apply_orientation: b
     headers.check_parts(data)
     coefficients = 0  # bytes per pixel that its decoder keeps beside the pixels
     if data.startswith(b"\xff\xd8"):
-        coefficients = headers.jpeg_coefficients(data)
+        coefficients = headers.jpeg_header(data).coefficients
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -35,8 +35,9 @@ def results(
 ) -> Iterator[Result]:
     """Yields what `function` makes of each task, in any order, with so many processes; 1: in this one.
 
-    function: of a module, or a `partial` of one; what it raises is raised here. With several processes, of the main
-    thread alone, which hears interrupts. Raises LostProcessError when a worker ends by itself.
+    function: of a module, or a `partial` of one; what it raises is raised here. With several processes it has to be
+    called from the main thread, the only one that receives interrupts. Raises LostProcessError when a worker ends by
+    itself.
     """
     if workers == 1:
         for task in tasks:
@@ -131,7 +132,7 @@ def _leave(*_: object) -> NoReturn:
 
 
 class _Words:
-    """How many samples a worker has done, told now and then."""
+    """How many samples a worker has done, sent now and then."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._count, self._sent_at = connection, 0, time.monotonic()

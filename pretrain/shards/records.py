@@ -23,7 +23,7 @@ from pretrain.shards.sources import sniffed_ending
 _ENDINGS = ("jpg", "png", "webp")
 # train-00003-of-00016, maybe with a digest and an ending behind
 _NUMBERED = re.compile(r"((?:.*-)?\d{5}-of-(\d{5}))(?!\d).*")
-MAX_NAMES_LETTERS = 300  # of a label that is a text, as of a class's name
+_MAX_LABEL_LETTERS = 300  # of a label that is a text, as of a class's name
 
 
 class Rows(NamedTuple):
@@ -62,7 +62,7 @@ class RowsSoFar:
         if isinstance(label, bytes):
             label = label.decode(errors="surrogateescape")  # what is not UTF-8 is refused below
         is_name, others_are = isinstance(label, str), bool(self._names)
-        if isinstance(label, str) and label and is_text(label) and len(label) <= MAX_NAMES_LETTERS:
+        if isinstance(label, str) and label and is_text(label) and len(label) <= _MAX_LABEL_LETTERS:
             label = self._names.setdefault(label, len(self._names))
         elif type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise UserError(

@@ -24,7 +24,7 @@ from pretrain.shards.pictures import PICTURE_ENDINGS, REFUSED_ENDINGS, ending_of
 
 @dataclass
 class Told:
-    """What is to be said of a source beside its images, each kind with its number."""
+    """What is reported of a source besides its images: counts of skipped files, notes on pictures, what is left out."""
 
     passed_over: Counter[str] = field(default_factory=Counter)  # files that are nobody's data
     classes: str = ""  # how its classes were recognised in a list of names
@@ -141,7 +141,7 @@ def _refuse_splits(root: Path, names: Sequence[str]) -> None:
 
 
 def _class_folders(root: Path, told: Told, refused: list[Path]) -> list[str]:
-    """The names of the class folders, sorted; what else lies beside them is told, or refused when it is a picture."""
+    """The names of the class folders, sorted; what else lies there is counted, a picture refused."""
     names, beside = [], []
     for path in sorted(root.iterdir()):
         refuse_broken_link(path)

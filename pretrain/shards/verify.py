@@ -12,9 +12,8 @@ from pretrain.data.images import decode
 from pretrain.data.manifest import BLOCK, Manifest, Shard, ShardIndex, check_shards, load_index
 from pretrain.data.reader import BadSample, forget_shards, is_intact, parse_labels, read_sample
 from pretrain.errors import UserError
-from pretrain.shards.build import Progress
 from pretrain.shards.elsewhere import local_copy
-from pretrain.shards.pool import results
+from pretrain.shards.pool import Progress, results
 from pretrain.shards.tars import alone, check_end, repeated, samples_in
 from pretrain.storage import sha256
 

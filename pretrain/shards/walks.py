@@ -11,7 +11,8 @@ from pretrain.data.manifest import Shard, load_index
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, read_json
-from pretrain.shards.build import DataSet, Progress, finish
+from pretrain.shards.build import DataSet, finish
+from pretrain.shards.pool import Progress
 from pretrain.shards.tars import alone, index_tar
 from pretrain.storage import remove_left_over, write_text
 
@@ -72,8 +73,8 @@ def walk(tar: Path, num_classes: int) -> Walk:
     shard = index_tar(tar, passed_over)
     if not shard.num_samples:
         raise UserError(f"{tar}: has no samples")
-    multi_label = starts_with_list(shard)
-    return Walk(shard, multi_label, Counter(labels_of(shard, num_classes, multi_label)), passed_over)
+    multi_label = _starts_with_list(shard)
+    return Walk(shard, multi_label, Counter(_labels_in(shard, num_classes, multi_label)), passed_over)
 
 
 def keep(record: Path, origin: Origin, found: Walk) -> None:
@@ -116,7 +117,7 @@ def finish_walks(
     Raises UserError when labels are lists in some shards only, or make too many classes.
     """
     shards: dict[int, Shard] = {}
-    counts, told, first = Counter[int](), Counter[str](), None
+    counts, skipped, first = Counter[int](), Counter[str](), None
     for number, found in walks:
         first = first or found
         if found.multi_label != first.multi_label:
@@ -127,28 +128,30 @@ def finish_walks(
             )
         shards[number] = found.shard
         counts.update(found.counts)
-        told.update(found.passed_over)
+        skipped.update(found.passed_over)
         progress(1)
     assert first is not None  # nobody gives no tars
     num_classes = len(classes) or max(counts) + 1
     if num_classes > MAX_CLASSES:
         raise UserError(f"{out}: label {max(counts)} makes more than {MAX_CLASSES} classes")
     if passed_over is not None:
-        passed_over.update(told)
+        passed_over.update(skipped)
     in_order = [shards[number] for number in sorted(shards)]
-    return finish(out, DataSet(in_order, num_classes, classes, counts, [], first.multi_label), {"scope": "none"})
+    noted = {"passed_over": skipped, "notes": {}}
+    made = DataSet(in_order, num_classes, classes, counts, [], first.multi_label, told=noted)
+    return finish(out, made, {"scope": "none"})
 
 
-def starts_with_list(shard: Shard) -> bool:
-    """Returns whether the first label of existing tars is a list: then all have to be."""
+def _starts_with_list(shard: Shard) -> bool:
+    """Whether the first label of existing tars is a list: then all have to be."""
     try:
         return read_sample(alone(shard, 1), 0).label.lstrip().startswith(b"[")
     except BadSample:
-        return False  # told with its number by `labels_of`
+        return False  # told with its number by `_labels_in`
 
 
-def labels_of(shard: Shard, num_classes: int, multi_label: bool) -> list[int]:
-    """Returns all labels of a tar that lies here, num_classes=0: of any class. Raises UserError for a bad one."""
+def _labels_in(shard: Shard, num_classes: int, multi_label: bool) -> list[int]:
+    """All labels of a tar that lies here, num_classes=0: of any class. Raises UserError for a bad one."""
     manifest = alone(shard, num_classes or 10**9)
     labels = []
     for number in range(shard.num_samples):

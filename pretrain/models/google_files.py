@@ -95,5 +95,5 @@ def google_file(name: str) -> GoogleFile:
         return GoogleFile(f"{plain}.npz")  # of 50,000, listed in the bucket's augreg/index.csv
     raise UserError(
         f"google:{name}: is not in the table of Google's files: {', '.join(SHORT)}, or FOLDER/NAME as in "
-        f"pretrain/models/published.py.{did_you_mean(plain, [*SHORT, *FILES])}"
+        f"pretrain/models/google_files.py.{did_you_mean(plain, [*SHORT, *FILES])}"
     )
