@@ -108,7 +108,7 @@ def check_steps_again(run: Run) -> Outcome:
         for listed in (run.bad, run.damaged)
         for epoch, index, reason in zip(listed.epochs.tolist(), listed.indices.tolist(), listed.reasons)
     }
-    counted = _strict(run) or run.saved[-1].train.values.get("damaged_samples") is not None
+    counted = _strict(run) or run.saved[-1].train.has("damaged_samples")
     count = 0
     for step in steps:
         epochs, indices = run.order.samples(step)

@@ -343,7 +343,7 @@ class Run:
 
 
 def _tells_logged(start: Start) -> bool:
-    return start.values.values.get("samples_logged") is not None
+    return start.values.has("samples_logged")
 
 
 def _saved(path: Path) -> Saved:
