@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pretrain.config import DataConfig, ModelConfig
+from pretrain.config import DataConfig, ModelConfig, model_name
 from pretrain.data.images import decode_upright, eval_image
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
@@ -23,7 +23,6 @@ from pretrain.log import warn
 from pretrain.models.inspection import Filters, Look, Positions, mean_distance_px
 from pretrain.models.positions import Grid
 from pretrain.models.vit import grid_of
-from pretrain.report.story import model_name
 from pretrain.storage import replacing, write_text
 
 INTERNALS, ROLLOUT, NUMBERS = "internals.png", "rollout.png", "numbers.json"
