@@ -31,8 +31,8 @@ def check_identity(run: Run, saved: Saved) -> set[str]:
 def check_weights(run: Run, config: Config, place: object, step: int) -> None:
     """The weights of a config are those of the newest checkpoint, before a step."""
     if config.data.is_mixture != bool(run.sources):
-        what = [f"a mixture of {count} sets" if count > 1 else "one set" for count in (len(config.data.sources),)]
-        lie(place, f"data.train is {what[0]}", f"what {run.identity[0]} says")
+        found = f"a mixture of {len(config.data.sources)} sets" if config.data.is_mixture else "one set"
+        lie(place, f"data.train is {found}", f"what {run.identity[0]} says")
     if run.order.mixture is None:
         return
     batch, count = run.order.global_batch, max(len(config.data.sources), len(run.sources))
