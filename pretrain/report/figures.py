@@ -133,7 +133,7 @@ def finite(value: Any) -> float | None:
 def protocol_scores(run: Run) -> dict[str, float]:
     """Returns the run's mean score of each task, a fraction; "vtab" is the flat mean of its tasks, when all are there.
 
-    A result of another protocol, or from random weights, is no such score: the table of fine-tunings alone has it.
+    A result of another protocol, or from random weights, is not such a score: only the table of fine-tunings has it.
     Of several, such as ImageNet's at 384 and at 512 pixels, it is the one at the largest size, the last of equals.
     """
     means = {task: found[-1]["mean"] for task, found in _by_size(run).items()}
@@ -317,7 +317,7 @@ def evaluations(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def of_wrong(wrong: dict[str, Any]) -> str:
-    """Returns of which data and weights wrong predictions are, as a heading goes on; nothing where that is not told."""
+    """Returns the data and weights of wrong predictions, as the end of a heading; "" where they are not known."""
     told = f" on {wrong['data']}" if wrong["data"] else ""
     return told + (f", weights {wrong['weights_sha256'][:DIGEST_LETTERS]}" if wrong["weights_sha256"] else "")
 

@@ -1,4 +1,4 @@
-"""One page of what fine-tuning on own data has reached: OUT/report.html, from what tools/finetune.py --train leaves.
+"""One page on what fine-tuning on one's own data reached: OUT/report.html, from what tools/finetune.py --train leaves.
 
 A sentence and a chart first; then what is taken for what, the photos that were wrong, and how it was made. One file, no
 script, nothing from outside; names of classes and photos are whatever someone wrote.
@@ -81,7 +81,7 @@ def _wrong(values: Fields, folder: Path, run: str) -> list[WrongPrediction]:
 
 
 def _from_here(folder: Path) -> Path:
-    """A folder as seen from the working folder; elsewhere its name alone: a page tells nobody's folders."""
+    """A folder as seen from the working folder; elsewhere its name alone: a page shows nobody's folders."""
     if not folder.is_absolute():
         return folder
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else Path(folder.name)

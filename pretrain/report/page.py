@@ -1,6 +1,6 @@
 """The report's files: report.html, one page that needs no other file; report.md and report.json with its numbers.
 
-The page has no script and forbids itself any, and everything from outside itself: a run's folder is not trusted.
+The page has no script, and forbids scripts and everything from outside: a run's folder is not trusted.
 """
 
 import json
@@ -83,7 +83,7 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
     evaluate = f"python tools/evaluate.py {run}"
     metrics = {metric for r in runs for metric in r.curves}
     evaluated = {row["metric"] for r in runs if r.evaluation for row in r.evaluation["rows"]}
-    tuned = all(r.config and r.config.init_from for r in runs)  # of these nobody asks how they transfer
+    tuned = all(r.config and r.config.init_from for r in runs)  # nobody asks how these transfer
     finetuned = any(r.finetuning or (r.config and r.config.init_from) for r in runs)
     have = {
         "validation": "val/top1" in metrics,
@@ -178,7 +178,7 @@ def template(name: str) -> Any:
 
 
 def _fewshot_chart(evaluation: dict[str, Any]) -> FewShot | None:
-    """Of the first record that has one, and is of weights that are here."""
+    """The chart of the first record that has one and whose weights are here."""
     records = [record for record in (evaluation, *evaluation["others"]) if not record["is_of_others"]]
     return next(filter(None, (fewshot_chart(record["rows"]) for record in records)), None)
 
@@ -210,7 +210,7 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def _harmless(value: Any) -> Any:
-    """Escapes what turns the direction of writing and the like, but for the lines of a config."""
+    """Escapes what changes the direction of writing and the like; line breaks of a config stay."""
     return "\n".join(map(shown, value.split("\n"))) if type(value) is str else value  # markup is a str of its own
 
 

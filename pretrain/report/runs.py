@@ -164,7 +164,7 @@ def _read_curves(folder: Path) -> tuple[dict[str, Curve], str | None]:
 
 
 def _metrics(row: Fields) -> tuple[int, dict[str, float], str | None]:
-    """The step, its figures and when it was logged; what is text or a list is no figure, layers are TensorBoard's."""
+    """The step, its figures and when it was logged; texts and lists are not figures; layers are TensorBoard's."""
     shown = {key: value for key, value in row.values.items() if key != "step" and not key.startswith("layers/")}
     numbers = [key for key, value in shown.items() if type(value) in (int, float)]
     time = row.values.get("time")
@@ -217,7 +217,7 @@ def _reason(row: Fields) -> str:
 
 @contextmanager
 def _written_by(tool: str, path: Path) -> Iterator[None]:
-    """Tells that a file of results is not what the tool writes."""
+    """Around the reading of a file of results: an error says that the tool does not write such a file."""
     try:
         yield
     except OSError as error:
