@@ -1,4 +1,4 @@
-"""Is the data set on the disk the one that the run names, and do its samples fail where, and only where, it says so."""
+"""Is the data set on the disk the one that the run names, and do its samples fail exactly where it says so?"""
 
 from collections.abc import Iterator
 

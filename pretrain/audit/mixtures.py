@@ -12,7 +12,7 @@ from pretrain.json_files import Fields, brief
 
 
 def check_identity(run: Run, saved: Saved) -> set[str]:
-    """Compares sources and weights in a checkpoint with those in the newest; returns the keys that may differ else."""
+    """Compares sources and weights in a checkpoint with those in the newest; returns the keys that may differ."""
     own, sources = _order(saved), _sources(saved)
     if run.order.mixture is None or not 2 <= len(sources) <= len(run.sources):
         return set()
@@ -48,7 +48,7 @@ def num_samples(run: Run, saved: Saved) -> int:
 
 
 def expected_receipt(run: Run, saved: Saved) -> dict[str, Any]:
-    """Returns what a checkpoint's receipt must say of a mixture's sources; nothing of one set."""
+    """Returns what a checkpoint's receipt must say of a mixture's sources; nothing for one set."""
     given = zip(_sources(saved), run.order.given(saved.step).tolist())
     sources = [{**source.values, "samples_seen": count} for source, count in given]
     return {"sources": sources} if sources else {}

@@ -1,4 +1,4 @@
-"""Do a run's own files agree: starts, checkpoints and their receipts, config, curves, counts of what was left out."""
+"""Do a run's own files agree: starts, checkpoints and their receipts, config, curves, counts of what was left out?"""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.json_files import brief
 from pretrain.storage import crc32c
 
-# Told where a sample is found to be another than listed, which need not be a lie.
+# Added where a sample turns out to differ from what is listed, which need not be a lie.
 REPAIRED = "(a file repaired since, or another version's limits of decoding, look like this too)"
 
 

@@ -1,4 +1,4 @@
-"""Does what a run lists of samples follow from the order: which step held each, what every epoch adds up to."""
+"""Does what a run lists of samples follow from the order: which step held each, what every epoch adds up to?"""
 
 import re
 from collections import Counter
