@@ -33,11 +33,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:Deprecat
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"engine__precision": "fp32"}, "engine.fp8 is of engine.precision=bf16 and zero_stage 1 and 2, not of fp32"),
-        ({"engine__zero_stage": 3}, "not of bf16 with 3"),
+        ({"engine__precision": "fp32"}, "engine.fp8 needs engine.precision=bf16 and zero_stage 1 or 2, not fp32"),
+        ({"engine__zero_stage": 3}, "not bf16 with 3"),
         ({"model__mlp_dim": 72}, "engine.fp8 needs multiples of 16: model.width is 32, mlp_dim 72"),
         ({"model__width": 40}, "model.width is 40"),
-        ({"model": {"name": "timm:resnet18"}}, "engine.fp8 is of our own ViTs, not of timm:resnet18"),
+        ({"model": {"name": "timm:resnet18"}}, "engine.fp8 works with our own ViTs only, not with timm:resnet18"),
     ],
     ids=str,
 )
