@@ -59,7 +59,7 @@ def test_a_machine_without_fp8_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(fp8.ranks, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(UserError, match="engine.fp8=true: A100 has no products in fp8[^\n]*$"):
+    with pytest.raises(UserError, match="engine.fp8=true: A100 cannot multiply in fp8[^\n]*$"):
         check_fp8(config)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     check_fp8(config)
