@@ -1,6 +1,6 @@
 """Loops beside each other: each in processes of its own, their rounds taken in turn. Imports no torch.
 
-What the machine does meanwhile, and its heat, meets all of them alike; what one leaves behind in a process none.
+What else the machine does, and its heat, meets all of them alike; what one leaves in a process meets none.
 On a CPU they may share a process (Schedule.in_one), and with it what our engine asks of malloc there.
 """
 
@@ -29,7 +29,7 @@ class LoopFailed(Exception):
 
     @property
     def of_sharing(self) -> bool:
-        """Whether it may go well with the device for itself."""
+        """Whether it may go well with the device to itself."""
         return any(text in self.why for text in _OF_SHARING)
 
 
