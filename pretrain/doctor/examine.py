@@ -43,7 +43,7 @@ def examine(config: Config | None, wait_s: float) -> int:
 
 def _lead(config: Config | None, meeting: Meeting) -> int:
     made: list[disks.Probe] = []
-    before = signal.signal(signal.SIGTERM, _interrupt)  # it would leave the probe behind
+    before = signal.signal(signal.SIGTERM, _interrupt)  # the default would leave the probe behind
     try:
         return _round(config, meeting, made)
     finally:
@@ -169,7 +169,7 @@ def _reduced(meeting: Meeting) -> Finding:
     return Finding("all_reduce", RED, f"did not end within {meeting.wait_s:g} s", _NETWORK)
 
 
-_NETWORK = "a firewall, or the wrong interface: GLOO_SOCKET_IFNAME=, NCCL_SOCKET_IFNAME=; NCCL_DEBUG=INFO tells more"
+_NETWORK = "a firewall, or the wrong interface: GLOO_SOCKET_IFNAME=, NCCL_SOCKET_IFNAME=; NCCL_DEBUG=INFO says more"
 
 
 def _make_probe(config: Config, made: list[disks.Probe]) -> Iterator[Finding]:

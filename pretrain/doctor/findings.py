@@ -23,7 +23,7 @@ class Finding:
     state: str  # of STATES
     found: str
     remedy: str = ""
-    value: float | None = None  # the more the better; the rank with the least is told
+    value: float | None = None  # the more the better; the rank with the least is shown
     differs: str = ""  # the state when ranks found different things; "": they may
 
     def __post_init__(self) -> None:
