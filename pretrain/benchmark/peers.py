@@ -29,7 +29,7 @@ class LoopFailed(Exception):
 
     @property
     def of_sharing(self) -> bool:
-        """Whether it may go well with the device to itself."""
+        """Whether it may go well with the device for itself."""
         return any(text in self.why for text in _OF_SHARING)
 
 

@@ -169,7 +169,7 @@ def _reduced(meeting: Meeting) -> Finding:
     return Finding("all_reduce", RED, f"did not end within {meeting.wait_s:g} s", _NETWORK)
 
 
-_NETWORK = "a firewall, or the wrong interface: GLOO_SOCKET_IFNAME=, NCCL_SOCKET_IFNAME=; NCCL_DEBUG=INFO says more"
+_NETWORK = "a firewall, or the wrong interface: GLOO_SOCKET_IFNAME=, NCCL_SOCKET_IFNAME=; NCCL_DEBUG=INFO tells more"
 
 
 def _make_probe(config: Config, made: list[disks.Probe]) -> Iterator[Finding]:
