@@ -99,6 +99,11 @@ class Fields:
             self.wrong(key, "a finite number")
         return float(value)
 
+    def numbers(self, key: str, least: float, most: float) -> list[float]:
+        """A list of finite numbers within [least, most]."""
+        each = self.items(key)
+        return [each.number(place, least, most) for place in each.values]
+
     def flag(self, key: str, default: bool | EllipsisType = ...) -> bool:
         """true or false."""
         value = self._get(key, default)
@@ -126,10 +131,18 @@ class Fields:
 
     def parts(self, key: str, default: tuple[()] | EllipsisType = ...) -> list["Fields"]:
         """A list of objects."""
+        return [Fields.of(item, f"{self.source}: {place}") for place, item in self.items(key, default).values.items()]
+
+    def items(self, key: str, default: tuple[()] | EllipsisType = ...) -> "Fields":
+        """A list of any values, each of which has the key "key[place]"."""
         value = self._get(key, default)
         if not isinstance(value, (list, tuple)):
             self.wrong(key, "a list")
-        return [Fields.of(item, f"{self.source}: {key}[{place}]") for place, item in enumerate(value)]
+        return Fields({f"{key}[{place}]": item for place, item in enumerate(value)}, self.source)
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there, and not null."""
+        return self.values.get(key) is not None
 
     def wrong(self, key: str, expected: str) -> NoReturn:
         """Raises the UserError of a value that is not what is expected."""

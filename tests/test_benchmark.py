@@ -329,7 +329,7 @@ def test_saves_are_one_json_line(tmp_path: Path) -> None:
     assert all(values[name]["median"] > 0 for name in ("blocked_ms_at_once", "blocked_ms_behind", "ms_per_step"))
     assert values["until_published_ms"]["median"] > values["blocked_ms_behind"]["median"]
     assert list(tmp_path.iterdir()) == []
-    assert "is no folder" in benchmark("save", "--folder", str(tmp_path / "none")).stderr
+    assert "is not a folder" in benchmark("save", "--folder", str(tmp_path / "none")).stderr
 
 
 @pytest.mark.slow

@@ -314,11 +314,11 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None
 )
 def test_other_programs_names_are_understood(key: str, meant: str, tmp_path: Path) -> None:
     """As an override, in a file, and as an option."""
-    said = f"{key}: no such key; it is here {meant}"
+    said = f"{key}: no such key; here it is {meant}"
     assert refusal(written(tmp_path, SMALLEST), f"{key}=1") == f"{key}=1: {said}"
     assert said in refusal(written(tmp_path, merged(SMALLEST, nested(key, 1))))
     if "." not in key:
-        assert option_hint(f"--{key}").endswith(f"this one is here {meant}")
+        assert option_hint(f"--{key}").endswith(f"here this one is {meant}")
 
 
 def test_every_hint_names_a_key() -> None:
@@ -346,7 +346,7 @@ def test_the_page_for_those_who_come_names_real_keys() -> None:
         ("--seed=3", "settings are written without dashes: seed=3"),
         (
             "--batch-size",
-            "settings are written KEY=VALUE, and this one is here data.global_batch, images per step of all",
+            "settings are written KEY=VALUE, and here this one is data.global_batch, images per step of all",
         ),
     ],
 )

@@ -33,11 +33,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:Deprecat
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"engine__precision": "fp32"}, "engine.fp8 is of engine.precision=bf16 and zero_stage 1 and 2, not of fp32"),
-        ({"engine__zero_stage": 3}, "not of bf16 with 3"),
+        ({"engine__precision": "fp32"}, "engine.fp8 needs engine.precision=bf16 and zero_stage 1 or 2, not fp32"),
+        ({"engine__zero_stage": 3}, "not bf16 with 3"),
         ({"model__mlp_dim": 72}, "engine.fp8 needs multiples of 16: model.width is 32, mlp_dim 72"),
         ({"model__width": 40}, "model.width is 40"),
-        ({"model": {"name": "timm:resnet18"}}, "engine.fp8 is of our own ViTs, not of timm:resnet18"),
+        ({"model": {"name": "timm:resnet18"}}, "engine.fp8 works with our own ViTs only, not with timm:resnet18"),
     ],
     ids=str,
 )
@@ -59,7 +59,7 @@ def test_a_machine_without_fp8_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(fp8.ranks, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(UserError, match="engine.fp8=true: A100 has no products in fp8[^\n]*$"):
+    with pytest.raises(UserError, match="engine.fp8=true: A100 cannot multiply in fp8[^\n]*$"):
         check_fp8(config)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     check_fp8(config)

@@ -365,7 +365,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "too many blocks": (
         _arrays(lambda a: a.update({f"Transformer/encoderblock_{n}/x": np.zeros(1, "f4") for n in range(2, 1025)})),
-        "model: depth 1025, width 32 and mlp_dim 64 are too much: at most 1024 blocks",
+        "model: depth 1025, width 32 and mlp_dim 64 are too large: at most 1024 blocks",
     ),
     "scanned: a number": (
         _arrays(lambda a: a.update({"Transformer/encoderblock/LayerNorm_0/scale": np.float32(1)})),

@@ -61,6 +61,8 @@ WRONG = [
     for ask, values in {
         "integer": [True, 1.0, "1", [], {}, -1, 11, 10**40, float("nan"), float("inf")],
         "number": [True, "1", [], {}, -1, 11, 10**400, float("nan"), float("inf")],
+        "numbers": ["abc", 1, {}, [True], ["1"], [None], [5, 11], [float("nan")], [[5]]],
+        "items": ["abc", 1, {}],
         "flag": [0, 1, "true", []],
         "text": [1, True, [], "\ud800", "a" * 5000],
         "texts": ["abc", 1, [1], [None], [["a"]], ["\udfff"], {"a": "b"}],
@@ -74,7 +76,7 @@ WRONG = [
 @pytest.mark.parametrize(("value", "ask"), WRONG, ids=lambda item: repr(item)[:24])
 def test_every_other_type_is_refused(value: object, ask: str) -> None:
     """With the place and the key, in one short line."""
-    bounds = (0, 10) if ask in ("integer", "number") else ()
+    bounds = (0, 10) if ask in ("integer", "number", "numbers") else ()
     with pytest.raises(UserError, match="here: key") as caught:
         getattr(Fields({"key": value}, "here"), ask)("key", *bounds)
     assert len(str(caught.value)) < 400
@@ -88,10 +90,22 @@ def test_a_number_is_finite_within_any_bounds(text: str) -> None:
         fields.number("key", -math.inf, math.inf)
 
 
+def test_items_of_a_list_are_named_by_their_place() -> None:
+    """In errors too."""
+    fields = Fields({"a": [1, 2.5, "b"]}, "here")
+    each = fields.items("a")
+    assert each.values == {"a[0]": 1, "a[1]": 2.5, "a[2]": "b"}
+    assert Fields({"a": [1, 2.5]}, "here").numbers("a", 0, 3) == [1.0, 2.5]
+    with pytest.raises(UserError, match=r"here: a\[2\] is 'b', expected a number from 0 to 3"):
+        fields.numbers("a", 0, 3)
+    assert fields.items("gone", ()).values == {}
+
+
 def test_missing_keys_have_defaults_where_one_is_given() -> None:
     """null counts as missing."""
     fields = Fields({"null": None, "a": {"b": [{"c": 3}]}}, "here")
     assert fields.integer("null", 1, 9, 5) == fields.integer("gone", 1, 9, 5) == 5
+    assert not fields.has("null") and not fields.has("gone") and fields.has("a")
     assert fields.part("a").parts("b")[0].integer("c", 0, 9) == 3
     with pytest.raises(UserError, match="here: gone is missing"):
         fields.text("gone")

@@ -340,12 +340,12 @@ REFUSED: dict[str, tuple[dict[str, float], dict[str, Any], str]] = {
     "the same set twice": ({"trees": 1, "again": 1}, {}, "are the same set; give it once"),
     "softmax": ({"trees": 1, "several": 1}, {"loss": "softmax"}, "several labels, .* one, .*set loss=sigmoid"),
     "no weight": ({"trees": 1, "few": 1e-9}, {}, "weight 1e-09 is less than one of"),
-    "held out": ({"trees": 1, "few": 1}, {"data__held_out": 3}, "data.train names several: name a set in data.val"),
+    "held out": ({"trees": 1, "few": 1}, {"data__held_out": 3}, "data.train names several: set data.val"),
     "one set": ({"trees": 1}, {}, "expected the path of one set, or 2 to 64 sets"),
     "epochs": (
         {"trees": 1, "few": 1},
         {"total_steps": 0, "total_epochs": 2},
-        "total_epochs is of one set, .* total_steps",
+        "total_epochs needs a single set, .* total_steps",
     ),
     "0 in all steps": ({"trees": 1, "few": 0}, {}, r"data.train\[1\] .* has weight 0 in all steps"),
 }

@@ -465,7 +465,7 @@ def test_an_unknown_timm_name_is_one_line_with_a_suggestion(name: str, suggestio
     [
         ({"depth": 1025}, "depth 1025, width 32"),
         ({"width": 65_568}, "width 65568"),
-        ({"mlp_dim": 65_537}, "mlp_dim 65537 are too much: at most 1024 blocks, 65536 channels"),
+        ({"mlp_dim": 65_537}, "mlp_dim 65537 are too large: at most 1024 blocks, 65536 channels"),
         ({"trunk": [1000, 25], "image_size": 32}, "model.trunk has 1025 units, expected at most 1024"),
     ],
 )

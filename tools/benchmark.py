@@ -265,7 +265,7 @@ def _add_save(commands: Any) -> None:
 def _run_save(arguments: argparse.Namespace) -> None:
     folder = arguments.folder
     if folder and not folder.is_dir():
-        raise UserError(f"--folder {folder}: is no folder; give one on the disk that is to be measured")
+        raise UserError(f"--folder {folder}: is not a folder; give one on the disk that is to be measured")
     options = {
         **_options(arguments),
         "image_size": arguments.image_size,

@@ -45,7 +45,7 @@ class Finding(NamedTuple):
 def audit(folder: Path, options: Options) -> list[Finding]:
     """Makes all checks of a run's folder, which it only reads.
 
-    Raises UserError when it is no run's folder, StorageError or OSError when the disk does not say for now.
+    Raises UserError when it is not a run's folder, StorageError or OSError when the disk cannot be read for now.
     """
     run, found = Run(folder, options), []
     for name, check in CHECKS.items():

@@ -1,4 +1,4 @@
-"""Is the data set on the disk the one that the run names, and do its samples fail where, and only where, it says so."""
+"""Is the data set on the disk the one that the run names, and do its samples fail exactly where it says so?"""
 
 from collections.abc import Iterator
 
@@ -21,9 +21,8 @@ def check_manifest(run: Run) -> Outcome:
     place, identity = run.identity
     manifest = run.manifest
     if len(manifest.sources) != len(run.sources):
-        lie(
-            run.folder / "config.yaml", f"data.train names {len(manifest.sources)} sets", f"{len(run.sources)}, {place}"
-        )
+        found = f"data.train names {len(manifest.sources)} sets"
+        lie(run.folder / "config.yaml", found, f"{len(run.sources)}, {place}")
     for source, said in zip(manifest.sources, run.sources):
         for key, own in (
             ("manifest_sha256", source.sha256),
@@ -47,11 +46,8 @@ def check_classes(run: Run) -> Outcome:
     said = newest.state.texts("class_names", ())
     for number, (was, now) in enumerate(zip(said, names)):
         if was != now:
-            lie(
-                run.manifest.path.parent / "classes.json",
-                f"class {number} is {now!r}",
-                f"{was!r}, as {newest.place} says",
-            )
+            path = run.manifest.path.parent / "classes.json"
+            lie(path, f"class {number} is {now!r}", f"{was!r}, as {newest.place} says")
     if len(said) != len(names):
         lie(newest.place, f"{len(said)} class names", f"the {len(names)} of {run.manifest.path.parent}")
     return Outcome("names of classes", len(names))
@@ -108,7 +104,7 @@ def check_steps_again(run: Run) -> Outcome:
         for listed in (run.bad, run.damaged)
         for epoch, index, reason in zip(listed.epochs.tolist(), listed.indices.tolist(), listed.reasons)
     }
-    counted = _strict(run) or run.saved[-1].train.values.get("damaged_samples") is not None
+    counted = _strict(run) or run.saved[-1].train.has("damaged_samples")
     count = 0
     for step in steps:
         epochs, indices = run.order.samples(step)

@@ -33,7 +33,7 @@ _MAX_DONE_BYTES = 1 << 20  # a step and some scores
 
 
 class LeftOut(Exception):
-    """A check cannot be made, for a reason that is told; it is not passed either."""
+    """A check cannot be made, for the reason given; it has not passed either."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Listed:
 
 
 def own_parts(path: Path, sources: Sequence[Source]) -> Path:
-    """Returns the end of a set's path that tells it from the other sets of a mixture: its folder, or more."""
+    """Returns the end of a set's path that tells it apart from a mixture's other sets: its folder, or more."""
     folders = [source.path.parent if source.path.suffix == ".json" else source.path for source in sources]
     own = path.parent if path.suffix == ".json" else path
     for depth in range(1, len(own.parts) + 1):
@@ -343,7 +343,7 @@ class Run:
 
 
 def _tells_logged(start: Start) -> bool:
-    return start.values.values.get("samples_logged") is not None
+    return start.values.has("samples_logged")
 
 
 def _saved(path: Path) -> Saved:

@@ -28,7 +28,7 @@ def lie(place: object, found: object, expected: object) -> NoReturn:
 def rows(path: Path) -> Iterator[Fields]:
     """Yields the lines of a log; none where there is no file. A torn last line is left out: a kill leaves one.
 
-    Raises Lie for a line that is none, or whose step is below that of the line before.
+    Raises Lie for a damaged line, or one whose step is below that of the line before.
     """
     if not os.path.lexists(path):
         return
@@ -59,7 +59,7 @@ def rows_of(file: BinaryIO, path: Path) -> Iterator[Fields]:
 
 
 def open_log(path: Path) -> BinaryIO:
-    """Opens a log. Raises Lie where it is no plain file; a link may lead anywhere."""
+    """Opens a log. Raises Lie where it is not a plain file; a link may lead anywhere."""
     try:
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
     except OSError as error:
@@ -73,7 +73,7 @@ def open_log(path: Path) -> BinaryIO:
 
 
 class StepLines:
-    """A log with one line for each of many steps in order, of which those of a few steps are looked up.
+    """A log with one line for each of many steps, in order; the lines of a few steps are looked up.
 
     Steps that are asked for one after the other are read one after the other.
     """

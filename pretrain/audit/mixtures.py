@@ -12,7 +12,7 @@ from pretrain.json_files import Fields, brief
 
 
 def check_identity(run: Run, saved: Saved) -> set[str]:
-    """Compares sources and weights in a checkpoint with those in the newest; returns the keys that may differ else."""
+    """Compares sources and weights in a checkpoint with those in the newest; returns the keys that may differ."""
     own, sources = _order(saved), _sources(saved)
     if run.order.mixture is None or not 2 <= len(sources) <= len(run.sources):
         return set()
@@ -31,8 +31,8 @@ def check_identity(run: Run, saved: Saved) -> set[str]:
 def check_weights(run: Run, config: Config, place: object, step: int) -> None:
     """The weights of a config are those of the newest checkpoint, before a step."""
     if config.data.is_mixture != bool(run.sources):
-        what = [f"a mixture of {count} sets" if count > 1 else "one set" for count in (len(config.data.sources),)]
-        lie(place, f"data.train is {what[0]}", f"what {run.identity[0]} says")
+        found = f"a mixture of {len(config.data.sources)} sets" if config.data.is_mixture else "one set"
+        lie(place, f"data.train is {found}", f"what {run.identity[0]} says")
     if run.order.mixture is None:
         return
     batch, count = run.order.global_batch, max(len(config.data.sources), len(run.sources))
@@ -48,7 +48,7 @@ def num_samples(run: Run, saved: Saved) -> int:
 
 
 def expected_receipt(run: Run, saved: Saved) -> dict[str, Any]:
-    """Returns what a checkpoint's receipt must say of a mixture's sources; nothing of one set."""
+    """Returns what a checkpoint's receipt must say of a mixture's sources; nothing for one set."""
     given = zip(_sources(saved), run.order.given(saved.step).tolist())
     sources = [{**source.values, "samples_seen": count} for source, count in given]
     return {"sources": sources} if sources else {}

@@ -1,4 +1,4 @@
-"""Do a run's own files agree: starts, checkpoints and their receipts, config, curves, counts of what was left out."""
+"""Do a run's own files agree: starts, checkpoints and their receipts, config, curves, counts of what was left out?"""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.json_files import brief
 from pretrain.storage import crc32c
 
-# Told where a sample is found to be another than listed, which need not be a lie.
+# Added where a sample turns out to differ from what is listed, which need not be a lie.
 REPAIRED = "(a file repaired since, or another version's limits of decoding, look like this too)"
 
 
@@ -41,9 +41,8 @@ def check_starts(run: Run) -> Outcome:
         if start.world_size > config.data.global_batch:
             lie(start.place, f"{start.world_size} ranks", f"at most {config.data.global_batch}, the global batch")
         if (before := start.values.text("starts_before", "")) and before != start.before:
-            lie(
-                start.place, "the lines before it are not those that it was written behind", f"SHA-256 {before[:16]}..."
-            )
+            found = "the lines before it are not those that it was written behind"
+            lie(start.place, found, f"SHA-256 {before[:16]}...")
         chained += bool(before)
         if number > run.origin and start.step < run.first_step:
             lie(start.place, f"step {start.step}", f"{run.first_step} or more, where the run began")
@@ -61,9 +60,8 @@ def check_history(run: Run) -> Outcome:
         if not saved.starts:
             continue
         if not (count := _num_starts(run, saved)):
-            lie(
-                place, f"its {len(starts)} lines do not begin as they did", f"those that {saved.place} was saved behind"
-            )
+            found = f"its {len(starts)} lines do not begin as they did"
+            lie(place, found, f"those that {saved.place} was saved behind")
         own = starts[count - 1]
         if own.world_size != world:
             lie(saved.place, f"saved by {world} ranks", f"{own.world_size}, those of start {count}")
@@ -71,17 +69,11 @@ def check_history(run: Run) -> Outcome:
             lie(own.place, f"a start at step {own.step}", f"at most {saved.step}, at which it saved {saved.path.name}")
         for later in starts[count:]:
             if later.step < saved.step:
-                lie(
-                    later.place,
-                    f"goes on from step {later.step}",
-                    f"from {saved.step} or later: {saved.path.name} was there",
-                )
+                expected = f"from {saved.step} or later: {saved.path.name} was there"
+                lie(later.place, f"goes on from step {later.step}", expected)
             if later.branched:
-                lie(
-                    later.place,
-                    f"branched off at step {later.step}",
-                    f"nothing saved before, but {saved.path.name} was there",
-                )
+                expected = f"nothing saved before, but {saved.path.name} was there"
+                lie(later.place, f"branched off at step {later.step}", expected)
     newest = run.saved[-1]
     last = starts[-1]
     if last.step > newest.step:
@@ -218,11 +210,8 @@ def check_counts(run: Run) -> Outcome:
             own = said.get(key, 0) - base.get(key, 0)
             if own != listed.get(key, 0):
                 name = {"damaged": "damaged_samples", "skipped steps": "skipped_steps"}.get(key, "bad_samples")
-                lie(
-                    run.folder / f"{name}.jsonl",
-                    f"{key}: {listed.get(key, 0)} lines up to step {saved.step}",
-                    f"the {own} that {saved.place} counts",
-                )
+                found = f"{key}: {listed.get(key, 0)} lines up to step {saved.step}"
+                lie(run.folder / f"{name}.jsonl", found, f"the {own} that {saved.place} counts")
     if not run.saved:
         raise LeftOut("no checkpoint yet")
     told = "what the run that it branched from left out" if run.first_step else ""

@@ -1,4 +1,4 @@
-"""Does what a run lists of samples follow from the order: which step held each, what every epoch adds up to."""
+"""Does what a run lists of samples follow from the order: which step held each, what every epoch adds up to?"""
 
 import re
 from collections import Counter
@@ -83,11 +83,8 @@ def check_every_epoch(run: Run) -> Outcome:
             steps = run.order.steps_of(np.full(len(indices), epoch), indices) + 1
             for index, step in zip(indices.tolist(), steps.tolist()):
                 if run.first_step < step <= run.trained and (epoch, index) not in told:
-                    lie(
-                        listed.path,
-                        f"has no line for epoch {epoch}, index {index} (step {step})",
-                        f"one: it is {reasons[index]} in another epoch {REPAIRED}",
-                    )
+                    found = f"has no line for epoch {epoch}, index {index} (step {step})"
+                    lie(listed.path, found, f"one: it is {reasons[index]} in another epoch {REPAIRED}")
                 count += 1
     return Outcome("listed samples in all other epochs: listed there too?", count)
 

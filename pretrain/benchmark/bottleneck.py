@@ -64,7 +64,7 @@ _WAYS_OUT = {
 def images_per_s(costs: Costs, workers: int, cores: int, on_gpu: bool) -> float:
     """Returns what one rank would train with so many workers, of which `cores` can compute at once.
 
-    A CPU's rank computes on all of these cores, so that what the workers take of them it does not have.
+    A CPU's rank computes on all of these cores, so it does not have what the workers take of them.
     """
     if workers == 0:
         return 1 / (costs.worker + costs.rank(on_gpu))
@@ -191,7 +191,7 @@ def _pinned(batch: Batch) -> Batch:
 
 
 def _handed_over_s(config: Config, data: DataSets, engine: Engine, loaded_s: float) -> float:
-    """The seconds that a rank takes for a batch that lies ready."""
+    """The seconds that a rank takes for a batch that is ready."""
     if not config.data.workers:
         return 0.0
     batches, seconds = train_batches(data.train, data.order, engine.plan, config, 0), []

@@ -1,6 +1,6 @@
 """Cells of a benchmark: what is measured in one fresh process, and how such a process is started.
 
-Imports no torch: a wrong argument is told at once, not after the seconds that torch takes.
+Imports no torch: a wrong argument is refused at once, not after the seconds that torch takes.
 """
 
 import json

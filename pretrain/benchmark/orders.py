@@ -1,4 +1,4 @@
-"""What an order makes of reading and mixing, for a data set of any size: no images are needed."""
+"""What an order means for reading and mixing, with a data set of any size: no images are needed."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -46,7 +46,7 @@ def node_slots(global_batch: int, world_size: int, per_node: int) -> list[range]
 
 
 def _reading(order: Order, world_size: int, per_node: int) -> dict[str, Any]:
-    """Read amplification, requests, and how long a rank takes to know its next steps."""
+    """Read amplification, requests, and how long a rank takes to work out its next steps."""
     assert order.lanes
     per_rank, of_nodes = (
         read_amplification(order.lanes, order.global_batch, node_slots(order.global_batch, world_size, together))

@@ -58,7 +58,7 @@ class PartClock:
         return sums
 
     def wrap(self, owner: Any, name: str, part: str) -> None:
-        """Has each call of `owner.name` count as `part`."""
+        """Makes each call of `owner.name` count as `part`."""
         plain: Callable[..., Any] = getattr(owner, name)
 
         @wraps(plain)

@@ -184,7 +184,7 @@ def _earlier(out: Path) -> list[dict[str, Any]]:
     rows = [parse_json(line, f"{out}:{number}") for number, line in enumerate(lines, 1)]
     wrong = [number for number, row in enumerate(rows, 1) if not (isinstance(row, dict) and "cell" in row)]
     if wrong:
-        raise UserError(f"{out}:{wrong[0]}: is no line of --peer; give another --out")
+        raise UserError(f"{out}:{wrong[0]}: is not a line of --peer; give another --out")
     return rows
 
 

@@ -1,6 +1,6 @@
 """Loops beside each other: each in processes of its own, their rounds taken in turn. Imports no torch.
 
-What the machine does meanwhile, and its heat, meets all of them alike; what one leaves behind in a process none.
+What else the machine does, and its heat, meets all of them alike; what one leaves in a process meets none.
 On a CPU they may share a process (Schedule.in_one), and with it what our engine asks of malloc there.
 """
 

@@ -32,7 +32,7 @@ _COLUMNS = [
 
 
 def model_row(cell: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Measures a cell in a process of its own; returns its row, and whether something went wrong with it.
+    """Measures a cell in a process of its own; returns its row, and whether something went wrong with the cell.
 
     Then its `not_timed` says what.
     """

@@ -1,6 +1,6 @@
-"""What lets a save go on behind the training: a copy in host memory, laid out as the file's bytes, and a thread.
+"""How a save goes on behind the training: by a copy in host memory, laid out as the file's bytes, and a thread.
 
-The thread calls no collective: it may meet those of the training in another order on every rank.
+The thread calls no collective: it could fall among those of the training in another order on every rank.
 """
 
 import json
@@ -33,7 +33,7 @@ _WRITE_BYTES = 4 << 20  # a write at a time: one of all bytes holds up what else
 class FileCopy:
     """The bytes of a safetensors file of some tensors, in host memory: those that `safetensors.torch.save_file` writes.
 
-    Made for tensors of some names, types and shapes; `take` copies the values of such ones, as often as one likes.
+    Made for tensors of given names, types and shapes; `take` copies the values of such tensors, any number of times.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, pinned: bool = True) -> None:
@@ -57,7 +57,7 @@ class FileCopy:
         return _layout(tensors)[0] == self._header
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the values; those of a GPU have come when its stream has been waited for, see `wait_for_copies`."""
+        """Copies the values; those of a GPU are there once its stream has been waited for, see `wait_for_copies`."""
         for name, tensor in tensors.items():
             self._views[name].copy_(tensor.detach().reshape(-1), non_blocking=True)
 
@@ -97,7 +97,7 @@ def host_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def wait_for_copies() -> None:
-    """Waits until the copies begun have come: the next step changes what they are of."""
+    """Waits until the copies under way are complete: the next step changes what is copied."""
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
 
@@ -162,7 +162,7 @@ class BackgroundJob:
 
     @property
     def done(self) -> bool:
-        """Whether `result` would not wait."""
+        """Whether `result` would return at once."""
         return not self._thread.is_alive()
 
     def result(self) -> Any:

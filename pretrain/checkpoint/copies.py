@@ -16,7 +16,7 @@ def has_checkpoints(folder: Path) -> bool:
     """Returns whether a run's folder has checkpoints of its own, so that nothing is fetched."""
     try:
         return bool(step_folders(folder))
-    except OSError:  # told by who looks for the newest
+    except OSError:  # reported by whoever looks for the newest
         return True
 
 
@@ -24,7 +24,7 @@ def restore(open_place: Callable[[], SecondPlace], folder: Path, run: Mapping[st
     """Fetches the newest undamaged copy where the run's own folder has no checkpoint; nothing to fetch is fine.
 
     run: as in `check`. Raises UserError when the place is another run's, StorageError when the second place cannot be
-    asked or the folder not be written, DamagedError when there are copies, but no undamaged one: a silent fresh start
+    read or the folder cannot be written, DamagedError when there are copies, but no undamaged one: a silent fresh start
     would lose the run.
     """
     if has_checkpoints(folder):
@@ -55,7 +55,7 @@ def restore(open_place: Callable[[], SecondPlace], folder: Path, run: Mapping[st
         ) from None
     if damaged:
         raise DamagedError(
-            f"checkpoint.copy_to: {place.url}: none of its {damaged} copies is undamaged, and {folder} has no "
+            f"checkpoint.copy_to: {place.url}: all of its {damaged} copies are damaged, and {folder} has no "
             "checkpoint; start afresh with another name="
         )
 
@@ -73,7 +73,7 @@ class Copier:
         threading.Thread(target=self._run, name="copying", daemon=True).start()
 
     def begin(self) -> None:
-        """Has the thread look for what is to be copied."""
+        """Makes the thread look for what is to be copied."""
         self._asked.put(None)
 
     @property

@@ -63,7 +63,7 @@ def _first_valid(folders: list[Path]) -> tuple[Path | None, bool]:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a folder from another one of the same name; None when it is gone."""
+    """What tells a folder apart from another one of the same name; None when it is gone."""
     try:
         status = path.stat()
     except OSError as error:
@@ -72,15 +72,15 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def _refuse_if_vanished(path: Path) -> None:
-    """Raises StorageError when a checkpoint that was there is not any more: a training deletes old ones as it saves."""
+    """Raises StorageError when a checkpoint that was there is gone: a training deletes old ones as it saves."""
     if _identity(path) is None:
-        raise StorageError(f"{path}: was deleted while it was read; the run's folder stands for its newest checkpoint")
+        raise StorageError(f"{path}: was deleted while it was read; give the run's folder for its newest checkpoint")
 
 
 def read_newest(folder: Path, read: Callable[[Path], Any]) -> Any:
     """Returns what `read` makes of the newest valid checkpoint, None when there is none. Called by all ranks.
 
-    When the training deletes the checkpoint in the midst of it, `read` is called with the one that is newest then.
+    When the training deletes the checkpoint meanwhile, `read` is called again with the one that is newest then.
     """
     for _look in range(_LOOKS):
         checkpoint = newest_valid(folder)

@@ -17,7 +17,7 @@ from pretrain.json_files import Fields, brief, read_json
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Returns the object in a checkpoint's state.json. Raises UserError when it is none."""
+    """Returns the object in a checkpoint's state.json. Raises UserError when it is something else."""
     file = own_file(path, "state.json")
     return Fields.of(read_json(file), str(file)).values
 
@@ -25,7 +25,7 @@ def read_state(path: Path) -> dict[str, Any]:
 class CheckpointReader:
     """Reads any part of any tensor of a checkpoint, opening only the files that hold it.
 
-    checked: whether somebody has read the same index with all checks, of which there is one for each slice.
+    checked: whether the same index has been read with all checks before, one for each slice.
     """
 
     def __init__(self, path: Path, *, checked: bool = False) -> None:

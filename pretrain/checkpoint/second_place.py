@@ -56,9 +56,9 @@ class SecondPlace:
             self._store.auto_mkdir = True  # object stores have no folders
 
     def check(self, folder: Path, run: Mapping[str, Any]) -> tuple[Fields | None, Fields | None]:
-        """Returns whose the run's folder and the place say that they are, None for what does not say it yet.
+        """Returns which run the run's folder and the place say they belong to, None for one that does not say yet.
 
-        folder: of the run's own checkpoints. run: what it is told by when its folder, and so its number, is gone.
+        folder: of the run's own checkpoints. run: what identifies it when its folder, and so its number, is gone.
         Raises UserError when the place is another run's or the run's own folder, StorageError when it is a folder that
         is not there.
         """
@@ -105,7 +105,7 @@ class SecondPlace:
         return False
 
     def copy(self, step: int, checkpoint: Path) -> None:
-        """Copies a checkpoint, and reads the copy back before it counts. Raises DamagedError when it is another."""
+        """Copies a checkpoint, and reads the copy back before it counts. Raises DamagedError when it differs."""
         manifest, files = (checkpoint / _MANIFEST).read_bytes(), read_manifest(checkpoint)
         if (checkpoint / _MANIFEST).read_bytes() != manifest:
             raise DamagedError("is being saved again")
@@ -131,7 +131,7 @@ class SecondPlace:
     def delete_old(self, newest: int, *, keep_last: int, keep_every_steps: int, keep_best: bool) -> None:
         """Deletes copies as retention.py does, and what uploads that were cut have left.
 
-        newest: the run's newest step; later ones, of a run that was further on, neither count nor are they deleted.
+        newest: the run's newest step; later ones, of a run that was further on, neither count nor are deleted.
         Deletes nothing when it cannot be told which are complete; one that cannot be deleted does not keep the others.
         """
         steps = [step for step in self.steps() if step <= newest]
@@ -173,7 +173,7 @@ class SecondPlace:
         except BaseException as error:
             with suppress(OSError):
                 remove(temporary)
-            if isinstance(error, OSError):  # of the store are none, see `_pieces`
+            if isinstance(error, OSError):  # never the store's, see `_pieces`
                 raise _not_written(folder, error) from None
             raise
         return target

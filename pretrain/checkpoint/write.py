@@ -170,12 +170,12 @@ def _written(
 
 
 def _packed(problem: str | None, entries: list[dict[str, Any]], rows: list[tuple]) -> bytes:
-    """What rank 0 needs of a rank, thousands of rows, as bytes: to send objects holds up the training of both."""
+    """What rank 0 needs of a rank, thousands of rows, as bytes: sending objects holds up the training of both."""
     return json.dumps([problem, entries, rows]).encode()
 
 
 def _index_text(tensors: dict[str, Any]) -> Iterator[str]:
-    """Yields index.json tensor by tensor: the encoder holds the interpreter, for a second where all is one call."""
+    """Yields index.json tensor by tensor: the encoder holds the interpreter, for a second if all is one call."""
     yield "{"
     for number, kind in enumerate(KINDS):
         yield f"{', ' if number else ''}{json.dumps(kind)}: {{"

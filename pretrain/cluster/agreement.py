@@ -1,7 +1,7 @@
 """Agreement between ranks: flags, counts, small objects, and errors that all meet together.
 
 Over a CPU group, so that it never waits for the device. Every function works in a world of one rank too. Whoever has
-agreed gets on, and says so to the watchdog.
+agreed makes progress, and tells the watchdog so.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def add_up(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def begin_add_up(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begins `add_up`, and returns what waits for the sum: the way to all ranks is taken beside what comes between.
+    """Begins `add_up`, and returns what waits for the sum: the exchange takes place beside what comes between.
 
     All ranks begin the same agreements in the same order.
     """

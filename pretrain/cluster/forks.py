@@ -78,7 +78,7 @@ def by_fork(call: Callable[[], object]) -> Callable[[Mapping[str, str]], Fork]:
 
 
 def count_gpus_without_the_driver() -> None:
-    """Has torch, while it and DeepSpeed are imported, not begin to use a GPU, so that forks can."""
+    """Keeps torch from using a GPU while it and DeepSpeed are imported, so that forks can."""
     os.environ.setdefault(_NVML_CHECK, "1")
 
 

@@ -43,7 +43,7 @@ def free_memory_bytes() -> int | None:
 
 
 def _control_groups() -> list[Path]:
-    """This process's, and those that hold it: SLURM limits job and step, not the task that a process is in."""
+    """This process's, and those that contain it: SLURM limits job and step, not the task that a process is in."""
     try:
         own = _GROUPS / Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip().lstrip("/")
     except (OSError, IndexError):  # none, or the older kind

@@ -73,7 +73,7 @@ def missing_gpus() -> str | None:
 
 
 def warn_of_missing_gpus() -> None:
-    """Tells at the end of `make install` that a run would not find the GPUs here."""
+    """Says at the end of `make install` that a run would not find the GPUs here."""
     if (told := missing_gpus()) and not gpu_is_here():
         print(f"warning: {told}")
 

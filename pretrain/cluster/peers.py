@@ -32,7 +32,7 @@ _listener: socket.socket | None = None
 
 
 def meet(gather: Callable[[Any], list[Any]]) -> None:
-    """Tells the other ranks where this one is, and learns it of them. Called by all ranks.
+    """Tells the other ranks where this one is, and learns where they are. Called by all ranks.
 
     gather: agreement.gather, which cannot be imported where torch must not.
     """

@@ -1,4 +1,4 @@
-"""The ranks of a run: join the process group, know one's number and device, seed the generators.
+"""The ranks of a run: join the process group, know one's rank and device, seed the generators.
 
 One process without a launcher is a world of one rank.
 """
@@ -63,7 +63,7 @@ def own_cores() -> list[str]:
 
 
 def cores_of_ranks(places: Iterable[tuple[str, Sequence[str]]]) -> list[int]:
-    """Returns how many cores each rank has, given its host and `own_cores`: what some of a host may all use is divided.
+    """Returns how many cores each rank has, given its host and `own_cores`: cores that several may use are divided.
 
     srun binds each task to its own; other launchers leave all cores to all ranks.
     """
@@ -96,7 +96,7 @@ def _check_own_gpu(device: torch.device) -> None:
 
 
 def not_met(error: Exception) -> UserError | LostProcessError:
-    """Returns what to tell of the error with which this rank did not come to the place where ranks meet."""
+    """Returns the error to raise when this rank did not reach the place where ranks meet."""
     where, told = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
     # A supervisor, or the number of the job, has chosen the place, which somebody has taken since: the next start has
     # another one. Who waits in vain has lost somebody, or MASTER_ADDR is wrong.
@@ -131,7 +131,7 @@ def num_idle_gpus() -> int:
 
 
 def rank() -> int:
-    """This process, from 0, over all nodes."""
+    """The number of this process, from 0, over all nodes."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -141,7 +141,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process on its node, from 0: the device it uses, unless it sees no other."""
+    """The number of this process on its node, from 0: the device it uses, unless it sees no other."""
     return _place if _place is not None else int(os.environ.get("LOCAL_RANK", 0))
 
 

@@ -1,7 +1,7 @@
 """Restarts on one machine, without a scheduler: starts the ranks of a run, and again when one of them is lost.
 
 The ranks are forks of this process (forks.py), or processes as a launcher would start them; this one waits for them.
-Imports no torch; who calls it may.
+Imports no torch, though its caller may.
 """
 
 import os
@@ -62,7 +62,7 @@ def by_command(words: Sequence[str]) -> Start:
 def is_supervised(environment: Mapping[str, str]) -> bool:
     """Returns whether this process is a rank that `run_with_restarts` has started.
 
-    Raises UserError when something else has, but for a command of ours (`jobs.start`), which may itself be a task.
+    Raises UserError when something else has, except a command of ours (`jobs.start`), which may itself be a task.
     """
     if SUPERVISOR in environment:
         return True
@@ -117,7 +117,7 @@ def run_with_restarts(
 def _run_once(start: Start, num_ranks: int, count: int, stop: StopRequest) -> list[int]:
     """Starts every rank, waits until all have ended, and returns their exit codes; -N: ended by signal N.
 
-    0 of those that were ended here, as others were lost: they tell nothing.
+    0 for those that were ended here because others were lost: theirs say nothing.
     """
     port = free_port()
     own = {SUPERVISOR: str(os.getpid()), COUNT: str(count), "LOCAL_WORLD_SIZE": str(num_ranks)}
@@ -136,7 +136,7 @@ def _run_once(start: Start, num_ranks: int, count: int, stop: StopRequest) -> li
 
 
 def _monitors_of(processes: Sequence[Process]) -> bool:
-    """Whether one of the processes beside the ranks is there, which may yet tell of a rank's end."""
+    """Whether one of the processes beside the ranks is still there: it may yet report a rank's end."""
     ranks = {str(process.pid) for process in processes}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended

@@ -84,7 +84,7 @@ class _Process(NamedTuple):
 
 
 def end_with_launcher(stop: StopRequest | None = None) -> None:
-    """Has this process asked to stop (SIGTERM) when a launcher that it descends from dies, which else leaves orphans.
+    """Asks this process to stop (SIGTERM) when a launcher that it descends from dies, which else leaves orphans.
 
     All of them are watched, those since `stop` was made, as one may leave the next one alive: `deepspeed` its
     launch.py, and that its ranks.

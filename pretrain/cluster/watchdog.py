@@ -2,7 +2,7 @@
 
 Without collectives, which are what hangs. A rank says which section it is in and that it gets on (`section`, `beat`); a
 thread of its own compares the time since with the section's limit, learned from the run; a process beside it
-(monitor.py) covers a rank that is stopped, blocked or gone. Who waits for others learns of them from the run's folder.
+(monitor.py) covers a rank that is stopped, blocked or gone. A rank that waits learns of others from the run's folder.
 Imports no torch.
 """
 
@@ -98,20 +98,20 @@ def belongs_to(start: str) -> None:
 
 
 def tell_also(function: Callable[[LostProcessError], None]) -> None:
-    """Has the watchdog call a function with what it tells, before it ends the process."""
+    """Makes the watchdog call a function with its message, before it ends the process."""
     if _watch is not None:
         _watch.also = function
 
 
 def forget_reports(folder: Path) -> None:
-    """Deletes what an earlier start has told of lost ranks."""
+    """Deletes what an earlier start has reported of lost ranks."""
     for path in [*folder.glob("lost-rank-*.txt"), *folder.glob("waiting-rank-*.txt")]:
         with suppress(OSError):
             path.unlink()
 
 
 def lost_others(folder: Path, wait_s: float = 0.0) -> list[str]:
-    """Returns what is told of other ranks that were lost, a line each; waits for the first, at most `wait_s`."""
+    """Returns what is reported of other ranks that were lost, a line each; waits for the first, at most `wait_s`."""
     own, until = f"lost-rank-{rank_so_far(os.environ):05d}.txt", time.monotonic() + wait_s
     passed_over = _watch.earlier if _watch is not None else set()
     own_start = _watch.start if _watch is not None else ""
@@ -231,7 +231,7 @@ class _Watch:
                 if stopped := monitor.stopped_children(os.getpid()):
                     self._end(beat, f"waits for loader process {stopped[0]}, stopped", silent_s, self._stopped_s)
             waiting = self._waits_for_others()
-            # Also where no frame shows that it waits, for its GPU; who hangs himself hangs perhaps at this disk.
+            # Also where no frame shows that it waits, for its GPU; a rank that hangs may hang at this very disk.
             if (waiting or silent_s < beat.limit_s) and silent_s - looked_around >= LOOK_AROUND_S / 2:
                 looked_around = silent_s
                 if others := lost_others(self._folder):

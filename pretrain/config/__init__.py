@@ -1,6 +1,6 @@
-"""The configuration of a pretraining run: `load_config` hands on one plain `Config`.
+"""The configuration of a pretraining run: `load_config` returns one plain `Config`.
 
-A YAML file names only what differs from the defaults; `key=value` overrides come last. Settings stand in sections.py,
+A YAML file names only what differs from the defaults; `key=value` overrides come last. Settings are in sections.py,
 the model's in model.py. Nothing heavier than omegaconf is imported: tools read configs without torch.
 """
 

@@ -53,7 +53,7 @@ MAY_CHANGE = (
     "checkpoint.copy_to",
 )
 
-# What a run with branch_from may change besides, against the run that it goes on from: its name, its length, its rates.
+# What a run with branch_from may also change, against the run that it continues: its name, its length, its rates.
 BRANCH_MAY_CHANGE = (
     "name",
     "total_steps",
@@ -70,7 +70,7 @@ BRANCH_MAY_CHANGE = (
 
 
 def resume_differences(saved: dict[str, Any], config: Config, also_free: Sequence[str] = ()) -> list[str]:
-    """Returns what forbids to resume a run of config `saved` with `config`, one "key: was A, is B" each.
+    """Returns what forbids resuming a run of config `saved` with `config`, each as "key: was A, is B".
 
     also_free: keys that may differ besides MAY_CHANGE.
     """

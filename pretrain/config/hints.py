@@ -118,12 +118,12 @@ def other_name(key: str) -> str | None:
 
 
 def option_hint(option: str) -> str:
-    """Returns one line for a word that looks like an option, as --optim.lr=1 or --epochs: how it is written here."""
+    """Returns one line for a word that looks like an option, like --optim.lr=1 or --epochs: how it is written here."""
     key, _, value = option.lstrip("-").partition("=")
     meant = other_name(key) if "." not in key else None
     if meant is None:
         return f"settings are written without dashes: {key}={value or 'VALUE'}"
-    return f"settings are written KEY=VALUE, and this one is here {meant}"
+    return f"settings are written KEY=VALUE, and here this one is {meant}"
 
 
 def settings() -> Iterator[tuple[str, str, str]]:

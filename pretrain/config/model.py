@@ -78,7 +78,7 @@ TIMM_HYBRIDS = {
     "vit_large_r50_s32": ("R50+L", 32),
 }
 
-# Far above every known ViT: numbers of somebody's file beyond them are no model, and would take minutes to refuse.
+# Far above every known ViT: larger numbers in somebody's file are not a model, and would take minutes to refuse.
 MAX_DEPTH, MAX_WIDTH = 1024, 65_536
 MAX_IMAGE_SIZE = 4096  # pixels
 MAX_CLASSES = 1 << 20  # ImageNet-21k has 21,841, Landmarks 203,094
@@ -93,7 +93,7 @@ def stride_of(trunk_units: list[int] | None) -> int:
 
 
 class NamedModel(NamedTuple):
-    """What a name of timm's or Google's says."""
+    """What one of timm's or Google's names says."""
 
     name: str
     patch_size: int
@@ -124,7 +124,7 @@ def named_model(name: str) -> NamedModel | None:
 class ModelConfig:
     """What is trained."""
 
-    name: str = MISSING  # Ti S M B L So400m H g G e 22B, a hybrid as R50+B, a name as B/16 or timm's, or timm:NAME
+    name: str = MISSING  # Ti S M B L So400m H g G e 22B, a hybrid like R50+B, a name like B/16 or timm's, or timm:NAME
     image_size: int = 224  # height and width of the model's input, pixels
     patch_size: int = 16  # pixels of the input per side of a token; must divide image_size
     width: int | None = None  # channels of a token; null: the named size's
@@ -179,7 +179,7 @@ class ModelConfig:
         return VitForm(*(named[i] if setting is None else setting for i, setting in enumerate(own)))
 
     def other_form(self) -> str | None:
-        """Returns in what this is not the plain ViT's form, as "qk_norm=true qkv_bias=false"; None when in nothing."""
+        """Returns how this differs from the plain ViT's form, as "qk_norm=true qkv_bias=false"; None if not at all."""
         triples = zip(VitForm._fields, self.form, PLAIN_FORM)
         return " ".join(f"{name}={str(value).lower()}" for name, value, plain in triples if value != plain) or None
 
@@ -204,7 +204,7 @@ class ModelConfig:
         elif self.name not in VIT_SHAPES and self.name not in HYBRIDS:
             hint = did_you_mean(self.name, [*VIT_SHAPES, *HYBRIDS])
             names = ", ".join([*VIT_SHAPES, *HYBRIDS])
-            yield f"model.name is {self.name!r}, expected one of {names}, a name as B/16 or timm's, or timm:NAME.{hint}"
+            yield f"model.name is {self.name!r}, expected one of {names}, a name like B/16, timm's, or timm:NAME.{hint}"
         else:
             yield from self._vit_problems()
         if self.num_classes is not None and not 1 <= self.num_classes <= MAX_CLASSES:
@@ -219,7 +219,7 @@ class ModelConfig:
             yield f"model: width, depth, mlp_dim and heads must be positive, they are {tuple(self.shape)}"
         elif self.shape.depth > MAX_DEPTH or max(self.shape.width, self.shape.mlp_dim) > MAX_WIDTH:
             shape = f"depth {self.shape.depth}, width {self.shape.width} and mlp_dim {self.shape.mlp_dim}"
-            yield f"model: {shape} are too much: at most {MAX_DEPTH} blocks, {MAX_WIDTH} channels"
+            yield f"model: {shape} are too large: at most {MAX_DEPTH} blocks, {MAX_WIDTH} channels"
         elif self.shape.width % self.shape.heads:
             yield f"model.width ({self.shape.width}) is not a multiple of model.heads ({self.shape.heads})"
         if self.positions == "sincos2d" and (self.shape.width % 4 or self.shape.width < 8):

@@ -1,6 +1,6 @@
 """A config from a YAML file and `key=value` overrides, and back; every mistake is one line.
 
-Files come with runs of other people: their size, nesting and references have limits, compared before anything is built.
+Files may come from other people: their size, nesting and references have limits, checked before anything is built.
 omegaconf stays in this file and in the defaults of model.py and sections.py.
 """
 
@@ -46,7 +46,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), tell: Callable[
     """Returns the config of a YAML file, changed by `key=value` overrides.
 
     Where an override makes model.name a timm: model, settings of the file that have no effect on it are dropped, and
-    `tell` hears which; without `tell` they are refused. Of total_steps and total_epochs, the one given last counts.
+    `tell` is told which; without `tell` they are refused. Of total_steps and total_epochs, the one given last counts.
     Raises ConfigError, one line that names the file or the override at fault, the key and a suggestion, and
     StorageError when the file cannot be read for now.
     """
@@ -54,7 +54,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), tell: Callable[
 
 
 def config_from_dict(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
-    """Returns the config of nested dicts, as `config_to_dict` writes them or less, changed by `key=value` overrides.
+    """Returns the config in nested dicts, all or part of `config_to_dict`'s, changed by `key=value` overrides.
 
     Raises ConfigError when `values` is not one.
     """
@@ -62,7 +62,7 @@ def config_from_dict(values: dict[str, Any], source: str, overrides: Sequence[st
 
 
 def model_from_dict(values: Any, source: str) -> ModelConfig:
-    """Returns the model's settings from a dict of JSON values, of which `source` names the place.
+    """Returns the model's settings from a dict of JSON values; `source` says where they come from.
 
     Raises ConfigError, naming the key, for a setting or a value that ModelConfig does not have.
     """
@@ -168,7 +168,7 @@ def _to_config(
 
 
 def _set_length(merged: Any, keys: set[str]) -> None:
-    """Of total_steps and total_epochs, what this source gives alone replaces the other; a saved config has both."""
+    """A source that gives only one of total_steps and total_epochs replaces the other; a saved config has both."""
     if "total_epochs" in keys and "total_steps" not in keys and merged.total_epochs is not None:
         merged.total_steps = 0  # until the size of the data is known
     if "total_steps" in keys and "total_epochs" not in keys:
@@ -176,7 +176,7 @@ def _set_length(merged: Any, keys: set[str]) -> None:
 
 
 def _without_effect(merged: Any, before: Any) -> list[str]:
-    """Resets what the sources before have said of the model and a timm: model does not take; returns it."""
+    """Resets the model's settings from earlier sources that a timm: model does not take; returns them."""
     name = str(merged.model.name)
     if not name.startswith("timm:") or str(before["name"]).startswith("timm:"):
         return []
@@ -337,7 +337,7 @@ def _first_line(error: Exception) -> str:
     known = [name for name, _ in flatten(_schema())] + [part for part in _schema() if isinstance(_schema()[part], dict)]
     if "not in" in lines[0] and key:
         if (meant := other_name(key)) and key not in known:
-            return f"{key}: no such key; it is here {meant}"
+            return f"{key}: no such key; here it is {meant}"
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         hint = f" Did you mean: '{near[0]}'?" if near else did_you_mean(key, known)
         section = key.rpartition(".")[0] or "the config"

@@ -1,6 +1,6 @@
-"""Every setting of a pretraining run but the model's, once: its name, type, unit and default.
+"""Every setting of a pretraining run except the model's, in one place: its name, type, unit and default.
 
-Each section checks itself (`problems`), `Config` checks what sections mean together and tells all problems at once.
+Each section checks itself (`problems`), `Config` checks how they fit together and reports all problems at once.
 """
 
 import re
@@ -19,7 +19,7 @@ from pretrain.errors import ConfigError
 
 MAX_STEP = 10**10 - 1  # ten digits in the name of a checkpoint's folder; a larger number in a log is damage
 EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
-BUCKET_ELEMENTS = 500_000_000  # of gradients that DeepSpeed sums over ranks at a time, unless told: 1 GB in bf16
+BUCKET_ELEMENTS = 500_000_000  # of gradients that DeepSpeed sums over ranks at a time, by default: 1 GB in bf16
 OVERLAPPED_BUCKET_ELEMENTS = 50_000_000  # where it does so beside the backward pass: the last one has nothing beside it
 
 
@@ -54,12 +54,12 @@ class DataConfig:
     # init_from must have been trained with the same. Google's code: [-1, 1]; many of timm's models: ImageNet's.
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # red, green, blue
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # red, green, blue
-    max_bad_fraction: float = 0.001  # stop when more of the samples, all or of late, cannot be used (docs/data.md)
-    strict_images: bool = False  # true: a JPEG that libjpeg warns of is a bad sample; false: it is told, and used
+    max_bad_fraction: float = 0.001  # stop when more of all samples, or of recent ones, cannot be used (docs/data.md)
+    strict_images: bool = False  # true: a JPEG that libjpeg warns about is a bad sample; false: reported, but used
     workers: int = 4  # loader processes per rank; 0 reads in the training process
     prefetch: int = 2  # steps that each loader process prepares ahead
     store: Path | None = None  # local folder for blocks of remote shards; null: the user's own in $TMPDIR, or /tmp
-    store_gb: float = 32.0  # bound of that folder in 10^9 bytes; a set that fits is downloaded once
+    store_gb: float = 32.0  # limit of that folder in 10^9 bytes; a set that fits is downloaded once
 
     def __post_init__(self) -> None:
         if self.train != MISSING:  # else the value is still to come
@@ -91,7 +91,7 @@ class DataConfig:
         if self.val is not None and self.held_out:
             yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
         if self.is_mixture and self.held_out:
-            yield f"data.held_out ({self.held_out}) is of one set, data.train names several: name a set in data.val"
+            yield f"data.held_out ({self.held_out}) needs a single set, but data.train names several: set data.val"
         yield from weight_problems(self.sources, self.reweight)
         for name in ("crop_area", "crop_ratio"):
             low, high = getattr(self, name)
@@ -130,7 +130,7 @@ class OptimConfig:
     moment_dtype: Literal["fp32", "bf16"] = "fp32"  # of the first moment; bf16: rounded as in big_vision
     weight_decay: float = 0.0  # torch's convention (times lr), on kernels only; big_vision's wd / lr (docs/training.md)
     head_decay_multiplier: float = 1.0  # of the head's kernel: Scaling ViT decays it 100 times as much
-    layer_decay: float = 1.0  # a layer's rate is so much of the next one's (BEiT, MAE: 0.65 to 0.75); 1: all alike
+    layer_decay: float = 1.0  # a layer's rate is this times the next one's (BEiT, MAE: 0.65 to 0.75); 1: all alike
     clip_norm: float = 1.0  # global gradient norm is clipped to this; 0: no clipping
     schedule: Literal["cosine", "linear", "rsqrt", "constant", "stair"] = "cosine"  # decay after the warm-up
     warmup_steps: int = 0  # the rate rises linearly from 0 in this many steps
@@ -138,7 +138,7 @@ class OptimConfig:
     end_lr: float = 0.0  # cosine, linear: the rate at the last step (timm's min_lr; vision_transformer: 1e-5)
     power: float = 1.0  # linear: of the remaining share, (1 - progress) ^ power
     timescale_steps: int = 10_000  # rsqrt: lr / sqrt(1 + (max(step, warmup) + shift - warmup) / timescale)
-    shift_steps: int = 0  # rsqrt: see there; above 0 the peak is below lr
+    shift_steps: int = 0  # rsqrt: see above; with more than 0 the peak is below lr
     stair_steps: list[int] = field(default_factory=list)  # stair: from each of these steps on ...
     stair_multipliers: list[float] = field(default_factory=list)  # ... the rate is lr times this
     average_decay: float = 0.0  # Polyak average = decay * average + (1 - decay) * weights each step; 0: none
@@ -187,8 +187,8 @@ class EngineConfig:
 
     zero_stage: int = 1  # 1: shards optimizer state; 2: and gradients; 3: and weights. 0 is refused (wrong in bf16)
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; master weights are always fp32
-    reduce_dtype: Literal["precision", "fp32"] = "precision"  # of sums over ranks; fp32: exacter, twice bf16's bytes
-    overlap_reduction: bool = False  # sum beside the backward pass (docs/performance.md); no GPU has shown it yet
+    reduce_dtype: Literal["precision", "fp32"] = "precision"  # of sums over ranks; fp32: more exact, twice bf16's bytes
+    overlap_reduction: bool = False  # sum beside the backward pass (docs/performance.md); not yet tried on GPUs
     max_micro_batch_size: int | None = None  # images per rank and forward pass, at most; null: as many as the GPU holds
     compile: Literal["auto", True, False, "max-autotune"] = "auto"  # each block; auto: on GPUs, if it can, not ZeRO 3
     deterministic: bool = False  # on GPUs, kernels whose sums have one order, for more than 256 tokens; slower
@@ -210,9 +210,9 @@ class EngineConfig:
         return self.overlap_reduction and num_ranks > 1
 
     def bucket_elements(self, num_ranks: int, largest_parameter: int, num_parameters: int) -> int:
-        """Returns of how many elements a bucket of gradients is, all of which DeepSpeed allocates.
+        """Returns the size of a bucket of gradients in elements; DeepSpeed allocates all of it.
 
-        Beside the backward pass of no fewer than the largest parameter has: DeepSpeed would read that one's gradient on
+        Beside the backward pass it has room for the largest parameter: else DeepSpeed would read that one's gradient on
         another stream without telling the allocator, which could give its memory away meanwhile.
         """
         beside = max(OVERLAPPED_BUCKET_ELEMENTS, largest_parameter)
@@ -229,7 +229,7 @@ class EngineConfig:
             yield f"engine.zero_stage is {self.zero_stage}, expected 1, 2 or 3"
         if self.fp8 and (self.precision != "bf16" or self.zero_stage == 3):
             yield (
-                f"engine.fp8 is of engine.precision=bf16 and zero_stage 1 and 2, not of {self.precision} with "
+                f"engine.fp8 needs engine.precision=bf16 and zero_stage 1 or 2, not {self.precision} with "
                 f"{self.zero_stage}"
             )
         if self.max_micro_batch_size is not None:
@@ -239,7 +239,7 @@ class EngineConfig:
 
 @dataclass
 class EvalConfig:
-    """What is evaluated on the way."""
+    """What is evaluated during training."""
 
     every_steps: int = 1000  # evaluate on the validation set after this many steps, and at the end; 0: never
     batch_size: int = 256  # images per rank and forward pass
@@ -278,7 +278,7 @@ class LogConfig:
 
     every_steps: int = 50  # steps between two lines of the console, metrics.jsonl and TensorBoard
     layers_every_steps: int = 0  # norms of each layer, largest attention logits (docs/training.md); 0: never
-    wandb_project: str | None = None  # of Weights & Biases, for the same numbers (docs/training.md); null: not there
+    wandb_project: str | None = None  # of Weights & Biases, for the same numbers (docs/training.md); null: none
     wandb_entity: str | None = None  # user or team there; null: the account's own
     samples: bool = False  # append the (epoch, index) of every sample to samples-RANK.jsonl: proof of order, 20 B each
 
@@ -294,7 +294,7 @@ class ProfileConfig:
     """A trace of some steps (docs/performance.md), on rank 0, in the run's folder."""
 
     at_step: int = 0  # trace from this step on, as the log counts them; 0: none
-    num_steps: int = 3  # steps of a trace; each has some 10 MB of a large model
+    num_steps: int = 3  # steps of a trace; each takes some 10 MB for a large model
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
@@ -316,7 +316,7 @@ class CheckpointConfig:
         """Yields a sentence for each thing that is wrong with the section."""
         if self.copy_to is not None and (not self.copy_to.strip("/") or any(mark in self.copy_to for mark in "@?#")):
             yield (
-                "checkpoint.copy_to is empty or holds one of @ ? #, before or behind which secrets stand; expected a "
+                "checkpoint.copy_to is empty or contains one of @ ? #, which set off secrets in a URL; expected a "
                 "folder or a URL such as s3://bucket/folder, credentials in the environment"
             )
         yield from outside(self, "checkpoint", every_steps=(1, 1 << 40), keep_last=(2, 1 << 20))
@@ -352,7 +352,7 @@ class Config:
         if self.total_epochs is not None and not 0 < self.total_epochs <= 1e6:
             problems.append(f"total_epochs is {self.total_epochs}, expected a number above 0, at most 1e6")
         if self.total_epochs is not None and self.data.is_mixture:  # each of its sets has passes of its own
-            problems.append("total_epochs is of one set, but data.train is a mixture; give total_steps")
+            problems.append("total_epochs needs a single set, but data.train is a mixture; give total_steps")
         problems += [] if by_epochs else [*outside(self, "", total_steps=(1, MAX_STEP)), *self._schedule_problems()]
         problems += outside(self, "", seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -363,7 +363,7 @@ class Config:
             )
         if self.init_new_head and self.init_from is None:
             problems.append("init_new_head needs init_from, which is null")
-        if self.engine.fp8 and not problems:  # which may be a model's name that is none
+        if self.engine.fp8 and not problems:  # one may be that the model's name is unknown
             problems += _fp8_problems(self.model)
         if problems:
             raise ConfigError("; ".join(problems))
@@ -393,7 +393,7 @@ def _parts(config: Config) -> list[Any]:
 def _fp8_problems(model: ModelConfig) -> list[str]:
     """What forbids engine.fp8 for a model."""
     if model.timm_name is not None:
-        return [f"engine.fp8 is of our own ViTs, not of {model.name}"]
+        return [f"engine.fp8 works with our own ViTs only, not with {model.name}"]
     width, _, mlp_dim, _ = model.shape
     if width % 16 or mlp_dim % 16:
         return [f"engine.fp8 needs multiples of 16: model.width is {width}, mlp_dim {mlp_dim}"]

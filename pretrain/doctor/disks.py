@@ -103,7 +103,7 @@ def check_own_probe(probe: Probe) -> Iterator[Finding]:
     slow = probe.sync_s > _SLOW_SYNC_S
     told = f"{where}: a file written, synced and renamed in {1000 * probe.sync_s:,.0f} ms"
     if not probe.keeps_old:
-        told, remedy = f"{where}: who reads a file while it is replaced sees neither old nor new", "another output="
+        told, remedy = f"{where}: whoever reads a file while it is replaced sees neither old nor new", "another output="
         yield Finding("rename", RED, told, remedy)
     else:
         yield Finding("rename", WARN if slow else OK, told, "saves wait for it: another output=" if slow else "")

@@ -43,7 +43,7 @@ def examine(config: Config | None, wait_s: float) -> int:
 
 def _lead(config: Config | None, meeting: Meeting) -> int:
     made: list[disks.Probe] = []
-    before = signal.signal(signal.SIGTERM, _interrupt)  # it would leave the probe behind
+    before = signal.signal(signal.SIGTERM, _interrupt)  # the default would leave the probe behind
     try:
         return _round(config, meeting, made)
     finally:

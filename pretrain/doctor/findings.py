@@ -23,7 +23,7 @@ class Finding:
     state: str  # of STATES
     found: str
     remedy: str = ""
-    value: float | None = None  # the more the better; the rank with the least is told
+    value: float | None = None  # the more the better; the rank with the least is shown
     differs: str = ""  # the state when ranks found different things; "": they may
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ def _read(part: Fields) -> Finding:
     state, differs = part.text("state"), part.text("differs", "")
     if state not in STATES or differs not in ("", *STATES):
         part.wrong("state", f"one of {', '.join(STATES)}")
-    value = None if part.values.get("value") is None else part.number("value", -1e30, 1e30)
+    value = part.number("value", -1e30, 1e30) if part.has("value") else None
     texts = [part.text(key, "", max_letters=_MAX_TEXT) for key in ("check", "found", "remedy")]
     return Finding(texts[0], state, texts[1], texts[2], value, differs)
 

@@ -132,7 +132,7 @@ def _locked_memory() -> Finding:
 
 
 def check_cores(workers: int, cores: int) -> Iterator[Finding]:
-    """The cores of this rank, of which srun may have bound a task to one, against its own and its loader processes."""
+    """The cores of this rank, which srun may have bound to a single one, against its own and its loader processes."""
     told = f"{cores} for a rank with {workers} loader processes"
     if cores > workers:
         return (yield Finding("cores", OK, told, value=cores))

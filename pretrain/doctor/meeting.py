@@ -50,7 +50,7 @@ class Meeting:
         self._asked(lambda: self.store.set(key, json.dumps(value)))
 
     def hear(self, key: str, seconds: float) -> Fields | None:
-        """Returns what was told, None when it was not in time. Raises UserError when rank 0 has gone."""
+        """Returns what was told, None when it did not come in time. Raises UserError when rank 0 has gone."""
 
         def wait() -> Fields | None:
             try:
@@ -68,7 +68,7 @@ class Meeting:
             raise UserError(f"rank {ranks.rank()}: rank 0 has gone, or the network to it") from None
 
     def collect(self, key: str, some: Iterable[int], seconds: float) -> dict[int, Fields]:
-        """Returns what those ranks have told as key/RANK that did in time."""
+        """Returns what ranks have told as key/RANK, of those that did so in time."""
         deadline, heard = time.monotonic() + seconds, {}
         for rank in some:
             if (value := self.hear(f"{key}/{rank}", deadline - time.monotonic())) is not None:
@@ -162,7 +162,7 @@ def _told(backend: str, num_bytes: int, seconds: float, wrong: str) -> Finding:
     )
     if backend == "nccl" and bus < SLOW_GPU_GB_S:
         remedy = (
-            "NCCL_DEBUG=INFO tells the way it takes: NET/IB or NVLink, not NET/Socket; NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
+            "NCCL_DEBUG=INFO shows the way it takes: NET/IB or NVLink, not NET/Socket; NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
         )
         return Finding("all_reduce", WARN, told, remedy, value=bus)
     return Finding("all_reduce", OK, told, value=bus)

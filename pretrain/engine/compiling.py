@@ -1,6 +1,6 @@
 """Whether blocks are compiled, and where compiled code is kept.
 
-It is kept where the next start finds it, which in /tmp, torch's own place, a restart of the machine takes away.
+It is kept where the next start finds it; torch's own place, /tmp, loses it when the machine restarts.
 
 It lies in the user's cache folder, not in the run's: it is executed, and a run's folder may come from somebody else.
 Where that is on a network file system each node has a folder of its own: Triton loads what it has just written, and
@@ -34,13 +34,13 @@ _LEAST_CAPABILITY = (7, 0)  # Volta, which Triton needs
 
 
 def compiles(config: Config, device: torch.device) -> tuple[bool, str]:
-    """Returns whether blocks are compiled, on all ranks alike, and what to tell of it: on a CPU nothing. Collective."""
+    """Returns whether blocks are compiled, on all ranks alike, and a line that says so: "" on a CPU. Collective."""
     asked = config.engine.compile
     if device.type != "cuda":
         return config.engine.compiles(on_gpu=False), ""
     lacking = next(filter(None, agreement.gather(_lacking(device))), None) if asked == "auto" else None
     compiled = config.engine.compiles(on_gpu=True, able=lacking is None)
-    why = "" if compiled or asked != "auto" else f" ({lacking or 'ZeRO 3 would have them compiled over and over'})"
+    why = "" if compiled or asked != "auto" else f" ({lacking or 'ZeRO 3 would compile them over and over'})"
     return compiled, f"engine.compile={str(asked).lower()}: blocks are {'' if compiled else 'not '}compiled{why}"
 
 
@@ -63,7 +63,7 @@ def _lacking(device: torch.device) -> str | None:
 
 
 def keep_compiled() -> None:
-    """Has torch.compile keep its code in PRETRAIN_CACHE, or in /var/tmp where that is on a network file system.
+    """Makes torch.compile keep its code in PRETRAIN_CACHE, or in /var/tmp where that is on a network file system.
 
     TORCHINDUCTOR_CACHE_DIR names another folder. One that cannot be written or locked, or that others may write to, is
     a warning: torch's own place serves.

@@ -1,4 +1,4 @@
-"""What is said when a GPU's memory does not hold what it is given."""
+"""The errors of a GPU whose memory does not hold what it is given."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def no_longer_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemo
     """Returns the error of a training step that did fit before: it may do so again."""
     lack = DeviceMemoryError(
         f"this GPU's memory does not hold a step, as it did before ({first_sentence(error)}); another process may have "
-        f"it now: start again, and if it comes again, with engine.max_micro_batch_size={max(1, num_images // 2)}"
+        f"it now: start again, and if it happens again, with engine.max_micro_batch_size={max(1, num_images // 2)}"
     )
     lack.exit_code = StorageError.exit_code
     return lack
@@ -43,5 +43,5 @@ def fitting(key: str, num_images: int) -> Iterator[None]:
 
 
 def first_sentence(error: torch.OutOfMemoryError) -> str:
-    """Returns what an error begins with; advice and the state of the allocator follow."""
+    """Returns an error's first sentence, without the advice and the allocator's state that follow."""
     return str(error).partition(". ")[0]

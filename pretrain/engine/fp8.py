@@ -4,7 +4,7 @@ Each tensor has one scale, by its own largest value in this step. Weights stay t
 neither ZeRO nor a checkpoint knows of it. Gradients of weights stay products in bf16: they add up over tokens, of which
 fp8 needs a multiple of 16 (197 an image), and all of the rounding would reach the optimizer.
 
-Not a function of our own over torch._scaled_mm: torchao's is compiled in one graph, and keeps off a fault of Triton's
+Not a function of our own over torch._scaled_mm: torchao's is compiled in one graph, and avoids a fault of Triton's
 that stores NaN in compiled fp8 (triton-lang/triton#11111), which no test on a CPU would meet.
 """
 
@@ -29,13 +29,13 @@ def check_fp8(config: Config) -> None:
         raise UserError("engine.fp8=true: torchao is not installed; pip install 'torchao>=0.18', or engine.fp8=false")
     if ranks.has_gpu() and torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         raise UserError(
-            f"engine.fp8=true: {torch.cuda.get_device_name()} has no products in fp8, which begin with compute "
+            f"engine.fp8=true: {torch.cuda.get_device_name()} cannot multiply in fp8, which needs compute "
             "capability 8.9 (H100, H200, L40S, RTX 4090); set engine.fp8=false"
         )
 
 
 def train_in_fp8(model: nn.Module) -> None:
-    """Has the linear layers of a ViT's blocks compute in fp8 while they train; in evaluation they are as before."""
+    """Makes the linear layers of a ViT's blocks compute in fp8 while they train; in evaluation they are as before."""
     from torchao.float8 import (  # pyright: ignore[reportMissingImports]  # an extra, and seconds to import
         CastConfig,
         Float8LinearConfig,

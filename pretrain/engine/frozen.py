@@ -30,7 +30,7 @@ class FrozenStatistics:
         self._exact = {name: buffers[name].detach().to("cpu", torch.float32, copy=True) for name in self.names}
 
     def freeze(self) -> None:
-        """Has batch norm use the statistics and leave them as they are, in a model that was just set to train."""
+        """Makes batch norm use the statistics and leave them as they are, in a model that was just set to train."""
         for norm in self._norms:
             norm.eval()
 

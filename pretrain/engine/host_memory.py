@@ -8,7 +8,7 @@ _AS_WISHED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLE
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed, for the next step to use, instead of giving it back to the kernel.
+    """Makes glibc keep what is freed, for the next step to use, instead of giving it back to the kernel.
 
     Else tensors above some megabytes are mapped anew in each step and the kernel fills every page with zeros: 7 % of
     the processor time of a step of ViT-S/16 in float32 (docs/performance.md). No more is held than was in use at a

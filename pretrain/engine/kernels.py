@@ -23,14 +23,14 @@ _FASTEST = [
 ]
 _TOLD = (
     "attention's gradient is added up in any order on a GPU for these tokens or heads, so that a resumed run equals an "
-    "uninterrupted one to rounding; engine.deterministic=true asks for one order, and takes longer"
+    "uninterrupted one up to rounding; engine.deterministic=true asks for one order, and takes longer"
 )
 _own_tag: str = torch.compiler.config.cache_key_tag  # the user's
 _held: Any = None  # the order of attentions ends with it
 
 
 def choose_kernels(config: Config, device: torch.device) -> str:
-    """Has this process take its kernels on a GPU; returns a line where equal steps may differ by rounding, else none.
+    """Chooses this process's kernels on a GPU; returns a line where equal steps may differ by rounding, else "".
 
     On an H100 cuDNN's attention takes 0.72 of FlashAttention's time for 197 tokens. Both add up the queries' gradients
     over blocks of keys in any order (docs/results.md, "One H100").

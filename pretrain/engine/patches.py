@@ -1,4 +1,4 @@
-"""What DeepSpeed does otherwise than we need, and is made to do.
+"""What DeepSpeed does differently from what we need, and is made to do.
 
 `before_start` comes before deepspeed.initialize, `after_start` behind it. Each patch has a test that fails when
 DeepSpeed changes: tests/test_engine_patches.py. The step is lightened in the one release whose step is known
@@ -54,7 +54,7 @@ def _without_compiler() -> None:
 
 
 def _without_false_alarm() -> None:
-    """Keeps from the console that optimizers other than Adam are untested with ZeRO: SGD and Lion are tested here."""
+    """Hides the warning that optimizers other than Adam are untested with ZeRO: SGD and Lion are tested here."""
     deepspeed_logger.addFilter(_is_no_false_alarm)  # the same function twice counts once
 
 
@@ -74,7 +74,7 @@ def _lighten_step(zero: Any) -> None:
 
     Stages 1 and 2 look through every gradient for what is not finite, which shows in the norm too; step() refuses such
     a norm itself. They and stage 3 take norms one by one, and give the parameters addresses that they have already.
-    As it is stays fp16, whose search for a loss scale has not been tried with this. The class that DeepSpeed has for
+    fp16 stays as it is: its search for a loss scale has not been tried with this. The class that DeepSpeed has for
     bf16 accumulation of several micro-batches on stage 1 is `_lighten_unsharded_step`'s.
     """
     if getattr(zero, "dtype", None) == torch.float16:

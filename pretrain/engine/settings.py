@@ -69,7 +69,7 @@ def told_of_overlap(config: Config, plan: BatchPlan, world_size: int) -> str:
 
 
 def check_machine(config: Config) -> None:
-    """Raises UserError for what this machine cannot do: a precision, as fp16 on most CPUs, fp8, or compiling."""
+    """Raises UserError for what this machine cannot do: a precision, like fp16 on most CPUs, fp8, or compiling."""
     check_precision(config)
     check_fp8(config)
     names = [os.environ.get("CC"), os.environ.get("CXX"), "cc", "gcc", "g++", "clang", "clang++"]
@@ -82,7 +82,7 @@ def check_machine(config: Config) -> None:
 
 
 def check_precision(config: Config) -> None:
-    """Raises UserError for a precision that this machine has no instructions for, as fp16 on most CPUs."""
+    """Raises UserError for a precision that this machine has no instructions for, like fp16 on most CPUs."""
     accelerator: Any = get_accelerator()  # its types say None
     precision, on_gpu = config.engine.precision, accelerator.device_name() == "cuda"
     supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}

@@ -46,7 +46,7 @@ _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 
 class StepResult(NamedTuple):
-    """What a training step tells. `sums` stays on the device until it is logged: reading it waits for the device."""
+    """What a training step reports. `sums` stays on the device until it is logged: reading it waits for the device."""
 
     sums: torch.Tensor  # float64 [3]: loss, correct answers, valid images, added up over this rank's share
     grad_norm: Any  # global, before clipping; a number or a tensor; meaningless when not applied
@@ -113,7 +113,7 @@ class Engine:
     def _finish_start(self, config: Config, exact: Values | None) -> None:
         """Patches DeepSpeed's step, makes optimizer state, exact master weights and averages.
 
-        It reads of DeepSpeed's inside all that a checkpoint or a resume will read: what cannot be read is told now.
+        It reads all of DeepSpeed's inside that a checkpoint or a resume will read: what cannot be read is refused now.
         """
         self._optimizer: Any = self._zero.optimizer
         self._frozen.refresh_model(self.dtype)
@@ -246,7 +246,7 @@ class Engine:
     def layer_numbers(self, batch: Batch, result: StepResult) -> dict[str, float]:
         """Returns norms of the layers in the step that `self.layers` has watched, and largest attention logits.
 
-        These in another forward pass, by the weights after the step, of the rank's first images, without dropout; the
+        The logits are those of another forward pass, with the new weights, on the rank's first images, no dropout; the
         attentions are numbered in their order. A collective. Waits for the device.
         """
         numbers = self.layers.read(result.grad_norm if result.applied else None)
@@ -259,7 +259,7 @@ class Engine:
         return numbers | {f"layers/attention.{n}/max_logit": max(logits) for n, logits in enumerate(zip(*of_ranks))}
 
     def on_forward(self, note: Callable[[float], None]) -> None:
-        """Has each forward pass of the training tell its seconds, on a GPU those of an earlier pass."""
+        """Makes each forward pass of the training report its seconds, on a GPU those of an earlier pass."""
         self._forward_clock = ForwardClock(note, self.device)
 
     @property

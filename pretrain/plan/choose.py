@@ -13,7 +13,7 @@ from pretrain.sizes import is_plain
 MICRO_BATCHES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 # Of a GPU's memory, for tensors: the rest is the CUDA context, NCCL's buffers and the allocator's gaps. Assumed.
 USABLE_SHARE = 0.92
-# What a run may count on that chooses by itself: gaps were up to 15 % of what the tensors took, on one H100.
+# What a run that chooses by itself may count on: gaps were up to 15 % of what the tensors took, on one H100.
 SURE_SHARE = 0.8
 MOST_WITHOUT_FORMULA = 128  # images of a forward pass where nothing is known of the memory that they take
 _ALIKE = 1.01  # steps that differ by less are as fast as each other: the simpler one is chosen
@@ -64,7 +64,7 @@ def smallest(config: Config, num_classes: int, num_ranks: int, cluster: Cluster,
 def fitting_micro_batch(config: Config, num_classes: int, num_ranks: int, usable_bytes: float, most: int) -> int:
     """Returns the images of a forward pass that fit into a rank's memory, at most `most`; 1 where none fits.
 
-    Which one it is changes rounding, and masks of dropout; no result beyond that. Only plain ViTs have a formula: of
+    Their number changes rounding, and masks of dropout; no result beyond that. Only plain ViTs have a formula: of
     others at most 128.
     """
     if not is_plain(config.model):

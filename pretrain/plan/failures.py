@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Failures:
-    """How often a GPU takes the run with it, and what each end costs."""
+    """How often the loss of a GPU ends the run, and what each end costs."""
 
     mtbf_gpu_h: float  # hours between two interruptions of a run on one GPU
     detect_s: float  # until the ranks that are left have ended

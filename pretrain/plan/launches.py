@@ -1,6 +1,6 @@
 """Launches of a step: what the host has to hand to a GPU, one by one, however few the images.
 
-Counted of the real engine on CPU ranks, as tests/test_counts.py counts, and of a compiled block in the code that the
+Counted in the real engine on CPU ranks, as tests/test_counts.py counts, and for a compiled block in the code that the
 compiler writes for a CPU; tests/test_plan.py compares. For a GPU it splits sums over all tokens and joins copies: about
 as many. Not in it: collectives, and what ZeRO 3 does to gather matrices for each pass.
 """

@@ -12,14 +12,14 @@ from pretrain.sizes import is_plain
 
 
 class Measured(NamedTuple):
-    """The newest line of a file that is of the plan's model, precision and device."""
+    """The newest line of a file for the plan's model, precision and device."""
 
     mfu: float  # of the precision's peak
     batch: int  # images of a forward pass
 
 
 def read_rows(file: Path) -> list[Fields]:
-    """Returns the lines of a file of results but those of loops that failed. Raises UserError for another file."""
+    """Returns the lines of a file of results, except those of loops that failed. Raises UserError for another file."""
     try:
         lines = read_bytes(file).splitlines()
     except OSError as error:
@@ -53,7 +53,7 @@ def measured(rows: list[Fields], config: Config, device: Device) -> Measured | N
 
 
 def wanted(rows: list[Fields], config: Config, device: Device) -> str:
-    """Returns what no line is of, and what there is instead, for an error."""
+    """Returns what is missing from the file, and what it has instead, for an error."""
     found = dict.fromkeys(f"{row.text('model')} on {row.text('device')}" for row in rows)
     compiled = "compiled" if config.engine.compiles(on_gpu=True, stage=1) else "not compiled"
     return (
@@ -67,7 +67,7 @@ def _zero_stage(row: Fields) -> int:
 
 
 def _same_model(row: Fields, model: ModelConfig) -> bool:
-    """Whether a line is of a plain ViT of this shape, patch and image."""
+    """Whether a line is for a plain ViT of this shape, patch and image."""
     named = named_model(row.text("model"))
     sides = row.integer("image_size", 1, 1 << 20), named and named.patch_size
     if named is None or sides != (model.image_size, model.patch_size):

@@ -1,4 +1,4 @@
-"""The plan as a value, and as tables of 80 columns: what to do first, what it rests on last."""
+"""The plan as a value, and as tables of 80 columns: first what to do, last what it rests on."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -40,7 +40,7 @@ def checkpoint_bytes(config: Config, num_classes: int) -> int:
 
 
 def kept_checkpoints(config: Config) -> int:
-    """Returns how many checkpoints lie on the disk at most: the newest, the one being written, the kept ones."""
+    """Returns the most checkpoints that lie on the disk: the newest, the one being written, the kept ones."""
     every = config.checkpoint.keep_every_steps
     kept = config.total_steps // every if every else 0
     return config.checkpoint.keep_last + 1 + kept + config.checkpoint.keep_best

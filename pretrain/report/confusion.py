@@ -46,7 +46,7 @@ class Confusion:
 def read_pairs(values: Fields, num_classes: int) -> dict[tuple[int, int], int]:
     """Returns how many images of a class (the first) got a prediction (the second), from the key "confusion".
 
-    Raises UserError for what is no list of such numbers.
+    Raises UserError for anything else than a list of such numbers.
     """
     rows = values.values.get("confusion")
     if not isinstance(rows, list):
@@ -54,7 +54,7 @@ def read_pairs(values: Fields, num_classes: int) -> dict[tuple[int, int], int]:
     found: dict[tuple[int, int], int] = {}
     for place, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != 3:
-            raise UserError(f"{values.source}: confusion[{place}] is no [class, prediction, images]")
+            raise UserError(f"{values.source}: confusion[{place}] is not [class, prediction, images]")
         of = Fields(dict(zip(("class", "prediction", "images"), row)), f"{values.source}: confusion[{place}]")
         most = min(num_classes, MAX_CLASSES) - 1
         found[of.integer("class", 0, most), of.integer("prediction", 0, most)] = of.integer("images", 1, _MAX_IMAGES)

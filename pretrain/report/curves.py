@@ -1,6 +1,6 @@
 """Curves of runs over steps: one PNG by matplotlib, and panels of plain geometry that the HTML page draws as SVG.
 
-The page's own lines follow its colour scheme, light or dark, and its text its font; a PNG cannot.
+The panels' lines follow the page's colour scheme, light or dark, and their text its font; a PNG cannot.
 """
 
 import math

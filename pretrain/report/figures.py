@@ -4,12 +4,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pretrain.config import Config, model_name, non_defaults
+from pretrain.config.hints import settings
 from pretrain.escape import portable, portable_path
 from pretrain.report.goodput import goodput, lost_steps
 from pretrain.report.runs import Curve, Run
@@ -61,7 +62,9 @@ def summary(run: Run) -> dict[str, Any]:
         "scores": protocol_scores(run),
         "scores_at": {task: found for task, found in _by_size(run).items() if len(found) > 1},
         "last": {metric: finite(values[-1]) for metric, (_, values) in sorted(run.curves.items())},
-        "best": {metric: best(run.curves[metric], *how) for metric, how in _BEST.items() if metric in run.curves},
+        "best": {
+            metric: best(run.curves[metric], position) for metric, position in _BEST.items() if metric in run.curves
+        },
         "median_images_per_s": float(np.median(rates)) if rates.size else None,
         "skipped_steps": _count(run, "train/skipped_steps"),
         "skipped_at": run.skipped_at,
@@ -95,11 +98,11 @@ def summary(run: Run) -> dict[str, Any]:
     return {**values, "sentence": sentence(run, values), "training_seconds": training_seconds(run)}
 
 
-_BEST: dict[str, tuple[Callable[[np.ndarray], Any]]] = {
-    "val/top1": (np.nanargmax,),
-    "val/top5": (np.nanargmax,),
-    "val/loss": (np.nanargmin,),
-    "train/loss": (np.nanargmin,),
+_BEST: dict[str, Callable[[np.ndarray], Any]] = {
+    "val/top1": np.nanargmax,
+    "val/top5": np.nanargmax,
+    "val/loss": np.nanargmin,
+    "train/loss": np.nanargmin,
 }
 
 
@@ -130,7 +133,7 @@ def finite(value: Any) -> float | None:
 def protocol_scores(run: Run) -> dict[str, float]:
     """Returns the run's mean score of each task, a fraction; "vtab" is the flat mean of its tasks, when all are there.
 
-    A result of another protocol, or from random weights, is no such score: the table of fine-tunings alone has it.
+    A result of another protocol, or from random weights, is not such a score: only the table of fine-tunings has it.
     Of several, such as ImageNet's at 384 and at 512 pixels, it is the one at the largest size, the last of equals.
     """
     means = {task: found[-1]["mean"] for task, found in _by_size(run).items()}
@@ -157,11 +160,6 @@ def _as_yaml(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return str(list(value) if isinstance(value, tuple) else value)
-
-
-def _keys(config_class: Any, prefix: str = "") -> Iterator[str]:
-    for name, of in get_type_hints(config_class).items():
-        yield from _keys(of, f"{prefix}{name}.") if is_dataclass(of) else (prefix + name,)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -319,7 +317,7 @@ def evaluations(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def of_wrong(wrong: dict[str, Any]) -> str:
-    """Returns of which data and weights wrong predictions are, as a heading goes on; nothing where that is not told."""
+    """Returns the data and weights of wrong predictions, as the end of a heading; "" where they are not known."""
     told = f" on {wrong['data']}" if wrong["data"] else ""
     return told + (f", weights {wrong['weights_sha256'][:DIGEST_LETTERS]}" if wrong["weights_sha256"] else "")
 
@@ -373,7 +371,7 @@ def config_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """What differs from the defaults, a column per run; keys in the order of pretrain/config/sections.py."""
     known = [values for values in summaries if values["config_differences"]]
     keys = dict.fromkeys(key for values in known for key in values["config_differences"])
-    order = sorted(keys, key=list(_keys(Config)).index)
+    order = sorted(keys, key=[key for key, *_ in settings()].index)
     rows = [[key, *(portable(values["config_differences"].get(key, NOTHING)) for values in known)] for key in order]
     columns = range(len(known) + 1)
     return Table(["key", *(values["run"] for values in known)], rows, text_columns=tuple(columns))

@@ -34,7 +34,7 @@ class Picture:
 def inside(folder: Path, name: str) -> Path | None:
     """Returns the path of a file in the folder, None where there is none.
 
-    A link that leads out of the folder is told and not followed: a page must not carry other files away.
+    A link that leads out of the folder is reported, not followed: a page must not carry other files away.
     """
     path = folder / name
     try:
@@ -91,7 +91,7 @@ def picture_file(name: str, path: Path) -> Picture | None:
 
 
 def image_file(path: Path) -> Image.Image | None:
-    """Returns the decoded image of a file; warns and returns None when it is none that `picture` would show."""
+    """Returns the decoded image of a file; warns and returns None when `picture` would not show it."""
     content = _content(path)
     return None if content is None else _decoded(content, str(path))
 
@@ -111,7 +111,7 @@ def picture(name: str, content: bytes, source: str) -> Picture | None:
 
 
 def embedded(name: str, content: bytes, image: Image.Image) -> Picture:
-    """Returns a PNG or JPEG, of which `image` is what it holds, as part of a page."""
+    """Returns a PNG or JPEG as part of a page; `image` is what it decodes to."""
     kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
     return Picture(name, f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size)
 

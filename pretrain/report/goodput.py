@@ -8,10 +8,10 @@ from pretrain.report.story import training_seconds
 
 
 def goodput(run: Run) -> float | None:
-    """Returns the time of the steps in the log over the time from the first start to the last log line, at most 1.
+    """Returns the time of the logged steps divided by the time from the first start to the last log line, at most 1.
 
     Steps that were done again count once; validation, saves, later starts and the time between them do not count. The
-    first start is noted when its engine stands. None where the log does not tell.
+    first start is noted when its engine is ready. None where the log does not say.
     """
     seconds, began = training_seconds(run), _time(run.starts[0]["time"] if run.starts else None)
     ended = _time(run.logged_at)
@@ -21,7 +21,7 @@ def goodput(run: Run) -> float | None:
 
 
 def lost_steps(run: Run) -> int | None:
-    """Returns how many steps were logged and then done again; None where a start does not tell, as those of old."""
+    """Returns how many steps were logged and then done again; None where a start does not say, as in old versions."""
     told = [start["lost_steps"] for start in run.starts]
     return sum(told) if told and None not in told else None
 

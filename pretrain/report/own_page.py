@@ -1,4 +1,4 @@
-"""One page of what fine-tuning on own data has reached: OUT/report.html, from what tools/finetune.py --train leaves.
+"""One page on what fine-tuning on one's own data reached: OUT/report.html, from what tools/finetune.py --train leaves.
 
 A sentence and a chart first; then what is taken for what, the photos that were wrong, and how it was made. One file, no
 script, nothing from outside; names of classes and photos are whatever someone wrote.
@@ -53,7 +53,7 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
         raise UserError(f"{path}: not found; give the folder that tools/finetune.py --train has written")
     try:
         values = Fields.of(read_json(path), str(path))
-        run = _one_name(values, "run")
+        run = _run_name(values)
         wrong = _wrong(values, folder, run)
         text = template("own_page.html.jinja").render(
             **_shown(values), wrong=wrong, trained=shlex.quote(str(_from_here(folder) / run))
@@ -81,7 +81,7 @@ def _wrong(values: Fields, folder: Path, run: str) -> list[WrongPrediction]:
 
 
 def _from_here(folder: Path) -> Path:
-    """A folder as seen from the working folder; elsewhere its name alone: a page tells nobody's folders."""
+    """A folder as seen from the working folder; elsewhere its name alone: a page shows nobody's folders."""
     if not folder.is_absolute():
         return folder
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else Path(folder.name)
@@ -94,7 +94,7 @@ def _shown(values: Fields) -> dict[str, Any]:
     classes = values.texts("classes")
     bars = sorted((_bar(part, classes) for part in values.parts("per_class")), key=lambda bar: (bar.share, bar.name))
     low, high = _interval(values)
-    seconds = None if values.values.get("seconds") is None else values.number("seconds", 0, _MAX_SECONDS)
+    seconds = values.number("seconds", 0, _MAX_SECONDS) if values.has("seconds") else None
     facts = {
         key: values.integer(key, 0, MAX_COUNT) for key in ("num_train", "num_test", "steps", "batch", "image_size")
     }
@@ -112,17 +112,17 @@ def _shown(values: Fields) -> dict[str, Any]:
         "lr": values.number("lr", 0, 1e3),
         "selection": [_rate(part) for part in values.parts("selection")],
         "num_choosing": max((part.integer("n", 0, MAX_COUNT, 0) for part in values.parts("selection")), default=0),
-        "seeds": [f"{seed:.2%}" for seed in _numbers(values, "seeds")],
+        "seeds": [f"{seed:.2%}" for seed in values.numbers("seeds", -1, 1e9)],
         "told": list(map(portable, values.texts("told"))),
         "differs": list(map(portable, values.texts("differs"))),
     }
 
 
-def _one_name(values: Fields, key: str) -> str:
+def _run_name(values: Fields) -> str:
     """The name of a folder inside this one."""
-    name = values.text(key)
+    name = values.text("run")
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        values.wrong(key, "the name of a folder")
+        values.wrong("run", "the name of a folder")
     return name
 
 
@@ -132,18 +132,10 @@ def _counts(values: Fields) -> tuple[int, int]:
 
 def _interval(values: Fields) -> tuple[float, float]:
     """Both ends, in percent."""
-    ends = _numbers(values, "interval")
+    ends = values.numbers("interval", -1, 1e9)
     if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
         values.wrong("interval", "two shares, rising")
     return 100 * ends[0], 100 * ends[1]
-
-
-def _numbers(values: Fields, key: str) -> list[float]:
-    found = values.values.get(key)
-    if not isinstance(found, list):
-        values.wrong(key, "a list of numbers")
-    each = Fields({f"{key}[{place}]": value for place, value in enumerate(found)}, values.source)
-    return [each.number(place, -1, 1e9) for place in each.values]
 
 
 def _bar(part: Fields, classes: tuple[str, ...]) -> Bar:
@@ -153,6 +145,5 @@ def _bar(part: Fields, classes: tuple[str, ...]) -> Bar:
 
 def _rate(part: Fields) -> tuple[str, str]:
     """A learning rate that was tried, and what it reached on the held-out images."""
-    top1 = part.values.get("top1")
-    reached = "not finite" if top1 is None else f"{part.number('top1', 0, 1):.1%}"
+    reached = f"{part.number('top1', 0, 1):.1%}" if part.has("top1") else "not finite"
     return f"{part.number('lr', 0, 1e3):g}", reached

@@ -1,4 +1,4 @@
-"""Which results in a folder are of the weights that it holds now: results stay where weights are made anew."""
+"""Which results in a folder are of the weights that it holds now: results stay when weights are made anew."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pretrain.report.files import inside
 def digests_here(folder: Path) -> set[str]:
     """Returns the SHA-256 of converted weights, or of a run's checkpoints and what `launch/chain.sh` has made of one.
 
-    It reads converted weights whole, a second or two for 1 GB. What cannot be read is told, and nothing is known then.
+    It reads converted weights whole, a second or two for 1 GB. If it cannot be read, it says so, and nothing is known.
     """
     try:
         if _is_converted(folder):
@@ -31,7 +31,7 @@ def _is_converted(folder: Path) -> bool:
 
 
 def evaluation_compared(evaluation: dict[str, Any], folder: Path, here: set[str]) -> dict[str, Any]:
-    """Returns records of evaluations with what is of other weights than those here marked as such.
+    """Returns records of evaluations; those of other weights than the ones here are marked as such.
 
     here: of `digests_here`. Converted weights that were evaluated into their run's folder have a digest of their own:
     nothing is known of those.
@@ -46,7 +46,7 @@ def evaluation_compared(evaluation: dict[str, Any], folder: Path, here: set[str]
 
 
 def finetuning_compared(found: dict[str, Any], here: set[str]) -> dict[str, Any]:
-    """Returns a result of fine-tuning; from other weights than those here it is no score of the folder's."""
+    """Returns a result of fine-tuning; from other weights than those here it is not a score of the folder."""
     if not _are_gone(found["weights_sha256"], here):
         return found
     return {**found, "differs": ["other weights than those here now", *found["differs"]]}

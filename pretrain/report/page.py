@@ -1,6 +1,6 @@
 """The report's files: report.html, one page that needs no other file; report.md and report.json with its numbers.
 
-The page has no script and forbids itself any, and everything from outside itself: a run's folder is not trusted.
+The page has no script, and forbids scripts and everything from outside: a run's folder is not trusted.
 """
 
 import json
@@ -31,14 +31,14 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     The same runs give the same bytes. The Markdown page shows curves.png by its relative name.
     """
     summaries = [summary(run) for run in runs]
-    record = {"format": "pretrain-report", "version": 1, "paper": _paper(), "runs": _portable(summaries)}
+    record = {"format": "pretrain-report", "version": 1, "paper": _paper(), "runs": summaries}
     try:
         out.mkdir(parents=True, exist_ok=True)
         curves.draw_curves(runs, out / "curves.png")
         pages = {
             "report.html": html(runs, summaries),
             "report.md": markdown(summaries, _missing(runs, summaries)),
-            "report.json": json.dumps(_json_values(record), indent=2, allow_nan=False) + "\n",
+            "report.json": json.dumps(_told(record), indent=2, allow_nan=False) + "\n",
         }
         for name, text in pages.items():
             write_text(out / name, text, errors="replace")  # names may hold halves of characters
@@ -55,23 +55,14 @@ _CAPTIONS = {
 _PATHS = ("folder", "path", "weights", "command")  # keys whose texts are a path, or one among others
 
 
-def _portable(value: Any, key: str = "") -> Any:
-    """Returns the value with no path that tells whose disk it was."""
+def _told(value: Any, key: str = "") -> Any:
+    """Returns the value as report.json has it: no path tells whose disk it was; null for NaN, which JSON has not."""
     if isinstance(value, dict):
-        return {name: _portable(item, name) for name, item in value.items()}
+        return {name: _told(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_portable(item, key) for item in value]
-    if not isinstance(value, str):
-        return value
-    return portable_path(value) if key in _PATHS and value.startswith("/") else portable(value)
-
-
-def _json_values(value: Any) -> Any:
-    """Returns the value with null for NaN and infinity, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: _json_values(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_json_values(item) for item in value]
+        return [_told(item, key) for item in value]
+    if isinstance(value, str):
+        return portable_path(value) if key in _PATHS and value.startswith("/") else portable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -92,7 +83,7 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
     evaluate = f"python tools/evaluate.py {run}"
     metrics = {metric for r in runs for metric in r.curves}
     evaluated = {row["metric"] for r in runs if r.evaluation for row in r.evaluation["rows"]}
-    tuned = all(r.config and r.config.init_from for r in runs)  # of these nobody asks how they transfer
+    tuned = all(r.config and r.config.init_from for r in runs)  # nobody asks how these transfer
     finetuned = any(r.finetuning or (r.config and r.config.init_from) for r in runs)
     have = {
         "validation": "val/top1" in metrics,
@@ -187,7 +178,7 @@ def template(name: str) -> Any:
 
 
 def _fewshot_chart(evaluation: dict[str, Any]) -> FewShot | None:
-    """Of the first record that has one, and is of weights that are here."""
+    """The chart of the first record that has one and whose weights are here."""
     records = [record for record in (evaluation, *evaluation["others"]) if not record["is_of_others"]]
     return next(filter(None, (fewshot_chart(record["rows"]) for record in records)), None)
 
@@ -219,7 +210,7 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def _harmless(value: Any) -> Any:
-    """Escapes what turns the direction of writing and the like, but for the lines of a config."""
+    """Escapes what changes the direction of writing and the like; line breaks of a config stay."""
     return "\n".join(map(shown, value.split("\n"))) if type(value) is str else value  # markup is a str of its own
 
 

@@ -1,6 +1,6 @@
 """Pictures of what a ViT has learned and where it looks, figures 7 and 6 of the ViT paper, and the numbers they show.
 
-`write_pictures` hands on internals.png, rollout.png and numbers.json; tools/visualize.py calls it.
+`write_pictures` writes internals.png, rollout.png and numbers.json; tools/visualize.py calls it.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pretrain.config import DataConfig, ModelConfig
+from pretrain.config import DataConfig, ModelConfig, model_name
 from pretrain.data.images import decode_upright, eval_image
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
@@ -23,7 +23,6 @@ from pretrain.log import warn
 from pretrain.models.inspection import Filters, Look, Positions, mean_distance_px
 from pretrain.models.positions import Grid
 from pretrain.models.vit import grid_of
-from pretrain.report.story import model_name
 from pretrain.storage import replacing, write_text
 
 INTERNALS, ROLLOUT, NUMBERS = "internals.png", "rollout.png", "numbers.json"
@@ -71,7 +70,7 @@ def write_pictures(
 ) -> list[Path]:
     """Draws into `out`, and writes the numbers; returns the files. Raises UserError when `out` cannot be written.
 
-    digest: of the weights; what others have drawn there keeps its files, under names with the digest of theirs.
+    digest: of the weights; pictures of other weights stay there, under names with those weights' digest.
     tensorboard: also as an event file.
     """
     try:
@@ -263,7 +262,7 @@ def _draw_distances(axes: Any, config: ModelConfig, photos: Sequence[Photo]) -> 
 def _draw_rollouts(title: str, photos: Sequence[Photo]) -> Any:
     """One row per photo: the photo, the rollout from its least to its most, and the photo as bright as that.
 
-    Of a flat look the differences are what there is to see; the figures below it tell that they are small.
+    In a flat rollout only the differences can be seen; the figures below it tell how small they are.
     """
     figure = _figure(9.5, 0.9 + 2.7 * len(photos), f"{title}\nAttention rollout, {photos[0].look.source}")
     maps = [photo.look.rollout.numpy() * photo.look.rollout.numel() for photo in photos]  # 1: as a uniform look

@@ -1,4 +1,4 @@
-"""Where results lie in a folder, by their names alone: a folder without any is told before torch is imported."""
+"""Where results lie in a folder, by their names alone: a folder without any is refused before torch is imported."""
 
 from pathlib import Path
 

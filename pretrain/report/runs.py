@@ -164,7 +164,7 @@ def _read_curves(folder: Path) -> tuple[dict[str, Curve], str | None]:
 
 
 def _metrics(row: Fields) -> tuple[int, dict[str, float], str | None]:
-    """The step, its figures and when it was logged; what is text or a list is no figure, layers are TensorBoard's."""
+    """The step, its figures and when it was logged; texts and lists are not figures; layers are TensorBoard's."""
     shown = {key: value for key, value in row.values.items() if key != "step" and not key.startswith("layers/")}
     numbers = [key for key, value in shown.items() if type(value) in (int, float)]
     time = row.values.get("time")
@@ -181,11 +181,11 @@ def _figure(row: Fields, key: str) -> float:
 
 def _start(row: Fields) -> dict[str, Any]:
     """What starts.jsonl tells of one start; what an earlier version did not write is None."""
-    versions = row.part("versions") if row.values.get("versions") is not None else None
+    versions = row.part("versions") if row.has("versions") else None
     return {
         "step": _step(row),
         "time": row.text("time", "") or None,
-        "lost_steps": None if row.values.get("lost_steps") is None else row.integer("lost_steps", 0, MAX_STEP),
+        "lost_steps": row.integer("lost_steps", 0, MAX_STEP) if row.has("lost_steps") else None,
         "world_size": row.integer("world_size", 0, MAX_COUNT, 0) or None,
         "command": list(row.texts("command", ())) or None,
         "recipe": row.text("recipe", "") or None,
@@ -217,7 +217,7 @@ def _reason(row: Fields) -> str:
 
 @contextmanager
 def _written_by(tool: str, path: Path) -> Iterator[None]:
-    """Tells that a file of results is not what the tool writes."""
+    """Around the reading of a file of results: an error says that the tool does not write such a file."""
     try:
         yield
     except OSError as error:
@@ -284,29 +284,20 @@ def _read_finetuning(path: Path) -> dict[str, Any]:
     with _written_by("finetune", path):
         values = Fields.of(read_json(path), str(path))
         done = values.flag("complete", True)
+        each = values.items("values", ())
         return {
             "task": values.text("task"),
             "metric": values.text("metric"),
             "mean": _figure(values, "mean"),
-            "std": None if values.values.get("std") is None else _figure(values, "std"),
-            "values": _figures(values, "values"),
-            "lr": None if values.values.get("lr") is None else _figure(values, "lr"),
-            "n": None if values.values.get("n") is None else values.integer("n", 0, MAX_COUNT),
-            "image_size": None
-            if values.values.get("image_size") is None
-            else values.integer("image_size", 1, MAX_IMAGE_SIZE),
+            "std": _figure(values, "std") if values.has("std") else None,
+            "values": [_figure(each, place) for place in each.values],
+            "lr": _figure(values, "lr") if values.has("lr") else None,
+            "n": values.integer("n", 0, MAX_COUNT) if values.has("n") else None,
+            "image_size": values.integer("image_size", 1, MAX_IMAGE_SIZE) if values.has("image_size") else None,
             "from_scratch": values.flag("from_scratch", False),
             "weights_sha256": values.text("weights", ""),  # empty from random weights, too
             "differs": [*values.texts("differs", ()), *([] if done else ["not all seeds are done"])],
         }
-
-
-def _figures(values: Fields, key: str) -> list[float]:
-    found = values.values.get(key) or []
-    if not isinstance(found, list):
-        values.wrong(key, "a list of numbers")
-    each = Fields({f"{key}[{place}]": value for place, value in enumerate(found)}, values.source)
-    return [_figure(each, place) for place in each.values]
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -344,7 +335,7 @@ def _wrong_item(folder: Path, item: Fields, source: str) -> WrongPrediction:
         name=item.text("name"),
         label=item.text("label", max_letters=1 << 16),  # of several classes
         predicted=item.text("predicted"),
-        probability=None if item.values.get("probability") is None else item.number("probability", 0, 1),
+        probability=item.number("probability", 0, 1) if item.has("probability") else None,
         picture=_wrong_picture(folder, item, source),
     )
 

@@ -26,7 +26,7 @@ class Target:
 def read_target(folder: Path, recipe: str | None, config: Config | None) -> Target | None:
     """Returns what `recipe` promises, by the copy that the run's folder has; None without one.
 
-    Nor where the run is not the recipe's: another data set, start, model, length, rate or loss has another score.
+    Nor when the run is not the recipe's: another data set, start, model, length, rate or loss has another score.
     """
     text = read_text(folder, "recipe.yaml") if recipe else None
     if not recipe or not text or config is None:
@@ -48,7 +48,7 @@ def _is_the_recipes(config: Config, path: Path, text: str, name: str) -> bool:
 
 
 def _decides(config: Config) -> tuple[Any, ...]:
-    """What a score is of: all settings that make a run another one. Of paths the end: they may lie elsewhere."""
+    """What a score depends on: all settings that make a run another one. Only a path's end: it may lie elsewhere."""
     data = [(_end(source.path), source.weight) for source in config.data.sources]
     settings = {key: value for key, value in flatten(config_to_dict(config)) if key not in _FREE}
     return data, _end(config.init_from), _end(config.branch_from), settings

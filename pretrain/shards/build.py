@@ -379,8 +379,5 @@ def read_dropped_items(folder: Path) -> set[int]:
     if not path.exists():
         return set()
     fields = Fields.of(read_json(path), str(path))
-    found = fields.values.get("dropped_items")
-    if not isinstance(found, list):
-        fields.wrong("dropped_items", "a list of numbers")
-    each = Fields({f"dropped_items[{place}]": value for place, value in enumerate(found)}, str(path))
+    each = fields.items("dropped_items")
     return {each.integer(place, 0, MAX_SAMPLES) for place in each.values}

@@ -30,9 +30,8 @@ def write_counts(
 def read_counts(folder: Path) -> tuple[list[int], list[str]]:
     """Returns the number of images of each class, and the classes' names, or nothing. Raises UserError."""
     values = _read(folder)
-    images, classes = values.values.get("images"), list(values.texts("classes"))
-    if not isinstance(images, list) or not all(type(count) is int and 0 <= count <= MAX_SAMPLES for count in images):
-        values.wrong("images", f"a list of numbers of images from 0 to {MAX_SAMPLES}")
+    each, classes = values.items("images"), list(values.texts("classes"))
+    images = [each.integer(place, 0, MAX_SAMPLES) for place in each.values]
     if not images:
         values.wrong("images", "the number of images of at least one class")
     if classes and len(classes) != len(images):

@@ -1,4 +1,4 @@
-"""What a start tells, on the console and in starts.jsonl: model, data, batch, doubts."""
+"""What a start reports, on the console and in starts.jsonl: model, data, batch, doubts."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def told_of_run(
 
 
 def _told_of_order(order: Order) -> list[str]:
-    """The numbers of the order lanes, and what they make of the reading."""
+    """The numbers of the order lanes, and what they mean for reading."""
     batch = order.global_batch
     lanes = [(batch, order.lanes)] if order.lanes else []
     if order.mixture:
@@ -81,7 +81,7 @@ def _told_of_sources(data: DataSets, steps: int) -> list[str]:
 
 
 def warn_of_young_averages(config: Config) -> None:
-    """Averages begin as the initial weights: of a short run they are little else, and it is they that are validated."""
+    """Averages begin as the initial weights: in a short run they are little else, and they are what is validated."""
     decay, steps = config.optim.average_decay, config.total_steps
     if (share := decay**steps) > MAX_INITIAL_SHARE:
         say(

@@ -57,7 +57,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
 
 
 def micro_batch_limit(config: Config, num_classes: int, device: torch.device) -> int:
-    """Returns the images of a forward pass at most: those of the config, or as many as the smallest GPU holds.
+    """Returns the most images of a forward pass: the config's number, or as many as the smallest GPU holds.
 
     By formula, and by its whole memory, not by what is free now: the same machines choose the same, so that a resume
     has the same bits.

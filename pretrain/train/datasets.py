@@ -31,7 +31,7 @@ class DataSets:
     fewshot: tuple[Manifest, Manifest] | None = None  # to draw shots from, to test them on
 
     def follow(self, order: Order) -> None:
-        """Takes the order that a checkpoint's run began with, and the held-out samples that are its."""
+        """Takes the order that a checkpoint's run began with, and its held-out samples."""
         self.order = order
         if order.held_out:
             self.val_indices = order.held_out_indices()
@@ -116,7 +116,7 @@ def _open(path: Path, config: Config) -> Manifest:
 
 
 def warn_of_small_store(manifest: Manifest, order: Order) -> None:
-    """Says when remote blocks would leave a node's store before all their samples were used."""
+    """Warns when remote blocks would leave a node's store before all their samples were used."""
     if manifest.store is None:
         return
     if order.name == "lanes":  # lanes have their blocks open; where they do not fit, none stays
@@ -139,7 +139,7 @@ def warn_of_small_store(manifest: Manifest, order: Order) -> None:
 
 
 def warn_of_single_reads(config: DataConfig, manifest: Manifest, order: Order) -> None:
-    """Says when order=auto reads image by image over a network: it knows remote shards by their addresses alone."""
+    """Warns when order=auto reads image by image over a network: it knows remote shards only by their addresses."""
     if config.order != "auto" or order.name == "lanes":
         return
     for source in manifest.sources or (manifest,):
@@ -197,7 +197,7 @@ def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
 
 
 def _by_class_names(theirs: Manifest, ours: Manifest) -> Manifest:
-    """A set with its labels read as those of another one, by the classes' names; what was mapped is told."""
+    """A set with its labels read as those of another one, by the classes' names; what was mapped is reported."""
     read, told = read_as(theirs, ours)
     if told:
         say(told)

@@ -1,6 +1,6 @@
 """How a run ended, for whoever starts it again: `DONE` in its folder, or `STOP.json` {reason, retry, exit_code}.
 
-Exit codes do not tell: launchers lose them, and SLURM replaces them by those of the ranks that it ends.
+Exit codes are not enough: launchers lose them, and SLURM replaces them by those of the ranks that it ends.
 """
 
 import json
@@ -33,7 +33,7 @@ _LOST = (
 
 @contextmanager
 def lost_processes(folder: Path) -> Iterator[None]:
-    """Makes the error of a collective that ended because another process is gone, or hangs, LostProcessError."""
+    """Turns the error of a collective that ended because another process is gone, or hangs, into LostProcessError."""
     try:
         yield
     except Exception as error:
@@ -46,7 +46,7 @@ def lost_processes(folder: Path) -> Iterator[None]:
 def noted(folder: Path) -> Iterator[None]:
     """Leaves the reason in STOP.json when the block ends by an error, which it raises as `lost_processes` does.
 
-    A GPU's memory that was enough when there is a checkpoint may be so again: exit code 75, as of storage.
+    A GPU's memory was enough once if there is a checkpoint, and may be again: exit code 75, as for storage.
     """
     if ranks.is_main():
         (folder / _FILE).unlink(missing_ok=True)  # of an earlier start
@@ -65,7 +65,7 @@ def noted(folder: Path) -> Iterator[None]:
 def note(folder: Path, reason: Exception | str) -> None:
     """Writes STOP.json, on rank 0: whether the same command, as it is, may get further.
 
-    What a rank's GPU lacks that rank writes, whichever it is; the others only lose it.
+    A lack of GPU memory is written by the rank that has it, whichever it is; the others only lose that rank.
     """
     lacks_memory = isinstance(reason, DeviceMemoryError)
     if not (ranks.is_main() or lacks_memory):

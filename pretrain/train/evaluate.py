@@ -1,4 +1,4 @@
-"""What is evaluated on the way, by the evaluators that tools/evaluate.py has."""
+"""What is evaluated during training, by the evaluators that tools/evaluate.py has."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def evaluate(
 ) -> bool:
     """Measures what is due into state.metrics, with the averaged weights where they are kept.
 
-    Returns whether it was given up to stop; then all that was due still is, as after an error, which all ranks meet.
+    Returns whether a wish to stop cut it short; then all that was due is due still, as after an error that all meet.
     """
     watchdog.section("evaluate", state.step)
     subject = _subject(config, data, engine, stop)

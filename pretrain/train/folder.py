@@ -154,7 +154,7 @@ def is_done(folder: Path, config: Config) -> bool:
 
 
 def mark_done(folder: Path, step: int, metrics: dict[str, float]) -> None:
-    """Writes DONE, on rank 0: an exit status alone proves nothing, launchers have lost it.
+    """Writes DONE, on rank 0: an exit status alone proves nothing, launchers lose it.
 
     Into the room that the start has made for it, so that a disk full of logs does not keep the proof away.
     """

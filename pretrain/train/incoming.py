@@ -1,4 +1,4 @@
-"""The batches of a run as they come: waited for in slices, so that a wish to stop is heard while none does."""
+"""The batches of a run as they come: waited for in slices, so that a wish to stop is heard while none comes."""
 
 import queue
 import threading

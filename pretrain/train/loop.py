@@ -97,14 +97,14 @@ def _first_two(
 
 
 def _still_due(data: DataSets, state: TrainState) -> bool:
-    """Whether an evaluation of an earlier start is; it may have been switched off since."""
+    """Whether an evaluation of an earlier start is still due; it may have been switched off since."""
     state.validation_due &= data.val is not None
     state.features_due &= data.fewshot is not None
     return state.validation_due or state.features_due
 
 
 def _set_due(config: Config, data: DataSets, state: TrainState) -> None:
-    """Has `state` say what is to be evaluated after its step."""
+    """Notes in `state` what is to be evaluated after its step."""
     settings, last = config.evaluation, state.step == config.total_steps
     state.validation_due = data.val is not None and (due(state.step, settings.every_steps) or last)
     state.features_due = data.fewshot is not None and (due(state.step, settings.features_every_steps) or last)

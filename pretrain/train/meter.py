@@ -50,7 +50,7 @@ class Meter:
         self._forward_s += seconds
 
     def wait_for(self, batches: Iterator[Batch], step: int) -> Batch | None:
-        """Returns the next batch, None behind the last, and counts the time. step: the last one that is finished."""
+        """Returns the next batch, None after the last, and counts the time. step: the last one that is finished."""
         began = time.perf_counter()
         watchdog.section("data", step)
         batch = next(batches, None)

@@ -65,7 +65,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
 
 @contextmanager
 def _short_collections() -> Iterator[None]:
-    """Until its end Python's garbage collector does not look through what is there now, 400,000 objects of imports."""
+    """Keeps what is there now, 400,000 objects of imports, out of garbage collections until it ends."""
     gc.freeze()
     try:
         yield
@@ -125,7 +125,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
 
 
 def _finding_data(folder: Path, find: Callable[[], Any]) -> Any:
-    """What `find` returns. Data that an earlier start has found, and this one does not, is on a disk that is away."""
+    """What `find` returns. Data that an earlier start found, but this one does not, is on a disk that is away."""
     try:
         return find()
     except NotFoundError as error:
@@ -143,7 +143,7 @@ def _start(config: Config) -> TrainState:
 
 
 def _go_on_from(checkpoint: Path, config: Config, data: DataSets) -> Config:
-    """The config, which keeps to what the run began with where it leaves a choice."""
+    """The config; where it leaves a choice, the run keeps what it began with."""
     refuse_changes(checkpoint, config, data.train)
     data.follow(resumed_order(checkpoint, data.order, config.total_steps))
     if config.engine.compile == "auto":

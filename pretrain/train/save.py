@@ -61,7 +61,7 @@ def restore_copy(config: Config, stop: signals.StopRequest) -> None:
 
 
 def _told_by(config: Config) -> dict[str, Any]:
-    """What a run of the same name differs in, when it is another one."""
+    """How a run of the same name differs, when it is another one."""
     start = {"init_from": config.init_from, "branch_from": config.branch_from}
     return {
         "output": str(config.output.resolve()),

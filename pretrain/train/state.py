@@ -56,7 +56,7 @@ class TrainState:
 
 
 class Resumed(NamedTuple):
-    """What a checkpoint's state.json says to a run that goes on from it."""
+    """What a checkpoint's state.json tells a run that goes on from it."""
 
     train: TrainState
     engine: dict[str, Any]  # `Engine.state`
@@ -80,5 +80,5 @@ def _is_number(value: object) -> bool:
 
 
 def _is_pair(value: object) -> bool:
-    """Of a stretch's number and a count."""
+    """A stretch's number and a count."""
     return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 <= n <= MAX_COUNT for n in value)

@@ -19,11 +19,11 @@ from pretrain.errors import ConfigError, first_line
 from pretrain.log import say, warn
 
 MAX_WAITING = 10_000  # log lines that were not handed over; of more, as when wandb hangs, new ones are left out
-END_S = 60.0  # that the end of a run waits for what is still to be sent
+END_S = 60.0  # how long the end of a run waits for what is still to be sent
 
 
 def check_installed(config: Config) -> None:
-    """Raises ConfigError where wandb is asked for and not there."""
+    """Raises ConfigError where wandb is asked for but not installed."""
     if config.log.wandb_project is None:
         return
     found = find_spec("wandb")
@@ -86,7 +86,7 @@ def _start(config: Config, folder: Path) -> Any:
 
     Its own steps must rise, and a resumed run logs some steps again: so ours are a number of each line, and the axis.
     """
-    os.environ.setdefault("WANDB_SILENT", "true")  # who has not logged in is an error then: else it asks, and waits
+    os.environ.setdefault("WANDB_SILENT", "true")  # then a missing login is an error: else it asks, and waits
     import wandb  # pyright: ignore[reportMissingImports] - an extra; 0.5 s to import: only where it is used
 
     # Its console would take our streams; it waits without end for an upload unless it is told not to.
