@@ -15,7 +15,7 @@ _LIVE_ELEMENTS = 1_000_000_000  # ZeRO 3 keeps gathered weights up to this: stag
 _FALLBACK_ELEMENTS = 500_000_000  # DeepSpeed's BF16_Optimizer reduces gradients in pieces of this
 _PIECE_ELEMENTS = 1 << 24  # optim.PIECE_ELEMENTS, which cannot be imported without torch
 _PIECES = 3  # float32 temporaries of one piece in an update that is not fused
-STAGES = (0, 1, 2, 3)
+STAGES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ def memory(
 ) -> Memory:
     """Returns the memory of a rank that trains `config`'s model in this layout.
 
-    Stage 0 is plain data parallelism, for comparison: the engine refuses it. bucket, prefetch: elements that are
-    reduced, gathered at a time; None: as the engine has it.
+    bucket, prefetch: elements that are reduced, gathered at a time; None: as the engine has it.
     """
     activations = activation_bytes(config, num_classes, layout.micro_batch, layout.recompute)
     model = config.model
@@ -132,7 +131,7 @@ def _memory(
     item, p, ranks = ELEMENT_BYTES[config.engine.precision], num_parameters, layout.num_ranks
     sent = 4 if config.engine.reduce_dtype == "fp32" else item
     overlaps = config.engine.overlaps(ranks)
-    part = -(-p // ranks) if layout.stage else p
+    part = -(-p // ranks)
     rounded = item < 4
     accumulates = layout.accumulation > 1
     in_float32 = accumulates and config.engine.precision == "bf16"  # gradients of several micro-batches
@@ -192,8 +191,6 @@ def _phases(
     item, sent: bytes of an element as the model has it, as a reduction sends it.
     """
     saved, start = activations
-    if layout.stage == 0:  # plain data parallelism: whole gradients, reduced in place
-        return saved + start + (item * p if layout.accumulation > 1 else 0), item * p, item * p + 4 * p
     shared = largest if layout.num_ranks > 1 else 0
     filled = min(bucket, p)  # elements of the first reduction
     left = saved * (p - filled) // p  # activations that are not used up when it comes

@@ -147,7 +147,7 @@ def _show_memory(
         ["ZeRO", "weight", "grad", "optim", "avg", "bucket", "activ", "peak", "when"],
         rows,
         text_columns=(8,),
-        caption="!: does not fit. Stage 0, for comparison, is refused. Not all live at once",
+        caption="!: does not fit. Not all live at once",
     )
     return values
 

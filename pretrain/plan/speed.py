@@ -73,8 +73,6 @@ def volume(config: Config, num_classes: int, layout: Layout) -> Volume:
     weights, gradients = parameters * item, parameters * (4 if config.engine.reduce_dtype == "fp32" else item)
     share = (layout.num_ranks - 1) / layout.num_ranks
     times = layout.accumulation if layout.stage >= 2 else 1
-    if layout.stage == 0:
-        return Volume(2 * gradients * share, 0.0)
     if layout.stage == 3:
         return Volume(times * gradients * share, 2 * times * weights * share)
     return Volume(times * 2 * gradients * share, weights * share)
