@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.config import Config, load_config
 from pretrain.errors import UserError
+from pretrain.gpus import DEVICES, GIB
 from pretrain.json_files import Fields
 from pretrain.plan.choose import USABLE_SHARE
-from pretrain.plan.devices import DEVICES, GIB, assumed_mfu
 from pretrain.plan.failures import Failures, Saves
 from pretrain.plan.launches import COMPILED, EAGER
 from pretrain.plan.measured import measured, read_rows, wanted
 from pretrain.plan.report import TABLE_MODELS, Assumptions, checkpoint_bytes, of_model, show, show_models
-from pretrain.plan.speed import LAUNCH_S, ZERO3_SHARE, Cluster, Rate
+from pretrain.plan.speed import LAUNCH_S, ZERO3_SHARE, Cluster, Rate, assumed_mfu
 from pretrain.sizes import is_plain
 from pretrain.storage import write_text
 

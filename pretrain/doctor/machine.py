@@ -22,7 +22,7 @@ from pretrain.data.loader import SHARED_MEMORY, Room
 from pretrain.doctor.findings import OK, RED, WARN, Finding, size
 from pretrain.errors import UserError
 from pretrain.gpus import known_gpu
-from pretrain.plan.devices import DEVICES, assumed_mfu
+from pretrain.plan.speed import assumed_mfu
 from pretrain.sizes import is_plain, plain_forward_macs
 
 # Where no config says what is needed: some 8 loader processes with 2 batches each, of 256 images of 224 pixels.
@@ -77,10 +77,10 @@ def check_gpu() -> Iterator[Finding]:
 
 def images_per_s(config: Config, num_classes: int) -> float | None:
     """Returns how many images a second this rank's GPU takes, as tools/plan.py assumes; None where no formula holds."""
-    name = known_gpu(torch.cuda.get_device_name()) if ranks.has_gpu() and is_plain(config.model) else None
-    if name is None:
+    device = known_gpu(torch.cuda.get_device_name()) if ranks.has_gpu() and is_plain(config.model) else None
+    if device is None:
         return None
-    device, precision = DEVICES[name], config.engine.precision
+    precision = config.engine.precision
     reached = device.peak(precision) * assumed_mfu(device, config.model.shape.width, precision)
     return reached / (6 * plain_forward_macs(config.model, num_classes))
 

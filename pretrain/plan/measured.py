@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from pretrain.config import Config, ModelConfig, model_name, named_model
 from pretrain.errors import UserError
-from pretrain.gpus import known_gpu
+from pretrain.gpus import Device, known_gpu
 from pretrain.json_files import Fields, parse_json, read_bytes
-from pretrain.plan.devices import Device
 from pretrain.sizes import is_plain
 
 
@@ -45,7 +44,7 @@ def measured(rows: list[Fields], config: Config, device: Device) -> Measured | N
             alone
             and random
             and same
-            and known_gpu(row.text("device")) == device.name
+            and known_gpu(row.text("device")) == device
             and _same_model(row, config.model)
         ):
             mfu = 1e12 * row.number("tflop_per_s", 0, 1e6) / device.peak(config.engine.precision)

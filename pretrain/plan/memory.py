@@ -7,9 +7,9 @@ allocator's gaps; `Memory.peak` is of tensors alone.
 from dataclasses import dataclass
 
 from pretrain.config import Config
-from pretrain.plan.devices import ELEMENT_BYTES
 from pretrain.sizes import num_tokens, plain_parameters
 
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PREFETCH_ELEMENTS = 50_000_000  # ZeRO 3 gathers so much ahead: stage3_prefetch_bucket_size
 _LIVE_ELEMENTS = 1_000_000_000  # ZeRO 3 keeps gathered weights up to this: stage3_max_live_parameters
 _FALLBACK_ELEMENTS = 500_000_000  # DeepSpeed's BF16_Optimizer reduces gradients in pieces of this

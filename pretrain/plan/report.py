@@ -5,8 +5,8 @@ from typing import Any
 
 from pretrain import cli
 from pretrain.config import Config, config_from_dict, config_to_dict
+from pretrain.gpus import GIB
 from pretrain.plan.choose import MICRO_BATCHES, Choice, best, layout_of, price, smallest
-from pretrain.plan.devices import GIB
 from pretrain.plan.failures import Failures, Saves, best_interval_s, goodput
 from pretrain.plan.launches import is_compiled
 from pretrain.plan.memory import STAGES, activation_bytes, moment_bytes
