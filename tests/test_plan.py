@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.engine.step as engine_step
-from pretrain.benchmark.models import activation_bytes as saved_bytes
+from pretrain.benchmark.model import activation_bytes as saved_bytes
 from pretrain.cluster import ranks
 from pretrain.config import Config, ModelConfig, config_from_dict, config_to_dict
 from pretrain.config.sections import BUCKET_ELEMENTS
