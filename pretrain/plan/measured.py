@@ -37,16 +37,11 @@ def measured(rows: list[Fields], config: Config, device: Device) -> Measured | N
     """
     compiled = _compiled(config)
     for row in reversed(rows):  # the newest is the last
-        alone = row.text("loop") == "ours" and row.integer("ranks", 1, 1 << 20) == 1 and _zero_stage(row) < 3
+        alone = row.text("loop") == "ours" and row.integer("ranks", 1, 1 << 20) == 1
+        alone = alone and row.integer("zero_stage", 1, 3) < 3
         random = row.text("data").startswith("random") and not row.flag("checkpoint_activations")
         same = row.flag("compile") == compiled and row.text("precision").split()[0] == config.engine.precision
-        if (
-            alone
-            and random
-            and same
-            and known_gpu(row.text("device")) == device
-            and _same_model(row, config.model)
-        ):
+        if alone and random and same and known_gpu(row.text("device")) == device and _same_model(row, config.model):
             mfu = 1e12 * row.number("tflop_per_s", 0, 1e6) / device.peak(config.engine.precision)
             return Measured(mfu, row.integer("batch_per_rank", 1, 1 << 20))
     return None
@@ -65,10 +60,6 @@ def wanted(rows: list[Fields], config: Config, device: Device) -> str:
 def _compiled(config: Config) -> bool:
     """Whether the line has to be of compiled blocks; what ZeRO 3 costs beside is the plan's own assumption."""
     return replace(config.engine, zero_stage=1).compiles(on_gpu=True)
-
-
-def _zero_stage(row: Fields) -> int:
-    return row.integer("zero_stage", 1, 3)
 
 
 def _same_model(row: Fields, model: ModelConfig) -> bool:
