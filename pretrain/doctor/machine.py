@@ -118,13 +118,11 @@ def _locked_memory() -> Finding:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     if limit == resource.RLIM_INFINITY:
         return Finding("locked memory", OK, "no limit", value=1e30)
-    told, remedy = (
-        f"{limit / 1e6:,.1f} MB at most",
-        "ulimit -l unlimited, LimitMEMLOCK=, docker run --ulimit memlock=-1",
-    )
+    told = f"{limit / 1e6:,.1f} MB at most"
+    remedy = "ulimit -l unlimited, LimitMEMLOCK=, docker run --ulimit memlock=-1"
     with_infiniband = _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())
     if limit >= MIN_LOCKED_BYTES or not with_infiniband:
-        return Finding("locked memory", OK, told + "" if with_infiniband else f"{told}; no InfiniBand", value=limit)
+        return Finding("locked memory", OK, told if with_infiniband else f"{told}; no InfiniBand", value=limit)
     state = WARN if os.geteuid() == 0 else RED  # root is not bound by it, unless a container has taken CAP_IPC_LOCK
     return Finding(
         "locked memory", state, f"{told}; InfiniBand is here, and NCCL locks its buffers", remedy, value=limit
