@@ -5,7 +5,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,24 +153,19 @@ def check_host_name(num_hosts: int) -> Iterator[Finding]:
 
 
 def check_compiler(wanted: bool) -> Iterator[Finding]:
-    """A C compiler with Python's header, which torch.compile runs. wanted: engine.compile."""
-    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    """A C compiler with Python's header, which torch.compile runs: the one that a run takes. wanted: engine.compile."""
+    from pretrain.engine.compiling import c_compiler, python_headers
+
+    compiler, chosen = c_compiler(), os.environ.get("CC")
     bad = RED if wanted else WARN
     remedy = "apt install gcc g++ python3-dev, or a module of the cluster" + ("; or engine.compile=false" * wanted)
     if compiler is None:
-        return (yield Finding("compiler", bad, "none (cc, gcc, clang), torch.compile needs one", remedy))
+        found = "none (gcc, clang)" if chosen is None else f"CC={chosen} is not there"
+        return (yield Finding("compiler", bad, f"{found}, torch.compile needs one", remedy))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "a.c"
         source.write_text("#include <Python.h>\nint f(void) { return 0; }\n")
-        words = [
-            compiler,
-            "-shared",
-            "-fPIC",
-            f"-I{sysconfig.get_path('include')}",
-            str(source),
-            "-o",
-            f"{folder}/a.so",
-        ]
+        words = [compiler, "-shared", "-fPIC", f"-I{python_headers()}", str(source), "-o", f"{folder}/a.so"]
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=COMPILE_S)
         except (OSError, subprocess.TimeoutExpired) as error:
