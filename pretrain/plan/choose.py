@@ -77,12 +77,12 @@ def fitting_micro_batch(config: Config, num_classes: int, num_ranks: int, usable
 
 
 def _choices(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, rate: Rate) -> Iterator[Choice]:
-    layouts = {
-        layout_of(config, num_ranks, stage, micro, recompute): None
+    layouts = dict.fromkeys(  # several limits of the micro-batch give the same layout
+        layout_of(config, num_ranks, stage, micro, recompute)
         for recompute in (False, True)
         for stage in STAGES
         for micro in MICRO_BATCHES
-    }
+    )
     return (price(config, num_classes, layout, cluster, rate) for layout in layouts)
 
 
