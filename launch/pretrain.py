@@ -69,6 +69,7 @@ def main() -> int | None:
         return None
     if arguments.restarts is None and arguments.num_gpus is not None:
         raise UserError("--num-gpus is of --restarts; `deepspeed` has --num_gpus")
+    cli.check_least(arguments, restarts=0, num_gpus=1)
     if arguments.restarts is not None and not restarts.is_supervised(os.environ):
         return _with_restarts(arguments.restarts, arguments.num_gpus, config, arguments.config)
     _train(config, arguments.config)
@@ -92,9 +93,6 @@ def _tell_of_imports(config: Config) -> None:
 
 def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Path) -> int:
     folder = config.output / config.name
-    for option, value, lowest in (("--restarts", most, 0), ("--num-gpus", num_ranks, 1)):
-        if value is not None and value < lowest:
-            raise UserError(f"{option} is {value}, expected at least {lowest}")
     assert STOP is not None
 
     def newest() -> str:

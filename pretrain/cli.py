@@ -117,6 +117,22 @@ def check_writable(option: str, file: Path) -> None:
         raise UserError(f"{option} {file}: is a folder, expected a file")
 
 
+def check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raises UserError for the first of these options, named as attributes, that is given and below its least."""
+    for name, lowest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < lowest:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")
+
+
+def refuse(arguments: argparse.Namespace, options: Iterable[str], where: str) -> None:
+    """Raises UserError for the first of these options, named as they are typed, that is given: it has no effect."""
+    for option in options:
+        value = getattr(arguments, option[2:].replace("-", "_"))
+        if value is not None and value is not False:
+            raise UserError(f"{option} has no effect {where}; leave it out")
+
+
 @contextmanager
 def loading() -> Iterator[None]:
     """For imports that take seconds: faster, and with a word for who watches a terminal.

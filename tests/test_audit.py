@@ -402,7 +402,7 @@ def test_the_command_tells_and_exits(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (("--seed", "-1"), "error: --seed is -1; expected 0 or more"),
+        (("--seed", "-1"), "error: --seed is -1, expected at least 0"),
         (("--data", "TYPO"), "error: TYPO: not found; expected the data set's folder or manifest"),
     ],
 )

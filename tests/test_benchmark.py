@@ -18,8 +18,8 @@ from weights_on_disk import load_tool
 from pretrain.benchmark.cells import RANDOM_IMAGES, cell_config, cell_rows
 from pretrain.benchmark.device import attention_ms, gpu_state, measured_peak
 from pretrain.benchmark.measure import summary_ms
-from pretrain.benchmark.models import activation_bytes
-from pretrain.benchmark.models import counted as counted_columns
+from pretrain.benchmark.model import activation_bytes
+from pretrain.benchmark.model import counted as counted_columns
 from pretrain.benchmark.peer_table import GPU_MODELS, cells_of, fitting_batch
 from pretrain.benchmark.peers import LoopFailed, Schedule, compared
 from pretrain.benchmark.table import TABLE
@@ -433,7 +433,7 @@ def test_sizes_that_no_run_has_are_refused(arguments: tuple[str, ...], told: str
 
 def test_counted_columns_equal_the_reference_numbers(test_fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters and FLOPs of the default table at 224 and 384 pixels are those of flops_params.json, exactly."""
-    monkeypatch.setattr("pretrain.benchmark.models.activation_bytes", lambda *_: 0)  # half a minute; tested below
+    monkeypatch.setattr("pretrain.benchmark.model.activation_bytes", lambda *_: 0)  # half a minute; tested below
     entries = json.loads((test_fixtures / "flops_params.json").read_text())["models"]
     by_shape = {tuple(shape): name for name, shape in VIT_SHAPES.items()}
     wanted = {}

@@ -100,16 +100,31 @@ MACHINES: list[tuple[str, Patch, Callable[[], Any], str, str]] = [
         WARN,
         "the CPU would train",
     ),
-    ("no compiler", lambda m, p: m.setenv("PATH", str(p)), lambda: machine.check_compiler(True), RED, "none (cc"),
-    ("not needed", lambda m, p: m.setenv("PATH", str(p)), lambda: machine.check_compiler(False), WARN, "none (cc"),
+    ("no compiler", lambda m, p: m.setenv("PATH", str(p)), lambda: machine.check_compiler(True), RED, "none (gcc"),
+    ("not needed", lambda m, p: m.setenv("PATH", str(p)), lambda: machine.check_compiler(False), WARN, "none (gcc"),
     ("broken", lambda m, _: m.setenv("CC", "false"), lambda: machine.check_compiler(True), RED, "cannot build"),
-    ("absent", lambda m, _: m.setenv("CC", "nosuchcc"), lambda: machine.check_compiler(True), RED, "does not run"),
+    (
+        "absent",
+        lambda m, _: m.setenv("CC", "nosuchcc"),
+        lambda: machine.check_compiler(True),
+        RED,
+        "CC=nosuchcc is not there",
+    ),
+    ("cc only", lambda m, p: only(m, p, "cc"), lambda: machine.check_compiler(True), RED, "none (gcc"),
+    ("unfit", lambda m, p: only(m, p, "gcc"), lambda: machine.check_compiler(True), RED, "does not run"),
     ("loopback", lambda m, _: named(m, "127.0.1.1"), lambda: machine.check_host_name(2), RED, "no other node"),
     ("one node", lambda m, _: named(m, "127.0.1.1"), lambda: machine.check_host_name(1), OK, "127.0.1.1"),
     ("InfiniBand", lambda m, p: locked(m, p, 1000), lambda: machine.check_limits(Room(0, 0, 0), ""), RED, "locks its"),
     ("enough", lambda m, p: locked(m, p, 1000), lambda: machine.check_limits(Room(0, 0, 0), ""), RED, "0.1 MB at most"),
     ("too few cores", lambda m, _: None, lambda: machine.check_cores(8, 8), WARN, "8 for a rank with 8 loader"),
 ]
+
+
+def only(patch: pytest.MonkeyPatch, folder: Path, compiler: str) -> None:
+    """A machine whose programs are one compiler, an empty file."""
+    patch.setenv("PATH", str(folder))
+    patch.delenv("CC", raising=False)
+    (folder / compiler).touch(mode=0o755)
 
 
 def named(patch: pytest.MonkeyPatch, address: str) -> None:

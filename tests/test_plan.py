@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.engine.step as engine_step
-from pretrain.benchmark.models import activation_bytes as saved_bytes
+from pretrain.benchmark.model import activation_bytes as saved_bytes
 from pretrain.cluster import ranks
 from pretrain.config import Config, ModelConfig, config_from_dict, config_to_dict
 from pretrain.config.sections import BUCKET_ELEMENTS
@@ -37,18 +37,17 @@ from pretrain.data.loader import Batch, single_labels
 from pretrain.data.order import plan_batch
 from pretrain.engine.settings import deepspeed_config
 from pretrain.errors import UserError
-from pretrain.gpus import FP32_PEAK_FLOPS, PEAK_FLOPS
+from pretrain.gpus import DEVICES, Device
 from pretrain.models.build import build_model, outline
 from pretrain.models.profile import _counted_macs, num_parameters
 from pretrain.models.vit import Block
 from pretrain.optim import PIECE_ELEMENTS, build_optimizer
 from pretrain.plan import memory as memory_module
 from pretrain.plan.choose import Choice, best, fitting_micro_batch, layout_of, price, smallest
-from pretrain.plan.devices import DEVICES, PRODUCT_SHARE, Device, assumed_mfu
 from pretrain.plan.failures import Failures, best_interval_s, goodput
 from pretrain.plan.launches import COMPILED, is_compiled, launches
 from pretrain.plan.memory import PREFETCH_ELEMENTS, Layout, activation_bytes, memory
-from pretrain.plan.speed import Cluster, Rate, communication_s, step, volume
+from pretrain.plan.speed import PRODUCT_SHARE, Cluster, Rate, assumed_mfu, communication_s, step, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
 from pretrain.train.building import build_engine, micro_batch_limit
 from pretrain.train.datasets import open_data
@@ -452,13 +451,13 @@ def rate_of(config: Config, device: Device = H100.device, **others: float) -> Ra
 def test_float32_stays_below_its_own_peak(device: Device, name: str) -> None:
     """Products in fp32 are no TF32 here: a GPU gives 7 % of its bf16 peak or less, and no plan may promise more."""
     config = config_of({"name": name}, engine={"precision": "fp32"})
-    assert FP32_PEAK_FLOPS[device.name] < 0.07 * PEAK_FLOPS[device.name]
+    assert device.peak("fp32") < 0.07 * device.peak("bf16")
     cluster, flops = Cluster(device, 8, 400e9), 6 * plain_forward_macs(config.model, NUM_CLASSES)
     for gpus in (1, 8, 64):
         choice = best(config, NUM_CLASSES, gpus, cluster, rate_of(config, device), 0.92 * device.memory_bytes)
         if choice:
             reached = choice.step.images_per_s * flops / gpus
-            assert 0.2 < reached / FP32_PEAK_FLOPS[device.name] < PRODUCT_SHARE
+            assert 0.2 < reached / device.peak("fp32") < PRODUCT_SHARE
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.audit.checks import Finding, audit
 from pretrain.audit.folder import Options
-from pretrain.errors import UserError
 
 
 def main() -> int:
@@ -34,8 +33,7 @@ def main() -> int:
 
     if arguments.data is not None:
         cli.check_found(arguments.data, "the data set's folder or manifest")
-    if arguments.seed is not None and arguments.seed < 0:
-        raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
+    cli.check_least(arguments, seed=0)
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
     found = audit(arguments.run, Options(arguments.full, arguments.data, arguments.no_data, seed))
     rows = [(f.check, f.compared, "" if f.count is None else f"{f.count:,}", _result(f)) for f in found]

@@ -69,10 +69,7 @@ def _add_command(commands: Any, name: str, description: str, example: str) -> ar
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    for name in ("batch", "warmup", "steps"):
-        value, lowest = getattr(arguments, name), 2 if name == "steps" else 1  # deciles need two steps
-        if value is not None and value < lowest:
-            raise UserError(f"--{name} is {value}, expected at least {lowest}")
+    cli.check_least(arguments, batch=1, warmup=1, steps=2)  # deciles need two steps
     return {name: getattr(arguments, name) for name in ("batch", "precision", "warmup", "steps")}
 
 
@@ -118,18 +115,15 @@ def _add_train(commands: Any) -> None:
     parser.set_defaults(run=_run_train)
 
 
-_OF_PEER = ("loops", "rounds", "processes", "threads", "in_one")
+_OF_PEER = ("--loops", "--rounds", "--processes", "--threads", "--in-one")
 
 
 def _check_effect(arguments: argparse.Namespace) -> None:
     """Raises UserError for an option that what is asked for does not look at."""
     if arguments.bottleneck:
-        others, where = ("peer", *_OF_PEER, "warmup", "steps"), "with --bottleneck"
-    else:
-        others, where = () if arguments.peer else ("ranks", *_OF_PEER), "without --peer"
-    for name in others:
-        if getattr(arguments, name) not in (None, False):
-            raise UserError(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
+        cli.refuse(arguments, ("--peer", *_OF_PEER, "--warmup", "--steps"), "with --bottleneck")
+    elif not arguments.peer:
+        cli.refuse(arguments, ("--ranks", *_OF_PEER), "without --peer")
 
 
 def _run_train(arguments: argparse.Namespace) -> None:
@@ -146,10 +140,7 @@ def _run_train(arguments: argparse.Namespace) -> None:
     }
     for model in arguments.model or []:  # a wrong name is told before the first cell runs
         cell_config(model, arguments.image_size, 8, arguments.precision, fp8=arguments.fp8)
-    for name, least in (("ranks", 1), ("rounds", 1), ("processes", 1), ("workers", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}, expected at least {least}")
+    cli.check_least(arguments, ranks=1, rounds=1, processes=1, workers=0)
     _check_effect(arguments)
     arguments.ranks = arguments.ranks or 1
     if arguments.kernels and arguments.bottleneck:

@@ -96,8 +96,7 @@ def _arguments() -> argparse.Namespace:
         raise UserError(f"--naming {arguments.naming} is of --to npz, not of --to {arguments.to}")
     if arguments.to == "npz" and arguments.out.suffix != ".npz":
         raise UserError(f"{arguments.out}: --to npz writes a file; give a name that ends in .npz")
-    if arguments.image_size is not None and arguments.image_size < 1:
-        raise UserError(f"--image-size is {arguments.image_size}, expected pixels")
+    cli.check_least(arguments, image_size=1)
     check_weights(arguments.weights)
     return arguments
 

@@ -113,10 +113,7 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not (arguments.val or arguments.fewshot or arguments.tasks):
         raise UserError("nothing to evaluate: give --val MANIFEST, --fewshot TRAIN TEST, or --tasks NAME,...")
-    for name, lowest in (("image_size", 1), ("batch_size", 1), ("workers", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < lowest:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")
+    cli.check_least(arguments, image_size=1, batch_size=1, workers=0)
     if arguments.shots and min(arguments.shots) < 1:
         raise UserError(f"--shots is {arguments.shots}, expected numbers of at least 1")
     check_weights(arguments.weights)

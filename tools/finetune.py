@@ -80,14 +80,7 @@ def _arguments() -> argparse.Namespace:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     """Raises UserError for options that belong to --task alone, or to --train, and for values that no run can have."""
-    for option, value in (
-        ("--steps", arguments.steps),
-        ("--seeds", arguments.seeds),
-        ("--num-gpus", arguments.num_gpus),
-        ("--image-size", arguments.image_size),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{option} {value}: expected 1 or more")
+    cli.check_least(arguments, steps=1, seeds=1, num_gpus=1, image_size=1)
     for rate in arguments.lr or ():
         if not 0 < rate < MAX_RATE:  # nor NaN
             raise UserError(f"--lr {rate:g}: expected rates above 0 and below {MAX_RATE:g}, as 0.003,0.01")
@@ -95,11 +88,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--test is of --train; a --task has its own test images")
     if arguments.train is None:
         return
-    for option, value in (("--data", arguments.data), ("--list", arguments.list), ("--collect", arguments.collect)):
-        if value:
-            raise UserError(f"{option} is of --task and has no effect on --train; leave it out")
-    if arguments.run is not None:
-        raise UserError("--run is of --task and has no effect on --train; leave it out")
+    cli.refuse(arguments, ("--data", "--list", "--collect", "--run"), "on --train, only on --task")
     for option, path in (("--train", arguments.train), ("--test", arguments.test)):
         if path is not None and not path.exists():
             raise UserError(f"{option} {path}: not found; expected a folder of class folders, or a manifest.json")

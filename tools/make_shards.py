@@ -9,10 +9,9 @@ python tools/make_shards.py --task NAME --download OUT
 import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -69,7 +68,7 @@ def main() -> None:
     _add_building(parser)
     parser.add_argument("--verify", action="store_true", help="decode every sample of the folder and check all digests")
     arguments = parser.parse_args()
-    _check_numbers(arguments)
+    cli.check_least(arguments, samples_per_shard=1, workers=1, shorter_side=1)
     if arguments.verify:
         return _verify(arguments)
     _check_paths(arguments)
@@ -77,11 +76,11 @@ def main() -> None:
     samples_per_shard = arguments.samples_per_shard or 10_000
     if arguments.task:
         others = [option for option in _ALL if option not in ("--task", "--download", "--samples-per-shard")]
-        _refuse(arguments, others, "with --task")
+        cli.refuse(arguments, others, "with --task")
         _check_found(arguments)
         return _prepare(task(arguments.task), sources, out, samples_per_shard)
     if arguments.index:
-        _refuse(arguments, ("--part", *_OF_IMAGES[1:], *_OF_WRITING), "with --index, which writes no shards")
+        cli.refuse(arguments, ("--part", *_OF_IMAGES[1:], *_OF_WRITING), "with --index, which writes no shards")
     part = _part(arguments.part) if arguments.part is not None else None
     quality = _quality(arguments.quality, arguments.shorter_side)
     _check_found(arguments)
@@ -91,7 +90,7 @@ def main() -> None:
         from pretrain.shards.make import are_shards, index_shards, make_part, make_shards
 
     if not arguments.index and are_shards(sources):
-        _refuse(arguments, _OF_WRITING, f"on {sources[0]}, which is indexed as it is")
+        cli.refuse(arguments, _OF_WRITING, f"on {sources[0]}, which is indexed as it is")
     classes = read_class_list(arguments.classes) if arguments.classes else None
     options = _options(arguments, samples_per_shard, quality)
     if part:
@@ -153,14 +152,6 @@ def _check_paths(arguments: Namespace) -> None:
         raise UserError("give at least one SOURCE and then the folder OUT to write")
 
 
-def _check_numbers(arguments: Namespace) -> None:
-    """Raises UserError for numbers that cannot be."""
-    for option in ("--samples-per-shard", "--workers", "--shorter-side"):
-        value = _value(arguments, option)
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}, expected at least 1")
-
-
 def _check_found(arguments: Namespace) -> None:
     """Raises UserError for files that are not there."""
     expected = "shards, NAME.tar" if arguments.index else SOURCES
@@ -172,17 +163,6 @@ def _check_found(arguments: Namespace) -> None:
         cli.check_found(arguments.classes, "a list of the classes' names, JSON or .txt")
     for path in arguments.away_from or ():
         cli.check_found(path, "a folder of shards, or its manifest.json")
-
-
-def _value(arguments: Namespace, option: str) -> Any:
-    return getattr(arguments, option[2:].replace("-", "_"))
-
-
-def _refuse(arguments: Namespace, options: Iterable[str], where: str) -> None:
-    """Raises UserError for the first of these options that is given."""
-    for option in options:
-        if _value(arguments, option) is not None:
-            raise UserError(f"{option} has no effect {where}; leave it out")
 
 
 def _options(arguments: Namespace, samples_per_shard: int, quality: int) -> "Options":
@@ -276,7 +256,7 @@ _TOLD = 20  # problems
 
 
 def _verify(arguments: Namespace) -> None:
-    _refuse(arguments, (option for option in _ALL if option != "--workers"), "with --verify")
+    cli.refuse(arguments, (option for option in _ALL if option != "--workers"), "with --verify")
     paths = [Path(path) for path in arguments.paths]
     for path in paths:
         cli.check_found(path, "a folder of shards, or its manifest.json")

@@ -8,24 +8,23 @@ MFU is fitted to one H100. With --from benchmarks/train.jsonl it is that of tool
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.config import Config, load_config
 from pretrain.errors import UserError
+from pretrain.gpus import DEVICES, GIB
 from pretrain.json_files import Fields
 from pretrain.plan.choose import USABLE_SHARE
-from pretrain.plan.devices import DEVICES, GIB, assumed_mfu
 from pretrain.plan.failures import Failures, Saves
 from pretrain.plan.launches import COMPILED, EAGER
 from pretrain.plan.measured import measured, read_rows, wanted
 from pretrain.plan.report import TABLE_MODELS, Assumptions, checkpoint_bytes, of_model, show, show_models
-from pretrain.plan.speed import LAUNCH_S, ZERO3_SHARE, Cluster, Rate
+from pretrain.plan.speed import LAUNCH_S, ZERO3_SHARE, Cluster, Rate, assumed_mfu
 from pretrain.sizes import is_plain
 from pretrain.storage import write_text
 
@@ -46,16 +45,18 @@ def main() -> None:
     if not config.total_steps:
         config = _in_steps(config)
     used = {name for name, value in vars(arguments).items() if value is not None}
+    of_the_run = [_option(name) for name, number in _NUMBERS.items() if number.of_the_run]
     if arguments.table:
-        for name in ("gpus", *_OF_THE_RUN):
-            if name in used:
-                raise UserError(f"--{name.replace('_', '-')} has no effect with --table; leave it out")
-    for name, value in _DEFAULTS.items():
+        cli.refuse(arguments, ("--gpus", *of_the_run), "with --table")
+    for name, number in _NUMBERS.items():
         if name not in used:
-            setattr(arguments, name, value)
-    if "gpus" not in used:  # at most as many as a step has images
-        arguments.gpus = ",".join(n for n in arguments.gpus.split(",") if int(n) <= config.data.global_batch)
-    gpus = _numbers(arguments.gpus, config)
+            setattr(arguments, name, number.default)
+    if arguments.gpus_per_node is None:
+        arguments.gpus_per_node = _GPUS_PER_NODE
+    if arguments.gpus is not None:
+        gpus = _numbers(arguments.gpus, config)
+    else:  # at most as many as a step has images
+        gpus = [count for count in _DEFAULT_GPUS if count <= config.data.global_batch]
     _check(arguments)
     device = DEVICES[arguments.gpu]
     cluster = Cluster(device, arguments.gpus_per_node, arguments.network_gb_s * 1e9)
@@ -64,11 +65,12 @@ def main() -> None:
     if arguments.table:
         choices = show_models(config, cluster, given, lambda other: _rate(arguments, other, lines)[0])
         values: object = choices
-        rows = [row for row in rows if _name(row[2]) not in _OF_THE_RUN]
+        rows = [row for row in rows if row[2] not in of_the_run]
     else:
         values = show(config, gpus, cluster, given)
         choices = values["choices"]
-    told = [[*row[:3], "given" if _name(row[2]) in used - {"gpu"} else row[3]] for row in rows]
+    given_options = {_option(name) for name in used - {"gpu"}}
+    told = [[*row[:3], "given" if row[2] in given_options else row[3]] for row in rows]
     cli.print_table("Assumed", ["", "", "change by", "source"], told, text_columns=(0, 2, 3))
     of_compiled = any(row[3] == _OF_COMPILED for row in told)
     if uncompiled := _uncompiled(config, choices, of_compiled, arguments.zero3_share):
@@ -108,51 +110,52 @@ def _in_steps(config: Config) -> Config:
     return found
 
 
-_DEFAULTS = {
-    "gpus": "1,8,64",
-    "price": 2.5,
-    "usable": USABLE_SHARE,
-    "gpus_per_node": 8,
-    "network_gb_s": 400.0,
-    "image_kb": 110.0,
-    "copy_gb_s": 20.0,  # of one GPU, pinned: PCIe 4 moves up to 32; a node's memory takes it from eight
-    "write_gb_s": 1.0,
-    "zero3_share": ZERO3_SHARE,
-    "launch_us": 1e6 * LAUNCH_S,
-    "mtbf_h": 50_000.0,
+class _Number(NamedTuple):
+    """A number that the plan assumes: an option, which is named by its key."""
+
+    told: str
+    default: float | None = None  # None: another for each config, as its text tells
+    most: float = 1e12
+    of_the_run: bool = False  # which a table of sizes has not
+
+
+_NUMBERS = {
+    "mfu": _Number("of one GPU without recomputation, 0 to 1 (default: by width)", most=1.0),
+    "zero3_share": _Number("of ZeRO 1's rate that 3 has", ZERO3_SHARE, most=1.0),
+    "launch_us": _Number("host time of a launch", 1e6 * LAUNCH_S),
+    "usable": _Number("share of memory", USABLE_SHARE, most=1.0),
+    "network_gb_s": _Number("of a node, GB/s one way, as of 8 x 50", 400.0),
+    "price": _Number("of a GPU's hour", 2.5, of_the_run=True),
+    "loader_rate": _Number("images per second and core (default 496, 275 RandAugment)", of_the_run=True),
+    "image_kb": _Number("of a file", 110.0, of_the_run=True),
+    # Of one GPU, pinned: PCIe 4 moves up to 32; a node's memory takes it from eight.
+    "copy_gb_s": _Number("of a GPU's copies into host memory", 20.0, of_the_run=True),
+    "write_gb_s": _Number("of a node to the checkpoints' disk", 1.0, of_the_run=True),
+    "save_s": _Number("that a save keeps training waiting (default: by --copy-gb-s)", most=1e6, of_the_run=True),
+    "mtbf_h": _Number("hours of a GPU between failures", 50_000.0, of_the_run=True),
     # A rank that died is named within seconds, one that was stopped after 45 (docs/reliability.md); one that hangs in
     # the device, or a node without power, takes engine.watchdog_s or engine.timeout_s, and is one end among many.
-    "detect_s": 60.0,
-    "restart_s": 300.0,  # 6 on a CPU, alone (docs/results.md); the rest: the scheduler, CUDA, NCCL, reading
+    "detect_s": _Number("from a failure to the end", 60.0, most=1e6, of_the_run=True),
+    # 6 on a CPU, alone (docs/results.md); the rest: the scheduler, CUDA, NCCL, reading.
+    "restart_s": _Number("from the end to the next step", 300.0, most=1e6, of_the_run=True),
 }
-# What a table of sizes does not use: it has no run.
-_OF_THE_RUN = (
-    *("price", "loader_rate", "image_kb", "copy_gb_s", "write_gb_s", "save_s", "mtbf_h", "detect_s", "restart_s"),
-)
+_DEFAULT_GPUS, _GPUS_PER_NODE = (1, 8, 64), 8
 _OF_COMPILED = "of a compiled step"  # the source of an assumed MFU
-_MOST = {"mfu": 1.0, "usable": 1.0, "zero3_share": 1.0}
 
 
-def _name(option: str) -> str:
-    return option[2:].replace("-", "_")
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    rates = "loader_rate", "image_kb", "copy_gb_s", "write_gb_s", "mtbf_h", "usable", "network_gb_s"
-    for name in ("mfu", "zero3_share", "launch_us", "price", *rates):
+    for name, number in _NUMBERS.items():
         value = getattr(arguments, name)
-        if value is not None and not (math.isfinite(value) and 0 < value <= _MOST.get(name, 1e12)):
-            raise UserError(
-                f"--{name.replace('_', '-')} is {value:g}, expected above 0 and up to {_MOST.get(name, 1e12):g}"
-            )
+        if value is not None and not 0 < value <= number.most:  # nor NaN
+            raise UserError(f"{_option(name)} is {value:g}, expected above 0 and up to {number.most:g}")
     for name in ("gpus_per_node", "classes"):
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= MAX_GPUS:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 to {MAX_GPUS}")
-    for name in ("save_s", "detect_s", "restart_s"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value <= 1e6:
-            raise UserError(f"--{name.replace('_', '-')} is {value:g}, expected above 0 and up to 1e6")
+            raise UserError(f"{_option(name)} is {value}, expected 1 to {MAX_GPUS}")
     if arguments.mfu and arguments.measured:
         raise UserError("--mfu and --from both tell the MFU; give one of them")
     if arguments.out_json is not None:
@@ -177,24 +180,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, dest="out_json", metavar="FILE", help="write the numbers too")
     parser.add_argument("--classes", type=int, help="outputs of the head (default: model.num_classes, else 1000)")
-    parser.add_argument("--mfu", type=float, help="of one GPU without recomputation, 0 to 1 (default: by width)")
     parser.add_argument(
         "--from", type=Path, dest="measured", metavar="FILE", help="MFU as tools/benchmark.py train --peer measured it"
     )
-    parser.add_argument("--zero3-share", type=float, help=f"of ZeRO 1's rate that 3 has (default {ZERO3_SHARE})")
-    parser.add_argument("--launch-us", type=float, help=f"host time of a launch (default {1e6 * LAUNCH_S:g})")
-    parser.add_argument("--price", type=float, help="of a GPU's hour (default 2.5)")
-    parser.add_argument("--usable", type=float, help=f"share of memory (default {USABLE_SHARE})")
-    parser.add_argument("--gpus-per-node", type=int, help="(default 8)")
-    parser.add_argument("--network-gb-s", type=float, help="of a node, GB/s one way (default 400: 8 x 50)")
-    parser.add_argument("--loader-rate", type=float, help="images per second and core (default 496, 275 RandAugment)")
-    parser.add_argument("--image-kb", type=float, help="of a file (default 110)")
-    parser.add_argument("--copy-gb-s", type=float, help="of a GPU's copies into host memory (default 20)")
-    parser.add_argument("--write-gb-s", type=float, help="of a node to the checkpoints' disk (default 1)")
-    parser.add_argument("--save-s", type=float, help="that a save keeps training waiting (default: by --copy-gb-s)")
-    parser.add_argument("--mtbf-h", type=float, help="hours of a GPU between failures (default 50000)")
-    parser.add_argument("--detect-s", type=float, help="from a failure to the end (default 60)")
-    parser.add_argument("--restart-s", type=float, help="from the end to the next step (default 300)")
+    parser.add_argument("--gpus-per-node", type=int, help=f"(default {_GPUS_PER_NODE})")
+    for name, number in _NUMBERS.items():
+        default = "" if number.default is None else f" (default {number.default:g})"
+        parser.add_argument(_option(name), type=float, help=number.told + default)
     return parser
 
 
@@ -231,6 +223,9 @@ def _assumptions(
     rate, source = _rate(arguments, config, lines)
     if arguments.measured and not arguments.table and not source.startswith("measured"):
         raise UserError(f"--from {arguments.measured}: {wanted(lines, config, device)}")
+    mfus = {"MFU on one GPU": (rate, source)}
+    if arguments.table and not arguments.mfu:  # of each size
+        mfus = {f"MFU, {name}": _rate(arguments, of_model(config, name), lines) for name in TABLE_MODELS}
     data = config.data  # 3-Augment with its jitter takes as long as RandAugment or longer, 1 to 2 ms at 224 pixels
     augmented = data.randaugment_layers > 0 or data.three_augment or data.color_jitter > 0
     loader = arguments.loader_rate or (LOADER_RATE_RANDAUGMENT if augmented else LOADER_RATE)
@@ -242,7 +237,7 @@ def _assumptions(
     given = Assumptions(classes, rate, usable, arguments.price, loader, bytes_of_image, saves, failures)
     return given, [
         ["classes", f"{classes:,}", "--classes", "config, or 1000"],
-        *_mfu_rows(arguments, config, lines),
+        *([told, f"{each.mfu:.1%}", "--mfu", source] for told, (each, source) in mfus.items()),
         [
             "peak, fp32" if precision == "fp32" else "peak, dense bf16",
             f"{device.peak(precision) / 1e12:,.4g} TF/s",
@@ -261,27 +256,16 @@ def _assumptions(
         ["size of an image", f"{arguments.image_kb:g} kB", "--image-kb", "ImageNet"],
         *([["copy, of each GPU", f"{arguments.copy_gb_s:g} GB/s", "--copy-gb-s", "PCIe, not measured"]] * behind),
         ["disk, of each node", f"{arguments.write_gb_s:g} GB/s", "--write-gb-s", "not measured"],
-        ["a save waits", _waits(arguments), "--save-s", f"by {'--copy-gb-s' if behind else '--write-gb-s'}"],
+        [
+            "a save waits",
+            "see above" if arguments.save_s is None else f"{arguments.save_s:g} s",
+            "--save-s",
+            f"by {'--copy-gb-s' if behind else '--write-gb-s'}",
+        ],
         ["failures, per GPU", f"{arguments.mtbf_h:,.0f} h", "--mtbf-h", "Llama 3: 50,600 h"],
         ["until a failure ends", f"{arguments.detect_s:,.0f} s", "--detect-s", "reliability.md"],
         ["until it trains again", f"{arguments.restart_s:,.0f} s", "--restart-s", "performance.md"],
     ]
-
-
-def _waits(arguments: argparse.Namespace) -> str:
-    return "see above" if arguments.save_s is None else f"{arguments.save_s:g} s"
-
-
-def _mfu_rows(arguments: argparse.Namespace, config: Config, lines: list[Fields]) -> list[list[str]]:
-    """The MFU of the config's model; of a table that of each size."""
-    if not arguments.table or arguments.mfu:
-        rate, source = _rate(arguments, config, lines)
-        return [["MFU on one GPU", f"{rate.mfu:.1%}", "--mfu", source]]
-    rows = []
-    for name in TABLE_MODELS:
-        rate, source = _rate(arguments, of_model(config, name), lines)
-        rows.append([f"MFU, {name}", f"{rate.mfu:.1%}", "--mfu", source])
-    return rows
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, metavar="N", help="pixels of the model's input (default: trained)")
     parser.add_argument("--json", action="store_true", help="one line of JSON per image")
     arguments = parser.parse_args()
-    if arguments.top < 1:
-        raise UserError(f"--top is {arguments.top}, expected at least 1")
+    cli.check_least(arguments, top=1)
     check_weights(arguments.weights)
     if not arguments.json and len(arguments.images) == 1:  # of several, those that are there are predicted
         cli.check_found(arguments.images[0], "a JPEG, PNG or WebP file")

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 from pretrain import cli
 from pretrain.benchmark.cells import LOOPS, NUM_CLASSES, RANDOM_IMAGES, cell_config, cell_rows
 from pretrain.benchmark.peers import LoopFailed, Schedule, compared
+from pretrain.config import ModelConfig
 from pretrain.errors import UserError
 from pretrain.escape import in_markdown
 from pretrain.json_files import parse_json
 from pretrain.plan.memory import Layout, memory
 from pretrain.provenance import commit
+from pretrain.sizes import is_plain
 from pretrain.storage import write_text
 
 # On a GPU by what is most worth knowing: a stay that is cut short should have these first. Our loop alone, one cell a
@@ -26,7 +28,8 @@ _GPU_DATA = ["L/16", "S/16"]  # on real images: one that the GPU bounds, and one
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "benchmarks" / "train.jsonl"
 _GPU_ROUNDS, _GPU_STEPS = 3, 15
 _CPU_ROUNDS, _CPU_PROCESSES = 5, 3
-_MAX_BATCH, _FILLED = 512, 0.85  # of a device's memory; the rest is for what the plan does not count
+_BATCHES = tuple(1 << power for power in range(9, -1, -1))  # that are tried: 512, 256 ... 1
+_FILLED = 0.85  # of a device's memory; the rest is for what the plan does not count
 _HEADER = ["model", "loop", "compile", "ranks", "images/s", "TFLOP/s", "MFU", "of measured peak", "memory [GB]"]
 _HEADER += ["forward [ms]", "backward", "optimizer", "collectives", "data", "ours / it", "interval"]
 
@@ -143,7 +146,7 @@ def cells_of(
             # The other form of GELU costs nothing on a GPU, and compiled.
             default = [loop for loop in LOOPS[1:] if loop != "timm-tanh" or (not on_gpu and mode == "off")]
             beside = ["ours", *(loops or default)]
-            if model.startswith("timm:") or "+" in model:  # only plain ViTs have their twin there
+            if not is_plain(ModelConfig(name=model)):  # only plain ViTs have their twin there
                 beside = [loop for loop in beside if not loop.startswith("timm")]
             found.append(PeerCell(model, mode, beside))
     return found
@@ -154,16 +157,16 @@ def fitting_batch(model: str, num_ranks: int, options: dict[str, Any], gpu_bytes
 
     By the plan's formula, and for models that it does not know the benchmark's default of 128, all of the memory.
     """
-    if model.startswith("timm:") or "+" in model:
+    if not is_plain(ModelConfig(name=model)):
         return options["batch"] or 128, gpu_bytes
-    batch = options["batch"] or _MAX_BATCH
-    while True:
+
+    def needed(batch: int) -> int:
         config = cell_config(model, options["image_size"], batch * num_ranks, options["precision"])
         layout = Layout(num_ranks, options["zero_stage"], batch, 1, options["checkpoint_activations"])
-        needed = memory(config, NUM_CLASSES, layout).peak
-        if options["batch"] or batch == 1 or needed <= _FILLED * gpu_bytes:
-            return batch, needed
-        batch //= 2
+        return memory(config, NUM_CLASSES, layout).peak
+
+    batch = options["batch"] or next((size for size in _BATCHES if needed(size) <= _FILLED * gpu_bytes), 1)
+    return batch, needed(batch)
 
 
 def _device() -> tuple[str, int]:

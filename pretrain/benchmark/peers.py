@@ -27,11 +27,6 @@ class LoopFailed(Exception):
         super().__init__(f"{loop}: {why}")
         self.loop, self.why = loop, why
 
-    @property
-    def of_sharing(self) -> bool:
-        """Whether it may go well with the device for itself."""
-        return any(text in self.why for text in _OF_SHARING)
-
 
 class RunningLoop:
     """The processes of a loop, one for each rank, or of several loops that share them.
@@ -132,7 +127,7 @@ def compared(
     try:
         found = _measured([cells] if interleaved else [[each] for each in cells], schedule)
     except LoopFailed as failure:
-        if interleaved and len(cells) > 1 and failure.of_sharing:
+        if interleaved and len(cells) > 1 and any(text in failure.why for text in _OF_SHARING):
             return compared(loops, cell, schedule, together=False)
         if failure.loop == cells[0]["loop"]:
             raise

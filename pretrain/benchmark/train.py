@@ -31,7 +31,7 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
         for each in loops if number % 2 == 0 else reversed(loops):
             each.take_round()
         if options["paced"]:
-            _tell({"round": number + 1})
+            _tell(number + 1)
     memory_gb = memory_of_steps_gb(plan.device)  # before what is measured beside the model
     for each in loops:
         yield {"model": model, **each.row(options), **memory_gb, **_conditions(plan)}
@@ -114,14 +114,14 @@ def _starts(paced: bool) -> Iterator[None]:
     if not paced:
         yield
         return
-    _tell({"round": 0})
+    _tell(0)
     while agreement.gather(bool(sys.stdin.readline()) if ranks.is_main() else None)[0]:
         yield
 
 
-def _tell(message: dict[str, Any]) -> None:
+def _tell(rounds_done: int) -> None:
     if ranks.is_main():
-        print(message["round"], flush=True)
+        print(rounds_done, flush=True)
 
 
 def _precision(loop: str, config: Config) -> str:

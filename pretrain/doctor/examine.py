@@ -22,6 +22,8 @@ from pretrain.errors import StorageError, UserError
 from pretrain.json_files import Fields
 
 MARGIN_S = 5.0  # that a rank may be late with its answer after its own time is over
+_LOOK = "look at that node: is it up, is the network between, does the process stand still?"
+_NETWORK = "a firewall, or the wrong interface: GLOO_SOCKET_IFNAME=, NCCL_SOCKET_IFNAME=; NCCL_DEBUG=INFO tells more"
 Check = tuple[str, Callable[[], Iterator[Finding]]]
 
 
@@ -92,18 +94,12 @@ def _network(meeting: Meeting, found: dict[int, list[Finding]], complete: bool) 
     if not complete:
         return {0: [*found[0], Finding("all_reduce", RED, "not tried, as ranks are missing", "start all of them")]}
     mine = _reduced(meeting)
-    heard = {rank: Fields.part(fields, "sum") for rank, fields in _sums(meeting, found).items()}
+    told = meeting.collect("sum", (rank for rank in found if rank), MARGIN_S)
+    heard = {rank: fields.part("sum") for rank, fields in told.items()}
     silent = [rank for rank in found if rank and rank not in heard]
-    told = {rank: [*found[rank], *from_json([fields])] for rank, fields in heard.items()}
+    others = {rank: [*found[rank], *from_json([fields])] for rank, fields in heard.items()}
     late = [Finding("silent", RED, f"rank {rank} did not come back from the all_reduce", _LOOK) for rank in silent]
-    return told | {0: [*late, *found[0], mine]}
-
-
-def _sums(meeting: Meeting, found: dict[int, list[Finding]]) -> dict[int, Fields]:
-    return meeting.collect("sum", (rank for rank in found if rank), MARGIN_S)
-
-
-_LOOK = "look at that node: is it up, is the network between, does the process stand still?"
+    return others | {0: [*late, *found[0], mine]}
 
 
 def _silence(silent: list[int], hosts: dict[int, str], wait_s: float) -> Iterator[Finding]:
@@ -169,9 +165,6 @@ def _reduced(meeting: Meeting) -> Finding:
     return Finding("all_reduce", RED, f"did not end within {meeting.wait_s:g} s", _NETWORK)
 
 
-_NETWORK = "a firewall, or the wrong interface: GLOO_SOCKET_IFNAME=, NCCL_SOCKET_IFNAME=; NCCL_DEBUG=INFO tells more"
-
-
 def _make_probe(config: Config, made: list[disks.Probe]) -> Iterator[Finding]:
     run = config.output / config.name
     try:
@@ -206,24 +199,23 @@ def _checks(config: Config | None, num_hosts: int, cores: int, *, is_leader: boo
 def _carried_out(checks: list[Check], seconds: float) -> list[Finding]:
     """What checks found, one after another; one that hangs, as on a dead disk, is named and not waited for."""
     found: list[Finding] = []
-    now = [checks[0][0]] if checks else []
+    stuck = [name for name, _ in checks[:1]]  # the check that goes on; another thread reads it
 
     def work() -> None:
         for name, check in checks:
-            now[:] = [name]
+            stuck[:] = [name]
             try:
                 found.extend(check())
             except (UserError, OSError) as error:
                 found.append(disks.told_of(error, name))
             except Exception as error:  # a machine that is strange to us must not hide what the others find
                 found.append(Finding(name, RED, f"the check itself failed: {type(error).__name__}: {error}"))
-        now.clear()
+        stuck.clear()
 
     within(seconds, work)
-    stuck = [
-        Finding(name, RED, f"did not end within {seconds:g} s", "a disk or a driver hangs: see dmesg") for name in now
-    ]
-    return [*list(found), *stuck]
+    late = f"did not end within {seconds:g} s", "a disk or a driver hangs: see dmesg"
+    hangs = [Finding(name, RED, *late) for name in stuck]  # before what is found is copied: no check falls between
+    return [*found, *hangs]
 
 
 def _free_disk(config: Config) -> Iterator[Finding]:

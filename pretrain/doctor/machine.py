@@ -5,7 +5,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from pretrain.data.loader import SHARED_MEMORY, Room
 from pretrain.doctor.findings import OK, RED, WARN, Finding, size
 from pretrain.errors import UserError
 from pretrain.gpus import known_gpu
-from pretrain.plan.devices import DEVICES, assumed_mfu
+from pretrain.plan.speed import assumed_mfu
 from pretrain.sizes import is_plain, plain_forward_macs
 
 # Where no config says what is needed: some 8 loader processes with 2 batches each, of 256 images of 224 pixels.
@@ -77,10 +76,10 @@ def check_gpu() -> Iterator[Finding]:
 
 def images_per_s(config: Config, num_classes: int) -> float | None:
     """Returns how many images a second this rank's GPU takes, as tools/plan.py assumes; None where no formula holds."""
-    name = known_gpu(torch.cuda.get_device_name()) if ranks.has_gpu() and is_plain(config.model) else None
-    if name is None:
+    device = known_gpu(torch.cuda.get_device_name()) if ranks.has_gpu() and is_plain(config.model) else None
+    if device is None:
         return None
-    device, precision = DEVICES[name], config.engine.precision
+    precision = config.engine.precision
     reached = device.peak(precision) * assumed_mfu(device, config.model.shape.width, precision)
     return reached / (6 * plain_forward_macs(config.model, num_classes))
 
@@ -118,13 +117,11 @@ def _locked_memory() -> Finding:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     if limit == resource.RLIM_INFINITY:
         return Finding("locked memory", OK, "no limit", value=1e30)
-    told, remedy = (
-        f"{limit / 1e6:,.1f} MB at most",
-        "ulimit -l unlimited, LimitMEMLOCK=, docker run --ulimit memlock=-1",
-    )
+    told = f"{limit / 1e6:,.1f} MB at most"
+    remedy = "ulimit -l unlimited, LimitMEMLOCK=, docker run --ulimit memlock=-1"
     with_infiniband = _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())
     if limit >= MIN_LOCKED_BYTES or not with_infiniband:
-        return Finding("locked memory", OK, told + "" if with_infiniband else f"{told}; no InfiniBand", value=limit)
+        return Finding("locked memory", OK, told if with_infiniband else f"{told}; no InfiniBand", value=limit)
     state = WARN if os.geteuid() == 0 else RED  # root is not bound by it, unless a container has taken CAP_IPC_LOCK
     return Finding(
         "locked memory", state, f"{told}; InfiniBand is here, and NCCL locks its buffers", remedy, value=limit
@@ -156,24 +153,19 @@ def check_host_name(num_hosts: int) -> Iterator[Finding]:
 
 
 def check_compiler(wanted: bool) -> Iterator[Finding]:
-    """A C compiler with Python's header, which torch.compile runs. wanted: engine.compile."""
-    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    """A C compiler with Python's header, which torch.compile runs: the one that a run takes. wanted: engine.compile."""
+    from pretrain.engine.compiling import c_compiler, python_headers
+
+    compiler, chosen = c_compiler(), os.environ.get("CC")
     bad = RED if wanted else WARN
     remedy = "apt install gcc g++ python3-dev, or a module of the cluster" + ("; or engine.compile=false" * wanted)
     if compiler is None:
-        return (yield Finding("compiler", bad, "none (cc, gcc, clang), torch.compile needs one", remedy))
+        found = "none (gcc, clang)" if chosen is None else f"CC={chosen} is not there"
+        return (yield Finding("compiler", bad, f"{found}, torch.compile needs one", remedy))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "a.c"
         source.write_text("#include <Python.h>\nint f(void) { return 0; }\n")
-        words = [
-            compiler,
-            "-shared",
-            "-fPIC",
-            f"-I{sysconfig.get_path('include')}",
-            str(source),
-            "-o",
-            f"{folder}/a.so",
-        ]
+        words = [compiler, "-shared", "-fPIC", f"-I{python_headers()}", str(source), "-o", f"{folder}/a.so"]
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=COMPILE_S)
         except (OSError, subprocess.TimeoutExpired) as error:

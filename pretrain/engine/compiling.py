@@ -44,16 +44,25 @@ def compiles(config: Config, device: torch.device) -> tuple[bool, str]:
     return compiled, f"engine.compile={str(asked).lower()}: blocks are {'' if compiled else 'not '}compiled{why}"
 
 
+def c_compiler() -> str | None:
+    """Returns the C compiler that Triton calls, None where it finds none: a CC that is set is taken as it is."""
+    chosen = os.environ.get("CC")
+    return next(filter(shutil.which, ["gcc", "clang"] if chosen is None else [chosen]), None)
+
+
+def python_headers() -> Path:
+    """Returns the folder of Python.h, as Triton looks for it: Debian's own scheme leads to where no header lies."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme))
+
+
 def _lacking(device: torch.device) -> str | None:
     """What this rank lacks for compiling for its GPU, None when all is there."""
-    # As Triton looks for both: a CC that is set is taken as it is, and Debian's scheme leads to where no header lies.
-    chosen = os.environ.get("CC")
-    if not any(map(shutil.which, ["gcc", "clang"] if chosen is None else [chosen])):
+    if c_compiler() is None:
+        chosen = os.environ.get("CC")
         none = "no C compiler: apt install build-essential python3-dev"
         return none if chosen is None else f"CC={chosen} is not there"
-    scheme = sysconfig.get_default_scheme()
-    header = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
-    if not Path(header, "Python.h").is_file():
+    if not (python_headers() / "Python.h").is_file():
         return "no Python.h: apt install python3-dev"
     if find_spec("triton") is None:
         return "no Triton in this torch"

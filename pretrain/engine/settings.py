@@ -72,6 +72,7 @@ def check_machine(config: Config) -> None:
     """Raises UserError for what this machine cannot do: a precision, like fp16 on most CPUs, fp8, or compiling."""
     check_precision(config)
     check_fp8(config)
+    # More names than engine/compiling.py's, which are those of Triton: on a CPU torch runs a C++ compiler.
     names = [os.environ.get("CC"), os.environ.get("CXX"), "cc", "gcc", "g++", "clang", "clang++"]
     asked = config.engine.compile
     if asked in (True, "max-autotune") and not any(map(shutil.which, filter(None, names))):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pretrain.config import Config
 from pretrain.data.order import plan_batch
-from pretrain.plan.memory import Layout, Memory, memory
+from pretrain.plan.memory import STAGES, Layout, Memory, memory
 from pretrain.plan.speed import Cluster, Rate, Step, step
 from pretrain.sizes import is_plain
 
@@ -77,12 +77,12 @@ def fitting_micro_batch(config: Config, num_classes: int, num_ranks: int, usable
 
 
 def _choices(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, rate: Rate) -> Iterator[Choice]:
-    layouts = {
-        layout_of(config, num_ranks, stage, micro, recompute): None
+    layouts = dict.fromkeys(  # several limits of the micro-batch give the same layout
+        layout_of(config, num_ranks, stage, micro, recompute)
         for recompute in (False, True)
-        for stage in (1, 2, 3)
+        for stage in STAGES
         for micro in MICRO_BATCHES
-    }
+    )
     return (price(config, num_classes, layout, cluster, rate) for layout in layouts)
 
 

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 from pretrain.config import Config, ModelConfig, model_name, named_model
 from pretrain.errors import UserError
-from pretrain.gpus import known_gpu
+from pretrain.gpus import Device, known_gpu
 from pretrain.json_files import Fields, parse_json, read_bytes
-from pretrain.plan.devices import Device
 from pretrain.sizes import is_plain
 
 
@@ -37,16 +36,11 @@ def measured(rows: list[Fields], config: Config, device: Device) -> Measured | N
     """
     compiled = config.engine.compiles(on_gpu=True, stage=1)  # what ZeRO 3 costs beside is the plan's own assumption
     for row in reversed(rows):  # the newest is the last
-        alone = row.text("loop") == "ours" and row.integer("ranks", 1, 1 << 20) == 1 and _zero_stage(row) < 3
+        alone = row.text("loop") == "ours" and row.integer("ranks", 1, 1 << 20) == 1
+        alone = alone and row.integer("zero_stage", 1, 3) < 3
         random = row.text("data").startswith("random") and not row.flag("checkpoint_activations")
         same = row.flag("compile") == compiled and row.text("precision").split()[0] == config.engine.precision
-        if (
-            alone
-            and random
-            and same
-            and known_gpu(row.text("device")) == device.name
-            and _same_model(row, config.model)
-        ):
+        if alone and random and same and known_gpu(row.text("device")) == device and _same_model(row, config.model):
             mfu = 1e12 * row.number("tflop_per_s", 0, 1e6) / device.peak(config.engine.precision)
             return Measured(mfu, row.integer("batch_per_rank", 1, 1 << 20))
     return None
@@ -60,10 +54,6 @@ def wanted(rows: list[Fields], config: Config, device: Device) -> str:
         f"no line of {model_name(config.model)}, {config.engine.precision}, "
         f"{compiled}, on one {device.name}; it has {', '.join(list(found)[:6]) or 'no line at all'}"
     )
-
-
-def _zero_stage(row: Fields) -> int:
-    return row.integer("zero_stage", 1, 3)
 
 
 def _same_model(row: Fields, model: ModelConfig) -> bool:

@@ -5,17 +5,18 @@ allocator's gaps; `Memory.peak` is of tensors alone.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pretrain.config import Config
-from pretrain.plan.devices import ELEMENT_BYTES
 from pretrain.sizes import num_tokens, plain_parameters
 
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PREFETCH_ELEMENTS = 50_000_000  # ZeRO 3 gathers so much ahead: stage3_prefetch_bucket_size
 _LIVE_ELEMENTS = 1_000_000_000  # ZeRO 3 keeps gathered weights up to this: stage3_max_live_parameters
 _FALLBACK_ELEMENTS = 500_000_000  # DeepSpeed's BF16_Optimizer reduces gradients in pieces of this
 _PIECE_ELEMENTS = 1 << 24  # optim.PIECE_ELEMENTS, which cannot be imported without torch
 _PIECES = 3  # float32 temporaries of one piece in an update that is not fused
-STAGES = (0, 1, 2, 3)
+STAGES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,36 @@ def memory(
 ) -> Memory:
     """Returns the memory of a rank that trains `config`'s model in this layout.
 
-    Stage 0 is plain data parallelism, for comparison: the engine refuses it. bucket, prefetch: elements that are
-    reduced, gathered at a time; None: as the engine has it.
+    bucket, prefetch: elements that are reduced, gathered at a time; None: as the engine has it.
     """
-    activations = activation_bytes(config, num_classes, layout.micro_batch, layout.recompute)
-    model = config.model
-    images = 2 * layout.micro_batch * layout.accumulation * 3 * model.image_size**2  # uint8, two steps' whole shares
-    matrix = largest_parameter(config, num_classes)
-    num_parameters = plain_parameters(model, num_classes)
-    bucket = bucket or config.engine.bucket_elements(layout.num_ranks, matrix, num_parameters)
-    return _memory(config, num_parameters, layout, bucket, activations, images, matrix, prefetch)
+    s = _sizes(config, num_classes, layout, bucket, prefetch)
+    weights = s.item * (s.part if layout.stage == 3 else s.p)
+    optimizer = s.part * (4 + moment_bytes(config))
+    averages = 4 * s.part if config.optim.average_decay else 0
+    kept = 0
+    if s.unsharded:
+        kept = 4 * s.p
+    elif layout.stage == 3:
+        kept = s.bucket * s.sent + s.part * (4 if s.in_float32 else s.item)
+    images = 2 * layout.micro_batch * layout.accumulation * 3 * config.model.image_size**2  # uint8, two steps' shares
+    rest = weights + optimizer + averages + kept + images
+    fused = config.optim.name == "adamw" and config.optim.moment_dtype == "fp32"
+    update = 0 if fused else _PIECES * 4 * min(s.part, _PIECE_ELEMENTS)
+    if s.item == 4:
+        update -= s.item * s.part  # the gradients are float32 already
+    # Stages 1 and 2 join the rounded weights, which are there twice for that; 3 has cut each parameter up at once.
+    start = s.item * s.part + (s.item + 4) * s.largest if layout.stage == 3 else 2 * s.item * s.p
+    beside = _phases(s)
+    phases = {
+        "start": start,
+        "backward": rest + beside.backward,
+        "reduce": rest + beside.reduce,
+        "step": rest + beside.step + update,
+    }
+    held = s.part if layout.stage >= 2 else s.p
+    gradients = held * (4 if s.in_float32 and layout.stage >= 2 else s.item) + (4 * s.p if s.unsharded else 0)
+    buckets = s.bucket * (s.sent if layout.stage == 3 else s.item * (1 + s.overlaps))
+    return Memory(weights, gradients, optimizer, averages, buckets, s.saved, rest, phases)
 
 
 def largest_parameter(config: Config, num_classes: int) -> int:
@@ -119,53 +140,84 @@ def largest_parameter(config: Config, num_classes: int) -> int:
     return max(width * mlp_dim, 3 * width**2, width * num_classes, 3 * config.model.patch_size**2 * width)
 
 
-def _memory(
-    config: Config,
-    num_parameters: int,
-    layout: Layout,
-    bucket: int,
-    activations: tuple[int, int],
-    images: int,
-    largest: int,
-    prefetch: int,
-) -> Memory:
-    item, p, ranks = ELEMENT_BYTES[config.engine.precision], num_parameters, layout.num_ranks
-    sent = 4 if config.engine.reduce_dtype == "fp32" else item
-    overlaps = config.engine.overlaps(ranks)
-    part = -(-p // ranks) if layout.stage else p
-    rounded = item < 4
-    accumulates = layout.accumulation > 1
-    in_float32 = accumulates and config.engine.precision == "bf16"  # gradients of several micro-batches
-    bucket = bucket if _reduces(config, layout, in_float32) else 0
-    unsharded = in_float32 and layout.stage == 1  # DeepSpeed's BF16_Optimizer
-    weights = item * (part if layout.stage == 3 else p)
-    optimizer = part * (4 + moment_bytes(config))
-    averages = 4 * part if config.optim.average_decay else 0
-    kept = bucket * sent if layout.stage == 3 else 0
-    if unsharded:
-        kept += 4 * p
-    elif layout.stage == 3:
-        kept += part * (4 if in_float32 else item)
-    rest = weights + optimizer + averages + kept + images
-    fused = config.optim.name == "adamw" and config.optim.moment_dtype == "fp32"
-    update = 0 if fused else _PIECES * 4 * min(part, _PIECE_ELEMENTS)
-    saved, start = activations
-    sizes = item, sent, p, part
-    backward, end, step = _phases(*sizes, layout, bucket, overlaps, in_float32, (saved, start), largest, prefetch)
-    if not rounded:
-        step -= item * part  # the gradients are float32 already
-    # Stages 1 and 2 join the rounded weights, which are there twice for that; 3 has cut each parameter up at once.
-    start = item * part + (item + 4) * largest if layout.stage == 3 else 2 * item * p
-    phases = {
-        "start": start,
-        "backward": rest + backward,
-        "reduce": rest + end,
-        "step": rest + step + update,
-    }
-    held = part if layout.stage >= 2 else p
-    gradients = held * (4 if in_float32 and layout.stage >= 2 else item) + (4 * p if unsharded else 0)
-    buckets = bucket * (sent if layout.stage == 3 else item * (1 + overlaps))
-    return Memory(weights, gradients, optimizer, averages, buckets, saved, rest, phases)
+@dataclass(frozen=True)
+class _Sizes:
+    """What the phases are made of. Elements, where bytes are not named."""
+
+    layout: Layout
+    item: int  # bytes of an element as the model has it
+    sent: int  # bytes of an element as a reduction sends it
+    p: int  # parameters
+    part: int  # of them, those that a rank owns
+    bucket: int  # reduced at a time; 0: gradients go through no bucket
+    largest: int  # of the largest matrix
+    prefetch: int  # gathered at a time
+    saved: int  # bytes of activations
+    start: int  # bytes that the start of the backward pass adds to them
+    in_float32: bool  # gradients of several micro-batches are summed up in float32
+    overlaps: bool  # reductions lie beside the backward pass
+
+    @property
+    def unsharded(self) -> bool:
+        """Whether DeepSpeed's BF16_Optimizer trains, which holds whole gradients in float32."""
+        return self.in_float32 and self.layout.stage == 1
+
+    @property
+    def several_ranks(self) -> bool:
+        """Whether there is somebody to reduce with."""
+        return self.layout.num_ranks > 1
+
+    @property
+    def before(self) -> int:
+        """Bytes of the whole gradients of the micro-batches before."""
+        return self.item * self.p * (self.layout.accumulation > 1)
+
+    @property
+    def filled(self) -> int:
+        """Elements of the first reduction."""
+        return min(self.bucket, self.p)
+
+    @property
+    def left(self) -> int:
+        """Bytes of activations that are not used up when the first reduction comes."""
+        return self.saved * (self.p - self.filled) // self.p
+
+    @property
+    def pending(self) -> int:
+        """Bytes of a gradient that waits until the bucket has room."""
+        return self.item * self.largest if self.bucket < self.p else 0
+
+    @property
+    def shared(self) -> int:
+        """Elements of a parameter that two ranks share: each has the whole of its gradient."""
+        return self.largest if self.several_ranks else 0
+
+    @property
+    def wide(self) -> int:
+        """Bytes per element of a second copy, as it is sent."""
+        return self.sent * (self.sent > self.item)
+
+
+def _sizes(config: Config, num_classes: int, layout: Layout, bucket: int | None, prefetch: int) -> _Sizes:
+    item, engine, p = ELEMENT_BYTES[config.engine.precision], config.engine, plain_parameters(config.model, num_classes)
+    largest = largest_parameter(config, num_classes)
+    in_float32 = layout.accumulation > 1 and engine.precision == "bf16"
+    elements = bucket or engine.bucket_elements(layout.num_ranks, largest, p)
+    saved, start = activation_bytes(config, num_classes, layout.micro_batch, layout.recompute)
+    return _Sizes(
+        layout,
+        item,
+        sent=4 if engine.reduce_dtype == "fp32" else item,
+        p=p,
+        part=-(-p // layout.num_ranks),
+        bucket=elements if _reduces(config, layout, in_float32) else 0,
+        largest=largest,
+        prefetch=prefetch,
+        saved=saved,
+        start=start,
+        in_float32=in_float32,
+        overlaps=engine.overlaps(layout.num_ranks),
+    )
 
 
 def _reduces(config: Config, layout: Layout, in_float32: bool) -> bool:
@@ -174,58 +226,68 @@ def _reduces(config: Config, layout: Layout, in_float32: bool) -> bool:
     return layout.num_ranks > 1 or left_alone
 
 
-def _phases(
-    item: int,
-    sent: int,
-    p: int,
-    part: int,
-    layout: Layout,
-    bucket: int,
-    overlaps: bool,
-    in_float32: bool,
-    activations: tuple[int, int],
-    largest: int,
-    prefetch: int,
-) -> tuple[int, int, int]:
-    """What the backward pass's start, its end with the reduction, and the step hold beside `rest`.
+class _Phases(NamedTuple):
+    """Bytes beside `Memory.rest`: at the start of the backward pass, at its end with the reduction, in the step."""
 
-    item, sent: bytes of an element as the model has it, as a reduction sends it.
-    """
-    saved, start = activations
-    if layout.stage == 0:  # plain data parallelism: whole gradients, reduced in place
-        return saved + start + (item * p if layout.accumulation > 1 else 0), item * p, item * p + 4 * p
-    shared = largest if layout.num_ranks > 1 else 0
-    filled = min(bucket, p)  # elements of the first reduction
-    left = saved * (p - filled) // p  # activations that are not used up when it comes
-    if layout.stage == 1 and in_float32:
-        pieces = min(p, _FALLBACK_ELEMENTS)
-        # joined in float32, and as they are sent where that is another type
-        return item * p + saved + start, item * p + (4 + sent * (sent < 4)) * pieces, item * p
-    whole = item * p * (layout.accumulation > 1)  # of the micro-batches before
-    if not bucket:  # one rank: gradients stay where they are; ZeRO 2 keeps the sums of micro-batches apart
-        return whole + saved + start, item * p + whole * (layout.stage == 2), (2 * item + 4) * part
-    wide = sent * (sent > item)  # bytes per element of a second copy, as it is sent
-    if layout.stage == 1 and not overlaps:
-        end = item * p + max(item * bucket + wide * filled, item * part)
-        # own gradients are copied, with the whole of a parameter that two ranks share
-        return item * bucket + whole + saved + start, end + item * shared, (2 * item + 4) * part + item * shared
-    pending = item * largest if bucket < p else 0  # a gradient that waits until the bucket has room
-    if layout.stage <= 2:  # gradients leave through buckets, as they come; with ZeRO 1 only beside the backward pass
-        own = 4 * part if in_float32 else item * (part + shared)
-        before = whole if layout.stage == 1 else own * (layout.accumulation > 1)
-        held = item * bucket * (1 + overlaps)
-        joins = layout.num_ranks > 1 or in_float32  # slices of several ranks, copied together
-        joined, joined_next = ((item + wide) * elements * joins for elements in (filled, min(bucket, p - filled)))
-        # Own gradients are allocated behind the first reduction; those of several micro-batches live since the first.
-        reduced = own + joined + 4 * largest if in_float32 else max(joined, own + joined_next)
-        sums = whole * (p - filled) // p if layout.stage == 1 else 0
-        end = held + reduced + left + pending + sums
-        return held + before + saved + start, end, own if in_float32 else item * shared + (2 * item + 4) * part
-    gathered = item * min(p, _LIVE_ELEMENTS) if layout.num_ranks > 1 else 0
+    backward: int
+    reduce: int
+    step: int
+
+
+def _phases(s: _Sizes) -> _Phases:
+    if s.layout.stage == 3:
+        return _stage_3(s)
+    if s.unsharded:
+        return _unsharded(s)
+    if not s.bucket:
+        return _one_rank(s)
+    if s.layout.stage == 1 and not s.overlaps:
+        return _stage_1(s)
+    return _through_buckets(s)
+
+
+def _unsharded(s: _Sizes) -> _Phases:
+    """Of ZeRO 1 in bf16 with several micro-batches."""
+    pieces = min(s.p, _FALLBACK_ELEMENTS)
+    # joined in float32, and as they are sent where that is another type
+    reduce = s.item * s.p + (4 + s.sent * (s.sent < 4)) * pieces
+    return _Phases(s.item * s.p + s.saved + s.start, reduce, s.item * s.p)
+
+
+def _one_rank(s: _Sizes) -> _Phases:
+    """Gradients stay where they are; ZeRO 2 keeps the sums of micro-batches apart."""
+    reduce = s.item * s.p + s.before * (s.layout.stage == 2)
+    return _Phases(s.before + s.saved + s.start, reduce, (2 * s.item + 4) * s.part)
+
+
+def _stage_1(s: _Sizes) -> _Phases:
+    """Gradients are whole until the end of the backward pass. Own ones are copied, shared parameters whole."""
+    backward = s.item * s.bucket + s.before + s.saved + s.start
+    reduce = s.item * s.p + max(s.item * s.bucket + s.wide * s.filled, s.item * s.part) + s.item * s.shared
+    return _Phases(backward, reduce, (2 * s.item + 4) * s.part + s.item * s.shared)
+
+
+def _through_buckets(s: _Sizes) -> _Phases:
+    """Of ZeRO 2, and of ZeRO 1 beside the backward pass: gradients leave through buckets, as they come."""
+    own = 4 * s.part if s.in_float32 else s.item * (s.part + s.shared)
+    before = s.before if s.layout.stage == 1 else own * (s.layout.accumulation > 1)
+    held = s.item * s.bucket * (1 + s.overlaps)
+    joins = s.several_ranks or s.in_float32  # slices of several ranks, copied together
+    joined, joined_next = ((s.item + s.wide) * n * joins for n in (s.filled, min(s.bucket, s.p - s.filled)))
+    # Own gradients are allocated behind the first reduction; those of several micro-batches live since the first.
+    reduced = own + joined + 4 * s.largest if s.in_float32 else max(joined, own + joined_next)
+    sums = s.before * (s.p - s.filled) // s.p if s.layout.stage == 1 else 0
+    step = own if s.in_float32 else s.item * s.shared + (2 * s.item + 4) * s.part
+    return _Phases(held + before + s.saved + s.start, held + reduced + s.left + s.pending + sums, step)
+
+
+def _stage_3(s: _Sizes) -> _Phases:
+    """Weights are gathered for each pass, ahead of it, and gradients leave as they come."""
+    gathered = s.item * min(s.p, _LIVE_ELEMENTS) if s.several_ranks else 0
     # Joined pieces that are not cut up yet: two, but of a model of two pieces or less the second comes alone.
-    joined_ahead = min(2 * prefetch, max(p - prefetch, min(p, prefetch)))
-    ahead = item * joined_ahead if layout.num_ranks > 1 else 0
-    kept = 4 if in_float32 else item
-    copies = sent * filled + (kept * filled // layout.num_ranks if kept != sent else 0)  # joined; the own part
-    end = copies + left + pending + gathered * (p - filled) // p
-    return gathered + max(ahead, start) + saved, end, 4 * part + (0 if in_float32 else item * part)
+    joined_ahead = min(2 * s.prefetch, max(s.p - s.prefetch, min(s.p, s.prefetch)))
+    ahead = s.item * joined_ahead if s.several_ranks else 0
+    kept = 4 if s.in_float32 else s.item
+    own = kept * s.filled // s.layout.num_ranks if kept != s.sent else 0  # beside what is joined
+    reduce = s.sent * s.filled + own + s.left + s.pending + gathered * (s.p - s.filled) // s.p
+    return _Phases(gathered + max(ahead, s.start) + s.saved, reduce, 4 * s.part + s.item * s.part * (not s.in_float32))

@@ -5,11 +5,11 @@ from typing import Any
 
 from pretrain import cli
 from pretrain.config import Config, config_from_dict, config_to_dict
+from pretrain.gpus import GIB
 from pretrain.plan.choose import MICRO_BATCHES, Choice, best, layout_of, price, smallest
-from pretrain.plan.devices import GIB
 from pretrain.plan.failures import Failures, Saves, best_interval_s, goodput
 from pretrain.plan.launches import is_compiled
-from pretrain.plan.memory import STAGES, activation_bytes, moment_bytes
+from pretrain.plan.memory import STAGES, Layout, activation_bytes, moment_bytes
 from pretrain.plan.speed import Cluster, Rate, communication_s, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
 
@@ -46,24 +46,17 @@ def kept_checkpoints(config: Config) -> int:
     return config.checkpoint.keep_last + 1 + kept + config.checkpoint.keep_best
 
 
-def choices(config: Config, gpus: list[int], cluster: Cluster, given: Assumptions) -> dict[int, Choice | None]:
-    """Returns the best layout for each number of GPUs, None where nothing fits."""
-    args = cluster, given.rate, given.usable_bytes
-    return {count: best(config, given.num_classes, count, *args) for count in gpus}
-
-
 def show(config: Config, gpus: list[int], cluster: Cluster, given: Assumptions) -> dict[str, Any]:
     """Prints the plan; returns it as JSON takes it."""
-    chosen = choices(config, gpus, cluster, given)
+    args = cluster, given.rate, given.usable_bytes
+    chosen = {count: best(config, given.num_classes, count, *args) for count in gpus}  # None: nothing fits
     values: dict[str, Any] = {"choices": _show_choices(config, chosen, cluster, given)}
     shown = next((c for c in reversed(chosen.values()) if c), None)
     values["run"] = _show_run(config, given)
-    count = shown.layout.num_ranks if shown else gpus[0]
-    micro = shown.layout.micro_batch if shown else 1
-    recompute = shown.layout.recompute if shown else True
-    values["memory"] = _show_memory(config, count, micro, recompute, cluster, given)
-    values["micro_batches"] = _show_micro(config, count, shown.layout.stage if shown else 3, cluster, given)
-    values["communication"] = _show_communication(config, count, micro, recompute, cluster, given)
+    layout = shown.layout if shown else layout_of(config, gpus[0], 3, 1, recompute=True)  # the least that there is
+    values["memory"] = _show_memory(config, layout, cluster, given)
+    values["micro_batches"] = _show_micro(config, layout, cluster, given)
+    values["communication"] = _show_communication(config, layout, cluster, given)
     if shown:
         values["loader"] = _show_loader(config, chosen, cluster, given)
         values["saving"] = _show_saving(config, shown, given)
@@ -130,31 +123,31 @@ def _show_run(config: Config, given: Assumptions) -> dict[str, Any]:
     return {"parameters": params, "flops_per_image": flops, "flops_per_step": flops * batch, "images": images}
 
 
-def _show_memory(
-    config: Config, count: int, micro: int, recompute: bool, cluster: Cluster, given: Assumptions
-) -> list[dict[str, Any]]:
+def _show_memory(config: Config, layout: Layout, cluster: Cluster, given: Assumptions) -> list[dict[str, Any]]:
+    """Prints a layout's memory, and what it would be in the other stages."""
     rows, values = [], []
     for stage in STAGES:
-        layout = layout_of(config, count, stage, micro, recompute)
-        held = price(config, given.num_classes, layout, cluster, given.rate).memory
+        held = price(config, given.num_classes, replace(layout, stage=stage), cluster, given.rate).memory
         parts = held.weights, held.gradients, held.optimizer, held.averages, held.buckets, held.activations
         fits = held.peak <= given.usable_bytes
         cells = [_gib(part) for part in (*parts, held.peak)]
         rows.append([str(stage), *cells, held.worst_phase + " !" * (not fits)])
         values.append({"stage": stage, **asdict(held), "peak": held.peak, "fits": fits})
     cli.print_table(
-        f"GiB per GPU on {count} GPUs, micro-batch {micro}{', recomputed' if recompute else ''}",
+        f"GiB per GPU on {layout.num_ranks} GPUs, micro-batch {layout.micro_batch}"
+        f"{', recomputed' if layout.recompute else ''}",
         ["ZeRO", "weight", "grad", "optim", "avg", "bucket", "activ", "peak", "when"],
         rows,
         text_columns=(8,),
-        caption="!: does not fit. Stage 0, for comparison, is refused. Not all live at once",
+        caption="!: does not fit. Not all live at once",
     )
     return values
 
 
-def _show_micro(config: Config, count: int, stage: int, cluster: Cluster, given: Assumptions) -> list[dict[str, Any]]:
+def _show_micro(config: Config, shown: Layout, cluster: Cluster, given: Assumptions) -> list[dict[str, Any]]:
+    """Prints the memory of other micro-batches than a layout's, plain and recomputed."""
     rows, values = [], []
-    seen = set()
+    seen, count, stage = set(), shown.num_ranks, shown.stage
     for most in reversed(MICRO_BATCHES):
         plain, again = (layout_of(config, count, stage, most, recompute) for recompute in (False, True))
         if plain.micro_batch in seen or (most & (most - 1) and most != plain.micro_batch):
@@ -178,21 +171,19 @@ def _show_micro(config: Config, count: int, stage: int, cluster: Cluster, given:
     return values
 
 
-def _show_communication(
-    config: Config, count: int, micro: int, recompute: bool, cluster: Cluster, given: Assumptions
-) -> list[dict[str, Any]]:
+def _show_communication(config: Config, layout: Layout, cluster: Cluster, given: Assumptions) -> list[dict[str, Any]]:
+    """Prints what a layout sends, and what it would send in the other stages."""
     rows, values = [], []
     for stage in STAGES:
-        layout = layout_of(config, count, stage, micro, recompute)
-        sent = volume(config, given.num_classes, layout)
+        sent = volume(config, given.num_classes, replace(layout, stage=stage))
         inside = sent.total / cluster.device.link_rate
         outside = sent.total / cluster.network_rate
-        used = communication_s(sent, count, cluster)
+        used = communication_s(sent, layout.num_ranks, cluster)
         sizes = [f"{part / 1e9:.2f}" for part in (sent.gradients, sent.weights)]
         rows.append([str(stage), *sizes, f"{1000 * inside:.1f}", f"{1000 * outside:.1f}", f"{1000 * used:.1f}"])
         values.append({"stage": stage, **asdict(sent), "nvlink_s": inside, "network_s": outside, "used_s": used})
     cli.print_table(
-        f"Sent by each of {count} GPUs in a step",
+        f"Sent by each of {layout.num_ranks} GPUs in a step",
         ["ZeRO", "gradients GB", "weights GB", "NVLink ms", "network ms", "counts ms"],
         rows,
         caption="network: where the GPUs fill more than one node; nothing is overlapped",
@@ -276,10 +267,11 @@ def show_models(config: Config, cluster: Cluster, given: Assumptions, rate_of: A
     for name in TABLE_MODELS:
         other = of_model(config, name)
         told, rate = [name], [name]
+        reached = rate_of(other)
         for count in TABLE_GPUS:
-            fits = count <= config.data.global_batch
-            args = given.num_classes, count, cluster, rate_of(other), given.usable_bytes
-            choice = best(other, *args) if fits else None
+            choice = None
+            if count <= config.data.global_batch:
+                choice = best(other, given.num_classes, count, cluster, reached, given.usable_bytes)
             value: dict[str, Any] = {"model": name, "gpus": count, "fits": choice is not None}
             if choice:
                 layout = choice.layout

@@ -3,11 +3,18 @@
 from dataclasses import dataclass
 
 from pretrain.config import Config
-from pretrain.plan.devices import ELEMENT_BYTES, Device
+from pretrain.gpus import Device
 from pretrain.plan.launches import launches
-from pretrain.plan.memory import Layout
+from pretrain.plan.memory import ELEMENT_BYTES, Layout
 from pretrain.sizes import plain_forward_macs, plain_parameters
 
+# Of the ceiling model: a matrix product reaches this share of the peak, a pointwise kernel this share of the memory's
+# rate, and the whole step this share of the ceiling of both. The first two are assumed, the last is fitted to this code
+# on one H100: L/16, H/14, B/16 and S/16, within 12 % (docs/results.md).
+PRODUCT_SHARE, MEMORY_SHARE, STEP_SHARE = 0.8, 0.9, 0.85
+# A compiled block with a residual of its precision moves 100 x width elements per token while it computes 72 x width^2
+# FLOPs.
+_ELEMENTS_PER_FLOP_AND_WIDTH = 100 / 72
 # Of a compiled step's rate under ZeRO 1: others measured 73 % of DDP's for L/16 on 2 GPUs, and 37 % for 3.8B parameters
 # on 8 (stable-pretraining). The better of the two: what is waited for is counted as communication too.
 ZERO3_SHARE = 0.73
@@ -32,6 +39,13 @@ class Rate:
     mfu: float  # of a step on one GPU, compiled, without recomputation, optimizer included; of its precision's peak
     zero3_share: float = ZERO3_SHARE
     launch_s: float = LAUNCH_S
+
+
+def assumed_mfu(device: Device, width: int, precision: str = "bf16") -> float:
+    """Returns the share of the precision's peak that a compiled step on one GPU is assumed to reach, by width."""
+    products, memory = PRODUCT_SHARE * device.peak(precision), MEMORY_SHARE * device.memory_rate
+    bytes_per_flop = _ELEMENTS_PER_FLOP_AND_WIDTH * ELEMENT_BYTES[precision] / width
+    return STEP_SHARE * PRODUCT_SHARE / (1 + bytes_per_flop * products / memory)
 
 
 @dataclass(frozen=True)
@@ -73,8 +87,6 @@ def volume(config: Config, num_classes: int, layout: Layout) -> Volume:
     weights, gradients = parameters * item, parameters * (4 if config.engine.reduce_dtype == "fp32" else item)
     share = (layout.num_ranks - 1) / layout.num_ranks
     times = layout.accumulation if layout.stage >= 2 else 1
-    if layout.stage == 0:
-        return Volume(2 * gradients * share, 0.0)
     if layout.stage == 3:
         return Volume(times * gradients * share, 2 * times * weights * share)
     return Volume(times * 2 * gradients * share, weights * share)
