@@ -93,7 +93,7 @@ def test_masked_slots_count_for_nothing() -> None:
 def test_nothing_to_score_is_an_error() -> None:
     """Not a division by zero, and not a perfect score."""
     batch, logits = synthetic([1], [False], [[1]])
-    with pytest.raises(UserError, match="no image of the validation set could be read"):
+    with pytest.raises(UserError, match="none could be read, or none has a label"):
         classification_scores(lambda _: logits, [batch], loss="softmax", device=CPU)
 
 

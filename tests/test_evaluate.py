@@ -193,6 +193,19 @@ def test_rows_of_an_earlier_call_stay(
     assert {**several, "rows": None} == {**one, "rows": None} and len(one["probe"]["c"]) == 2
 
 
+def test_few_shot_may_learn_from_the_set_it_tests_on(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a large set some images are learnt from, and all are tested."""
+    _, test, run, _ = places
+    monkeypatch.setattr("pretrain.evaluation.fewshot.MAX_TRAIN", 40)
+    evaluate(run, "--workers", 0, "--out", tmp_path, "--fewshot", test, test, "--shots", 1)
+    assert table_of(tmp_path)["1-shot"][1] == 53
+
+
 def test_a_job_that_ends_the_command_takes_no_earlier_rows_with_it(
     places: tuple[Path, Path, Path, nn.Module],
     evaluate: Callable[..., None],
