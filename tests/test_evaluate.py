@@ -363,7 +363,7 @@ def test_what_does_not_fit_in_an_earlier_record_is_replaced(
 
 def test_vtab_stands_for_its_tasks_and_a_misspelt_set_is_told(tmp_path: Path) -> None:
     """Each once, whatever else is named; a folder of one's own that is there is no misspelling."""
-    found = [one.text for one in named("knn:vtab,imagenet,knn:vtab/dtd,vtab", tmp_path)]
+    found = [job.name for job in named("knn:vtab,imagenet,knn:vtab/dtd,vtab", tmp_path)]
     assert found == [*(f"knn:{name}" for name in VTAB), "imagenet", *VTAB]
     (tmp_path / "pet").mkdir()
     told = [absent(one, tmp_path) or "" for one in named("knn:cifar_10,knn:pet", tmp_path)]

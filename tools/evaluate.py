@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.config import DataConfig, choices_of
 from pretrain.errors import UserError
-from pretrain.evaluation.names import HEAD, Named, check_any_there, named
+from pretrain.evaluation.names import HEAD, Job, check_any_there, named
 from pretrain.models.formats import check_weights
 
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
@@ -126,7 +126,7 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _checked_tasks(arguments: argparse.Namespace) -> list[Named]:
+def _checked_tasks(arguments: argparse.Namespace) -> list[Job]:
     """What --tasks asks for. Raises UserError for a wrong name, absent data, and options that none of it needs."""
     tasks = named(arguments.tasks or "", arguments.data)
     kinds = {one.kind for one in tasks}

@@ -6,7 +6,6 @@ pretrain.tasks is imported only where a task is scored: it reads timm's lists, a
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.checkpoint import behind
@@ -27,7 +26,7 @@ from pretrain.evaluation.classification import (
     scores_of,
 )
 from pretrain.evaluation.features import MAX_PIXEL_BYTES, Extract, Features, raw_pixels
-from pretrain.evaluation.names import HEAD
+from pretrain.evaluation.names import HEAD, Job
 from pretrain.evaluation.subject import TRAINED, Images, Subject, transform_of
 from pretrain.shards.examples import sample_names
 
@@ -46,27 +45,6 @@ class Row(NamedTuple):
     n: int  # images it was measured on
 
 
-class Job(NamedTuple):
-    """A kind of evaluation on a data set."""
-
-    kind: str  # of NEEDS
-    name: str = ""  # in front of its metrics: "imagenet_v2", "knn:pets"; "" for --val, --fewshot and in training
-    data: Mapping[str, Path] = {}  # manifests: "test", and "train" where there is something to learn
-    task: "Task | None" = None  # the table's row
-
-    @property
-    def roles(self) -> dict[str, str]:
-        """What results.json calls the data sets."""
-        if self.name:
-            return {role: f"{self.name}/{role}" for role in self.data}
-        return {"test": "val"} if self.kind == HEAD else {role: f"fewshot_{role}" for role in self.data}
-
-    def rows(self, scores: Iterable[Score], model: str = TRAINED) -> list[Row]:
-        """Returns scores under the job's name."""
-        prefix = f"{self.name}/" if self.name else ""
-        return [Row(model, prefix + score.metric, score.value, score.n) for score in scores]
-
-
 class Found(NamedTuple):
     """What an evaluator returns."""
 
@@ -83,6 +61,12 @@ class Evaluator(NamedTuple):
     protocol: Callable[[Subject], dict[str, Any]] | None = None  # for results.json; None: that says it all already
     grows: tuple[str, ...] = ()  # keys of it that each row adds to; the rest is alike for all rows of the kind
     told: Callable[[dict[str, Any]], list[str]] = lambda _: []  # lines on it for results.md
+
+
+def rows_of(job: Job, scores: Iterable[Score], model: str = TRAINED) -> list[Row]:
+    """Returns scores under a job's name."""
+    prefix = f"{job.name}/" if job.name else ""
+    return [Row(model, prefix + score.metric, score.value, score.n) for score in scores]
 
 
 # --- the functions ---------------------------------------------------------------------------------------------------
@@ -115,7 +99,7 @@ def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
     n = scores[0].n
     if n < num_scored and ranks.is_main():
         subject.tell(f"{manifest.path}: {num_scored - n} of {num_scored} images cannot be read: not scored")
-    return Found(job.rows(scores), predictions=found)
+    return Found(rows_of(job, scores), predictions=found)
 
 
 def _scores(found: Predictions | None, job: Job) -> list[Score]:
@@ -157,7 +141,7 @@ def few_shot(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
         num_regressions = len(subject.shots) * len(fewshot.SEEDS)
         with subject.progress(f"few-shot, {name}", num_regressions, "regressions") as advance:
             solve = partial(fewshot.fewshot, shots=subject.shots, progress=advance)
-            rows += job.rows(on_features(solve, features, subject.stop_agreed), name)
+            rows += rows_of(job, on_features(solve, features, subject.stop_agreed), name)
     return Found(rows)
 
 
@@ -179,7 +163,7 @@ def nearest_neighbours(subject: Subject, job: Job, sets: dict[str, Images]) -> F
     features = subject.features(TRAINED, subject.extract, sets, "knn")
     with subject.progress(job.name, len(sets["test"].indices), "images") as advance:
         solve = partial(knn.knn, device=subject.device, progress=advance)
-        return Found(job.rows(on_features(solve, features, subject.stop_agreed)))
+        return Found(rows_of(job, on_features(solve, features, subject.stop_agreed)))
 
 
 def linear_probe(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
@@ -187,7 +171,7 @@ def linear_probe(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
     features = subject.features(TRAINED, subject.extract, sets, "probe")
     with subject.progress(job.name, len(probe.GRID) + 1, "regressions") as advance:
         scores, c = on_features(partial(probe.probe, progress=advance), features, subject.stop_agreed)
-    return Found(job.rows(scores), chosen={"c": c})
+    return Found(rows_of(job, scores), chosen={"c": c})
 
 
 def on_features(

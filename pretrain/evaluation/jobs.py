@@ -9,8 +9,8 @@ from pretrain.cluster import agreement, ranks
 from pretrain.data.classes import match_classes
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.errors import UserError
-from pretrain.evaluation.evaluators import EVALUATORS, Found, Job
-from pretrain.evaluation.names import HEAD, Named
+from pretrain.evaluation.evaluators import EVALUATORS, Found
+from pretrain.evaluation.names import HEAD, Job
 from pretrain.evaluation.subject import Images, Subject, all_images, fitting
 from pretrain.log import warn
 from pretrain.models.weights import Weights
@@ -35,14 +35,14 @@ class Done(NamedTuple):
 # --- what was asked for -> jobs ---------------------------------------------------------------------------------------
 
 
-def jobs_of(val: Path | None, few: Sequence[Path] | None, tasks: Sequence[Named]) -> list[Job]:
+def jobs_of(val: Path | None, few: Sequence[Path] | None, tasks: Sequence[Job]) -> list[Job]:
     """Returns the jobs that are asked for: of --val, --fewshot TRAIN TEST, and --tasks NAME,..."""
     jobs = []
     if val:
         jobs.append(Job(HEAD, "", {"test": val}))
     if few:
         jobs.append(Job("fewshot", "", dict(zip(("train", "test"), few))))
-    return jobs + [Job(one.kind, one.text, one.data, one.task) for one in tasks]
+    return [*jobs, *tasks]
 
 
 # --- jobs -> data sets -> rows ---------------------------------------------------------------------------------------

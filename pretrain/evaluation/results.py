@@ -12,8 +12,9 @@ from pretrain import cli
 from pretrain.config import model_name
 from pretrain.errors import UserError
 from pretrain.escape import in_markdown, portable, portable_path, shown
-from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Row, in_words
+from pretrain.evaluation.evaluators import EVALUATORS, Row, in_words
 from pretrain.evaluation.jobs import Done, Opened
+from pretrain.evaluation.names import HEAD
 from pretrain.evaluation.predictions import confusion, lines, wrong_items
 from pretrain.evaluation.subject import Subject, transform_of
 from pretrain.json_files import Fields, read_json
