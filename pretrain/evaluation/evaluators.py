@@ -56,7 +56,6 @@ class Found(NamedTuple):
 class Evaluator(NamedTuple):
     """A row of the table."""
 
-    returns: str  # its metrics
     score: Callable[[Subject, Job, dict[str, Images]], Found]
     protocol: Callable[[Subject], dict[str, Any]] | None = None  # for results.json; None: that says it all already
     grows: tuple[str, ...] = ()  # keys of it that each row adds to; the rest is alike for all rows of the kind
@@ -73,7 +72,7 @@ def rows_of(job: Job, scores: Iterable[Score], model: str = TRAINED) -> list[Row
 
 
 def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
-    """Loss, top-1, top-5 and a task's own metric, by the model's head."""
+    """loss, top1, top5, of several labels mean_average_precision, and a task's own metric, by the model's head."""
     manifest, indices = sets["test"]
     predict, batches = subject.head(sets["test"])
     num_scored = len(indices)
@@ -134,7 +133,7 @@ def _real_labels(manifest: Manifest) -> list[list[int]]:
 
 
 def few_shot(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
-    """big_vision's closed-form regression on 1, 5, 10 and 25 images per class."""
+    """1-shot, 1-shot-std ...: big_vision's closed-form regression on 1, 5, 10 and 25 images per class."""
     rows = []
     for name, extract in _compared(subject, sets).items():
         features = subject.features(name, extract, sets, "fewshot")
@@ -159,7 +158,7 @@ def _compared(subject: Subject, sets: dict[str, Images]) -> dict[str, Extract]:
 
 
 def nearest_neighbours(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
-    """The vote of the nearest training images."""
+    """1-nn and 20-nn: the vote of the nearest training images."""
     features = subject.features(TRAINED, subject.extract, sets, "knn")
     with subject.progress(job.name, len(sets["test"].indices), "images") as advance:
         solve = partial(knn.knn, device=subject.device, progress=advance)
@@ -167,7 +166,7 @@ def nearest_neighbours(subject: Subject, job: Job, sets: dict[str, Images]) -> F
 
 
 def linear_probe(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
-    """Logistic regression on all training images."""
+    """top1 and mean_per_class of a logistic regression on all training images."""
     features = subject.features(TRAINED, subject.extract, sets, "probe")
     with subject.progress(job.name, len(probe.GRID) + 1, "regressions") as advance:
         scores, c = on_features(partial(probe.probe, progress=advance), features, subject.stop_agreed)
@@ -228,16 +227,14 @@ def in_words(transform: dict[str, Any]) -> str:
 
 # By the names of names.NEEDS, which says on which data sets.
 EVALUATORS: dict[str, Evaluator] = {
-    HEAD: Evaluator("loss, top1, top5, mean_average_precision, a task's own", classify),
-    "fewshot": Evaluator("1-shot, 1-shot-std ...", few_shot, _fewshot_protocol, ("shots",), _fewshot_told),
+    HEAD: Evaluator(classify),
+    "fewshot": Evaluator(few_shot, _fewshot_protocol, ("shots",), _fewshot_told),
     "knn": Evaluator(
-        "1-nn, 20-nn",
         nearest_neighbours,
         lambda _: {"neighbours": knn.NEIGHBOURS, "temperature": knn.TEMPERATURE},
         told=lambda p: [f"k-nn: cosine similarity, votes weighted by exp(similarity / {p['temperature']:g})"],
     ),
     "probe": Evaluator(
-        "top1, mean_per_class",
         linear_probe,
         lambda _: {"grid": probe.GRID, "held_out": probe.HELD_OUT},
         ("c",),
