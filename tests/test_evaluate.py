@@ -33,7 +33,7 @@ from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
 from pretrain.evaluation.fewshot import fewshot
 from pretrain.evaluation.jobs import as_head_reads
-from pretrain.evaluation.names import NEEDS, absent, named
+from pretrain.evaluation.names import NEEDS, missing_data, named
 from pretrain.evaluation.results import pages, with_earlier
 from pretrain.models.build import build_model
 from pretrain.models.weights import load_model, read_weights, weights_sha256
@@ -366,7 +366,7 @@ def test_vtab_stands_for_its_tasks_and_a_misspelt_set_is_told(tmp_path: Path) ->
     found = [job.name for job in named("knn:vtab,imagenet,knn:vtab/dtd,vtab", tmp_path)]
     assert found == [*(f"knn:{name}" for name in VTAB), "imagenet", *VTAB]
     (tmp_path / "pet").mkdir()
-    told = [absent(one, tmp_path) or "" for one in named("knn:cifar_10,knn:pet", tmp_path)]
+    told = [missing_data(job, tmp_path) or "" for job in named("knn:cifar_10,knn:pet", tmp_path)]
     assert told[0].endswith("tools/make_shards.py makes shards. Did you mean: 'cifar10'?") and "mean" not in told[1]
 
 

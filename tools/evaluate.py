@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.config import DataConfig, choices_of
 from pretrain.errors import UserError
-from pretrain.evaluation.names import HEAD, Job, check_any_there, named
+from pretrain.evaluation.names import HEAD, Job, missing_data, named
 from pretrain.models.formats import check_weights
+from pretrain.tasks.table import check_any_there
 
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
 
@@ -138,7 +139,7 @@ def _checked_tasks(arguments: argparse.Namespace) -> list[Job]:
     if arguments.predictions and HEAD not in kinds:
         raise UserError("--predictions are of the model's head: it needs --val MANIFEST or a task without a colon")
     if not (arguments.val or arguments.fewshot):
-        check_any_there(tasks, arguments.data)
+        check_any_there((missing_data(job, arguments.data) for job in tasks), arguments.data)
     return tasks
 
 

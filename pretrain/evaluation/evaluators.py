@@ -1,12 +1,9 @@
-"""The evaluators, one row of a table each: by the same rows tools/evaluate.py scores weights and a run is scored.
-
-pretrain.tasks is imported only where a task is scored: it reads timm's lists, a second that a run's start is spared.
-"""
+"""The evaluators, one row of a table each: by the same rows tools/evaluate.py scores weights and a run is scored."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pretrain.checkpoint import behind
 from pretrain.cluster import agreement, ranks
@@ -29,9 +26,7 @@ from pretrain.evaluation.features import MAX_PIXEL_BYTES, Extract, Features, raw
 from pretrain.evaluation.names import HEAD, Job
 from pretrain.evaluation.subject import TRAINED, Images, Subject, transform_of
 from pretrain.shards.examples import sample_names
-
-if TYPE_CHECKING:
-    from pretrain.tasks.table import Task
+from pretrain.tasks.imagenet_labels import real_labels, scored_classes
 
 _LOOK_EVERY_S = 0.02
 
@@ -76,7 +71,7 @@ def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
     manifest, indices = sets["test"]
     predict, batches = subject.head(sets["test"])
     num_scored = len(indices)
-    if job.task and (classes := _scored_classes(job.task)):
+    if job.task and (classes := scored_classes(job.task)):
         predict = among(predict, classes)
     if job.task and job.task.metric == "real":
         labels = agreement.from_main(lambda: _real_labels(manifest))
@@ -117,16 +112,8 @@ def _told(batches: Iterable[Batch], tell: Callable[[], None]) -> Iterator[Batch]
         tell()
 
 
-def _scored_classes(task: "Task") -> list[int] | None:
-    from pretrain.tasks.imagenet_labels import scored_classes
-
-    return scored_classes(task)
-
-
 def _real_labels(manifest: Manifest) -> list[list[int]]:
     """The ReaL labels of each sample, joined by its name; none where the name cannot be read."""
-    from pretrain.tasks.imagenet_labels import real_labels
-
     names = sample_names(manifest, range(manifest.num_samples))
     found = iter(real_labels([name for name in names if name]))
     return [next(found) if name else [] for name in names]

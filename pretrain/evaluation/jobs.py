@@ -10,11 +10,10 @@ from pretrain.data.classes import match_classes
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.errors import UserError
 from pretrain.evaluation.evaluators import EVALUATORS, Found
-from pretrain.evaluation.names import HEAD, Job
+from pretrain.evaluation.names import HEAD, Job, missing_data
 from pretrain.evaluation.subject import Images, Subject, all_images, fitting
 from pretrain.log import warn
 from pretrain.models.weights import Weights
-from pretrain.tasks.table import missing
 
 
 class Opened(NamedTuple):
@@ -96,7 +95,7 @@ def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
 
 
 def _open(job: Job, weights: Weights, root: Path) -> dict[str, Images]:
-    if job.task and (told := missing(job.task, root, [path.name for path in job.data.values()])):
+    if job.task and (told := missing_data(job, root)):
         raise UserError(told)
     sets = {role: load_manifest(path) for role, path in job.data.items()}
     for manifest in sets.values():

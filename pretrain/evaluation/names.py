@@ -1,12 +1,12 @@
 """Jobs: kinds of evaluation on data sets, named as in `--tasks imagenet,knn:pets`. Without torch, to fail at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.config.checks import did_you_mean
 from pretrain.errors import UserError
-from pretrain.tasks.table import TASKS, VTAB, Task, check_not_all, missing, task, task_folder
+from pretrain.tasks.table import TASKS, VTAB, Task, missing, task, task_folder
 
 HEAD = "classify"  # asked for by a task's bare name and by --val; the others as KIND:NAME
 # The kinds of evaluation, rows of evaluators.EVALUATORS, and the data sets of each: "test", and "train" where there is
@@ -71,7 +71,7 @@ def _named(text: str, root: Path) -> Job:
     return Job(kind, text, {role: folder / splits[role] for role in NEEDS[kind]}, row)
 
 
-def absent(job: Job, root: Path) -> str | None:
+def missing_data(job: Job, root: Path) -> str | None:
     """Returns one line that says what an evaluation lacks and how to get it; None where its data is there."""
     if job.task is not None:
         return missing(job.task, root, [path.name for path in job.data.values()])
@@ -80,8 +80,3 @@ def absent(job: Job, root: Path) -> str | None:
         return None
     hint = "" if gone.parent.exists() else did_you_mean(job.name.partition(":")[2], TASKS)
     return f"{job.name}: {gone} has no manifest.json; tools/make_shards.py makes shards.{hint}"
-
-
-def check_any_there(jobs: Sequence[Job], root: Path) -> None:
-    """Raises UserError when the data of none of them is there."""
-    check_not_all([line for job in jobs if (line := absent(job, root))], len(jobs), root)

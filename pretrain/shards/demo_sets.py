@@ -14,7 +14,7 @@ from pretrain.data.manifest import Shard, load_manifest
 from pretrain.errors import UserError
 from pretrain.shards.build import build, finish_manifest, write_samples
 from pretrain.shards.characters import CLASS_NAMES, digits_task, render
-from pretrain.shards.sources import Item
+from pretrain.shards.items import Item
 
 SHARD = 5000  # characters a shard
 SEED = 1  # of the characters

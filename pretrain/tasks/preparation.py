@@ -18,11 +18,13 @@ from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, read_json
 from pretrain.shards.archives import Original, Splits, read_text
-from pretrain.shards.build import Progress, build, check_labels, read_dropped_items
+from pretrain.shards.build import build, check_labels, read_dropped_items
 from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples
 from pretrain.shards.imagenet import TRAIN_TAR, VAL_TAR, wnids
+from pretrain.shards.items import Item
 from pretrain.shards.packs import pack_originals, split_of
-from pretrain.shards.sources import Item, sniffed_ending
+from pretrain.shards.pool import Progress
+from pretrain.shards.sources import sniffed_ending
 from pretrain.shards.tfrecord import Record, read_features, split_records, tfds_folder
 from pretrain.storage import write_text
 from pretrain.tasks.readers import IMAGES, LABELS, READERS
