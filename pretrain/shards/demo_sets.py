@@ -4,17 +4,16 @@ import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pretrain.data.manifest import Shard, load_manifest
 from pretrain.errors import UserError
 from pretrain.shards.build import build, finish_manifest, write_samples
 from pretrain.shards.characters import CLASS_NAMES, digits_task, render
 from pretrain.shards.items import Item
+from pretrain.shards.pictures import png_of
 
 SHARD = 5000  # characters a shard
 SEED = 1  # of the characters
@@ -61,6 +60,4 @@ def make_digits(out: Path) -> None:
 
 
 def _png(image: np.ndarray) -> bytes:
-    file = BytesIO()
-    Image.fromarray(image).save(file, "png", compress_level=1)
-    return file.getvalue()
+    return png_of(image, compress_level=1)
