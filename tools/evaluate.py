@@ -4,7 +4,6 @@ python tools/evaluate.py WEIGHTS [--tasks imagenet,real,knn:pets --data ROOT] [-
 """
 
 import argparse
-import os
 import shlex
 import sys
 from functools import partial
@@ -32,9 +31,10 @@ def main() -> None:
         from pretrain.evaluation.results import Measured, print_table, write_predictions, write_results
         from pretrain.evaluation.subject import subject_of
         from pretrain.models.weights import read_weights, results_folder, weights_sha256
+        from pretrain.shards.pool import num_cores
 
     jobs = jobs_of(arguments.val, arguments.fewshot, tasks)
-    workers = min(4, len(os.sched_getaffinity(0))) if arguments.workers is None else arguments.workers
+    workers = min(4, num_cores()) if arguments.workers is None else arguments.workers
 
     device = ranks.start(TIMEOUT_S)
     weights = agreement.together(lambda: read_weights(arguments.weights, arguments.image_size))

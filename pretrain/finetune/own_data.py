@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from pretrain.shards.examples import FILE as EXAMPLES
 from pretrain.shards.examples import Example, content_sha256, write_examples
 from pretrain.shards.items import Item, PackedItems, digest_of
 from pretrain.shards.make import MIN_IMAGES_FOR_PROCESSES
+from pretrain.shards.pool import num_cores
 from pretrain.shards.resizing import Resizing
 from pretrain.shards.sources import Told, folder_items, sniffed_ending
 from pretrain.storage import remove, write_text
@@ -77,7 +77,7 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
     train = found["train"]
     if "test" not in found:
         items = train.items or _items_of(_manifest(train), notes)
-        chosen = held_out(items.labels, [items.reference(index) for index in range(len(items))])
+        chosen = held_out(items.labels, list(_references(items)))
         told.append(_told_of_split(train, items.labels, chosen))
         rest = set(range(len(items))).difference(chosen)
         found["train"] = train._replace(items=items.without(set(chosen)), manifest=None)
@@ -297,7 +297,7 @@ def _ready(name: str, part: _Part, folder: Path, notes: Told, shorter_side: int)
 
 def _build(name: str, part: _Part, items: PackedItems, folder: Path, notes: Told, shorter_side: int) -> Path:
     from_shards = part.place.is_file() or is_manifest(part.place)
-    workers = 1 if from_shards or len(items) < MIN_IMAGES_FOR_PROCESSES else len(os.sched_getaffinity(0))
+    workers = 1 if from_shards or len(items) < MIN_IMAGES_FOR_PROCESSES else num_cores()
     how = How(workers, Resizing(shorter_side, JPEG_QUALITY))
     seed = None if name == "test" else 0  # the test keeps its order, by which its images have names
     with cli.progress(f"shards of {name}", len(items), "images") as advance:
