@@ -90,7 +90,7 @@ def test_the_character_is_visible_in_every_image() -> None:
 
 def test_digits_task_splits_all_digits_into_two_parts_of_fixed_size() -> None:
     """797 + 1,000 images, together exactly scikit-learn's 1,797, every class in both parts."""
-    train, train_labels, test, test_labels = characters.digits_task(32)
+    train, train_labels, test, test_labels = characters.digits_task()
     assert train.shape == (797, 32, 32, 3) and test.shape == (1000, 32, 32, 3)
     assert train.dtype == test.dtype == np.uint8
     assert train_labels.shape == (797,) and test_labels.shape == (1000,)
@@ -108,7 +108,7 @@ def test_digits_task_splits_all_digits_into_two_parts_of_fixed_size() -> None:
 
 def test_digits_task_is_the_same_every_time_and_gray() -> None:
     """The split and the enlarging have no randomness, and the three channels agree."""
-    first, second = characters.digits_task(32), characters.digits_task(32)
+    first, second = characters.digits_task(), characters.digits_task()
     for part, again in zip(first, second, strict=True):
         np.testing.assert_array_equal(part, again)
     assert (first[0][..., 0] == first[0][..., 1]).all() and (first[0][..., 0] == first[0][..., 2]).all()

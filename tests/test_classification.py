@@ -153,9 +153,9 @@ def test_others_wait_for_rank_0_with_signs_of_life(monkeypatch: pytest.MonkeyPat
     def refuse() -> None:
         raise UserError("not finite")
 
-    assert evaluators.on_main(solve) == 7
+    assert evaluators.on_main(solve, lambda: False) == 7
     with pytest.raises(UserError, match="not finite"):
-        evaluators.on_main(refuse)
+        evaluators.on_main(refuse, lambda: False)
     with pytest.raises(EvaluationStopped):
         evaluators.on_main(lambda: given_up.wait(60), lambda: True)
     given_up.set()

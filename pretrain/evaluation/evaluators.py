@@ -160,9 +160,7 @@ def linear_probe(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
     return Found(rows_of(job, scores), chosen={"c": c})
 
 
-def on_features(
-    solve: Callable[..., Any], features: list[Features | None], stop_agreed: Callable[[], bool] = lambda: False
-) -> Any:
+def on_features(solve: Callable[..., Any], features: list[Features | None], stop_agreed: Callable[[], bool]) -> Any:
     """Returns on every rank what `solve` says of training and test features, which rank 0 alone has."""
 
     def solved() -> Any:
@@ -173,7 +171,7 @@ def on_features(
     return on_main(solved, stop_agreed)
 
 
-def on_main(solve: Callable[[], Any], stop_agreed: Callable[[], bool] = lambda: False) -> Any:
+def on_main(solve: Callable[[], Any], stop_agreed: Callable[[], bool]) -> Any:
     """Returns on every rank what `solve` returns, or raises, on rank 0; it may take longer than a collective.
 
     The others wait with signs of life. Raises EvaluationStopped on all ranks when `stop_agreed` says so meanwhile.

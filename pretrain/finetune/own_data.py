@@ -178,10 +178,8 @@ def _manifest(part: _Part) -> Manifest:
 # --- what is held out ------------------------------------------------------------------------------------------------
 
 
-def held_out(
-    labels: Sequence[int], names: Sequence[str], *, share: float = TEST_SHARE, seed: int = SPLIT_SEED
-) -> list[int]:
-    """Returns the places of images held out for the test, rising: of each class its share, at least one, never all.
+def held_out(labels: Sequence[int], names: Sequence[str], *, seed: int = SPLIT_SEED) -> list[int]:
+    """Returns the places of images held out for the test, rising: of each class TEST_SHARE, at least one, never all.
 
     The draw depends on the seed and on an image's name alone, so that a set that grows keeps most of its test.
     """
@@ -190,7 +188,7 @@ def held_out(
         places.setdefault(label, []).append(place)
     chosen: list[int] = []
     for members in places.values():
-        number = min(max(1, round(share * len(members))), len(members) - 1)
+        number = min(max(1, round(TEST_SHARE * len(members))), len(members) - 1)
         chosen += sorted(members, key=lambda place: _draw(names[place], seed))[:number]
     return sorted(chosen)
 
