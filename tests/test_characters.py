@@ -49,10 +49,16 @@ def test_different_indices_and_seeds_give_different_images() -> None:
     assert len(images) == 400
 
 
+def test_a_label_is_told_without_rendering() -> None:
+    """The label of an image, and of no other one."""
+    told = [characters.label_of(index, seed=3) for index in range(50)]
+    assert told == [characters.render(index, seed=3)[1] for index in range(50)]
+
+
 def test_every_label_is_reached_about_equally_often() -> None:
     """No class is missing or rare: over 60 images per class, each count stays within half and twice the mean."""
     classes = len(characters.CLASS_NAMES)
-    labels = [characters.render(index, seed=0)[1] for index in range(60 * classes)]
+    labels = [characters.label_of(index, seed=0) for index in range(60 * classes)]
     counts = np.bincount(labels, minlength=classes)
     assert counts.min() > 30
     assert counts.max() < 120

@@ -75,6 +75,11 @@ def render(index: int, *, seed: int, image_size: int = 32) -> tuple[np.ndarray, 
     return _colour(mask, draw[18:26]), label
 
 
+def label_of(index: int, *, seed: int) -> int:
+    """Returns the label that `render` gives, without rendering."""
+    return int(np.random.Generator(np.random.Philox(key=[seed, index])).random() * len(CLASS_CHARACTERS))
+
+
 def digits_task() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Scikit-learn's handwritten digits as RGB, split once and for all.
 
