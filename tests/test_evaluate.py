@@ -212,18 +212,21 @@ def test_a_job_that_ends_the_command_takes_no_earlier_rows_with_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each job's rows are written when it is done: storage, memory or a time limit may end the next."""
+    """What each job found is written when it is done: storage, memory or a time limit may end the next."""
 
     def unreachable(*_: Any) -> Any:
         raise StorageError("the mount is gone")
 
     train, test, run, _ = places
     (tmp_path / "a").symlink_to(train.parent)
+    predictions = tmp_path / "predictions.jsonl"
     options = ["--workers", 0, "--out", tmp_path, "--val", test, "--data", tmp_path, "--tasks", "knn:a,probe:a"]
+    options += ["--predictions", predictions]
     monkeypatch.setitem(evaluators.EVALUATORS, "probe", evaluators.EVALUATORS["probe"]._replace(score=unreachable))
     with pytest.raises(StorageError, match="the mount is gone"):
         evaluate(run, *options)
     assert len(table_of(tmp_path)) == 5 and "probe:a/train" not in record_of(tmp_path)["data"]
+    assert len(predictions.read_text().splitlines()) == 53
     monkeypatch.undo()
     evaluate(run, *options)
     assert len(table_of(tmp_path)) > 5 and "probe:a/train" in record_of(tmp_path)["data"]

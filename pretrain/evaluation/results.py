@@ -13,7 +13,7 @@ from pretrain.config import model_name
 from pretrain.errors import UserError
 from pretrain.escape import in_markdown, portable, portable_path, shown
 from pretrain.evaluation.evaluators import EVALUATORS, Row, in_words
-from pretrain.evaluation.jobs import Done, Opened
+from pretrain.evaluation.jobs import Done
 from pretrain.evaluation.names import HEAD
 from pretrain.evaluation.predictions import confusion, lines, wrong_items
 from pretrain.evaluation.subject import Subject, transform_of
@@ -32,16 +32,14 @@ class Measured(NamedTuple):
     digest: str  # weights_sha256
 
 
-def write_results(
-    out: Path, measured: Measured, opened: list[Opened], done: list[Done], failed: dict[str, str]
-) -> None:
+def write_results(out: Path, measured: Measured, done: list[Done], failed: dict[str, str]) -> None:
     """Merges the jobs done so far into a folder of results. Raises UserError where that cannot be.
 
     Called after each job: a later one may end the command, or a job's time.
     """
     rows = [row for _, _, found in done for row in found.rows]
     with one_at_a_time(out):
-        rows, record = with_earlier(rows, record_of(*measured, opened, done, failed), out / "results.json")
+        rows, record = with_earlier(rows, record_of(measured, done, failed), out / "results.json")
         set_aside(out, measured.digest)
         write_pages(out, pages(rows, record, done))
 
@@ -49,10 +47,9 @@ def write_results(
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def record_of(
-    subject: Subject, weights: Weights, digest: str, opened: list[Opened], done: list[Done], failed: dict[str, str]
-) -> dict[str, Any]:
-    """Returns what is needed to repeat the rows. digest: `weights_sha256`."""
+def record_of(measured: Measured, done: list[Done], failed: dict[str, str]) -> dict[str, Any]:
+    """Returns what is needed to repeat the rows."""
+    subject, weights, digest = measured
     return {
         "format": "pretrain-evaluation",
         "version": 1,
@@ -70,7 +67,7 @@ def record_of(
                 "num_samples": manifest.num_samples,
                 "num_classes": manifest.num_classes,
             }
-            for job, sets in opened
+            for job, sets, _ in done
             for role, (manifest, _) in sets.items()
         },
         **_protocols(subject, done),
