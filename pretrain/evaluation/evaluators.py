@@ -83,7 +83,7 @@ def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
     with subject.progress(job.name or "validation", len(indices), "images") as advance:
         found = predict_all(
             predict,
-            _told(batches, lambda: advance(subject.batch_size * ranks.world_size())),
+            _with_progress(batches, lambda: advance(subject.batch_size * ranks.world_size())),
             loss=subject.loss,
             device=subject.device,
             stop_agreed=subject.stop_agreed,
@@ -106,10 +106,10 @@ def _scores(found: Predictions | None, job: Job) -> list[Score]:
     return scores
 
 
-def _told(batches: Iterable[Batch], tell: Callable[[], None]) -> Iterator[Batch]:
+def _with_progress(batches: Iterable[Batch], advance: Callable[[], None]) -> Iterator[Batch]:
     for batch in batches:
         yield batch
-        tell()
+        advance()
 
 
 def _real_labels(manifest: Manifest) -> list[list[int]]:

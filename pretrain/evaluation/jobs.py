@@ -82,7 +82,7 @@ def do_jobs(subject: Subject, opened: list[Opened], failed: dict[str, str]) -> I
 
 
 def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
-    """Returns what `make` returns on all ranks; a named task that cannot be scored is told and noted, None returned."""
+    """Returns what `make` returns on all ranks; a named task that cannot be scored is warned of and noted: None."""
     try:
         return make()
     except UserError as error:

@@ -104,7 +104,7 @@ SHARED = {
 
 @contextmanager
 def one_at_a_time(out: Path) -> Iterator[None]:
-    """Has others that write into a folder, such as a job array's elements, wait until the block has ended.
+    """Holds the folder's lock for the block: other writers, such as a job array's elements, wait until it has ended.
 
     Warns where the file system gives no locks. Raises UserError where the folder cannot be written.
     """
