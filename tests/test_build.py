@@ -25,7 +25,7 @@ from pretrain.data.manifest import Manifest, check_shards, load_index, load_mani
 from pretrain.data.reader import read_sample
 from pretrain.errors import UserError
 from pretrain.shards import walks
-from pretrain.shards.build import build, finish_manifest, read_dropped, write_samples
+from pretrain.shards.build import DataSet, build, finish, read_dropped, write_samples
 from pretrain.shards.counts import read_counts
 from pretrain.shards.existing import index_existing
 from pretrain.shards.make import Options, make_shards
@@ -369,7 +369,7 @@ def test_verify_names_samples_that_cannot_be_used(tmp_path: Path) -> None:
     """Shards that are intact but hold an undecodable image or a wrong label: each sample with its reason."""
     samples = [(image_bytes(0), 0), (b"nothing", 1), (image_bytes(1), 9)]
     shard = write_samples(samples, "jpg", tmp_path / "a.tar", 0)
-    manifest = load_manifest(finish_manifest(tmp_path, [shard], ["x", "y"], seed=0))
+    manifest = load_manifest(finish(tmp_path, DataSet([shard], 2, ["x", "y"], None, []), {"scope": "none"}))
     assert [problem.split(": ", 1)[1][:16] for problem in verify(manifest)] == ["sample 1: decode", "sample 2: label:"]
 
 

@@ -49,10 +49,16 @@ def test_different_indices_and_seeds_give_different_images() -> None:
     assert len(images) == 400
 
 
+def test_a_label_is_told_without_rendering() -> None:
+    """The label of an image, and of no other one."""
+    told = [characters.label_of(index, seed=3) for index in range(50)]
+    assert told == [characters.render(index, seed=3)[1] for index in range(50)]
+
+
 def test_every_label_is_reached_about_equally_often() -> None:
     """No class is missing or rare: over 60 images per class, each count stays within half and twice the mean."""
     classes = len(characters.CLASS_NAMES)
-    labels = [characters.render(index, seed=0)[1] for index in range(60 * classes)]
+    labels = [characters.label_of(index, seed=0) for index in range(60 * classes)]
     counts = np.bincount(labels, minlength=classes)
     assert counts.min() > 30
     assert counts.max() < 120
@@ -90,7 +96,7 @@ def test_the_character_is_visible_in_every_image() -> None:
 
 def test_digits_task_splits_all_digits_into_two_parts_of_fixed_size() -> None:
     """797 + 1,000 images, together exactly scikit-learn's 1,797, every class in both parts."""
-    train, train_labels, test, test_labels = characters.digits_task(32)
+    train, train_labels, test, test_labels = characters.digits_task()
     assert train.shape == (797, 32, 32, 3) and test.shape == (1000, 32, 32, 3)
     assert train.dtype == test.dtype == np.uint8
     assert train_labels.shape == (797,) and test_labels.shape == (1000,)
@@ -108,7 +114,7 @@ def test_digits_task_splits_all_digits_into_two_parts_of_fixed_size() -> None:
 
 def test_digits_task_is_the_same_every_time_and_gray() -> None:
     """The split and the enlarging have no randomness, and the three channels agree."""
-    first, second = characters.digits_task(32), characters.digits_task(32)
+    first, second = characters.digits_task(), characters.digits_task()
     for part, again in zip(first, second, strict=True):
         np.testing.assert_array_equal(part, again)
     assert (first[0][..., 0] == first[0][..., 1]).all() and (first[0][..., 0] == first[0][..., 2]).all()

@@ -93,7 +93,7 @@ def test_masked_slots_count_for_nothing() -> None:
 def test_nothing_to_score_is_an_error() -> None:
     """Not a division by zero, and not a perfect score."""
     batch, logits = synthetic([1], [False], [[1]])
-    with pytest.raises(UserError, match="no image of the validation set could be read"):
+    with pytest.raises(UserError, match="none could be read, or none has a label"):
         classification_scores(lambda _: logits, [batch], loss="softmax", device=CPU)
 
 
@@ -153,9 +153,9 @@ def test_others_wait_for_rank_0_with_signs_of_life(monkeypatch: pytest.MonkeyPat
     def refuse() -> None:
         raise UserError("not finite")
 
-    assert evaluators.on_main(solve) == 7
+    assert evaluators.on_main(solve, lambda: False) == 7
     with pytest.raises(UserError, match="not finite"):
-        evaluators.on_main(refuse)
+        evaluators.on_main(refuse, lambda: False)
     with pytest.raises(EvaluationStopped):
         evaluators.on_main(lambda: given_up.wait(60), lambda: True)
     given_up.set()

@@ -33,7 +33,7 @@ from pretrain.evaluation.classification import Predict
 from pretrain.evaluation.features import pre_logits
 from pretrain.evaluation.fewshot import fewshot
 from pretrain.evaluation.jobs import as_head_reads
-from pretrain.evaluation.names import NEEDS, absent, named
+from pretrain.evaluation.names import NEEDS, missing_data, named
 from pretrain.evaluation.results import pages, with_earlier
 from pretrain.models.build import build_model
 from pretrain.models.weights import load_model, read_weights, weights_sha256
@@ -193,24 +193,40 @@ def test_rows_of_an_earlier_call_stay(
     assert {**several, "rows": None} == {**one, "rows": None} and len(one["probe"]["c"]) == 2
 
 
+def test_few_shot_may_learn_from_the_set_it_tests_on(
+    places: tuple[Path, Path, Path, nn.Module],
+    evaluate: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a large set some images are learnt from, and all are tested."""
+    _, test, run, _ = places
+    monkeypatch.setattr("pretrain.evaluation.fewshot.MAX_TRAIN", 40)
+    evaluate(run, "--workers", 0, "--out", tmp_path, "--fewshot", test, test, "--shots", 1)
+    assert table_of(tmp_path)["1-shot"][1] == 53
+
+
 def test_a_job_that_ends_the_command_takes_no_earlier_rows_with_it(
     places: tuple[Path, Path, Path, nn.Module],
     evaluate: Callable[..., None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each job's rows are written when it is done: storage, memory or a time limit may end the next."""
+    """What each job found is written when it is done: storage, memory or a time limit may end the next."""
 
     def unreachable(*_: Any) -> Any:
         raise StorageError("the mount is gone")
 
     train, test, run, _ = places
     (tmp_path / "a").symlink_to(train.parent)
+    predictions = tmp_path / "predictions.jsonl"
     options = ["--workers", 0, "--out", tmp_path, "--val", test, "--data", tmp_path, "--tasks", "knn:a,probe:a"]
+    options += ["--predictions", predictions]
     monkeypatch.setitem(evaluators.EVALUATORS, "probe", evaluators.EVALUATORS["probe"]._replace(score=unreachable))
     with pytest.raises(StorageError, match="the mount is gone"):
         evaluate(run, *options)
     assert len(table_of(tmp_path)) == 5 and "probe:a/train" not in record_of(tmp_path)["data"]
+    assert len(predictions.read_text().splitlines()) == 53
     monkeypatch.undo()
     evaluate(run, *options)
     assert len(table_of(tmp_path)) > 5 and "probe:a/train" in record_of(tmp_path)["data"]
@@ -350,10 +366,10 @@ def test_what_does_not_fit_in_an_earlier_record_is_replaced(
 
 def test_vtab_stands_for_its_tasks_and_a_misspelt_set_is_told(tmp_path: Path) -> None:
     """Each once, whatever else is named; a folder of one's own that is there is no misspelling."""
-    found = [one.text for one in named("knn:vtab,imagenet,knn:vtab/dtd,vtab", tmp_path)]
+    found = [job.name for job in named("knn:vtab,imagenet,knn:vtab/dtd,vtab", tmp_path)]
     assert found == [*(f"knn:{name}" for name in VTAB), "imagenet", *VTAB]
     (tmp_path / "pet").mkdir()
-    told = [absent(one, tmp_path) or "" for one in named("knn:cifar_10,knn:pet", tmp_path)]
+    told = [missing_data(job, tmp_path) or "" for job in named("knn:cifar_10,knn:pet", tmp_path)]
     assert told[0].endswith("tools/make_shards.py makes shards. Did you mean: 'cifar10'?") and "mean" not in told[1]
 
 

@@ -19,7 +19,7 @@ from pretrain.data.loader import Batch, eval_batches, train_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.data.order import Order, plan_batch
 from pretrain.data.reader import read_sample
-from pretrain.shards.build import finish_manifest, read_dropped, write_samples
+from pretrain.shards.build import DataSet, finish, read_dropped, write_samples
 from pretrain.shards.make import Options, make_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,7 +202,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     foreign.mkdir()
     samples = [(file.data, number) for number, (_, file) in enumerate(FILES)]
     shard = write_samples(samples, "jpg", foreign / "foreign-000000.tar", 0)
-    theirs = load_manifest(finish_manifest(foreign, [shard], [str(number) for number in range(len(FILES))], 0))
+    names = [str(number) for number in range(len(FILES))]
+    theirs = load_manifest(finish(foreign, DataSet([shard], len(names), names, None, []), {"scope": "none"}))
     whole = {"crop_area": [1, 1], "crop_ratio": [1, 1], "flip": 0, "eval_transform": "timm", "eval_crop": 1}
     config = config_from_dict(
         {

@@ -4,19 +4,24 @@ python tools/evaluate.py WEIGHTS [--tasks imagenet,real,knn:pets --data ROOT] [-
 """
 
 import argparse
-import os
 import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.config import DataConfig, choices_of
 from pretrain.errors import UserError
-from pretrain.evaluation.names import HEAD, Named, check_any_there, named
+from pretrain.evaluation.names import HEAD, Job, missing_data, named
 from pretrain.models.formats import check_weights
+from pretrain.tasks.table import check_any_there
+
+if TYPE_CHECKING:
+    from pretrain.evaluation.jobs import Done
+    from pretrain.evaluation.results import Measured
 
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
 
@@ -27,13 +32,14 @@ def main() -> None:
     with cli.loading():
         from pretrain.cluster import agreement, ranks
         from pretrain.evaluation import fewshot
-        from pretrain.evaluation.jobs import Opened, do_jobs, jobs_of, open_jobs, shared_sets
-        from pretrain.evaluation.results import Measured, print_table, write_predictions, write_results
+        from pretrain.evaluation.jobs import do_jobs, jobs_of, open_jobs, shared_sets
+        from pretrain.evaluation.results import Measured, print_table
         from pretrain.evaluation.subject import subject_of
         from pretrain.models.weights import read_weights, results_folder, weights_sha256
+        from pretrain.shards.pool import num_cores
 
     jobs = jobs_of(arguments.val, arguments.fewshot, tasks)
-    workers = min(4, len(os.sched_getaffinity(0))) if arguments.workers is None else arguments.workers
+    workers = min(4, num_cores()) if arguments.workers is None else arguments.workers
 
     device = ranks.start(TIMEOUT_S)
     weights = agreement.together(lambda: read_weights(arguments.weights, arguments.image_size))
@@ -54,18 +60,17 @@ def main() -> None:
     # At a size of their own they are other results, which a report does not show as the run's.
     name = f"evaluation-{arguments.image_size}px" if arguments.image_size else "evaluation"
     out = arguments.out or results_folder(arguments.weights, name)
-    done = []
+    done: list[Done] = []
+    write = partial(_write, out, arguments.predictions, measured, done, failed)
     for one in do_jobs(subject, opened, failed):
         done.append(one)
         if len(done) < len(opened):  # an error is raised on all ranks: the others would wait for rank 0 in the next job
-            so_far = [Opened(job, sets) for job, sets, _ in done]
-            agreement.from_main(partial(write_results, out, measured, so_far, done, failed))
+            agreement.from_main(write)
     if ranks.is_main():
         print_table([row for one in done for row in one.found.rows], str(arguments.weights))
-        write_results(out, measured, opened, done, failed)
+        write()
         cli.tell(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
-            write_predictions(arguments.predictions, done)
             cli.tell(arguments.predictions)
         shown = out if arguments.out or arguments.image_size else out.parent
         if done:
@@ -73,6 +78,17 @@ def main() -> None:
     ranks.stop()
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} not scored: {', '.join(failed)}")
+
+
+def _write(
+    out: Path, predictions: Path | None, measured: "Measured", done: list["Done"], failed: dict[str, str]
+) -> None:
+    """Writes what the jobs done so far have found, each file as a whole: what ends the next one takes nothing away."""
+    from pretrain.evaluation.results import write_predictions, write_results
+
+    write_results(out, measured, done, failed)
+    if predictions:
+        write_predictions(predictions, done)
 
 
 def _arguments() -> argparse.Namespace:
@@ -123,7 +139,7 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _checked_tasks(arguments: argparse.Namespace) -> list[Named]:
+def _checked_tasks(arguments: argparse.Namespace) -> list[Job]:
     """What --tasks asks for. Raises UserError for a wrong name, absent data, and options that none of it needs."""
     tasks = named(arguments.tasks or "", arguments.data)
     kinds = {one.kind for one in tasks}
@@ -135,7 +151,7 @@ def _checked_tasks(arguments: argparse.Namespace) -> list[Named]:
     if arguments.predictions and HEAD not in kinds:
         raise UserError("--predictions are of the model's head: it needs --val MANIFEST or a task without a colon")
     if not (arguments.val or arguments.fewshot):
-        check_any_there(tasks, arguments.data)
+        check_any_there((missing_data(job, arguments.data) for job in tasks), arguments.data)
     return tasks
 
 

@@ -18,7 +18,7 @@ from pretrain import cli
 from pretrain.cluster.jobs import STOPPED, array_ranges
 from pretrain.errors import UserError
 from pretrain.models.formats import check_weights
-from pretrain.tasks.table import VTAB, check_any_there, task
+from pretrain.tasks.table import VTAB, check_any_there, missing, task
 
 if TYPE_CHECKING:
     from pretrain.finetune.running import SweepRun
@@ -168,7 +168,8 @@ def _on_tasks(arguments: argparse.Namespace) -> int:
     vtab = arguments.task == "vtab"
     chosen = [task(name) for name in (VTAB if vtab else [arguments.task])]
     if not arguments.list:
-        check_any_there(chosen, _data_of(arguments))
+        data = _data_of(arguments)
+        check_any_there((missing(one, data) for one in chosen), data)
     with cli.loading():
         from pretrain.finetune.running import collect, jobs, plan, run_one, run_sweeps
 

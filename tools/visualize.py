@@ -10,6 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
+from pretrain.config import model_name
+from pretrain.escape import portable
 from pretrain.models.formats import check_weights
 
 
@@ -42,7 +44,6 @@ def main() -> None:
         from pretrain.models.inspection import check_inspectable, filter_components, look_at, position_similarity
         from pretrain.models.weights import model_of, read_weights, results_folder, weights_sha256
         from pretrain.report.pictures import Photo, read_photo, write_pictures
-        from pretrain.report.story import model_name, portable
 
     weights = read_weights(arguments.weights)
     config, model = weights.model, check_inspectable(model_of(weights))

@@ -79,7 +79,7 @@ def predict_all(
     and told.
 
     Every rank brings the same number of batches. Raises EvaluationStopped on all ranks when `stop_agreed` says so
-    between two batches, and on all ranks UserError when no image can be read.
+    between two batches, and on all ranks UserError when none is left.
     """
     parts: list[list[np.ndarray]] = []
     bad, damaged = torch.zeros(len(REASONS), dtype=torch.float64), torch.zeros(1)
@@ -96,7 +96,7 @@ def predict_all(
     *counts, num_damaged, num_scored = agreement.add_up(torch.cat([bad, damaged.double(), scored.double()])).tolist()
     _warn_of_bad(counts, num_damaged)
     if not num_scored:
-        raise UserError("no image of the validation set could be read")
+        raise UserError("no image of the validation set can be scored: none could be read, or none has a label")
     mine = [np.concatenate(_same_width(column)) for column in zip(*parts)]
     columns = [np.concatenate(_same_width(column)) for column in zip(*agreement.to_main(mine))]
     if not columns:

@@ -1,13 +1,9 @@
-"""The evaluators, one row of a table each: by the same rows tools/evaluate.py scores weights and a run is scored.
-
-pretrain.tasks is imported only where a task is scored: it reads timm's lists, a second that a run's start is spared.
-"""
+"""The evaluators, one row of a table each: by the same rows tools/evaluate.py scores weights and a run is scored."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pretrain.checkpoint import behind
 from pretrain.cluster import agreement, ranks
@@ -27,12 +23,10 @@ from pretrain.evaluation.classification import (
     scores_of,
 )
 from pretrain.evaluation.features import MAX_PIXEL_BYTES, Extract, Features, raw_pixels
-from pretrain.evaluation.names import HEAD
+from pretrain.evaluation.names import HEAD, Job
 from pretrain.evaluation.subject import TRAINED, Images, Subject, transform_of
 from pretrain.shards.examples import sample_names
-
-if TYPE_CHECKING:
-    from pretrain.tasks.table import Task
+from pretrain.tasks.imagenet_labels import real_labels, scored_classes
 
 _LOOK_EVERY_S = 0.02
 
@@ -46,27 +40,6 @@ class Row(NamedTuple):
     n: int  # images it was measured on
 
 
-class Job(NamedTuple):
-    """A kind of evaluation on a data set."""
-
-    kind: str  # of NEEDS
-    name: str = ""  # in front of its metrics: "imagenet_v2", "knn:pets"; "" for --val, --fewshot and in training
-    data: Mapping[str, Path] = {}  # manifests: "test", and "train" where there is something to learn
-    task: "Task | None" = None  # the table's row
-
-    @property
-    def roles(self) -> dict[str, str]:
-        """What results.json calls the data sets."""
-        if self.name:
-            return {role: f"{self.name}/{role}" for role in self.data}
-        return {"test": "val"} if self.kind == HEAD else {role: f"fewshot_{role}" for role in self.data}
-
-    def rows(self, scores: Iterable[Score], model: str = TRAINED) -> list[Row]:
-        """Returns scores under the job's name."""
-        prefix = f"{self.name}/" if self.name else ""
-        return [Row(model, prefix + score.metric, score.value, score.n) for score in scores]
-
-
 class Found(NamedTuple):
     """What an evaluator returns."""
 
@@ -78,22 +51,27 @@ class Found(NamedTuple):
 class Evaluator(NamedTuple):
     """A row of the table."""
 
-    returns: str  # its metrics
     score: Callable[[Subject, Job, dict[str, Images]], Found]
     protocol: Callable[[Subject], dict[str, Any]] | None = None  # for results.json; None: that says it all already
     grows: tuple[str, ...] = ()  # keys of it that each row adds to; the rest is alike for all rows of the kind
     told: Callable[[dict[str, Any]], list[str]] = lambda _: []  # lines on it for results.md
 
 
+def rows_of(job: Job, scores: Iterable[Score], model: str = TRAINED) -> list[Row]:
+    """Returns scores under a job's name."""
+    prefix = f"{job.name}/" if job.name else ""
+    return [Row(model, prefix + score.metric, score.value, score.n) for score in scores]
+
+
 # --- the functions ---------------------------------------------------------------------------------------------------
 
 
 def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
-    """Loss, top-1, top-5 and a task's own metric, by the model's head."""
+    """loss, top1, top5, of several labels mean_average_precision, and a task's own metric, by the model's head."""
     manifest, indices = sets["test"]
     predict, batches = subject.head(sets["test"])
     num_scored = len(indices)
-    if job.task and (classes := _scored_classes(job.task)):
+    if job.task and (classes := scored_classes(job.task)):
         predict = among(predict, classes)
     if job.task and job.task.metric == "real":
         labels = agreement.from_main(lambda: _real_labels(manifest))
@@ -105,7 +83,7 @@ def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
     with subject.progress(job.name or "validation", len(indices), "images") as advance:
         found = predict_all(
             predict,
-            _told(batches, lambda: advance(subject.batch_size * ranks.world_size())),
+            _with_progress(batches, lambda: advance(subject.batch_size * ranks.world_size())),
             loss=subject.loss,
             device=subject.device,
             stop_agreed=subject.stop_agreed,
@@ -115,7 +93,7 @@ def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
     n = scores[0].n
     if n < num_scored and ranks.is_main():
         subject.tell(f"{manifest.path}: {num_scored - n} of {num_scored} images cannot be read: not scored")
-    return Found(job.rows(scores), predictions=found)
+    return Found(rows_of(job, scores), predictions=found)
 
 
 def _scores(found: Predictions | None, job: Job) -> list[Score]:
@@ -128,36 +106,28 @@ def _scores(found: Predictions | None, job: Job) -> list[Score]:
     return scores
 
 
-def _told(batches: Iterable[Batch], tell: Callable[[], None]) -> Iterator[Batch]:
+def _with_progress(batches: Iterable[Batch], advance: Callable[[], None]) -> Iterator[Batch]:
     for batch in batches:
         yield batch
-        tell()
-
-
-def _scored_classes(task: "Task") -> list[int] | None:
-    from pretrain.tasks.imagenet_labels import scored_classes
-
-    return scored_classes(task)
+        advance()
 
 
 def _real_labels(manifest: Manifest) -> list[list[int]]:
     """The ReaL labels of each sample, joined by its name; none where the name cannot be read."""
-    from pretrain.tasks.imagenet_labels import real_labels
-
     names = sample_names(manifest, range(manifest.num_samples))
     found = iter(real_labels([name for name in names if name]))
     return [next(found) if name else [] for name in names]
 
 
 def few_shot(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
-    """big_vision's closed-form regression on 1, 5, 10 and 25 images per class."""
+    """1-shot, 1-shot-std ...: big_vision's closed-form regression on 1, 5, 10 and 25 images per class."""
     rows = []
     for name, extract in _compared(subject, sets).items():
         features = subject.features(name, extract, sets, "fewshot")
         num_regressions = len(subject.shots) * len(fewshot.SEEDS)
         with subject.progress(f"few-shot, {name}", num_regressions, "regressions") as advance:
             solve = partial(fewshot.fewshot, shots=subject.shots, progress=advance)
-            rows += job.rows(on_features(solve, features, subject.stop_agreed), name)
+            rows += rows_of(job, on_features(solve, features, subject.stop_agreed), name)
     return Found(rows)
 
 
@@ -175,24 +145,22 @@ def _compared(subject: Subject, sets: dict[str, Images]) -> dict[str, Extract]:
 
 
 def nearest_neighbours(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
-    """The vote of the nearest training images."""
+    """1-nn and 20-nn: the vote of the nearest training images."""
     features = subject.features(TRAINED, subject.extract, sets, "knn")
     with subject.progress(job.name, len(sets["test"].indices), "images") as advance:
         solve = partial(knn.knn, device=subject.device, progress=advance)
-        return Found(job.rows(on_features(solve, features, subject.stop_agreed)))
+        return Found(rows_of(job, on_features(solve, features, subject.stop_agreed)))
 
 
 def linear_probe(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
-    """Logistic regression on all training images."""
+    """top1 and mean_per_class of a logistic regression on all training images."""
     features = subject.features(TRAINED, subject.extract, sets, "probe")
     with subject.progress(job.name, len(probe.GRID) + 1, "regressions") as advance:
         scores, c = on_features(partial(probe.probe, progress=advance), features, subject.stop_agreed)
-    return Found(job.rows(scores), chosen={"c": c})
+    return Found(rows_of(job, scores), chosen={"c": c})
 
 
-def on_features(
-    solve: Callable[..., Any], features: list[Features | None], stop_agreed: Callable[[], bool] = lambda: False
-) -> Any:
+def on_features(solve: Callable[..., Any], features: list[Features | None], stop_agreed: Callable[[], bool]) -> Any:
     """Returns on every rank what `solve` says of training and test features, which rank 0 alone has."""
 
     def solved() -> Any:
@@ -203,7 +171,7 @@ def on_features(
     return on_main(solved, stop_agreed)
 
 
-def on_main(solve: Callable[[], Any], stop_agreed: Callable[[], bool] = lambda: False) -> Any:
+def on_main(solve: Callable[[], Any], stop_agreed: Callable[[], bool]) -> Any:
     """Returns on every rank what `solve` returns, or raises, on rank 0; it may take longer than a collective.
 
     The others wait with signs of life. Raises EvaluationStopped on all ranks when `stop_agreed` says so meanwhile.
@@ -244,16 +212,14 @@ def in_words(transform: dict[str, Any]) -> str:
 
 # By the names of names.NEEDS, which says on which data sets.
 EVALUATORS: dict[str, Evaluator] = {
-    HEAD: Evaluator("loss, top1, top5, mean_average_precision, a task's own", classify),
-    "fewshot": Evaluator("1-shot, 1-shot-std ...", few_shot, _fewshot_protocol, ("shots",), _fewshot_told),
+    HEAD: Evaluator(classify),
+    "fewshot": Evaluator(few_shot, _fewshot_protocol, ("shots",), _fewshot_told),
     "knn": Evaluator(
-        "1-nn, 20-nn",
         nearest_neighbours,
         lambda _: {"neighbours": knn.NEIGHBOURS, "temperature": knn.TEMPERATURE},
         told=lambda p: [f"k-nn: cosine similarity, votes weighted by exp(similarity / {p['temperature']:g})"],
     ),
     "probe": Evaluator(
-        "top1, mean_per_class",
         linear_probe,
         lambda _: {"grid": probe.GRID, "held_out": probe.HELD_OUT},
         ("c",),

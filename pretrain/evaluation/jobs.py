@@ -9,12 +9,11 @@ from pretrain.cluster import agreement, ranks
 from pretrain.data.classes import match_classes
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.errors import UserError
-from pretrain.evaluation.evaluators import EVALUATORS, Found, Job
-from pretrain.evaluation.names import HEAD, Named
+from pretrain.evaluation.evaluators import EVALUATORS, Found
+from pretrain.evaluation.names import HEAD, Job, missing_data
 from pretrain.evaluation.subject import Images, Subject, all_images, fitting
 from pretrain.log import warn
 from pretrain.models.weights import Weights
-from pretrain.tasks.table import missing
 
 
 class Opened(NamedTuple):
@@ -35,14 +34,14 @@ class Done(NamedTuple):
 # --- what was asked for -> jobs ---------------------------------------------------------------------------------------
 
 
-def jobs_of(val: Path | None, few: Sequence[Path] | None, tasks: Sequence[Named]) -> list[Job]:
+def jobs_of(val: Path | None, few: Sequence[Path] | None, tasks: Sequence[Job]) -> list[Job]:
     """Returns the jobs that are asked for: of --val, --fewshot TRAIN TEST, and --tasks NAME,..."""
     jobs = []
     if val:
         jobs.append(Job(HEAD, "", {"test": val}))
     if few:
         jobs.append(Job("fewshot", "", dict(zip(("train", "test"), few))))
-    return jobs + [Job(one.kind, one.text, one.data, one.task) for one in tasks]
+    return [*jobs, *tasks]
 
 
 # --- jobs -> data sets -> rows ---------------------------------------------------------------------------------------
@@ -83,7 +82,7 @@ def do_jobs(subject: Subject, opened: list[Opened], failed: dict[str, str]) -> I
 
 
 def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
-    """Returns what `make` returns on all ranks; a named task that cannot be scored is told and noted, None returned."""
+    """Returns what `make` returns on all ranks; a named task that cannot be scored is warned of and noted: None."""
     try:
         return make()
     except UserError as error:
@@ -96,7 +95,7 @@ def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
 
 
 def _open(job: Job, weights: Weights, root: Path) -> dict[str, Images]:
-    if job.task and (told := missing(job.task, root, [path.name for path in job.data.values()])):
+    if job.task and (told := missing_data(job, root)):
         raise UserError(told)
     sets = {role: load_manifest(path) for role, path in job.data.items()}
     for manifest in sets.values():

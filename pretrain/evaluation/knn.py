@@ -4,7 +4,7 @@ The protocol of Wu et al. (arXiv 1805.01978, section 3.4) and DINO (arXiv 2104.1
 k = 20 nearest vote with weight exp(similarity / 0.07). And k = 1, which has nothing to choose.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -59,20 +59,19 @@ def knn(
     test_labels: np.ndarray,
     *,
     device: torch.device,
-    neighbours: Sequence[int] = NEIGHBOURS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Score]:
-    """Returns for each k of `neighbours` the accuracy "k-nn" on all test images.
+    """Returns for each k of NEIGHBOURS the accuracy "k-nn" on all test images.
 
     features: [images, D]; labels: [images] integers. progress: told the test images just done. Raises UserError when
     features are not finite.
     """
     check_finite("nearest neighbours", train_features, test_features)
     num_classes = 1 + int(max(train_labels.max(), test_labels.max()))
-    options = {"k": max(neighbours), "device": device}
-    similarities, classes = nearest(train_features, train_labels, test_features, **options, progress=progress)
+    arrays = train_features, train_labels, test_features
+    similarities, classes = nearest(*arrays, k=max(NEIGHBOURS), device=device, progress=progress)
     rows = []
-    for k in neighbours:
+    for k in NEIGHBOURS:
         predicted = vote(similarities[:, :k], classes[:, :k], num_classes).argmax(dim=1).numpy()
         rows.append(Score(f"{k}-nn", float((predicted == test_labels).mean()), len(test_labels)))
     return rows

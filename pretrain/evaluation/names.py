@@ -1,12 +1,12 @@
-"""Evaluations by name, as --tasks gives them: `imagenet`, `knn:pets`. Without torch: a wrong name is told at once."""
+"""Jobs: kinds of evaluation on data sets, named as in `--tasks imagenet,knn:pets`. Without torch, to fail at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.config.checks import did_you_mean
 from pretrain.errors import UserError
-from pretrain.tasks.table import TASKS, VTAB, Task, check_not_all, missing, task, task_folder
+from pretrain.tasks.table import TASKS, VTAB, Task, missing, task, task_folder
 
 HEAD = "classify"  # asked for by a task's bare name and by --val; the others as KIND:NAME
 # The kinds of evaluation, rows of evaluators.EVALUATORS, and the data sets of each: "test", and "train" where there is
@@ -19,16 +19,23 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Named(NamedTuple):
-    """An evaluation that was asked for by name."""
+class Job(NamedTuple):
+    """A kind of evaluation on a data set."""
 
     kind: str  # of NEEDS
-    text: str  # as it was written
-    data: dict[str, Path]  # folders of shards: "test", and "train" where there is something to learn
-    task: Task | None  # the table's row; None: a folder of the user's own
+    name: str = ""  # as --tasks gives it, in front of its metrics; "" for --val, --fewshot and in training
+    data: Mapping[str, Path] = {}  # folders of shards: "test", and "train" where there is something to learn
+    task: Task | None = None  # the table's row; None: data of the user's own
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """What results.json calls the data sets."""
+        if self.name:
+            return {role: f"{self.name}/{role}" for role in self.data}
+        return {"test": "val"} if self.kind == HEAD else {role: f"fewshot_{role}" for role in self.data}
 
 
-def named(tasks: str, root: Path) -> list[Named]:
+def named(tasks: str, root: Path) -> list[Job]:
     """Returns what --tasks NAME,... asks for, each once, on the data in `root`. Raises UserError for a wrong name.
 
     vtab and KIND:vtab stand for all of its tasks.
@@ -43,11 +50,11 @@ def _each(text: str) -> list[str]:
     return [f"{kind}{colon}{one}" for one in VTAB] if name == "vtab" else [text]
 
 
-def _named(text: str, root: Path) -> Named:
+def _named(text: str, root: Path) -> Job:
     kind, colon, name = text.partition(":")
     if not colon:
         row = task(text)
-        return Named(HEAD, text, {"test": task_folder(row, root) / row.test_split}, row)
+        return Job(HEAD, text, {"test": task_folder(row, root) / row.test_split}, row)
     if kind not in NEEDS or kind == HEAD:
         *others, last = (f"{known}:NAME" for known in NEEDS if known != HEAD)
         raise UserError(f"--tasks: {text!r} is neither a task nor {', '.join(others)} or {last}")
@@ -61,20 +68,15 @@ def _named(text: str, root: Path) -> Named:
         if "train" in NEEDS[kind] and train not in row.splits:
             raise UserError(f"--tasks: {text!r}: {name} has no training images to learn from")
         splits = {"train": train, "test": row.test_split}
-    return Named(kind, text, {role: folder / splits[role] for role in NEEDS[kind]}, row)
+    return Job(kind, text, {role: folder / splits[role] for role in NEEDS[kind]}, row)
 
 
-def absent(one: Named, root: Path) -> str | None:
+def missing_data(job: Job, root: Path) -> str | None:
     """Returns one line that says what an evaluation lacks and how to get it; None where its data is there."""
-    if one.task is not None:
-        return missing(one.task, root, [path.name for path in one.data.values()])
-    gone = next((path for path in one.data.values() if not (path / "manifest.json").exists()), None)
+    if job.task is not None:
+        return missing(job.task, root, [path.name for path in job.data.values()])
+    gone = next((path for path in job.data.values() if not (path / "manifest.json").exists()), None)
     if gone is None:
         return None
-    hint = "" if gone.parent.exists() else did_you_mean(one.text.partition(":")[2], TASKS)
-    return f"{one.text}: {gone} has no manifest.json; tools/make_shards.py makes shards.{hint}"
-
-
-def check_any_there(asked: Sequence[Named], root: Path) -> None:
-    """Raises UserError when the data of none of them is there."""
-    check_not_all([line for one in asked if (line := absent(one, root))], len(asked), root)
+    hint = "" if gone.parent.exists() else did_you_mean(job.name.partition(":")[2], TASKS)
+    return f"{job.name}: {gone} has no manifest.json; tools/make_shards.py makes shards.{hint}"

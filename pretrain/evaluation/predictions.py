@@ -1,7 +1,6 @@
 """What becomes of predictions: a line for each image, pictures of the most confident mistakes; one image's classes."""
 
 import base64
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from pretrain.evaluation.subject import eval_config
 from pretrain.models.by_name import is_name
 from pretrain.models.weights import Weights
 from pretrain.shards.examples import sample_names
+from pretrain.shards.pictures import png_of
 
 MAX_WRONG = 24  # pictures; a page shows them all
 MAX_PAIRS = 200_000  # of classes, true and predicted: ImageNet's 50,000 images have fewer
@@ -97,9 +97,7 @@ def _class_name(manifest: Manifest, number: int) -> str:
 def _thumbnail(data: bytes) -> bytes:
     picture = Image.fromarray(decode(data).permute(1, 2, 0).numpy())
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    picture.save(file, "png")
-    return file.getvalue()
+    return png_of(np.asarray(picture))
 
 
 _IMAGENETS = {1000: "imagenet-1k", 21_843: "imagenet-21k-goog"}  # by number of classes, as timm calls the lists

@@ -6,7 +6,7 @@ finer.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -20,12 +20,12 @@ HELD_OUT = 0.2  # share of each class's training images on which C is chosen
 MAX_ITERATIONS = 1000  # CLIP's
 
 
-def held_out_split(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+def held_out_split(labels: np.ndarray) -> np.ndarray:
     """Returns which training images are held out to choose C, bool [images]: a fifth of each class, drawn at random.
 
     A class with a single image keeps it.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     held_out = np.zeros(len(labels), dtype=bool)
     for number in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == number))
@@ -36,19 +36,18 @@ def held_out_split(labels: np.ndarray, seed: int = 0) -> np.ndarray:
 def choose_c(
     features: np.ndarray,
     labels: np.ndarray,
-    grid: Sequence[float] = GRID,
     progress: Callable[[int], None] = lambda _: None,
 ) -> float:
-    """Returns the C of the grid with the best accuracy on held-out training images; the smallest of several."""
+    """Returns the C of GRID with the best accuracy on held-out training images; the smallest of several."""
     held_out = held_out_split(labels)
     if not held_out.any():
         raise UserError("linear probe: no class has two training images, so none can be held out to choose C")
     accuracies = []
-    for c in grid:
+    for c in GRID:
         predicted = predict(features[~held_out], labels[~held_out], features[held_out], c)
         accuracies.append(float((predicted == labels[held_out]).mean()))
         progress(1)
-    return grid[int(np.argmax(accuracies))]
+    return GRID[int(np.argmax(accuracies))]
 
 
 def predict(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, c: float) -> np.ndarray:
@@ -75,18 +74,17 @@ def probe(
     train_labels: np.ndarray,
     test_features: np.ndarray,
     test_labels: np.ndarray,
-    grid: Sequence[float] = GRID,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Score], float]:
     """Returns "top1" and "mean_per_class" on all test images, and the C that was chosen.
 
-    features: [images, D]; labels: [images] integers. progress: told each regression done, one more than the grid has.
+    features: [images, D]; labels: [images] integers. progress: told each regression done, one more than GRID has.
     Raises UserError when features are not finite or there is one class only.
     """
     check_finite("linear probe", train_features, test_features)
     if len(np.unique(train_labels)) < 2:
         raise UserError("linear probe: the training images are all of one class")
-    c = choose_c(train_features, train_labels, grid, progress)
+    c = choose_c(train_features, train_labels, progress)
     predicted = predict(train_features, train_labels, test_features, c)
     progress(1)
     top1, per_class = float((predicted == test_labels).mean()), mean_per_class(test_labels, predicted)

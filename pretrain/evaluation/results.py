@@ -12,8 +12,9 @@ from pretrain import cli
 from pretrain.config import model_name
 from pretrain.errors import UserError
 from pretrain.escape import in_markdown, portable, portable_path, shown
-from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Row, in_words
-from pretrain.evaluation.jobs import Done, Opened
+from pretrain.evaluation.evaluators import EVALUATORS, Row, in_words
+from pretrain.evaluation.jobs import Done
+from pretrain.evaluation.names import HEAD
 from pretrain.evaluation.predictions import confusion, lines, wrong_items
 from pretrain.evaluation.subject import Subject, transform_of
 from pretrain.json_files import Fields, read_json
@@ -31,16 +32,14 @@ class Measured(NamedTuple):
     digest: str  # weights_sha256
 
 
-def write_results(
-    out: Path, measured: Measured, opened: list[Opened], done: list[Done], failed: dict[str, str]
-) -> None:
+def write_results(out: Path, measured: Measured, done: list[Done], failed: dict[str, str]) -> None:
     """Merges the jobs done so far into a folder of results. Raises UserError where that cannot be.
 
     Called after each job: a later one may end the command, or a job's time.
     """
     rows = [row for _, _, found in done for row in found.rows]
     with one_at_a_time(out):
-        rows, record = with_earlier(rows, record_of(*measured, opened, done, failed), out / "results.json")
+        rows, record = with_earlier(rows, record_of(measured, done, failed), out / "results.json")
         set_aside(out, measured.digest)
         write_pages(out, pages(rows, record, done))
 
@@ -48,10 +47,9 @@ def write_results(
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def record_of(
-    subject: Subject, weights: Weights, digest: str, opened: list[Opened], done: list[Done], failed: dict[str, str]
-) -> dict[str, Any]:
-    """Returns what is needed to repeat the rows. digest: `weights_sha256`."""
+def record_of(measured: Measured, done: list[Done], failed: dict[str, str]) -> dict[str, Any]:
+    """Returns what is needed to repeat the rows."""
+    subject, weights, digest = measured
     return {
         "format": "pretrain-evaluation",
         "version": 1,
@@ -69,7 +67,7 @@ def record_of(
                 "num_samples": manifest.num_samples,
                 "num_classes": manifest.num_classes,
             }
-            for job, sets in opened
+            for job, sets, _ in done
             for role, (manifest, _) in sets.items()
         },
         **_protocols(subject, done),
@@ -106,7 +104,7 @@ SHARED = {
 
 @contextmanager
 def one_at_a_time(out: Path) -> Iterator[None]:
-    """Has others that write into a folder, such as a job array's elements, wait until the block has ended.
+    """Holds the folder's lock for the block: other writers, such as a job array's elements, wait until it has ended.
 
     Warns where the file system gives no locks. Raises UserError where the folder cannot be written.
     """

@@ -125,34 +125,41 @@ class Subject:
 
     def features(self, name: str, extract: Extract, sets: dict[str, Images], kind: str) -> list[Features | None]:
         """Returns the features of a training and a test set, on rank 0. Those of the last two sets are kept."""
-        config, max_train = reading = self.reading(kind)
-        seen_as = config.eval_transform, config.eval_crop, config.interpolation, max_train
-        keys = {
-            role: (name, images.manifest.path, images.manifest.label_map, *seen_as) for role, images in sets.items()
+        config, max_train = self.reading(kind)
+        sets = {role: _spread(images, max_train) if role == "train" else images for role, images in sets.items()}
+        seen_as = config.eval_transform, config.eval_crop, config.interpolation
+        keys = {  # one set may be both: `max_train` images of it to learn from, all of them to test
+            role: (name, images.manifest.path, images.manifest.label_map, len(images.indices), *seen_as)
+            for role, images in sets.items()
         }
         self._kept = {key: found for key, found in self._kept.items() if key in keys.values()}
         for role, images in sets.items():
             if keys[role] not in self._kept:
-                self._kept[keys[role]] = self._extracted(name, extract, images, role, reading)
+                self._kept[keys[role]] = self._extracted(name, extract, images, config)
         return [self._kept[key] for key in keys.values()]
 
-    def _extracted(self, name: str, extract: Extract, images: Images, role: str, reading: Reading) -> Features | None:
-        indices = images.indices
-        if role == "train" and reading.max_train is not None:
-            indices = indices[fewshot.spread_indices(len(indices), reading.max_train)]
+    def _extracted(self, name: str, extract: Extract, images: Images, config: DataConfig) -> Features | None:
+        manifest, indices = images
         with self.progress(f"features, {name}", len(indices), "images") as advance:
             return extract_features(
                 extract,
-                images.manifest,
+                manifest,
                 image_size=self.image_size,
                 batch_size=self.batch_size,
-                config=reading.config,
+                config=config,
                 device=self.device,
                 indices=indices,
                 max_bytes=MAX_PIXEL_BYTES if extract is raw_pixels else None,
                 progress=advance,
                 stop_agreed=self.stop_agreed,
             )
+
+
+def _spread(images: Images, most: int | None) -> Images:
+    """At most so many of the images, at equal distances; None: all."""
+    if most is None:
+        return images
+    return images._replace(indices=images.indices[fewshot.spread_indices(len(images.indices), most)])
 
 
 def transform_of(config: DataConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from pretrain.shards.examples import FILE as EXAMPLES
 from pretrain.shards.examples import Example, content_sha256, write_examples
 from pretrain.shards.items import Item, PackedItems, digest_of
 from pretrain.shards.make import MIN_IMAGES_FOR_PROCESSES
+from pretrain.shards.pool import num_cores
 from pretrain.shards.resizing import Resizing
 from pretrain.shards.sources import Told, folder_items, sniffed_ending
 from pretrain.storage import remove, write_text
@@ -77,7 +77,7 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
     train = found["train"]
     if "test" not in found:
         items = train.items or _items_of(_manifest(train), notes)
-        chosen = held_out(items.labels, [items.reference(index) for index in range(len(items))])
+        chosen = held_out(items.labels, list(_references(items)))
         told.append(_told_of_split(train, items.labels, chosen))
         rest = set(range(len(items))).difference(chosen)
         found["train"] = train._replace(items=items.without(set(chosen)), manifest=None)
@@ -178,10 +178,8 @@ def _manifest(part: _Part) -> Manifest:
 # --- what is held out ------------------------------------------------------------------------------------------------
 
 
-def held_out(
-    labels: Sequence[int], names: Sequence[str], *, share: float = TEST_SHARE, seed: int = SPLIT_SEED
-) -> list[int]:
-    """Returns the places of images held out for the test, rising: of each class its share, at least one, never all.
+def held_out(labels: Sequence[int], names: Sequence[str], *, seed: int = SPLIT_SEED) -> list[int]:
+    """Returns the places of images held out for the test, rising: of each class TEST_SHARE, at least one, never all.
 
     The draw depends on the seed and on an image's name alone, so that a set that grows keeps most of its test.
     """
@@ -190,7 +188,7 @@ def held_out(
         places.setdefault(label, []).append(place)
     chosen: list[int] = []
     for members in places.values():
-        number = min(max(1, round(share * len(members))), len(members) - 1)
+        number = min(max(1, round(TEST_SHARE * len(members))), len(members) - 1)
         chosen += sorted(members, key=lambda place: _draw(names[place], seed))[:number]
     return sorted(chosen)
 
@@ -297,7 +295,7 @@ def _ready(name: str, part: _Part, folder: Path, notes: Told, shorter_side: int)
 
 def _build(name: str, part: _Part, items: PackedItems, folder: Path, notes: Told, shorter_side: int) -> Path:
     from_shards = part.place.is_file() or is_manifest(part.place)
-    workers = 1 if from_shards or len(items) < MIN_IMAGES_FOR_PROCESSES else len(os.sched_getaffinity(0))
+    workers = 1 if from_shards or len(items) < MIN_IMAGES_FOR_PROCESSES else num_cores()
     how = How(workers, Resizing(shorter_side, JPEG_QUALITY))
     seed = None if name == "test" else 0  # the test keeps its order, by which its images have names
     with cli.progress(f"shards of {name}", len(items), "images") as advance:

@@ -6,7 +6,6 @@ report/own_page.py shows.
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from pretrain.finetune.results import over_seeds, reached, write_results
 from pretrain.finetune.scores import RunScore, final_sha256
 from pretrain.finetune.sweep import Sweep, write_out
 from pretrain.json_files import Fields, parse_json
+from pretrain.shards.pool import num_cores
 
 FILE = "accuracy.json"
 FORMAT, VERSION = "pretrain-accuracy", 1
@@ -100,7 +100,7 @@ def _device(folder: Path) -> str:
         on_gpu = False
     if on_gpu:
         return f"one {device}" if ranks == 1 else f"{ranks} x {device}"
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     return f"{cores} CPU core" + "s" * (cores > 1)
 
 

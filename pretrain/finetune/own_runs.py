@@ -8,7 +8,6 @@ OUT/accuracy.json              everything that the page tells, see own_results.p
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from pretrain.finetune.scores import chosen_lr, claim_sweep
 from pretrain.finetune.sweep import Options, Start, Sweep, asked_for, final_runs, fitting_size, key_of, write_out
 from pretrain.json_files import Fields, read_json
 from pretrain.plan.choose import MOST_WITHOUT_FORMULA, SURE_SHARE, fitting_micro_batch
+from pretrain.shards.pool import num_cores
 from pretrain.tasks.table import FineTuning, Task
 
 PAPER_SIZE = 384  # pixels, where there is a GPU: on a CPU a step at 384 px takes as long as four at 224
@@ -136,7 +136,7 @@ def _usable_bytes(on_gpu: bool) -> float:
 
 def machine_settings(overrides: Sequence[str], *, on_gpu: bool) -> list[str]:
     """Returns overrides that suit this machine, where nobody has given others."""
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     own = {"data.workers": str(max(1, min(4, cores - 1)))}
     if not on_gpu:
         own["engine.precision"] = "fp32"  # faster where a CPU has no units for bf16

@@ -64,12 +64,15 @@ def reached(sweep: Sweep) -> dict[str, Any] | None:
 
 def over_seeds(scores: Sequence[RunScore]) -> dict[str, Any]:
     """Returns the part of a line that says what the seeds reached."""
-    values = [one.top1 for one in scores]
+    return {**_mean_and_std([one.top1 for one in scores]), "n": min(one.num_images for one in scores)}
+
+
+def _mean_and_std(values: list[float]) -> dict[str, Any]:
+    """The entries of a line on its seeds' values."""
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,  # of a sample: divided by n - 1
         "values": values,
-        "n": min(one.num_images for one in scores),
     }
 
 
@@ -155,7 +158,6 @@ def vtab_results(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise UserError("no seed is done in all of these tasks; run the missing ones first")
     scores = {name: dict(zip(by_task[name]["seeds"], by_task[name]["values"])) for name in names}
     means = [vtab_means({name: scores[name][seed] for name in names}) for seed in seeds]
-    values = [of_seed["vtab"] for of_seed in means]
     complete = len(names) == len(VTAB) and all(by_task[name]["complete"] for name in names)
     rates = {by_task[name]["lr"] for name in names}
     return {
@@ -163,9 +165,7 @@ def vtab_results(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "version": 1,
         "task": "vtab" if complete else f"vtab, incomplete: {len(names)} of {len(VTAB)} tasks",
         "metric": "top1",
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
+        **_mean_and_std([of_seed["vtab"] for of_seed in means]),
         "seeds": seeds,
         "complete": complete,
         "lr": rates.pop() if len(rates) == 1 else None,

@@ -39,7 +39,7 @@ def plan(tasks: Sequence[Task], options: Options) -> list[Sweep]:
 
     Raises UserError when no data is there, or a folder belongs to other weights or data.
     """
-    for line in check_any_there(tasks, options.data):
+    for line in check_any_there((missing(task, options.data) for task in tasks), options.data):
         print(shown(f"missing: {line}"), file=sys.stderr)
     return [_plan_one(task, options) for task in tasks if not missing(task, options.data)]
 

@@ -261,11 +261,6 @@ def write_samples(samples: Iterable[tuple[bytes, int]], ending: str, path: Path,
     return done.shard
 
 
-def finish_manifest(out: Path, shards: list[Shard], classes: Sequence[str], seed: int) -> Path:
-    """Writes classes.json and the manifest of shards written by `write_samples`, in shuffled order."""
-    return finish(out, DataSet(shards, len(classes), classes, None, []), _shuffled(seed))
-
-
 def _shuffled(seed: int | None) -> dict[str, Any]:
     """What the manifest says of samples that lie in random order over all shards, or in the order they came."""
     return {"scope": "none"} if seed is None else {"scope": "global", "seed": seed, "method": "permutation"}

@@ -75,18 +75,24 @@ def render(index: int, *, seed: int, image_size: int = 32) -> tuple[np.ndarray, 
     return _colour(mask, draw[18:26]), label
 
 
-def digits_task(image_size: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def label_of(index: int, *, seed: int) -> int:
+    """Returns the label that `render` gives, without rendering."""
+    return int(np.random.Generator(np.random.Philox(key=[seed, index])).random() * len(CLASS_CHARACTERS))
+
+
+def digits_task() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Scikit-learn's handwritten digits as RGB, split once and for all.
 
-    Returns (train images uint8 [797, S, S, 3], train labels int64 [797], test images [1000, S, S, 3], test labels
-    [1000]) with S = image_size; ink is white on black.
+    Returns (train images uint8 [797, 32, 32, 3], train labels int64 [797], test images [1000, 32, 32, 3], test labels
+    [1000]); ink is white on black.
     """
     from sklearn.datasets import load_digits  # here, since `render` runs without scikit-learn
 
     counts, targets = load_digits(return_X_y=True)  # set pixels in 4 x 4 blocks: 0..16, [1797, 64]
     gray = np.minimum(np.asarray(counts).reshape(-1, 8, 8) * 16.0, 255.0).astype(np.uint8)
-    size = (image_size, image_size)
-    enlarged = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in gray])
+    enlarged = np.stack(
+        [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in gray]
+    )
     images = np.repeat(enlarged[..., None], 3, axis=-1)
     labels = np.asarray(targets).astype(np.int64)
     # The file lists digits writer by writer in runs 0..9; a permutation keeps every class in both parts.

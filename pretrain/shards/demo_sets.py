@@ -1,51 +1,40 @@
 """The demo's data sets: printed characters to pretrain on, real handwriting to transfer to."""
 
-import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from pretrain.data.manifest import Shard, load_manifest
+from pretrain import cli
+from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
-from pretrain.shards.build import build, finish_manifest, write_samples
-from pretrain.shards.characters import CLASS_NAMES, digits_task, render
+from pretrain.shards.build import How, build
+from pretrain.shards.characters import CLASS_NAMES, digits_task, label_of, render
 from pretrain.shards.items import Item
+from pretrain.shards.pictures import png_of
+from pretrain.shards.pool import num_cores
 
 SHARD = 5000  # characters a shard
 SEED = 1  # of the characters
 
 
 def make_characters(out: Path, count: int) -> None:
-    """Writes so many characters, and says how many are done, unless they are there.
-
-    Raises UserError when another number is there.
-    """
+    """Writes so many characters, unless they are there. Raises UserError when another number is there."""
     if (out / "manifest.json").exists():  # written last, so complete
         if (found := load_manifest(out).num_samples) != count:
             raise UserError(
                 f"{out}: holds {found} characters, --images says {count}; remove it, or choose another --out"
             )
         return
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    numbers = range(-(-count // SHARD))
-    shards: list[Shard] = []
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for shard in pool.map(partial(_write_shard, out, count), numbers):
-            shards.append(shard)
-            print(f"  {sum(s.num_samples for s in shards):,} of {count:,} characters", flush=True)
-    finish_manifest(out, shards, CLASS_NAMES, SEED)
+    items = [Item(partial(_character, index), "png", label_of(index, seed=SEED), str(index)) for index in range(count)]
+    how = How(num_cores())
+    with cli.progress("characters", count, "images") as advance:
+        build(items, CLASS_NAMES, out, samples_per_shard=SHARD, seed=None, progress=advance, how=how)
 
 
-def _write_shard(out: Path, count: int, number: int) -> Shard:
-    indices = range(number * SHARD, min(count, (number + 1) * SHARD))
-    samples = ((_png(image), label) for image, label in (render(index, seed=SEED) for index in indices))
-    return write_samples(samples, "png", out / f"characters-{number:06d}.tar", number)
+def _character(index: int) -> bytes:
+    return _png(render(index, seed=SEED)[0])
 
 
 def make_digits(out: Path) -> None:
@@ -61,6 +50,4 @@ def make_digits(out: Path) -> None:
 
 
 def _png(image: np.ndarray) -> bytes:
-    file = BytesIO()
-    Image.fromarray(image).save(file, "png", compress_level=1)
-    return file.getvalue()
+    return png_of(image, compress_level=1)

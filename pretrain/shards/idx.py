@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pretrain.errors import UserError
 from pretrain.shards.items import Item
+from pretrain.shards.pictures import png_of
 from pretrain.shards.tars import unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 
@@ -74,15 +74,9 @@ def idx_items(paths: Sequence[Path]) -> tuple[list[Item], list[str]]:
     if not images.size:
         raise UserError(f"{files[0]}: has no samples")
     return [
-        Item(partial(_png, image), "png", label, f"{files[0]}[{number}]")
+        Item(partial(png_of, image), "png", label, f"{files[0]}[{number}]")
         for number, (image, label) in enumerate(zip(images, labels.tolist()))
     ], []
-
-
-def _png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
-    return file.getvalue()
 
 
 def _array(path: Path, magic: bytes) -> np.ndarray:

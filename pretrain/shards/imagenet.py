@@ -42,12 +42,17 @@ def wnids(name: str = "imagenet") -> tuple[str, ...]:
     return tuple(text.split())
 
 
+def class_numbers() -> dict[str, int]:
+    """Returns the class of each WordNet id of ImageNet-1k."""
+    return {wnid: number for number, wnid in enumerate(wnids())}
+
+
 def imagenet(source: Path) -> Splits:
     """Returns ImageNet's train and val from the two ILSVRC2012 tars, or from folders train/WNID and val[/WNID].
 
     Labels of a flat `val` come from the devkit or from one of VAL_LABELS beside it. What is not there is left out.
     """
-    classes = {wnid: index for index, wnid in enumerate(wnids())}
+    classes = class_numbers()
     splits: Splits = {}
     if tar := found_in(source, TRAIN_TAR):
         splits["train"] = _train_tar(tar, classes)
@@ -117,7 +122,7 @@ def _devkit_labels(devkit: Path) -> list[int]:
     try:
         synsets = read_matlab(content_of(found["meta.mat"], MAX_MATLAB_BYTES))["synsets"]
         wnid_of = {whole(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-        index = {wnid: number for number, wnid in enumerate(wnids())}
+        index = class_numbers()
         return [index[wnid_of[int(number)]] for number in text_of(found[_TRUTH]).split()]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{devkit}: meta.mat or the validation ground truth cannot be used ({error!r:.200})") from None
@@ -138,7 +143,7 @@ def _label_list(path: Path) -> list[int]:
     if path.suffix == ".npz":
         return whole_numbers(read_arrays(path, ("label",))["label"], f"{path}: label", -(10**9), 10**9)
     try:
-        index = {wnid: number for number, wnid in enumerate(wnids())}
+        index = class_numbers()
         lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
         if lines and len(lines[0]) > 1:
             lines = _by_number(lines)

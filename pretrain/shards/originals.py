@@ -1,13 +1,11 @@
 """Original downloads as their authors publish them: CIFAR, Oxford Pets and Flowers, DTD. Nothing in them is run."""
 
-import io
 import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pretrain.errors import UserError
 from pretrain.escape import shown
@@ -27,6 +25,7 @@ from pretrain.shards.archives import (
 )
 from pretrain.shards.items import Item
 from pretrain.shards.matlab import MAX_MATLAB_BYTES, read_matlab, whole
+from pretrain.shards.pictures import png_of
 from pretrain.shards.plain_pickles import read_plain_pickle
 
 _CIFAR_PIXELS = 3 * 32 * 32  # red plane, green plane, blue plane
@@ -115,9 +114,7 @@ def _cifar_originals(file: File, rows: np.ndarray, labels: list[int], class_name
 
 
 def _png_of_planes(planes: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(planes.reshape(3, 32, 32).transpose(1, 2, 0))).save(file, "png")
-    return file.getvalue()
+    return png_of(planes.reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 def pets(source: Path) -> Splits:

@@ -7,7 +7,9 @@ import io
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
 
 from pretrain.data import headers
@@ -104,6 +106,13 @@ def _stored(image: Image.Image, data: bytes, notes: Counter[str], apply_orientat
         picture = ImageOps.exif_transpose(image)
     file = io.BytesIO()
     _of_8_bits(picture).save(file, "png")
+    return file.getvalue()
+
+
+def png_of(pixels: np.ndarray, **options: Any) -> bytes:
+    """Returns uint8 pixels [height, width] or [height, width, 3] as a PNG file. options: Pillow's."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", **options)
     return file.getvalue()
 
 

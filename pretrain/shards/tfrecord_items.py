@@ -62,7 +62,7 @@ def tfrecord_items(
     listings = run_pass(_list, pieces, work, "reading", "files")
     item_of = partial(_item, files[0].parent, apply_orientation)
     relative = [os.path.relpath(path, files[0].parent) for path in files]
-    items, names = items_of_rows(files, listings, _names(files[0].parent, label), item_of, relative.__getitem__)
+    items, names = items_of_rows(files, listings, label_names(files[0].parent, label), item_of, relative.__getitem__)
     if expected not in (None, len(items)):
         raise UserError(f"{files[0].parent}: has {len(items)} records, dataset_info.json says {expected}; cut?")
     return items, names
@@ -78,7 +78,8 @@ def _first(path: Path) -> Features:
     return read_features(record) if record else {}
 
 
-def _names(folder: Path, label: str) -> list[str]:
+def label_names(folder: Path, label: str) -> list[str]:
+    """Returns TFDS's names of the classes of a stored label, none where it has none."""
     path = folder / f"{label.replace('/', '-')}.labels.txt"
     return read_text(path).splitlines() if path.exists() else []
 

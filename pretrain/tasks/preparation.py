@@ -17,13 +17,16 @@ from pretrain.data.manifest import check_shards, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, read_json
-from pretrain.shards.archives import Original, Splits, read_text
-from pretrain.shards.build import Progress, build, check_labels, read_dropped_items
+from pretrain.shards.archives import Original, Splits
+from pretrain.shards.build import build, check_labels, read_dropped_items
 from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples
 from pretrain.shards.imagenet import TRAIN_TAR, VAL_TAR, wnids
+from pretrain.shards.items import Item
 from pretrain.shards.packs import pack_originals, split_of
-from pretrain.shards.sources import Item, sniffed_ending
+from pretrain.shards.pool import Progress
+from pretrain.shards.sources import sniffed_ending
 from pretrain.shards.tfrecord import Record, read_features, split_records, tfds_folder
+from pretrain.shards.tfrecord_items import label_names
 from pretrain.storage import write_text
 from pretrain.tasks.readers import IMAGES, LABELS, READERS
 from pretrain.tasks.table import Task
@@ -290,7 +293,7 @@ def open_source(task: Task, paths: Sequence[Path]) -> Source:
     if paths[0].is_dir() and _has_records(paths[0], task):
         folder = tfds_folder(paths[0], task.tfds)
         splits = {split: _from_records(task, folder, spec) for split, spec in task.splits.items()}
-        return Source(RECORDS, splits, _class_names(task, _label_names(folder)))
+        return Source(RECORDS, splits, _class_names(task, label_names(folder, "label")))
     if task.originals is None:
         raise UserError(
             f"{paths[0]}: {task.name} is made from TFDS records ({task.tfds}), whose order defines its images, or from "
@@ -322,12 +325,6 @@ def _names_in(splits: Splits) -> list[str]:
     names = dict(found)
     known = len(names) == len(found) and all(names.values()) and set(names) == set(range(len(names)))
     return [names[number] for number in range(len(names))] if known else []
-
-
-def _label_names(folder: Path) -> list[str]:
-    """TFDS's names of the classes of its stored label, where it has one."""
-    path = folder / "label.labels.txt"
-    return read_text(path).splitlines() if path.exists() else []
 
 
 def _is_pack(path: Path) -> bool:

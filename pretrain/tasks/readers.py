@@ -9,7 +9,7 @@ import numpy as np
 from pretrain.data.permutation import words
 from pretrain.shards.archives import Splits
 from pretrain.shards.class_folders import class_folders, sorted_class_folders
-from pretrain.shards.imagenet import imagenet, wnids
+from pretrain.shards.imagenet import class_numbers, imagenet, wnids
 from pretrain.shards.originals import cifar, dtd, flowers, pets
 from pretrain.shards.tfrecord import Features
 from pretrain.tasks import vtab_labels as labels
@@ -19,8 +19,8 @@ def _variant(folder_names: Callable[[], Sequence[str]]) -> Callable[[Path], Spli
     """The reader of an ImageNet variant, whose folders are classes: numbers, or WordNet ids in ImageNet's order."""
 
     def read(source: Path) -> Splits:
-        index = {wnid: number for number, wnid in enumerate(wnids())}
-        classes = {name: index.get(name, number) for number, name in enumerate(folder_names())}
+        wnid_classes = class_numbers()
+        classes = {name: wnid_classes.get(name, number) for number, name in enumerate(folder_names())}
         return {"test": class_folders(source, classes)}
 
     return read

@@ -6,7 +6,7 @@ is told at once: what reads images and labels is named here and stands in reader
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,18 +83,17 @@ def missing(task: Task, root: Path, splits: Sequence[str] = ()) -> str | None:
     )
 
 
-def check_any_there(tasks: Sequence[Task], root: Path) -> list[str]:
-    """Returns the lines of `missing` of the tasks that lack something. Raises UserError when all of them do."""
-    absent = [line for one in tasks if (line := missing(one, root))]
-    check_not_all(absent, len(tasks), root)
-    return absent
+def check_any_there(missing_of: Iterable[str | None], root: Path) -> list[str]:
+    """Returns the lines on the sets that lack something. Raises UserError when all that were asked for do.
 
-
-def check_not_all(absent: Sequence[str], num_asked: int, root: Path) -> None:
-    """Raises UserError when all sets that were asked for lack something. absent: a line for each that does."""
-    if absent and len(absent) == num_asked:
-        some = f"none of {len(absent)} sets is in {root}; the first: " if len(absent) > 1 else "no data: "
-        raise UserError(f"{some}{absent[0]}")
+    missing_of: for each of them its line, None where it is there.
+    """
+    asked = list(missing_of)
+    lines = [line for line in asked if line]
+    if lines and len(lines) == len(asked):
+        some = f"none of {len(lines)} sets is in {root}; the first: " if len(lines) > 1 else "no data: "
+        raise UserError(f"{some}{lines[0]}")
+    return lines
 
 
 def task(name: str) -> Task:

@@ -9,6 +9,7 @@ from bisect import bisect_left
 import numpy as np
 from PIL import Image
 
+from pretrain.shards.pictures import png_of
 from pretrain.shards.tfrecord import Features
 
 CLEVR_EDGES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
@@ -72,6 +73,4 @@ def visible_sprite(data: bytes) -> bytes:
         pixels = np.asarray(image)
     if pixels.max() > 1:
         raise ValueError(f"pixels up to {pixels.max()} in an image of 0 and 1")
-    file = io.BytesIO()
-    Image.fromarray(pixels * np.uint8(255)).save(file, "png")
-    return file.getvalue()
+    return png_of(pixels * np.uint8(255))

@@ -8,7 +8,8 @@ from pretrain.engine.step import Engine
 from pretrain.errors import StorageError, UserError
 from pretrain.evaluation import classification, fewshot
 from pretrain.evaluation.classification import EvaluationStopped
-from pretrain.evaluation.evaluators import EVALUATORS, HEAD, Job
+from pretrain.evaluation.evaluators import EVALUATORS
+from pretrain.evaluation.names import HEAD, Job
 from pretrain.evaluation.subject import Images, Reading, Subject, all_images
 from pretrain.log import RunLog
 from pretrain.train.datasets import DataSets
