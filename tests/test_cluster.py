@@ -190,6 +190,9 @@ def test_a_task_that_sees_its_own_gpu_alone_keeps_its_place(
     ranks.complete_environment()
     assert ranks.choose_device() == torch.device("cuda", 0)
     assert task["LOCAL_RANK"] == "0" and ranks.local_rank() == 1
+    assert ranks.hides_gpus()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert not ranks.hides_gpus()
 
 
 def test_gpus_without_a_task_are_told(task: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

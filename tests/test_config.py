@@ -531,12 +531,13 @@ def test_a_branch_may_change_its_name_its_length_and_its_rates_only() -> None:
     assert set(BRANCH_MAY_CHANGE) <= set(keys()) and not set(BRANCH_MAY_CHANGE) & set(MAY_CHANGE)
     saved = config_to_dict(config_from_dict(SMALLEST, "trial"))
     schedule = {"schedule": "linear", "warmup_steps": 7, "cooldown_steps": 9, "end_lr": 1e-5, "power": 2.0}
+    schedule |= {"lr": 1e-5, "weight_decay": 0.5, "clip_norm": 0.25}
     now = config_from_dict(merged(SMALLEST, {"name": "cooled", "total_steps": 90, "optim": schedule}), "trial")
-    assert len(resume_differences(saved, now)) == 7
+    assert len(resume_differences(saved, now)) == 10
     assert resume_differences(saved, now, BRANCH_MAY_CHANGE) == []
-    other = config_from_dict(merged(SMALLEST, {"seed": 1, "optim": {"weight_decay": 0.5}}), "trial")
+    other = config_from_dict(merged(SMALLEST, {"seed": 1, "optim": {"average_decay": 0.5}}), "trial")
     differences = resume_differences(saved, other, BRANCH_MAY_CHANGE)
-    assert sorted(differences) == ["optim.weight_decay: was 0.0, is 0.5", "seed: was 0, is 1"]
+    assert sorted(differences) == ["optim.average_decay: was 0.0, is 0.5", "seed: was 0, is 1"]
 
 
 def test_reading_a_config_does_not_import_torch() -> None:

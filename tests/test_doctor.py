@@ -12,12 +12,14 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import CLASSES
 from ranks import run_ranks, start_ranks
 from slurm import cluster, wait_for
@@ -428,3 +430,34 @@ def test_a_silent_rank_is_named_and_not_waited_for() -> None:
             process.join()
     assert error is None and code == 2
     assert "rank 1 did not come within 5 s" in table and "not tried, as ranks are missing" in table
+
+
+def agrees(timeout_s: float) -> str:
+    """What rank 0 meets where rank 1 does not come to the group of gloo, as behind a firewall."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    if ranks.rank() == 1:
+        time.sleep(2 * timeout_s)
+        return ""
+    try:
+        meeting._agree(timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_ranks_on_gpus_meet_by_gloo_too() -> None:
+    told = run_ranks(agrees, 2, 2.0)[0]
+    assert told.startswith("gloo, by which ranks agree beside NCCL: ") and "\n" not in told, told
+
+
+def test_lost_links_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 H100 by PCIe instead of NVLink, 64 of them by sockets; cards that never had NVLink are as fast as they are."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    for here, seconds, told in ((8, 0.002, ""), (8, 0.03, "NVLink"), (2, 0.003, ""), (2, 0.1, "NET/IB")):
+        monkeypatch.setenv("WORLD_SIZE", "8")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+        found = meeting._told("nccl", meeting.GPU_BYTES, seconds, "")
+        assert found.state == (WARN if told else OK) and told in found.remedy, (here, seconds, found)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA RTX 4090")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert meeting._told("nccl", meeting.GPU_BYTES, 0.03, "").state == OK

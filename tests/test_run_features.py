@@ -5,6 +5,7 @@ None of them leaves a trace in it.
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ranks import run_ranks
 from tiny import changed, make_shards, tiny_config
 
 from pretrain.checkpoint.find import newest_valid
-from pretrain.cluster import ranks
+from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.config import Config, DataConfig, config_to_dict
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
@@ -285,3 +286,25 @@ def test_averages_that_are_the_initial_weights_are_told(
     warn_of_young_averages(config)
     said = "".join(capsys.readouterr())
     assert (told in said and "optim.average_decay (0.9999): after 40 steps" in said) if told else not said
+
+
+def finish_noting_reads(config: Config) -> set[str]:
+    """The functions that the watchdog knows to wait for the device in."""
+    callers, real = set[str](), watchdog.from_device
+
+    def noted(read: Any) -> Any:
+        callers.add(sys._getframe(1).f_code.co_name)
+        return real(read)
+
+    watchdog.from_device = agreement.from_device = noted
+    train(config)
+    return callers
+
+
+def test_the_watchdog_knows_where_a_run_waits_for_its_gpu(tmp_path: Path) -> None:
+    """In agreements, log lines, validations, norms of layers and saves: there the GPU may wait for another rank."""
+    options: dict[str, Any] = {"log__layers_every_steps": 4, "evaluation__every_steps": 4, "checkpoint__every_steps": 4}
+    shards = make_shards(tmp_path / "squares")
+    config = tiny_config(shards, tmp_path, total_steps=4, data__val=str(shards), **options)
+    found = run_ranks(finish_noting_reads, 1, config)[0]
+    assert found >= {"begin_add_up", "_gathered", "check", "_answered", "layer_numbers"}, found

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pretrain.cluster import agreement, ranks
+from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.cluster.limits import free_memory_bytes
 from pretrain.errors import StorageError
 
@@ -99,7 +99,7 @@ def host_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 def wait_for_copies() -> None:
     """Waits until the copies under way are complete: the next step changes what is copied."""
     if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
+        watchdog.from_device(torch.cuda.current_stream().synchronize)
 
 
 class NoRoomError(StorageError):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.cluster.ranks import all_gather, cpu_group, is_main, world_size
-from pretrain.cluster.watchdog import asked, beat
+from pretrain.cluster.watchdog import asked, beat, from_device
 from pretrain.errors import StorageError, UserError
 
 
@@ -78,7 +78,7 @@ def begin_add_up(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
 
     All ranks begin the same agreements in the same order.
     """
-    total = numbers.detach().to("cpu", torch.float64, copy=True)
+    total: torch.Tensor = from_device(lambda: numbers.detach().to("cpu", torch.float64, copy=True))
     work = dist.all_reduce(total, group=cpu_group(), async_op=True) if dist.is_initialized() else None
     if work is not None:
         asked(work.is_completed)

@@ -91,8 +91,16 @@ def _check_own_gpu(device: torch.device) -> None:
         if len(sharing) > 1:
             raise UserError(
                 f"ranks {', '.join(sharing)} on {host} have the same GPU: start one rank per GPU (under srun "
-                "--gpus-per-node as large as --ntasks-per-node, or --gpus-per-task=1)"
+                "--gpus-per-node as large as --ntasks-per-node)"
             )
+
+
+def hides_gpus() -> bool:
+    """Whether each task of a node sees its own GPU alone: NCCL needs to see all of a node to find NVLink between them.
+
+    As its maintainers say: https://github.com/NVIDIA/nccl/issues/1066.
+    """
+    return has_gpu() and _from_slurm and ranks_here() > 1 and torch.cuda.device_count() == 1
 
 
 def not_met(error: Exception) -> UserError | LostProcessError:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pretrain.cluster.monitor import stat_of
 from pretrain.cluster.slurm import rank_so_far
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A plain shell may be closed while its jobs go on; these start ranks for nobody but themselves.
 _LAUNCHERS = (
     "deepspeed",
@@ -42,7 +42,7 @@ class StopRequest:
         self.signal_name: str | None = None
         self._interrupted = False
         self.launchers = _launchers_above()  # those that die during the imports are to be missed too
-        heard = [n for n in _STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in heard}
 
     def _note(self, number: int, frame: object) -> None:
@@ -69,7 +69,7 @@ def live_as_long_as_parent() -> None:
 
     They end when it ends, however that happens; also one that is stopped.
     """
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
 
 from pretrain.cluster import monitor, peers
 from pretrain.cluster.monitor import SECTIONS, Age, Beat
@@ -43,9 +44,16 @@ _WAITS_FOR_DEVICE = {
     "_allgather_params_coalesced",
     "__reduce_and_partition_ipg_grads",
     "fetch_sub_module",
+    "has_overflow",  # of fp16
+    "from_device",
 }
 
 _watch: "_Watch | None" = None
+
+
+def from_device(read: Callable[[], Any]) -> Any:
+    """Returns read(), which waits for this rank's GPU, and that perhaps for another rank: not a hang of this one."""
+    return read()
 
 
 @contextmanager
@@ -117,6 +125,9 @@ def lost_others(folder: Path, wait_s: float = 0.0) -> list[str]:
     own_start = _watch.start if _watch is not None else ""
     while True:
         found = []
+        with suppress(OSError):
+            # Over NFS a listing may be a minute old, until this node has made a file there, as this does.
+            tempfile.TemporaryFile(dir=folder).close()
         with suppress(OSError):
             for path in sorted(folder.glob("lost-rank-*.txt"), key=lambda path: path.stat().st_mtime):
                 if path.name != own and _identity(path) not in passed_over:

@@ -53,10 +53,14 @@ MAY_CHANGE = (
     "checkpoint.copy_to",
 )
 
-# What a run with branch_from may also change, against the run that it continues: its name, its length, its rates.
+# What a run with branch_from may also change, against the run that it continues: its name, its length, its rates, and
+# what a person turns down when a loss diverges.
 BRANCH_MAY_CHANGE = (
     "name",
     "total_steps",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.clip_norm",
     "optim.schedule",
     "optim.warmup_steps",
     "optim.cooldown_steps",

@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from pretrain.cluster import ranks
 from pretrain.doctor.findings import OK, RED, WARN, Finding
 from pretrain.errors import UserError
+from pretrain.gpus import known_gpu
 from pretrain.json_files import Fields, parse_json
 
 MAX_SKEW_S, RED_SKEW_S = 1.0, 60.0  # lines of logs lose their order; munge refuses at 300 s, S3 at 900 s
@@ -22,7 +23,9 @@ _CLOCK_ROUNDS = 8
 GPU_BYTES, CPU_BYTES = 256 << 20, 16 << 20  # of an all_reduce
 _REPEATS = 3
 _PATTERN = 1009  # elements differ: a piece in the wrong place is seen
-SLOW_GPU_GB_S = 5.0  # InfiniBand and NVLink are above; sockets of 25 Gb/s and less are below
+# Bus bandwidth below which something is amiss: between nodes InfiniBand is above, sockets and one card of 100 Gb/s are
+# below; within a node NVLink is far above, PCIe and host memory below.
+SLOW_BETWEEN_NODES_GB_S, SLOW_IN_NODE_GB_S = 20.0, 60.0
 
 
 class Meeting:
@@ -123,6 +126,8 @@ def all_reduce(meeting: Meeting) -> Finding:
     store, timeout = PrefixStore("group", meeting.store), timedelta(seconds=2 * meeting.wait_s)
     options = {"store": store, "rank": ranks.rank(), "world_size": world, "timeout": timeout}
     dist.init_process_group(backend, **options)
+    if on_gpu:
+        _agree(timeout)
     pattern = torch.arange(num_bytes // 4, dtype=torch.float32, device=device) % _PATTERN
     expected = pattern * world + world * (world - 1) // 2  # whole numbers far below 2^24: exact, in any order
     seconds, wrong = float("inf"), ""
@@ -139,6 +144,15 @@ def all_reduce(meeting: Meeting) -> Finding:
                 f"element {first} is {values[first]:g}, expected {expected[first]:g}, and {len(differing) - 1:,} more"
             )
     return _told(backend, num_bytes, seconds, wrong)
+
+
+def _agree(timeout: timedelta) -> None:
+    """The ranks of a run agree by gloo, also on GPUs: TCP from each to each, on ports that a firewall may close."""
+    try:
+        group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        raise RuntimeError(f"gloo, by which ranks agree beside NCCL: {str(error).splitlines()[0]}") from error
 
 
 def _settled(on_gpu: bool) -> None:
@@ -160,9 +174,21 @@ def _told(backend: str, num_bytes: int, seconds: float, wrong: str) -> Finding:
         f"{backend}, {world} ranks, {num_bytes >> 20} MiB in {1000 * seconds:.1f} ms: "
         f"{num_bytes / seconds / 1e9:.2f} GB/s, bus {bus:.2f} GB/s (x 2 (n - 1) / n, as nccl-tests); the sum is right"
     )
-    if backend == "nccl" and bus < SLOW_GPU_GB_S:
-        remedy = (
-            "NCCL_DEBUG=INFO shows the way it takes: NET/IB or NVLink, not NET/Socket; NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
-        )
+    if backend == "nccl" and (remedy := _faster(bus, in_node=ranks.ranks_here() == world)):
         return Finding("all_reduce", WARN, told, remedy, value=bus)
     return Finding("all_reduce", OK, told, value=bus)
+
+
+def _faster(bus_gb_s: float, *, in_node: bool) -> str:
+    """What to look at where GPUs reach so little of one another; nothing where it is enough."""
+    if not in_node and bus_gb_s < SLOW_BETWEEN_NODES_GB_S:
+        return (
+            "NCCL_DEBUG=INFO shows the way it takes: NET/IB over all cards, not NET/Socket; NCCL_SOCKET_IFNAME, "
+            "NCCL_IB_HCA"
+        )
+    if in_node and bus_gb_s < SLOW_IN_NODE_GB_S and known_gpu(torch.cuda.get_device_name()):
+        return (
+            "slower than NVLink, if these GPUs have it (nvidia-smi topo -m): each task has to see all GPUs of its node "
+            "(--gpus-per-node, not --gpus-per-task)"
+        )
+    return ""

@@ -12,6 +12,7 @@ not at all, whatever kills its writer.
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import stat
 import sysconfig
@@ -23,6 +24,7 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pretrain.cluster import agreement, ranks
+from pretrain.cluster.signals import STOP_SIGNALS
 from pretrain.config import Config
 from pretrain.data.downloads import cache_folder
 from pretrain.log import warn
@@ -96,6 +98,20 @@ def keep_compiled() -> None:
             warn(f"{place}: compiled code is not kept there, the next start may compile again ({why})")
         return
     os.environ[_FOLDER] = str(folder)
+
+
+def start_compilers() -> None:
+    """Starts the processes that compile for torch.compile, deaf to what asks to stop; torch would with the first block.
+
+    SLURM sends its signals to every process of a job. A compiler that ended would end the run, without a save.
+    """
+    from torch._inductor.async_compile import AsyncCompile  # here: it takes a moment that other runs need not wait
+
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which a child begins with
+    try:
+        AsyncCompile.warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
 def _place() -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint.layout import Slice
+from pretrain.cluster import watchdog
 
 
 @dataclass(frozen=True)
@@ -107,5 +108,6 @@ class OwnedSlices:
             held, owned = part.model_values, part.slice_of(part.flat).values
             assert held.shape == owned.shape, f"{part.name}: {held.shape} of {owned.shape}"
             equal.append((held == owned.to(held.dtype)).all())
-        wrong = [part.name for part, same in zip(parts, torch.stack(equal).tolist()) if not same] if parts else []
+        same: list[bool] = watchdog.from_device(lambda: torch.stack(equal).tolist()) if parts else []
+        wrong = [part.name for part, equals in zip(parts, same) if not equals]
         assert not wrong, f"{wrong[0]}: the owned float32 slice is not what the model holds"

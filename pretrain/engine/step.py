@@ -14,14 +14,14 @@ from torch import nn
 
 from pretrain.checkpoint.layout import Slice
 from pretrain.checkpoint.read import CheckpointReader, check_names
-from pretrain.cluster import agreement, ranks
+from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch
 from pretrain.data.order import BatchPlan
 from pretrain.engine.ahead import CopyAhead
 from pretrain.engine.clock import ForwardClock
-from pretrain.engine.compiling import compiles, keep_compiled
+from pretrain.engine.compiling import compiles, keep_compiled, start_compilers
 from pretrain.engine.device_memory import LAYERS, fitting, never_fits, no_longer_fits
 from pretrain.engine.filling import fill
 from pretrain.engine.fp8 import train_in_fp8
@@ -83,6 +83,7 @@ class Engine:
         self.compiled, told_of_compiling = compiles(config, device)
         if self.compiled:
             keep_compiled()
+            start_compilers()
             compile_blocks(model, tuned=config.engine.compile == "max-autotune")
         self._frozen = FrozenStatistics(model)
         decay = config.optim.layer_decay
@@ -255,7 +256,8 @@ class Engine:
         # Compiled code does not look for it.
         with torch.compiler.set_stance("force_eager"), LargestLogits() as largest, fitting(LAYERS, len(images)):
             self._logits(images.to(self.device))
-        of_ranks = agreement.gather(torch.stack(largest.found).tolist() if largest.found else [])
+        own = watchdog.from_device(lambda: torch.stack(largest.found).tolist()) if largest.found else []
+        of_ranks = agreement.gather(own)
         return numbers | {f"layers/attention.{n}/max_logit": max(logits) for n, logits in enumerate(zip(*of_ranks))}
 
     def on_forward(self, note: Callable[[float], None]) -> None:

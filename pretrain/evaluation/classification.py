@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pretrain.cluster import agreement, ranks
+from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.config import MINUS_ONE_TO_ONE, Normalisation
 from pretrain.data.images import to_float
 from pretrain.data.loader import REASONS, Batch, count_reasons
@@ -114,7 +114,7 @@ def _answered(predict: Predict, batch: Batch, loss: str, device: torch.device, k
     shares = logits.softmax(dim=-1) if loss == "softmax" else logits.sigmoid()
     classes = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
     answers = classes, shares.gather(1, classes), losses, *([logits] if keep_logits else [])
-    return [answer.cpu() for answer in answers]
+    return watchdog.from_device(lambda: [answer.cpu() for answer in answers])
 
 
 def _same_width(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

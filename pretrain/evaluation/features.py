@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pretrain.cluster import agreement, ranks
+from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.config import MINUS_ONE_TO_ONE, DataConfig, Normalisation
 from pretrain.data.images import to_float
 from pretrain.data.loader import eval_batches
@@ -80,7 +80,8 @@ def extract_features(
         agreement.raise_together(batch.error)
         if stop_agreed():
             raise EvaluationStopped
-        found = extract(batch.images.to(device)).float().cpu()  # [B, D]
+        on_device = extract(batch.images.to(device)).float()
+        found: torch.Tensor = watchdog.from_device(on_device.cpu)  # [B, D]
         if max_bytes is not None and (needed := 4 * len(indices) * found.shape[1]) > max_bytes:
             raise UserError(
                 f"{manifest.path}: {found.shape[1]:,} features of {len(indices):,} images take {needed >> 20:,} MB, "

@@ -42,6 +42,11 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         say(f"warning: {told}")
     if idle := ranks.num_idle_gpus():
         say(f"warning: one rank uses one of {idle + 1} GPUs; deepspeed or torchrun starts a rank for each")
+    if ranks.hides_gpus():
+        say(
+            "warning: each task sees its own GPU alone, so that NCCL may not find NVLink between them; "
+            f"--gpus-per-node={ranks.ranks_here()} in place of --gpus-per-task=1 shows them all"
+        )
     if statistics_of(model):
         say("batch norm: its statistics stay those of the weights that the run starts from")
     say(*told_of_run(config, data, model, plan, device))

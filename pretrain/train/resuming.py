@@ -127,6 +127,8 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
         differences.append(f"number of classes: was {brief(was)}, is {num_classes}")
     if differences:
         way_out = "start with init_from instead of branch_from" if branching else "start another run with name=..."
+        if not branching and not resume_differences(before, config, BRANCH_MAY_CHANGE):
+            way_out += f" (and branch_from={checkpoint.parent.parent} to go on from here)"
         raise ConfigError(
             f"{checkpoint}: was written with other settings ({'; '.join(differences)}); "
             f"give them the old values, or {way_out}"
