@@ -403,6 +403,10 @@ RESUMED: dict[str, tuple[dict[str, Any], str | None]] = {
     "the same shares": ({"weights": {"trees": 5, "few": 3, "several": 2}}, None),
     "a later weight": ({"reweight": [(8, [1, 0, 3]), (10, [1, 1, 1])]}, None),
     "a later set": ({"weights": {"trees": 5, "few": 3, "several": 2, "unnamed": 0}, "late": True}, None),
+    "more classes": (
+        {"weights": {"trees": 5, "few": 3, "several": 2, "more": 0}, "late": True},
+        "number of classes: was 5, is 6",
+    ),
     "a weight": (
         {"weights": {"trees": 4, "few": 3, "several": 3}},
         r"before step 10 were \[5, 3, 2\] from step 0 on, .*",
@@ -433,9 +437,11 @@ def test_a_resume_keeps_sources_and_earlier_weights(case: str, sets: dict[str, P
     change, message = RESUMED[case]
     began = settings(sets, tmp_path)
     data = open_data(began)
-    state = {"step": 10, "data": fingerprint(data.train, data.order), "class_names": CLASSES}
+    state = {"step": 10, "data": fingerprint(data.train, data.order)}
+    state |= {"class_names": CLASSES, "num_classes": data.num_classes}
     (tmp_path / "state.json").write_text(json.dumps(state | {"config": config_to_dict(began)}))
     own = {**sets, "other": make_set(tmp_path / "other", ["fir", "birch"], 30)}
+    own["more"] = make_set(tmp_path / "more", [*CLASSES, "oak"], 12)
     train_sets = of(own, **change.get("weights", {"trees": 5, "few": 3, "several": 2})) or str(sets["trees"])
     phases = change.get("reweight", [(8, [1, 0, 3])])
     if change.get("late"):
