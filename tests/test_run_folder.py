@@ -122,6 +122,8 @@ def test_done_has_its_room_from_the_start(tmp_path: Path, monkeypatch: pytest.Mo
     assert [is_done(tmp_path, replace(config, total_steps=steps)) for steps in (19, 21)] == [True, False]
     mark_done(tmp_path, 20, {})  # also where nobody made room
     assert done.read_text() == '{"step": 20}\n'
+    record_start(tmp_path, replace(config, total_steps=30), {}, 20)
+    assert not done.exists()  # a longer run is not done before its end
 
 
 @pytest.mark.parametrize(
