@@ -184,6 +184,20 @@ def test_every_bit_counts(tmp_path: Path) -> None:
     validate(tmp_path / "step-0000000001")
 
 
+def test_a_rank_that_looks_alone_reads_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`validate` shares nothing out: each rank that opens weights finds the damage, in whichever file it is."""
+    save(tmp_path, 1)
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for file in sorted((tmp_path / "step-0000000001").iterdir()):
+            content = file.read_bytes()
+            file.write_bytes(content[:-1])
+            with pytest.raises(DamagedError, match=file.name):
+                validate(file.parent)
+            file.write_bytes(content)
+
+
 def test_an_unreadable_file_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad sector under the newest checkpoint costs an interval, not the run."""
     save(tmp_path, 1)
@@ -658,6 +672,56 @@ def test_a_step_that_is_being_replaced_counts(tmp_path: Path) -> None:
     (tmp_path / "step-0000000002").rename(tmp_path / ".old-step-0000000002")
     shutil.copytree(tmp_path / ".old-step-0000000002", tmp_path / "step-0000000002")
     assert [step_of(path) for path in step_folders(tmp_path)] == [3, 2, 1]
+
+
+def test_what_was_being_replaced_does_not_come_back_ahead_of_the_run(tmp_path: Path) -> None:
+    """Killed behind the second rename, and the new one is damaged: the run goes on from before both."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    shutil.copytree(tmp_path / "step-0000000002", tmp_path / ".old-step-0000000002")
+    (tmp_path / "step-0000000002" / "state.json").write_text("{}")
+    found = newest_valid(tmp_path)
+    assert found == tmp_path / "step-0000000001"
+    find.set_aside_newer(found)
+    assert step_folders(tmp_path) == [found] and save(tmp_path, 1)
+    assert step_folders(tmp_path) == [found]
+
+
+def test_a_step_that_cannot_be_replaced_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rename of the new one fails: the old one is where it was."""
+    save(tmp_path, 1)
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if source.name == ".tmp-step-0000000001":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    assert not save(tmp_path, 1)
+    assert os.listdir(tmp_path) == ["step-0000000001"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file and the list of them, then the rename, then that: after a power cut the name tells the truth."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(f"now {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    save(tmp_path / "run", 1)
+    at = done.index("now step-0000000001")
+    files = set(os.listdir(tmp_path / "run" / "step-0000000001")) - {"MANIFEST.json"}
+    assert {*files, ".tmp-MANIFEST.json", ".tmp-step-0000000001"} <= set(done[:at])
+    assert done[at + 1 :] == ["run"]
 
 
 def vanishing(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:

@@ -40,11 +40,13 @@ def agree() -> dict[str, Any]:
     except UserError as error:
         told = str(error)
     ranks.seed_generators(1, 2)
+    kept = torch.tensor([1.0, rank], dtype=torch.float64)  # as it is added up
     return {
         "gathered": agreement.gather(rank * 10),
         "to_main": agreement.to_main(rank * 10),
         "from_main": agreement.from_main(lambda: f"rank {ranks.rank()}"),
         "sum": agreement.add_up(torch.tensor([1.0, rank])).tolist(),
+        "sums": [agreement.add_up(kept).tolist(), agreement.add_up(kept).tolist(), kept.tolist()],
         "any": (agreement.any_rank(rank == 2), agreement.any_rank(False)),
         "told": told,
         "draw": torch.rand(1).item(),
@@ -52,11 +54,14 @@ def agree() -> dict[str, Any]:
 
 
 def test_ranks_agree() -> None:
-    """Three ranks: everybody gets everybody's value, rank 0's word and its error; seeds differ between ranks."""
+    """Three ranks: everybody gets everybody's value, rank 0's word and its error; what is added up stays as it was;
+    seeds differ between ranks.
+    """
     results = run_ranks(agree, 3)
     for result in results:
         assert result["gathered"] == [0, 10, 20] and result["from_main"] == "rank 0"
         assert result["sum"] == [3.0, 3.0] and result["any"] == (True, False) and result["told"] == "told by rank 0"
+    assert [result["sums"] for result in results] == [[[3.0, 3.0]] * 2 + [[1.0, rank]] for rank in range(3)]
     assert [result["to_main"] for result in results] == [[0, 10, 20], [], []]
     draws = [result["draw"] for result in results]
     assert len(set(draws)) == 3 and draws == [result["draw"] for result in run_ranks(agree, 3)]

@@ -403,10 +403,11 @@ def test_epochs_in_place_of_steps(tmp_path: Path) -> None:
 
 
 def test_epochs_become_steps(shard_folder: Path) -> None:
-    """103 images, 13 held out, batches of 8: 1.9 epochs are 21.4 steps, rounded. What disagrees is refused."""
+    """103 images, 13 held out, batches of 8: 1.9 epochs are 21.4 steps, rounded; 1.94 are 21.8. Others are refused."""
     values = merged(SMALLEST, {"data": {"train": str(shard_folder), "held_out": 13}})
     config = config_from_dict(values, "trial", ["total_epochs=1.9"])
     assert in_steps(config) == dataclasses.replace(config, total_steps=21) == in_steps(in_steps(config))
+    assert in_steps(config_from_dict(values, "trial", ["total_epochs=1.94"])).total_steps == 22
     assert in_steps(config_from_dict(values, "trial")).total_steps == 100
     with pytest.raises(ConfigError, match=r"total_steps is 24, but total_epochs \(1.9\) of 90 images are 21; give one"):
         in_steps(dataclasses.replace(config, total_steps=24))

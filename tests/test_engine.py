@@ -102,7 +102,10 @@ def plain_losses(config: Config) -> list[float]:
             group["lr"] = group["scale"] * learning_rate(config.optim, config.total_steps, step)
         logits = model(to_float(batch.images, torch.float32))
         targets = torch.zeros_like(logits).scatter_add_(1, batch.labels.clamp(min=0), batch.label_weights)
-        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+        if config.loss == "softmax":
+            loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+        else:
+            loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
@@ -146,10 +149,13 @@ def test_rates_by_layer_equal_a_plain_loop(
     compare(run_ranks(losses_of_run, world_size, config)[0], expected, 1e-5)
 
 
-def test_uneven_split_weighs_every_image_alike(shards: Path, plain: list[float]) -> None:
-    """12 images on 5 ranks in micro-batches of 2: masked slots count for nothing."""
-    config = tiny_config(shards, Path("unused"), engine__max_micro_batch_size=2)
-    compare(run_ranks(losses_of_run, 5, config)[0], plain, 1e-5)
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_uneven_split_weighs_every_image_alike(loss: str, shards: Path) -> None:
+    """12 images on 5 ranks in micro-batches of 2: masked slots, without a label no loss of softmax's, but one of the
+    sigmoid's, count for nothing.
+    """
+    config = tiny_config(shards, Path("unused"), engine__max_micro_batch_size=2, loss=loss)
+    compare(run_ranks(losses_of_run, 5, config)[0], plain_losses(config), 1e-5)
 
 
 @pytest.mark.parametrize("world_size, max_micro_batch_size", [(1, 256), (3, 3), (5, 256)])
@@ -633,7 +639,7 @@ def test_infinite_loss_is_skipped(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("plan", [BatchPlan(4, 1, 0), BatchPlan(2, 3, 0)])
+@pytest.mark.parametrize("plan", [BatchPlan(4, 1, 0), BatchPlan(2, 2, 0)])
 def test_deepspeed_parses_what_we_mean(precision: str, plan: BatchPlan, shards: Path) -> None:
     """DeepSpeed's own parser arrives at our stage, precision, clipping and batch sizes."""
     from deepspeed.runtime.config import DeepSpeedConfig

@@ -58,7 +58,8 @@ from pretrain.tasks.table import TASKS, VTAB, task
 from pretrain.train.run import train
 
 torch.set_num_threads(1)
-B16 = Start(Path("b16.npz"), ModelConfig(name="B", dropout=0.1, head_bias=-10.0, representation_size=768), "0")
+MODEL = ModelConfig(name="B", dropout=0.1, drop_path=0.2, head_bias=-10.0, representation_size=768)
+B16 = Start(Path("b16.npz"), MODEL, "0")
 TINY = ("data.workers=0", "data.global_batch=16", "engine.precision=fp32", "evaluation.batch_size=16")
 
 
@@ -109,7 +110,8 @@ def test_table_4(full_sets: None, name: str, steps: int, warmup_steps: int, rate
         assert (d.crop, d.crop_area, d.crop_ratio, d.flip) == ("inception", (0.05, 1.0), (0.75, 1.33), 0.5)
         assert (d.interpolation, d.antialias, d.eval_transform) == ("bilinear", False, "vit")
         assert (d.mixup, d.cutmix, d.randaugment_layers) == (0.0, 0.0, 0)
-        assert (m.name, m.dropout, m.head_bias, m.representation_size) == ("B", 0.1, 0.0, None)
+        assert (m.name, m.dropout, m.drop_path) == ("B", 0.1, 0.0)
+        assert (m.head_bias, m.representation_size) == (0.0, None)
         assert m.num_classes == TASKS[name].num_classes and config.init_new_head
     folder = Path("data").absolute() / name
     test = "val" if name == "imagenet" else "test"
@@ -149,13 +151,13 @@ def test_vtab_images_are_only_resized(full_sets: None) -> None:
 
 
 def test_cuts_are_told(full_sets: None) -> None:
-    """Fewer steps shorten the warm-up alike; whatever differs from the paper is named, overrides too."""
+    """Fewer steps shorten the warm-up alike, more leave it; whatever differs from the paper is named, overrides too."""
     sweep = plan(
         "cifar10",
         steps=200,
         lr_grid=(0.03, 0.01, 0.03),
         num_seeds=2,
-        overrides=("optim.average_decay=0.9999", "data.workers=0", "engine.compile=true"),
+        overrides=("optim.average_decay=0.9999", "data.workers=0", "engine.compile=true", "data.order=lanes"),
     )
     config = selecting_runs(sweep)[0]
     assert (config.total_steps, config.optim.warmup_steps, config.optim.average_decay) == (200, 10, 0.9999)
@@ -167,8 +169,11 @@ def test_cuts_are_told(full_sets: None) -> None:
         "9,000 of 10,000 test images could be scored",
         "2 instead of 3 seeds",
         "average",
+        "data.order",
     ):
         assert any(part in one for one in told), part
+    assert not any(part in one for part in ("workers", "compile") for one in told)
+    assert plan("cifar10", steps=20_000).protocol.warmup_steps == 500
 
 
 LARGE = replace(B16, model=ModelConfig(name="L"))

@@ -18,7 +18,7 @@ from pretrain.models import load_model
 from pretrain.models.build import build_model
 from pretrain.models.formats import NPZ_NAMINGS
 from pretrain.models.google import NAMINGS, class_names_file, write_google
-from pretrain.models.positions import Grid, resize_table
+from pretrain.models.positions import Grid, resize_axis, resize_table
 from pretrain.models.weights import read_weights
 
 torch.set_num_threads(1)
@@ -93,7 +93,9 @@ def test_another_resolution_gives_googles_positions_and_logits(name: str, source
 
 
 def test_resizing_is_scipys_zoom() -> None:
-    """Google calls scipy.ndimage.zoom(order=1); up, down, one to many, with a class row kept as it is."""
+    """Google calls scipy.ndimage.zoom(order=1); up, down, one to many, with a class row kept as it is. The X and Y
+    tables of 2-D positions go by the same rule.
+    """
     from scipy import ndimage
 
     table = torch.randn(1, 1 + 5 * 5, 6, generator=torch.Generator().manual_seed(0))
@@ -102,6 +104,9 @@ def test_resizing_is_scipys_zoom() -> None:
         zoomed = ndimage.zoom(table[0, 1:].view(5, 5, 6).numpy(), (side / 5, side / 5, 1), order=1)
         assert torch.equal(found[:, 0], table[:, 0])
         assert np.abs(found[0, 1:].view(side, side, 6).numpy() - zoomed).max() < 1e-6
+        axis = table[0, :5]
+        zoomed = ndimage.zoom(axis.numpy(), (side / 5, 1), order=1)
+        assert np.abs(resize_axis(axis, side).numpy() - zoomed).max() < 1e-6
 
 
 # --- without Google's outputs: every model that a file can hold -------------------------------------------------------

@@ -417,8 +417,10 @@ def test_transformers_squashes_with_its_own_interpolation(interpolation: str) ->
     """
     noise = np.random.default_rng(0).integers(0, 256, (75, 100, 3)).astype(np.uint8)  # any other filter is far off
     method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
-    squashed = torch.from_numpy(np.array(Image.fromarray(noise).resize((32, 32), method))).permute(2, 0, 1)
-    for size, share, margin in ((32, 1.0, 0), (28, 0.875, 2)):
+    # 28 / (28 / 50) is a hair below 50.
+    for size, share, side in ((32, 1.0, 32), (28, 0.875, 32), (28, 28 / 50, 50)):
+        squashed = torch.from_numpy(np.array(Image.fromarray(noise).resize((side, side), method))).permute(2, 0, 1)
+        margin = (side - size) // 2
         expected = squashed[:, margin : margin + size, margin : margin + size]
         settings = config(eval_transform="transformers", eval_crop=share, interpolation=interpolation)
         result = eval_image(torch.from_numpy(noise).permute(2, 0, 1), size, settings)

@@ -427,6 +427,23 @@ def test_a_bad_partner_leaves_the_sample_unmixed(tmp_path: Path, monkeypatch: py
     assert seen > 20 and told[0] == told[1] and {index for _, index in told[0]} == set(reasons)
 
 
+def test_a_partner_that_cannot_be_read_ends_the_run(own_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where this rank's own samples can be, and the rank that has the partner may have read it: left unmixed, the
+    step would be another one.
+    """
+    manifest, order = load_manifest(own_shards), Order(103, 0, GLOBAL_BATCH, 0)
+
+    def shards_of(step: int, slots: list[int]) -> set[Path]:
+        return {manifest.locate(index)[0].path for index in order.samples(step, slots)[1].tolist()}
+
+    mine, other = [*share(GLOBAL_BATCH, 0, 3)], [5]
+    step = next(step for step in range(STEPS) if not shards_of(step, mine) & shards_of(step, other))
+    reader._open_shard.cache_clear()
+    shards_of(step, other).pop().unlink()
+    batch = rank_batches(own_shards, monkeypatch, 0, 3, start=step, mixup=0.8)[0]
+    assert mine[-1] == 4 and type(batch.error) is StorageError
+
+
 def test_several_labels_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists of classes arrive whole and filled up with -1, mixed ones with their shares; evaluation has them too."""
     random, items, wanted = np.random.default_rng(0), [], []
@@ -509,6 +526,15 @@ def test_what_becomes_bad_after_weeks_is_noticed() -> None:
         recent = count_recent(recent, step * 4096, 1)
         assert len(recent) <= 2
         check_bad_fraction({"tar": step}, recent, step * 4096, BATCH, 0.001)
+
+
+def test_stretches_of_late_are_of_100_000_samples() -> None:
+    """The sample after the 100,000th begins another one; the latest and the one before are kept, and judged."""
+    assert [count_recent([], seen, 1) for seen in (1, 100_000, 100_001)] == [[[0, 1]], [[0, 1]], [[1, 1]]]
+    recent = count_recent([[8, 900], [9, 290]], 1_000_001, 10)
+    assert recent == [[9, 290], [10, 10]]
+    with pytest.raises(BadSamplesError, match="^300 of the last 144,096 samples"):
+        check_bad_fraction({"tar": 300}, recent, 1_040_000, BATCH, 0.001)
 
 
 def test_a_full_shared_memory_is_called_that(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

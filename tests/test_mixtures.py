@@ -25,6 +25,7 @@ from web import Site, every, served
 
 from pretrain.config import Config, config_to_dict
 from pretrain.data import manifest as manifest_module
+from pretrain.data.images import decode, train_image
 from pretrain.data.lanes import Lanes, fits
 from pretrain.data.loader import Batch, train_batches
 from pretrain.data.manifest import BLOCK, load_index, load_manifest
@@ -33,6 +34,7 @@ from pretrain.data.mixture import (
     Mixture,
     Phase,
     SourceLanes,
+    choose_source_lanes,
     joined,
     quotas_of,
     schedule,
@@ -40,6 +42,7 @@ from pretrain.data.mixture import (
     source_of,
 )
 from pretrain.data.order import Order, plan_batch, share
+from pretrain.data.reader import read_sample
 from pretrain.errors import ConfigError, UserError
 from pretrain.shards.build import build
 from pretrain.shards.elsewhere import index_urls
@@ -172,13 +175,29 @@ def test_ranks_and_restarts_change_no_step(world_size: int) -> None:
                 assert (np.concatenate(mine) == expected[step]).all()
 
 
-def test_sources_have_permutations_of_their_own() -> None:
+@pytest.mark.parametrize("lanes", [(), (SourceLanes(50, Lanes(4, 6)),) * 2], ids=["permuted", "lanes"])
+def test_sources_have_permutations_of_their_own(lanes: tuple[SourceLanes, ...]) -> None:
     """Two sets of one size are not visited in the same order, and each pass has another."""
-    order = Order(2000, 0, 100, 0, mixture=Mixture((1000, 1000), (Phase(0, (1, 1)),)))
+    order = Order(2000, 0, 100, 0, mixture=Mixture((1000, 1000), (Phase(0, (1, 1)),), lanes))
     _, indices = (part.ravel() for part in order.samples(range(40)))
     first, second = (indices[indices // 1000 == source] % 1000 for source in (0, 1))
     for one, other in ((first[:1000], second[:1000]), (first[:1000], first[1000:])):
         assert (one == other).sum() < 10  # 1 is expected
+
+
+def test_epochs_are_those_of_the_slowest_source_that_has_begun() -> None:
+    """One whose weight is 0 until step 5 counts from its first sample on."""
+    order = Order(160, 0, 10, 0, mixture=Mixture((40, 120), (Phase(0, (1, 0)), Phase(50, (1, 1)))))
+    assert [order.epochs(steps) for steps in (0, 4, 5, 29)] == [0.0, 1.0, 1.25, 1.0]
+
+
+def test_a_round_is_what_a_step_has_of_a_source(sets: dict[str, Path]) -> None:
+    """When its weight begins, however many later; at most a quarter of the source, and one sample at least."""
+    sources = [load_manifest(sets[name]) for name in ("trees", "few", "others")]
+    phases = [Phase(0, (1, 3, 0)), Phase(40, (8, 1, 1))]
+    chosen = choose_source_lanes(sources, phases, 40, 100)
+    assert [own.round_samples for own in chosen] == [10, 31 // 4, 9 // 4]
+    assert [own.round_samples for own in choose_source_lanes(sources, [Phase(0, (9, 9, 1))], 4, 100)] == [1, 1, 1]
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
@@ -327,6 +346,19 @@ def test_labels_are_read_by_name_and_may_be_several(
     assert {len(labels) for labels in by_source["several"]} == {2}
 
 
+def test_a_samples_pixels_are_those_of_its_own_set(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their randomness has the key (seed, source, epoch, index in that source): not what stands beside it."""
+    config = settings(sets, tmp_path)
+    train = open_data(config).train
+    for epoch, index, _, shown in sum(step_slots(config, monkeypatch, 1), []):
+        source, own = source_of(train, index)
+        image = decode(read_sample(source, own).image)
+        expected = train_image(image, config.model.image_size, config.data, config.seed, source.name, epoch, own)
+        assert shown == expected.numpy().tobytes()
+
+
 def test_sources_of_one_name_are_told_apart(sets: dict[str, Path]) -> None:
     """The second gets a number, which is what bad samples and augmentations name."""
     both = joined([load_manifest(sets["few"]), load_manifest(sets["unnamed"])])[0]
@@ -371,6 +403,10 @@ RESUMED: dict[str, tuple[dict[str, Any], str | None]] = {
     "the same shares": ({"weights": {"trees": 5, "few": 3, "several": 2}}, None),
     "a later weight": ({"reweight": [(8, [1, 0, 3]), (10, [1, 1, 1])]}, None),
     "a later set": ({"weights": {"trees": 5, "few": 3, "several": 2, "unnamed": 0}, "late": True}, None),
+    "more classes": (
+        {"weights": {"trees": 5, "few": 3, "several": 2, "more": 0}, "late": True},
+        "number of classes: was 5, is 6",
+    ),
     "a weight": (
         {"weights": {"trees": 4, "few": 3, "several": 3}},
         r"before step 10 were \[5, 3, 2\] from step 0 on, .*",
@@ -401,9 +437,11 @@ def test_a_resume_keeps_sources_and_earlier_weights(case: str, sets: dict[str, P
     change, message = RESUMED[case]
     began = settings(sets, tmp_path)
     data = open_data(began)
-    state = {"step": 10, "data": fingerprint(data.train, data.order), "class_names": CLASSES}
+    state = {"step": 10, "data": fingerprint(data.train, data.order)}
+    state |= {"class_names": CLASSES, "num_classes": data.num_classes}
     (tmp_path / "state.json").write_text(json.dumps(state | {"config": config_to_dict(began)}))
     own = {**sets, "other": make_set(tmp_path / "other", ["fir", "birch"], 30)}
+    own["more"] = make_set(tmp_path / "more", [*CLASSES, "oak"], 12)
     train_sets = of(own, **change.get("weights", {"trees": 5, "few": 3, "several": 2})) or str(sets["trees"])
     phases = change.get("reweight", [(8, [1, 0, 3])])
     if change.get("late"):

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,11 @@ def test_done_has_its_room_from_the_start(tmp_path: Path, monkeypatch: pytest.Mo
     done = tmp_path / "DONE"
     assert done.read_text() == '{"step": 20, "val/top1": 0.5}\n' and done.stat().st_ino == number and size >= 4096
     assert not room.exists() and is_done(tmp_path, config)
+    assert [is_done(tmp_path, replace(config, total_steps=steps)) for steps in (19, 21)] == [True, False]
     mark_done(tmp_path, 20, {})  # also where nobody made room
     assert done.read_text() == '{"step": 20}\n'
+    record_start(tmp_path, replace(config, total_steps=30), {}, 20)
+    assert not done.exists()  # a longer run is not done before its end
 
 
 @pytest.mark.parametrize(

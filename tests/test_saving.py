@@ -47,11 +47,13 @@ WHY_NOT = why_not()
 needs_strace = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 
 
-def save_step(config: Config, step: int, *, must_succeed: bool = False) -> None:
+def save_step(
+    config: Config, step: int, *, must_succeed: bool = False, check: Callable[[], None] = lambda: None
+) -> None:
     """What a run does at a save, its engine replaced by a tensor of which every element is the step."""
     weights = [Slice("weight", (100,), 0, torch.full((100,), float(step)))]
     engine: Any = SimpleNamespace(
-        check=lambda: None,
+        check=check,
         state=lambda: {"optimizer_step": float(step), "loss_scaler": None},
         weights=lambda: weights,
         moments=lambda: [Slice("exp_avg/weight", (100,), 0, weights[0].values)],
@@ -236,6 +238,42 @@ def test_an_error_at_every_call_of_a_save(step: int, part: int | None, tmp_path:
     """The same at all of them; those that only look at the disk when all is asked for."""
     calls = f"{WRITING} {LOOKING}" if ALL else WRITING
     expect_no_failure(tmp_path, step, part, [FULL, FAILING], calls, sample=None)
+
+
+def test_logs_are_on_the_disk_before_the_checkpoint_that_covers_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run looks at no line of the steps before: after a power cut they would be missing for ever."""
+    config = tiny_config(tmp_path, tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "metrics.jsonl").write_text('{"step": 1}\n')
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    save_step(config, 1, must_succeed=True)
+    assert "metrics.jsonl" in done[: done.index("step-0000000001")]
+
+
+def test_what_the_model_does_not_hold_is_not_saved(tmp_path: Path) -> None:
+    """The guard of the slices is asked before anything is written."""
+
+    def wrong() -> None:
+        raise AssertionError("the owned float32 slice is not what the model holds")
+
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(AssertionError, match="owned float32 slice"):
+        save_step(tiny_config(tmp_path, tmp_path), 1, check=wrong)
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

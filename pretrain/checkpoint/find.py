@@ -131,7 +131,7 @@ def _set_aside_newer(checkpoint: Path) -> None:
             warn(f"{path} is now {aside.name}: delete it when you have looked at it")
     olds = [path for path in checkpoint.parent.iterdir() if path.name.startswith(".old-step-")]
     for path in olds:  # else the next save would put it back, ahead of the run
-        if path != checkpoint and step_of(path) > step_of(checkpoint):
+        if step_of(path) > step_of(checkpoint):
             os.replace(path, path.with_name(f"damaged-{path.name.removeprefix('.')}-{os.getpid()}"))
 
 

@@ -41,7 +41,6 @@ def inception_crop(
         low, high = round(math.sqrt(smallest / aspect)), round(math.sqrt(largest / aspect))
         if round(high * aspect) > width:
             high = int((width + 0.5 - 1e-7) / aspect)
-            high -= round(high * aspect) > width
         high = min(high, height)
         low = min(low, high)
         crop_height = low + int(draws[2 * attempt + 1] * (high - low + 1))
