@@ -17,6 +17,8 @@ from ranks import run_ranks
 from tiny import changed, make_shards, tiny_config
 
 from pretrain.checkpoint.find import newest_valid
+from pretrain.checkpoint.layout import step_folders
+from pretrain.checkpoint.read import read_state
 from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.config import Config, DataConfig, config_to_dict
 from pretrain.data.images import to_float
@@ -302,9 +304,12 @@ def finish_noting_reads(config: Config) -> set[str]:
 
 
 def test_the_watchdog_knows_where_a_run_waits_for_its_gpu(tmp_path: Path) -> None:
-    """In agreements, log lines, validations, norms of layers and saves: there the GPU may wait for another rank."""
-    options: dict[str, Any] = {"log__layers_every_steps": 4, "evaluation__every_steps": 4, "checkpoint__every_steps": 4}
+    """In agreements, log lines, validations, norms of layers and saves: there the GPU may wait for another rank. And a
+    save has the score of its own step alone."""
+    options: dict[str, Any] = {"log__layers_every_steps": 4, "evaluation__every_steps": 4, "checkpoint__every_steps": 3}
     shards = make_shards(tmp_path / "squares")
-    config = tiny_config(shards, tmp_path, total_steps=4, data__val=str(shards), **options)
+    config = tiny_config(shards, tmp_path, total_steps=8, data__val=str(shards), **options)
     found = run_ranks(finish_noting_reads, 1, config)[0]
+    last, between = (read_state(folder)["metrics"] for folder in step_folders(tmp_path / "tiny" / "checkpoints")[:2])
+    assert last and not between
     assert found >= {"begin_add_up", "_gathered", "check", "_answered", "layer_numbers"}, found
