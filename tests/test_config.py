@@ -182,6 +182,11 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
     [
         (["model.name=Z"], "model.name is 'Z', expected one of Ti, S"),
         (["model.name=so400m"], "Did you mean: 'So400m'?"),
+        (["model.name=vit_base_patch16_244"], "or timm:NAME. Did you mean: 'vit_base_patch16_224'?"),
+        (["model.name=B/15"], "; for patches of 15 pixels write model.name=B model.patch_size=15"),
+        (["model.name=resnet50"], "; resnet50 is timm's: write model.name=timm:resnet50"),
+        (["model.name=vit_small_patch14_reg4_dinov2.lvd142m"], "name=timm:vit_small_patch14_reg4_dinov2"),
+        (["model.name=resnet5"], "Did you mean: 'timm:resnet50'?"),
         (["model.patch_size=15"], "model.image_size (224) is not a multiple of model.patch_size (15)"),
         (["model.patch_size=0"], "model.patch_size (0)"),
         (["model.heads=5"], "model.width (384) is not a multiple of model.heads (5)"),
