@@ -225,7 +225,11 @@ def test_an_override_at_fault_is_named(tmp_path: Path) -> None:
 
 
 def test_files_of_other_programs_are_told_as_such(tmp_path: Path) -> None:
-    """timm's args.yaml has the model's name where a section is."""
+    """big_vision's configs are Python; timm's args.yaml has the model's name where a section is."""
+    (tmp_path / "vit_s16.py").write_text("def get_config():\n  return {'a': 1}\n")
+    assert refusal(tmp_path / "vit_s16.py").endswith(
+        "vit_s16.py: is a Python file, expected YAML, as in configs/ (docs/coming_from.md)"
+    )
     message = refusal(written(tmp_path, "model: vit_small_patch16_224\nopt: adamw\nlr: 0.001\n"))
     assert "model is 'vit_small_patch16_224', expected a section: write model.name=timm:vit_small" in message
 

@@ -191,6 +191,8 @@ def _without_effect(merged: Any, before: Any) -> list[str]:
 
 
 def _read_yaml(path: Path) -> Any:
+    if path.suffix == ".py":
+        raise ConfigError(f"{path}: is a Python file, expected YAML, as in configs/ (docs/coming_from.md)")
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode()
