@@ -224,6 +224,17 @@ def test_an_override_at_fault_is_named(tmp_path: Path) -> None:
     assert f"{wrong}: data.flip is 2.0, expected 0 to 1; seed=-1: seed is -1, expected 0 to" in told
 
 
+def test_an_override_cut_by_the_shell_is_told_whole(tmp_path: Path) -> None:
+    """What `optim.betas=[0.9, 0.99]` becomes without quotes, also where more follows; a lone bracket has no rest."""
+    path = written(tmp_path, SMALLEST)
+    cut = ["optim.betas=[0.9,", "0.99]", "seed=1"]
+    said = "ends within brackets; put it in quotes: "
+    assert refusal(path, *cut) == f"optim.betas=[0.9,: {said}'optim.betas=[0.9, 0.99]'"
+    assert refusal(path, "data.train=[{path:", "a}]").endswith(f"{said}'data.train=[{{path: a}}]'")
+    assert refusal(path, "optim.lr=[") == f"optim.lr=[: {said}'optim.lr=['"
+    assert "unicode string" not in refusal(path, "optim.lr=]")
+
+
 def test_files_of_other_programs_are_told_as_such(tmp_path: Path) -> None:
     """big_vision's configs are Python; timm's args.yaml has the model's name where a section is."""
     (tmp_path / "vit_s16.py").write_text("def get_config():\n  return {'a': 1}\n")

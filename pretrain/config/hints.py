@@ -147,6 +147,21 @@ def _names(problem: str, key: str) -> bool:
     return bool(re.search(rf"(?<![\w.]){whole}(?= is |: | \(| needs )", problem))  # name may be a word, too
 
 
+def is_open(text: str) -> bool:
+    """Returns whether an override ends within a list or a section, as where a shell has cut it at a blank."""
+    value = text.partition("=")[2]
+    return any(value.startswith(left) and value.count(left) > value.count(right) for left, right in ("[]", "{}"))
+
+
+def uncut(text: str, following: Sequence[str]) -> str:
+    """Returns the override before a shell cut it at its blanks, in quotes."""
+    for word in following:
+        if not is_open(text):
+            break
+        text = f"{text} {word}"
+    return f"'{short(text)}'"
+
+
 def settings() -> Iterator[tuple[str, str, str]]:
     """Yields key, default or choices, and comment of every setting, section by section."""
     here, comments = Path(__file__).parent, {}

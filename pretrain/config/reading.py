@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.checks import did_you_mean
-from pretrain.config.hints import by_source, option_hint, other_name
+from pretrain.config.hints import by_source, is_open, option_hint, other_name, uncut
 from pretrain.config.model import OF_TIMM, ModelConfig
 from pretrain.config.sections import Config
 from pretrain.config.values import short, shown_value, type_name, with_whole_numbers, wrong_values
@@ -142,7 +142,7 @@ def _to_config(
     source: str, values: Any, overrides: Sequence[str], tell: Callable[[str], object] | None = None
 ) -> Config:
     merged, given = _defaults(), set()
-    for origin, part in [(source, values), *((short(text), _read_override(text)) for text in overrides)]:
+    for origin, part in [(source, values), *_each(overrides)]:
         before = {} if part is values else OmegaConf.to_container(merged.model)
         merged = _merge(merged, part, origin)
         keys = {key for key, _ in flatten(OmegaConf.to_container(OmegaConf.create(part)))}
@@ -222,7 +222,12 @@ def _refusal(source: str, what: str, error: Exception) -> ConfigError:
     return ConfigError(f"{source}: {what}: {short(told, 600)}")
 
 
-def _read_override(text: str) -> Any:
+def _each(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for number, text in enumerate(overrides):
+        yield short(text), _read_override(text, overrides[number + 1 :])
+
+
+def _read_override(text: str, following: Sequence[str]) -> Any:
     key, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")) or key.startswith("-"):
         hint = f"; {option_hint(text)}" if key.startswith("--") else ", for example optim.lr=1e-3"
@@ -235,6 +240,10 @@ def _read_override(text: str) -> Any:
     except ConfigError:
         raise
     except _REFUSED as error:
+        if is_open(text):
+            raise ConfigError(
+                f"{short(text)}: ends within brackets; put it in quotes: {uncut(text, following)}"
+            ) from None
         raise _refusal(short(text), "not a valid value", error) from None
 
 
