@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TextIO, TypeGuard
 
 from pretrain.cluster.jobs import PART_OF
+from pretrain.cluster.signals import end_at_sigterm
 from pretrain.cluster.slurm import num_tasks, rank_so_far  # not of ranks, which imports torch: errors come at once
 from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
@@ -203,7 +204,7 @@ def _on_os_error(error: OSError) -> int:
 def _say(message: str, code: int) -> int:
     """Rank 0 tells what all ranks met. Another rank tells it only if rank 0, whose exit ends this one too, does not."""
     if (rank := rank_so_far(os.environ)) > 0:
-        _end_with(code)
+        end_at_sigterm(code)
         beside_rank_0 = os.environ.get("LOCAL_RANK", str(rank)) == str(rank)
         time.sleep(_WAIT_FOR_RANK_0_S if beside_rank_0 else _ON_ANOTHER_NODE_S)
         message = f"rank {rank}: {message}"
@@ -212,16 +213,11 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _end_with(code: int) -> None:
-    """Has SIGTERM end this process with its own code: of its tasks' codes srun returns the highest, a signal's."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-
-
 def _leave(code: int) -> None:
     unwritten = _flush()
     code = code or unwritten
     if code == UserError.exit_code and num_tasks(os.environ) > 1:  # at this one's end srun ends the others
-        _end_with(code)
+        end_at_sigterm(code)
         time.sleep(_OTHERS_ARRIVE_S)
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)  # other ranks may wait in a collective: a clean shutdown would wait for them

@@ -38,7 +38,10 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A key or a value of the configuration is wrong."""
+    """A key or a value of the configuration is wrong; several problems are as many arguments."""
+
+    def __str__(self) -> str:
+        return shown("; ".join(str(problem) for problem in self.args))
 
 
 class NotFoundError(UserError):

@@ -108,17 +108,17 @@ def refusal(path: Path, *overrides: str) -> str:
 def test_every_misspelt_key_is_refused_with_a_suggestion(key: str, tmp_path: Path) -> None:
     """A letter dropped, doubled or swapped in any key never passes unnoticed, in overrides and (every second) in files.
 
-    The message names the source, the wrong key, and the right one.
+    The message names the source, the wrong key, once, and the right one.
     """
     assert len(misspellings(key)) >= 2
     for number, wrong in enumerate(misspellings(key)):
         if number % 2:
             message = refusal(written(tmp_path, merged(SMALLEST, nested(wrong, 1))))
-            source = str(tmp_path / "trial.yaml")
+            source = f"{tmp_path / 'trial.yaml'}: {wrong}"
         else:
             message = refusal(written(tmp_path, SMALLEST), f"{wrong}=1")
             source = f"{wrong}=1"
-        assert message.startswith(f"{source}: {wrong}: no such key in ")
+        assert message.startswith(f"{source}: no such key in ")
         assert message.endswith(f"Did you mean: '{key}'?"), message
 
 
@@ -132,41 +132,117 @@ def test_a_key_of_another_section_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override, named, said",
     [
-        ("optim.lr=fast", "optim.lr", "'fast'"),
-        ("optim.lr=[1]", "optim.lr", "[1]"),
-        ("optim.lr=null", "optim.lr", "None"),
-        ("seed=1.5", "seed", "'1.5'"),
-        ("seed=true", "seed", "'True'"),
-        ("evaluation.every_steps=1e4", "evaluation.every_steps", "10000.0"),
+        ("optim.lr=fast", "optim.lr", "expected a number, for example 1e-3"),
+        ("optim.lr=[1]", "optim.lr", "expected a number"),
+        ("optim.lr=null", "optim.lr", "expected a number"),
+        ("optim.lr=true", "optim.lr", "expected a number"),
+        ("seed=1.5", "seed", "expected a whole number, for example 1000"),
+        ("seed=true", "seed", "expected a whole number"),
+        ("seed=None", "seed", "expected a whole number"),
+        ("model.heads=2.5", "model.heads", "expected a whole number, or null for none"),
+        ("data.val=None", "data.val", "expected a path, or null for none"),
+        ("data.val=[a]", "data.val", "expected a path, or null for none"),
+        ("log.wandb_project=None", "log.wandb_project", "expected a text, or null for none"),
+        ("data.antialias=perhaps", "data.antialias", "expected true or false"),
+        ("output=", "output", "expected a path"),
         ("engine.compile=perhaps", "engine.compile", "'perhaps'"),
         ("optim.schedule=cos", "optim.schedule", "expected one of ['cosine', 'linear', 'rsqrt', 'constant', 'stair']"),
         ("engine.precision=fp8", "engine.precision", "'bf16', 'fp16', 'fp32'"),
         ("data.train=[1]", "data.train", "[1]"),
-        ("data.crop_area=0.5", "data.crop_area", "is 0.5, expected two numbers"),
-        ("data.crop_area=[0.5]", "data.crop_area", "is [0.5], expected two numbers"),
-        ("data.crop_area=[0.5,x]", "data.crop_area", "is [0.5, 'x'], expected two numbers"),
-        ("data.crop_area=[0.1,0.2,0.3]", "data.crop_area", "is [0.1, 0.2, 0.3], expected two numbers"),
-        ("optim.betas=[0.9,[1]]", "optim.betas", "is [0.9, [1]], expected two numbers"),
-        ("optim.betas=[0.9,true]", "optim.betas", "is [0.9, True], expected two numbers"),
-        ("optim.betas.0=0.5", "optim.betas", "expected two numbers"),
-        ("model=3", "model", "is 3, expected a section with name, image_size"),
-        ("engine=[1]", "engine", "is [1], expected a section with zero_stage"),
-        ("log=null", "log", "is None, expected a section"),
-        ("optim.lr.x=1", "optim.lr", "{'x': 1}"),
-        ("name=null", "name", "None"),
+        (
+            "evaluation.fewshot_shots=5",
+            "evaluation.fewshot_shots",
+            "a list of whole numbers, for example [1, 5, 10, 25]",
+        ),
+        ("evaluation.fewshot_shots=[a]", "evaluation.fewshot_shots", "expected a list of whole numbers"),
+        ("optim.betas=0.9,0.99", "optim.betas", "expected two numbers, for example [0.9, 0.999]"),
+        ("optim.betas=(0.9,0.99)", "optim.betas", "expected two numbers, for example [0.9, 0.999]"),
+        ("data.mean=0.5", "data.mean", "expected three numbers, for example [0.5, 0.5, 0.5]"),
+        ("data.crop_area=0.5", "data.crop_area", "expected two numbers, for example [0.08, 1.0]"),
+        ("data.crop_area=[0.5]", "data.crop_area", "expected two numbers"),
+        ("data.crop_area=[0.5,x]", "data.crop_area", "expected two numbers"),
+        ("data.crop_area=[0.1,0.2,0.3]", "data.crop_area", "expected two numbers"),
+        ("optim.betas=[0.9,[1]]", "optim.betas", "expected two numbers"),
+        ("optim.betas=[0.9,true]", "optim.betas", "expected two numbers"),
+        ("optim.betas.0=0.5", "optim.betas", "is {'0': 0.5}, expected two numbers"),
+        ("model=3", "model", "expected a section with name, image_size"),
+        ("model=vit_small_patch16_224", "model", "write model.name=timm:vit_small_patch16_224 for timm's"),
+        ("engine=[1]", "engine", "expected a section with zero_stage"),
+        ("log=null", "log", "expected a section"),
+        ("optim.lr.x=1", "optim.lr", "is {'x': 1}, expected a number"),
+        ("name=null", "name", "expected a text"),
         ("optim.lr=${nothing}", "optim.lr", "'nothing' not found"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_key_and_value(
     override: str, named: str, said: str, tmp_path: Path
 ) -> None:
-    """Numbers, choices, pairs and sections: the message names the key and the value, from file and override alike."""
+    """Numbers, choices, pairs and sections: the message names the key, the value, and what is expected."""
     key, _, text = override.partition("=")
     message = refusal(written(tmp_path, SMALLEST), override)
-    assert named in message and said in message
+    assert message.startswith(f"{override}: ") and said in message
+    assert not re.search("Node|Config\\b|of type|Incompatible", message)  # omegaconf's own words
     in_file = written(tmp_path, merged(SMALLEST, nested(key, yaml.safe_load(text))))
     if "." not in text:  # where YAML of the file reads the number as the override's parser does
         assert f"{named}" in refusal(in_file).removeprefix(str(in_file))
+
+
+def test_a_value_of_a_file_is_told_with_its_key(tmp_path: Path) -> None:
+    """Several of them at once; null and true as the file has them. An override has the key already."""
+    assert smallest(tmp_path) and refusal(tmp_path / "trial.yaml", "optim.lr=abc") == (
+        "optim.lr=abc: expected a number, for example 1e-3"
+    )
+    path = written(tmp_path, merged(SMALLEST, {"output": None, "seed": True, "optim": {"lr": "fast"}}))
+    told = refusal(path).removeprefix(f"{path}: ").split("; ")
+    assert sorted(told) == [
+        "optim.lr is 'fast', expected a number, for example 1e-3",
+        "output is null, expected a path",
+        "seed is true, expected a whole number, for example 1000",
+    ]
+
+
+def test_whole_numbers_may_have_exponents(tmp_path: Path) -> None:
+    """1e3 is a float to YAML; it is taken where it is whole, and never rounded."""
+    steps = ["optim.schedule=stair", "optim.stair_steps=[1e1,2e1]", "optim.stair_multipliers=[0.5,0.1]"]
+    config = smallest(tmp_path, "total_steps=1e3", "model.heads=1.2e1", *steps)
+    assert (config.total_steps, config.model.heads, config.optim.stair_steps) == (1000, 12, [10, 20])
+    assert all(type(value) is int for value in (config.total_steps, config.model.heads, *config.optim.stair_steps))
+    for wrong in ("seed=1e-3", "seed=1e300", "seed=inf", "seed=nan"):
+        assert refusal(tmp_path / "trial.yaml", wrong) == f"{wrong}: expected a whole number, for example 1000"
+
+
+def test_an_override_at_fault_is_named(tmp_path: Path) -> None:
+    """Not the file, which is right: for ranges and for what does not go together; each problem behind its own."""
+    path = written(tmp_path, SMALLEST)
+    assert refusal(path, "optim.lr=-1", "seed=3") == "optim.lr=-1: optim.lr is -1.0, expected 0 to 1000.0"
+    assert refusal(path, "name=../x").startswith("name=../x: name is '../x'")
+    assert refusal(path, "optim.cooldown_steps=300").startswith("optim.cooldown_steps=300: optim.warmup_steps (0) and")
+    assert refusal(path, "data.train=[a]").startswith("data.train=[a]: data.train is ['a']")
+    assert refusal(path, "name=other", "model.name=Z").startswith("model.name=Z: model.name is 'Z'")
+    wrong = written(tmp_path, merged(SMALLEST, {"data": {"flip": 2.0}}))
+    told = refusal(wrong, "seed=-1", "name=other")
+    assert f"{wrong}: data.flip is 2.0, expected 0 to 1; seed=-1: seed is -1, expected 0 to" in told
+
+
+def test_an_override_cut_by_the_shell_is_told_whole(tmp_path: Path) -> None:
+    """What `optim.betas=[0.9, 0.99]` becomes without quotes, also where more follows; a lone bracket has no rest."""
+    path = written(tmp_path, SMALLEST)
+    cut = ["optim.betas=[0.9,", "0.99]", "seed=1"]
+    said = "ends within brackets; put it in quotes: "
+    assert refusal(path, *cut) == f"optim.betas=[0.9,: {said}'optim.betas=[0.9, 0.99]'"
+    assert refusal(path, "data.train=[{path:", "a}]").endswith(f"{said}'data.train=[{{path: a}}]'")
+    assert refusal(path, "optim.lr=[") == f"optim.lr=[: {said}'optim.lr=['"
+    assert "unicode string" not in refusal(path, "optim.lr=]")
+
+
+def test_files_of_other_programs_are_told_as_such(tmp_path: Path) -> None:
+    """big_vision's configs are Python; timm's args.yaml has the model's name where a section is."""
+    (tmp_path / "vit_s16.py").write_text("def get_config():\n  return {'a': 1}\n")
+    assert refusal(tmp_path / "vit_s16.py").endswith(
+        "vit_s16.py: is a Python file, expected YAML, as in configs/ (docs/coming_from.md)"
+    )
+    message = refusal(written(tmp_path, "model: vit_small_patch16_224\nopt: adamw\nlr: 0.001\n"))
+    assert "model is 'vit_small_patch16_224', expected a section: write model.name=timm:vit_small" in message
 
 
 def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
@@ -182,6 +258,11 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
     [
         (["model.name=Z"], "model.name is 'Z', expected one of Ti, S"),
         (["model.name=so400m"], "Did you mean: 'So400m'?"),
+        (["model.name=vit_base_patch16_244"], "or timm:NAME. Did you mean: 'vit_base_patch16_224'?"),
+        (["model.name=B/15"], "; for patches of 15 pixels write model.name=B model.patch_size=15"),
+        (["model.name=resnet50"], "; resnet50 is timm's: write model.name=timm:resnet50"),
+        (["model.name=vit_small_patch14_reg4_dinov2.lvd142m"], "name=timm:vit_small_patch14_reg4_dinov2"),
+        (["model.name=resnet5"], "Did you mean: 'timm:resnet50'?"),
         (["model.patch_size=15"], "model.image_size (224) is not a multiple of model.patch_size (15)"),
         (["model.patch_size=0"], "model.patch_size (0)"),
         (["model.heads=5"], "model.width (384) is not a multiple of model.heads (5)"),
@@ -314,9 +395,9 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None
 )
 def test_other_programs_names_are_understood(key: str, meant: str, tmp_path: Path) -> None:
     """As an override, in a file, and as an option."""
-    said = f"{key}: no such key; here it is {meant}"
+    said = f"no such key; here it is {meant}"
     assert refusal(written(tmp_path, SMALLEST), f"{key}=1") == f"{key}=1: {said}"
-    assert said in refusal(written(tmp_path, merged(SMALLEST, nested(key, 1))))
+    assert f"{key}: {said}" in refusal(written(tmp_path, merged(SMALLEST, nested(key, 1))))
     if "." not in key:
         assert option_hint(f"--{key}").endswith(f"here this one is {meant}")
 
@@ -555,6 +636,9 @@ def test_the_printed_config_reads_back(tmp_path: Path) -> None:
     (tmp_path / "printed.yaml").write_text(done.stdout)
     assert load_config(tmp_path / "printed.yaml") == smallest(tmp_path, "optim.lr=2e-3")
     assert done.stderr == ""
+    assert "total_steps: 0  # from total_epochs and the size of data.train\n" in config_to_yaml(
+        smallest(tmp_path, "total_epochs=3")
+    )
 
 
 def test_print_config_does_not_import_torch(tmp_path: Path) -> None:
@@ -576,7 +660,7 @@ def test_a_misspelt_key_ends_the_launch_at_once(tmp_path: Path) -> None:
     start = time.monotonic()
     done = subprocess.run([*command, "optim.lrr=1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == UserError.exit_code == 2
-    assert done.stderr == "error: optim.lrr=1: optim.lrr: no such key in optim. Did you mean: 'optim.lr'?\n"
+    assert done.stderr == "error: optim.lrr=1: no such key in optim. Did you mean: 'optim.lr'?\n"
     assert done.stdout == ""
     assert time.monotonic() - start < 20
 

@@ -1,10 +1,11 @@
 """DeepSpeed's patches: each works, and is still needed. A DeepSpeed that behaves otherwise fails here by name."""
 
+import io
 import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,23 @@ def test_no_false_alarm_about_the_optimizer(config: Config, patched: bool) -> No
     """DeepSpeed calls SGD untested, on the console of every fine-tuning. When it does not, the patch can go."""
     (told,) = run_ranks(warnings_with_sgd, 1, config, patched)
     assert any("untested optimizer" in line for line in told) != patched
+
+
+def printed_at_start(config: Config, patched: bool) -> str:
+    if not patched:
+        pretrain.engine.patches._without_memory_lines = lambda: None
+    with redirect_stdout(io.StringIO()) as printed:
+        start(config)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_no_lines_of_memory_for_each_group(config: Config, patched: bool) -> None:
+    """Three lines before and three behind each group buried the run's own. When DeepSpeed prints none, it can go."""
+    of_groups = changed(config, engine__precision="bf16", engine__max_micro_batch_size=2, optim__layer_decay=0.75)
+    (printed,) = run_ranks(printed_at_start, 1, of_groups, patched)
+    assert (printed.count("CPU Virtual Memory") > 2) != patched
+    assert not patched or "group" not in printed and "MA " not in printed, printed
 
 
 def times_gradients_are_counted(config: Config, patched: bool) -> int:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from weights_on_disk import randomised
 
 from pretrain.config import VIT_SHAPES, ModelConfig
+from pretrain.config.checks import timm_models
 from pretrain.config.model import PLAIN_FORM, VIT_FORMS
 from pretrain.errors import ConfigError
 from pretrain.models.build import build_model, build_without_values, drawn_values
@@ -458,6 +459,11 @@ def test_an_unknown_timm_name_is_one_line_with_a_suggestion(name: str, suggestio
     with pytest.raises(ConfigError, match=f"timm has no model '{name}'.*{suggestion}") as caught:
         build_model(ModelConfig(name=f"timm:{name}"), NUM_CLASSES)
     assert "\n" not in str(caught.value)
+
+
+def test_timms_names_are_known_without_importing_it() -> None:
+    """As timm itself lists them: for the config's messages, which come before torch."""
+    assert set(timm_models()) == set(timm.list_models())
 
 
 @pytest.mark.parametrize(

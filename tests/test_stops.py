@@ -29,11 +29,12 @@ from pretrain import cli
 from pretrain.checkpoint import write
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_of
-from pretrain.cluster import signals
+from pretrain.cluster import ranks, signals
 from pretrain.cluster.local import free_port, on_cpu, rank_variables
 from pretrain.config import Config, config_to_dict
 from pretrain.data import loader
 from pretrain.engine.step import Engine
+from pretrain.errors import UserError
 from pretrain.train import journal
 from pretrain.train import run as training
 
@@ -302,3 +303,22 @@ def wait_for(condition: Any, place: Path) -> None:
     while not condition():
         assert time.monotonic() < until, told(place)
         time.sleep(0.01)
+
+
+def stopped_when_refused(config: Config) -> str:
+    """What a rank comes to that is asked to stop behind its error, as by the launcher of a rank 0 that is gone."""
+    with pytest.raises(UserError, match="nowhere"):
+        training.train(config, stop=signals.StopRequest())
+    if ranks.rank():
+        os.kill(os.getpid(), signal.SIGTERM)
+    return "goes on"
+
+
+def test_a_refusal_is_told_by_rank_0_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 1 ends with its code and no word, where it would say that it saves, and then the same error again."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path, branch_from="nowhere")
+    first, second = processes = start_ranks(stopped_when_refused, 2, config)
+    for process in processes:
+        process.join(240)
+    assert first.results.recv() == (None, "goes on")
+    assert second.exitcode == 2 and "saving and stopping" not in capfd.readouterr().err

@@ -258,8 +258,8 @@ def test_weights_of_another_normalisation_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("std", [[0.2, 0.2], [0.2, 0.0, 0.2], [0.2, float("nan"), 0.2]])
 def test_a_normalisation_that_is_none_is_refused(std: list[float], tmp_path: Path) -> None:
-    """By the configuration; a wrong length by its schema, whose message has no key."""
-    with pytest.raises(ConfigError, match="data.std" if len(std) == 3 else "length 2 does not match"):
+    """By the configuration, whose schema knows the length."""
+    with pytest.raises(ConfigError, match="data.std" if len(std) == 3 else "data.std is .*, expected three numbers"):
         tiny_config(tmp_path, tmp_path, data__std=std)
 
 

@@ -368,7 +368,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "text for a number": (
         lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"]["model"].update(width="wide")),
-        "converted/config.json: model.width: Value 'wide' of type 'str'",
+        "converted/config.json: model.width is 'wide', expected a whole number",
     ),
     "another spelling": (
         lambda f: _edit_json(f / "config.json", lambda v: v["pretrain"]["model"].update(gelu="Tanh")),

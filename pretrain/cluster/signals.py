@@ -64,6 +64,15 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def end_at_sigterm(code: int) -> None:
+    """Has SIGTERM end this process with its own code, without a word: it has met an error, and has nothing to save.
+
+    So a launcher ends it when rank 0 has told the error and is gone; of its tasks' codes srun returns the highest, a
+    signal's.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+
+
 def live_as_long_as_parent() -> None:
     """For child processes: a signal to the whole group must not end them before the loop has saved.
 

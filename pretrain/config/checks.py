@@ -1,9 +1,12 @@
 """What the sections' checks share: sentences for numbers out of range, suggestions, what differs from the defaults."""
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -28,3 +31,11 @@ def outside(part: Any, section: str, **limits: tuple[float, float]) -> Iterator[
 def did_you_mean(word: str, known: Any) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean: '{near[0]}'?" if near else ""
+
+
+def timm_models() -> list[str]:
+    """Returns the names of timm's models, read in its source: to import it takes seconds, and torch."""
+    spec = find_spec("timm")
+    folders = spec.submodule_search_locations or [] if spec else []
+    texts = [path.read_text(encoding="utf-8") for folder in folders for path in Path(folder, "models").glob("*.py")]
+    return sorted(name for text in texts for name in re.findall(r"^@register_model\ndef (\w+)\(", text, re.MULTILINE))

@@ -1,8 +1,10 @@
-"""What a person meant: settings by the names that other programs give them, and every setting with its comment."""
+"""What a person meant: settings by the names that other programs give them, the override at fault, and every setting
+with its comment."""
 
 import ast
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as DATACLASS_MISSING
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import MISSING
 
 from pretrain.config.sections import Config
+from pretrain.config.values import short
 
 # As timm's train.py, big_vision, open_clip, Hugging Face, DeiT and torchvision call it -> here (docs/coming_from.md).
 OTHER_NAMES = {
@@ -124,6 +127,39 @@ def option_hint(option: str) -> str:
     if meant is None:
         return f"settings are written without dashes: {key}={value or 'VALUE'}"
     return f"settings are written KEY=VALUE, and here this one is {meant}"
+
+
+def by_source(problems: Sequence[str], source: str, overrides: Sequence[str]) -> str:
+    """Says each problem behind the overrides whose keys it names, the others behind the file."""
+    last = {text.partition("=")[0]: short(text) for text in overrides}
+    told: dict[str, list[str]] = {}
+    for problem in problems:
+        given = [text for key, text in last.items() if _names(problem, key)]
+        told.setdefault(", ".join(given) or source, []).append(problem)
+    return "; ".join(f"{origin}: {'; '.join(problems)}" for origin, problems in told.items())
+
+
+def _names(problem: str, key: str) -> bool:
+    """Whether a sentence is about a key; behind another one of its section that has its last part alone."""
+    whole, last = re.escape(key), re.escape(key.rpartition(".")[2])
+    if "." in key:
+        return bool(re.search(rf"(?<![\w.])(?:{whole}|(?<=and ){last})(?!\w)", problem))
+    return bool(re.search(rf"(?<![\w.]){whole}(?= is |: | \(| needs )", problem))  # name may be a word, too
+
+
+def is_open(text: str) -> bool:
+    """Returns whether an override ends within a list or a section, as where a shell has cut it at a blank."""
+    value = text.partition("=")[2]
+    return any(value.startswith(left) and value.count(left) > value.count(right) for left, right in ("[]", "{}"))
+
+
+def uncut(text: str, following: Sequence[str]) -> str:
+    """Returns the override before a shell cut it at its blanks, in quotes."""
+    for word in following:
+        if not is_open(text):
+            break
+        text = f"{text} {word}"
+    return f"'{short(text)}'"
 
 
 def settings() -> Iterator[tuple[str, str, str]]:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from omegaconf import MISSING
 
-from pretrain.config.checks import did_you_mean, outside
+from pretrain.config.checks import did_you_mean, outside, timm_models
 from pretrain.errors import ConfigError
 
 
@@ -78,6 +78,9 @@ TIMM_HYBRIDS = {
     "vit_large_r50_s32": ("R50+L", 32),
 }
 
+# Pixels per side of a token that a name may say; any other number is a slip of the hand.
+NAMED_PATCH_SIZES = (4, 8, 14, 16, 28, 32)
+
 # Far above every known ViT: larger numbers in somebody's file are not a model, and would take minutes to refuse.
 MAX_DEPTH, MAX_WIDTH = 1024, 65_536
 MAX_IMAGE_SIZE = 4096  # pixels
@@ -106,18 +109,40 @@ def named_model(name: str) -> NamedModel | None:
     Only the shape: the activation, the pooling and the rest are this config's own settings. Beside such a name another
     image_size than the default may be given; load_config, which knows what was given, refuses the default itself.
     """
-    plain = name.partition(".")[0]  # vit_base_patch16_224.augreg_in21k: the tag names weights
+    plain = _without_tag(name)
     if match := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_(\d+)", plain):
-        if match[1] in TIMM_SIZES:
+        if match[1] in TIMM_SIZES and int(match[2]) in NAMED_PATCH_SIZES and not int(match[3]) % int(match[2]):
             return NamedModel(TIMM_SIZES[match[1]], int(match[2]), int(match[3]))
     if match := re.fullmatch(r"(vit_[a-z]+_r\d*_s\d+(?:_p8)?)_(\d+)", plain):
         if match[1] in TIMM_HYBRIDS:
             return NamedModel(*TIMM_HYBRIDS[match[1]], int(match[2]))
     if match := re.fullmatch(r"(?:(R\d*)[+_])?(?:ViT-)?([A-Za-z0-9]+)[/_](\d+)", name):
         full = f"{match[1]}+{match[2]}" if match[1] else match[2]
-        if full in VIT_SHAPES or full in HYBRIDS:
+        if (full in VIT_SHAPES or full in HYBRIDS) and int(match[3]) in NAMED_PATCH_SIZES:
             return NamedModel(full, 32 if full == "R+Ti" else int(match[3]), None)
     return None
+
+
+def _without_tag(name: str) -> str:
+    return name.partition(".")[0]  # vit_base_patch16_224.augreg_in21k: the tag names weights
+
+
+def _meant(name: str) -> str:
+    """What an unknown name may have meant: a patch size of its own, a model of timm, or a name close to one known."""
+    sizes = [*VIT_SHAPES, *HYBRIDS]
+    size, _, patch = name.partition("/")
+    if size in sizes and patch.isdecimal():
+        return f"; for patches of {patch} pixels write model.name={size} model.patch_size={patch}"
+    if near := did_you_mean(name, sizes):
+        return f".{near}"
+    of_timm = timm_models()
+    if (plain := _without_tag(name)) in of_timm:
+        return f"; {plain} is timm's: write model.name=timm:{plain}"
+    return f".{near}" if (near := did_you_mean(plain, [_as_written(known) for known in of_timm])) else ""
+
+
+def _as_written(timm_name: str) -> str:
+    return timm_name if named_model(timm_name) else f"timm:{timm_name}"
 
 
 @dataclass
@@ -202,9 +227,9 @@ class ModelConfig:
                 if f.name not in OF_TIMM and getattr(self, f.name) != f.default:
                     yield f"model.{f.name} has no effect on {self.name}; remove it"
         elif self.name not in VIT_SHAPES and self.name not in HYBRIDS:
-            hint = did_you_mean(self.name, [*VIT_SHAPES, *HYBRIDS])
             names = ", ".join([*VIT_SHAPES, *HYBRIDS])
-            yield f"model.name is {self.name!r}, expected one of {names}, a name like B/16, timm's, or timm:NAME.{hint}"
+            expected = f"one of {names}, a name like B/16, timm's, or timm:NAME"
+            yield f"model.name is {self.name!r}, expected {expected}{_meant(self.name)}"
         else:
             yield from self._vit_problems()
         if self.num_classes is not None and not 1 <= self.num_classes <= MAX_CLASSES:

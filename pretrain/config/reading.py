@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.checks import did_you_mean
-from pretrain.config.hints import option_hint, other_name
+from pretrain.config.hints import by_source, is_open, option_hint, other_name, uncut
 from pretrain.config.model import OF_TIMM, ModelConfig
 from pretrain.config.sections import Config
+from pretrain.config.values import short, shown_value, type_name, with_whole_numbers, wrong_values
 from pretrain.errors import PASSING_ERRORS, ConfigError, StorageError
 
 MAX_BYTES = 100_000  # of a file or an override; a complete config has 3,000, our longest recipe 5,000
@@ -86,7 +87,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def config_to_yaml(config: Config) -> str:
     """Returns the complete config as YAML; loading it gives an equal config."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=120)
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=120)
+    return text.replace("\ntotal_steps: 0\n", "\ntotal_steps: 0  # from total_epochs and the size of data.train\n")
 
 
 @cache
@@ -95,20 +97,36 @@ def _defaults() -> Any:
     return OmegaConf.structured(Config)
 
 
+@cache
+def _default_values() -> Any:
+    return OmegaConf.to_container(_defaults())
+
+
 def _merge(merged: Any, values: Any, source: str) -> Any:
     """Returns `merged` changed by `values`, which may be of any shape. Raises ConfigError."""
     try:
         plain = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
         _check_values(plain, source)  # whoever wrote it: file, override, somebody's checkpoint
-        if wrong := "; ".join(_wrong_shapes(plain, _schema())):
+        plain = with_whole_numbers(_at_home(plain), _schema())
+        if wrong := "; ".join(_unlike(source, *found) for found in wrong_values(plain, _schema(), _default_values())):
             raise ConfigError(f"{source}: {wrong}")
-        merged = OmegaConf.merge(merged, OmegaConf.create(_at_home(plain)))
+        merged = OmegaConf.merge(merged, OmegaConf.create(plain))
         _check_references(OmegaConf.to_container(merged), source)
         return merged
     except ConfigError:
         raise
     except _REFUSED as error:
-        raise ConfigError(f"{source}: {_first_line(error)}") from None
+        raise ConfigError(f"{source}: {_first_line(error, source)}") from None
+
+
+def _unlike(source: str, key: str, value: Any, expected: str) -> str:
+    """What is wrong with a value; an override has both already."""
+    given = "" if _is_override_of(key, source) else f"{key} is {shown_value(value)}, "
+    return f"{given}expected {expected}"
+
+
+def _is_override_of(key: str, source: str) -> bool:
+    return source.startswith(f"{key}=")
 
 
 def _at_home(values: Any) -> Any:
@@ -120,27 +138,11 @@ def _at_home(values: Any) -> Any:
     return os.path.expanduser(values) if isinstance(values, str) and values.startswith("~/") else values
 
 
-def _wrong_shapes(values: Any, schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yields what omegaconf refuses without naming the key or the value, or lets pass: sections and pairs."""
-    for key, value in values.items():
-        expected = schema.get(key)
-        if isinstance(expected, dict):
-            if isinstance(value, dict):
-                yield from _wrong_shapes(value, expected, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key} is {_short(value)}, expected a section with {', '.join(expected)}"
-        elif f"{prefix}{key}" in ("data.train", "data.reweight") and isinstance(value, dict):
-            yield f"{prefix}{key} is {_short(value)}, expected a list: each entry with a dash, or in [ ]"
-        elif expected == "tuple[float, float]" and not isinstance(value, str):  # a string may refer to another key
-            if not isinstance(value, list) or [type(item) in (int, float) for item in value] != [True, True]:
-                yield f"{prefix}{key} is {_short(value)}, expected two numbers, for example [0.5, 1.0]"
-
-
 def _to_config(
     source: str, values: Any, overrides: Sequence[str], tell: Callable[[str], object] | None = None
 ) -> Config:
     merged, given = _defaults(), set()
-    for origin, part in [(source, values), *((_short(text), _read_override(text)) for text in overrides)]:
+    for origin, part in [(source, values), *_each(overrides)]:
         before = {} if part is values else OmegaConf.to_container(merged.model)
         merged = _merge(merged, part, origin)
         keys = {key for key, _ in flatten(OmegaConf.to_container(OmegaConf.create(part)))}
@@ -161,9 +163,9 @@ def _to_config(
                 plain = f"model.name={config.model.name} with image_size and patch_size"
                 raise ConfigError(f"model.{key} is {value}, but {written} has {said}; remove one, or give {plain}")
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        raise ConfigError(by_source(error.args, source, overrides)) from None
     except _REFUSED as error:
-        raise ConfigError(f"{source}: {_first_line(error)}") from None
+        raise ConfigError(by_source([_first_line(error, source)], source, overrides)) from None
     return config
 
 
@@ -189,6 +191,8 @@ def _without_effect(merged: Any, before: Any) -> list[str]:
 
 
 def _read_yaml(path: Path) -> Any:
+    if path.suffix == ".py":
+        raise ConfigError(f"{path}: is a Python file, expected YAML, as in configs/ (docs/coming_from.md)")
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode()
@@ -212,26 +216,35 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _refusal(source: str, what: str, error: Exception) -> ConfigError:
-    told = " ".join(str(error).split())
+    told = " ".join(str(error).replace('"<unicode string>", ', "").replace('"<byte string>", ', "").split())
     if "maximum nesting depth" in told:  # libyaml's own, of a thousand, since PyYAML 6.0.4; met before its first event
         return ConfigError(f"{source}: is nested more than {MAX_NESTING} deep")
-    return ConfigError(f"{source}: {what}: {_short(told, 600)}")
+    return ConfigError(f"{source}: {what}: {short(told, 600)}")
 
 
-def _read_override(text: str) -> Any:
+def _each(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for number, text in enumerate(overrides):
+        yield short(text), _read_override(text, overrides[number + 1 :])
+
+
+def _read_override(text: str, following: Sequence[str]) -> Any:
     key, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")) or key.startswith("-"):
         hint = f"; {option_hint(text)}" if key.startswith("--") else ", for example optim.lr=1e-3"
-        raise ConfigError(f"{_short(text)!r} is not an override; write KEY=VALUE{_short(hint)}")
+        raise ConfigError(f"{short(text)!r} is not an override; write KEY=VALUE{short(hint)}")
     if key.count(".") >= MAX_NESTING:
-        raise ConfigError(f"{_short(text)}: is nested more than {MAX_NESTING} deep")
+        raise ConfigError(f"{short(text)}: is nested more than {MAX_NESTING} deep")
     try:
-        _check_text(value, _short(text))
+        _check_text(value, short(text))
         return OmegaConf.from_dotlist([text])
     except ConfigError:
         raise
     except _REFUSED as error:
-        raise _refusal(_short(text), "not a valid value", error) from None
+        if is_open(text):
+            raise ConfigError(
+                f"{short(text)}: ends within brackets; put it in quotes: {uncut(text, following)}"
+            ) from None
+        raise _refusal(short(text), "not a valid value", error) from None
 
 
 def _check_text(text: str, source: str) -> None:
@@ -248,7 +261,7 @@ def _check_text(text: str, source: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_LETTERS:
-            raise ConfigError(f"{source}: {_short(event.value)} has more than {MAX_LETTERS:,} letters")
+            raise ConfigError(f"{source}: {short(event.value)} has more than {MAX_LETTERS:,} letters")
         values += isinstance(event, yaml.NodeEvent)  # keys too
         if depth > MAX_NESTING:
             raise ConfigError(f"{source}: is nested more than {MAX_NESTING} deep")
@@ -266,10 +279,10 @@ def _check_values(values: Any, source: str) -> None:
         if number >= MAX_VALUES:
             raise ConfigError(f"{source}: has more than {MAX_VALUES:,} values")
         if isinstance(value, str) and len(value) > MAX_LETTERS:
-            raise ConfigError(f"{source}: {_short(value)} has more than {MAX_LETTERS:,} letters")
+            raise ConfigError(f"{source}: {short(value)} has more than {MAX_LETTERS:,} letters")
         if isinstance(value, str) and "${" in _REFERENCE.sub("", value):
             raise ConfigError(
-                f"{source}: {_short(value)!r}: ${{...:...}} resolvers are not allowed, only ${{key}}; give the value"
+                f"{source}: {short(value)!r}: ${{...:...}} resolvers are not allowed, only ${{key}}; give the value"
             )
 
 
@@ -325,32 +338,32 @@ def _value_at(config: Any, key: str) -> Any:
     return config
 
 
-def _short(value: Any, letters: int = 200) -> str:
-    text = str(value)
-    return text if len(text) <= letters else f"{text[:letters]}..."
+def _first_line(error: Exception, source: str) -> str:
+    """The complete key, what is wrong with it, and a suggestion, from omegaconf's several lines.
 
-
-def _first_line(error: Exception) -> str:
-    """The complete key, what is wrong with it, and a suggestion, from omegaconf's several lines."""
+    source: an override has its key already.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     known = [name for name, _ in flatten(_schema())] + [part for part in _schema() if isinstance(_schema()[part], dict)]
+    told = f"{key}: " if key and not _is_override_of(key, source) else ""
     if "not in" in lines[0] and key:
         if (meant := other_name(key)) and key not in known:
-            return f"{key}: no such key; here it is {meant}"
+            return f"{told}no such key; here it is {meant}"
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         hint = f" Did you mean: '{near[0]}'?" if near else did_you_mean(key, known)
         section = key.rpartition(".")[0] or "the config"
-        return f"{key}: no such key in {section}.{hint}"
-    return f"{key}: {lines[0]}" if key else lines[0]
+        return f"{told}no such key in {section}.{hint}"
+    return told + lines[0]
 
 
+@cache
 def _schema() -> dict[str, Any]:
     """Every key of the config as nested dicts, with its type's name at the leaves."""
 
-    def describe(cls: type) -> dict[str, Any]:
+    def describe(cls: Any) -> dict[str, Any]:
         hints = get_type_hints(cls)
-        return {f.name: describe(hints[f.name]) if is_dataclass(hints[f.name]) else str(f.type) for f in fields(cls)}
+        return {name: describe(hint) if is_dataclass(hint) else type_name(hint) for name, hint in hints.items()}
 
     return describe(Config)
 

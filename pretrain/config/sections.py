@@ -366,7 +366,7 @@ class Config:
         if self.engine.fp8 and not problems:  # one may be that the model's name is unknown
             problems += _fp8_problems(self.model)
         if problems:
-            raise ConfigError("; ".join(problems))
+            raise ConfigError(*problems)
 
     def _schedule_problems(self) -> Iterator[str]:
         if self.optim.warmup_steps > self.total_steps:

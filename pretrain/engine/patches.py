@@ -28,6 +28,7 @@ def before_start() -> None:
     """What has to be so when DeepSpeed starts."""
     _without_compiler()
     _without_false_alarm()
+    _without_memory_lines()
     if step_is_known():
         _lighten_unsharded_step()
 
@@ -60,6 +61,11 @@ def _without_false_alarm() -> None:
 
 def _is_no_false_alarm(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
+
+
+def _without_memory_lines() -> None:
+    """Keeps BF16_Optimizer from printing memory around each group of parameters: with layer_decay, dozens of lines."""
+    bf16_optimizer.see_memory_usage = lambda message, force=False: None
 
 
 def _set_group_timeouts(timeout_s: int) -> None:

@@ -17,7 +17,7 @@ from pretrain.gpus import mfu
 from pretrain.log import say
 from pretrain.models.profile import train_flops
 from pretrain.train.datasets import DataSets
-from pretrain.train.outliers import LossSpikes, slow_rank
+from pretrain.train.outliers import LossSpikes, SlowRanks
 from pretrain.train.state import TrainState
 
 MAX_STEPS = 1000  # between two log lines, whose losses are looked at one by one
@@ -33,7 +33,7 @@ class Meter:
         self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         if ranks.is_main():  # what was saved is the sum over all ranks
             self._sums += torch.tensor(state.window, dtype=torch.float64, device=self._device)
-        self._spikes = LossSpikes()
+        self._spikes, self._slow_ranks = LossSpikes(), SlowRanks()
         self._hosts = agreement.gather(socket.gethostname())
         # Under ZeRO 3 a forward pass waits for the others' weights: then only the waiting for data is a rank's own.
         self._forward_s = 0.0
@@ -127,7 +127,7 @@ class Meter:
         own_s = [waited + forward for waited, forward in zip(waited_s, forward_s)]
         per_step = 1 / max(1, self._steps)
         numbers = {"train/own_s": median(own_s) * per_step, "train/own_s_max": max(own_s) * per_step}
-        slow = slow_rank(own_s, elapsed_s)
+        slow = self._slow_ranks.find(own_s, elapsed_s, self._steps)
         if slow is not None:
             numbers["train/slow_rank"] = slow
             say(

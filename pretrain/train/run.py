@@ -21,7 +21,7 @@ from pretrain.config import Config
 from pretrain.data.loader import train_batches
 from pretrain.engine.settings import check_machine
 from pretrain.engine.step import Engine
-from pretrain.errors import ConfigError, NotFoundError, StorageError
+from pretrain.errors import ConfigError, NotFoundError, StorageError, UserError
 from pretrain.log import RunLog, in_words, say
 from pretrain.models.weights import checkpoint_config
 from pretrain.train import ending
@@ -49,7 +49,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
     stop = stop or signals.StopRequest()
     folder = config.output / config.name
     watched = watchdog.watching(folder, config.engine.watchdog_s, config.engine.timeout_s)
-    with watched, ending.lost_processes(folder), _short_collections():
+    with watched, ending.lost_processes(folder), _refused_once(), _short_collections():
         device = ranks.start(config.engine.timeout_s)
         peers.meet(agreement.gather)
         agreement.together(lambda: check_machine(config))
@@ -61,6 +61,17 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
         ranks.stop()
     stop.close()
     del lock
+
+
+@contextmanager
+def _refused_once() -> Iterator[None]:
+    """Leaves it to rank 0 to tell what the user must change: its exit ends the others, which may take seconds to."""
+    try:
+        yield
+    except UserError as error:
+        if not ranks.is_main():
+            signals.end_at_sigterm(error.exit_code)
+        raise
 
 
 @contextmanager

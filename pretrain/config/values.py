@@ -1,0 +1,137 @@
+"""Single values of a config: what is wrong with one, in words that say what is expected, before omegaconf sees it."""
+
+import json
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Any, get_args
+
+from omegaconf import MISSING
+
+SHOWN_LETTERS = 200  # of a value in a message
+
+# What a setting of a type expects; a choice is not here: omegaconf's own words list it.
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "Path": "a path",
+    "list[int]": "a list of whole numbers",
+    "list[float]": "a list of numbers",
+    "tuple[float, float]": "two numbers",
+    "tuple[float, float, float]": "three numbers",
+}
+_OR_NULL = " | None"
+_EXACT = 2.0**53  # below it a float is the whole number that was written
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")  # as omegaconf reads texts
+
+
+def wrong_values(
+    values: Any, schema: dict[str, Any], defaults: Any, prefix: str = ""
+) -> Iterator[tuple[str, Any, str]]:
+    """Yields key, value and what is expected of it, for each value that a config of this schema cannot have.
+
+    schema: the types' names by key, nested. defaults: the config's own values, of which some serve as examples.
+    Keys that are unknown are not looked at, nor are texts with ${key} and ???, whose values are still to come.
+    """
+    for key, value in values.items():
+        expected = schema.get(key)
+        if isinstance(expected, dict):
+            if isinstance(value, dict):
+                yield from wrong_values(value, expected, defaults[key], f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value, _section(key, value, expected)
+        elif f"{prefix}{key}" in ("data.train", "data.reweight") and isinstance(value, dict):
+            yield f"{prefix}{key}", value, "a list: each entry with a dash, or in [ ]"
+        elif isinstance(expected, str) and not _fits(value, expected):
+            yield f"{prefix}{key}", value, _words(expected, defaults[key])
+
+
+def with_whole_numbers(values: Any, schema: dict[str, Any]) -> Any:
+    """Returns the values with 1000 in place of 1e3, a float to YAML, where a whole number is expected."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _whole(value, schema.get(key)) for key, value in values.items()}
+
+
+def shown_value(value: Any) -> str:
+    """Returns a value as a config writes it, cut where it is long: null and true, texts in quotes."""
+    return short(json.dumps(value) if value is None or isinstance(value, bool) else repr(value))
+
+
+def short(value: Any, letters: int = SHOWN_LETTERS) -> str:
+    """Returns a value as text, cut where it is long."""
+    text = str(value)
+    return text if len(text) <= letters else f"{text[:letters]}..."
+
+
+def type_name(hint: Any) -> str:
+    """Returns how a setting's type is written: `int`, `Path | None`, `list[int]`."""
+    if isinstance(hint, UnionType):
+        return " | ".join("None" if part is NoneType else type_name(part) for part in get_args(hint))
+    return hint.__name__ if type(hint) is type else str(hint)
+
+
+def _whole(value: Any, expected: Any) -> Any:
+    if isinstance(expected, dict):
+        return with_whole_numbers(value, expected)
+    kind = expected.removesuffix(_OR_NULL) if isinstance(expected, str) else ""
+    if kind == "list[int]" and isinstance(value, list):
+        return [_whole(item, "int") for item in value]
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
+    return int(value) if kind == "int" and is_whole else value
+
+
+def _section(key: str, value: Any, keys: dict[str, Any]) -> str:
+    if key == "model" and isinstance(value, str):  # as an args.yaml of timm has it
+        return f"a section: write model.name=timm:{value} for timm's, and see docs/coming_from.md for other keys"
+    return f"a section with {', '.join(keys)}"
+
+
+def _fits(value: Any, expected: str) -> bool:
+    """Whether omegaconf takes the value, or at least says why not better than this could."""
+    if isinstance(value, str) and ("${" in value or value == MISSING):
+        return True
+    kind = expected.removesuffix(_OR_NULL)
+    if value is None or (value == "None" and kind != expected):  # Python's, which would be a text here
+        return value is None and (kind != expected or kind not in _EXPECTED)
+    if kind == "int":
+        return _reads(int, value)
+    if kind == "float":
+        return _reads(float, value)
+    if kind == "bool":
+        return isinstance(value, (bool, int)) or str(value).lower() in _BOOLEANS
+    if kind in ("str", "Path"):
+        return not isinstance(value, (list, dict))
+    if kind.startswith("list[") and kind in _EXPECTED:
+        return isinstance(value, list) and all(_fits(item, kind[len("list[") : -1]) for item in value)
+    if kind.startswith("tuple["):
+        numbers = kind.count("float")
+        return isinstance(value, list) and [type(item) in (int, float) for item in value] == [True] * numbers
+    return True
+
+
+def _reads(number: type, value: Any) -> bool:
+    """Whether a value is a number of the type, which texts of digits are too."""
+    if isinstance(value, (bool, list, dict)) or (number is int and isinstance(value, float)):
+        return False
+    try:
+        number(value)
+    except OverflowError:  # told as such
+        return True
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _words(expected: str, default: Any) -> str:
+    kind = expected.removesuffix(_OR_NULL)
+    words = _EXPECTED.get(kind, kind)
+    if kind != expected:
+        words += ", or null for none"
+    if isinstance(default, (list, tuple)) and default:
+        return f"{words}, for example {list(default)}"
+    if kind not in ("int", "float"):
+        return words
+    example = default if isinstance(default, (int, float)) and default else {"int": "1000", "float": "1e-3"}[kind]
+    return f"{words}, for example {example}"
