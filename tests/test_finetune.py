@@ -30,6 +30,7 @@ from weights_on_disk import ROOT, load_tool, one_line, save_run
 
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders
+from pretrain.cluster.jobs import run_job
 from pretrain.cluster.local import on_cpu
 from pretrain.config import Config, ModelConfig, config_to_yaml
 from pretrain.data.images import eval_image, to_float, train_image
@@ -579,6 +580,34 @@ def test_codes_of_runs_that_stopped_or_failed(tiny: Path, tmp_path: Path, monkey
         assert call(monkeypatch, arguments(tiny, tmp_path), lambda *_, code=code: code) == expected
     final = [*arguments(tiny, tmp_path, "--lr", "0.03")]
     assert call(monkeypatch, final, trained) == 77  # nothing else to choose
+
+
+HOLDS = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+input()
+"""
+
+
+def test_a_sweep_stops_at_a_run_that_another_process_trains(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait for that, nor go on with the next one; the way out is one of this command's options."""
+    lock, begun = tmp_path / "pets" / "select-lr0.001" / "lock", []
+    lock.parent.mkdir(parents=True)
+
+    def refused(config: Config, *_: Any) -> int:
+        begun.append(config.name)
+        return run_job([sys.executable, "-c", "raise SystemExit(2)"], os.environ, lock)
+
+    words = [sys.executable, "-c", HOLDS, str(lock)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline()
+        with pytest.raises(UserError, match="select-lr0.001: in use, .* --out gives another folder"):
+            call(monkeypatch, arguments(tiny, tmp_path), refused)
+        process.communicate(b"\n")
+    assert begun == ["select-lr0.001"]
 
 
 ASKS_TO_STOP = """import os, signal

@@ -37,6 +37,7 @@ from typing import Any, TextIO
 
 from pretrain.checkpoint.read import read_state
 from pretrain.cluster import agreement, ranks, restarts, watchdog
+from pretrain.cluster.jobs import PART_OF
 from pretrain.config import (
     BRANCH_MAY_CHANGE,
     Config,
@@ -135,7 +136,8 @@ def _lock(file: TextIO, folder: Path) -> None:
             f"{folder}: is still locked, perhaps by the start before this one, whose node does not answer; "
             "the same command goes on when it is gone"
         )
-    raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another name=")
+    instead = "" if PART_OF in os.environ else ", or choose another name="  # else that command has its own options
+    raise UserError(f"{folder}: another process trains in this folder; wait for it{instead}")
 
 
 @contextmanager
