@@ -31,7 +31,7 @@ from pretrain.report.curves import draw_panels
 from pretrain.report.runs import read_runs
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
-from pretrain.train.announce import warn_of_young_averages
+from pretrain.train.announce import warn_of_added_losses, warn_of_young_averages
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
 from pretrain.train.run import train
@@ -285,3 +285,19 @@ def test_averages_that_are_the_initial_weights_are_told(
     warn_of_young_averages(config)
     said = "".join(capsys.readouterr())
     assert (told in said and "optim.average_decay (0.9999): after 40 steps" in said) if told else not said
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "warned"), [("softmax", "several", 1), ("sigmoid", "several", 0), ("softmax", "one", 0)]
+)
+def test_several_labels_under_softmax_are_told(
+    several: Path, shards: Path, loss: str, labels: str, warned: int, tmp_path: Path, capsys: Any
+) -> None:
+    """A default that nobody chose would add up the losses of an image's labels: told by rank 0, with the other loss."""
+    config = tiny_config(several if labels == "several" else shards / "train", tmp_path, loss=loss)
+    data = open_data(config)
+    for is_main in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "is_main", lambda is_main=is_main: is_main)
+            warn_of_added_losses(config, data)
+    assert "".join(capsys.readouterr()).count("; loss=sigmoid decides on every class") == warned

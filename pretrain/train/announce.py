@@ -90,6 +90,15 @@ def warn_of_young_averages(config: Config) -> None:
         )
 
 
+def warn_of_added_losses(config: Config, data: DataSets) -> None:
+    """Softmax counts each label as an image of its own: a mixture refuses that, of one set somebody may mean it."""
+    if config.loss == "softmax" and data.train.multi_label:
+        say(
+            f"warning: {data.train.path}: images have several labels, and loss=softmax adds up the losses of all, as "
+            "if only one label could be right; loss=sigmoid decides on every class by itself"
+        )
+
+
 def facts_of(data: DataSets, num_parameters: int, device: torch.device) -> dict[str, Any]:
     """Returns what starts.jsonl tells of the model, the data and the machine."""
     return {
