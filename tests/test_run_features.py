@@ -31,7 +31,7 @@ from pretrain.report.curves import draw_panels
 from pretrain.report.runs import read_runs
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
-from pretrain.train.announce import warn_of_added_losses, warn_of_young_averages
+from pretrain.train.announce import warn_of_added_losses, warn_of_large_batch, warn_of_young_averages
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
 from pretrain.train.run import train
@@ -301,3 +301,16 @@ def test_several_labels_under_softmax_are_told(
             patch.setattr(ranks, "is_main", lambda is_main=is_main: is_main)
             warn_of_added_losses(config, data)
     assert "".join(capsys.readouterr()).count("; loss=sigmoid decides on every class") == warned
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"), [(100, None), (101, "(101) is larger than the 100 images"), (200, "2.0 times")]
+)
+def test_a_batch_of_more_images_than_there_are_is_told(
+    batch: int, told: str | None, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of those that are left to train on."""
+    config = tiny_config(shards / "train", tmp_path, data__global_batch=batch, data__held_out=1)
+    warn_of_large_batch(open_data(config).order)
+    said = "".join(capsys.readouterr())
+    assert told in said if told else not said

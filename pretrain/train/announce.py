@@ -99,6 +99,15 @@ def warn_of_added_losses(config: Config, data: DataSets) -> None:
         )
 
 
+def warn_of_large_batch(order: Order) -> None:
+    """A batch of more images than there are is nearly always a typing error, and each step of it takes long."""
+    if order.global_batch > order.num_train:
+        say(
+            f"warning: data.global_batch ({order.global_batch:,}) is larger than the {order.num_train:,} images to "
+            f"train on: each step sees them {order.global_batch / order.num_train:.1f} times"
+        )
+
+
 def facts_of(data: DataSets, num_parameters: int, device: torch.device) -> dict[str, Any]:
     """Returns what starts.jsonl tells of the model, the data and the machine."""
     return {
