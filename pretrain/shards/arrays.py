@@ -1,6 +1,7 @@
 """Arrays of a data set's .npz: what its headers claim is compared with limits before an array is read."""
 
 import io
+import math
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -17,8 +18,19 @@ MAX_HEADER_BYTES = 10_000  # of an array: numpy's own limit, which it compares a
 _LENGTHS = {(1, 0): "<H", (2, 0): "<I"}  # of the header, by the format's version; 3.0 is for records
 
 
-def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Returns one-dimensional arrays of numbers or text of a .npz, by name. Raises UserError, also when one lacks."""
+def array_names(path: Path) -> set[str]:
+    """Returns the names of a .npz's arrays; none of what is no such file, of which `read_arrays` tells what it is."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except Exception:  # as below
+        return set()
+
+
+def read_arrays(
+    path: Path, names: Sequence[str], optional: Sequence[str] = (), *, most_dimensions: int = 1
+) -> dict[str, np.ndarray]:
+    """Returns arrays of numbers or text of a .npz, by name. Raises UserError, also when one lacks."""
     try:
         limit = max_unpacked_bytes(path)
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -27,7 +39,7 @@ def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) 
             total = sum(entries[name].file_size for name in wanted)
             if total > limit:
                 raise ValueError(too_large(total, limit))
-            return {name: _read_array(archive, entries[name]) for name in wanted}
+            return {name: _read_array(archive, entries[name], most_dimensions) for name in wanted}
     except KeyError as error:
         reason = f"no array {error}"
     except Exception as error:  # zipfile, zlib and numpy's parser raise whatever stray bytes lead to
@@ -36,7 +48,7 @@ def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) 
     raise UserError(f"{path}: not an archive of images (arrays {expected}): {' '.join(reason.split())}") from None
 
 
-def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most_dimensions: int) -> np.ndarray:
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
         if version not in _LENGTHS:
@@ -47,13 +59,13 @@ def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
             raise ValueError(f"a header of {header_bytes:,} bytes, at most {MAX_HEADER_BYTES:,}")
         header = io.BytesIO(length + file.read(header_bytes))
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(header)
-        if len(shape) != 1 or dtype.kind not in "iufUS" or not dtype.itemsize:
+        shape, is_fortran, dtype = read_header(header)
+        if not 1 <= len(shape) <= most_dimensions or dtype.kind not in "iufUS" or not dtype.itemsize:
             raise ValueError(f"{entry.filename} is {dtype} of shape {shape}, expected one row of numbers or text")
         data = file.read()
-        if shape[0] * dtype.itemsize != len(data):
+        if math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"{entry.filename} has {len(data):,} bytes for {dtype} of shape {shape}")
-        return np.frombuffer(data, dtype)
+        return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def whole_numbers(array: np.ndarray, source: str, least: int, most: int) -> list[int]:

@@ -74,12 +74,13 @@ def idx_items(paths: Sequence[Path]) -> tuple[list[Item], list[str]]:
     if not images.size:
         raise UserError(f"{files[0]}: has no samples")
     return [
-        Item(partial(_png, image), "png", label, f"{files[0]}[{number}]")
+        Item(partial(png_of, image), "png", label, f"{files[0]}[{number}]")
         for number, (image, label) in enumerate(zip(images, labels.tolist()))
     ], []
 
 
-def _png(image: np.ndarray) -> bytes:
+def png_of(image: np.ndarray) -> bytes:
+    """Returns pixels as a PNG: uint8 [height, width] or [height, width, 3]."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png")
     return file.getvalue()
