@@ -219,7 +219,8 @@ def test_arrays_of_pixels(pair: tuple[str, str], shape: tuple[int, ...], order: 
     """Pixel for pixel, with the labels also as a column; arrays of another split are told."""
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     labels = np.array([3, 0, 1, 0, 2], np.uint8)[:, None]
-    np.savez_compressed(tmp_path / "a.npz", **{pair[0]: pixels.copy(order), pair[1]: labels, "test_images": pixels[:1]})
+    arrays: Any = {pair[0]: pixels.copy(order), pair[1]: labels, "test_images": pixels[:1]}
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
     told = Told()
     items, classes = npz_items(tmp_path / "a.npz", told)
     assert [item.label for item in items] == [3, 0, 1, 0, 2] and not classes
@@ -241,7 +242,8 @@ def test_arrays_of_pixels(pair: tuple[str, str], shape: tuple[int, ...], order: 
 )
 def test_arrays_that_are_no_pixels(arrays: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
     """With what is expected."""
-    np.savez(tmp_path / "a.npz", **{name: np.zeros(shape, np.uint8) for name, shape in arrays.items()})
+    made: Any = {name: np.zeros(shape, np.uint8) for name, shape in arrays.items()}
+    np.savez(tmp_path / "a.npz", **made)
     assert said in refusal(npz_items, tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", x=np.zeros((2, 4, 4)), y=np.zeros(2, np.uint8))
     assert "x is float64 of shape (2, 4, 4), expected uint8" in refusal(npz_items, tmp_path / "a.npz")

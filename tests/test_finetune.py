@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import whole_session
+from processes import processes_of, whole_session
 from ranks import run_ranks
 from scipy.ndimage import zoom
 from slurm import cluster, wait_for
@@ -30,7 +30,7 @@ from weights_on_disk import ROOT, load_tool, one_line, save_run
 
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders
-from pretrain.cluster.jobs import run_job
+from pretrain.cluster.jobs import is_held, run_job
 from pretrain.cluster.local import on_cpu
 from pretrain.config import Config, ModelConfig, config_to_yaml
 from pretrain.data.images import eval_image, to_float, train_image
@@ -809,6 +809,25 @@ def test_a_signal_to_the_command_saves(tiny: Path, tmp_path: Path, number: int) 
     assert process.returncode == 130 and "stopped; the same command goes on" in output, output
     assert "Traceback" not in output
     assert len(step_folders(run / "checkpoints")) == 1 and not (run / "DONE").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_training_ends_when_the_command_is_killed(tiny: Path, tmp_path: Path, num_ranks: int) -> None:
+    """SIGKILL to the command alone: nobody trains on, and what was trained is saved."""
+    words = arguments(tiny, tmp_path, "--steps", 100_000, "--num-gpus", num_ranks)
+    run = tmp_path / "pets" / "select-lr0.001"
+    with whole_session(start_tool([*words, "checkpoint.every_steps=100000"])) as process:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        process.kill()
+        output, _ = process.communicate(timeout=60)  # until its ranks have closed their output too
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and processes_of(process.pid):
+            time.sleep(0.05)
+        assert not processes_of(process.pid), output
+    assert len(step_folders(run / "checkpoints")) == 1 and not is_held(run / "lock"), output
 
 
 # --- as SLURM job arrays ---------------------------------------------------------------------------------------------
