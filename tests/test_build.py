@@ -29,7 +29,7 @@ from pretrain.shards.build import DataSet, build, finish, read_dropped, write_sa
 from pretrain.shards.counts import read_counts
 from pretrain.shards.existing import index_existing
 from pretrain.shards.make import Options, make_shards
-from pretrain.shards.sources import Item, folder_items, npz_items
+from pretrain.shards.sources import Item, Told, folder_items, npz_items
 from pretrain.shards.tars import index_tar
 from pretrain.shards.verify import verify
 
@@ -206,6 +206,49 @@ def test_folders_are_read_by_class(tmp_path: Path) -> None:
     ]
     (tmp_path / "empty").mkdir()
     assert "no images found; expected" in refusal(folder_items, tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("pair", "shape", "order"),
+    [
+        (("images", "labels"), (5, 6, 8, 3), "C"),
+        (("x", "y"), (5, 6, 8), "C"),
+        (("x_train", "y_train"), (5, 6, 8, 3), "F"),
+        (("train_images", "train_labels"), (5, 6, 8), "C"),
+    ],
+)
+def test_arrays_of_pixels(pair: tuple[str, str], shape: tuple[int, ...], order: Any, tmp_path: Path) -> None:
+    """Pixel for pixel, with the labels also as a column; arrays of another split are told."""
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    labels = np.array([3, 0, 1, 0, 2], np.uint8)[:, None]
+    arrays: Any = {pair[0]: pixels.copy(order), pair[1]: labels, "test_images": pixels[:1]}
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    told = Told()
+    items, classes = npz_items(tmp_path / "a.npz", told)
+    assert [item.label for item in items] == [3, 0, 1, 0, 2] and not classes
+    for item, image in zip(items, pixels):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(item.read()))), image) and item.ending == "png"
+    assert told.passed_over == {f"arrays of a.npz beside {pair[0]} and {pair[1]} (['test_images'])": 1}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"data": (2, 4, 4)}, "its arrays are ['data'], expected pixels with their labels (images/labels, x/y, "),
+        ({"x": (2, 4, 4, 4), "y": (2,)}, "x is uint8 of shape (2, 4, 4, 4), expected uint8 of [images, height, width]"),
+        ({"x": (2, 16), "y": (2,)}, "x is uint8 of shape (2, 16), expected"),
+        ({"x": (2, 4, 4), "y": (3,)}, "y is of shape (3,), expected a class for each image of (2, 4, 4)"),
+        ({"x": (2, 4, 4), "y": (2, 5)}, "y is of shape (2, 5), expected a class for each"),
+        ({"x": (0, 4, 4), "y": (0,)}, "expected a class for each image of (0, 4, 4)"),
+    ],
+)
+def test_arrays_that_are_no_pixels(arrays: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
+    """With what is expected."""
+    made: Any = {name: np.zeros(shape, np.uint8) for name, shape in arrays.items()}
+    np.savez(tmp_path / "a.npz", **made)
+    assert said in refusal(npz_items, tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 4, 4)), y=np.zeros(2, np.uint8))
+    assert "x is float64 of shape (2, 4, 4), expected uint8" in refusal(npz_items, tmp_path / "a.npz")
 
 
 def npz(path: Path, **changes: Any) -> Path:

@@ -44,6 +44,7 @@ from pretrain.shards.build import write_samples
 from pretrain.shards.class_list import ClassList, read_class_list
 from pretrain.shards.existing import index_existing
 from pretrain.shards.items import PackedItems
+from pretrain.shards.listed import listed_items
 from pretrain.shards.make import Options, make_part, make_shards
 from pretrain.shards.passes import Piece, Work, run_pass
 from pretrain.shards.pool import results
@@ -786,6 +787,73 @@ def test_bytes_and_json_that_are_no_list(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(data)
         assert said in refusal(make_shards, [tmp_path / name], None, tmp_path / "set", SMALL)
+
+
+@pytest.mark.parametrize(
+    "labels, stored_as, names",
+    [
+        ([[3, 0], [5], [1]], [[0, 3], [5], [1]], ()),
+        ([["dog", "cat"], ["cat"], ["ox", "dog"]], [[0, 1], [0], [1, 2]], ("cat", "dog", "ox")),
+        ([["dog"], ["cat"], ["dog"]], [[1], [0], [1]], ("cat", "dog")),
+    ],
+)
+def test_lists_of_several_labels(labels: Any, stored_as: Any, names: tuple[str, ...], tmp_path: Path) -> None:
+    """A list of labels in JSON lines is stored as one, whatever its length, as a tar's own is."""
+    images = few(tmp_path)
+    lines = (json.dumps({"path": path, "label": own}) for path, own in zip(images, labels))
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    make_shards([tmp_path / "x.jsonl"], None, tmp_path / "set", SMALL)
+    manifest = load_manifest(tmp_path / "set")
+    assert manifest.multi_label and manifest.class_names == names and manifest.num_classes == (len(names) or 6)
+    found = {sample.image: sample.label for sample in map(partial(read_sample, manifest), range(3))}
+    assert [json.loads(found[image]) for image in images.values()] == stored_as
+
+
+def test_several_labels_and_what_changes_them(tmp_path: Path) -> None:
+    """--classes gives each label its number there, equal images have all labels of both."""
+    images = few(tmp_path)
+    (tmp_path / "b" / "3.png").write_bytes(images["b/1.png"])
+    labels = {"a/0.png": ["dog"], "b/1.png": ["cat", "dog"], "b/3.png": ["ox"], "a/2.png": ["ox"]}
+    lines = (json.dumps({"path": path, "label": own}) for path, own in labels.items())
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    classes = ClassList(("ox", "ant", "dog", "cat"))
+    make_shards([tmp_path / "x.jsonl"], classes, tmp_path / "set", replace(SMALL, merge_duplicates=True))
+    manifest = load_manifest(tmp_path / "set")
+    found = {sample.image: sample.label for sample in map(partial(read_sample, manifest), range(3))}
+    assert [json.loads(found[image]) for image in images.values()] == [[2], [0, 2, 3], [0]]
+    items, names = listed_items(tmp_path / "x.jsonl")
+    assert names == ["cat", "dog", "ox"]
+    assert [item.label for item in items.without([0])] == [[0, 1], [2], [2]]  # as --away-from leaves some out
+
+
+@pytest.mark.parametrize(
+    "name, lines, said",
+    [
+        ("x.jsonl", [[1], 2], "line 2: single labels and lists of labels are mixed; write [label] for a single one"),
+        ("x.jsonl", [1, [2]], "line 2: single labels and lists of labels are mixed"),
+        ("x.jsonl", [[1], []], "line 2: an image without a label cannot be kept; leave it out"),
+        ("x.jsonl", [[1, 2, 1]], "line 1: ['1', '2', '1'] names a class twice"),
+        ("x.jsonl", [[1, [2]]], "line 1: label[1] is [2]"),
+        ("x.jsonl", [[1, -2]], "line 1: label[1] is -2"),
+        ("x.jsonl", [list(range(1001))], "line 1: has 1001 labels, at most 1000 of an image are read"),
+        ("x.csv", '"[1, 2]"', "line 2: '[1, 2]': a .csv has one label for an image; write a .jsonl for several"),
+    ],
+)
+def test_lists_of_labels_that_cannot_be_used(name: str, lines: Any, said: str, tmp_path: Path) -> None:
+    """One line, with the place in the list."""
+    paths = list(few(tmp_path))
+    text = "\n".join(json.dumps({"path": path, "label": own}) for path, own in zip(paths, lines))
+    (tmp_path / name).write_text(f"path,label\n{paths[0]},{lines}" if name == "x.csv" else text)
+    assert said in refusal(make_shards, [tmp_path / name], None, tmp_path / "set", SMALL)
+
+
+def test_labels_of_lists_beyond_the_classes(tmp_path: Path) -> None:
+    """Also where the first of an image is one."""
+    (path, *_) = few(tmp_path)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"path": path, "label": [0, 2]}))
+    classes = ClassList(("ox", "ant"))
+    said = refusal(make_shards, [tmp_path / "x.jsonl"], classes, tmp_path / "set", SMALL)
+    assert "label 2 is not one of the 2 classes" in said
 
 
 def test_a_tar_for_each_class(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import whole_session
+from processes import processes_of, whole_session
 from ranks import run_ranks
 from scipy.ndimage import zoom
 from slurm import cluster, wait_for
@@ -30,6 +30,7 @@ from weights_on_disk import ROOT, load_tool, one_line, save_run
 
 from pretrain.checkpoint.find import newest_valid
 from pretrain.checkpoint.layout import step_folders
+from pretrain.cluster.jobs import is_held, run_job
 from pretrain.cluster.local import on_cpu
 from pretrain.config import Config, ModelConfig, config_to_yaml
 from pretrain.data.images import eval_image, to_float, train_image
@@ -586,6 +587,34 @@ def test_codes_of_runs_that_stopped_or_failed(tiny: Path, tmp_path: Path, monkey
     assert call(monkeypatch, final, trained) == 77  # nothing else to choose
 
 
+HOLDS = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+input()
+"""
+
+
+def test_a_sweep_stops_at_a_run_that_another_process_trains(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait for that, nor go on with the next one; the way out is one of this command's options."""
+    lock, begun = tmp_path / "pets" / "select-lr0.001" / "lock", []
+    lock.parent.mkdir(parents=True)
+
+    def refused(config: Config, *_: Any) -> int:
+        begun.append(config.name)
+        return run_job([sys.executable, "-c", "raise SystemExit(2)"], os.environ, lock)
+
+    words = [sys.executable, "-c", HOLDS, str(lock)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline()
+        with pytest.raises(UserError, match="select-lr0.001: in use, .* --out gives another folder"):
+            call(monkeypatch, arguments(tiny, tmp_path), refused)
+        process.communicate(b"\n")
+    assert begun == ["select-lr0.001"]
+
+
 ASKS_TO_STOP = """import os, signal
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 os.kill(os.getppid(), signal.SIGTERM)
@@ -785,6 +814,25 @@ def test_a_signal_to_the_command_saves(tiny: Path, tmp_path: Path, number: int) 
     assert process.returncode == 130 and "stopped; the same command goes on" in output, output
     assert "Traceback" not in output
     assert len(step_folders(run / "checkpoints")) == 1 and not (run / "DONE").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_training_ends_when_the_command_is_killed(tiny: Path, tmp_path: Path, num_ranks: int) -> None:
+    """SIGKILL to the command alone: nobody trains on, and what was trained is saved."""
+    words = arguments(tiny, tmp_path, "--steps", 100_000, "--num-gpus", num_ranks)
+    run = tmp_path / "pets" / "select-lr0.001"
+    with whole_session(start_tool([*words, "checkpoint.every_steps=100000"])) as process:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        process.kill()
+        output, _ = process.communicate(timeout=60)  # until its ranks have closed their output too
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and processes_of(process.pid):
+            time.sleep(0.05)
+        assert not processes_of(process.pid), output
+    assert len(step_folders(run / "checkpoints")) == 1 and not is_held(run / "lock"), output
 
 
 # --- as SLURM job arrays ---------------------------------------------------------------------------------------------

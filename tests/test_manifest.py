@@ -113,6 +113,26 @@ def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
     assert f"{tmp_path / 'manifest.json'}: is " in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "a.tar",
+            "a.tar: is a shard, expected a folder with a manifest.json; make its index with python tools/make_sh",
+        ),
+        ("a.tar.gz", "a.tar.gz: is a shard, expected"),
+        ("*.tar", "is a pattern of shards, expected a folder with a manifest.json; make its index with python tools/"),
+        ("a-{000..127}.tar", "is a pattern of shards, expected"),
+        ("b.tar", "b.tar: not found"),
+    ],
+)
+def test_a_shard_is_no_manifest(name: str, told: str, tmp_path: Path) -> None:
+    """Other loaders are given the tars themselves, or a pattern."""
+    for there in ("a.tar", "a.tar.gz"):
+        (tmp_path / there).write_bytes(b"\x1f\x8b\0")
+    assert told in refusal(tmp_path / name)
+
+
 def test_a_missing_manifest_names_the_tool(tmp_path: Path) -> None:
     """Who points to a folder without manifest is told what makes one."""
     assert "manifest.json: not found; make shards and manifest with tools/make_shards.py" in refusal(tmp_path)

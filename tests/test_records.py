@@ -234,7 +234,7 @@ LABELS = {"struct": [{"a": 1}] * 3, "list": [[0], [1], [0]]}
         ("folders of splits", "files of several splits (1 of in/.parquet, 1 of test/.parquet)"),
         ("bomb", "becomes 67,"),
         ("struct", "column label is 'struct<a: int64>', expected whole numbers or names"),
-        ("list", "expected whole numbers or names"),
+        ("list", "column label is a list; for several labels of an image write files and a .jsonl"),
     ],
 )
 def test_what_is_no_set_is_one_line(how: str, said: str, tmp_path: Path) -> None:

@@ -246,6 +246,34 @@ def test_a_launcher_that_dies_during_the_imports_is_missed(tmp_path: Path) -> No
     assert (tmp_path / "SIGTERM").exists()
 
 
+COMMAND = """
+import os, sys
+from pathlib import Path
+from pretrain.cluster import jobs
+jobs.run_job([sys.executable, "-c", *sys.argv[1:]], os.environ, Path(os.devnull))
+"""
+AN_ORPHAN = """
+import os, sys, time
+command = os.getppid()
+if "PRETRAIN_SUPERVISOR" not in os.environ:
+    open(f"{sys.argv[1]}/0", "w").close()
+    while os.getppid() == command:
+        time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("way", ["forks", "command"])
+@pytest.mark.parametrize("before", ["", AN_ORPHAN])
+def test_a_training_ends_with_the_command_that_started_it(before: str, way: str, tmp_path: Path) -> None:
+    """Killed, as tools/finetune.py may be: the ranks, which else would train on, save and stop; also where the command
+    was gone before they began."""
+    words = [sys.executable, "-c", COMMAND, before + SUPERVISED, str(tmp_path), "0", way]
+    with start(words, env={**os.environ, "PYTHONPATH": str(ROOT)}) as command:
+        expect(lambda: len(pids(tmp_path)) == (1 if before else 2))
+        command.kill()
+        expect(lambda: len(list(tmp_path.glob("saved-*"))) == 2)
+
+
 def start(words: list[str], **options: Any) -> AbstractContextManager[subprocess.Popen[str]]:
     """A command in a session of its own, which ends with the block: a test that fails leaves no training behind."""
     return whole_session(subprocess.Popen(words, cwd=ROOT, start_new_session=True, **options))

@@ -34,7 +34,7 @@ from pretrain.report.curves import draw_panels
 from pretrain.report.runs import read_runs
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
-from pretrain.train.announce import warn_of_young_averages
+from pretrain.train.announce import warn_of_added_losses, warn_of_large_batch, warn_of_young_averages
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
 from pretrain.train.run import train
@@ -313,3 +313,32 @@ def test_the_watchdog_knows_where_a_run_waits_for_its_gpu(tmp_path: Path) -> Non
     last, between = (read_state(folder)["metrics"] for folder in step_folders(tmp_path / "tiny" / "checkpoints")[:2])
     assert last and not between
     assert found >= {"begin_add_up", "_gathered", "check", "_answered", "layer_numbers"}, found
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "warned"), [("softmax", "several", 1), ("sigmoid", "several", 0), ("softmax", "one", 0)]
+)
+def test_several_labels_under_softmax_are_told(
+    several: Path, shards: Path, loss: str, labels: str, warned: int, tmp_path: Path, capsys: Any
+) -> None:
+    """A default that nobody chose would add up the losses of an image's labels: told by rank 0, with the other loss."""
+    config = tiny_config(several if labels == "several" else shards / "train", tmp_path, loss=loss)
+    data = open_data(config)
+    for is_main in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "is_main", lambda is_main=is_main: is_main)
+            warn_of_added_losses(config, data)
+    assert "".join(capsys.readouterr()).count("; loss=sigmoid decides on every class") == warned
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"), [(100, None), (101, "(101) is larger than the 100 images"), (200, "2.0 times")]
+)
+def test_a_batch_of_more_images_than_there_are_is_told(
+    batch: int, told: str | None, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of those that are left to train on."""
+    config = tiny_config(shards / "train", tmp_path, data__global_batch=batch, data__held_out=1)
+    warn_of_large_batch(open_data(config).order)
+    said = "".join(capsys.readouterr())
+    assert told in said if told else not said

@@ -14,6 +14,7 @@ import pytest
 from tiny import tiny_config
 
 from pretrain import provenance
+from pretrain.cluster.jobs import PART_OF
 from pretrain.config import config_to_dict
 from pretrain.data.order import Order
 from pretrain.errors import LostProcessError, StorageError, UserError
@@ -51,7 +52,10 @@ def test_a_lock_that_somebody_holds_is_another_run(
     """After some seconds of waiting."""
     monkeypatch.setattr(fcntl, "lockf", failing(number))
     monkeypatch.setattr(run_folder.time, "sleep", lambda _: None)
-    with pytest.raises(UserError, match="another process trains in this folder"):
+    with pytest.raises(UserError, match="another process trains in this folder; wait for it, or choose another name="):
+        claim(tmp_path / "run")
+    monkeypatch.setenv(PART_OF, "1")
+    with pytest.raises(UserError, match="wait for it$"):  # whose options, as --out, are told by itself
         claim(tmp_path / "run")
 
 

@@ -116,7 +116,7 @@ def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         with log.open("wb") as file:
-            own = {**environment(num_threads=1), PART_OF: "1"}
+            own = {**environment(num_threads=1), PART_OF: str(os.getpid())}
             process = subprocess.Popen(words, cwd=ROOT, env=own, stdout=file, stderr=file)
         yield
         process.wait()

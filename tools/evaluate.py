@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
+from pretrain.cluster import signals
 from pretrain.config import DataConfig, choices_of
 from pretrain.errors import UserError
 from pretrain.evaluation.names import HEAD, Job, missing_data, named
@@ -29,6 +30,7 @@ TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait whil
 def main() -> None:
     arguments = _arguments()
     tasks = _checked_tasks(arguments)
+    signals.end_with_launcher()
     with cli.loading():
         from pretrain.cluster import agreement, ranks
         from pretrain.evaluation import fewshot

@@ -1,6 +1,7 @@
 """Jobs: runs that another process starts, tells to stop, and waits for; and their numbers in SLURM's job arrays."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shlex
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.cluster import monitor
+from pretrain.errors import UserError
 from pretrain.escape import shown
 
-PART_OF = "PRETRAIN_PART_OF"  # environment variable: another command has started this one, and says what is next
+# Environment variable: the process of another command, which has started this one, and says what is next.
+PART_OF = "PRETRAIN_PART_OF"
 # Ask a command to stop, and reach what it runs. Not SIGHUP, which a terminal that closes sends to the ranks itself.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
@@ -23,14 +26,15 @@ STOPPED = 130  # exit code when a run was asked to stop, and has saved
 def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a command, which it prints, to its end; returns its exit code."""
     print(shown(f"$ {shlex.join([Path(words[0]).name, *words[1:]])}"), flush=True)
-    with subprocess.Popen(words, env={**environment, PART_OF: "1"}) as process:
+    with subprocess.Popen(words, env={**environment, PART_OF: str(os.getpid())}) as process:
         return process.wait()
 
 
 def run_job(words: Sequence[str], environment: Mapping[str, str], lock: Path) -> int:
     """Runs a command; returns its exit code, or STOPPED when asked to stop, once no rank writes any more.
 
-    SIGINT, SIGTERM and SIGUSR1 ask for it, and reach the ranks. lock: the file that rank 0 holds while it writes.
+    SIGINT, SIGTERM and SIGUSR1 ask for it, and reach the ranks. lock: the file that rank 0 holds while it writes; who
+    holds it when the command refuses to begin is another one's, and is not waited for.
     """
     asked: list[int] = []
 
@@ -42,11 +46,24 @@ def run_job(words: Sequence[str], environment: Mapping[str, str], lock: Path) ->
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         code = start(words, environment)
-        _wait_until_free(lock)
+        if code != UserError.exit_code:
+            _wait_until_free(lock)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return STOPPED if asked else code
+
+
+def is_held(lock: Path) -> bool:
+    """Returns whether another process holds a lock."""
+    if not lock.is_file():
+        return False
+    with lock.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EAGAIN, errno.EACCES)  # others: a file system without locks
+    return False
 
 
 def array_ranges(counts: Sequence[int]) -> list[str]:

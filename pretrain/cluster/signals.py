@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.cluster.jobs import PART_OF
 from pretrain.cluster.monitor import stat_of
 from pretrain.cluster.slurm import rank_so_far
 
@@ -96,10 +97,11 @@ def end_with_launcher(stop: StopRequest | None = None) -> None:
     """Asks this process to stop (SIGTERM) when a launcher that it descends from dies, which else leaves orphans.
 
     All of them are watched, those since `stop` was made, as one may leave the next one alive: `deepspeed` its
-    launch.py, and that its ranks.
+    launch.py, and that its ranks; also a command of ours that has started this one (jobs.py).
     """
-    supervisor = os.environ.get(SUPERVISOR)
-    if supervisor is not None and supervisor != str(os.getppid()):  # it died before this process has looked
+    supervisor, command = os.environ.get(SUPERVISOR), os.environ.get(PART_OF)
+    is_orphan = supervisor is not None and supervisor != str(os.getppid())
+    if is_orphan or (command is not None and not _started(int(command))):  # it died before this process has looked
         os.kill(os.getpid(), signal.SIGTERM)
     watched = {*(stop.launchers if stop else ()), *_launchers_above()}
     if not watched:
@@ -116,6 +118,7 @@ def end_with_launcher(stop: StopRequest | None = None) -> None:
 def _launchers_above() -> list[_Process]:
     found: list[_Process] = []
     number, orphan = os.getppid(), None
+    ours = os.environ.get(SUPERVISOR), os.environ.get(PART_OF)
     while number > 1 and (stat := stat_of(number)):  # None: not Linux, or gone, and its own parent's death is seen
         try:
             words = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -123,9 +126,7 @@ def _launchers_above() -> list[_Process]:
             break
         script = Path(words[1]).name if len(words) > 1 else ""
         module = words[words.index("-m") + 1 :][:1] if "-m" in words[:4] else []
-        if os.environ.get(SUPERVISOR) == str(number) or any(
-            word in _LAUNCHERS for word in (Path(words[0]).name, script, *module)
-        ):
+        if str(number) in ours or any(word in _LAUNCHERS for word in (Path(words[0]).name, script, *module)):
             found.append(_Process(number, _started(number)))
             orphan = None
             if module == [_ON_ONE_MACHINE] and not any(word.startswith("--node_rank") for word in words):

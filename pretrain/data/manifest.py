@@ -106,6 +106,7 @@ def load_manifest(path: Path) -> Manifest:
     """
     try:
         path = path / "manifest.json" if path.is_dir() else path
+        _refuse_shards(path)
         file_inside(path.parent, path)
         text = read_bytes(path)
         values = Fields.of(parse_json(text, str(path)), str(path))
@@ -144,6 +145,17 @@ def load_manifest(path: Path) -> Manifest:
     if not manifest.num_samples:
         raise UserError(f"{path}: lists no samples")
     return manifest
+
+
+def _refuse_shards(path: Path) -> None:
+    """Raises UserError for what other loaders are given: a tar, or a pattern of tars, which no shell has expanded."""
+    is_pattern = any(letter in path.name for letter in "*?[{")
+    if path.name.endswith((".tar", ".tar.gz", ".tgz")) and (is_pattern or path.exists()):
+        what = "is a pattern of shards" if is_pattern else "is a shard"
+        raise UserError(
+            f"{path}: {what}, expected a folder with a manifest.json; make its index with "
+            f"python tools/make_shards.py {path} OUT, and give OUT"
+        )
 
 
 def _read_names(label: Fields, folder: Path, num_classes: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.cli import tell
-from pretrain.cluster.jobs import STOP_SIGNALS, STOPPED, run_job
+from pretrain.cluster.jobs import STOP_SIGNALS, STOPPED, is_held, run_job
 from pretrain.cluster.local import default_num_ranks, environment, launcher_or_python, options_of_ranks
 from pretrain.config import Config, config_to_yaml
 from pretrain.errors import LostProcessError, NonFiniteError, UserError
@@ -112,7 +112,10 @@ def _run_sweep(sweep: Sweep, options: Options) -> int:
 
 
 def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, title: str = "") -> int:
-    """Trains unless that is done, and scores ImageNet's final runs by ReaL; returns 0, else the code to exit with."""
+    """Trains unless that is done, and scores ImageNet's final runs by ReaL; returns 0, else the code to exit with.
+
+    Raises UserError when another process trains in the run's folder: what follows may depend on it.
+    """
     folder = config.output / config.name
     if score(config) is None:
         if title:
@@ -128,6 +131,11 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, tit
             print(f"error: {shown(folder)} died of signal {-code}{killer}; the same command goes on", file=sys.stderr)
             return LostProcessError.exit_code
         elif score(config) is None:
+            if is_held(folder / "lock"):
+                raise UserError(
+                    f"{folder}: in use, perhaps by the same command elsewhere; wait for it, or end its training "
+                    "(pgrep -af launch/pretrain.py), and the same command goes on; --out gives another folder"
+                )
             print(f"error: {shown(folder)} ended with exit code {code}; what went wrong stands above", file=sys.stderr)
             return code
     if selecting:

@@ -1,5 +1,6 @@
 """Arrays of a data set's .npz: what its headers claim is compared with limits before an array is read."""
 
+import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,19 @@ from pretrain.models.npz_file import array_header
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 
 
-def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Returns one-dimensional arrays of numbers or text of a .npz, by name.
+def array_names(path: Path) -> set[str]:
+    """Returns the names of a .npz's arrays; none of what is no such file, of which `read_arrays` tells what it is."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except Exception:  # as below
+        return set()
 
-    Raises UserError when the file is damaged or one of `names` is missing.
-    """
+
+def read_arrays(
+    path: Path, names: Sequence[str], optional: Sequence[str] = (), *, most_dimensions: int = 1
+) -> dict[str, np.ndarray]:
+    """Returns arrays of numbers or text of a .npz, by name. Raises UserError, also when one lacks."""
     try:
         limit = max_unpacked_bytes(path)
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -26,7 +35,7 @@ def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) 
             total = sum(entries[name].file_size for name in wanted)
             if total > limit:
                 raise ValueError(too_large(total, limit))
-            return {name: _read_array(archive, entries[name]) for name in wanted}
+            return {name: _read_array(archive, entries[name], most_dimensions) for name in wanted}
     except KeyError as error:
         reason = f"no array {error}"
     except Exception as error:  # zipfile, zlib and numpy's parser raise whatever stray bytes lead to
@@ -35,18 +44,18 @@ def read_arrays(path: Path, names: Sequence[str], optional: Sequence[str] = ()) 
     raise UserError(f"{path}: not an archive of images (arrays {expected}): {' '.join(reason.split())}") from None
 
 
-def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most_dimensions: int) -> np.ndarray:
     with archive.open(entry) as file:
         try:
-            shape, _, dtype = array_header(file)
+            shape, is_fortran, dtype = array_header(file)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{entry.filename} {error}") from None
-        if len(shape) != 1 or dtype.kind not in "iufUS":
+        if not 1 <= len(shape) <= most_dimensions or dtype.kind not in "iufUS" or not dtype.itemsize:
             raise ValueError(f"{entry.filename} is {dtype} of shape {shape}, expected one row of numbers or text")
         data = file.read()
-        if shape[0] * dtype.itemsize != len(data):
+        if math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"{entry.filename} has {len(data):,} bytes for {dtype} of shape {shape}")
-        return np.frombuffer(data, dtype)
+        return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def whole_numbers(array: np.ndarray, source: str, least: int, most: int) -> list[int]:

@@ -227,7 +227,9 @@ def check_labels(items: Iterable[Item], classes: Sequence[str]) -> None:
     most = len(classes) or MAX_CLASSES
     if isinstance(items, PackedItems):  # without an object for each
         labels = np.asarray(items.labels)
-        items = items.take(np.flatnonzero((labels < 0) | (labels >= most))[:1].tolist(), Counter())
+        wrong = np.flatnonzero((labels < 0) | (labels >= most))[:1].tolist()
+        wrong += [index for index, own in (items.lists or {}).items() if own[0] < 0 or own[-1] >= most][:1]
+        items = items.take(wrong, Counter())
     for item in items:
         for label in _labels(item):
             if not 0 <= label < most:

@@ -65,13 +65,13 @@ def merged(items: PackedItems, work: Work, told: Told) -> PackedItems:
             first = int(order[place])  # of equal ones the first: the sort is stable
         again = int(order[place + 1])
         dropped.append(again)
-        lists.setdefault(first, {items.labels[first]}).add(items.labels[again])
+        lists.setdefault(first, set(items.labels_of(first))).update(items.labels_of(again))
     for index, labels in lists.items():
         if len(labels) > MAX_LABELS:
             raise UserError(f"{items[index].source}: is in {len(labels)} classes, at most {MAX_LABELS} are read")
     told.passed_over["images that are there already, whose labels were merged"] += len(dropped)
     told.notes["in several classes, with a list of labels"] += sum(len(labels) > 1 for labels in lists.values())
-    return items.without(dropped, lists)
+    return items.without(dropped, {**(items.lists or {}), **lists})
 
 
 def _digests(task: Any, path: Path, progress: Progress) -> bytes:

@@ -43,7 +43,8 @@ ItemOf = Callable[[str, int, Counter[str]], Item]
 class PackedItems(Sequence[Item]):
     """Items in arrays: bytes of the references, their ends, their labels. Indexing makes the item."""
 
-    lists: Mapping[int, list[int]] | None = None  # labels of those with several; None: labels are single classes
+    # Sorted labels of those that have several; None: each has one. Set once all are appended.
+    lists: Mapping[int, list[int]] | None = None
 
     def __init__(self, item_of: ItemOf) -> None:
         self.labels = array("i")
@@ -67,17 +68,21 @@ class PackedItems(Sequence[Item]):
             index = self._places[index]
         return self._texts[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
+    def labels_of(self, index: int) -> list[int]:
+        """Returns all labels of an item, sorted."""
+        return (self.lists or {}).get(index, [self.labels[index]])
+
     def take(self, indices: Iterable[int], notes: Counter[str]) -> list[Item]:
         """Returns the items of some indices, which add to `notes` when they are read."""
         made = ((index, self._item_of(self.reference(index), self.labels[index], notes)) for index in indices)
         if self.lists is None:
             return [item for _, item in made]
-        return [item._replace(label=self.lists.get(index, [self.labels[index]])) for index, item in made]
+        return [item._replace(label=self.labels_of(index)) for index, item in made]
 
     def without(self, dropped: Iterable[int], lists: Mapping[int, Iterable[int]] | None = None) -> "PackedItems":
         """Returns the items but some; they keep their order. Shares the rest.
 
-        lists: with it all labels become lists, these of some items, the single label of all others.
+        lists: with it all labels become lists, these of some items, the single label of all others; None: as they are.
         """
         here = np.asarray(self._places) if self._places is not None else np.arange(len(self), dtype=np.int32)
         stays = np.ones(len(self), dtype=bool)
@@ -86,6 +91,8 @@ class PackedItems(Sequence[Item]):
         kept._texts, kept._ends, kept._hash = self._texts, self._ends, self._hash
         kept._places = array("i", here[stays].tobytes())
         kept.labels = array("i", np.asarray(self.labels)[stays].tobytes())
+        if lists is None:
+            lists = self.lists
         if lists is not None:
             place = np.cumsum(stays) - 1
             kept.lists = {int(place[index]): sorted(labels) for index, labels in lists.items() if stays[index]}
@@ -94,6 +101,8 @@ class PackedItems(Sequence[Item]):
     def relabelled(self, labels: Sequence[int]) -> "PackedItems":
         """Returns the items with labels[k] in place of each label k. Shares the rest; these are not used any more."""
         self.labels = array("i", np.asarray(labels, dtype=np.int32)[np.asarray(self.labels)].tobytes())
+        if self.lists is not None:
+            self.lists = {index: sorted({labels[k] for k in own}) for index, own in self.lists.items()}
         return self
 
     def digest(self) -> str:

@@ -10,9 +10,10 @@ from array import array
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from pretrain.config import MAX_CLASSES
+from pretrain.data.reader import MAX_LABELS
 from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.json_files import Fields, brief, is_text, parse_json
@@ -29,8 +30,9 @@ _MAX_COLUMNS = 1000
 def listed_items(path: Path, *, apply_orientation: bool = False) -> tuple[PackedItems, list[str]]:
     """Returns the images of a list, in its order, and the names of classes, or nothing where labels are numbers.
 
-    A list is a CSV whose first line names the columns, or JSON lines; of both the columns path and label are read.
-    Names of classes get their numbers in sorted order. Raises UserError, naming the line, for a path that leads out of
+    A list is a CSV whose first line names the columns, or JSON lines; of both the columns path and label are read. In
+    JSON lines the labels may be lists, of one or more classes each. Names of classes get their numbers in sorted order.
+    Raises UserError, naming the line, for a path that leads out of
     the list's folder, is not there, or comes twice, and for a label that is neither a class's number nor a name.
     """
     root = path.parent
@@ -38,9 +40,17 @@ def listed_items(path: Path, *, apply_orientation: bool = False) -> tuple[Packed
     items = PackedItems(partial(file_item, root, apply_orientation))
     numbers: dict[str, int] = {}  # of labels, in the order they came
     words = array("q")
-    for place, (name, label) in _rows(path):
-        file = _checked(root, real_root, name, place)
-        append_file(items, root, file, numbers.setdefault(label, len(numbers)))
+    lists: dict[int, list[int]] | None = None  # of the items that have several
+    for place, row in _rows(path):
+        if not items and row.has_list:
+            lists = {}
+        if row.has_list != (lists is not None):
+            raise UserError(f"{place}: single labels and lists of labels are mixed; write [label] for a single one")
+        file = _checked(root, real_root, row.name, place)
+        own = [numbers.setdefault(label, len(numbers)) for label in row.labels]
+        if lists is not None and len(own) > 1:
+            lists[len(items)] = own
+        append_file(items, root, file, own[0])
         words.append(place_word(file))
         if len(numbers) > MAX_CLASSES:
             raise UserError(f"{place}: more than {MAX_CLASSES} classes")
@@ -49,6 +59,7 @@ def listed_items(path: Path, *, apply_orientation: bool = False) -> tuple[Packed
         raise UserError(f"{path}: {twice[0]} is listed already, as {twice[1]}; list each image once")
     if not items:
         raise UserError(f"{path}: lists no images; expected a line with a path and a label for each")
+    items.lists = lists
     if all(label.isascii() and label.isdigit() and len(label) <= len(str(MAX_CLASSES)) for label in numbers):
         return items.relabelled([int(label) for label in numbers]), []
     names = sorted(numbers)
@@ -75,8 +86,14 @@ def _checked(root: Path, real_root: str, name: str, place: str) -> Path:
     return file
 
 
-def _rows(path: Path) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yields where a line is, for errors, and its path and label."""
+class _Row(NamedTuple):
+    name: str
+    labels: list[str]
+    has_list: bool
+
+
+def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
+    """Yields where a line is, for errors, and what it says of an image."""
     with path.open("rb") as file:
         lines = _lines(path, file)
         yield from _of_csv(path, lines) if path.suffix == ".csv" else _of_json(lines)
@@ -97,7 +114,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, str]]:
             yield place, text
 
 
-def _of_csv(path: Path, lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, str]]]:
+def _of_csv(path: Path, lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, _Row]]:
     columns: tuple[int, int] | None = None
     for place, text in lines:
         try:
@@ -111,7 +128,10 @@ def _of_csv(path: Path, lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str,
             continue
         if max(columns) >= len(row):
             raise UserError(f"{place}: has {len(row)} columns, the first line names more")
-        yield place, _row(row[columns[0]], row[columns[1]], place)
+        name, label = row[columns[0]], row[columns[1]]
+        if label.startswith("[") and label.endswith("]"):
+            raise UserError(f"{place}: {brief(label)}: a .csv has one label for an image; write a .jsonl for several")
+        yield place, _row(name, [label], place, has_list=False)
 
 
 def _column(names: list[str], wanted: tuple[str, ...], place: str) -> int:
@@ -121,20 +141,40 @@ def _column(names: list[str], wanted: tuple[str, ...], place: str) -> int:
     return found[0]
 
 
-def _of_json(lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, str]]]:
+def _of_json(lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, _Row]]:
     for place, text in lines:
         fields = Fields.of(parse_json(text, place), place)
         keys = [_column(list(fields.values), wanted, place) for wanted in (_PATH, _LABEL)]
         name, label = (list(fields.values)[key] for key in keys)
         value = fields.values[label]
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        number = str(fields.integer(label, 0, MAX_CLASSES - 1)) if is_number else fields.text(label)
-        yield place, _row(fields.text(name), number, place)
+        given = value if isinstance(value, list) else [value]
+        each = Fields(
+            {f"{label}[{k}]" if isinstance(value, list) else label: own for k, own in enumerate(given)}, place
+        )
+        labels = [_label(each, key) for key in each.values]
+        yield place, _row(fields.text(name), labels, place, has_list=isinstance(value, list))
 
 
-def _row(name: str, label: str, place: str) -> tuple[str, str]:
+def _label(fields: Fields, key: str) -> str:
+    """A class's number, as text, or its name."""
+    value = fields.values[key]
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return str(fields.integer(key, 0, MAX_CLASSES - 1)) if is_number else fields.text(key)
+
+
+def _row(name: str, labels: list[str], place: str, *, has_list: bool) -> _Row:
     if not name or "\0" in name or not is_text(name):
         raise UserError(f"{place}: {brief(name)} is no path")
-    if not label.strip() or not is_text(label):
-        raise UserError(f"{place}: {brief(label)} is no label")
-    return name, label.strip()
+    if not labels:
+        raise UserError(
+            f"{place}: an image without a label cannot be kept; leave it out, or give it a class of its own"
+        )
+    if len(labels) > MAX_LABELS:
+        raise UserError(f"{place}: has {len(labels)} labels, at most {MAX_LABELS} of an image are read")
+    for label in labels:
+        if not label.strip() or not is_text(label):
+            raise UserError(f"{place}: {brief(label)} is no label")
+    stripped = [label.strip() for label in labels]
+    if len(set(stripped)) < len(stripped):
+        raise UserError(f"{place}: {brief(labels)} names a class twice")
+    return _Row(name, stripped, has_list)

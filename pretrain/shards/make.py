@@ -89,7 +89,7 @@ SOURCES = (
     Source(
         "one .npz",
         lambda paths: len(paths) == 1 and paths[0].suffix == ".npz",
-        lambda paths, told, options, _: npz_items(paths[0]),
+        lambda paths, told, options, _: npz_items(paths[0], told),
     ),
     Source(
         "MNIST's idx files of images and labels (of one split)",

@@ -122,6 +122,8 @@ def columns_of(path: Path, label_column: str | None = None) -> Columns:
         raise UserError(
             f"{path}: column {image} is {brief(kinds[image])}, expected bytes of images, or a struct of them"
         )
+    if kinds[label].startswith(("list<", "large_list<", "fixed_size_list<")):
+        raise UserError(f"{path}: column {label} is a list; for several labels of an image write files and a .jsonl")
     if not _LABEL_TYPE.fullmatch(kinds[label]):
         raise UserError(f"{path}: column {label} is {brief(kinds[label])}, expected whole numbers or names of classes")
     names = (features.get(label) or {}).get("names") if isinstance(features.get(label), dict) else None

@@ -15,11 +15,11 @@ from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.errors import UserError
 from pretrain.escape import shown
-from pretrain.json_files import is_text
-from pretrain.shards.arrays import names_of, read_arrays, whole_numbers
+from pretrain.json_files import brief, is_text
+from pretrain.shards.arrays import array_names, names_of, read_arrays, whole_numbers
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.listing import files_below, is_of_the_system, leads_up, num_files, refuse_broken_link
-from pretrain.shards.pictures import PICTURE_ENDINGS, REFUSED_ENDINGS, ending_of, read_picture, stored_ending
+from pretrain.shards.pictures import PICTURE_ENDINGS, REFUSED_ENDINGS, ending_of, png_of, read_picture, stored_ending
 
 
 @dataclass
@@ -189,8 +189,17 @@ def _refuse(refused: Sequence[Path]) -> None:
     raise UserError(f"{refused[0]}: .{ending_of(refused[0].name)} pictures cannot be read here; {rest}")
 
 
-def npz_items(path: Path) -> tuple[list[Item], list[str]]:
-    """Returns the images of a CIFAR-style archive: arrays blob (encoded images end to end), offset, label, classes."""
+# Arrays of pixels and of labels by the names that people give them; the last is MedMNIST's, which has all splits.
+_PIXELS = (("images", "labels"), ("x", "y"), ("x_train", "y_train"), ("train_images", "train_labels"))
+
+
+def npz_items(path: Path, told: Told | None = None) -> tuple[list[Item], list[str]]:
+    """Returns the images of a CIFAR-style archive: arrays blob (encoded images end to end), offset, label, classes; or
+    of arrays of pixels with their labels.
+    """
+    names = array_names(path)
+    if names and "blob" not in names:
+        return _pixel_items(path, names, told or Told()), []
     arrays = read_arrays(path, ("blob", "offset", "label"), optional=("classes",))
     blob, offset = arrays["blob"], arrays["offset"]
     labels = whole_numbers(arrays["label"], f"{path}: label", 0, MAX_CLASSES - 1)
@@ -211,6 +220,36 @@ def npz_items(path: Path) -> tuple[list[Item], list[str]]:
         Item(image.tobytes, sniffed_ending(image[:12].tobytes()), label, f"{path}[{i}]")
         for i, (image, label) in enumerate(zip(images, labels))
     ], classes
+
+
+def _pixel_items(path: Path, names: set[str], told: Told) -> list[Item]:
+    """The images of arrays of pixels, as PNG; what other arrays there are is told."""
+    pair = next((pair for pair in _PIXELS if names.issuperset(pair)), None)
+    if pair is None:
+        pairs = ", ".join("/".join(pair) for pair in _PIXELS)
+        raise UserError(
+            f"{path}: not an archive of images: its arrays are {brief(sorted(names))}, expected pixels with their "
+            f"labels ({pairs}), or encoded images (blob, offset, label)"
+        )
+    arrays = read_arrays(path, pair, most_dimensions=4)
+    images, labels = (arrays[name] for name in pair)
+    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (3,)):
+        raise UserError(
+            f"{path}: {pair[0]} is {images.dtype} of shape {images.shape}, expected uint8 of [images, height, width] "
+            "or [images, height, width, 3]"
+        )
+    labels = labels[:, 0] if labels.shape[1:] == (1,) else labels  # as MedMNIST has them
+    if labels.shape != images.shape[:1] or not images.size:
+        raise UserError(
+            f"{path}: {pair[1]} is of shape {labels.shape}, expected a class for each image of {images.shape}"
+        )
+    if others := sorted(names.difference(pair)):
+        told.passed_over[f"arrays of {path.name} beside {pair[0]} and {pair[1]} ({brief(others)})"] = len(others)
+    numbers = whole_numbers(labels, f"{path}: {pair[1]}", 0, MAX_CLASSES - 1)
+    return [
+        Item(partial(png_of, image), "png", label, f"{path}[{i}]")
+        for i, (image, label) in enumerate(zip(images, numbers))
+    ]
 
 
 def sniffed_ending(data: bytes) -> str:

@@ -99,7 +99,7 @@ def _list(task: tuple[Path, str], listing: Path, progress: Progress) -> bytes:
         if len(values) != 1:
             raise UserError(
                 f"{path}: record {record.number} has {len(values)} of {label}, of {brief(sorted(features))}; give one "
-                "of these that holds a label each by --label-column"
+                "of these that holds a label each by --label-column; for several labels write files and a .jsonl"
             )
         rows.add(record.offset, _image(features), values[0], record.num_bytes)
     return rows.rows().to_bytes()

@@ -90,6 +90,24 @@ def warn_of_young_averages(config: Config) -> None:
         )
 
 
+def warn_of_added_losses(config: Config, data: DataSets) -> None:
+    """Softmax counts each label as an image of its own: a mixture refuses that, of one set somebody may mean it."""
+    if config.loss == "softmax" and data.train.multi_label:
+        say(
+            f"warning: {data.train.path}: images have several labels, and loss=softmax adds up the losses of all, as "
+            "if only one label could be right; loss=sigmoid decides on every class by itself"
+        )
+
+
+def warn_of_large_batch(order: Order) -> None:
+    """A batch of more images than there are is nearly always a typing error, and each step of it takes long."""
+    if order.global_batch > order.num_train:
+        say(
+            f"warning: data.global_batch ({order.global_batch:,}) is larger than the {order.num_train:,} images to "
+            f"train on: each step sees them {order.global_batch / order.num_train:.1f} times"
+        )
+
+
 def facts_of(data: DataSets, num_parameters: int, device: torch.device) -> dict[str, Any]:
     """Returns what starts.jsonl tells of the model, the data and the machine."""
     return {

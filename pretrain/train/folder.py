@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pretrain.cluster import agreement, ranks, restarts, watchdog
+from pretrain.cluster.jobs import PART_OF
 from pretrain.config import MAX_STEP, Config, config_to_yaml
 from pretrain.errors import PASSING_ERRORS, LostProcessError, StorageError, UserError
 from pretrain.json_files import Fields, read_bytes, read_json
@@ -121,7 +122,8 @@ def _lock(file: TextIO, folder: Path) -> None:
             f"{folder}: is still locked, perhaps by the start before this one, whose node does not answer; "
             "the same command goes on when it is gone"
         )
-    raise UserError(f"{folder}: another process trains in this folder; wait for it, or choose another name=")
+    instead = "" if PART_OF in os.environ else ", or choose another name="  # else that command has its own options
+    raise UserError(f"{folder}: another process trains in this folder; wait for it{instead}")
 
 
 @contextmanager
