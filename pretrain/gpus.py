@@ -10,9 +10,8 @@ class Device:
     """One GPU and its share of a node. Rates are per second and per direction."""
 
     name: str
-    bf16_flops: (
-        float  # dense, which fp16 has too; the figures with 2:4 sparsity are twice as high and mean nothing here
-    )
+    # Dense, which fp16 has too; the figures with 2:4 sparsity are twice as high and mean nothing here.
+    bf16_flops: float
     # Without tensor cores: products of float32 are not rounded to TF32 here, torch's default for matrices, and
     # cluster/ranks.py's for convolutions.
     fp32_flops: float

@@ -476,3 +476,10 @@ def test_packs_of_tars_keep_names_and_order(tmp_path: Path) -> None:
         assert listed(pack_originals(tmp_path / name)) == [("b_2", 3, picture(1)), ("a_1", 4, picture(2, "png"))]
     (tmp_path / "val.tar").write_bytes(tar_bytes(members | {"c.jpg": picture(3)}))
     assert "c.jpg has no label; expected c.cls" in refusal(pack_originals, tmp_path / "val.tar")
+
+
+def test_arrays_of_all_splits_are_no_pack(tmp_path: Path) -> None:
+    """Of Keras's four arrays the training pixels would become the split that the file is named for."""
+    pixels, labels = np.zeros((2, 4, 4), np.uint8), np.zeros(2, np.uint8)
+    np.savez(tmp_path / "my_test.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    assert "no array 'blob'" in refusal(pack_originals, tmp_path / "my_test.npz")

@@ -237,18 +237,32 @@ def test_arrays_of_pixels(pair: tuple[str, str], shape: tuple[int, ...], order: 
         ({"data": (2, 4, 4)}, "its arrays are ['data'], expected pixels with their labels (images/labels, x/y, "),
         ({"x": (2, 4, 4, 4), "y": (2,)}, "x is uint8 of shape (2, 4, 4, 4), expected uint8 of [images, height, width]"),
         ({"x": (2, 16), "y": (2,)}, "x is uint8 of shape (2, 16), expected"),
-        ({"x": (2, 4, 4), "y": (3,)}, "y is of shape (3,), expected a class for each image of (2, 4, 4)"),
-        ({"x": (2, 4, 4), "y": (2, 5)}, "y is of shape (2, 5), expected a class for each"),
-        ({"x": (0, 4, 4), "y": (0,)}, "expected a class for each image of (0, 4, 4)"),
+        ({"x": (2, 4, 4), "y": (3,)}, "y has shape (3,), expected a class for each image of (2, 4, 4)"),
+        ({"x": (2, 4, 4), "y": (2, 5)}, "y has shape (2, 5), expected a class for each"),
+        ({"x": (0, 4, 4), "y": (0,)}, "has no samples"),
+        ({"x": (1_000_001, 1, 1), "y": (1_000_001,)}, "has 1,000,001 images, at most 1,000,000"),
     ],
 )
 def test_arrays_that_are_no_pixels(arrays: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
     """With what is expected."""
     made: Any = {name: np.zeros(shape, np.uint8) for name, shape in arrays.items()}
     np.savez(tmp_path / "a.npz", **made)
-    assert said in refusal(npz_items, tmp_path / "a.npz")
-    np.savez(tmp_path / "a.npz", x=np.zeros((2, 4, 4)), y=np.zeros(2, np.uint8))
-    assert "x is float64 of shape (2, 4, 4), expected uint8" in refusal(npz_items, tmp_path / "a.npz")
+    assert said in refusal(npz_items, tmp_path / "a.npz", Told())
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        (np.zeros((2, 4, 4)), "x is float64 of shape (2, 4, 4), expected uint8"),
+        (np.zeros((2, 4, 4), bool), "x.npy is bool of shape (2, 4, 4), expected an array of 1 to 4 dimensions of num"),
+        (np.array([np.zeros((4, 4)), np.zeros((5, 4))], object), "x.npy is object of shape (2,), expected an array of"),
+        (np.zeros((2, 4, 4, 3, 1), np.uint8), "x.npy is uint8 of shape (2, 4, 4, 3, 1), expected an array of 1 to 4"),
+    ],
+)
+def test_pixels_of_other_kinds_are_refused(pixels: np.ndarray, said: str, tmp_path: Path) -> None:
+    """Images of several sizes too, which numpy holds as objects; none is unpickled."""
+    np.savez(tmp_path / "a.npz", x=pixels, y=np.zeros(2, np.uint8))
+    assert said in refusal(npz_items, tmp_path / "a.npz", Told())
 
 
 def npz(path: Path, **changes: Any) -> Path:
@@ -266,7 +280,7 @@ def npz(path: Path, **changes: Any) -> Path:
 
 def test_archives_are_read(tmp_path: Path) -> None:
     """Images, labels, names, and the ending by content."""
-    found, classes = npz_items(npz(tmp_path / "a.npz"))
+    found, classes = npz_items(npz(tmp_path / "a.npz"), Told())
     assert classes == ["x", "y", "z"]
     assert [(item.label, item.ending) for item in found] == [(2, "webp"), (0, "png"), (1, "jpg"), (2, "webp")]
     assert [item.read() for item in found[:2]] == [image_bytes(0, "webp"), image_bytes(1, "png")]
@@ -275,11 +289,11 @@ def test_archives_are_read(tmp_path: Path) -> None:
 def test_wrong_archives_are_refused(tmp_path: Path) -> None:
     """Missing arrays, lengths that disagree and pickled objects are refused by file name."""
     for changes in ({"offset": None}, {"label": np.zeros(3)}, {"blob": np.zeros(5, np.uint8)}):
-        assert "a.npz: " in refusal(npz_items, npz(tmp_path / "a.npz", **changes))
+        assert "a.npz: " in refusal(npz_items, npz(tmp_path / "a.npz", **changes), Told())
     objects = npz(tmp_path / "b.npz", label=np.array([{}, 1, 2, 3], dtype=object))
-    assert "not an archive of images" in refusal(npz_items, objects)
+    assert "not an archive of images" in refusal(npz_items, objects, Told())
     (tmp_path / "c.npz").write_bytes(b"no zip")
-    assert "not an archive of images" in refusal(npz_items, tmp_path / "c.npz")
+    assert "not an archive of images" in refusal(npz_items, tmp_path / "c.npz", Told())
 
 
 def test_existing_tars_are_indexed_as_they_are(tmp_path: Path) -> None:
@@ -502,7 +516,7 @@ def test_real_shards_are_indexed(test_data: Path, tmp_path: Path) -> None:
 
 def test_a_real_archive_is_written(test_data: Path, tmp_path: Path) -> None:
     """200 CIFAR-100 images from WebP: lossless, so that pixels and labels are found again bit for bit."""
-    found, classes = npz_items(test_data / "cifar100_vtab1k_style_val200.npz")
+    found, classes = npz_items(test_data / "cifar100_vtab1k_style_val200.npz", Told())
     manifest = load_manifest(build(found, classes, tmp_path / "cifar", samples_per_shard=150, seed=0))
     assert (manifest.num_samples, manifest.num_classes, len(manifest.shards)) == (200, 100, 2)
     assert Counter(contents(manifest)) == Counter((item.read(), str(item.label).encode()) for item in found)

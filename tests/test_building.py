@@ -833,9 +833,11 @@ def test_several_labels_and_what_changes_them(tmp_path: Path) -> None:
         ("x.jsonl", [1, [2]], "line 2: single labels and lists of labels are mixed"),
         ("x.jsonl", [[1], []], "line 2: an image without a label cannot be kept; leave it out"),
         ("x.jsonl", [[1, 2, 1]], "line 1: ['1', '2', '1'] names a class twice"),
+        ("x.jsonl", [["1", "01"]], "line 1: ['1', '01'] names a class twice"),
         ("x.jsonl", [[1, [2]]], "line 1: label[1] is [2]"),
         ("x.jsonl", [[1, -2]], "line 1: label[1] is -2"),
         ("x.jsonl", [list(range(1001))], "line 1: has 1001 labels, at most 1000 of an image are read"),
+        ("x.csv", "[12]", "line 2: '[12]': a .csv has one label for an image"),
         ("x.csv", '"[1, 2]"', "line 2: '[1, 2]': a .csv has one label for an image; write a .jsonl for several"),
     ],
 )

@@ -451,7 +451,7 @@ def test_ranks_on_gpus_meet_by_gloo_too() -> None:
 
 
 def test_lost_links_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 H100 by PCIe instead of NVLink, 64 of them by sockets; cards that never had NVLink are as fast as they are."""
+    """8 H100 by PCIe instead of NVLink, 64 by sockets; of GPUs that are not in the table nothing is expected."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     for here, seconds, told in ((8, 0.002, ""), (8, 0.03, "NVLink"), (2, 0.003, ""), (2, 0.1, "NET/IB")):
         monkeypatch.setenv("WORLD_SIZE", "8")

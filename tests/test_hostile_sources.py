@@ -26,7 +26,7 @@ from pretrain.shards.imagenet import DEVKIT, imagenet, val_labels
 from pretrain.shards.make import Options, make_shards
 from pretrain.shards.originals import dtd, flowers, pets
 from pretrain.shards.packs import pack_originals
-from pretrain.shards.sources import Item, npz_items
+from pretrain.shards.sources import Item, Told, npz_items
 from pretrain.shards.tfrecord import Record, file_records, parse_example, read_features, split_records, tfds_folder
 from pretrain.shards.tfrecord import masked_crc32c as masked
 
@@ -102,19 +102,20 @@ def npy(header: bytes, version: bytes = b"\x01\x00") -> bytes:
 )
 def test_arrays_of_something_else_are_refused(changes: dict, said: str, tmp_path: Path) -> None:
     """Types, shapes and ranges of each array, before anything is made of it."""
-    assert said in (message := refusal(npz_items, npz(tmp_path / "val.npz", **changes))) and "val.npz" in message
+    message = refusal(npz_items, npz(tmp_path / "val.npz", **changes), Told())
+    assert said in message and "val.npz" in message
     refusal(pack_originals, tmp_path / "val.npz")
 
 
 def test_names_may_be_bytes_or_numbers(tmp_path: Path) -> None:
     """As text; the archive of this file's tests is a good one."""
     for classes in (np.array([b"a", b"b"]), np.array(["a", "b"])):
-        items, names = npz_items(npz(tmp_path / "a.npz", classes=classes))
+        items, names = npz_items(npz(tmp_path / "a.npz", classes=classes), Told())
         assert names == ["a", "b"] and [(item.label, item.read()) for item in items] == [
             (0, b"\x89PNG"),
             (1, b"\x89PNG"),
         ]
-    assert npz_items(npz(tmp_path / "a.npz", classes=np.array([7, 8])))[1] == ["7", "8"]
+    assert npz_items(npz(tmp_path / "a.npz", classes=np.array([7, 8])), Told())[1] == ["7", "8"]
 
 
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:
@@ -124,20 +125,20 @@ def test_damaged_archives_are_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     for cut in range(0, len(data), 5):
         path.write_bytes(data[:cut])
-        assert "a.npz: not an archive of images (arrays blob, offset, label)" in refusal(npz_items, path)
+        assert "a.npz: not an archive of images (arrays blob, offset, label)" in refusal(npz_items, path, Told())
     for place in range(0, len(data), 2):
         damaged = bytearray(data)
         damaged[place] ^= 0x41
         path.write_bytes(damaged)
         try:
-            npz_items(path)
+            npz_items(path, Told())
         except UserError as error:
             assert "\n" not in str(error)
     for other in (b"\x89PNG\r\n\x1a\n" + bytes(4096), gzip.compress(data), bytes(10_240), b"[1, 2]"):  # renamed
         path.write_bytes(other)
-        assert "a.npz: not an archive of images" in refusal(npz_items, path)
+        assert "a.npz: not an archive of images" in refusal(npz_items, path, Told())
     path.write_bytes(b"PK\5\6" + bytes(18))
-    assert "no array 'blob'" in refusal(npz_items, path)
+    assert "no array 'blob'" in refusal(npz_items, path, Told())
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_damaged_archives_are_refused(tmp_path: Path) -> None:
 )
 def test_headers_of_arrays_are_refused_unread(member: bytes, said: str, tmp_path: Path) -> None:
     """Whatever a parser of headers could stumble over, and lengths that would be read before they are looked at."""
-    assert said in refusal(npz_items, raw_npz(tmp_path / "a.npz", member))
+    assert said in refusal(npz_items, raw_npz(tmp_path / "a.npz", member), Told())
 
 
 def test_zips_of_other_kinds_are_refused(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_zips_of_other_kinds_are_refused(tmp_path: Path) -> None:
         data[place] = value
         data[data.index(b"PK\1\2") + place + 2] = value
         (tmp_path / "b.npz").write_bytes(data)
-        assert "not an archive of images" in refusal(npz_items, tmp_path / "b.npz")
+        assert "not an archive of images" in refusal(npz_items, tmp_path / "b.npz", Told())
 
 
 def matlab_file(path: Path, **arrays: Any) -> Path:

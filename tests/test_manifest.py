@@ -123,12 +123,13 @@ def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
         ("a.tar.gz", "a.tar.gz: is a shard, expected"),
         ("*.tar", "is a pattern of shards, expected a folder with a manifest.json; make its index with python tools/"),
         ("a-{000..127}.tar", "is a pattern of shards, expected"),
+        ("a.tgz", "a.tgz: is not JSON"),
         ("b.tar", "b.tar: not found"),
     ],
 )
 def test_a_shard_is_no_manifest(name: str, told: str, tmp_path: Path) -> None:
     """Other loaders are given the tars themselves, or a pattern."""
-    for there in ("a.tar", "a.tar.gz"):
+    for there in ("a.tar", "a.tar.gz", "a.tgz"):
         (tmp_path / there).write_bytes(b"\x1f\x8b\0")
     assert told in refusal(tmp_path / name)
 

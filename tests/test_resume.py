@@ -832,6 +832,15 @@ def test_a_branch_with_another_recipe_is_refused(change: dict, told: str, trunk:
     assert told in message and "\n" not in message
 
 
+def test_a_refused_resume_offers_the_branch_that_would_be_taken(trunk: Config, tmp_path: Path) -> None:
+    """For another rate or length, not beside what a branch would be refused for: other classes, another order."""
+    (told,) = run_ranks(refusal, 1, changed(trunk, optim__lr=1e-3, total_steps=40))
+    assert f"name=... (and branch_from={trunk.output / 'trunk'} to go on from here)" in told
+    for other in ({"seed": 5}, {"data__order": "lanes"}):
+        (told,) = run_ranks(refusal, 1, changed(trunk, optim__lr=1e-3, **other))
+        assert "other settings" in told and "branch_from" not in told, told
+
+
 def same_logits(run: Path, name: str) -> float:
     """Loads a run's weights and compares with timm's model filled from the checkpoint's tensors."""
     import timm
@@ -938,7 +947,7 @@ def compiled_under_signals() -> tuple[list[str], float]:
     """The states of what compiles, all of which was asked to stop, as SLURM asks every process of a job; and a sum."""
     compiling.start_compilers()
     compilers = compilers_of(os.getpid())
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         for compiler in compilers:
             os.kill(compiler, number)
     doubled = torch.compile(lambda values: values * 2 + 1)(torch.ones(3))

@@ -55,7 +55,7 @@ def test_a_lock_that_somebody_holds_is_another_run(
     with pytest.raises(UserError, match="another process trains in this folder; wait for it, or choose another name="):
         claim(tmp_path / "run")
     monkeypatch.setenv(PART_OF, "1")
-    with pytest.raises(UserError, match="wait for it$"):  # whose options, as --out, are told by itself
+    with pytest.raises(UserError, match="wait for it, or choose another folder$"):
         claim(tmp_path / "run")
 
 
@@ -133,7 +133,7 @@ def test_done_has_its_room_from_the_start(tmp_path: Path, monkeypatch: pytest.Mo
     assert [is_done(tmp_path, replace(config, total_steps=steps)) for steps in (19, 21)] == [True, False]
     mark_done(tmp_path, 20, {})  # also where nobody made room
     assert done.read_text() == '{"step": 20}\n'
-    record_start(tmp_path, replace(config, total_steps=30), {}, 20)
+    record_start(tmp_path, replace(config, total_steps=30), {}, 20, None, branched=False, facts={})
     assert not done.exists()  # a longer run is not done before its end
 
 

@@ -46,7 +46,7 @@ MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... a
 def main() -> None:
     parser = cli.parser(
         "Makes shards, their index and manifest.json from an image folder (SOURCE/CLASS/NAME.jpg or CLASS.tar),\n"
-        "a list of paths and labels (.csv, .jsonl), parquet and TFRecord files, a CIFAR-style .npz, MNIST's archives,\n"
+        "a list of paths and labels (.csv, .jsonl), parquet and TFRecord files, an .npz, MNIST's archives,\n"
         "or existing WebDataset tars (.tar, .tar.gz), which are indexed as they are. --verify checks them.\n"
         "With --index, tars stay on their server (https://, s3://, gs://, with patterns as train-{000..127}.tar), and\n"
         "OUT gets their indexes and the manifest (docs/data.md).\n"

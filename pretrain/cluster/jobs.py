@@ -19,7 +19,7 @@ from pretrain.escape import shown
 # Environment variable: the process of another command, which has started this one, and says what is next.
 PART_OF = "PRETRAIN_PART_OF"
 # Ask a command to stop, and reach what it runs. Not SIGHUP, which a terminal that closes sends to the ranks itself.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
 
@@ -33,8 +33,8 @@ def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
 def run_job(words: Sequence[str], environment: Mapping[str, str], lock: Path) -> int:
     """Runs a command; returns its exit code, or STOPPED when asked to stop, once no rank writes any more.
 
-    SIGINT, SIGTERM and SIGUSR1 ask for it, and reach the ranks. lock: the file that rank 0 holds while it writes; who
-    holds it when the command refuses to begin is another one's, and is not waited for.
+    SIGINT, SIGTERM and SIGUSR1 ask for it, and reach the ranks. lock: the file that rank 0 holds while it writes; not
+    waited for when the command refuses to begin (2), for then another run may hold it.
     """
     asked: list[int] = []
 
@@ -43,7 +43,7 @@ def run_job(words: Sequence[str], environment: Mapping[str, str], lock: Path) ->
         if number != signal.SIGINT:  # a terminal tells the ranks itself
             _pass_on(number)
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, stop) for number in PASSED_ON}
     try:
         code = start(words, environment)
         if code != UserError.exit_code:

@@ -101,7 +101,9 @@ def end_with_launcher(stop: StopRequest | None = None) -> None:
     """
     supervisor, command = os.environ.get(SUPERVISOR), os.environ.get(PART_OF)
     is_orphan = supervisor is not None and supervisor != str(os.getppid())
-    if is_orphan or (command is not None and not _started(int(command))):  # it died before this process has looked
+    if command is not None and command.isdecimal() and stat_of(os.getpid()):  # there is a /proc
+        is_orphan |= not _started(int(command))
+    if is_orphan:  # it died before this process has looked
         os.kill(os.getpid(), signal.SIGTERM)
     watched = {*(stop.launchers if stop else ()), *_launchers_above()}
     if not watched:

@@ -140,11 +140,15 @@ def by_source(problems: Sequence[str], source: str, overrides: Sequence[str]) ->
 
 
 def _names(problem: str, key: str) -> bool:
-    """Whether a sentence is about a key; behind another one of its section that has its last part alone."""
-    whole, last = re.escape(key), re.escape(key.rpartition(".")[2])
-    if "." in key:
-        return bool(re.search(rf"(?<![\w.])(?:{whole}|(?<=and ){last})(?!\w)", problem))
-    return bool(re.search(rf"(?<![\w.]){whole}(?= is |: | \(| needs )", problem))  # name may be a word, too
+    """Whether a sentence is about a key; one that begins with the key's section may give its last part alone."""
+    section, dot, last = key.rpartition(".")
+    whole, last = re.escape(key), re.escape(last)
+    if not dot:
+        return bool(re.search(rf"(?<![\w.]){whole}(?= is |: | \(| needs )", problem))  # name may be a word, too
+    alone = rf"(?:and |, |: |which ){last}(?!\w)|(?<![\w.]){last}="
+    return bool(re.search(rf"(?<![\w.]){whole}(?!\w)", problem)) or (
+        problem.startswith(section) and bool(re.search(alone, problem))
+    )
 
 
 def is_open(text: str) -> bool:
@@ -154,12 +158,12 @@ def is_open(text: str) -> bool:
 
 
 def uncut(text: str, following: Sequence[str]) -> str:
-    """Returns the override before a shell cut it at its blanks, in quotes."""
+    """Returns the override before a shell cut it at its blanks, in quotes; "" where none of the words ends it."""
     for word in following:
         if not is_open(text):
             break
         text = f"{text} {word}"
-    return f"'{short(text)}'"
+    return "" if is_open(text) else f"'{short(text)}'"
 
 
 def settings() -> Iterator[tuple[str, str, str]]:

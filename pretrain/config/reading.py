@@ -241,9 +241,9 @@ def _read_override(text: str, following: Sequence[str]) -> Any:
         raise
     except _REFUSED as error:
         if is_open(text):
-            raise ConfigError(
-                f"{short(text)}: ends within brackets; put it in quotes: {uncut(text, following)}"
-            ) from None
+            whole = uncut(text, following)
+            way_out = f"put it in quotes: {whole}" if whole else "its closing bracket is missing"
+            raise ConfigError(f"{short(text)}: ends within brackets; {way_out}") from None
         raise _refusal(short(text), "not a valid value", error) from None
 
 

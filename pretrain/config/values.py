@@ -84,7 +84,10 @@ def _whole(value: Any, expected: Any) -> Any:
 
 def _section(key: str, value: Any, keys: dict[str, Any]) -> str:
     if key == "model" and isinstance(value, str):  # as an args.yaml of timm has it
-        return f"a section: write model.name=timm:{value} for timm's, and see docs/coming_from.md for other keys"
+        return (
+            f"a section: write model.name={value}, or model.name=timm:{value} for a model of timm's; its other keys: "
+            "docs/coming_from.md"
+        )
     return f"a section with {', '.join(keys)}"
 
 

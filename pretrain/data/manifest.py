@@ -8,6 +8,7 @@ What they claim is compared with limits before it is used, no link leads out of 
 import hashlib
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -150,11 +151,12 @@ def load_manifest(path: Path) -> Manifest:
 def _refuse_shards(path: Path) -> None:
     """Raises UserError for what other loaders are given: a tar, or a pattern of tars, which no shell has expanded."""
     is_pattern = any(letter in path.name for letter in "*?[{")
-    if path.name.endswith((".tar", ".tar.gz", ".tgz")) and (is_pattern or path.exists()):
+    if path.name.endswith((".tar", ".tar.gz")) and (is_pattern or path.exists()):
         what = "is a pattern of shards" if is_pattern else "is a shard"
+        index = " --index" if re.match(r"(https?|s3|gs):", str(path)) else ""
         raise UserError(
             f"{path}: {what}, expected a folder with a manifest.json; make its index with "
-            f"python tools/make_shards.py {path} OUT, and give OUT"
+            f"python tools/make_shards.py{index} {path} OUT, and give OUT"
         )
 
 

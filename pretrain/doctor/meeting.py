@@ -127,7 +127,7 @@ def all_reduce(meeting: Meeting) -> Finding:
     options = {"store": store, "rank": ranks.rank(), "world_size": world, "timeout": timeout}
     dist.init_process_group(backend, **options)
     if on_gpu:
-        _agree(timeout)
+        _agree(timedelta(seconds=meeting.wait_s / 2))  # before this rank is given up: it names gloo
     pattern = torch.arange(num_bytes // 4, dtype=torch.float32, device=device) % _PATTERN
     expected = pattern * world + world * (world - 1) // 2  # whole numbers far below 2^24: exact, in any order
     seconds, wrong = float("inf"), ""

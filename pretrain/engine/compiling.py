@@ -107,7 +107,9 @@ def start_compilers() -> None:
     """
     from torch._inductor.async_compile import AsyncCompile  # here: it takes a moment that other runs need not wait
 
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which a child begins with
+    # A child begins with what is blocked here. By SIGTERM torch ends its workers itself.
+    blocked = set(STOP_SIGNALS) - {signal.SIGTERM}
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         AsyncCompile.warm_pool()
     finally:

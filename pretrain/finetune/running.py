@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.cli import tell
-from pretrain.cluster.jobs import STOP_SIGNALS, STOPPED, is_held, run_job
+from pretrain.cluster.jobs import PASSED_ON, STOPPED, is_held, run_job
 from pretrain.cluster.local import default_num_ranks, environment, launcher_or_python, options_of_ranks
 from pretrain.config import Config, config_to_yaml
 from pretrain.errors import LostProcessError, NonFiniteError, UserError
@@ -124,7 +124,7 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, tit
         if code == NonFiniteError.exit_code and selecting:
             print(f"{shown(folder)}: learning rate {config.optim.lr:g} is too high, it is not chosen", flush=True)
             (folder / DIVERGED).touch()
-        elif code == STOPPED or (-code in (0, *STOP_SIGNALS) and score(config) is None):  # below 0: died of a signal
+        elif code == STOPPED or (-code in (0, *PASSED_ON) and score(config) is None):  # below 0: died of a signal
             return tell_stopped()
         elif code < 0 and score(config) is None:
             killer = " (the kernel's, for want of memory?)" if -code == signal.SIGKILL else ""

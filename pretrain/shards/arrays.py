@@ -13,6 +13,8 @@ from pretrain.json_files import is_text
 from pretrain.models.npz_file import array_header
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 
+_MAX_HELD_BYTES = 4 << 30  # of the arrays together
+
 
 def array_names(path: Path) -> set[str]:
     """Returns the names of a .npz's arrays; none of what is no such file, of which `read_arrays` tells what it is."""
@@ -26,9 +28,12 @@ def array_names(path: Path) -> set[str]:
 def read_arrays(
     path: Path, names: Sequence[str], optional: Sequence[str] = (), *, most_dimensions: int = 1
 ) -> dict[str, np.ndarray]:
-    """Returns arrays of numbers or text of a .npz, by name. Raises UserError, also when one lacks."""
+    """Returns arrays of numbers or text of a .npz, by name; most_dimensions: of each.
+
+    Raises UserError when the file is damaged, one of `names` is missing, or they become more than memory should hold.
+    """
     try:
-        limit = max_unpacked_bytes(path)
+        limit = min(_MAX_HELD_BYTES, max_unpacked_bytes(path))
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
             wanted = [*names, *(name for name in optional if name in entries)]
@@ -50,8 +55,9 @@ def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most_dimension
             shape, is_fortran, dtype = array_header(file)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{entry.filename} {error}") from None
-        if not 1 <= len(shape) <= most_dimensions or dtype.kind not in "iufUS" or not dtype.itemsize:
-            raise ValueError(f"{entry.filename} is {dtype} of shape {shape}, expected one row of numbers or text")
+        if not 1 <= len(shape) <= most_dimensions or dtype.kind not in "iufUS":
+            wanted = "one row" if most_dimensions == 1 else f"an array of 1 to {most_dimensions} dimensions"
+            raise ValueError(f"{entry.filename} is {dtype} of shape {shape}, expected {wanted} of numbers or text")
         data = file.read()
         if math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"{entry.filename} has {len(data):,} bytes for {dtype} of shape {shape}")

@@ -43,7 +43,8 @@ ItemOf = Callable[[str, int, Counter[str]], Item]
 class PackedItems(Sequence[Item]):
     """Items in arrays: bytes of the references, their ends, their labels. Indexing makes the item."""
 
-    # Sorted labels of those that have several; None: each has one. Set once all are appended.
+    # None: labels are single classes; else all are lists, these of some items, the others' of one label. Set once all
+    # are appended.
     lists: Mapping[int, list[int]] | None = None
 
     def __init__(self, item_of: ItemOf) -> None:
@@ -114,7 +115,8 @@ class PackedItems(Sequence[Item]):
         if self._places is not None:
             digest.update(self._places)
         if self.lists is not None:
-            digest.update(repr(sorted(self.lists.items())).encode())
+            for index in sorted(self.lists):  # piece by piece: as one text it takes gigabytes
+                digest.update(f"{index} {self.lists[index]}\n".encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ A list may come from elsewhere: its paths stay below its own folder, links follo
 import csv
 import io
 import os
+import re
 from array import array
 from collections.abc import Iterator
 from functools import partial
@@ -25,6 +26,7 @@ ENDINGS = (".csv", ".jsonl")
 MAX_LINE_BYTES = 1 << 16  # of a list; a path and a label have some hundred
 _PATH, _LABEL = ("path", "file", "file_name", "filename", "image"), ("label", "class", "class_name")
 _MAX_COLUMNS = 1000
+_LIST = re.compile(r"""\[(\d+|.*[,'"].*)\]""")  # of labels in a .csv; "[other]" is a name
 
 
 def listed_items(path: Path, *, apply_orientation: bool = False) -> tuple[PackedItems, list[str]]:
@@ -32,8 +34,8 @@ def listed_items(path: Path, *, apply_orientation: bool = False) -> tuple[Packed
 
     A list is a CSV whose first line names the columns, or JSON lines; of both the columns path and label are read. In
     JSON lines the labels may be lists, of one or more classes each. Names of classes get their numbers in sorted order.
-    Raises UserError, naming the line, for a path that leads out of
-    the list's folder, is not there, or comes twice, and for a label that is neither a class's number nor a name.
+    Raises UserError, naming the line, for a path that leads out of the list's folder, is not there, or comes twice, and
+    for a label that is neither a class's number nor a name.
     """
     root = path.parent
     real_root = os.path.join(os.path.realpath(root), "")
@@ -129,7 +131,7 @@ def _of_csv(path: Path, lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str,
         if max(columns) >= len(row):
             raise UserError(f"{place}: has {len(row)} columns, the first line names more")
         name, label = row[columns[0]], row[columns[1]]
-        if label.startswith("[") and label.endswith("]"):
+        if _LIST.fullmatch(label):
             raise UserError(f"{place}: {brief(label)}: a .csv has one label for an image; write a .jsonl for several")
         yield place, _row(name, [label], place, has_list=False)
 
@@ -147,12 +149,10 @@ def _of_json(lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, _Row]]:
         keys = [_column(list(fields.values), wanted, place) for wanted in (_PATH, _LABEL)]
         name, label = (list(fields.values)[key] for key in keys)
         value = fields.values[label]
-        given = value if isinstance(value, list) else [value]
-        each = Fields(
-            {f"{label}[{k}]" if isinstance(value, list) else label: own for k, own in enumerate(given)}, place
-        )
+        has_list = isinstance(value, list)
+        each = fields.items(label) if has_list else Fields({label: value}, place)
         labels = [_label(each, key) for key in each.values]
-        yield place, _row(fields.text(name), labels, place, has_list=isinstance(value, list))
+        yield place, _row(fields.text(name), labels, place, has_list=has_list)
 
 
 def _label(fields: Fields, key: str) -> str:
@@ -175,6 +175,7 @@ def _row(name: str, labels: list[str], place: str, *, has_list: bool) -> _Row:
         if not label.strip() or not is_text(label):
             raise UserError(f"{place}: {brief(label)} is no label")
     stripped = [label.strip() for label in labels]
-    if len(set(stripped)) < len(stripped):
+    different = {label.lstrip("0") if label.isdigit() else label for label in stripped}  # "01" is 1
+    if len(different) < len(stripped):
         raise UserError(f"{place}: {brief(labels)} names a class twice")
     return _Row(name, stripped, has_list)

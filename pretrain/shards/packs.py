@@ -8,7 +8,7 @@ from pretrain.data.reader import MAX_LABEL_BYTES
 from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.shards.archives import Original, content_of, is_image, members_of, original_of
-from pretrain.shards.sources import npz_items
+from pretrain.shards.sources import encoded_items
 
 _SPLIT_WORD = re.compile(r"(?<![a-z])(trainval|train|val|validation|dev_?test|test)(?![a-z])")
 
@@ -23,7 +23,7 @@ def split_of(path: Path) -> str | None:
 def pack_originals(path: Path) -> list[Original]:
     """Returns the samples of a .npz pack, or of a .tar or .tar.gz of KEY.jpg and KEY.cls, in the pack's order."""
     if path.suffix == ".npz":
-        items, classes = npz_items(path)
+        items, classes = encoded_items(path)
         labels = [item.label for item in items if isinstance(item.label, int)]  # all of them: an array of integers
         named = [classes[label] if label < len(classes) else "" for label in labels]
         return [Original(f"{path.name}[{i}]", item, named[i]) for i, item in enumerate(items)]

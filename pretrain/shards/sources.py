@@ -1,4 +1,4 @@
-"""Where samples come from: image folders, CIFAR-style archives. A source is a sequence of `Item`s."""
+"""Where samples come from: image folders, .npz of pixels or encoded images. A source is a sequence of `Item`s."""
 
 import os
 from array import array
@@ -191,23 +191,24 @@ def _refuse(refused: Sequence[Path]) -> None:
 
 # Arrays of pixels and of labels by the names that people give them; the last is MedMNIST's, which has all splits.
 _PIXELS = (("images", "labels"), ("x", "y"), ("x_train", "y_train"), ("train_images", "train_labels"))
+_MAX_ARRAY_IMAGES = 1_000_000  # of an .npz: each is an object, and a small file may claim any number
 
 
-def npz_items(path: Path, told: Told | None = None) -> tuple[list[Item], list[str]]:
-    """Returns the images of a CIFAR-style archive: arrays blob (encoded images end to end), offset, label, classes; or
-    of arrays of pixels with their labels.
-    """
+def npz_items(path: Path, told: Told) -> tuple[list[Item], list[str]]:
+    """Returns the images of an .npz, and the names of its classes where it has them: `encoded_items`, or pixels."""
     names = array_names(path)
-    if names and "blob" not in names:
-        return _pixel_items(path, names, told or Told()), []
+    return (_pixel_items(path, names, told), []) if names and "blob" not in names else encoded_items(path)
+
+
+def encoded_items(path: Path) -> tuple[list[Item], list[str]]:
+    """Returns the images of a CIFAR-style archive: arrays blob (encoded images end to end), offset, label, classes."""
     arrays = read_arrays(path, ("blob", "offset", "label"), optional=("classes",))
     blob, offset = arrays["blob"], arrays["offset"]
     labels = whole_numbers(arrays["label"], f"{path}: label", 0, MAX_CLASSES - 1)
     classes = names_of(arrays["classes"], f"{path}: classes") if "classes" in arrays else []
     if blob.dtype != np.uint8:
         raise UserError(f"{path}: blob is {blob.dtype}, expected uint8: encoded images end to end")
-    if not labels:
-        raise UserError(f"{path}: has no samples")
+    _check_number(path, len(labels))
     offsets = whole_numbers(offset, f"{path}: offset", 0, len(blob))
     if len(offsets) != len(labels) + 1 or offsets[-1] != len(blob) or sorted(offsets) != offsets:
         raise UserError(
@@ -229,7 +230,7 @@ def _pixel_items(path: Path, names: set[str], told: Told) -> list[Item]:
         pairs = ", ".join("/".join(pair) for pair in _PIXELS)
         raise UserError(
             f"{path}: not an archive of images: its arrays are {brief(sorted(names))}, expected pixels with their "
-            f"labels ({pairs}), or encoded images (blob, offset, label)"
+            f"labels ({pairs}), or encoded images (blob, offset, label); numpy.savez writes them by these names"
         )
     arrays = read_arrays(path, pair, most_dimensions=4)
     images, labels = (arrays[name] for name in pair)
@@ -238,10 +239,11 @@ def _pixel_items(path: Path, names: set[str], told: Told) -> list[Item]:
             f"{path}: {pair[0]} is {images.dtype} of shape {images.shape}, expected uint8 of [images, height, width] "
             "or [images, height, width, 3]"
         )
+    _check_number(path, len(images) if images.size else 0)
     labels = labels[:, 0] if labels.shape[1:] == (1,) else labels  # as MedMNIST has them
-    if labels.shape != images.shape[:1] or not images.size:
+    if labels.shape != images.shape[:1]:
         raise UserError(
-            f"{path}: {pair[1]} is of shape {labels.shape}, expected a class for each image of {images.shape}"
+            f"{path}: {pair[1]} has shape {labels.shape}, expected a class for each image of {images.shape}"
         )
     if others := sorted(names.difference(pair)):
         told.passed_over[f"arrays of {path.name} beside {pair[0]} and {pair[1]} ({brief(others)})"] = len(others)
@@ -250,6 +252,13 @@ def _pixel_items(path: Path, names: set[str], told: Told) -> list[Item]:
         Item(partial(png_of, image), "png", label, f"{path}[{i}]")
         for i, (image, label) in enumerate(zip(images, numbers))
     ]
+
+
+def _check_number(path: Path, num_images: int) -> None:
+    if not num_images:
+        raise UserError(f"{path}: has no samples")
+    if num_images > _MAX_ARRAY_IMAGES:
+        raise UserError(f"{path}: has {num_images:,} images, at most {_MAX_ARRAY_IMAGES:,}; make a folder of files")
 
 
 def sniffed_ending(data: bytes) -> str:

@@ -100,7 +100,7 @@ def warn_of_added_losses(config: Config, data: DataSets) -> None:
 
 
 def warn_of_large_batch(order: Order) -> None:
-    """A batch of more images than there are is nearly always a typing error, and each step of it takes long."""
+    """A batch of more images than there are: a typing error, or a very small set. Each step of it takes long."""
     if order.global_batch > order.num_train:
         say(
             f"warning: data.global_batch ({order.global_batch:,}) is larger than the {order.num_train:,} images to "

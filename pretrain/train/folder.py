@@ -122,7 +122,8 @@ def _lock(file: TextIO, folder: Path) -> None:
             f"{folder}: is still locked, perhaps by the start before this one, whose node does not answer; "
             "the same command goes on when it is gone"
         )
-    instead = "" if PART_OF in os.environ else ", or choose another name="  # else that command has its own options
+    # A command that has started this one has options of its own.
+    instead = ", or choose another folder" if PART_OF in os.environ else ", or choose another name="
     raise UserError(f"{folder}: another process trains in this folder; wait for it{instead}")
 
 

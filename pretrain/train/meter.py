@@ -114,8 +114,8 @@ class Meter:
         own = torch.zeros(2, world, dtype=torch.float64)
         own[:, ranks.rank()] = torch.tensor([self._waited_s, self._forward_s])
         of_steps = torch.stack(self._step_sums) if steps else self._sums.new_zeros(0, 3)  # [steps, 3]
-        on_gpu: torch.Tensor = watchdog.from_device(lambda: torch.cat([self._sums, of_steps.view(-1)]).cpu())
-        parts = on_gpu[:3], own.view(-1), on_gpu[3:]
+        read: torch.Tensor = watchdog.from_device(lambda: torch.cat([self._sums, of_steps.view(-1)]).cpu())
+        parts = read[:3], own.view(-1), read[3:]
         sums, waited_s, forward_s, per_step = agreement.add_up(torch.cat(parts)).split([3, world, world, 3 * steps])
         losses = [loss / images for loss, _, images in per_step.view(steps, 3).tolist() if images]
         return sums.tolist(), waited_s.tolist(), forward_s.tolist(), losses

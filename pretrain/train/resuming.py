@@ -100,13 +100,14 @@ def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dic
 def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, branching: bool = False) -> None:
     """Raises ConfigError, naming each difference, when `checkpoint` belongs to a run with other settings or data.
 
-    branching: `config` starts another run there, which may have another name, length and schedule.
+    branching: `config` starts another run there, in which what BRANCH_MAY_CHANGE lists may differ too.
     """
     of_state = _state(checkpoint)
     before = config_to_dict(config_from_dict(of_state.part("config").values, of_state.source))  # with keys added since
     saved_order, pixels = of_state.part("data").part("order"), of_state.part("data").part("pixels").values
     order = saved_order.values
-    differences = resume_differences(before, config, BRANCH_MAY_CHANGE if branching else ())
+    of_config = resume_differences(before, config, BRANCH_MAY_CHANGE if branching else ())
+    differences = list(of_config)
     if config.data.order not in ("auto", order.get("name")):
         differences.append(f"data.order: was {brief(order.get('name'))}, is {config.data.order!r}")
     expected = {"version": "v1"}
@@ -127,7 +128,8 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
         differences.append(f"number of classes: was {brief(was)}, is {num_classes}")
     if differences:
         way_out = "start with init_from instead of branch_from" if branching else "start another run with name=..."
-        if not branching and not resume_differences(before, config, BRANCH_MAY_CHANGE):
+        # A branch would be refused for other data, too.
+        if not branching and differences == of_config and not resume_differences(before, config, BRANCH_MAY_CHANGE):
             way_out += f" (and branch_from={checkpoint.parent.parent} to go on from here)"
         raise ConfigError(
             f"{checkpoint}: was written with other settings ({'; '.join(differences)}); "

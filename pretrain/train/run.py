@@ -21,7 +21,7 @@ from pretrain.config import Config
 from pretrain.data.loader import train_batches
 from pretrain.engine.settings import check_machine
 from pretrain.engine.step import Engine
-from pretrain.errors import ConfigError, NotFoundError, StorageError, UserError
+from pretrain.errors import ConfigError, NonFiniteError, NotFoundError, StorageError, UserError
 from pretrain.log import RunLog, in_words, say
 from pretrain.models.weights import checkpoint_config
 from pretrain.train import ending
@@ -65,10 +65,10 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
 
 @contextmanager
 def _refused_once() -> Iterator[None]:
-    """Leaves it to rank 0 to tell what the user must change: its exit ends the others, which may take seconds to."""
+    """Leaves it to rank 0 to tell what all ranks have met: its exit ends the others, which may take seconds to."""
     try:
         yield
-    except UserError as error:
+    except (UserError, StorageError, NonFiniteError) as error:
         if not ranks.is_main():
             signals.end_at_sigterm(error.exit_code)
         raise
