@@ -107,10 +107,11 @@ def _fits(value: Any, expected: str) -> bool:
     if kind in ("str", "Path"):
         return not isinstance(value, (list, dict))
     if kind.startswith("list[") and kind in _EXPECTED:
-        return isinstance(value, list) and all(_fits(item, kind[len("list[") : -1]) for item in value)
+        return isinstance(value, (list, tuple)) and all(_fits(item, kind[len("list[") : -1]) for item in value)
     if kind.startswith("tuple["):
         numbers = kind.count("float")
-        return isinstance(value, list) and [type(item) in (int, float) for item in value] == [True] * numbers
+        is_list = isinstance(value, (list, tuple))  # a dict of Python's may have a tuple
+        return is_list and [type(item) in (int, float) for item in value] == [True] * numbers
     return True
 
 
