@@ -324,7 +324,7 @@ CLAIMS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "own: all of it": ({"num_classes": 3, "pretrain": {"model": OWN | {"name": "${model}"}}}, "resolvers are not"),
     "a long text": (timm_asks("vit_tiny_patch16_224", act_layer="x" * 10_000), "has 10000 letters"),
     "own: depth": ({"num_classes": 3, "pretrain": {"model": OWN | {"depth": 1024}}}, LARGER),
-    "own: a depth of 2.0": ({"num_classes": 3, "pretrain": {"model": OWN | {"depth": 2.0}}}, "model.depth.*2.0"),
+    "own: a depth of 2.5": ({"num_classes": 3, "pretrain": {"model": OWN | {"depth": 2.5}}}, "model.depth.*2.5"),
     "own: heads of true": (
         {"num_classes": 3, "pretrain": {"model": OWN | {"heads": True}}},
         "model.heads.*(true|True)",
