@@ -19,7 +19,7 @@ from tiny import changed, make_shards, tiny_config
 
 from pretrain.cluster import jobs, monitor, restarts, signals
 from pretrain.cluster.local import on_cpu
-from pretrain.config import config_to_dict
+from pretrain.config import config_to_dict, config_to_yaml
 from pretrain.errors import UserError
 
 pytestmark = pytest.mark.timeout(120)
@@ -96,6 +96,20 @@ def test_a_run_that_says_no_is_not_tried_again(tmp_path: Path, capfd: pytest.Cap
     assert run_fakes(tmp_path, ["0:76,1:76"], refused=2) == 2
     told = "not restarted: rank 0 exit code 76, rank 1 exit code 76; newest checkpoint: none"
     assert capfd.readouterr().err.splitlines() == [told]
+
+
+def test_what_all_ranks_refuse_is_told_once(tmp_path: Path) -> None:
+    """By rank 0, without a wait of the others for it; a real run of two, whose data are not there."""
+    config = tiny_config(tmp_path / "nowhere", tmp_path / "runs")
+    (tmp_path / "tiny.yaml").write_text(config_to_yaml(config))
+    words = [sys.executable, str(ROOT / "launch/pretrain.py"), "--config", str(tmp_path / "tiny.yaml")]
+    words += ["--restarts", "3", "--num-gpus", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | on_cpu(1), timeout=120)
+    lines = [line for line in done.stderr.splitlines() if "loading torch" not in line]
+    assert done.returncode == 2 and len(lines) == 2, done.stderr
+    assert lines[0].startswith(f"error: {tmp_path / 'nowhere'}") and lines[1].startswith(
+        "not restarted: rank 0 exit code 2"
+    )
 
 
 @pytest.mark.parametrize("first", ["0:76,1:76", "0:saves,1:0"])

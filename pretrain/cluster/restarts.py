@@ -27,6 +27,7 @@ DEFECT = 1
 RETRY = (0, DEFECT, StorageError.exit_code, LostProcessError.exit_code)
 LOST_S = 2.0  # after which the others of a lost rank are ended: they can only say that they have lost it
 AGREED_S = 10.0  # likewise, of one that has met an error: if all have, rank 0 tells it, and the others wait for that
+TOLD_S = 1.0  # after rank 0 has told what a person must change: the others, who wait for that, end at SIGTERM unheard
 MOST_PAUSE_S = 60.0  # before a restart, when those before it have led to nothing
 _LOOK_EVERY_S = 0.05
 _MONITORS_END_S = 5.0  # they look twice a second; one that writes to a disk that hangs is not waited for
@@ -147,7 +148,7 @@ def _monitors_of(processes: Sequence[Process]) -> bool:
 
 
 def _wait(processes: Sequence[Process], stop: StopRequest) -> list[int]:
-    asked, lost_at, given_s = False, None, 0.0
+    asked, told, lost_at, given_s = False, False, None, 0.0
     ended_here: list[bool] = [False] * len(processes)
     while None in (codes := [process.poll() for process in processes]):
         if stop.signal_name is not None and not asked:
@@ -156,7 +157,11 @@ def _wait(processes: Sequence[Process], stop: StopRequest) -> list[int]:
         if lost_at is None and any(codes):  # neither 0 nor running
             lost_at = time.monotonic()
             given_s = LOST_S if any(code is not None and _is_lost(code) for code in codes) else AGREED_S
-        if lost_at is not None and time.monotonic() >= lost_at + given_s and not any(ended_here):
+        since_s = 0.0 if lost_at is None else time.monotonic() - lost_at
+        if codes[0] == UserError.exit_code and since_s >= TOLD_S and not told:
+            told = True
+            _send(processes, signal.SIGTERM)
+        if lost_at is not None and since_s >= given_s and not any(ended_here):
             ended_here = [code is None for code in codes]
             _send(processes, signal.SIGKILL)
         time.sleep(_LOOK_EVERY_S)
