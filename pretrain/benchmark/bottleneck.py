@@ -20,6 +20,7 @@ from pretrain.data import loader
 from pretrain.data.loader import Batch, train_batches
 from pretrain.engine.step import Engine
 from pretrain.provenance import commit, versions
+from pretrain.shards.pool import num_cores
 from pretrain.train.datasets import DataSets, open_data
 
 _BATCHES = 3  # of which each stage's median is taken
@@ -109,7 +110,7 @@ def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     Of one rank, alone: of `options["ranks"]` that share the machine's cores, whose collectives are not measured.
     """
-    cores = max(1, len(os.sched_getaffinity(0)) // options["ranks"])
+    cores = max(1, num_cores() // options["ranks"])
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # of a rank on a CPU; the only one here would be given all
     plan = plan_cell(options)
     config = cell_config(

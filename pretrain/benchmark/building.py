@@ -11,6 +11,7 @@ from typing import Any
 from pretrain.benchmark.reading import line, photo_set
 from pretrain.data.reader import read_sample
 from pretrain.shards.build import How, build
+from pretrain.shards.pool import num_cores
 from pretrain.shards.sources import folder_items
 
 _NUM_CLASSES = 10
@@ -31,7 +32,7 @@ def building_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, A
         for workers, own in rates.items():
             own.append(_rate(folder, workers, -(-options["built_images"] // _SHARDS)))
     one, two = (median(own) for own in rates.values())
-    told = f"{two:.0f} and {one:.0f} images/s on {len(os.sched_getaffinity(0))} cores"
+    told = f"{two:.0f} and {one:.0f} images/s on {num_cores()} cores"
     yield line("images/s of 2 processes that make shards / of 1", two / one, at_least=1.8, told=told)
 
 

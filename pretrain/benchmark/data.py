@@ -4,7 +4,6 @@ Rates of one core are the processor's time, medians of rounds that take turns; o
 """
 
 import io
-import os
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.permutation import uniform, words
 from pretrain.data.randaugment import rand_augment
 from pretrain.data.reader import IMAGE_ENDINGS, read_sample
+from pretrain.shards.pool import num_cores
 
 _BATCH = 50  # images of a step
 _COMPARED = 3  # steps whose pixels are compared
@@ -127,7 +127,7 @@ def _workers_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, A
                 count += _BATCH
             own.append(count / (time.perf_counter() - start))
     one, two = (statistics.median(own) for own in rates.values())
-    told = f"{two:.0f} and {one:.0f} images/s on {len(os.sched_getaffinity(0))} cores"
+    told = f"{two:.0f} and {one:.0f} images/s on {num_cores()} cores"
     yield line("images/s of 2 loader processes / of 1", two / one, at_least=1.9, told=told)
 
 

@@ -104,15 +104,17 @@ def _stored(image: Image.Image, data: bytes, notes: Counter[str], apply_orientat
     elif turned and apply_orientation:
         notes["turned as their EXIF says, stored as PNG"] += 1
         picture = ImageOps.exif_transpose(image)
-    file = io.BytesIO()
-    _of_8_bits(picture).save(file, "png")
-    return file.getvalue()
+    return _png(_of_8_bits(picture))
 
 
 def png_of(pixels: np.ndarray, **options: Any) -> bytes:
     """Returns uint8 pixels [height, width] or [height, width, 3] as a PNG file. options: Pillow's."""
+    return _png(Image.fromarray(pixels), **options)
+
+
+def _png(picture: Image.Image, **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png", **options)
+    picture.save(file, "png", **options)
     return file.getvalue()
 
 
