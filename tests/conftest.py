@@ -58,6 +58,25 @@ def commands_leave_by_system_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "end_process", sys.exit)
 
 
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is brought to the disk (fsync), and "now NAME" of each rename, in the order that they come."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(number: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(f"now {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    return done
+
+
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of 103 JPEG images, 24 to 40 pixels a side, in 5 classes and shards of 40, 40 and 23. Never change it."""

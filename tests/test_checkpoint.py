@@ -702,26 +702,13 @@ def test_a_step_that_cannot_be_replaced_keeps_its_name(tmp_path: Path, monkeypat
     assert os.listdir(tmp_path) == ["step-0000000001"]
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, synced: list[str]) -> None:
     """Each file and the list of them, then the rename, then that: after a power cut the name tells the truth."""
-    done: list[str] = []
-    fsync, replace = os.fsync, os.replace
-
-    def synced(number: int) -> None:
-        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
-        fsync(number)
-
-    def renamed(source: Path, target: Path) -> None:
-        done.append(f"now {target.name}")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", renamed)
     save(tmp_path / "run", 1)
-    at = done.index("now step-0000000001")
+    at = synced.index("now step-0000000001")
     files = set(os.listdir(tmp_path / "run" / "step-0000000001")) - {"MANIFEST.json"}
-    assert {*files, ".tmp-MANIFEST.json", ".tmp-step-0000000001"} <= set(done[:at])
-    assert done[at + 1 :] == ["run"]
+    assert {*files, ".tmp-MANIFEST.json", ".tmp-step-0000000001"} <= set(synced[:at])
+    assert synced[at + 1 :] == ["run"]
 
 
 def vanishing(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
