@@ -47,6 +47,7 @@ _OWN_KEYS = {
     "data.train": _DATA,
     "data.val": _DATA,
     "data.held_out": _DATA,
+    "data.subset": _DATA,
     "init_from": "WEIGHTS",
     "init_new_head": "WEIGHTS",
     "branch_from": "WEIGHTS",
