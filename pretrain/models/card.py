@@ -23,7 +23,6 @@ _RECEIPT = {
     "samples_seen": "samples seen",
     "skipped_steps": "steps skipped",
 }
-LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx"}  # Hugging Face's names
 
 
 def model_card(
@@ -90,7 +89,7 @@ def _front(weights: Weights, target: str, title: str, licence: str | None, resul
                 )
             )
     card = ModelCardData(
-        library_name=LIBRARIES.get(target),
+        library_name=target if target in ("timm", "transformers", "onnx") else None,  # those that the hub knows
         license=licence,
         pipeline_tag=task,
         tags=["vision-transformer"],
