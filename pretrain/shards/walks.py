@@ -90,7 +90,7 @@ def known(record: Path, origin: Origin, path: Path, num_classes: int, url: str =
     try:
         values = Fields.of(read_json(record), str(record))
         num_samples, num_bytes = values.integer("num_samples", 1, 1 << 32), values.integer("num_bytes", 0, 1 << 63)
-        shard = Shard(path, num_samples, num_bytes, values.text("sha256"), url)
+        shard = Shard(str(path), num_samples, num_bytes, values.text("sha256"), url)
         if values.values.get("origin") != origin or not (url or path.stat().st_size == num_bytes):
             return None
         load_index(shard)
