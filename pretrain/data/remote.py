@@ -320,10 +320,6 @@ def _status_of(error: Exception) -> int:
 class _Connections(dict[tuple[str, str], http.client.HTTPConnection]):
     """Open connections by scheme and place; closed when their thread ends."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.pid = os.getpid()
-
     def __del__(self) -> None:
         while self:
             self.popitem()[1].close()
@@ -333,10 +329,10 @@ _local = threading.local()
 
 
 def _connection(scheme: str, place: str) -> http.client.HTTPConnection:
-    """A connection of this thread and this process: a forked child would share its parent's socket."""
-    open_ones = getattr(_local, "connections", None)
-    if open_ones is None or open_ones.pid != os.getpid():
-        open_ones = _local.connections = _Connections()
+    """A connection of this thread."""
+    if not hasattr(_local, "connections"):
+        _forget_connections()
+    open_ones = _local.connections
     if (scheme, place) not in open_ones:
         if scheme == "https":
             made = http.client.HTTPSConnection(place, timeout=SILENCE_S, context=_tls())
@@ -349,6 +345,9 @@ def _connection(scheme: str, place: str) -> http.client.HTTPConnection:
 def _forget_connections() -> None:
     """Closes this thread's connections: an answer on one of them was not read to its end."""
     _local.connections = _Connections()
+
+
+os.register_at_fork(after_in_child=_forget_connections)  # a child would share its parent's sockets
 
 
 @cache

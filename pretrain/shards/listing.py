@@ -12,19 +12,9 @@ from pretrain.errors import UserError
 
 # Of Windows, macOS, Synology and QNAP, Linux; hidden ones (.DS_Store, .Trash-1000, ._x.jpg) begin with a dot.
 _SYSTEM_NAMES = {
-    "__macosx",
-    "@eadir",
-    "@recycle",
-    "#recycle",
-    "#snapshot",
-    "$recycle.bin",
-    "system volume information",
-    "lost+found",
-    "thumbs.db",
-    "ehthumbs.db",
-    "desktop.ini",
-    "icon\r",
-}
+    "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information",
+    "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
 
 
 def is_of_the_system(name: str) -> bool:
