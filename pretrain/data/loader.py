@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -297,11 +297,12 @@ def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Ba
         dataset,
         batch_size=None,
         sampler=items,
-        collate_fn=_as_is,
+        collate_fn=lambda batch: batch,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=ranks.has_gpu(),
-        worker_init_fn=_start_worker,
+        # Else SIGTERM to the group ends workers, and the final save is lost.
+        worker_init_fn=lambda _: signals.live_as_long_as_parent(),
         generator=torch.Generator(),  # the loader draws a seed; from the global generator it would shift dropout's
         # Not the default from Python 3.14 on, which imports torch anew for each iterator; workers never touch the GPU.
         multiprocessing_context="fork" if config.workers else None,
@@ -324,14 +325,6 @@ def _end_workers() -> None:
         iterator._shutdown_workers()
         for worker in iterator._workers:
             worker.kill()  # one that hangs; multiprocessing would wait for it
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-def _start_worker(worker: int) -> None:
-    signals.live_as_long_as_parent()  # else SIGTERM to the group ends workers, and the final save is lost
 
 
 REASONS = ("tar", "missing", "decode", "label", "damaged")

@@ -219,7 +219,8 @@ def _total(response: http.client.HTTPResponse, at: int, end: int) -> int:
 
 def _answer(url: str, at: int, end: int) -> http.client.HTTPResponse:
     """The answer to a request for a range, behind redirects. Raises UserError where no later try would help."""
-    address = _address(url)
+    scheme = urlsplit(url).scheme
+    address = url if scheme in ("http", "https") else _signed(scheme, url)
     for _ in range(MAX_REDIRECTS + 1):
         parts = urlsplit(address)
         connection = _connection(parts.scheme, parts.netloc)
@@ -267,13 +268,8 @@ def _redirected(url: str, address: str, location: str) -> str:
     return target
 
 
-def _address(url: str) -> str:
-    """Where a file is asked for: its URL, or an address signed with the environment's credentials."""
-    scheme = urlsplit(url).scheme
-    return url if scheme in ("http", "https") else _sign(scheme, url)
-
-
-def _sign(scheme: str, url: str) -> str:
+def _signed(scheme: str, url: str) -> str:
+    """The address of a file, signed with the environment's credentials."""
     try:
         import fsspec
 
@@ -350,6 +346,4 @@ def _forget_connections() -> None:
 os.register_at_fork(after_in_child=_forget_connections)  # a child would share its parent's sockets
 
 
-@cache
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
+_tls = cache(ssl.create_default_context)

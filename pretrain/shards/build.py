@@ -317,7 +317,7 @@ def _as_stored(item: Item, task: _Task) -> tuple[bytes, str]:
     return smaller, "jpg"
 
 
-def start_folder(out: Path, classes: Sequence[str] = ()) -> None:
+def start_folder(out: Path, classes: Sequence[str]) -> None:
     """Makes the folder of a new data set. Raises UserError when that cannot be, or its names cannot be kept."""
     if not is_text(set_name(out)):
         raise UserError(f"{shown(out)}: the folder's name is not UTF-8, and it names the data set; choose another one")

@@ -42,8 +42,10 @@ def files_below(folder: Path, passed_over: Counter[str] | None = None) -> list[P
         for name in names:
             if is_of_the_system(name):
                 skipped["hidden and system files"] += 1
-            elif _is_there(here / name):
-                found.append(here / name)
+            else:
+                refuse_broken_link(here / name)
+                if (here / name).is_file():  # sockets and devices are none
+                    found.append(here / name)
     return sorted(found)
 
 
@@ -61,12 +63,6 @@ def refuse_broken_link(path: Path) -> None:
             raise UserError(f"{path}: cannot be used ({error.strerror})") from None
         why = "leads in a circle" if error.errno == errno.ELOOP else "is not there"
         raise UserError(f"{path}: is a link to {os.readlink(path)}, which {why}; mend or remove it") from None
-
-
-def _is_there(path: Path) -> bool:
-    """Whether it is a file; sockets and devices are none."""
-    refuse_broken_link(path)
-    return path.is_file()
 
 
 def num_files(folder: Path) -> int:

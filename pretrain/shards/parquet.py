@@ -86,7 +86,7 @@ def _opened(path: Path) -> Any:
     return ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)  # else a whole row group would be in memory
 
 
-def columns_of(path: Path, label_column: str | None = None) -> Columns:
+def columns_of(path: Path, label_column: str | None) -> Columns:
     """Returns which columns of a file hold images and labels. Raises UserError when that is not clear."""
     try:
         with _opened(path) as file:
