@@ -943,7 +943,7 @@ def write_long_run(folder: Path) -> Path:
     run, path = folder / "tiny", folder / "in21k" / "manifest.json"
     path.parent.mkdir()
     sizes = [10_000] * 1419 + [LONG.num_samples - 14_190_000]
-    shards = [Shard(Path(f"{n:06d}.tar"), size, 10**9, "0" * 64) for n, size in enumerate(sizes)]
+    shards = [Shard(f"{n:06d}.tar", size, 10**9, "0" * 64) for n, size in enumerate(sizes)]
     write_manifest(path.parent, "in21k", shards, 21_843, has_names=False, shuffle=None)
     data = {"data__global_batch": LONG.global_batch, "data__held_out": LONG.held_out, "log__every_steps": 50}
     config = tiny_config(path.parent, folder, **data, total_steps=LONG_STEPS, log__samples=False)

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.permutation import words
-from pretrain.shards.archives import Splits
-from pretrain.shards.class_folders import class_folders, sorted_class_folders
+from pretrain.shards.archives import Splits, class_folders, sorted_class_folders
 from pretrain.shards.imagenet import class_numbers, imagenet, wnids
 from pretrain.shards.originals import cifar, dtd, flowers, pets
 from pretrain.shards.tfrecord import Features
