@@ -1,7 +1,6 @@
 """The shards of a data set as its manifest lists them."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, NamedTuple
@@ -32,11 +31,6 @@ class Shard(NamedTuple):
     def path(self) -> Path:
         """Its path."""
         return Path(self.place)
-
-
-def column(shards: Sequence[Shard], name: str) -> list[Any]:
-    """Returns a field of all shards."""
-    return [getattr(shard, name) for shard in shards]
 
 
 def shards_of(values: Fields, folder: Path) -> tuple[Shard, ...]:

@@ -11,7 +11,6 @@ from pretrain.data.lanes import Lanes, choose_lanes, fits
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.data.mixture import Mixture, choose_source_lanes, joined, phases_of, quotas_of
 from pretrain.data.order import Order, order_of
-from pretrain.data.shard_list import column
 from pretrain.data.store import make_folder, store_at
 from pretrain.errors import ConfigError
 from pretrain.evaluation import classification
@@ -131,8 +130,7 @@ def warn_of_small_store(manifest: Manifest, order: Order) -> None:
                 f"that a node has in use; each would be downloaded many times. Raise it to {needed / 1e9:.1f}"
             )
         return
-    sizes, urls = column(manifest.shards, "num_bytes"), column(manifest.shards, "url")
-    num_bytes = sum(size for size, url in zip(sizes, urls) if url)
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards if shard.url)
     if num_bytes > manifest.store.max_bytes:
         blocks = 1 - manifest.store.max_bytes / num_bytes
         say(
