@@ -67,9 +67,7 @@ class Save:
                 self._behind = False
                 if ranks.is_main() or not isinstance(lack, NoRoomError):  # which all ranks meet
                     warn(f"step {step}: {lack}; files are written while training waits")
-        self._writing = BackgroundJob(
-            lambda: _packed(*_written(self._temporary, contents, problem), rows), behind=self._behind
-        )
+        self._writing = BackgroundJob(lambda: _written(self._temporary, contents, problem, rows), behind=self._behind)
         self._publishing: BackgroundJob | None = None
         self.published: bool | None = None  # None: under way
 
@@ -153,11 +151,12 @@ def _one_by_one(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[tup
 
 
 def _written(
-    temporary: Path, contents: Iterable[tuple[str, FileCopy]], problem: str | None
-) -> tuple[str | None, list[dict[str, Any]]]:
-    """Writes this rank's files unless there is a problem already; returns what went wrong, and the manifest's entries.
+    temporary: Path, contents: Iterable[tuple[str, FileCopy]], problem: str | None, rows: list[tuple]
+) -> bytes:
+    """Writes this rank's files unless there is a problem already; returns what rank 0 needs of it.
 
-    The entries are incomplete when something went wrong.
+    That is what went wrong, the manifest's entries (incomplete then) and the index's rows. Thousands of rows, so as
+    bytes: sending objects holds up the training of both.
     """
     entries: list[dict[str, Any]] = []
 
@@ -166,11 +165,7 @@ def _written(
             copy.write(temporary / name)
             entries.append(_sealed(temporary / name))
 
-    return problem or attempt(write), entries
-
-
-def _packed(problem: str | None, entries: list[dict[str, Any]], rows: list[tuple]) -> bytes:
-    """What rank 0 needs of a rank, thousands of rows, as bytes: sending objects holds up the training of both."""
+    problem = problem or attempt(write)
     return json.dumps([problem, entries, rows]).encode()
 
 

@@ -103,14 +103,11 @@ def refused(folder: Path, earlier: tuple[int, int] | None = None) -> int | None:
 
 
 def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
-    told = str(error)
-    if isinstance(error, LostProcessError):  # told already
+    if not isinstance(error, RuntimeError) or isinstance(error, LostProcessError):  # the latter is told already
         return None
-    if not (isinstance(error, RuntimeError) and any(words in told for words in _LOST)):
+    first = next((line.strip() for line in str(error).splitlines() if any(words in line for words in _LOST)), None)
+    if first is None:
         return None
-    first = next(
-        (line.strip() for line in told.splitlines() if any(word in line for word in _LOST)), told.splitlines()[0]
-    )
     watchdog.beat()  # it is not this rank that hangs
     silent = peers.silent()
     # A node that does not answer is named by that: its report would come over the same wire, too late.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,6 @@ from pretrain.train.state import TrainState
 
 MAX_RECORDS_KEPT = 10_000  # of all ranks: some MB on rank 0, when they come together
 MAX_SKIPPED_IN_A_ROW = 3  # steps whose loss or gradients are not finite; then the run stops
-
-
-class Agreed(NamedTuple):
-    """What all ranks know, alike, after a step."""
-
-    stop: bool  # asked to, or by an error of any rank's following batch
-    saver_done: bool  # all ranks, with the part of a save that is under way
 
 
 class Journal:
@@ -54,20 +47,20 @@ class Journal:
         return agreement.begin_add_up(told)
 
     def note(
-        self,
-        state: TrainState,
-        batch: Batch,
-        result: StepResult,
-        answer: Callable[[], torch.Tensor],
-    ) -> Agreed:
-        """Writes down what the step used and lost, over all ranks. Raises BadSamplesError, NonFiniteError."""
+        self, state: TrainState, batch: Batch, result: StepResult, answer: Callable[[], torch.Tensor]
+    ) -> tuple[bool, bool]:
+        """Writes down what the step used and lost, over all ranks.
+
+        Returns whether to stop, as asked or for an error of any rank's following batch, and whether all ranks are done
+        with the part of a save that is under way; the same on all. Raises BadSamplesError, NonFiniteError.
+        """
         stopping, failed, num_valid, damaged, done, *bad = answer().tolist()
         try:
             self._note_losses(state, batch, result, num_valid, damaged, bad)
         except (BadSamplesError, NonFiniteError):
             self.write_down()  # the message says that they are named there
             raise
-        return Agreed(stop=bool(stopping or failed), saver_done=done == ranks.world_size())
+        return bool(stopping or failed), done == ranks.world_size()
 
     def write_down(self) -> None:
         """Writes on rank 0 what all ranks have left out since the last time. Called by all ranks.
@@ -100,7 +93,7 @@ class Journal:
 
     def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
         for reason, count in zip(REASONS, counts):
-            state.bad_samples[reason] = state.bad_samples.get(reason, 0) + count  # an older run may not know it
+            state.bad_samples[reason] += count
         self._bad.add(state.step, batch.bad, sum(counts))
         size = self._config.data.global_batch
         seen = state.step * size
