@@ -117,7 +117,7 @@ def find_checkpoint(path: Path) -> Path:
 def set_aside_newer(checkpoint: Path) -> None:
     """Renames the checkpoints newer than the one in use, which are damaged, to damaged-step-N. Raises OSError.
 
-    The run goes on before their step: they must not count as checkpoints kept.
+    The run goes on before their step: they must not count as checkpoints kept. For rank 0 alone.
     """
     for path in step_folders(checkpoint.parent):
         if step_of(path) > step_of(checkpoint):

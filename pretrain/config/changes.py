@@ -65,8 +65,8 @@ def resume_differences(saved: dict[str, Any], config: Config, also_free: Sequenc
     """
     before, now = dict(flatten(saved)), dict(flatten(config_to_dict(config)))
     free = {*MAY_CHANGE, *also_free}
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in free]
     endless = config.optim.schedule in ("rsqrt", "constant", "stair") and not config.optim.cooldown_steps
     if endless and config.total_steps >= before.get("total_steps", 0):
-        keys = [key for key in keys if key != "total_steps"]  # no rate depends on the end
+        free.add("total_steps")  # no rate depends on the end
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in free]
     return [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in keys]

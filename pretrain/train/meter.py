@@ -95,9 +95,9 @@ class Meter:
             "train/bad_samples": sum(state.bad_samples.values()),
             "train/damaged_samples": state.damaged_samples,
             "train/skipped_steps": state.skipped_steps,
+            "train/loss_spikes": self._spikes.count(losses),
+            **self._told_of_slow(waited_s, forward_s, elapsed),
         }
-        numbers["train/loss_spikes"] = self._spikes.count(losses)
-        numbers |= self._told_of_slow(waited_s, forward_s, elapsed)
         if result.applied:
             numbers["train/grad_norm"] = float(result.grad_norm)
         if engine.loss_scale is not None:
