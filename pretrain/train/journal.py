@@ -56,7 +56,23 @@ class Journal:
         """
         stopping, failed, num_valid, damaged, done, *bad = answer().tolist()
         try:
-            self._note_losses(state, batch, result, num_valid, damaged, bad)
+            if any(bad):
+                self._note_bad(state, batch, [int(count) for count in bad])
+            if damaged:
+                self._note_damaged(state, batch, int(damaged))
+            if not num_valid:  # its loss would be logged as 0, and a small set never reaches max_bad_fraction
+                raise BadSamplesError(
+                    f"step {state.step}: none of its {self._config.data.global_batch} images can be used; "
+                    "bad_samples.jsonl in the run's folder names them; "
+                    "tools/make_shards.py --verify checks all of a set"
+                )
+            if self._samples is not None:
+                used = [[e, i] for e, i in zip(batch.epoch.tolist(), batch.index.tolist()) if i >= 0]
+                self._samples.append({"step": state.step, "samples": used})
+            if result.applied:
+                state.skipped_in_a_row = 0
+            else:
+                self._note_skipped(state, batch, result)
         except (BadSamplesError, NonFiniteError):
             self.write_down()  # the message says that they are named there
             raise
@@ -69,27 +85,6 @@ class Journal:
         """
         self._bad.write()
         self._damaged.write()
-
-    def _note_losses(
-        self, state: TrainState, batch: Batch, result: StepResult, num_valid: float, damaged: float, bad: list[float]
-    ) -> None:
-        """What the step has lost, over all ranks."""
-        if any(bad):
-            self._note_bad(state, batch, [int(count) for count in bad])
-        if damaged:
-            self._note_damaged(state, batch, int(damaged))
-        if not num_valid:  # its loss would be logged as 0, and a small set never reaches max_bad_fraction
-            raise BadSamplesError(
-                f"step {state.step}: none of its {self._config.data.global_batch} images can be used; "
-                "bad_samples.jsonl in the run's folder names them; tools/make_shards.py --verify checks all of a set"
-            )
-        if self._samples is not None:
-            used = [[e, i] for e, i in zip(batch.epoch.tolist(), batch.index.tolist()) if i >= 0]
-            self._samples.append({"step": state.step, "samples": used})
-        if result.applied:
-            state.skipped_in_a_row = 0
-        else:
-            self._note_skipped(state, batch, result)
 
     def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
         for reason, count in zip(REASONS, counts):
