@@ -12,6 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from test_resume import expect_same_run, finish, steps_logged, wait_for_steps
 from tiny import make_shards, tiny_config
 
 from pretrain import log
-from pretrain.checkpoint.behind import BackgroundJob
+from pretrain.checkpoint import write
 from pretrain.checkpoint.find import newest_valid, validate
 from pretrain.checkpoint.layout import Slice, step_folders, step_of
 from pretrain.checkpoint.read import CheckpointReader
@@ -73,18 +74,22 @@ def save_step(
 
 def wait_in_jobs(gate: Gate, part: int, *, first_only: bool = False) -> None:
     """From now on the thread of one part of each save waits at the gate before and after its work."""
-    real, jobs = BackgroundJob._run, [0]
+    real, jobs = write.in_background, [0]
 
-    def run(self: BackgroundJob) -> None:
+    def begun(work: Callable[[], Any], *, behind: bool) -> Future[Any]:
         number, jobs[0] = jobs[0], jobs[0] + 1
-        waits = number == part if first_only else number % 2 == part
-        if waits:
-            gate.enter()
-        real(self)
-        if waits:
-            gate.leave()
 
-    BackgroundJob._run = run
+        def waiting() -> Any:
+            gate.enter()
+            try:
+                return work()
+            finally:
+                gate.leave()
+
+        waits = number == part if first_only else number % 2 == part
+        return real(waiting if waits else work, behind=behind)
+
+    write.in_background = begun
 
 
 def expect_sound(config: Config, at_least: int, valid: int) -> None:
@@ -461,9 +466,9 @@ def noted(folder: Path) -> list[int]:
     for step in range(6):
         saver.done = not taken and step >= (3 if ranks.rank() else 1)
         answer = journal.ask(batch, None, stop, saver)
-        agreed = journal.note(TrainState(step=step), batch, StepResult(torch.ones(3), 1.0, True), answer)
-        assert not agreed.stop
-        taken += [step] * agreed.saver_done
+        stopping, saver_done = journal.note(TrainState(step=step), batch, StepResult(torch.ones(3), 1.0, True), answer)
+        assert not stopping
+        taken += [step] * saver_done
     return taken
 
 

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -141,34 +142,18 @@ def _check_room(num_bytes: int) -> None:
         )
 
 
-class BackgroundJob:
-    """Work that is done behind the caller, in a thread of its own, or at once.
+def in_background(work: Callable[[], Any], *, behind: bool) -> Future[Any]:
+    """Does work behind the caller, in a thread of its own, or at once; returns what will have its outcome.
 
     The thread is a daemon: a process that ends by an error does not wait for it.
     """
+    outcome: Future[Any] = Future()
 
-    def __init__(self, work: Callable[[], Any], *, behind: bool) -> None:
-        self._work = work
-        self._outcome: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="saving", daemon=True)
-        self._thread.start() if behind else self._run()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            self._outcome = self._work()
+            outcome.set_result(work())
         except BaseException as error:
-            self._error = error
+            outcome.set_exception(error)
 
-    @property
-    def done(self) -> bool:
-        """Whether `result` would return at once."""
-        return not self._thread.is_alive()
-
-    def result(self) -> Any:
-        """Waits for the end; returns what the work returned, raises what it raised."""
-        if self._thread.ident is not None:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._outcome
+    threading.Thread(target=run, name="saving", daemon=True).start() if behind else run()
+    return outcome

@@ -115,14 +115,10 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def set_aside_newer(checkpoint: Path) -> None:
-    """Renames the checkpoints newer than the one in use, which are damaged, to damaged-step-N. Called by all ranks.
+    """Renames the checkpoints newer than the one in use, which are damaged, to damaged-step-N. Raises OSError.
 
-    The run goes on before their step: they must not count as checkpoints kept. Raises OSError, on all ranks.
+    The run goes on before their step: they must not count as checkpoints kept. For rank 0 alone.
     """
-    agreement.from_main(lambda: _set_aside_newer(checkpoint))
-
-
-def _set_aside_newer(checkpoint: Path) -> None:
     for path in step_folders(checkpoint.parent):
         if step_of(path) > step_of(checkpoint):
             aside = path.with_name(f"damaged-{path.name}")

@@ -4,12 +4,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain.checkpoint.behind import BackgroundJob, FileCopy, HostCopies, NoRoomError, wait_for_copies
+from pretrain.checkpoint.behind import FileCopy, HostCopies, NoRoomError, in_background, wait_for_copies
 from pretrain.checkpoint.layout import FORMAT, KINDS, VERSION, Slice, file_name, manifest_text, set_aside, step_folders
 from pretrain.cluster import agreement, ranks
 from pretrain.errors import StorageError
@@ -67,23 +68,21 @@ class Save:
                 self._behind = False
                 if ranks.is_main() or not isinstance(lack, NoRoomError):  # which all ranks meet
                     warn(f"step {step}: {lack}; files are written while training waits")
-        self._writing = BackgroundJob(
-            lambda: _packed(*_written(self._temporary, contents, problem), rows), behind=self._behind
-        )
-        self._publishing: BackgroundJob | None = None
+        self._writing = in_background(lambda: _written(self._temporary, contents, problem, rows), behind=self._behind)
+        self._publishing: Future[bool] | None = None
         self.published: bool | None = None  # None: under way
 
     @property
     def done(self) -> bool:
         """Whether this rank's share of the part under way is done: `advance` is due when it is so on all ranks."""
-        return (self._publishing or self._writing).done
+        return (self._publishing or self._writing).done()
 
     def advance(self) -> None:
         """Ends the part under way, waiting for it, and begins the next one; after the second, `published` is set."""
         if self._publishing is None:
             gathered = agreement.to_main(self._writing.result())
             main = ranks.is_main()
-            self._publishing = BackgroundJob(lambda: main and self._publish(gathered), behind=main and self._behind)
+            self._publishing = in_background(lambda: main and self._publish(gathered), behind=main and self._behind)
         else:
             self.published = agreement.from_main(self._publishing.result)
 
@@ -153,11 +152,12 @@ def _one_by_one(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[tup
 
 
 def _written(
-    temporary: Path, contents: Iterable[tuple[str, FileCopy]], problem: str | None
-) -> tuple[str | None, list[dict[str, Any]]]:
-    """Writes this rank's files unless there is a problem already; returns what went wrong, and the manifest's entries.
+    temporary: Path, contents: Iterable[tuple[str, FileCopy]], problem: str | None, rows: list[tuple]
+) -> bytes:
+    """Writes this rank's files unless there is a problem already; returns what rank 0 needs of it.
 
-    The entries are incomplete when something went wrong.
+    That is what went wrong, the manifest's entries (incomplete then) and the index's rows. Thousands of rows, so as
+    bytes: sending objects holds up the training of both.
     """
     entries: list[dict[str, Any]] = []
 
@@ -166,11 +166,7 @@ def _written(
             copy.write(temporary / name)
             entries.append(_sealed(temporary / name))
 
-    return problem or attempt(write), entries
-
-
-def _packed(problem: str | None, entries: list[dict[str, Any]], rows: list[tuple]) -> bytes:
-    """What rank 0 needs of a rank, thousands of rows, as bytes: sending objects holds up the training of both."""
+    problem = problem or attempt(write)
     return json.dumps([problem, entries, rows]).encode()
 
 

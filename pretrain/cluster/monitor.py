@@ -115,6 +115,13 @@ def report(folder: Path, rank: int, line: str, start: bytes, stacks: str = "", *
         os.replace(temporary, path)
 
 
+def tell(folder: Path, rank: int, line: str, start: bytes, stacks: str, *, waiting: bool = False) -> None:
+    """Says on stderr and by `report` how a rank was lost."""
+    with suppress(OSError):  # before the report: what hangs may be the disk
+        os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
+    report(folder, rank, line, start, stacks, waiting=waiting)
+
+
 def name_of(start: bytes) -> str:
     """Returns a start's name, "" before it has one."""
     return start.rstrip(b"\0").decode()
@@ -141,7 +148,7 @@ def _watch(memory: mmap.mmap, stacks: int, rank: int, process: int, folder: Path
         who, where = place(rank, process, beat)
         if os.getppid() != process:
             line = f"{who} is gone, {where}: killed, or out of memory"
-            return _tell(folder, rank, line, beat.start, "")
+            return tell(folder, rank, line, beat.start, "")
         silent_s = age.look(beat.count)
         stopped_for = stopped_for + LOOK_EVERY_S if state_of(process) == "T" else 0.0
         if stopped_for >= stopped_s:
@@ -157,13 +164,7 @@ def _watch(memory: mmap.mmap, stacks: int, rank: int, process: int, folder: Path
             continue
         with suppress(OSError):
             os.kill(process, signal.SIGKILL)
-        return _tell(folder, rank, line, beat.start, read_stacks(stacks))
-
-
-def _tell(folder: Path, rank: int, line: str, start: bytes, stacks: str) -> None:
-    with suppress(OSError):  # before the report: what hangs may be the disk
-        os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
-    report(folder, rank, line, start, stacks)
+        return tell(folder, rank, line, beat.start, read_stacks(stacks))
 
 
 def main() -> None:

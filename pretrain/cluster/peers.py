@@ -114,5 +114,6 @@ def silent(seconds: float = ANSWER_S) -> list[str]:
 
 
 def _named(node: _Node) -> str:
-    many = node.first_rank != node.last_rank
-    return f"{node.host} (rank{'s' * many} {node.first_rank}" + f" to {node.last_rank})" * many + ")" * (not many)
+    if node.first_rank == node.last_rank:
+        return f"{node.host} (rank {node.first_rank})"
+    return f"{node.host} (ranks {node.first_rank} to {node.last_rank})"

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from pretrain.cluster import monitor, slurm
+from pretrain.cluster.forks import Fork
 from pretrain.cluster.jobs import PART_OF
 from pretrain.cluster.local import free_port, rank_variables
 from pretrain.cluster.signals import SUPERVISOR, StopRequest
@@ -37,21 +37,7 @@ _OTHERS = {
 }
 
 
-class Process(Protocol):
-    """What is needed of subprocess.Popen."""
-
-    @property
-    def pid(self) -> int: ...
-
-    def poll(self) -> int | None:
-        """The exit code, -N for signal N; None: it runs."""
-        ...
-
-    def wait(self) -> int: ...
-
-    def send_signal(self, number: int, /) -> None: ...
-
-
+Process = subprocess.Popen[bytes] | Fork
 Start = Callable[[Mapping[str, str]], Process]  # starts a rank with these variables beside this process's own
 
 

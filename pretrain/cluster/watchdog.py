@@ -278,10 +278,7 @@ class _Watch:
         who, where = monitor.place(self._rank, os.getpid(), beat)
         line = f"{who} {what}, {where}: {silent_s:.0f} s without a sign of life, the limit is {limit_s:.0f} s"
         faulthandler.dump_traceback(self._stacks, all_threads=True)
-        stacks = monitor.read_stacks(self._stacks)
-        with suppress(OSError):  # before the report: what hangs may be the disk
-            os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
-        monitor.report(self._folder, self._rank, line, beat.start, stacks, waiting=waiting)
+        monitor.tell(self._folder, self._rank, line, beat.start, monitor.read_stacks(self._stacks), waiting=waiting)
         with suppress(Exception):
             self.also(LostProcessError(line))
         monitor.write_beat(self._memory, beat._replace(ended=True))

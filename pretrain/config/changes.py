@@ -1,10 +1,14 @@
 """What a resumed run, or a run that branches off, may change."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from pretrain.config.reading import config_to_dict, flatten
-from pretrain.config.sections import Config
+from pretrain.config.sections import CheckpointConfig, Config, EvalConfig, LogConfig, ProfileConfig
+
+# All of these settings may change: none has a part in what a step computes.
+_FREE_SECTIONS = {"evaluation": EvalConfig, "log": LogConfig, "profile": ProfileConfig, "checkpoint": CheckpointConfig}
 
 # What a resumed run may change without becoming another run: where things lie, how often they are written, and how the
 # same global batch is computed on the machine at hand. A longer total_steps is judged by `resume_differences`.
@@ -31,26 +35,7 @@ MAY_CHANGE = (
     "engine.checkpoint_activations",
     "engine.timeout_s",
     "engine.watchdog_s",
-    "evaluation.every_steps",
-    "evaluation.batch_size",
-    "evaluation.fewshot_train",
-    "evaluation.fewshot_test",
-    "evaluation.fewshot_shots",
-    "evaluation.fewshot_every_steps",
-    "evaluation.knn",
-    "log.every_steps",
-    "log.layers_every_steps",
-    "log.samples",
-    "log.wandb_project",
-    "log.wandb_entity",
-    "profile.at_step",
-    "profile.num_steps",
-    "checkpoint.every_steps",
-    "checkpoint.behind",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every_steps",
-    "checkpoint.keep_best",
-    "checkpoint.copy_to",
+    *(f"{name}.{f.name}" for name, section in _FREE_SECTIONS.items() for f in fields(section)),
 )
 
 # What a run with branch_from may also change, against the run that it continues: its name, its length, its rates, and
@@ -80,8 +65,8 @@ def resume_differences(saved: dict[str, Any], config: Config, also_free: Sequenc
     """
     before, now = dict(flatten(saved)), dict(flatten(config_to_dict(config)))
     free = {*MAY_CHANGE, *also_free}
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in free]
     endless = config.optim.schedule in ("rsqrt", "constant", "stair") and not config.optim.cooldown_steps
     if endless and config.total_steps >= before.get("total_steps", 0):
-        keys = [key for key in keys if key != "total_steps"]  # no rate depends on the end
+        free.add("total_steps")  # no rate depends on the end
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in free]
     return [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in keys]

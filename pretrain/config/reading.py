@@ -51,15 +51,46 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), tell: Callable[
     Raises ConfigError, one line that names the file or the override at fault, the key and a suggestion, and
     StorageError when the file cannot be read for now.
     """
-    return _to_config(str(path), _read_yaml(Path(path)), overrides, tell)
+    return config_from_dict(_read_yaml(Path(path)), str(path), overrides, tell)
 
 
-def config_from_dict(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
-    """Returns the config in nested dicts, all or part of `config_to_dict`'s, changed by `key=value` overrides.
+def config_from_dict(
+    values: dict[str, Any],
+    source: str,
+    overrides: Sequence[str] = (),
+    tell: Callable[[str], object] | None = None,
+) -> Config:
+    """Returns the config in nested dicts, all or part of `config_to_dict`'s, changed by overrides as in `load_config`.
 
-    Raises ConfigError when `values` is not one.
+    source: where the dicts come from. Raises ConfigError when `values` is not a config.
     """
-    return _to_config(source, values, overrides)
+    merged, given = _defaults(), set()
+    changes = [(short(text), _read_override(text, overrides[n + 1 :])) for n, text in enumerate(overrides)]
+    for origin, part in [(source, values), *changes]:
+        before = {} if part is values else OmegaConf.to_container(merged.model)
+        merged = _merge(merged, part, origin)
+        keys = {key for key, _ in flatten(part)}
+        _set_length(merged, keys)
+        if tell and before and "model.name" in keys and (dropped := _without_effect(merged, before)):
+            have = "has" if len(dropped) == 1 else "have"
+            tell(f"{origin}: {', '.join(dropped)} of {source} {have} no effect on it: dropped")
+            given -= {key.partition("=")[0] for key in dropped}
+        given |= keys
+    try:
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"no value for {', '.join(missing)}; set it in the file or as KEY=VALUE")
+        written = merged.model.name
+        config = OmegaConf.to_object(merged)
+        assert isinstance(config, Config)
+        for key in ("image_size", "patch_size"):  # a name's own one replaces the default, and nothing else
+            if f"model.{key}" in given and (value := merged.model[key]) != (said := getattr(config.model, key)):
+                plain = f"model.name={config.model.name} with image_size and patch_size"
+                raise ConfigError(f"model.{key} is {value}, but {written} has {said}; remove one, or give {plain}")
+    except ConfigError as error:
+        raise ConfigError(by_source(error.args, source, overrides)) from None
+    except _REFUSED as error:
+        raise ConfigError(by_source([_first_line(error, source)], source, overrides)) from None
+    return config
 
 
 def model_from_dict(values: Any, source: str) -> ModelConfig:
@@ -105,9 +136,8 @@ def _default_values() -> Any:
 def _merge(merged: Any, values: Any, source: str) -> Any:
     """Returns `merged` changed by `values`, which may be of any shape. Raises ConfigError."""
     try:
-        plain = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
-        _check_values(plain, source)  # whoever wrote it: file, override, somebody's checkpoint
-        plain = with_whole_numbers(_at_home(plain), _schema())
+        _check_values(values, source)  # whoever wrote it: file, override, somebody's checkpoint
+        plain = with_whole_numbers(_at_home(values), _schema())
         if wrong := "; ".join(_unlike(source, *found) for found in wrong_values(plain, _schema(), _default_values())):
             raise ConfigError(f"{source}: {wrong}")
         merged = OmegaConf.merge(merged, OmegaConf.create(plain))
@@ -136,37 +166,6 @@ def _at_home(values: Any) -> Any:
     if isinstance(values, list):
         return [_at_home(value) for value in values]
     return os.path.expanduser(values) if isinstance(values, str) and values.startswith("~/") else values
-
-
-def _to_config(
-    source: str, values: Any, overrides: Sequence[str], tell: Callable[[str], object] | None = None
-) -> Config:
-    merged, given = _defaults(), set()
-    for origin, part in [(source, values), *_each(overrides)]:
-        before = {} if part is values else OmegaConf.to_container(merged.model)
-        merged = _merge(merged, part, origin)
-        keys = {key for key, _ in flatten(OmegaConf.to_container(OmegaConf.create(part)))}
-        _set_length(merged, keys)
-        if tell and before and "model.name" in keys and (dropped := _without_effect(merged, before)):
-            have = "has" if len(dropped) == 1 else "have"
-            tell(f"{origin}: {', '.join(dropped)} of {source} {have} no effect on it: dropped")
-            given -= {key.partition("=")[0] for key in dropped}
-        given |= keys
-    try:
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(f"no value for {', '.join(missing)}; set it in the file or as KEY=VALUE")
-        written = merged.model.name
-        config = OmegaConf.to_object(merged)
-        assert isinstance(config, Config)
-        for key in ("image_size", "patch_size"):  # a name's own one replaces the default, and nothing else
-            if f"model.{key}" in given and (value := merged.model[key]) != (said := getattr(config.model, key)):
-                plain = f"model.name={config.model.name} with image_size and patch_size"
-                raise ConfigError(f"model.{key} is {value}, but {written} has {said}; remove one, or give {plain}")
-    except ConfigError as error:
-        raise ConfigError(by_source(error.args, source, overrides)) from None
-    except _REFUSED as error:
-        raise ConfigError(by_source([_first_line(error, source)], source, overrides)) from None
-    return config
 
 
 def _set_length(merged: Any, keys: set[str]) -> None:
@@ -200,17 +199,18 @@ def _read_yaml(path: Path) -> Any:
         if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
             raise StorageError(f"{path}: cannot be read for now ({error.strerror})") from None
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: cannot be read ({_reason(error)}){did_you_mean(path.name, near)}") from None
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ConfigError(f"{path}: cannot be read ({reason}){did_you_mean(path.name, near)}") from None
     try:
         _check_text(text, str(path))
-        values = OmegaConf.create(text)
+        values = OmegaConf.to_container(OmegaConf.create(text))
     except ConfigError:
         raise
     except AssertionError:  # omegaconf's answer to a file that holds one number
         values = None
     except _REFUSED as error:
         raise _refusal(str(path), "not valid YAML", error) from None
-    if not OmegaConf.is_dict(values):
+    if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines")
     return values
 
@@ -222,11 +222,6 @@ def _refusal(source: str, what: str, error: Exception) -> ConfigError:
     return ConfigError(f"{source}: {what}: {short(told, 600)}")
 
 
-def _each(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    for number, text in enumerate(overrides):
-        yield short(text), _read_override(text, overrides[number + 1 :])
-
-
 def _read_override(text: str, following: Sequence[str]) -> Any:
     key, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")) or key.startswith("-"):
@@ -236,7 +231,7 @@ def _read_override(text: str, following: Sequence[str]) -> Any:
         raise ConfigError(f"{short(text)}: is nested more than {MAX_NESTING} deep")
     try:
         _check_text(value, short(text))
-        return OmegaConf.from_dotlist([text])
+        return OmegaConf.to_container(OmegaConf.from_dotlist([text]))
     except ConfigError:
         raise
     except _REFUSED as error:
@@ -384,7 +379,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()

@@ -47,11 +47,18 @@ def wrong_values(
             yield f"{prefix}{key}", value, _words(expected, defaults[key])
 
 
-def with_whole_numbers(values: Any, schema: dict[str, Any]) -> Any:
-    """Returns the values with 1000 in place of 1e3, a float to YAML, where a whole number is expected."""
-    if not isinstance(values, dict):
-        return values
-    return {key: _whole(value, schema.get(key)) for key, value in values.items()}
+def with_whole_numbers(value: Any, expected: Any) -> Any:
+    """Returns a value with 1000 in place of 1e3, a float to YAML, where a whole number is expected.
+
+    expected: its type's name; of a section the names by key, nested; None: unknown.
+    """
+    if isinstance(expected, dict) and isinstance(value, dict):
+        return {key: with_whole_numbers(item, expected.get(key)) for key, item in value.items()}
+    kind = expected.removesuffix(_OR_NULL) if isinstance(expected, str) else ""
+    if kind == "list[int]" and isinstance(value, list):
+        return [with_whole_numbers(item, "int") for item in value]
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
+    return int(value) if kind == "int" and is_whole else value
 
 
 def shown_value(value: Any) -> str:
@@ -70,16 +77,6 @@ def type_name(hint: Any) -> str:
     if isinstance(hint, UnionType):
         return " | ".join("None" if part is NoneType else type_name(part) for part in get_args(hint))
     return hint.__name__ if type(hint) is type else str(hint)
-
-
-def _whole(value: Any, expected: Any) -> Any:
-    if isinstance(expected, dict):
-        return with_whole_numbers(value, expected)
-    kind = expected.removesuffix(_OR_NULL) if isinstance(expected, str) else ""
-    if kind == "list[int]" and isinstance(value, list):
-        return [_whole(item, "int") for item in value]
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
-    return int(value) if kind == "int" and is_whole else value
 
 
 def _section(key: str, value: Any, keys: dict[str, Any]) -> str:

@@ -56,11 +56,8 @@ class OwnedSlices:
             if mapping is None:
                 return None
             flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
-            offset, start, numel = (
-                mapping.lp_fragment_address.start,
-                mapping.hp_fragment_address.start,
-                mapping.lp_fragment_address.numel,
-            )
+            held_at, owned_at = mapping.lp_fragment_address, mapping.hp_fragment_address
+            offset, start, numel = held_at.start, owned_at.start, held_at.numel
             shape = tuple(parameter.shape)
             held = parameter.detach().view(-1)[offset : offset + numel]
         return Part(name, shape, offset, flat, start, numel, held) if numel else None

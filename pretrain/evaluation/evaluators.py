@@ -177,8 +177,8 @@ def on_main(solve: Callable[[], Any], stop_agreed: Callable[[], bool]) -> Any:
     The others wait with signs of life. Raises EvaluationStopped on all ranks when `stop_agreed` says so meanwhile.
     """
     main = ranks.is_main()
-    work = behind.BackgroundJob(lambda: main and solve(), behind=main)
-    while agreement.any_rank(not work.done):
+    work = behind.in_background(lambda: main and solve(), behind=main)
+    while agreement.any_rank(not work.done()):
         if stop_agreed():
             raise EvaluationStopped
         time.sleep(_LOOK_EVERY_S)

@@ -103,33 +103,25 @@ def refused(folder: Path, earlier: tuple[int, int] | None = None) -> int | None:
 
 
 def _lost_process(error: Exception, folder: Path) -> LostProcessError | None:
-    told = str(error)
-    if isinstance(error, LostProcessError):  # told already
+    if not isinstance(error, RuntimeError) or isinstance(error, LostProcessError):  # the latter is told already
         return None
-    if not (isinstance(error, RuntimeError) and any(words in told for words in _LOST)):
+    first = next((line.strip() for line in str(error).splitlines() if any(words in line for words in _LOST)), None)
+    if first is None:
         return None
-    first = next(
-        (line.strip() for line in told.splitlines() if any(word in line for word in _LOST)), told.splitlines()[0]
-    )
     watchdog.beat()  # it is not this rank that hangs
     silent = peers.silent()
     # A node that does not answer is named by that: its report would come over the same wire, too late.
     known = watchdog.lost_others(folder, 0.0 if silent else _WAIT_FOR_REPORT_S) if ranks.world_size() > 1 else []
+    who = f"rank {ranks.rank()} of {ranks.world_size()} lost another"
+    first, again = first[:200], "the same command goes on from the newest checkpoint"
     if silent:
-        return LostProcessError(
-            f"rank {ranks.rank()} of {ranks.world_size()} lost another node of the run: {'; '.join(silent[:_TOLD])}"
-            + (f" and {len(silent) - _TOLD:,} more" if len(silent) > _TOLD else "")
-            + (f"; {known[0]}" if known else f" ({first[:200]})")
-            + "; the same command goes on from the newest checkpoint"
-        )
+        more = f" and {len(silent) - _TOLD:,} more" if len(silent) > _TOLD else ""
+        reason = f"; {known[0]}" if known else f" ({first})"
+        return LostProcessError(f"{who} node of the run: {'; '.join(silent[:_TOLD])}{more}{reason}; {again}")
     if known:
-        may_retry = refused(folder) is None
-        way = "the same command goes on from the newest checkpoint" if may_retry else "that has to be changed"
-        return LostProcessError(
-            f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run: {known[0]}; {way}"
-        )
+        way = again if refused(folder) is None else "that has to be changed"
+        return LostProcessError(f"{who} process of the run: {known[0]}; {way}")
     return LostProcessError(
-        f"rank {ranks.rank()} of {ranks.world_size()} lost another process of the run, which is gone or hangs: its own "
-        f"message stands above, or in the log of its node ({first[:200]}); the same command goes on from the newest "
-        "checkpoint"
+        f"{who} process of the run, which is gone or hangs: its own message stands above, or in the log of its node "
+        f"({first}); {again}"
     )

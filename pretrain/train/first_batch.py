@@ -27,21 +27,17 @@ def show_first_batch(batch: Batch, class_names: Sequence[str], log: RunLog) -> N
     """Writes the picture of a batch, on rank 0. One that cannot be drawn, without a font say, is a warning."""
     if not ranks.is_main():
         return
+    slots = torch.nonzero(batch.index >= 0).flatten()[:MAX_IMAGES].tolist()  # others fill a micro-batch up
     try:
-        _show(batch, class_names, log)
+        captions = [
+            caption(batch.labels[n], batch.label_weights[n], class_names) if batch.valid[n] else "(could not be used)"
+            for n in slots
+        ]
+        picture, places, side = _drawn(batch.images[slots], captions)
+        images = [{"x": x, "y": y, "caption": text} for (x, y), text in zip(places, captions)]
+        log.image("batch", picture, {"format": "pretrain-batch", "version": 1, "side": side, "images": images})
     except Exception as error:
         warn(f"batch.png: {error}; the training goes on without it")
-
-
-def _show(batch: Batch, class_names: Sequence[str], log: RunLog) -> None:
-    slots = torch.nonzero(batch.index >= 0).flatten()[:MAX_IMAGES].tolist()  # others fill a micro-batch up
-    captions = [
-        caption(batch.labels[n], batch.label_weights[n], class_names) if batch.valid[n] else "(could not be used)"
-        for n in slots
-    ]
-    picture, places, side = _drawn(batch.images[slots], captions)
-    images = [{"x": x, "y": y, "caption": text} for (x, y), text in zip(places, captions)]
-    log.image("batch", picture, {"format": "pretrain-batch", "version": 1, "side": side, "images": images})
 
 
 def caption(labels: torch.Tensor, weights: torch.Tensor, class_names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,6 @@ from pretrain.train.state import TrainState
 
 MAX_RECORDS_KEPT = 10_000  # of all ranks: some MB on rank 0, when they come together
 MAX_SKIPPED_IN_A_ROW = 3  # steps whose loss or gradients are not finite; then the run stops
-
-
-class Agreed(NamedTuple):
-    """What all ranks know, alike, after a step."""
-
-    stop: bool  # asked to, or by an error of any rank's following batch
-    saver_done: bool  # all ranks, with the part of a save that is under way
 
 
 class Journal:
@@ -54,20 +47,36 @@ class Journal:
         return agreement.begin_add_up(told)
 
     def note(
-        self,
-        state: TrainState,
-        batch: Batch,
-        result: StepResult,
-        answer: Callable[[], torch.Tensor],
-    ) -> Agreed:
-        """Writes down what the step used and lost, over all ranks. Raises BadSamplesError, NonFiniteError."""
+        self, state: TrainState, batch: Batch, result: StepResult, answer: Callable[[], torch.Tensor]
+    ) -> tuple[bool, bool]:
+        """Writes down what the step used and lost, over all ranks.
+
+        Returns whether to stop, as asked or for an error of any rank's following batch, and whether all ranks are done
+        with the part of a save that is under way; the same on all. Raises BadSamplesError, NonFiniteError.
+        """
         stopping, failed, num_valid, damaged, done, *bad = answer().tolist()
         try:
-            self._note_losses(state, batch, result, num_valid, damaged, bad)
+            if any(bad):
+                self._note_bad(state, batch, [int(count) for count in bad])
+            if damaged:
+                self._note_damaged(state, batch, int(damaged))
+            if not num_valid:  # its loss would be logged as 0, and a small set never reaches max_bad_fraction
+                raise BadSamplesError(
+                    f"step {state.step}: none of its {self._config.data.global_batch} images can be used; "
+                    "bad_samples.jsonl in the run's folder names them; "
+                    "tools/make_shards.py --verify checks all of a set"
+                )
+            if self._samples is not None:
+                used = [[e, i] for e, i in zip(batch.epoch.tolist(), batch.index.tolist()) if i >= 0]
+                self._samples.append({"step": state.step, "samples": used})
+            if result.applied:
+                state.skipped_in_a_row = 0
+            else:
+                self._note_skipped(state, batch, result)
         except (BadSamplesError, NonFiniteError):
             self.write_down()  # the message says that they are named there
             raise
-        return Agreed(stop=bool(stopping or failed), saver_done=done == ranks.world_size())
+        return bool(stopping or failed), done == ranks.world_size()
 
     def write_down(self) -> None:
         """Writes on rank 0 what all ranks have left out since the last time. Called by all ranks.
@@ -77,30 +86,9 @@ class Journal:
         self._bad.write()
         self._damaged.write()
 
-    def _note_losses(
-        self, state: TrainState, batch: Batch, result: StepResult, num_valid: float, damaged: float, bad: list[float]
-    ) -> None:
-        """What the step has lost, over all ranks."""
-        if any(bad):
-            self._note_bad(state, batch, [int(count) for count in bad])
-        if damaged:
-            self._note_damaged(state, batch, int(damaged))
-        if not num_valid:  # its loss would be logged as 0, and a small set never reaches max_bad_fraction
-            raise BadSamplesError(
-                f"step {state.step}: none of its {self._config.data.global_batch} images can be used; "
-                "bad_samples.jsonl in the run's folder names them; tools/make_shards.py --verify checks all of a set"
-            )
-        if self._samples is not None:
-            used = [[e, i] for e, i in zip(batch.epoch.tolist(), batch.index.tolist()) if i >= 0]
-            self._samples.append({"step": state.step, "samples": used})
-        if result.applied:
-            state.skipped_in_a_row = 0
-        else:
-            self._note_skipped(state, batch, result)
-
     def _note_bad(self, state: TrainState, batch: Batch, counts: list[int]) -> None:
         for reason, count in zip(REASONS, counts):
-            state.bad_samples[reason] = state.bad_samples.get(reason, 0) + count  # an older run may not know it
+            state.bad_samples[reason] += count
         self._bad.add(state.step, batch.bad, sum(counts))
         size = self._config.data.global_batch
         seen = state.step * size

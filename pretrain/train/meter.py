@@ -36,15 +36,14 @@ class Meter:
         self._spikes, self._slow_ranks = LossSpikes(), SlowRanks()
         self._hosts = agreement.gather(socket.gethostname())
         # Under ZeRO 3 a forward pass waits for the others' weights: then only the waiting for data is a rank's own.
-        self._forward_s = 0.0
         if config.engine.zero_stage < 3 and ranks.world_size() > 1:
             engine.on_forward(self._add_forward)
         self._restart()
 
     def _restart(self) -> None:
-        self._started, self._steps, self._waited_s, self._paused_s = time.perf_counter(), 0, 0.0, 0.0
+        self._started, self._steps = time.perf_counter(), 0
+        self._waited_s = self._forward_s = self._paused_s = 0.0
         self._step_sums: list[torch.Tensor] = []
-        self._forward_s = 0.0
 
     def _add_forward(self, seconds: float) -> None:
         self._forward_s += seconds
@@ -96,9 +95,9 @@ class Meter:
             "train/bad_samples": sum(state.bad_samples.values()),
             "train/damaged_samples": state.damaged_samples,
             "train/skipped_steps": state.skipped_steps,
+            "train/loss_spikes": self._spikes.count(losses),
+            **self._told_of_slow(waited_s, forward_s, elapsed),
         }
-        numbers["train/loss_spikes"] = self._spikes.count(losses)
-        numbers |= self._told_of_slow(waited_s, forward_s, elapsed)
         if result.applied:
             numbers["train/grad_norm"] = float(result.grad_norm)
         if engine.loss_scale is not None:

@@ -39,7 +39,7 @@ class Profile:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around the training's step of this number, from 1 on."""
-        if self._trace is None and (number == self._settings.at_step or self._is_asked(number)) and ranks.is_main():
+        if self._trace is None and ranks.is_main() and (number == self._settings.at_step or self._is_asked(number)):
             self._begin(number)
         if self._trace is None:
             yield
@@ -52,7 +52,7 @@ class Profile:
     def _is_asked(self, number: int) -> bool:
         """Looks for the file, behind a log line, and takes it away."""
         with suppress(OSError):
-            if number % self._look_every == 1 % self._look_every and ranks.is_main():
+            if number % self._look_every == 1 % self._look_every:
                 (self._folder / ASKED).unlink()
                 return True
         return False

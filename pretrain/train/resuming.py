@@ -1,6 +1,6 @@
 """What a checkpoint says of a run's data and settings, and what of it a start that goes on from it may not change."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pretrain.config import (
 )
 from pretrain.data.lanes import lanes_in
 from pretrain.data.manifest import Manifest
-from pretrain.data.mixture import Phase, begun, lanes_as_numbers, phases_in, phases_of, source_lanes_in, told_phases
+from pretrain.data.mixture import begun, lanes_as_numbers, phases_in, phases_of, source_lanes_in, told_phases
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, UserError
 from pretrain.json_files import Fields, brief
@@ -32,7 +32,10 @@ def fingerprint(train_set: Manifest, order: Order) -> dict[str, Any]:
         numbers["sources"] = _sources(train_set)
         for source, lanes in zip(numbers["sources"], order.mixture.lanes):
             source |= lanes_as_numbers(lanes)
-        numbers["phases"] = _phases(order.mixture.phases, order.global_batch)
+        numbers["phases"] = [
+            {"step": phase.first_slot // order.global_batch, "quotas": list(phase.quotas)}
+            for phase in order.mixture.phases
+        ]
     return {
         "format": "pretrain-data-state",
         "version": 1,
@@ -46,10 +49,6 @@ def _sources(train_set: Manifest) -> list[dict[str, Any]]:
         {"name": source.name, "manifest_sha256": source.sha256, "num_samples": source.num_samples}
         for source in train_set.sources
     ]
-
-
-def _phases(phases: Sequence[Phase], global_batch: int) -> list[dict[str, Any]]:
-    return [{"step": phase.first_slot // global_batch, "quotas": list(phase.quotas)} for phase in phases]
 
 
 def _other_mixture(order: Fields, step: int, config: Config, train_set: Manifest) -> list[str]:

@@ -5,11 +5,10 @@ deepspeed launch/pretrain.py --config configs/NAME.yaml
 
 import gc
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -85,8 +84,8 @@ def _short_collections() -> Iterator[None]:
 
 
 def _train(given: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
-    config: Config = agreement.together(lambda: _finding_data(folder, lambda: in_steps(given)))
-    data: DataSets = agreement.together(lambda: _finding_data(folder, lambda: open_data(config)))
+    opened: tuple[Config, DataSets] = agreement.together(lambda: _opened(folder, given))
+    config, data = opened
     restore_copy(config, stop)
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
@@ -109,7 +108,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         warn_of_single_reads(config.data, data.train, data.order)
     engine = build_engine(config, data, device, from_scratch=start is None)
     if checkpoint is not None:
-        set_aside_newer(checkpoint)
+        agreement.from_main(lambda: set_aside_newer(checkpoint))
     state = _resume(engine, start, config) if start else _start(config)
     facts = facts_of(data, engine.num_parameters, device)
     agreement.from_main(
@@ -137,10 +136,11 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     engine.close()
 
 
-def _finding_data(folder: Path, find: Callable[[], Any]) -> Any:
-    """What `find` returns. Data that an earlier start found, but this one does not, is on a disk that is away."""
+def _opened(folder: Path, given: Config) -> tuple[Config, DataSets]:
+    """The config in steps, and its data. Data that an earlier start found, but this one does not: the disk is away."""
     try:
-        return find()
+        config = in_steps(given)
+        return config, open_data(config)
     except NotFoundError as error:
         if not has_started(folder):
             raise

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.behind import BackgroundJob, HostCopies
+from pretrain.checkpoint.behind import HostCopies, in_background
 from pretrain.checkpoint.copies import Copier, has_checkpoints, restore
 from pretrain.checkpoint.retention import apply_retention
 from pretrain.checkpoint.second_place import SecondPlace
@@ -43,10 +43,10 @@ def restore_copy(config: Config, stop: signals.StopRequest) -> None:
     main, folder = ranks.is_main(), _folder_of(config)
     has_own = agreement.from_main(lambda: has_checkpoints(folder))
     place = partial(SecondPlace, url, config.name)
-    job = BackgroundJob(lambda: main and restore(place, folder, _told_by(config)), behind=main)
+    job = in_background(lambda: main and restore(place, folder, _told_by(config)), behind=main)
     limit = LOOKED_S if has_own else RESTORED_S
     until = time.monotonic() + limit
-    while agreement.any_rank(not job.done):  # a download takes longer than a collective may
+    while agreement.any_rank(not job.done()):  # a download takes longer than a collective may
         if agreement.any_rank(stop.signal_name is not None):
             return
         if agreement.any_rank(time.monotonic() > until):

@@ -25,9 +25,7 @@ class TrainState:
     recent_bad: list[list[int]] = field(default_factory=list)  # of late: pretrain.data.loader.count_recent
     damaged_samples: int = 0  # used nevertheless
     metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation after this very step, if there was one
-    window: list[float] = field(
-        default_factory=lambda: [0.0, 0.0, 0.0]
-    )  # loss, correct, images since the last log line
+    window: list[float] = field(default_factory=lambda: [0.0] * 3)  # loss, correct, images since the last log line
 
     @classmethod
     def of(cls, saved: Fields) -> "TrainState":
