@@ -69,7 +69,7 @@ def _exists(parts: list[str]) -> bool:
         source = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
         if source.is_file():
             rest, text = parts[depth:], source.read_text()
-            return all(re.search(rf"\b(def|class) {name}\b| as {name}$", text, re.M) for name in rest)
+            return all(re.search(rf"\b(def|class) {name}\b|^    {name},$", text, re.M) for name in rest)
     return len(parts) == 1 and (ROOT / "pretrain" / parts[0]).is_dir()
 
 
