@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.escape import code_in_markdown, in_markdown, portable, portable_path, shown
+from pretrain.escape import code_in_markdown, in_markdown, markdown_table, portable, portable_path, shown
 from pretrain.report import curves, figures, story
 from pretrain.report.batch import Example
 from pretrain.report.fewshot import FewShot, fewshot_chart
@@ -265,6 +265,4 @@ def _hint(missing: Mapping[str, Mapping[str, str]], part: str) -> list[str]:
 
 
 def _lines(table: Table) -> list[str]:
-    rule = ["---" if column in table.text_columns else "---:" for column in range(len(table.header))]
-    header, *rows = ([in_markdown(cell) for cell in row] for row in (table.header, *table.rows))
-    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+    return markdown_table(table.header, table.rows, table.text_columns)

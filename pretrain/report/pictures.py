@@ -168,12 +168,10 @@ def _rounded(values: np.ndarray, decimals: int) -> Any:
 
 def _figure(width: float, height: float, title: str) -> Any:
     """A figure in inches, without pyplot: no global state, no window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, color="#444444", parse_math=False)
     return figure
 
