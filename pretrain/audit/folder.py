@@ -6,6 +6,7 @@ Imports no torch: the audit begins at once.
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ import numpy as np
 from pretrain.audit.logs import Lie, lie, open_log, rows, rows_of
 from pretrain.checkpoint.layout import MAX_RANKS, MAX_STEP, own_file, read_manifest, step_folders, step_of
 from pretrain.config import MAX_SOURCES, Config, Source, load_config
-from pretrain.data.lanes import Lanes, lanes_in
+from pretrain.data.lanes import lanes_in
 from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
 from pretrain.data.mixture import Mixture, joined, phases_in, source_lanes_in
 from pretrain.data.order import Order
@@ -118,11 +119,7 @@ class Listed:
 
     def counts(self, until: int) -> dict[str, int]:
         """Returns how many samples of steps up to `until` are listed, by reason."""
-        told: dict[str, int] = {}
-        for reason, step in zip(self.reasons, self.steps.tolist()):
-            if step <= until:
-                told[reason] = told.get(reason, 0) + 1
-        return told
+        return Counter(self.reasons[: np.searchsorted(self.steps, until, side="right")])
 
 
 def own_parts(path: Path, sources: Sequence[Source]) -> Path:
@@ -291,7 +288,10 @@ class Run:
         order = Order(size, data.held_out, data.global_batch, self.config.seed)
         if self.sources:
             return replace(order, mixture=self._mixture(order))
-        return replace(order, lanes=self._lanes(order)) if key[0] == "lanes" else order
+        if key[0] != "lanes":
+            return order
+        lanes = lanes_in(self._identity_fields, order.num_train, order.global_batch, self.trained)
+        return replace(order, lanes=lanes)
 
     @cached_property
     def sources(self) -> list[Fields]:
@@ -316,10 +316,6 @@ class Run:
         own = zip(self.sources, sizes)
         lanes = tuple(source_lanes_in(source, size, order.global_batch, self.trained) for source, size in own)
         return Mixture(sizes, phases, lanes)
-
-    def _lanes(self, order: Order) -> Lanes:
-        """The numbers of the order lanes, which the newest checkpoint names."""
-        return lanes_in(self._identity_fields, order.num_train, order.global_batch, self.trained)
 
     @cached_property
     def bad(self) -> Listed:
