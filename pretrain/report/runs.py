@@ -182,21 +182,15 @@ def _figure(row: Fields, key: str) -> float:
 def _start(row: Fields) -> dict[str, Any]:
     """What starts.jsonl tells of one start; what an earlier version did not write is None."""
     versions = row.part("versions") if row.has("versions") else None
+    texts = "time", "recipe", "commit", "train_set", "device", "device_type"
+    counts = "world_size", "parameters", "train_images", "num_classes"
     return {
         "step": _step(row),
-        "time": row.text("time", "") or None,
         "lost_steps": row.integer("lost_steps", 0, MAX_STEP) if row.has("lost_steps") else None,
-        "world_size": row.integer("world_size", 0, MAX_COUNT, 0) or None,
         "command": list(row.texts("command", ())) or None,
-        "recipe": row.text("recipe", "") or None,
-        "commit": row.text("commit", "") or None,
-        "parameters": row.integer("parameters", 0, MAX_COUNT, 0) or None,
-        "train_set": row.text("train_set", "") or None,
-        "train_images": row.integer("train_images", 0, MAX_COUNT, 0) or None,
-        "num_classes": row.integer("num_classes", 0, MAX_COUNT, 0) or None,
-        "device": row.text("device", "") or None,
-        "device_type": row.text("device_type", "") or None,
         "versions": versions and {name: versions.text(name) for name in versions.values},
+        **{key: row.text(key, "") or None for key in texts},
+        **{key: row.integer(key, 0, MAX_COUNT, 0) or None for key in counts},
     }
 
 
