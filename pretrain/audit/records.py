@@ -53,9 +53,7 @@ def check_starts(run: Run) -> Outcome:
 
 def check_history(run: Run) -> Outcome:
     """Checkpoints lie where the starts say: none is ahead of a later start, ranks are those of its start."""
-    if not run.saved:
-        raise LeftOut("no checkpoint yet")
-    place, starts = run.folder / "starts.jsonl", run.starts
+    newest, place, starts = run.newest, run.folder / "starts.jsonl", run.starts
     for saved in run.saved:
         world = saved.state.integer("world_size", 1, MAX_COUNT)
         if not saved.starts:
@@ -75,7 +73,6 @@ def check_history(run: Run) -> Outcome:
             if later.branched:
                 expected = f"nothing saved before, but {saved.path.name} was there"
                 lie(later.place, f"branched off at step {later.step}", expected)
-    newest = run.saved[-1]
     last = starts[-1]
     if last.step > newest.step:
         lie(last.place, f"goes on from step {last.step}", f"at most {newest.step}, the newest checkpoint's")
@@ -139,7 +136,7 @@ def _expected_receipt(run: Run, saved: Saved) -> dict[str, object]:
     config = saved.state.part("config")
     batch = config.part("data").integer("global_batch", 1, MAX_COUNT)
     return {
-        **saved.state.part("data").part("order").values,
+        **saved.order.values,
         **mixtures.expected_receipt(run, saved),
         "seed": config.values.get("seed"),
         "global_batch": batch,
@@ -174,7 +171,7 @@ def check_config(run: Run) -> Outcome:
 
 
 def _check_identity(run: Run, saved: Saved, place: str, identity: Mapping[str, Any]) -> None:
-    own = saved.state.part("data").part("order").values
+    own = saved.order.values
     for key in {**identity, **own}.keys() - mixtures.check_identity(run, saved):
         if own.get(key) != identity.get(key):
             lie(saved.place, f"data {key} is {brief(own.get(key))}", f"{brief(identity.get(key))}, as {place} says")

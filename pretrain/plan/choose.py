@@ -52,7 +52,7 @@ def best(
         return None
     fastest = min(choice.step.total_s for choice in fitting)
     alike = [choice for choice in fitting if choice.step.total_s <= fastest * _ALIKE]
-    return min(alike, key=_simplicity)
+    return min(alike, key=lambda c: (c.layout.recompute, c.layout.stage, -c.layout.micro_batch))
 
 
 def least_memory(config: Config, num_classes: int, num_ranks: int) -> Memory:
@@ -82,7 +82,3 @@ def _layouts(config: Config, num_ranks: int) -> Iterable[Layout]:
         for stage in STAGES
         for micro in MICRO_BATCHES
     )
-
-
-def _simplicity(choice: Choice) -> tuple[bool, int, int]:
-    return choice.layout.recompute, choice.layout.stage, -choice.layout.micro_batch

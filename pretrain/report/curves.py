@@ -53,17 +53,12 @@ def panels_of(runs: Sequence[Run]) -> list[PanelOf]:
     found = {metric for run in runs for metric in run.curves if re.search("shot|/knn_|/mean_average_prec", metric)}
     natural = sorted(
         (metric for metric in found if not metric.endswith("-std")),
-        key=lambda m: [int(p) if p.isdigit() else p for p in _digits(m)],
+        key=lambda m: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", m)],  # 5-shot before 10-shot
     )
     if len(natural) > MAX_PANELS:
         warn(f"only {MAX_PANELS} of {len(natural)} accuracies over steps are drawn; without {natural[MAX_PANELS]} ...")
     shown_ones = natural[:MAX_PANELS]
     return [*PANELS, *(PanelOf(m.removeprefix("val/"), "images [%]", (m,), 100, "from zero") for m in shown_ones)]
-
-
-def _digits(text: str) -> list[str]:
-    """Splits at the borders of numbers, so that 5-shot comes before 10-shot; every second part is a number."""
-    return re.split(r"(\d+)", text)
 
 
 class _Drawn(NamedTuple):
@@ -196,6 +191,8 @@ class _Axes:
 
 
 def _panel(of: PanelOf, runs: Sequence[Run], log_steps: bool) -> Panel | None:
+    from matplotlib.ticker import EngFormatter
+
     curves = _drawn(of, runs)
     axes = _axes(of, curves, log_steps)
     if axes is None:
@@ -211,7 +208,7 @@ def _panel(of: PanelOf, runs: Sequence[Run], log_steps: bool) -> Panel | None:
     return Panel(
         of.title,
         of.unit,
-        [(round(axes.x(step), 1), _step_label(step)) for step in steps],
+        [(round(axes.x(step), 1), EngFormatter(sep="").format_eng(step)) for step in steps],  # 10k
         [(round(axes.y(level), 1), label) for level, label in zip(levels, axis_labels(levels))],
         sorted(lines, key=lambda line: line.kind != "raw"),  # pale ones below
         dots,
@@ -286,12 +283,6 @@ def _log_levels(low: float, high: float) -> list[float]:
     if len(inside) >= 2:
         return inside[:: max(1, len(inside) // 6)]
     return [math.log10(tick) for tick in _ticks(10**low, 10**high) if tick > 0]
-
-
-def _step_label(step: float) -> str:
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(sep="").format_eng(step)  # 10k
 
 
 def axis_labels(values: Sequence[float]) -> list[str]:
