@@ -31,14 +31,13 @@ def building_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, A
 
 
 def _write(folder: Path, photos: Sequence[bytes], num_images: int) -> None:
-    for number in range(num_images):
-        path = folder / f"class{number % _NUM_CLASSES}" / f"{number:06d}.jpg"
-        first = folder / f"class{number % len(photos) % _NUM_CLASSES}" / f"{number % len(photos):06d}.jpg"
+    paths = [folder / f"class{number % _NUM_CLASSES}" / f"{number:06d}.jpg" for number in range(num_images)]
+    for number, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         if number < len(photos):
             path.write_bytes(photos[number])
         else:
-            os.link(first, path)
+            os.link(paths[number % len(photos)], path)
 
 
 def _rate(root: Path, samples_per_shard: int, workers: int) -> float:

@@ -64,9 +64,6 @@ class Wrong:
     weights_sha256: str
 
 
-NOTHING_WRONG = Wrong([], 0, None, "", "", "")
-
-
 @dataclass(frozen=True)
 class Run:
     """All that is known of a run from its folder."""
@@ -309,7 +306,7 @@ def _read_pictures(folder: Path, names: list[str]) -> list[Picture]:
 def read_wrong(folder: Path) -> Wrong:
     """Returns the wrong predictions of the last call of tools/evaluate.py that scored the head."""
     if (path := inside(folder, f"{_evaluation_place(folder)}wrong.json")) is None:
-        return NOTHING_WRONG
+        return Wrong([], 0, None, "", "", "")
     try:
         values = Fields.of(read_json(path), str(path))
         items = values.parts("items")
