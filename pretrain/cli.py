@@ -118,6 +118,15 @@ def check_writable(option: str, file: Path) -> None:
         raise UserError(f"{option} {file}: is a folder, expected a file")
 
 
+@contextmanager
+def writing(path: Path, option: str = "--out") -> Iterator[None]:
+    """Makes one UserError of whatever stops the writing of `path` within. option: that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another {option}") from None
+
+
 def check_least(arguments: argparse.Namespace, **least: int) -> None:
     """Raises UserError for the first of these options, named as attributes, that is given and below its least."""
     for name, lowest in least.items():

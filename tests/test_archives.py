@@ -18,8 +18,7 @@ from pretrain.data.images import decode
 from pretrain.errors import UserError
 from pretrain.shards import imagenet as imagenet_originals
 from pretrain.shards import matlab
-from pretrain.shards.archives import Original
-from pretrain.shards.class_folders import class_folders
+from pretrain.shards.archives import Original, class_folders
 from pretrain.shards.imagenet import DEVKIT, imagenet, val_labels
 from pretrain.shards.originals import cifar, dtd, flowers, pets
 from pretrain.shards.packs import pack_originals, split_of

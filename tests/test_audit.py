@@ -359,6 +359,24 @@ def test_a_run_that_branched_off_adds_up(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_on_a_subset_adds_up(case: Case, tmp_path: Path) -> None:
+    """Each epoch's sum names what is held out and what is not in the subset; another subset is a lie."""
+    run_ranks(finish, 1, tiny_config(case.shards, tmp_path, data__held_out=HELD_OUT, data__subset=37))
+    run = tmp_path / "tiny"
+    found = look(run, full=True)
+    assert not wrong(found)
+    told = next(finding.compared for finding in found if finding.compared.startswith("epoch 5: "))
+    assert told.endswith(f" + {HELD_OUT} held out + {103 - HELD_OUT - 37} not in data.subset = 103")
+    weights = read_weights(run / "checkpoints" / f"step-{STEPS:010d}")
+    card = model_card(weights, "npz", title="", command="", versions={}, loading="", proof="")
+    assert "; a subset of 37, held out 7, bad " in card
+    edit_states(run, put("receipt", subset=38))
+    assert "receipt: subset is 38; expected 37" in wrong(look(run, no_data=True))[-1]
+    edit_config(run, "subset: 37", "subset: 97")
+    assert "data.subset is 97; expected at most 96, what is not held out" in wrong(look(run, no_data=True))[-1]
+
+
+@pytest.mark.slow
 def test_a_run_in_lanes_adds_up(case: Case, tmp_path: Path) -> None:
     """The other order has closed forms too: epochs under way side by side, each listed sample at its step."""
     more = {
@@ -648,6 +666,7 @@ LIES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         r"bad_samples.jsonl: line 1: epoch 0, index .* by the order",
     ),
     "held_out": (lambda run, _: edit_config(run, "held_out: 7", "held_out: 8"), "held_out is 7; expected 8"),
+    "subset": (lambda run, _: edit_config(run, "subset: null", "subset: 90"), "subset is None; expected 90"),
     "global batch": (lambda run, _: edit_config(run, "batch: 12", "batch: 6"), "global_batch is 12; expected 6"),
     "more steps": (lambda run, _: edit_config(run, "total_steps: 20", "total_steps: 30"), "total_steps: was 20, is 30"),
     "learning rate": (lambda run, _: edit_config(run, "lr: 0.002", "lr: 0.003"), "optim.lr: was 0.002, is 0.003"),
@@ -924,7 +943,7 @@ def write_long_run(folder: Path) -> Path:
     run, path = folder / "tiny", folder / "in21k" / "manifest.json"
     path.parent.mkdir()
     sizes = [10_000] * 1419 + [LONG.num_samples - 14_190_000]
-    shards = [Shard(Path(f"{n:06d}.tar"), size, 10**9, "0" * 64) for n, size in enumerate(sizes)]
+    shards = [Shard(f"{n:06d}.tar", size, 10**9, "0" * 64) for n, size in enumerate(sizes)]
     write_manifest(path.parent, "in21k", shards, 21_843, has_names=False, shuffle=None)
     data = {"data__global_batch": LONG.global_batch, "data__held_out": LONG.held_out, "log__every_steps": 50}
     config = tiny_config(path.parent, folder, **data, total_steps=LONG_STEPS, log__samples=False)

@@ -192,6 +192,10 @@ def test_sets_that_a_run_cannot_take_whole(
         ConfigError, match=r"\(3000\) leaves nothing of 12 samples .*; hold out fewer, as data.held_out=0"
     ):
         open_data(tiny_config(train, tmp_path / "runs", data__held_out=3000))
+    with pytest.raises(
+        ConfigError, match=r"data.subset \(11\) is more than the 10 images to train on; give at most 10"
+    ):
+        open_data(tiny_config(train, tmp_path / "runs", data__held_out=2, data__subset=11))
     told = f"warning: {train}/manifest.json is on NFS, which order=permuted asks for each image at another place; "
     for place, order, said in (
         ("NFS", "auto", told),

@@ -22,6 +22,7 @@ from pretrain.errors import UserError
 from pretrain.evaluation import evaluators
 from pretrain.evaluation.classification import EvaluationStopped, Score
 from pretrain.evaluation.features import Features, extract_features, raw_pixels
+from pretrain.evaluation.subject import all_images
 
 CPU = torch.device("cpu")
 SIZE = 16
@@ -192,7 +193,7 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path: Path, capfd: pytes
 
 def features_of(manifest: Manifest, batch_size: int) -> Features | None:
     options = {"image_size": SIZE, "batch_size": batch_size, "config": DataConfig(workers=0), "device": CPU}
-    return extract_features(raw_pixels, manifest, **options)
+    return extract_features(raw_pixels, *all_images(manifest), **options)
 
 
 def features_of_rank(manifest: Manifest, batch_size: int) -> Features | None:

@@ -286,6 +286,7 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["data.crop=simple", "data.antialias=false"], "data.antialias (False) has no effect: crop=simple"),
         (["data.global_batch=0"], "data.global_batch is 0"),
         (["data.held_out=-1"], "data.held_out is -1"),
+        (["data.subset=0"], "data.subset is 0, expected 1 to"),
         (["data.flip=1.1"], "data.flip is 1.1"),
         (["data.color_jitter=-0.1"], "data.color_jitter is -0.1, expected 0 to 10"),
         (["data.random_erasing=2"], "data.random_erasing is 2.0, expected 0 to 1"),
@@ -494,6 +495,7 @@ def test_epochs_become_steps(shard_folder: Path) -> None:
     assert in_steps(config) == dataclasses.replace(config, total_steps=21) == in_steps(in_steps(config))
     assert in_steps(config_from_dict(values, "trial", ["total_epochs=1.94"])).total_steps == 22
     assert in_steps(config_from_dict(values, "trial")).total_steps == 100
+    assert in_steps(config_from_dict(values, "trial", ["total_epochs=1.94", "data.subset=45"])).total_steps == 11
     with pytest.raises(ConfigError, match=r"total_steps is 24, but total_epochs \(1.9\) of 90 images are 21; give one"):
         in_steps(dataclasses.replace(config, total_steps=24))
 

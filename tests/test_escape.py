@@ -10,7 +10,7 @@ from pretrain import cli
 from pretrain.errors import ConfigError, NotFoundError, StorageError, UserError
 from pretrain.escape import code_in_markdown, in_markdown, shown
 from pretrain.evaluation.evaluators import Row
-from pretrain.evaluation.results import print_table
+from pretrain.evaluation.results import table_of
 from pretrain.log import say, warn
 
 HOSTILE = [
@@ -61,7 +61,7 @@ def test_what_people_write_stays() -> None:
 def test_tables_show_names_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A title, a column, a cell and a caption that look like rich's markup."""
     cli.print_table(name, ["metric", name], [[name, "1"]], caption=name)
-    print_table([Row(name, name, 0.5, 3)], name)
+    cli.print_table(name, *table_of([Row(name, name, 0.5, 3)]))
     assert capsys.readouterr().out.count(shown(name)) >= 7
 
 

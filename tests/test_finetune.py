@@ -44,13 +44,12 @@ from pretrain.finetune.sweep import (
     Options,
     Start,
     Sweep,
-    default_folder,
     final_runs,
     plan_sweep,
     read_start,
     selecting_runs,
 )
-from pretrain.models.weights import load_model, read_weights, weights_sha256
+from pretrain.models.weights import load_model, read_weights, results_folder, weights_sha256
 from pretrain.optim import learning_rate
 from pretrain.shards.examples import Example, write_examples
 from pretrain.tasks.imagenet_labels import real_labels
@@ -504,7 +503,7 @@ def test_default_folders(weights: str, folder: str, tmp_path: Path) -> None:
     path = tmp_path / weights
     path.parent.mkdir(parents=True)
     path.touch() if path.suffix == ".npz" else path.mkdir()
-    assert default_folder(path, from_scratch=False) == tmp_path / folder
+    assert results_folder(path, "finetune") == tmp_path / folder
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pretrain.data.lanes import Lanes
+from pretrain.data.lanes import Lanes, choose_lanes
 from pretrain.data.order import BatchPlan, Order, plan_batch, share
 from pretrain.data.permutation import permute, scatter, uniform, unpermute, unscatter, words
 
@@ -194,13 +194,42 @@ LANES = (None, Lanes(4, 3), Lanes(2, 5, window_blocks=2))
 
 
 @pytest.mark.parametrize("lanes", LANES, ids=str)
-@pytest.mark.parametrize(("size", "held_out", "batch"), [(101, 0, 12), (101, 7, 12), (50, 0, 7), (40, 4, 61)])
-def test_closed_forms_agree_with_the_steps(size: int, held_out: int, batch: int, lanes: Lanes | None) -> None:
-    """`steps_of` finds the step of each sample, and of no held-out one; `seen_in` counts what the steps before hold."""
-    order = Order(size, held_out, batch, 3, lanes)
+@pytest.mark.parametrize(
+    ("size", "held_out", "batch", "subset"),
+    [(101, 0, 12, None), (101, 7, 12, None), (101, 7, 12, 37), (50, 0, 7, None), (50, 0, 7, 49), (40, 4, 61, None)],
+)
+def test_closed_forms_agree_with_the_steps(
+    size: int, held_out: int, batch: int, subset: int | None, lanes: Lanes | None
+) -> None:
+    """`steps_of` finds the step of each sample, and of no other one; `seen_in` counts what the steps before hold."""
+    order = Order(size, held_out, batch, 3, lanes, subset=subset)
     epochs = np.concatenate([order.samples(step)[0] for step in range(25)])
     for step in range(25):
         assert (order.steps_of(*order.samples(step)) == step).all()
         for epoch in range(80):
             assert order.seen_in(step)(epoch) == [(epochs[: step * batch] == epoch).sum()]
-    assert (order.steps_of(np.zeros(held_out, np.int64), order.held_out_indices()) == -1).all()
+    others = np.setdiff1d(np.arange(size), order.samples(range(25))[1])
+    assert len(others) == size - order.num_train and np.isin(order.held_out_indices(), others).all()
+    assert (order.steps_of(np.zeros(len(others), np.int64), others) == -1).all()
+
+
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("held_out", [0, 100])
+def test_subsets_lie_in_each_other_and_are_the_same_for_every_seed(held_out: int, block: int) -> None:
+    """A random choice from the whole set, of whole blocks in lanes, without what is held out; each once per epoch."""
+    chosen: list[set[int]] = []
+    for subset in (1, 500, 1000, 10_000 - held_out):
+        lanes = choose_lanes(block, subset, 64) if block else None
+        orders = [Order(10_000, held_out, 64, seed, lanes, subset=subset) for seed in (0, 7)]
+        by_seed = []
+        for order in orders:
+            epochs, indices = order.samples(range(-(-subset // 64)))
+            by_seed.append(sorted(indices[epochs == 0].tolist()))
+        assert by_seed[0] == by_seed[1] and len(set(by_seed[0])) == subset
+        chosen.append(set(by_seed[0]))
+        assert chosen[-1].isdisjoint(orders[0].held_out_indices().tolist())
+    assert all(small < large for small, large in zip(chosen, chosen[1:]))
+    counts = np.histogram(sorted(chosen[2]), bins=10, range=(0, 10_000))[0]
+    assert counts.min() > 0 and counts.max() < 250  # of 62 blocks, or of 1,000 samples
+    if block:
+        assert len({index // 16 for index in chosen[2]}) <= 1000 / 16 + 2

@@ -31,11 +31,11 @@ from pretrain.finetune.own_data import OwnData, held_out, prepare
 from pretrain.finetune.own_folders import find_parts, name_of
 from pretrain.finetune.own_results import _device, wilson
 from pretrain.finetune.own_runs import (
-    PREDICTIONS,
     default_size,
     differences,
     in_words,
     plan_own,
+    predictions_of,
     protocol_for,
     score_images,
     stored_side,
@@ -489,7 +489,7 @@ def test_table_and_page_have_the_same_figure(tmp_path: Path, monkeypatch: pytest
         (folder / "config.yaml").write_text(config_to_yaml(config))
         (folder / "DONE").write_text(json.dumps({"step": config.total_steps, "val/top1": 0.5, "val/images": 4}))
         predictions = "".join(f'{{"label": {label}, "prediction": 1}}\n' for label in (1, 1, 1, 0))
-        (folder / "evaluation" / PREDICTIONS).write_text(predictions)
+        predictions_of(config).write_text(predictions)
     monkeypatch.setattr(own_results, "final_sha256", lambda _: "0")
     (sweep.test.parent.parent / "task.json").write_text("of somebody else's: no JSON")  # is not looked at
     found = own_results.accuracy(sweep, data, weights="w", seconds=None)

@@ -57,7 +57,7 @@ def tar_bytes(*members: Member, form: int = tarfile.USTAR_FORMAT) -> bytes:
 def set_of(path: Path, data: bytes, key: str, end: int | None = None) -> Manifest:
     """A set of one shard with one sample, indexed by hand, as whoever makes a hostile set would."""
     path.write_bytes(data)
-    shard = Shard(path, 1, max(len(data), end or 0), "")
+    shard = Shard(str(path), 1, max(len(data), end or 0), "")
     offsets = np.array([0, (end or len(data)) // 512])
     write_index(shard, ShardIndex(offsets, np.array([zlib.crc32(key.encode())])))
     return Manifest(path, "hostile", "", 1, 5, (), (shard,))
@@ -431,7 +431,7 @@ def test_more_shards_than_descriptors(own_shards: Path) -> None:
         path = own_shards / f"copy-{number}.tar"
         os.link(shard.path, path)
         os.link(shard.path.with_suffix(".idx"), path.with_suffix(".idx"))
-        copies.append(Shard(path, shard.num_samples, shard.num_bytes, shard.sha256))
+        copies.append(Shard(str(path), shard.num_samples, shard.num_bytes, shard.sha256))
     many = Manifest(own_shards, "", "", 400 * 23, 5, (), tuple(copies))
     before = len(os.listdir("/proc/self/fd"))
     assert all(read_sample(many, 23 * i) == read_sample(manifest, 80) for i in range(400))

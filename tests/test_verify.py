@@ -1,6 +1,5 @@
 """What `make_shards --verify` finds in the sets of others, in any number of processes."""
 
-import dataclasses
 import hashlib
 import io
 import tarfile
@@ -52,7 +51,7 @@ def foreign_set(folder: Path, *keys: list[str]) -> Manifest:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
             end = tar.offset // 512
-        shard = Shard(path, len(names), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        shard = Shard(str(path), len(names), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
         crcs = np.array([key_crc32(key) for key in names], dtype=np.uint32)
         write_index(shard, ShardIndex(np.array([*starts, end], dtype=np.uint32), crcs))
         shards.append(shard)
@@ -84,7 +83,7 @@ def test_verify_finds_samples_without_a_place_in_the_index(tmp_path: Path) -> No
     manifest = foreign_set(tmp_path / "set", ["a", "b", "c"])
     (shard,) = manifest.shards
     index = load_index(shard)
-    few = dataclasses.replace(shard, num_samples=2)
+    few = shard._replace(num_samples=2)
     write_index(few, ShardIndex(index.offsets[[0, 1, 3]], index.key_crc32[:2]))
     path = finish(tmp_path / "set", DataSet([few], 2, ["x", "y"], None, []), {"scope": "none"})
     told = list(verify(load_manifest(path)))
@@ -133,7 +132,7 @@ def test_words_that_occur_before_are_counted() -> None:
 
 def test_a_manifest_of_shards_that_are_not_there_takes_no_memory(tmp_path: Path) -> None:
     """It may claim any number of samples, of any number of shards, at no cost."""
-    shards = [Shard(tmp_path / f"{number}.tar", 1 << 24, 1 << 40, f"{number:064x}") for number in range(300)]
+    shards = [Shard(str(tmp_path / f"{number}.tar"), 1 << 24, 1 << 40, f"{number:064x}") for number in range(300)]
     manifest = load_manifest(write_manifest(tmp_path, "absent", shards, 4, has_names=False, shuffle=None))
     tracemalloc.start()
     try:

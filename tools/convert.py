@@ -4,7 +4,6 @@ python tools/convert.py WEIGHTS OUT --to pretrain|timm|transformers|npz|onnx
 """
 
 import argparse
-import re
 import shlex
 import sys
 from dataclasses import replace
@@ -14,14 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.errors import UserError
-from pretrain.models.by_name import is_name, licence_of
+from pretrain.models.by_name import LICENCE, is_name, licence_of
 from pretrain.models.formats import NPZ_NAMINGS, WRITABLE, check_weights
 
 
 def main() -> int:
     arguments = _arguments()
     with cli.loading():
-        from pretrain.models.convert import Conversion, check_place, convert, files_for_hub, loading
+        from pretrain.models.convert import Conversion, convert, files_for_hub, loading
+        from pretrain.models.publish import check_free
         from pretrain.models.verify import Source, check_installed
 
     config = str(arguments.config.resolve()) if arguments.trust_pickle else None
@@ -35,7 +35,7 @@ def main() -> int:
         command=shlex.join(["python", "tools/convert.py", *sys.argv[1:]]),
         repository=arguments.push,
     )
-    check_place(conversion, overwrite=arguments.overwrite)
+    check_free(conversion.place, conversion.beside, overwrite=arguments.overwrite)
     if conversion.verified:
         check_installed(arguments.to)
     if arguments.push:
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def _licence(text: str) -> str:
-    if not re.fullmatch("[a-z0-9.-]{1,40}", text):
+    if not LICENCE.fullmatch(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no word of the hub's list, such as apache-2.0, mit, cc-by-4.0, other"
         )

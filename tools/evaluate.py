@@ -8,7 +8,6 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,27 +19,22 @@ from pretrain.evaluation.names import HEAD, Job, missing_data, named
 from pretrain.models.formats import check_weights
 from pretrain.tasks.table import check_any_there
 
-if TYPE_CHECKING:
-    from pretrain.evaluation.jobs import Done
-    from pretrain.evaluation.results import Measured
-
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
 
 
 def main() -> None:
     arguments = _arguments()
-    tasks = _checked_tasks(arguments)
+    jobs = _checked_jobs(arguments)
     signals.end_with_launcher()
     with cli.loading():
         from pretrain.cluster import agreement, ranks
         from pretrain.evaluation import fewshot
-        from pretrain.evaluation.jobs import do_jobs, jobs_of, open_jobs, shared_sets
-        from pretrain.evaluation.results import Measured, print_table
+        from pretrain.evaluation.jobs import Done, do_jobs, open_jobs, shared_sets
+        from pretrain.evaluation.results import Measured, table_of, write_results
         from pretrain.evaluation.subject import subject_of
         from pretrain.models.weights import read_weights, results_folder, weights_sha256
         from pretrain.shards.pool import num_cores
 
-    jobs = jobs_of(arguments.val, arguments.fewshot, tasks)
     workers = min(4, num_cores()) if arguments.workers is None else arguments.workers
 
     device = ranks.start(TIMEOUT_S)
@@ -63,13 +57,13 @@ def main() -> None:
     name = f"evaluation-{arguments.image_size}px" if arguments.image_size else "evaluation"
     out = arguments.out or results_folder(arguments.weights, name)
     done: list[Done] = []
-    write = partial(_write, out, arguments.predictions, measured, done, failed)
+    write = partial(write_results, out, arguments.predictions, measured, done, failed)
     for one in do_jobs(subject, opened, failed):
         done.append(one)
         if len(done) < len(opened):  # an error is raised on all ranks: the others would wait for rank 0 in the next job
             agreement.from_main(write)
     if ranks.is_main():
-        print_table([row for one in done for row in one.found.rows], str(arguments.weights))
+        cli.print_table(str(arguments.weights), *table_of([row for one in done for row in one.found.rows]))
         write()
         cli.tell(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
@@ -80,17 +74,6 @@ def main() -> None:
     ranks.stop()
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} not scored: {', '.join(failed)}")
-
-
-def _write(
-    out: Path, predictions: Path | None, measured: "Measured", done: list["Done"], failed: dict[str, str]
-) -> None:
-    """Writes what the jobs done so far have found, each file as a whole: what ends the next one takes nothing away."""
-    from pretrain.evaluation.results import write_predictions, write_results
-
-    write_results(out, measured, done, failed)
-    if predictions:
-        write_predictions(predictions, done)
 
 
 def _arguments() -> argparse.Namespace:
@@ -141,20 +124,22 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _checked_tasks(arguments: argparse.Namespace) -> list[Job]:
-    """What --tasks asks for. Raises UserError for a wrong name, absent data, and options that none of it needs."""
+def _checked_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """What is asked for. Raises UserError for a wrong name, absent data, and options that none of it needs."""
+    own = [Job(HEAD, data={"test": arguments.val})] if arguments.val else []
+    if arguments.fewshot:
+        own.append(Job("fewshot", data=dict(zip(("train", "test"), arguments.fewshot))))
     tasks = named(arguments.tasks or "", arguments.data)
-    kinds = {one.kind for one in tasks}
-    kinds |= {kind for kind, given in ((HEAD, arguments.val), ("fewshot", arguments.fewshot)) if given}
+    kinds = {job.kind for job in (*own, *tasks)}
     if arguments.baselines and "fewshot" not in kinds:
         raise UserError(
             "--baselines compares few-shot accuracies: it needs --fewshot TRAIN TEST or --tasks fewshot:NAME"
         )
     if arguments.predictions and HEAD not in kinds:
         raise UserError("--predictions are of the model's head: it needs --val MANIFEST or a task without a colon")
-    if not (arguments.val or arguments.fewshot):
+    if not own:
         check_any_there((missing_data(job, arguments.data) for job in tasks), arguments.data)
-    return tasks
+    return [*own, *tasks]
 
 
 if __name__ == "__main__":

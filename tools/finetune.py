@@ -192,15 +192,14 @@ def _on_tasks(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace, own: str | None = None) -> Options:
     """What was asked for; own: the name of own data."""
-    from pretrain.finetune.sweep import Options, default_folder, read_start
+    from pretrain.finetune.sweep import Options, read_start
+    from pretrain.models.weights import results_folder
 
-    folder = arguments.out
-    if folder is None:
-        folder = default_folder(arguments.weights, from_scratch=arguments.from_scratch) / (own or "")
+    name = "finetune-from-scratch" if arguments.from_scratch else "finetune"
     return Options(
         start=read_start(arguments.weights, from_scratch=arguments.from_scratch),
         data=_data_of(arguments),
-        out=folder,
+        out=arguments.out or results_folder(arguments.weights, name) / (own or ""),
         num_seeds=(1 if own else 3) if arguments.seeds is None else arguments.seeds,
         steps=arguments.steps,
         lr_grid=arguments.lr,

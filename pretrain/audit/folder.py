@@ -21,7 +21,7 @@ from pretrain.config import MAX_SOURCES, Config, Source, load_config
 from pretrain.data.lanes import lanes_in
 from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
 from pretrain.data.mixture import Mixture, joined, phases_in, source_lanes_in
-from pretrain.data.order import Order
+from pretrain.data.order import Order, order_of
 from pretrain.data.store import store_at
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief, parse_json, read_json
@@ -292,7 +292,9 @@ class Run:
         data = self.config.data
         if data.held_out >= size:
             lie(self.folder / "config.yaml", f"data.held_out is {data.held_out}", f"less than the {size} samples")
-        order = Order(size, data.held_out, data.global_batch, self.config.seed)
+        if data.subset and data.subset > (most := size - data.held_out):
+            lie(self.folder / "config.yaml", f"data.subset is {data.subset}", f"at most {most}, what is not held out")
+        order = order_of(self.config, size)
         if self.sources:
             return replace(order, mixture=self._mixture(order))
         if key[0] != "lanes":

@@ -30,7 +30,9 @@ class Outcome(NamedTuple):
 def check_starts(run: Run) -> Outcome:
     """Each start begins at a step that had been saved, with the run's seed and batch, and none is missing."""
     config, branched, chained = run.config, run.config.branch_from is not None, 0
-    expected = {"seed": config.seed, "global_batch": config.data.global_batch, "held_out": config.data.held_out}
+    data = config.data
+    numbers = {"global_batch": data.global_batch, "held_out": data.held_out, "subset": data.subset}
+    expected = {"seed": config.seed, **numbers}
     for number, start in enumerate(run.starts):
         if start.branched and not branched:
             lie(start.place, "a start that branched off", "none, for config.yaml names no branch_from")
@@ -141,6 +143,7 @@ def _expected_receipt(run: Run, saved: Saved) -> dict[str, object]:
         "seed": config.values.get("seed"),
         "global_batch": batch,
         "held_out": config.part("data").values.get("held_out"),
+        "subset": config.part("data").values.get("subset"),
         "steps": saved.step,
         "samples_seen": saved.step * batch,
         **{key: saved.train.values.get(key) for key in ("bad_samples", "damaged_samples", "skipped_steps")},

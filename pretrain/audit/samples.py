@@ -49,7 +49,7 @@ def _check_steps(run: Run, listed: Listed) -> None:
     wrong = np.flatnonzero(held != steps)
     if wrong.size:
         first = int(wrong[0])
-        where = f"step {held[first]}" if held[first] else "no step: it is held out"
+        where = f"step {held[first]}" if held[first] else "no step: it is not trained on"
         sample = f"epoch {epochs[first]}, index {indices[first]} at step {steps[first]}"
         lie(listed.place(lines[first]), sample, f"{where}, by the order")
     late = np.flatnonzero(listed.steps > run.trained)
@@ -172,8 +172,12 @@ def _sum(run: Run, of_pass: _Pass, seen: int, used: int, bad: Counter[str], skip
     name, size = _pass_name(run, of_pass), run.order.sizes[of_pass[0]]
     if seen < size:
         return f"{name}, under way: {parts} = {seen:,} of {size:,}"
-    held_out = f" + {run.order.held_out:,} held out" if not run.sources else ""
-    return f"{name}: {parts}{held_out} = {size + run.order.held_out:,}"
+    order = run.order
+    if run.sources:
+        return f"{name}: {parts} = {size:,}"
+    beyond = order.num_samples - order.held_out - size
+    outside = f" + {beyond:,} not in data.subset" if beyond else ""
+    return f"{name}: {parts} + {order.held_out:,} held out{outside} = {order.num_samples:,}"
 
 
 def _skipped_by_pass(run: Run) -> Counter[_Pass]:

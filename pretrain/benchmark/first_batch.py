@@ -8,7 +8,6 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def faked_set(folder: Path, num_shards: int, shard_samples: int) -> Path:
     Image.new("RGB", (32, 24), (90, 120, 40)).save(file, "jpeg")
     samples = ((file.getvalue(), number % 1000) for number in range(shard_samples))
     first = write_samples(samples, "jpg", folder / "000000.tar", 0)
-    shards = [replace(first, path=folder / f"{number:06d}.tar") for number in range(num_shards)]
+    shards = [first._replace(place=str(folder / f"{number:06d}.tar")) for number in range(num_shards)]
     for shard in shards[1:]:
         for ending in (".tar", ".idx"):
             os.link(first.path.with_suffix(ending), shard.path.with_suffix(ending))

@@ -21,10 +21,10 @@ def non_defaults(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def outside(part: Any, section: str, **limits: tuple[float, float]) -> Iterator[str]:
-    """Yields a sentence for each named number of `part` that lies outside its (lowest, highest)."""
+    """Yields a sentence for each named number of `part` that lies outside its (lowest, highest); null is fine."""
     for name, (low, high) in limits.items():
         value = getattr(part, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             yield f"{section}.{name}".lstrip(".") + f" is {value}, expected {low} to {high}"
 
 

@@ -19,6 +19,7 @@ from pretrain.errors import ConfigError
 
 MAX_STEP = 10**10 - 1  # ten digits in the name of a checkpoint's folder; a larger number in a log is damage
 EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
+_STEPS = (0, 1 << 40)  # the least and the most of a number of steps that may be 0
 BUCKET_ELEMENTS = 500_000_000  # of gradients that DeepSpeed sums over ranks at a time, by default: 1 GB in bf16
 OVERLAPPED_BUCKET_ELEMENTS = 50_000_000  # where it does so beside the backward pass: the last one has nothing beside it
 
@@ -31,6 +32,7 @@ class DataConfig:
     reweight: list[Reweight] = field(default_factory=list)  # other weights of a mixture from later steps on
     val: Path | None = None  # manifest of validation shards; null: the held-out samples, if any
     held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
+    subset: int | None = None  # train on so many of the others: a random choice, the same for every seed; null: all
     order: Literal["auto", "permuted", "lanes"] = "auto"  # of samples; auto: lanes for remote shards (docs/data.md)
     global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
     crop: Literal["random_resized", "inception", "simple"] = "random_resized"  # torchvision's; the paper's; DeiT III's
@@ -90,8 +92,9 @@ class DataConfig:
         yield from self.normalisation.problems("data.")
         if self.val is not None and self.held_out:
             yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
-        if self.is_mixture and self.held_out:
-            yield f"data.held_out ({self.held_out}) needs a single set, but data.train names several: set data.val"
+        for name, instead in (("held_out", "set data.val"), ("subset", "lower their weights")):
+            if self.is_mixture and (value := getattr(self, name)):
+                yield f"data.{name} ({value}) needs a single set, but data.train names several: {instead}"
         yield from weight_problems(self.sources, self.reweight)
         for name in ("crop_area", "crop_ratio"):
             low, high = getattr(self, name)
@@ -107,8 +110,8 @@ class DataConfig:
         yield from outside(
             self, "data", global_batch=(1, 1 << 24), held_out=(0, 1 << 40), flip=(0, 1), eval_crop=EVAL_CROP_LIMITS
         )
-        yield from outside(self, "data", max_bad_fraction=(0, 1), workers=(0, 256), prefetch=(1, 256))
-        yield from outside(self, "data", store_gb=(1e-3, 1e6))
+        yield from outside(self, "data", subset=(1, 1 << 40), max_bad_fraction=(0, 1), workers=(0, 256))
+        yield from outside(self, "data", prefetch=(1, 256), store_gb=(1e-3, 1e6))
         yield from outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
         if self.three_augment and self.randaugment_layers:
             yield (
@@ -145,11 +148,10 @@ class OptimConfig:
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
-        yield from outside(self, "optim", lr=(0, 1e3), eps=(0, 1), weight_decay=(0, 1e3), clip_norm=(0, 1e9))
-        yield from outside(self, "optim", warmup_steps=(0, 1 << 40), end_lr=(0, 1e3), timescale_steps=(1, 1 << 40))
-        yield from outside(self, "optim", cooldown_steps=(0, 1 << 40), shift_steps=(0, 1 << 40), power=(0.01, 100))
-        yield from outside(self, "optim", head_decay_multiplier=(0, 1e4), layer_decay=(0.01, 1))
-        yield from outside(self, "optim", average_decay=(0, 0.9999999))
+        yield from outside(self, "optim", lr=(0, 1e3), end_lr=(0, 1e3), weight_decay=(0, 1e3), clip_norm=(0, 1e9))
+        yield from outside(self, "optim", warmup_steps=_STEPS, cooldown_steps=_STEPS, shift_steps=_STEPS, eps=(0, 1))
+        yield from outside(self, "optim", timescale_steps=(1, 1 << 40), power=(0.01, 100), layer_decay=(0.01, 1))
+        yield from outside(self, "optim", head_decay_multiplier=(0, 1e4), average_decay=(0, 0.9999999))
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             yield f"optim.betas is {tuple(self.betas)}, momentum {self.momentum}, expected numbers in 0 <= beta < 1"
         uses = (
@@ -232,8 +234,7 @@ class EngineConfig:
                 f"engine.fp8 needs engine.precision=bf16 and zero_stage 1 or 2, not {self.precision} with "
                 f"{self.zero_stage}"
             )
-        if self.max_micro_batch_size is not None:
-            yield from outside(self, "engine", max_micro_batch_size=(1, 1 << 20))
+        yield from outside(self, "engine", max_micro_batch_size=(1, 1 << 20))
         yield from outside(self, "engine", timeout_s=(1, 86_400), watchdog_s=(0, 86_400))
 
 
@@ -256,8 +257,7 @@ class EvalConfig:
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
-        yield from outside(self, "evaluation", every_steps=(0, 1 << 40), batch_size=(1, 1 << 20))
-        yield from outside(self, "evaluation", fewshot_every_steps=(0, 1 << 40))
+        yield from outside(self, "evaluation", every_steps=_STEPS, fewshot_every_steps=_STEPS, batch_size=(1, 1 << 20))
         if (self.fewshot_train is None) != (self.fewshot_test is None):
             there, absent = ("train", "test") if self.fewshot_train else ("test", "train")
             yield f"evaluation.fewshot_{there} is set but fewshot_{absent} is null; few-shot needs both"
@@ -284,7 +284,7 @@ class LogConfig:
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
-        yield from outside(self, "log", every_steps=(1, 1 << 40), layers_every_steps=(0, 1 << 40))
+        yield from outside(self, "log", every_steps=(1, 1 << 40), layers_every_steps=_STEPS)
         if self.wandb_entity is not None and self.wandb_project is None:
             yield f"log.wandb_entity ({self.wandb_entity}) has no effect: log.wandb_project is null"
 
@@ -298,7 +298,7 @@ class ProfileConfig:
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""
-        yield from outside(self, "profile", at_step=(0, 1 << 40), num_steps=(1, 100))
+        yield from outside(self, "profile", at_step=_STEPS, num_steps=(1, 100))
 
 
 @dataclass
@@ -319,8 +319,8 @@ class CheckpointConfig:
                 "checkpoint.copy_to is empty or contains one of @ ? #, which set off secrets in a URL; expected a "
                 "folder or a URL such as s3://bucket/folder, credentials in the environment"
             )
-        yield from outside(self, "checkpoint", every_steps=(1, 1 << 40), keep_last=(2, 1 << 20))
-        yield from outside(self, "checkpoint", keep_every_steps=(0, 1 << 40))
+        yield from outside(self, "checkpoint", every_steps=(1, 1 << 40), keep_every_steps=_STEPS)
+        yield from outside(self, "checkpoint", keep_last=(2, 1 << 20))
 
 
 @dataclass

@@ -55,12 +55,10 @@ def listen(call: Callable[[], T]) -> tuple[T, list[str]]:
 
 
 def _memory_file() -> tuple[int, mmap.mmap]:
-    if not _memory:
+    if not _memory:  # mapped: a byte tells without a system call whether anything was written
         number = os.memfd_create("stderr", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(
-                number, mmap.PAGESIZE
-            )  # a mapped byte tells without a system call whether anything was written
+            os.ftruncate(number, mmap.PAGESIZE)
             _memory.append((number, mmap.mmap(number, mmap.PAGESIZE)))
         except OSError:
             os.close(number)

@@ -20,7 +20,6 @@ from pretrain.errors import StorageError, UserError
 from pretrain.storage import crc32c, fsync_path, sha256
 
 _FIRST_TRIES = 3  # until a server has answered once: who has no network hears it at once
-_MEBIBYTE = 1 << 20
 
 
 class Download(NamedTuple):
@@ -91,7 +90,7 @@ def progress(title: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def told_size(num_bytes: int | None) -> str:
-    return "size not told" if num_bytes is None else f"{num_bytes / _MEBIBYTE:,.1f} MiB"
+    return "size not told" if num_bytes is None else f"{num_bytes / (1 << 20):,.1f} MiB"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pretrain.cluster import ranks
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import Order, share
 from pretrain.data.reader import block_of
-from pretrain.data.store import Block, Store, store_at
+from pretrain.data.store import Block, store_at
 from pretrain.errors import StorageError, UserError
 
 DEPTH = 32  # blocks ahead of the training: at 500 images/s those of 5 s, longer than a stalled connection is waited for
@@ -84,18 +84,14 @@ def blocks_of(manifest: Manifest, order: Order, slots: range, step: int) -> Iter
             yield block
 
 
-def _blocks_kept(manifest: Manifest, store: Store) -> int:
-    """How many blocks of a set its store holds."""
-    mean_bytes = manifest.num_bytes / manifest.num_samples * manifest.block_samples
-    return int(store.max_bytes / mean_bytes)
-
-
 def _run(manifest: Manifest, order: Order, slots: range, steps: range, reached: memoryview, parent: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.SIG_DFL)  # the rank's own handlers save checkpoints
     store = manifest.store or store_at(None)
-    remembered = min(_REMEMBERED, _blocks_kept(manifest, store) // 4)  # what is known to be there must still be there
+    mean_block_bytes = manifest.num_bytes / manifest.num_samples * manifest.block_samples
+    blocks_kept = int(store.max_bytes / mean_block_bytes)
+    remembered = min(_REMEMBERED, blocks_kept // 4)  # what is known to be there must still be there
     known: OrderedDict[str, None] = OrderedDict()
     under_way: deque[tuple[int, Future[None]]] = deque()
 

@@ -149,8 +149,12 @@ def train_image(image: torch.Tensor, size: int, config: DataConfig, *key: object
     if config.crop == "simple":
         result = _simple_crop(image, size, config, draws)
     else:
-        box = crops.random_box(image.shape[1], image.shape[2], config, draws, *key)
-        result = _crop_and_resize(image, box, size, config)
+        top, left, height, width = crops.random_box(image.shape[1], image.shape[2], config, draws, *key)
+        image = image[:, top : top + height, left : left + width]
+        if config.antialias:
+            result = _resize(image, (size, size), config)
+        else:
+            result = _resize_truncated(image, size, config.interpolation)
     if draws[-1] < config.flip:
         result = result.flip(2)
     return augmented(result, config, *key)
@@ -162,16 +166,6 @@ def _simple_crop(image: torch.Tensor, size: int, config: DataConfig, draws: np.n
     shares = draws[crops.NUM_DRAWS - 2 : crops.NUM_DRAWS].tolist()  # those of top and left in every crop
     rows, columns = (crops.mirrored_places(side, size, share) for side, share in zip(sides, shares))
     return _resize(image, sides, config)[:, rows][:, :, columns]
-
-
-def _crop_and_resize(image: torch.Tensor, box: Box, size: int, config: DataConfig) -> torch.Tensor:
-    top, left, height, width = box
-    image = image[:, top : top + height, left : left + width]
-    return (
-        _resize(image, (size, size), config)
-        if config.antialias
-        else _resize_truncated(image, size, config.interpolation)
-    )
 
 
 def _resize(image: torch.Tensor, size: tuple[int, int], config: DataConfig, kept: Box | None = None) -> torch.Tensor:
@@ -223,7 +217,8 @@ def eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tens
         sides = _shorter_side_to(resized, image) if shortest else (resized, resized)
         return _resize(image, sides, config, _central_box(sides, size))
     if config.eval_transform == "fewshot":
-        return _central_crop(_resize_truncated(image, resized, "bilinear"), size)
+        top, left, _, _ = _central_box((resized, resized), size)
+        return _resize_truncated(image, resized, "bilinear")[:, top : top + size, left : left + size]
     return _resize_small_and_crop(image, resized, size)
 
 
@@ -320,11 +315,6 @@ def _resize_truncated(image: torch.Tensor, size: int, interpolation: str) -> tor
 def _central_box(sides: tuple[int, int], size: int) -> Box:
     top, left = ((side - size) // 2 for side in sides)  # torchvision's rounds the half pixel
     return top, left, size, size
-
-
-def _central_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    top, left, _, _ = _central_box((image.shape[1], image.shape[2]), size)
-    return image[:, top : top + size, left : left + size]
 
 
 def to_float(images: torch.Tensor, dtype: torch.dtype, normalisation: Normalisation = MINUS_ONE_TO_ONE) -> torch.Tensor:

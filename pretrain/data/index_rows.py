@@ -54,28 +54,29 @@ def read_at(file: int, start: int, end: int) -> bytes:
     return b"".join(parts)
 
 
+class Descriptor:
+    """An open file, closed when nobody has it any more."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 class IndexRows:
     """An open index."""
 
     def __init__(self, path: Path, shard_bytes: int, shard_sha256: str, num_samples: int) -> None:
         """Raises ValueError when the file is no index of that shard, OSError as it comes."""
         self._shard_bytes, self._num_samples = shard_bytes, num_samples
-        self._file = os.open(path, os.O_RDONLY)
-        try:
-            all_bytes = os.fstat(self._file).st_size
-            beginning = read_at(self._file, 0, min(MAX_LINE_BYTES, all_bytes))
-            self._version, self._start, _ = read_line(beginning, shard_bytes, shard_sha256, num_samples)
-            num_bytes = all_bytes - self._start
-            if num_bytes != num_arrays_bytes(self._version, num_samples):
-                raise ValueError(f"{num_bytes} bytes of offsets")
-        except BaseException:
-            self.__del__()
-            raise
-
-    def __del__(self) -> None:
-        file, self._file = getattr(self, "_file", -1), -1
-        if file >= 0:
-            os.close(file)
+        self._file = Descriptor(os.open(path, os.O_RDONLY))
+        all_bytes = os.fstat(self._file.number).st_size
+        beginning = read_at(self._file.number, 0, min(MAX_LINE_BYTES, all_bytes))
+        self._version, self._start, _ = read_line(beginning, shard_bytes, shard_sha256, num_samples)
+        num_bytes = all_bytes - self._start
+        if num_bytes != num_arrays_bytes(self._version, num_samples):
+            raise ValueError(f"{num_bytes} bytes of offsets")
 
     def byte_range(self, number: int) -> tuple[int, int]:
         """Returns the first byte of a sample and the first byte after it. Raises ValueError when they cannot be."""
@@ -106,7 +107,7 @@ class IndexRows:
     def _read(self, at: int, count: int) -> bytes:
         """The bytes of `count` numbers."""
         begin = self._start + 4 * at
-        data = read_at(self._file, begin, begin + 4 * count)
+        data = read_at(self._file.number, begin, begin + 4 * count)
         if len(data) < 4 * count:
             raise ValueError("it has become shorter")
         return data

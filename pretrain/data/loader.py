@@ -7,8 +7,9 @@ import atexit
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,22 +88,17 @@ class _TrainSteps(Dataset):
     def __getitem__(self, step: int) -> Batch:
         if self.fetcher:
             self.fetcher.note(step)
-        mine, slots = self._mine, self._others
+        data, image_size, count = self._config.data, self._config.model.image_size, len(self._mine)
         epochs, indices = self._samples(step)
-        batch = _empty_batch(self._plan.micro_batch * self._plan.accumulation, self._config.model.image_size)
-        batch.epoch[: len(mine)] = torch.from_numpy(epochs[: len(mine)])
-        batch.index[: len(mine)] = torch.from_numpy(indices[: len(mine)])
-        batch = _filled(batch, self._manifest, self._crop, self._config.data.strict_images)
-        mix = draw_mix(self._config.data, self._config.model.image_size, self._config.seed, step)
+        read = partial(_read, self._manifest, self._crop, strict=data.strict_images, image_size=image_size)
+        batch = read(epochs[:count], indices[:count], slots=self._plan.micro_batch * self._plan.accumulation)
+        mix = draw_mix(data, image_size, self._config.seed, step)
         if mix is None or batch.error is not None:
             return batch
-        others = _empty_batch(len(slots), self._config.model.image_size)
-        others.epoch[:] = torch.from_numpy(epochs[len(mine) :])
-        others.index[:] = torch.from_numpy(indices[len(mine) :])
-        others = _filled(others, self._manifest, self._crop, self._config.data.strict_images)
+        others = read(epochs[count:], indices[count:], slots=len(self._others))
         if others.error is not None:
             return batch._replace(error=others.error)
-        return _mixed(batch, mine, others, slots, mix)
+        return _mixed(batch, self._mine, others, self._others, mix)
 
     def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epoch, index) of this rank's slots and of the others, drawn for many steps at once."""
@@ -126,7 +122,12 @@ class _EvalBatches(Dataset):
     def __init__(
         self, manifest: Manifest, indices: np.ndarray, batch_size: int, image_size: int, config: DataConfig
     ) -> None:
-        self._manifest, self._batch_size, self._image_size, self._config = manifest, batch_size, image_size, config
+
+        def crop(image: torch.Tensor, _epoch: int, _index: int) -> torch.Tensor:
+            return eval_image(image, image_size, config)
+
+        strict = config.strict_images
+        self._read = partial(_read, manifest, crop, slots=batch_size, image_size=image_size, strict=strict)
         mine = indices[ranks.rank() :: ranks.world_size()]
         # Equal numbers of batches on all ranks: each forward pass is a collective under ZeRO-3.
         num_batches = -(-len(indices) // (ranks.world_size() * batch_size))
@@ -136,28 +137,32 @@ class _EvalBatches(Dataset):
         return len(self._parts)
 
     def __getitem__(self, number: int) -> Batch:
-        batch = _empty_batch(self._batch_size, self._image_size)
-        batch.index[: len(self._parts[number])] = torch.from_numpy(self._parts[number])
-
-        def crop(image: torch.Tensor, _epoch: int, _index: int) -> torch.Tensor:
-            return eval_image(image, self._image_size, self._config)
-
-        return _filled(batch, self._manifest, crop, self._config.strict_images)
+        return self._read(np.zeros_like(self._parts[number]), self._parts[number])
 
 
-def _filled(
-    batch: Batch, manifest: Manifest, crop: Callable[[torch.Tensor, int, int], torch.Tensor], strict: bool
+def _read(
+    manifest: Manifest,
+    crop: Callable[[torch.Tensor, int, int], torch.Tensor],
+    epochs: np.ndarray,
+    indices: np.ndarray,
+    *,
+    slots: int,
+    image_size: int,
+    strict: bool,
 ) -> Batch:
-    """Reads the samples that a batch's indices name into its slots; `crop` gets an image, its epoch and its index.
+    """Reads samples into the first of the slots; `crop` gets an image, its epoch and its index.
 
     A bad sample leaves its slot masked, and a record; strict: damaged images too. An error that ends the run is handed
     on in the batch.
     """
-    labels: list[list[int]] = [[] for _ in batch.index]
+    images = torch.zeros(slots, 3, image_size, image_size, dtype=torch.uint8)
+    no_labels = torch.full((slots, 1), -1), torch.zeros(slots, 1)
+    epoch_of, index_of = torch.zeros(slots, dtype=torch.int64), torch.full((slots,), -1)
+    epoch_of[: len(epochs)], index_of[: len(indices)] = torch.from_numpy(epochs), torch.from_numpy(indices)
+    batch = Batch(images, *no_labels, torch.zeros(slots, dtype=torch.bool), epoch_of, index_of, [])
+    labels: list[list[int]] = [[] for _ in range(slots)]
     damaged: list[BadRecord] = []
-    for slot, (epoch, index) in enumerate(zip(batch.epoch.tolist(), batch.index.tolist())):
-        if index < 0:
-            continue
+    for slot, (epoch, index) in enumerate(zip(epochs.tolist(), indices.tolist())):
         try:
             source, own = source_of(manifest, index)
             raw = read_sample(source, own)
@@ -173,13 +178,12 @@ def _filled(
         else:
             batch.images[slot] = crop(image, epoch, index)
             if damage:
-                damaged.append(
-                    BadRecord(epoch, index, shard_name(manifest, index), "damaged", f"{raw.key}: {damage[0]}")
-                )
+                detail = f"{raw.key}: {damage[0]}"
+                damaged.append(BadRecord(epoch, index, shard_name(manifest, index), "damaged", detail))
             labels[slot], batch.valid[slot] = source.meant(classes), True
-    most = max(map(len, labels), default=0)
-    padded = torch.tensor([row + [-1] * (max(1, most) - len(row)) for row in labels], dtype=torch.int64)
-    padded = padded.reshape(len(labels), max(1, most))  # [slots, L], also without slots
+    width = max([1, *map(len, labels)])
+    padded = torch.tensor([row + [-1] * (width - len(row)) for row in labels], dtype=torch.int64)
+    padded = padded.reshape(slots, width)  # [slots, L], also without slots
     return batch._replace(labels=padded, label_weights=(padded >= 0).float(), damaged=damaged)
 
 
@@ -194,8 +198,13 @@ def _mixed(batch: Batch, mine: range, others: Batch, other_slots: list[int], mix
     images = batch.images.clone()
     for place, slot in enumerate(mine):
         wanted = partner(slot)
-        source, at = (batch, wanted - mine[0]) if wanted in mine else (others, _position(other_slots, wanted))
-        if at is None or not batch.valid[place] or not source.valid[at]:
+        if wanted in mine:
+            source, at = batch, wanted - mine[0]
+        elif wanted in other_slots:
+            source, at = others, other_slots.index(wanted)
+        else:  # the last slot of an odd batch has none
+            continue
+        if not batch.valid[place] or not source.valid[at]:
             continue
         images[place] = mixed(batch.images[place], source.images[at], mix)
         weights[place] *= mix.own_share
@@ -203,17 +212,6 @@ def _mixed(batch: Batch, mine: range, others: Batch, other_slots: list[int], mix
         labels[place, width:end] = source.labels[at]
         weights[place, width:end] = source.label_weights[at] * (1 - mix.own_share)
     return batch._replace(images=images, labels=labels, label_weights=weights)
-
-
-def _position(values: list[int], value: int) -> int | None:
-    return values.index(value) if value in values else None
-
-
-def _empty_batch(slots: int, image_size: int) -> Batch:
-    images = torch.zeros(slots, 3, image_size, image_size, dtype=torch.uint8)
-    zeros, none = torch.zeros(slots, dtype=torch.int64), torch.full((slots,), -1)
-    no_labels = torch.full((slots, 1), -1), torch.zeros(slots, 1)
-    return Batch(images, *no_labels, torch.zeros(slots, dtype=torch.bool), zeros, none, [])
 
 
 def train_batches(
@@ -299,11 +297,12 @@ def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Ba
         dataset,
         batch_size=None,
         sampler=items,
-        collate_fn=_as_is,
+        collate_fn=lambda batch: batch,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=ranks.has_gpu(),
-        worker_init_fn=_start_worker,
+        # Else SIGTERM to the group ends workers, and the final save is lost.
+        worker_init_fn=lambda _: signals.live_as_long_as_parent(),
         generator=torch.Generator(),  # the loader draws a seed; from the global generator it would shift dropout's
         # Not the default from Python 3.14 on, which imports torch anew for each iterator; workers never touch the GPU.
         multiprocessing_context="fork" if config.workers else None,
@@ -326,14 +325,6 @@ def _end_workers() -> None:
         iterator._shutdown_workers()
         for worker in iterator._workers:
             worker.kill()  # one that hangs; multiprocessing would wait for it
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-def _start_worker(worker: int) -> None:
-    signals.live_as_long_as_parent()  # else SIGTERM to the group ends workers, and the final save is lost
 
 
 REASONS = ("tar", "missing", "decode", "label", "damaged")

@@ -25,7 +25,7 @@ from pretrain.config import MAX_CLASSES
 from pretrain.data.classes import ClassMatch, check_names, match_classes
 from pretrain.data.index_rows import BLOCK, INDEX_FORMAT, INDEX_VERSION, MAX_LINE_BYTES, num_arrays_bytes, read_line
 from pretrain.data.inside import file_inside, plain_files, real_folder_of
-from pretrain.data.shard_list import MAX_SHARD_SAMPLES, Shard, column, name_inside, shards_of
+from pretrain.data.shard_list import MAX_SHARD_SAMPLES, Shard, name_inside, shards_of
 from pretrain.data.store import Store
 from pretrain.errors import PASSING_ERRORS, NotFoundError, StorageError, UserError
 from pretrain.escape import shown
@@ -61,12 +61,12 @@ class Manifest:
     @cached_property
     def is_remote(self) -> bool:
         """Whether any of its shards lies elsewhere."""
-        return any(column(self.shards, "url"))
+        return any(shard.url for shard in self.shards)
 
     @cached_property
     def first_indices(self) -> np.ndarray:
         """The index of each shard's first sample, and the end: int64 [shards + 1]."""
-        return np.concatenate([[0], np.cumsum(column(self.shards, "num_samples"))]).astype(np.int64)
+        return np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards])]).astype(np.int64)
 
     @cached_property
     def block_samples(self) -> int:
@@ -76,7 +76,7 @@ class Manifest:
     @cached_property
     def num_bytes(self) -> int:
         """Of all its shards."""
-        return sum(column(self.shards, "num_bytes"))
+        return sum(shard.num_bytes for shard in self.shards)
 
     def with_meaning(self, match: ClassMatch, class_names: tuple[str, ...]) -> "Manifest":
         """Returns the set with its labels read as those of another list of classes."""
@@ -140,7 +140,7 @@ def load_manifest(path: Path) -> Manifest:
             raise StorageError(f"{path}: cannot be read for now ({error.strerror})") from None
         raise UserError(f"{path}: cannot be read as a manifest ({error})") from None
     totals = tuple(values.integer(key, 0, 1 << 63) for key in ("num_samples", "num_shards", "num_bytes"))
-    listed = (sum(shards.num_samples), len(shards), sum(shards.num_bytes))
+    listed = (sum(shard.num_samples for shard in shards), len(shards), manifest.num_bytes)
     if totals != listed:
         raise UserError(f"{path}: says {totals} samples, shards and bytes, its list adds up to {listed}")
     if not manifest.num_samples:
@@ -194,11 +194,9 @@ def check_shards(manifest: Manifest) -> None:
     files: Callable[..., frozenset[str]] = cache(partial(plain_files, folder, real_folder=real_folder))
     if len(manifest.shards) == 1:  # as `verify` asks, for each shard, and would list the folder as often
         files = lambda *_: frozenset()  # noqa: E731  # each file is looked at by itself
-    shards, sizes = manifest.shards, column(manifest.shards, "num_bytes")
-    places, urls = column(shards, "place"), column(shards, "url")
-    look = partial(_looked_at, folder, real_folder, files, places, sizes, urls)
-    parts = [range(len(shards))[start : start + _LOOKED_AT] for start in range(0, len(shards), _LOOKED_AT)]
-    listed: dict[str, int] = {}
+    look = partial(_looked_at, folder, real_folder, files)
+    parts = [manifest.shards[start : start + _LOOKED_AT] for start in range(0, len(manifest.shards), _LOOKED_AT)]
+    listed: dict[str, Shard] = {}
     with ThreadPoolExecutor(_LOOKERS) as pool:
         try:
             began = time.monotonic()
@@ -206,15 +204,16 @@ def check_shards(manifest: Manifest) -> None:
             slow = time.monotonic() - began > _SLOW_S
             rest = pool.map(look, parts[1:]) if slow else map(look, parts[1:])
             for part, found in zip(parts, chain([first_part], rest)):
-                for number, (real, num_bytes) in zip(part, found):
-                    if num_bytes != sizes[number]:
+                for shard, (real, num_bytes) in zip(part, found):
+                    if num_bytes != shard.num_bytes:
                         raise UserError(
-                            f"{places[number]}: has {num_bytes} bytes, {manifest.path.name} says {sizes[number]}; "
+                            f"{shard.place}: has {num_bytes} bytes, {manifest.path.name} says {shard.num_bytes}; "
                             "index it again"
                         )
-                    if (first := listed.setdefault(real, number)) != number:
-                        names = shards[number].path.name, shards[first].path.name
+                    if real in listed:
+                        names = shard.path.name, listed[real].path.name
                         raise UserError(f"{manifest.path}: lists {names[0]}, which is the same file as {names[1]}")
+                    listed[real] = shard
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"{error.filename}: listed in {manifest.path} but not found") from None
         except OSError as error:
@@ -234,28 +233,24 @@ def _looked_at(
     folder: Path,
     real_folder: Callable[[str], str],
     files: Callable[[str], frozenset[str]],
-    places: list[str],
-    sizes: list[int],
-    urls: list[str],
-    numbers: range,
+    shards: Sequence[Shard],
 ) -> list[tuple[str, int]]:
     """Where shards really lie, and their sizes; their indexes are there too. Raises as `file_inside`.
 
     files: `plain_files` of a folder, of which only a size has to be asked for; whatever else is left to `file_inside`.
     """
     found = []
-    for number in numbers:
-        place, url = places[number], urls[number]
-        parent, _, name = place.rpartition("/")
+    for shard in shards:
+        parent, _, name = shard.place.rpartition("/")
         plain = files(parent)
-        if url:
-            found.append((url, sizes[number]))  # each answer of its server tells the size
+        if shard.url:
+            found.append((shard.url, shard.num_bytes))  # each answer of its server tells the size
         elif name in plain:
-            found.append((real_folder(parent) + name, os.lstat(place).st_size))
+            found.append((real_folder(parent) + name, os.lstat(shard.place).st_size))
         else:
-            found.append(file_inside(folder, place, real_folder))
+            found.append(file_inside(folder, shard.place, real_folder))
         if name.removesuffix(".tar") + ".idx" not in plain:
-            file_inside(folder, place.removesuffix(".tar") + ".idx", real_folder)
+            file_inside(folder, shard.place.removesuffix(".tar") + ".idx", real_folder)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from pretrain.config import Config
 from pretrain.data.lanes import Lanes, place, place_in_row, position_of, row_of_blocks, seen
 from pretrain.data.mixture import Mixture
 from pretrain.data.permutation import permute, unpermute, unvisit, visit
@@ -29,7 +30,8 @@ class Order:
     global_batch: int  # slots of a step
     seed: int
     lanes: Lanes | None = None  # of one set; None: `permuted`
-    mixture: Mixture | None = None  # of several sets, nothing held out, with lanes of its own; None: one set
+    mixture: Mixture | None = None  # of several sets, all of each, with lanes of its own; None: one set
+    subset: int | None = None  # of the samples that are not held out only so many are trained on; None: all
 
     @property
     def name(self) -> Literal["permuted", "lanes"]:
@@ -39,7 +41,7 @@ class Order:
     @property
     def num_train(self) -> int:
         """Samples of an epoch."""
-        return self.num_samples - self.held_out
+        return self.num_samples - self.held_out if self.subset is None else self.subset
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -92,13 +94,13 @@ class Order:
         return self.mixture.given(slots) if self.mixture else slots[None]
 
     def steps_of(self, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """Returns the step that holds each (epoch, index), -1 for a held-out index: int64, the inverse of `samples`."""
+        """Returns the step that holds each (epoch, index), -1 for one not trained on: `samples` inverted, int64."""
         if self.mixture:
             return self.mixture.positions(epochs, indices, self.seed) // self.global_batch
         places = self._places_of(indices)
         steps = np.full(len(indices), -1, np.int64)
         order = np.argsort(epochs, kind="stable")
-        order = order[places[order] >= 0]
+        order = order[(places[order] >= 0) & (places[order] < self.num_train)]
         for same in np.split(order, np.flatnonzero(np.diff(epochs[order])) + 1) if len(order) else ():
             epoch = int(epochs[same[0]])
             if self.lanes:
@@ -117,8 +119,12 @@ class Order:
         return permute(places, self.num_samples, "held-out")
 
     def _beyond_held_out(self, places: np.ndarray) -> np.ndarray:
-        """The index of each of the places 0..num_train-1 of what is trained on."""
-        if not self.held_out:
+        """The index of each of the places 0..num_train-1 of what is trained on.
+
+        A subset is the beginning of what is trained on without it: the same for every seed, and a smaller one is a
+        part of a larger one.
+        """
+        if self.num_train == self.num_samples:
             return places
         if not self.lanes:
             return permute(places + self.held_out, self.num_samples, "held-out")
@@ -127,8 +133,8 @@ class Order:
         return row_of_blocks(at, self.lanes.block_samples, count, "held-out")
 
     def _places_of(self, indices: np.ndarray) -> np.ndarray:
-        """The inverse of `_beyond_held_out`; below 0 for held-out indices."""
-        if not self.held_out:
+        """The inverse of `_beyond_held_out`; below 0 for held-out indices, num_train or more for others left out."""
+        if self.num_train == self.num_samples:
             return indices
         if not self.lanes:
             return unpermute(indices, self.num_samples, "held-out") - self.held_out
@@ -147,6 +153,12 @@ class Order:
         block = self.lanes.block_samples
         has_one = self.held_out < self.num_samples // block * block
         return -(-self.held_out // block) * block if has_one else self.held_out
+
+
+def order_of(config: Config, num_samples: int) -> Order:
+    """Returns the order `permuted` that a config gives a set of so many samples."""
+    data = config.data
+    return Order(num_samples, data.held_out, data.global_batch, config.seed, subset=data.subset)
 
 
 def share(count: int, rank: int, world_size: int) -> range:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 os.environ["WDS_SECURE"] = "1"  # before the import: no pickles, no `pipe:`
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pretrain.data.index_rows import IndexRows, read_at
+from pretrain.data.index_rows import Descriptor, IndexRows, read_at
 from pretrain.data.manifest import (
     BLOCK,
     IMAGE_ENDINGS,
@@ -81,7 +81,7 @@ def read_sample(manifest: Manifest, index: int) -> RawSample:
 
 
 def _near_sample(shard: Shard, number: int) -> RawSample:
-    start, end, key = _patiently(shard, "cannot be opened", lambda: _place(shard, number))
+    start, end, key = _from_index(shard, lambda rows: (*rows.byte_range(number), rows.key_crc32(number)))
     _check_size(end - start)
     data = _patiently(shard, f"bytes {start} to {end} cannot be read", lambda: _pread(shard, start, end))
     if len(data) != end - start:
@@ -110,19 +110,19 @@ def _check_size(num_bytes: int) -> None:
         raise BadSample("tar", f"{num_bytes} bytes in one sample")
 
 
-def _place(shard: Shard, number: int) -> tuple[int, int, int]:
-    """A sample's first byte, the first one after it, the checksum of its key."""
-    index = _open_shard(shard)[1]
-    return _row_of(shard, lambda: (*index.byte_range(number), index.key_crc32(number)))
+def _from_index(shard: Shard, read: Callable[[IndexRows], Any]) -> Any:
+    """What `read` returns of a shard's index. Raises UserError, saying what is wrong with it, where that cannot be."""
 
+    def attempt() -> Any:
+        rows = _open_shard(shard)[1]
+        try:
+            return read(rows)
+        except ValueError as error:
+            load_index(shard)
+            path = shard.path.with_suffix(".idx")
+            raise UserError(f"{path}: does not fit its shard ({error}); index it again") from None
 
-def _row_of(shard: Shard, read: Callable[[], Any]) -> Any:
-    """What `read` returns of an index. Raises UserError, saying what is wrong with it, where that cannot be."""
-    try:
-        return read()
-    except ValueError as error:
-        load_index(shard)
-        raise UserError(f"{shard.path.with_suffix('.idx')}: does not fit its shard ({error}); index it again") from None
+    return _patiently(shard, "cannot be opened", attempt)
 
 
 def _patiently(shard: Shard, what: str, read: Callable[[], Any]) -> Any:
@@ -170,11 +170,7 @@ class _BlockRows(NamedTuple):
 
 @lru_cache(maxsize=256)  # blocks; a step takes several samples of each. At most 48 KB: 4,096 rows of 12 bytes
 def _block_rows(shard: Shard, first: int, end: int) -> _BlockRows:
-    def read() -> ShardIndex:
-        rows = _open_shard(shard)[1]
-        return ShardIndex(*_row_of(shard, lambda: rows.part(first, end)))
-
-    index = _patiently(shard, "cannot be opened", read)
+    index = ShardIndex(*_from_index(shard, lambda rows: rows.part(first, end)))
     start, behind = index.byte_range(0)[0], index.byte_range(end - first - 1)[1]
     return _BlockRows(Block(shard.url, shard.sha256, shard.num_bytes, start, behind), first, index)
 
@@ -318,20 +314,10 @@ def _raise(error: Exception) -> bool:
     raise error
 
 
-class _Descriptor:
-    """An open file, closed when the cache below lets go of it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
-
-
 @lru_cache(maxsize=64)  # per process, two descriptors each; a limit of 1024 is common
-def _open_shard(shard: Shard) -> tuple[_Descriptor | None, IndexRows]:
+def _open_shard(shard: Shard) -> tuple[Descriptor | None, IndexRows]:
     """An open shard, None where it is remote, and its index. Raises OSError, UserError when that is not its index."""
-    opened = None if shard.url else _Descriptor(os.open(shard.path, os.O_RDONLY))
+    opened = None if shard.url else Descriptor(os.open(shard.path, os.O_RDONLY))
     path = shard.path.with_suffix(".idx")
     try:
         return opened, IndexRows(path, shard.num_bytes, shard.sha256, shard.num_samples)

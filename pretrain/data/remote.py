@@ -219,7 +219,8 @@ def _total(response: http.client.HTTPResponse, at: int, end: int) -> int:
 
 def _answer(url: str, at: int, end: int) -> http.client.HTTPResponse:
     """The answer to a request for a range, behind redirects. Raises UserError where no later try would help."""
-    address = _address(url)
+    scheme = urlsplit(url).scheme
+    address = url if scheme in ("http", "https") else _signed(scheme, url)
     for _ in range(MAX_REDIRECTS + 1):
         parts = urlsplit(address)
         connection = _connection(parts.scheme, parts.netloc)
@@ -267,13 +268,8 @@ def _redirected(url: str, address: str, location: str) -> str:
     return target
 
 
-def _address(url: str) -> str:
-    """Where a file is asked for: its URL, or an address signed with the environment's credentials."""
-    scheme = urlsplit(url).scheme
-    return url if scheme in ("http", "https") else _sign(scheme, url)
-
-
-def _sign(scheme: str, url: str) -> str:
+def _signed(scheme: str, url: str) -> str:
+    """The address of a file, signed with the environment's credentials."""
     try:
         import fsspec
 
@@ -320,10 +316,6 @@ def _status_of(error: Exception) -> int:
 class _Connections(dict[tuple[str, str], http.client.HTTPConnection]):
     """Open connections by scheme and place; closed when their thread ends."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.pid = os.getpid()
-
     def __del__(self) -> None:
         while self:
             self.popitem()[1].close()
@@ -333,10 +325,10 @@ _local = threading.local()
 
 
 def _connection(scheme: str, place: str) -> http.client.HTTPConnection:
-    """A connection of this thread and this process: a forked child would share its parent's socket."""
-    open_ones = getattr(_local, "connections", None)
-    if open_ones is None or open_ones.pid != os.getpid():
-        open_ones = _local.connections = _Connections()
+    """A connection of this thread."""
+    if not hasattr(_local, "connections"):
+        _forget_connections()
+    open_ones = _local.connections
     if (scheme, place) not in open_ones:
         if scheme == "https":
             made = http.client.HTTPSConnection(place, timeout=SILENCE_S, context=_tls())
@@ -351,6 +343,7 @@ def _forget_connections() -> None:
     _local.connections = _Connections()
 
 
-@cache
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
+os.register_at_fork(after_in_child=_forget_connections)  # a child would share its parent's sockets
+
+
+_tls = cache(ssl.create_default_context)

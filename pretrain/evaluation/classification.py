@@ -224,7 +224,5 @@ def mean_average_precision(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     from sklearn.metrics import average_precision_score
 
-    found = []
-    for number in np.unique(labels[labels >= 0]):
-        found.append(average_precision_score((labels == number).any(axis=1), logits[:, number]))
-    return float(np.mean(found))
+    classes = np.unique(labels[labels >= 0])
+    return float(np.mean([average_precision_score((labels == c).any(axis=1), logits[:, c]) for c in classes]))

@@ -51,12 +51,12 @@ def raw_pixels(images: torch.Tensor) -> torch.Tensor:
 def extract_features(
     extract: Extract,
     manifest: Manifest,
+    indices: np.ndarray,
     *,
     image_size: int,
     batch_size: int,
     config: DataConfig,
     device: torch.device,
-    indices: np.ndarray | None = None,
     max_bytes: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
     stop_agreed: Callable[[], bool] = lambda: False,
@@ -64,14 +64,13 @@ def extract_features(
     """Returns `extract` of a data set's images, in evaluation's transform, on rank 0, which alone holds more than a
     batch of them; None on the others. Called by all ranks.
 
-    indices: ascending, of the samples to take; all when None. max_bytes: refuse more than this of float32 features.
+    indices: ascending, of the samples to take. max_bytes: refuse more than this of float32 features.
     progress: told the images just done, over all ranks. Images that cannot be read are left out, and rank 0 says how
     many. Raises UserError when none is left, when there are too many bytes, or when the data set has several labels
     per image; EvaluationStopped on all ranks when `stop_agreed` says so between two batches.
     """
     if manifest.multi_label:
         raise UserError(f"{manifest.path}: has several labels per image; probes of features need one")
-    indices = np.arange(manifest.num_samples) if indices is None else indices
     batches = eval_batches(manifest, indices, batch_size=batch_size, image_size=image_size, config=config)
     read = np.zeros(len(indices), dtype=bool)
     labels = np.zeros(len(indices), dtype=np.int64)

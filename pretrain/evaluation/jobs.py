@@ -1,6 +1,6 @@
 """What was asked for: jobs, whose data sets are opened and checked, and which are then done."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,22 +29,6 @@ class Done(NamedTuple):
     job: Job
     sets: dict[str, Images]
     found: Found
-
-
-# --- what was asked for -> jobs ---------------------------------------------------------------------------------------
-
-
-def jobs_of(val: Path | None, few: Sequence[Path] | None, tasks: Sequence[Job]) -> list[Job]:
-    """Returns the jobs that are asked for: of --val, --fewshot TRAIN TEST, and --tasks NAME,..."""
-    jobs = []
-    if val:
-        jobs.append(Job(HEAD, "", {"test": val}))
-    if few:
-        jobs.append(Job("fewshot", "", dict(zip(("train", "test"), few))))
-    return [*jobs, *tasks]
-
-
-# --- jobs -> data sets -> rows ---------------------------------------------------------------------------------------
 
 
 def open_jobs(jobs: list[Job], weights: Weights, root: Path) -> tuple[list[Opened], dict[str, str]]:

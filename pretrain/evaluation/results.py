@@ -32,16 +32,20 @@ class Measured(NamedTuple):
     digest: str  # weights_sha256
 
 
-def write_results(out: Path, measured: Measured, done: list[Done], failed: dict[str, str]) -> None:
-    """Merges the jobs done so far into a folder of results. Raises UserError where that cannot be.
+def write_results(
+    out: Path, predictions: Path | None, measured: Measured, done: list[Done], failed: dict[str, str]
+) -> None:
+    """Merges the jobs done so far into a folder of results, and writes their predictions where that is asked for.
 
-    Called after each job: a later one may end the command, or a job's time.
+    Called after each job, each file as a whole: a later job may end the command. Raises UserError where it cannot be.
     """
     rows = [row for _, _, found in done for row in found.rows]
     with one_at_a_time(out):
         rows, record = with_earlier(rows, record_of(measured, done, failed), out / "results.json")
         set_aside(out, measured.digest)
         write_pages(out, pages(rows, record, done))
+    if predictions:
+        write_predictions(predictions, done)
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
@@ -95,11 +99,7 @@ def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] |
 
 _LETTERS = 12  # of a digest, in a file's name and on a page
 _MOST = 1 << 53  # a whole number up to here is one in JSON of any reader
-SHARED = {
-    "loss": "loss",
-    "transform": "transform",
-    "image_size": "image size",
-}  # alike for all rows of one set of weights
+SHARED = {"loss": "loss", "transform": "transform", "image_size": "image size"}  # alike for all rows of one weights
 
 
 @contextmanager
@@ -108,11 +108,9 @@ def one_at_a_time(out: Path) -> Iterator[None]:
 
     Warns where the file system gives no locks. Raises UserError where the folder cannot be written.
     """
-    try:
+    with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a", opener=not_a_link)
-    except OSError as error:
-        raise _cannot_write(out, error) from None
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
@@ -223,13 +221,8 @@ def _grown(before: Any, now: Any) -> Any:
 # --- tables and pages ------------------------------------------------------------------------------------------------
 
 
-def print_table(rows: list[Row], title: str) -> None:
-    """Shows the rows on the terminal."""
-    cli.print_table(title, *_cells(rows))
-
-
-def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Returns the table's header and lines: one line per metric, one column per model."""
+def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and lines of the rows' table: one line per metric, one column per model."""
     models = list(dict.fromkeys(row.model for row in rows))
     values = {(row.model, row.metric): row for row in rows}
     found = []
@@ -286,7 +279,7 @@ def _results_page(rows: list[Row], record: dict[str, Any]) -> str:
 
 
 def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
-    header, cells = _cells(rows)
+    header, cells = table_of(rows)
     table = [
         map(in_markdown, header),
         ["---", *["---:"] * (len(header) - 1)],
@@ -327,41 +320,30 @@ def set_aside(out: Path, digest: str) -> None:
         return  # nothing is known of it
     if before == digest:
         return
-    try:
+    with cli.writing(out):
         if wrong.is_file() and re.fullmatch("[0-9a-f]{64}", before):
             wrong.replace(out / f"wrong-{before[:_LETTERS]}.json")
         if (own := out / f"wrong-{digest[:_LETTERS]}.json").is_file():
             own.replace(wrong)
-    except OSError as error:
-        raise _cannot_write(out, error) from None
 
 
 def write_pages(out: Path, contents: dict[str, str | None]) -> None:
     """Writes the files into a folder, or removes them. Raises UserError where that cannot be."""
-    try:
+    with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            if content is None:
-                if (out / name).exists():
-                    warn(f"{out / name}: removed, since it is of nothing in results.json any more")
-                    (out / name).unlink()
-                continue
-            write_text(out / name, content + "\n")
-    except OSError as error:
-        raise _cannot_write(out, error) from None
-
-
-def _cannot_write(out: Path, error: OSError) -> UserError:
-    return UserError(f"{out}: cannot be written ({error.strerror}); give another --out")
+            if content is not None:
+                write_text(out / name, content + "\n")
+            elif (out / name).exists():
+                warn(f"{out / name}: removed, since it is of nothing in results.json any more")
+                (out / name).unlink()
 
 
 def write_predictions(path: Path, done: list[Done]) -> None:
     """Writes a line of JSON for each image that the head was scored on. Raises UserError where that cannot be."""
-    try:
+    with cli.writing(path, "--predictions"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for job, sets, found in done:
                 if found.predictions is not None:
                     file.writelines(lines(found.predictions, sets["test"].manifest, job.name or "val"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --predictions") from None

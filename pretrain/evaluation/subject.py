@@ -139,16 +139,14 @@ class Subject:
         return [self._kept[key] for key in keys.values()]
 
     def _extracted(self, name: str, extract: Extract, images: Images, config: DataConfig) -> Features | None:
-        manifest, indices = images
-        with self.progress(f"features, {name}", len(indices), "images") as advance:
+        with self.progress(f"features, {name}", len(images.indices), "images") as advance:
             return extract_features(
                 extract,
-                manifest,
+                *images,
                 image_size=self.image_size,
                 batch_size=self.batch_size,
                 config=config,
                 device=self.device,
-                indices=indices,
                 max_bytes=MAX_PIXEL_BYTES if extract is raw_pixels else None,
                 progress=advance,
                 stop_agreed=self.stop_agreed,

@@ -267,12 +267,10 @@ def _begin(folder: Path, out: Path, made: Mapping[str, _Part], shorter_side: int
             )
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty, and was not made here; give another --out")
-    try:
+    with cli.writing(folder):
         remove(folder)
         folder.mkdir(parents=True)
         write_text(path, json.dumps(own, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def _digest(part: _Part) -> str:

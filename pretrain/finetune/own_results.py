@@ -15,7 +15,7 @@ from pretrain.config import MAX_CLASSES, Config, model_name
 from pretrain.data.manifest import MAX_SAMPLES, load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.own_data import OwnData
-from pretrain.finetune.own_runs import PREDICTIONS, differences, final_run
+from pretrain.finetune.own_runs import differences, final_run, predictions_of
 from pretrain.finetune.results import over_seeds, reached, write_results
 from pretrain.finetune.scores import RunScore, final_sha256
 from pretrain.finetune.sweep import Sweep, write_out
@@ -47,7 +47,7 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
     Raises UserError when the predictions cannot be read.
     """
     config = final_run(sweep)
-    pairs = list(_pairs(config.output / config.name / "evaluation" / PREDICTIONS))
+    pairs = list(_pairs(predictions_of(config)))
     if not pairs:
         raise UserError(f"{config.output / config.name}: none of the test images could be scored")
     line = reached(sweep)

@@ -43,7 +43,6 @@ _LARGE = 1_000_000  # images of a set to which any protocol applies
 _CHOOSING = 1000  # images to choose the rate on, as of the paper's CIFAR, but at most a fifth of train
 _MICRO_BATCH = "engine.max_micro_batch_size"
 _MOST_SECONDS = 1e9  # thirty years
-PREDICTIONS = "predictions.jsonl"  # of the final run, in its folder evaluation/
 
 
 def protocol_for(num_train: int, image_size: int) -> FineTuning:
@@ -190,17 +189,12 @@ def timed(sweep: Sweep) -> Iterator[Callable[[], float]]:
     began, before = time.monotonic(), 0.0
     if path.is_file():
         before = Fields.of(read_json(path), str(path)).number("seconds", 0, _MOST_SECONDS)
-    was_done = (lr := chosen_lr(sweep)) is not None and (_evaluation(sweep, lr) / PREDICTIONS).is_file()
+    was_done = chosen_lr(sweep) is not None and predictions_of(final_run(sweep)).is_file()
     try:
         yield lambda: before + (0.0 if was_done else time.monotonic() - began)
     finally:
         if not was_done:
             write_out(path, json.dumps({"seconds": round(before + time.monotonic() - began, 1)}))
-
-
-def _evaluation(sweep: Sweep, lr: float) -> Path:
-    config = final_runs(sweep, lr)[0]
-    return config.output / config.name / "evaluation"
 
 
 def final_run(sweep: Sweep) -> Config:
@@ -210,14 +204,18 @@ def final_run(sweep: Sweep) -> Config:
     return final_runs(sweep, lr)[0]
 
 
+def predictions_of(final: Config) -> Path:
+    """Returns the file with a line for each test image, as the final run's weights answer it."""
+    return final.output / final.name / "evaluation" / "predictions.jsonl"
+
+
 def score_images(sweep: Sweep) -> int:
     """Scores each test image by the final weights, unless that is done; returns 0, or STOPPED when asked to stop.
 
     Raises UserError when it cannot be.
     """
     config = final_run(sweep)
-    folder = config.output / config.name
-    path = folder / "evaluation" / PREDICTIONS
+    folder, path = config.output / config.name, predictions_of(config)
     if path.is_file():
         return 0
     words = [sys.executable, *scoring(config), "--val", str(sweep.test), "--predictions", str(path)]

@@ -41,14 +41,11 @@ def plan(tasks: Sequence[Task], options: Options) -> list[Sweep]:
     """
     for line in check_any_there((missing(task, options.data) for task in tasks), options.data):
         print(shown(f"missing: {line}"), file=sys.stderr)
-    return [_plan_one(task, options) for task in tasks if not missing(task, options.data)]
-
-
-def _plan_one(task: Task, options: Options) -> Sweep:
-    sweep = plan_sweep(task, options)
-    final_runs(sweep, sweep.protocol.lr_grid[0])  # a wrong key is told before anything is written
-    claim_sweep(sweep)
-    return sweep
+    sweeps = [plan_sweep(task, options) for task in tasks if not missing(task, options.data)]
+    for sweep in sweeps:
+        final_runs(sweep, sweep.protocol.lr_grid[0])  # a wrong key is told before anything is written
+        claim_sweep(sweep)
+    return sweeps
 
 
 def jobs(tasks: Sequence[Task], options: Options) -> list[SweepRun]:
@@ -72,14 +69,11 @@ def run_one(tasks: Sequence[Task], index: int, options: Options) -> int:
     job = listed[index]
     (sweep,) = plan([job.task], options)
     if job.lr is not None:
-        return _run(_of_rate(sweep, job.lr), sweep, options, selecting=True)
+        config = next(config for config in selecting_runs(sweep) if config.optim.lr == job.lr)
+        return _run(config, sweep, options, selecting=True)
     if (lr := chosen_lr(sweep)) is None:
         raise UserError(f"{sweep.folder}: selecting runs are not done yet; run them first (--list prints them)")
     return _run(final_runs(sweep, lr)[job.seed], sweep, options, selecting=False)
-
-
-def _of_rate(sweep: Sweep, lr: float) -> Config:
-    return next(config for config in selecting_runs(sweep) if config.optim.lr == lr)
 
 
 def run_sweeps(sweeps: Sequence[Sweep], options: Options) -> int:
@@ -124,20 +118,8 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, tit
         if code == NonFiniteError.exit_code and selecting:
             print(f"{shown(folder)}: learning rate {config.optim.lr:g} is too high, it is not chosen", flush=True)
             (folder / DIVERGED).touch()
-        elif code == STOPPED or (-code in (0, *PASSED_ON) and score(config) is None):  # below 0: died of a signal
-            return tell_stopped()
-        elif code < 0 and score(config) is None:
-            killer = " (the kernel's, for want of memory?)" if -code == signal.SIGKILL else ""
-            print(f"error: {shown(folder)} died of signal {-code}{killer}; the same command goes on", file=sys.stderr)
-            return LostProcessError.exit_code
-        elif score(config) is None:
-            if is_held(folder / "lock"):
-                raise UserError(
-                    f"{folder}: in use, perhaps by the same command elsewhere; wait for it, or end its training "
-                    "(pgrep -af launch/pretrain.py), and the same command goes on; --out gives another folder"
-                )
-            print(f"error: {shown(folder)} ended with exit code {code}; what went wrong stands above", file=sys.stderr)
-            return code
+        elif code == STOPPED or score(config) is None:
+            return _tell_unfinished(folder, code)
     if selecting:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only its score is needed
     elif sweep.task.name == "imagenet" and real_score(config) is None:
@@ -151,6 +133,23 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, tit
                 file=sys.stderr,
             )
     return 0
+
+
+def _tell_unfinished(folder: Path, code: int) -> int:
+    """Says why a training has ended before its last step; returns the code to exit with."""
+    if code == STOPPED or -code in (0, *PASSED_ON):  # below 0: died of a signal
+        return tell_stopped()
+    if code < 0:
+        killer = " (the kernel's, for want of memory?)" if -code == signal.SIGKILL else ""
+        print(f"error: {shown(folder)} died of signal {-code}{killer}; the same command goes on", file=sys.stderr)
+        return LostProcessError.exit_code
+    if is_held(folder / "lock"):
+        raise UserError(
+            f"{folder}: in use, perhaps by the same command elsewhere; wait for it, or end its training "
+            "(pgrep -af launch/pretrain.py), and the same command goes on; --out gives another folder"
+        )
+    print(f"error: {shown(folder)} ended with exit code {code}; what went wrong stands above", file=sys.stderr)
+    return code
 
 
 def tell_stopped() -> int:

@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pretrain import cli
 from pretrain.config import MINUS_ONE_TO_ONE, Config, ModelConfig, Normalisation, config_from_dict
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
-from pretrain.models.weights import read_weights, results_folder, weights_sha256
+from pretrain.models.weights import read_weights, weights_sha256
 from pretrain.storage import write_text
 from pretrain.tasks.table import FineTuning, Task, task_folder
 
@@ -47,6 +48,7 @@ _OWN_KEYS = {
     "data.train": _DATA,
     "data.val": _DATA,
     "data.held_out": _DATA,
+    "data.subset": _DATA,
     "init_from": "WEIGHTS",
     "init_new_head": "WEIGHTS",
     "branch_from": "WEIGHTS",
@@ -107,11 +109,6 @@ def read_start(weights: Path, *, from_scratch: bool) -> Start:
     return Start(source, found.model, weights_sha256(source), found.normalisation)
 
 
-def default_folder(weights: Path, *, from_scratch: bool) -> Path:
-    """Returns where results lie when no --out says it."""
-    return results_folder(weights, "finetune-from-scratch" if from_scratch else "finetune")
-
-
 def plan_sweep(task: Task, options: Options) -> Sweep:
     """Returns the sweep of a task whose data lies below `options.data`. Reads manifests, no images; writes nothing.
 
@@ -123,10 +120,10 @@ def plan_sweep(task: Task, options: Options) -> Sweep:
         )
     protocol = asked_for(task.finetuning, options)
     splits = {name: (task_folder(task, options.data) / name / "manifest.json").absolute() for name in task.splits}
-    train = splits[_train_split(protocol)]
     if protocol.dev_fraction is None:
-        select = splits["train"], splits["val"], 0
+        train, select = splits["trainval"], (splits["train"], splits["val"], 0)
     else:
+        train = splits["train"]
         select = train, None, max(1, round(protocol.dev_fraction * load_manifest(train).num_samples))
     folder, test = options.out.absolute() / task.name.replace("/", "-"), splits[task.test_split]
     return Sweep(task, protocol, options.start, folder, train, select, test, options.num_seeds, options.overrides)
@@ -150,11 +147,6 @@ def asked_for(protocol: FineTuning, options: Options) -> FineTuning:
 def key_of(override: str) -> str:
     """Returns the key of KEY=VALUE."""
     return override.partition("=")[0].strip()
-
-
-def _train_split(protocol: FineTuning) -> str:
-    """The split that final runs train on."""
-    return "trainval" if protocol.dev_fraction is None else "train"
 
 
 def fitting_size(image_size: int, model: ModelConfig) -> int:
@@ -235,8 +227,6 @@ def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], ev
 
 def write_out(path: Path, text: str) -> None:
     """Writes a file of the results' folder. Raises UserError when it cannot be written."""
-    try:
+    with cli.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text + "\n", shared=True)  # elements of a job array write the same file
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from None

@@ -15,6 +15,8 @@ from pretrain.models.vit import VisionTransformer, init_parameter, init_weights
 # Goes through the names and float32 values of a model's parameters, one at a time, in the model's order, at each call.
 Values = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
+_TIMM_RATES = {"drop_rate": "dropout", "drop_path_rate": "drop_path"}  # what timm calls them -> fields of ModelConfig
+
 
 def build_model(config: ModelConfig, num_classes: int, seed: int = 0) -> nn.Module:
     """Returns the model in float32 on the CPU, the same weights on every rank for one seed.
@@ -97,10 +99,9 @@ def _build_timm(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     try:
         return timm.create_model(config.timm_name, num_classes=num_classes, **options)
     except TypeError as error:  # of those that some constructors do not take
-        wrong = next((key for key in ("drop_path", "drop") if f"'{key}_rate'" in str(error)), None)
-        if wrong is None:
+        key = next((ours for theirs, ours in _TIMM_RATES.items() if f"'{theirs}'" in str(error)), None)
+        if key is None:
             raise
-        key = {"drop_path": "drop_path", "drop": "dropout"}[wrong]
         raise ConfigError(f"model.{key}: timm's {config.timm_name} has none; leave it at 0") from None
 
 
@@ -109,11 +110,7 @@ def timm_options(config: ModelConfig) -> dict[str, Any]:
     assert config.timm_name is not None
     size = config.image_size
     options: dict[str, Any] = {"img_size": size} if _takes_image_size(config.timm_name, size) else {}
-    if config.dropout:
-        options["drop_rate"] = config.dropout
-    if config.drop_path:
-        options["drop_path_rate"] = config.drop_path
-    return options
+    return options | {theirs: rate for theirs, ours in _TIMM_RATES.items() if (rate := getattr(config, ours))}
 
 
 def _takes_image_size(name: str, image_size: int) -> bool:

@@ -65,7 +65,7 @@ def fetched(weights: Path | str) -> Path:
     return _from_hub(str(weights), repository, revision or None)
 
 
-_LICENCE = re.compile("[a-z0-9.-]{1,40}")  # a word of the hub's list
+LICENCE = re.compile("[a-z0-9.-]{1,40}")  # a word of the hub's list
 
 
 def licence_of(weights: Path | str) -> str | None:
@@ -83,7 +83,7 @@ def licence_of(weights: Path | str) -> str | None:
         told = _licence_file(repository).read_text()[:80].strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return told if _LICENCE.fullmatch(told) else None
+    return told if LICENCE.fullmatch(told) else None
 
 
 def _licence_file(repository: str) -> Path:

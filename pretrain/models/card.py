@@ -23,7 +23,6 @@ _RECEIPT = {
     "samples_seen": "samples seen",
     "skipped_steps": "steps skipped",
 }
-LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx"}  # Hugging Face's names
 
 
 def model_card(
@@ -90,7 +89,7 @@ def _front(weights: Weights, target: str, title: str, licence: str | None, resul
                 )
             )
     card = ModelCardData(
-        library_name=LIBRARIES.get(target),
+        library_name=target if target in ("timm", "transformers", "onnx") else None,  # those that the hub knows
         license=licence,
         pipeline_tag=task,
         tags=["vision-transformer"],
@@ -186,10 +185,11 @@ def _receipt(state: Fields) -> str:
     bad = {reason: count for reason in counts.values if (count := counts.integer(reason, 0, 1 << 63, 0))}
     reasons = f" ({', '.join(f'{count} {in_markdown(reason)}' for reason, count in bad.items())})" if bad else ""
     numbers = {key: told.integer(key, 0, 1 << 63) for key in (*_RECEIPT, "held_out", "damaged_samples")}
+    subset = f"a subset of {told.integer('subset', 1, 1 << 63):,}, " if told.values.get("subset") else ""
     return (
         f"\nReceipt: order {in_markdown(told.text('name'))} {in_markdown(told.text('version'))}, "
         + ", ".join(f"{name} {numbers[key]:,}" for key, name in _RECEIPT.items())
-        + f"; held out {numbers['held_out']:,}, bad {sum(bad.values()):,}{reasons}, used though damaged "
+        + f"; {subset}held out {numbers['held_out']:,}, bad {sum(bad.values()):,}{reasons}, used though damaged "
         f"{numbers['damaged_samples']:,}. `tools/audit.py RUN` adds it up again."
     )
 

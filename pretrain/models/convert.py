@@ -3,7 +3,6 @@
 `convert` hands on files at OUT and their card; tools/convert.py calls it. docs/conversion.md says what goes where.
 """
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from safetensors import SafetensorError
 from pretrain.errors import StorageError
 from pretrain.escape import shown
 from pretrain.models.card import model_card
-from pretrain.models.google import class_names_file, for_google, read_google, write_google
+from pretrain.models.google import class_names_file, for_google, write_google
 from pretrain.models.onnx_file import write_onnx
-from pretrain.models.publish import WRITTEN, check_free, publish_files, publish_folder, staging
+from pretrain.models.publish import WRITTEN, publish_files, publish_folder, staging
 from pretrain.models.tensors import Weights
-from pretrain.models.timm_folder import read_timm_folder, write_own_folder, write_timm_folder
-from pretrain.models.transformers_folder import for_transformers, read_transformers_folder, write_transformers_folder
+from pretrain.models.timm_folder import write_own_folder, write_timm_folder
+from pretrain.models.transformers_folder import for_transformers, write_transformers_folder
 from pretrain.models.verify import Comparison, Source, compare, same_tensors
+from pretrain.models.weights import read_weights
 from pretrain.provenance import versions
 
 
@@ -29,46 +29,42 @@ class Target(NamedTuple):
     """A format: how it is written and loaded, and, where it is read without loss, how it is compared bit for bit."""
 
     write: Callable[[Weights, Path, str], None]  # weights, folder or file, naming
-    loading: str  # Python, with OUT, KIND and OPTIONS to be replaced
-    from_hub: str  # the same from the repository REPOSITORY of the Hugging Face hub
+    loading: str  # Python, see `loading` for what is filled in
+    from_hub: str  # the same from a repository of the Hugging Face hub
     expected: Callable[[Weights, str], Weights] | None = None  # weights and naming -> what reading must give
-    read: Callable[[Path, int], Weights] | None = None  # path and image size
 
 
 TARGETS = {
     "pretrain": Target(
         lambda weights, out, naming: write_own_folder(weights, out),
-        'from pretrain.models import load_model\nmodel = load_model("OUT")',
+        'from pretrain.models import load_model\nmodel = load_model("{out}")',
         "from huggingface_hub import snapshot_download\nfrom pretrain.models import load_model\n"
-        'model = load_model(snapshot_download("REPOSITORY"))',
+        'model = load_model(snapshot_download("{repository}"))',
         lambda weights, naming: weights,
-        lambda path, image_size: read_timm_folder(path),
     ),
     "timm": Target(
         lambda weights, out, naming: write_timm_folder(weights, out),
-        'import timm\nmodel = timm.create_model("local-dir:OUT", pretrained=True)',
-        'import timm\nmodel = timm.create_model("hf-hub:REPOSITORY", pretrained=True)',
+        'import timm\nmodel = timm.create_model("local-dir:{out}", pretrained=True)',
+        'import timm\nmodel = timm.create_model("hf-hub:{repository}", pretrained=True)',
     ),
     "transformers": Target(
         lambda weights, out, naming: write_transformers_folder(weights, out),
-        'from transformers import KIND\nmodel = KIND.from_pretrained("OUT"OPTIONS)',
-        'from transformers import KIND\nmodel = KIND.from_pretrained("REPOSITORY"OPTIONS)',
+        'from transformers import {kind}\nmodel = {kind}.from_pretrained("{out}"{options})',
+        'from transformers import {kind}\nmodel = {kind}.from_pretrained("{repository}"{options})',
         lambda weights, naming: for_transformers(weights),
-        lambda path, image_size: read_transformers_folder(path),
     ),
     "npz": Target(
         write_google,
-        "import numpy\narrays = numpy.load(\"OUT\")  # or vision_transformer's and big_vision's own loaders",
+        "import numpy\narrays = numpy.load(\"{out}\")  # or vision_transformer's and big_vision's own loaders",
         "import numpy\nfrom huggingface_hub import hf_hub_download\n"
-        'arrays = numpy.load(hf_hub_download("REPOSITORY", "OUT"))  # or Google\'s own loaders',
+        'arrays = numpy.load(hf_hub_download("{repository}", "{out}"))  # or Google\'s own loaders',
         for_google,
-        read_google,
     ),
     "onnx": Target(
         lambda weights, out, naming: write_onnx(weights, out),
-        'import onnxruntime\nsession = onnxruntime.InferenceSession("OUT/model.onnx")',
+        'import onnxruntime\nsession = onnxruntime.InferenceSession("{out}/model.onnx")',
         "import onnxruntime\nfrom huggingface_hub import snapshot_download\n"
-        'session = onnxruntime.InferenceSession(snapshot_download("REPOSITORY") + "/model.onnx")',
+        'session = onnxruntime.InferenceSession(snapshot_download("{repository}") + "/model.onnx")',
     ),
 }
 
@@ -95,11 +91,6 @@ class Conversion:
     def beside(self) -> list[Path]:
         """The files that belong to a result that is a file: class names and card."""
         return [class_names_file(self.place), self.place.with_suffix(".md")] if self.target == "npz" else []
-
-
-def check_place(conversion: Conversion, *, overwrite: bool) -> None:
-    """Raises UserError when something is where the result goes, unless it may be replaced."""
-    check_free(conversion.place, conversion.beside, overwrite=overwrite)
 
 
 def convert(conversion: Conversion, weights: Weights) -> bool:
@@ -140,7 +131,8 @@ def _write(conversion: Conversion, weights: Weights, out: Path, work: Path) -> b
         comparison = _verify(conversion, weights, out, work)
         if comparison is None:
             return False
-        proof = f"Verified in fresh processes, largest value 1: {_in_words(comparison)}."
+        told = ", ".join(f"{found.output} differ by {found.ratio:.1e}" for found in comparison.differences)
+        proof = f"Verified in fresh processes, largest value 1: {told}."
     card = out.with_suffix(".md") if conversion.beside else out / "README.md"
     text = model_card(
         weights,
@@ -160,8 +152,9 @@ def _write(conversion: Conversion, weights: Weights, out: Path, work: Path) -> b
 def _verify(conversion: Conversion, weights: Weights, out: Path, work: Path) -> Comparison | None:
     """Prints what the verification found; returns it when it is rounding, None when it is more."""
     target, problem = TARGETS[conversion.target], None
-    if target.read and target.expected:
-        problem = same_tensors(target.expected(weights, conversion.naming), target.read(out, weights.model.image_size))
+    if target.expected:
+        expected = target.expected(weights, conversion.naming)
+        problem = same_tensors(expected, read_weights(out, weights.model.image_size))
         print(shown("tensors read back: " + (problem or "all equal, bit for bit")))
     with staging(work / "verification") as folder:
         comparison = compare(conversion.source, weights, conversion.target, out, folder)
@@ -178,18 +171,13 @@ def _verify(conversion: Conversion, weights: Weights, out: Path, work: Path) -> 
     return None
 
 
-def _in_words(comparison: Comparison) -> str:
-    return ", ".join(f"{found.output} differ by {found.ratio:.1e}" for found in comparison.differences)
-
-
 def loading(target: str, weights: Weights, place: str, repository: str | None = None) -> str:
     """Returns the lines that load the result from a place, or, if there is one, from a repository of the hub."""
     no_pooler = not weights.num_classes and weights.model.representation_size is None  # ViTModel would draw one
-    words = {
-        "OUT": place,
-        "REPOSITORY": repository or "",
-        "KIND": "ViTForImageClassification" if weights.num_classes else "ViTModel",
-        "OPTIONS": ", add_pooling_layer=False" if no_pooler else "",
-    }
     code = TARGETS[target].from_hub if repository else TARGETS[target].loading
-    return re.sub("|".join(words), lambda found: words[found[0]], code)
+    return code.format(
+        out=place,
+        repository=repository,
+        kind="ViTForImageClassification" if weights.num_classes else "ViTModel",
+        options=", add_pooling_layer=False" if no_pooler else "",
+    )

@@ -266,100 +266,77 @@ def _trunk_units(arrays: Mapping[str, LazyTensor], path: Path) -> list[int] | No
 
 def google_keys(config: ModelConfig, num_classes: int, names: Naming) -> dict[str, list[Part]]:
     """Returns, for each of our tensors, the arrays that hold it (reference: vision_transformer checkpoint.py)."""
-    width, depth, mlp_dim, _ = config.shape
-    keys: dict[str, list[Part]] = {}
-    shapes = tensor_shapes(config, num_classes)
-    if config.trunk_units is not None:
-        keys |= _trunk_keys(config, names)
-    out, channels, side, _ = shapes["patch_embed.proj.weight"]
-    keys["patch_embed.proj.weight"] = [Part("embedding/kernel", (side, side, channels, out), "conv")]
-    keys["patch_embed.proj.bias"] = [Part("embedding/bias", (out,))]
-    if config.pooling == "token":
-        keys["cls_token"] = [Part("cls", (1, 1, width))]
-    if config.positions == "learned":
-        keys["pos_embed"] = [Part(names.positions, shapes["pos_embed"])]
-    for number in range(depth):
-        ours, theirs = f"blocks.{number}", f"Transformer/encoderblock_{number}"
-        keys |= _norm(f"{ours}.norm1", f"{theirs}/{names.norm1}", (width,))
-        attention = f"{theirs}/{names.attention}"
-        keys |= _heads(f"{ours}.attn.qkv", [f"{attention}/{which}" for which in ("query", "key", "value")], config)
-        keys |= _out(f"{ours}.attn.proj", f"{attention}/out", config)
-        keys |= _norm(f"{ours}.norm2", f"{theirs}/{names.norm2}", (width,))
-        keys |= _mlp(f"{ours}.mlp", f"{theirs}/{names.mlp}", width, mlp_dim)
-    keys |= _norm("norm", "Transformer/encoder_norm", (width,))
-    if config.pooling == "map":
-        pool, attention = "MAPHead_0", "MAPHead_0/MultiHeadDotProductAttention_0"
-        keys["attn_pool.latent"] = [Part(f"{pool}/probe", (1, 1, width))]
-        keys |= _heads("attn_pool.q", [f"{attention}/query"], config)
-        keys |= _heads("attn_pool.kv", [f"{attention}/key", f"{attention}/value"], config)
-        keys |= _out("attn_pool.proj", f"{attention}/out", config)
-        keys |= _norm("attn_pool.norm", f"{pool}/LayerNorm_0", (width,))
-        keys |= _mlp("attn_pool.mlp", f"{pool}/MlpBlock_0", width, mlp_dim)
-    features = width
-    if config.representation_size is not None:
-        features = config.representation_size
-        keys |= _dense("pre_logits", "pre_logits", width, features)
-    if num_classes:
-        keys |= _dense("head", "head", features, num_classes)
+    shapes, keys = tensor_shapes(config, num_classes), {}
+    for module, places in _places(config, names).items():
+        for leaf in ("", ".weight", ".bias"):
+            if (name := module + leaf) in shapes:
+                shape = (shapes[name][0] // len(places), *shapes[name][1:])
+                keys[name] = [_part(place, leaf, shape, config.shape.heads, names) for place in places]
     return keys
 
 
-def _norm(ours: str, theirs: str, shape: tuple[int, ...]) -> dict[str, list[Part]]:
-    return {f"{ours}.weight": [Part(f"{theirs}/scale", shape)], f"{ours}.bias": [Part(f"{theirs}/bias", shape)]}
-
-
-def _dense(ours: str, theirs: str, size_in: int, size_out: int) -> dict[str, list[Part]]:
-    return {
-        f"{ours}.weight": [Part(f"{theirs}/kernel", (size_in, size_out), "dense")],
-        f"{ours}.bias": [Part(f"{theirs}/bias", (size_out,))],
+def _places(config: ModelConfig, names: Naming) -> dict[str, list[str]]:
+    """Where our modules and lone tensors are, if the model has them. Several parts: of one of our matrices."""
+    places = _trunk_places(config.trunk_units or [])
+    places |= {"patch_embed.proj": ["embedding"], "cls_token": ["cls"], "pos_embed": [names.positions]}
+    for number in range(config.shape.depth):
+        block = f"Transformer/encoderblock_{number}"
+        attention = f"{block}/{names.attention}"
+        in_block = {
+            "norm1": [f"{block}/{names.norm1}"],
+            "attn.qkv": [f"{attention}/query", f"{attention}/key", f"{attention}/value"],
+            "attn.proj": [f"{attention}/out"],
+            "norm2": [f"{block}/{names.norm2}"],
+            "mlp.fc1": [f"{block}/{names.mlp}/Dense_0"],
+            "mlp.fc2": [f"{block}/{names.mlp}/Dense_1"],
+        }
+        places |= {f"blocks.{number}.{module}": inside for module, inside in in_block.items()}
+    attention = "MAPHead_0/MultiHeadDotProductAttention_0"
+    return places | {
+        "norm": ["Transformer/encoder_norm"],
+        "attn_pool.latent": ["MAPHead_0/probe"],
+        "attn_pool.q": [f"{attention}/query"],
+        "attn_pool.kv": [f"{attention}/key", f"{attention}/value"],
+        "attn_pool.proj": [f"{attention}/out"],
+        "attn_pool.norm": ["MAPHead_0/LayerNorm_0"],
+        "attn_pool.mlp.fc1": ["MAPHead_0/MlpBlock_0/Dense_0"],
+        "attn_pool.mlp.fc2": ["MAPHead_0/MlpBlock_0/Dense_1"],
+        "pre_logits": ["pre_logits"],
+        "head": ["head"],
     }
 
 
-def _mlp(ours: str, theirs: str, width: int, mlp_dim: int) -> dict[str, list[Part]]:
-    return _dense(f"{ours}.fc1", f"{theirs}/Dense_0", width, mlp_dim) | _dense(
-        f"{ours}.fc2", f"{theirs}/Dense_1", mlp_dim, width
-    )
+def _trunk_places(units: list[int]) -> dict[str, list[str]]:
+    places: dict[str, list[str]] = {}
+    trunk = "patch_embed.backbone"
 
-
-def _heads(ours: str, theirs: list[str], config: ModelConfig) -> dict[str, list[Part]]:
-    """Projections to heads: each kernel [D, heads, D / heads]; ours have several in one matrix."""
-    width, heads = config.shape.width, config.shape.heads
-    return {
-        f"{ours}.weight": [Part(f"{name}/kernel", (width, heads, width // heads), "dense") for name in theirs],
-        f"{ours}.bias": [Part(f"{name}/bias", (heads, width // heads)) for name in theirs],
-    }
-
-
-def _out(ours: str, theirs: str, config: ModelConfig) -> dict[str, list[Part]]:
-    width, heads = config.shape.width, config.shape.heads
-    return {
-        f"{ours}.weight": [Part(f"{theirs}/kernel", (heads, width // heads, width), "dense")],
-        f"{ours}.bias": [Part(f"{theirs}/bias", (width,))],
-    }
-
-
-def _trunk_keys(config: ModelConfig, names: Naming) -> dict[str, list[Part]]:
-    keys: dict[str, list[Part]] = {}
-    ours, units = "patch_embed.backbone", config.trunk_units or []
-
-    def unit(ours: str, theirs: str, number: str, channels_in: int, channels: int, side: int) -> None:
+    def put(ours: str, theirs: str, number: str) -> None:
         """A convolution and its norm; `number` is 1, 2, 3, _root or _proj."""
-        kernel = Part(f"{theirs}conv{number}/kernel", (side, side, channels_in, channels), "conv")
         suffix = number if number.isdigit() else ""
-        keys[f"{ours}.conv{suffix}.weight"] = [kernel]
-        shape = (channels,) if names.flat_group_norm else (1, 1, 1, channels)
-        keys.update(_norm(f"{ours}.norm{suffix}", f"{theirs}gn{number}", shape))
+        places[f"{ours}.conv{suffix}"] = [f"{theirs}conv{number}"]
+        places[f"{ours}.norm{suffix}"] = [f"{theirs}gn{number}"]
 
-    channels_in = config.trunk_width
-    unit(f"{ours}.stem" if units else ours, "", "_root", 3, channels_in, 7)
+    put(f"{trunk}.stem" if units else trunk, "", "_root")
     for stage, num_units in enumerate(units):
-        channels = config.trunk_width * 2**stage
-        for number in range(num_units):
-            block, theirs = f"{ours}.stages.{stage}.blocks.{number}", f"block{stage + 1}/unit{number + 1}/"
-            if number == 0:
-                unit(f"{block}.downsample", theirs, "_proj", channels_in, 4 * channels, 1)
-            unit(block, theirs, "1", channels_in, channels, 1)
-            unit(block, theirs, "2", channels, channels, 3)
-            unit(block, theirs, "3", channels, 4 * channels, 1)
-            channels_in = 4 * channels
-    return keys
+        for unit in range(num_units):
+            ours, theirs = f"{trunk}.stages.{stage}.blocks.{unit}", f"block{stage + 1}/unit{unit + 1}/"
+            put(f"{ours}.downsample", theirs, "_proj")
+            for number in "123":
+                put(ours, theirs, number)
+    return places
+
+
+def _part(place: str, leaf: str, shape: tuple[int, ...], heads: int, names: Naming) -> Part:
+    """The array of our tensor of this shape. Projections to heads are [D, heads, D / heads], from them the reverse."""
+    if not leaf:
+        return Part(place, shape)
+    if len(shape) == 4:
+        return Part(f"{place}/kernel", (shape[2], shape[3], shape[1], shape[0]), "conv")
+    module = place.rpartition("/")[2]
+    outputs = (heads, shape[0] // heads) if module in ("query", "key", "value") else shape[:1]
+    if len(shape) == 2:
+        inputs = (heads, shape[1] // heads) if module == "out" else shape[1:]
+        return Part(f"{place}/kernel", inputs + outputs, "dense")
+    if module.startswith("gn") and not names.flat_group_norm:
+        outputs = (1, 1, 1, *outputs)
+    return Part(f"{place}/{'scale' if leaf == '.weight' else 'bias'}", outputs)

@@ -39,23 +39,20 @@ _RECOMMENDED = {  # README of vision_transformer: the best of each model in pre-
     "R_Ti_16": ("aug_none-wd_0.03-do_0.0-sd_0.0", 40, [("0.03", 384), ("0.03", 224)]),
 }
 _OTHERS = (  # timm and big_vision
-    ("B_8", _I21K, "aug_medium1-wd_0.1-do_0.0-sd_0.0", [("0.01", 224)]),
-    ("B_8", _I21K, "aug_medium2-wd_0.1-do_0.0-sd_0.0", []),
-    ("L_16", _I21K, "aug_medium1-wd_0.1-do_0.1-sd_0.1", [("0.01", 224), ("0.01", 384)]),
-    ("B_32", _I21K, "aug_medium1-wd_0.03-do_0.0-sd_0.0", [("0.03", 224)]),
-    ("S_32", _I21K, "aug_light1-wd_0.03-do_0.0-sd_0.0", [("0.03", 224), ("0.03", 384)]),
-    ("R26_S_32", _I21K, "aug_medium2-wd_0.03-do_0.0-sd_0.0", [("0.03", 384)]),
-    ("R50_L_32", _I21K, "aug_medium2-wd_0.1-do_0.0-sd_0.0", [("0.01", 384)]),
+    ("B_8", "aug_medium1-wd_0.1-do_0.0-sd_0.0", [("0.01", 224)]),
+    ("B_8", "aug_medium2-wd_0.1-do_0.0-sd_0.0", []),
+    ("L_16", "aug_medium1-wd_0.1-do_0.1-sd_0.1", [("0.01", 224), ("0.01", 384)]),
+    ("B_32", "aug_medium1-wd_0.03-do_0.0-sd_0.0", [("0.03", 224)]),
+    ("S_32", "aug_light1-wd_0.03-do_0.0-sd_0.0", [("0.03", 224), ("0.03", 384)]),
+    ("R26_S_32", "aug_medium2-wd_0.03-do_0.0-sd_0.0", [("0.03", 384)]),
+    ("R50_L_32", "aug_medium2-wd_0.1-do_0.0-sd_0.0", [("0.01", 384)]),
 )
 _FINE_TUNED_ONLY = (  # of whose pre-training no file is named by either
-    ("B_32", _I21K, "aug_light1-wd_0.1-do_0.0-sd_0.0", ("0.03", 384)),
-    ("R26_S_32", _I21K, "aug_light0-wd_0.03-do_0.1-sd_0.1", ("0.03", 224)),
-    ("B_16", _I1K, "aug_strong2-wd_0.1-do_0.1-sd_0.1", ("0.01", 224)),
-    ("B_16", _I1K, "aug_strong2-wd_0.1-do_0.1-sd_0.1", ("0.01", 384)),
-    ("B_32", _I1K, "aug_medium2-wd_0.1-do_0.1-sd_0.1", ("0.01", 224)),
-    ("B_32", _I1K, "aug_medium2-wd_0.1-do_0.1-sd_0.1", ("0.01", 384)),
-    ("S_16", _I1K, "aug_medium2-wd_0.1-do_0.0-sd_0.0", ("0.01", 224)),
-    ("S_16", _I1K, "aug_medium2-wd_0.1-do_0.0-sd_0.0", ("0.01", 384)),
+    (_I21K, "B_32", "aug_light1-wd_0.1-do_0.0-sd_0.0", [("0.03", 384)]),
+    (_I21K, "R26_S_32", "aug_light0-wd_0.03-do_0.1-sd_0.1", [("0.03", 224)]),
+    (_I1K, "B_16", "aug_strong2-wd_0.1-do_0.1-sd_0.1", [("0.01", 224), ("0.01", 384)]),
+    (_I1K, "B_32", "aug_medium2-wd_0.1-do_0.1-sd_0.1", [("0.01", 224), ("0.01", 384)]),
+    (_I1K, "S_16", "aug_medium2-wd_0.1-do_0.0-sd_0.0", [("0.01", 224), ("0.01", 384)]),
 )
 _PAPER = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50+ViT-B_16")
 _PAPER_1K = ("ViT-B_16", "ViT-B_16-224", "ViT-B_32", "ViT-L_16", "ViT-L_16-224", "ViT-L_32", "R50+ViT-B_16")
@@ -64,23 +61,20 @@ _PAPER_1K = ("ViT-B_16", "ViT-B_16-224", "ViT-B_32", "ViT-L_16", "ViT-L_16-224",
 def _files() -> dict[str, GoogleFile]:
     found: dict[str, int | None] = {f"imagenet21k/{name}": None for name in _PAPER}
     found |= {f"imagenet21k+imagenet2012/{name}": None for name in _PAPER_1K}
-    for model, (recipe, mebibytes, fine_tuned) in _RECOMMENDED.items():
+    recommended = [(model, *row) for model, row in _RECOMMENDED.items()]
+    others = [(model, recipe, None, fine_tuned) for model, recipe, fine_tuned in _OTHERS]
+    for model, recipe, mebibytes, fine_tuned in [*recommended, *others]:
         found[_I21K.format(model, recipe)] = mebibytes
         found |= {_I21K.format(model, recipe) + _TO_1K.format(*of): None for of in fine_tuned}
-    for model, upstream, recipe, fine_tuned in _OTHERS:
-        found[upstream.format(model, recipe)] = None
+    for upstream, model, recipe, fine_tuned in _FINE_TUNED_ONLY:
         found |= {upstream.format(model, recipe) + _TO_1K.format(*of): None for of in fine_tuned}
-    found |= {
-        upstream.format(model, recipe) + _TO_1K.format(*of): None for model, upstream, recipe, of in _FINE_TUNED_ONLY
-    }
     found |= {f"sam/{name}": None for name in ("ViT-B_16", "ViT-B_32")}
     return {name: GoogleFile(f"{name}.npz", mebibytes) for name, mebibytes in found.items()}
 
 
 FILES = _files()
-_AUGREG = re.compile(
-    r"augreg/[\w.+-]{1,200}", re.ASCII
-)  # the longest in the table has 102; a file's name has at most 255
+# The longest in the table has 102 letters; a file's name has at most 255.
+_AUGREG = re.compile(r"augreg/[\w.+-]{1,200}", re.ASCII)
 # ViT-B_16: the paper's, pre-trained on ImageNet-21k; B_16: AugReg's recommended one.
 SHORT = {name: f"imagenet21k/{name}" for name in _PAPER}
 SHORT |= {model: _I21K.format(model, recipe) for model, (recipe, _, _) in _RECOMMENDED.items()}

@@ -4,6 +4,8 @@ Google's network (vision_transformer, models_resnet.py): post-activation bottlen
 (w - mean) / (std + 1e-5), GroupNorm of 32 groups with eps 1e-6, asymmetric SAME padding. BiT's own network is another.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,17 +51,6 @@ class Stem(nn.Module):
         return F.max_pool2d(pad_same(x, 3, 2, value=float("-inf")), 3, stride=2)
 
 
-class Shortcut(nn.Module):
-    """The projection of the first unit of a stage."""
-
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv, self.norm = StdConv(channels_in, channels_out, 1, stride), _norm(channels_out)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(x))
-
-
 class Unit(nn.Module):
     """A bottleneck: 1x1, 3x3 (with the stride), 1x1 to four times the channels."""
 
@@ -68,7 +59,7 @@ class Unit(nn.Module):
         self.conv1, self.norm1 = StdConv(channels_in, channels, 1), _norm(channels)
         self.conv2, self.norm2 = StdConv(channels, channels, 3, stride), _norm(channels)
         self.conv3, self.norm3 = StdConv(channels, 4 * channels, 1), _norm(4 * channels)
-        self.downsample = Shortcut(channels_in, 4 * channels, stride) if project else None
+        self.downsample = _shortcut(channels_in, 4 * channels, stride) if project else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -77,39 +68,25 @@ class Unit(nn.Module):
         return F.relu(self.norm3(self.conv3(x)) + shortcut)
 
 
-class Stage(nn.Module):
+def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+    """The projection of the first unit of a stage."""
+    return nn.Sequential(OrderedDict(conv=StdConv(channels_in, channels_out, 1, stride), norm=_norm(channels_out)))
+
+
+def _stage(channels_in: int, channels: int, num_units: int, stride: int) -> nn.Sequential:
     """Units of one width; the first one projects its shortcut, and has the stride."""
-
-    def __init__(self, channels_in: int, channels: int, num_units: int, stride: int) -> None:
-        super().__init__()
-        first = Unit(channels_in, channels, stride, project=True)
-        self.blocks = nn.Sequential(
-            first, *(Unit(4 * channels, channels, 1, project=False) for _ in range(num_units - 1))
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.blocks(x)
-
-
-class Trunk(nn.Module):
-    """Stem and stages."""
-
-    def __init__(self, units: list[int], width: int) -> None:
-        super().__init__()
-        self.stem = Stem(width)
-        stages, channels_in = [], width
-        for number, num_units in enumerate(units):
-            channels = width * 2**number
-            stages.append(Stage(channels_in, channels, num_units, stride=1 if number == 0 else 2))
-            channels_in = 4 * channels
-        self.stages = nn.Sequential(*stages)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stages(self.stem(x))
+    first = Unit(channels_in, channels, stride, project=True)
+    others = (Unit(4 * channels, channels, 1, project=False) for _ in range(num_units - 1))
+    return nn.Sequential(OrderedDict(blocks=nn.Sequential(first, *others)))
 
 
 def build_trunk(units: list[int], width: int) -> tuple[nn.Module, int]:
     """Returns the trunk and the channels of its map. Without stages it is the stem alone, as in R+Ti."""
+    stem = Stem(width)
     if not units:
-        return Stem(width), width
-    return Trunk(units, width), 4 * width * 2 ** (len(units) - 1)
+        return stem, width
+    stages, channels = nn.Sequential(), width
+    for number, num_units in enumerate(units):
+        stages.append(_stage(channels, width * 2**number, num_units, stride=1 if number == 0 else 2))
+        channels = 4 * width * 2**number
+    return nn.Sequential(OrderedDict(stem=stem, stages=stages)), channels

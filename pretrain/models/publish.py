@@ -27,8 +27,8 @@ def check_free(out: Path, files: Sequence[Path], *, overwrite: bool) -> None:
     if files:
         taken = next((path for path in (out, *files) if path.exists()), None)
         if taken is not None and (taken.is_dir() or not overwrite):
-            is_folder = "is a folder; give the name of a file" if taken.is_dir() else "exists"
-            raise UserError(f"{taken}: {is_folder}" + ("" if taken.is_dir() else "; give another name, or --overwrite"))
+            told = "exists; give another name, or --overwrite"
+            raise UserError(f"{taken}: {'is a folder; give the name of a file' if taken.is_dir() else told}")
         return
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder that is new or empty")

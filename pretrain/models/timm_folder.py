@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -103,7 +103,7 @@ def read_foreign(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> 
     name, arguments = values.text("architecture"), _arguments(values)
     cfg = values.part("pretrained_cfg") if values.values.get("pretrained_cfg") else values
     _warn_of_unknown_keys(values, cfg)
-    pixels = _preprocessing(cfg)
+    usual_size, use = _preprocessing(cfg)
     if name not in timm.list_models():
         raise UserError(f"{path}: timm has no model {brief(name)}")
     num_classes = cfg.integer("num_classes", 0, MAX_CLASSES, 0)
@@ -121,15 +121,8 @@ def read_foreign(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> 
                 f"its name {name} says, with another img_size, num_classes and rates of dropping at most"
             )
         size = others.get("img_size")
-        model = ModelConfig(name=f"timm:{name}", image_size=square(size, "img_size", path) if size else pixels.size)
-    weights = Weights(
-        source=path,
-        model=model,
-        tensors=tensors,
-        num_classes=num_classes,
-        class_names=_label_names(values, num_classes),
-        **pixels.use,
-    )
+        model = ModelConfig(name=f"timm:{name}", image_size=square(size, "img_size", path) if size else usual_size)
+    weights = Weights(path, model, tensors, num_classes, _label_names(values, num_classes), **use)
     check_keys(path, found=tensors.keys(), needed=own_tensors(theirs).keys())
     if model.trunk_units is not None:
         weights = kernels_from_timm(weights)
@@ -149,15 +142,11 @@ def _arguments(values: Fields) -> dict[str, Any]:
     return arguments
 
 
-class _Preprocessing(NamedTuple):
-    """What timm's evaluation transform does: pixels of the input's side, and fields of Weights."""
+def _preprocessing(cfg: Fields) -> tuple[int, dict[str, Any]]:
+    """Returns what timm's evaluation transform does: pixels of the input's side, and fields of Weights.
 
-    size: int
-    use: dict[str, Any]
-
-
-def _preprocessing(cfg: Fields) -> _Preprocessing:
-    """Returns timm's own reading of a pretrained_cfg, its defaults included."""
+    By timm's own reading of a pretrained_cfg, its defaults included.
+    """
     from timm.data.config import resolve_data_config
 
     given = {key: cfg.values[key] for key in _PIXELS if cfg.values.get(key)}
@@ -181,7 +170,7 @@ def _preprocessing(cfg: Fields) -> _Preprocessing:
     tests = {key: cfg.values.get(f"test_{key}") or value for key, value in used.items()}
     if tests != used:
         warn(f"{cfg.source}: timm's validate.py evaluates by {brief(tests)}; here it is as in training: {brief(used)}")
-    return _Preprocessing(square(sides, "input_size", cfg.source), use)
+    return square(sides, "input_size", cfg.source), use
 
 
 def _warn_of_unknown_keys(values: Fields, cfg: Fields) -> None:

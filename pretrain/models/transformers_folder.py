@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pretrain.config import (
     MAX_CLASSES,
@@ -76,12 +76,13 @@ def is_of_transformers(values: Fields) -> bool:
 
     Raises UserError where it is of another model of transformers.
     """
-    if values.values.get("model_type") is None or values.values["model_type"] == "vit":
-        return values.values.get("model_type") == "vit"
+    kind = values.values.get("model_type")
+    if kind in (None, "vit"):
+        return kind == "vit"
     if values.values.keys() & {OURS, "architecture"}:  # timm's models, as transformers wraps them
         return False
     raise UserError(
-        f"{values.source}: is transformers' {brief(values.values['model_type'])}; of transformers only ViT is read; "
+        f"{values.source}: is transformers' {brief(kind)}; of transformers only ViT is read; "
         "timm has such weights as timm:NAME"
     )
 
@@ -100,7 +101,7 @@ def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
     with building(path, len(theirs)):
         keys, shapes = _keys(config, num_classes, prefix), tensor_shapes(config, num_classes)
     tensors = tensors_from(theirs, keys, shapes, path)
-    use, mean, std = _preprocessing(path, config.image_size)
+    use, processors = _preprocessing(path, config.image_size)
     if OURS in values.values:  # a run's own transform, which the processor could not say, came along
         use |= use_of(Fields(values.part(OURS).values, f"{values.source}: {OURS}"))
     if problem_type := values.text("problem_type", ""):  # of a later training than ours, perhaps
@@ -108,8 +109,8 @@ def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
             raise UserError(f"{values.source}: problem_type is {brief(problem_type)}: no classes, so no probabilities")
         use["loss"] = _LOSSES[problem_type]
     own = Normalisation(use.get("mean", MINUS_ONE_TO_ONE.mean), use.get("std", MINUS_ONE_TO_ONE.std))
-    weights = replace(Weights(path, config, tensors, num_classes, names, **use), mean=mean, std=std)
-    return replace(weights, **own._asdict()) if own.is_near(Normalisation(mean, std)) else for_minus_one_to_one(weights)
+    weights = replace(Weights(path, config, tensors, num_classes, names, **use), **processors._asdict())
+    return replace(weights, **own._asdict()) if own.is_near(processors) else for_minus_one_to_one(weights)
 
 
 def _check_function(values: Fields) -> None:
@@ -166,15 +167,8 @@ def _architecture(values: Fields, theirs: Mapping[str, LazyTensor], prefix: str,
     return config
 
 
-class _Preprocessing(NamedTuple):
-    """What ViTImageProcessor does: fields of Weights, and the mean and deviation of a pixel in [0, 1]."""
-
-    use: dict[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def _preprocessing(path: Path, image_size: int) -> _Preprocessing:
+def _preprocessing(path: Path, image_size: int) -> tuple[dict[str, Any], Normalisation]:
+    """Returns what ViTImageProcessor does: fields of Weights, and its normalisation."""
     values = Fields({}, str(path / PROCESSOR))
     if (path / PROCESSOR).exists():
         values = read_fields(path, PROCESSOR)
@@ -197,11 +191,8 @@ def _preprocessing(path: Path, image_size: int) -> _Preprocessing:
     if min(std) <= 0:
         values.wrong("image_std", "three numbers above 0")
     scale = 255 * values.number("rescale_factor", 1e-6, 1e6, 1 / 255) if values.flag("do_rescale", True) else 255
-    return _Preprocessing(
-        _resizing(values, image_size) | {"interpolation": numbers[resample]},
-        tuple(value / scale for value in mean),
-        tuple(value / scale for value in std),
-    )
+    scaled = Normalisation(tuple(value / scale for value in mean), tuple(value / scale for value in std))
+    return _resizing(values, image_size) | {"interpolation": numbers[resample]}, scaled
 
 
 def _resizing(fields: Fields, image_size: int) -> dict[str, Any]:

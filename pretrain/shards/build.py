@@ -111,7 +111,9 @@ def build(
         {"resized": how.resizing._asdict() | {"num_images": notes[NOTE]}} if how.resizing else {},
         {"passed_over": told.passed_over, "notes": notes} if told else {},
     )
-    path = finish(out, made, _shuffled(seed))
+    # Whether samples lie in random order over all shards, or in the order they came.
+    shuffle = {"scope": "none"} if seed is None else {"scope": "global", "seed": seed, "method": "permutation"}
+    path = finish(out, made, shuffle)
     unfinished.clear(out, set_name(out))
     return path
 
@@ -263,11 +265,6 @@ def write_samples(samples: Iterable[tuple[bytes, int]], ending: str, path: Path,
     return done.shard
 
 
-def _shuffled(seed: int | None) -> dict[str, Any]:
-    """What the manifest says of samples that lie in random order over all shards, or in the order they came."""
-    return {"scope": "none"} if seed is None else {"scope": "global", "seed": seed, "method": "permutation"}
-
-
 class _Task(NamedTuple):
     """A shard to be written; sent to another process where there are several."""
 
@@ -281,17 +278,12 @@ class _Task(NamedTuple):
 
 def _write_shard(task: _Task, progress: Progress) -> tuple[int, Done]:
     """Writes a tar and its index, and returns the shard's number and what is to be known of it."""
-    counts = Counter[int]()
-    with replacing(task.path, shared=True) as temporary:
-        dropped = _write_tar(temporary, task, progress, counts)
-    return task.number, Done(index_tar(task.path), dropped, counts, task.notes)
-
-
-def _write_tar(path: Path, task: _Task, progress: Progress, counts: Counter[int]) -> dict[int, str]:
-    """Writes a tar, counts the images of each class, and returns what was left out, by its place, with the reason."""
-    dropped = {}
-    with path.open("wb") as stream, TarWriter(stream, mtime=0, encoder=False) as writer:
-        written = 0
+    counts, dropped, written = Counter[int](), dict[int, str](), 0
+    with (
+        replacing(task.path, shared=True) as temporary,
+        temporary.open("wb") as stream,
+        TarWriter(stream, mtime=0, encoder=False) as writer,
+    ):
         for place, item in enumerate(task.items):
             try:
                 data, ending = _as_stored(item, task)
@@ -304,16 +296,20 @@ def _write_tar(path: Path, task: _Task, progress: Progress, counts: Counter[int]
             writer.write({"__key__": f"{task.number:06d}{written:06d}", ending: data, LABEL_ENDING: label.encode()})
             counts.update(_labels(item))
             written += 1
-    return dropped
+    return task.number, Done(index_tar(task.path), dropped, counts, task.notes)
 
 
 def _as_stored(item: Item, task: _Task) -> tuple[bytes, str]:
-    """An image as the shard holds it, and its ending. Raises BadSample when it cannot be read or decoded."""
-    data = _read(item)
+    """An image as the shard holds it, and its ending. Raises BadSample when it cannot be read or decoded, or no reader
+    of the shard would read it; StorageError where that is for now.
+    """
+    data = read_item(item)
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadSample("tar", f"{len(data)} bytes, at most {MAX_IMAGE_BYTES}")
     ending = "png" if item.may_turn and sniffed_ending(data[:12]) == "png" else item.ending
     if not task.check:
         return data, ending
-    image = decode(data, partial(_warn_of_damage, item))
+    image = decode(data, lambda complaint: warn(shown(f"{item.source}: is damaged, and kept: {complaint}")))
     smaller = resized(image, task.resizing) if task.resizing else None
     if smaller is None:
         return data, ending
@@ -321,19 +317,7 @@ def _as_stored(item: Item, task: _Task) -> tuple[bytes, str]:
     return smaller, "jpg"
 
 
-def _warn_of_damage(item: Item, complaint: str) -> None:
-    warn(shown(f"{item.source}: is damaged, and kept: {complaint}"))
-
-
-def _read(item: Item) -> bytes:
-    """Reads an image by the rule of those who will read the shard. Raises BadSample, or StorageError for now."""
-    data = read_item(item)
-    if len(data) > MAX_IMAGE_BYTES:
-        raise BadSample("tar", f"{len(data)} bytes, at most {MAX_IMAGE_BYTES}")
-    return data
-
-
-def start_folder(out: Path, classes: Sequence[str] = ()) -> None:
+def start_folder(out: Path, classes: Sequence[str]) -> None:
     """Makes the folder of a new data set. Raises UserError when that cannot be, or its names cannot be kept."""
     if not is_text(set_name(out)):
         raise UserError(f"{shown(out)}: the folder's name is not UTF-8, and it names the data set; choose another one")

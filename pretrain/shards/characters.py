@@ -253,10 +253,8 @@ def _colour(mask: np.ndarray, draw: list[float]) -> np.ndarray:
     if _brightness(light) < _brightness(dark):
         dark, light = light, dark
     if _brightness(light) - _brightness(dark) < _LEAST_CONTRAST:
-        dark, light = (
-            [value // 2 for value in dark],
-            [255 - (255 - value) // 2 for value in light],
-        )  # at least 127 apart
+        dark = [value // 2 for value in dark]
+        light = [255 - (255 - value) // 2 for value in light]  # at least 127 apart
     paper, ink = (dark, light) if draw[7] < 0.8 else (light, dark)
     low = np.array(paper, dtype=np.int32)
     step = np.array(ink, dtype=np.int32) - low

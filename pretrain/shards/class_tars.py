@@ -26,11 +26,10 @@ from pretrain.shards.pool import Progress
 from pretrain.shards.records import key_of
 from pretrain.shards.sources import Told, is_split_name
 from pretrain.shards.tars import check_end, unreadable
-from pretrain.shards.unpacking import max_unpacked_bytes, too_large
+from pretrain.shards.unpacking import copy_unpacked
 from pretrain.storage import replacing
 
 _HEAD_BYTES = 8 << 10  # of a tar, in which its first file's header lies, behind some folders' own
-_PIECE_BYTES = 1 << 20  # decompressed at a time
 _KEPT = (*IMAGE_ENDINGS, *JPEG_ENDINGS)  # what is stored as it is
 _TEXTS = {"json", "txt"}  # of an image, as img2dataset writes them into its shards
 
@@ -136,14 +135,9 @@ def _is_class(name: str) -> bool:
 
 
 def _decompress(path: Path, listing: Path, progress: Progress) -> bytes:
-    limit, at = max_unpacked_bytes(path), 0
     try:
         with replacing(_decompressed(listing), shared=True) as temporary:
-            with gzip.open(path) as reader, temporary.open("wb") as writer:
-                while block := reader.read(_PIECE_BYTES):
-                    at += writer.write(block)
-                    if at > limit:
-                        raise UserError(f"{path}: {too_large(at, limit)}")
+            copy_unpacked(path, temporary)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a readable .tar.gz ({error}); get it again") from None
     return b""

@@ -29,7 +29,7 @@ def write_counts(
 
 def read_counts(folder: Path) -> tuple[list[int], list[str]]:
     """Returns the number of images of each class, and the classes' names, or nothing. Raises UserError."""
-    values = _read(folder)
+    values = Fields.of(read_json(folder / FILE), str(folder / FILE))
     each, classes = values.items("images"), list(values.texts("classes"))
     images = [each.integer(place, 0, MAX_SAMPLES) for place in each.values]
     if not images:
@@ -37,10 +37,6 @@ def read_counts(folder: Path) -> tuple[list[int], list[str]]:
     if classes and len(classes) != len(images):
         raise UserError(f"{values.source}: has {len(classes)} class names for {len(images)} numbers of images")
     return images, classes
-
-
-def _read(folder: Path) -> Fields:
-    return Fields.of(read_json(folder / FILE), str(folder / FILE))
 
 
 def table_of(counts: Sequence[int], classes: Sequence[str]) -> list[str]:

@@ -4,8 +4,6 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from pretrain import cli
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
@@ -34,7 +32,7 @@ def make_characters(out: Path, count: int) -> None:
 
 
 def _character(index: int) -> bytes:
-    return _png(render(index, seed=SEED)[0])
+    return png_of(render(index, seed=SEED)[0], compress_level=1)
 
 
 def make_digits(out: Path) -> None:
@@ -45,9 +43,6 @@ def make_digits(out: Path) -> None:
         if (folder / "manifest.json").exists():
             continue
         shutil.rmtree(folder, ignore_errors=True)
-        items = [Item(partial(_png, image), "png", int(label), name) for image, label in zip(images, labels)]
+        pngs = [partial(png_of, image, compress_level=1) for image in images]
+        items = [Item(png, "png", int(label), name) for png, label in zip(pngs, labels)]
         build(items, [str(digit) for digit in range(10)], folder, samples_per_shard=SHARD, seed=0)
-
-
-def _png(image: np.ndarray) -> bytes:
-    return png_of(image, compress_level=1)

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -109,7 +108,7 @@ def _walked(out: Path, work: Path, num_classes: int, stopped: threading.Event, u
     try:
         download_to(copy, url, num_bytes, stopped)
         here = walks.walk(copy, num_classes)
-        found = here._replace(shard=replace(here.shard, path=out / name, url=url))
+        found = here._replace(shard=here.shard._replace(place=str(out / name), url=url))
         write_index(found.shard, load_index(here.shard))
     except UserError as error:  # names the copy, which the user has never seen
         raise UserError(str(error).replace(str(copy), url)) from None
@@ -143,7 +142,7 @@ def local_copy(shard: Shard) -> Iterator[Shard]:
         download_to(copy, shard.url, shard.num_bytes)
         shutil.copyfile(shard.path.with_suffix(".idx"), copy.with_suffix(".idx"))
         try:
-            yield replace(shard, path=copy, url="")
+            yield shard._replace(place=str(copy), url="")
         finally:
             forget_shards()
 

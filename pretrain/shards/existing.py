@@ -1,7 +1,6 @@
 """Existing tars, indexed as they are: a task each, for any number of processes. What is done is written down."""
 
 import errno
-import gzip
 import os
 import zlib
 from collections import Counter
@@ -20,7 +19,7 @@ from pretrain.shards import walks
 from pretrain.shards.build import start_folder
 from pretrain.shards.pool import Progress, results
 from pretrain.shards.tars import unreadable
-from pretrain.shards.unpacking import max_unpacked_bytes, too_large
+from pretrain.shards.unpacking import copy_unpacked
 from pretrain.shards.walks import Origin, Walk, finish_walks
 from pretrain.storage import remove, replacing
 
@@ -70,9 +69,16 @@ def _is_here(source: Path, target: Path) -> bool:
 
 
 def _refuse_to_replace(copies: Sequence[Path]) -> None:
-    others = (path for path in copies if os.path.lexists(path) and not walks.is_our_copy(path))
-    if there := next(others, None):
-        raise UserError(f"{there}: is there already, and would be replaced; choose another folder, or move it away")
+    """Raises UserError where a copy would replace a file that no unfinished indexing has copied there."""
+    for path in copies:
+        mark = _mark_of_copy(path)
+        if os.path.lexists(path) and (mark.parent.is_symlink() or not mark.is_file()):
+            raise UserError(f"{path}: is there already, and would be replaced; choose another folder, or move it away")
+
+
+def _mark_of_copy(target: Path) -> Path:
+    """The file that says, before a tar is copied to OUT, that what will lie there is ours."""
+    return target.parent / walks.FOLDER / f"{target.name}.copy"
 
 
 class _Tar(NamedTuple):
@@ -94,20 +100,21 @@ def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int,
         return tar.number, found
     index = tar.target.with_suffix(".idx")
     had_index = index.exists()  # one that lies beside a copy may be another tool's
+    mark = _mark_of_copy(tar.target)
     if not is_here:
-        walks.note_copy(tar.target)
+        mark.touch()
         try:
             _bring(tar.source, tar.target)
         finally:
             if not os.path.lexists(tar.target):
-                walks.forget_copy(tar.target)
+                mark.unlink(missing_ok=True)
     try:
         found = walks.walk(tar.target, num_classes)
     except UserError as error:
         if is_here:
             raise
         tar.target.unlink(missing_ok=True)  # nobody can use it, and the user has never seen it
-        walks.forget_copy(tar.target)
+        mark.unlink(missing_ok=True)
         if not had_index:
             index.unlink(missing_ok=True)
         raise UserError(str(error).replace(str(tar.target), str(tar.source))) from None
@@ -129,15 +136,9 @@ def _origin(source: Path, is_here: bool) -> Origin:
 
 def _bring(source: Path, target: Path) -> None:
     """Copies or unpacks a tar to its place."""
-    limit = max_unpacked_bytes(source)
     try:
         with replacing(target, shared=True) as temporary:
-            opened = gzip.open(source) if source.suffix == ".gz" else source.open("rb")
-            with opened as reader, temporary.open("wb") as writer:
-                while block := reader.read(1 << 20):
-                    if writer.tell() + len(block) > limit:
-                        raise UserError(f"{source}: {too_large(writer.tell() + len(block), limit)}")
-                    writer.write(block)
+            copy_unpacked(source, temporary)
     except (OSError, EOFError, zlib.error) as error:
         passes = isinstance(error, OSError) and error.errno in PASSING_ERRORS | {errno.ENOSPC, errno.EDQUOT}
         kind = StorageError if passes else UserError

@@ -13,6 +13,8 @@ from pretrain.shards.archives import (
     UNREADABLE,
     Original,
     Splits,
+    class_folders,
+    class_of,
     content_of,
     files_of,
     found_in,
@@ -24,7 +26,6 @@ from pretrain.shards.archives import (
     text_of,
 )
 from pretrain.shards.arrays import read_arrays, whole_numbers
-from pretrain.shards.class_folders import class_folders, class_of
 from pretrain.shards.matlab import MAX_MATLAB_BYTES, read_matlab, whole
 from pretrain.shards.tars import unreadable
 

@@ -12,19 +12,9 @@ from pretrain.errors import UserError
 
 # Of Windows, macOS, Synology and QNAP, Linux; hidden ones (.DS_Store, .Trash-1000, ._x.jpg) begin with a dot.
 _SYSTEM_NAMES = {
-    "__macosx",
-    "@eadir",
-    "@recycle",
-    "#recycle",
-    "#snapshot",
-    "$recycle.bin",
-    "system volume information",
-    "lost+found",
-    "thumbs.db",
-    "ehthumbs.db",
-    "desktop.ini",
-    "icon\r",
-}
+    "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information",
+    "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
 
 
 def is_of_the_system(name: str) -> bool:
@@ -52,8 +42,10 @@ def files_below(folder: Path, passed_over: Counter[str] | None = None) -> list[P
         for name in names:
             if is_of_the_system(name):
                 skipped["hidden and system files"] += 1
-            elif _is_there(here / name):
-                found.append(here / name)
+            else:
+                refuse_broken_link(here / name)
+                if (here / name).is_file():  # sockets and devices are none
+                    found.append(here / name)
     return sorted(found)
 
 
@@ -71,12 +63,6 @@ def refuse_broken_link(path: Path) -> None:
             raise UserError(f"{path}: cannot be used ({error.strerror})") from None
         why = "leads in a circle" if error.errno == errno.ELOOP else "is not there"
         raise UserError(f"{path}: is a link to {os.readlink(path)}, which {why}; mend or remove it") from None
-
-
-def _is_there(path: Path) -> bool:
-    """Whether it is a file; sockets and devices are none."""
-    refuse_broken_link(path)
-    return path.is_file()
 
 
 def num_files(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """Original downloads as their authors publish them: CIFAR, Oxford Pets and Flowers, DTD. Nothing in them is run."""
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,50 +38,42 @@ def cifar(source: Path, num_classes: int) -> Splits:
 
     The python version's pickles are read without unpickling; of both, the binary one counts.
     """
-    short = "cifar-10" if num_classes == 10 else "cifar-100"
-    unpacked = f"{short}-batches-bin" if num_classes == 10 else f"{short}-binary"
-    names = f"{short}-binary.tar.gz", unpacked
-    pickled = f"{short}-python.tar.gz", "cifar-10-batches-py" if num_classes == 10 else f"{short}-python"
-    if found_in(source, *pickled) and not found_in(source, *names):
-        return _pickled_cifar(one_of(source, *pickled), num_classes)
-    archive = one_of(source, *names)
+    is_10 = num_classes == 10
+    short = f"cifar-{num_classes}"
+    binary = f"{short}-binary.tar.gz", "cifar-10-batches-bin" if is_10 else f"{short}-binary"
+    pickled = f"{short}-python.tar.gz", "cifar-10-batches-py" if is_10 else f"{short}-python"
+    are_pickles = found_in(source, *pickled) is not None and found_in(source, *binary) is None
+    archive = one_of(source, *(pickled if are_pickles else binary))
     files = {Path(file.name).name: file for file in files_of(archive)}
-    binary = {name: file for name, file in files.items() if name.endswith(".bin")}
-    train = [f"data_batch_{i}.bin" for i in range(1, 6)] if num_classes == 10 else ["train.bin"]
-    test = ["test_batch.bin" if num_classes == 10 else "test.bin"]
+    ending = "" if are_pickles else ".bin"
+    train = [f"data_batch_{i}{ending}" for i in range(1, 6)] if is_10 else [f"train{ending}"]
+    test = [f"test_batch{ending}" if is_10 else f"test{ending}"]
     for name in train + test:
-        if name not in binary:
+        if name not in files:
             raise UserError(f"{archive}: {name} is missing")
-    label_bytes = 1 if num_classes == 10 else 2  # of CIFAR-100: coarse class, then class
-    listed = files.get("batches.meta.txt" if num_classes == 10 else "fine_label_names.txt")
-    class_names = dict(enumerate(text_of(listed).split() if listed else []))
+    names_in, batch_of = (_names_in_pickle, _pickled_batch) if are_pickles else (_names_in_text, _binary_batch)
+    class_names = dict(enumerate(names_in(files, is_10)))
     return {
-        split: [original for name in names for original in _cifar_batch(binary[name], label_bytes, class_names)]
+        split: [original for name in names for original in batch_of(files[name], is_10, class_names)]
         for split, names in (("train", train), ("test", test))
     }
 
 
-def _pickled_cifar(archive: Path, num_classes: int) -> Splits:
-    files = {Path(file.name).name: file for file in files_of(archive)}
-    train = [f"data_batch_{i}" for i in range(1, 6)] if num_classes == 10 else ["train"]
-    test, meta = ("test_batch", "batches.meta") if num_classes == 10 else ("test", "meta")
-    labels, listed = ("labels", "label_names") if num_classes == 10 else ("fine_labels", "fine_label_names")
-    for name in (*train, test):
-        if name not in files:
-            raise UserError(f"{archive}: {name} is missing")
-    names = _pickled(files[meta]).get(listed) if meta in files else ()
+def _names_in_text(files: dict[str, File], is_10: bool) -> Sequence[str]:
+    listed = files.get("batches.meta.txt" if is_10 else "fine_label_names.txt")
+    return text_of(listed).split() if listed else ()
+
+
+def _names_in_pickle(files: dict[str, File], is_10: bool) -> Sequence[str]:
+    meta, key = ("batches.meta", "label_names") if is_10 else ("meta", "fine_label_names")
+    names = _pickled(files[meta]).get(key) if meta in files else ()
     if not isinstance(names, (list, tuple)) or not all(map(is_text, names)):
-        raise UserError(f"{files[meta].source}: {listed} is no list of texts")
-    return {
-        split: [
-            original for name in of_split for original in _pickled_batch(files[name], labels, dict(enumerate(names)))
-        ]
-        for split, of_split in (("train", train), ("test", [test]))
-    }
+        raise UserError(f"{files[meta].source}: {key} is no list of texts")
+    return names
 
 
-def _pickled_batch(file: File, key: str, class_names: dict[int, str]) -> list[Original]:
-    values = _pickled(file)
+def _pickled_batch(file: File, is_10: bool, class_names: dict[int, str]) -> list[Original]:
+    values, key = _pickled(file), "labels" if is_10 else "fine_labels"
     rows, labels = values.get("data"), values.get(key)
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != _CIFAR_PIXELS:
         raise UserError(f"{file.source}: data is no array of rows of {_CIFAR_PIXELS} bytes")
@@ -96,7 +89,8 @@ def _pickled(file: File) -> dict[Any, Any]:
     return {key.decode("latin-1") if isinstance(key, bytes) else key: value for key, value in values.items()}
 
 
-def _cifar_batch(file: File, label_bytes: int, class_names: dict[int, str]) -> list[Original]:
+def _binary_batch(file: File, is_10: bool, class_names: dict[int, str]) -> list[Original]:
+    label_bytes = 1 if is_10 else 2  # of CIFAR-100: coarse class, then class
     data = np.frombuffer(content_of(file, _MAX_CIFAR_BYTES), np.uint8)
     if len(data) % (label_bytes + _CIFAR_PIXELS):
         raise UserError(f"{file.source}: {len(data)} bytes are not a multiple of {label_bytes + _CIFAR_PIXELS}; cut?")
@@ -137,19 +131,14 @@ def pets(source: Path) -> Splits:
         for line in text_of(lists[name]).splitlines():
             if not line.strip() or line.startswith("#"):
                 continue
-            # Abyssinian_201 1 1 1: breed and number, class from 1, species, breed within the species
-            key, label = _list_entry(lists[name], line)
+            words = line.split()  # Abyssinian_201 1 1 1: breed and number, class from 1, species, breed in the species
+            if len(words) < 2 or not re.fullmatch(r"[0-9]{1,9}", words[1]):
+                raise UserError(f"{lists[name].source}: {line[:60]!r} is not a name and a class")
+            key, label = words[0], int(words[1])
             if key not in images:
                 raise UserError(f"{source}: {name} names {shown(key)}, images hold no such file")
             splits[split].append(original_of(images[key], label - 1, key.rpartition("_")[0]))
     return splits
-
-
-def _list_entry(file: File, line: str) -> tuple[str, int]:
-    words = line.split()
-    if len(words) < 2 or not re.fullmatch(r"[0-9]{1,9}", words[1]):
-        raise UserError(f"{file.source}: {line[:60]!r} is not a name and a class")
-    return words[0], int(words[1])
 
 
 def flowers(source: Path) -> Splits:

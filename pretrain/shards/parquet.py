@@ -15,19 +15,11 @@ from pretrain.data.index_rows import read_at
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.errors import UserError, first_line
 from pretrain.json_files import Fields, brief, is_text, parse_json, read_json
+from pretrain.shards import records
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.passes import FOLDER, Piece, Work, run_pass
 from pretrain.shards.pictures import picture_of
 from pretrain.shards.pool import Progress
-from pretrain.shards.records import (
-    RowsSoFar,
-    check_complete,
-    ending_of_kind,
-    items_of_rows,
-    key_of,
-    one_split,
-    unnumbered,
-)
 from pretrain.shards.tars import unreadable
 from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.storage import replacing
@@ -67,24 +59,23 @@ def parquet_items(
     the only ClassLabel, or one called `label`. Raises UserError for files of several splits, of other columns, or with
     rows without a label, and for a file that is missing or given twice.
     """
-    one_split(files, _split_of)
+    records.one_split(files, _split_of)
     columns = [columns_of(path, label_column) for path in files]
     for path, found in zip(files, columns):
         if found.names != columns[0].names:
             raise UserError(f"{path}: has other classes than {files[0]}; make two sets of them")
-    check_complete(files)
-    keys = [key_of("parquet 1", number, path) for number, path in enumerate(files)]
+    records.check_complete(files)
+    keys = [records.key_of("parquet 1", number, path) for number, path in enumerate(files)]
     pieces = [Piece(f"{key} {found}", partial(tuple, (path, found))) for key, path, found in zip(keys, files, columns)]
     listings = run_pass(_unpack, pieces, work, "unpacking", "files")
     item_of = partial(_item, work.out / FOLDER, apply_orientation)
-    return items_of_rows(
-        files, listings, columns[0].names, item_of, lambda number: f"{files[number].name}\0{listings[number].name}"
-    )
+    prefixes = [f"{path.name}\0{listing.name}" for path, listing in zip(files, listings)]
+    return records.items_of_rows(files, listings, columns[0].names, item_of, prefixes)
 
 
 def _split_of(path: Path) -> str:
     match = _SPLIT.fullmatch(path.stem)
-    return match[1] if match and match[1] else unnumbered(path)
+    return match[1] if match and match[1] else records.unnumbered(path)
 
 
 def _opened(path: Path) -> Any:
@@ -95,7 +86,7 @@ def _opened(path: Path) -> Any:
     return ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)  # else a whole row group would be in memory
 
 
-def columns_of(path: Path, label_column: str | None = None) -> Columns:
+def columns_of(path: Path, label_column: str | None) -> Columns:
     """Returns which columns of a file hold images and labels. Raises UserError when that is not clear."""
     try:
         with _opened(path) as file:
@@ -107,13 +98,11 @@ def columns_of(path: Path, label_column: str | None = None) -> Columns:
     except Exception as error:  # pyarrow's are of many kinds
         raise _unreadable(path, error) from None
     features = _features(path, raw)
-    of_type = {
-        name: [key for key in kinds if isinstance(features.get(key), dict) and features[key].get("_type") == name]
-        for name in ("Image", "ClassLabel")
-    }
+    types = {name: features.get(name, {}).get("_type") for name in kinds}
     binary = [name for name, kind in kinds.items() if re.match(r"(struct<.*bytes: )?(large_)?binary", kind)]
-    images = of_type["Image"] or binary
-    labels = [label_column] if label_column else of_type["ClassLabel"] or [name for name in _LABELS if name in kinds]
+    images = [name for name in kinds if types[name] == "Image"] or binary
+    labels = [name for name in kinds if types[name] == "ClassLabel"] or [name for name in _LABELS if name in kinds]
+    labels = [label_column] if label_column else labels
     for what, found, way_out in (("images", images, "keep one"), ("labels", labels, "give --label-column NAME")):
         if len(found) != 1 or found[0] not in kinds:
             raise UserError(f"{path}: {brief(found)} as the column of {what}, of {brief(list(kinds))}; {way_out}")
@@ -126,13 +115,13 @@ def columns_of(path: Path, label_column: str | None = None) -> Columns:
         raise UserError(f"{path}: column {label} is a list; for several labels of an image write files and a .jsonl")
     if not _LABEL_TYPE.fullmatch(kinds[label]):
         raise UserError(f"{path}: column {label} is {brief(kinds[label])}, expected whole numbers or names of classes")
-    names = (features.get(label) or {}).get("names") if isinstance(features.get(label), dict) else None
+    names = features.get(label, {}).get("names")
     if names is not None and not (isinstance(names, list) and all(map(is_text, names))):
         raise UserError(f"{path}: the names of {label} are no list of texts")
     return Columns(f"{image}.bytes" if kinds[image].startswith("struct") else image, label, list(names or ()))
 
 
-def _features(path: Path, raw: bytes) -> dict[str, Any]:
+def _features(path: Path, raw: bytes) -> dict[str, dict[str, Any]]:
     """What `datasets` says of the columns: in the file itself, or in dataset_infos.json beside it or above."""
     values = Fields.of(parse_json(raw, f"{path}: metadata"), f"{path}: metadata").values
     if not values:
@@ -141,7 +130,8 @@ def _features(path: Path, raw: bytes) -> dict[str, Any]:
         values = {"info": next(iter(infos.values()))} if len(infos) == 1 else {}
     info = values.get("info")
     features = info.get("features") if isinstance(info, dict) else None
-    return features if isinstance(features, dict) else {}
+    columns = features if isinstance(features, dict) else {}
+    return {name: said for name, said in columns.items() if isinstance(said, dict)}
 
 
 def _unreadable(path: Path, error: Exception) -> Exception:
@@ -153,7 +143,7 @@ def _unreadable(path: Path, error: Exception) -> Exception:
 def _unpack(task: tuple[Path, Columns], listing: Path, progress: Progress) -> bytes:
     """Writes a file's images end to end beside the listing that it returns."""
     path, columns = task
-    rows, limit, at = RowsSoFar(str(path)), max_unpacked_bytes(path), 0
+    rows, limit, at = records.RowsSoFar(str(path)), max_unpacked_bytes(path), 0
     with replacing(_images_of(listing), shared=True) as temporary, temporary.open("wb") as file:
         for image, label in _rows(path, columns):
             image = image if isinstance(image, bytes) else b""  # null, or a path without bytes: left out by name later
@@ -162,7 +152,7 @@ def _unpack(task: tuple[Path, Columns], listing: Path, progress: Progress) -> by
                 at += file.write(image)
             if at > limit:
                 raise UserError(f"{path}: {too_large(at, limit)}")
-    return rows.rows().to_bytes()
+    return rows.to_bytes()
 
 
 def _images_of(listing: Path) -> Path:
@@ -199,7 +189,7 @@ def _item(folder: Path, apply_orientation: bool, reference: str, label: int, not
     """Returns the item of a row: of file, listing, row, first byte, number of bytes and ending."""
     name, listing, row, start, num_bytes, kind = reference.split("\0")
     read = partial(_read, _images_of(folder / listing), int(start), int(num_bytes), notes, apply_orientation)
-    return Item(read, ending_of_kind(kind), label, f"{name}[{row}]", apply_orientation)
+    return Item(read, records.ending_of_kind(kind), label, f"{name}[{row}]", apply_orientation)
 
 
 def _read(path: Path, start: int, num_bytes: int, notes: Counter[str], apply_orientation: bool) -> bytes:

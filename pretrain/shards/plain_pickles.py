@@ -18,11 +18,13 @@ MAX_OPCODES = 4 << 20  # CIFAR-100's train has 0.3 million
 _ARRAY = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
 _NAMES = (*_ARRAY, "numpy ndarray", "numpy dtype")
 _VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES")
-_TEXTS = ("SHORT_BINSTRING", "BINSTRING")  # Python 2's str, in latin-1
+_VALUES += ("SHORT_BINSTRING", "BINSTRING")  # Python 2's str, in latin-1
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _NEW = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
+# What stray bytes lead to.
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError, StopIteration)
 
 
 class _Name(str):
@@ -41,16 +43,7 @@ def read_plain_pickle(data: bytes, source: str) -> Any:
     """Returns what a pickle holds, arrays as numpy arrays of uint8. Raises UserError naming `source`."""
     try:
         return _read(data)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-        StopIteration,
-    ) as error:
+    except _DAMAGED as error:
         raise UserError(f"{source}: is no pickle of plain data and arrays of bytes ({error!s:.200})") from None
 
 
@@ -71,8 +64,6 @@ def _read(data: bytes) -> Any:
             raise ValueError(f"more than {MAX_OPCODES:,} opcodes")
         if name in _VALUES:
             stack.append(argument)
-        elif name in _TEXTS:
-            stack.append(str(argument))
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name in _NEW:

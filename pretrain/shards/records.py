@@ -33,16 +33,9 @@ class Rows(NamedTuple):
     labels: np.ndarray  # int64 [rows]: classes, or places in `names`
     names: list[str]  # of labels that are texts, in the order they came
 
-    def to_bytes(self) -> bytes:
-        """Returns the rows as a pass keeps them."""
-        file = io.BytesIO()
-        file.write(json.dumps({"names": self.names}).encode() + b"\n")
-        np.save(file, np.column_stack([self.places, self.labels]).astype(np.int64))
-        return file.getvalue()
-
 
 def read_rows(path: Path) -> Rows:
-    """Returns what `Rows.to_bytes` was kept as."""
+    """Returns what `RowsSoFar.to_bytes` was kept as."""
     with path.open("rb") as file:
         names = list(Fields.of(parse_json(file.readline(), str(path)), str(path)).texts("names"))
         table = np.load(io.BytesIO(file.read()), allow_pickle=False)
@@ -78,10 +71,12 @@ class RowsSoFar:
             raise UserError(f"{self._source}: more than {MAX_CLASSES} classes")
         self._rows.append((start, len(image) if num_bytes is None else num_bytes, _kind(image), label))
 
-    def rows(self) -> Rows:
-        """Returns all of them."""
-        table = np.array(self._rows, dtype=np.int64).reshape(-1, 4)
-        return Rows(table[:, :3], table[:, 3], list(self._names))
+    def to_bytes(self) -> bytes:
+        """Returns all of them as a pass keeps them."""
+        file = io.BytesIO()
+        file.write(json.dumps({"names": list(self._names)}).encode() + b"\n")
+        np.save(file, np.array(self._rows, dtype=np.int64).reshape(-1, 4))
+        return file.getvalue()
 
 
 def _kind(image: bytes) -> int:
@@ -95,26 +90,26 @@ def ending_of_kind(kind: str) -> str:
 
 
 def items_of_rows(
-    files: Sequence[Path], listings: Sequence[Path], names: list[str], item_of: ItemOf, prefix: Callable[[int], str]
+    files: Sequence[Path], listings: Sequence[Path], names: list[str], item_of: ItemOf, prefixes: Sequence[str]
 ) -> tuple[PackedItems, list[str]]:
     """Returns the items of files, in their order, and the names of classes.
 
-    listings: the files of `read_rows`. names: of labels that are numbers. prefix: of a file's references, by its place.
+    listings: the files of `read_rows`. names: of labels that are numbers. prefixes: of each file's references.
     Names among the rows get their numbers in sorted order.
     """
     found = [read_rows(path) for path in listings]
     texts = sorted({name for rows in found for name in rows.names})
     places = {name: place for place, name in enumerate(texts)}
     items = PackedItems(item_of)
-    for number, (path, rows) in enumerate(zip(files, found)):
+    for path, rows, prefix in zip(files, found, prefixes):
         status, labels = path.stat(), rows.labels
         if bool(rows.names) != bool(texts) and len(labels):
             raise UserError(f"{path}: labels are numbers, in other files names; make two sets of them")
         if texts:
             labels = np.array([places[name] for name in rows.names], dtype=np.int64)[labels]
-        stamp, first = (status.st_size, status.st_mtime_ns), prefix(number)
+        stamp = status.st_size, status.st_mtime_ns
         for row, (place, label) in enumerate(zip(rows.places.tolist(), labels.tolist())):
-            items.append("\0".join([first, str(row), *map(str, place)]), label, stamp)
+            items.append("\0".join([prefix, str(row), *map(str, place)]), label, stamp)
     if not items:
         raise UserError(f"{files[0]}: has no rows; expected images and labels")
     return items, texts or names

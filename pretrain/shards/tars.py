@@ -58,7 +58,7 @@ def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
         raise UserError(f"{path}: larger than 2 TiB; use smaller shards")
     keys = np.array([key_crc32(sample.key) for sample in samples], dtype=np.uint32)
     digest, sums = _checksums(path, [*(sample.start for sample in samples), end])
-    shard = Shard(path, len(samples), path.stat().st_size, digest)
+    shard = Shard(str(path), len(samples), path.stat().st_size, digest)
     write_index(shard, ShardIndex(offsets.astype(np.uint32), keys, sums))
     return shard
 

@@ -231,19 +231,19 @@ def read_features(record: Record) -> Features:
 def parse_example(data: bytes) -> Features:
     """Returns the features of a serialized tf.train.Example. Bytes of something else raise any error."""
     features: Features = {}
-    for entry in (entry for part in _messages(data, 1) for entry in _messages(part, 1)):
+    for entry in (entry for part in _messages(data) for entry in _messages(part)):
         fields = dict(_fields(entry))  # of a map's entry: 1 its key, 2 its value
         value = fields.get(2, b"")
         features[fields[1].decode()] = [item for kind, part in _fields(value) for item in _items(kind, part)]
     return features
 
 
-def _messages(data: bytes, number: int) -> Iterator[bytes]:
-    """Yields the embedded messages of one field."""
-    for found, value in _fields(data):
-        if found == number:
+def _messages(data: bytes) -> Iterator[bytes]:
+    """Yields the embedded messages of field 1."""
+    for number, value in _fields(data):
+        if number == 1:
             if not isinstance(value, bytes):
-                raise ValueError(f"field {number} is a number")
+                raise ValueError("field 1 is a number")
             yield value
 
 

@@ -13,20 +13,12 @@ from pathlib import Path
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
 from pretrain.json_files import brief
+from pretrain.shards import records
 from pretrain.shards.archives import read_text
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.passes import Piece, Work, run_pass
 from pretrain.shards.pictures import picture_of
 from pretrain.shards.pool import Progress
-from pretrain.shards.records import (
-    RowsSoFar,
-    check_complete,
-    ending_of_kind,
-    items_of_rows,
-    key_of,
-    one_split,
-    unnumbered,
-)
 from pretrain.shards.tfrecord import FILE, Features, Record, file_records, read_features, shard_lengths
 
 _IMAGES = ("image", "image/encoded")  # of TFDS; of TensorFlow's ImageNet
@@ -53,16 +45,16 @@ def tfrecord_items(
     Raises UserError for files of several splits, for a file or a record that is missing or damaged, and for a record
     without an image or a label.
     """
-    one_split(files, _split_of)
-    check_complete(files)
+    records.one_split(files, _split_of)
+    records.check_complete(files)
     expected = _num_records(files[0])
     label = label_column or next((name for name in _LABELS if name in _first(files[0])), _LABELS[0])
-    keys = [key_of(f"tfrecord 1 {label}", number, path) for number, path in enumerate(files)]
+    keys = [records.key_of(f"tfrecord 1 {label}", number, path) for number, path in enumerate(files)]
     pieces = [Piece(key, partial(tuple, (path, label))) for key, path in zip(keys, files)]
     listings = run_pass(_list, pieces, work, "reading", "files")
     item_of = partial(_item, files[0].parent, apply_orientation)
     relative = [os.path.relpath(path, files[0].parent) for path in files]
-    items, names = items_of_rows(files, listings, label_names(files[0].parent, label), item_of, relative.__getitem__)
+    items, names = records.items_of_rows(files, listings, label_names(files[0].parent, label), item_of, relative)
     if expected not in (None, len(items)):
         raise UserError(f"{files[0].parent}: has {len(items)} records, dataset_info.json says {expected}; cut?")
     return items, names
@@ -70,7 +62,7 @@ def tfrecord_items(
 
 def _split_of(path: Path) -> str:
     match = FILE.fullmatch(path.name)
-    return f"{match['dataset']}-{match['split']}" if match else unnumbered(path)
+    return f"{match['dataset']}-{match['split']}" if match else records.unnumbered(path)
 
 
 def _first(path: Path) -> Features:
@@ -92,7 +84,7 @@ def _num_records(first: Path) -> int | None:
 
 def _list(task: tuple[Path, str], listing: Path, progress: Progress) -> bytes:
     path, label = task
-    rows = RowsSoFar(str(path))
+    rows = records.RowsSoFar(str(path))
     for record in file_records(path):
         features = read_features(record)
         values = features.get(label, ())
@@ -102,7 +94,7 @@ def _list(task: tuple[Path, str], listing: Path, progress: Progress) -> bytes:
                 "of these that holds a label each by --label-column; for several labels write files and a .jsonl"
             )
         rows.add(record.offset, _image(features), values[0], record.num_bytes)
-    return rows.rows().to_bytes()
+    return rows.to_bytes()
 
 
 def _image(features: Features) -> bytes:
@@ -116,7 +108,7 @@ def _item(folder: Path, apply_orientation: bool, reference: str, label: int, not
     name, number, offset, num_bytes, kind = reference.split("\0")
     record = Record(folder / name, int(number), int(offset), int(num_bytes))
     read = partial(_read, record, notes, apply_orientation)
-    return Item(read, ending_of_kind(kind), label, f"{record.path}[{number}]", apply_orientation)
+    return Item(read, records.ending_of_kind(kind), label, f"{record.path}[{number}]", apply_orientation)
 
 
 def _read(record: Record, notes: Counter[str], apply_orientation: bool) -> bytes:

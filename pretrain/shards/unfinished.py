@@ -104,7 +104,7 @@ def read(folder: Path, number: int, path: Path) -> Done | None:
     num_bytes = values.integer("num_bytes", 0, MAX_SHARD_BYTES)
     if path.stat().st_size != num_bytes:
         return None
-    shard = Shard(path, values.integer("num_samples", 0, MAX_SHARD_SAMPLES), num_bytes, values.text("sha256"))
+    shard = Shard(str(path), values.integer("num_samples", 0, MAX_SHARD_SAMPLES), num_bytes, values.text("sha256"))
     counts, notes, dropped = values.part("counts"), values.part("notes"), values.part("dropped")
     return Done(
         shard,

@@ -21,25 +21,6 @@ FOLDER = ".indexing"  # of OUT, for records, until the manifest is there
 Origin = Mapping[str, int | str]  # what says that a file is still the same: its place, its size, its time
 
 
-def note_copy(target: Path) -> None:
-    """Writes down, before a tar is copied to OUT, that what will lie there is ours."""
-    _mark(target).touch()
-
-
-def forget_copy(target: Path) -> None:
-    """Takes `note_copy` back."""
-    _mark(target).unlink(missing_ok=True)
-
-
-def is_our_copy(target: Path) -> bool:
-    """Returns whether an indexing that has not come to its end has copied a tar of OUT there."""
-    return not (target.parent / FOLDER).is_symlink() and _mark(target).is_file()
-
-
-def _mark(target: Path) -> Path:
-    return target.parent / FOLDER / f"{target.name}.copy"
-
-
 def begin(out: Path) -> Path:
     """Returns the folder of OUT for records, made or found; what killed processes left in OUT is removed."""
     folder = out / FOLDER
@@ -90,7 +71,7 @@ def known(record: Path, origin: Origin, path: Path, num_classes: int, url: str =
     try:
         values = Fields.of(read_json(record), str(record))
         num_samples, num_bytes = values.integer("num_samples", 1, 1 << 32), values.integer("num_bytes", 0, 1 << 63)
-        shard = Shard(path, num_samples, num_bytes, values.text("sha256"), url)
+        shard = Shard(str(path), num_samples, num_bytes, values.text("sha256"), url)
         if values.values.get("origin") != origin or not (url or path.stat().st_size == num_bytes):
             return None
         load_index(shard)

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.permutation import words
-from pretrain.shards.archives import Splits
-from pretrain.shards.class_folders import class_folders, sorted_class_folders
+from pretrain.shards.archives import Splits, class_folders, sorted_class_folders
 from pretrain.shards.imagenet import class_numbers, imagenet, wnids
 from pretrain.shards.originals import cifar, dtd, flowers, pets
 from pretrain.shards.tfrecord import Features
@@ -24,10 +23,6 @@ def _variant(folder_names: Callable[[], Sequence[str]]) -> Callable[[Path], Spli
         return {"test": class_folders(source, classes)}
 
     return read
-
-
-def _numbers() -> list[str]:
-    return [str(number) for number in range(1000)]
 
 
 def _seeded(read: Callable[[Path], Splits], num_test: int = 0) -> Callable[[Path], Splits]:
@@ -55,22 +50,18 @@ def _class_folders(num_classes: int, num_test: int) -> Callable[[Path], Splits]:
     return _seeded(lambda source: {"train": sorted_class_folders(source, num_classes)}, num_test)
 
 
-def _cifar(num_classes: int) -> Callable[[Path], Splits]:
-    return lambda source: cifar(source, num_classes)
-
-
 # The authors' files of a set, by splits.
 READERS: dict[str, Callable[[Path], Splits]] = {
     "imagenet": imagenet,
-    "imagenet_v2": _variant(_numbers),
+    "imagenet_v2": _variant(lambda: list(map(str, range(1000)))),
     "imagenet_a": _variant(partial(wnids, "imagenet_a")),
     "imagenet_r": _variant(partial(wnids, "imagenet_r")),
     "imagenet_sketch": _variant(wnids),
-    "cifar10": _cifar(10),
-    "cifar100": _cifar(100),
+    "cifar10": partial(cifar, num_classes=10),
+    "cifar100": partial(cifar, num_classes=100),
     "pets": pets,
     "flowers": flowers,
-    "vtab/cifar100": _seeded(_cifar(100)),
+    "vtab/cifar100": _seeded(partial(cifar, num_classes=100)),
     "vtab/dtd": _seeded(dtd),
     "vtab/flowers102": _seeded(flowers),
     "vtab/pets": _seeded(pets),

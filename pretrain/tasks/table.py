@@ -133,13 +133,10 @@ def _imagenet_variant(name: str, count: int, tfds: str, url: str, **more: Any) -
     )
 
 
-def _own(name: str, classes: int, train: int, test: int, tfds: str, protocol: FineTuning, **more: Any) -> Task:
+def _own(name: str, classes: int, num_samples: dict[str, int], tfds: str, protocol: FineTuning, **more: Any) -> Task:
     """A row of the paper's own six sets."""
-    values: dict[str, Any] = {
-        "splits": {"train": "train", "test": "test"},
-        "num_samples": {"train": train, "test": test},
-    }
-    return Task(name=name, num_classes=classes, tfds=tfds, finetuning=protocol, **(values | more))
+    splits = {split: "validation" if split == "val" else split for split in num_samples}
+    return Task(name, classes, splits, num_samples, tfds, finetuning=protocol, **more)
 
 
 def _vtab(
@@ -152,10 +149,10 @@ def _vtab(
     num_test: int,
     url: str,
     licence: str,
+    tested_on: str = "synthetic records",
     **more: Any,
 ) -> Task:
     """A row of VTAB-1k: 800 training and 200 validation images, the first ones in TFDS's order."""
-    tested: dict[str, Any] = {"tested_on": "synthetic records"}
     return Task(
         name=f"vtab/{name}",
         group=group,
@@ -166,7 +163,8 @@ def _vtab(
         url=url,
         licence=licence,
         finetuning=_VTAB,
-        **(tested | more),
+        tested_on=tested_on,
+        **more,
     )
 
 
@@ -182,12 +180,9 @@ _ROWS = (
     _own(
         "imagenet",
         1000,
-        1_281_167,
-        50_000,
+        {"train": 1_281_167, "val": 50_000},
         "imagenet2012:*.*.*",
         _IMAGENET,
-        splits={"train": "train", "val": "validation"},
-        num_samples={"train": 1_281_167, "val": 50_000},
         url="https://image-net.org/challenges/LSVRC/2012/",
         licence="non-commercial research, registration",
         originals="imagenet",
@@ -236,8 +231,7 @@ _ROWS = (
     _own(
         "cifar10",
         10,
-        50_000,
-        10_000,
+        {"train": 50_000, "test": 10_000},
         "cifar10:*.*.*",
         _CIFAR,
         url=_KRIZHEVSKY,
@@ -248,8 +242,7 @@ _ROWS = (
     _own(
         "cifar100",
         100,
-        50_000,
-        10_000,
+        {"train": 50_000, "test": 10_000},
         "cifar100:*.*.*",
         _CIFAR,
         url=_KRIZHEVSKY,
@@ -260,8 +253,7 @@ _ROWS = (
     _own(
         "pets",
         37,
-        3_680,
-        3_669,
+        {"train": 3_680, "test": 3_669},
         "oxford_iiit_pet:*.*.*",
         _SMALL,
         url=f"{_OXFORD}/pets/",
@@ -273,13 +265,10 @@ _ROWS = (
     _own(
         "flowers",
         102,
-        1_020,
-        6_149,
+        # The authors' code trains on the 1,020 of `train`; the set's 1,020 for validation stay unused.
+        {"train": 1_020, "val": 1_020, "test": 6_149},
         "oxford_flowers102:*.*.*",
         _SMALL,
-        # The authors' code trains on the 1,020 of `train`; the set's 1,020 for validation stay unused.
-        splits={"train": "train", "val": "validation", "test": "test"},
-        num_samples={"train": 1_020, "val": 1_020, "test": 6_149},
         url=f"{_OXFORD}/flowers/102/",
         licence=_RESEARCH,
         originals="flowers",

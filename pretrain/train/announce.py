@@ -28,11 +28,12 @@ def told_of_run(
     most = classification.MAX_LOGIT_BYTES_IN_TRAINING
     chosen = config.engine.max_micro_batch_size is None and device.type == "cuda" and is_plain(config.model)
     fitted = ", as many as fit" if chosen and plan.accumulation > 1 else ""
+    of_all = "" if data.order.subset is None else f" of {data.order.num_samples - data.order.held_out:,}"
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     return [
         f"{config.output / config.name}: {model_name(config.model)}, {num_parameters(model):,} parameters, "
         f"{data.num_classes} classes",
-        f"data: {data.order.num_train:,} images in {len(data.train.shards)} shards, "
+        f"data: {data.order.num_train:,} images{of_all} in {len(data.train.shards)} shards, "
         f"{data.order.epochs(config.total_steps):.1f} epochs{' of the slowest' if data.order.mixture else ''}; "
         f"validation: {len(data.val_indices):,} images{without}",
         *_told_of_order(data.order),

@@ -10,8 +10,7 @@ from pretrain.config import Config, DataConfig
 from pretrain.data.lanes import Lanes, choose_lanes, fits
 from pretrain.data.manifest import Manifest, check_shards, load_manifest, read_as
 from pretrain.data.mixture import Mixture, choose_source_lanes, joined, phases_of, quotas_of
-from pretrain.data.order import Order
-from pretrain.data.shard_list import column
+from pretrain.data.order import Order, order_of
 from pretrain.data.store import make_folder, store_at
 from pretrain.errors import ConfigError
 from pretrain.evaluation import classification
@@ -67,6 +66,10 @@ def open_data(config: Config) -> DataSets:
         raise ConfigError(
             f"data.held_out ({config.data.held_out}) leaves nothing of {train_set.num_samples} samples to train on; "
             f"hold out fewer, as data.held_out={train_set.num_samples // 50}"
+        )
+    if (subset := config.data.subset) and subset > (most := train_set.num_samples - config.data.held_out):
+        raise ConfigError(
+            f"data.subset ({subset}) is more than the {most} images to train on; give at most {most}, or null"
         )
     if config.data.global_batch < ranks.world_size():
         raise ConfigError(
@@ -127,8 +130,7 @@ def warn_of_small_store(manifest: Manifest, order: Order) -> None:
                 f"that a node has in use; each would be downloaded many times. Raise it to {needed / 1e9:.1f}"
             )
         return
-    sizes, urls = column(manifest.shards, "num_bytes"), column(manifest.shards, "url")
-    num_bytes = sum(size for size, url in zip(sizes, urls) if url)
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards if shard.url)
     if num_bytes > manifest.store.max_bytes:
         blocks = 1 - manifest.store.max_bytes / num_bytes
         say(
@@ -169,7 +171,7 @@ def _bytes_in_use(manifest: Manifest, lanes: Lanes) -> float:
 
 def _choose_order(config: Config, train_set: Manifest, mixture: Mixture | None) -> Order:
     """The order of a run that begins. One that goes on has its checkpoint's: see `resumed_order` in folder.py."""
-    order = Order(train_set.num_samples, config.data.held_out, config.data.global_batch, config.seed, mixture=mixture)
+    order = replace(order_of(config, train_set.num_samples), mixture=mixture)
     if mixture:
         return order
     if config.data.order == "permuted" or (config.data.order == "auto" and not train_set.is_remote):

@@ -89,6 +89,7 @@ def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dic
         "global_batch": order.global_batch,
         "num_samples": order.num_samples,
         "held_out": order.held_out,
+        "subset": order.subset,
         "steps": state.step,
         "samples_seen": state.step * order.global_batch,
         "bad_samples": dict(state.bad_samples),

@@ -106,7 +106,7 @@ def tar_sample(folder: Path) -> Target:
     def call(data: bytes, own: Path) -> None:
         data += bytes(-len(data) % 512)
         (own / "a.tar").write_bytes(data)
-        shard = Shard(own / "a.tar", 1, len(data), "0" * 64)
+        shard = Shard(str(own / "a.tar"), 1, len(data), "0" * 64)
         offsets, keys = np.array([0, len(data) // 512], np.uint32), np.array([key_crc32("a")], np.uint32)
         write_index(shard, ShardIndex(offsets, keys))
         raw = read_sample(alone(shard, 1000), 0)
@@ -163,7 +163,7 @@ def index(folder: Path) -> Target:
     def call(data: bytes, own: Path) -> None:
         os.link(shard.path, own / shard.path.name)
         (own / shard.path.name).with_suffix(".idx").write_bytes(data)
-        manifest = alone(Shard(own / shard.path.name, shard.num_samples, shard.num_bytes, shard.sha256), 7)
+        manifest = alone(Shard(str(own / shard.path.name), shard.num_samples, shard.num_bytes, shard.sha256), 7)
         for number in range(manifest.num_samples):
             with suppress(BadSample):
                 read_sample(manifest, number)
