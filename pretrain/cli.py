@@ -124,7 +124,7 @@ def writing(path: Path, option: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another {option}") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another {option}") from None
 
 
 def check_least(arguments: argparse.Namespace, **least: int) -> None:
