@@ -124,7 +124,7 @@ def writing(path: Path, option: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another {option}") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another {option}") from None
 
 
 def check_least(arguments: argparse.Namespace, **least: int) -> None:
@@ -318,14 +318,13 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
 
     Yields a function that is told how many more are done; what it is told first may have been done before.
     """
+    if not sys.stdout.isatty():
+        yield _Lines(shown(title), total, unit).advance
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Task as BarTask
     from rich.text import Text
-
-    if not sys.stdout.isatty():
-        yield _Lines(shown(title), total, unit).advance
-        return
 
     class Rate(ProgressColumn):
         def render(self, task: BarTask) -> Text:

@@ -1,6 +1,7 @@
 """Text that others wrote, as a terminal, Markdown and a page that travels may show it: names can hold anything."""
 
 import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 
@@ -20,6 +21,15 @@ def in_markdown(text: object) -> str:
     plain = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", plain)  # inside a word it is only itself
     plain = plain.replace("://", r"\://").replace("www.", r"www\.")  # GitHub makes links of bare addresses
     return plain.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: Collection[int] = (0,)
+) -> list[str]:
+    """Returns the lines of a table, whose cells may hold anything; text_columns are aligned left."""
+    rule = ["---" if column in text_columns else "---:" for column in range(len(header))]
+    names, *cells = ([in_markdown(cell) for cell in row] for row in (header, *rows))
+    return ["| " + " | ".join(row) + " |" for row in (names, rule, *cells)]
 
 
 def code_in_markdown(text: object) -> str:

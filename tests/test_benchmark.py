@@ -375,7 +375,7 @@ def test_a_wrong_out_is_told_before_anything_runs(
 def test_options_without_effect_are_refused(words: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is measured that is not what was asked for."""
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", *words.split()])
-    monkeypatch.setattr(tool, "cell_rows", lambda what, cell: ([], "measured"))
+    monkeypatch.setattr("pretrain.benchmark.cells.cell_rows", lambda what, cell: ([], "measured"))
     with pytest.raises(UserError, match=told):
         tool.main()
 

@@ -118,7 +118,7 @@ def run_bottleneck(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dic
     asked: list[dict[str, Any]] = []
     row = {"images_per_s": 1.0, "cores": 1, "bound_by": "disk", "way_out": "none"}
     tool = load_tool("benchmark")
-    monkeypatch.setattr(tool, "cell_rows", lambda what, cell: (asked.append(cell["options"]) or [row], None))
+    monkeypatch.setattr(tool, "last_row", lambda what, cell, name: asked.append(cell["options"]) or row)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--bottleneck", "--data", "set", *arguments])
     tool.main()
     return asked
@@ -157,7 +157,7 @@ def test_the_engine_s_keys_reach_the_measurement(monkeypatch: pytest.MonkeyPatch
 
     plan = Plan(torch.device("cpu"), "a CPU", batch=4, warmup=1, steps=2)
     monkeypatch.setattr(bottleneck, "plan_cell", lambda options: plan)
-    monkeypatch.setattr(bottleneck, "cell_config", stop)
+    monkeypatch.setattr("pretrain.benchmark.measure.cell_config", stop)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (options,) = run_bottleneck(monkeypatch, "--fp8", "--checkpoint-activations")
     with pytest.raises(Told, match="True, True"):

@@ -31,7 +31,7 @@ from pretrain.cluster.local import on_cpu
 from pretrain.config import Config
 from pretrain.data.loader import Room
 from pretrain.doctor import disks, examine, findings, machine, meeting
-from pretrain.doctor.findings import AWAY, OK, RED, WARN, Finding, Row
+from pretrain.doctor.findings import AWAY, OK, RED, WARN, Finding
 from pretrain.json_files import Fields
 from pretrain.shards.elsewhere import index_urls
 
@@ -57,13 +57,13 @@ def test_all_ranks_make_one_table() -> None:
     }
     rows = findings.merged(found, hosts)
     assert rows == [
-        Row(RED, "torch", "2.15 (a); 2.14 (b)", "give all nodes the same"),
-        Row(RED, "GPU", "none (rank 3 on b)", "look at nvidia-smi"),
-        Row(WARN, "files", "64 (rank 1 on a, rank 2 on b, rank 3 on b)", "ulimit -n 4096"),
-        Row(OK, "memory", "7 GB (rank 3 on b, the least)", ""),
-        Row(OK, "python", "3.11", ""),
+        Finding("torch", RED, "2.15 (a); 2.14 (b)", "give all nodes the same"),
+        Finding("GPU", RED, "none (rank 3 on b)", "look at nvidia-smi"),
+        Finding("files", WARN, "64 (rank 1 on a, rank 2 on b, rank 3 on b)", "ulimit -n 4096"),
+        Finding("memory", OK, "7 GB (rank 3 on b, the least)", ""),
+        Finding("python", OK, "3.11", ""),
     ]
-    long = [*rows, Row(RED, "x", "many words " * 40, "and a remedy " * 20)]
+    long = [*rows, Finding("x", RED, "many words " * 40, "and a remedy " * 20)]
     assert max(map(len, findings.lines(long))) <= findings.WIDTH
     assert findings.place([4, 5, 6, 7], range(8), {rank: f"n{rank}" for rank in range(8)}) == "n4, n5, n6 and 1 more"
 
@@ -168,7 +168,7 @@ def test_tasks_with_a_gpu_of_their_own_are_alike(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(rank))
         found[rank] = list(machine.check_gpu())
     rows = findings.merged(found, {0: "a", 1: "a"})
-    assert rows[0] == Row(OK, "GPU", "H100, 80 GB; 1 seen, asked for by CUDA_VISIBLE_DEVICES", "")
+    assert rows[0] == Finding("GPU", OK, "H100, 80 GB; 1 seen, asked for by CUDA_VISIBLE_DEVICES", "")
 
 
 def test_locks_and_renames_of_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

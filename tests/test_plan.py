@@ -43,7 +43,7 @@ from pretrain.models.profile import _counted_macs, num_parameters
 from pretrain.models.vit import Block
 from pretrain.optim import PIECE_ELEMENTS, build_optimizer
 from pretrain.plan import memory as memory_module
-from pretrain.plan.choose import Choice, best, fitting_micro_batch, layout_of, price, smallest
+from pretrain.plan.choose import Choice, best, fitting_micro_batch, layout_of, least_memory, price
 from pretrain.plan.failures import Failures, best_interval_s, goodput
 from pretrain.plan.launches import COMPILED, is_compiled, launches
 from pretrain.plan.memory import PREFETCH_ELEMENTS, Layout, activation_bytes, memory
@@ -617,7 +617,7 @@ def test_the_choice_fits_and_is_the_simplest_of_the_fastest(name: str, gpus: int
     usable = 0.92 * H100.device.memory_bytes
     rate = rate_of(config)
     choice: Choice | None = best(config, NUM_CLASSES, gpus, H100, rate, usable)
-    least = smallest(config, NUM_CLASSES, gpus, H100, rate).memory.peak
+    least = least_memory(config, NUM_CLASSES, gpus).peak
     if choice is None:
         assert name == "22B/14" and least > usable
         return

@@ -496,6 +496,11 @@ def test_few_shot_is_a_chart() -> None:
     assert bar.low - bar.y == pytest.approx(tenth, abs=0.2) and bar.y - bar.high == pytest.approx(tenth, abs=0.2)
     assert trained.marks[1].low == trained.marks[1].high and bar.text == "trained, 1-shot: 50.00% ± 10.00"
     assert fewshot_chart(rows[:2]) is None and fewshot_chart([]) is None  # nothing beside it
+    many = [{"model": m, "metric": f"{n}-shot", "value": 0.5, "n": 9} for n in range(1, 10) for m in ("a", "b")]
+    chart = fewshot_chart(
+        [*many, {"model": "of 9 alone, which no longer fits", "metric": "9-shot", "value": 0.5, "n": 9}]
+    )
+    assert chart is not None and [one.name for one in chart.series] == ["a", "b"] and len(chart.x_ticks) == 8
 
 
 def test_runs_of_different_length_are_both_seen(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
-from pretrain.benchmark.cells import LOOPS, cell_config, cell_rows, check_name
+from pretrain.benchmark.cells import LOOPS, cell_config, check_name, last_row
 from pretrain.benchmark.data_table import PHOTOS, ROWS, data_lines, print_lines
 from pretrain.benchmark.orders import order_rows
 from pretrain.benchmark.peer_table import peer_table
@@ -45,6 +45,8 @@ def main() -> None:
     given = vars(arguments)
     if given.get("out") is not None and (given["out"].is_dir() or not given.get("peer")):  # --peer makes the folder
         cli.check_writable("--out", given["out"])
+    if (folder := given.get("folder")) and not folder.is_dir():
+        raise UserError(f"--folder {folder}: is not a folder; give one on the disk that is to be measured")
     arguments.run(arguments)
 
 
@@ -68,9 +70,10 @@ def _add_command(commands: Any, name: str, description: str, example: str) -> ar
     return parser
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _options(arguments: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """Returns what the cells' processes are told: the options of `_add_command`, and more of them by name."""
     cli.check_least(arguments, batch=1, warmup=1, steps=2)  # deciles need two steps
-    return {name: getattr(arguments, name) for name in ("batch", "precision", "warmup", "steps")}
+    return {name: getattr(arguments, name) for name in ("batch", "precision", "warmup", "steps", *more)}
 
 
 def _add_train(commands: Any) -> None:
@@ -127,17 +130,8 @@ def _check_effect(arguments: argparse.Namespace) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> None:
-    options = {
-        **_options(arguments),
-        "image_size": arguments.image_size,
-        "checkpoint_activations": arguments.checkpoint_activations,
-        "fp8": arguments.fp8,
-        "zero_stage": arguments.zero_stage,
-        "kernels": arguments.kernels,
-        "paced": False,
-        "data": arguments.data,
-        "workers": arguments.workers,
-    }
+    more = "image_size", "checkpoint_activations", "fp8", "zero_stage", "kernels", "data", "workers"
+    options = {**_options(arguments, *more), "paced": False}
     for model in arguments.model or []:  # a wrong name is told before the first cell runs
         cell_config(model, arguments.image_size, 8, arguments.precision, fp8=arguments.fp8)
     cli.check_least(arguments, ranks=1, rounds=1, processes=1, workers=0)
@@ -153,12 +147,11 @@ def _run_train(arguments: argparse.Namespace) -> None:
         return
     for model in arguments.model or ["B/16", "L/16"]:
         for compiled in arguments.compile or ["off", "on"]:
-            rows, failure = cell_rows("train", {"model": model, "compiled": compiled == "on", "options": options})
-            if failure:
-                raise UserError(f"{model}, compile {compiled}: {failure}")
-            _print_row(rows[-1], arguments.out)
+            cell = {"model": model, "compiled": compiled == "on", "options": options}
+            row = last_row("train", cell, f"{model}, compile {compiled}")
+            _print_row(row, arguments.out)
             if arguments.kernels:
-                print_kernels(rows[-1])
+                print_kernels(row)
 
 
 def _run_bottleneck(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -167,21 +160,21 @@ def _run_bottleneck(arguments: argparse.Namespace, options: dict[str, Any]) -> N
     for model in arguments.model or ["B/16"]:
         for compiled in arguments.compile or ["auto"]:  # as a run does
             own = options | {"compile": {"on": True, "off": False}.get(compiled, compiled), "ranks": arguments.ranks}
-            rows, failure = cell_rows("bottleneck", {"model": model, "options": own})
-            if failure:
-                raise UserError(f"{model}, compile {compiled}: {failure}")
-            row = rows[-1]
+            row = last_row("bottleneck", {"model": model, "options": own}, f"{model}, compile {compiled}")
             _print_row(row, arguments.out)
             rate = f"{row['images_per_s']:,.1f} images/s of a rank with {row['cores']} cores"
             cli.tell(f"{model}: {rate}, bound by: {row['bound_by']}. {row['way_out']}")
 
 
 def _print_row(row: dict[str, Any], out: Path | None) -> None:
-    line = json.dumps(row)
-    print(line, flush=True)
+    print(json.dumps(row), flush=True)
+    _append(row, out)
+
+
+def _append(row: dict[str, Any], out: Path | None) -> None:
     if out:
         with out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def _add_model(commands: Any) -> None:
@@ -217,7 +210,7 @@ def _add_model(commands: Any) -> None:
 def _run_model(arguments: argparse.Namespace) -> None:
     if arguments.out and arguments.out.suffix == ".md":
         raise UserError(f"--out {arguments.out}: is where the table would go; give the JSON lines another ending")
-    options = {**_options(arguments), "max_params": arguments.max_params}
+    options = _options(arguments, "max_params")
     for model in arguments.model:
         check_name(model)  # a wrong name is told before the first cell runs
     cells = [(model, size) for size in arguments.image_size for model in arguments.model]
@@ -254,21 +247,12 @@ def _add_save(commands: Any) -> None:
 
 
 def _run_save(arguments: argparse.Namespace) -> None:
-    folder = arguments.folder
-    if folder and not folder.is_dir():
-        raise UserError(f"--folder {folder}: is not a folder; give one on the disk that is to be measured")
-    options = {
-        **_options(arguments),
-        "image_size": arguments.image_size,
-        "folder": str(folder.resolve()) if folder else None,
-    }
+    folder = arguments.folder and str(arguments.folder.resolve())
+    options = {**_options(arguments, "image_size"), "folder": folder}
     for model in arguments.model:  # a wrong name is told before the first cell runs
         cell_config(model, arguments.image_size, 8, arguments.precision)
     for model in arguments.model:
-        rows, failure = cell_rows("save", {"model": model, "options": options})
-        if failure:
-            raise UserError(f"{model}: {failure}")
-        _print_row(rows[-1], arguments.out)
+        _print_row(last_row("save", {"model": model, "options": options}, model), arguments.out)
 
 
 def _add_start(commands: Any) -> None:
@@ -364,9 +348,7 @@ def _run_data(arguments: argparse.Namespace) -> None:
     for row in arguments.rows:
         for found in data_lines(row, arguments.photos, arguments.folder):
             lines.append(found)
-            if arguments.out:
-                with arguments.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(found) + "\n")
+            _append(found, arguments.out)
     print_lines(lines)
     if missed := [found["what"] for found in lines if found.get("holds") is False]:
         raise UserError(f"{len(missed)} of {len(lines)} targets are missed: {'; '.join(missed)}")

@@ -113,7 +113,8 @@ def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
     words = [str(word) for word in command]
     cli.tell("$ " + " ".join([Path(words[0]).name, *words[1:]]))
     process: subprocess.Popen[bytes] | None = None
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    asked = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in asked}
     try:
         with log.open("wb") as file:
             own = {**environment(num_threads=1), PART_OF: str(os.getpid())}
@@ -129,10 +130,6 @@ def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
         print(f"\n{log.read_text(errors='replace')}", end="", flush=True)
     assert process is not None
     _check(words, process.returncode)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _check(words: Sequence[str], code: int) -> None:

@@ -26,18 +26,8 @@ if TYPE_CHECKING:
 
 _OF_WRITING = ("--engine", "--seed", "--samples-per-shard")
 _OF_IMAGES = ("--apply-orientation", "--label-column", "--merge-duplicates", "--away-from")
-_ALL = (
-    "--index",
-    "--task",
-    "--download",
-    "--classes",
-    "--part",
-    "--shorter-side",
-    "--quality",
-    *_OF_IMAGES,
-    *_OF_WRITING,
-    "--workers",
-)
+_ALL = ("--index", "--task", "--download", "--classes", "--part", "--shorter-side", "--quality")
+_ALL += (*_OF_IMAGES, *_OF_WRITING, "--workers")
 SOURCES = "a folder of images, archives, a list of paths, parquet or TFRecord files, a .npz"
 _IN_BRACES = re.compile(r"\{([^{},.]*)(?:,|\.\.)[^{}]*\}")  # of a pattern, with the first that it stands for
 MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
@@ -55,12 +45,10 @@ def main() -> None:
         "python tools/make_shards.py photos data/photos --shorter-side 512 --apply-orientation",
     )
     parser.add_argument("paths", nargs="+", metavar="SOURCE... OUT", help="what to read, then the folder to write")
-    parser.add_argument(
-        "--index", action="store_true", default=None, help="of shards on a server, or existing tars, by patterns"
-    )
+    parser.add_argument("--index", action="store_true", help="of shards on a server, or existing tars, by patterns")
     parser.add_argument("--task", metavar="NAME", help="evaluation set: imagenet, cifar10, pets, vtab/svhn ...")
     parser.add_argument(
-        "--download", action="store_true", default=None, help="fetch the set's files, where anybody may; give OUT alone"
+        "--download", action="store_true", help="fetch the set's files, where anybody may; give OUT alone"
     )
     parser.add_argument(
         "--classes", type=Path, help='names in the order of labels: JSON list, or "names"; or .txt lines'
@@ -106,7 +94,6 @@ def _add_building(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--apply-orientation",
         action="store_true",
-        default=None,
         help="turn photos as their EXIF says (default: as Google's code, not)",
     )
     parser.add_argument("--shorter-side", type=int, metavar="S", help="make larger images this small: JPEG, S pixels")
@@ -123,7 +110,6 @@ def _add_building(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--merge-duplicates",
         action="store_true",
-        default=None,
         help="write equal images once, with all their labels: makes a set with lists of labels",
     )
     parser.add_argument(
@@ -172,11 +158,11 @@ def _options(arguments: Namespace, samples_per_shard: int, quality: int) -> "Opt
     return Options(
         samples_per_shard=samples_per_shard,
         seed=arguments.seed or 0,
-        apply_orientation=bool(arguments.apply_orientation),
+        apply_orientation=arguments.apply_orientation,
         resizing=Resizing(arguments.shorter_side, quality) if arguments.shorter_side else None,
         workers=arguments.workers,
         engine=_engine(arguments.engine),
-        merge_duplicates=bool(arguments.merge_duplicates),
+        merge_duplicates=arguments.merge_duplicates,
         away_from=tuple(arguments.away_from or ()),
         label_column=arguments.label_column,
     )

@@ -54,12 +54,9 @@ def audit(folder: Path, options: Options) -> list[Finding]:
         except LeftOut as reason:
             found.append(Finding(name, "", None, str(reason), ""))
         except UserError as error:
-            found.append(Finding(name, _first_sentence(check), None, "", str(error)))
+            compared = (check.__doc__ or "").partition("\n")[0].rstrip(".")
+            found.append(Finding(name, compared, None, "", str(error)))
         else:
             for outcome in outcomes if isinstance(outcomes, list) else [outcomes]:
                 found.append(Finding(name, *outcome, ""))
     return found
-
-
-def _first_sentence(check: Callable) -> str:
-    return (check.__doc__ or "").strip().partition("\n")[0].rstrip(".")

@@ -6,6 +6,7 @@ Imports no torch: the audit begins at once.
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ import numpy as np
 from pretrain.audit.logs import Lie, lie, open_log, rows, rows_of
 from pretrain.checkpoint.layout import MAX_RANKS, MAX_STEP, own_file, read_manifest, step_folders, step_of
 from pretrain.config import MAX_SOURCES, Config, Source, load_config
-from pretrain.data.lanes import Lanes, lanes_in
+from pretrain.data.lanes import lanes_in
 from pretrain.data.manifest import MAX_SAMPLES, Manifest, check_shards, load_manifest
 from pretrain.data.mixture import Mixture, joined, phases_in, source_lanes_in
 from pretrain.data.order import Order, order_of
@@ -88,6 +89,11 @@ class Saved:
         return self.state.part("train")
 
     @property
+    def order(self) -> Fields:
+        """What it says of order and data set."""
+        return self.state.part("data").part("order")
+
+    @property
     def receipt(self) -> Fields | None:
         """What it says of the samples seen; None in checkpoints of earlier versions."""
         return self.state.part("receipt") if self.state.values.get("receipt") else None
@@ -118,11 +124,7 @@ class Listed:
 
     def counts(self, until: int) -> dict[str, int]:
         """Returns how many samples of steps up to `until` are listed, by reason."""
-        told: dict[str, int] = {}
-        for reason, step in zip(self.reasons, self.steps.tolist()):
-            if step <= until:
-                told[reason] = told.get(reason, 0) + 1
-        return told
+        return Counter(self.reasons[: np.searchsorted(self.steps, until, side="right")])
 
 
 def own_parts(path: Path, sources: Sequence[Source]) -> Path:
@@ -225,20 +227,22 @@ class Run:
         """0; of a run that branched off, the step of the other run's checkpoint."""
         return self.starts[self.origin].step
 
+    @property
+    def newest(self) -> Saved:
+        """The newest checkpoint."""
+        if not self.saved:
+            raise LeftOut("no checkpoint yet")
+        return self.saved[-1]
+
     @cached_property
     def trained(self) -> int:
         """The steps that count: those of the newest checkpoint. Later ones are still to be saved, or trained again."""
-        if not self.saved:
-            raise LeftOut("no checkpoint yet")
-        return self.saved[-1].step
+        return self.newest.step
 
     @cached_property
     def identity(self) -> tuple[str, Mapping[str, Any]]:
         """What the newest checkpoint says of order and data set, and the file that says it."""
-        if not self.saved:
-            raise LeftOut("no checkpoint yet")
-        newest = self.saved[-1]
-        return str(newest.place), newest.state.part("data").part("order").values
+        return str(self.newest.place), self.newest.order.values
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -283,7 +287,7 @@ class Run:
         if (key := (identity.get("name"), identity.get("version"))) not in ORDERS:
             known = " or ".join(" ".join(names) for names in ORDERS)
             lie(place, f"order {brief(key[0])} version {brief(key[1])}", known)
-        receipt = self.saved[-1].receipt
+        receipt = self.newest.receipt
         size = self.manifest.num_samples if receipt is None else receipt.integer("num_samples", 1, MAX_SAMPLES)
         data = self.config.data
         if data.held_out >= size:
@@ -293,16 +297,15 @@ class Run:
         order = order_of(self.config, size)
         if self.sources:
             return replace(order, mixture=self._mixture(order))
-        return replace(order, lanes=self._lanes(order)) if key[0] == "lanes" else order
+        if key[0] != "lanes":
+            return order
+        lanes = lanes_in(self.newest.order, order.num_train, order.global_batch, self.trained)
+        return replace(order, lanes=lanes)
 
     @cached_property
     def sources(self) -> list[Fields]:
         """The sources of a mixture, as the newest checkpoint names them; none of one set."""
-        return self._identity_fields.parts("sources", ())
-
-    @property
-    def _identity_fields(self) -> Fields:
-        return Fields(dict(self.identity[1]), f"{self.identity[0]}: data: order")
+        return self.newest.order.parts("sources", ())
 
     def _mixture(self, order: Order) -> Mixture:
         """The numbers of the mixture that the newest checkpoint names."""
@@ -312,16 +315,12 @@ class Run:
             lie(self.identity[0], numbers, f"2 to {MAX_SOURCES}, with {order.num_samples} samples together")
         if order.held_out:
             lie(self.folder / "config.yaml", f"data.held_out is {order.held_out}", "0: the run is a mixture")
-        phases = phases_in(self._identity_fields, len(sizes), order.global_batch)
+        phases = phases_in(self.newest.order, len(sizes), order.global_batch)
         if self.identity[1].get("name") != "lanes":
             return Mixture(sizes, phases)
         own = zip(self.sources, sizes)
         lanes = tuple(source_lanes_in(source, size, order.global_batch, self.trained) for source, size in own)
         return Mixture(sizes, phases, lanes)
-
-    def _lanes(self, order: Order) -> Lanes:
-        """The numbers of the order lanes, which the newest checkpoint names."""
-        return lanes_in(self._identity_fields, order.num_train, order.global_batch, self.trained)
 
     @cached_property
     def bad(self) -> Listed:

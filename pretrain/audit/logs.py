@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import stat
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -90,7 +91,7 @@ class StepLines:
 
     def line_of(self, step: int) -> bytes | None:
         """Returns the line of a step, None when there is none. Raises Lie when there are two, or it is damaged."""
-        if self._next != step and not self._before < step < self._next:
+        if not self._before < step <= self._next:
             self._seek(step)
         if self._next != step:
             return None
@@ -109,15 +110,8 @@ class StepLines:
     @property
     def last_step(self) -> int:
         """The step of the last whole line, 0 when there is none."""
-        self._seek(MAX_STEP + 1)
-        end, length = self._file.tell() - len(self._line), 4096
-        while True:
-            self._file.seek(max(0, end - length))
-            tail = self._file.read(min(end, length))
-            if not tail or b"\n" in tail[:-1] or length >= end:
-                line = tail[:-1].rpartition(b"\n")[2]
-                return self._step(line) if line else 0
-            length *= 8
+        place = self._seek(MAX_STEP + 1)
+        return self._read_from(place - 1) if place else 0
 
     def _read(self) -> None:
         self._line = self._file.readline(MAX_LINE_BYTES)
@@ -131,20 +125,21 @@ class StepLines:
             return int(match[1])
         raise Lie(f"{self.path}: a line begins with {line[:40]!r}, expected its step")
 
-    def _seek(self, step: int) -> None:
-        """Goes to the first line whose step is not below `step`, by halves: a log may have gigabytes."""
-        low, high = 0, os.fstat(self._file.fileno()).st_size  # the line begins in [low, high]
-        while low < high:
-            middle = (low + high) // 2
-            self._file.seek(max(0, middle - 1))
-            if middle:
-                self._file.readline(MAX_LINE_BYTES)  # to the first line that begins at `middle` or behind
-            begin = self._file.tell()
-            line = self._file.readline(MAX_LINE_BYTES)
-            if begin >= high or not line.endswith(b"\n") or self._step(line) >= step:
-                high = middle
-            else:
-                low = begin + len(line)
-        self._file.seek(low)
+    def _seek(self, step: int) -> int:
+        """Reads the first line whose step is not below `step`, found by halves: a log may have gigabytes.
+
+        Returns the place behind the first byte of the line before it; 0 where there is none.
+        """
+        places = range(os.fstat(self._file.fileno()).st_size)
+        place = bisect_left(places, step, key=self._read_from)
+        self._read_from(place)
         self._before = step - 1
+        return place
+
+    def _read_from(self, place: int) -> int:
+        """Reads the first line that begins at a byte or behind it; returns its step."""
+        self._file.seek(max(0, place - 1))
+        if place:
+            self._file.readline(MAX_LINE_BYTES)
         self._read()
+        return self._next

@@ -13,7 +13,7 @@ from pretrain.json_files import Fields, brief
 
 def check_identity(run: Run, saved: Saved) -> set[str]:
     """Compares sources and weights in a checkpoint with those in the newest; returns the keys that may differ."""
-    own, sources = _order(saved), _sources(saved)
+    sources = _sources(saved)
     if run.order.mixture is None or not 2 <= len(sources) <= len(run.sources):
         return set()
     for source, newest in zip(sources, run.sources):
@@ -21,7 +21,7 @@ def check_identity(run: Run, saved: Saved) -> set[str]:
             if (found := source.values.get(key)) != (expected := newest.values.get(key)):
                 lie(source.source, f"{key} is {brief(found)}", f"{brief(expected)}, as {newest.source} says")
     batch, count = run.order.global_batch, len(run.sources)
-    found = begun(phases_in(own, len(sources), batch), saved.step * batch, count)
+    found = begun(phases_in(saved.order, len(sources), batch), saved.step * batch, count)
     if found != (expected := begun(run.order.mixture.phases, saved.step * batch, count)):
         of_newest = f"{told_phases(expected, batch)}, as {run.identity[0]} says"
         lie(saved.place, f"data phases: {told_phases(found, batch)}", of_newest)
@@ -54,9 +54,5 @@ def expected_receipt(run: Run, saved: Saved) -> dict[str, Any]:
     return {"sources": sources} if sources else {}
 
 
-def _order(saved: Saved) -> Fields:
-    return saved.state.part("data").part("order")
-
-
 def _sources(saved: Saved) -> list[Fields]:
-    return _order(saved).parts("sources", ())
+    return saved.order.parts("sources", ())

@@ -1,12 +1,13 @@
 """Do a run's own files agree: starts, checkpoints and their receipts, config, curves, counts of what was left out?"""
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
 from pretrain.audit import mixtures
-from pretrain.audit.folder import MAX_COUNT, LeftOut, Listed, Run, Saved
+from pretrain.audit.folder import MAX_COUNT, LeftOut, Run, Saved
 from pretrain.audit.logs import Lie, lie
 from pretrain.checkpoint.layout import MAX_STEP, own_file, read_manifest
 from pretrain.config import config_from_dict, config_to_dict, resume_differences
@@ -54,9 +55,7 @@ def check_starts(run: Run) -> Outcome:
 
 def check_history(run: Run) -> Outcome:
     """Checkpoints lie where the starts say: none is ahead of a later start, ranks are those of its start."""
-    if not run.saved:
-        raise LeftOut("no checkpoint yet")
-    place, starts = run.folder / "starts.jsonl", run.starts
+    newest, place, starts = run.newest, run.folder / "starts.jsonl", run.starts
     for saved in run.saved:
         world = saved.state.integer("world_size", 1, MAX_COUNT)
         if not saved.starts:
@@ -76,7 +75,6 @@ def check_history(run: Run) -> Outcome:
             if later.branched:
                 expected = f"nothing saved before, but {saved.path.name} was there"
                 lie(later.place, f"branched off at step {later.step}", expected)
-    newest = run.saved[-1]
     last = starts[-1]
     if last.step > newest.step:
         lie(last.place, f"goes on from step {last.step}", f"at most {newest.step}, the newest checkpoint's")
@@ -140,7 +138,7 @@ def _expected_receipt(run: Run, saved: Saved) -> dict[str, object]:
     config = saved.state.part("config")
     batch = config.part("data").integer("global_batch", 1, MAX_COUNT)
     return {
-        **saved.state.part("data").part("order").values,
+        **saved.order.values,
         **mixtures.expected_receipt(run, saved),
         "seed": config.values.get("seed"),
         "global_batch": batch,
@@ -176,7 +174,7 @@ def check_config(run: Run) -> Outcome:
 
 
 def _check_identity(run: Run, saved: Saved, place: str, identity: Mapping[str, Any]) -> None:
-    own = saved.state.part("data").part("order").values
+    own = saved.order.values
     for key in {**identity, **own}.keys() - mixtures.check_identity(run, saved):
         if own.get(key) != identity.get(key):
             lie(saved.place, f"data {key} is {brief(own.get(key))}", f"{brief(identity.get(key))}, as {place} says")
@@ -232,7 +230,7 @@ def _said(saved: Saved) -> dict[str, int]:
 def check_metrics(run: Run) -> Outcome:
     """The curves have one line a step, at the steps that are due, with the epoch and counts that belong to it."""
     path, last, trained = run.folder / "metrics.jsonl", run.first_step, run.trained
-    counted = [_Counter(run.bad), _Counter(run.damaged), _Counter(run.skipped)]
+    steps_listed = [run.bad.steps.tolist(), run.damaged.steps.tolist(), [row.values["step"] for row in run.skipped]]
     base: list[int] | None = None if run.first_step else [0, 0, 0]
     seen: set[int] = set()
     for row in (row for row in run.metrics if "train/loss" in row.values):
@@ -246,7 +244,7 @@ def check_metrics(run: Run) -> Outcome:
             lie(row.source, f"train/epoch is {brief(row.values.get('train/epoch'))}", f"{epoch} at step {step}")
         defaults = {"bad_samples": ..., "damaged_samples": 0, "skipped_steps": ...}  # as in _said
         said = [int(row.number(f"train/{key}", 0, MAX_COUNT, default)) for key, default in defaults.items()]
-        listed = [counter.until(step) for counter in counted]
+        listed = [bisect_right(steps, step) for steps in steps_listed]
         base = base or [one - other for one, other in zip(said, listed)]
         if step <= trained and (own := [one - other for one, other in zip(said, base)]) != listed:
             lie(row.source, f"{own} bad, damaged, skipped so far", f"{listed}, as their lists have it")
@@ -279,19 +277,6 @@ def check_scores(run: Run) -> Outcome:
             lie(saved.place, f"metrics are {brief(metrics)}", f"{brief(logged)}, as metrics.jsonl has them")
         count += len(metrics)
     return Outcome("scores in checkpoints against metrics.jsonl", count)
-
-
-class _Counter:
-    """How many of a list belong to steps up to one; asked for in order."""
-
-    def __init__(self, listed: Listed | list) -> None:
-        self._steps = listed.steps.tolist() if isinstance(listed, Listed) else [row.values["step"] for row in listed]
-        self._count = 0
-
-    def until(self, step: int) -> int:
-        while self._count < len(self._steps) and self._steps[self._count] <= step:
-            self._count += 1
-        return self._count
 
 
 def _same(ours: dict, theirs: dict) -> bool:

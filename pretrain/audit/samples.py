@@ -2,6 +2,8 @@
 
 import re
 from collections import Counter
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,16 +196,16 @@ def check_sample_logs(run: Run) -> Outcome:
     """samples-RANK.jsonl has each step once, on the ranks that its start had, with the samples of the order."""
     found = ((_SAMPLE_LOG.fullmatch(path.name), path) for path in run.folder.iterdir())  # glob hides errors
     paths = {int(match[1]): path for match, path in found if match}
-    segments = [segment for segment in run.segments if segment.first <= run.trained]
+    segments = [replace(s, last=min(s.last, run.trained)) for s in run.segments if s.first <= run.trained]
     if not paths:
-        logged = any(segment.samples_logged for segment in segments)
+        written = any(segment.samples_logged for segment in segments)
         raise LeftOut(
-            "no samples-RANK.jsonl here" + (", though they were written" if logged else ": log.samples is off")
+            f"no samples-RANK.jsonl here{', though they were written' if written else ': log.samples is off'}"
         )
-    logs = {rank: StepLines(path) for rank, path in sorted(paths.items())}
-    try:
-        logged = [s for s in segments if _is_logged(s, logs, run.trained)]
-        steps = _chosen(run, [(s.first, min(s.last, run.trained)) for s in logged], max(1, len(logs)))
+    with ExitStack() as stack:
+        logs = {rank: stack.enter_context(closing(StepLines(path))) for rank, path in sorted(paths.items())}
+        logged = [segment for segment in segments if _is_logged(segment, logs)]
+        steps = _chosen(run, logged, len(logs))
         count = 0
         for step in steps:
             segment = next(s for s in logged if s.first <= step <= s.last)
@@ -212,35 +214,33 @@ def check_sample_logs(run: Run) -> Outcome:
         for log in logs.values():
             if run.done is not None and log.last_step > run.trained:
                 lie(log.path, f"has a line of step {log.last_step}", f"none behind {run.trained}, the last one")
-    finally:
-        for log in logs.values():
-            log.close()
-    of_steps = sum(min(s.last, run.trained) - s.first + 1 for s in logged)
+    of_steps = sum(s.last - s.first + 1 for s in logged)
     told = [] if len(steps) == of_steps else [f"{of_steps - len(steps):,} of {of_steps:,} logged steps: --full"]
     if of_steps < run.trained - run.first_step:
         told.append(f"{run.trained - run.first_step - of_steps:,} steps were not logged")
     return Outcome(f"lines of samples-RANK.jsonl, of {len(steps):,} steps, against the order", count, "; ".join(told))
 
 
-def _is_logged(segment: Segment, logs: dict[int, StepLines], trained: int) -> bool:
+def _is_logged(segment: Segment, logs: dict[int, StepLines]) -> bool:
     if segment.samples_logged is not None:
         return segment.samples_logged
-    last = min(segment.last, trained)  # an earlier version does not say: where any line is, all must be
-    return any(log.has_step(segment.first, last) for log in logs.values())
+    # An earlier version does not say: where any line is, all must be.
+    return any(log.has_step(segment.first, segment.last) for log in logs.values())
 
 
-def _chosen(run: Run, spans: list[tuple[int, int]], num_logs: int) -> list[int]:
-    total = sum(last - first + 1 for first, last in spans)
+def _chosen(run: Run, segments: list[Segment], num_logs: int) -> list[int]:
+    lengths = [segment.last - segment.first + 1 for segment in segments]
+    total = sum(lengths)
     most = total if run.options.full else min(MAX_CHOSEN_STEPS, max(1, MAX_CHOSEN_LINES // num_logs))
     places = range(total)
     if total > most:
         random = np.random.default_rng([run.options.seed, 1])
         places = np.sort(random.choice(total, most, replace=False)).tolist()
-    ends = np.cumsum([last - first + 1 for first, last in spans])
+    ends = np.cumsum(lengths)
     found = []
     for place in places:
-        span = int(np.searchsorted(ends, place, side="right"))
-        found.append(spans[span][1] - (int(ends[span]) - 1 - place))
+        number = int(np.searchsorted(ends, place, side="right"))
+        found.append(segments[number].last - (int(ends[number]) - 1 - place))
     return found
 
 

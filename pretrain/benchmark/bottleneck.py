@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pretrain.benchmark.cells import cell_config
-from pretrain.benchmark.measure import build_engine, plan_cell
+from pretrain.benchmark.measure import build_engine, config_of_run, plan_cell
 from pretrain.benchmark.parts import PartClock, watch_collectives, watch_engine
 from pretrain.cluster import ranks
 from pretrain.config import Config
@@ -113,18 +112,7 @@ def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     cores = max(1, num_cores() // options["ranks"])
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # of a rank on a CPU; the only one here would be given all
     plan = plan_cell(options)
-    config = cell_config(
-        model,
-        options["image_size"],
-        plan.batch,
-        options["precision"],
-        data={"train": options["data"], "workers": options["workers"]},
-        compile=options["compile"],
-        checkpoint_activations=options["checkpoint_activations"],
-        fp8=options["fp8"],
-        zero_stage=options["zero_stage"],
-        max_micro_batch_size=plan.batch,
-    )
+    config = config_of_run(model, options, plan, compile=options["compile"], fp8=options["fp8"])
     data, clock = open_data(config), PartClock(plan.device.type == "cuda")
     watch_collectives(clock)
     engine = build_engine(config, plan.device, data.num_classes)

@@ -3,15 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
-from pretrain.benchmark.reading import line, photo_set
+from pretrain.benchmark.reading import photo_set, two_beside_one
 from pretrain.data.reader import read_sample
 from pretrain.shards.build import How, build
-from pretrain.shards.pool import num_cores
 from pretrain.shards.sources import folder_items
 
 _NUM_CLASSES = 10
@@ -27,27 +26,21 @@ def building_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, A
     photos = photo_set(Path(options["photos"]), folder)
     images = [read_sample(photos, index).image for index in range(photos.num_samples)]
     _write(folder / "by class", images, options["built_images"])
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(options["built_times"]):
-        for workers, own in rates.items():
-            own.append(_rate(folder, workers, -(-options["built_images"] // _SHARDS)))
-    one, two = (median(own) for own in rates.values())
-    told = f"{two:.0f} and {one:.0f} images/s on {num_cores()} cores"
-    yield line("images/s of 2 processes that make shards / of 1", two / one, at_least=1.8, told=told)
+    rate = partial(_rate, folder, -(-options["built_images"] // _SHARDS))
+    yield two_beside_one("images/s of 2 processes that make shards / of 1", rate, options["built_times"], at_least=1.8)
 
 
 def _write(folder: Path, photos: Sequence[bytes], num_images: int) -> None:
-    for number in range(num_images):
-        path = folder / f"class{number % _NUM_CLASSES}" / f"{number:06d}.jpg"
-        first = folder / f"class{number % len(photos) % _NUM_CLASSES}" / f"{number % len(photos):06d}.jpg"
+    paths = [folder / f"class{number % _NUM_CLASSES}" / f"{number:06d}.jpg" for number in range(num_images)]
+    for number, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         if number < len(photos):
             path.write_bytes(photos[number])
         else:
-            os.link(first, path)
+            os.link(paths[number % len(photos)], path)
 
 
-def _rate(root: Path, workers: int, samples_per_shard: int) -> float:
+def _rate(root: Path, samples_per_shard: int, workers: int) -> float:
     """Images per second of one build."""
     items, names = folder_items(root / "by class")
     times: list[tuple[int, float]] = [(0, perf_counter())]

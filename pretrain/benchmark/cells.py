@@ -65,6 +65,14 @@ def cell_rows(what: str, cell: dict[str, Any]) -> tuple[list[dict[str, Any]], st
     return rows, why_it_failed(result.returncode, result.stderr)
 
 
+def last_row(what: str, cell: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns the last row of a cell. Raises UserError, which begins with the name, when it fails."""
+    rows, failure = cell_rows(what, cell)
+    if failure:
+        raise UserError(f"{name}: {failure}")
+    return rows[-1]
+
+
 def command_of(what: str, cell: dict[str, Any]) -> list[str]:
     """Returns the command that measures a cell."""
     return [sys.executable, "-P", "-m", "pretrain.benchmark", what, json.dumps(cell)]

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pretrain.benchmark.building import building_rows
 from pretrain.benchmark.far_data import far_rows
 from pretrain.benchmark.first_batch import first_batch_rows, start_rows
-from pretrain.benchmark.reading import line, loader, photo_set
+from pretrain.benchmark.reading import line, loader, photo_set, two_beside_one
 from pretrain.data import images
 from pretrain.data.crops import random_resized_crop
 from pretrain.data.loader import Batch
@@ -30,7 +31,6 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.permutation import uniform, words
 from pretrain.data.randaugment import rand_augment
 from pretrain.data.reader import IMAGE_ENDINGS, read_sample
-from pretrain.shards.pool import num_cores
 
 _BATCH = 50  # images of a step
 _COMPARED = 3  # steps whose pixels are compared
@@ -44,18 +44,10 @@ def measure(row: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"row": row} | found
 
 
-def _decode_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    return _one_core(folder, options, 0, "decode, crop, flip on one core: x timm + webdataset", 1.6)
-
-
-def _randaugment_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    return _one_core(folder, options, 2, "the same with 2 layers of RandAugment: x timm's rand-m10-n2", 1.75)
-
-
-def _one_core(folder: Path, options: dict[str, Any], layers: int, what: str, target: float) -> Iterator[dict[str, Any]]:
+def _one_core(what: str, layers: int, target: float, folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Processor time beside timm's; layers: of RandAugment."""
     manifest = photo_set(Path(options["photos"]), folder)
-    augmented: Any = {"randaugment_layers": layers}
-    ours = loader(manifest, 1 << 20, _BATCH, **augmented)
+    ours = loader(manifest, 1 << 20, _BATCH, randaugment_layers=layers)
     theirs = _timm_batches(manifest.shards[0].path, "rand-m10-n2" if layers else None)
     times: tuple[list[float], list[float]] = [], []
     equal = compared = 0
@@ -117,18 +109,14 @@ def _plain(data: bytes, layers: int, *key: Any) -> torch.Tensor:
 def _workers_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Images per second by the clock, of one loader process and of two."""
     manifest = photo_set(Path(options["photos"]), folder)
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(options["rounds"]):
-        for workers, own in rates.items():
-            batches = loader(manifest, options["worker_steps"] * workers, _BATCH, workers=workers)
-            next(batches)  # processes have started
-            start, count = time.perf_counter(), 0
-            for _ in batches:
-                count += _BATCH
-            own.append(count / (time.perf_counter() - start))
-    one, two = (statistics.median(own) for own in rates.values())
-    told = f"{two:.0f} and {one:.0f} images/s on {num_cores()} cores"
-    yield line("images/s of 2 loader processes / of 1", two / one, at_least=1.9, told=told)
+
+    def rate(workers: int) -> float:
+        batches = loader(manifest, options["worker_steps"] * workers, _BATCH, workers=workers)
+        next(batches)  # processes have started
+        start = time.perf_counter()
+        return _BATCH * sum(1 for _ in batches) / (time.perf_counter() - start)
+
+    yield two_beside_one("images/s of 2 loader processes / of 1", rate, options["rounds"], at_least=1.9)
 
 
 def _memory_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -161,8 +149,8 @@ def _private_mb(process: Path) -> float:
 
 
 _ROWS: dict[str, Callable[[Path, dict[str, Any]], Iterator[dict[str, Any]]]] = {
-    "decode": _decode_rows,
-    "randaugment": _randaugment_rows,
+    "decode": partial(_one_core, "decode, crop, flip on one core: x timm + webdataset", 0, 1.6),
+    "randaugment": partial(_one_core, "the same with 2 layers of RandAugment: x timm's rand-m10-n2", 2, 1.75),
     "workers": _workers_rows,
     "far": far_rows,
     "start": start_rows,

@@ -40,8 +40,6 @@ def data_lines(row: str, photos: Path | None, folder: Path | None, **changes: An
 
     changes: of OPTIONS. Raises UserError when the process fails.
     """
-    if folder and not folder.is_dir():
-        raise UserError(f"--folder {folder}: is not a folder; give one on the disk that is to be measured")
     if row not in _WITHOUT_PHOTOS and not (photos and photos.is_file()):
         why = f"{photos} is not there" if photos else "no photos: set --photos or PRETRAIN_TEST_DATA"
         yield {"row": row, "what": ROWS[row], "skipped": why}

@@ -5,6 +5,7 @@ The set is faked: all its shards are one file under 30,000 names, and so are the
 
 import io
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pretrain.benchmark.cells import cell_rows
+from pretrain.benchmark.cells import last_row
 from pretrain.benchmark.reading import line, loader
 from pretrain.data.manifest import check_shards, load_manifest, write_manifest
-from pretrain.errors import UserError
 from pretrain.shards.build import write_samples
 
 _BATCH = 1024  # over all ranks
@@ -32,10 +32,8 @@ def start_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]
     shards = faked_set(folder / "large", options["start_shards"], options["start_samples"])
     for order, (rank, world_size), first in _CASES:
         case = {"order": order, "rank": rank, "world_size": world_size, "first": first, "shards": str(shards)}
-        rows, failure = cell_rows("data", {"row": "first_batch", "options": case | {"folder": str(folder)}})
-        if failure:
-            raise UserError(f"first batch: {failure}")
-        found, what = rows[0], f"{order}, rank {rank} of {world_size}, step {first:,}"
+        cell = {"row": "first_batch", "options": case | {"folder": str(folder)}}
+        found, what = last_row("data", cell, "first batch"), f"{order}, rank {rank} of {world_size}, step {first:,}"
         parts = ", ".join(f"{name} {found[name]:.2f}" for name in _PARTS)
         told = f"{parts}; {found['images']} images"
         yield line(f"s to the first batch: {what}", found["seconds"], at_most=2, told=told)
@@ -57,32 +55,23 @@ def first_batch_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str
     batch = next(loader(manifest, first + 1000, _BATCH, first=first, lanes=lanes, image_size=32))
     marks.append(time.perf_counter())
     seconds = dict(zip(_PARTS, np.diff(marks).tolist()))
-    yield (
-        {"what": "case", "images": int(batch.valid.sum()), "mb": _peak_mb() - before}
-        | seconds
-        | {"seconds": marks[-1] - marks[0]}
-    )
+    found = {"what": "case", "images": int(batch.valid.sum()), "mb": _peak_mb() - before}
+    yield {**found, **seconds, "seconds": marks[-1] - marks[0]}
 
 
 def _peak_mb() -> float:
     """The most resident memory that this process has had."""
-    for text in Path("/proc/self/status").read_text().splitlines():
-        if text.startswith("VmHWM:"):
-            return int(text.split()[1]) * 1024 / 1e6
-    return 0.0
-
-
-def _image() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (32, 24), (90, 120, 40)).save(file, "jpeg")
-    return file.getvalue()
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
 def faked_set(folder: Path, num_shards: int, shard_samples: int) -> Path:
     """Makes a set whose shards, of tiny images, are all the same bytes, and returns its manifest's path."""
     folder.mkdir()
-    image = _image()
-    first = write_samples(((image, number % 1000) for number in range(shard_samples)), "jpg", folder / "000000.tar", 0)
+    file = io.BytesIO()
+    Image.new("RGB", (32, 24), (90, 120, 40)).save(file, "jpeg")
+    samples = ((file.getvalue(), number % 1000) for number in range(shard_samples))
+    first = write_samples(samples, "jpg", folder / "000000.tar", 0)
     shards = [first._replace(place=str(folder / f"{number:06d}.tar")) for number in range(num_shards)]
     for shard in shards[1:]:
         for ending in (".tar", ".idx"):

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pretrain.benchmark.cells import NUM_CLASSES
+from pretrain.benchmark.cells import NUM_CLASSES, cell_config
 from pretrain.cluster import ranks
 from pretrain.config import Config
 from pretrain.data.loader import Batch, single_labels
 from pretrain.data.order import plan_batch
 from pretrain.engine.fp8 import check_fp8
-from pretrain.engine.settings import DTYPES
 from pretrain.engine.step import Engine
 from pretrain.models.build import build_model
 
@@ -37,17 +36,27 @@ def plan_cell(options: dict[str, Any]) -> Plan:
     return Plan(device, name, **{key: options[key] or default for key, default in defaults.items()})
 
 
+def config_of_run(model: str, options: dict[str, Any], plan: Plan, **engine: Any) -> Config:
+    """Returns the config of a run by the options of tools/benchmark.py train; engine: further keys of that section."""
+    of_data = {"train": options["data"], "workers": options["workers"]} if options["data"] else None
+    return cell_config(
+        model,
+        options["image_size"],
+        plan.batch * ranks.world_size(),
+        options["precision"],
+        data=of_data,
+        checkpoint_activations=options["checkpoint_activations"],
+        zero_stage=options["zero_stage"],
+        max_micro_batch_size=plan.batch,
+        **engine,
+    )
+
+
 def build_engine(config: Config, device: torch.device, num_classes: int = NUM_CLASSES) -> Engine:
     """Returns the engine that trains a model."""
     check_fp8(config)
     plan = plan_batch(config.data.global_batch, ranks.world_size(), config.engine.max_micro_batch_size)
     return Engine(build_model(config.model, num_classes), config, plan, device)
-
-
-def on_meta(config: Config) -> torch.nn.Module:
-    """Returns the model in the precision of its weights, without memory."""
-    with torch.device("meta"):
-        return build_model(config.model, NUM_CLASSES).to(DTYPES[config.engine.precision])
 
 
 def random_batch(config: Config, device: torch.device) -> Batch:

@@ -7,14 +7,14 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from pretrain.benchmark.cells import NUM_CLASSES, cell_config
-from pretrain.benchmark.measure import build_engine, on_meta, plan_cell, random_batch, step_times_ms, summary_ms
+from pretrain.benchmark.measure import build_engine, plan_cell, random_batch, step_times_ms, summary_ms
 from pretrain.benchmark.table import MAX_PARAMETERS_ON_CPU
 from pretrain.config import Config
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels
 from pretrain.engine.settings import DTYPES
 from pretrain.losses import per_image_loss
-from pretrain.models.build import build_model
+from pretrain.models.build import build_model, outline
 from pretrain.models.profile import forward_macs, num_parameters, train_flops
 from pretrain.provenance import versions
 
@@ -63,7 +63,7 @@ def _forward(config: Config, batch: Batch) -> Callable[[], torch.Tensor]:
 def counted(config: Config, device: str) -> dict[str, Any]:
     """Returns the columns that need no clock."""
     return {
-        "parameters": num_parameters(on_meta(config)),
+        "parameters": num_parameters(outline(config.model, NUM_CLASSES)),
         "forward_flops": 2 * forward_macs(config.model, NUM_CLASSES),
         "train_flops": train_flops(config.model, NUM_CLASSES),
         "batch": config.data.global_batch,
@@ -78,7 +78,8 @@ def activation_bytes(config: Config, device: str) -> int:
     Distinct storages are counted once, parameters and buffers not. Fake tensors of the device's kind choose its kernels
     (a fused attention saves no attention matrix, which "meta" tensors would) but take neither memory nor time.
     """
-    network, size, side = on_meta(config), config.data.global_batch, config.model.image_size
+    network = outline(config.model, NUM_CLASSES).to(DTYPES[config.engine.precision])
+    size, side = config.data.global_batch, config.model.image_size
     saved: dict[int, torch.UntypedStorage] = {}  # holding each keeps its key unique
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain import cli
-from pretrain.benchmark.cells import LOOPS, NUM_CLASSES, RANDOM_IMAGES, cell_config, cell_rows
+from pretrain.benchmark.cells import LOOPS, NUM_CLASSES, RANDOM_IMAGES, cell_config, last_row
 from pretrain.benchmark.peers import LoopFailed, Schedule, compared
 from pretrain.config import ModelConfig
 from pretrain.errors import UserError
-from pretrain.escape import in_markdown
+from pretrain.escape import in_markdown, markdown_table
 from pretrain.json_files import parse_json
 from pretrain.plan.memory import Layout, memory
 from pretrain.provenance import commit
@@ -32,6 +32,7 @@ _BATCHES = tuple(1 << power for power in range(9, -1, -1))  # that are tried: 51
 _FILLED = 0.85  # of a device's memory; the rest is for what the plan does not count
 _HEADER = ["model", "loop", "compile", "ranks", "images/s", "TFLOP/s", "MFU", "of measured peak", "memory [GB]"]
 _HEADER += ["forward [ms]", "backward", "optimizer", "collectives", "data", "ours / it", "interval"]
+_TEXT_COLUMNS = 0, 1
 
 
 class PeerCell(NamedTuple):
@@ -75,7 +76,8 @@ def peer_table(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
                 cli.tell(f"{_name(cell)}: {row['loop']}: {row['failed']}")
         rows = [row for row in rows if row["cell"] != key] + [row | {"cell": key} for row in found]
         write(rows, out)  # after each cell: what was measured outlives an interrupt
-    _show(rows)
+    caption = "medians; MFU of the data sheet's dense bf16 peak; interval: of the rounds, 94 % from five on"
+    cli.print_table("training step", _HEADER, map(cells, rows), text_columns=_TEXT_COLUMNS, caption=caption)
     failures += sum("failed" in row for row in rows if row["cell"] in keys)
     if failures:
         raise UserError(f"{failures} loops failed; see above")
@@ -89,13 +91,11 @@ def schedule_of(arguments: argparse.Namespace, *, on_gpu: bool) -> Schedule:
     if processes is None:  # on a GPU a start takes longer than the rounds, and no luck of that kind is known there
         processes = 1 if on_gpu else min(_CPU_PROCESSES, rounds)
     if arguments.in_one and on_gpu:
-        raise UserError(
-            "--in-one is for CPUs: on a GPU our engine would choose the peers' attention and hold their memory"
-        )
+        why = "on a GPU our engine would choose the peers' attention and hold their memory"
+        raise UserError(f"--in-one is for CPUs: {why}")
     if processes > rounds:
-        raise UserError(
-            f"--processes is {processes}, expected at most a process for each of {rounds} rounds (--rounds)"
-        )
+        most = f"at most a process for each of {rounds} rounds (--rounds)"
+        raise UserError(f"--processes is {processes}, expected {most}")
     return Schedule(arguments.ranks, arguments.threads, rounds, processes, arguments.in_one)
 
 
@@ -174,10 +174,8 @@ def _device() -> tuple[str, int]:
 
     Asked in a process that ends: one that stays would hold a part of the GPU, and all of one in EXCLUSIVE_PROCESS.
     """
-    rows, failure = cell_rows("device", {})
-    if failure:
-        raise UserError(f"the device does not answer: {failure}")
-    return rows[0]["name"], rows[0]["bytes"]
+    row = last_row("device", {}, "the device does not answer")
+    return row["name"], row["bytes"]
 
 
 def _earlier(out: Path) -> list[dict[str, Any]]:
@@ -195,9 +193,8 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
     """Writes the rows as JSON lines, the table beside them as Markdown, and the plot."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
-    table = [_HEADER, ["---"] * 2 + ["--:"] * (len(_HEADER) - 2), *(map(in_markdown, cells(row)) for row in rows)]
     conditions = [f"- {text}" for text in dict.fromkeys(map(_conditions, rows))]
-    lines = ["| " + " | ".join(line) + " |" for line in table] + ["", *conditions]
+    lines = [*markdown_table(_HEADER, map(cells, rows), _TEXT_COLUMNS), "", *conditions]
     write_text(out.with_suffix(".md"), "\n".join(lines) + "\n")
     plot(rows, out.with_suffix(".png"))
 
@@ -227,9 +224,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def _conditions(row: dict[str, Any]) -> str:
     if "failed" in row:
-        return (
-            f"{row['model']}, {row['loop']}, compile {'on' if row['compile'] else 'off'}: {in_markdown(row['failed'])}"
-        )
+        compiled = "on" if row["compile"] else "off"
+        return f"{row['model']}, {row['loop']}, compile {compiled}: {in_markdown(row['failed'])}"
     shared = ", shared by all loops" if row.get("in_one") else ""
     return (
         f"{row['model']}, {row['loop']}: {row['image_size']} pixels, {row['batch_per_rank']} images per rank, "
@@ -237,11 +233,6 @@ def _conditions(row: dict[str, Any]) -> str:
         f"in {row.get('processes', 1)} processes, one after the other{shared}; "
         f"{row['device']}, torch {row['versions']['torch']}, timm {row['versions']['timm']}, commit {row['commit']}"
     )
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    caption = "medians; MFU of the data sheet's dense bf16 peak; interval: of the rounds, 94 % from five on"
-    cli.print_table("training step", _HEADER, map(cells, rows), text_columns=(0, 1), caption=caption)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:

@@ -9,7 +9,6 @@ import math
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import IO, Any, NamedTuple
 
@@ -49,28 +48,27 @@ class RunningLoop:
             )
             for rank in range(num_ranks)
         ]
+        first = self._processes[0]
+        assert first.stdin is not None and first.stdout is not None
+        self._stdin, self._stdout = first.stdin, first.stdout
 
     def wait(self) -> None:
         """Returns when the loop has warmed up, or a round is done. Raises LoopFailed."""
-        for line in self._output:
+        for line in self._stdout:
             if line.strip().isdigit():
                 return
         raise self._failed()
 
     def begin_round(self) -> None:
         """Lets it take the steps of a round."""
-        stdin = self._processes[0].stdin
-        assert stdin is not None
         with suppress(BrokenPipeError):  # it has ended: `wait` says why
-            stdin.write("go\n")
-            stdin.flush()
+            self._stdin.write("go\n")
+            self._stdin.flush()
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """Ends it and returns what it measured, by loop. Raises LoopFailed."""
-        stdin = self._processes[0].stdin
-        assert stdin is not None
-        stdin.close()
-        rows = [json.loads(line) for line in self._output if line.startswith('{"model"')]
+        self._stdin.close()
+        rows = [json.loads(line) for line in self._stdout if line.startswith('{"model"')]
         if any(process.wait() for process in self._processes) or not rows:
             raise self._failed()
         return {row["loop"]: row for row in rows}
@@ -80,16 +78,9 @@ class RunningLoop:
         for process in self._processes:
             process.kill()
             process.wait()
-            for pipe in filter(None, (process.stdin, process.stdout)):
-                with suppress(BrokenPipeError):
-                    pipe.close()
-        self._errors.close()
-
-    @property
-    def _output(self) -> Iterator[str]:
-        stdout = self._processes[0].stdout
-        assert stdout is not None
-        return iter(stdout.readline, "")
+        for file in (self._stdin, self._stdout, self._errors):
+            with suppress(BrokenPipeError):
+                file.close()
 
     def _failed(self) -> LoopFailed:
         code = self._processes[0].wait()

@@ -3,8 +3,9 @@
 import io
 import os
 import shutil
+import statistics
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from pretrain.data.manifest import Manifest, load_manifest
 from pretrain.data.order import Order, plan_batch
 from pretrain.data.reader import read_sample
 from pretrain.shards.existing import index_existing
+from pretrain.shards.pool import num_cores
 
 
 def line(
@@ -26,6 +28,13 @@ def line(
     holds = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     target = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}"
     return {"what": what, "value": round(value, 3), "target": target, "holds": holds, "told": told}
+
+
+def two_beside_one(what: str, rate: Callable[[int], float], rounds: int, *, at_least: float) -> dict[str, Any]:
+    """Returns the line of the rate of two processes divided by that of one: medians of rounds that take turns."""
+    one, two = (statistics.median(own) for own in zip(*((rate(1), rate(2)) for _ in range(rounds))))
+    told = f"{two:.0f} and {one:.0f} images/s on {num_cores()} cores"
+    return line(what, two / one, at_least=at_least, told=told)
 
 
 def photo_set(tar: Path, folder: Path) -> Manifest:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.benchmark.cells import cell_config
-from pretrain.benchmark.measure import build_engine, on_meta, plan_cell, random_batch, summary_ms
+from pretrain.benchmark.cells import NUM_CLASSES, cell_config
+from pretrain.benchmark.measure import build_engine, plan_cell, random_batch, summary_ms
 from pretrain.checkpoint.behind import HostCopies
 from pretrain.checkpoint.layout import step_folders
 from pretrain.checkpoint.retention import apply_retention
 from pretrain.checkpoint.write import Save
 from pretrain.engine.step import Engine
+from pretrain.models.build import outline
 from pretrain.models.profile import num_parameters
 from pretrain.provenance import versions
 
@@ -35,7 +36,7 @@ def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     waited, behind = ([part[n] for part in rounds] for n in (0, 1))
     yield {
         "model": model,
-        "parameters": num_parameters(on_meta(config)),
+        "parameters": num_parameters(outline(config.model, NUM_CLASSES)),
         "checkpoint_gb": round(size / 1e9, 3),
         "precision": config.engine.precision,
         "blocked_ms_at_once": summary_ms([1000 * save["blocked_s"] for save in waited]),

@@ -10,25 +10,15 @@ from typing import Any
 from pretrain import cli
 from pretrain.benchmark.cells import NUM_CLASSES, cell_config, cell_rows
 from pretrain.errors import UserError
-from pretrain.escape import in_markdown
+from pretrain.escape import markdown_table
 from pretrain.storage import write_text
 
 # Patch 14 is the published one of H and g; it does not divide 384, so both have a second row of patch 16.
 TABLE = ["Ti/16", "S/16", "B/16", "L/16", "H/14", "H/16", "g/14", "g/16"]
 MAX_PARAMETERS_ON_CPU = 100_000_000  # trained by default: B takes about a minute, g would take an hour and 20 GB
-_COLUMNS = [
-    "model",
-    "px",
-    "parameters",
-    "GFLOPs forward",
-    "GFLOPs train",
-    "activations [MB]",
-    "forward [ms]",
-    "images/s",
-    "training step [ms]",
-    "images/s",
-    "not timed",
-]
+_COLUMNS = ["model", "px", "parameters", "GFLOPs forward", "GFLOPs train", "activations [MB]"]
+_COLUMNS += ["forward [ms]", "images/s", "training step [ms]", "images/s", "not timed"]
+_TEXT_COLUMNS = 0, len(_COLUMNS) - 1
 
 
 def model_row(cell: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -36,24 +26,20 @@ def model_row(cell: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
     Then its `not_timed` says what.
     """
+    named = {key: cell[key] for key in ("model", "image_size")}
     try:
         cell_config(cell["model"], cell["image_size"], 8, cell["options"]["precision"])
     except UserError as error:  # patches do not divide the image: the other sizes of this model may be fine
-        return {
-            "model": cell["model"],
-            "image_size": cell["image_size"],
-            "not_timed": str(error).removeprefix("benchmark: "),
-        }, False
+        return {**named, "not_timed": str(error).removeprefix("benchmark: ")}, False
     found, failure = cell_rows("model", cell)
-    row = found[-1] if found else {"model": cell["model"], "image_size": cell["image_size"]}
+    row = found[-1] if found else named
     return (row | {"not_timed": failure}, True) if failure else (row, False)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
-    text_columns = [number for number, name in enumerate(_COLUMNS) if name in ("model", "not timed")]
     cells = map(_model_cells, rows)
-    cli.print_table("models", _COLUMNS, cells, text_columns=text_columns, caption=_conditions(rows))
+    cli.print_table("models", _COLUMNS, cells, text_columns=_TEXT_COLUMNS, caption=_conditions(rows))
 
 
 def print_kernels(row: dict[str, Any]) -> None:
@@ -70,11 +56,9 @@ def print_kernels(row: dict[str, Any]) -> None:
 
 def write_table(rows: list[dict[str, Any]], out: Path) -> None:
     """Writes the rows as JSON lines, and the table beside them as Markdown."""
-    ruler = ["---" if name in ("model", "not timed") else "---:" for name in _COLUMNS]
-    table = [_COLUMNS, ruler, *(map(in_markdown, _model_cells(row)) for row in rows)]
-    lines = ["| " + " | ".join(line) + " |" for line in table] + ["", _conditions(rows) + "."]
-    for path, text in ((out, [json.dumps(row) for row in rows]), (out.with_suffix(".md"), lines)):
-        write_text(path, "\n".join(text) + "\n")
+    table = markdown_table(_COLUMNS, map(_model_cells, rows), _TEXT_COLUMNS)
+    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out.with_suffix(".md"), "\n".join([*table, "", _conditions(rows) + ".\n"]))
 
 
 def _model_cells(row: dict[str, Any]) -> list[str]:

@@ -6,15 +6,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pretrain.benchmark.cells import NUM_CLASSES, RANDOM_IMAGES, cell_config
+from pretrain.benchmark.cells import NUM_CLASSES, RANDOM_IMAGES
 from pretrain.benchmark.device import attention_ms, gpu_state, measured_peak, memory_of_steps_gb
 from pretrain.benchmark.kernels import kernels_of
 from pretrain.benchmark.loops import build_loop
-from pretrain.benchmark.measure import Plan, on_meta, plan_cell, step_times_ms, summary_ms
+from pretrain.benchmark.measure import Plan, config_of_run, plan_cell, step_times_ms, summary_ms
 from pretrain.benchmark.parts import PartClock
 from pretrain.cluster import agreement, ranks
 from pretrain.config import Config
 from pretrain.gpus import mfu, peak_flops
+from pretrain.models.build import outline
 from pretrain.models.profile import num_parameters, train_flops
 from pretrain.provenance import commit, versions
 
@@ -26,7 +27,10 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
     take theirs in turn, each second time backwards.
     """
     plan = plan_cell(options)
-    loops = [_Loop(kind, _config(model, compiled, options, kind, plan), plan) for kind in loop.split()]
+    loops = []
+    for kind in loop.split():
+        config = config_of_run(model, options, plan, compile=compiled, fp8=options["fp8"] and kind == "ours")
+        loops.append(_Loop(kind, config, plan))
     for number, _ in enumerate(_starts(options["paced"])):
         for each in loops if number % 2 == 0 else reversed(loops):
             each.take_round()
@@ -34,22 +38,8 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
             _tell(number + 1)
     memory_gb = memory_of_steps_gb(plan.device)  # before what is measured beside the model
     for each in loops:
-        yield {"model": model, **each.row(options), **memory_gb, **_conditions(plan)}
-
-
-def _config(model: str, compiled: bool, options: dict[str, Any], loop: str, plan: Plan) -> Config:
-    return cell_config(
-        model,
-        options["image_size"],
-        plan.batch * ranks.world_size(),
-        options["precision"],
-        data={"train": options["data"], "workers": options["workers"]} if options["data"] else None,
-        compile=compiled,
-        checkpoint_activations=options["checkpoint_activations"],
-        zero_stage=options["zero_stage"],
-        fp8=options["fp8"] and loop == "ours",
-        max_micro_batch_size=plan.batch,
-    )
+        row = {"model": model, **each.row(options), **memory_gb, "steps": plan.steps, "device": plan.name}
+        yield row | {"versions": versions(), "commit": commit()}
 
 
 class _Loop:
@@ -82,7 +72,7 @@ class _Loop:
         return {
             "loop": self._kind,
             "image_size": config.model.image_size,
-            "parameters": num_parameters(on_meta(config)),
+            "parameters": num_parameters(outline(config.model, NUM_CLASSES)),
             "batch_per_rank": plan.batch,
             "ranks": ranks.world_size(),
             "precision": _precision(self._kind, config),
@@ -103,10 +93,6 @@ class _Loop:
             "first_step_s": round(self._first_step_s, 2),
             "first_loss": round(self._first_loss, 5),
         }
-
-
-def _conditions(plan: Plan) -> dict[str, Any]:
-    return {"steps": plan.steps, "device": plan.name, "versions": versions(), "commit": commit()}
 
 
 def _starts(paced: bool) -> Iterator[None]:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -100,13 +100,14 @@ def check_own_probe(probe: Probe) -> Iterator[Finding]:
         yield Finding("locks", RED, f"{where}: a lock is given to two processes at once", _MOUNT)
     else:
         yield Finding("locks", OK, f"{where}: one process at a time")
-    slow = probe.sync_s > _SLOW_SYNC_S
     told = f"{where}: a file written, synced and renamed in {1000 * probe.sync_s:,.0f} ms"
     if not probe.keeps_old:
-        told, remedy = f"{where}: whoever reads a file while it is replaced sees neither old nor new", "another output="
-        yield Finding("rename", RED, told, remedy)
+        told = f"{where}: whoever reads a file while it is replaced sees neither old nor new"
+        yield Finding("rename", RED, told, "another output=")
+    elif probe.sync_s > _SLOW_SYNC_S:
+        yield Finding("rename", WARN, told, "saves wait for it: another output=")
     else:
-        yield Finding("rename", WARN if slow else OK, told, "saves wait for it: another output=" if slow else "")
+        yield Finding("rename", OK, told)
 
 
 def _second_gets_it(path: Path, call: str) -> bool:
@@ -252,11 +253,10 @@ def _read_remote(manifest: Manifest, shard: int) -> tuple[int, float, float, str
     block = block_of(manifest, int(manifest.first_indices[shard]))
     assert block is not None
     end = min(block.end, block.start + RANGE_BYTES)
-    sizes: list[int] = []
-    count: Callable[[bytes], object] = lambda piece: sizes.append(len(piece))  # noqa: E731
+    pieces: list[bytes] = []
     started = time.monotonic()
-    download(block.url, block.start, end, block.shard_bytes, count)
-    return sum(sizes), time.monotonic() - started, 0.0, "one range"
+    download(block.url, block.start, end, block.shard_bytes, pieces.append)
+    return sum(map(len, pieces)), time.monotonic() - started, 0.0, "one range"
 
 
 def _check_store(config: Config) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from pretrain.data.manifest import load_manifest
 from pretrain.doctor import disks, machine
 from pretrain.doctor.findings import AWAY, RED, Finding, as_json, from_json, lines, merged
 from pretrain.doctor.meeting import Meeting, all_reduce, answer_clock, ask_clock, within
-from pretrain.errors import StorageError, UserError
+from pretrain.errors import StorageError, UserError, first_line
 from pretrain.json_files import Fields
 
 MARGIN_S = 5.0  # that a rank may be late with its answer after its own time is over
@@ -45,17 +45,13 @@ def examine(config: Config | None, wait_s: float) -> int:
 
 def _lead(config: Config | None, meeting: Meeting) -> int:
     made: list[disks.Probe] = []
-    before = signal.signal(signal.SIGTERM, _interrupt)  # the default would leave the probe behind
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the default would leave the probe behind
     try:
         return _round(config, meeting, made)
     finally:
         for probe in made:
             probe.remove()
         signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _round(config: Config | None, meeting: Meeting, made: list[disks.Probe]) -> int:
@@ -157,8 +153,7 @@ def _reduced(meeting: Meeting) -> Finding:
         try:
             result.append(all_reduce(meeting))
         except Exception as error:  # torch's own, of many types
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            result.append(Finding("all_reduce", RED, first[:400], _NETWORK))
+            result.append(Finding("all_reduce", RED, first_line(error)[:400], _NETWORK))
 
     if within(meeting.wait_s, work) and result:
         return result[0]

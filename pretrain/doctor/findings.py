@@ -1,7 +1,7 @@
 """What was found, on one rank; and over all ranks as one table of 80 columns, the worst first. Imports no torch."""
 
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ _MAX_TEXT = 4096
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found on one rank."""
+    """What a check has found on one rank, or, as a row of the table, on all."""
 
     check: str
     state: str  # of STATES
@@ -28,16 +28,6 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.state in STATES and self.differs in ("", *STATES)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table."""
-
-    state: str
-    check: str
-    found: str
-    remedy: str
 
 
 def size(num_bytes: float) -> str:
@@ -67,7 +57,7 @@ def _read(part: Fields) -> Finding:
     return Finding(texts[0], state, texts[1], texts[2], value, differs)
 
 
-def merged(found: Mapping[int, list[Finding]], hosts: Mapping[int, str]) -> list[Row]:
+def merged(found: Mapping[int, list[Finding]], hosts: Mapping[int, str]) -> list[Finding]:
     """Returns the table of all ranks, the worst first: a check has a row, which names ranks where they differ.
 
     found: of each rank; hosts: each rank's node.
@@ -79,11 +69,11 @@ def merged(found: Mapping[int, list[Finding]], hosts: Mapping[int, str]) -> list
     return sorted(rows, key=lambda row: STATES.index(row.state))  # stable: checks stay in order
 
 
-def _rows(check: str, found: dict[int, Finding], hosts: Mapping[int, str]) -> Iterator[Row]:
+def _rows(check: str, found: dict[int, Finding], hosts: Mapping[int, str]) -> Iterator[Finding]:
     answers = list(dict.fromkeys(finding.found for finding in found.values()))
     first = next(iter(found.values()))
     if len(answers) > 1 and first.differs:
-        found = {rank: replace(finding, state=_worse(finding.state, first.differs)) for rank, finding in found.items()}
+        found = {rank: replace(f, state=min(f.state, first.differs, key=STATES.index)) for rank, f in found.items()}
     worst = min((finding.state for finding in found.values()), key=STATES.index)
     bad = {rank: finding for rank, finding in found.items() if finding.state == worst}
     if all(finding.value is not None for finding in bad.values()):  # a quantity: the least speaks for all
@@ -92,9 +82,8 @@ def _rows(check: str, found: dict[int, Finding], hosts: Mapping[int, str]) -> It
         where = place(bad if alike else [rank], found, hosts)
         if worst == OK and len(set(hosts.values())) == 1:
             where = ""  # numbers of one machine, read one after another
-        yield Row(
-            worst, check, least.found + (f" ({where}{'' if alike else ', the least'})" if where else ""), least.remedy
-        )
+        told = least.found + (f" ({where}{'' if alike else ', the least'})" if where else "")
+        yield Finding(check, worst, told, least.remedy)
         return
     groups: dict[str, list[int]] = {}
     for rank, finding in bad.items():
@@ -103,11 +92,7 @@ def _rows(check: str, found: dict[int, Finding], hosts: Mapping[int, str]) -> It
     remedies = list(dict.fromkeys(finding.remedy for finding in bad.values() if finding.remedy))
     if len(groups) > 1 and first.differs:
         remedies = remedies or ["give all nodes the same"]
-    yield Row(worst, check, _some(texts, "; "), "; ".join(remedies[:_NAMED]))
-
-
-def _worse(one: str, other: str) -> str:
-    return min(one, other, key=STATES.index)
+    yield Finding(check, worst, _some(texts, "; "), "; ".join(remedies[:_NAMED]))
 
 
 def place(some: Iterable[int], asked: Iterable[int], hosts: Mapping[int, str]) -> str:
@@ -129,9 +114,8 @@ def _some(names: Iterable[str], between: str = ", ") -> str:
     return between.join(listed[:_NAMED]) + more
 
 
-def lines(rows: Iterable[Row]) -> Iterator[str]:
+def lines(rows: Sequence[Finding]) -> Iterator[str]:
     """Yields the table, WIDTH characters a line where words allow it; under a row its remedy."""
-    rows = list(rows)
     column = 8 + max((len(row.check) for row in rows), default=0)
     for row in rows:
         yield from _wrapped(f"{row.state:5} {row.check}".ljust(column), row.found)

@@ -4,7 +4,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from pretrain.cluster import ranks
 from pretrain.doctor.findings import OK, RED, WARN, Finding
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
 from pretrain.gpus import known_gpu
 from pretrain.json_files import Fields, parse_json
 
@@ -50,25 +51,17 @@ class Meeting:
 
     def tell(self, key: str, value: object) -> None:
         """Tells all who ask. Raises UserError when rank 0 has gone."""
-        self._asked(lambda: self.store.set(key, json.dumps(value)))
+        with _asking_rank_0():
+            self.store.set(key, json.dumps(value))
 
     def hear(self, key: str, seconds: float) -> Fields | None:
         """Returns what was told, None when it did not come in time. Raises UserError when rank 0 has gone."""
-
-        def wait() -> Fields | None:
+        with _asking_rank_0():
             try:
                 self.store.wait([key], timedelta(seconds=max(seconds, 0.01)))
             except dist.DistStoreError:
                 return None
             return Fields.of(parse_json(self.store.get(key), key), key)
-
-        return self._asked(wait)
-
-    def _asked(self, ask: Callable[[], Any]) -> Any:
-        try:
-            return ask()
-        except dist.DistNetworkError:
-            raise UserError(f"rank {ranks.rank()}: rank 0 has gone, or the network to it") from None
 
     def collect(self, key: str, some: Iterable[int], seconds: float) -> dict[int, Fields]:
         """Returns what ranks have told as key/RANK, of those that did so in time."""
@@ -77,6 +70,14 @@ class Meeting:
             if (value := self.hear(f"{key}/{rank}", deadline - time.monotonic())) is not None:
                 heard[rank] = value
         return heard
+
+
+@contextmanager
+def _asking_rank_0() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistNetworkError:
+        raise UserError(f"rank {ranks.rank()}: rank 0 has gone, or the network to it") from None
 
 
 def within(seconds: float, work: Callable[[], None]) -> bool:
@@ -152,7 +153,7 @@ def _agree(timeout: timedelta) -> None:
         group: Any = dist.new_group(backend="gloo", timeout=timeout)
         dist.all_reduce(torch.ones(1), group=group)
     except RuntimeError as error:
-        raise RuntimeError(f"gloo, by which ranks agree beside NCCL: {str(error).splitlines()[0]}") from error
+        raise RuntimeError(f"gloo, by which ranks agree beside NCCL: {first_line(error)}") from error
 
 
 def _settled(on_gpu: bool) -> None:

@@ -1,6 +1,6 @@
 """Which stage, micro-batch and recomputation a run should have on so many GPUs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pretrain.config import Config
@@ -46,19 +46,18 @@ def best(
 
     Among equally fast ones: without recomputation, the lowest stage, the largest micro-batch.
     """
-    choices = _choices(config, num_classes, num_ranks, cluster, rate)
+    choices = (price(config, num_classes, layout, cluster, rate) for layout in _layouts(config, num_ranks))
     fitting = [choice for choice in choices if choice.memory.peak <= usable_bytes]
     if not fitting:
         return None
     fastest = min(choice.step.total_s for choice in fitting)
     alike = [choice for choice in fitting if choice.step.total_s <= fastest * _ALIKE]
-    return min(alike, key=_simplicity)
+    return min(alike, key=lambda c: (c.layout.recompute, c.layout.stage, -c.layout.micro_batch))
 
 
-def smallest(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, rate: Rate) -> Choice:
-    """Returns the layout that needs least memory."""
-    choices = _choices(config, num_classes, num_ranks, cluster, rate)
-    return min(choices, key=lambda choice: choice.memory.peak)
+def least_memory(config: Config, num_classes: int, num_ranks: int) -> Memory:
+    """Returns the memory of the layout that needs least."""
+    return min((memory(config, num_classes, layout) for layout in _layouts(config, num_ranks)), key=lambda m: m.peak)
 
 
 def fitting_micro_batch(config: Config, num_classes: int, num_ranks: int, usable_bytes: float, most: int) -> int:
@@ -76,15 +75,10 @@ def fitting_micro_batch(config: Config, num_classes: int, num_ranks: int, usable
     return 1
 
 
-def _choices(config: Config, num_classes: int, num_ranks: int, cluster: Cluster, rate: Rate) -> Iterator[Choice]:
-    layouts = dict.fromkeys(  # several limits of the micro-batch give the same layout
+def _layouts(config: Config, num_ranks: int) -> Iterable[Layout]:
+    return dict.fromkeys(  # several limits of the micro-batch give the same layout
         layout_of(config, num_ranks, stage, micro, recompute)
         for recompute in (False, True)
         for stage in STAGES
         for micro in MICRO_BATCHES
     )
-    return (price(config, num_classes, layout, cluster, rate) for layout in layouts)
-
-
-def _simplicity(choice: Choice) -> tuple[bool, int, int]:
-    return choice.layout.recompute, choice.layout.stage, -choice.layout.micro_batch

@@ -79,7 +79,8 @@ def activation_bytes(config: Config, num_classes: int, images: int, recompute: b
         block += tokens * (2 * width + mlp_dim)
     held = tokens * width * item  # a block's input, and the gradient that comes to it
     blocks = depth * held + block if recompute else depth * block
-    ends = 3 * model.image_size**2 * item + 2 * held + _head_bytes(config, num_classes)
+    head = num_classes * (item + 8)  # logits as the model makes them and in float32; what the loss saves beside them
+    ends = 3 * model.image_size**2 * item + 2 * held + head
     ends += tokens * width if model.dropout else 0
     if model.pooling == "map":
         ends += tokens * 2 * width * item
@@ -87,18 +88,8 @@ def activation_bytes(config: Config, num_classes: int, images: int, recompute: b
     return images * (blocks + ends), images * start
 
 
-def _head_bytes(config: Config, num_classes: int) -> int:
-    """Logits as the model makes them and in float32; what the loss saves beside them."""
-    return num_classes * (ELEMENT_BYTES[config.engine.precision] + 8)
-
-
 def memory(
-    config: Config,
-    num_classes: int,
-    layout: Layout,
-    *,
-    bucket: int | None = None,
-    prefetch: int = PREFETCH_ELEMENTS,
+    config: Config, num_classes: int, layout: Layout, *, bucket: int | None = None, prefetch: int = PREFETCH_ELEMENTS
 ) -> Memory:
     """Returns the memory of a rank that trains `config`'s model in this layout.
 

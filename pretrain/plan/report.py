@@ -6,10 +6,10 @@ from typing import Any
 from pretrain import cli
 from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.gpus import GIB
-from pretrain.plan.choose import MICRO_BATCHES, Choice, best, layout_of, price, smallest
+from pretrain.plan.choose import MICRO_BATCHES, Choice, best, layout_of, least_memory
 from pretrain.plan.failures import Failures, Saves, best_interval_s, goodput
 from pretrain.plan.launches import is_compiled
-from pretrain.plan.memory import STAGES, Layout, activation_bytes, moment_bytes
+from pretrain.plan.memory import STAGES, Layout, activation_bytes, memory, moment_bytes
 from pretrain.plan.speed import Cluster, Rate, communication_s, volume
 from pretrain.sizes import plain_forward_macs, plain_parameters
 
@@ -50,13 +50,15 @@ def show(config: Config, gpus: list[int], cluster: Cluster, given: Assumptions) 
     """Prints the plan; returns it as JSON takes it."""
     args = cluster, given.rate, given.usable_bytes
     chosen = {count: best(config, given.num_classes, count, *args) for count in gpus}  # None: nothing fits
-    values: dict[str, Any] = {"choices": _show_choices(config, chosen, cluster, given)}
     shown = next((c for c in reversed(chosen.values()) if c), None)
-    values["run"] = _show_run(config, given)
     layout = shown.layout if shown else layout_of(config, gpus[0], 3, 1, recompute=True)  # the least that there is
-    values["memory"] = _show_memory(config, layout, cluster, given)
-    values["micro_batches"] = _show_micro(config, layout, cluster, given)
-    values["communication"] = _show_communication(config, layout, cluster, given)
+    values: dict[str, Any] = {
+        "choices": _show_choices(config, chosen, cluster, given),
+        "run": _show_run(config, given),
+        "memory": _show_memory(config, layout, given),
+        "micro_batches": _show_micro(config, layout, given),
+        "communication": _show_communication(config, layout, cluster, given),
+    }
     if shown:
         values["loader"] = _show_loader(config, chosen, cluster, given)
         values["saving"] = _show_saving(config, shown, given)
@@ -69,23 +71,22 @@ def _show_choices(
     rows, values = [], []
     for count, choice in chosen.items():
         if choice is None:
-            least = smallest(config, given.num_classes, count, cluster, given.rate).memory
+            least = least_memory(config, given.num_classes, count)
             rows.append([str(count), f"too large: {least.worst_phase}", "", f"{least.peak / GIB:.1f}", "", "", "", ""])
             values.append({"gpus": count, "fits": False, "least_bytes": least.peak, "worst": least.worst_phase})
             continue
         layout, took = choice.layout, config.total_steps * choice.step.total_s
         cost = took / 3600 * count * given.price_per_gpu_h
-        micro = f"{layout.micro_batch} x {layout.accumulation}{' R' if layout.recompute else ''}"
+        compiled, waits = is_compiled(config, layout), choice.step.waits_for_host
+        stage = f"ZeRO {layout.stage}{' e' * (not compiled)}{' h' * waits}"  # the caption explains the marks
+        micro = f"{layout.micro_batch} x {layout.accumulation}{' R' * layout.recompute}"
+        reached = f"{choice.step.images_per_s:,.0f}", f"{choice.step.mfu:.1%}"
         peak = f"{choice.memory.peak / GIB:.1f}"
-        rate = f"{choice.step.images_per_s:,.0f}"
-        mfu = f"{choice.step.mfu:.1%}"
-        chosen_stage = f"ZeRO {layout.stage}{_marks(config, choice)}"
-        rows.append([str(count), chosen_stage, micro, peak, rate, mfu, _days(took), f"{cost:,.0f}"])
+        rows.append([str(count), stage, micro, peak, *reached, _days(took), f"{cost:,.0f}"])
         values.append(
             {"gpus": count, "fits": True, **asdict(layout), "peak_bytes": choice.memory.peak}
             | {"images_per_s": choice.step.images_per_s, "step_s": choice.step.total_s, "mfu": choice.step.mfu}
-            | {"compiled": is_compiled(config, layout), "waits_for_host": choice.step.waits_for_host}
-            | {"run_s": took, "cost": cost}
+            | {"compiled": compiled, "waits_for_host": waits, "run_s": took, "cost": cost}
         )
     cli.print_table(
         f"{config.name}: {config.model.name}/{config.model.patch_size} on {cluster.device.name}, predicted",
@@ -103,11 +104,6 @@ def _show_choices(
     return values
 
 
-def _marks(config: Config, choice: Choice) -> str:
-    """What stands behind a layout's stage; the table's caption explains it."""
-    return " e" * (not is_compiled(config, choice.layout)) + " h" * choice.step.waits_for_host
-
-
 def _show_run(config: Config, given: Assumptions) -> dict[str, Any]:
     params = plain_parameters(config.model, given.num_classes)
     flops = 6 * plain_forward_macs(config.model, given.num_classes)
@@ -123,11 +119,11 @@ def _show_run(config: Config, given: Assumptions) -> dict[str, Any]:
     return {"parameters": params, "flops_per_image": flops, "flops_per_step": flops * batch, "images": images}
 
 
-def _show_memory(config: Config, layout: Layout, cluster: Cluster, given: Assumptions) -> list[dict[str, Any]]:
+def _show_memory(config: Config, layout: Layout, given: Assumptions) -> list[dict[str, Any]]:
     """Prints a layout's memory, and what it would be in the other stages."""
     rows, values = [], []
     for stage in STAGES:
-        held = price(config, given.num_classes, replace(layout, stage=stage), cluster, given.rate).memory
+        held = memory(config, given.num_classes, replace(layout, stage=stage))
         parts = held.weights, held.gradients, held.optimizer, held.averages, held.buckets, held.activations
         fits = held.peak <= given.usable_bytes
         cells = [_gib(part) for part in (*parts, held.peak)]
@@ -144,7 +140,7 @@ def _show_memory(config: Config, layout: Layout, cluster: Cluster, given: Assump
     return values
 
 
-def _show_micro(config: Config, shown: Layout, cluster: Cluster, given: Assumptions) -> list[dict[str, Any]]:
+def _show_micro(config: Config, shown: Layout, given: Assumptions) -> list[dict[str, Any]]:
     """Prints the memory of other micro-batches than a layout's, plain and recomputed."""
     rows, values = [], []
     seen, count, stage = set(), shown.num_ranks, shown.stage
@@ -156,7 +152,7 @@ def _show_micro(config: Config, shown: Layout, cluster: Cluster, given: Assumpti
         cells, value = [f"{plain.micro_batch} x {plain.accumulation}"], {"micro_batch": plain.micro_batch}
         for layout, name in ((plain, "plain"), (again, "recomputed")):
             saved, start = activation_bytes(config, given.num_classes, layout.micro_batch, layout.recompute)
-            peak = price(config, given.num_classes, layout, cluster, given.rate).memory.peak
+            peak = memory(config, given.num_classes, layout).peak
             mark = "" if peak <= given.usable_bytes else " !"
             cells += [f"{(saved + start) / GIB:.2f}", f"{peak / GIB:.1f}{mark}"]
             value |= {f"{name}_activations": saved + start, f"{name}_peak": peak}
@@ -266,22 +262,20 @@ def show_models(config: Config, cluster: Cluster, given: Assumptions, rate_of: A
     values, layouts, rates = [], [], []
     for name in TABLE_MODELS:
         other = of_model(config, name)
-        told, rate = [name], [name]
-        reached = rate_of(other)
-        for count in TABLE_GPUS:
-            choice = None
-            if count <= config.data.global_batch:
-                choice = best(other, given.num_classes, count, cluster, reached, given.usable_bytes)
+        args = cluster, rate_of(other), given.usable_bytes
+        chosen = {
+            count: best(other, given.num_classes, count, *args) if count <= config.data.global_batch else None
+            for count in TABLE_GPUS
+        }
+        layouts.append([name, *map(_short, chosen.values())])
+        rates.append([name, *(_thousands(c.step.images_per_s) if c else "-" for c in chosen.values())])
+        for count, choice in chosen.items():
             value: dict[str, Any] = {"model": name, "gpus": count, "fits": choice is not None}
             if choice:
-                layout = choice.layout
-                value |= asdict(layout) | {"images_per_s": choice.step.images_per_s, "peak": choice.memory.peak}
-                value |= {"compiled": is_compiled(other, layout), "waits_for_host": choice.step.waits_for_host}
+                layout, step = choice.layout, choice.step
+                value |= asdict(layout) | {"images_per_s": step.images_per_s, "peak": choice.memory.peak}
+                value |= {"compiled": is_compiled(other, layout), "waits_for_host": step.waits_for_host}
             values.append(value)
-            told.append(_short(choice))
-            rate.append(_thousands(choice.step.images_per_s) if choice else "-")
-        layouts.append(told)
-        rates.append(rate)
     header = ["", *(str(count) for count in TABLE_GPUS)]
     caption = "stage:micro-batch, R: with checkpoint_activations, -: does not fit"
     title = f"224 pixels, {config.data.global_batch:,} images a step, {cluster.device.name}, predicted"

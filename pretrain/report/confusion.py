@@ -37,9 +37,7 @@ class Confusion:
     cells: list[Cell]
     size: int  # units of SVG a side
     is_part: bool  # whether classes are left out
-    confused: list[
-        tuple[str, str, int, int]
-    ]  # the pairs mistaken most often: true, predicted, images, all of the class
+    confused: list[tuple[str, str, int, int]]  # pairs mistaken most often: true, predicted, images, all of the class
     num_confused: int  # pairs that were mistaken
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from pretrain.escape import shown
 from pretrain.log import warn
 from pretrain.report.figures import best
-from pretrain.report.runs import Curve, Run
+from pretrain.report.runs import Run
 from pretrain.storage import replacing
 
 # Okabe and Ito's colours, which differ for colour-blind readers too, darkened where they were pale on white. The page
@@ -53,7 +53,7 @@ def panels_of(runs: Sequence[Run]) -> list[PanelOf]:
     found = {metric for run in runs for metric in run.curves if re.search("shot|/knn_|/mean_average_prec", metric)}
     natural = sorted(
         (metric for metric in found if not metric.endswith("-std")),
-        key=lambda m: [int(p) if p.isdigit() else p for p in _digits(m)],
+        key=lambda m: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", m)],  # 5-shot before 10-shot
     )
     if len(natural) > MAX_PANELS:
         warn(f"only {MAX_PANELS} of {len(natural)} accuracies over steps are drawn; without {natural[MAX_PANELS]} ...")
@@ -61,9 +61,52 @@ def panels_of(runs: Sequence[Run]) -> list[PanelOf]:
     return [*PANELS, *(PanelOf(m.removeprefix("val/"), "images [%]", (m,), 100, "from zero") for m in shown_ones)]
 
 
-def _digits(text: str) -> list[str]:
-    """Splits at the borders of numbers, so that 5-shot comes before 10-shot; every second part is a number."""
-    return re.split(r"(\d+)", text)
+class _Drawn(NamedTuple):
+    """One curve of a panel, in the units of its axis; NaN where nothing can be drawn."""
+
+    run: int
+    metric: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def _drawn(of: PanelOf, runs: Sequence[Run]) -> list[_Drawn]:
+    found = []
+    for number, run in enumerate(runs):
+        for metric in of.metrics:
+            if metric in run.curves:
+                steps, values = run.curves[metric]
+                seen = np.isfinite(values) & ((values > 0) | (of.scale != "log"))
+                found.append(_Drawn(number, metric, steps, np.where(seen, values * of.factor, np.nan)))
+    return found
+
+
+def _strokes(curve: _Drawn, runs: Sequence[Run]) -> list[tuple[str, np.ndarray, float]]:
+    """How a curve is drawn: each line's kind (raw: pale; mean; val: dashed, with dots), values and width."""
+    if not curve.metric.startswith("train/"):
+        return [("val", curve.values, 1.2)]
+    if curve.metric == "train/lr":
+        return [("mean", curve.values, _lr_width(curve.run, runs))]
+    if len(curve.values) < _MANY:
+        return [("mean", curve.values, 1.8)]
+    return [("raw", curve.values, 0.8), ("mean", moving_mean(curve.values, len(curve.values) // 40), 1.8)]
+
+
+def _lr_width(run: int, runs: Sequence[Run]) -> float:
+    """A rate is often the same in several runs: the earlier ones are drawn wider, to be seen behind the later ones."""
+    own = runs[run].curves["train/lr"]
+    later = [other.curves["train/lr"] for other in runs[run + 1 :] if "train/lr" in other.curves]
+    num_equal = sum(all(map(np.array_equal, own, other)) for other in later)
+    return 1.8 + 0.8 * min(2, num_equal)
+
+
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Returns the mean over `window` points around each, of the finite ones; shorter windows at the ends."""
+    finite = np.isfinite(values)
+    kernel = np.ones(2 * (window // 2) + 1)
+    sums = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
+    counts = np.convolve(finite.astype(float), kernel, mode="same")
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
 # --- SVG -------------------------------------------------------------------------------------------------------------
@@ -78,7 +121,7 @@ class Line:
     """One polyline."""
 
     run: int  # its colour
-    kind: str  # raw: pale; mean; val: dashed, with dots
+    kind: str  # of `_strokes`
     path: str  # an SVG path
     width: float
 
@@ -118,15 +161,6 @@ def differ_in_length(runs: Sequence[Run]) -> bool:
     return bool(lengths) and max(lengths) > _UNEQUAL * max(1, min(lengths))
 
 
-class _Drawn(NamedTuple):
-    """One curve of a panel, in the units of its axis; NaN where nothing can be drawn."""
-
-    run: int
-    metric: str
-    steps: np.ndarray
-    values: np.ndarray
-
-
 @dataclass(frozen=True)
 class _Axes:
     """Where steps and values lie. `low` and `high` are decimal logarithms where `log`."""
@@ -157,32 +191,28 @@ class _Axes:
 
 
 def _panel(of: PanelOf, runs: Sequence[Run], log_steps: bool) -> Panel | None:
-    curves = [
-        _drawn(of, i, metric, run.curves[metric])
-        for i, run in enumerate(runs)
-        for metric in of.metrics
-        if metric in run.curves
-    ]
+    from matplotlib.ticker import EngFormatter
+
+    curves = _drawn(of, runs)
     axes = _axes(of, curves, log_steps)
     if axes is None:
         return None
-    lines = [line for curve in curves for line in _lines(curve, axes, runs)]
+    lines = [
+        Line(curve.run, kind, axes.path(curve.steps, values), width)
+        for curve in curves
+        for kind, values, width in _strokes(curve, runs)
+    ]
     dots = [dot for curve in curves if not curve.metric.startswith("train/") for dot in _dots(curve, axes, runs)]
     steps = _step_ticks(axes)
     levels = [10**level for level in _log_levels(axes.low, axes.high)] if axes.log else _ticks(axes.low, axes.high)
     return Panel(
         of.title,
         of.unit,
-        [(round(axes.x(step), 1), _step_label(step)) for step in steps],
+        [(round(axes.x(step), 1), EngFormatter(sep="").format_eng(step)) for step in steps],  # 10k
         [(round(axes.y(level), 1), label) for level, label in zip(levels, axis_labels(levels))],
         sorted(lines, key=lambda line: line.kind != "raw"),  # pale ones below
         dots,
     )
-
-
-def _drawn(of: PanelOf, run: int, metric: str, curve: Curve) -> _Drawn:
-    values = np.where(np.isfinite(curve[1]), curve[1] * of.factor, np.nan)
-    return _Drawn(run, metric, curve[0], np.where(values > 0, values, np.nan) if of.scale == "log" else values)
 
 
 def _axes(of: PanelOf, curves: Sequence[_Drawn], log_steps: bool) -> _Axes | None:
@@ -201,28 +231,6 @@ def _axes(of: PanelOf, curves: Sequence[_Drawn], log_steps: bool) -> _Axes | Non
     last = max(int(curve.steps[-1]) for curve in curves)
     first = max(1, min(int(curve.steps[0]) for curve in curves)) if log_steps else 0
     return _Axes(first, max(first + 1, last), low, high + margin, of.scale == "log", log_steps)
-
-
-def _lines(curve: _Drawn, axes: _Axes, runs: Sequence[Run]) -> list[Line]:
-    if not curve.metric.startswith("train/"):
-        return [Line(curve.run, "val", axes.path(curve.steps, curve.values), 1.2)]
-    if curve.metric == "train/lr":
-        return [Line(curve.run, "mean", axes.path(curve.steps, curve.values), _lr_width(curve.run, runs))]
-    if len(curve.values) < _MANY:
-        return [Line(curve.run, "mean", axes.path(curve.steps, curve.values), 1.8)]
-    smooth = moving_mean(curve.values, len(curve.values) // 40)
-    return [
-        Line(curve.run, "raw", axes.path(curve.steps, curve.values), 0.8),
-        Line(curve.run, "mean", axes.path(curve.steps, smooth), 1.8),
-    ]
-
-
-def _lr_width(run: int, runs: Sequence[Run]) -> float:
-    """A rate is often the same in several runs: the earlier ones are drawn wider, to be seen behind the later ones."""
-    own = runs[run].curves["train/lr"]
-    later = [other.curves["train/lr"] for other in runs[run + 1 :] if "train/lr" in other.curves]
-    num_equal = sum(all(map(np.array_equal, own, other)) for other in later)
-    return 1.8 + 0.8 * min(2, num_equal)
 
 
 def _dots(curve: _Drawn, axes: _Axes, runs: Sequence[Run]) -> list[Dot]:
@@ -277,12 +285,6 @@ def _log_levels(low: float, high: float) -> list[float]:
     return [math.log10(tick) for tick in _ticks(10**low, 10**high) if tick > 0]
 
 
-def _step_label(step: float) -> str:
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(sep="").format_eng(step)  # 10k
-
-
 def axis_labels(values: Sequence[float]) -> list[str]:
     """Returns short labels, all of one form: 2.5e-4 and 1e-3 where one of them is that small."""
     if any(0 < abs(value) < 0.001 for value in values):
@@ -293,10 +295,11 @@ def axis_labels(values: Sequence[float]) -> list[str]:
 
 # --- PNG -------------------------------------------------------------------------------------------------------------
 
+_STYLES = {"raw": {"alpha": 0.3}, "mean": {}, "val": {"ls": "--", "lw": 1, "marker": "o", "ms": 4}}
+
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
     """Draws loss, accuracy, learning rate, gradient norm, speed and waiting of all runs into one PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
@@ -305,19 +308,15 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     panels, log_steps = panels_of(runs), differ_in_length(runs)
     num_rows = -(-len(panels) // 3)
     figure = Figure(figsize=(15, 4.25 * num_rows), layout=layout)  # no pyplot: no global state, no window
-    FigureCanvasAgg(figure)
     colors = [COLORS[i % len(COLORS)] for i in range(len(runs))]
     grid = figure.subplots(num_rows, 3).flat
-    for axes, (title, unit, metrics, factor, scale) in zip(grid, panels):
-        for i, (run, color) in enumerate(zip(runs, colors)):
-            for metric in metrics:
-                if metric == "train/lr" and metric in run.curves:
-                    axes.plot(*run.curves[metric], color=color, lw=_lr_width(i, runs))
-                elif metric in run.curves:
-                    _draw_curve(axes, run.curves[metric], factor, color, dots=not metric.startswith("train/"))
-        axes.set_title(_plain(title), fontsize=12, fontweight="bold")
-        axes.set_ylabel(unit)
-        _finish_panel(axes, scale, log_steps)
+    for axes, of in zip(grid, panels):
+        for curve in _drawn(of, runs):
+            for kind, values, width in _strokes(curve, runs):
+                axes.plot(curve.steps, values, color=colors[curve.run], **{"lw": width, **_STYLES[kind]})
+        axes.set_title(_plain(of.title), fontsize=12, fontweight="bold")
+        axes.set_ylabel(of.unit)
+        _finish_panel(axes, of.scale, log_steps)
     for axes in list(figure.axes)[len(panels) :]:
         axes.set_visible(False)
     handles = [Line2D([], [], color=c, lw=2.5, label=_legend(run)) for run, c in zip(runs, colors)]
@@ -326,10 +325,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
             Line2D([], [], color="black", lw=2, label="training"),
             Line2D([], [], color="black", ls="--", marker="o", ms=4, lw=1, label="validation"),
         ]
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(
-        1, min(4, len(handles), _LEGEND_LETTERS // (longest + 6))
-    )  # 6: the line before a name, a gap after it
+    longest = 6 + max(len(str(handle.get_label())) for handle in handles)  # the line before a name, a gap after it
+    columns = max(1, min(4, len(handles), _LEGEND_LETTERS // longest))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=11)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
@@ -365,23 +362,3 @@ def _plain(text: str) -> str:
     """Returns text that matplotlib shows as it is: a pair of "$" would be a formula. A long one is cut."""
     line = shown(text)
     return (line if len(line) <= _MAX_NAME else f"{line[:_MAX_NAME]}...").replace("$", r"\$")
-
-
-def _draw_curve(axes: Any, curve: Curve, factor: float, color: str, dots: bool) -> None:
-    steps, values = curve[0], curve[1] * factor
-    if dots:
-        axes.plot(steps, values, color=color, ls="--", lw=1, marker="o", ms=4)
-    elif len(values) < _MANY:
-        axes.plot(steps, values, color=color, lw=1.8)
-    else:
-        axes.plot(steps, values, color=color, lw=0.8, alpha=0.3)
-        axes.plot(steps, moving_mean(values, len(values) // 40), color=color, lw=1.8)
-
-
-def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the mean over `window` points around each, of the finite ones; shorter windows at the ends."""
-    finite = np.isfinite(values)
-    kernel = np.ones(2 * (window // 2) + 1)
-    sums = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
-    counts = np.convolve(finite.astype(float), kernel, mode="same")
-    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)

@@ -47,22 +47,21 @@ def fewshot_chart(rows: Sequence[dict[str, Any]]) -> FewShot | None:
     """Returns the chart of an evaluation's rows; None where there are no two kinds of features to compare."""
     values = {(row["model"], row["metric"]): row["value"] for row in rows}
     found = {(row["model"], int(match[1])): row for row in rows if (match := _METRIC.fullmatch(row["metric"]))}
-    names = list(dict.fromkeys(name for name, _ in found))[:MAX_SERIES]
     shots = sorted({number for _, number in found})[:MAX_SHOTS]
+    names = list(dict.fromkeys(name for name, number in found if number in shots))[:MAX_SERIES]
     if len(names) < 2 or not all(0 <= row["value"] <= 1 for row in found.values()):
         return None
     places = {number: _across(column, len(shots)) for column, number in enumerate(shots)}
     series = []
     for name in names:
-        marks = []
-        for number in (number for number in shots if (name, number) in found):
+        marks, own = [], [number for number in shots if (name, number) in found]
+        for number in own:
             mean, std = found[name, number]["value"], values.get((name, f"{number}-shot-std"), 0.0)
             low, high = (_down(min(1.0, max(0.0, mean + sign * std))) for sign in (-1, 1))
             text = f"{name}, {number}-shot: {mean:.2%}" + (f" ± {100 * std:.2f}" if std else "")
             marks.append(Mark(places[number], _down(mean), low, high, text))
         path = "M" + "L".join(f"{mark.x:.1f} {mark.y:.1f}" for mark in marks)
-        ends = sorted({number for number in shots if (name, number) in found})
-        words = [f"{found[name, number]['value']:.1%} with {number}" for number in dict.fromkeys((ends[0], ends[-1]))]
+        words = [f"{found[name, number]['value']:.1%} with {number}" for number in dict.fromkeys((own[0], own[-1]))]
         series.append(Series(name, path, marks, f"{', '.join(words)} per class"))
     levels = [(_down(level / 100), str(level)) for level in (0, 25, 50, 75, 100)]
     images = max(row["n"] for row in found.values())

@@ -12,9 +12,8 @@ import numpy as np
 from pretrain.config import Config, model_name, non_defaults
 from pretrain.config.hints import settings
 from pretrain.escape import portable, portable_path
-from pretrain.report.goodput import goodput, lost_steps
 from pretrain.report.runs import Curve, Run
-from pretrain.report.story import sentence, training_seconds
+from pretrain.report.story import goodput, lost_steps, sentence, training_seconds
 from pretrain.tasks.published import PAPER_ROWS, PaperRow
 from pretrain.tasks.table import VTAB, vtab_means
 
@@ -167,20 +166,9 @@ def _as_yaml(value: Any) -> str:
 
 def overview_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """One line per run: how far, how good, how fast, what was lost."""
-    return Table(list(_OVERVIEW), [_overview(values) for values in summaries], num_runs=len(summaries))
-
-
-_OVERVIEW = (
-    "run",
-    "steps",
-    "best val top-1",
-    "last val top-1",
-    "last train loss",
-    "images/s",
-    "skipped steps",
-    "bad samples",
-    "restarts",
-)
+    header = ["run", "steps", "best val top-1", "last val top-1", "last train loss", "images/s"]
+    header += ["skipped steps", "bad samples", "restarts"]
+    return Table(header, [_overview(values) for values in summaries], num_runs=len(summaries))
 
 
 def _overview(values: dict[str, Any]) -> list[str]:
@@ -271,9 +259,8 @@ def losses_table(summaries: Sequence[dict[str, Any]]) -> Table:
 def nothing_lost(summaries: Sequence[dict[str, Any]]) -> str | None:
     """Returns the sentence that stands for the table where every known count is zero; None where one is not."""
     counts = [values[name] for values in summaries for name in ("bad_samples", "skipped_steps")]
-    if any(counts) or any(values["bad_samples_by_cause"] or values["skipped_at"] for values in summaries):
-        return None
-    if None in counts:
+    listed = any(values["bad_samples_by_cause"] or values["skipped_at"] for values in summaries)
+    if None in counts or any(counts) or listed:
         return None
     return "Nothing was left out: no bad sample, no skipped step."
 

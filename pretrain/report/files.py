@@ -51,16 +51,20 @@ def inside(folder: Path, name: str) -> Path | None:
 
 def read_text(folder: Path, name: str) -> str | None:
     """Returns what a small file of text holds; None where there is none, or with a warning where it cannot be used."""
-    if (path := inside(folder, name)) is None:
+    if (path := inside(folder, name)) is None or (content := _content(path, MAX_TEXT_BYTES)) is None:
         return None
+    return content.decode(errors="replace")
+
+
+def _content(path: Path, max_bytes: int) -> bytes | None:
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_TEXT_BYTES + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
         return warn(f"{path}: cannot be read ({error.strerror}); left out")
-    if len(text) > MAX_TEXT_BYTES:
-        return warn(f"{path}: has more than {MAX_TEXT_BYTES:,} bytes; left out")
-    return text.decode(errors="replace")
+    if len(content) > max_bytes:
+        return warn(f"{path}: has more than {max_bytes:,} bytes; left out")
+    return content
 
 
 def lines(folder: Path, name: str, use: Callable[[Fields], Any]) -> Iterator[Any]:
@@ -86,22 +90,14 @@ def lines(folder: Path, name: str, use: Callable[[Fields], Any]) -> Iterator[Any
 
 
 def picture_file(name: str, path: Path) -> Picture | None:
-    content = _content(path)
+    content = _content(path, MAX_PICTURE_BYTES)
     return None if content is None else picture(name, content, str(path))
 
 
 def image_file(path: Path) -> Image.Image | None:
     """Returns the decoded image of a file; warns and returns None when `picture` would not show it."""
-    content = _content(path)
+    content = _content(path, MAX_PICTURE_BYTES)
     return None if content is None else _decoded(content, str(path))
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_PICTURE_BYTES + 1)
-    except OSError as error:
-        return warn(f"{path}: cannot be read ({error.strerror}); left out")
 
 
 def picture(name: str, content: bytes, source: str) -> Picture | None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pretrain.errors import UserError
-from pretrain.escape import code_in_markdown, in_markdown, portable, portable_path, shown
+from pretrain import cli
+from pretrain.escape import code_in_markdown, in_markdown, markdown_table, portable, portable_path, shown
 from pretrain.report import curves, figures, story
 from pretrain.report.batch import Example
 from pretrain.report.fewshot import FewShot, fewshot_chart
@@ -32,7 +32,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     """
     summaries = [summary(run) for run in runs]
     record = {"format": "pretrain-report", "version": 1, "paper": _paper(), "runs": summaries}
-    try:
+    with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         curves.draw_curves(runs, out / "curves.png")
         pages = {
@@ -42,8 +42,6 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
         }
         for name, text in pages.items():
             write_text(out / name, text, errors="replace")  # names may hold halves of characters
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}); give another --out") from None
     return [out / name for name in NAMES]
 
 
@@ -265,6 +263,4 @@ def _hint(missing: Mapping[str, Mapping[str, str]], part: str) -> list[str]:
 
 
 def _lines(table: Table) -> list[str]:
-    rule = ["---" if column in table.text_columns else "---:" for column in range(len(table.header))]
-    header, *rows = ([in_markdown(cell) for cell in row] for row in (table.header, *table.rows))
-    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+    return markdown_table(table.header, table.rows, table.text_columns)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pretrain import cli
 from pretrain.config import DataConfig, ModelConfig, model_name
 from pretrain.data.images import decode_upright, eval_image
 from pretrain.data.reader import BadSample
@@ -73,7 +74,7 @@ def write_pictures(
     digest: of the weights; pictures of other weights stay there, under names with those weights' digest.
     tensorboard: also as an event file.
     """
-    try:
+    with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         _keep_others(out, digest)
         pictures = {INTERNALS: _draw_internals(shown(title), config, filters, positions, photos)}
@@ -86,8 +87,6 @@ def write_pictures(
         write_text(out / NUMBERS, json.dumps(numbers) + "\n")
         if tensorboard:
             _write_events(out, list(pictures))
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
     return [out / name for name in (*pictures, NUMBERS)]
 
 
@@ -168,12 +167,10 @@ def _rounded(values: np.ndarray, decimals: int) -> Any:
 
 def _figure(width: float, height: float, title: str) -> Any:
     """A figure in inches, without pyplot: no global state, no window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, color="#444444", parse_math=False)
     return figure
 

@@ -64,9 +64,6 @@ class Wrong:
     weights_sha256: str
 
 
-NOTHING_WRONG = Wrong([], 0, None, "", "", "")
-
-
 @dataclass(frozen=True)
 class Run:
     """All that is known of a run from its folder."""
@@ -182,21 +179,15 @@ def _figure(row: Fields, key: str) -> float:
 def _start(row: Fields) -> dict[str, Any]:
     """What starts.jsonl tells of one start; what an earlier version did not write is None."""
     versions = row.part("versions") if row.has("versions") else None
+    texts = "time", "recipe", "commit", "train_set", "device", "device_type"
+    counts = "world_size", "parameters", "train_images", "num_classes"
     return {
         "step": _step(row),
-        "time": row.text("time", "") or None,
         "lost_steps": row.integer("lost_steps", 0, MAX_STEP) if row.has("lost_steps") else None,
-        "world_size": row.integer("world_size", 0, MAX_COUNT, 0) or None,
         "command": list(row.texts("command", ())) or None,
-        "recipe": row.text("recipe", "") or None,
-        "commit": row.text("commit", "") or None,
-        "parameters": row.integer("parameters", 0, MAX_COUNT, 0) or None,
-        "train_set": row.text("train_set", "") or None,
-        "train_images": row.integer("train_images", 0, MAX_COUNT, 0) or None,
-        "num_classes": row.integer("num_classes", 0, MAX_COUNT, 0) or None,
-        "device": row.text("device", "") or None,
-        "device_type": row.text("device_type", "") or None,
         "versions": versions and {name: versions.text(name) for name in versions.values},
+        **{key: row.text(key, "") or None for key in texts},
+        **{key: row.integer(key, 0, MAX_COUNT, 0) or None for key in counts},
     }
 
 
@@ -315,7 +306,7 @@ def _read_pictures(folder: Path, names: list[str]) -> list[Picture]:
 def read_wrong(folder: Path) -> Wrong:
     """Returns the wrong predictions of the last call of tools/evaluate.py that scored the head."""
     if (path := inside(folder, f"{_evaluation_place(folder)}wrong.json")) is None:
-        return NOTHING_WRONG
+        return Wrong([], 0, None, "", "", "")
     try:
         values = Fields.of(read_json(path), str(path))
         items = values.parts("items")

@@ -1,9 +1,11 @@
 """What a reader wants first, in a sentence: what was trained, on what, how long, where, and with which result."""
 
+from datetime import datetime
 from typing import Any
 
 from pretrain.config import model_name
 from pretrain.escape import portable
+from pretrain.log import TIME_FORMAT
 from pretrain.report.runs import Run
 
 
@@ -21,6 +23,32 @@ def training_seconds(run: Run) -> float | None:
             seconds += (step - before) * run.config.data.global_batch / rate
             before = step
     return seconds or None
+
+
+def goodput(run: Run) -> float | None:
+    """Returns the time of the logged steps divided by the time from the first start to the last log line, at most 1.
+
+    Steps that were done again count once; validation, saves, later starts and the time between them do not count. The
+    first start is noted when its engine is ready. None where the log does not say.
+    """
+    seconds, began = training_seconds(run), _time(run.starts[0]["time"] if run.starts else None)
+    ended = _time(run.logged_at)
+    if not seconds or began is None or ended is None or ended <= began:
+        return None
+    return min(1.0, seconds / (ended - began).total_seconds())
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        return datetime.strptime(text or "", TIME_FORMAT)
+    except ValueError:
+        return None
+
+
+def lost_steps(run: Run) -> int | None:
+    """Returns how many steps were logged and then done again; None where a start does not say, as in old versions."""
+    told = [start["lost_steps"] for start in run.starts]
+    return sum(told) if told and None not in told else None
 
 
 def duration(seconds: float) -> str:

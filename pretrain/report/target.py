@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,10 @@ def recipe_score(text: str, name: str) -> str | None:
     begin = next((i for i, line in enumerate(header) if line.startswith(" score:")), None)
     if begin is None:
         return None
-    words = [header[begin].partition(":")[2].strip()]
-    for line in header[begin + 1 :]:
-        if not line.startswith("   ") or "|" in line:  # the next paragraph, or the table
-            break
-        words.append(line.strip())
+    more = takewhile(lambda line: line.startswith("   ") and "|" not in line, header[begin + 1 :])  # or it is the table
+    words = " ".join([header[begin].partition(":")[2].strip(), *map(str.strip, more)])
     cells = _table_line(text, name)
-    return " ".join(words) if cells is None else f"{cells[0]}: {cells[2]}. {' '.join(words)}"
+    return words if cells is None else f"{cells[0]}: {cells[2]}. {words}"
 
 
 def _header(text: str) -> list[str]:
