@@ -1,8 +1,8 @@
 """JSON from a bad disk or from a stranger: size, nesting and types are compared with limits before a value is used.
 
-Every JSON file of the project is read here: `read_json` for a file, `parse_json` for a text or one line of a log, and
-`Fields` for an object whose values are asked for with their types. What does not fit is one UserError with the place,
-the key, what was found and what is expected.
+Every JSON file of the project is read here: `Fields.read` for an object in a file, `Fields.parse` for one in a text or
+a line of a log, whose values are asked for with their types; `read_json` and `parse_json` for anything else. What does
+not fit is one UserError with the place, the key, what was found and what is expected.
 """
 
 import json
@@ -82,6 +82,16 @@ class Fields:
         if not isinstance(value, dict):
             raise UserError(f"{source}: is {brief(value)}, expected an object")
         return cls(value, source)
+
+    @classmethod
+    def read(cls, path: Path, *, max_bytes: int = MAX_BYTES, max_marks: int = MAX_MARKS) -> "Fields":
+        """Returns the object that a file holds. Raises UserError as `read_json` and `of`, OSError as it comes."""
+        return cls.of(read_json(path, max_bytes=max_bytes, max_marks=max_marks), str(path))
+
+    @classmethod
+    def parse(cls, text: bytes | str, source: str, max_marks: int = MAX_MARKS) -> "Fields":
+        """Returns the object that a text of JSON says. Raises UserError as `parse_json` and `of`."""
+        return cls.of(parse_json(text, source, max_marks), source)
 
     def integer(self, key: str, least: int, most: int, default: int | EllipsisType = ...) -> int:
         """An integer within [least, most]; neither true nor 1.0 is one."""

@@ -22,7 +22,7 @@ from pretrain.cluster import ranks
 from pretrain.config import MAX_STEP
 from pretrain.errors import UserError
 from pretrain.escape import shown
-from pretrain.json_files import Fields, parse_json
+from pretrain.json_files import Fields
 from pretrain.storage import replacing, write_text
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
@@ -180,7 +180,7 @@ def _from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def step_of(line: bytes) -> int:
     """Returns the step of a log's line. Raises UserError when it is damaged."""
-    return Fields.of(parse_json(line, "line"), "line").integer("step", 0, MAX_STEP)
+    return Fields.parse(line, "line").integer("step", 0, MAX_STEP)
 
 
 class OtherLog(Protocol):

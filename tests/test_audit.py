@@ -22,6 +22,7 @@ import pytest
 from ranks import run_ranks, start_ranks
 from tiny import changed, tiny_config
 
+from pretrain import json_files
 from pretrain.audit import data as audit_data
 from pretrain.audit import folder as audit_folder
 from pretrain.audit import records, samples
@@ -290,16 +291,16 @@ def test_a_checkpoint_that_cannot_be_read_is_tried_once(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nearly every check asks for it, and it may be large."""
-    run, read, tried = Path(shutil.copytree(case.run, tmp_path / "run")), audit_folder.read_json, []
+    run, read, tried = Path(shutil.copytree(case.run, tmp_path / "run")), json_files.read_json, []
     state = run / "checkpoints" / NEWEST / "state.json"
     state.write_text(f"[{state.read_text()}]")
     seal_checkpoint(state.parent)
 
-    def counted(path: Path) -> Any:
+    def counted(path: Path, **limits: int) -> Any:
         tried.append(path)
-        return read(path)
+        return read(path, **limits)
 
-    monkeypatch.setattr(audit_folder, "read_json", counted)
+    monkeypatch.setattr(json_files, "read_json", counted)
     told = [message for message in wrong(look(run, no_data=True)) if "state.json" in message]
     assert len(told) > 5 and tried.count(state) == 1
 

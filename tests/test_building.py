@@ -38,6 +38,7 @@ from pretrain.data.images import decode
 from pretrain.data.manifest import load_manifest
 from pretrain.data.reader import read_sample
 from pretrain.errors import LostProcessError, StorageError, UserError
+from pretrain.json_files import Fields
 from pretrain.shards import build as build_module
 from pretrain.shards import elsewhere, existing, make, ray_tasks, walks
 from pretrain.shards.build import write_samples
@@ -664,7 +665,13 @@ def test_a_long_list_of_what_was_left_out_ends_no_build(
 ) -> None:
     """Of 300 million images it is larger than any JSON that is read: the command line takes number and first line from
     the build."""
-    monkeypatch.setattr(build_module, "read_json", lambda _: (_ for _ in ()).throw(UserError("holds more than")))
+
+    class TooLarge(Fields):
+        @classmethod
+        def read(cls, path: Path, **limits: int) -> Fields:
+            raise UserError(f"{path}: holds more than 3,145,728 values")
+
+    monkeypatch.setattr(build_module, "Fields", TooLarge)
     out = tmp_path / "set"
     monkeypatch.setattr(sys, "argv", ["make_shards.py", str(photos(tmp_path / "in", 8)), str(out), "--workers=1"])
     runpy.run_path(str(ROOT / "tools" / "make_shards.py"))["main"]()

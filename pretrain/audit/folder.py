@@ -24,7 +24,7 @@ from pretrain.data.mixture import Mixture, joined, phases_in, source_lanes_in
 from pretrain.data.order import Order, order_of
 from pretrain.data.store import store_at
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, brief, parse_json, read_json
+from pretrain.json_files import Fields, brief
 from pretrain.storage import crc32c
 
 ORDERS = (("permuted", "v1"), ("lanes", "v1"))  # names and versions
@@ -151,7 +151,7 @@ class Run:
         path = self.folder / "DONE"
         try:
             with open_log(path) as file:
-                return Fields.of(parse_json(file.read(_MAX_DONE_BYTES), str(path)), str(path))
+                return Fields.parse(file.read(_MAX_DONE_BYTES), str(path))
         except FileNotFoundError:
             return None
 
@@ -355,7 +355,7 @@ def _saved(path: Path) -> Saved:
         if name.endswith(".json") and (found := crc32c(file)) != checksum:
             lie(file, f"has CRC-32C {found}", f"the {checksum} that MANIFEST.json names")
     file = own_file(path, "state.json")
-    return Saved(path, step_of(path), Fields.of(read_json(file), str(file)))
+    return Saved(path, step_of(path), Fields.read(file))
 
 
 def _listed(path: Path) -> Listed:

@@ -11,7 +11,7 @@ from typing import BinaryIO, NoReturn
 
 from pretrain.checkpoint.layout import MAX_STEP
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, parse_json
+from pretrain.json_files import Fields
 
 MAX_LINE_BYTES = 64 << 20  # a rank's samples of one step: 2 million of them
 _HEAD = re.compile(rb'\{"step": (\d{1,10})[,}]')  # as json.dumps writes it
@@ -50,7 +50,7 @@ def rows_of(file: BinaryIO, path: Path) -> Iterator[Fields]:
         number += 1
         source = f"{path}: line {number}"
         try:
-            fields = Fields.of(parse_json(line, source), source)
+            fields = Fields.parse(line, source)
             fields.integer("step", 0, MAX_STEP)
         except UserError as error:
             raise Lie(str(error)) from None

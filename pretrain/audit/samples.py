@@ -13,7 +13,7 @@ from pretrain.audit.logs import StepLines, lie
 from pretrain.audit.records import REPAIRED, Outcome
 from pretrain.checkpoint.layout import MAX_STEP
 from pretrain.data.order import share
-from pretrain.json_files import Fields, brief, parse_json
+from pretrain.json_files import Fields, brief
 
 MAX_CHOSEN_STEPS = 256  # whose lines in samples-RANK.jsonl are compared
 MAX_CHOSEN_LINES = 20_000  # of all ranks: looking one up in a large log takes a millisecond
@@ -262,7 +262,7 @@ def _check_step(run: Run, step: int, segment: Segment, logs: dict[int, StepLines
 
 def _samples(line: bytes, path: Path, step: int) -> object:
     source = f"{path}: step {step}"
-    return Fields.of(parse_json(line, source, max_marks=1 << 40), source).values.get("samples")
+    return Fields.parse(line, source, max_marks=1 << 40).values.get("samples")
 
 
 def _difference(step: int, found: object, expected: list[list[int]]) -> tuple[str, str]:

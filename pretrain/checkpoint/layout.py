@@ -28,7 +28,7 @@ import google_crc32c
 
 from pretrain.config import MAX_STEP
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, brief, read_json
+from pretrain.json_files import Fields, brief
 
 if TYPE_CHECKING:  # tools/audit.py reads a run without its second of imports
     import torch
@@ -117,7 +117,7 @@ def step_of(path: Path) -> int:
 def read_manifest(path: Path) -> list[tuple[str, int, str]]:
     """Returns name, bytes and CRC-32C of each file of a checkpoint. Raises UserError, OSError."""
     file = own_file(path, "MANIFEST.json")
-    manifest = Fields.of(read_json(file), str(file))
+    manifest = Fields.read(file)
     unsigned = {key: value for key, value in manifest.values.items() if key != "crc32c"}
     if file.read_text(encoding="utf-8") != manifest_text(unsigned):
         raise UserError(f"{file}: its text does not have the checksum that it names")

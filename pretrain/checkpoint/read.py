@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain.checkpoint.layout import KINDS, MAX_INDEX_BYTES, MAX_INDEX_MARKS, DamagedError, Slice, own_file
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, brief, read_json
+from pretrain.json_files import Fields, brief
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """Returns the object in a checkpoint's state.json. Raises UserError when it is something else."""
     file = own_file(path, "state.json")
-    return Fields.of(read_json(file), str(file)).values
+    return Fields.read(file).values
 
 
 class CheckpointReader:
@@ -31,7 +31,7 @@ class CheckpointReader:
     def __init__(self, path: Path, *, checked: bool = False) -> None:
         self.path = path
         file = own_file(path, "index.json")
-        index = Fields.of(read_json(file, max_bytes=MAX_INDEX_BYTES, max_marks=MAX_INDEX_MARKS), str(file))
+        index = Fields.read(file, max_bytes=MAX_INDEX_BYTES, max_marks=MAX_INDEX_MARKS)
         index.values.setdefault("average", {})  # absent from checkpoints of earlier versions
         self.index = {kind: index.part(kind).values for kind in KINDS}
         self._open = lru_cache(maxsize=64)(lambda name: safe_open(own_file(path, name), framework="pt"))

@@ -22,7 +22,7 @@ from pretrain.checkpoint.find import validate
 from pretrain.checkpoint.layout import DamagedError, read_manifest
 from pretrain.checkpoint.retention import kept_steps, validation_score
 from pretrain.errors import StorageError, UserError
-from pretrain.json_files import MAX_BYTES, Fields, brief, parse_json, read_json
+from pretrain.json_files import MAX_BYTES, Fields, brief
 from pretrain.storage import fsync_path, remove, write_text
 
 _PIECE_BYTES = 4 << 20  # of a transfer: the training runs beside it
@@ -234,7 +234,7 @@ class SecondPlace:
         """Whose copies these are; None when nobody has said so."""
         path = f"{self._root}/{_RUN}"
         try:
-            return Fields.of(parse_json(self._read(path), f"{self.url}/{_RUN}"), f"{self.url}/{_RUN}")
+            return Fields.parse(self._read(path), f"{self.url}/{_RUN}")
         except FileNotFoundError:
             return None
         except UserError:
@@ -245,7 +245,7 @@ class SecondPlace:
     def _score(self, step: int) -> float | None:
         with suppress(FileNotFoundError, UserError):
             path = self._path(step, "state.json")
-            return validation_score(Fields.of(parse_json(self._read(path), path), path))
+            return validation_score(Fields.parse(self._read(path), path))
         return None
 
 
@@ -260,7 +260,7 @@ class _AwayError(Exception):
 def _own_run(folder: Path) -> Fields | None:
     path = folder.parent / _OWN_RUN
     try:
-        return Fields.of(read_json(path), str(path))
+        return Fields.read(path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.json_files import Fields, brief, parse_json
+from pretrain.json_files import Fields, brief
 
 INDEX_FORMAT, INDEX_VERSION = "pretrain-index", 2  # version 1 has no checksums of samples, and is still read
 BLOCK = 512  # bytes; every tar member begins at a multiple of it
@@ -25,7 +25,7 @@ def read_line(data: bytes, shard_bytes: int, shard_sha256: str, num_samples: int
     Raises ValueError when it is no index, or another shard's.
     """
     line = data[:MAX_LINE_BYTES].partition(b"\n")[0]
-    header = Fields.of(parse_json(line, "its first line"), "its first line").values
+    header = Fields.parse(line, "its first line").values
     version = 1 if header.get("version") == 1 else INDEX_VERSION
     expected = {"format": INDEX_FORMAT, "version": version, "keys": "crc32", "unit_bytes": BLOCK, "offsets": "<u4"}
     expected |= {"shard_bytes": shard_bytes, "shard_sha256": shard_sha256, "num_samples": num_samples}

@@ -29,7 +29,7 @@ from pretrain.data.shard_list import MAX_SHARD_SAMPLES, Shard, name_inside, shar
 from pretrain.data.store import Store
 from pretrain.errors import PASSING_ERRORS, NotFoundError, StorageError, UserError
 from pretrain.escape import shown
-from pretrain.json_files import Fields, brief, parse_json, read_bytes, read_json
+from pretrain.json_files import Fields, brief, read_bytes, read_json
 from pretrain.storage import replacing, write_text
 
 FORMAT, VERSION = "pretrain-shards", 1
@@ -110,7 +110,7 @@ def load_manifest(path: Path) -> Manifest:
         _refuse_shards(path)
         file_inside(path.parent, path)
         text = read_bytes(path)
-        values = Fields.of(parse_json(text, str(path)), str(path))
+        values = Fields.parse(text, str(path))
         found = values.text("format", ""), values.integer("version", 0, 1 << 16, 0)
         if found != (FORMAT, VERSION):
             raise UserError(f"{path}: is {brief(found[0])} version {found[1]}, expected {FORMAT!r} {VERSION}")

@@ -17,7 +17,7 @@ from pretrain.cluster import ranks
 from pretrain.doctor.findings import OK, RED, WARN, Finding
 from pretrain.errors import UserError, first_line
 from pretrain.gpus import known_gpu
-from pretrain.json_files import Fields, parse_json
+from pretrain.json_files import Fields
 
 MAX_SKEW_S, RED_SKEW_S = 1.0, 60.0  # lines of logs lose their order; munge refuses at 300 s, S3 at 900 s
 _CLOCK_ROUNDS = 8
@@ -61,7 +61,7 @@ class Meeting:
                 self.store.wait([key], timedelta(seconds=max(seconds, 0.01)))
             except dist.DistStoreError:
                 return None
-            return Fields.of(parse_json(self.store.get(key), key), key)
+            return Fields.parse(self.store.get(key), key)
 
     def collect(self, key: str, some: Iterable[int], seconds: float) -> dict[int, Fields]:
         """Returns what ranks have told as key/RANK, of those that did so in time."""

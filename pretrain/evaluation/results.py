@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from pretrain import cli
 from pretrain.config import model_name
 from pretrain.errors import UserError
-from pretrain.escape import in_markdown, portable, portable_path, shown
+from pretrain.escape import in_markdown, markdown_table, portable, portable_path, shown
 from pretrain.evaluation.evaluators import EVALUATORS, Row, in_words
 from pretrain.evaluation.jobs import Done
 from pretrain.evaluation.names import HEAD
 from pretrain.evaluation.predictions import confusion, lines, wrong_items
 from pretrain.evaluation.subject import Subject, transform_of
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.log import not_a_link, warn
 from pretrain.models.weights import Weights
 from pretrain.provenance import versions
@@ -130,7 +130,7 @@ def with_earlier(rows: list[Row], record: dict[str, Any], path: Path) -> tuple[l
         return rows, record
     record = json.loads(json.dumps(record))  # tuples become lists, as in the file
     try:
-        records = _records(Fields.of(read_json(path), str(path)))
+        records = _records(Fields.read(path))
         mine = [each for each in records if each.values.get("weights_sha256") == record["weights_sha256"]]
         if others := [each.values for each in records if each not in mine]:
             record["others"] = others
@@ -279,12 +279,6 @@ def _results_page(rows: list[Row], record: dict[str, Any]) -> str:
 
 
 def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
-    header, cells = table_of(rows)
-    table = [
-        map(in_markdown, header),
-        ["---", *["---:"] * (len(header) - 1)],
-        *(map(in_markdown, row) for row in cells),
-    ]
     digest = in_markdown(str(record.get("weights_sha256", "not known"))[:_LETTERS])
     text = [
         f"# {in_markdown(portable_path(record['weights']))}",
@@ -292,7 +286,7 @@ def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
         f"Model {in_markdown(record['model'])} at {record['image_size']} px, weights {digest}.",
         "",
     ]
-    text += ["| " + " | ".join(line) + " |" for line in table] + [""]
+    text += [*markdown_table(*table_of(rows)), ""]
     text += [
         f"- {in_markdown(role)}: {in_markdown(portable_path(of['path']))}, {of['num_samples']:,} images"
         for role, of in record["data"].items()
@@ -315,7 +309,7 @@ def set_aside(out: Path, digest: str) -> None:
     """
     wrong = out / "wrong.json"
     try:
-        before = Fields.of(read_json(out / "results.json"), "").text("weights_sha256")
+        before = Fields.read(out / "results.json").text("weights_sha256")
     except (OSError, UserError):
         return  # nothing is known of it
     if before == digest:

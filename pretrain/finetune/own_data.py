@@ -22,7 +22,7 @@ from pretrain.errors import UserError
 from pretrain.escape import shown
 from pretrain.evaluation.results import one_at_a_time
 from pretrain.finetune.own_folders import MANIFEST, is_manifest
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.shards.build import How, build, read_dropped, read_dropped_items
 from pretrain.shards.class_tars import class_tar_items, is_of_class_tars
 from pretrain.shards.examples import FILE as EXAMPLES
@@ -257,7 +257,7 @@ def _begin(folder: Path, out: Path, made: Mapping[str, _Part], shorter_side: int
     parts = {name: {"images": len(part.items or ()), "digest": _digest(part)} for name, part in made.items()}
     own = {"format": _FORMAT, "version": _VERSION, "shorter_side": shorter_side, "parts": parts}
     if path.is_file():
-        found = Fields.of(read_json(path), str(path)).values
+        found = Fields.read(path).values
         if found == own:
             return
         if (out / "sweep.json").exists():

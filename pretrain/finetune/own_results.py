@@ -19,7 +19,7 @@ from pretrain.finetune.own_runs import differences, final_run, predictions_of
 from pretrain.finetune.results import over_seeds, reached, write_results
 from pretrain.finetune.scores import RunScore, final_sha256
 from pretrain.finetune.sweep import Sweep, write_out
-from pretrain.json_files import Fields, parse_json
+from pretrain.json_files import Fields
 from pretrain.shards.pool import num_cores
 
 FILE = "accuracy.json"
@@ -93,7 +93,7 @@ def _device(folder: Path) -> str:
     """The machine of a run's last start, in words; this one's cores where that was on a CPU, or is not known."""
     try:
         lines = (folder / "starts.jsonl").read_bytes().splitlines()
-        start = Fields.of(parse_json(lines[-1], str(folder)), str(folder))
+        start = Fields.parse(lines[-1], str(folder))
         ranks, device = start.integer("world_size", 1, _MOST_RANKS), start.text("device")
         on_gpu = start.text("device_type") == "cuda"
     except (OSError, IndexError, UserError):  # its line was lost on a full disk: no reason to refuse the result
@@ -111,7 +111,7 @@ def _pairs(path: Path) -> Iterator[tuple[int, int]]:
             for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES), b"")):
                 if number >= MAX_SAMPLES:
                     return
-                values = Fields.of(parse_json(line, f"{path}: line {number + 1}"), f"{path}: line {number + 1}")
+                values = Fields.parse(line, f"{path}: line {number + 1}")
                 yield values.integer("label", 0, MAX_CLASSES), values.integer("prediction", 0, MAX_CLASSES)
     except OSError as error:
         raise UserError(

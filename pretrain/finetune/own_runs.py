@@ -26,7 +26,7 @@ from pretrain.finetune.own_data import OwnData
 from pretrain.finetune.running import scoring, tell_stopped
 from pretrain.finetune.scores import chosen_lr, claim_sweep
 from pretrain.finetune.sweep import Options, Start, Sweep, asked_for, final_runs, fitting_size, key_of, write_out
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.plan.choose import MOST_WITHOUT_FORMULA, SURE_SHARE, fitting_micro_batch
 from pretrain.shards.pool import num_cores
 from pretrain.tasks.table import FineTuning, Task
@@ -188,7 +188,7 @@ def timed(sweep: Sweep) -> Iterator[Callable[[], float]]:
     path = sweep.folder / "seconds.json"
     began, before = time.monotonic(), 0.0
     if path.is_file():
-        before = Fields.of(read_json(path), str(path)).number("seconds", 0, _MOST_SECONDS)
+        before = Fields.read(path).number("seconds", 0, _MOST_SECONDS)
     was_done = chosen_lr(sweep) is not None and predictions_of(final_run(sweep)).is_file()
     try:
         yield lambda: before + (0.0 if was_done else time.monotonic() - began)

@@ -8,7 +8,7 @@ from pretrain.config import MAX_IMAGE_SIZE, Config, config_to_dict, load_config,
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.finetune.sweep import Sweep, selecting_runs, write_out
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.models.weights import weights_sha256
 
 _MAX_IMAGES = 1 << 48  # of a data set
@@ -37,7 +37,7 @@ def score(config: Config) -> RunScore | None:
     if ended[0].name == DIVERGED:
         return RunScore(-1.0, 0)
     try:
-        values = Fields.of(read_json(ended[0]), str(ended[0]))
+        values = Fields.read(ended[0])
         return RunScore(values.number("val/top1", 0, 1), int(values.number("val/images", 0, _MAX_IMAGES)))
     except (OSError, UserError) as error:
         raise UserError(f"{error}: cannot be used as a score; remove {folder} to run it again") from None
@@ -74,7 +74,7 @@ def claim_sweep(sweep: Sweep) -> None:
     if not path.is_file():
         return write_out(path, json.dumps(own, indent=2))
     try:
-        found = Fields.of(read_json(path), str(path)).values
+        found = Fields.read(path).values
     except (OSError, UserError) as error:
         raise UserError(f"{path}: cannot be read ({error}); move the folder away, or give another --out") from None
     if different := [key for key in own if found.get(key) != own[key]]:
@@ -110,7 +110,7 @@ def real_score(config: Config) -> RunScore | None:
         return None
     final, digest = _final_checkpoint(config), final_sha256(config)
     try:
-        last = Fields.of(read_json(path), str(path))
+        last = Fields.read(path)
         every = last, *last.parts("others", ())
         records = [one for one in every if _is_of(one, config.model.image_size, final, digest)]
         rows = [row for one in records for row in one.parts("rows")]

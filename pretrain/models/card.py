@@ -9,7 +9,7 @@ from typing import Any
 from pretrain.checkpoint.read import read_state
 from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, model_name, non_defaults
 from pretrain.escape import code_in_markdown, in_markdown, shown
-from pretrain.json_files import Fields, brief, parse_json
+from pretrain.json_files import Fields, brief
 from pretrain.models.tensors import Weights, read_fields, readable
 from pretrain.models.weights import results_folder, weights_sha256
 
@@ -159,7 +159,7 @@ def _data(config: Config, state: Fields) -> str:
         facts.append(f"manifest SHA-256 {code_in_markdown(sha256[:_MAX_LETTERS])}")
     manifest = folder / (path.name if path.suffix == ".json" else "manifest.json")
     if manifest.is_file() and hashlib.sha256(text := manifest.read_bytes()).hexdigest() == sha256:
-        values = Fields.of(parse_json(text, str(manifest)), str(manifest))
+        values = Fields.parse(text, str(manifest))
         facts.append(f"{values.integer('num_samples', 0, _MOST):,} samples")
     return ", ".join(facts) + "." + _receipt(state)
 

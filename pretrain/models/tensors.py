@@ -34,7 +34,7 @@ from pretrain.config import (
     choices_of,
 )
 from pretrain.errors import UserError, first_line
-from pretrain.json_files import Fields, brief, is_text, read_json
+from pretrain.json_files import Fields, brief, is_text
 
 # Resizing as timm's and torchvision's names have it; the number is Pillow's, which transformers writes.
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -307,7 +307,7 @@ def read_fields(folder: Path, name: str) -> Fields:
     """Returns the object that a file of JSON in a folder of weights holds. Raises UserError."""
     path = file_in(folder, name)
     with readable(path):
-        return Fields.of(read_json(path, max_bytes=MAX_JSON_BYTES), str(path))
+        return Fields.read(path, max_bytes=MAX_JSON_BYTES)
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:

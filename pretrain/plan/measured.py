@@ -6,7 +6,7 @@ from typing import NamedTuple
 from pretrain.config import Config, ModelConfig, model_name, named_model
 from pretrain.errors import UserError
 from pretrain.gpus import Device, known_gpu
-from pretrain.json_files import Fields, parse_json, read_bytes
+from pretrain.json_files import Fields, read_bytes
 from pretrain.sizes import is_plain
 
 
@@ -23,7 +23,7 @@ def read_rows(file: Path) -> list[Fields]:
         lines = read_bytes(file).splitlines()
     except OSError as error:
         raise UserError(f"--from {file}: {error.strerror}") from None
-    rows = [Fields.of(parse_json(line, f"{file}:{number}"), f"{file}:{number}") for number, line in enumerate(lines, 1)]
+    rows = [Fields.parse(line, f"{file}:{number}") for number, line in enumerate(lines, 1)]
     for row in rows:
         row.text("loop")  # a file of another benchmark has none
     return [row for row in rows if "failed" not in row.values]

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.log import warn
 from pretrain.report.files import Picture, embedded, image_file, inside
 
@@ -30,7 +30,7 @@ def read_batch(folder: Path) -> list[Example]:
     if record is None or path is None or (image := image_file(path)) is None:
         return []
     try:
-        values = Fields.of(read_json(record), str(record))
+        values = Fields.read(record)
         side = values.integer("side", 1, _MAX_SIDE)
         return [_example(image, of, side) for of in values.parts("images")[:MAX_SHOWN]]
     except OSError as error:

@@ -14,7 +14,7 @@ from PIL import Image
 from pretrain.config.reading import MAX_BYTES as MAX_TEXT_BYTES
 from pretrain.data import headers
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, parse_json
+from pretrain.json_files import Fields
 from pretrain.log import warn
 
 MAX_LOG_BYTES, MAX_LINE_BYTES = 512 << 20, 1 << 20  # a million lines of 20 metrics; the rest of a log is not read
@@ -78,7 +78,7 @@ def lines(folder: Path, name: str, use: Callable[[Fields], Any]) -> Iterator[Any
     with path.open("rb") as file:  # line by line: bad_samples.jsonl of a large run has millions
         while file.tell() < MAX_LOG_BYTES and (line := file.readline(MAX_LINE_BYTES)):
             try:
-                found = use(Fields.of(parse_json(line, "line"), "line"))
+                found = use(Fields.parse(line, "line"))
             except UserError:
                 damaged += 1
                 continue

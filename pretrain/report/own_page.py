@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.escape import portable
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.log import warn
 from pretrain.report.confusion import drawn, read_pairs
 from pretrain.report.files import inside
@@ -52,7 +52,7 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
     if not is_own(folder):
         raise UserError(f"{path}: not found; give the folder that tools/finetune.py --train has written")
     try:
-        values = Fields.of(read_json(path), str(path))
+        values = Fields.read(path)
         run = _run_name(values)
         wrong = _wrong(values, folder, run)
         text = template("own_page.html.jinja").render(

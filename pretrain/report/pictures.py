@@ -19,7 +19,7 @@ from pretrain.data.images import decode_upright, eval_image
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
 from pretrain.escape import shown
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.log import warn
 from pretrain.models.inspection import Filters, Look, Positions, mean_distance_px
 from pretrain.models.positions import Grid
@@ -93,7 +93,7 @@ def write_pictures(
 def _keep_others(out: Path, digest: str) -> None:
     """Renames the files of other weights in the folder, and removes what these weights had there under such names."""
     try:
-        before = Fields.of(read_json(out / NUMBERS), "").text("weights_sha256")
+        before = Fields.read(out / NUMBERS).text("weights_sha256")
     except (OSError, UserError):
         return  # nothing is known of what lies there
     if before == digest or not re.fullmatch("[0-9a-f]{64}", before):

@@ -23,7 +23,7 @@ import numpy as np
 from pretrain.config import MAX_IMAGE_SIZE, Config, load_config
 from pretrain.errors import ConfigError, UserError
 from pretrain.escape import portable_path
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.log import MAX_STEP, warn
 from pretrain.report.batch import Example, read_batch
 from pretrain.report.confusion import Confusion, drawn, read_pairs
@@ -227,7 +227,7 @@ def _read_evaluation(folder: Path) -> dict[str, Any] | None:
     if (path := inside(folder, f"{_evaluation_place(folder)}results.json")) is None:
         return None
     with _written_by("evaluate", path):
-        values = Fields.of(read_json(path), str(path))
+        values = Fields.read(path)
         if (found := values.text("format")) != "pretrain-evaluation":
             raise UserError(f"its format is {found!r}")
         others = [_evaluated(other) for other in values.parts("others", ())[:MAX_OTHERS]]
@@ -266,14 +266,14 @@ def _is_of(form: str, folder: Path, path: Path) -> bool:
     if inside(folder, str(path.relative_to(folder))) is None:
         return False
     try:
-        return Fields.of(read_json(path), "").text("format") == form
+        return Fields.read(path).text("format") == form
     except (OSError, UserError):
         return False  # somebody else's file
 
 
 def _read_finetuning(path: Path) -> dict[str, Any]:
     with _written_by("finetune", path):
-        values = Fields.of(read_json(path), str(path))
+        values = Fields.read(path)
         done = values.flag("complete", True)
         each = values.items("values", ())
         return {
@@ -308,7 +308,7 @@ def read_wrong(folder: Path) -> Wrong:
     if (path := inside(folder, f"{_evaluation_place(folder)}wrong.json")) is None:
         return Wrong([], 0, None, "", "", "")
     try:
-        values = Fields.of(read_json(path), str(path))
+        values = Fields.read(path)
         items = values.parts("items")
         return Wrong(
             shown=[_wrong_item(folder, item, str(path)) for item in items[:MAX_WRONG]],

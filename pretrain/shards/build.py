@@ -21,7 +21,7 @@ from pretrain.data.permutation import words
 from pretrain.data.reader import MAX_IMAGE_BYTES, MAX_LABELS, BadSample
 from pretrain.errors import UserError
 from pretrain.escape import shown
-from pretrain.json_files import Fields, is_text, read_json
+from pretrain.json_files import Fields, is_text
 from pretrain.log import warn
 from pretrain.shards import unfinished
 from pretrain.shards.counts import write_counts
@@ -351,7 +351,7 @@ def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
 def read_dropped(folder: Path) -> list[str]:
     """Returns what was left out of a data set, with the reasons. Raises UserError when the list cannot be read."""
     path = folder / "provenance.json"
-    return list(Fields.of(read_json(path), str(path)).texts("dropped")) if path.exists() else []
+    return list(Fields.read(path).texts("dropped")) if path.exists() else []
 
 
 def read_dropped_items(folder: Path) -> set[int]:
@@ -359,6 +359,6 @@ def read_dropped_items(folder: Path) -> set[int]:
     path = folder / "provenance.json"
     if not path.exists():
         return set()
-    fields = Fields.of(read_json(path), str(path))
+    fields = Fields.read(path)
     each = fields.items("dropped_items")
     return {each.integer(place, 0, MAX_SAMPLES) for place in each.values}

@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.data.manifest import MAX_SAMPLES
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.storage import write_text
 
 FILE = "counts.json"
@@ -29,7 +29,7 @@ def write_counts(
 
 def read_counts(folder: Path) -> tuple[list[int], list[str]]:
     """Returns the number of images of each class, and the classes' names, or nothing. Raises UserError."""
-    values = Fields.of(read_json(folder / FILE), str(folder / FILE))
+    values = Fields.read(folder / FILE)
     each, classes = values.items("images"), list(values.texts("classes"))
     images = [each.integer(place, 0, MAX_SAMPLES) for place in each.values]
     if not images:

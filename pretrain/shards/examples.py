@@ -17,7 +17,7 @@ from pretrain.data.inside import file_inside
 from pretrain.data.manifest import IMAGE_ENDINGS, Manifest
 from pretrain.data.reader import BadSample, read_sample
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, parse_json
+from pretrain.json_files import Fields
 from pretrain.storage import write_text
 
 FILE = "examples.jsonl"
@@ -81,7 +81,7 @@ def _lines(file: BinaryIO, path: Path, manifest: Manifest) -> Iterator[Example]:
             return
         if index == manifest.num_samples:
             raise UserError(f"{path}: lists more examples than the {manifest.num_samples} of {manifest.path}")
-        values = Fields.of(parse_json(line, f"{path}: line {index + 1}"), f"{path}: line {index + 1}")
+        values = Fields.parse(line, f"{path}: line {index + 1}")
         if values.integer("index", 0, manifest.num_samples) != index:
             values.wrong("index", str(index))
         yield Example(index, values.text("id"), values.integer("label", 0, MAX_CLASSES), values.text("sha256"))

@@ -17,7 +17,7 @@ from pretrain.config import MAX_CLASSES
 from pretrain.data.reader import MAX_LABELS
 from pretrain.errors import UserError
 from pretrain.escape import shown
-from pretrain.json_files import Fields, brief, is_text, parse_json
+from pretrain.json_files import Fields, brief, is_text
 from pretrain.shards.items import PackedItems
 from pretrain.shards.pictures import stored_ending
 from pretrain.shards.sources import append_file, file_item, place_word, same_files
@@ -145,7 +145,7 @@ def _column(names: list[str], wanted: tuple[str, ...], place: str) -> int:
 
 def _of_json(lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, _Row]]:
     for place, text in lines:
-        fields = Fields.of(parse_json(text, place), place)
+        fields = Fields.parse(text, place)
         keys = [_column(list(fields.values), wanted, place) for wanted in (_PATH, _LABEL)]
         name, label = (list(fields.values)[key] for key in keys)
         value = fields.values[label]

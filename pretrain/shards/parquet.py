@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pretrain.data.index_rows import read_at
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.errors import UserError, first_line
-from pretrain.json_files import Fields, brief, is_text, parse_json, read_json
+from pretrain.json_files import Fields, brief, is_text
 from pretrain.shards import records
 from pretrain.shards.items import Item, PackedItems
 from pretrain.shards.passes import FOLDER, Piece, Work, run_pass
@@ -123,10 +123,10 @@ def columns_of(path: Path, label_column: str | None) -> Columns:
 
 def _features(path: Path, raw: bytes) -> dict[str, dict[str, Any]]:
     """What `datasets` says of the columns: in the file itself, or in dataset_infos.json beside it or above."""
-    values = Fields.of(parse_json(raw, f"{path}: metadata"), f"{path}: metadata").values
+    values = Fields.parse(raw, f"{path}: metadata").values
     if not values:
         place = next((p for p in (path.parent, path.parent.parent) if (p / "dataset_infos.json").is_file()), None)
-        infos = Fields.of(read_json(place / "dataset_infos.json"), str(place)).values if place else {}
+        infos = Fields.read(place / "dataset_infos.json").values if place else {}
         values = {"info": next(iter(infos.values()))} if len(infos) == 1 else {}
     info = values.get("info")
     features = info.get("features") if isinstance(info, dict) else None

@@ -16,7 +16,7 @@ import numpy as np
 
 from pretrain.config import MAX_CLASSES
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, brief, is_text, parse_json
+from pretrain.json_files import Fields, brief, is_text
 from pretrain.shards.items import ItemOf, PackedItems
 from pretrain.shards.sources import sniffed_ending
 
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 def read_rows(path: Path) -> Rows:
     """Returns what `RowsSoFar.to_bytes` was kept as."""
     with path.open("rb") as file:
-        names = list(Fields.of(parse_json(file.readline(), str(path)), str(path)).texts("names"))
+        names = list(Fields.parse(file.readline(), str(path)).texts("names"))
         table = np.load(io.BytesIO(file.read()), allow_pickle=False)
     return Rows(table[:, :3], table[:, 3], names)
 

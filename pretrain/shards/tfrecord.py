@@ -15,7 +15,7 @@ import google_crc32c
 
 from pretrain.data.index_rows import read_at
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 
 Features = dict[str, list[Any]]  # bytes, float or int, by the feature's path
 
@@ -125,7 +125,7 @@ def _dataset_info(folder: Path) -> Fields:
     """TFDS's description of a set; empty when it is not there."""
     path = folder / _INFO
     try:
-        return Fields.of(read_json(path), str(path))
+        return Fields.read(path)
     except FileNotFoundError:
         return Fields({}, str(path))
     except (OSError, UserError) as error:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pretrain.data.shard_list import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, Shard
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, brief, read_json
+from pretrain.json_files import Fields, brief
 from pretrain.storage import remove, remove_left_over, write_text
 
 FOLDER = ".unfinished-set"
@@ -41,7 +41,7 @@ def plan_of(out: Path) -> Plan | None:
     path = out / FOLDER / _PLAN
     if not path.exists():
         return None
-    values = Fields.of(read_json(path), str(path)).values
+    values = Fields.read(path).values
     head = {"format": FORMAT, "version": VERSION}
     if {name: values.pop(name, None) for name in head} != head:
         raise UserError(f"{path}: is no {FORMAT} {VERSION}; remove {out} to begin anew")
@@ -100,7 +100,7 @@ def read(folder: Path, number: int, path: Path) -> Done | None:
     file = _file(folder, number)
     if not file.exists() or not path.exists() or not path.with_suffix(".idx").exists():
         return None
-    values = Fields.of(read_json(file), str(file))
+    values = Fields.read(file)
     num_bytes = values.integer("num_bytes", 0, MAX_SHARD_BYTES)
     if path.stat().st_size != num_bytes:
         return None

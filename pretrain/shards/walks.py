@@ -10,7 +10,7 @@ from pretrain.config import MAX_CLASSES
 from pretrain.data.manifest import Shard, load_index
 from pretrain.data.reader import BadSample, parse_labels, read_sample
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.shards.build import DataSet, finish
 from pretrain.shards.pool import Progress
 from pretrain.shards.tars import alone, index_tar
@@ -69,7 +69,7 @@ def keep(record: Path, origin: Origin, found: Walk) -> None:
 def known(record: Path, origin: Origin, path: Path, num_classes: int, url: str = "") -> Walk | None:
     """Returns what an earlier start found in a shard, None unless record, index and origin still fit each other."""
     try:
-        values = Fields.of(read_json(record), str(record))
+        values = Fields.read(record)
         num_samples, num_bytes = values.integer("num_samples", 1, 1 << 32), values.integer("num_bytes", 0, 1 << 63)
         shard = Shard(str(path), num_samples, num_bytes, values.text("sha256"), url)
         if values.values.get("origin") != origin or not (url or path.stat().st_size == num_bytes):

@@ -16,7 +16,7 @@ from pretrain.data.inside import file_inside
 from pretrain.data.manifest import check_shards, load_manifest
 from pretrain.data.reader import BadSample
 from pretrain.errors import UserError
-from pretrain.json_files import Fields, brief, read_json
+from pretrain.json_files import Fields, brief
 from pretrain.shards.archives import Original, Splits
 from pretrain.shards.build import build, check_labels, read_dropped_items
 from pretrain.shards.examples import Example, content_sha256, examples_sha256, write_examples
@@ -123,7 +123,7 @@ def _read_task(out: Path) -> Fields | None:
     path = out / FILE
     try:
         file_inside(out, path)
-        values = Fields.of(read_json(path), str(path))
+        values = Fields.read(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

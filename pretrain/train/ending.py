@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pretrain.cluster import peers, ranks, watchdog
 from pretrain.errors import DeviceMemoryError, LostProcessError, StorageError, UserError
-from pretrain.json_files import Fields, read_json
+from pretrain.json_files import Fields
 from pretrain.storage import write_text
 
 _FILE = "STOP.json"
@@ -96,7 +96,7 @@ def refused(folder: Path, earlier: tuple[int, int] | None = None) -> int | None:
     if earlier is not None and stamp(folder) == earlier:
         return None
     try:
-        fields = Fields.of(read_json(folder / _FILE), _FILE)
+        fields = Fields.read(folder / _FILE)
         return None if fields.flag("retry", True) else fields.integer("exit_code", 1, 255, 1)
     except (OSError, UserError):
         return None

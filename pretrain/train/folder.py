@@ -37,7 +37,7 @@ from pretrain.cluster import agreement, ranks, restarts, watchdog
 from pretrain.cluster.jobs import PART_OF
 from pretrain.config import MAX_STEP, Config, config_to_yaml
 from pretrain.errors import PASSING_ERRORS, LostProcessError, StorageError, UserError
-from pretrain.json_files import Fields, read_bytes, read_json
+from pretrain.json_files import Fields, read_bytes
 from pretrain.log import TIME_FORMAT, JsonLines, not_a_link, rewind, warn
 from pretrain.provenance import UNKNOWN, commit, versions
 from pretrain.storage import fsync_path, write_text
@@ -149,7 +149,7 @@ def is_done(folder: Path, config: Config) -> bool:
     def reached() -> bool:
         path = folder / "DONE"
         try:
-            return Fields.of(read_json(path), str(path)).integer("step", 0, MAX_STEP) >= config.total_steps
+            return Fields.read(path).integer("step", 0, MAX_STEP) >= config.total_steps
         except (OSError, UserError):
             return False
 
