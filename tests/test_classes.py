@@ -13,7 +13,7 @@ from weights_on_disk import save_run
 
 from pretrain.cluster import ranks
 from pretrain.config import Config
-from pretrain.data.classes import ClassMatch, match_classes
+from pretrain.data.classes import ClassMatch, join_classes, match_classes
 from pretrain.data.loader import eval_batches
 from pretrain.data.manifest import load_manifest, read_as
 from pretrain.errors import ConfigError, UserError
@@ -109,6 +109,21 @@ def test_anything_else_is_refused_with_the_first_difference(theirs: list[str], o
     with pytest.raises(UserError) as error:
         match(theirs, ours)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_classes_of_several_sets_together() -> None:
+    """In the order of the sets; a name is the same however its accents are written, ids and words are not."""
+    names, meanings = join_classes([["b", "caf\u00e9"], ["a", "cafe\u0301", "b"], IDS], ["one", "two", "three"])
+    assert names == ("b", "caf\u00e9", "a", *IDS)
+    assert meanings == [(0, 1), (2, 1, 0), (3, 4, 5)]
+    assert match(IDS[1:], names) == ((4, 5), "val has 2 of the 6 classes of train: mapped by name")
+    assert match(["a", "b"], names).labels == (2, 0)
+    with pytest.raises(UserError, match="val: class 1 is 'd', which train does not have"):
+        match(["a", "d"], names)
+    with pytest.raises(UserError, match="two has no class names, by which classes are joined"):
+        join_classes([["b"], ["0", "1"]], ["one", "two"])
+    with pytest.raises(UserError, match="two: class 'crane' stands twice in its list"):
+        join_classes([["b"], ["crane", "dog", "crane"]], ["one", "two"])
 
 
 def test_names_that_stand_twice_matter_where_they_are_used() -> None:

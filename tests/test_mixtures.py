@@ -346,6 +346,24 @@ def test_labels_are_read_by_name_and_may_be_several(
     assert {len(labels) for labels in by_source["several"]} == {2}
 
 
+def test_the_classes_of_all_sets_together(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`others` has one class of `trees` and one of its own, which comes behind them; a set for validation is mapped."""
+    of_sets = {"data__train": of(sets, trees=1, others=1), "data__join_classes": True, "data__val": sets["others"]}
+    config = changed(settings(sets, tmp_path), **of_sets, evaluation__every_steps=1)
+    data = open_data(config)
+    together = f"data.train: 6 classes together: 5 of {sets['trees']} (5), 1 of {sets['others']} (2)"
+    assert together in capsys.readouterr().out
+    assert data.num_classes == 6 and data.train.class_names == (*CLASSES, "oak")
+    assert data.val is not None and data.val.meant([0, 1]) == [CLASSES.index("ash"), 5]
+    by_source: dict[str, set[int]] = {}
+    for slots in step_slots(config, monkeypatch, 1):
+        for _, index, labels, _ in slots:
+            by_source.setdefault(source_of(data.train, index)[0].name, set()).update(label for label, _ in labels)
+    assert by_source == {"trees": set(range(5)), "others": {CLASSES.index("ash"), 5}}
+
+
 def test_a_samples_pixels_are_those_of_its_own_set(
     sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,7 +386,7 @@ def test_sources_of_one_name_are_told_apart(sets: dict[str, Path]) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, float], dict[str, Any], str]] = {
-    "another class": ({"trees": 1, "others": 1}, {}, "class 1 is 'oak', which .* does not have"),
+    "another class": ({"trees": 1, "others": 1}, {}, "class 1 is 'oak', which .* does not have.*join_classes=true"),
     "the same set twice": ({"trees": 1, "again": 1}, {}, "are the same set; give it once"),
     "softmax": ({"trees": 1, "several": 1}, {"loss": "softmax"}, "several labels, .* one, .*set loss=sigmoid"),
     "no weight": ({"trees": 1, "few": 1e-9}, {}, "weight 1e-09 is less than one of"),

@@ -259,7 +259,7 @@ class Run:
             loaded.append(load_manifest(path))
         store = store_at(data.store, data.store_gb)
         loaded = [replace(manifest, store=store) if manifest.is_remote else manifest for manifest in loaded]
-        return joined(loaded)[0] if data.is_mixture else loaded[0]
+        return joined(loaded, all_classes=data.join_classes)[0] if data.is_mixture else loaded[0]
 
     @cached_property
     def own_data(self) -> Manifest:

@@ -237,6 +237,15 @@ class ModelConfig:
         yield from outside(self, "model", dropout=(0, 0.99), drop_path=(0, 0.99), image_size=(1, MAX_IMAGE_SIZE))
         yield from outside(self, "model", head_bias=(-1e3, 1e3))
 
+    def fp8_problems(self) -> list[str]:
+        """Returns what forbids engine.fp8 for the model."""
+        if self.timm_name is not None:
+            return [f"engine.fp8 works with our own ViTs only, not with {self.name}"]
+        width, _, mlp_dim, _ = self.shape
+        if width % 16 or mlp_dim % 16:
+            return [f"engine.fp8 needs multiples of 16: model.width is {width}, mlp_dim {mlp_dim}"]
+        return []
+
     def _vit_problems(self) -> Iterator[str]:
         if self.patch_size < 1 or self.image_size % self.patch_size:
             yield f"model.image_size ({self.image_size}) is not a multiple of model.patch_size ({self.patch_size})"

@@ -30,6 +30,7 @@ class DataConfig:
 
     train: Any = MISSING  # manifest.json of the training shards, or its folder; a mixture: [{path: A, weight: 3}, ...]
     reweight: list[Reweight] = field(default_factory=list)  # other weights of a mixture from later steps on
+    join_classes: bool = False  # of a mixture: its classes are those of all sets together; false: the largest set's
     val: Path | None = None  # manifest of validation shards; null: the held-out samples, if any
     held_out: int = 0  # samples of `train` kept for validation, the same ones for every seed; needs val=null
     subset: int | None = None  # train on so many of the others: a random choice, the same for every seed; null: all
@@ -95,6 +96,8 @@ class DataConfig:
         for name, instead in (("held_out", "set data.val"), ("subset", "lower their weights")):
             if self.is_mixture and (value := getattr(self, name)):
                 yield f"data.{name} ({value}) needs a single set, but data.train names several: {instead}"
+        if self.join_classes and not self.is_mixture:
+            yield "data.join_classes has no effect: data.train is one set"
         yield from weight_problems(self.sources, self.reweight)
         for name in ("crop_area", "crop_ratio"):
             low, high = getattr(self, name)
@@ -364,7 +367,7 @@ class Config:
         if self.init_new_head and self.init_from is None:
             problems.append("init_new_head needs init_from, which is null")
         if self.engine.fp8 and not problems:  # one may be that the model's name is unknown
-            problems += _fp8_problems(self.model)
+            problems += self.model.fp8_problems()
         if problems:
             raise ConfigError(*problems)
 
@@ -388,13 +391,3 @@ class Config:
 
 def _parts(config: Config) -> list[Any]:
     return [getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name))]
-
-
-def _fp8_problems(model: ModelConfig) -> list[str]:
-    """What forbids engine.fp8 for a model."""
-    if model.timm_name is not None:
-        return [f"engine.fp8 works with our own ViTs only, not with {model.name}"]
-    width, _, mlp_dim, _ = model.shape
-    if width % 16 or mlp_dim % 16:
-        return [f"engine.fp8 needs multiples of 16: model.width is {width}, mlp_dim {mlp_dim}"]
-    return []

@@ -45,12 +45,36 @@ def match_classes(
         for place, names in ((their_place, theirs), (our_place, ours)):
             _refuse_other_numbers(names, place, without[0])
         return ClassMatch(None, f"{without[0]} has no class names: labels are taken to mean the same")
-    if _are_wordnet_ids(theirs) != _are_wordnet_ids(ours):
+    if _are_ids(theirs).isdisjoint(_are_ids(ours)):
         kinds = f"class names of {their_place} ({theirs[0]!r}) and {our_place} ({ours[0]!r}) are of different kinds"
         if len(_used(theirs)) != len(_used(ours)):
             raise UserError(f"{kinds}, and not as many ({num_theirs}, {num_ours}); give both the same names")
         return ClassMatch(None, f"{kinds}: labels are taken to mean the same")
     return _by_name(theirs, ours, their_place, our_place)
+
+
+def join_classes(
+    lists: Sequence[Sequence[str]], places: Sequence[str]
+) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
+    """Returns the classes of several sets together, and for each set which of them its labels mean.
+
+    The first set's come first, then those that each next one adds. lists: their names, by which a class of several sets
+    is known; places: what the sets are called. Raises UserError where a set has no names, or one twice.
+    """
+    together: dict[str, int] = {}
+    names: list[str] = []
+    meanings: list[tuple[int, ...]] = []
+    for own, place in zip(lists, places):
+        if not has_names(own):
+            raise UserError(f"{place} has no class names, by which classes are joined; give it some with --classes")
+        for name in own:
+            if together.setdefault(_normal(name), len(names)) == len(names):
+                names.append(name)
+        meanings.append(tuple(together[_normal(name)] for name in own))
+        if len(set(meanings[-1])) < len(own):
+            twice = next(name for number, name in enumerate(own) if meanings[-1][number] in meanings[-1][:number])
+            raise UserError(f"{place}: class {twice!r} stands twice in its list")
+    return tuple(names), meanings
 
 
 def _refuse_other_numbers(names: Sequence[str], place: str, without: str) -> None:
@@ -140,6 +164,9 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _are_wordnet_ids(class_names: Sequence[str]) -> bool:
-    """ImageNet's names of classes, n01440764: they cannot be compared with words."""
-    return all(re.fullmatch(r"n\d{8}", name) for name in _used(class_names))
+def _are_ids(class_names: Sequence[str]) -> set[bool]:
+    """Whether names are WordNet ids, n01440764, as ImageNet's classes have: they cannot be compared with words.
+
+    Both, where sets of either kind are joined.
+    """
+    return {re.fullmatch(r"n\d{8}", name) is not None for name in _used(class_names)}

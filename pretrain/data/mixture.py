@@ -16,6 +16,7 @@ from math import lcm
 import numpy as np
 
 from pretrain.config import MAX_REWEIGHT_STEP, DataConfig
+from pretrain.data.classes import ClassMatch, join_classes
 from pretrain.data.lanes import Lanes, choose_lanes, fits, lanes_in, place, position_of, seen
 from pretrain.data.manifest import Manifest, read_as
 from pretrain.data.permutation import unvisit, visit
@@ -297,11 +298,12 @@ def _key(seed: int, source: int) -> tuple[object, ...]:
     return "source", source, "epoch", seed
 
 
-def joined(sources: Sequence[Manifest]) -> tuple[Manifest, list[str]]:
+def joined(sources: Sequence[Manifest], *, all_classes: bool = False) -> tuple[Manifest, list[str]]:
     """Returns the sources as one set, whose samples follow each other, and what is to be told of their classes.
 
-    Labels are read by name as those of the source with the most classes. The second source of a name gets a number.
-    Raises UserError, naming the first difference, when a source has other classes, or is given twice.
+    Labels are read by name as those of the source with the most classes, or of all sources together. The second source
+    of a name gets a number. Raises UserError when a source is given twice, or, naming the first difference, when it has
+    other classes.
     """
     for number, source in enumerate(sources):
         if same := [other.path for other in sources[:number] if other.sha256 == source.sha256]:
@@ -309,25 +311,44 @@ def joined(sources: Sequence[Manifest]) -> tuple[Manifest, list[str]]:
     names: list[str] = []
     for number, source in enumerate(sources, 1):
         names.append(f"{source.name}#{number}" if source.name in names else source.name)
-    widest = max(sources, key=lambda source: source.num_classes)
-    own, told = [], []
-    for source, name in zip(sources, names):
-        read, said = (source, None) if source is widest else read_as(source, widest)
-        own.append(replace(read, name=name))
-        told += [said] if said else []
+    whole, own, told = _with_all_classes(sources) if all_classes else _with_the_widest(sources)
     return (
         replace(
-            widest,
+            whole,
             name=" + ".join(names),
             sha256=hashlib.sha256("\n".join(source.sha256 for source in sources).encode()).hexdigest(),
             num_samples=sum(source.num_samples for source in sources),
             shards=tuple(shard for source in sources for shard in source.shards),
             multi_label=any(source.multi_label for source in sources),
             store=next((source.store for source in sources if source.store), None),
-            sources=tuple(own),
+            sources=tuple(replace(source, name=name) for source, name in zip(own, names)),
         ),
         told,
     )
+
+
+def _with_the_widest(sources: Sequence[Manifest]) -> tuple[Manifest, list[Manifest], list[str]]:
+    """The source with the most classes, all sources with their labels read as its own, and what is to be told of it."""
+    widest = max(sources, key=lambda source: source.num_classes)
+    try:
+        read = [(source, None) if source is widest else read_as(source, widest) for source in sources]
+    except UserError as error:
+        way_out = "data.join_classes=true takes the classes of all sets together"
+        raise UserError(f"data.train: {error}; {way_out}") from None
+    return widest, [source for source, _ in read], [told for _, told in read if told]
+
+
+def _with_all_classes(sources: Sequence[Manifest]) -> tuple[Manifest, list[Manifest], list[str]]:
+    """A set with the classes of all sources, these with their labels read as its own, and what is to be told of it."""
+    names, meanings = join_classes([source.class_names for source in sources], [str(source.path) for source in sources])
+    own, told, known = [], [], 0
+    for source, labels in zip(sources, meanings):
+        own.append(source.with_meaning(ClassMatch(labels, None), names))
+        new = sum(label >= known for label in labels)
+        told.append(f"{new:,} of {source.path.parent} ({source.num_classes:,})")
+        known += new
+    whole = replace(sources[0], num_classes=len(names), class_names=names)
+    return whole, own, [f"data.train: {len(names):,} classes together: {', '.join(told)}"]
 
 
 def source_of(manifest: Manifest, index: int) -> tuple[Manifest, int]:

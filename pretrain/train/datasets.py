@@ -87,7 +87,7 @@ def _open_train(config: Config) -> tuple[Manifest, Mixture | None]:
     if not config.data.is_mixture:
         return _open(config.data.train, config), None
     sources = [_open(source.path, config) for source in config.data.sources]
-    train_set, told = joined(sources)
+    train_set, told = joined(sources, all_classes=config.data.join_classes)
     if config.loss == "softmax" and train_set.multi_label and not all(source.multi_label for source in sources):
         several, single = (next(s for s in sources if s.multi_label is kind) for kind in (True, False))
         raise ConfigError(
