@@ -350,8 +350,9 @@ def test_the_classes_of_all_sets_together(
     sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`others` has one class of `trees` and one of its own, which comes behind them; a set for validation is mapped."""
-    of_sets = {"data__train": of(sets, trees=1, others=1), "data__join_classes": True, "data__val": sets["others"]}
-    config = changed(settings(sets, tmp_path), **of_sets, evaluation__every_steps=1)
+    of_sets = {"data__train": of(sets, trees=1, others=1), "data__reweight": [], "data__join_classes": True}
+    own = {**of_sets, "data__val": str(sets["others"]), "evaluation__every_steps": 1}
+    config = changed(settings(sets, tmp_path), **own)
     data = open_data(config)
     together = f"data.train: 6 classes together: 5 of {sets['trees']} (5), 1 of {sets['others']} (2)"
     assert together in capsys.readouterr().out

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import cli
 from pretrain.config import Config, load_config
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.gpus import DEVICES, GIB
 from pretrain.json_files import Fields
 from pretrain.plan.choose import USABLE_SHARE
@@ -100,14 +100,11 @@ def _in_steps(config: Config) -> Config:
     from pretrain.train.epochs import in_steps
 
     try:
-        found = in_steps(config)
+        return in_steps(config)
+    except ConfigError:
+        raise
     except UserError as error:
         raise UserError(f"{error} (total_epochs takes the number of images; without data give total_steps=N)") from None
-    if not found.total_steps:
-        raise UserError(
-            f"data.held_out ({config.data.held_out}) leaves nothing of {config.data.train} to train on; lower it"
-        )
-    return found
 
 
 class _Number(NamedTuple):

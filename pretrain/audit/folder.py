@@ -89,7 +89,7 @@ class Saved:
         return self.state.part("train")
 
     @property
-    def order(self) -> Fields:
+    def said_order(self) -> Fields:
         """What it says of order and data set."""
         return self.state.part("data").part("order")
 
@@ -242,7 +242,7 @@ class Run:
     @cached_property
     def identity(self) -> tuple[str, Mapping[str, Any]]:
         """What the newest checkpoint says of order and data set, and the file that says it."""
-        return str(self.newest.place), self.newest.order.values
+        return str(self.newest.place), self.newest.said_order.values
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -299,13 +299,13 @@ class Run:
             return replace(order, mixture=self._mixture(order))
         if key[0] != "lanes":
             return order
-        lanes = lanes_in(self.newest.order, order.num_train, order.global_batch, self.trained)
+        lanes = lanes_in(self.newest.said_order, order.num_train, order.global_batch, self.trained)
         return replace(order, lanes=lanes)
 
     @cached_property
     def sources(self) -> list[Fields]:
         """The sources of a mixture, as the newest checkpoint names them; none of one set."""
-        return self.newest.order.parts("sources", ())
+        return self.newest.said_order.parts("sources", ())
 
     def _mixture(self, order: Order) -> Mixture:
         """The numbers of the mixture that the newest checkpoint names."""
@@ -315,7 +315,7 @@ class Run:
             lie(self.identity[0], numbers, f"2 to {MAX_SOURCES}, with {order.num_samples} samples together")
         if order.held_out:
             lie(self.folder / "config.yaml", f"data.held_out is {order.held_out}", "0: the run is a mixture")
-        phases = phases_in(self.newest.order, len(sizes), order.global_batch)
+        phases = phases_in(self.newest.said_order, len(sizes), order.global_batch)
         if self.identity[1].get("name") != "lanes":
             return Mixture(sizes, phases)
         own = zip(self.sources, sizes)

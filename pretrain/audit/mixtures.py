@@ -21,7 +21,7 @@ def check_identity(run: Run, saved: Saved) -> set[str]:
             if (found := source.values.get(key)) != (expected := newest.values.get(key)):
                 lie(source.source, f"{key} is {brief(found)}", f"{brief(expected)}, as {newest.source} says")
     batch, count = run.order.global_batch, len(run.sources)
-    found = begun(phases_in(saved.order, len(sources), batch), saved.step * batch, count)
+    found = begun(phases_in(saved.said_order, len(sources), batch), saved.step * batch, count)
     if found != (expected := begun(run.order.mixture.phases, saved.step * batch, count)):
         of_newest = f"{told_phases(expected, batch)}, as {run.identity[0]} says"
         lie(saved.place, f"data phases: {told_phases(found, batch)}", of_newest)
@@ -55,4 +55,4 @@ def expected_receipt(run: Run, saved: Saved) -> dict[str, Any]:
 
 
 def _sources(saved: Saved) -> list[Fields]:
-    return saved.order.parts("sources", ())
+    return saved.said_order.parts("sources", ())

@@ -50,7 +50,7 @@ def check_starts(run: Run) -> Outcome:
         if number > run.origin and start.step < run.first_step:
             lie(start.place, f"step {start.step}", f"{run.first_step} or more, where the run began")
     told = "" if chained == len(run.starts) else f"{len(run.starts) - chained} of an earlier version: not chained"
-    return Outcome("step, ranks, seed, batch, held out; each knows the lines before it", len(run.starts), told)
+    return Outcome("step, ranks, seed, batch, held out, subset; each knows the lines before it", len(run.starts), told)
 
 
 def check_history(run: Run) -> Outcome:
@@ -138,7 +138,7 @@ def _expected_receipt(run: Run, saved: Saved) -> dict[str, object]:
     config = saved.state.part("config")
     batch = config.part("data").integer("global_batch", 1, MAX_COUNT)
     return {
-        **saved.order.values,
+        **saved.said_order.values,
         **mixtures.expected_receipt(run, saved),
         "seed": config.values.get("seed"),
         "global_batch": batch,
@@ -174,7 +174,7 @@ def check_config(run: Run) -> Outcome:
 
 
 def _check_identity(run: Run, saved: Saved, place: str, identity: Mapping[str, Any]) -> None:
-    own = saved.order.values
+    own = saved.said_order.values
     for key in {**identity, **own}.keys() - mixtures.check_identity(run, saved):
         if own.get(key) != identity.get(key):
             lie(saved.place, f"data {key} is {brief(own.get(key))}", f"{brief(identity.get(key))}, as {place} says")

@@ -121,7 +121,10 @@ def _epochs_begun(run: Run) -> int:
 
 
 def check_epochs(run: Run) -> list[Outcome]:
-    """Adds up every epoch: used, bad, skipped, held out. All epochs together have all slots of the steps."""
+    """Adds up every epoch: used, bad, skipped, held out, outside of the subset.
+
+    All epochs together have all slots of the steps.
+    """
     order, begun = run.order, _epochs_begun(run)
     bad: dict[_Pass, Counter[str]] = {}
     listed = zip(_passes(run, run.bad.epochs, run.bad.indices), run.bad.steps.tolist(), run.bad.reasons)

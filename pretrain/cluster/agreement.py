@@ -5,7 +5,7 @@ agreed makes progress, and tells the watchdog so.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from pretrain.cluster.ranks import all_gather, cpu_group, is_main, world_size
 from pretrain.cluster.watchdog import asked, beat, from_device
 from pretrain.errors import StorageError, UserError
+
+T = TypeVar("T")
 
 
 def gather(value: Any) -> list[Any]:
@@ -57,14 +59,14 @@ def raise_together(error: Exception | None) -> None:
         raise next(found for found in gather(error) if found is not None)
 
 
-def together(make: Callable[[], Any]) -> Any:
+def together(make: Callable[[], T]) -> T:
     """Returns what `make` returns on this rank; a user's or a storage error of any rank is raised on all."""
-    result, met = None, None
     try:
         result = make()
     except (UserError, StorageError) as error:
-        met = error
-    raise_together(met)
+        raise_together(error)
+        raise
+    raise_together(None)
     return result
 
 

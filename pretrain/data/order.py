@@ -16,6 +16,7 @@ from pretrain.config import Config
 from pretrain.data.lanes import Lanes, place, place_in_row, position_of, row_of_blocks, seen
 from pretrain.data.mixture import Mixture
 from pretrain.data.permutation import permute, unpermute, unvisit, visit
+from pretrain.errors import ConfigError
 
 Steps = int | range | np.ndarray
 Slots = range | list[int] | np.ndarray
@@ -156,8 +157,18 @@ class Order:
 
 
 def order_of(config: Config, num_samples: int) -> Order:
-    """Returns the order `permuted` that a config gives a set of so many samples."""
+    """Returns the order `permuted` that a config gives a set of so many samples.
+
+    Raises ConfigError when it has fewer than are held out, or than the subset.
+    """
     data = config.data
+    if data.held_out >= num_samples:
+        raise ConfigError(
+            f"data.held_out ({data.held_out}) leaves nothing of {num_samples} samples to train on; "
+            f"hold out fewer, as data.held_out={num_samples // 50}"
+        )
+    if data.subset is not None and data.subset > (most := num_samples - data.held_out):
+        raise ConfigError(f"data.subset ({data.subset}) is more than the {most} images to train on; lower it")
     return Order(num_samples, data.held_out, data.global_batch, config.seed, subset=data.subset)
 
 

@@ -321,13 +321,18 @@ class _Connections(dict[tuple[str, str], http.client.HTTPConnection]):
             self.popitem()[1].close()
 
 
-_local = threading.local()
+class _Local(threading.local):
+    """What each thread has for itself: this runs at a thread's first use."""
+
+    def __init__(self) -> None:
+        self.connections = _Connections()
+
+
+_local = _Local()
 
 
 def _connection(scheme: str, place: str) -> http.client.HTTPConnection:
     """A connection of this thread."""
-    if not hasattr(_local, "connections"):
-        _forget_connections()
     open_ones = _local.connections
     if (scheme, place) not in open_ones:
         if scheme == "https":
@@ -339,7 +344,7 @@ def _connection(scheme: str, place: str) -> http.client.HTTPConnection:
 
 
 def _forget_connections() -> None:
-    """Closes this thread's connections: an answer on one of them was not read to its end."""
+    """Closes this thread's connections: an answer was not read to its end, or they are a parent's."""
     _local.connections = _Connections()
 
 

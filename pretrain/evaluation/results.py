@@ -99,7 +99,8 @@ def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] |
 
 _LETTERS = 12  # of a digest, in a file's name and on a page
 _MOST = 1 << 53  # a whole number up to here is one in JSON of any reader
-SHARED = {"loss": "loss", "transform": "transform", "image_size": "image size"}  # alike for all rows of one weights
+# What is alike for all rows of one set of weights.
+SHARED = {"loss": "loss", "transform": "transform", "image_size": "image size"}
 
 
 @contextmanager

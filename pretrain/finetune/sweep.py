@@ -48,7 +48,7 @@ _OWN_KEYS = {
     "data.train": _DATA,
     "data.val": _DATA,
     "data.held_out": _DATA,
-    "data.subset": _DATA,
+    "data.subset": "nothing: a run takes all of a task's images",
     "init_from": "WEIGHTS",
     "init_new_head": "WEIGHTS",
     "branch_from": "WEIGHTS",

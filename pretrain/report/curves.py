@@ -295,6 +295,7 @@ def axis_labels(values: Sequence[float]) -> list[str]:
 
 # --- PNG -------------------------------------------------------------------------------------------------------------
 
+# Beside the widths of `_strokes`, but for "val", whose dots need a thinner line here.
 _STYLES = {"raw": {"alpha": 0.3}, "mean": {}, "val": {"ls": "--", "lw": 1, "marker": "o", "ms": 4}}
 
 

@@ -1,4 +1,4 @@
-"""How much a compressed file may become: a megabyte of zeros must not fill a disk or the memory."""
+"""Unpacks compressed files within a limit: a megabyte of zeros must not fill a disk or the memory."""
 
 import gzip
 from pathlib import Path

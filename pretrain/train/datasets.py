@@ -62,15 +62,6 @@ def open_data(config: Config) -> DataSets:
         raise ConfigError(
             f"model.num_classes ({num_classes}) is smaller than the {train_set.num_classes} of {train_set.path}"
         )
-    if config.data.held_out >= train_set.num_samples:
-        raise ConfigError(
-            f"data.held_out ({config.data.held_out}) leaves nothing of {train_set.num_samples} samples to train on; "
-            f"hold out fewer, as data.held_out={train_set.num_samples // 50}"
-        )
-    if (subset := config.data.subset) and subset > (most := train_set.num_samples - config.data.held_out):
-        raise ConfigError(
-            f"data.subset ({subset}) is more than the {most} images to train on; give at most {most}, or null"
-        )
     if config.data.global_batch < ranks.world_size():
         raise ConfigError(
             f"data.global_batch ({config.data.global_batch}) is smaller than the {ranks.world_size()} ranks; "
@@ -131,6 +122,8 @@ def warn_of_small_store(manifest: Manifest, order: Order) -> None:
             )
         return
     num_bytes = sum(shard.num_bytes for shard in manifest.shards if shard.url)
+    block_bytes = manifest.block_samples * manifest.num_bytes / manifest.num_samples
+    num_bytes = min(num_bytes, order.num_train * block_bytes)  # a small subset does not need all blocks
     if num_bytes > manifest.store.max_bytes:
         blocks = 1 - manifest.store.max_bytes / num_bytes
         say(

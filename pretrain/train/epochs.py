@@ -12,13 +12,12 @@ def in_steps(config: Config) -> Config:
     """Returns the config with the total_steps of its total_epochs; one without total_epochs as it is.
 
     An epoch is one pass over data.train less data.held_out, or over data.subset; steps are rounded. A saved config has
-    both, which must agree. Raises ConfigError when they do not, UserError when the training set cannot be read.
+    both, which must agree. Raises ConfigError when they do not, and as `order_of` does, UserError when the training set
+    cannot be read.
     """
     if config.total_epochs is None:
         return config
     num_train = order_of(config, load_manifest(config.data.train).num_samples).num_train
-    if num_train <= 0:
-        return config  # told with the data
     steps = max(1, round(config.total_epochs * num_train / config.data.global_batch))
     if config.total_steps not in (0, steps):
         raise ConfigError(

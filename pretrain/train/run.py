@@ -84,8 +84,7 @@ def _short_collections() -> Iterator[None]:
 
 
 def _train(given: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
-    opened: tuple[Config, DataSets] = agreement.together(lambda: _opened(folder, given))
-    config, data = opened
+    config, data = agreement.together(lambda: _opened(folder, given))
     restore_copy(config, stop)
     checkpoint = newest_valid(folder / "checkpoints")
     if checkpoint is not None:
@@ -101,7 +100,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     warn_of_added_losses(config, data)
     warn_of_large_batch(data.order)
     branches = config.branch_from is not None and checkpoint is None
-    origin: Path | None = agreement.together(lambda: _branch_point(config, data)) if branches else None
+    origin = agreement.together(lambda: _branch_point(config, data)) if branches else None
     start = checkpoint or origin
     warn_of_small_store(data.train, data.order)
     if start is None:  # one that goes on keeps its order
