@@ -334,7 +334,7 @@ def _with_the_widest(sources: Sequence[Manifest]) -> tuple[Manifest, list[Manife
         read = [(source, None) if source is widest else read_as(source, widest) for source in sources]
     except UserError as error:
         way_out = "data.join_classes=true takes the classes of all sets together"
-        raise UserError(f"data.train: {error}; {way_out}") from None
+        raise UserError(f"data.train: {error}; or {way_out}") from None
     return widest, [source for source, _ in read], [told for _, told in read if told]
 
 
