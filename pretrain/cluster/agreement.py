@@ -65,7 +65,7 @@ def together(make: Callable[[], T]) -> T:
         result = make()
     except (UserError, StorageError) as error:
         raise_together(error)
-        raise
+        raise  # never: it has been raised
     raise_together(None)
     return result
 
