@@ -217,9 +217,14 @@ def _read_yaml(path: Path) -> Any:
 
 def _refusal(source: str, what: str, error: Exception) -> ConfigError:
     told = " ".join(str(error).replace('"<unicode string>", ', "").replace('"<byte string>", ', "").split())
-    if "maximum nesting depth" in told:  # libyaml's own, of a thousand, since PyYAML 6.0.4; met before its first event
+    if _is_too_deep(error):
         return ConfigError(f"{source}: is nested more than {MAX_NESTING} deep")
     return ConfigError(f"{source}: {what}: {short(told, 600)}")
+
+
+def _is_too_deep(error: Exception) -> bool:
+    """Whether libyaml has met its own limit, of a thousand, since PyYAML 6.0.4: before its first event."""
+    return "maximum nesting depth" in str(error)
 
 
 def _read_override(text: str, following: Sequence[str]) -> Any:
@@ -235,7 +240,7 @@ def _read_override(text: str, following: Sequence[str]) -> Any:
     except ConfigError:
         raise
     except _REFUSED as error:
-        if is_open(text):
+        if is_open(text) and not _is_too_deep(error):
             whole = uncut(text, following)
             way_out = f"put it in quotes: {whole}" if whole else "its closing bracket is missing"
             raise ConfigError(f"{short(text)}: ends within brackets; {way_out}") from None
