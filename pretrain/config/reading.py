@@ -217,14 +217,7 @@ def _read_yaml(path: Path) -> Any:
 
 def _refusal(source: str, what: str, error: Exception) -> ConfigError:
     told = " ".join(str(error).replace('"<unicode string>", ', "").replace('"<byte string>", ', "").split())
-    if _is_too_deep(error):
-        return ConfigError(f"{source}: is nested more than {MAX_NESTING} deep")
     return ConfigError(f"{source}: {what}: {short(told, 600)}")
-
-
-def _is_too_deep(error: Exception) -> bool:
-    """Whether libyaml has met its own limit, of a thousand, since PyYAML 6.0.4: before its first event."""
-    return "maximum nesting depth" in str(error)
 
 
 def _read_override(text: str, following: Sequence[str]) -> Any:
@@ -240,7 +233,7 @@ def _read_override(text: str, following: Sequence[str]) -> Any:
     except ConfigError:
         raise
     except _REFUSED as error:
-        if is_open(text) and not _is_too_deep(error):
+        if is_open(text):
             whole = uncut(text, following)
             way_out = f"put it in quotes: {whole}" if whole else "its closing bracket is missing"
             raise ConfigError(f"{short(text)}: ends within brackets; {way_out}") from None
@@ -255,7 +248,7 @@ def _check_text(text: str, source: str) -> None:
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise ConfigError(f"{source}: has more than {MAX_BYTES:,} bytes, which is the limit of a config")
     depth = values = 0
-    for event in yaml.parse(text, Loader=_LOADER):
+    for event in _events(text, source):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -267,6 +260,15 @@ def _check_text(text: str, source: str) -> None:
             raise ConfigError(f"{source}: is nested more than {MAX_NESTING} deep")
         if values > 2 * MAX_VALUES:
             raise ConfigError(f"{source}: has more than {MAX_VALUES:,} values")
+
+
+def _events(text: str, source: str) -> Iterator[yaml.Event]:
+    try:
+        yield from yaml.parse(text, Loader=_LOADER)
+    except yaml.YAMLError as error:
+        if "maximum nesting depth" in str(error):  # libyaml's own, of a thousand, since PyYAML 6.0.4; before any event
+            raise ConfigError(f"{source}: is nested more than {MAX_NESTING} deep") from None
+        raise
 
 
 def _check_values(values: Any, source: str) -> None:
