@@ -378,6 +378,27 @@ def test_a_run_on_a_subset_adds_up(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("order", ["permuted", "lanes"])
+def test_a_run_on_copies_adds_up(case: Case, tmp_path: Path, order: str) -> None:
+    """Three epochs side by side, of which each lists a bad sample; a sample of a later epoch is a lie."""
+    copied = {"data__repeats": 3, "data__held_out": HELD_OUT, "data__order": order, "log__samples": True}
+    run_ranks(finish, 2, tiny_config(case.shards, tmp_path, **copied))
+    run = tmp_path / "tiny"
+    found = look(run, full=True)
+    assert not wrong(found)
+    told = [finding.compared for finding in found if "under way: " in finding.compared]
+    assert [line.split(",")[0] for line in told] == ["epoch 0", "epoch 1", "epoch 2"]
+    assert all(line.endswith(f" = {STEPS * BATCH // 3} of {103 - HELD_OUT}") for line in told)
+    bad = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    assert bad and all({row["epoch"] for row in bad if row["index"] == one["index"]} == {0, 1, 2} for one in bad)
+    weights = read_weights(run / "checkpoints" / f"step-{STEPS:010d}")
+    card = model_card(weights, "npz", title="", command="", versions={}, loading="", proof="")
+    assert "; each image 3 times in its step, held out 7, bad " in card
+    edit_lines(run / "bad_samples.jsonl", lambda rows: rows[0].update(epoch=rows[0]["epoch"] + 3))
+    assert any(line.endswith(", by the order") for line in wrong(look(run, no_data=True)))
+
+
+@pytest.mark.slow
 def test_a_run_in_lanes_adds_up(case: Case, tmp_path: Path) -> None:
     """The other order has closed forms too: epochs under way side by side, each listed sample at its step."""
     more = {
@@ -668,6 +689,7 @@ LIES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     ),
     "held_out": (lambda run, _: edit_config(run, "held_out: 7", "held_out: 8"), "held_out is 7; expected 8"),
     "subset": (lambda run, _: edit_config(run, "subset: null", "subset: 90"), "subset is None; expected 90"),
+    "copies": (lambda run, _: edit_config(run, "repeats: 1", "repeats: 3"), "repeats is 1; expected 3"),
     "global batch": (lambda run, _: edit_config(run, "batch: 12", "batch: 6"), "global_batch is 12; expected 6"),
     "more steps": (lambda run, _: edit_config(run, "total_steps: 20", "total_steps: 30"), "total_steps: was 20, is 30"),
     "learning rate": (lambda run, _: edit_config(run, "lr: 0.002", "lr: 0.003"), "optim.lr: was 0.002, is 0.003"),

@@ -287,6 +287,8 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["data.global_batch=0"], "data.global_batch is 0"),
         (["data.held_out=-1"], "data.held_out is -1"),
         (["data.subset=0"], "data.subset is 0, expected 1 to"),
+        (["data.repeats=0"], "data.repeats is 0, expected 1 to"),
+        (["data.repeats=3", "data.global_batch=2048"], "(2048) is no multiple of data.repeats (3); try 2046"),
         (["data.join_classes=true"], "data.join_classes has no effect: data.train is one set"),
         (["data.flip=1.1"], "data.flip is 1.1"),
         (["data.color_jitter=-0.1"], "data.color_jitter is -0.1, expected 0 to 10"),

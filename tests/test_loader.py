@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from pretrain.config import Config, config_from_dict
-from pretrain.data import reader
+from pretrain.data import loader, reader
 from pretrain.data.images import decode, eval_image, train_image
 from pretrain.data.lanes import Lanes
 from pretrain.data.loader import (
@@ -31,7 +32,7 @@ from pretrain.data.loader import (
 )
 from pretrain.data.manifest import Manifest, load_index, load_manifest, write_manifest
 from pretrain.data.mix import draw_mix, mixed
-from pretrain.data.order import Order, plan_batch, share
+from pretrain.data.order import Order, order_of, plan_batch, share
 from pretrain.data.reader import parse_label, read_sample
 from pretrain.errors import BadSamplesError, StorageError, UserError
 from pretrain.shards.build import build, write_samples
@@ -70,8 +71,8 @@ def rank_batches(
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     settings, manifest = config(shards, **data), load_manifest(shards)
     lanes = Lanes(block_samples=8, num_lanes=3) if settings.data.order == "lanes" else None
-    order = Order(manifest.num_samples, settings.data.held_out, GLOBAL_BATCH, settings.seed, lanes)
-    plan = plan_batch(GLOBAL_BATCH, world_size, 4)
+    order = replace(order_of(settings, manifest.num_samples), lanes=lanes)
+    plan = plan_batch(order.global_batch, world_size, 4)
     batches = list(train_batches(manifest, order, plan, settings, start))
     for batch in batches:
         assert batch.images.shape == (plan.accumulation * plan.micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -88,7 +89,7 @@ def global_steps(shards: Path, monkeypatch: pytest.MonkeyPatch, world_size: int,
     for step_batches in zip(*ranks):
         slots = []
         for rank, batch in enumerate(step_batches):
-            own = len(share(GLOBAL_BATCH, rank, world_size))
+            own = len(share(options.get("global_batch", GLOBAL_BATCH), rank, world_size))
             slots += [
                 (int(batch.epoch[i]), int(batch.index[i]), targets(batch, i), bool(batch.valid[i]), pixels(batch, i))
                 for i in range(own)
@@ -402,6 +403,57 @@ def test_a_mixed_batch_is_its_samples_mixed(
             assert slots[slot][2] == [(label, float(np.float32(share))) for label, share in shares if share]
             assert slots[slot][:2] == own[:2]
     assert kinds == {"mixup", "cutmix"}
+
+
+@pytest.mark.parametrize("order", ["permuted", "lanes"])
+def test_copies_of_an_image_are_decoded_once_and_augmented_anew(
+    shard_folder: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """Three copies side by side, each with the pixels of its own epoch; as many images read as are different."""
+    copied = {"repeats": 3, "global_batch": 18, "order": order}
+    decoded: list[bytes] = []
+
+    def counted(data: bytes, *given: Any) -> torch.Tensor:
+        decoded.append(data)
+        return decode(data, *given)
+
+    monkeypatch.setattr(loader, "decode", counted)
+    steps = global_steps(shard_folder, monkeypatch, 1, **copied)
+    assert len(decoded) == 6 * len(steps)
+    once = global_steps(shard_folder, monkeypatch, 1, global_batch=6, order=order)
+    settings, manifest = config(shard_folder, **copied), load_manifest(shard_folder)
+    for slots, images in zip(steps, once):
+        for number, image in enumerate(images):
+            copies = slots[3 * number : 3 * number + 3]
+            assert [copy[:3] for copy in copies] == [(3 * image[0] + place, *image[1:3]) for place in range(3)]
+            for epoch, index, _, _, found in copies:
+                whole = decode(read_sample(manifest, index).image, lambda _: None)
+                key = settings.seed, manifest.name, epoch, index
+                assert found == train_image(whole, IMAGE_SIZE, settings.data, *key).numpy().tobytes()
+            assert len({copy[4] for copy in copies}) == 3
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 6])
+def test_copies_are_mixed_with_those_of_another_image(
+    repeats: int, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The k-th with the k-th, of images 0 and 1, 2 and 3 ...: the same on 1, 2 and 5 ranks, which cut copies apart."""
+    copied = {"repeats": repeats, "global_batch": 18}
+    alone = global_steps(shard_folder, monkeypatch, 1, **MIXING | copied)
+    plain = global_steps(shard_folder, monkeypatch, 1, **MIXING | copied | {"mixup": 0.0, "cutmix": 0.0})
+    settings = config(shard_folder, **MIXING | copied).data
+    for step, (slots, sources) in enumerate(zip(alone, plain)):
+        mix = draw_mix(settings, IMAGE_SIZE, 0, step)
+        assert mix is not None
+        for slot, source in enumerate(sources):
+            image, copy = divmod(slot, repeats)
+            if (other := (image ^ 1) * repeats + copy) >= 18:
+                assert slots[slot] == source  # the last of an odd number of images
+                continue
+            expected = mixed(image_of(source), image_of(sources[other]), mix)
+            assert slots[slot][4] == expected.numpy().tobytes()
+    for world_size in (2, 5):
+        assert global_steps(shard_folder, monkeypatch, world_size, **MIXING | copied) == alone
 
 
 def image_of(slot: tuple) -> torch.Tensor:

@@ -393,6 +393,7 @@ REFUSED: dict[str, tuple[dict[str, float], dict[str, Any], str]] = {
     "no weight": ({"trees": 1, "few": 1e-9}, {}, "weight 1e-09 is less than one of"),
     "held out": ({"trees": 1, "few": 1}, {"data__held_out": 3}, "data.train names several: set data.val"),
     "subset": ({"trees": 1, "few": 1}, {"data__subset": 3}, "data.train names several: lower their weights"),
+    "copies": ({"trees": 1, "few": 1}, {"data__repeats": 2}, "data.train names several: set it to 1"),
     "one set": ({"trees": 1}, {}, "expected the path of one set, or 2 to 64 sets"),
     "epochs": (
         {"trees": 1, "few": 1},

@@ -195,22 +195,45 @@ LANES = (None, Lanes(4, 3), Lanes(2, 5, window_blocks=2))
 
 @pytest.mark.parametrize("lanes", LANES, ids=str)
 @pytest.mark.parametrize(
-    ("size", "held_out", "batch", "subset"),
-    [(101, 0, 12, None), (101, 7, 12, None), (101, 7, 12, 37), (50, 0, 7, None), (50, 0, 7, 49), (40, 4, 61, None)],
+    ("size", "held_out", "batch", "subset", "repeats"),
+    [
+        (101, 0, 12, None, 1),
+        (101, 7, 12, None, 1),
+        (101, 7, 12, 37, 1),
+        (50, 0, 7, None, 1),
+        (50, 0, 7, 49, 1),
+        (40, 4, 61, None, 1),
+        (101, 7, 36, 37, 3),
+        (40, 4, 122, None, 2),
+    ],
 )
 def test_closed_forms_agree_with_the_steps(
-    size: int, held_out: int, batch: int, subset: int | None, lanes: Lanes | None
+    size: int, held_out: int, batch: int, subset: int | None, repeats: int, lanes: Lanes | None
 ) -> None:
     """`steps_of` finds the step of each sample, and of no other one; `seen_in` counts what the steps before hold."""
-    order = Order(size, held_out, batch, 3, lanes, subset=subset)
+    order = Order(size, held_out, batch, 3, lanes, subset=subset, repeats=repeats)
     epochs = np.concatenate([order.samples(step)[0] for step in range(25)])
     for step in range(25):
         assert (order.steps_of(*order.samples(step)) == step).all()
-        for epoch in range(80):
+        for epoch in range(80 * repeats):
             assert order.seen_in(step)(epoch) == [(epochs[: step * batch] == epoch).sum()]
     others = np.setdiff1d(np.arange(size), order.samples(range(25))[1])
     assert len(others) == size - order.num_train and np.isin(order.held_out_indices(), others).all()
     assert (order.steps_of(np.zeros(len(others), np.int64), others) == -1).all()
+
+
+@pytest.mark.parametrize("lanes", LANES, ids=str)
+def test_copies_follow_each_other_as_epochs_side_by_side(lanes: Lanes | None) -> None:
+    """Three copies: the images of the order with a third of the batch, and each (epoch, index) once."""
+    copied, single = (Order(101, 7, batch, 3, lanes, repeats=repeats) for batch, repeats in ((36, 3), (12, 1)))
+    epochs, indices = copied.samples(range(40))
+    rounds, images = single.samples(range(40))
+    assert (indices.reshape(40, 12, 3) == images[..., None]).all()
+    assert (epochs.reshape(40, 12, 3) == rounds[..., None] * 3 + np.arange(3)).all()
+    assert len(set(zip(epochs.ravel().tolist(), indices.ravel().tolist()))) == epochs.size
+    assert copied.epochs(40) == 36 * 40 / 94 and (copied.held_out_indices() == single.held_out_indices()).all()
+    shares = np.concatenate([copied.samples(5, share(36, rank, 5))[1] for rank in range(5)])
+    assert (shares == indices[5]).all()
 
 
 @pytest.mark.parametrize("block", [0, 16])

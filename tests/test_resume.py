@@ -394,6 +394,7 @@ def refusal(config: Config) -> str:
         ({"engine__precision": "bf16"}, "engine.precision: was fp32, is bf16"),
         ({"data__held_out": 3}, "data.held_out: was 0, is 3"),
         ({"data__subset": 3}, "data.subset: was None, is 3"),
+        ({"data__repeats": 3}, "data.repeats: was 1, is 3"),
         ({"total_steps": 300}, "total_steps: was 400, is 300"),
         ({"data__order": "lanes"}, "data.order: was 'permuted', is 'lanes'"),
     ],

@@ -299,7 +299,7 @@ class Run:
             return replace(order, mixture=self._mixture(order))
         if key[0] != "lanes":
             return order
-        lanes = lanes_in(self.newest.said_order, order.num_train, order.global_batch, self.trained)
+        lanes = lanes_in(self.newest.said_order, order.num_train, order.images_per_step, self.trained)
         return replace(order, lanes=lanes)
 
     @cached_property

@@ -31,8 +31,8 @@ def check_starts(run: Run) -> Outcome:
     """Each start begins at a step that had been saved, with the run's seed and batch, and none is missing."""
     config, branched, chained = run.config, run.config.branch_from is not None, 0
     data = config.data
-    numbers = {"global_batch": data.global_batch, "held_out": data.held_out, "subset": data.subset}
-    expected = {"seed": config.seed, **numbers}
+    of_data = {key: getattr(data, key) for key in ("global_batch", "held_out", "subset", "repeats")}
+    expected = {"seed": config.seed, **of_data}
     for number, start in enumerate(run.starts):
         if start.branched and not branched:
             lie(start.place, "a start that branched off", "none, for config.yaml names no branch_from")
@@ -50,7 +50,9 @@ def check_starts(run: Run) -> Outcome:
         if number > run.origin and start.step < run.first_step:
             lie(start.place, f"step {start.step}", f"{run.first_step} or more, where the run began")
     told = "" if chained == len(run.starts) else f"{len(run.starts) - chained} of an earlier version: not chained"
-    return Outcome("step, ranks, seed, batch, held out, subset; each knows the lines before it", len(run.starts), told)
+    return Outcome(
+        "step, ranks, seed, batch, held out, subset, repeats; each knows the lines before it", len(run.starts), told
+    )
 
 
 def check_history(run: Run) -> Outcome:
@@ -136,14 +138,14 @@ def check_receipts(run: Run) -> Outcome:
 
 def _expected_receipt(run: Run, saved: Saved) -> dict[str, object]:
     config = saved.state.part("config")
-    batch = config.part("data").integer("global_batch", 1, MAX_COUNT)
+    data = config.part("data")
+    batch = data.integer("global_batch", 1, MAX_COUNT)
     return {
         **saved.said_order.values,
         **mixtures.expected_receipt(run, saved),
         "seed": config.values.get("seed"),
         "global_batch": batch,
-        "held_out": config.part("data").values.get("held_out"),
-        "subset": config.part("data").values.get("subset"),
+        **{key: data.values.get(key) for key in ("held_out", "subset", "repeats")},
         "steps": saved.step,
         "samples_seen": saved.step * batch,
         **{key: saved.train.values.get(key) for key in ("bad_samples", "damaged_samples", "skipped_steps")},

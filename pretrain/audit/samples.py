@@ -40,7 +40,7 @@ def _check_steps(run: Run, listed: Listed) -> None:
         first = int(too_large[0])
         lie(listed.place(lines[first]), f"index {indices[first]}", f"less than the {run.order.num_samples} samples")
     # Also those far beyond, whose positions would not fit into 64 bits.
-    most = np.max(run.order.given(steps) / np.array(run.order.sizes)[:, None], axis=0, initial=0) + 1
+    most = np.max(run.order.given(steps) / np.array(run.order.sizes)[:, None], axis=0, initial=0) + run.order.repeats
     if (late := np.flatnonzero(epochs > most)).size:
         first = int(late[0])
         sample = f"epoch {epochs[first]}, index {indices[first]} at step {steps[first]}"

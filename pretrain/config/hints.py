@@ -54,6 +54,7 @@ _CALLED_ELSEWHERE = {
     "data.std": "std",
     "data.eval_crop": "crop_pct",
     "data.interpolation": "train_interpolation",
+    "data.repeats": "aug_repeats repeated_aug",
     "data.crop_area": "scale",
     "data.crop_ratio": "ratio",
     "data.flip": "hflip",

@@ -36,6 +36,7 @@ class DataConfig:
     subset: int | None = None  # train on so many of the others: a random choice, the same for every seed; null: all
     order: Literal["auto", "permuted", "lanes"] = "auto"  # of samples; auto: lanes for remote shards (docs/data.md)
     global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
+    repeats: int = 1  # each image comes so many times in its step, augmented anew each time (DeiT: 3); 1: once
     crop: Literal["random_resized", "inception", "simple"] = "random_resized"  # torchvision's; the paper's; DeiT III's
     crop_area: tuple[float, float] = (0.08, 1.0)  # of a crop: share of the image's area; Google's code: 0.05 to 1
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # of a crop: width / height
@@ -93,9 +94,13 @@ class DataConfig:
         yield from self.normalisation.problems("data.")
         if self.val is not None and self.held_out:
             yield f"data.held_out ({self.held_out}) and data.val ({self.val}) are both set; choose one"
-        for name, instead in (("held_out", "set data.val"), ("subset", "lower their weights")):
-            if self.is_mixture and (value := getattr(self, name)):
+        alone = {"held_out": "set data.val", "subset": "lower their weights", "repeats": "set it to 1"}
+        for name, instead in alone.items() if self.is_mixture else ():
+            if (value := getattr(self, name)) not in (None, getattr(DataConfig, name)):
                 yield f"data.{name} ({value}) needs a single set, but data.train names several: {instead}"
+        if self.repeats > 1 and self.global_batch % self.repeats:
+            near = self.global_batch // self.repeats * self.repeats or self.repeats
+            yield f"data.global_batch ({self.global_batch}) is no multiple of data.repeats ({self.repeats}); try {near}"
         if self.join_classes and not self.is_mixture:
             yield "data.join_classes has no effect: data.train is one set"
         yield from weight_problems(self.sources, self.reweight)
@@ -114,7 +119,7 @@ class DataConfig:
             self, "data", global_batch=(1, 1 << 24), held_out=(0, 1 << 40), flip=(0, 1), eval_crop=EVAL_CROP_LIMITS
         )
         yield from outside(self, "data", subset=(1, 1 << 40), max_bad_fraction=(0, 1), workers=(0, 256))
-        yield from outside(self, "data", prefetch=(1, 256), store_gb=(1e-3, 1e6))
+        yield from outside(self, "data", prefetch=(1, 256), store_gb=(1e-3, 1e6), repeats=(1, 256))
         yield from outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
         if self.three_augment and self.randaugment_layers:
             yield (

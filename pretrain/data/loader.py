@@ -79,9 +79,11 @@ class _TrainSteps(Dataset):
     def __init__(self, manifest: Manifest, order: Order, plan: BatchPlan, config: Config) -> None:
         self._manifest, self._order, self._plan, self._config = manifest, order, plan, config
         self._mine = share(order.global_batch, ranks.rank(), ranks.world_size())
-        # At most two partners lie on other ranks: of the first slot and of the last. Their losses are told there.
-        wanted = {partner(self._mine[0]), partner(self._mine[-1])} if config.data.mixup or config.data.cutmix else set()
-        self._others = [slot for slot in wanted if slot not in self._mine and slot < order.global_batch]
+        # Partners on other ranks: of the first image's copies and of the last one's. Their losses are told there.
+        wanted = (
+            {partner(slot, order.repeats) for slot in self._mine} if config.data.mixup or config.data.cutmix else ()
+        )
+        self._others = sorted(slot for slot in wanted if slot not in self._mine and slot < order.global_batch)
         self.fetcher: fetcher.Fetcher | None = None
         self._ahead: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -98,7 +100,7 @@ class _TrainSteps(Dataset):
         others = read(epochs[count:], indices[count:], slots=len(self._others))
         if others.error is not None:
             return batch._replace(error=others.error)
-        return _mixed(batch, self._mine, others, self._others, mix)
+        return _mixed(batch, self._mine, others, self._others, mix, self._order.repeats)
 
     def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epoch, index) of this rank's slots and of the others, drawn for many steps at once."""
@@ -153,7 +155,7 @@ def _read(
     """Reads samples into the first of the slots; `crop` gets an image, its epoch and its index.
 
     A bad sample leaves its slot masked, and a record; strict: damaged images too. An error that ends the run is handed
-    on in the batch.
+    on in the batch. Copies of an image, which follow each other, are decoded once.
     """
     images = torch.zeros(slots, 3, image_size, image_size, dtype=torch.uint8)
     no_labels = torch.full((slots, 1), -1), torch.zeros(slots, 1)
@@ -162,32 +164,48 @@ def _read(
     batch = Batch(images, *no_labels, torch.zeros(slots, dtype=torch.bool), epoch_of, index_of, [])
     labels: list[list[int]] = [[] for _ in range(slots)]
     damaged: list[BadRecord] = []
+    sample: _Sample | None = None
     for slot, (epoch, index) in enumerate(zip(epochs.tolist(), indices.tolist())):
         try:
-            source, own = source_of(manifest, index)
-            raw = read_sample(source, own)
-            damage: list[str] = []
-            image = decode(raw.image, damage.append)
-            classes = parse_labels(raw.label, source.num_classes, source.multi_label)
-            if damage and strict:
-                raise BadSample("damaged", f"{raw.key}: {damage[0]}")
+            if sample is None or sample.index != index:
+                sample = _decoded(manifest, index)
+            if sample.damage and strict:
+                raise BadSample("damaged", sample.damage)
         except BadSample as bad:
             batch.bad.append(BadRecord(epoch, index, shard_name(manifest, index), bad.reason, str(bad)))
         except (UserError, StorageError) as error:
             return batch._replace(error=error)
         else:
-            batch.images[slot] = crop(image, epoch, index)
-            if damage:
-                detail = f"{raw.key}: {damage[0]}"
-                damaged.append(BadRecord(epoch, index, shard_name(manifest, index), "damaged", detail))
-            labels[slot], batch.valid[slot] = source.meant(classes), True
+            batch.images[slot] = crop(sample.image, epoch, index)
+            if sample.damage:
+                damaged.append(BadRecord(epoch, index, shard_name(manifest, index), "damaged", sample.damage))
+            labels[slot], batch.valid[slot] = sample.classes, True
     width = max([1, *map(len, labels)])
     padded = torch.tensor([row + [-1] * (width - len(row)) for row in labels], dtype=torch.int64)
     padded = padded.reshape(slots, width)  # [slots, L], also without slots
     return batch._replace(labels=padded, label_weights=(padded >= 0).float(), damaged=damaged)
 
 
-def _mixed(batch: Batch, mine: range, others: Batch, other_slots: list[int], mix: Mix) -> Batch:
+class _Sample(NamedTuple):
+    """A sample that can be used."""
+
+    index: int
+    image: torch.Tensor  # uint8 [3, height, width]
+    classes: list[int]
+    damage: str  # what libjpeg warned of first, with the sample's key; empty: nothing
+
+
+def _decoded(manifest: Manifest, index: int) -> _Sample:
+    """Reads and decodes a sample. Raises BadSample, UserError, StorageError."""
+    source, own = source_of(manifest, index)
+    raw = read_sample(source, own)
+    damage: list[str] = []
+    image = decode(raw.image, damage.append)
+    classes = source.meant(parse_labels(raw.label, source.num_classes, source.multi_label))
+    return _Sample(index, image, classes, f"{raw.key}: {damage[0]}" if damage else "")
+
+
+def _mixed(batch: Batch, mine: range, others: Batch, other_slots: list[int], mix: Mix, repeats: int) -> Batch:
     """Mixes each slot with its partner, which lies in the batch, or on another rank and so in `others`.
 
     mine: the global batch's slots that the batch begins with. A slot whose partner is bad or absent stays as it is.
@@ -197,7 +215,7 @@ def _mixed(batch: Batch, mine: range, others: Batch, other_slots: list[int], mix
     labels[:, : batch.labels.shape[1]], weights[:, : batch.labels.shape[1]] = batch.labels, batch.label_weights
     images = batch.images.clone()
     for place, slot in enumerate(mine):
-        wanted = partner(slot)
+        wanted = partner(slot, repeats)
         if wanted in mine:
             source, at = batch, wanted - mine[0]
         elif wanted in other_slots:

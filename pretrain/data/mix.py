@@ -1,4 +1,4 @@
-"""Mixup and CutMix: one draw per global step, and for each slot of the global batch a partner, slot XOR 1.
+"""Mixup and CutMix: one draw per global step, and for each slot of the global batch a partner, another image's.
 
 Neither depends on how the batch is shared out among ranks and cut into micro-batches.
 """
@@ -19,9 +19,13 @@ class Mix(NamedTuple):
     box: tuple[int, int, int, int] | None  # CutMix: top, left, height, width of what comes from the partner
 
 
-def partner(slot: int) -> int:
-    """Returns the slot of the global batch that a slot is mixed with. With an odd batch, the last has none."""
-    return slot ^ 1
+def partner(slot: int, repeats: int = 1) -> int:
+    """Returns the slot that a slot is mixed with: the same copy of image XOR 1, where each image fills `repeats` slots.
+
+    With an odd number of images, the last one has none: what is returned lies behind the batch.
+    """
+    image, copy = divmod(slot, repeats)
+    return (image ^ 1) * repeats + copy
 
 
 def draw_mix(config: DataConfig, size: int, seed: int, step: int) -> Mix | None:

@@ -2,8 +2,10 @@
 
 Two orders. `permuted`: slot s of step t is position q = t * global_batch + s of an endless sequence of epochs; epoch
 q // N visits its N samples in the order of a keyed permutation. `lanes` (lanes.py): blocks of consecutive samples, for
-storage where one sample costs a request. A mixture (mixture.py) is several sets in turn, each in the same order. No
-memory, no state: the step number alone says where in the data a run is.
+storage where one sample costs a request. A mixture (mixture.py) is several sets in turn, each in the same order. With
+`repeats` R an image fills R slots that follow each other, as R epochs side by side: its copies are of epochs e R to
+e R + R - 1, so that each (epoch, index) is still there once. No memory, no state: the step number alone says where in
+the data a run is.
 """
 
 from collections.abc import Callable
@@ -33,6 +35,12 @@ class Order:
     lanes: Lanes | None = None  # of one set; None: `permuted`
     mixture: Mixture | None = None  # of several sets, all of each, with lanes of its own; None: one set
     subset: int | None = None  # of the samples that are not held out only so many are trained on; None: all
+    repeats: int = 1  # slots that each image of a step fills, side by side; divides global_batch; 1 in a mixture
+
+    @property
+    def images_per_step(self) -> int:
+        """Different images of a step: its slots, but for copies."""
+        return self.global_batch // self.repeats
 
     @property
     def name(self) -> Literal["permuted", "lanes"]:
@@ -59,28 +67,34 @@ class Order:
         slots: None for all of a step.
         """
         wanted = np.arange(self.global_batch) if slots is None else np.asarray(slots, np.int64)
-        of_step = np.asarray(steps, np.int64)[..., None]
+        images, copies = np.divmod(wanted, self.repeats)
+        rounds, indices = self._images(np.asarray(steps, np.int64)[..., None], images)
+        return rounds * self.repeats + copies, indices
+
+    def _images(self, steps: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How often all images have come before, and the index, of the `images` of steps: two int64 [steps, images]."""
         if self.lanes:
-            at = (part.copy() for part in np.broadcast_arrays(of_step, wanted))
-            epochs, places = place(self.lanes, self.num_train, self.global_batch, self.seed, *at)
-            return epochs, self._beyond_held_out(places)
-        positions = of_step * self.global_batch + wanted
+            at = (part.copy() for part in np.broadcast_arrays(steps, images))
+            rounds, places = place(self.lanes, self.num_train, self.images_per_step, self.seed, *at)
+            return rounds, self._beyond_held_out(places)
+        positions = steps * self.images_per_step + images
         if self.mixture:
             return self.mixture.samples(positions, self.seed)
-        epochs, places = visit(positions, self.num_train, "epoch", self.seed)
-        return epochs, self._beyond_held_out(places)
+        rounds, places = visit(positions, self.num_train, "epoch", self.seed)
+        return rounds, self._beyond_held_out(places)
 
     def seen_in(self, steps: int) -> Callable[[int], list[int]]:
         """Returns a function of the epoch: how many of its samples the first `steps` steps hold.
 
         A number for each source of a mixture; one number for one set.
         """
+        images, repeats = steps * self.images_per_step, self.repeats
         if lanes := self.lanes:
-            return lambda epoch: [seen(lanes, self.num_train, self.global_batch, epoch, steps * self.global_batch)]
+            return lambda epoch: [seen(lanes, self.num_train, self.images_per_step, epoch // repeats, images)]
         if (mixture := self.mixture) and mixture.lanes:
-            return mixture.seen_in(steps * self.global_batch)
-        given = list(zip(self.given(steps).tolist(), self.sizes))
-        return lambda epoch: [min(max(0, n - epoch * size), size) for n, size in given]
+            return mixture.seen_in(images)
+        given = [(slots // repeats, size) for slots, size in zip(self.given(steps).tolist(), self.sizes)]
+        return lambda epoch: [min(max(0, n - epoch // repeats * size), size) for n, size in given]
 
     def sources_of(self, indices: np.ndarray) -> np.ndarray:
         """Returns which source of a mixture each index belongs to, int64; 0 for one set."""
@@ -98,17 +112,17 @@ class Order:
         """Returns the step that holds each (epoch, index), -1 for one not trained on: `samples` inverted, int64."""
         if self.mixture:
             return self.mixture.positions(epochs, indices, self.seed) // self.global_batch
-        places = self._places_of(indices)
+        places, rounds = self._places_of(indices), epochs // self.repeats
         steps = np.full(len(indices), -1, np.int64)
-        order = np.argsort(epochs, kind="stable")
+        order = np.argsort(rounds, kind="stable")
         order = order[(places[order] >= 0) & (places[order] < self.num_train)]
-        for same in np.split(order, np.flatnonzero(np.diff(epochs[order])) + 1) if len(order) else ():
-            epoch = int(epochs[same[0]])
+        for same in np.split(order, np.flatnonzero(np.diff(rounds[order])) + 1) if len(order) else ():
             if self.lanes:
-                at = position_of(self.lanes, self.num_train, self.global_batch, self.seed, epoch, places[same])
+                key = self.seed, int(rounds[same[0]])
+                at = position_of(self.lanes, self.num_train, self.images_per_step, *key, places[same])
             else:
-                at = unvisit(epochs[same], places[same], self.num_train, "epoch", self.seed)
-            steps[same] = at // self.global_batch
+                at = unvisit(rounds[same], places[same], self.num_train, "epoch", self.seed)
+            steps[same] = at // self.images_per_step
         return steps
 
     def held_out_indices(self) -> np.ndarray:
@@ -169,7 +183,7 @@ def order_of(config: Config, num_samples: int) -> Order:
         )
     if data.subset is not None and data.subset > (most := num_samples - data.held_out):
         raise ConfigError(f"data.subset ({data.subset}) is more than the {most} images to train on; lower it")
-    return Order(num_samples, data.held_out, data.global_batch, config.seed, subset=data.subset)
+    return Order(num_samples, data.held_out, data.global_batch, config.seed, subset=data.subset, repeats=data.repeats)
 
 
 def share(count: int, rank: int, world_size: int) -> range:

@@ -186,11 +186,13 @@ def _receipt(state: Fields) -> str:
     reasons = f" ({', '.join(f'{count} {in_markdown(reason)}' for reason, count in bad.items())})" if bad else ""
     numbers = {key: told.integer(key, 0, 1 << 63) for key in (*_RECEIPT, "held_out", "damaged_samples")}
     subset = f"a subset of {told.integer('subset', 1, 1 << 63):,}, " if told.values.get("subset") else ""
+    copies = told.integer("repeats", 1, 1 << 63, 1)
+    repeats = f"each image {copies:,} times in its step, " if copies > 1 else ""
     return (
         f"\nReceipt: order {in_markdown(told.text('name'))} {in_markdown(told.text('version'))}, "
         + ", ".join(f"{name} {numbers[key]:,}" for key, name in _RECEIPT.items())
-        + f"; {subset}held out {numbers['held_out']:,}, bad {sum(bad.values()):,}{reasons}, used though damaged "
-        f"{numbers['damaged_samples']:,}. `tools/audit.py RUN` adds it up again."
+        + f"; {subset}{repeats}held out {numbers['held_out']:,}, bad {sum(bad.values()):,}{reasons}, used though "
+        f"damaged {numbers['damaged_samples']:,}. `tools/audit.py RUN` adds it up again."
     )
 
 

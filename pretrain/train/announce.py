@@ -29,12 +29,13 @@ def told_of_run(
     chosen = config.engine.max_micro_batch_size is None and device.type == "cuda" and is_plain(config.model)
     fitted = ", as many as fit" if chosen and plan.accumulation > 1 else ""
     of_all = "" if data.order.subset is None else f" of {data.order.num_samples - data.order.held_out:,}"
+    copies = f", each image {data.order.repeats} times in its step" if data.order.repeats > 1 else ""
     without = f", no mean average precision: logits above {most >> 20:,} MB" if too_large else ""
     return [
         f"{config.output / config.name}: {model_name(config.model)}, {num_parameters(model):,} parameters, "
         f"{data.num_classes} classes",
         f"data: {data.order.num_train:,} images{of_all} in {len(data.train.shards)} shards, "
-        f"{data.order.epochs(config.total_steps):.1f} epochs{' of the slowest' if data.order.mixture else ''}; "
+        f"{data.order.epochs(config.total_steps):.1f} epochs{' of the slowest' if data.order.mixture else ''}{copies}; "
         f"validation: {len(data.val_indices):,} images{without}",
         *_told_of_order(data.order),
         *_told_of_sources(data, config.total_steps),
@@ -47,7 +48,7 @@ def told_of_run(
 def _told_of_order(order: Order) -> list[str]:
     """The numbers of the order lanes, and what they mean for reading."""
     batch = order.global_batch
-    lanes = [(batch, order.lanes)] if order.lanes else []
+    lanes = [(order.images_per_step, order.lanes)] if order.lanes else []
     if order.mixture:
         lanes = [(own.round_samples, own.lanes) for own in order.mixture.lanes]
     if not lanes:
@@ -57,7 +58,7 @@ def _told_of_order(order: Order) -> list[str]:
     nodes = [(some[0].start, some[-1].stop) for some in (shares[at : at + here] for at in range(0, len(shares), here))]
     told = []
     for own, numbers in lanes:  # of a mixture a round is nearly a step's samples of a source
-        slots = [range(start * own // batch, stop * own // batch) for start, stop in nodes]
+        slots = [range(start * own // batch, -(-stop * own // batch)) for start, stop in nodes]
         told.append(
             f"order: {numbers.num_lanes} lanes of blocks of {numbers.block_samples} samples; each node reads "
             f"{'about ' if order.mixture else ''}{read_amplification(numbers, own, slots):.2f} x the bytes that it uses"

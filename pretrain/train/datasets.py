@@ -169,8 +169,8 @@ def _choose_order(config: Config, train_set: Manifest, mixture: Mixture | None) 
         return order
     if config.data.order == "permuted" or (config.data.order == "auto" and not train_set.is_remote):
         return order
-    lanes = choose_lanes(train_set.block_samples, order.num_train, order.global_batch)
-    if not fits(lanes, order.num_train, order.global_batch, config.total_steps):
+    lanes = choose_lanes(train_set.block_samples, order.num_train, order.images_per_step)
+    if not fits(lanes, order.num_train, order.images_per_step, config.total_steps):
         raise ConfigError(
             f"data.order: total_steps ({config.total_steps}) x global_batch ({order.global_batch}) is beyond the 64 "
             "bits that the order lanes counts with; lower one of them, or set data.order=permuted"

@@ -216,6 +216,7 @@ def record_start(
         "global_batch": config.data.global_batch,
         "held_out": config.data.held_out,
         "subset": config.data.subset,
+        "repeats": config.data.repeats,
         "samples_logged": config.log.samples,
         "starts_before": digest_of_starts(folder),
         "job": {name: os.environ[name] for name in _JOB if name in os.environ},

@@ -89,6 +89,7 @@ def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dic
         "num_samples": order.num_samples,
         "held_out": order.held_out,
         "subset": order.subset,
+        "repeats": order.repeats,
         "steps": state.step,
         "samples_seen": state.step * order.global_batch,
         "bad_samples": dict(state.bad_samples),
@@ -156,7 +157,7 @@ def resumed_order(checkpoint: Path, order: Order, steps: int) -> Order:
         return replace(order, mixture=replace(mixture, lanes=(*known, *mixture.lanes[len(known) :]) if known else ()))
     if name == "permuted":
         return replace(order, lanes=None)
-    return replace(order, lanes=lanes_in(saved, order.num_train, order.global_batch, steps))
+    return replace(order, lanes=lanes_in(saved, order.num_train, order.images_per_step, steps))
 
 
 def _state(checkpoint: Path) -> Fields:
