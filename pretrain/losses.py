@@ -5,7 +5,12 @@ import torch.nn.functional as F
 
 
 def per_image_loss(
-    logits: torch.Tensor, labels: torch.Tensor, label_weights: torch.Tensor, kind: str, label_smoothing: float = 0.0
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_weights: torch.Tensor,
+    kind: str,
+    label_smoothing: float = 0.0,
+    label_threshold: float | None = None,
 ) -> torch.Tensor:
     """Returns the cross-entropy of each image with its weighted labels, float32 [batch].
 
@@ -13,7 +18,8 @@ def per_image_loss(
     filled up with -1. label_weights: [batch, L] float32, 0 where there is no label. kind: "softmax", or "sigmoid":
     binary cross-entropy summed over classes; both as big_vision's softmax_xent and sigmoid_xent, also for several
     labels: softmax adds up the cross-entropies of all. label_smoothing: this share of the weights is spread evenly
-    over all classes.
+    over all classes. label_threshold, of "sigmoid" alone: a class with more weight than this is a full label, others
+    are none (DeiT III: 0, engine.py; timm's BinaryCrossEntropy); None: weights are targets.
     """
     logits, classes = logits.float(), labels.clamp(min=0)  # [batch, classes], [batch, L]
     if kind == "softmax":
@@ -23,6 +29,8 @@ def per_image_loss(
             return loss
         return (1 - label_smoothing) * loss - label_smoothing * label_weights.sum(-1) * log_shares.mean(-1)
     targets = torch.zeros_like(logits).scatter_add_(1, classes, label_weights)  # [batch, classes]
+    if label_threshold is not None:
+        targets = (targets > label_threshold).float()
     if label_smoothing:
         spread = label_smoothing / logits.shape[-1] * label_weights.sum(-1, keepdim=True)
         targets = (1 - label_smoothing) * targets + spread

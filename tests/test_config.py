@@ -278,6 +278,8 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["model.dropout=1"], "model.dropout is 1.0, expected 0 to 0.99"),
         (["model.drop_path=-0.1"], "model.drop_path is -0.1"),
         (["model.head_bias=inf"], "model.head_bias is inf"),
+        (["loss=softmax", "label_threshold=0"], "label_threshold is for loss=sigmoid without label_smoothing"),
+        (["loss=sigmoid", "label_threshold=1"], "label_threshold is 1.0, expected 0 to 0.99"),
         (["data.held_out=5", "data.val=v"], "data.held_out (5) and data.val (v) are both set"),
         (["data.crop_area=[0.5,0.4]"], "data.crop_area is (0.5, 0.4), expected 0 < low <= high"),
         (["data.crop_ratio=[0,1]"], "data.crop_ratio is (0.0, 1.0)"),

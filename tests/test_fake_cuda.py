@@ -143,7 +143,7 @@ def engine_of(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     engine.mark, engine._forward_clock = nullcontext, nullcontext()
     engine._engine, engine._module, engine._optimizer = Stub(), model, SimpleNamespace(param_groups=[{"lr_scale": 1.0}])
     engine.plan, engine.device, engine.dtype = BatchPlan(BATCH // 2, 2, 0), CUDA, dtype
-    engine._loss, engine._label_smoothing, engine._normalisation = "softmax", 0.1, IMAGENET
+    engine._loss, engine._normalisation = ("softmax", 0.1, None), IMAGENET
     engine._loss_weight, engine._frozen = 0.5, FrozenStatistics(model)
     engine._average_decay, engine._averages = 0.9, {flat: flat.clone()}
     engine._owned = SimpleNamespace(refresh_model=lambda: None, check=lambda: None)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 
 from pretrain.losses import num_correct, per_image_loss
 
@@ -116,6 +117,19 @@ def test_weighted_labels_are_soft_targets(smoothing: float) -> None:
     sigmoid = -(smooth * F.logsigmoid(logits) + (1 - smooth) * F.logsigmoid(-logits)).sum(1)
     assert torch.allclose(per_image_loss(logits, labels, weights, "sigmoid", smoothing), sigmoid, atol=1e-5)
     assert softmax[4] == 0  # no label, no loss
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5])
+def test_labels_above_a_share_are_full_ones(threshold: float) -> None:
+    """timm's BinaryCrossEntropy with a threshold, which DeiT III sets to 0; a class of both images counts once."""
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+    labels = torch.tensor([[0, 1], [2, 2], [3, 4], [4, -1], [1, 0], [-1, -1]])
+    shares = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.5], [1.0, 0.0], [0.7, 0.3], [0.0, 0.0]])
+    theirs = BinaryCrossEntropy(smoothing=0.0, target_threshold=threshold, reduction="none")
+    expected = theirs(logits, dense(labels, shares, 5)).sum(-1)
+    found = per_image_loss(logits, labels, shares, "sigmoid", label_threshold=threshold)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, per_image_loss(logits, labels, shares, "sigmoid"))
 
 
 def test_correct_with_several_labels() -> None:

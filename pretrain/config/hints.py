@@ -45,6 +45,7 @@ _CALLED_ELSEWHERE = {
     "model.drop_path": "drop_path_rate",
     "model.pooling": "gp",
     "label_smoothing": "smoothing",
+    "label_threshold": "bce_target_thresh",
     "init_from=timm:NAME": "pretrained",
     "init_from": "initial_checkpoint model_init finetune",
     "nothing: the same command goes on by itself": "resume",

@@ -342,6 +342,7 @@ class Config:
     total_epochs: float | None = None  # in place of total_steps: passes over the training images (docs/training.md)
     loss: Literal["softmax", "sigmoid"] = "softmax"  # cross-entropy; sigmoid: summed over classes (ImageNet-21k, JFT)
     label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
+    label_threshold: float | None = None  # sigmoid: mixed labels of a larger share are 1, others 0 (DeiT III: 0)
     init_from: Path | None = None  # start from these weights: anything that load_model reads, at model.image_size
     init_new_head: bool = False  # with init_from: leave the head at its initial zeros, e.g. for other classes
     branch_from: Path | None = None  # go on from another run's checkpoint, optimizer state and all: to cool it down
@@ -362,13 +363,14 @@ class Config:
         if self.total_epochs is not None and self.data.is_mixture:  # each of its sets has passes of its own
             problems.append("total_epochs needs a single set, but data.train is a mixture; give total_steps")
         problems += [] if by_epochs else [*outside(self, "", total_steps=(1, MAX_STEP)), *self._schedule_problems()]
-        problems += outside(self, "", seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99))
+        problems += outside(self, "", seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99), label_threshold=(0, 0.99))
+        if self.label_threshold is not None and (self.loss != "sigmoid" or self.label_smoothing):
+            problems.append("label_threshold is for loss=sigmoid without label_smoothing; set it to null")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             problems.append(f"name is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-'")
         if self.init_from is not None and self.branch_from is not None:
-            problems.append(
-                f"init_from ({self.init_from}) and branch_from ({self.branch_from}) are both set; choose one"
-            )
+            both = f"init_from ({self.init_from}) and branch_from ({self.branch_from})"
+            problems.append(f"{both} are both set; choose one")
         if self.init_new_head and self.init_from is None:
             problems.append("init_new_head needs init_from, which is null")
         if self.engine.fp8 and not problems:  # one may be that the model's name is unknown

@@ -70,7 +70,7 @@ class Engine:
         self._forward_clock: AbstractContextManager[Any] = nullcontext()
         self._fits = False  # a micro-batch, into the GPU's memory
         self.dtype = DTYPES[config.engine.precision]
-        self._loss, self._label_smoothing = config.loss, config.label_smoothing
+        self._loss = config.loss, config.label_smoothing, config.label_threshold  # kind and more, of per_image_loss
         self._normalisation = config.data.normalisation
         # Each rank's gradient is averaged over ranks and micro-batches; this makes each image weigh 1 / global_batch,
         # however uneven the split (docs/training.md).
@@ -175,7 +175,7 @@ class Engine:
                 with self._forward_clock:
                     logits = self._engine(images)
                 target = micro.labels, micro.label_weights
-                losses = per_image_loss(logits, *target, self._loss, self._label_smoothing)
+                losses = per_image_loss(logits, *target, *self._loss)
                 loss = torch.where(micro.valid, losses, 0.0).sum()
             with self.mark("backward"):
                 self._engine.backward(_poison_unless_finite(loss) * self._loss_weight)
