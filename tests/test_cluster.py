@@ -67,6 +67,20 @@ def test_ranks_agree() -> None:
     assert len(set(draws)) == 3 and draws == [result["draw"] for result in run_ranks(agree, 3)]
 
 
+def _here(told: bool, host: str) -> tuple[int, int]:
+    if told:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+    socket.gethostname = lambda: f"{host}-{int(os.environ['RANK']) // 2}"
+    ranks.start(60)
+    return ranks.ranks_here(), ranks.world_size()
+
+
+def test_ranks_of_a_node_are_counted_where_no_launcher_tells_them() -> None:
+    """By the names of the hosts: of three ranks two are on one, the third on another; what is told counts."""
+    assert run_ranks(_here, 3, False, "node") == [(2, 3), (2, 3), (1, 3)]
+    assert run_ranks(_here, 2, True, "node") == [(2, 2), (2, 2)]
+
+
 def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a launcher and without `start`, every function works."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

@@ -82,6 +82,50 @@ def test_a_copy_comes_back_byte_by_byte(kind: str, tmp_path: Path, capfd: pytest
     assert told.out.splitlines() == [f"restored from {place.url}: {again}/step-0000000030"] and not told.err
 
 
+def test_a_download_that_was_cut_off_goes_on(
+    place: SecondPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are whole are not fetched again; half ones are, and all where the step was saved again since."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    half = again / ".tmp-step-0000000010"
+    plain, opened, most = place._store.open, [], 0
+
+    def counted(path: str, mode: str = "rb", **given: Any) -> Any:
+        if mode == "rb" and "/step-" in path:
+            opened.append(Path(path).name)
+            if len(opened) > most:
+                raise OSError(errno.EHOSTUNREACH, "away")
+        return plain(path, mode, **given)
+
+    def fetched(allowed: int) -> list[str]:
+        nonlocal most
+        opened.clear()
+        most = allowed
+        with monkeypatch.context() as patch:
+            patch.setattr(place._store, "open", counted)
+            if allowed < 100:
+                with pytest.raises(StorageError, match="cannot be read"):
+                    restore(lambda: place, again, RUN)
+            else:
+                restore(lambda: place, again, RUN)
+        return list(opened)
+
+    assert save(first, 10)
+    copy_all(place, first)
+    manifest, one, two, _ = fetched(3)
+    assert manifest == "MANIFEST.json" and {path.name for path in half.iterdir()} >= {manifest, one, two}
+    (half / one).write_bytes(b"half")
+    later = fetched(100)
+    assert one in later and two not in later
+    assert files_of(again / "step-0000000010") == files_of(first / "step-0000000010")
+
+    os.rename(again / "step-0000000010", half)  # a whole download, of a copy that is another by now
+    assert save(first, 10, elements=1001)
+    copy_all(place, first)
+    assert {one, two} <= set(fetched(100))
+    assert files_of(again / "step-0000000010") == files_of(first / "step-0000000010")
+
+
 def test_pinned_steps_stay_and_those_of_a_run_further_on(place: SecondPlace, tmp_path: Path) -> None:
     """The rule of the run's folder holds for copies; what is newer than the run is somebody's, and no copy of it."""
     for step in (10, 15, 20, 25):

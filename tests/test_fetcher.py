@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -72,28 +71,35 @@ def test_batches_are_the_local_ones(
     workers: int,
     killed: bool,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With the fetcher, and when it is killed at the first step: the same samples, labels and pixels as on a disk."""
+    """With the fetcher, and when it is killed at the first step: the same samples, labels and pixels as on a disk.
+
+    A dead one is told, once, and another one takes its place.
+    """
     site.fault = at_random(0.2, ("503", "half-way", "short"))
     settings = config(manifest.path, workers=workers)
     order = order_of(far, settings.data.global_batch)
     plan = plan_batch(settings.data.global_batch, 1, 64)
     near = train_batches(manifest, order, plan, settings, 0)
-    count, pids = 0, []
+    count, processes = 0, []
 
     class Known(fetcher.Fetcher):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            pids.append(self.pid)
+        def _start(self) -> None:
+            super()._start()
+            processes.append(self._process)
 
     monkeypatch.setattr(fetcher, "Fetcher", Known)
     for ours, theirs in zip(train_batches(far, order, plan, settings, 0), near):
         if killed and not count:
-            os.kill(pids[0], signal.SIGKILL)
+            processes[0].kill()
+            processes[0].join()
         count += 1
         assert ours.error is None and not ours.bad and ours.valid.any()
         assert all(torch.equal(a, b) for a, b in zip(ours[:6], theirs[:6]))
-    assert count == settings.total_steps and len(pids) == 1
+    again = processes[0].exitcode == -signal.SIGKILL  # with loader processes it may have been through before
+    assert count == settings.total_steps and len(processes) == 1 + again and (again == killed or workers)
+    assert ("it is started again" in capsys.readouterr().err) == again
 
 
 def test_it_dies_with_the_training(far: Manifest, tmp_path: Path) -> None:  # noqa: F811

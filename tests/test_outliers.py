@@ -64,6 +64,19 @@ def test_spikes_stand_out_of_the_losses_before_them() -> None:
     assert LossSpikes().count([1.0] * SPIKE_MIN + [1.0, 2.0, 1.0]) == 1
 
 
+def test_a_lasting_rise_and_mixed_steps_are_no_spikes() -> None:
+    """A loss that stays higher is told once or twice, and a share of steps that are mixed strongly never."""
+    random = np.random.default_rng(1)
+    level = 3 + 0.02 * random.standard_normal(2000)
+    level[1000:] += 0.4
+    assert 0 < LossSpikes().count(level.tolist()) <= 3
+    for share in (0.1, 0.25, 0.4):
+        mixed = 3 + 0.02 * random.standard_normal(4000) + 0.8 * (random.random(4000) < share) * random.random(4000)
+        assert LossSpikes().count(mixed.tolist()) <= 4
+    mixed[2000] = 9.0
+    assert LossSpikes().count(mixed[1900:2010].tolist()) == 1
+
+
 def slowed(config: Config, where: str) -> None:
     """Trains; rank 1 sleeps in each step, in its data or in its forward pass."""
     if ranks.rank() == 1:

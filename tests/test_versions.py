@@ -32,7 +32,7 @@ def test_what_was_tried_is_silent(monkeypatch: pytest.MonkeyPatch, torch_release
     """Whatever the patch release and the build of torch are."""
     monkeypatch.setattr(torch, "__version__", f"{torch_release}.1+cu128")
     monkeypatch.setattr(deepspeed, "__version__", release)
-    assert untried() is None
+    assert untried(on_gpu=False) is None
 
 
 @pytest.mark.parametrize(("torch_release", "release"), [("2.12.0", STEP_OF), ("2.15.0", "0.99.1"), ("2.1.0", STEP_OF)])
@@ -40,8 +40,17 @@ def test_what_was_not_is_told(monkeypatch: pytest.MonkeyPatch, torch_release: st
     """Both releases by name, and those that were tried."""
     monkeypatch.setattr(torch, "__version__", torch_release)
     monkeypatch.setattr(deepspeed, "__version__", release)
-    told = untried() or ""
+    told = untried(on_gpu=False) or ""
     assert told.startswith(f"torch {torch_release} with deepspeed {release} has not been tried") and STEP_OF in told
+
+
+def test_gpus_have_run_other_releases_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CPUs have tried is no proof for GPUs."""
+    monkeypatch.setattr(torch, "__version__", "2.15.0")
+    assert untried(on_gpu=False) is None
+    assert (untried(on_gpu=True) or "").endswith("tried on GPUs are torch 2.11 with deepspeed " + STEP_OF)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert untried(on_gpu=True) is None
 
 
 def loss_of_a_step(config: Config, method: str | None) -> tuple[float, str] | str:

@@ -23,7 +23,7 @@ from pretrain.checkpoint.layout import DamagedError, read_manifest
 from pretrain.checkpoint.retention import kept_steps, validation_score
 from pretrain.errors import StorageError, UserError
 from pretrain.json_files import MAX_BYTES, Fields, brief
-from pretrain.storage import fsync_path, remove, write_text
+from pretrain.storage import crc32c, fsync_path, remove, write_text
 
 _PIECE_BYTES = 4 << 20  # of a transfer: the training runs beside it
 _MANIFEST = "MANIFEST.json"
@@ -54,6 +54,7 @@ class SecondPlace:
         self._is_folder = isinstance(self._store, LocalFileSystem)
         if self._is_folder:
             self._store.auto_mkdir = True  # object stores have no folders
+        self._scores: dict[int, float | None] = {}  # of copies, for `delete_old`
 
     def check(self, folder: Path, run: Mapping[str, Any]) -> tuple[Fields | None, Fields | None]:
         """Returns which run the run's folder and the place say they belong to, None for one that does not say yet.
@@ -110,6 +111,7 @@ class SecondPlace:
         if (checkpoint / _MANIFEST).read_bytes() != manifest:
             raise DamagedError("is being saved again")
         there = self._path(step, _MANIFEST)
+        self._scores.pop(step, None)
         with suppress(FileNotFoundError):
             self._store.rm_file(there)  # of the same step, saved before
         for name, num_bytes, checksum in files:
@@ -151,26 +153,31 @@ class SecondPlace:
     def fetch(self, step: int, folder: Path) -> Path | None:
         """Downloads a copy to folder/step-N; returns None when it is not complete.
 
-        Raises DamagedError when it is not what its manifest says or a file of it cannot be read, StorageError when
-        `folder` cannot be written.
+        What a download that was cut off has brought of the same copy is kept: one that takes longer than it may would
+        else begin anew for ever. Raises DamagedError when the copy is not what its manifest says or a file of it cannot
+        be read, StorageError when `folder` cannot be written.
         """
         target = folder / f"step-{step:010d}"
         temporary = folder / f".tmp-{target.name}"
         if not self._is_complete(step):
             return None
         try:
-            remove(temporary)
-            temporary.mkdir(parents=True)
-            _save(self._pieces(self._path(step, _MANIFEST), MAX_BYTES), temporary / _MANIFEST)
-            for name, num_bytes, _ in read_manifest(temporary):
+            manifest = b"".join(self._pieces(self._path(step, _MANIFEST), MAX_BYTES))
+            if temporary.is_symlink() or not _holds(temporary / _MANIFEST, *_summed([manifest])):
+                remove(temporary)
+                temporary.mkdir(parents=True)
+                _save([manifest], temporary / _MANIFEST)
+            for name, num_bytes, checksum in read_manifest(temporary):
                 if name != Path(name).name:
                     raise DamagedError(f"{self.url}/{target.name}: {name!r} is not the name of a file in it")
-                _save(self._pieces(self._path(step, name), num_bytes), temporary / name)
+                if not _holds(temporary / name, num_bytes, checksum):
+                    remove(temporary / name)
+                    _save(self._pieces(self._path(step, name), num_bytes), temporary / name)
             validate(temporary)
             fsync_path(temporary)
             os.replace(temporary, target)
             fsync_path(folder)
-        except BaseException as error:
+        except (UserError, OSError) as error:  # not when the store is away: the next try goes on
             with suppress(OSError):
                 remove(temporary)
             if isinstance(error, OSError):  # never the store's, see `_pieces`
@@ -243,10 +250,13 @@ class SecondPlace:
             return None  # a start that was killed has left half of it
 
     def _score(self, step: int) -> float | None:
-        with suppress(FileNotFoundError, UserError):
+        if step not in self._scores:  # read once: each save asks for those of all copies
             path = self._path(step, "state.json")
-            return validation_score(Fields.parse(self._read(path), path))
-        return None
+            try:
+                self._scores[step] = validation_score(Fields.parse(self._read(path), path))
+            except (FileNotFoundError, UserError):
+                return None
+        return self._scores[step]
 
 
 class _AwayError(Exception):
@@ -269,6 +279,12 @@ def _own_run(folder: Path) -> Fields | None:
 
 def _not_written(folder: Path, error: OSError) -> StorageError:
     return StorageError(f"{folder}: cannot be written ({told(error)}); make room, and the same command goes on")
+
+
+def _holds(path: Path, num_bytes: int, checksum: str) -> bool:
+    with suppress(OSError):
+        return not path.is_symlink() and path.stat().st_size == num_bytes and crc32c(path) == checksum
+    return False
 
 
 def _save(pieces: Iterable[bytes], path: Path) -> None:

@@ -22,10 +22,12 @@ from pretrain.cluster.local import driver_advice, free_port, gpu_is_here, missin
 from pretrain.cluster.signals import SUPERVISOR
 from pretrain.errors import LostProcessError, UserError
 
+_LOOPBACK = ("localhost", "127.0.0.1")
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 _cpu_group: Any = None  # gloo, made by `start`
 _from_slurm = False  # whether srun has started the ranks
+_counted_here: int | None = None  # ranks of this node, by `start`, where no launcher tells them
 _place: int | None = None  # on its node, where LOCAL_RANK is not that
 
 
@@ -35,7 +37,7 @@ def start(timeout_s: int) -> torch.device:
     Under plain srun SLURM's variables describe it. Raises UserError when they contradict each other, when GPUs are
     expected and not there, or when two ranks have the same one.
     """
-    global _cpu_group
+    global _cpu_group, _counted_here
     complete_environment()
     device = choose_device()
     torch.backends.cudnn.allow_tf32 = False  # fp32 is asked for by name: torch's default rounds convolutions to 10 bits
@@ -48,6 +50,9 @@ def start(timeout_s: int) -> torch.device:
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise not_met(error) from None
         _cpu_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+    if _told_ranks_here() is None:
+        hosts = all_gather(socket.gethostname())
+        _counted_here = hosts.count(hosts[rank()]) if len(hosts) > 1 else None
     if device.type == "cuda":
         _check_own_gpu(device)
     else:
@@ -117,8 +122,8 @@ def not_met(error: Exception) -> UserError | LostProcessError:
 
 def stop() -> None:
     """Leaves the process group."""
-    global _cpu_group
-    _cpu_group = None
+    global _cpu_group, _counted_here
+    _cpu_group = _counted_here = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -154,8 +159,13 @@ def local_rank() -> int:
 
 
 def ranks_here() -> int:
-    """Processes of the run on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+    """Processes of the run on this node; all of them until `start` has counted what no launcher has told."""
+    return _told_ranks_here() or _counted_here or world_size()
+
+
+def _told_ranks_here() -> int | None:
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(told) if told else None
 
 
 def is_main() -> bool:
@@ -190,7 +200,9 @@ def complete_environment() -> None:
         raise UserError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; check its environment")
     # Else gloo takes the address of the host's own name, which many systems have as 127.0.1.1, or warns of it.
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(os.environ["MASTER_ADDR"])):
-        if name != "lo" or ranks_here() == world_size():  # rank 0's own name may lead to loopback too
+        # Rank 0's own name may lead to loopback too, which no other node reaches.
+        here = _told_ranks_here() or (world_size() if os.environ["MASTER_ADDR"] in _LOOPBACK else None)
+        if name != "lo" or here == world_size():
             os.environ["GLOO_SOCKET_IFNAME"] = name
     if not 0 <= rank() < world_size():
         raise UserError(f"WORLD_SIZE is {world_size()} but RANK is {rank()}: ranks count from 0; check the launcher")

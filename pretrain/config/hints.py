@@ -18,8 +18,10 @@ from pretrain.config.values import short
 # A setting -> its names in timm's train.py, big_vision, open_clip, Hugging Face, DeiT and torchvision
 # (docs/coming_from.md).
 _CALLED_ELSEWHERE = {
-    "optim.lr": "lr learning_rate base_lr blr",
-    "optim.weight_decay": "weight_decay wd",
+    "optim.lr": "lr learning_rate",
+    "optim.lr, of the whole batch: a rate for 256 images times data.global_batch / 256": "base_lr blr lr_base",
+    "optim.weight_decay": "weight_decay",
+    "optim.weight_decay, torch's: big_vision's wd / lr": "wd",
     "data.global_batch, images per step of all ranks together": "batch_size batch",
     "data.global_batch": "global_batch_size",
     "engine.max_micro_batch_size, and data.global_batch for all ranks together": "per_device_train_batch_size",
@@ -28,7 +30,8 @@ _CALLED_ELSEWHERE = {
     ),
     "total_epochs (or total_steps)": "epochs num_epochs num_train_epochs",
     "total_steps (or total_epochs)": "steps max_steps",
-    "optim.warmup_steps": "warmup warmup_steps warmup_epochs",
+    "optim.warmup_steps": "warmup warmup_steps",
+    "optim.warmup_steps, in steps": "warmup_epochs",
     "optim.name": "opt optimizer",
     "optim.betas": "opt_betas",
     "optim.eps": "opt_eps",
@@ -41,7 +44,7 @@ _CALLED_ELSEWHERE = {
     "model.name": "arch model_name",
     "model.image_size": "img_size input_size resolution",
     "model.num_classes": "num_classes",
-    "model.dropout": "drop drop_rate",
+    "model.dropout; in our own ViTs after every dense layer, not before the head alone": "drop drop_rate",
     "model.drop_path": "drop_path_rate",
     "model.pooling": "gp",
     "label_smoothing": "smoothing",

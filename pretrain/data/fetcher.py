@@ -24,6 +24,7 @@ from pretrain.data.order import Order, share
 from pretrain.data.reader import block_of
 from pretrain.data.store import Block, store_at
 from pretrain.errors import StorageError, UserError
+from pretrain.log import warn
 
 DEPTH = 32  # blocks ahead of the training: at 500 images/s those of 5 s, longer than a stalled connection is waited for
 THREADS = 8
@@ -38,13 +39,21 @@ class Fetcher:
     def __init__(self, manifest: Manifest, order: Order, slots: range, steps: range) -> None:
         self._reached = memoryview(mmap.mmap(-1, 8)).cast("q")  # shared with processes forked from now on
         self.note(steps.start)
+        self._work = manifest, order, slots, steps, self._reached, os.getpid()
+        self._start()
+
+    def _start(self) -> None:
         # Forked, as loader processes are: its connections are made there, and it never touches the GPU.
-        process = multiprocessing.get_context("fork").Process(
-            target=_run, args=(manifest, order, slots, steps, self._reached, os.getpid()), daemon=True
-        )
-        process.start()
-        self.pid = process.pid
-        self._end = weakref.finalize(self, _end, process, os.getpid())
+        self._process = multiprocessing.get_context("fork").Process(target=_run, args=self._work, daemon=True)
+        self._process.start()
+        self.pid = self._process.pid
+        self._end = weakref.finalize(self, _end, self._process, os.getpid())
+
+    def keep_running(self) -> None:
+        """Starts it again, with a warning, when it has died: loader processes would download in its place for weeks."""
+        if self._process.exitcode:
+            warn(f"the process that downloads blocks ended with {self._process.exitcode}; it is started again")
+            self._start()
 
     def note(self, step: int) -> None:
         """Tells which step is being read; a later one stays."""

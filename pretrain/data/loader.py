@@ -241,7 +241,14 @@ def train_batches(
     numbers = range(start_step, config.total_steps)
     _check_room(slots, len(numbers), config.model.image_size, config.data)
     steps.fetcher = fetcher.start(manifest, order, numbers)
-    return _prepared(steps, numbers, config.data)
+    batches = _prepared(steps, numbers, config.data)
+    return _beside(steps.fetcher, batches) if steps.fetcher else batches
+
+
+def _beside(running: fetcher.Fetcher, batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        running.keep_running()
 
 
 def eval_batches(
@@ -311,22 +318,23 @@ def _check_room(slots: int, num_batches: int, image_size: int, config: DataConfi
 
 def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Batch]:
     """Returns an iterator over the dataset's items; worker processes prepare them ahead from now on."""
+    workers = min(config.workers, len(items))  # an evaluation may have a batch or two
     loader = DataLoader(
         dataset,
         batch_size=None,
         sampler=items,
         collate_fn=lambda batch: batch,
-        num_workers=config.workers,
-        prefetch_factor=config.prefetch if config.workers else None,
+        num_workers=workers,
+        prefetch_factor=config.prefetch if workers else None,
         pin_memory=ranks.has_gpu(),
         # Else SIGTERM to the group ends workers, and the final save is lost.
         worker_init_fn=lambda _: signals.live_as_long_as_parent(),
         generator=torch.Generator(),  # the loader draws a seed; from the global generator it would shift dropout's
         # Not the default from Python 3.14 on, which imports torch anew for each iterator; workers never touch the GPU.
-        multiprocessing_context="fork" if config.workers else None,
+        multiprocessing_context="fork" if workers else None,
     )
     iterator = iter(loader)
-    if config.workers:
+    if workers:
         _running.add(iterator)
     return iterator
 

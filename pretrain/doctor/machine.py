@@ -39,8 +39,9 @@ def check_versions() -> Iterator[Finding]:
     try:
         from pretrain.engine.versions import untried
 
-        told = untried()
-        remedy = "pip install -c requirements.lock -e ." if told else ""
+        on_gpu = ranks.has_gpu()
+        told = untried(on_gpu=on_gpu)
+        remedy = "pip install -c requirements.lock -e ." if told and not on_gpu else ""
         yield Finding("deepspeed", WARN if told else OK, told or known["deepspeed"], remedy, differs=RED)
     except Exception as error:  # whatever a broken installation raises
         cause = f"cannot be imported: {type(error).__name__}: {error}"

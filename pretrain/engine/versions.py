@@ -14,20 +14,22 @@ from pretrain.errors import UserError, first_line
 
 STEP_OF = "0.19.8"  # the release whose step patches.py knows; others keep their own, with more launches
 TESTED_DEEPSPEED = (STEP_OF,)
-TESTED_TORCH = ("2.9", "2.15")  # the oldest and the newest; what lies between was not tried
+TESTED_TORCH = ("2.9", "2.15")  # on CPUs: the oldest and the newest; what lies between was not tried
+TESTED_TORCH_ON_GPUS = ("2.11",)
 
 # What reading another inside may raise; an assertion is the guard's own: the model is not what the slices say.
 _UNREADABLE = (AttributeError, KeyError, IndexError, TypeError, AssertionError)
 
 
-def untried() -> str | None:
+def untried(*, on_gpu: bool) -> str | None:
     """Returns a line that names the installed releases when they were not tried together, None when they were."""
     torch_release = ".".join(torch.__version__.split(".")[:2])
-    if torch_release in TESTED_TORCH and deepspeed.__version__ in TESTED_DEEPSPEED:
+    tested, where = (TESTED_TORCH_ON_GPUS, " on GPUs") if on_gpu else (TESTED_TORCH, "")
+    if torch_release in tested and deepspeed.__version__ in TESTED_DEEPSPEED:
         return None
     return (
-        f"torch {torch.__version__} with deepspeed {deepspeed.__version__} has not been tried; tried are torch "
-        f"{' and '.join(TESTED_TORCH)} with deepspeed {' and '.join(TESTED_DEEPSPEED)}"
+        f"torch {torch.__version__} with deepspeed {deepspeed.__version__} has not been tried{where}; tried{where} are "
+        f"torch {' and '.join(tested)} with deepspeed {' and '.join(TESTED_DEEPSPEED)}"
     )
 
 

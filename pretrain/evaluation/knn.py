@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from pretrain.errors import UserError
 from pretrain.evaluation.classification import Score
 from pretrain.evaluation.fewshot import check_finite
 
@@ -64,12 +65,20 @@ def knn(
     """Returns for each k of NEIGHBOURS the accuracy "k-nn" on all test images.
 
     features: [images, D]; labels: [images] integers. progress: told the test images just done. Raises UserError when
-    features are not finite.
+    features are not finite, or do not fit beside what a GPU holds.
     """
     check_finite("nearest neighbours", train_features, test_features)
     num_classes = 1 + int(max(train_labels.max(), test_labels.max()))
     arrays = train_features, train_labels, test_features
-    similarities, classes = nearest(*arrays, k=max(NEIGHBOURS), device=device, progress=progress)
+    try:
+        similarities, classes = nearest(*arrays, k=max(NEIGHBOURS), device=device, progress=progress)
+    except torch.OutOfMemoryError:  # beside a training
+        needed = 4 * len(train_features) * (train_features.shape[1] + 2 * _CHUNK)
+        raise UserError(
+            f"nearest neighbours: the features of {len(train_features):,} images, and their similarities to {_CHUNK} "
+            f"others, take {needed / 1e9:.1f} GB, which the GPU has not free; leave them out (evaluation.knn=false), "
+            "or take fewer training images"
+        ) from None
     rows = []
     for k in NEIGHBOURS:
         predicted = vote(similarities[:, :k], classes[:, :k], num_classes).argmax(dim=1).numpy()

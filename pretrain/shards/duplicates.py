@@ -54,7 +54,7 @@ def merged(items: PackedItems, work: Work, told: Told) -> PackedItems:
     1 in 190,000. Raises UserError for an image with more labels than are read.
     """
     digests = _pass(_digests, items, work, "comparing", "1")
-    order = np.argsort(digests, kind="stable").astype(np.int32)
+    order = np.argsort(digests, kind="stable").astype(np.int32 if len(digests) < 1 << 31 else np.int64)  # half of it
     digests = digests[order]
     same = (digests[1:] == digests[:-1]) & (digests[1:] != _NONE)  # what cannot be read is equal to nothing
     dropped: list[int] = []

@@ -38,7 +38,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     most = micro_batch_limit(config, data.num_classes, device)
     plan = plan_batch(config.data.global_batch, ranks.world_size(), most)
-    if told := untried():
+    if told := untried(on_gpu=device.type == "cuda"):
         say(f"warning: {told}")
     if idle := ranks.num_idle_gpus():
         say(f"warning: one rank uses one of {idle + 1} GPUs; deepspeed or torchrun starts a rank for each")

@@ -163,7 +163,7 @@ def _bytes_in_use(manifest: Manifest, lanes: Lanes) -> float:
 
 
 def _choose_order(config: Config, train_set: Manifest, mixture: Mixture | None) -> Order:
-    """The order of a run that begins. One that goes on has its checkpoint's: see `resumed_order` in folder.py."""
+    """The order of a run that begins. One that goes on has its checkpoint's: see `resumed_order` in resuming.py."""
     order = replace(order_of(config, train_set.num_samples), mixture=mixture)
     if mixture:
         return order

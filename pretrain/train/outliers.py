@@ -10,6 +10,7 @@ SLOW_STEP_S = 0.01  # and by this much per step: of small models' steps less is 
 SPIKE_DEVIATIONS = 6.0  # a loss so many robust standard deviations above the median is a spike
 SPIKE_WINDOW, SPIKE_MIN = 128, 32  # losses compared with; fewer say little
 _DEVIATION = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
+_UPPER, _UPPER_DEVIATIONS = 0.98, 2.054  # a quantile, and how many standard deviations it lies above a normal median
 
 
 def slow_rank(own_s: Sequence[float], elapsed_s: float, num_steps: int) -> int | None:
@@ -43,14 +44,17 @@ class LossSpikes:
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def count(self, losses: Sequence[float]) -> int:
-        """Returns how many of the next steps' losses are spikes. None is compared with a spike."""
+        """Returns how many of the next steps' losses are spikes.
+
+        Spikes count among the losses before the next one, so that a level which stays higher is soon no news. The
+        quantile is for mixup with one draw per step: few steps are mixed strongly, and their losses are higher.
+        """
         found = 0
         for loss in losses:
             if len(self._losses) >= SPIKE_MIN:
-                middle = median(self._losses)
+                middle, upper = median(self._losses), sorted(self._losses)[int(_UPPER * len(self._losses))]
                 spread = _DEVIATION * median(abs(value - middle) for value in self._losses)
-                if loss > middle + SPIKE_DEVIATIONS * max(spread, 1e-6 * abs(middle)):
-                    found += 1
-                    continue
+                spread = max(spread, (upper - middle) / _UPPER_DEVIATIONS, 1e-6 * abs(middle))
+                found += loss > middle + SPIKE_DEVIATIONS * spread
             self._losses.append(loss)
         return found
