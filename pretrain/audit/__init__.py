@@ -1,1 +1,1 @@
-"""The audit of a run: everything that its folder says of the samples seen, added up again. Reads only."""
+"""The audit of a run: recomputes everything that the run's folder says about the samples seen. Read-only."""

@@ -38,12 +38,12 @@ class Finding(NamedTuple):
     check: str
     compared: str
     count: int | None
-    left_out: str  # "" when all was looked at
-    wrong: str  # "" when nothing was found
+    left_out: str  # "" when everything was checked
+    wrong: str  # "" when nothing is wrong
 
 
 def audit(folder: Path, options: Options) -> list[Finding]:
-    """Makes all checks of a run's folder, which it only reads.
+    """Runs all checks on a run's folder, without writing. A failed check is shown by its docstring's first line.
 
     Raises UserError when it is not a run's folder, StorageError or OSError when the disk cannot be read for now.
     """

@@ -1,4 +1,4 @@
-"""Is the data set on the disk the one that the run names, and do its samples fail exactly where it says so?"""
+"""Is the data set on the disk the one that the run names, and are exactly the samples bad that the run lists?"""
 
 from collections.abc import Iterator
 
@@ -12,8 +12,8 @@ from pretrain.data.mixture import shard_name, source_of
 from pretrain.json_files import brief
 from pretrain.storage import sha256
 
-MAX_SAMPLES_READ = 4096  # of a choice, for each of two checks: 2 ms a sample
-MAX_SHARD_BYTES_READ = 2 << 30  # of a choice of shards: SHA-256 takes 2 s a gigabyte
+MAX_SAMPLES_READ = 4096  # of a random choice, for each of two checks: 2 ms a sample
+MAX_SHARD_BYTES_READ = 2 << 30  # of a random choice of shards: SHA-256 takes 2 s per gigabyte
 
 
 def check_manifest(run: Run) -> Outcome:
@@ -94,7 +94,7 @@ def check_listed_again(run: Run) -> Outcome:
 def check_steps_again(run: Run) -> Outcome:
     """All samples of a choice of steps are read again: is what fails listed, and nothing else?"""
     manifest, batch = run.own_data, run.order.global_batch
-    all_steps = range(run.first_step, run.trained)  # a checkpoint may claim billions: no array of each
+    all_steps = range(run.first_step, run.trained)  # a checkpoint may claim billions: build no array of them
     steps, most = all_steps, max(1, MAX_SAMPLES_READ // batch)
     if not run.options.full and len(all_steps) > most:
         random = np.random.default_rng([run.options.seed, 4])
@@ -137,8 +137,8 @@ def _strict(run: Run) -> bool:
 
 
 def _reasons(manifest: Manifest, indices: list[int]) -> Iterator[str | None]:
-    """Yields why each sample is bad or damaged, None where it is neither: as training reads it."""
-    from pretrain.data.images import decode  # torch: a second, and only where samples are read
+    """Yields why each sample is bad or damaged, None where it is neither, by reading it as training does."""
+    from pretrain.data.images import decode  # imports torch, which takes a second: only where samples are read
     from pretrain.data.reader import BadSample, parse_labels, read_sample
 
     for index in indices:

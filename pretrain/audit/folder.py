@@ -1,6 +1,6 @@
-"""What a run's folder says of itself, read when a check asks for it: starts, checkpoints, logs; the data set it names.
+"""The content of a run's folder, read on demand: starts, checkpoints, logs; and the data set that it names.
 
-Imports no torch: the audit begins at once.
+Imports no torch, so that the audit begins at once.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What is looked at."""
+    """What the audit reads."""
 
     full: bool  # every step, every listed sample, every byte
-    data: Path | None  # where the data set lies, when not where the config says; None: there
+    data: Path | None  # where the data set is; None: where the config says
     no_data: bool
-    seed: int  # of what is chosen
+    seed: int  # of the random choices
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Start:
     place: str  # file and line
     step: int
     world_size: int
-    branched: bool  # it went on from another run's checkpoint; not recorded by earlier versions
+    branched: bool  # it continued from another run's checkpoint; not recorded by earlier versions
     values: Fields
-    before: str  # SHA-256 of the lines before it
-    until: str  # and of those up to its own
+    before: str  # SHA-256 of the lines before this one
+    until: str  # SHA-256 of the lines up to and including this one
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The steps first..last that one start has left in the logs."""
+    """The steps first..last whose log lines are from one start."""
 
     first: int
     last: int  # MAX_STEP for those of the last start
@@ -72,7 +72,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint, as its folder says."""
+    """A checkpoint, as its state.json describes it."""
 
     path: Path
     step: int
@@ -90,17 +90,17 @@ class Saved:
 
     @property
     def said_order(self) -> Fields:
-        """What it says of order and data set."""
+        """What the checkpoint says about order and data set."""
         return self.state.part("data").part("order")
 
     @property
     def receipt(self) -> Fields | None:
-        """What it says of the samples seen; None in checkpoints of earlier versions."""
+        """What the checkpoint says about the samples seen; None in checkpoints of earlier versions."""
         return self.state.part("receipt") if self.state.values.get("receipt") else None
 
     @property
     def starts(self) -> str:
-        """SHA-256 of the starts until it was saved; "" where that is not recorded."""
+        """SHA-256 of the lines of starts.jsonl when it was saved; "" where that is not recorded."""
         return self.state.text("starts_sha256", "")
 
 
@@ -128,7 +128,7 @@ class Listed:
 
 
 def own_parts(path: Path, sources: Sequence[Source]) -> Path:
-    """Returns the end of a set's path that tells it apart from a mixture's other sets: its folder, or more."""
+    """Returns the shortest end of a set's path, its folder or more, that no other set of the mixture shares."""
     folders = [source.path.parent if source.path.suffix == ".json" else source.path for source in sources]
     own = path.parent if path.suffix == ".json" else path
     for depth in range(1, len(own.parts) + 1):
@@ -138,7 +138,7 @@ def own_parts(path: Path, sources: Sequence[Source]) -> Path:
 
 
 class Run:
-    """A run's folder. Each part is read when first asked for, and raises UserError, of which Lie is one."""
+    """A run's folder. Each part is read on first access, which may raise UserError; Lie is a subclass."""
 
     def __init__(self, folder: Path, options: Options) -> None:
         if not (folder / "config.yaml").is_file():
@@ -147,7 +147,7 @@ class Run:
 
     @cached_property
     def done(self) -> Fields | None:
-        """What DONE says; None while there is none."""
+        """The content of DONE; None while there is none."""
         path = self.folder / "DONE"
         try:
             with open_log(path) as file:
@@ -157,26 +157,26 @@ class Run:
 
     @property
     def saved(self) -> list[Saved]:
-        """The checkpoints, oldest first; their state.json has the checksum that their manifest gives."""
+        """The checkpoints, oldest first; each state.json was checked against the checksum in its manifest."""
         if isinstance(self._saved, Exception):
             raise self._saved
         return self._saved
 
     @cached_property
     def _saved(self) -> list[Saved] | Exception:
-        """Read once, also where that fails: nearly every check asks for it."""
+        """Cached, the error too, since nearly every check reads the checkpoints."""
         found = []
         for path in reversed(step_folders(self.folder / "checkpoints")):
             try:
                 found.append(_saved(path))
             except (UserError, OSError) as error:
-                if path.exists():  # else a training has just deleted it, as it does with old ones
+                if path.exists():  # otherwise a running training has just deleted it, as too old
                     return error
         return found
 
     @cached_property
     def config(self) -> Config:
-        """That of the last start."""
+        """The config of the last start."""
         return load_config(self.folder / "config.yaml")
 
     @cached_property
@@ -190,7 +190,7 @@ class Run:
         if len(text) > _MAX_STARTS_BYTES:
             raise Lie(f"{path}: has more than {_MAX_STARTS_BYTES:,} bytes, which is the limit of such a file")
         found, begin, digest = [], 0, hashlib.sha256()
-        for fields in rows_of(io.BytesIO(text), path):  # not read again: a start may be added meanwhile
+        for fields in rows_of(io.BytesIO(text), path):  # not from the file: a start may be added meanwhile
             step, world_size = fields.integer("step", 0, MAX_STEP), fields.integer("world_size", 1, MAX_RANKS)
             before, end = digest.hexdigest(), text.index(b"\n", begin) + 1
             digest.update(text[begin:end])
@@ -203,7 +203,7 @@ class Run:
 
     @cached_property
     def segments(self) -> list[Segment]:
-        """Which start the logs of each step are of: a start drops the lines after its step, and writes them again."""
+        """Which start wrote the log lines of each step: a start drops the lines after its step and rewrites them."""
         kept: list[Start] = []
         for start in self.starts[self.origin :]:
             while kept and kept[-1].step >= start.step:
@@ -217,14 +217,16 @@ class Run:
 
     @cached_property
     def origin(self) -> int:
-        """Which start the run began with: the last that branched off, since one that was killed in its first save left
-        nothing; else, and where an earlier version did not record it, the first.
+        """The index of the start with which the run began.
+
+        The last start that branched off, since one that was killed in its first save left nothing; the first start
+        where none did, or an earlier version did not record it.
         """
         return max((number for number, start in enumerate(self.starts) if start.branched), default=0)
 
     @cached_property
     def first_step(self) -> int:
-        """0; of a run that branched off, the step of the other run's checkpoint."""
+        """0, or for a run that branched off, the step of the other run's checkpoint."""
         return self.starts[self.origin].step
 
     @property
@@ -236,12 +238,12 @@ class Run:
 
     @cached_property
     def trained(self) -> int:
-        """The steps that count: those of the newest checkpoint. Later ones are still to be saved, or trained again."""
+        """The steps that count: those of the newest checkpoint. Later ones are not saved yet, or will be repeated."""
         return self.newest.step
 
     @cached_property
     def identity(self) -> tuple[str, Mapping[str, Any]]:
-        """What the newest checkpoint says of order and data set, and the file that says it."""
+        """The file of the newest checkpoint that describes order and data set, and what it says."""
         return str(self.newest.place), self.newest.said_order.values
 
     @cached_property
@@ -250,7 +252,7 @@ class Run:
         if self.options.no_data:
             raise LeftOut("--no-data")
         data, loaded = self.config.data, []
-        for source in data.sources[: max(2, len(self.sources))]:  # a start may have added one, and saved nothing yet
+        for source in data.sources[: max(2, len(self.sources))]:  # a start may have added one and saved nothing yet
             path = self.options.data or source.path
             if self.options.data and data.is_mixture:
                 path /= own_parts(source.path, data.sources)
@@ -263,7 +265,7 @@ class Run:
 
     @cached_property
     def own_data(self) -> Manifest:
-        """The data set, where it is the run's and all of it is here: else its samples prove nothing."""
+        """The data set, if it is the run's and complete: otherwise its samples prove nothing. Raises LeftOut."""
         if self.manifest.sha256 != self.identity[1].get("manifest_sha256"):
             raise LeftOut("the data set on the disk is another one")
         if self.manifest.num_samples != self.order.num_samples:
@@ -277,7 +279,7 @@ class Run:
         return self.manifest
 
     def order_holds(self, step: int) -> bool:
-        """Returns whether a step is of the order: a resume may have changed a mixture's weights, and saved nothing."""
+        """Returns whether a step follows `order`: a resume may have changed a mixture's weights, unsaved."""
         return self.order.mixture is None or step <= self.trained
 
     @cached_property
@@ -304,11 +306,11 @@ class Run:
 
     @cached_property
     def sources(self) -> list[Fields]:
-        """The sources of a mixture, as the newest checkpoint names them; none of one set."""
+        """The sources of a mixture, as the newest checkpoint names them; [] for a single set."""
         return self.newest.said_order.parts("sources", ())
 
     def _mixture(self, order: Order) -> Mixture:
-        """The numbers of the mixture that the newest checkpoint names."""
+        """Returns the sizes, phases and lanes of the mixture that the newest checkpoint names."""
         sizes = tuple(source.integer("num_samples", 1, MAX_SAMPLES) for source in self.sources)
         if sum(sizes) != order.num_samples or not 2 <= len(sizes) <= MAX_SOURCES:
             numbers = f"sources of {brief(list(sizes))} samples"
@@ -339,7 +341,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[Fields]:
-        """The lines of the curves."""
+        """The lines of metrics.jsonl."""
         return list(rows(self.folder / "metrics.jsonl"))
 
 

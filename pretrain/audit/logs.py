@@ -1,4 +1,4 @@
-"""A run's logs, line by line and by step; a folder may come from anybody, and nothing in it is trusted."""
+"""A run's logs, line by line and by step; the folder may come from anyone, so nothing in it is trusted."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ _HEAD = re.compile(rb'\{"step": (\d{1,10})[,}]')  # as json.dumps writes it
 
 
 class Lie(UserError):
-    """Something in a run's folder does not agree with the rest: the file, what it says, and what is expected."""
+    """Something in a run's folder contradicts the rest; the message has the file, what it says and what is expected."""
 
 
 def lie(place: object, found: object, expected: object) -> NoReturn:
@@ -27,7 +27,7 @@ def lie(place: object, found: object, expected: object) -> NoReturn:
 
 
 def rows(path: Path) -> Iterator[Fields]:
-    """Yields the lines of a log; none where there is no file. A torn last line is left out: a kill leaves one.
+    """Yields the lines of a log; none where there is no file. Skips an incomplete last line, as a kill leaves.
 
     Raises Lie for a damaged line, or one whose step is below that of the line before.
     """
@@ -60,7 +60,7 @@ def rows_of(file: BinaryIO, path: Path) -> Iterator[Fields]:
 
 
 def open_log(path: Path) -> BinaryIO:
-    """Opens a log. Raises Lie where it is not a plain file; a link may lead anywhere."""
+    """Opens a log. Raises Lie where it is not a plain file: a link could lead anywhere."""
     try:
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
     except OSError as error:
@@ -74,9 +74,9 @@ def open_log(path: Path) -> BinaryIO:
 
 
 class StepLines:
-    """A log with one line for each of many steps, in order; the lines of a few steps are looked up.
+    """A log with a line for each of many steps, in order, of which a few are looked up.
 
-    Steps that are asked for one after the other are read one after the other.
+    Consecutive steps are read without seeking.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +109,7 @@ class StepLines:
 
     @property
     def last_step(self) -> int:
-        """The step of the last whole line, 0 when there is none."""
+        """The step of the last complete line, 0 when there is none."""
         place = self._seek(MAX_STEP + 1)
         return self._read_from(place - 1) if place else 0
 
@@ -126,9 +126,9 @@ class StepLines:
         raise Lie(f"{self.path}: a line begins with {line[:40]!r}, expected its step")
 
     def _seek(self, step: int) -> int:
-        """Reads the first line whose step is not below `step`, found by halves: a log may have gigabytes.
+        """Reads the first line whose step is at least `step`, found by bisection: a log may have gigabytes.
 
-        Returns the place behind the first byte of the line before it; 0 where there is none.
+        Returns the offset just after the first byte of the line before it; 0 where there is none.
         """
         places = range(os.fstat(self._file.fileno()).st_size)
         place = bisect_left(places, step, key=self._read_from)
@@ -137,7 +137,7 @@ class StepLines:
         return place
 
     def _read_from(self, place: int) -> int:
-        """Reads the first line that begins at a byte or behind it; returns its step."""
+        """Reads the first line that begins at or after the byte `place`; returns its step."""
         self._file.seek(max(0, place - 1))
         if place:
             self._file.readline(MAX_LINE_BYTES)

@@ -1,5 +1,6 @@
-"""What a run on a mixture says of its sources and weights. Sets may be added, and weights changed, at a resume: what
-lies before a checkpoint's step stays.
+"""Checks what a run on a mixture says about its sources and weights.
+
+A resume may add sets and change weights, but not for the steps before its checkpoint.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from pretrain.json_files import Fields, brief
 
 
 def check_identity(run: Run, saved: Saved) -> set[str]:
-    """Compares sources and weights in a checkpoint with those in the newest; returns the keys that may differ."""
+    """Compares a checkpoint's sources and weights with those of the newest; returns the keys that may differ."""
     sources = _sources(saved)
     if run.order.mixture is None or not 2 <= len(sources) <= len(run.sources):
         return set()
@@ -29,7 +30,7 @@ def check_identity(run: Run, saved: Saved) -> set[str]:
 
 
 def check_weights(run: Run, config: Config, place: object, step: int) -> None:
-    """The weights of a config are those of the newest checkpoint, before a step."""
+    """Checks that the weights of a config are, for the steps before `step`, those of the newest checkpoint."""
     if config.data.is_mixture != bool(run.sources):
         found = f"a mixture of {len(config.data.sources)} sets" if config.data.is_mixture else "one set"
         lie(place, f"data.train is {found}", f"what {run.identity[0]} says")
@@ -43,12 +44,12 @@ def check_weights(run: Run, config: Config, place: object, step: int) -> None:
 
 
 def num_samples(run: Run, saved: Saved) -> int:
-    """Returns the samples of a run's data; of a mixture those of the sources that a checkpoint knew."""
+    """Returns the number of samples of a run's data; of a mixture, those of the sources that a checkpoint knew."""
     return sum(run.order.sizes[: len(_sources(saved))]) if run.sources else run.order.num_samples
 
 
 def expected_receipt(run: Run, saved: Saved) -> dict[str, Any]:
-    """Returns what a checkpoint's receipt must say of a mixture's sources; nothing for one set."""
+    """Returns what a checkpoint's receipt must say about a mixture's sources; {} for a single set."""
     given = zip(_sources(saved), run.order.given(saved.step).tolist())
     sources = [{**source.values, "samples_seen": count} for source, count in given]
     return {"sources": sources} if sources else {}

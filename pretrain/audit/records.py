@@ -15,16 +15,16 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.json_files import brief
 from pretrain.storage import crc32c
 
-# Added where a sample turns out to differ from what is listed, which need not be a lie.
+# Added to the message when a sample differs from what is listed, which has innocent causes too.
 REPAIRED = "(a file repaired since, or another version's limits of decoding, look like this too)"
 
 
 class Outcome(NamedTuple):
-    """What a check has compared, and how often; it has found nothing wrong."""
+    """What a check that found nothing wrong has compared, and how often."""
 
     compared: str
     count: int
-    left_out: str = ""  # what it could not look at
+    left_out: str = ""  # what could not be checked
 
 
 def check_starts(run: Run) -> Outcome:
@@ -84,28 +84,28 @@ def check_history(run: Run) -> Outcome:
     if known and known < len(starts) and last.step != newest.step:
         lie(last.place, f"goes on from step {last.step}", f"{newest.step}, the newest checkpoint's")
     for later in starts[known:] if run.done is not None and known else ():
-        if later.step != newest.step:  # a kill between the last save and DONE leaves a start that only writes DONE
+        if later.step != newest.step:  # after a kill between the last save and DONE, a start only writes DONE
             lie(later.place, f"a start at step {later.step} behind the end of the run", f"{newest.step}, the last step")
     told = "" if all(saved.starts for saved in run.saved) else "checkpoints of an earlier version name no start"
     return Outcome("checkpoints against starts: steps, ranks, number of starts", len(run.saved), told)
 
 
 def _num_starts(run: Run, saved: Saved) -> int:
-    """How many starts there were when a checkpoint was saved; 0 when those before it are not in the file."""
+    """Returns how many starts there were when a checkpoint was saved; 0 when the file does not begin with these."""
     return next((number for number, start in enumerate(run.starts, 1) if start.until == saved.starts), 0)
 
 
 def check_files(run: Run) -> Outcome:
     """Every file of every checkpoint has its size, and its checksum: of tensors in full mode only."""
     count, gone = 0, 0
-    for saved in run.saved:  # sizes, and the checksums of JSON, were compared as it was read
+    for saved in run.saved:  # sizes, and the checksums of JSON, were compared when it was read
         try:
             for name, _, checksum in read_manifest(saved.path):
                 count += 1
                 if run.options.full and (found := crc32c(own_file(saved.path, name))) != checksum:
                     lie(saved.path / name, f"has CRC-32C {found}", f"the {checksum} that MANIFEST.json names")
         except (UserError, OSError):
-            if saved.path.exists():  # else a training has just deleted it, as it does with old ones
+            if saved.path.exists():  # otherwise a running training has just deleted it, as too old
                 raise
             gone += 1
     if not run.saved:
@@ -155,7 +155,7 @@ def _expected_receipt(run: Run, saved: Saved) -> dict[str, object]:
 def check_config(run: Run) -> Outcome:
     """config.yaml, and the config in every checkpoint, are those of one run; so are order and data set."""
     path, (place, identity) = run.folder / "config.yaml", run.identity
-    compared: list[dict[str, object]] = []  # mostly one, and reading it takes 50 ms
+    compared: list[dict[str, object]] = []  # mostly one; parsing one takes 50 ms
     mixtures.check_weights(run, run.config, path, run.trained)
     for saved in run.saved:
         _check_identity(run, saved, place, identity)
@@ -201,7 +201,7 @@ def check_done(run: Run) -> Outcome:
 
 def check_counts(run: Run) -> Outcome:
     """A checkpoint's counts of bad and damaged samples and of skipped steps are those of the lists up to its step."""
-    base: dict[str, int] | None = None if run.first_step else {}  # of the run that it branched from
+    base: dict[str, int] | None = None if run.first_step else {}  # counts of the run that it branched from
     for saved in run.saved:
         said = _said(saved)
         listed = {f"bad ({reason})": count for reason, count in run.bad.counts(saved.step).items()}
@@ -257,9 +257,9 @@ def check_metrics(run: Run) -> Outcome:
 
 
 def _check_due(run: Run, seen: set[int]) -> None:
-    """The last start logs every so many steps, as config.yaml says; earlier ones may have had another interval."""
+    """Checks that the last start logged at the interval of config.yaml; earlier ones may have had another interval."""
     every, total, path = run.config.log.every_steps, run.config.total_steps, run.folder / "metrics.jsonl"
-    begun, trained = run.starts[-1].step, run.trained  # a checkpoint may claim billions: no loop over each
+    begun, trained = run.starts[-1].step, run.trained  # a checkpoint may claim billions: no loop over all steps
     due = range((begun // every + 1) * every, trained + 1, every) if every else ()
     for step in chain(due, [total] if begun < total <= trained else []):
         if step not in seen:
@@ -282,7 +282,7 @@ def check_scores(run: Run) -> Outcome:
 
 
 def _same(ours: dict, theirs: dict) -> bool:
-    """Equal values under equal keys; NaN is equal to itself."""
+    """Returns whether keys and values are equal; NaN equals NaN."""
     return ours.keys() == theirs.keys() and all(
         ours[key] == theirs[key] or (_is_nan(ours[key]) and _is_nan(theirs[key])) for key in ours
     )

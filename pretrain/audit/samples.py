@@ -1,4 +1,4 @@
-"""Does what a run lists of samples follow from the order: which step held each, what every epoch adds up to?"""
+"""Do the samples that a run lists follow from the order: the step of each, the sum of every epoch?"""
 
 import re
 from collections import Counter
@@ -16,9 +16,9 @@ from pretrain.data.order import share
 from pretrain.json_files import Fields, brief
 
 MAX_CHOSEN_STEPS = 256  # whose lines in samples-RANK.jsonl are compared
-MAX_CHOSEN_LINES = 20_000  # of all ranks: looking one up in a large log takes a millisecond
-MAX_EPOCHS = 100_000  # a minute; a receipt may claim a data set of one sample
-MAX_LISTED_EPOCHS = 3  # each a line of its own in the table, the newest
+MAX_CHOSEN_LINES = 20_000  # over all ranks: looking one up in a large log takes a millisecond
+MAX_EPOCHS = 100_000  # takes a minute; a receipt may claim a data set of one sample
+MAX_LISTED_EPOCHS = 3  # the newest, each with a row of its own in the table
 _SAMPLE_LOG = re.compile(r"samples-([0-9]{5})\.jsonl")
 
 
@@ -33,13 +33,13 @@ def check_listed(run: Run) -> Outcome:
 def _check_steps(run: Run, listed: Listed) -> None:
     if not len(listed):
         return
-    # Lines that a resume with other weights has written since the newest checkpoint follow another order.
+    # Lines written since the newest checkpoint by a resume with other weights follow another order.
     lines = np.flatnonzero(listed.steps <= run.trained) if run.order.mixture else np.arange(len(listed))
     steps, epochs, indices = (column[lines] for column in (listed.steps, listed.epochs, listed.indices))
     if (too_large := np.flatnonzero(indices >= run.order.num_samples)).size:
         first = int(too_large[0])
         lie(listed.place(lines[first]), f"index {indices[first]}", f"less than the {run.order.num_samples} samples")
-    # Also those far beyond, whose positions would not fit into 64 bits.
+    # This also rejects epochs so large that positions would not fit into 64 bits.
     most = np.max(run.order.given(steps) / np.array(run.order.sizes)[:, None], axis=0, initial=0) + run.order.repeats
     if (late := np.flatnonzero(epochs > most)).size:
         first = int(late[0])
@@ -79,7 +79,7 @@ def check_every_epoch(run: Run) -> Outcome:
         for number, (index, reason) in enumerate(zip(listed.indices.tolist(), listed.reasons)):
             if reasons[index] != reason:
                 lie(listed.place(number), f"index {index}: {reason}", f"{reasons[index]}, as its other lines say")
-        indices = np.unique(listed.indices[listed.indices < run.order.num_samples])  # others: check_listed
+        indices = np.unique(listed.indices[listed.indices < run.order.num_samples])  # check_listed reports the others
         told = set(zip(listed.epochs.tolist(), listed.indices.tolist()))
         for epoch in range(_epochs_begun(run)) if len(indices) else ():
             steps = run.order.steps_of(np.full(len(indices), epoch), indices) + 1
@@ -112,7 +112,7 @@ def check_skipped(run: Run) -> Outcome:
 
 
 def _epochs_begun(run: Run) -> int:
-    """How many epochs have been begun. Raises LeftOut where they are too many to add up one by one."""
+    """Returns how many epochs have been begun. Raises LeftOut where they are too many to add up one by one."""
     epochs, seen = 0, run.order.seen_in(run.trained)
     while any(seen(epochs)):
         if (epochs := epochs + 1) > MAX_EPOCHS:
@@ -157,7 +157,7 @@ def check_epochs(run: Run) -> list[Outcome]:
     return [Outcome(whole, passes, branched), *told]
 
 
-_Pass = tuple[int, int]  # number of a mixture's source, 0 of one set; epoch
+_Pass = tuple[int, int]  # index of a mixture's source, 0 for a single set; epoch
 
 
 def _passes(run: Run, epochs: np.ndarray, indices: np.ndarray) -> list[_Pass]:
@@ -184,7 +184,7 @@ def _sum(run: Run, of_pass: _Pass, seen: int, used: int, bad: Counter[str], skip
 
 
 def _skipped_by_pass(run: Run) -> Counter[_Pass]:
-    """Samples in steps without an update that are not bad, by pass."""
+    """Returns, by pass, the number of samples in skipped steps that are not bad."""
     found: Counter[_Pass] = Counter()
     passes = _passes(run, run.bad.epochs, run.bad.indices) if run.skipped else []
     bad = Counter(zip(passes, run.bad.steps.tolist()))
@@ -227,7 +227,7 @@ def check_sample_logs(run: Run) -> Outcome:
 def _is_logged(segment: Segment, logs: dict[int, StepLines]) -> bool:
     if segment.samples_logged is not None:
         return segment.samples_logged
-    # An earlier version does not say: where any line is, all must be.
+    # Not recorded by an earlier version: if there is any line of the segment, all must be there.
     return any(log.has_step(segment.first, segment.last) for log in logs.values())
 
 
@@ -269,7 +269,7 @@ def _samples(line: bytes, path: Path, step: int) -> object:
 
 
 def _difference(step: int, found: object, expected: list[list[int]]) -> tuple[str, str]:
-    """What a line has, and what it should have."""
+    """Returns what a line has, and what it should have."""
     if not isinstance(found, list) or len(found) != len(expected):
         count = len(found) if isinstance(found, list) else brief(found)
         return f"step {step} has {count} samples", f"{len(expected)}, this rank's share of the step"

@@ -1,4 +1,4 @@
-"""One cell, measured in this process, which cells.py has started; a line of JSON per row.
+"""Measures one cell in this process, which cells.py has started; prints a line of JSON per row.
 
 python -m pretrain.benchmark train|bottleneck|model|save|data|device CELL     CELL: arguments of `measure` as JSON
 """
@@ -12,7 +12,7 @@ from pretrain import cli
 
 def main() -> None:
     what, cell = sys.argv[1:]
-    module = import_module(f"pretrain.benchmark.{what}")  # only this one: each imports seconds of libraries of its own
+    module = import_module(f"pretrain.benchmark.{what}")  # only this one: each imports large libraries
     for row in module.measure(**json.loads(cell)):
         print(json.dumps(row), flush=True)
 

@@ -1,6 +1,6 @@
-"""What bounds a run: what each stage costs an image, measured one by one; what other numbers of workers would give.
+"""The bottleneck of a run: the time of each stage per image, and the predicted rate with other numbers of workers.
 
-Samples are read, decoded and cropped by worker processes; handed over, copied, trained on in the rank's own process.
+Worker processes read, decode and crop samples; the rank's own process receives batches, copies them and trains.
 """
 
 import os
@@ -22,16 +22,16 @@ from pretrain.provenance import commit, versions
 from pretrain.shards.pool import num_cores
 from pretrain.train.datasets import DataSets, open_data
 
-_BATCHES = 3  # of which each stage's median is taken
+_BATCHES = 3  # per stage: the loader's take the median, hand_over the least, those of the step the mean
 _LOADER = {"disk": "read_sample", "decode": "decode", "augmentation": "train_image"}  # names in data/loader.py
 
 
 class Costs(NamedTuple):
-    """Seconds that an image takes in each stage, of one worker process or of one rank."""
+    """Seconds per image in each stage, of one worker process or of one rank."""
 
     disk: float  # reading its bytes from the shard, page cache included
     decode: float
-    augmentation: float  # crop, resize, flip, RandAugment and what else data/augment.py does
+    augmentation: float  # crop, resize, flip, and all of data/augment.py
     hand_over: float  # from a worker's shared memory to the rank, pinned for a GPU
     copy: float  # to the device
     device: float  # forward and backward pass
@@ -40,11 +40,11 @@ class Costs(NamedTuple):
 
     @property
     def worker(self) -> float:
-        """Of a worker process."""
+        """Seconds per image of a worker process."""
         return self.disk + self.decode + self.augmentation
 
     def rank(self, on_gpu: bool) -> float:
-        """Of the rank's process: a GPU computes while the next batch comes, a CPU does one after the other."""
+        """Seconds per image of the rank: a GPU computes while the next batch arrives, a CPU does these in sequence."""
         step = self.device + self.optimizer + self.collectives
         return max(self.hand_over, self.copy, step) if on_gpu else self.hand_over + self.copy + step
 
@@ -62,9 +62,9 @@ _WAYS_OUT = {
 
 
 def images_per_s(costs: Costs, workers: int, cores: int, on_gpu: bool) -> float:
-    """Returns what one rank would train with so many workers, of which `cores` can compute at once.
+    """Returns the images per second of one rank with so many workers, of which `cores` can compute at once.
 
-    A CPU's rank computes on all of these cores, so it does not have what the workers take of them.
+    A CPU rank trains on the same cores as the workers, so their times add up.
     """
     if workers == 0:
         return 1 / (costs.worker + costs.rank(on_gpu))
@@ -74,16 +74,16 @@ def images_per_s(costs: Costs, workers: int, cores: int, on_gpu: bool) -> float:
 
 
 def diagnosis(costs: Costs, workers: int, cores: int, on_gpu: bool) -> dict[str, Any]:
-    """Returns the stage that bounds, what to do about it, and the rates with other numbers of workers."""
+    """Returns the stage that is the bottleneck, the remedy, and the rates with other numbers of workers."""
     rate = images_per_s(costs, workers, cores, on_gpu)
     of_loader = costs._asdict()
     of_rank = {name: of_loader.pop(name) for name in Costs._fields if name not in _LOADER}
-    if on_gpu and costs.rank(on_gpu) > max(costs.hand_over, costs.copy):  # they are done while the step goes on
+    if on_gpu and costs.rank(on_gpu) > max(costs.hand_over, costs.copy):  # hidden behind the step
         del of_rank["hand_over"], of_rank["copy"]
     by_rank = rate >= 0.999 / costs.rank(on_gpu)
     if workers == 0:
         stages = of_loader | of_rank
-    elif not on_gpu and rate < 0.999 * workers / costs.worker:  # rank and workers wait for each other's cores
+    elif not on_gpu and rate < 0.999 * workers / costs.worker:  # rank and workers compete for cores
         stages = {"decode": costs.decode / cores, "augmentation": costs.augmentation / cores} | of_rank
     else:
         stages = of_rank if by_rank else of_loader
@@ -107,10 +107,10 @@ def diagnosis(costs: Costs, workers: int, cores: int, on_gpu: bool) -> dict[str,
 def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the row of a model on a data set; options: of tools/benchmark.py train --bottleneck.
 
-    Of one rank, alone: of `options["ranks"]` that share the machine's cores, whose collectives are not measured.
+    Measures a single rank, with its share of the cores of `options["ranks"]` ranks, and so without collectives.
     """
     cores = max(1, num_cores() // options["ranks"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # of a rank on a CPU; the only one here would be given all
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # a CPU rank's share; a single rank would get all
     plan = plan_cell(options)
     config = config_of_run(model, options, plan, compile=options["compile"], fp8=options["fp8"])
     data, clock = open_data(config), PartClock(plan.device.type == "cuda")
@@ -135,12 +135,12 @@ def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def stage_costs(config: Config, data: DataSets, engine: Engine, clock: PartClock) -> Costs:
-    """Measures each stage; the clock counts the engine's parts. A collective."""
+    """Measures each stage; the clock times the engine's parts. Called by all ranks."""
     images = engine.plan.micro_batch * engine.plan.accumulation
     batch, loaded_s = _loaded(config, data, engine)
     found = {name: seconds / images for name, seconds in loaded_s.items()}
     found["hand_over"] = _handed_over_s(config, data, engine, sum(loaded_s.values())) / images
-    engine.train_step(batch.to(engine.device), 1e-4)  # the first one is slower
+    engine.train_step(batch.to(engine.device), 1e-4)  # the first step is slower
     clock.read_ms()
     for _ in range(_BATCHES):
         with clock.part("copy"):
@@ -152,7 +152,7 @@ def stage_costs(config: Config, data: DataSets, engine: Engine, clock: PartClock
 
 
 def _loaded(config: Config, data: DataSets, engine: Engine) -> tuple[Batch, dict[str, float]]:
-    """A batch, prepared in this process, and the seconds that one takes in each stage of the loader."""
+    """Returns a batch prepared in this process, and the median seconds per batch in each stage of the loader."""
     steps = loader._TrainSteps(data.train, data.order, engine.plan, config)
     clocks = [PartClock(gpu=False) for _ in _LOADER]
     plain = {function: getattr(loader, function) for function in _LOADER.values()}
@@ -160,7 +160,7 @@ def _loaded(config: Config, data: DataSets, engine: Engine) -> tuple[Batch, dict
         clock.wrap(loader, function, "data")
     threads = torch.get_num_threads()
     if config.data.workers:
-        torch.set_num_threads(1)  # as torch has it in loader processes
+        torch.set_num_threads(1)  # as torch sets it in loader processes
     try:
         seconds: list[list[float]] = []
         for number in range(_BATCHES):
@@ -174,13 +174,13 @@ def _loaded(config: Config, data: DataSets, engine: Engine) -> tuple[Batch, dict
 
 
 def _pinned(batch: Batch) -> Batch:
-    """A batch as the loader hands it over on a GPU: a copy of other memory is slower, and waits."""
+    """Returns a batch in pinned memory, as the loader gives it on a GPU: other copies are slower and block."""
     images, labels, weights, valid, epoch, index = (tensor.pin_memory() for tensor in batch[:6])
     return batch._replace(images=images, labels=labels, label_weights=weights, valid=valid, epoch=epoch, index=index)
 
 
 def _handed_over_s(config: Config, data: DataSets, engine: Engine, loaded_s: float) -> float:
-    """The seconds that a rank takes for a batch that is ready."""
+    """Returns the seconds that a rank takes to receive a batch that is ready."""
     if not config.data.workers:
         return 0.0
     batches, seconds = train_batches(data.train, data.order, engine.plan, config, 0), []
@@ -190,4 +190,4 @@ def _handed_over_s(config: Config, data: DataSets, engine: Engine, loaded_s: flo
         began = time.perf_counter()
         next(batches)
         seconds.append(time.perf_counter() - began)
-    return min(seconds)  # the others may have waited for the worker
+    return min(seconds)  # slower ones may have waited for a worker

@@ -1,4 +1,4 @@
-"""How fast shards are made from a folder of photos, with two processes beside one."""
+"""The rate of making shards from a folder of photos, with two processes and with one."""
 
 import os
 import shutil
@@ -14,14 +14,14 @@ from pretrain.shards.build import How, build
 from pretrain.shards.sources import folder_items
 
 _NUM_CLASSES = 10
-_TIMED = 0.2, 0.9  # of the images: before, processes import torch; behind, the last shard is written by one alone
-_SHARDS = 16  # so that both processes end at nearly the same time
+_TIMED = 0.2, 0.9  # share of the images: before, processes import torch; after, one process alone writes the last shard
+_SHARDS = 16  # enough for both processes to end at nearly the same time
 
 
 def building_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Images per second of one process and of two, which take turns, from a folder in which the photos come often.
+    """Yields images per second of two processes over those of one, measured in turns, in a folder of repeated photos.
 
-    Images are read, decoded and written as make_shards does it; starting processes is left out.
+    Images are read, decoded and written as by make_shards; the start of the processes is left out.
     """
     photos = photo_set(Path(options["photos"]), folder)
     images = [read_sample(photos, index).image for index in range(photos.num_samples)]
@@ -41,7 +41,7 @@ def _write(folder: Path, photos: Sequence[bytes], num_images: int) -> None:
 
 
 def _rate(root: Path, samples_per_shard: int, workers: int) -> float:
-    """Images per second of one build."""
+    """Returns the images per second of one build."""
     items, names = folder_items(root / "by class")
     times: list[tuple[int, float]] = [(0, perf_counter())]
 

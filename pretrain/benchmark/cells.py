@@ -1,6 +1,6 @@
-"""Cells of a benchmark: what is measured in one fresh process, and how such a process is started.
+"""Cells of a benchmark: a cell is what one fresh process measures; this starts such processes.
 
-Imports no torch: a wrong argument is refused at once, not after the seconds that torch takes.
+Imports no torch, so that a wrong argument is refused at once.
 """
 
 import json
@@ -16,13 +16,13 @@ from pretrain.errors import UserError
 
 NUM_CLASSES = 1000
 LOOPS = ("ours", "timm", "timm-tanh", "plain")  # what train.py times, and loops.py builds
-RANDOM = "random"  # as data.train: images that are made, not read
-RANDOM_IMAGES = "random, on the device"  # what a row says of them
+RANDOM = "random"  # as data.train: generated images, none are read
+RANDOM_IMAGES = "random, on the device"  # their name in a row
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_name(model: str) -> None:
-    """Raises UserError when a model is neither one of ours without its image size, nor one of timm's."""
+    """Raises UserError unless a model is one of timm's, or one of ours named without an image size."""
     named = named_model(model)
     if not model.startswith("timm:") and (named is None or named.image_size is not None):
         sizes = ", ".join([*VIT_SHAPES, *HYBRIDS])
@@ -53,11 +53,11 @@ def cell_config(
 
 
 def cell_rows(what: str, cell: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
-    """Measures a cell in a process of its own; returns the rows that it printed and, when it failed, why.
+    """Measures a cell in a process of its own; returns the rows that it printed and, if it failed, the reason.
 
     what: "train", "bottleneck", "model", "save", "data" or "device".
     """
-    # A fresh process per cell: what one leaves behind (compiler caches, allocator) must not reach the next.
+    # A fresh process per cell: state of one (compiler caches, allocator) must not affect the next.
     result = subprocess.run(command_of(what, cell), env=environment_of(), capture_output=True, text=True)
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith(('{"model"', '{"row"'))]
     if result.returncode == 0 and rows:
@@ -79,13 +79,13 @@ def command_of(what: str, cell: dict[str, Any]) -> list[str]:
 
 
 def environment_of(threads: int | None = None) -> dict[str, str]:
-    """Returns the variables of such a process; threads: of a CPU, None: all of its share."""
+    """Returns the environment of such a process. threads: on a CPU; None: all of its share."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
 def why_it_failed(code: int, stderr: str) -> str:
-    """Returns the line of what a process wrote that says why it ended."""
+    """Returns the line of a process's stderr that says why it ended."""
     ended = f"ended by signal {-code}" if code < 0 else "no message"
     lines = [line for line in stderr.splitlines() if line.strip()] or [ended]
     errors = [line for line in lines if re.match(r"(error|[\w.]+(Error|Exception)):", line)]  # messages may go on below

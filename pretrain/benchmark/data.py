@@ -1,6 +1,6 @@
-"""Reading, measured: each row beside its peer in one process, on photos that the user has.
+"""The benchmark of reading: each row is measured against its peer in one process, on the user's photos.
 
-Rates of one core are the processor's time, medians of rounds that take turns; other times are the clock's.
+Rates of one core are by CPU time, medians over steps taken in turns; other times are wall-clock.
 """
 
 import io
@@ -37,7 +37,7 @@ _COMPARED = 3  # steps whose pixels are compared
 
 
 def measure(row: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a row: what was found, the figure of the table, its target, whether it holds."""
+    """Yields the lines of a row: what was measured, the figure, its target, whether it holds."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options["folder"], prefix="benchmark-data-") as folder:
         for found in _ROWS[row](Path(folder), options):
@@ -45,7 +45,7 @@ def measure(row: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _one_core(what: str, layers: int, target: float, folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Processor time beside timm's; layers: of RandAugment."""
+    """Yields our CPU time against timm's, and the share of images with equal pixels; layers: of RandAugment."""
     manifest = photo_set(Path(options["photos"]), folder)
     ours = loader(manifest, 1 << 20, _BATCH, randaugment_layers=layers)
     theirs = _timm_batches(manifest.shards[0].path, "rand-m10-n2" if layers else None)
@@ -66,7 +66,7 @@ def _one_core(what: str, layers: int, target: float, folder: Path, options: dict
 
 
 def _timm_batches(tar: Path, augment: str | None) -> Iterator[Any]:
-    """timm's training transforms on Pillow's images, which webdataset reads; collated as by its fast loader."""
+    """Yields batches by timm's training transforms and fast collate, of images read by webdataset and Pillow."""
     options: Any = {"color_jitter": None, "auto_augment": augment, "interpolation": "bicubic"}
     transform: Any = create_transform(224, is_training=True, use_prefetcher=True, **options)
 
@@ -85,7 +85,7 @@ def _timm_batches(tar: Path, augment: str | None) -> Iterator[Any]:
 
 
 def _equal_to_plain(batch: Batch, manifest: Manifest, layers: int) -> int:
-    """How many of a batch's images have the pixels of torchvision's functions on the whole decoded image."""
+    """Returns how many of a batch's images have the pixels that torchvision computes from the whole decoded image."""
     equal = 0
     for slot, (epoch, index) in enumerate(zip(batch.epoch.tolist(), batch.index.tolist())):
         if batch.valid[slot]:
@@ -107,12 +107,12 @@ def _plain(data: bytes, layers: int, *key: Any) -> torch.Tensor:
 
 
 def _workers_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Images per second by the clock, of one loader process and of two."""
+    """Yields the wall-clock images per second of two loader processes over those of one."""
     manifest = photo_set(Path(options["photos"]), folder)
 
     def rate(workers: int) -> float:
         batches = loader(manifest, options["worker_steps"] * workers, _BATCH, workers=workers)
-        next(batches)  # processes have started
+        next(batches)  # waits for processes to start
         start = time.perf_counter()
         return _BATCH * sum(1 for _ in batches) / (time.perf_counter() - start)
 
@@ -120,10 +120,10 @@ def _workers_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, A
 
 
 def _memory_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What a loader process holds at the end of each of 10 epochs; the first one fills caches.
+    """Yields the growth of a loader process's memory and open files over 10 epochs; the first one fills caches.
 
-    Means and least of several: a process that is looked at in the midst of an image holds some 10 MB more or less,
-    and a shard's file for as long as it reads.
+    Compares means and minima of several epochs: within an image, a process holds some 10 MB more or less, and the
+    shard's file while it reads.
     """
     manifest = photo_set(Path(options["photos"]), folder)
     steps = -(-manifest.num_samples * options["repeats"] // _BATCH)
@@ -143,7 +143,7 @@ def _memory_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, An
 
 
 def _private_mb(process: Path) -> float:
-    """Memory that is this process's alone: what it shares with its parent, and handed-over batches, does not count."""
+    """Returns a process's private memory, without pages shared with its parent and batches in shared memory."""
     rollup = (process / "smaps_rollup").read_text().splitlines()
     return sum(int(text.split()[1]) for text in rollup if text.startswith(("Private_Clean", "Private_Dirty"))) / 1000
 
@@ -156,5 +156,5 @@ _ROWS: dict[str, Callable[[Path, dict[str, Any]], Iterator[dict[str, Any]]]] = {
     "start": start_rows,
     "building": building_rows,
     "memory": _memory_rows,
-    "first_batch": first_batch_rows,  # a case of `start`
+    "first_batch": first_batch_rows,  # one case of `start`, in a process of its own
 }

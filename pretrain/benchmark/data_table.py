@@ -24,19 +24,19 @@ OPTIONS: dict[str, Any] = {
     "rounds": 5,
     "worker_steps": 30,  # of 50 images, for each loader process
     "far_shards": 20,
-    "far_samples": 1000,  # of a shard
+    "far_samples": 1000,  # per shard
     "far_workers": 1,  # leaves a core to the server and the fetcher
     "far_turns": 100,  # steps of 64
     "start_shards": 30_000,
-    "start_samples": 10_000,  # of a shard
+    "start_samples": 10_000,  # per shard
     "built_images": 4000,
     "built_times": 3,
-    "repeats": 8,  # how often an epoch of the row `memory` has each photo
+    "repeats": 8,  # of each photo in an epoch of the row `memory`
 }
 
 
 def data_lines(row: str, photos: Path | None, folder: Path | None, **changes: Any) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a row, measured in a process of its own; one that says why where it was not measured.
+    """Yields the lines of a row, measured in a process of its own, or one line that says why it was skipped.
 
     changes: of OPTIONS. Raises UserError when the process fails.
     """

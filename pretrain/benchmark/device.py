@@ -1,4 +1,4 @@
-"""What a device gives without a model around it: name and memory, products, attention by kernel, clocks and power."""
+"""Measures a device without a model: name and memory, matrix products, attention by kernel, clocks and power."""
 
 import statistics
 import warnings
@@ -17,8 +17,8 @@ from pretrain.provenance import processor
 from pretrain.sizes import num_tokens
 from pretrain.train.meter import peak_memory_bytes
 
-_PEAK_SHAPE = 1024, 4096  # of the products for timm's models, which have no width of ours: L's
-_REPEATS = 10  # of which the median counts
+_PEAK_SHAPE = 1024, 4096  # width and MLP of the products for timm's models, whose own are not known: L's
+_REPEATS = 10  # of which the median is taken
 _ATTENTIONS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -48,9 +48,9 @@ def measure() -> Iterator[dict[str, Any]]:
 
 
 def measured_peak(config: Config, batch: int, device: torch.device) -> dict[str, float]:
-    """What this device reaches in the products of the MLP alone, [tokens, width] x [width, mlp] and back, TFLOP/s.
+    """Returns this device's TFLOP/s in the MLP's matrix products alone, [tokens, width] x [width, mlp] and back.
 
-    Of random numbers: the bits of constant ones hardly change, a GPU takes less power for them, and clocks higher.
+    On random numbers: constant ones flip few bits, so that a GPU needs less power and clocks higher.
     """
     plain = config.model.timm_name is None
     width, mlp_dim = (config.model.shape.width, config.model.shape.mlp_dim) if plain else _PEAK_SHAPE
@@ -64,9 +64,9 @@ def measured_peak(config: Config, batch: int, device: torch.device) -> dict[str,
 
 
 def attention_ms(config: Config, batch: int, device: torch.device) -> dict[str, float | None] | None:
-    """Forward and backward pass of one block's attention by each of torch's kernels; None of timm's models.
+    """Times one block's attention, forward and backward, by each of torch's kernels; None for timm's models.
 
-    A kernel's time is None where it does not exist for the device, shape or precision, or does not fit into the memory.
+    A kernel's time is None where it does not exist for the device, shape or precision, or does not fit into memory.
     """
     if config.model.timm_name is not None:
         return None
@@ -84,7 +84,7 @@ def attention_ms(config: Config, batch: int, device: torch.device) -> dict[str, 
     for name, backend in _ATTENTIONS.items():
         try:
             with warnings.catch_warnings(), sdpa_kernel(backend):
-                warnings.simplefilter("ignore")  # they say at length why there is none
+                warnings.simplefilter("ignore")  # on why a kernel is not available
                 step()
                 times_ms = step_times_ms(step, _REPEATS, device.type == "cuda")
             found[name] = round(statistics.median(times_ms), 4)
@@ -94,21 +94,21 @@ def attention_ms(config: Config, batch: int, device: torch.device) -> dict[str, 
 
 
 def _drawn(config: Config, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Returns what draws tensors in the precision of the activations: normal, the same ones each time."""
+    """Returns a function that draws normal tensors in the precision of the activations, seeded with 0."""
     generator, dtype = torch.Generator(device).manual_seed(0), DTYPES[config.engine.precision]
     return lambda *size: torch.randn(size, generator=generator, dtype=dtype, device=device)
 
 
 def memory_of_steps_gb(device: torch.device) -> dict[str, float | None]:
-    """Returns the most that this process has used of its memory, and the allocator has held of a GPU's, with gaps."""
+    """Returns this process's peak memory in use, and what the allocator has held at most of a GPU's, with gaps."""
     reserved = round(torch.cuda.max_memory_reserved(device) / 1e9, 3) if device.type == "cuda" else None
     return {"memory_gb": round(peak_memory_bytes(device) / 1e9, 3), "memory_reserved_gb": reserved}
 
 
 def gpu_state(device: torch.device) -> dict[str, Any] | None:
-    """Returns the clock, the power (of the last second) and what holds the clock back; None where NVML does not tell.
+    """Returns the clock, the power (over the last second) and what throttles the clock; None without NVML's answer.
 
-    To be asked right behind the work, since a GPU that idles clocks down.
+    Call it right after the work, since an idle GPU clocks down.
     """
     if device.type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""Reading over the network, measured: an epoch from a server that is slow and fails, beside one from the disk."""
+"""The benchmark of reading over a network: an epoch from a slow and faulty server, compared with one from disk."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ _STALL_S = 60.0  # longer than any client should wait
 
 
 def far_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """An epoch from the disk, then one over the network; all samples once more, from the store; steps in turns."""
+    """Yields: an epoch from the disk and one over the network; a second epoch from the store; CPU time in turns."""
     shards, samples = options["far_shards"], options["far_samples"]
     near = repeated_set(photo_set(Path(options["photos"]), folder), folder / "near", shards, samples)
     with _served(folder / "near") as site:
@@ -65,10 +65,10 @@ def far_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _in_turns(near: Manifest, far: Manifest, steps: int) -> tuple[float, float]:
-    """The processor time in ms that an image takes the process that reads and decodes it, of each set: medians.
+    """Returns each set's median CPU time per image, in ms, of the process that reads and decodes.
 
-    What the clock says holds the server and the fetcher too where these have no cores of their own, and whatever else
-    the machine does; steps in turns hold neither.
+    Wall-clock time would include the server and the fetcher, unless they have cores of their own, and other load on
+    the machine. CPU time of steps in turns includes neither.
     """
     loaders = [loader(manifest, steps + 1, _BATCH, lanes=True) for manifest in (near, far)]
     times: tuple[list[float], list[float]] = [], []
@@ -81,14 +81,14 @@ def _in_turns(near: Manifest, far: Manifest, steps: int) -> tuple[float, float]:
 
 
 def _logged(batch: Batch) -> bytes:
-    """A batch's samples as a log has them: epochs, indices, labels, and a checksum of the pixels."""
+    """Returns a batch's samples as a log line: epochs, indices, labels, and a checksum of the pixels."""
     told = batch.epoch.tolist(), batch.index.tolist(), batch.labels.tolist(), zlib.crc32(batch.images.numpy().data)
     return json.dumps(told).encode() + b"\n"
 
 
 @dataclass
 class _Site:
-    """What the server's process and this one share."""
+    """State shared by the server's process and this one."""
 
     port: Any
     requests: Any
@@ -96,14 +96,14 @@ class _Site:
     faulty: Any
 
     def begin(self, *, faulty: bool) -> None:
-        """Counts anew."""
+        """Resets the counters, and turns latency and faults on or off."""
         self.requests.value = self.sent.value = 0
         self.faulty.value = faulty
 
 
 @contextmanager
 def _served(folder: Path) -> Iterator[_Site]:
-    """Serves a folder from a process of its own, whose work is not the reader's."""
+    """Serves a folder from a process of its own, so that its CPU time is not the reader's."""
     context = multiprocessing.get_context("fork")
     site = _Site(0, *(context.Value("q", 0) for _ in range(3)))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, site, folder))
@@ -164,6 +164,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _fault(number: int) -> str:
-    """1 % of answers are 503; of each 1,000 one body stalls and one is short: the first in a short run, too."""
+    """Of 1,000 answers, 10 are 503, one stalls and one is cut short; all kinds occur within the first 201."""
     special = {100: "stalled", 200: "short"}
     return special.get(number % 1000, "503" if number % 100 == 50 else "")

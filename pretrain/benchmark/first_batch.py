@@ -1,6 +1,6 @@
-"""The first batch of a run on a very large set, measured: seconds and memory beyond the imports.
+"""The benchmark of the first batch of a run on a very large set: seconds and memory beyond the imports.
 
-The set is faked: all its shards are one file under 30,000 names, and so are their indexes.
+The set is fake: all its shards are hard links to one file, and so are their indexes.
 """
 
 import io
@@ -28,7 +28,7 @@ _CASES = [
 
 
 def start_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A fresh process for each order, rank and first step."""
+    """Yields time and memory for each order, rank and first step, each measured in a fresh process."""
     shards = faked_set(folder / "large", options["start_shards"], options["start_samples"])
     for order, (rank, world_size), first in _CASES:
         case = {"order": order, "rank": rank, "world_size": world_size, "first": first, "shards": str(shards)}
@@ -41,7 +41,7 @@ def start_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]
 
 
 def first_batch_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One case, in this process, which has imported all and done nothing else."""
+    """Measures one case in this process, which so far has only done the imports."""
     rank, world_size = options["rank"], options["world_size"]
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank % 8)}
     os.environ["LOCAL_WORLD_SIZE"] = str(min(8, world_size))
@@ -60,13 +60,13 @@ def first_batch_rows(folder: Path, options: dict[str, Any]) -> Iterator[dict[str
 
 
 def _peak_mb() -> float:
-    """The most resident memory that this process has had."""
+    """Returns this process's peak resident memory in MB."""
     found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
 def faked_set(folder: Path, num_shards: int, shard_samples: int) -> Path:
-    """Makes a set whose shards, of tiny images, are all the same bytes, and returns its manifest's path."""
+    """Makes a set of identical shards of tiny images, and returns its manifest's path."""
     folder.mkdir()
     file = io.BytesIO()
     Image.new("RGB", (32, 24), (90, 120, 40)).save(file, "jpeg")

@@ -8,9 +8,9 @@ import torch
 
 from pretrain.benchmark.measure import step_times_ms
 
-_MOST = 40  # kernels that are told one by one
-_STEPS = 5  # that are traced
-# By the names of kernels of cuBLAS, cuDNN, FlashAttention, Triton and torch, and of torch's operators on a CPU.
+_MOST = 40  # kernels that are listed
+_STEPS = 5  # traced
+# Patterns of kernel names: cuBLAS, cuDNN, FlashAttention, Triton, torch, and torch's operators on a CPU.
 _GROUPS = {
     "compiled": "triton",
     "attention": "flash|fmha|attention|sdpa|cudnn::fusion",
@@ -23,14 +23,14 @@ REST, IDLE = "other", "idle"
 
 
 def group_of(kernel: str) -> str:
-    """Returns what a kernel is for, by its name."""
+    """Returns the group of a kernel, by its name."""
     return next((group for group, names in _GROUPS.items() if re.search(names, kernel, re.IGNORECASE)), REST)
 
 
 def kernels_of(step: Callable[[], Any], gpu: bool) -> dict[str, Any]:
-    """Returns milliseconds of a step by group, those without a kernel as "idle", and kernels by name, longest first.
+    """Returns a step's milliseconds by group, time without a kernel as "idle", and kernels by name, longest first.
 
-    On a GPU its kernels alone are recorded, which costs the host little; on a CPU torch's operators.
+    On a GPU only kernels are recorded, which costs the host little; on a CPU, torch's operators.
     """
     kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kind], acc_events=True) as trace:

@@ -1,6 +1,7 @@
-"""The loops that are compared: ours, timm's, plain PyTorch. Each takes a step on random images when it is called.
+"""The loops that are compared: ours, timm's, plain PyTorch; each is a function that takes a step on random images.
 
-All do the same work: the same shape of model, batch and classes, AdamW with the same settings, the gradient clipped.
+All do the same work: the same shape of model, batch and classes, AdamW with the same settings, gradient clipping.
+Ours can also train on real images.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def build_loop(kind: str, config: Config, device: torch.device, clock: PartClock
 
 
 def _our_loop(config: Config, device: torch.device, clock: PartClock) -> Step:
-    """The engine's step; on real images the batch after the next is taken behind it, as the training loop does."""
+    """The engine's step; on real images, the batch after next is taken after the step, as in the training loop."""
     watch_collectives(clock)
     if str(config.data.train) == RANDOM:
         engine, batch = build_engine(config, device), random_batch(config, device)
@@ -63,13 +64,13 @@ def _our_loop(config: Config, device: torch.device, clock: PartClock) -> Step:
 
 
 def _timm_loop(config: Config, batch: Batch, device: torch.device, clock: PartClock, same_gelu: bool) -> Step:
-    """The step of timm's train.py, written anew from what it does.
+    """The step of timm's train.py, reimplemented.
 
-    Float32 weights and autocast for bf16 (its --amp --amp-dtype bfloat16), its own factory's AdamW, the loss read in
-    every step, --clip-grad. It has the erf form of GELU, which is another function than the paper's; same_gelu: ours.
+    Float32 weights and autocast for bf16 (its --amp --amp-dtype bfloat16), AdamW from timm's factory, the loss read in
+    every step, --clip-grad. Its GELU is the erf form, which differs from the paper's; same_gelu: ours instead.
     --torchcompile compiles the whole model. On several ranks it is DDP.
     """
-    import timm  # 2 s to import, and only peers need it
+    import timm  # takes 2 s, and only peers need it
     from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
     from timm.utils import dispatch_clip_grad  # pyright: ignore[reportPrivateImportUsage]
 
@@ -92,7 +93,7 @@ def _timm_loop(config: Config, batch: Batch, device: torch.device, clock: PartCl
     model = _distributed(model)
     if config.engine.compile:
         model = torch.compile(model)
-    images = (batch.images.float() / 127.5 - 1.0).to(device)  # its loader hands over floats
+    images = (batch.images.float() / 127.5 - 1.0).to(device)  # timm's loader yields floats
     loss_function, autocast = nn.CrossEntropyLoss(), _autocast(config, device)
 
     def step() -> float:
@@ -113,7 +114,7 @@ def _timm_loop(config: Config, batch: Batch, device: torch.device, clock: PartCl
 
 
 def _plain_loop(config: Config, batch: Batch, device: torch.device, clock: PartClock) -> Step:
-    """Our model in plain PyTorch: the step that anybody would write; DDP on several ranks, autocast for bf16."""
+    """Our model in plain PyTorch, the step that anyone would write: DDP on several ranks, autocast for bf16."""
     model: Any = build_model(config.model, NUM_CLASSES).to(device)
     if config.engine.compile:
         compile_blocks(model)

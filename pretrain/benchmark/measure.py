@@ -1,4 +1,4 @@
-"""What both benchmarks measure with: device, engine, random images, clocks."""
+"""Shared by the benchmarks: device, engine, random images, clocks."""
 
 import statistics
 import time
@@ -28,8 +28,8 @@ class Plan(NamedTuple):
 
 
 def plan_cell(options: dict[str, Any]) -> Plan:
-    """Joins the process group of one rank; returns what was asked for, with the device's defaults for the rest."""
-    device = ranks.start(24 * 3600)  # of several ranks the others wait for rank 0 while other loops have their turns
+    """Joins the process group; returns the requested values, with the device's defaults for the rest."""
+    device = ranks.start(24 * 3600)  # timeout in seconds: other ranks wait for rank 0 while other loops have their turn
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     defaults = {"batch": 128, "warmup": 10, "steps": 40} if gpu else {"batch": 8, "warmup": 2, "steps": 5}
@@ -60,7 +60,7 @@ def build_engine(config: Config, device: torch.device, num_classes: int = NUM_CL
 
 
 def random_batch(config: Config, device: torch.device) -> Batch:
-    """Returns a rank's share of random images, which stay on the device."""
+    """Returns a rank's share of a global batch of random images, on the device."""
     size, side = config.data.global_batch // ranks.world_size(), config.model.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
@@ -70,10 +70,7 @@ def random_batch(config: Config, device: torch.device) -> Batch:
 
 
 def step_times_ms(step: Callable[[], Any], steps: int, gpu: bool) -> list[float]:
-    """Returns the time of each step.
-
-    On a GPU by events that are read at the end, so that nothing waits inside the loop.
-    """
+    """Returns the time of each step. On a GPU, by events that are read at the end: no host sync inside the loop."""
     if not gpu:
         marks = [time.perf_counter()]
         for _ in range(steps):
@@ -91,6 +88,6 @@ def step_times_ms(step: Callable[[], Any], steps: int, gpu: bool) -> list[float]
 
 def summary_ms(times_ms: list[float]) -> dict[str, float]:
     """Returns the median and the first and last decile."""
-    deciles = statistics.quantiles(times_ms, n=10, method="inclusive")  # the other one extrapolates: below zero
+    deciles = statistics.quantiles(times_ms, n=10, method="inclusive")  # "exclusive" extrapolates, even below zero
     values = {"median": statistics.median(times_ms), "p10": deciles[0], "p90": deciles[-1]}
     return {name: round(value, 3) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Size and speed of a model: what is counted, then the forward pass and the training step, timed."""
+"""Size and speed of a model: parameters, FLOPs and activations counted; forward pass and training step timed."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +20,7 @@ from pretrain.provenance import versions
 
 
 def measure(model: str, image_size: int, pooling: str | None, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the row with what is counted, then with the forward pass, then with training: each outlives a failure."""
+    """Yields the row with the counts, then with the forward pass, then training: a failure loses none before it."""
     plan = plan_cell(options)
     gpu = plan.device.type == "cuda"
     config = cell_config(model, image_size, plan.batch, options["precision"], pooling=pooling)
@@ -54,14 +54,14 @@ def measure(model: str, image_size: int, pooling: str | None, options: dict[str,
 
 
 def _forward(config: Config, batch: Batch) -> Callable[[], torch.Tensor]:
-    """Returns inference, with the weights in the precision of the activations and nothing else in memory."""
+    """Returns a function for inference, with the weights in the precision of the activations."""
     dtype = DTYPES[config.engine.precision]
     network = build_model(config.model, NUM_CLASSES).to(batch.images.device, dtype).eval()
     return torch.inference_mode()(lambda: network(to_float(batch.images, dtype)))
 
 
 def counted(config: Config, device: str) -> dict[str, Any]:
-    """Returns the columns that need no clock."""
+    """Returns the columns that are computed, not timed."""
     return {
         "parameters": num_parameters(outline(config.model, NUM_CLASSES)),
         "forward_flops": 2 * forward_macs(config.model, NUM_CLASSES),
@@ -75,19 +75,19 @@ def counted(config: Config, device: str) -> dict[str, Any]:
 def activation_bytes(config: Config, device: str) -> int:
     """Returns the bytes that a training step of `global_batch` images saves for its backward pass.
 
-    Distinct storages are counted once, parameters and buffers not. Fake tensors of the device's kind choose its kernels
-    (a fused attention saves no attention matrix, which "meta" tensors would) but take neither memory nor time.
+    Each storage counts once, parameters and buffers do not. Fake tensors of the device's type select its kernels (fused
+    attention saves no attention matrix; with "meta" tensors it would be saved) but take neither memory nor time.
     """
     network = outline(config.model, NUM_CLASSES).to(DTYPES[config.engine.precision])
     size, side = config.data.global_batch, config.model.image_size
-    saved: dict[int, torch.UntypedStorage] = {}  # holding each keeps its key unique
+    saved: dict[int, torch.UntypedStorage] = {}  # references keep the keys unique
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         saved[storage._cdata] = storage
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the meta parameters that become fake ones
+    with FakeTensorMode(allow_non_fake_inputs=True):  # meta parameters, which become fake
         network = network.to_empty(device=device)
         own = {tensor.untyped_storage()._cdata for tensor in [*network.parameters(), *network.buffers()]}
         images = torch.empty(size, 3, side, side, device=device, dtype=next(network.parameters()).dtype)

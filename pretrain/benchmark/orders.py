@@ -1,4 +1,4 @@
-"""What an order means for reading and mixing, with a data set of any size: no images are needed."""
+"""How an order affects reading and mixing, computed for a data set of any size without its images."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,9 +20,9 @@ _TIMED_STEPS, _MIXED_STEPS = 32, 20
 def order_rows(
     *, num_samples: int, sample_bytes: int, num_classes: int, global_batch: int, world_sizes: list[int], per_node: int
 ) -> Iterator[dict[str, Any]]:
-    """Yields the numbers of `lanes`, then a row for each world size and one for each order and way of making shards.
+    """Yields the numbers of `lanes`, then a row per world size, then one per order with shuffled and sorted shards.
 
-    per_node: ranks of a node. Raises UserError for a set or a batch that no run has.
+    per_node: ranks per node. Raises UserError for a set or a batch that no run can have.
     """
     lanes = choose_lanes(block_samples(num_samples, num_samples * sample_bytes), num_samples, global_batch)
     order = Order(num_samples, 0, global_batch, 0, lanes)
@@ -39,14 +39,14 @@ def order_rows(
 
 
 def node_slots(global_batch: int, world_size: int, per_node: int) -> list[range]:
-    """Returns the slots of each node's ranks."""
+    """Returns each node's slots, those of all its ranks."""
     shares = [share(global_batch, rank, world_size) for rank in range(world_size)]
     nodes = (shares[at : at + per_node] for at in range(0, world_size, per_node))
     return [range(node[0].start, node[-1].stop) for node in nodes]
 
 
 def _reading(order: Order, world_size: int, per_node: int) -> dict[str, Any]:
-    """Read amplification, requests, and how long a rank takes to work out its next steps."""
+    """Returns read amplification, requests, and the time that a rank takes to compute the order of its next steps."""
     assert order.lanes
     per_rank, of_nodes = (
         read_amplification(order.lanes, order.global_batch, node_slots(order.global_batch, world_size, together))
@@ -66,7 +66,7 @@ def _reading(order: Order, world_size: int, per_node: int) -> dict[str, Any]:
 
 
 def _mixing(order: Order, num_classes: int, *, sorted_shards: bool) -> dict[str, Any]:
-    """How many classes a step has, how unequal their counts are, and how alike those of the next step."""
+    """Returns how many classes a step has, how uneven their counts are, and how correlated with the next step's."""
     per_epoch = max(1, order.num_train // order.global_batch)
     some = np.random.default_rng(0).integers(0, max(1, per_epoch - 1), min(_MIXED_STEPS, per_epoch))
     distinct, unequal, alike = [], [], []

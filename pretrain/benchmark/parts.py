@@ -12,25 +12,25 @@ import torch.distributed as dist
 from pretrain.engine.step import Engine
 
 PARTS = ("data", "copy", "forward", "backward", "optimizer", "collectives")
-# What DeepSpeed and this package call in a step. What C++ starts on its own is not seen: DDP's all-reduce counts as
-# backward.
+# Those that DeepSpeed and this package call in a step. Collectives started in C++ are not seen: DDP's all-reduce counts
+# as backward.
 _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce", "reduce_scatter_tensor", "broadcast")
 
 
 class PartClock:
-    """Adds up the time of each part; a part inside another counts for itself alone.
+    """Adds up the time of each part; time in a nested part counts only for that part.
 
-    On a GPU by events, which are read when the sums are: nothing waits in between.
+    On a GPU, by events that are read together with the sums: no host sync in between.
     """
 
     def __init__(self, gpu: bool) -> None:
         self._gpu = gpu
         self._open: list[str] = []
-        self._marks: list[tuple[str | None, Any]] = []  # from here on this part runs; None: none of them
+        self._marks: list[tuple[str | None, Any]] = []  # the part that runs from this time on; None: none
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts what happens inside as `name`."""
+        """Counts the time of the block as `name`."""
         self._open.append(name)
         self._mark()
         try:
@@ -70,11 +70,11 @@ class PartClock:
 
 
 def watch_collectives(clock: PartClock) -> None:
-    """Counts torch's collectives, in the whole process. Before the engine is built: it remembers some of them."""
+    """Times torch's collectives in the whole process. Call it before building the engine, which keeps some of them."""
     for name in _COLLECTIVES:
         clock.wrap(dist, name, "collectives")
 
 
 def watch_engine(clock: PartClock, engine: Engine) -> None:
-    """Counts the parts of the engine's own step, whose names are those of PARTS; the loss is part of "forward"."""
+    """Times the parts of the engine's step, named as in PARTS; the loss is part of "forward"."""
     engine.mark = clock.part

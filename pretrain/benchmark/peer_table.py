@@ -1,6 +1,6 @@
-"""`tools/benchmark.py train --peer`: our step beside timm's and plain PyTorch's, cell by cell, as table and plot.
+"""`tools/benchmark.py train --peer`: compares our step with timm's and plain PyTorch's, as a table and a plot.
 
-A cell that the file of results has already, from the same device and commit, is not measured again.
+A cell that is already in the results file, from the same device and commit, is not measured again.
 """
 
 import argparse
@@ -20,23 +20,23 @@ from pretrain.provenance import commit
 from pretrain.sizes import is_plain
 from pretrain.storage import write_text
 
-# On a GPU by what is most worth knowing: a stay that is cut short should have these first. Our loop alone, one cell a
-# model, should take 5 minutes, the cells beside peers, each of which timm's whole model is compiled for, 20 to 40 more.
+# On a GPU, the most important first, in case the measurement is cut short. Our loop alone, one cell per model, should
+# take 5 minutes; the cells with peers, each of which compiles timm's whole model, 20 to 40 more.
 GPU_MODELS, CPU_MODELS = ["L/16", "H/14", "B/16", "g/14", "S/16"], ["Ti/16", "S/16"]
 _GPU_PEERS = ["L/16", "B/16", "S/16", "H/14", "g/14"]  # the largest last: they take longest to compile
-_GPU_DATA = ["L/16", "S/16"]  # on real images: one that the GPU bounds, and one that the loader may
+_GPU_DATA = ["L/16", "S/16"]  # on real images: one bound by the GPU, and one that the loader may bound
 DEFAULT_OUT = Path(__file__).resolve().parents[2] / "benchmarks" / "train.jsonl"
 _GPU_ROUNDS, _GPU_STEPS = 3, 15
 _CPU_ROUNDS, _CPU_PROCESSES = 5, 3
-_BATCHES = tuple(1 << power for power in range(9, -1, -1))  # that are tried: 512, 256 ... 1
-_FILLED = 0.85  # of a device's memory; the rest is for what the plan does not count
+_BATCHES = tuple(1 << power for power in range(9, -1, -1))  # to try: 512, 256 ... 1
+_FILLED = 0.85  # of a device's memory; the rest is for what the plan does not include
 _HEADER = ["model", "loop", "compile", "ranks", "images/s", "TFLOP/s", "MFU", "of measured peak", "memory [GB]"]
 _HEADER += ["forward [ms]", "backward", "optimizer", "collectives", "data", "ours / it", "interval"]
 _TEXT_COLUMNS = 0, 1
 
 
 class PeerCell(NamedTuple):
-    """What is measured at a time: a model's step in each of the loops."""
+    """One measurement: a model's step in each of the loops."""
 
     model: str
     compiled: str  # "on" or "off"
@@ -45,7 +45,7 @@ class PeerCell(NamedTuple):
 
 
 def peer_table(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Measures all cells, the most important first, and shows them; lines, table and plot lie at --out.
+    """Measures all cells, the most important first, and prints them; writes lines, table and plot to --out.
 
     Raises UserError for what cannot be compared, and at the end when a loop failed.
     """
@@ -75,7 +75,7 @@ def peer_table(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
             if "failed" in row:
                 cli.tell(f"{_name(cell)}: {row['loop']}: {row['failed']}")
         rows = [row for row in rows if row["cell"] != key] + [row | {"cell": key} for row in found]
-        write(rows, out)  # after each cell: what was measured outlives an interrupt
+        write(rows, out)  # after each cell, so that an interrupt loses only one
     caption = "medians; MFU of the data sheet's dense bf16 peak; interval: of the rounds, 94 % from five on"
     cli.print_table("training step", _HEADER, map(cells, rows), text_columns=_TEXT_COLUMNS, caption=caption)
     failures += sum("failed" in row for row in rows if row["cell"] in keys)
@@ -88,7 +88,7 @@ def schedule_of(arguments: argparse.Namespace, *, on_gpu: bool) -> Schedule:
     rounds, processes = arguments.rounds, arguments.processes
     if rounds is None:
         rounds = _GPU_ROUNDS if on_gpu else _CPU_ROUNDS
-    if processes is None:  # on a GPU a start takes longer than the rounds, and no luck of that kind is known there
+    if processes is None:  # on a GPU a start takes longer than the rounds, and timings are not known to vary by process
         processes = 1 if on_gpu else min(_CPU_PROCESSES, rounds)
     if arguments.in_one and on_gpu:
         why = "on a GPU our engine would choose the peers' attention and hold their memory"
@@ -102,7 +102,7 @@ def schedule_of(arguments: argparse.Namespace, *, on_gpu: bool) -> Schedule:
 def _options_of(
     cell: PeerCell, schedule: Schedule, options: dict[str, Any], gpu_bytes: int
 ) -> tuple[dict[str, Any], bool]:
-    """A cell's own options, and whether its loops fit into the device's memory together."""
+    """Returns a cell's options, and whether its loops fit into the device's memory together."""
     own = options | ({} if cell.data else {"data": None, "workers": None})
     if not gpu_bytes:
         return own, True
@@ -116,7 +116,7 @@ def _name(cell: PeerCell) -> str:
 
 
 def _is_measured(rows: list[dict[str, Any]], key: str) -> bool:
-    """Whether nothing is to be gained by another try: what does not fit into the memory alone never will."""
+    """Returns whether a cell need not be repeated: it was measured, or failed only for lack of memory."""
     found = [row for row in rows if row["cell"] == key]
     return bool(found) and all("out of memory" in row.get("failed", "out of memory") for row in found)
 
@@ -129,10 +129,10 @@ def cells_of(
     on_gpu: bool,
     data: str | None = None,
 ) -> list[PeerCell]:
-    """Returns what is measured, in order. None: the default; data: a set, on which our loop is measured too, alone.
+    """Returns the cells in order. None: the default. data: a set, on which our loop alone is measured too.
 
-    On a GPU first our own loop alone, compiled, of all models: a stay that is cut short has at least these. Then real
-    images, then all peers compiled, then all of them eager.
+    On a GPU, first our own loop alone, compiled, for all models, in case the measurement is cut short. Then real
+    images, then all peers compiled, then all peers eager.
     """
     modes = compiled or (["on", "off"] if on_gpu else ["off"])
     chosen, of_data, of_peers = (GPU_MODELS, _GPU_DATA, _GPU_PEERS) if on_gpu else (CPU_MODELS,) * 3
@@ -143,19 +143,19 @@ def cells_of(
         found += [PeerCell(model, modes[0], ["ours"], data) for model in models or of_data]
     for mode in modes:
         for model in models or of_peers:
-            # The other form of GELU costs nothing on a GPU, and compiled.
+            # Which form of GELU makes no difference in speed on a GPU, or compiled.
             default = [loop for loop in LOOPS[1:] if loop != "timm-tanh" or (not on_gpu and mode == "off")]
             beside = ["ours", *(loops or default)]
-            if not is_plain(ModelConfig(name=model)):  # only plain ViTs have their twin there
+            if not is_plain(ModelConfig(name=model)):  # only plain ViTs have a counterpart in timm
                 beside = [loop for loop in beside if not loop.startswith("timm")]
             found.append(PeerCell(model, mode, beside))
     return found
 
 
 def fitting_batch(model: str, num_ranks: int, options: dict[str, Any], gpu_bytes: int) -> tuple[int, int]:
-    """Returns images per rank, as asked for or the largest power of two that fits, and the bytes that they take.
+    """Returns images per rank, as requested or the largest power of two that fits, and the bytes that a step takes.
 
-    By the plan's formula, and for models that it does not know the benchmark's default of 128, all of the memory.
+    By the plan's formula. Models without a formula get the benchmark's default of 128, and count as all of the memory.
     """
     if not is_plain(ModelConfig(name=model)):
         return options["batch"] or 128, gpu_bytes
@@ -170,9 +170,9 @@ def fitting_batch(model: str, num_ranks: int, options: dict[str, Any], gpu_bytes
 
 
 def _device() -> tuple[str, int]:
-    """Its name, and the bytes of its memory; 0 for a CPU.
+    """Returns the device's name, and the bytes of its memory; 0 for a CPU.
 
-    Asked in a process that ends: one that stays would hold a part of the GPU, and all of one in EXCLUSIVE_PROCESS.
+    Uses a short-lived process: this one would keep some of the GPU's memory, or the whole GPU in EXCLUSIVE_PROCESS.
     """
     row = last_row("device", {}, "the device does not answer")
     return row["name"], row["bytes"]
@@ -215,7 +215,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['tflop_per_s']:,.3g}",
         "" if mfu is None else f"{100 * mfu:.1f} %",
         f"{100 * row['tflop_per_s'] / peak:.0f} %",
-        "" if row.get("in_one") else f"{row['memory_gb']:,.1f}",  # which is that of all loops
+        "" if row.get("in_one") else f"{row['memory_gb']:,.1f}",  # it is of all loops together
         *times,
         "" if ours else f"{ratio['median']:.3f}",
         "" if ours else f"{ratio['low']:.3f} to {ratio['high']:.3f}" + ("" if row["interleaved"] else ", not in turns"),
@@ -236,7 +236,7 @@ def _conditions(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Draws our rate over each peer's, a bar with its interval for each; at 1 both are equally fast."""
+    """Draws our rate divided by each peer's, as bars with intervals; at 1 both are equally fast."""
     from matplotlib.figure import Figure  # a second to import
 
     peers = [row for row in rows if row["loop"] != "ours" and "failed" not in row]

@@ -1,7 +1,7 @@
-"""Loops beside each other: each in processes of its own, their rounds taken in turn. Imports no torch.
+"""Compares loops, each in processes of its own, with rounds in turns. Imports no torch.
 
-What else the machine does, and its heat, meets all of them alike; what one leaves in a process meets none.
-On a CPU they may share a process (Schedule.in_one), and with it what our engine asks of malloc there.
+So other load on the machine, and its heat, affects all of them alike, and no loop's process state affects another.
+On a CPU they may share a process (Schedule.in_one), and with it our engine's malloc settings.
 """
 
 import json
@@ -15,12 +15,12 @@ from typing import IO, Any, NamedTuple
 from pretrain.benchmark.cells import command_of, environment_of, why_it_failed
 from pretrain.cluster.local import free_port, rank_variables
 
-# What the reason says where loops cannot share a device: its memory, or a GPU in the mode EXCLUSIVE_PROCESS.
+# Found in the error when loops cannot share a device: for its memory, or since a GPU is in EXCLUSIVE_PROCESS mode.
 _OF_SHARING = ("out of memory", "ALLOC_FAILED", "busy or unavailable")
 
 
 class LoopFailed(Exception):
-    """A loop that ended before its row; says which, and why."""
+    """A loop ended before it printed its row; names the loop and the reason."""
 
     def __init__(self, loop: str, why: str) -> None:
         super().__init__(f"{loop}: {why}")
@@ -28,7 +28,7 @@ class LoopFailed(Exception):
 
 
 class RunningLoop:
-    """The processes of a loop, one for each rank, or of several loops that share them.
+    """The processes, one per rank, of a loop or of several loops that share them.
 
     Rank 0 waits for a line on its stdin before each round.
     """
@@ -53,20 +53,20 @@ class RunningLoop:
         self._stdin, self._stdout = first.stdin, first.stdout
 
     def wait(self) -> None:
-        """Returns when the loop has warmed up, or a round is done. Raises LoopFailed."""
+        """Waits until the loop has warmed up, or a round is done. Raises LoopFailed."""
         for line in self._stdout:
             if line.strip().isdigit():
                 return
         raise self._failed()
 
     def begin_round(self) -> None:
-        """Lets it take the steps of a round."""
-        with suppress(BrokenPipeError):  # it has ended: `wait` says why
+        """Starts the steps of a round."""
+        with suppress(BrokenPipeError):  # the loop has ended: `wait` says why
             self._stdin.write("go\n")
             self._stdin.flush()
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Ends it and returns what it measured, by loop. Raises LoopFailed."""
+        """Ends the processes and returns their row by loop. Raises LoopFailed."""
         self._stdin.close()
         rows = [json.loads(line) for line in self._stdout if line.startswith('{"model"')]
         if any(process.wait() for process in self._processes) or not rows:
@@ -74,7 +74,7 @@ class RunningLoop:
         return {row["loop"]: row for row in rows}
 
     def end(self) -> None:
-        """Ends its processes, whatever they do."""
+        """Kills the processes."""
         for process in self._processes:
             process.kill()
             process.wait()
@@ -89,12 +89,12 @@ class RunningLoop:
 
 
 class Schedule(NamedTuple):
-    """How often loops are started and measured, and on what."""
+    """How often loops are started and measured, and on how many ranks and threads."""
 
     num_ranks: int
     threads: int | None  # of a rank on a CPU
     rounds: int
-    processes: int = 1  # of a loop, one after the other, which the rounds are spread over
+    processes: int = 1  # of a loop, in succession, over which the rounds are spread
     in_one: bool = False  # all loops in the same process
 
     def rounds_of_processes(self) -> list[int]:
@@ -106,11 +106,11 @@ class Schedule(NamedTuple):
 def compared(
     loops: list[str], cell: dict[str, Any], schedule: Schedule, *, together: bool = True
 ) -> list[dict[str, Any]]:
-    """Returns a row for each loop, the first of them ours; each row has `ratio`, our rate by its rate.
+    """Returns a row for each loop, the first of them ours; each row has `ratio`, our rate divided by its rate.
 
-    Where not all can share the device they run one after the other, and `interleaved` is False; not together: it is
-    known before. A peer that fails has a row with nothing but the reason, `failed`. Raises LoopFailed when ours does,
-    or one of those that share a process.
+    Loops that cannot all share the device run one after the other, and `interleaved` is False. together: False if it is
+    known beforehand that they cannot. A peer that fails has a row with only the reason, `failed`. Raises LoopFailed
+    when ours fails, or one of those that share a process.
     """
     kinds = [" ".join(loops)] if schedule.in_one else loops
     cells = [{**cell, "loop": kind, "options": {**cell["options"], "paced": True}} for kind in kinds]
@@ -122,7 +122,7 @@ def compared(
             return compared(loops, cell, schedule, together=False)
         if failure.loop == cells[0]["loop"]:
             raise
-        # The others would be as comparable without it.
+        # The others remain comparable without it.
         rows = compared([loop for loop in loops if loop != failure.loop], cell, schedule, together=together)
         rows.insert(loops.index(failure.loop), _failed_row(cell, schedule, failure))
         return rows
@@ -143,9 +143,9 @@ def _failed_row(cell: dict[str, Any], schedule: Schedule, failure: LoopFailed) -
 
 
 def _measured(groups: list[list[dict[str, Any]]], schedule: Schedule) -> dict[str, dict[str, Any] | LoopFailed]:
-    """Runs groups of loops one after the other, each second time backwards; returns each loop's row, or why it failed.
+    """Runs groups of loops one after the other, every second time in reverse; returns each loop's row or failure.
 
-    Raises LoopFailed for a loop that runs beside others, and for the first of all.
+    Raises LoopFailed when a loop fails in a group of several, or the first group does.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, LoopFailed] = {}
@@ -166,10 +166,10 @@ def _measured(groups: list[list[dict[str, Any]]], schedule: Schedule) -> dict[st
 
 
 def _in_turns(cells: list[dict[str, Any]], schedule: Schedule, rounds: int) -> dict[str, dict[str, Any]]:
-    """Runs loops beside each other, in one process of each; returns their rows."""
+    """Runs loops with rounds in turns, each in one set of processes; returns their rows."""
     with ExitStack() as stack:
         running = []
-        for cell in cells:  # one after the other: their first steps, too, should not disturb each other
+        for cell in cells:  # started one after the other: first steps should not disturb each other either
             loop = RunningLoop(cell, schedule.num_ranks, schedule.threads)
             stack.callback(loop.end)
             loop.wait()
@@ -182,9 +182,9 @@ def _in_turns(cells: list[dict[str, Any]], schedule: Schedule, rounds: int) -> d
 
 
 def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the row of that process of a loop whose step takes the middle time (of two the shorter), with all rounds.
+    """Returns the row of a loop's process with the median step time (of two, the shorter), but with all rounds.
 
-    So the figures of a row follow from each other.
+    Figures of a single process are consistent with each other.
     """
     in_order = sorted(rows, key=lambda row: statistics.median(row["rounds_ms"]))
     every = {name: [value for row in rows for value in row[name]] for name in ("rounds_ms", "rounds_gpu")}
@@ -194,9 +194,9 @@ def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """Returns our rate divided by theirs: the median of the rounds, and its interval.
 
-    That is from the least round to the greatest, which of five independent ones enclose the true median with a
-    probability of 94 %, of fewer with less; of more rounds as many are left out on both sides as 94 % allow. Rounds of
-    one process are not independent: where its memory lies is a matter of luck, and all of them share it.
+    The interval is from the smallest round to the largest, which for five independent rounds encloses the true median
+    with a probability of 94 %, for fewer with less; of more rounds, as many are left out on both sides as 94 % allow.
+    Rounds of one process are not independent: they share its memory layout, which is a matter of luck.
     """
     pairs = zip(ours["rounds_ms"], theirs["rounds_ms"], strict=True)
     ratios = sorted(their_ms / our_ms for our_ms, their_ms in pairs)
@@ -206,7 +206,7 @@ def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
 
 
 def _rounds_left_out(rounds: int) -> int:
-    """The most on each side, so that the true median lies beyond the rest with a probability of at most 2 / 2^5."""
+    """Returns how many to leave out per side, so that P(the true median is outside of the rest) is at most 2 / 2^5."""
     out, beyond = 0, 1
     while 2 * (beyond := beyond + math.comb(rounds, out + 1)) <= 2 / 2**5 * 2**rounds:
         out += 1

@@ -1,4 +1,4 @@
-"""What the rows of the benchmark of reading share: sets of photos, the loader as a run has it, a line of the table."""
+"""Shared by the rows of the benchmark of reading: sets of photos, a run's loader, a line of the table."""
 
 import io
 import os
@@ -24,14 +24,14 @@ from pretrain.shards.pool import num_cores
 def line(
     what: str, value: float, *, at_least: float | None = None, at_most: float | None = None, told: str = ""
 ) -> dict[str, Any]:
-    """Returns a line of the table: a figure, its target, whether it holds, and what else was found."""
+    """Returns a line of the table: a figure, its target, whether it holds, and a note."""
     holds = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     target = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}"
     return {"what": what, "value": round(value, 3), "target": target, "holds": holds, "told": told}
 
 
 def two_beside_one(what: str, rate: Callable[[int], float], rounds: int, *, at_least: float) -> dict[str, Any]:
-    """Returns the line of the rate of two processes divided by that of one: medians of rounds that take turns."""
+    """Returns the line for the rate of two processes divided by that of one: medians of rounds in turns."""
     one, two = (statistics.median(own) for own in zip(*((rate(1), rate(2)) for _ in range(rounds))))
     told = f"{two:.0f} and {one:.0f} images/s on {num_cores()} cores"
     return line(what, two / one, at_least=at_least, told=told)
@@ -46,7 +46,7 @@ def photo_set(tar: Path, folder: Path) -> Manifest:
 
 
 def repeated_set(photos: Manifest, folder: Path, num_shards: int, shard_samples: int) -> Manifest:
-    """Returns a set of many shards in which the photos come again and again, each time under another key."""
+    """Returns a set of many shards in which the photos repeat, each time under another key."""
     folder.mkdir()
     samples = cycle([read_sample(photos, index) for index in range(photos.num_samples)])
     paths = []
@@ -64,9 +64,9 @@ def repeated_set(photos: Manifest, folder: Path, num_shards: int, shard_samples:
 def loader(
     manifest: Manifest, num_steps: int, global_batch: int, *, first: int = 0, lanes: bool = False, **data: Any
 ) -> Iterator[Batch]:
-    """Returns this rank's batches of a run from step `first` on; `data` are further keys of that section.
+    """Returns this rank's batches of a run from step `first` on; `data`: further keys of that section.
 
-    224 px unless `image_size` says otherwise; without loader processes unless `workers` does.
+    The defaults are 224 px (`image_size`) and no loader processes (`workers`).
     """
     values = {
         "name": "benchmark",

@@ -1,4 +1,4 @@
-"""Saving, timed: how long training waits for a checkpoint, written while it waits and behind it."""
+"""Times saving: how long training waits for a checkpoint that is written at once, or in the background."""
 
 import statistics
 import tempfile
@@ -28,7 +28,7 @@ def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         engine.train_step(batch, 1e-4)
     with tempfile.TemporaryDirectory(dir=options["folder"]) as folder:
         saves = _Saves(engine, lambda: engine.train_step(batch, 1e-4).sums[0].item(), Path(folder))
-        saves.save(None)  # file system and allocator are as in the midst of a run
+        saves.save(None)  # brings file system and allocator to the state of a running training
         first = saves.save(copies := HostCopies())
         rounds = [(saves.save(None), saves.save(copies)) for _ in range(plan.steps)]
         undisturbed_s = [saves.timed_step() for _ in range(plan.steps)]
@@ -54,16 +54,16 @@ def measure(model: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 class _Saves:
-    """Saves of one engine, one after the other, each with the steps that go on beside it."""
+    """Saves of one engine, one after the other, each with the steps that run during it."""
 
     def __init__(self, engine: Engine, train_step: Callable[[], Any], folder: Path) -> None:
         self._engine, self._train_step, self._folder, self._step = engine, train_step, folder, 0
 
     def save(self, copies: HostCopies | None) -> dict[str, Any]:
-        """Saves, as training does, and trains until it is published; returns seconds.
+        """Saves as training does, and trains until the checkpoint is published; returns seconds.
 
-        blocked_s: what training waits for, the calls between its steps that take the save further included; beside it
-        check_s, the engine's check of what is to be saved, which comes before each save.
+        blocked_s: how long training waits, including the calls between steps that advance the save. It does not
+        include check_s, the engine's check before each save.
         """
         engine, self._step = self._engine, self._step + 1
         began = time.perf_counter()
@@ -89,7 +89,7 @@ class _Saves:
         }
 
     def timed_step(self) -> float:
-        """Returns the seconds of a step."""
+        """Takes a step and returns its seconds."""
         began = time.perf_counter()
         self._train_step()
         return time.perf_counter() - began

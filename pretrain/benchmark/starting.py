@@ -1,6 +1,6 @@
-"""Starting and resuming, by the clock: from the command to the first step and to the exit, beside another checkout.
+"""Wall-clock time of starting and resuming: from command to first step and to exit, compared with another checkout.
 
-A run is so small that its start is nearly all of it: two blocks, four steps, no loader processes. It is resumed from
+The run is so small that its start is nearly all of it: two blocks, four steps, no loader processes. It is resumed from
 its second step.
 """
 
@@ -30,7 +30,7 @@ _Times = dict[str, float]  # first_step_s, exit_s, processor_s
 
 
 class _Way(NamedTuple):
-    """A way to start a run: whose code, the words before the script, and those behind it."""
+    """A way to start a run: a checkout, and the words of the command before and after the script."""
 
     name: str
     checkout: Path
@@ -39,10 +39,11 @@ class _Way(NamedTuple):
 
 
 def start_lines(world_sizes: list[int], rounds: int, other: Path | None) -> Iterator[dict[str, Any]]:
-    """Yields for each number of ranks, and each way to start them, a row for a new run and one for a resumed one.
+    """Yields, for each number of ranks and each way to start them, a row for a new run and one for a resumed one.
 
-    Medians over `rounds`, in which each way has its turn, in every second one backwards. other: a checkout of another
-    commit; ratios are ours to its, the median over the rounds. Raises UserError when a run fails.
+    Medians over `rounds`, in which the ways take turns, in reverse in every second round. other: a checkout of another
+    commit; ratios are ours divided by its: least, median and greatest over the rounds. Raises UserError when a run
+    fails.
     """
     checkouts = [ROOT, other] if other else [ROOT]
     with tempfile.TemporaryDirectory() as name:
@@ -57,7 +58,7 @@ def _rows(configs: dict[Path, Path], world_size: int, rounds: int, other: Path |
     ways = _ways(world_size, other)
     found: dict[str, list[list[_Times]]] = {way.name: [] for way in ways}
     for way in ways:
-        _new_and_resumed(way, configs[way.checkout])  # compiles Python's files, and has them in the page cache
+        _new_and_resumed(way, configs[way.checkout])  # fills the bytecode and page caches
     for turn in range(rounds):
         for way in ways if turn % 2 == 0 else ways[::-1]:
             found[way.name].append(_new_and_resumed(way, configs[way.checkout]))
@@ -79,7 +80,7 @@ def _ratios(key: str, ours: list[_Times], theirs: list[_Times]) -> list[float]:
 
 
 def _ways(world_size: int, other: Path | None) -> list[_Way]:
-    """Returns the ways to start so many ranks, the other checkout's, by what every version knows, last."""
+    """Returns the ways to start so many ranks; last, the other checkout's, by a command that every version has."""
     before = launcher_or_python(world_size)
     launched = "python" if world_size == 1 else "deepspeed"
     ways = [_Way(launched, ROOT, before, [])]
@@ -98,7 +99,7 @@ def _write_photos(folder: Path) -> None:
 
 
 def _make_set(checkout: Path, folder: Path, number: int) -> Path:
-    """Makes shards of the photos with the checkout's own tool, for it may not read others, and returns a config."""
+    """Makes shards with the checkout's own tool, since it may not read other versions' shards; returns a config."""
     data, folder = folder / "photos", folder / str(number)
     words = [sys.executable, str(checkout / "tools" / "make_shards.py"), str(data), str(folder / "set")]
     made = subprocess.run(words, cwd=checkout, env=_environment(checkout), capture_output=True, text=True)
@@ -122,7 +123,7 @@ def _make_set(checkout: Path, folder: Path, number: int) -> Path:
 
 
 def _new_and_resumed(way: _Way, config: Path) -> list[_Times]:
-    """Trains; then again from the step in the middle, as if the end had not been saved."""
+    """Times a new run, then one resumed from the middle, as if its last checkpoint had not been saved."""
     run = config.parent / "runs" / "start"
     shutil.rmtree(run, ignore_errors=True)
     new = _timed(way, config, first=1)
@@ -137,7 +138,7 @@ def _environment(checkout: Path) -> dict[str, str]:
 
 
 def _timed(way: _Way, config: Path, first: int) -> _Times:
-    """Runs a command to its end. first: the step whose line on the console is waited for."""
+    """Runs a command to its end; returns its times. first: the step whose console line ends first_step_s."""
     words = [*way.before, str(way.checkout / "launch" / "pretrain.py"), "--config", str(config), *way.behind]
     first_step_s, errors = None, config.with_name("stderr")
     with errors.open("wb") as stderr:
@@ -149,7 +150,7 @@ def _timed(way: _Way, config: Path, first: int) -> _Times:
         for line in process.stdout:
             if first_step_s is None and f"step {first}/{_STEPS} " in line:
                 first_step_s = time.perf_counter() - began
-        _, status, used = os.wait4(process.pid, 0)  # with the processes that it has waited for
+        _, status, used = os.wait4(process.pid, 0)  # includes the child processes that it has waited for
         exit_s = time.perf_counter() - began
     process.stdout.close()
     process.returncode = os.waitstatus_to_exitcode(status)

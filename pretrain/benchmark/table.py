@@ -1,4 +1,4 @@
-"""The table of models: a row for a model and image size, also for what could not be measured.
+"""The table of models: a row per model and image size, also for those that could not be measured.
 
 Imports no torch; the cells' processes do.
 """
@@ -13,7 +13,7 @@ from pretrain.errors import UserError
 from pretrain.escape import markdown_table
 from pretrain.storage import write_text
 
-# Patch 14 is the published one of H and g; it does not divide 384, so both have a second row of patch 16.
+# H and g are published with patch 14, which does not divide 384, so both have a second row with patch 16.
 TABLE = ["Ti/16", "S/16", "B/16", "L/16", "H/14", "H/16", "g/14", "g/16"]
 MAX_PARAMETERS_ON_CPU = 100_000_000  # trained by default: B takes about a minute, g would take an hour and 20 GB
 _COLUMNS = ["model", "px", "parameters", "GFLOPs forward", "GFLOPs train", "activations [MB]"]
@@ -22,14 +22,11 @@ _TEXT_COLUMNS = 0, len(_COLUMNS) - 1
 
 
 def model_row(cell: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Measures a cell in a process of its own; returns its row, and whether something went wrong with the cell.
-
-    Then its `not_timed` says what.
-    """
+    """Measures a cell in a process of its own; returns its row, and whether it failed: then `not_timed` says why."""
     named = {key: cell[key] for key in ("model", "image_size")}
     try:
         cell_config(cell["model"], cell["image_size"], 8, cell["options"]["precision"])
-    except UserError as error:  # patches do not divide the image: the other sizes of this model may be fine
+    except UserError as error:  # patches do not divide the image; other sizes of this model may be fine
         return {**named, "not_timed": str(error).removeprefix("benchmark: ")}, False
     found, failure = cell_rows("model", cell)
     row = found[-1] if found else named
@@ -78,7 +75,7 @@ def _short(value: float) -> str:
 
 
 def _conditions(rows: list[dict[str, Any]]) -> str:
-    """One line: what all rows were measured with."""
+    """Returns one line with the conditions that all rows share."""
     row = next((row for row in rows if "parameters" in row), None)
     if row is None:
         return "nothing measured"

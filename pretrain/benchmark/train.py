@@ -1,4 +1,4 @@
-"""The training step, timed: one row for a model and a loop, eager or compiled."""
+"""Times the training step: one row for a model and a loop, eager or compiled."""
 
 import statistics
 import sys
@@ -21,10 +21,10 @@ from pretrain.provenance import commit, versions
 
 
 def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ours") -> Iterator[dict[str, Any]]:
-    """Yields the rows of a cell; options: of tools/benchmark.py train, loop: of cells.LOOPS, or several with spaces.
+    """Yields the rows of a cell; options: of tools/benchmark.py train; loop: of cells.LOOPS, or several with spaces.
 
-    options["paced"]: the steps are taken in rounds, one for each line that comes on stdin, until it ends. Several loops
-    take theirs in turn, each second time backwards.
+    options["paced"]: takes a round of steps for each line on stdin, until it ends. Several loops take each round in
+    turn, every second one in reverse.
     """
     plan = plan_cell(options)
     loops = []
@@ -36,14 +36,14 @@ def measure(model: str, compiled: bool, options: dict[str, Any], loop: str = "ou
             each.take_round()
         if options["paced"]:
             _tell(number + 1)
-    memory_gb = memory_of_steps_gb(plan.device)  # before what is measured beside the model
+    memory_gb = memory_of_steps_gb(plan.device)  # before the measurements without the model
     for each in loops:
         row = {"model": model, **each.row(options), **memory_gb, "steps": plan.steps, "device": plan.name}
         yield row | {"versions": versions(), "commit": commit()}
 
 
 class _Loop:
-    """A loop that has warmed up, and what its rounds took."""
+    """A loop that has warmed up, and the times of its rounds."""
 
     def __init__(self, kind: str, config: Config, plan: Plan) -> None:
         self._kind, self._config, self._plan = kind, config, plan
@@ -67,7 +67,7 @@ class _Loop:
         self._parts.append({name: ms / self._plan.steps for name, ms in self._clock.read_ms().items()})
 
     def row(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Returns what was measured, and measures what stands beside it in the row."""
+        """Returns the row: what was measured, and further measurements of device and kernels, taken now."""
         config, plan, ours = self._config, self._plan, self._kind == "ours"
         return {
             "loop": self._kind,
@@ -96,7 +96,7 @@ class _Loop:
 
 
 def _starts(paced: bool) -> Iterator[None]:
-    """Yields once, or paced once for each line that rank 0 is given."""
+    """Yields once or, if paced, once for each line on rank 0's stdin."""
     if not paced:
         yield
         return
@@ -119,7 +119,7 @@ def _precision(loop: str, config: Config) -> str:
 
 
 def _rates(config: Config, batch: int, times_ms: list[float], device: str) -> dict[str, Any]:
-    """Images per second of all ranks; FLOP/s of one of them."""
+    """Returns the images per second of all ranks, and the FLOP/s and MFU of one of them."""
     median_ms = statistics.median(times_ms)
     tflop_per_s = 1000 * batch / median_ms * train_flops(config.model, NUM_CLASSES) / 1e12
     peak, share = peak_flops(device), mfu(1e12 * tflop_per_s, device)

@@ -1,4 +1,4 @@
-"""What a rank finds on the disks of its run: locks, renames, room for checkpoints, the rate of reading shards."""
+"""Checks of a run's disks by a rank: locks, renames, room for checkpoints, the rate of reading shards."""
 
 import errno
 import fcntl
@@ -27,20 +27,20 @@ from pretrain.sizes import is_plain
 from pretrain.storage import network_file_system, write_text
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_HELD = (errno.EAGAIN, errno.EACCES)  # the two answers of a lock that somebody has
-READ_S, READ_BYTES = 2.0, 256 << 20  # of random samples: so long, or so many, whatever comes first
-RANGE_BYTES = 8 << 20  # at most, of a remote shard: what training asks for at a time
-_SLOW_SYNC_S = 0.5  # a small file on the disk; a save syncs one a rank and more
-# lockf is the run folder's lock, over all nodes; flock the one of the store, on one node.
+_HELD = (errno.EAGAIN, errno.EACCES)  # the two errors for a lock that another process holds
+READ_S, READ_BYTES = 2.0, 256 << 20  # of random samples: read until either is reached
+RANGE_BYTES = 8 << 20  # at most, of a remote shard: what training requests at a time
+_SLOW_SYNC_S = 0.5  # to sync a small file; a save syncs at least one per rank
+# The lock of the run's folder, across nodes, is an lockf; that of the store, on one node, a flock.
 _TRY = "import fcntl, sys; fcntl.{}(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 _MOUNT = "mount it with locks (Lustre: -o flock; NFS: without nolock and local_lock)"
 
 
 class Probe:
-    """A folder that rank 0 makes on the run's disk, with a lock that it holds; the other nodes look at it."""
+    """A folder that rank 0 makes on the run's disk, with a lock that it holds, for the other nodes to examine."""
 
     def __init__(self, run: Path, token: str) -> None:
-        """Makes it in the run's folder, or in the nearest folder above it that there is. Raises OSError."""
+        """Makes it in the run's folder, or in the nearest parent that exists. Raises OSError."""
         parent = nearest(run)
         self.path = parent / f".doctor-{token}"
         self.token = token
@@ -67,20 +67,20 @@ class Probe:
             self.no_locks = error.strerror or str(error)
 
     def remove(self) -> None:
-        """Removes it; what cannot be removed stays."""
+        """Removes it, as far as possible."""
         if self._lock is not None:
             self._lock.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def nearest(path: Path) -> Path:
-    """Returns the path, or the nearest folder above it that there is."""
+    """Returns the path if it is a folder, or its nearest parent that is."""
     path = path.absolute()
     return next(parent for parent in (path, *path.parents) if parent.is_dir())
 
 
 def told_of(error: Exception, check: str, remedy: str = "") -> Finding:
-    """Returns what a check has found that met an error."""
+    """Returns the finding of a check that raised an error."""
     if isinstance(error, StorageError):
         return Finding(check, AWAY, str(error), remedy)
     if isinstance(error, OSError):
@@ -91,7 +91,7 @@ def told_of(error: Exception, check: str, remedy: str = "") -> Finding:
 
 
 def check_own_probe(probe: Probe) -> Iterator[Finding]:
-    """On rank 0: the lock is refused to another process, a rename replaces at once, a small file is synced in time."""
+    """On rank 0: the lock is refused to another process, a rename is atomic, syncing a small file is not slow."""
     where = str(probe.path.parent)
     if probe.no_locks:
         told = f"{where}: gives none ({probe.no_locks}); a second run there would not be noticed"
@@ -116,7 +116,7 @@ def _second_gets_it(path: Path, call: str) -> bool:
 
 
 def check_seen_probe(path: Path, token: str, locks: bool) -> Iterator[Finding]:
-    """On another node: rank 0's folder is the same one here, and its lock is refused. locks: rank 0 has one."""
+    """On another node: rank 0's folder is visible here, and its lock is refused. locks: whether rank 0 holds one."""
     try:
         seen = (path / "token").read_text()
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def check_seen_probe(path: Path, token: str, locks: bool) -> Iterator[Finding]:
 
 
 def check_free_disk(config: Config, num_classes: int | None) -> Iterator[Finding]:
-    """Free bytes beside what the checkpoints of the run will take, less those that lie there already."""
+    """Compares the free bytes with what the run's checkpoints will take, less those that exist already."""
     run = config.output / config.name
     free = shutil.disk_usage(nearest(run)).free
     told = f"{nearest(run)}: {size(free)} free"
@@ -149,7 +149,7 @@ def check_free_disk(config: Config, num_classes: int | None) -> Iterator[Finding
         return (yield Finding("room on disk", OK, f"{told}; no formula for this model's checkpoints"))
     number, each = kept_checkpoints(config), checkpoint_bytes(config, num_classes)
     there = _bytes_in(run / "checkpoints")
-    needed = max(each, number * each - there)  # one more than is kept is written before one goes
+    needed = max(each, number * each - there)  # a new one is written before an old one goes
     told += f"; {size(needed)} needed: {number} checkpoints of {size(each)}" + (f", {size(there)} there" * bool(there))
     remedy = "make room, another output=, or lower checkpoint.keep_last, raise keep_every_steps"
     enough = free >= needed
@@ -157,7 +157,7 @@ def check_free_disk(config: Config, num_classes: int | None) -> Iterator[Finding
 
 
 def _bytes_in(folder: Path) -> int:
-    """The bytes of all files in a folder, of which a training, or a fetcher, may delete some meanwhile."""
+    """Returns the bytes of all files in a folder, of which a run or a fetcher may delete some meanwhile."""
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -172,7 +172,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def sets_of(config: Config) -> dict[str, Path]:
-    """Returns the data sets of a run by the keys that name them, each path once."""
+    """Returns the paths of a run's data sets by their config keys, each path once."""
     sources = [source.path for source in config.data.sources]
     named = {
         **{"data.train" + f"[{number}]" * (len(sources) > 1): path for number, path in enumerate(sources)},
@@ -185,7 +185,7 @@ def sets_of(config: Config) -> dict[str, Path]:
 
 
 def check_set(key: str, path: Path, config: Config) -> Iterator[Finding]:
-    """A data set: all shards there, of the right size, and how fast random samples come; of a remote one a range."""
+    """A data set: all shards exist with the right size; the rate of reading random samples, or a remote range."""
     check = key.rpartition(".")[2]
     try:
         manifest = load_manifest(path)
@@ -205,7 +205,7 @@ def check_set(key: str, path: Path, config: Config) -> Iterator[Finding]:
 
 
 def _slow_reads(manifest: Manifest, images: float, config: Config) -> str:
-    """What makes reading image by image slow, as order=permuted does; "" where it is not, or lanes are chosen."""
+    """Returns why reading image by image, as order=permuted does, is slow; "" where it is not, or with lanes."""
     if config.data.order == "lanes":
         return ""
     needed, readers = images_per_s(config, manifest.num_classes), max(1, config.data.workers)
@@ -216,7 +216,7 @@ def _slow_reads(manifest: Manifest, images: float, config: Config) -> str:
 
 
 def _read_local(manifest: Manifest) -> tuple[int, float, float, str]:
-    """Bytes, seconds, images per second: random samples by one reader, past the cache where the system obeys."""
+    """Reads random samples with one reader, past the page cache if possible: bytes, seconds, images/s, label."""
     count = images = 0
     started = time.monotonic()
     while (seconds := time.monotonic() - started) < READ_S and count < READ_BYTES and images < manifest.num_samples:
@@ -239,17 +239,17 @@ def _read_local(manifest: Manifest) -> tuple[int, float, float, str]:
 
 
 def _row(shard: Shard, number: int) -> ShardIndex:
-    """The index of one sample, as training reads it: a whole one may take longer than the sample that is timed."""
+    """Reads one sample's row of the index, as training does: the whole index may take longer than the timed sample."""
     rows = shard.path.with_suffix(".idx"), shard.num_bytes, shard.sha256, shard.num_samples
     try:
         return ShardIndex(*IndexRows(*rows).part(number, number + 1))
     except (FileNotFoundError, ValueError):
-        load_index(shard)  # says what is wrong
+        load_index(shard)  # its error says what is wrong
         raise
 
 
 def _read_remote(manifest: Manifest, shard: int) -> tuple[int, float, float, str]:
-    """Bytes and seconds of one range of the first remote shard; nothing is kept."""
+    """Reads one range of the first remote shard, as `_read_local` does samples; keeps nothing."""
     block = block_of(manifest, int(manifest.first_indices[shard]))
     assert block is not None
     end = min(block.end, block.start + RANGE_BYTES)

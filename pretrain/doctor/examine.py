@@ -1,4 +1,4 @@
-"""The doctor's round: who is here, what each found, clocks, the network; then one table."""
+"""The examination: which ranks take part, what each finds, their clocks, the network; then one table."""
 
 import signal
 import socket
@@ -21,7 +21,7 @@ from pretrain.doctor.meeting import Meeting, all_reduce, answer_clock, ask_clock
 from pretrain.errors import StorageError, UserError, first_line
 from pretrain.json_files import Fields
 
-MARGIN_S = 5.0  # that a rank may be late with its answer after its own time is over
+MARGIN_S = 5.0  # how late a rank's answer may be after its own time limit
 _LOOK = "look at that node: is it up, is the network between, does the process stand still?"
 _NETWORK = "a firewall, or the wrong interface: GLOO_SOCKET_IFNAME=, NCCL_SOCKET_IFNAME=; NCCL_DEBUG=INFO tells more"
 Check = tuple[str, Callable[[], Iterator[Finding]]]
@@ -30,15 +30,15 @@ Check = tuple[str, Callable[[], Iterator[Finding]]]
 def examine(config: Config | None, wait_s: float) -> int:
     """Examines this machine, or all that the launcher has started ranks on, and prints the table on rank 0.
 
-    config: of the run whose disks and needs are looked at too. wait_s: after so long a rank, or a check, that does not
-    answer is named, and the rest told. Returns the exit code: 0, 2 when something is red, 75 when only storage is away.
-    Raises UserError on a rank that does not come to rank 0.
+    config: of the run whose disks and needs are checked too. wait_s: a rank or a check that does not answer in this
+    time is named, and the rest reported. Returns the exit code: 0, 2 when something is red, 75 when only storage is
+    away. Raises UserError on a rank that cannot reach rank 0.
     """
     ranks.complete_environment()
     meeting = Meeting(wait_s)
     meeting.tell(f"here/{ranks.rank()}", {"host": socket.gethostname(), "cores": ranks.own_cores()})
     code = _lead(config, meeting) if ranks.is_main() else _follow(config, meeting)
-    if code == 0:  # else a collective may hang, and so might this
+    if code == 0:  # otherwise a collective may hang, and this call with it
         ranks.stop()
     return code
 
@@ -55,7 +55,7 @@ def _lead(config: Config | None, meeting: Meeting) -> int:
 
 
 def _round(config: Config | None, meeting: Meeting, made: list[disks.Probe]) -> int:
-    """Leads the other ranks through the round; made: where the probe goes, which the caller removes."""
+    """Leads the other ranks through the examination. made: receives the probe, which the caller removes."""
     everyone = range(ranks.world_size())
     here = meeting.collect("here", everyone, meeting.wait_s)
     hosts = {rank: fields.text("host") for rank, fields in here.items()}
@@ -85,7 +85,7 @@ def _round(config: Config | None, meeting: Meeting, made: list[disks.Probe]) -> 
 
 
 def _network(meeting: Meeting, found: dict[int, list[Finding]], complete: bool) -> dict[int, list[Finding]]:
-    """Adds the all_reduce to what ranks have found, where every rank is there to take part."""
+    """Adds an all_reduce to what ranks have found, if every rank takes part."""
     meeting.tell("go", {"complete": complete})
     if not complete:
         return {0: [*found[0], Finding("all_reduce", RED, "not tried, as ranks are missing", "start all of them")]}
@@ -116,7 +116,7 @@ def _end(meeting: Meeting, found: dict[int, list[Finding]], hosts: dict[int, str
     cli.tell(f"{red + away} of {len(rows)} checks say that the run would fail" if code else "nothing is red")
     sys.stdout.flush()
     meeting.tell("end", {"code": code})
-    meeting.collect("bye", (rank for rank in found if rank), MARGIN_S)  # the store goes with this process
+    meeting.collect("bye", (rank for rank in found if rank), MARGIN_S)  # the store ends with this process
     return code
 
 
@@ -124,7 +124,7 @@ def _follow(config: Config | None, meeting: Meeting) -> int:
     plan = _heard(meeting, "plan")
     leaders = plan.values.get("leaders")
     is_leader = isinstance(leaders, list) and ranks.rank() in leaders
-    cores = plan.part("cores").integer(str(ranks.rank()), 1, 1 << 20, len(ranks.own_cores()))  # not in it: it came late
+    cores = plan.part("cores").integer(str(ranks.rank()), 1, 1 << 20, len(ranks.own_cores()))  # absent: it came late
     checks = _checks(config, plan.integer("num_hosts", 1, MAX_RANKS), cores, is_leader=is_leader)
     if is_leader and (path := plan.text("path", "")):
         token, locks = plan.text("token"), plan.flag("locks")
@@ -146,7 +146,7 @@ def _heard(meeting: Meeting, key: str) -> Fields:
 
 
 def _reduced(meeting: Meeting) -> Finding:
-    """The all_reduce, or what became of it; a rank that hangs in it does not hold this one."""
+    """Returns the finding of the all_reduce; this rank does not wait for one that hangs in it."""
     result: list[Finding] = []
 
     def work() -> None:
@@ -169,7 +169,7 @@ def _make_probe(config: Config, made: list[disks.Probe]) -> Iterator[Finding]:
 
 
 def _checks(config: Config | None, num_hosts: int, cores: int, *, is_leader: bool) -> list[Check]:
-    """What this rank looks at; the disks once on each node."""
+    """Returns this rank's checks; disks are checked by one rank per node."""
     room, why, workers = machine.USUAL, "8 loader processes", 8
     checks: list[Check] = [("versions", machine.check_versions), ("GPU", machine.check_gpu)]
     if config is not None:
@@ -192,9 +192,9 @@ def _checks(config: Config | None, num_hosts: int, cores: int, *, is_leader: boo
 
 
 def _carried_out(checks: list[Check], seconds: float) -> list[Finding]:
-    """What checks found, one after another; one that hangs, as on a dead disk, is named and not waited for."""
+    """Runs checks in turn; one that hangs, as on a dead disk, is named and the rest not waited for."""
     found: list[Finding] = []
-    stuck = [name for name, _ in checks[:1]]  # the check that goes on; another thread reads it
+    stuck = [name for name, _ in checks[:1]]  # the check in progress; written by the thread below
 
     def work() -> None:
         for name, check in checks:
@@ -203,19 +203,19 @@ def _carried_out(checks: list[Check], seconds: float) -> list[Finding]:
                 found.extend(check())
             except (UserError, OSError) as error:
                 found.append(disks.told_of(error, name))
-            except Exception as error:  # a machine that is strange to us must not hide what the others find
+            except Exception as error:  # an error on an unusual machine must not hide the other findings
                 found.append(Finding(name, RED, f"the check itself failed: {type(error).__name__}: {error}"))
         stuck.clear()
 
     within(seconds, work)
     late = f"did not end within {seconds:g} s", "a disk or a driver hangs: see dmesg"
-    hangs = [Finding(name, RED, *late) for name in stuck]  # before what is found is copied: no check falls between
+    hangs = [Finding(name, RED, *late) for name in stuck]  # before `found` is copied: no check is lost in between
     return [*found, *hangs]
 
 
 def _free_disk(config: Config) -> Iterator[Finding]:
     num_classes = config.model.num_classes
     if not num_classes:
-        with suppress(UserError, OSError):  # the set's own line tells
+        with suppress(UserError, OSError):  # the set's own row reports it
             num_classes = max(load_manifest(source.path).num_classes for source in config.data.sources)
     return disks.check_free_disk(config, num_classes)

@@ -1,4 +1,4 @@
-"""What was found, on one rank; and over all ranks as one table of 80 columns, the worst first. Imports no torch."""
+"""Findings of one rank, and of all ranks as one table of 80 columns, the worst first. Imports no torch."""
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.json_files import Fields
 
-# From the worst to the best. A run would end, or be wrong; storage fails for now; a run would be slow, or may fail.
+# From worst to best: a run would end or be wrong; storage fails for now; a run would be slow or may fail; good.
 STATES = ("RED", "AWAY", "warn", "ok")
 RED, AWAY, WARN, OK = STATES
 WIDTH = 80
@@ -23,8 +23,8 @@ class Finding:
     state: str  # of STATES
     found: str
     remedy: str = ""
-    value: float | None = None  # the more the better; the rank with the least is shown
-    differs: str = ""  # the state when ranks found different things; "": they may
+    value: float | None = None  # more is better; the rank with the least is shown
+    differs: str = ""  # the state when ranks found different things; "": they may differ
 
     def __post_init__(self) -> None:
         assert self.state in STATES and self.differs in ("", *STATES)
@@ -36,7 +36,7 @@ def size(num_bytes: float) -> str:
 
 
 def as_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """Returns findings as another rank reads them with `from_json`, texts cut to what that takes."""
+    """Returns findings for `from_json` on another rank, with texts cut to the length that it accepts."""
     return [
         {key: value[:_MAX_TEXT] if isinstance(value, str) else value for key, value in asdict(finding).items()}
         for finding in findings
@@ -58,9 +58,9 @@ def _read(part: Fields) -> Finding:
 
 
 def merged(found: Mapping[int, list[Finding]], hosts: Mapping[int, str]) -> list[Finding]:
-    """Returns the table of all ranks, the worst first: a check has a row, which names ranks where they differ.
+    """Returns the table of all ranks, the worst first: a row per check, which names ranks where they differ.
 
-    found: of each rank; hosts: each rank's node.
+    found: by rank. hosts: each rank's node.
     """
     checks = list(dict.fromkeys(finding.check for findings in found.values() for finding in findings))
     rows = []
@@ -76,12 +76,12 @@ def _rows(check: str, found: dict[int, Finding], hosts: Mapping[int, str]) -> It
         found = {rank: replace(f, state=min(f.state, first.differs, key=STATES.index)) for rank, f in found.items()}
     worst = min((finding.state for finding in found.values()), key=STATES.index)
     bad = {rank: finding for rank, finding in found.items() if finding.state == worst}
-    if all(finding.value is not None for finding in bad.values()):  # a quantity: the least speaks for all
+    if all(finding.value is not None for finding in bad.values()):  # a quantity: show the least
         rank, least = min(bad.items(), key=lambda item: item[1].value or 0.0)
         alike = len({finding.found for finding in bad.values()}) == 1
         where = place(bad if alike else [rank], found, hosts)
         if worst == OK and len(set(hosts.values())) == 1:
-            where = ""  # numbers of one machine, read one after another
+            where = ""  # ranks of one machine read the same quantity at different moments
         told = least.found + (f" ({where}{'' if alike else ', the least'})" if where else "")
         yield Finding(check, worst, told, least.remedy)
         return
@@ -96,7 +96,7 @@ def _rows(check: str, found: dict[int, Finding], hosts: Mapping[int, str]) -> It
 
 
 def place(some: Iterable[int], asked: Iterable[int], hosts: Mapping[int, str]) -> str:
-    """Names some ranks of those that were asked, by nodes where these are whole; "" where they are all."""
+    """Names some of the ranks that were asked, by node if all of a node's ranks are among them; "" if it is all."""
     chosen, all_asked = sorted(some), set(asked)
     if set(chosen) == all_asked:
         return ""
@@ -115,7 +115,7 @@ def _some(names: Iterable[str], between: str = ", ") -> str:
 
 
 def lines(rows: Sequence[Finding]) -> Iterator[str]:
-    """Yields the table, WIDTH characters a line where words allow it; under a row its remedy."""
+    """Yields the lines of the table, each row with its remedy below, wrapped at WIDTH characters between words."""
     column = 8 + max((len(row.check) for row in rows), default=0)
     for row in rows:
         yield from _wrapped(f"{row.state:5} {row.check}".ljust(column), row.found)

@@ -1,4 +1,4 @@
-"""What a rank finds on its machine: versions, GPU, limits, memory, compiler. Nothing here waits for other ranks."""
+"""Checks of a machine by a rank: versions, GPU, limits, memory, compiler. Nothing here waits for other ranks."""
 
 import os
 import resource
@@ -24,15 +24,15 @@ from pretrain.gpus import known_gpu
 from pretrain.plan.speed import assumed_mfu
 from pretrain.sizes import is_plain, plain_forward_macs
 
-# Where no config says what is needed: some 8 loader processes with 2 batches each, of 256 images of 224 pixels.
+# Assumed without a config: some 8 loader processes with 2 batches each, of 256 images of 224 pixels.
 USUAL = Room(open_files=512, memory_bytes=4 << 30, shared_bytes=1 << 30)
-MIN_LOCKED_BYTES = 1 << 30  # InfiniBand registers NCCL's buffers, some hundred MB a rank
-COMPILE_S = 30.0  # a compiler's patience; it needs a tenth of a second
+MIN_LOCKED_BYTES = 1 << 30  # InfiniBand registers NCCL's buffers, some hundred MB per rank
+COMPILE_S = 30.0  # time limit of the test compilation, which takes a tenth of a second
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python, packages, commit: the same on all ranks, and a DeepSpeed that was tried with this torch."""
+    """Python, packages, commit: the same on all ranks, and a DeepSpeed that was tested with this torch."""
     known = provenance.versions()
     for name in ("python", "torch"):
         yield Finding(name, OK, known[name], differs=RED)
@@ -52,7 +52,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_gpu() -> Iterator[Finding]:
-    """The GPU of this rank, driver and CUDA; red when GPUs are expected and not there."""
+    """The GPU of this rank, driver and CUDA; red when GPUs are expected and none is found."""
     try:
         device = ranks.choose_device()
     except UserError as error:
@@ -68,7 +68,7 @@ def check_gpu() -> Iterator[Finding]:
         return
     properties = torch.cuda.get_device_properties(device)
     seen = f"{torch.cuda.device_count()} seen" + (f", asked for by {asked}" if asked else "")
-    # Without the number or the name of the one GPU, which differ between ranks as they should.
+    # Not the GPU's index or UUID, which differ between ranks, as they should.
     yield Finding("GPU", OK, f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; {seen}", differs=WARN)
     version = ".".join(map(str, nccl.version()))
     driver = driver_version() or provenance.UNKNOWN
@@ -76,7 +76,7 @@ def check_gpu() -> Iterator[Finding]:
 
 
 def images_per_s(config: Config, num_classes: int) -> float | None:
-    """Returns how many images a second this rank's GPU takes, as tools/plan.py assumes; None where no formula holds."""
+    """Returns the images per second that tools/plan.py assumes for this rank's GPU; None where no formula holds."""
     device = known_gpu(torch.cuda.get_device_name()) if ranks.has_gpu() and is_plain(config.model) else None
     if device is None:
         return None
@@ -86,7 +86,7 @@ def images_per_s(config: Config, num_classes: int) -> float | None:
 
 
 def check_limits(room: Room, why: str) -> Iterator[Finding]:
-    """Open files, locked memory, processes' shared memory, memory: against what loader processes need."""
+    """Compares open files, locked memory, shared memory and memory with what loader processes need."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     unlimited = hard == resource.RLIM_INFINITY
     here = len(os.listdir("/dev/fd")) if Path("/dev/fd").is_dir() else 0
@@ -123,14 +123,14 @@ def _locked_memory() -> Finding:
     with_infiniband = _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())
     if limit >= MIN_LOCKED_BYTES or not with_infiniband:
         return Finding("locked memory", OK, told if with_infiniband else f"{told}; no InfiniBand", value=limit)
-    state = WARN if os.geteuid() == 0 else RED  # root is not bound by it, unless a container has taken CAP_IPC_LOCK
+    state = WARN if os.geteuid() == 0 else RED  # the limit does not bind root, unless a container lacks CAP_IPC_LOCK
     return Finding(
         "locked memory", state, f"{told}; InfiniBand is here, and NCCL locks its buffers", remedy, value=limit
     )
 
 
 def check_cores(workers: int, cores: int) -> Iterator[Finding]:
-    """The cores of this rank, which srun may have bound to a single one, against its own and its loader processes."""
+    """Compares this rank's cores with its number of processes; srun may have bound it to a single core."""
     told = f"{cores} for a rank with {workers} loader processes"
     if cores > workers:
         return (yield Finding("cores", OK, told, value=cores))
@@ -139,7 +139,7 @@ def check_cores(workers: int, cores: int) -> Iterator[Finding]:
 
 
 def check_host_name(num_hosts: int) -> Iterator[Finding]:
-    """The address behind this node's own name, which gloo gives to other nodes; torch takes it on GPUs too."""
+    """The address of this node's own name, which gloo passes to other nodes; torch uses gloo on GPUs too."""
     name = socket.gethostname()
     chosen = os.environ.get("GLOO_SOCKET_IFNAME")
     try:
@@ -154,7 +154,7 @@ def check_host_name(num_hosts: int) -> Iterator[Finding]:
 
 
 def check_compiler(wanted: bool) -> Iterator[Finding]:
-    """A C compiler with Python's header, which torch.compile runs: the one that a run takes. wanted: engine.compile."""
+    """The C compiler that torch.compile would run, tested with Python's header. wanted: engine.compile asks for it."""
     from pretrain.engine.compiling import c_compiler, python_headers
 
     compiler, chosen = c_compiler(), os.environ.get("CC")

@@ -1,4 +1,4 @@
-"""Ranks that tell each other what they found, none of which has to be waited for: a key-value store at rank 0."""
+"""Communication between ranks through a key-value store on rank 0, with time limits: no rank blocks another."""
 
 import json
 import os
@@ -19,27 +19,27 @@ from pretrain.errors import UserError, first_line
 from pretrain.gpus import known_gpu
 from pretrain.json_files import Fields
 
-MAX_SKEW_S, RED_SKEW_S = 1.0, 60.0  # lines of logs lose their order; munge refuses at 300 s, S3 at 900 s
+MAX_SKEW_S, RED_SKEW_S = 1.0, 60.0  # log lines get out of order; munge refuses at 300 s, S3 at 900 s
 _CLOCK_ROUNDS = 8
 GPU_BYTES, CPU_BYTES = 256 << 20, 16 << 20  # of an all_reduce
 _REPEATS = 3
-_PATTERN = 1009  # elements differ: a piece in the wrong place is seen
-# Bus bandwidth below which something is amiss: between nodes InfiniBand is above, sockets and one card of 100 Gb/s are
-# below; within a node NVLink is far above, PCIe and host memory below.
+_PATTERN = 1009  # neighbouring elements differ, so that a misplaced piece is noticed
+# Bus bandwidth below which something is amiss. Between nodes, InfiniBand is above it, sockets and a single card of
+# 100 Gb/s are below; within a node, NVLink is far above, PCIe and host memory are below.
 SLOW_BETWEEN_NODES_GB_S, SLOW_IN_NODE_GB_S = 20.0, 60.0
 
 
 class Meeting:
-    """The place where ranks meet."""
+    """The key-value store by which ranks exchange messages."""
 
     def __init__(self, wait_s: float) -> None:
-        """Goes there. Raises UserError when rank 0 does not come within wait_s."""
+        """Connects to the store. Raises UserError when rank 0 does not answer within wait_s."""
         self.wait_s = wait_s
-        self.patience_s = 2 * wait_s + 15  # of the others for rank 0, which may wait twice for one that is silent
+        self.patience_s = 2 * wait_s + 15  # how long others wait for rank 0, which may wait twice for a silent rank
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if not port.isdigit() or not 0 < int(port) < 1 << 16:
             raise UserError(f"MASTER_PORT is {port!r}, expected a port")
-        is_host = ranks.is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has it
+        is_host = ranks.is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun hosts it
         timeout = timedelta(seconds=wait_s)
         try:
             store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
@@ -50,12 +50,12 @@ class Meeting:
         self.store = PrefixStore("doctor", store)
 
     def tell(self, key: str, value: object) -> None:
-        """Tells all who ask. Raises UserError when rank 0 has gone."""
+        """Publishes a value under a key. Raises UserError when rank 0 has gone."""
         with _asking_rank_0():
             self.store.set(key, json.dumps(value))
 
     def hear(self, key: str, seconds: float) -> Fields | None:
-        """Returns what was told, None when it did not come in time. Raises UserError when rank 0 has gone."""
+        """Returns a published value, None when it did not come in time. Raises UserError when rank 0 has gone."""
         with _asking_rank_0():
             try:
                 self.store.wait([key], timedelta(seconds=max(seconds, 0.01)))
@@ -64,7 +64,7 @@ class Meeting:
             return Fields.parse(self.store.get(key), key)
 
     def collect(self, key: str, some: Iterable[int], seconds: float) -> dict[int, Fields]:
-        """Returns what ranks have told as key/RANK, of those that did so in time."""
+        """Returns what ranks published as key/RANK, by rank, for those that did so in time."""
         deadline, heard = time.monotonic() + seconds, {}
         for rank in some:
             if (value := self.hear(f"{key}/{rank}", deadline - time.monotonic())) is not None:
@@ -81,7 +81,7 @@ def _asking_rank_0() -> Iterator[None]:
 
 
 def within(seconds: float, work: Callable[[], None]) -> bool:
-    """Returns whether `work` ended in time; else it goes on, and this process may end without it."""
+    """Returns whether `work` ended in time; if not, it continues in a daemon thread, which does not delay exit."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -89,7 +89,7 @@ def within(seconds: float, work: Callable[[], None]) -> bool:
 
 
 def answer_clock(meeting: Meeting, clock: Callable[[], float] = time.time) -> None:
-    """Tells rank 0 the time, as often as it asks."""
+    """Tells rank 0 this rank's time, whenever it asks."""
     for number in range(_CLOCK_ROUNDS):
         if meeting.hear(f"ask/{ranks.rank()}/{number}", meeting.patience_s) is None:
             return
@@ -97,7 +97,7 @@ def answer_clock(meeting: Meeting, clock: Callable[[], float] = time.time) -> No
 
 
 def ask_clock(meeting: Meeting, rank: int) -> Finding | None:
-    """Returns how far a rank's clock is from this one, of the question that was answered soonest; None: no answer."""
+    """Returns how far a rank's clock is from this one, by the question answered fastest; None without an answer."""
     best = (float("inf"), 0.0)
     for number in range(_CLOCK_ROUNDS):
         before = time.time()
@@ -114,9 +114,9 @@ def ask_clock(meeting: Meeting, rank: int) -> Finding | None:
 
 
 def all_reduce(meeting: Meeting) -> Finding:
-    """Adds up tensors of all ranks, on GPUs by NCCL, else by gloo; returns bandwidth, and whether the sum is right.
+    """All-reduces a tensor, by NCCL on GPUs, else by gloo; returns bandwidth and whether the sum is right.
 
-    The group stays, for others may not have ended yet.
+    The process group is not destroyed, since other ranks may still be using it.
     """
     device = torch.device("cpu")
     if ranks.has_gpu():
@@ -128,18 +128,18 @@ def all_reduce(meeting: Meeting) -> Finding:
     options = {"store": store, "rank": ranks.rank(), "world_size": world, "timeout": timeout}
     dist.init_process_group(backend, **options)
     if on_gpu:
-        _agree(timedelta(seconds=meeting.wait_s / 2))  # before this rank is given up: it names gloo
+        _agree(timedelta(seconds=meeting.wait_s / 2))  # times out before this rank does, with a message that names gloo
     pattern = torch.arange(num_bytes // 4, dtype=torch.float32, device=device) % _PATTERN
     expected = pattern * world + world * (world - 1) // 2  # whole numbers far below 2^24: exact, in any order
     seconds, wrong = float("inf"), ""
-    for _ in range(1 + _REPEATS):  # the first makes connections
+    for _ in range(1 + _REPEATS):  # the first one sets up connections
         values = pattern + ranks.rank()
         _settled(on_gpu)
         started = time.monotonic()
         dist.all_reduce(values)
         _settled(on_gpu)
         seconds = min(seconds, time.monotonic() - started)
-        if not wrong and len(differing := torch.nonzero(values != expected)):  # goes on: the others count on it
+        if not wrong and len(differing := torch.nonzero(values != expected)):  # no early exit: others wait for it
             first = int(differing[0])
             wrong = (
                 f"element {first} is {values[first]:g}, expected {expected[first]:g}, and {len(differing) - 1:,} more"
@@ -148,7 +148,7 @@ def all_reduce(meeting: Meeting) -> Finding:
 
 
 def _agree(timeout: timedelta) -> None:
-    """The ranks of a run agree by gloo, also on GPUs: TCP from each to each, on ports that a firewall may close."""
+    """Tests gloo, by which a run's ranks agree on GPUs too: all-to-all TCP, on ports that a firewall may close."""
     try:
         group: Any = dist.new_group(backend="gloo", timeout=timeout)
         dist.all_reduce(torch.ones(1), group=group)
@@ -181,7 +181,7 @@ def _told(backend: str, num_bytes: int, seconds: float, wrong: str) -> Finding:
 
 
 def _faster(bus_gb_s: float, *, in_node: bool) -> str:
-    """What to look at where GPUs reach so little of one another; nothing where it is enough."""
+    """Returns what to check when the bandwidth between GPUs is so low; "" where it is high enough."""
     if not in_node and bus_gb_s < SLOW_BETWEEN_NODES_GB_S:
         return (
             "NCCL_DEBUG=INFO shows the way it takes: NET/IB over all cards, not NET/Socket; NCCL_SOCKET_IFNAME, "

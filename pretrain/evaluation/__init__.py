@@ -1,1 +1,1 @@
-"""Evaluators: rows of one table (evaluators.py), of a model under test (subject.py) on data sets."""
+"""Evaluation of a model (subject.py) on data sets; the evaluators are rows of one table (evaluators.py)."""

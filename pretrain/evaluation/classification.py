@@ -1,4 +1,4 @@
-"""What a model says of each image of a set, scored exactly once on any number of ranks: loss, top-1, top-5 and more."""
+"""A model's predictions and their scores (loss, top-1, top-5 ...), each image exactly once on any number of ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from pretrain.losses import per_image_loss
 Predict = Callable[[torch.Tensor], torch.Tensor]  # uint8 images [B, 3, H, W] -> logits [B, classes]
 
 TOP = 5
-# Mean average precision ranks all images by their logits, so rank 0 holds all of them, as float32.
+# Mean average precision ranks all images by their logits, so rank 0 holds the logits of all images, as float32.
 MAX_LOGIT_BYTES = 4 << 30  # where the model is alone in memory: 50,000 images of 21k classes
 MAX_LOGIT_BYTES_IN_TRAINING = 1 << 30  # beside a run's own memory: 40,000 images of 6,700 classes
 _UNSCORED = -1e30  # a logit that never wins; finite, since infinity times a weight of 0 is NaN
@@ -34,14 +34,14 @@ class Score(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Of the images that were scored, in order of their index: the same on any number of ranks."""
+    """Predictions for the scored images, in order of their index: the same on any number of ranks."""
 
     index: np.ndarray  # int64 [images]
-    labels: np.ndarray  # int64 [images, L], filled up with -1
+    labels: np.ndarray  # int64 [images, L], padded with -1
     classes: np.ndarray  # int64 [images, 5 or the number of classes], best first
     probabilities: np.ndarray  # float32, of `classes`: softmax, or each class's own sigmoid
     losses: np.ndarray  # float32 [images]
-    logits: np.ndarray | None  # float32 [images, classes], where they were asked for
+    logits: np.ndarray | None  # float32 [images, classes]; None unless requested
 
     def correct(self, top: int) -> np.ndarray:
         """Returns whether one of an image's labels is among its `top` best classes, bool [images]."""
@@ -55,7 +55,7 @@ class EvaluationStopped(Exception):
 def logits_of(model: nn.Module, normalisation: Normalisation = MINUS_ONE_TO_ONE) -> Predict:
     """Returns the function uint8 images [B, 3, H, W] -> the model's logits [B, classes], in float32.
 
-    normalisation: of the images that its weights were trained on.
+    normalisation: the one that the model was trained with.
     """
 
     @torch.no_grad()
@@ -75,11 +75,10 @@ def predict_all(
     stop_agreed: Callable[[], bool] = lambda: False,
     keep_logits: bool = False,
 ) -> Predictions | None:
-    """Returns the predictions of all ranks on rank 0, None on the others; images that could not be read are left out,
-    and told.
+    """Returns the predictions of all ranks on rank 0, None on the others. Called by all ranks.
 
-    Every rank brings the same number of batches. Raises EvaluationStopped on all ranks when `stop_agreed` says so
-    between two batches, and on all ranks UserError when none is left.
+    Images that could not be read are left out, with a warning. Every rank must pass the same number of batches. Raises,
+    on all ranks, EvaluationStopped when `stop_agreed` returns True between two batches, UserError when none is left.
     """
     parts: list[list[np.ndarray]] = []
     bad, damaged = torch.zeros(len(REASONS), dtype=torch.float64), torch.zeros(1)
@@ -90,7 +89,7 @@ def predict_all(
         bad += count_reasons(batch.bad)
         damaged += len(batch.damaged)
         answers = _answered(predict, batch, loss, device, keep_logits)
-        valid = batch.valid.numpy()  # on the host: for what a mask selects there the host waits, column by column
+        valid = batch.valid.numpy()  # masked on the host: on a GPU, a mask costs a host sync per column
         parts.append([column.numpy()[valid] for column in (batch.index, batch.labels, *answers)])
     scored = torch.tensor([float(sum(len(part[0]) for part in parts))])
     *counts, num_damaged, num_scored = agreement.add_up(torch.cat([bad, damaged.double(), scored.double()])).tolist()
@@ -107,7 +106,7 @@ def predict_all(
 
 
 def _answered(predict: Predict, batch: Batch, loss: str, device: torch.device, keep_logits: bool) -> list[torch.Tensor]:
-    """Of each slot, on the host: best classes [B, 5], their shares [B, 5], losses [B], and logits [B, classes]."""
+    """Returns per slot, on the host: top classes [B, 5], their probabilities [B, 5], losses [B]; logits if kept."""
     batch = batch.to(device)
     logits = predict(batch.images).float()
     losses = per_image_loss(logits, batch.labels, batch.label_weights, loss)
@@ -118,7 +117,7 @@ def _answered(predict: Predict, batch: Batch, loss: str, device: torch.device, k
 
 
 def _same_width(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Labels are as wide as the image of the batch that has the most."""
+    """Pads 2-D arrays with -1 to one width: labels are only as wide as the most that an image of their batch has."""
     if arrays[0].ndim == 1:
         return list(arrays)
     widest = max(array.shape[1] for array in arrays)
@@ -136,14 +135,14 @@ def _warn_of_bad(counts: list[float], num_damaged: float) -> None:
         warn(f"validation: {sum(counts):.0f} images could not be used and are not scored ({told})")
 
 
-# --- other questions to the same model -------------------------------------------------------------------------------
+# --- fewer classes, other labels -------------------------------------------------------------------------------------
 
 
 def among(predict: Predict, classes: Sequence[int]) -> Predict:
-    """Returns `predict` with only some classes to choose from: ImageNet-A and -R are scored among 200 of the 1000.
+    """Returns `predict` restricted to some classes: ImageNet-A and -R are scored among 200 of the 1000.
 
-    Their authors' rule (hendrycks/natural-adv-examples, imagenet-r): the other logits are left out, argmax and softmax
-    run over the rest. Labels keep their numbers.
+    Their authors' rule (hendrycks/natural-adv-examples, imagenet-r): argmax and softmax ignore the other logits.
+    Classes keep their numbers.
     """
 
     def restricted(images: torch.Tensor) -> torch.Tensor:
@@ -156,10 +155,10 @@ def among(predict: Predict, classes: Sequence[int]) -> Predict:
 
 
 def relabelled(batches: Iterable[Batch], labels: Sequence[Sequence[int]]) -> Iterator[Batch]:
-    """Yields the batches with labels[index] for each image's own; an image with an empty list is not scored.
+    """Yields the batches with each image's labels replaced by labels[index]; an image with an empty list is not scored.
 
-    So ReaL is scored, as big_vision does: a multi-hot target of all labels, images without one left out of numerator
-    and denominator.
+    This is how ReaL is scored, as in big_vision: the target is multi-hot over all labels; images without a label count
+    in neither numerator nor denominator.
     """
     for batch in batches:
         wanted = [list(labels[i]) if i >= 0 else [] for i in batch.index.tolist()]
@@ -175,7 +174,7 @@ def relabelled(batches: Iterable[Batch], labels: Sequence[Sequence[int]]) -> Ite
 def scores_of(found: Predictions) -> list[Score]:
     """Returns mean loss, top-1 and top-5; with logits, mean average precision too.
 
-    Of several labels of an image any one will do: then top1 is accuracy-any.
+    Where an image has several labels, any of them counts as correct: top1 is then accuracy-any.
     """
     n = len(found.index)
     values = {"loss": found.losses, "top1": found.correct(1), "top5": found.correct(TOP)}
@@ -186,12 +185,12 @@ def scores_of(found: Predictions) -> list[Score]:
 
 
 def has_average_precision(manifest: Manifest, num_images: int, num_classes: int, max_logit_bytes: int) -> bool:
-    """Returns whether there is mean average precision: where images have several labels, and the logits fit."""
+    """Returns whether to compute mean average precision: images have several labels, and the logits are few enough."""
     return manifest.multi_label and logit_bytes(num_images, num_classes) <= max_logit_bytes
 
 
 def logit_bytes(num_images: int, num_classes: int) -> int:
-    """Returns what the logits of all images take on rank 0, in float32."""
+    """Returns the bytes that the logits of all images take on rank 0, in float32."""
     return 4 * num_images * num_classes
 
 
@@ -218,9 +217,9 @@ OFFICIAL: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 def mean_average_precision(logits: np.ndarray, labels: np.ndarray) -> float:
     """Returns the mean over classes of average precision, for images with several labels.
 
-    A class's average precision ranks all images by its logit: the mean, over its images, of the share of the class
-    among the images ranked as high or higher (scikit-learn's definition, without interpolation). Classes without an
-    image are left out. logits: [images, classes]. labels: [images, L], filled up with -1.
+    For a class's average precision, all images are ranked by its logit: the mean, over the images of the class, of the
+    precision among the images ranked as high or higher (scikit-learn's definition, without interpolation). Classes
+    without an image are left out. logits: [images, classes]. labels: [images, L], padded with -1.
     """
     from sklearn.metrics import average_precision_score
 

@@ -1,4 +1,4 @@
-"""The evaluators, one row of a table each: by the same rows tools/evaluate.py scores weights and a run is scored."""
+"""The evaluators, each a row of one table, which tools/evaluate.py and the evaluations of a run share."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,20 +45,20 @@ class Found(NamedTuple):
 
     rows: list[Row]
     predictions: Predictions | None = None  # of each image, where the head was scored; on rank 0
-    chosen: Mapping[str, Any] = {}  # by the evaluator, for the record of its `protocol`: {"c": 0.1}
+    chosen: Mapping[str, Any] = {}  # by the evaluator, recorded with its `protocol`: {"c": 0.1}
 
 
 class Evaluator(NamedTuple):
     """A row of the table."""
 
     score: Callable[[Subject, Job, dict[str, Images]], Found]
-    protocol: Callable[[Subject], dict[str, Any]] | None = None  # for results.json; None: that says it all already
-    grows: tuple[str, ...] = ()  # keys of it that each row adds to; the rest is alike for all rows of the kind
-    told: Callable[[dict[str, Any]], list[str]] = lambda _: []  # lines on it for results.md
+    protocol: Callable[[Subject], dict[str, Any]] | None = None  # for results.json; None: other entries say it all
+    grows: tuple[str, ...] = ()  # protocol keys that each row adds to; others are the same for all rows
+    told: Callable[[dict[str, Any]], list[str]] = lambda _: []  # the protocol as lines of results.md
 
 
 def rows_of(job: Job, scores: Iterable[Score], model: str = TRAINED) -> list[Row]:
-    """Returns scores under a job's name."""
+    """Returns scores as rows, their metrics prefixed with the job's name."""
     prefix = f"{job.name}/" if job.name else ""
     return [Row(model, prefix + score.metric, score.value, score.n) for score in scores]
 
@@ -67,7 +67,7 @@ def rows_of(job: Job, scores: Iterable[Score], model: str = TRAINED) -> list[Row
 
 
 def classify(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
-    """loss, top1, top5, of several labels mean_average_precision, and a task's own metric, by the model's head."""
+    """The head's loss, top1, top5, for images with several labels mean_average_precision, and the task's own metric."""
     manifest, indices = sets["test"]
     predict, batches = subject.head(sets["test"])
     num_scored = len(indices)
@@ -113,7 +113,7 @@ def _with_progress(batches: Iterable[Batch], advance: Callable[[], None]) -> Ite
 
 
 def _real_labels(manifest: Manifest) -> list[list[int]]:
-    """The ReaL labels of each sample, joined by its name; none where the name cannot be read."""
+    """Returns the ReaL labels of each sample, looked up by its name; none where the name cannot be read."""
     names = sample_names(manifest, range(manifest.num_samples))
     found = iter(real_labels([name for name in names if name]))
     return [next(found) if name else [] for name in names]
@@ -161,7 +161,7 @@ def linear_probe(subject: Subject, job: Job, sets: dict[str, Images]) -> Found:
 
 
 def on_features(solve: Callable[..., Any], features: list[Features | None], stop_agreed: Callable[[], bool]) -> Any:
-    """Returns on every rank what `solve` says of training and test features, which rank 0 alone has."""
+    """Returns on every rank the result of `solve` for training and test features, which only rank 0 has."""
 
     def solved() -> Any:
         train, test = features
@@ -172,9 +172,10 @@ def on_features(solve: Callable[..., Any], features: list[Features | None], stop
 
 
 def on_main(solve: Callable[[], Any], stop_agreed: Callable[[], bool]) -> Any:
-    """Returns on every rank what `solve` returns, or raises, on rank 0; it may take longer than a collective.
+    """Runs `solve` on rank 0 and returns its result, or raises its error, on every rank.
 
-    The others wait with signs of life. Raises EvaluationStopped on all ranks when `stop_agreed` says so meanwhile.
+    It may take longer than a collective's timeout: until it ends, all ranks poll with short all-reduces. Raises
+    EvaluationStopped on all ranks when `stop_agreed` returns True meanwhile.
     """
     main = ranks.is_main()
     work = behind.in_background(lambda: main and solve(), behind=main)
@@ -202,7 +203,7 @@ def _fewshot_told(protocol: dict[str, Any]) -> list[str]:
 
 
 def in_words(transform: dict[str, Any]) -> str:
-    """Returns what `transform_of` returned for a line of results.md."""
+    """Returns a transform, as `transform_of` describes it, in words for results.md."""
     crop = "" if transform["name"] == "vit" else f", crop {transform['crop']:g}"
     interpolation = (
         transform["interpolation"] if transform["name"].startswith(("timm", "transformers")) else "as big_vision"
@@ -210,7 +211,7 @@ def in_words(transform: dict[str, Any]) -> str:
     return f"{transform['name']} ({interpolation}{crop})"
 
 
-# By the names of names.NEEDS, which says on which data sets.
+# The keys are those of names.NEEDS, which lists the data sets that each needs.
 EVALUATORS: dict[str, Evaluator] = {
     HEAD: Evaluator(classify),
     "fewshot": Evaluator(few_shot, _fewshot_protocol, ("shots",), _fewshot_told),

@@ -22,7 +22,7 @@ Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images [B, 3, H, W] ->
 
 
 class Features(NamedTuple):
-    """Of the images that could be read, in order of their index: the same on any number of ranks."""
+    """Features of the images that could be read, in order of their index: the same on any number of ranks."""
 
     values: np.ndarray  # float32 [images, features]
     labels: np.ndarray  # int64 [images]
@@ -31,7 +31,7 @@ class Features(NamedTuple):
 def pre_logits(model: nn.Module, normalisation: Normalisation = MINUS_ONE_TO_ONE) -> Extract:
     """Returns the function uint8 images [B, 3, H, W] -> the input of the model's head, float32 [B, D].
 
-    The model is one of this package or of timm, in evaluation mode; normalisation: its weights'.
+    The model is one of this package or of timm, in evaluation mode. normalisation: the one it was trained with.
     """
     parts: Any = model  # forward_features and forward_head, as every model of timm has them
 
@@ -61,20 +61,20 @@ def extract_features(
     progress: Callable[[int], None] = lambda _: None,
     stop_agreed: Callable[[], bool] = lambda: False,
 ) -> Features | None:
-    """Returns `extract` of a data set's images, in evaluation's transform, on rank 0, which alone holds more than a
-    batch of them; None on the others. Called by all ranks.
+    """Returns the features of a data set's images on rank 0, None on the others. Called by all ranks.
 
-    indices: ascending, of the samples to take. max_bytes: refuse more than this of float32 features.
-    progress: told the images just done, over all ranks. Images that cannot be read are left out, and rank 0 says how
-    many. Raises UserError when none is left, when there are too many bytes, or when the data set has several labels
-    per image; EvaluationStopped on all ranks when `stop_agreed` says so between two batches.
+    Images pass through the evaluation transform. Ranks other than 0 hold one batch at a time. indices: ascending, of
+    the samples to take. max_bytes: refuse more than this of float32 features. progress: called with the number of
+    images just done, over all ranks. Images that cannot be read are left out, and rank 0 says how many. Raises
+    UserError when none is left, when there are too many bytes, or when the data set has several labels per image;
+    EvaluationStopped on all ranks when `stop_agreed` returns True between two batches.
     """
     if manifest.multi_label:
         raise UserError(f"{manifest.path}: has several labels per image; probes of features need one")
     batches = eval_batches(manifest, indices, batch_size=batch_size, image_size=image_size, config=config)
     read = np.zeros(len(indices), dtype=bool)
     labels = np.zeros(len(indices), dtype=np.int64)
-    values: np.ndarray | None = None  # made when the first batch tells how many features there are
+    values: np.ndarray | None = None  # allocated at the first batch, which shows the number of features
     for batch in batches:
         agreement.raise_together(batch.error)
         if stop_agreed():
@@ -87,7 +87,7 @@ def extract_features(
                 f"at most {max_bytes >> 20:,}"
             )
         mine = tuple(t[batch.valid].numpy() for t in (batch.index, found, batch.labels[:, 0]))
-        # A batch at a time: at the end every rank would hold its share of everything once more.
+        # Gathered batch by batch: otherwise every rank would hold its share of all features until the end.
         for part_index, part_values, part_labels in agreement.to_main(mine):
             places = np.searchsorted(indices, part_index)
             read[places] = True

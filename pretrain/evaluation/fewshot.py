@@ -22,7 +22,7 @@ _CHUNK = 4096  # test images whitened at a time: float64 copies of raw pixels wo
 
 
 def spread_indices(num_samples: int, most: int = MAX_TRAIN) -> np.ndarray:
-    """Returns the training samples that shots are drawn from, ascending: all, or `most` of them at equal distances.
+    """Returns the training samples that shots are drawn from, ascending: all, or `most` of them, evenly spaced.
 
     big_vision takes the first of ImageNet's shuffled records; ours may lie class after class.
     """
@@ -44,11 +44,11 @@ def fewshot_scores(
 ) -> np.ndarray:
     """Returns the scores of a ridge regression to targets -1 and 1, float64 [test images, num_classes].
 
-    train_features: [N, D], of the chosen images only; they also give the mean and the deviation that whiten. In
-    float32 the solution would be up to 0.4 % off: the constant feature makes the Gram matrix ill-conditioned.
+    train_features: [N, D], of the chosen images only; whitening uses their mean and standard deviation. In float32 the
+    solution would be up to 0.4 % off: the constant feature makes the Gram matrix ill-conditioned.
     """
     mean = train_features.mean(axis=0, dtype=np.float64)
-    deviation = train_features.std(axis=0, dtype=np.float64) + 1e-5  # population's
+    deviation = train_features.std(axis=0, dtype=np.float64) + 1e-5  # of the population
     x = _whitened(train_features, mean, deviation)  # [N, D + 1]
     targets = 2.0 * np.eye(num_classes)[train_labels] - 1.0  # [N, classes]
     if x.shape[0] >= x.shape[1]:
@@ -77,8 +77,8 @@ def fewshot(
     """Returns, for every k of `shots`, the accuracy on all test images: "k-shot", its mean over the seeds, and
     "k-shot-std", its population standard deviation over them. n is the number of test images.
 
-    features: [images, D] of any float type; labels: [images] integers. progress: told each regression done.
-    Warns once when a class has fewer than k training images; all it has are used then. Raises UserError when features
+    features: [images, D] of any float type; labels: [images] integers. progress: called after each regression.
+    Warns once when a class has fewer than k training images, all of which are then used. Raises UserError when features
     are not finite.
     """
     check_finite("few-shot", train_features, test_features)
@@ -98,7 +98,7 @@ def fewshot(
 
 
 def check_finite(evaluation: str, train_features: np.ndarray, test_features: np.ndarray) -> None:
-    """Raises UserError unless all features are finite: others would look like a weak model's."""
+    """Raises UserError unless all features are finite: broken weights would score like a weak model."""
     for name, features in (("training", train_features), ("test", test_features)):
         if not np.isfinite(features).all():
             raise UserError(f"{evaluation}: {name} features are not finite (NaN or infinite): the weights are broken")
@@ -115,6 +115,6 @@ def _warn_of_small_classes(counts: np.ndarray, shots: int) -> None:
         )
 
 
-@cache  # a table compares several features of the same images
+@cache  # a table compares several kinds of features of the same images
 def _warn_once(message: str) -> None:
     warn(message)

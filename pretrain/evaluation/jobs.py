@@ -1,4 +1,4 @@
-"""What was asked for: jobs, whose data sets are opened and checked, and which are then done."""
+"""Jobs, the evaluations that were asked for: their data sets are opened and checked, then the jobs are run."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +17,7 @@ from pretrain.models.weights import Weights
 
 
 class Opened(NamedTuple):
-    """A job whose data sets are there and fit."""
+    """A job whose data sets exist and suit the weights."""
 
     job: Job
     sets: dict[str, Images]
@@ -32,9 +32,9 @@ class Done(NamedTuple):
 
 
 def open_jobs(jobs: list[Job], weights: Weights, root: Path) -> tuple[list[Opened], dict[str, str]]:
-    """Returns the jobs with their data sets, checked before anything is read, on all ranks alike; and why others fail.
+    """Returns the jobs with their opened data sets, the same on all ranks; and, by name, why other jobs cannot be run.
 
-    Raises UserError when none is left, or for a job without a name.
+    Checks all data sets before any image is read. Raises UserError when no job is left, or a job without a name fails.
     """
     failed: dict[str, str] = {}
     opened = []
@@ -54,7 +54,7 @@ def shared_sets(opened: list[Opened]) -> set[Path]:
 
 
 def do_jobs(subject: Subject, opened: list[Opened], failed: dict[str, str]) -> Iterator[Done]:
-    """Yields each job when it is done; why others could not be is added to `failed`. Called by all ranks.
+    """Yields each job when it is done; adds to `failed` why others could not be scored. Called by all ranks.
 
     Raises DeviceMemoryError, on this rank alone, when the GPU's memory does not hold a batch.
     """
@@ -66,7 +66,10 @@ def do_jobs(subject: Subject, opened: list[Opened], failed: dict[str, str]) -> I
 
 
 def _tried(job: Job, failed: dict[str, str], make: Callable[[], Any]) -> Any:
-    """Returns what `make` returns on all ranks; a named task that cannot be scored is warned of and noted: None."""
+    """Returns what `make`, called on all ranks, returns; None, with a warning and a note in `failed`, on UserError.
+
+    A job without a name raises the error instead.
+    """
     try:
         return make()
     except UserError as error:
@@ -91,7 +94,7 @@ def _open(job: Job, weights: Weights, root: Path) -> dict[str, Images]:
                 f"{weights.num_classes}: fine-tune it on the task, or score its features, as in knn:{job.name}"
             )
         sets["test"] = as_head_reads(weights, sets["test"])
-        if job.task and sets["test"].label_map is not None:  # its own labels, as ReaL's, count in the set's order
+        if job.task and sets["test"].label_map is not None:  # a task's own labels, as ReaL's, are in the set's order
             raise UserError(f"{job.name}: {weights.source} has its classes in another order; score it with --val")
     elif "train" in sets:
         sets["test"], told = read_as(sets["test"], sets["train"])
@@ -100,7 +103,7 @@ def _open(job: Job, weights: Weights, root: Path) -> dict[str, Images]:
 
 
 def as_head_reads(weights: Weights, val: Manifest) -> Manifest:
-    """Returns a data set with its labels read as classes of a head, by their names, and tells what was mapped.
+    """Returns a data set with its labels mapped to a head's classes by name, and warns of what was mapped.
 
     Raises UserError when a class of the set has no counterpart in the head.
     """

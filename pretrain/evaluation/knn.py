@@ -1,7 +1,7 @@
 """Nearest neighbours: an image takes the class of the training images whose features point the same way.
 
 The protocol of Wu et al. (arXiv 1805.01978, section 3.4) and DINO (arXiv 2104.14294, appendix): cosine similarity, the
-k = 20 nearest vote with weight exp(similarity / 0.07). And k = 1, which has nothing to choose.
+k = 20 nearest vote with weight exp(similarity / 0.07). Also k = 1, which has no hyperparameter.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def nearest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns cosine similarity and class of the k nearest training images, nearest first, [test images, k] each.
 
-    Fewer than k training images: all of them. progress: told the test images just done.
+    All training images where there are fewer than k. progress: called with the number of test images just done.
     """
     values, labels = _unit(train_features, device), torch.from_numpy(train_labels).to(device)
     similarities, classes = [], []
@@ -64,8 +64,8 @@ def knn(
 ) -> list[Score]:
     """Returns for each k of NEIGHBOURS the accuracy "k-nn" on all test images.
 
-    features: [images, D]; labels: [images] integers. progress: told the test images just done. Raises UserError when
-    features are not finite, or do not fit beside what a GPU holds.
+    features: [images, D]; labels: [images] integers. progress: called with the number of test images just done. Raises
+    UserError when features are not finite, or do not fit beside what a GPU holds.
     """
     check_finite("nearest neighbours", train_features, test_features)
     num_classes = 1 + int(max(train_labels.max(), test_labels.max()))

@@ -1,4 +1,4 @@
-"""Jobs: kinds of evaluation on data sets, named as in `--tasks imagenet,knn:pets`. Without torch, to fail at once."""
+"""Jobs, named as in `--tasks imagenet,knn:pets`. Imports no torch, so that a wrong name is reported at once."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ class Job(NamedTuple):
     """A kind of evaluation on a data set."""
 
     kind: str  # of NEEDS
-    name: str = ""  # as --tasks gives it, in front of its metrics; "" for --val, --fewshot and in training
+    name: str = ""  # as in --tasks; prefixes its metrics; "" for --val, --fewshot and in training
     data: Mapping[str, Path] = {}  # folders of shards: "test", and "train" where there is something to learn
     task: Task | None = None  # the table's row; None: data of the user's own
 
@@ -36,9 +36,9 @@ class Job(NamedTuple):
 
 
 def named(tasks: str, root: Path) -> list[Job]:
-    """Returns what --tasks NAME,... asks for, each once, on the data in `root`. Raises UserError for a wrong name.
+    """Returns the jobs of --tasks NAME,..., each once, on the data in `root`. Raises UserError for a wrong name.
 
-    vtab and KIND:vtab stand for all of its tasks.
+    vtab and KIND:vtab stand for all of VTAB's tasks.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     every = [one for name in names for one in _each(name)]

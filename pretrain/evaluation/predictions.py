@@ -1,4 +1,4 @@
-"""What becomes of predictions: a line for each image, pictures of the most confident mistakes; one image's classes."""
+"""Predictions as output: a line for each image, pictures of the most confident mistakes, one image's classes."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ from pretrain.shards.examples import sample_names
 from pretrain.shards.pictures import png_of
 
 MAX_WRONG = 24  # pictures; a page shows them all
-MAX_PAIRS = 200_000  # of classes, true and predicted: ImageNet's 50,000 images have fewer
+MAX_PAIRS = 200_000  # of (true class, predicted class): ImageNet's 50,000 images have fewer
 THUMBNAIL = 96  # pixels of a picture's longer side
 
 
@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
 
 
 def lines(found: Predictions, manifest: Manifest, task: str) -> Iterator[str]:
-    """Yields a line of JSON for each scored image, in order of the index: what it is, and the five best classes."""
+    """Yields a line of JSON for each scored image, in order of the index: its name, label and five best classes."""
     names = sample_names(manifest, found.index.tolist())
     for row, (index, name) in enumerate(zip(found.index.tolist(), names)):
         values = {
@@ -51,7 +51,7 @@ def lines(found: Predictions, manifest: Manifest, task: str) -> Iterator[str]:
 
 
 def _label(labels: np.ndarray) -> int | list[int]:
-    """An image's class, or where the set has several for an image, the list of them."""
+    """Returns an image's class, or the list of its classes where the set has several per image."""
     present = labels[labels >= 0].tolist()
     return present[0] if len(labels) == 1 else present
 
@@ -77,7 +77,7 @@ def wrong_items(found: Predictions, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def confusion(found: Predictions, manifest: Manifest) -> dict[str, Any]:
-    """Returns how often which class was taken for which, for the report page; empty where images have several labels.
+    """Returns the confusion matrix for the report page; {} where images have several labels or the pairs are too many.
 
     "confusion": rows [class, prediction, images] of all pairs that occur; "classes": their names, by number.
     """
@@ -104,9 +104,9 @@ _IMAGENETS = {1000: "imagenet-1k", 21_843: "imagenet-21k-goog"}  # by number of 
 
 
 def assumed_names(weights: Path, num_classes: int) -> tuple[str, ...]:
-    """Returns ImageNet's names for published weights with as many classes as it has, () for all others.
+    """Returns ImageNet's class names for published weights with ImageNet's number of classes, () for all others.
 
-    Files of Google's, and most of timm's, tell none; their classes are numbered as timm's lists are.
+    Google's files, and most of timm's, have no class names; their classes are in the order of timm's lists.
     """
     is_published = is_name(weights) and str(weights).startswith(("timm:", "google:"))
     if not is_published or num_classes not in _IMAGENETS:
@@ -126,8 +126,8 @@ def likeliest(
 ) -> list[Prediction]:
     """Returns the `top` likeliest classes of one encoded image, best first, by the weights' own transform and loss.
 
-    A photo is turned as its EXIF says. told: is handed what is damaged in it. Raises BadSample when the image cannot be
-    decoded.
+    A photo is turned as its EXIF says. told: called with a description of damage in it. Raises BadSample when the image
+    cannot be decoded.
     """
     image = eval_image(decode_upright(data, told), weights.model.image_size, eval_config(weights))  # uint8 [3, S, S]
     logits = logits_of(model, weights.normalisation)(image[None].to(device))[0]  # [classes]

@@ -1,8 +1,8 @@
 """Linear probe: multinomial logistic regression on frozen features, scikit-learn's, by L-BFGS.
 
 As Kornblith et al. (arXiv 1805.08974, A.4) and CLIP (arXiv 2103.00020, A.3): the strength of the L2 penalty is chosen
-on held-out training images, then all are used. Features are standardised; the grid has a point a decade, theirs is
-finer.
+on held-out training images, then the model is fitted on all of them. Features are standardised. The grid has one point
+per decade; theirs is finer.
 """
 
 import warnings
@@ -38,7 +38,7 @@ def choose_c(
     labels: np.ndarray,
     progress: Callable[[int], None] = lambda _: None,
 ) -> float:
-    """Returns the C of GRID with the best accuracy on held-out training images; the smallest of several."""
+    """Returns the C of GRID with the best accuracy on held-out training images; of equals, the smallest."""
     held_out = held_out_split(labels)
     if not held_out.any():
         raise UserError("linear probe: no class has two training images, so none can be held out to choose C")
@@ -51,7 +51,7 @@ def choose_c(
 
 
 def predict(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, c: float) -> np.ndarray:
-    """Returns the class of each test image by the regression learnt on all training images, int64 [test images].
+    """Returns the class of each test image by a regression fitted to these training images, int64 [test images].
 
     Warns when L-BFGS has not converged in MAX_ITERATIONS.
     """
@@ -78,8 +78,8 @@ def probe(
 ) -> tuple[list[Score], float]:
     """Returns "top1" and "mean_per_class" on all test images, and the C that was chosen.
 
-    features: [images, D]; labels: [images] integers. progress: told each regression done, one more than GRID has.
-    Raises UserError when features are not finite or there is one class only.
+    features: [images, D]; labels: [images] integers. progress: called after each of the len(GRID) + 1 regressions.
+    Raises UserError when features are not finite or there is only one class.
     """
     check_finite("linear probe", train_features, test_features)
     if len(np.unique(train_labels)) < 2:

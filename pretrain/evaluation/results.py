@@ -1,4 +1,4 @@
-"""What an evaluation leaves: rows, the record that repeats them, both merged with an earlier call's, pages, files."""
+"""Results of an evaluation: rows and the record to repeat them, merged with an earlier call's, as pages and files."""
 
 import fcntl
 import json
@@ -25,7 +25,7 @@ from pretrain.storage import replacing, write_text
 
 
 class Measured(NamedTuple):
-    """What is measured: all that rows mean nothing without."""
+    """What was measured: the rows mean nothing without it."""
 
     subject: Subject
     weights: Weights
@@ -37,7 +37,8 @@ def write_results(
 ) -> None:
     """Merges the jobs done so far into a folder of results, and writes their predictions where that is asked for.
 
-    Called after each job, each file as a whole: a later job may end the command. Raises UserError where it cannot be.
+    Called after each job, since a later one may end the command; files are replaced whole. Raises UserError when one
+    cannot be written.
     """
     rows = [row for _, _, found in done for row in found.rows]
     with one_at_a_time(out):
@@ -81,7 +82,7 @@ def record_of(measured: Measured, done: list[Done], failed: dict[str, str]) -> d
 
 
 def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] | None]:
-    """Returns the protocol of each kind of evaluation that was done, with what was chosen by it; None of the others."""
+    """Returns the protocol of each kind of evaluation that was done, with the values it chose; None for the others."""
     found: dict[str, dict[str, Any] | None] = {}
     for kind, evaluator in EVALUATORS.items():
         if evaluator.protocol is None:
@@ -98,8 +99,8 @@ def _protocols(subject: Subject, done: list[Done]) -> dict[str, dict[str, Any] |
 # --- merged with an earlier call's -----------------------------------------------------------------------------------
 
 _LETTERS = 12  # of a digest, in a file's name and on a page
-_MOST = 1 << 53  # a whole number up to here is one in JSON of any reader
-# What is alike for all rows of one set of weights.
+_MOST = 1 << 53  # every reader of JSON keeps whole numbers up to here exact
+# The same for all rows of one set of weights.
 SHARED = {"loss": "loss", "transform": "transform", "image_size": "image size"}
 
 
@@ -121,11 +122,11 @@ def one_at_a_time(out: Path) -> Iterator[None]:
 
 
 def with_earlier(rows: list[Row], record: dict[str, Any], path: Path) -> tuple[list[Row], dict[str, Any]]:
-    """Returns the rows after those of an earlier call that still hold, and what is needed to repeat both.
+    """Returns the still valid rows of an earlier call, then the new ones, and the record needed to repeat both.
 
-    An earlier row of the same weights holds when it was not measured again, and is not of a data set or by a protocol
-    that now is another one. What is dropped is told. Records of other weights are the record's "others", as they are:
-    two checkpoints of a run share a folder, and so do X.npz and X.
+    An earlier row of the same weights is still valid unless it was measured again or its data set or protocol has
+    changed; a warning names the rows dropped for a change. Records of other weights are kept as they are in the
+    record's "others": two checkpoints of a run share a folder, and so do X.npz and X.
     """
     if not path.is_file():
         return rows, record
@@ -136,7 +137,7 @@ def with_earlier(rows: list[Row], record: dict[str, Any], path: Path) -> tuple[l
         if others := [each.values for each in records if each not in mine]:
             record["others"] = others
         merged, dropped = _with_rows(rows, record, mine[0]) if mine else ((rows, record), "")
-        _results_page(*merged).encode()  # so that what does not fit is found before it is kept
+        _results_page(*merged).encode()  # malformed earlier records fail here, before they are kept
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         warn(f"{path}: cannot be read as an earlier call's ({error!r}); replaced")
         record.pop("others", None)
@@ -147,7 +148,7 @@ def with_earlier(rows: list[Row], record: dict[str, Any], path: Path) -> tuple[l
 
 
 def _records(top: Fields) -> list[Fields]:
-    """The record of the last call and those of other weights, each with its rows, which are looked at."""
+    """Returns the record of the last call and those of other weights, after parsing the rows of each."""
     others = top.parts("others", ())
     found = [Fields({key: value for key, value in top.values.items() if key != "others"}, top.source), *others]
     for each in found:
@@ -157,7 +158,7 @@ def _records(top: Fields) -> list[Fields]:
 
 
 def _with_rows(rows: list[Row], record: dict[str, Any], fields: Fields) -> tuple[tuple[list[Row], dict[str, Any]], str]:
-    """Rows and record with those of an earlier call on the same weights; and what of them is dropped, in words."""
+    """Returns rows and record merged with an earlier call's on the same weights; and, in words, which are dropped."""
     earlier, found = fields.values, [_row(entry) for entry in fields.parts("rows")]
     differ = [name for key, name in SHARED.items() if earlier.get(key) != record[key]]
     again = {(row.model, row.metric) for row in rows}
@@ -178,7 +179,7 @@ def _row(entry: Fields) -> Row:
 
 
 def _holds(row: Row, earlier: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether the new record says nothing of a row's data sets and protocol, or the same as the earlier one."""
+    """Returns whether the new record has the same data sets and protocol for a row as the earlier one, or none."""
     kind, roles = _origin(row)
     grows = EVALUATORS[kind].grows if kind in EVALUATORS else ()
     data, protocol = [], []
@@ -189,7 +190,7 @@ def _holds(row: Row, earlier: dict[str, Any], record: dict[str, Any]) -> bool:
 
 
 def _origin(row: Row) -> tuple[str, str]:
-    """Returns a row's kind of evaluation, and what its data sets' names in results.json begin with."""
+    """Returns a row's kind of evaluation, and the prefix of its data sets' names in results.json."""
     name, _, metric = row.metric.rpartition("/")
     kind, colon, _ = name.partition(":")
     if not colon:
@@ -213,7 +214,7 @@ def _merged_record(kept: list[Row], earlier: dict[str, Any], record: dict[str, A
 
 
 def _grown(before: Any, now: Any) -> Any:
-    """Lists of numbers are united, dicts of names too."""
+    """Returns the union of two lists of numbers, or of two dicts."""
     if isinstance(before, dict):
         return before | (now or {})
     return sorted({*before, *(now or [])})
@@ -244,15 +245,15 @@ def _cell(row: Row | None, std: Row | None) -> str:
 
 
 def pages(rows: list[Row], record: dict[str, Any], done: list[Done]) -> dict[str, str | None]:
-    """Returns the files of results by name, None for one that is to go.
+    """Returns the content of each results file by name; None: the file is to be removed.
 
-    wrong.json is of the first set that the last call to score the head scored it on.
+    wrong.json is about the first data set of the last call that scored the head.
     """
     found: dict[str, str | None] = {}
     scored = [one for one in done if one.found.predictions is not None]
     if scored:
         found["wrong.json"] = json.dumps(_wrong(scored[0], record["weights_sha256"]))
-    elif not any(_origin(row)[0] == HEAD for row in rows):  # none of an earlier call stands here either
+    elif not any(_origin(row)[0] == HEAD for row in rows):  # nor has an earlier call left any
         found["wrong.json"] = None
     found["results.md"] = _results_page(rows, record)
     found["results.json"] = json.dumps({**record, "rows": [row._asdict() for row in rows]}, indent=2)
@@ -260,7 +261,7 @@ def pages(rows: list[Row], record: dict[str, Any], done: list[Done]) -> dict[str
 
 
 def _wrong(done: Done, digest: str) -> dict[str, Any]:
-    """What wrong.json holds, and of which data and weights it is."""
+    """Returns the content of wrong.json, which names the data and the weights it is about."""
     manifest, predictions = done.sets["test"].manifest, done.found.predictions
     assert predictions is not None
     folder = "/".join(manifest.path.absolute().parent.parts[-2:])  # "imagenet/val": "val" alone names no set
@@ -304,15 +305,15 @@ def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
 
 
 def set_aside(out: Path, digest: str) -> None:
-    """Keeps other weights' wrong.json under a name of theirs, and brings back that of the weights `digest`.
+    """Renames wrong.json of other weights to wrong-DIGEST.json, and that of the weights `digest` back to wrong.json.
 
-    wrong.json is of the weights that results.json begins with. Raises UserError where that cannot be.
+    wrong.json is about the weights that results.json begins with. Raises UserError when a file cannot be renamed.
     """
     wrong = out / "wrong.json"
     try:
         before = Fields.read(out / "results.json").text("weights_sha256")
     except (OSError, UserError):
-        return  # nothing is known of it
+        return  # whose wrong.json is, is not known
     if before == digest:
         return
     with cli.writing(out):
@@ -323,7 +324,7 @@ def set_aside(out: Path, digest: str) -> None:
 
 
 def write_pages(out: Path, contents: dict[str, str | None]) -> None:
-    """Writes the files into a folder, or removes them. Raises UserError where that cannot be."""
+    """Writes the files into a folder; those whose content is None are removed. Raises UserError when that fails."""
     with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -335,7 +336,7 @@ def write_pages(out: Path, contents: dict[str, str | None]) -> None:
 
 
 def write_predictions(path: Path, done: list[Done]) -> None:
-    """Writes a line of JSON for each image that the head was scored on. Raises UserError where that cannot be."""
+    """Writes a line of JSON for each image that the head was scored on. Raises UserError when that fails."""
     with cli.writing(path, "--predictions"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -40,7 +40,7 @@ class Reading(NamedTuple):
     """How an evaluator sees images."""
 
     config: DataConfig  # transform, crop, interpolation; loader processes
-    max_train: int | None = None  # training images at most, at equal distances; None: all
+    max_train: int | None = None  # at most so many training images, evenly spaced; None: all
 
 
 def all_images(manifest: Manifest) -> Images:
@@ -56,7 +56,7 @@ def no_progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], N
 
 @contextmanager
 def fitting(num_images: int) -> Iterator[None]:
-    """Tells in one line that so many images at a time do not fit into this GPU's memory; one: the model does not."""
+    """Turns torch's out-of-memory error into one line: the batch, or with one image the model, does not fit."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -68,7 +68,7 @@ def fitting(num_images: int) -> Iterator[None]:
 
 @dataclass
 class Subject:
-    """A model under test, and how it is tested."""
+    """A model under test, and the settings of the test."""
 
     predict: Predict
     extract: Extract  # the features: the head's input
@@ -77,26 +77,26 @@ class Subject:
     loss: str
     device: torch.device
     batch_size: int  # images per rank and forward pass
-    own: DataConfig  # how it sees images itself
-    readings: Mapping[str, Reading]  # of the kinds of evaluation that see images otherwise
+    own: DataConfig  # the model's own transform
+    readings: Mapping[str, Reading]  # for the kinds of evaluation with another transform
     shots: Sequence[int]  # few-shot's images per class
-    max_logit_bytes: int  # of float32 on rank 0; above it there is no mean average precision
-    baselines: Mapping[str, Callable[[], Extract]] = field(default_factory=dict)  # features that few-shot compares with
+    max_logit_bytes: int  # as float32 on rank 0; above this, no mean average precision
+    baselines: Mapping[str, Callable[[], Extract]] = field(default_factory=dict)  # for few-shot to compare with
     shared: Collection[Path] = ()  # data sets that the head is scored on more than once
     stop_agreed: Callable[[], bool] = lambda: False
     progress: Progress = no_progress
-    tell: Callable[[str], None] = lambda _: None  # what a user is to know of the scores; training says it at its start
-    _answers: dict[Path, list[Batch]] = field(default_factory=dict)  # this rank's, of shared sets
-    _kept: dict[tuple, Features | None] = field(default_factory=dict)  # of the last data set, for the next evaluator
+    tell: Callable[[str], None] = lambda _: None  # notes on the scores; a run prints them at its start
+    _answers: dict[Path, list[Batch]] = field(default_factory=dict)  # this rank's logits for shared sets
+    _kept: dict[tuple, Features | None] = field(default_factory=dict)  # of the last data sets, for the next evaluator
 
     def reading(self, kind: str) -> Reading:
-        """Returns how a kind of evaluation sees images: as the model itself, where nothing else is said."""
+        """Returns how a kind of evaluation sees images: as `readings` says, else as the model itself does."""
         return self.readings.get(kind, Reading(self.own))
 
     def head(self, images: Images) -> tuple[Predict, Iterable[Batch]]:
-        """Returns this rank's batches and the function that answers them with logits [B, classes].
+        """Returns the function from a batch's images to logits [B, classes], and this rank's batches.
 
-        Of a shared set there is one forward pass: later, batches hold their logits in place of images.
+        A shared set has one forward pass only: on later calls, its batches hold logits in place of images.
         """
         path = images.manifest.path
         if path in self._answers:
@@ -116,15 +116,15 @@ class Subject:
             done = []
             for batch in batches:
                 yield batch
-                # What a loader process sent is shared memory: five open files for each batch that keeps it.
+                # Cloned: tensors from a loader process are in shared memory, with five open files for each batch kept.
                 labels = {name: getattr(batch, name).clone() for name in _BESIDE_IMAGES}
                 done.append(batch._replace(images=last[0].cpu(), **labels))
-            self._answers[path] = done  # all of it is there
+            self._answers[path] = done  # only once it is complete
 
         return predict, noted()
 
     def features(self, name: str, extract: Extract, sets: dict[str, Images], kind: str) -> list[Features | None]:
-        """Returns the features of a training and a test set, on rank 0. Those of the last two sets are kept."""
+        """Returns the features of a training and a test set, on rank 0. Those of the last call are cached."""
         config, max_train = self.reading(kind)
         sets = {role: _spread(images, max_train) if role == "train" else images for role, images in sets.items()}
         seen_as = config.eval_transform, config.eval_crop, config.interpolation
@@ -154,19 +154,19 @@ class Subject:
 
 
 def _spread(images: Images, most: int | None) -> Images:
-    """At most so many of the images, at equal distances; None: all."""
+    """Returns at most `most` of the images, evenly spaced; None: all."""
     if most is None:
         return images
     return images._replace(indices=images.indices[fewshot.spread_indices(len(images.indices), most)])
 
 
 def transform_of(config: DataConfig) -> dict[str, Any]:
-    """Returns how images are seen, as results.json tells it."""
+    """Returns the transform of images, as results.json records it."""
     return {"name": config.eval_transform, "crop": config.eval_crop, "interpolation": config.interpolation}
 
 
 def eval_config(weights: Weights, workers: int = 0) -> DataConfig:
-    """Returns how weights see images: in the transform that they carry."""
+    """Returns the data config with the evaluation transform that the weights carry."""
     return DataConfig(
         eval_transform=cast(Any, weights.eval_transform),  # literals, as the config wrote them
         eval_crop=weights.eval_crop,
@@ -191,8 +191,8 @@ def subject_of(
 ) -> Subject:
     """Returns weights as a model under test.
 
-    loss: None for the one that they were trained with, softmax where that is not known. fewshot_transform: as in
-    DataConfig. baselines: few-shot also with random weights and with raw pixels. shared: see Subject.
+    loss: None for the one that they were trained with, or softmax where that is unknown. fewshot_transform: as in
+    DataConfig. baselines: also score few-shot with random weights and with raw pixels. shared: see Subject.
     """
     with fitting(1):
         model = model_of(weights).to(device)

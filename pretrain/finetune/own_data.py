@@ -1,6 +1,6 @@
-"""Own photos or shards, made ready for fine-tuning: shards of a folder, a held-out test where there is none.
+"""Prepares own photos or shards for fine-tuning: makes shards of folders, holds out a test set where there is none.
 
-`prepare` hands on an OwnData. OUT/data/PART has the shards, OUT/data/made-of.json what they were made of.
+`prepare` returns an OwnData. OUT/data/PART holds the shards, OUT/data/made-of.json what they were made of.
 """
 
 import hashlib
@@ -34,16 +34,16 @@ from pretrain.shards.resizing import Resizing
 from pretrain.shards.sources import Told, folder_items, sniffed_ending
 from pretrain.storage import remove, write_text
 
-TEST_SHARE = 0.2  # of each class, held out where there is no test
+TEST_SHARE = 0.2  # of each class, held out where there is no test set
 SPLIT_SEED = 0
 SAMPLES_PER_SHARD = 10_000
-JPEG_QUALITY = 95  # of photos that are stored smaller
+JPEG_QUALITY = 95  # of photos that are downsized
 _FORMAT, _VERSION = "pretrain-own-data", 1
 
 
 @dataclass(frozen=True)
 class OwnData:
-    """What is learnt from, chosen on and tested on."""
+    """The sets to train on, to choose the learning rate on, and to test on."""
 
     train: Path  # manifests
     choose: Path | None  # None: a part of train is held out to choose the learning rate
@@ -65,10 +65,10 @@ class _Part(NamedTuple):
 
 
 def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnData:
-    """Makes shards of the folders among `parts` in OUT/data and returns what to train on; a second call keeps them.
+    """Makes shards of the folders among `parts` in OUT/data and returns what to train on; a second call reuses them.
 
     parts: see `find_parts`. A folder's shards are made again when names, sizes or times of its files have changed.
-    shorter_side: of larger photos, which are stored that small. Raises UserError where nothing can be learnt or tested.
+    shorter_side: larger photos are downsized to it. Raises UserError where there is nothing to train or test on.
     """
     notes = Told()
     found = {name: _open(path, notes) for name, path in parts.items()}
@@ -93,7 +93,7 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
     for name, part in made.items():
         if dropped := read_dropped(folder / name):
             images = "1 image is" if len(dropped) == 1 else f"{len(dropped):,} images are"
-            first = dropped[0].removeprefix(shown(f"{part.place}/"))  # a page tells nobody's folders
+            first = dropped[0].removeprefix(shown(f"{part.place}/"))  # pages show no paths
             told.append(f"{name}: {images} left out, the first: {first}")
     manifests = {name: load_manifest(path) for name, path in ready.items()}
     for name, manifest in manifests.items():
@@ -113,7 +113,7 @@ def prepare(parts: Mapping[str, Path], out: Path, *, shorter_side: int) -> OwnDa
 
 
 def _read_as(name: str, manifest: Manifest, train: Manifest) -> list[str]:
-    """What is to be told of the classes of val or test; by the parts' names, since a page tells nobody's folders."""
+    """Returns notes on the classes of val or test, with the parts' names in place of paths: pages show no paths."""
     told = read_as(manifest, train)[1]
     return [told.replace(str(manifest.path), name).replace(str(train.path), "train")] if told else []
 
@@ -130,7 +130,7 @@ def _open(path: Path, notes: Told) -> _Part:
     if is_of_class_tars(path):
         items, names = class_tar_items(path, notes)
     else:
-        # Photos stand upright, as tools/predict.py turns them.
+        # EXIF orientation is applied, as in tools/predict.py.
         items, names = folder_items(path, notes, apply_orientation=True)
         if names and len(set(items.labels)) < len(names):
             items, names = _without_empty(items, names, notes)
@@ -138,7 +138,7 @@ def _open(path: Path, notes: Told) -> _Part:
 
 
 def _without_empty(items: PackedItems, names: Sequence[str], notes: Told) -> tuple[PackedItems, list[str]]:
-    """The items with classes that have an image only; the others are told."""
+    """Returns the items and names without the classes that have no image, which are noted."""
     kept = set(items.labels)
     first = next(name for label, name in enumerate(names) if label not in kept)
     notes.passed_over[f"folders without pictures, the first {first!r}"] += len(names) - len(kept)
@@ -158,7 +158,7 @@ def _check_classes(found: Mapping[str, _Part]) -> None:
         )
     for part in found.values():
         if part.items is None:
-            continue  # names of shards are compared when they are read
+            continue  # class names of shards are compared later, by `read_as`
         for name in part.names if train.names else ():
             try:
                 one = [name], 1, train.names, train.num_classes
@@ -171,7 +171,7 @@ def _check_classes(found: Mapping[str, _Part]) -> None:
 
 
 def _manifest(part: _Part) -> Manifest:
-    assert part.manifest is not None  # what has no items is of shards
+    assert part.manifest is not None  # a part without items is of shards
     return part.manifest
 
 
@@ -179,9 +179,9 @@ def _manifest(part: _Part) -> Manifest:
 
 
 def held_out(labels: Sequence[int], names: Sequence[str], *, seed: int = SPLIT_SEED) -> list[int]:
-    """Returns the places of images held out for the test, rising: of each class TEST_SHARE, at least one, never all.
+    """Returns the indices of images held out for the test, ascending: TEST_SHARE of each class, at least 1, never all.
 
-    The draw depends on the seed and on an image's name alone, so that a set that grows keeps most of its test.
+    The draw depends only on the seed and on an image's name, so that a set that grows keeps most of its test images.
     """
     places: dict[int, list[int]] = {}
     for place, label in enumerate(labels):
@@ -212,7 +212,7 @@ def _told_of_split(part: _Part, labels: Sequence[int], chosen: Sequence[int]) ->
 
 
 def _items_of(manifest: Manifest, notes: Told) -> PackedItems:
-    """The samples of shards as items, to be written into two sets; those that cannot be used are counted."""
+    """Returns the samples of shards as items, to be split into two sets; counts those that cannot be used."""
     check_shards(manifest)
     items = PackedItems(partial(_sample_item, manifest))
     with cli.progress("reading labels", manifest.num_samples, "images") as advance:
@@ -229,7 +229,7 @@ def _items_of(manifest: Manifest, notes: Told) -> PackedItems:
 
 
 def _sample_item(manifest: Manifest, reference: str, label: int, notes: Counter[str]) -> Item:
-    """The item of a sample of shards, whose reference is its index."""
+    """Returns a sample of shards as an item. reference: its index."""
     index = int(reference)
     ending = sniffed_ending(read_sample(manifest, index).image[:12])
     return Item(partial(_image_of, manifest, index), ending, label, f"{manifest.path}[{index}]")
@@ -249,9 +249,9 @@ def _check_place(out: Path, made: Mapping[str, _Part]) -> None:
 
 
 def _begin(folder: Path, out: Path, made: Mapping[str, _Part], shorter_side: int) -> None:
-    """Writes what the shards are made of, or finds it unchanged; shards of another state of the photos are removed.
+    """Records what the shards are made of; where that has changed, first removes the old shards.
 
-    Raises UserError when runs have learnt from those.
+    Raises UserError when runs have been trained on the old shards, or the folder was not made here.
     """
     path = folder / "made-of.json"
     parts = {name: {"images": len(part.items or ()), "digest": _digest(part)} for name, part in made.items()}
@@ -274,14 +274,14 @@ def _begin(folder: Path, out: Path, made: Mapping[str, _Part], shorter_side: int
 
 
 def _digest(part: _Part) -> str:
-    """What a part is: names, labels, sizes and times of its images, and its classes; nothing of their content."""
+    """Returns a digest of the names, labels, sizes and times of a part's images and of its classes, not of content."""
     digest = hashlib.sha256(digest_of(part.items or ()).encode())
     digest.update(json.dumps(part.names).encode())
     return digest.hexdigest()
 
 
 def _ready(name: str, part: _Part, folder: Path, notes: Told, shorter_side: int) -> Path:
-    """The manifest of a part, its shards made where it is a folder and they are not there."""
+    """Returns the manifest of a part; makes the shards of a folder where they are missing."""
     if part.items is None:
         path = _manifest(part).path.absolute()
     elif not (path := (folder / name / MANIFEST).absolute()).is_file():
@@ -295,14 +295,14 @@ def _build(name: str, part: _Part, items: PackedItems, folder: Path, notes: Told
     from_shards = part.place.is_file() or is_manifest(part.place)
     workers = 1 if from_shards or len(items) < MIN_IMAGES_FOR_PROCESSES else num_cores()
     how = How(workers, Resizing(shorter_side, JPEG_QUALITY))
-    seed = None if name == "test" else 0  # the test keeps its order, by which its images have names
+    seed = None if name == "test" else 0  # the test keeps its order, which `_write_names` relies on
     with cli.progress(f"shards of {name}", len(items), "images") as advance:
         sizes = {"samples_per_shard": SAMPLES_PER_SHARD, "seed": seed}
         return build(items, part.names, folder, **sizes, progress=advance, how=how, told=notes).absolute()
 
 
 def _write_names(path: Path, items: PackedItems) -> None:
-    """Writes what each test image was called: for the pages that show mistakes."""
+    """Writes the name of each test image, for the pages that show mistakes."""
     manifest = load_manifest(path)
     kept = items.without(read_dropped_items(path.parent))
     assert len(kept) == manifest.num_samples

@@ -1,6 +1,6 @@
-"""What --train and --test name: folders of class folders, folders of splits, manifests; which part each one is.
+"""Which parts --train and --test name: folders of class folders, folders of splits, manifests.
 
-`find_parts` hands on a path for each part that is there; own_data.py makes shards of them.
+`find_parts` returns a path for each part that exists; own_data.py makes shards of them.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ MANIFEST = "manifest.json"
 
 
 def find_parts(train: Path, test: Path | None) -> tuple[dict[str, Path], list[str]]:
-    """Returns where train, val and test are, those that are there, and what is to be told.
+    """Returns the paths of train, val and test, where they exist, and notes for the user.
 
-    A folder with train, val, test inside is taken apart; where one of val and test is there, it is scored. Val that
-    --test names is the test and chooses nothing. Raises UserError for what is no folder or manifest, and for pictures
-    that would be left out.
+    A folder with train, val, test inside is split into these. Where only one of val and test exists, it is the test
+    set. A val that --test names is the test set too, and is not used to choose the learning rate. Raises UserError for
+    what is neither a folder nor a manifest, and for pictures that would be left out.
     """
     _check("--train", train)
     inside = _parts_inside(train)
@@ -48,13 +48,13 @@ def is_manifest(path: Path) -> bool:
 
 
 def _place(path: Path) -> Path:
-    """The folder of a part, which its manifest.json names as well."""
+    """Returns the folder of a part; a part may be named by its folder or by the manifest.json in it."""
     place = path.resolve()
     return place.parent if place.name == MANIFEST else place
 
 
 def name_of(train: Path) -> str:
-    """Returns what a set is called: the name of its folder; of photos/train, or photos/manifest.json, "photos"."""
+    """Returns the name of a set, which is its folder's: "photos" for photos/train and for photos/manifest.json."""
     place = train.resolve()
     while place.name == MANIFEST or is_split_name(place.name):
         place = place.parent
@@ -73,7 +73,7 @@ def _check(option: str, path: Path) -> None:
 
 
 def _parts_inside(folder: Path) -> dict[str, Path]:
-    """The parts that a folder holds as folders of their own; none where it holds classes, or is of shards."""
+    """Returns the parts that a folder holds as subfolders; {} where it holds classes or shards."""
     if not folder.is_dir() or is_manifest(folder):
         return {}
     folders = {path.name.lower(): path for path in sorted(folder.iterdir()) if _is_folder(path)}
@@ -101,5 +101,5 @@ def _is_folder(path: Path) -> bool:
 
 
 def _holds_classes(folder: Path) -> bool:
-    """Whether a folder has folders and no pictures of its own, or is of shards: else it is a class itself."""
+    """Returns whether a folder holds folders and no pictures of its own, or shards: otherwise it is itself a class."""
     return is_manifest(folder) or holds_classes(folder)

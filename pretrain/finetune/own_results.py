@@ -1,6 +1,6 @@
-"""What a fine-tuning on own data has reached: accuracy with its interval, class by class, what is taken for what.
+"""Results of fine-tuning on own data: accuracy with its interval, class by class, and the confusions.
 
-`accuracy` reads what the final run's evaluation has left and hands on a dict, OUT/accuracy.json, which
+`accuracy` reads the predictions of the final run's evaluation and returns the content of OUT/accuracy.json, which
 report/own_page.py shows.
 """
 
@@ -24,15 +24,15 @@ from pretrain.shards.pool import num_cores
 
 FILE = "accuracy.json"
 FORMAT, VERSION = "pretrain-accuracy", 1
-_Z = 1.959963984540054  # of the normal distribution: 95 % lie within
+_Z = 1.959963984540054  # 95 % of the normal distribution lie within +- this
 _MOST_RANKS = 1 << 20
-_MAX_LINE_BYTES = 1 << 16  # of a prediction; ours have 300
+_MAX_LINE_BYTES = 1 << 16  # of predictions.jsonl; ours have about 300
 
 
 def wilson(correct: int, number: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval of a share, correct / number; number > 0.
+    """Returns Wilson's 95 % interval of the share correct / number; number > 0.
 
-    Within [0, 1] and sensible at 0 and at 1, where the normal approximation has no width.
+    It lies within [0, 1] and is sensible at 0 and at 1, where the normal approximation has no width.
     """
     share, z2 = correct / number, _Z**2
     middle = (share + z2 / (2 * number)) / (1 + z2 / number)
@@ -41,9 +41,9 @@ def wilson(correct: int, number: int) -> tuple[float, float]:
 
 
 def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None) -> dict[str, Any]:
-    """Returns what the final run is worth on the test images, and how it came to be.
+    """Returns the final run's accuracy on the test images, and how the run was made.
 
-    weights: what was fine-tuned, as the user called it. seconds: what the runs took; None where that is not known.
+    weights: what was fine-tuned, as the user named it. seconds: what the runs took; None where that is not known.
     Raises UserError when the predictions cannot be read.
     """
     config = final_run(sweep)
@@ -62,13 +62,13 @@ def accuracy(sweep: Sweep, data: OwnData, *, weights: str, seconds: float | None
         "model": model_name(sweep.start.model),
         "device": _device(config.output / config.name),
         "run": config.name,
-        "run_sha256": final_sha256(config),  # these tell whether wrong.json is of this result
+        "run_sha256": final_sha256(config),  # these show whether wrong.json belongs to this result
         "test_sha256": load_manifest(sweep.test).sha256,
         "image_size": config.model.image_size,
         "steps": config.total_steps,
         "batch": config.data.global_batch,
         "lr": config.optim.lr,
-        # Seed 0's is this evaluation's, in float32; the others have what their trainings scored at their ends.
+        # Seed 0's value is this evaluation's, in float32; the others' are from the end of their training runs.
         "seeds": [correct / len(pairs), *line["values"][1:]],
         "selection": line["selection"],
         "seconds": seconds,
@@ -90,7 +90,7 @@ def _precisions(config: Config, num_seeds: int) -> list[str]:
 
 
 def _device(folder: Path) -> str:
-    """The machine of a run's last start, in words; this one's cores where that was on a CPU, or is not known."""
+    """Returns the GPUs of a run's last start in words; this machine's cores where it ran on a CPU or is unknown."""
     try:
         lines = (folder / "starts.jsonl").read_bytes().splitlines()
         start = Fields.parse(lines[-1], str(folder))
@@ -124,7 +124,7 @@ def _share(correct: int, number: int) -> dict[str, Any]:
 
 
 def _per_class(pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """A line for each class that has a test image, in the order of labels."""
+    """Returns an entry for each class that has a test image, in the order of labels."""
     number = Counter(label for label, _ in pairs)
     correct = Counter(label for label, predicted in pairs if label == predicted)
     return [
@@ -135,13 +135,13 @@ def _per_class(pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> list[d
 
 
 def write_accuracy(sweep: Sweep, found: dict[str, Any]) -> None:
-    """Writes accuracy.json, and the same figures as the results.json that reports of the weights show.
+    """Writes accuracy.json, and the same figures to results.json, which reports of the weights show. Raises UserError.
 
-    Raises UserError.
+    A task.json beside own shards does not describe them, so differences from a task of the table are left out.
     """
-    line = reached(sweep)  # not what differs from a task of the table: a task.json beside own shards is not of theirs
+    line = reached(sweep)
     assert line is not None
     line |= over_seeds([RunScore(top1, found["n"]) for top1 in found["seeds"]])
-    # Own data is nobody's table: such a score is never put beside a paper's.
+    # "own data" keeps such a score from being compared with a paper's.
     write_results(sweep.folder, {**line, "differs": ["own data", *found["differs"]]})
     write_out(sweep.folder / FILE, json.dumps(found, indent=1))

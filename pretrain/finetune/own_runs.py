@@ -1,9 +1,9 @@
-"""Fine-tuning on own data: the paper's protocol, shortened for small sets, as a sweep of runs; then the test, once.
+"""Fine-tuning on own data: the paper's protocol, shortened for small sets, as a sweep of runs; then one test.
 
 OUT/                           what `running.run_sweeps` makes: select-lr..., final-lr...-seed0, sweep.json, configs/
 OUT/data/                      shards of the photos, see own_data.py
-OUT/results.json results.md    the score of the seeds, as of any task
-OUT/accuracy.json              everything that the page tells, see own_results.py
+OUT/results.json results.md    the score over the seeds, as for any task
+OUT/accuracy.json              everything that the page shows, see own_results.py
 """
 
 import json
@@ -31,25 +31,25 @@ from pretrain.plan.choose import MOST_WITHOUT_FORMULA, SURE_SHARE, fitting_micro
 from pretrain.shards.pool import num_cores
 from pretrain.tasks.table import FineTuning, Task
 
-PAPER_SIZE = 384  # pixels, where there is a GPU: on a CPU a step at 384 px takes as long as four at 224
-_MOST_TIMES = 2  # the weights' own size: the paper goes from 224 to 512; tables of positions are stretched no further
+PAPER_SIZE = 384  # pixels, with a GPU: on a CPU a step at 384 px takes as long as four at 224
+_MOST_TIMES = 2  # the weights' own size: the paper goes from 224 to 512; position embeddings are stretched no further
 STORED_SIDE = 512  # pixels of the shorter side of stored photos: a crop for 384 px is a part of them
-_PAPER_RATES = (0.001, 0.003, 0.01, 0.03)  # of its small sets
-_RATES = _PAPER_RATES[1:]  # few steps do not get far with the first
+_PAPER_RATES = (0.001, 0.003, 0.01, 0.03)  # the paper's, for its small sets
+_RATES = _PAPER_RATES[1:]  # the lowest gets nowhere in few steps
 _MOST_STEPS, _LEAST_STEPS, _IMAGES_PER_STEP = 20_000, 80, 5
 _MOST_BATCH, _LEAST_BATCH = 512, 16
 _MOST_WARMUP = 500
-_LARGE = 1_000_000  # images of a set to which any protocol applies
-_CHOOSING = 1000  # images to choose the rate on, as of the paper's CIFAR, but at most a fifth of train
+_LARGE = 1_000_000  # images: large enough for any protocol
+_CHOOSING = 1000  # images to choose the rate on, as for the paper's CIFAR, but at most a fifth of train
 _MICRO_BATCH = "engine.max_micro_batch_size"
 _MOST_SECONDS = 1e9  # thirty years
 
 
 def protocol_for(num_train: int, image_size: int) -> FineTuning:
-    """Returns the paper's protocol for so many training images: steps and batch as of its sets of that size.
+    """Returns the paper's protocol for so many training images: steps and batch as for its sets of that size.
 
-    A fifth as many steps as images: CIFAR's 10,000 of 50,000; at most ImageNet's 20,000. The batch of 512 is an eighth
-    of the set at most: half of it would be seen at once in each step, and a small machine would take minutes for it.
+    A fifth as many steps as images, as CIFAR's 10,000 for 50,000; at most ImageNet's 20,000. The batch is 512, but at
+    most an eighth of the set: otherwise a step would see half of a small set, and take minutes on a small machine.
     """
     steps = min(_MOST_STEPS, max(_LEAST_STEPS, num_train // _IMAGES_PER_STEP))
     batch = min(_MOST_BATCH, max(_LEAST_BATCH, 1 << int(math.log2(max(1, num_train // 8)))))
@@ -64,10 +64,10 @@ def protocol_for(num_train: int, image_size: int) -> FineTuning:
 
 
 def default_size(start: Start, *, on_gpu: bool) -> int:
-    """Returns the pixels to fine-tune at where nobody says: the paper's 384 on a GPU, never fewer than the weights'.
+    """Returns the default image size in pixels: the paper's 384 on a GPU, never less than the weights' own.
 
-    At most twice the weights' own, and less what fills no patch. On a CPU, and of networks of timm's whose windows fit
-    one size, the weights' own.
+    At most twice the weights' own, rounded down to whole patches. The weights' own on a CPU, and for timm's networks,
+    some of whose windows fit only one size.
     """
     own = start.model.image_size
     if not on_gpu or start.model.timm_name is not None:
@@ -76,14 +76,14 @@ def default_size(start: Start, *, on_gpu: bool) -> int:
 
 
 def stored_side(image_size: int) -> int:
-    """Returns the pixels of the shorter side that photos are stored with, for a model that sees so many."""
+    """Returns the shorter side in pixels of stored photos, for a model with this image size."""
     return max(STORED_SIDE, -(-image_size * 4 // 3))
 
 
 def check_asked(name: str, options: Options, *, image_size: int, on_gpu: bool) -> None:
-    """Raises UserError for what no run can have, a wrong key say, before the photos are looked at.
+    """Raises UserError for options that no run can have, such as a wrong key, before the photos are read.
 
-    A large set stands for the photos: what only their number decides is told by `plan_own`.
+    Assumes a large set in place of the photos: errors that depend on their number are raised by `plan_own`.
     """
     data = OwnData(Path("train"), None, Path("test"), _LARGE, _LARGE, ("a", "b"), ())
     sweep = _sweep_of(name, data, options, image_size=image_size, on_gpu=on_gpu)
@@ -91,7 +91,7 @@ def check_asked(name: str, options: Options, *, image_size: int, on_gpu: bool) -
 
 
 def plan_own(name: str, data: OwnData, options: Options, *, image_size: int, on_gpu: bool) -> Sweep:
-    """Returns the sweep of own data; its folder is `options.out` itself, which it claims. Raises UserError."""
+    """Returns the sweep of own data, and claims its folder, which is `options.out` itself. Raises UserError."""
     sweep = _sweep_of(name, data, options, image_size=image_size, on_gpu=on_gpu)
     config = final_runs(sweep, sweep.protocol.lr_grid[0])[0]
     if not any(key_of(override) == _MICRO_BATCH for override in sweep.overrides):
@@ -127,14 +127,14 @@ def _sweep_of(name: str, data: OwnData, options: Options, *, image_size: int, on
 
 
 def _usable_bytes(on_gpu: bool) -> float:
-    if on_gpu:  # asked without taking any of it, which the runs would lack
+    if on_gpu:  # this query allocates nothing, which the runs would lack
         return SURE_SHARE * torch.cuda.get_device_properties(0).total_memory
     free = free_memory_bytes()
     return math.inf if free is None else SURE_SHARE * free
 
 
 def machine_settings(overrides: Sequence[str], *, on_gpu: bool) -> list[str]:
-    """Returns overrides that suit this machine, where nobody has given others."""
+    """Returns overrides that suit this machine, for keys that the user has not overridden."""
     cores = num_cores()
     own = {"data.workers": str(max(1, min(4, cores - 1)))}
     if not on_gpu:
@@ -144,7 +144,7 @@ def machine_settings(overrides: Sequence[str], *, on_gpu: bool) -> list[str]:
 
 
 def differences(sweep: Sweep) -> list[str]:
-    """Returns in what the sweep is not the paper's protocol for a set of this size."""
+    """Returns the sweep's differences from the paper's protocol for a set of this size."""
     config, ours, paper = final_runs(sweep, sweep.protocol.lr_grid[0])[0], sweep.protocol, sweep.task.finetuning
     assert paper is not None
     rates, papers = (" ".join(f"{lr:g}" for lr in grid) for grid in (ours.lr_grid, _PAPER_RATES))
@@ -158,7 +158,7 @@ def differences(sweep: Sweep) -> list[str]:
     }
     told = [f"{name} {now} instead of {was}" for name, (now, was) in pairs.items() if now != was]
     told += [f"{sweep.num_seeds} instead of 3 seeds"] * (sweep.num_seeds != 3)
-    free = {"engine.precision", "data.global_batch", *MAY_CHANGE} - {"data.order"}  # told above, or of the machine
+    free = {"engine.precision", "data.global_batch", *MAY_CHANGE} - {"data.order"}  # named above, or the machine's
     return told + [one for one in sweep.overrides if key_of(one) not in free]
 
 
@@ -181,9 +181,9 @@ def in_words(sweep: Sweep, data: OwnData) -> list[str]:
 
 @contextmanager
 def timed(sweep: Sweep) -> Iterator[Callable[[], float]]:
-    """Adds the seconds that its block takes to those of earlier calls; yields a function that returns the sum.
+    """Adds the seconds that its block takes to those of earlier calls; yields a function that returns the sum so far.
 
-    A call that finds everything done adds nothing.
+    Adds nothing when everything was done already.
     """
     path = sweep.folder / "seconds.json"
     began, before = time.monotonic(), 0.0
@@ -198,21 +198,21 @@ def timed(sweep: Sweep) -> Iterator[Callable[[], float]]:
 
 
 def final_run(sweep: Sweep) -> Config:
-    """Returns the run whose weights are handed on: seed 0 with the chosen rate."""
+    """Returns the run whose weights are the result: seed 0 with the chosen rate."""
     lr = chosen_lr(sweep)
     assert lr is not None  # all selecting runs are done
     return final_runs(sweep, lr)[0]
 
 
 def predictions_of(final: Config) -> Path:
-    """Returns the file with a line for each test image, as the final run's weights answer it."""
+    """Returns the file with the final run's prediction for each test image."""
     return final.output / final.name / "evaluation" / "predictions.jsonl"
 
 
 def score_images(sweep: Sweep) -> int:
-    """Scores each test image by the final weights, unless that is done; returns 0, or STOPPED when asked to stop.
+    """Scores each test image with the final weights, unless that is done; returns 0, or STOPPED when asked to stop.
 
-    Raises UserError when it cannot be.
+    Raises UserError when the evaluation fails.
     """
     config = final_run(sweep)
     folder, path = config.output / config.name, predictions_of(config)

@@ -1,4 +1,4 @@
-"""The table of a sweep: a line per task, what differs from the paper, VTAB's mean; as JSON and Markdown."""
+"""The table of a sweep: a line per task with its differences from the paper, VTAB's mean; as JSON and Markdown."""
 
 import json
 import statistics
@@ -14,23 +14,23 @@ from pretrain.finetune.sweep import Sweep, final_runs, fitting_size, key_of, sel
 from pretrain.tasks.preparation import set_differences
 from pretrain.tasks.table import VTAB, vtab_means
 
-# The highest resolution rows of the paper's Table 2: ImageNet at 512 px for L/16, 518 for H/14, with Polyak averages.
-# Its Table 5, and all other tasks, are at 384 px without.
+# The paper's Table 2 has ImageNet at a higher resolution, 512 px for L/16 and 518 for H/14, with Polyak averages.
+# Its Table 5, and all other tasks, are at 384 px without averages.
 _TABLE_2_SIZES = {("L", 16): 512, ("H", 14): 518}
 _TABLE_2_AVERAGE = 0.9999
 _NUM_REAL = 46_837  # validation images that have a ReaL label; the other 3,163 have none
 
 
 def results(sweep: Sweep) -> dict[str, Any] | None:
-    """Returns a task's line of the table from what its runs left, None while no final run is done."""
+    """Returns a task's line of the table from the scores of its runs, None while no final run is done."""
     line = reached(sweep)
     return line and {**line, "differs": differences_from_paper(sweep, line["n"])}
 
 
 def reached(sweep: Sweep) -> dict[str, Any] | None:
-    """Returns a line without what differs from the paper, None while no final run is done.
+    """Returns a line without the differences from the paper, None while no final run is done.
 
-    No times and no paths: the same sweep gives the same bytes however often it was interrupted.
+    It has no times and no paths: a sweep gives the same bytes however often it was interrupted.
     """
     lr = chosen_lr(sweep)
     if lr is None:
@@ -63,12 +63,12 @@ def reached(sweep: Sweep) -> dict[str, Any] | None:
 
 
 def over_seeds(scores: Sequence[RunScore]) -> dict[str, Any]:
-    """Returns the part of a line that says what the seeds reached."""
+    """Returns the entries of a line on its seeds' scores."""
     return {**_mean_and_std([one.top1 for one in scores]), "n": min(one.num_images for one in scores)}
 
 
 def _mean_and_std(values: list[float]) -> dict[str, Any]:
-    """The entries of a line on its seeds' values."""
+    """Returns the entries of a line on its seeds' values: mean, deviation, values."""
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,  # of a sample: divided by n - 1
@@ -77,7 +77,7 @@ def _mean_and_std(values: list[float]) -> dict[str, Any]:
 
 
 def differences_from_paper(sweep: Sweep, num_scored: int) -> list[str]:
-    """Returns what forbids to compare the result with the paper's."""
+    """Returns the differences from the paper's protocol that rule out a comparison with its results."""
     paper, ours = sweep.task.finetuning, sweep.protocol
     assert paper is not None
     table_2 = _is_table_2(sweep)
@@ -90,13 +90,13 @@ def differences_from_paper(sweep: Sweep, num_scored: int) -> list[str]:
         told.append(f"{num_scored:,} of {num_images:,} test images could be scored")
     if sweep.num_seeds != 3:
         told.append(f"{sweep.num_seeds} instead of 3 seeds")
-    free = set(MAY_CHANGE) - {"data.order"}  # which decides the held-out images that choose the rate
+    free = set(MAY_CHANGE) - {"data.order"}  # the order decides which images are held out to choose the rate
     free |= {"optim.average_decay"} if table_2 else set()
     return told + [override for override in sweep.overrides if key_of(override) not in free]
 
 
 def _is_table_2(sweep: Sweep) -> bool:
-    """Whether this is ImageNet as in the paper's Table 2: at a higher resolution, with averaged weights."""
+    """Returns whether this is ImageNet as in the paper's Table 2: at a higher resolution, with averaged weights."""
     config = final_runs(sweep, sweep.protocol.lr_grid[0])[0]
     size = _TABLE_2_SIZES.get((sweep.start.model.name, sweep.start.model.patch_size))
     is_its_size = sweep.protocol.image_size == size
@@ -104,7 +104,7 @@ def _is_table_2(sweep: Sweep) -> bool:
 
 
 def real_results(sweep: Sweep, imagenet: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns ReaL's line: the final runs of ImageNet's line by ReaL labels, None until all of them are scored."""
+    """Returns ReaL's line: ImageNet's final runs scored by ReaL labels; None until all of them are."""
     configs = {config.seed: config for config in final_runs(sweep, imagenet["lr"])}
     scores = [real_score(configs[seed]) for seed in imagenet["seeds"]]
     found = [one for one in scores if one is not None]
@@ -146,10 +146,10 @@ def write_results(folder: Path, found: dict[str, Any]) -> None:
 
 
 def vtab_results(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns VTAB's line: the flat mean over its tasks, and the means of the groups, over the seeds that all have.
+    """Returns VTAB's line: the flat mean over its tasks, and the means of the groups, over the seeds all tasks have.
 
-    Without all 19 tasks, or with runs missing, the name says so: such a mean is not VTAB's. Raises UserError when there
-    is no seed that all tasks have.
+    The line's name says when tasks or runs are missing: such a mean is not VTAB's. Raises UserError when the tasks have
+    no seed in common.
     """
     by_task = {one["task"]: one for one in found}
     names = [name for name in VTAB if name in by_task]

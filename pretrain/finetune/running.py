@@ -1,6 +1,6 @@
-"""Running sweeps: what is not done yet, all of it or one run of a job array; then the lines of the table.
+"""Runs sweeps: all unfinished runs, or one run of a job array; then collects the lines of the table.
 
-Whatever stops it, the same command goes on: a run that is done is not repeated, one that is not resumes.
+After any interruption, the same command continues: finished runs are not repeated, unfinished ones resume.
 """
 
 import shutil
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class SweepRun(NamedTuple):
-    """An element of a job array: which run of which task."""
+    """One element of a job array: a run of a task."""
 
     task: Task
     lr: float | None  # of a selecting run; None: a final run, whose rate is chosen
@@ -34,22 +34,22 @@ class SweepRun(NamedTuple):
 
 
 def plan(tasks: Sequence[Task], options: Options) -> list[Sweep]:
-    """Returns the sweeps whose data is there, each folder claimed by its sweep.json; the others are named with the
-    command that prepares them.
+    """Returns the sweeps whose data exists, each folder claimed by its sweep.json.
 
-    Raises UserError when no data is there, or a folder belongs to other weights or data.
+    Prints, for tasks without data, the command that prepares it. Raises UserError when no task has data, or a folder
+    belongs to other weights or data.
     """
     for line in check_any_there((missing(task, options.data) for task in tasks), options.data):
         print(shown(f"missing: {line}"), file=sys.stderr)
     sweeps = [plan_sweep(task, options) for task in tasks if not missing(task, options.data)]
     for sweep in sweeps:
-        final_runs(sweep, sweep.protocol.lr_grid[0])  # a wrong key is told before anything is written
+        final_runs(sweep, sweep.protocol.lr_grid[0])  # raises for a wrong key before anything is written
         claim_sweep(sweep)
     return sweeps
 
 
 def jobs(tasks: Sequence[Task], options: Options) -> list[SweepRun]:
-    """Returns all runs in their order, whether their data is there or not: a number always means the same run."""
+    """Returns all runs in order, whether or not their data exists: an index always means the same run."""
     selecting, final = [], []
     for task in tasks:
         grid = sorted(set(options.lr_grid or (task.finetuning.lr_grid if task.finetuning else ())))
@@ -59,7 +59,7 @@ def jobs(tasks: Sequence[Task], options: Options) -> list[SweepRun]:
 
 
 def run_one(tasks: Sequence[Task], index: int, options: Options) -> int:
-    """Does one of the `jobs` unless it is done; returns 0, or the code to exit with.
+    """Runs one of the `jobs` unless it is done; returns 0, or the code to exit with.
 
     Raises UserError when there is no such job, or a final run's rate is not chosen yet.
     """
@@ -77,13 +77,13 @@ def run_one(tasks: Sequence[Task], index: int, options: Options) -> int:
 
 
 def run_sweeps(sweeps: Sequence[Sweep], options: Options) -> int:
-    """Does what is not done yet; returns 0, or the code to exit with: STOPPED, when nothing else was begun."""
+    """Runs all unfinished runs; returns 0, or the code to exit with; begins no further run after STOPPED."""
     code = 0
     for sweep in sweeps:
         ended = _run_sweep(sweep, options)
         if ended == STOPPED:
             return ended
-        code = code or ended  # the tasks are independent: the others go on
+        code = code or ended  # tasks are independent: go on with the others
     return code
 
 
@@ -108,7 +108,7 @@ def _run_sweep(sweep: Sweep, options: Options) -> int:
 def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, title: str = "") -> int:
     """Trains unless that is done, and scores ImageNet's final runs by ReaL; returns 0, else the code to exit with.
 
-    Raises UserError when another process trains in the run's folder: what follows may depend on it.
+    Raises UserError when another process trains in the run's folder: later runs may depend on its score.
     """
     folder = config.output / config.name
     if score(config) is None:
@@ -136,8 +136,8 @@ def _run(config: Config, sweep: Sweep, options: Options, *, selecting: bool, tit
 
 
 def _tell_unfinished(folder: Path, code: int) -> int:
-    """Says why a training has ended before its last step; returns the code to exit with."""
-    if code == STOPPED or -code in (0, *PASSED_ON):  # below 0: died of a signal
+    """Prints why a run has ended before its last step; returns the code to exit with."""
+    if code == STOPPED or -code in (0, *PASSED_ON):  # below 0: killed by a signal
         return tell_stopped()
     if code < 0:
         killer = " (the kernel's, for want of memory?)" if -code == signal.SIGKILL else ""
@@ -153,15 +153,15 @@ def _tell_unfinished(folder: Path, code: int) -> int:
 
 
 def tell_stopped() -> int:
-    """Says that what was asked to stop has stopped; returns the code to exit with."""
+    """Prints that the command has stopped as requested; returns the code to exit with."""
     print("stopped; the same command goes on", file=sys.stderr)
     return STOPPED
 
 
 def scoring(config: Config) -> list[str]:
-    """Returns the words that score a run by tools/evaluate.py, with as many images at a time as its training had.
+    """Returns the command line that scores a run by tools/evaluate.py, in batches no larger than the run's own.
 
-    It computes in float32, in which the 256 images of its default may not fit where a validation in bf16 does.
+    The tool computes in float32: its default of 256 images may not fit on a GPU where a validation in bf16 does.
     """
     batch_size = min(filter(None, (config.evaluation.batch_size, config.engine.max_micro_batch_size)))
     words = [ROOT / "tools" / "evaluate.py", config.output / config.name, "--batch-size", batch_size]
@@ -173,7 +173,7 @@ def _num_ranks(options: Options) -> int:
 
 
 def train(config: Config, sweep: Sweep, num_ranks: int) -> int:
-    """Runs launch/pretrain.py; returns its exit code, or STOPPED when asked to stop, once no rank writes any more."""
+    """Runs launch/pretrain.py until no rank writes any more; returns its exit code, or STOPPED when asked to stop."""
     file = sweep.folder / "configs" / f"{config.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, config_to_yaml(config), shared=True)
@@ -182,7 +182,7 @@ def train(config: Config, sweep: Sweep, num_ranks: int) -> int:
 
 
 def collect(sweeps: Sequence[Sweep], out: Path, *, vtab: bool) -> list[dict[str, Any]]:
-    """Writes the line of each task that has one, and returns them; VTAB's mean is the last."""
+    """Writes and returns the lines of all tasks with a finished final run; VTAB's mean is the last."""
     found = []
     for sweep in sweeps:
         if (line := results(sweep)) is None:

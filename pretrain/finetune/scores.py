@@ -1,4 +1,4 @@
-"""What the runs of a sweep reached, read from what they leave behind, and the choice of the learning rate."""
+"""Scores of a sweep's runs, read from their folders, and the choice of the learning rate."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ DIVERGED = "DIVERGED"  # file in the folder of a selecting run whose loss did no
 
 @dataclass(frozen=True)
 class RunScore:
-    """What a finished run reached on the images that it was validated on."""
+    """A finished run's score on its validation images."""
 
     top1: float  # -1 where the loss did not stay finite
     num_images: int
@@ -44,9 +44,10 @@ def score(config: Config) -> RunScore | None:
 
 
 def chosen_lr(sweep: Sweep) -> float | None:
-    """Returns the rate with the best top-1 on the held-out images, the lowest of equals; None until all are scored.
+    """Returns the rate with the best top-1 on the held-out images; None until all are scored.
 
-    The lowest: it changes the weights least. Test images play no part. Raises UserError when no run stayed finite.
+    Of equals, the lowest, which changes the weights least. Test images play no part. Raises UserError when no run's
+    loss stayed finite.
     """
     rates = sweep.protocol.lr_grid
     if len(rates) == 1:
@@ -61,7 +62,7 @@ def chosen_lr(sweep: Sweep) -> float | None:
 
 
 def claim_sweep(sweep: Sweep) -> None:
-    """Writes sweep.json, or checks it. Raises UserError when the folder belongs to other weights or data."""
+    """Writes sweep.json, or checks the existing one. Raises UserError when it names other weights or data."""
     path = sweep.folder / "sweep.json"
     used = {"train": sweep.select[0], "val": sweep.select[1], "all of train": sweep.train, "test": sweep.test}
     own = {
@@ -82,7 +83,7 @@ def claim_sweep(sweep: Sweep) -> None:
 
 
 def _is_of(record: Fields, image_size: int, checkpoint: Path, digest: str | None) -> bool:
-    """Whether a record is of a checkpoint: by its digest; by its name where that has been removed."""
+    """Returns whether a record is of a checkpoint: by digest, or by name where the checkpoint has been removed."""
     if record.integer("image_size", 1, MAX_IMAGE_SIZE) != image_size:
         return False
     if digest is not None:
@@ -91,7 +92,7 @@ def _is_of(record: Fields, image_size: int, checkpoint: Path, digest: str | None
 
 
 def final_sha256(config: Config) -> str | None:
-    """Returns the digest of a final run's last checkpoint, None where it is not there."""
+    """Returns the digest of a final run's last checkpoint, None where it does not exist."""
     final = _final_checkpoint(config)
     return weights_sha256(final) if final.is_dir() else None
 
@@ -101,9 +102,9 @@ def _final_checkpoint(config: Config) -> Path:
 
 
 def real_score(config: Config) -> RunScore | None:
-    """Returns what tools/evaluate.py found by ReaL labels for a final run, None when it has not scored them.
+    """Returns a final run's score by ReaL labels, as tools/evaluate.py found it; None when it has not been scored.
 
-    Its file holds records of other checkpoints of the run too, and the last one to be evaluated stands first.
+    The file also holds records of other checkpoints of the run; the last one to be evaluated comes first.
     """
     path = config.output / config.name / "evaluation" / "results.json"
     if not path.is_file():

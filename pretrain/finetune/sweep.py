@@ -1,7 +1,7 @@
 """A sweep: fine-tuning by the paper's protocol as a list of independent pretraining runs with derived configs.
 
-`plan_sweep` hands on a Sweep; `selecting_runs` and `final_runs` are its runs. scores.py reads what they reached,
-results.py makes the table, running.py starts them. docs/finetuning.md explains the protocol.
+`plan_sweep` returns a Sweep; `selecting_runs` and `final_runs` are its runs. running.py starts them, scores.py reads
+their scores, results.py makes the table. docs/finetuning.md explains the protocol.
 
 OUT/TASK/                      vtab/eurosat is vtab-eurosat here
   sweep.json                   checksums of the weights and the data: the sweep belongs to them
@@ -29,12 +29,12 @@ from pretrain.tasks.table import FineTuning, Task, task_folder
 # the area, flip; evaluation resizes the whole image to the square.
 _CROPPED = {"crop": "inception", "crop_area": [0.05, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.5}
 # VTAB's code (task_adaptation, data_loader.py): the whole image, no augmentation, which would destroy some labels. An
-# Inception crop of all of the area is the whole image, whatever its sides.
+# Inception crop of 100 % of the area is the whole image, whatever its aspect ratio.
 _WHOLE = {"crop": "inception", "crop_area": [1.0, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.0}
 _GOOGLE_RESIZE = {"interpolation": "bilinear", "antialias": False, "eval_transform": "vit"}
 
 _DATA = "--data with --task, --test with --train"
-# What the sweep sets itself, with the option that sets it.
+# Keys that the sweep sets itself, with the option to use instead.
 _OWN_KEYS = {
     "name": "--out",
     "output": "--out",
@@ -67,18 +67,18 @@ class Start:
     weights: Path | None  # None: random weights of the architecture, to compare with
     model: ModelConfig  # of the weights
     sha256: str | None  # of the weights
-    normalisation: Normalisation = MINUS_ONE_TO_ONE  # of the images that the weights were trained on
+    normalisation: Normalisation = MINUS_ONE_TO_ONE  # that the weights were trained with
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for, the same for each task."""
+    """The user's options, the same for each task."""
 
     start: Start
     data: Path
     out: Path
     num_seeds: int
-    steps: int | None = None  # fewer than the paper's scale the warm-up with them
+    steps: int | None = None  # with fewer than the paper's, the warm-up shrinks in proportion
     lr_grid: tuple[float, ...] | None = None
     image_size: int | None = None
     overrides: tuple[str, ...] = ()
@@ -90,18 +90,18 @@ class Sweep:
     """All runs of one task from one start."""
 
     task: Task
-    protocol: FineTuning  # the task's, with what was asked for instead
+    protocol: FineTuning  # the task's, changed by the user's options
     start: Start
     folder: Path
     train: Path  # manifest of the final runs
-    select: tuple[Path, Path | None, int]  # manifests to train and choose on; None: so many images held out instead
+    select: tuple[Path, Path | None, int]  # manifests to train and choose on; None: hold out so many images
     test: Path
     num_seeds: int
     overrides: tuple[str, ...]
 
 
 def read_start(weights: Path, *, from_scratch: bool) -> Start:
-    """Returns what the weights are, and the architecture. Raises UserError when they cannot be read."""
+    """Returns the weights as a start; `from_scratch`: only their architecture. Raises UserError if unreadable."""
     found = read_weights(weights)
     source = found.source.absolute()
     if from_scratch:
@@ -112,7 +112,7 @@ def read_start(weights: Path, *, from_scratch: bool) -> Start:
 def plan_sweep(task: Task, options: Options) -> Sweep:
     """Returns the sweep of a task whose data lies below `options.data`. Reads manifests, no images; writes nothing.
 
-    Raises UserError when the task is not fine-tuned on, or an override is of what the sweep sets itself.
+    Raises UserError when the task has no training images, or an override is of a key that the sweep sets itself.
     """
     if task.finetuning is None:
         raise UserError(
@@ -130,7 +130,7 @@ def plan_sweep(task: Task, options: Options) -> Sweep:
 
 
 def asked_for(protocol: FineTuning, options: Options) -> FineTuning:
-    """Returns a protocol with what was asked for instead. Raises UserError for an override of what the sweep sets."""
+    """Returns a protocol changed by the options. Raises UserError for an override of a key that the sweep sets."""
     steps, lr_grid, image_size = options.steps, options.lr_grid, options.image_size
     for override in options.overrides:
         if (key := key_of(override)) in _OWN_KEYS:
@@ -150,9 +150,9 @@ def key_of(override: str) -> str:
 
 
 def fitting_size(image_size: int, model: ModelConfig) -> int:
-    """Returns the size, less the pixels that fill no patch: 378 of 384 for H/14.
+    """Returns the size rounded down to whole patches: 378 for 384 and H/14. Google's convolution drops the rest.
 
-    Google's convolution drops the rest.
+    The size of timm's networks is left as it is.
     """
     return image_size if model.timm_name is not None else image_size - image_size % model.patch_size
 
@@ -161,7 +161,7 @@ def fitting_size(image_size: int, model: ModelConfig) -> int:
 
 
 def selecting_runs(sweep: Sweep) -> list[Config]:
-    """Returns a run per learning rate, from the lowest; none where there is one rate and so nothing to choose."""
+    """Returns a run per learning rate, from the lowest; none where there is only one rate and nothing to choose."""
     if len(sweep.protocol.lr_grid) == 1:
         return []
     train, val, held_out = sweep.select
@@ -171,7 +171,7 @@ def selecting_runs(sweep: Sweep) -> list[Config]:
 
 
 def final_runs(sweep: Sweep, lr: float) -> list[Config]:
-    """Returns a run per seed on all training images. Each scores the test images once, after its last step."""
+    """Returns a run per seed on all training images. Each is scored on the test images once, after its last step."""
     data = {"train": str(sweep.train), "val": str(sweep.test), "held_out": 0}
     return [
         _run(sweep, f"final-lr{lr:g}-seed{seed}", lr, seed, data, sweep.protocol.steps)
@@ -180,9 +180,9 @@ def final_runs(sweep: Sweep, lr: float) -> list[Config]:
 
 
 def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], evaluate_every_steps: int) -> Config:
-    """The protocol as a pretraining run: ViT, B.1.1 and Table 4; what it leaves open as in vision_transformer."""
+    """Returns the protocol (ViT paper, B.1.1 and Table 4) as a run; what it leaves open is as in vision_transformer."""
     start, protocol = sweep.start, sweep.protocol
-    # A new head is zero, bias included, and stands on the width: the tanh layer belongs to the old one. The
+    # The new head is zero, bias included, and has no tanh layer before it, which belongs to the old head. The
     # paper's fine-tuning has no stochastic depth.
     model = replace(
         start.model,
@@ -226,7 +226,7 @@ def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], ev
 
 
 def write_out(path: Path, text: str) -> None:
-    """Writes a file of the results' folder. Raises UserError when it cannot be written."""
+    """Writes a file into the results folder. Raises UserError when it cannot be written."""
     with cli.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text + "\n", shared=True)  # elements of a job array write the same file

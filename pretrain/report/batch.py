@@ -1,4 +1,4 @@
-"""The first batch of a run, image by image: cut out of batch.png by what batch.json says (train/first_batch.py)."""
+"""The first batch of a run, image by image: cut out of batch.png as batch.json describes it (train/first_batch.py)."""
 
 import io
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from pretrain.json_files import Fields
 from pretrain.log import warn
 from pretrain.report.files import Picture, embedded, image_file, inside
 
-MAX_SHOWN = 32  # of the 64 in the file: as many as one looks at
+MAX_SHOWN = 32  # of the 64 in the file: as many as a reader looks at
 _MAX_SIDE = 1024  # pixels of an image
-_QUALITY = 90  # of JPEG: photos as PNG would be megabytes of the page
+_QUALITY = 90  # of JPEG: as PNG, photos would add megabytes to the page
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Example:
 
 
 def read_batch(folder: Path) -> list[Example]:
-    """Returns the first images of the batch; none where the folder has no picture of it, or no captions that fit."""
+    """Returns the first images of the batch; none where the folder has no picture of it, or no usable captions."""
     record, path = inside(folder, "batch.json"), inside(folder, "batch.png")
     if record is None or path is None or (image := image_file(path)) is None:
         return []

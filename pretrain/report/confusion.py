@@ -1,4 +1,4 @@
-"""Which classes are taken for which: a picture of rows and columns, and the pairs that are mistaken most often."""
+"""The confusion matrix: which classes are mistaken for which, as a picture and a list of the most frequent pairs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from pretrain.config import MAX_CLASSES
 from pretrain.errors import UserError
 from pretrain.json_files import Fields
 
-_MAX_CELLS = 30  # classes a side of the picture; of more those with the most mistakes
+_MAX_CELLS = 30  # classes per side of the picture; of more, those with the most mistakes
 _MAX_CONFUSED = 8  # pairs of classes that are listed
 CELL, LABEL = 30, 150  # units of SVG, about pixels: a cell's side, the room for names
-_MAX_LABEL = 20  # letters, that fit
+_MAX_LABEL = 20  # letters that fit
 _MAX_IMAGES = 10**15
 
 
@@ -24,7 +24,7 @@ class Cell:
     number: int
     opacity: float  # rises with the share of the class's images
     is_right: bool
-    text: str  # shown when pointed at
+    text: str  # tooltip
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Confusion:
 
 
 def read_pairs(values: Fields, num_classes: int) -> dict[tuple[int, int], int]:
-    """Returns how many images of a class (the first) got a prediction (the second), from the key "confusion".
+    """Returns the number of images by (class, prediction), from the key "confusion".
 
-    Raises UserError for anything else than a list of such numbers.
+    Raises UserError for anything but a list of [class, prediction, images].
     """
     rows = values.values.get("confusion")
     if not isinstance(rows, list):
@@ -60,7 +60,7 @@ def read_pairs(values: Fields, num_classes: int) -> dict[tuple[int, int], int]:
 
 
 def drawn(pairs: Mapping[tuple[int, int], int], classes: Sequence[str]) -> Confusion:
-    """Returns the picture and the table of pairs of classes: the true one, the predicted one, how many images."""
+    """Returns the picture and the table of confusions. pairs: number of images by (true class, predicted class)."""
     totals, mistakes = [0] * len(classes), [0] * len(classes)
     for (label, predicted), number in pairs.items():
         totals[label] += number

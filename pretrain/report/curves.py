@@ -1,6 +1,6 @@
 """Curves of runs over steps: one PNG by matplotlib, and panels of plain geometry that the HTML page draws as SVG.
 
-The panels' lines follow the page's colour scheme, light or dark, and their text its font; a PNG cannot.
+Unlike a PNG, the panels follow the page's colour scheme, light or dark, and its font.
 """
 
 import math
@@ -18,8 +18,8 @@ from pretrain.report.figures import best
 from pretrain.report.runs import Run
 from pretrain.storage import replacing
 
-# Okabe and Ito's colours, which differ for colour-blind readers too, darkened where they were pale on white. The page
-# has lighter ones on dark, in the same order; from the ninth run on they come again, dashed.
+# Okabe and Ito's colours, which colour-blind readers can tell apart too, darkened where they were pale on white. The
+# page has lighter ones for its dark scheme, in the same order; from the ninth run on they repeat, dashed.
 COLORS = ("#0072b2", "#d55e00", "#00845f", "#b5578f", "#b07900", "#3a9bd3", "#6b4fa0", "#5f6368")
 
 
@@ -43,13 +43,13 @@ PANELS = (
 )
 _MAX_NAME = 120  # letters of a legend's line
 _LEGEND_LETTERS = 170  # that fit the width of the PNG
-MAX_PANELS = 60  # besides; a PNG has no more than 65,535 pixels a side
-_UNEQUAL = 4  # runs whose lengths differ by more have steps on a logarithmic axis, which shows each
-_MANY = 100  # points; from here on the mean over a window is drawn over the pale raw curve
+MAX_PANELS = 60  # beside PANELS; a PNG has at most 65,535 pixels a side
+_UNEQUAL = 4  # if the lengths of runs differ by a larger factor, the step axis is logarithmic, to show the shortest too
+_MANY = 100  # points, from which on a moving mean is drawn over the pale raw curve
 
 
 def panels_of(runs: Sequence[Run]) -> list[PanelOf]:
-    """Returns PANELS, and one for each accuracy of few-shot and neighbours, and precision, logged while training."""
+    """Returns PANELS, and one for each few-shot and k-nn accuracy and average precision logged during training."""
     found = {metric for run in runs for metric in run.curves if re.search("shot|/knn_|/mean_average_prec", metric)}
     natural = sorted(
         (metric for metric in found if not metric.endswith("-std")),
@@ -82,7 +82,7 @@ def _drawn(of: PanelOf, runs: Sequence[Run]) -> list[_Drawn]:
 
 
 def _strokes(curve: _Drawn, runs: Sequence[Run]) -> list[tuple[str, np.ndarray, float]]:
-    """How a curve is drawn: each line's kind (raw: pale; mean; val: dashed, with dots), values and width."""
+    """Returns the lines that draw a curve: kind (raw: pale; mean; val: dashed, with dots), values and width of each."""
     if not curve.metric.startswith("train/"):
         return [("val", curve.values, 1.2)]
     if curve.metric == "train/lr":
@@ -93,7 +93,7 @@ def _strokes(curve: _Drawn, runs: Sequence[Run]) -> list[tuple[str, np.ndarray, 
 
 
 def _lr_width(run: int, runs: Sequence[Run]) -> float:
-    """A rate is often the same in several runs: the earlier ones are drawn wider, to be seen behind the later ones."""
+    """Returns the line width of a learning rate: wider where later runs have the same one, to show behind them."""
     own = runs[run].curves["train/lr"]
     later = [other.curves["train/lr"] for other in runs[run + 1 :] if "train/lr" in other.curves]
     num_equal = sum(all(map(np.array_equal, own, other)) for other in later)
@@ -101,7 +101,7 @@ def _lr_width(run: int, runs: Sequence[Run]) -> float:
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the mean over `window` points around each, of the finite ones; shorter windows at the ends."""
+    """Returns, for each point, the mean of the finite values in a window around it; windows are shorter at the ends."""
     finite = np.isfinite(values)
     kernel = np.ones(2 * (window // 2) + 1)
     sums = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
@@ -111,9 +111,9 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 # --- SVG -------------------------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT = 360, 215  # of a panel, in units of SVG: about a pixel, on a phone too
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 8, 24  # margins; a label at the left has up to 6 characters, 0.0025
-_BUCKETS = 250  # a longer curve keeps the smallest and the largest value of each of so many stretches
+WIDTH, HEIGHT = 360, 215  # of a panel, in SVG units: about a pixel, on a phone too
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 8, 24  # margins; a label at the left has up to 6 characters, as 0.0025
+_BUCKETS = 250  # longer curves are split into so many stretches; the smallest and largest value of each are kept
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Dot:
     run: int
     x: float
     y: float
-    text: str  # shown when pointed at
+    text: str  # tooltip
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,14 @@ def draw_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def differ_in_length(runs: Sequence[Run]) -> bool:
-    """Returns whether the shortest run would be a sliver beside the longest."""
+    """Returns whether the shortest run would be too narrow to see beside the longest."""
     lengths = [max(int(steps[-1]) for steps, _ in run.curves.values()) for run in runs if run.curves]
     return bool(lengths) and max(lengths) > _UNEQUAL * max(1, min(lengths))
 
 
 @dataclass(frozen=True)
 class _Axes:
-    """Where steps and values lie. `low` and `high` are decimal logarithms where `log`."""
+    """The ranges of steps and values. With `log`, `low` and `high` are decimal logarithms."""
 
     first: int
     last: int
@@ -225,7 +225,7 @@ def _axes(of: PanelOf, curves: Sequence[_Drawn], log_steps: bool) -> _Axes | Non
         low, high = math.log10(low), math.log10(high)
     elif of.scale == "from zero":
         low = min(0.0, low)
-    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0  # a constant needs some height too
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0  # a constant curve needs some height too
     if not (of.scale == "from zero" and low == 0):
         low -= margin
     last = max(int(curve.steps[-1]) for curve in curves)
@@ -247,7 +247,7 @@ def _dots(curve: _Drawn, axes: _Axes, runs: Sequence[Run]) -> list[Dot]:
 
 
 def _reduced(steps: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
-    """Returns the points, or of each of many stretches the lowest and the highest one: no spike is lost."""
+    """Returns all points or, of a long curve, the lowest and highest of each stretch, so that no spike is lost."""
     if len(values) <= 2 * _BUCKETS:
         kept = np.arange(len(values))
     else:
@@ -286,7 +286,7 @@ def _log_levels(low: float, high: float) -> list[float]:
 
 
 def axis_labels(values: Sequence[float]) -> list[str]:
-    """Returns short labels, all of one form: 2.5e-4 and 1e-3 where one of them is that small."""
+    """Returns short labels in one format: all as 2.5e-4 where any value is that small."""
     if any(0 < abs(value) < 0.001 for value in values):
         parts = [f"{value:.2e}".split("e") for value in values]
         return [f"{float(digits):g}e{int(power)}" if float(digits) else "0" for digits, power in parts]
@@ -295,12 +295,12 @@ def axis_labels(values: Sequence[float]) -> list[str]:
 
 # --- PNG -------------------------------------------------------------------------------------------------------------
 
-# Beside the widths of `_strokes`, but for "val", whose dots need a thinner line here.
+# Added to the widths of `_strokes`; "val" has its own width, since its dots need a thinner line here.
 _STYLES = {"raw": {"alpha": 0.3}, "mean": {}, "val": {"ls": "--", "lw": 1, "marker": "o", "ms": 4}}
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """Draws loss, accuracy, learning rate, gradient norm, speed and waiting of all runs into one PNG."""
+    """Draws the panels of `panels_of` for all runs into one PNG."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
@@ -360,6 +360,6 @@ def _legend(run: Run) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns text that matplotlib shows as it is: a pair of "$" would be a formula. A long one is cut."""
+    """Returns text that matplotlib shows literally: a pair of "$" would be a formula. Long text is cut."""
     line = shown(text)
     return (line if len(line) <= _MAX_NAME else f"{line[:_MAX_NAME]}...").replace("$", r"\$")

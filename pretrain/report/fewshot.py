@@ -1,4 +1,4 @@
-"""Few-shot accuracy as a chart: the weights beside random ones and raw pixels, by the images learned from."""
+"""Few-shot accuracy as a chart over shots: the weights beside random weights and raw pixels."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from pretrain.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 
 _METRIC = re.compile(r"(\d{1,6})-shot")
 MAX_SHOTS, MAX_SERIES = 8, 6  # more cannot be told apart; the table has them all
-_INSET = 22  # of the first and last column, so that their marks are whole
+_INSET = 22  # of the first and last column, so that their marks are not cut off
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Mark:
     y: float
     low: float
     high: float
-    text: str  # shown when pointed at
+    text: str  # tooltip
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FewShot:
 
 
 def fewshot_chart(rows: Sequence[dict[str, Any]]) -> FewShot | None:
-    """Returns the chart of an evaluation's rows; None where there are no two kinds of features to compare."""
+    """Returns the chart of an evaluation's rows; None without two kinds of features, or with invalid values."""
     values = {(row["model"], row["metric"]): row["value"] for row in rows}
     found = {(row["model"], int(match[1])): row for row in rows if (match := _METRIC.fullmatch(row["metric"]))}
     shots = sorted({number for _, number in found})[:MAX_SHOTS]

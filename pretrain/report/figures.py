@@ -1,4 +1,4 @@
-"""The figures of runs: as JSON values, and as tables of text that the HTML page and the Markdown page share."""
+"""The figures of runs, as JSON values and as tables of text for both the HTML page and the Markdown page."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from pretrain.tasks.published import PAPER_ROWS, PaperRow
 from pretrain.tasks.table import VTAB, vtab_means
 
 NOTHING = "–"  # in a cell for which nothing was measured
-DIGEST_LETTERS = 12  # of a digest, as shown: as many as in names of files
+DIGEST_LETTERS = 12  # of a digest as shown: as many as in file names
 
 # The columns of the paper's Table 2, and the tasks whose scores they show.
 PAPER_COLUMNS = {
@@ -40,12 +40,12 @@ class Table:
 
     header: list[str]
     rows: list[list[str]]
-    num_runs: int = 0  # rows from the first on that stand for run 0, 1 ... in the colour of its curves
+    num_runs: int = 0  # the first so many rows are run 0, 1 ..., in the colour of their curves
     text_columns: tuple[int, ...] = (0,)  # aligned left; the others hold figures
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """Returns a run's figures as JSON values: last and best metrics, what was left out, and what it ran with."""
+    """Returns a run's figures as JSON values: last and best metrics, bad samples, skipped steps, environment."""
     last_start = run.starts[-1] if run.starts else {}
     config = run.config
     rates = _finite_values(run, "train/images_per_s")
@@ -125,15 +125,15 @@ def _finite_values(run: Run, metric: str) -> np.ndarray:
 
 
 def finite(value: Any) -> float | None:
-    """Returns the number, or None: JSON has no NaN."""
+    """Returns the number, or None where it is not finite: JSON has no NaN."""
     return float(value) if math.isfinite(value) else None
 
 
 def protocol_scores(run: Run) -> dict[str, float]:
-    """Returns the run's mean score of each task, a fraction; "vtab" is the flat mean of its tasks, when all are there.
+    """Returns the run's mean score of each task, a fraction; "vtab" is the flat mean of its tasks, if all have one.
 
-    A result of another protocol, or from random weights, is not such a score: only the table of fine-tunings has it.
-    Of several, such as ImageNet's at 384 and at 512 pixels, it is the one at the largest size, the last of equals.
+    Results by another protocol, or from random weights, do not count; only the table of fine-tunings shows them. Of
+    several scores, such as ImageNet's at 384 and at 512 pixels, the one at the largest size, the last of equals.
     """
     means = {task: found[-1]["mean"] for task, found in _by_size(run).items()}
     if set(VTAB) <= set(means):
@@ -142,7 +142,7 @@ def protocol_scores(run: Run) -> dict[str, float]:
 
 
 def _by_size(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Each task's mean scores by the protocol with their image sizes, from the smallest."""
+    """Returns each task's mean scores by the protocol, with image sizes, from the smallest size."""
     found: dict[str, list[dict[str, Any]]] = {}
     for of in sorted(run.finetuning, key=lambda of: of["image_size"] or 0):  # stable
         if not of["differs"] and not of["from_scratch"] and math.isfinite(of["mean"]):
@@ -151,7 +151,7 @@ def _by_size(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def config_differences(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields key and value, as YAML, of what differs from the defaults; what has no default always does."""
+    """Yields key and value, as YAML, of settings that differ from the defaults or have none."""
     return ((key, _as_yaml(value)) for key, value in non_defaults(config))
 
 
@@ -165,7 +165,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def overview_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """One line per run: how far, how good, how fast, what was lost."""
+    """One line per run: steps, accuracy and loss, speed, skipped steps, bad samples, restarts."""
     header = ["run", "steps", "best val top-1", "last val top-1", "last train loss", "images/s"]
     header += ["skipped steps", "bad samples", "restarts"]
     return Table(header, [_overview(values) for values in summaries], num_runs=len(summaries))
@@ -201,14 +201,14 @@ def paper_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _score(values: dict[str, Any], task: str) -> str:
-    """A cell of the paper's table; of several scores each, with its size."""
+    """Returns a cell of the paper's table; where there are several scores, all of them with their image sizes."""
     if several := values["scores_at"].get(task):
         return ", ".join(f"{_percent(of['mean'])} at {of['image_size'] or NOTHING} px" for of in several)
     return _percent(values["scores"].get(task))
 
 
 def vtab_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """VTAB task by task beside the paper's Table 9, and the means; no rows where no run has a task by the protocol."""
+    """VTAB task by task and the means, beside the paper's Table 9; no rows if no run has a task by the protocol."""
     measured = [{task: values["scores"][task] for task in VTAB if task in values["scores"]} for values in summaries]
     published = [{task: row.scores[task] / 100 for task in VTAB} for row in VTAB_REFERENCES]
     columns = [_with_means(scores) for scores in (*measured, *published)]
@@ -228,7 +228,7 @@ def _paper_model(row: PaperRow) -> str:
 
 
 def targets(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns each promise of a recipe's header once: names of its runs, recipe, score."""
+    """Returns each score that a recipe's header promises once: names of its runs, recipe, score."""
     found: dict[tuple[str, str], list[str]] = {}
     for values in summaries:
         if target := values["target"]:
@@ -257,7 +257,7 @@ def losses_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 
 def nothing_lost(summaries: Sequence[dict[str, Any]]) -> str | None:
-    """Returns the sentence that stands for the table where every known count is zero; None where one is not."""
+    """Returns a sentence in place of the table if all counts are known and zero, else None."""
     counts = [values[name] for values in summaries for name in ("bad_samples", "skipped_steps")]
     listed = any(values["bad_samples_by_cause"] or values["skipped_at"] for values in summaries)
     if None in counts or any(counts) or listed:
@@ -287,13 +287,13 @@ def starts_table(values: dict[str, Any]) -> Table:
 
 
 def _date(time: Any) -> str:
-    """2026-11-22T09:35:13+0000 with spaces, cut to minutes."""
+    """Returns a time such as 2026-11-22T09:35:13+0000 with spaces, cut to minutes."""
     match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\d([+-]\d{4})", str(time))
     return f"{match[1]} {match[2]} {match[3]}" if match else str(time or NOTHING)
 
 
 def short_commit(commit: Any) -> str:
-    """Returns the first 10 digits, and whether files differed from it."""
+    """Returns the first 10 digits of a commit, with its mark if files differed from it."""
     return re.sub(r"^([0-9a-f]{10})[0-9a-f]{30}", r"\1", str(commit)) if commit else NOTHING
 
 
@@ -304,19 +304,19 @@ def evaluations(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def of_wrong(wrong: dict[str, Any]) -> str:
-    """Returns the data and weights of wrong predictions, as the end of a heading; "" where they are not known."""
+    """Returns the data and weights of wrong predictions, as the end of a heading; "" where unknown."""
     told = f" on {wrong['data']}" if wrong["data"] else ""
     return told + (f", weights {wrong['weights_sha256'][:DIGEST_LETTERS]}" if wrong["weights_sha256"] else "")
 
 
 def of_record(record: dict[str, Any]) -> str:
-    """Returns which weights a record of an evaluation is of, in words."""
+    """Returns the weights of an evaluation's record, in words."""
     digest = f", weights {record['weights_sha256'][:DIGEST_LETTERS]}" if record["weights_sha256"] else ""
     return portable_path(record["weights"]) + digest + "; those here now are others" * record["is_of_others"]
 
 
 def evaluation_table(found: Sequence[dict[str, Any]]) -> Table:
-    """The rows that tools/evaluate.py measured; a standard deviation stands with its mean."""
+    """The rows that tools/evaluate.py measured; a standard deviation is shown beside its mean."""
     spread = {(row["model"], row["metric"]): row["value"] for row in found}
     rows = []
     for row in found:
@@ -355,7 +355,7 @@ def finetuning_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 
 def config_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """What differs from the defaults, a column per run; keys in the order of pretrain/config/sections.py."""
+    """Settings that differ from the defaults, a column per run; keys in the order of pretrain/config/sections.py."""
     known = [values for values in summaries if values["config_differences"]]
     keys = dict.fromkeys(key for values in known for key in values["config_differences"])
     order = sorted(keys, key=[key for key, *_ in settings()].index)

@@ -1,4 +1,4 @@
-"""Files of a folder that is not trusted: those that lie in it, within limits of size; pictures that can be shown."""
+"""Reads files of an untrusted folder: only those inside it, within size limits; pictures that can be shown."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from pretrain.errors import UserError
 from pretrain.json_files import Fields
 from pretrain.log import warn
 
-MAX_LOG_BYTES, MAX_LINE_BYTES = 512 << 20, 1 << 20  # a million lines of 20 metrics; the rest of a log is not read
+MAX_LOG_BYTES, MAX_LINE_BYTES = 512 << 20, 1 << 20  # a million lines of 20 metrics; the rest is not read
 MAX_PICTURE_BYTES, MAX_PIXELS = 32 << 20, 50_000_000  # ours have at most 4096 pixels a side
 
 
@@ -34,7 +34,7 @@ class Picture:
 def inside(folder: Path, name: str) -> Path | None:
     """Returns the path of a file in the folder, None where there is none.
 
-    A link that leads out of the folder is reported, not followed: a page must not carry other files away.
+    Warns of a link that leads out of the folder, and does not follow it: a page must not leak other files.
     """
     path = folder / name
     try:
@@ -50,7 +50,7 @@ def inside(folder: Path, name: str) -> Path | None:
 
 
 def read_text(folder: Path, name: str) -> str | None:
-    """Returns what a small file of text holds; None where there is none, or with a warning where it cannot be used."""
+    """Returns the content of a small text file; None where there is none or, with a warning, it cannot be used."""
     if (path := inside(folder, name)) is None or (content := _content(path, MAX_TEXT_BYTES)) is None:
         return None
     return content.decode(errors="replace")
@@ -68,9 +68,10 @@ def _content(path: Path, max_bytes: int) -> bytes | None:
 
 
 def lines(folder: Path, name: str, use: Callable[[Fields], Any]) -> Iterator[Any]:
-    """Yields what `use` makes of each line of a log. No file has no lines.
+    """Yields the result of `use` for each line of a log; nothing where there is no file.
 
-    Lines for which it raises UserError are left out and counted: the last one of a running or killed run may be torn.
+    Lines for which it raises UserError are left out, and a warning says how many: the last line of a running or killed
+    run may be incomplete.
     """
     if (path := inside(folder, name)) is None:
         return
@@ -101,7 +102,7 @@ def image_file(path: Path) -> Image.Image | None:
 
 
 def picture(name: str, content: bytes, source: str) -> Picture | None:
-    """Returns bytes as something to show; warns and returns None when they are not a PNG or JPEG, or too large."""
+    """Returns bytes as a picture; warns and returns None when they are not a PNG or JPEG, or too large."""
     image = _decoded(content, source)
     return None if image is None else embedded(name, content, image)
 

@@ -1,7 +1,7 @@
-"""One page on what fine-tuning on one's own data reached: OUT/report.html, from what tools/finetune.py --train leaves.
+"""The page on fine-tuning on own data: OUT/report.html, made from the results of tools/finetune.py --train.
 
-A sentence and a chart first; then what is taken for what, the photos that were wrong, and how it was made. One file, no
-script, nothing from outside; names of classes and photos are whatever someone wrote.
+A sentence and a chart first; then the confusions, the misclassified photos, and how the result was made. One file, no
+script, nothing from outside; names of classes and photos are untrusted.
 """
 
 import shlex
@@ -22,7 +22,7 @@ from pretrain.storage import write_text
 
 PAGE = "report.html"
 _ACCURACY = "accuracy.json"
-_MAX_BARS = 24  # classes of the chart; of more those with the lowest accuracy
+_MAX_BARS = 24  # classes of the chart; of more, those with the lowest accuracy
 _MAX_SECONDS = 1e9
 
 
@@ -39,14 +39,14 @@ class Bar:
 
 
 def is_own(folder: Path) -> bool:
-    """Returns whether a folder is what tools/finetune.py --train has left when it was done."""
+    """Returns whether a folder is the output of a finished tools/finetune.py --train."""
     return inside(folder, _ACCURACY) is not None
 
 
 def write_page(folder: Path, out: Path | None = None) -> Path:
-    """Writes the page, into the folder itself where no other is named, and returns its path.
+    """Writes the page into `out`, or into the folder itself, and returns its path.
 
-    Raises UserError when it cannot, or the folder holds something else.
+    Raises UserError when it cannot be written, or the folder holds something else.
     """
     path, page = folder / _ACCURACY, (out or folder) / PAGE
     if not is_own(folder):
@@ -66,9 +66,9 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
 
 
 def _wrong(values: Fields, folder: Path, run: str) -> list[WrongPrediction]:
-    """The photos that were wrong; none where a later evaluation of the run, on other data say, has left its own.
+    """Returns the misclassified photos; none if wrong.json is from a later evaluation, such as one on other data.
 
-    What an earlier version wrote has no digests, and is taken.
+    A wrong.json of an earlier version has no digests, and is accepted.
     """
     if (path := inside(folder, f"{run}/evaluation/wrong.json")) is None:
         return []
@@ -81,14 +81,14 @@ def _wrong(values: Fields, folder: Path, run: str) -> list[WrongPrediction]:
 
 
 def _from_here(folder: Path) -> Path:
-    """A folder as seen from the working folder; elsewhere its name alone: a page shows nobody's folders."""
+    """Returns a folder relative to the working folder, or outside of that its name alone: a page shows no paths."""
     if not folder.is_absolute():
         return folder
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else Path(folder.name)
 
 
 def _shown(values: Fields) -> dict[str, Any]:
-    """What the template shows, each value of the type and size that it has to be."""
+    """Returns the values for the template, after checking the type and range of each."""
     if (found := values.text("format")) != "pretrain-accuracy":
         values.wrong("format", f"pretrain-accuracy, not {found!r}")
     classes = values.texts("classes")
@@ -119,7 +119,7 @@ def _shown(values: Fields) -> dict[str, Any]:
 
 
 def _run_name(values: Fields) -> str:
-    """The name of a folder inside this one."""
+    """Returns the run's name, checked to be that of a subfolder."""
     name = values.text("run")
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         values.wrong("run", "the name of a folder")
@@ -131,7 +131,7 @@ def _counts(values: Fields) -> tuple[int, int]:
 
 
 def _interval(values: Fields) -> tuple[float, float]:
-    """Both ends, in percent."""
+    """Returns both ends of the 95 % interval, in percent."""
     ends = values.numbers("interval", -1, 1e9)
     if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
         values.wrong("interval", "two shares, rising")
@@ -144,6 +144,6 @@ def _bar(part: Fields, classes: tuple[str, ...]) -> Bar:
 
 
 def _rate(part: Fields) -> tuple[str, str]:
-    """A learning rate that was tried, and what it reached on the held-out images."""
+    """Returns a learning rate that was tried, and its accuracy on the held-out images."""
     reached = f"{part.number('top1', 0, 1):.1%}" if part.has("top1") else "not finite"
     return f"{part.number('lr', 0, 1e3):g}", reached

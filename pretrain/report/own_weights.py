@@ -1,4 +1,4 @@
-"""Which results in a folder are of the weights that it holds now: results stay when weights are made anew."""
+"""Which results in a folder belong to the weights that it holds now: results remain when weights are replaced."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from pretrain.report.files import inside
 
 
 def digests_here(folder: Path) -> set[str]:
-    """Returns the SHA-256 of converted weights, or of a run's checkpoints and what `launch/chain.sh` has made of one.
+    """Returns the SHA-256 of converted weights; of a run, of its checkpoints and of what `launch/chain.sh` converted.
 
-    It reads converted weights whole, a second or two for 1 GB. If it cannot be read, it says so, and nothing is known.
+    Reads converted weights whole, a second or two for 1 GB. Where something cannot be read, warns and returns an empty
+    set: nothing is known.
     """
     try:
         if _is_converted(folder):
@@ -33,8 +34,8 @@ def _is_converted(folder: Path) -> bool:
 def evaluation_compared(evaluation: dict[str, Any], folder: Path, here: set[str]) -> dict[str, Any]:
     """Returns records of evaluations; those of other weights than the ones here are marked as such.
 
-    here: of `digests_here`. Converted weights that were evaluated into their run's folder have a digest of their own:
-    nothing is known of those.
+    here: from `digests_here`. Records of converted weights in their run's folder are never marked: converted weights
+    have a digest of their own, so nothing is known about them.
     """
 
     def of_others(record: dict[str, Any]) -> bool:
@@ -46,7 +47,7 @@ def evaluation_compared(evaluation: dict[str, Any], folder: Path, here: set[str]
 
 
 def finetuning_compared(found: dict[str, Any], here: set[str]) -> dict[str, Any]:
-    """Returns a result of fine-tuning; from other weights than those here it is not a score of the folder."""
+    """Returns a result of fine-tuning; if it is from other weights than those here, its "differs" says so."""
     if not _are_gone(found["weights_sha256"], here):
         return found
     return {**found, "differs": ["other weights than those here now", *found["differs"]]}

@@ -1,6 +1,6 @@
-"""The report's files: report.html, one page that needs no other file; report.md and report.json with its numbers.
+"""The report's files: report.html, a self-contained page; report.md and report.json with the same numbers.
 
-The page has no script, and forbids scripts and everything from outside: a run's folder is not trusted.
+The page has no script, and its policy forbids scripts and outside resources: a run's folder is not trusted.
 """
 
 import json
@@ -21,7 +21,7 @@ from pretrain.report.figures import Table, summary
 from pretrain.report.runs import Run
 from pretrain.storage import write_text
 
-MAX_CARDS = 7  # beyond it the table has the runs
+MAX_CARDS = 7  # with more runs, only the table shows them
 NAMES = ("report.html", "curves.png", "report.md", "report.json")
 
 
@@ -41,7 +41,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
             "report.json": json.dumps(_told(record), indent=2, allow_nan=False) + "\n",
         }
         for name, text in pages.items():
-            write_text(out / name, text, errors="replace")  # names may hold halves of characters
+            write_text(out / name, text, errors="replace")  # names may hold lone surrogates
     return [out / name for name in NAMES]
 
 
@@ -50,11 +50,11 @@ _CAPTIONS = {
     "internals": "what it has learned: patch filters, positions, how far its heads look (the ViT paper's figure 7)",
     "rollout": "where it looks: attention rolled out over all blocks (the ViT paper's figure 6)",
 }
-_PATHS = ("folder", "path", "weights", "command")  # keys whose texts are a path, or one among others
+_PATHS = ("folder", "path", "weights", "command")  # keys whose values are paths or contain them
 
 
 def _told(value: Any, key: str = "") -> Any:
-    """Returns the value as report.json has it: no path tells whose disk it was; null for NaN, which JSON has not."""
+    """Returns the value for report.json: paths do not reveal whose disk it was; null for NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {name: _told(item, name) for name, item in value.items()}
     if isinstance(value, list):
@@ -71,17 +71,17 @@ def _paper() -> list[dict[str, Any]]:
     ]
 
 
-# --- what both pages say ---------------------------------------------------------------------------------------------
+# --- shared by both pages --------------------------------------------------------------------------------------------
 
 
 def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """Returns, by part, what no run has and the command that adds it."""
+    """Returns, by part of the page, a note on what no run has, and the command that adds it."""
     run = shlex.quote(portable(str(runs[0].folder), whole=True))
     finetune = f"python tools/finetune.py {run} --task"
     evaluate = f"python tools/evaluate.py {run}"
     metrics = {metric for r in runs for metric in r.curves}
     evaluated = {row["metric"] for r in runs if r.evaluation for row in r.evaluation["rows"]}
-    tuned = all(r.config and r.config.init_from for r in runs)  # nobody asks how these transfer
+    tuned = all(r.config and r.config.init_from for r in runs)  # the transfer of fine-tuned runs is of no interest
     finetuned = any(r.finetuning or (r.config and r.config.init_from) for r in runs)
     have = {
         "validation": "val/top1" in metrics,
@@ -105,7 +105,7 @@ def _missing(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> dict[s
 
 
 def _facts(values: dict[str, Any]) -> dict[str, str]:
-    """Returns what a run ran with, by name; only what is known."""
+    """Returns the known facts about a run's settings and environment, by name."""
     versions = ", ".join(f"{name} {version}" for name, version in (values["versions"] or {}).items())
     facts = {
         "folder": portable_path(values["folder"]),
@@ -126,7 +126,7 @@ def _goodput(share: float | None) -> str:
 
 
 def _restarts(values: dict[str, Any]) -> str:
-    """Restarts, and what they cost."""
+    """Returns the number of restarts, and of the steps that they repeated."""
     if not values["restarts"]:
         return ""
     again = "" if values["lost_steps"] is None else f", {values['lost_steps']:,} steps done again"
@@ -134,13 +134,13 @@ def _restarts(values: dict[str, Any]) -> str:
 
 
 def _shared_facts(summaries: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Returns what all of several runs ran with."""
+    """Returns the facts that are the same for all of several runs."""
     first, *others = map(_facts, summaries)
     return {name: fact for name, fact in first.items() if others and all(of.get(name) == fact for of in others)}
 
 
 def caption(picture: str) -> str:
-    """Returns what a picture of a run's folder shows, by its name, which may end in the digest of older weights."""
+    """Returns the caption of a run's picture by its name, which may end in the digest of older weights."""
     known, _, digest = picture.partition("-")
     if known not in _CAPTIONS:
         return picture.replace("_", " ")
@@ -148,7 +148,7 @@ def caption(picture: str) -> str:
 
 
 def _batches(runs: Sequence[Run]) -> list[tuple[str, list[Example]]]:
-    """Returns the first batches, each once, with the names of the runs that began with it."""
+    """Returns each distinct first batch once, with the names of the runs that began with it."""
     found: dict[tuple[Example, ...], list[str]] = {}
     for run in runs:
         if run.batch:
@@ -160,12 +160,12 @@ def _batches(runs: Sequence[Run]) -> list[tuple[str, list[Example]]]:
 
 
 def template(name: str) -> Any:
-    """Returns one of the templates of this folder, which escapes whatever it shows."""
+    """Returns a template of this folder, with autoescaping of everything it shows."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # 0.1 s to import
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # of everything: names of runs, classes and files are whatever someone wrote
+        autoescape=True,  # of everything: names of runs, classes and files are untrusted
         finalize=_harmless,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -176,13 +176,13 @@ def template(name: str) -> Any:
 
 
 def _fewshot_chart(evaluation: dict[str, Any]) -> FewShot | None:
-    """The chart of the first record that has one and whose weights are here."""
+    """Returns the chart of the first record that has one and does not belong to other weights."""
     records = [record for record in (evaluation, *evaluation["others"]) if not record["is_of_others"]]
     return next(filter(None, (fewshot_chart(record["rows"]) for record in records)), None)
 
 
 def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
-    """Returns the page; its file names no other file."""
+    """Returns the page, which refers to no other file."""
     panels = curves.draw_panels(runs)
     charts = {number: _fewshot_chart(run.evaluation) for number, run in enumerate(runs) if run.evaluation}
     fewshots = {number: chart for number, chart in charts.items() if chart}
@@ -208,8 +208,8 @@ def html(runs: Sequence[Run], summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def _harmless(value: Any) -> Any:
-    """Escapes what changes the direction of writing and the like; line breaks of a config stay."""
-    return "\n".join(map(shown, value.split("\n"))) if type(value) is str else value  # markup is a str of its own
+    """Escapes characters that change the writing direction and the like; keeps the line breaks of a config."""
+    return "\n".join(map(shown, value.split("\n"))) if type(value) is str else value  # Markup is a subclass of str
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def _harmless(value: Any) -> Any:
 def markdown(
     summaries: Sequence[dict[str, Any]], missing: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 ) -> str:
-    """Returns the page: the tables of all runs, then what each ran with and its evaluation."""
+    """Returns the page: the tables of all runs, then the facts and the evaluations of each."""
     lines = ["# Report", ""]
     for values in summaries:
         result = story.headline(values)

@@ -28,8 +28,8 @@ from pretrain.storage import replacing, write_text
 
 INTERNALS, ROLLOUT, NUMBERS = "internals.png", "rollout.png", "numbers.json"
 _LETTERS = 12  # of a digest, in a file's name
-MAX_MAPS = 16  # per side: similarity maps of more places would be too small to read
-# Colours that differ for everyone: perceptually uniform maps, and two of Okabe and Ito's.
+MAX_MAPS = 16  # per side: more similarity maps would be too small to read
+# Suited to colour-blind readers: a perceptually uniform map, and two of Okabe and Ito's colours.
 MAP_COLORS, HEAD_COLOR, MEAN_COLOR = "viridis", "#0072B2", "#D55E00"
 
 
@@ -71,8 +71,8 @@ def write_pictures(
 ) -> list[Path]:
     """Draws into `out`, and writes the numbers; returns the files. Raises UserError when `out` cannot be written.
 
-    digest: of the weights; pictures of other weights stay there, under names with those weights' digest.
-    tensorboard: also as an event file.
+    digest: of the weights; pictures of other weights are kept, renamed with their digest. tensorboard: also write an
+    event file.
     """
     with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -91,11 +91,11 @@ def write_pictures(
 
 
 def _keep_others(out: Path, digest: str) -> None:
-    """Renames the files of other weights in the folder, and removes what these weights had there under such names."""
+    """Renames files of other weights by their digest, and removes such files of the weights `digest`, now outdated."""
     try:
         before = Fields.read(out / NUMBERS).text("weights_sha256")
     except (OSError, UserError):
-        return  # nothing is known of what lies there
+        return  # unknown, whose files these are
     if before == digest or not re.fullmatch("[0-9a-f]{64}", before):
         return
     for name in map(Path, (INTERNALS, ROLLOUT, NUMBERS)):
@@ -118,14 +118,14 @@ def _write_events(out: Path, names: list[str]) -> None:
 
 
 def mean_of_photos(photos: Sequence[Photo]) -> np.ndarray | None:
-    """Returns the attention distances [depth, heads], mean over photos; None without photos."""
+    """Returns the attention distances [depth, heads], averaged over photos; None without photos."""
     if not photos:
         return None
     return torch.stack([photo.look.distance_px for photo in photos]).mean(0).numpy()
 
 
 def shown_places(grid: Grid) -> tuple[list[int], list[int]]:
-    """Returns the rows and columns of the places whose similarity maps are drawn: all, or evenly spread ones."""
+    """Returns the rows and columns of the positions whose similarity maps are drawn: all, or evenly spaced ones."""
     rows, columns = (np.unique(np.linspace(0, side - 1, min(side, MAX_MAPS)).round().astype(int)) for side in grid)
     return rows.tolist(), columns.tolist()
 
@@ -166,7 +166,7 @@ def _rounded(values: np.ndarray, decimals: int) -> Any:
 
 
 def _figure(width: float, height: float, title: str) -> Any:
-    """A figure in inches, without pyplot: no global state, no window."""
+    """Returns a figure, its size in inches, without pyplot: no global state, no window."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -187,7 +187,7 @@ def _draw_internals(
 
 
 def _draw_filters(axes: Any, filters: Filters) -> None:
-    """Components as RGB: gray is no weight, and each has its own scale."""
+    """Draws components as RGB: gray is zero, and each has its own scale."""
     count, _, height, width = filters.components.shape
     columns = 7
     scale = filters.components.abs().amax((1, 2, 3), keepdim=True)
@@ -224,7 +224,7 @@ def _draw_positions(figure: Any, axes: Any, positions: Positions, grid: Grid) ->
 
 
 def _number_tiles(set_ticks: Any, places: list[int], side: int) -> None:
-    """Numbers the maps, from 1 on, at most 8 of them."""
+    """Labels at most 8 maps with their numbers, which count from 1."""
     every = -(-len(places) // 8)
     shown = range(0, len(places), every)
     set_ticks([number * (side + _gap(side)) + side / 2 - 0.5 for number in shown], [places[n] + 1 for n in shown])
@@ -257,12 +257,12 @@ def _draw_distances(axes: Any, config: ModelConfig, photos: Sequence[Photo]) -> 
 
 
 def _draw_rollouts(title: str, photos: Sequence[Photo]) -> Any:
-    """One row per photo: the photo, the rollout from its least to its most, and the photo as bright as that.
+    """Draws a row per photo: the photo, the rollout scaled from minimum to maximum, the photo with that as brightness.
 
-    In a flat rollout only the differences can be seen; the figures below it tell how small they are.
+    The scale makes differences visible in a flat rollout too; the figures below it tell how small they are.
     """
     figure = _figure(9.5, 0.9 + 2.7 * len(photos), f"{title}\nAttention rollout, {photos[0].look.source}")
-    maps = [photo.look.rollout.numpy() * photo.look.rollout.numel() for photo in photos]  # 1: as a uniform look
+    maps = [photo.look.rollout.numpy() * photo.look.rollout.numel() for photo in photos]  # 1: uniform attention
     for row, photo, values in zip(figure.subplots(len(photos), 3, squeeze=False), photos, maps):
         size = photo.pixels.shape[0]
         row[0].imshow(photo.pixels)
@@ -275,7 +275,7 @@ def _draw_rollouts(title: str, photos: Sequence[Photo]) -> Any:
         fine = torch.from_numpy(values)[None, None]
         fine = torch.nn.functional.interpolate(fine, size=(size, size), mode="bilinear")[0, 0].numpy()
         light = (fine - fine.min()) / max(np.ptp(fine), 1e-12)
-        # Pixel values are no amounts of light: this exponent makes light of the rollout in proportion.
+        # Pixel values are gamma-encoded: the exponent makes the light proportional to the rollout.
         row[2].imshow((photo.pixels * light[..., None] ** (1 / 2.2)).astype(np.uint8))
         for axes in row:
             _bare(axes)
@@ -285,7 +285,7 @@ def _draw_rollouts(title: str, photos: Sequence[Photo]) -> Any:
 
 
 def _gap(side: int) -> int:
-    """Pixels between tiles."""
+    """Returns the pixels between tiles."""
     return max(1, side // 8)
 
 

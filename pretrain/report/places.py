@@ -1,10 +1,10 @@
-"""Where results lie in a folder, by their names alone: a folder without any is refused before torch is imported."""
+"""Finds results in a folder by file name alone, so that a folder without any is refused before torch is imported."""
 
 from pathlib import Path
 
 from pretrain.errors import UserError
 
-# What training, tools/evaluate.py and tools/finetune.py leave: in the folder itself, or below it.
+# Files that training, tools/evaluate.py and tools/finetune.py write, in the folder itself or below it.
 _NAMES = (
     *("metrics.jsonl", "accuracy.json", "results.json", "evaluation/results.json"),
     *("*/results.json", "finetune*/**/results.json"),
@@ -18,7 +18,7 @@ def check_any(folder: Path) -> None:
 
 
 def nothing_in(folder: Path) -> UserError:
-    """Returns the error of a folder that holds nothing to report."""
+    """Returns the error for a folder that holds nothing to report."""
     if not folder.is_dir():
         return UserError(f"{folder}: not found; give the folder of a run, such as runs/NAME")
     return UserError(

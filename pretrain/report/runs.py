@@ -1,10 +1,10 @@
-"""What a run's folder holds, read into one plain value; hands on `Run`. Changes nothing in the folder.
+"""Reads a run's folder into one plain value, a `Run`. Changes nothing in the folder.
 
 metrics.jsonl, starts.jsonl, bad_samples.jsonl, skipped_steps.jsonl, config.yaml, recipe.yaml, DONE, batch.png and
 batch.json (train/folder.py); evaluation/results.json (tools/evaluate.py), evaluation/wrong.json,
 finetune/TASK/results.json and the same below finetune-from-scratch (tools/finetune.py), pictures/*.png
 (tools/visualize.py).
-A folder without a run has what it has: that of converted weights, or the --out of tools/finetune.py.
+A folder without a run, such as converted weights or the --out of tools/finetune.py, may hold only some of these.
 Folders travel between people: nothing in them is trusted, pictures least. Links that lead out of the folder are not
 followed; a line or picture that cannot be used is left out with a warning.
 """
@@ -33,11 +33,11 @@ from pretrain.report.places import nothing_in
 from pretrain.report.target import Target, read_target
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values
-MAX_WRONG = 48  # thumbnails of one run on the page: a screenful or two
+MAX_WRONG = 48  # thumbnails of a run on the page: a screenful or two
 MAX_PICTURES = 50
-MAX_OTHERS = 20  # other weights whose results lie in the same folder, such as other checkpoints of a run
-MAX_METRICS, MAX_REASONS = 200, 20  # different ones of a run; ours log some 30, and have 6 reasons
-MAX_VALUE = 1e100  # beyond it a figure is damage, and its square no number
+MAX_OTHERS = 20  # other weights with results in the same folder, such as other checkpoints of a run
+MAX_METRICS, MAX_REASONS = 200, 20  # distinct ones of a run; ours log some 30, and have 6 reasons
+MAX_VALUE = 1e100  # a larger figure is damage, and its square may overflow
 MAX_COUNT = 10**15
 
 
@@ -54,11 +54,11 @@ class WrongPrediction:
 
 @dataclass(frozen=True)
 class Wrong:
-    """What wrong.json holds. An earlier version did not say of which data and weights it is: texts are empty then."""
+    """The content of wrong.json. An earlier version did not name data and weights: these texts are then empty."""
 
     shown: list[WrongPrediction]  # the first MAX_WRONG
-    number: int  # of all in the file
-    confusion: Confusion | None  # of the classes, where each image has one
+    number: int  # of items in the file
+    confusion: Confusion | None  # where each image has one class
     data: str
     data_sha256: str
     weights_sha256: str
@@ -74,7 +74,7 @@ class Run:
     logged_at: str | None  # time of the last log line
     starts: list[dict[str, Any]]  # time, versions, commit, ranks and step of each start
     config: Config | None
-    config_text: str | None  # config.yaml as it stands there
+    config_text: str | None  # the text of config.yaml
     evaluation: dict[str, Any] | None  # what tools/evaluate.py wrote
     finetuning: list[dict[str, Any]]  # what tools/finetune.py wrote, by task
     bad_samples: dict[str, int]  # by cause
@@ -87,7 +87,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads folders of runs, of weights with results, of results. Raises UserError when one holds nothing to report."""
+    """Reads folders of runs, weights or results. Raises UserError when one holds nothing to report."""
     names = [folder.resolve().name for folder in folders]
     places = list(map(portable_path, folders))
     called = [
@@ -131,7 +131,7 @@ def _read_run(folder: Path, name: str) -> Run:
 def _read_config(path: Path) -> Config | None:
     try:
         return load_config(path)
-    except (ConfigError, OSError) as error:  # of another version: its text is shown all the same
+    except (ConfigError, OSError) as error:  # of another version: its text is still shown
         return warn(f"{error}; reported without it")
 
 
@@ -143,7 +143,7 @@ def _step(row: Fields) -> int:
 
 
 def _read_curves(folder: Path) -> tuple[dict[str, Curve], str | None]:
-    """The curves, and when the last line was logged."""
+    """Returns the curves, and the time of the last line that has one."""
     points: dict[str, tuple[list[int], list[float]]] = {}
     first_too_many = last_time = None
     for step, row, time in lines(folder, "metrics.jsonl", _metrics):
@@ -161,7 +161,7 @@ def _read_curves(folder: Path) -> tuple[dict[str, Curve], str | None]:
 
 
 def _metrics(row: Fields) -> tuple[int, dict[str, float], str | None]:
-    """The step, its figures and when it was logged; texts and lists are not figures; layers are TensorBoard's."""
+    """Returns a line's step, numbers and time; leaves out texts, lists, and "layers/", which are for TensorBoard."""
     shown = {key: value for key, value in row.values.items() if key != "step" and not key.startswith("layers/")}
     numbers = [key for key, value in shown.items() if type(value) in (int, float)]
     time = row.values.get("time")
@@ -169,7 +169,7 @@ def _metrics(row: Fields) -> tuple[int, dict[str, float], str | None]:
 
 
 def _figure(row: Fields, key: str) -> float:
-    """A number; NaN and infinity are what a run that diverged has logged."""
+    """Returns a number; NaN and infinity are allowed, since a diverged run logs them."""
     value = row.values.get(key)
     if isinstance(value, float) and not math.isfinite(value):
         return value
@@ -177,7 +177,7 @@ def _figure(row: Fields, key: str) -> float:
 
 
 def _start(row: Fields) -> dict[str, Any]:
-    """What starts.jsonl tells of one start; what an earlier version did not write is None."""
+    """Returns a line of starts.jsonl; values that an earlier version did not write are None."""
     versions = row.part("versions") if row.has("versions") else None
     texts = "time", "recipe", "commit", "train_set", "device", "device_type"
     counts = "world_size", "parameters", "train_images", "num_classes"
@@ -208,7 +208,7 @@ def _reason(row: Fields) -> str:
 
 @contextmanager
 def _written_by(tool: str, path: Path) -> Iterator[None]:
-    """Around the reading of a file of results: an error says that the tool does not write such a file."""
+    """Turns errors from reading a results file into one that says that the tool did not write it."""
     try:
         yield
     except OSError as error:
@@ -219,7 +219,7 @@ def _written_by(tool: str, path: Path) -> Iterator[None]:
 
 
 def _evaluation_place(folder: Path) -> str:
-    """Where the files of tools/evaluate.py lie: below a run or weights, or in the folder that its --out named."""
+    """Returns the folder of tools/evaluate.py's files: below a run or weights, or the folder itself if it was --out."""
     return "" if _is_of("pretrain-evaluation", folder, folder / "results.json") else "evaluation/"
 
 
@@ -248,9 +248,9 @@ def _evaluated(record: Fields) -> dict[str, Any]:
 
 
 def _finetuning_files(folder: Path) -> list[Path]:
-    """The results of each task: below a run or weights, or in the folder that tools/finetune.py's --out named.
+    """Returns each task's results file: below a run or weights, or in a folder that was tools/finetune.py's --out.
 
-    Not those of a final run below, which has a config.yaml and may have been evaluated and fine-tuned itself.
+    Those of a final run below are left out: it has a config.yaml, and may itself have been evaluated and fine-tuned.
     """
     found = {path for path in folder.glob("*/results.json") if _is_of("pretrain-finetuning", folder, path)}
     for between in ("", "*/", "*/*/"):
@@ -268,7 +268,7 @@ def _is_of(form: str, folder: Path, path: Path) -> bool:
     try:
         return Fields.read(path).text("format") == form
     except (OSError, UserError):
-        return False  # somebody else's file
+        return False  # not a file of ours
 
 
 def _read_finetuning(path: Path) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _read_finetuning(path: Path) -> dict[str, Any]:
             "n": values.integer("n", 0, MAX_COUNT) if values.has("n") else None,
             "image_size": values.integer("image_size", 1, MAX_IMAGE_SIZE) if values.has("image_size") else None,
             "from_scratch": values.flag("from_scratch", False),
-            "weights_sha256": values.text("weights", ""),  # empty from random weights, too
+            "weights_sha256": values.text("weights", ""),  # empty for random weights too
             "differs": [*values.texts("differs", ()), *([] if done else ["not all seeds are done"])],
         }
 
@@ -332,8 +332,8 @@ def _wrong_item(folder: Path, item: Fields, source: str) -> WrongPrediction:
 
 
 def _confusion(values: Fields) -> Confusion | None:
-    """Which classes were taken for which, None where that is not known or no class was taken for another."""
-    if "confusion" not in values.values:  # of several labels to an image, or of an earlier version
+    """Returns the confusion matrix; None where it is not known or no class was mistaken for another."""
+    if "confusion" not in values.values:  # several labels per image, or an earlier version
         return None
     classes = values.texts("classes")
     found = drawn(read_pairs(values, len(classes)), classes)

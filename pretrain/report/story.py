@@ -1,4 +1,4 @@
-"""What a reader wants first, in a sentence: what was trained, on what, how long, where, and with which result."""
+"""What a reader wants first, in a sentence: what was trained, on which data, how long, where, with which result."""
 
 from datetime import datetime
 from typing import Any
@@ -10,7 +10,7 @@ from pretrain.report.runs import Run
 
 
 def training_seconds(run: Run) -> float | None:
-    """Returns the time that the steps of the log took, by its own rates; without starts, validation and steps redone.
+    """Returns the time of the logged steps by their logged rates, without starts, validation and repeated steps.
 
     None where the log has no rates or the batch is not known.
     """
@@ -28,8 +28,8 @@ def training_seconds(run: Run) -> float | None:
 def goodput(run: Run) -> float | None:
     """Returns the time of the logged steps divided by the time from the first start to the last log line, at most 1.
 
-    Steps that were done again count once; validation, saves, later starts and the time between them do not count. The
-    first start is noted when its engine is ready. None where the log does not say.
+    Repeated steps count once; validation, saves, later starts and the time between them do not count. The first start
+    is recorded when its engine is ready. None where the log does not say.
     """
     seconds, began = training_seconds(run), _time(run.starts[0]["time"] if run.starts else None)
     ended = _time(run.logged_at)
@@ -46,7 +46,7 @@ def _time(text: str | None) -> datetime | None:
 
 
 def lost_steps(run: Run) -> int | None:
-    """Returns how many steps were logged and then done again; None where a start does not say, as in old versions."""
+    """Returns how many steps were logged and then repeated; None where a start does not say, as in old versions."""
     told = [start["lost_steps"] for start in run.starts]
     return sum(told) if told and None not in told else None
 
@@ -61,14 +61,14 @@ def duration(seconds: float) -> str:
 
 
 def millions(count: int) -> str:
-    """Returns 0.82M, 5.7M, 86M, 1.1B."""
+    """Returns a count as 0.82M, 5.7M, 86M, 1.1B."""
     if count >= 1e9:
         return f"{count / 1e9:.1f}B"
     return f"{count / 1e6:.0f}M" if count >= 1e7 else f"{count / 1e6:.{1 if count >= 1e6 else 2}f}M"
 
 
 def sentence(run: Run, values: dict[str, Any]) -> str:
-    """Returns what is known of a run, without its result: model, data, length, time, machine."""
+    """Returns a sentence on a run, without its result: model, data, length, time, machine, as far as known."""
     start, config = (run.starts[-1] if run.starts else {}), run.config
     if config is None or values["steps"] is None:
         return "Results only: no training log here." if values["steps"] is None else f"{values['steps']:,} steps."
@@ -102,7 +102,7 @@ def _machine(start: dict[str, Any]) -> str:
 
 
 def headline(values: dict[str, Any]) -> tuple[str, str] | None:
-    """Returns the result as a figure and what it is: the last validation, else the last training loss; or None."""
+    """Returns the result as a figure and its description: the last validation, else the last training loss; or None."""
     last, best = values["last"], values["best"].get("val/top1")
     if (top1 := last.get("val/top1")) is not None:
         words = "of the validation images right (top-1), at the last validation"

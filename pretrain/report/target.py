@@ -1,4 +1,4 @@
-"""The score that a recipe's header promises, for the runs that are the recipe's."""
+"""The score that a recipe's header promises, for runs that follow the recipe."""
 
 import re
 from dataclasses import dataclass
@@ -11,23 +11,24 @@ from pretrain.config.reading import flatten
 from pretrain.errors import ConfigError
 from pretrain.report.files import read_text
 
-_FREE = {*MAY_CHANGE, "name", "seed"} - {"data.reweight"}  # settings without a part in a score
+_FREE = {*MAY_CHANGE, "name", "seed"} - {"data.reweight"}  # settings that do not affect a score
 
-_NO_PROMISE = re.compile(r"(?:[^:]+: )?(?:none|not measured)\b")  # also behind the model of a line of the table
+_NO_PROMISE = re.compile(r"(?:[^:]+: )?(?:none|not measured)\b")  # also after the model's name, in a line of the table
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the recipe's header promises."""
+    """The score that the recipe's header promises."""
 
     recipe: str  # the config file, as the command named it
     score: str
 
 
 def read_target(folder: Path, recipe: str | None, config: Config | None) -> Target | None:
-    """Returns what `recipe` promises, by the copy that the run's folder has; None without one.
+    """Returns the score that `recipe` promises, by the copy in the run's folder; None without one.
 
-    Nor when the run is not the recipe's: another data set, start, model, length, rate or loss has another score.
+    None also when the run does not follow the recipe: another data set, start, model, length, rate or loss has another
+    score.
     """
     text = read_text(folder, "recipe.yaml") if recipe else None
     if not recipe or not text or config is None:
@@ -49,7 +50,7 @@ def _is_the_recipes(config: Config, path: Path, text: str, name: str) -> bool:
 
 
 def _decides(config: Config) -> tuple[Any, ...]:
-    """What a score depends on: all settings that make a run another one. Only a path's end: it may lie elsewhere."""
+    """Returns all settings that a score depends on. Of paths only the end, since data may have been moved."""
     data = [(_end(source.path), source.weight) for source in config.data.sources]
     settings = {key: value for key, value in flatten(config_to_dict(config)) if key not in _FREE}
     return data, _end(config.init_from), _end(config.branch_from), settings
@@ -62,7 +63,7 @@ def _end(path: Path | None) -> tuple[str, ...]:
 
 
 def _of_command(text: str) -> list[str]:
-    """The overrides in the header's command line, without what it leaves to the reader's choice in brackets."""
+    """Returns the overrides in the header's command line, without optional ones in brackets."""
     line = next((line for line in _header(text) if line.startswith(" command:")), "")
     return re.findall(r"\s([a-z_.]+=[^\s\]]+)(?=\s|$)", line)
 
@@ -73,7 +74,7 @@ def recipe_score(text: str, name: str) -> str | None:
     begin = next((i for i, line in enumerate(header) if line.startswith(" score:")), None)
     if begin is None:
         return None
-    more = takewhile(lambda line: line.startswith("   ") and "|" not in line, header[begin + 1 :])  # or it is the table
+    more = takewhile(lambda line: line.startswith("   ") and "|" not in line, header[begin + 1 :])  # not the table
     words = " ".join([header[begin].partition(":")[2].strip(), *map(str.strip, more)])
     cells = _table_line(text, name)
     return words if cells is None else f"{cells[0]}: {cells[2]}. {words}"
@@ -84,7 +85,7 @@ def _header(text: str) -> list[str]:
 
 
 def _table_line(text: str, name: str) -> list[str] | None:
-    """The four cells of run `name` in the header's table: model, days, score, overrides."""
+    """Returns the four cells of run `name` in the header's table: model, days, score, overrides."""
     own = re.search(r"^name: *(\S+)", text, flags=re.MULTILINE)
     for line in _header(text):
         cells = [cell.strip() for cell in line.split("|")]
