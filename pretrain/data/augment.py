@@ -1,6 +1,6 @@
-"""What is done to a training image after its crop and flip: RandAugment, or the augmentations of timm and DeiT.
+"""Augmentations of a training image after its crop and flip: RandAugment, and those of timm and DeiT.
 
-Each draws under a key of its own, so that turning one on leaves the crop, the flip and the others as they were.
+Each draws under its own key, so turning one on does not change the crop, the flip or the others.
 """
 
 import math
@@ -20,11 +20,11 @@ _ORDERS = tuple(permutations(range(len(_JITTERS))))
 _BLUR_RADIUS = (0.1, 2.0)  # pixels, whatever the image's size
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # shares of the image, height / width: timm's, for DeiT too
 _ERASING_TRIES = 10  # as in timm
-_NOISE_STEPS = 1 << 16  # of probability, in which the levels of noise are counted
+_NOISE_STEPS = 1 << 16  # equal steps of probability, in which noise levels are tabulated
 
 
 def augmented(image: torch.Tensor, config: DataConfig, *key: object) -> torch.Tensor:
-    """Returns the image, uint8 [3, height, width], after all that the config asks for, in this order.
+    """Applies the augmentations that the config enables, in the order below, to an image, uint8 [3, height, width].
 
     key: (seed, data set, epoch, index) of the sample; the same key gives the same pixels.
     """
@@ -40,9 +40,9 @@ def augmented(image: torch.Tensor, config: DataConfig, *key: object) -> torch.Te
 
 
 def three_augment(picture: Image.Image, *key: object) -> Image.Image:
-    """Returns the picture grey, solarized or blurred, a third of the cases each: DeiT III's 3-Augment.
+    """Makes the picture grey, solarized or blurred, each with probability 1/3: DeiT III's 3-Augment.
 
-    Its colour jitter is a setting of its own there too. Source: facebookresearch/deit, augment.py.
+    The colour jitter is a separate setting, as in DeiT. Source: facebookresearch/deit, augment.py.
     """
     pick, share = uniform(words(2, "v1", "three_augment", *key)).tolist()
     match int(pick * 3):
@@ -56,9 +56,9 @@ def three_augment(picture: Image.Image, *key: object) -> Image.Image:
 
 
 def color_jitter(picture: Image.Image, strength: float, *key: object) -> Image.Image:
-    """Returns the picture with other brightness, contrast and saturation, in any order: torchvision's ColorJitter.
+    """Changes brightness, contrast and saturation in a random order, as torchvision's ColorJitter does.
 
-    strength: each factor is uniform from max(0, 1 - strength) to 1 + strength. The hue stays, as in timm and DeiT.
+    strength: each factor is uniform in [max(0, 1 - strength), 1 + strength]. The hue is unchanged, as in timm and DeiT.
     """
     order, *draws = uniform(words(1 + len(_JITTERS), "v1", "color_jitter", *key)).tolist()
     low, high = max(0.0, 1 - strength), 1 + strength
@@ -68,9 +68,9 @@ def color_jitter(picture: Image.Image, strength: float, *key: object) -> Image.I
 
 
 def random_erasing(image: torch.Tensor, probability: float, normalisation: Normalisation, *key: object) -> torch.Tensor:
-    """Returns the image with noise in a box, or as it is: timm's RandomErasing in mode "pixel", as DeiT uses it.
+    """Fills a box with noise with this probability: timm's RandomErasing in mode "pixel", as DeiT uses it.
 
-    There a pixel's three values are normal after the normalisation; here they are those values' nearest levels.
+    timm draws a pixel's normalised values from a normal distribution; here they become their nearest uint8 levels.
     """
     do_it, *draws = uniform(words(2 * _ERASING_TRIES + 3, "v1", "random_erasing", *key)).tolist()
     box = erased_box(image.shape[1], image.shape[2], draws)
@@ -104,9 +104,9 @@ def erased_box(height: int, width: int, draws: list[float]) -> tuple[int, int, i
 
 @lru_cache(maxsize=6)
 def _noise_levels(mean: float, std: float) -> np.ndarray:
-    """The level, 0 to 255, at each of 2^16 equal steps of probability of a normal value: uint8 [65536].
+    """The noise level, 0 to 255, at each of 2^16 equal steps of a normal distribution's probability: uint8 [65536].
 
-    From the 255 borders between levels, which take less time than 65,536 values.
+    Computed from the 255 borders between levels, which is faster than from 65,536 quantiles.
     """
     borders = [(level + 0.5) / 255 for level in range(255)]
     below = [(1 + math.erf((border - mean) / (std * math.sqrt(2)))) / 2 for border in borders]

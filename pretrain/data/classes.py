@@ -1,4 +1,4 @@
-"""Two lists of class names, compared wherever they meet: labels are names, not positions."""
+"""Compares two lists of class names: labels are matched by name, never by position."""
 
 import re
 import unicodedata
@@ -8,26 +8,26 @@ from typing import NamedTuple
 from pretrain.errors import UserError
 from pretrain.json_files import brief, is_text
 
-MAX_NAME_LETTERS = 4096  # of a class: it may be a list of all words for it
-_UNUSED = "unused "  # and its number: an output of a head that its data set had no class for
+MAX_NAME_LETTERS = 4096  # of a class name, which may list all synonyms
+_UNUSED = "unused "  # followed by a number: names a head's output for which the data set had no class
 
 
 class ClassMatch(NamedTuple):
     """What the labels of one side mean on the other."""
 
-    labels: tuple[int, ...] | None  # for each of their labels, ours; None: the same
-    told: str | None  # one line for the user, where there is something to say
+    labels: tuple[int, ...] | None  # our label for each of their labels; None: the same
+    told: str | None  # one line for the user, if there is something to report
 
 
 def match_classes(
     theirs: Sequence[str], num_theirs: int, ours: Sequence[str], num_ours: int, *, their_place: str, our_place: str
 ) -> ClassMatch:
-    """Returns how labels of a data set (`theirs`) are to be read as labels of another set or of weights (`ours`).
+    """Returns how labels of a data set (`theirs`) map to labels of another set or of weights (`ours`).
 
-    Names in another order, a part of the names, and names that only look equal (composed and decomposed accents) are
-    mapped by name. Where one side has no names, or they are of another kind (WordNet ids and words), labels are taken
-    as they are. `told` says either. Raises UserError, naming the first difference, when a class has no counterpart, and
-    where names of one side are numbers other than its labels, and the other side has labels alone.
+    Names in another order, a subset of the names, and names that differ only in composed or decomposed accents are
+    mapped by name. Where one side has no names, or the sides' names are of different kinds (WordNet ids and words),
+    labels are taken unchanged. `told` reports either case. Raises UserError, naming the first difference, when a class
+    has no counterpart, or when one side's names are numbers that differ from its labels and the other has no names.
     """
     if num_theirs > num_ours:
         raise UserError(f"{their_place} has {num_theirs} classes, {our_place} has {num_ours}")
@@ -56,10 +56,10 @@ def match_classes(
 def join_classes(
     lists: Sequence[Sequence[str]], places: Sequence[str]
 ) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
-    """Returns the classes of several sets together, and for each set which of them its labels mean.
+    """Returns the classes of several sets joined by name, and for each set the joined label of each of its labels.
 
-    The first set's come first, then those that each next one adds. lists: their names, by which a class of several sets
-    is known; places: what the sets are called. Raises UserError where a set has no names, or one twice.
+    The first set's classes come first, then those that each further set adds. lists: each set's class names; places:
+    what messages call the sets. Raises UserError when a set has no class names, or one name twice.
     """
     together: dict[str, int] = {}
     names: list[str] = []
@@ -78,8 +78,9 @@ def join_classes(
 
 
 def _refuse_other_numbers(names: Sequence[str], place: str, without: str) -> None:
-    """Raises UserError for numbers that are not their labels: folders 0, 1, 10, 2, sorted as texts. A mere label 2 may
-    be the class called 2, or the third.
+    """Raises UserError when names are numbers that differ from their labels, as folders 0, 1, 10, 2, sorted as text.
+
+    A label 2 without a name may then mean the class called 2, or the third class.
     """
     numbers = _used(names)
     for label, name in enumerate(numbers if _are_digits(numbers) else ()):
@@ -92,13 +93,13 @@ def _refuse_other_numbers(names: Sequence[str], place: str, without: str) -> Non
 
 def _by_name(theirs: Sequence[str], ours: Sequence[str], their_place: str, our_place: str) -> ClassMatch:
     places: dict[str, int] = {}
-    twice: dict[str, int] = {}  # the second place of a name that stands twice
+    twice: dict[str, int] = {}  # second position of a name that occurs twice
     for place, name in enumerate(map(_normal, ours)):
         if places.setdefault(name, place) != place:
             twice.setdefault(name, place)
     for number, name in enumerate(theirs):
         if number < len(ours) and ours[number] == f"{_UNUSED}{number}":
-            places.setdefault(_normal(name), number)  # an output that was kept for a class to come
+            places.setdefault(_normal(name), number)  # the unused output of this number takes the class
         if second := twice.get(_normal(name)):
             raise UserError(
                 f"{our_place}: classes {places[_normal(name)]} and {second} are both called {name!r}, so class "
@@ -137,8 +138,8 @@ def check_names(names: object, num_classes: int, source: str) -> tuple[str, ...]
 def names_of_head(class_names: Sequence[str], num_outputs: int) -> tuple[str, ...]:
     """Returns a name for each output of a head that was trained on these classes; () where they have no names.
 
-    An output beyond them, as where 21,841 classes met model.num_classes=21843, is "unused 21841": without a name for it
-    all others would be lost, and labels be taken by their place.
+    An output beyond the classes, as when 21,841 classes are trained with model.num_classes=21843, is "unused 21841":
+    without a name for it all names would be dropped, and labels would be matched by position.
     """
     if len(class_names) < num_outputs and not has_names(class_names):
         return ()
@@ -146,17 +147,17 @@ def names_of_head(class_names: Sequence[str], num_outputs: int) -> tuple[str, ..
 
 
 def _used(class_names: Sequence[str]) -> list[str]:
-    """The names without those of unused outputs, which are a head's last ones."""
+    """The names without those of unused outputs, which come last."""
     return [name for name in class_names if not name.startswith(_UNUSED)]
 
 
 def has_names(class_names: Sequence[str]) -> bool:
-    """Returns whether names say what a class is: mere numbers are what a set gets whose labels came without."""
+    """Returns whether there are real names: a set whose labels came without any has "0", "1", "2", ... instead."""
     return bool(class_names) and list(class_names) != [str(number) for number in range(len(class_names))]
 
 
 def _are_digits(class_names: Sequence[str]) -> bool:
-    """Numbers may be names too, as those of folders 1, 3, 10, where the other side's are numbers as well."""
+    """Whether all names are numbers, as of folders 1, 3, 10: names too, if the other side's are numbers as well."""
     return bool(class_names) and all(name.isascii() and name.isdigit() for name in class_names)
 
 
@@ -165,8 +166,8 @@ def _normal(name: str) -> str:
 
 
 def _are_ids(class_names: Sequence[str]) -> set[bool]:
-    """Whether names are WordNet ids, n01440764, as ImageNet's classes have: they cannot be compared with words.
+    """Which kinds of names occur: True for WordNet ids (n01440764), False for words; the two cannot be compared.
 
-    Both, where sets of either kind are joined.
+    Both occur where sets of either kind were joined.
     """
     return {re.fullmatch(r"n\d{8}", name) is not None for name in _used(class_names)}

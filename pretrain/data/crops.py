@@ -1,4 +1,4 @@
-"""Where the random crops of training lie in an image, by uniform draws: those of torchvision, TensorFlow, DeiT III."""
+"""Boxes of random training crops from uniform draws: torchvision's, TensorFlow's and DeiT III's."""
 
 import math
 
@@ -16,9 +16,9 @@ Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def random_box(height: int, width: int, config: DataConfig, draws: np.ndarray, *key: object) -> Box:
-    """Returns the box of data.crop, unless it is simple, in an image of this height and width.
+    """Returns the box of the crop that data.crop names (any but `simple`), in an image of this height and width.
 
-    draws: [NUM_DRAWS or more], those of the key (seed, data set, epoch, index), which `inception` does without.
+    draws: [NUM_DRAWS or more], drawn under `key` (seed, data set, epoch, index); `inception` draws its own instead.
     """
     if config.crop == "inception":
         tries = uniform(words(2 * _INCEPTION_TRIES + 2, "v1", "inception", *key))
@@ -31,9 +31,9 @@ def inception_crop(
 ) -> Box:
     """Returns the box of TensorFlow's sample_distorted_bounding_box from uniform draws in [0, 1).
 
-    draws: [2 * 100 + 2 or more]: ratio and height of each try, then top and left. Not RandomResizedCrop: the ratio and
-    the height are uniform, so areas are smaller, and the last offset is never drawn. No fit in 100 tries: the whole
-    image. float64 where TensorFlow has float32.
+    draws: [2 * 100 + 2 or more]: ratio and height of each try, then top and left. If none of 100 tries fits, the box is
+    the whole image. Unlike RandomResizedCrop's, ratio and height are uniform, so areas are smaller, and the largest
+    offset is never drawn. Computed in float64, TensorFlow's in float32.
     """
     smallest, largest = (share * height * width for share in area)
     for attempt in range(_INCEPTION_TRIES):
@@ -59,8 +59,8 @@ def random_resized_crop(
 ) -> Box:
     """Returns the box of torchvision's RandomResizedCrop from uniform draws in [0, 1).
 
-    draws: [2 * tries + 2 or more]: area and log-ratio of each try, then top and left. Without a fit after all
-    tries: the central crop nearest to the allowed ratios.
+    draws: [2 * tries + 2 or more]: area and log-ratio of each try, then top and left. If no try fits, the box is
+    the central crop nearest to the allowed ratios.
     """
     log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
     for attempt in range(_TRIES):
@@ -77,12 +77,12 @@ def random_resized_crop(
 
 
 def mirrored_places(side: int, length: int, draw: float) -> np.ndarray:
-    """Returns which rows, or columns, of an image of so many a simple crop of `length` takes, int64 [length].
+    """Returns the rows (or columns), of `side` in the image, that a simple crop of `length` takes, int64 [length].
 
-    draw: uniform in [0, 1), of the start within the image and a border of 4 pixels, which mirrors the image about its
-    outermost pixels (torchvision's padding mode "reflect").
+    draw: uniform in [0, 1), sets the start within the image and its border of 4 pixels. The border mirrors the image
+    about its outermost pixels (torchvision's padding mode "reflect").
     """
     start = int(draw * (side + 2 * _BORDER - length + 1)) - _BORDER
     last = side - 1
-    places = np.arange(start, start + length) % max(1, 2 * last)  # to and fro
+    places = np.arange(start, start + length) % max(1, 2 * last)  # the period of the reflection
     return np.minimum(places, 2 * last - places)

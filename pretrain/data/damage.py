@@ -1,4 +1,4 @@
-"""What libjpeg complains of, heard: it writes to stderr, without a name, that a file is damaged, and goes on."""
+"""Captures libjpeg's warnings: it reports a damaged file on stderr only, without its name, and decodes on."""
 
 import mmap
 import os
@@ -9,20 +9,20 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# libjpeg's warnings (jerror.h, JWRN_*). Whatever else comes meanwhile, from other threads, goes on to stderr.
+# libjpeg's warnings (jerror.h, JWRN_*). Text that other threads write meanwhile is passed on to stderr.
 _COMPLAINT = re.compile(
     rb"(?:Corrupt JPEG data|Premature end of JPEG file|Inconsistent progression sequence|Invalid SOS parameters"
     rb"|Unknown Adobe color transform|Warning: unknown JFIF revision|Application transferred too many)[^\r\n]*\r?\n?"
 )
 
-# stderr belongs to the whole process: one image at a time, and no os.fork while it points elsewhere. Python's
-# subprocess does not call these hooks: a program that it starts meanwhile keeps the file in memory as its stderr.
+# stderr belongs to the whole process: one image is decoded at a time, and os.fork waits while stderr is redirected.
+# Python's subprocess does not call these hooks: a program started meanwhile keeps the in-memory file as its stderr.
 _lock = threading.RLock()
-_memory: list[tuple[int, mmap.mmap]] = []  # the process's file in memory, and its first page; made when first needed
+_memory: list[tuple[int, mmap.mmap]] = []  # the process's in-memory file and its first page, created at first use
 
 
 def _forked() -> None:
-    _memory.clear()  # the child shares its parent's, and makes its own
+    _memory.clear()  # the child inherits its parent's file and must create its own
     _lock.release()
 
 
@@ -30,9 +30,9 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 
 
 def listen(call: Callable[[], T]) -> tuple[T, list[str]]:
-    """Returns what `call` returns, and what libjpeg wrote to stderr meanwhile; other text goes on to stderr.
+    """Returns the result of `call`, and the warnings that libjpeg wrote to stderr; other text still reaches stderr.
 
-    Where stderr is closed, or there is no descriptor or memory left for it, nothing is heard. Takes four system calls.
+    If stderr is closed, or no descriptor or memory is left, nothing is captured. Takes four system calls.
     """
     with _lock:
         try:
@@ -55,7 +55,7 @@ def listen(call: Callable[[], T]) -> tuple[T, list[str]]:
 
 
 def _memory_file() -> tuple[int, mmap.mmap]:
-    if not _memory:  # mapped: a byte tells without a system call whether anything was written
+    if not _memory:  # mapped, so that a byte shows without a system call whether anything was written
         number = os.memfd_create("stderr", os.MFD_CLOEXEC)
         try:
             os.ftruncate(number, mmap.PAGESIZE)
@@ -67,7 +67,7 @@ def _memory_file() -> tuple[int, mmap.mmap]:
 
 
 def _sorted_out(memory: int, page: mmap.mmap) -> list[str]:
-    """Empties the file in memory, writes what is not libjpeg's to stderr, and returns what is."""
+    """Empties the in-memory file, passes other text on to stderr, and returns libjpeg's warnings."""
     text = os.pread(memory, os.lseek(memory, 0, os.SEEK_CUR), 0)
     page[:] = bytes(mmap.PAGESIZE)
     os.lseek(memory, 0, os.SEEK_SET)

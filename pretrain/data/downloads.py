@@ -1,7 +1,7 @@
-"""Files that are fetched from a server once, and said: what, from where, how much, under which licence.
+"""Downloads files once, and prints what is downloaded, from where, how much, and under which licence.
 
-Only a complete and compared file bears its name. The partial one is the lock; killed, the next call goes on at the byte
-reached. This module imports no torch.
+A file gets its final name only when complete and verified. The partial file is the lock; after a kill, the next call
+resumes at the byte reached. This module imports no torch.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ from pretrain.data import remote
 from pretrain.errors import StorageError, UserError
 from pretrain.storage import crc32c, fsync_path, sha256
 
-_FIRST_TRIES = 3  # until a server has answered once: who has no network hears it at once
+_FIRST_TRIES = 3  # for a server's first answer: a user without a network is told soon
 
 
 class Download(NamedTuple):
@@ -29,17 +29,17 @@ class Download(NamedTuple):
     url: str
     path: Path  # where it will lie
     licence: str
-    sha256: str | None = None  # None: nobody published it; then the CRC-32C that the server tells is compared, if any
+    sha256: str | None = None  # None: not published. A CRC-32C that the server sends is always compared
     md5: str | None = None
     num_bytes: int | None = None
-    told: str = ""  # the address as a user is told to download it, with its size where only that is known roughly
+    told: str = ""  # what messages tell the user to download: an address, with the size where it is known only roughly
 
 
 def fetch(file: Download) -> Path:
-    """Returns a file's path; it is fetched unless it is there. Several processes may ask at once.
+    """Returns a file's path, after downloading it if it is missing. Several processes may call this at once.
 
-    Raises UserError for bytes that are not those that were promised, or a folder that cannot be written, StorageError
-    when the server cannot be reached: it says what to download and where to put it.
+    Raises UserError when the bytes do not match the published size or checksums, or the folder cannot be written, and
+    StorageError, which says what to download and where to put it, when the server cannot be reached.
     """
     path = file.path
     if path.is_file():
@@ -71,7 +71,7 @@ def cache_folder() -> Path:
 
 def tell(line: str) -> None:
     if rank_so_far(os.environ) == 0:
-        cli.tell(line, sys.stderr)  # what a tool prints may be read by a program
+        cli.tell(line, sys.stderr)  # a tool's stdout may be read by a program
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def told_size(num_bytes: int | None) -> str:
 
 @contextmanager
 def locked(path: Path, name: str) -> Iterator[BinaryIO | None]:
-    """Yields the partial file, open at its end, which no other process writes meanwhile; None if `path` is there."""
+    """Yields the partial file, locked and open for appending; None if `path` exists."""
     part = path.with_name(f"{path.name}.part")
     while True:
         with part.open("ab") as file:
@@ -146,6 +146,6 @@ def _download(file: Download, part: BinaryIO) -> None:
 
 
 def _md5(path: Path) -> str:
-    """Some sets have no better published checksum: it tells damage, not malice."""
+    """For sets without a better published checksum: MD5 detects damage, not tampering."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

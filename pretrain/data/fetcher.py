@@ -1,7 +1,7 @@
 """The node's fetcher: a process that walks the order ahead of the training and fills the store of remote blocks.
 
-Downloads in the loader's processes would cost them a tenth of their decoding. Nothing depends on the fetcher: a loader
-process that finds a block missing waits for whoever downloads it, or downloads it itself.
+Downloading in the loader processes would cost a tenth of their decoding rate. Nothing depends on the fetcher: a loader
+process that finds a block missing waits for the process that is downloading it, or downloads it itself.
 """
 
 import mmap
@@ -26,15 +26,15 @@ from pretrain.data.store import Block, store_at
 from pretrain.errors import StorageError, UserError
 from pretrain.log import warn
 
-DEPTH = 32  # blocks ahead of the training: at 500 images/s those of 5 s, longer than a stalled connection is waited for
+DEPTH = 32  # blocks ahead of the training: 5 s at 500 images/s, longer than the time-out of a stalled connection
 THREADS = 8
-_STEPS_AHEAD = 1024  # beyond the training; where the store holds all, nothing else would stop the walk
-_REMEMBERED = 4096  # blocks, so that one that many steps use is looked for once
+_STEPS_AHEAD = 1024  # ahead of the training; once the store holds everything, nothing else limits the walk
+_REMEMBERED = 4096  # blocks, so that one that many steps use is looked up once
 _PAUSE_S = 0.02
 
 
 class Fetcher:
-    """A running fetcher, as the training sees it."""
+    """The training's handle of a running fetcher."""
 
     def __init__(self, manifest: Manifest, order: Order, slots: range, steps: range) -> None:
         self._reached = memoryview(mmap.mmap(-1, 8)).cast("q")  # shared with processes forked from now on
@@ -56,12 +56,12 @@ class Fetcher:
             self._start()
 
     def note(self, step: int) -> None:
-        """Tells which step is being read; a later one stays."""
+        """Tells the fetcher which step is being read; an earlier one than before is ignored."""
         self._reached[0] = max(self._reached[0], step)
 
 
 def start(manifest: Manifest, order: Order, steps: range) -> Fetcher | None:
-    """Starts a node's fetcher for the steps of a run, on its first rank; None elsewhere, and for local shards."""
+    """Starts the node's fetcher for a run's steps on its first rank; None on other ranks, and for local shards."""
     if not manifest.is_remote or ranks.local_rank() or not steps:
         return None
     first, last = ranks.rank(), min(ranks.rank() + ranks.ranks_here(), ranks.world_size()) - 1
@@ -96,20 +96,20 @@ def blocks_of(manifest: Manifest, order: Order, slots: range, step: int) -> Iter
 def _run(manifest: Manifest, order: Order, slots: range, steps: range, reached: memoryview, parent: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.SIG_DFL)  # the rank's own handlers save checkpoints
+            signal.signal(number, signal.SIG_DFL)  # the inherited handlers save checkpoints
     store = manifest.store or store_at(None)
     mean_block_bytes = manifest.num_bytes / manifest.num_samples * manifest.block_samples
     blocks_kept = int(store.max_bytes / mean_block_bytes)
-    remembered = min(_REMEMBERED, blocks_kept // 4)  # what is known to be there must still be there
+    remembered = min(_REMEMBERED, blocks_kept // 4)  # a remembered block must not have been evicted
     known: OrderedDict[str, None] = OrderedDict()
     under_way: deque[tuple[int, Future[None]]] = deque()
 
     def fetch(block: Block) -> None:
-        with suppress(StorageError, UserError):  # a loader process meets the same error, and tells it
+        with suppress(StorageError, UserError):  # a loader process meets the same error and reports it
             store.ensure(block)
 
     def wait(depth: int, step: int) -> None:
-        """Waits until fewer than `depth` blocks are ahead of the training, and `step` is near."""
+        """Waits until fewer than `depth` blocks are ahead of the training, and `step` is within _STEPS_AHEAD."""
         while True:
             while under_way and under_way[0][0] <= reached[0] and under_way[0][1].done():
                 under_way.popleft()

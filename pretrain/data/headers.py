@@ -1,6 +1,6 @@
-"""What an image file says of itself before it is decoded, against limits of memory and time.
+"""Checks the header of an image file against limits of memory and time, before the image is decoded.
 
-A worker process stays within 300 MB, and an image within 2 seconds: a few kilobytes can say that they are gigabytes.
+They keep a worker process within 300 MB and an image within 2 seconds: a few kilobytes can claim to be gigabytes.
 """
 
 import re
@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 from pretrain.data.reader import BadSample
 
-MAX_PIXELS = 50_000_000  # width x height, of any image: what a camera or a phone takes
-MAX_DECODE_BYTES = 270_000_000  # of memory to decode one image, its file included; 300 MB leave 30 for its resize
+MAX_PIXELS = 50_000_000  # width x height of any image: enough for photos of cameras and phones
+MAX_DECODE_BYTES = 270_000_000  # of memory to decode one image, its file included; of 300 MB, 30 are left to resize it
 MAX_ASPECT = 100  # longer / shorter side
-MAX_SCANS = 20  # of a JPEG; each takes a pass over the image, 50 ms of the largest. Usual: 1, or 10 (progressive)
+MAX_SCANS = 20  # of a JPEG; each is a pass over the image, 50 ms for the largest. Usual: 1, or 10 (progressive)
 MAX_PARTS = 50_000  # segments and stray bytes before a JPEG's first scan; chunks of PNG and WebP
-MAX_HEADER_BYTES = 16 << 20  # before a JPEG's first scan: Pillow's joining of EXIF takes the square of its size
-MAX_PROFILES = 100  # of colour in a PNG, each of which Pillow unpacks to as much as 1 MB
+MAX_HEADER_BYTES = 16 << 20  # before a JPEG's first scan: Pillow joins EXIF segments in quadratic time
+MAX_PROFILES = 100  # colour profiles in a PNG, each of which Pillow unpacks to up to 1 MB
 
-# Bytes per pixel when a decoder takes the most. 3 are the result's.
+# A decoder's peak memory in bytes per pixel, including the result's 3.
 TORCHVISION_JPEG = 3  # row by row
-PILLOW = {"JPEG": 7, "PNG": 7, "WEBP": 18}  # its own image of up to 4; the canvas and the copies of WebP
+PILLOW = {"JPEG": 7, "PNG": 7, "WEBP": 18}  # with Pillow's own image, up to 4, and WebP's canvas and copies
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within a scan, FF 00 and FF D0-D7 are data
@@ -29,7 +29,7 @@ _ALONE = {0x00, 0x01, *range(0xD0, 0xD9)}  # markers without a segment
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises BadSample("decode") for an image of too many pixels, or that is too long for its width."""
+    """Raises BadSample("decode") for an image with too many pixels or too large an aspect ratio."""
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample(
             "decode", f"{width} x {height} pixels: no picture, and gigabytes once its shorter side is resized"
@@ -53,9 +53,9 @@ def check_memory(width: int, height: int, bytes_per_pixel: float, data: bytes) -
 
 
 def check_parts(data: bytes) -> None:
-    """Raises BadSample("decode") for a PNG or WebP of too many chunks: Pillow takes microseconds for each.
+    """Raises BadSample("decode") for a PNG or WebP with too many chunks: Pillow takes microseconds for each.
 
-    What follows a file's own end, as zeros that fill up a block, is looked at by no decoder.
+    Bytes behind the image's end, such as zero padding, are not counted: no decoder looks at them.
     """
     end = len(data)
     if data.startswith(_PNG):
@@ -77,16 +77,16 @@ def check_parts(data: bytes) -> None:
 
 
 class JpegHeader(NamedTuple):
-    """What is to be known of a JPEG before it is decoded."""
+    """What must be known of a JPEG before it is decoded."""
 
     coefficients: float  # bytes per pixel that a decoder keeps between scans; 0: one scan holds the whole image
-    size: tuple[int, int] | None = None  # width, height of a plain gray or colour image; None: Pillow is to say
+    size: tuple[int, int] | None = None  # width, height of a plain gray or colour image; None: ask Pillow
 
 
 def jpeg_header(data: bytes) -> JpegHeader:
-    """Returns what a JPEG says of itself; of what cannot be read nothing: the decoder says what is wrong.
+    """Reads a JPEG's header; the result is empty where it cannot be read, since the decoder reports what is wrong.
 
-    Raises BadSample("decode") when there are too many scans, or too much before the first.
+    Raises BadSample("decode") for too many scans, or too much data before the first.
     """
     frame, first_scan = _frame_and_scan(data)
     if not frame or first_scan + 4 >= len(data) or len(data) < frame + 10:
@@ -112,7 +112,7 @@ def _coefficients(data: bytes, frame: int, first_scan: int) -> float:
 
 
 def _frame_and_scan(data: bytes) -> tuple[int, int]:
-    """Returns where the frame's marker is, 0 when there is none, and that of the first scan, of the end, or the end."""
+    """Returns the positions of the frame marker (0: none) and of the first scan or end marker, or the data's end."""
     frame, at, parts, size = 0, 2, 0, len(data)
     while at + 3 < size:
         parts += 1
@@ -123,7 +123,7 @@ def _frame_and_scan(data: bytes) -> tuple[int, int]:
             )
         marker = data[at + 1]
         if data[at] != 0xFF or marker == 0xFF:
-            at += 1  # stray bytes and filling, one by one as Pillow steps over them
+            at += 1  # stray and fill bytes, skipped one by one as Pillow does
         elif marker == _SOS or marker == _EOI:
             break
         elif marker in _ALONE:
@@ -136,7 +136,7 @@ def _frame_and_scan(data: bytes) -> tuple[int, int]:
 
 
 def _check_scans(data: bytes, at: int) -> None:
-    """Raises BadSample when more than MAX_SCANS begin from `at` on, where the first does."""
+    """Raises BadSample for more than MAX_SCANS scans; the first begins at `at`."""
     scans = 0
     while (match := _NEXT_MARKER.search(data, at)) is not None and data[match.start() + 1] != _EOI:
         marker, at = data[match.start() + 1], match.start() + 2

@@ -23,27 +23,27 @@ from pretrain.data.damage import listen
 from pretrain.data.permutation import uniform, words
 from pretrain.data.reader import BadSample
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow knows 40 more, and runs Ghostscript for one
+FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the file's name; Pillow knows 40 more, and runs Ghostscript for one
 _PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", (b"zTXt", b"iTXt")
-# A larger image is resized in bands of rows, so that its copies in other types stay small. Where all is uint8 the
-# pixels are those of one piece; where it is float, or tall and Pillow's, some values round to the next level.
-# A band of floats has more than 32 MB, which malloc gives back at once; smaller ones stay in its heap.
+# An image of more than _PIECE pixels is resized in bands of rows, so that its copies in other types stay small. In
+# uint8 the result equals that of one piece; in float, or for a tall image in Pillow, some values round to the next
+# level. A band of floats has more than 32 MB, which malloc returns to the system at once; less stays in its heap.
 _PIECE, _BAND = 16_000_000, 4_000_000  # pixels
-_AREA_ROWS = 32  # of big_vision's new pixels at a time: as float64, all would take more than the image itself
+_AREA_ROWS = 32  # of big_vision's resized image at a time: all of it as float64 would take more than the original
 
 
 def decode(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.Tensor:
     """Returns an encoded image as uint8 [3, height, width], gray and CMYK as RGB, EXIF orientation not applied.
 
-    told: is handed what the decoder complains of where a JPEG is damaged and gives pixels nevertheless. Raises
-    BadSample("decode") when it cannot be decoded or is beyond the limits of data/headers.py.
+    told: called with each warning of the decoder when a damaged JPEG can still be decoded. Raises BadSample("decode")
+    when an image cannot be decoded or exceeds the limits of data/headers.py.
     """
     headers.check_parts(data)
     kept, refused = 0.0, None
     if data.startswith(b"\xff\xd8"):  # torchvision takes 2/3 of Pillow's time. A damaged PNG can crash it
         kept, size = headers.jpeg_header(data)
         if size is None:
-            size = _opened(data).size  # no more of it: Pillow's copies of segments would live on beside the pixels
+            size = _opened(data).size  # not kept open: Pillow's copies of segments would stay in memory meanwhile
         headers.check_size(*size)
         headers.check_memory(*size, headers.TORCHVISION_JPEG + kept, data)
         try:
@@ -54,7 +54,7 @@ def decode(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.T
         except RuntimeError as error:  # damaged, or of a kind that torchvision does not know: Pillow decides
             refused = str(error).partition("\n")[0]
     data = _without_text(data)
-    with _opened(data) as opened:  # what is decoded is what Pillow takes it for
+    with _opened(data) as opened:  # the format is the one that Pillow detects
         headers.check_size(*opened.size)
         headers.check_memory(*opened.size, headers.PILLOW.get(opened.format or "", headers.PILLOW["JPEG"]) + kept, data)
         pixels = _pixels(opened)
@@ -64,7 +64,7 @@ def decode(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.T
 
 
 def _opened(data: bytes) -> Image.Image:
-    """The image whose header Pillow has read; its pixels come when they are asked for."""
+    """Opens an image with Pillow, which reads its header only and decodes pixels on access."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -74,13 +74,13 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _decode_jpeg(data: bytes) -> torch.Tensor:
-    # What torchvision.io.decode_jpeg calls, without its checks and its warning: 20 microseconds. EXIF is not applied.
+    # What torchvision.io.decode_jpeg calls; without its checks and warning, 20 microseconds less. EXIF is not applied.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return torch.ops.image.decode_jpeg(encoded, ImageReadMode.RGB.value, False)
 
 
 def decode_upright(data: bytes, told: Callable[[str], None] = lambda _: None) -> torch.Tensor:
-    """Returns an encoded image as `decode` does, turned and mirrored as its EXIF orientation says: a person's photo.
+    """Decodes as `decode` does, and applies the EXIF orientation: for people's own photos.
 
     Published protocols ignore the orientation, as TensorFlow's decoder does; so does everything that reads shards.
     """
@@ -88,10 +88,10 @@ def decode_upright(data: bytes, told: Callable[[str], None] = lambda _: None) ->
     with Image.open(io.BytesIO(_without_text(data)), formats=FORMATS) as header:
         try:
             orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:  # of many types, as in decoding; the pixels are there
+        except Exception:  # of many types, as in decoding; the pixels are decoded already
             told("EXIF cannot be read")
             orientation = 1
-    # As in the EXIF standard: what the stored first row and first column are. 5 to 8 have rows and columns exchanged.
+    # The EXIF standard names the sides that the stored first row and column are; 5 to 8 exchange rows and columns.
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 2)
     if flipped := [dim for dim, cases in ((0, (3, 4, 7, 8)), (1, (2, 3, 6, 7))) if orientation in cases]:
@@ -117,7 +117,7 @@ def _without_text(data: bytes) -> bytes:
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
-    """A picture of Pillow's as uint8 [3, height, width]."""
+    """Converts a Pillow image to uint8 [3, height, width]."""
     try:
         pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
         rows = max(1, _BAND // 4 // image.width)
@@ -161,18 +161,18 @@ def train_image(image: torch.Tensor, size: int, config: DataConfig, *key: object
 
 
 def _simple_crop(image: torch.Tensor, size: int, config: DataConfig, draws: np.ndarray) -> torch.Tensor:
-    """DeiT III's: the shorter side resized to `size`, a mirrored border, and of all that a square anywhere."""
+    """DeiT III's simple crop: resizes the shorter side to `size`, mirrors the borders, takes a square anywhere."""
     sides = _shorter_side_to(size, image)
-    shares = draws[crops.NUM_DRAWS - 2 : crops.NUM_DRAWS].tolist()  # those of top and left in every crop
+    shares = draws[crops.NUM_DRAWS - 2 : crops.NUM_DRAWS].tolist()  # used for top and left by every crop
     rows, columns = (crops.mirrored_places(side, size, share) for side, share in zip(sides, shares))
     return _resize(image, sides, config)[:, rows][:, :, columns]
 
 
 def _resize(image: torch.Tensor, size: tuple[int, int], config: DataConfig, kept: Box | None = None) -> torch.Tensor:
-    """torchvision's antialiased resize to (height, width), uint8; of the result the box `kept`."""
+    """Returns the box `kept` of torchvision's antialiased resize to (height, width), uint8."""
 
     def resize(part: torch.Tensor, to: tuple[int, int]) -> torch.Tensor:
-        if config.interpolation == "bicubic":  # all that F.resize would do, without its 40 microseconds
+        if config.interpolation == "bicubic":  # what F.resize does, without its 40 microseconds
             return torch.nn.functional.interpolate(part[None], to, mode="bicubic", antialias=True)[0]
         return F.resize(part, list(to), _mode(config), antialias=True)
 
@@ -187,8 +187,8 @@ def _in_bands(
 ) -> torch.Tensor:
     """Returns the box `kept` (default: all) of an image resized to (height, width).
 
-    resize: to the given (height, width), one direction after the other, as all of them do inside. A large image is
-    resized across in bands of rows, then down, a tall one the other way; what is not kept is left out in between.
+    resize: resizes to a (height, width), one direction after the other, as all resizes here do inside. A large image is
+    resized horizontally in bands of rows, then vertically (a tall one vice versa); what is not kept is dropped between.
     """
     height, width = image.shape[1:]
     top, left, rows, columns = kept or (0, 0, *size)
@@ -199,7 +199,7 @@ def _in_bands(
         bands = [resize(band, (size[0], band.shape[2]))[:, top : top + rows].clone() for band in bands]
         return resize(torch.cat(bands, dim=2), (rows, size[1]))[:, :, left : left + columns]
     bands = image.split(max(1, _BAND // width), dim=1)
-    # A copy, not a view of what is left out.
+    # A copy: a view would keep the dropped part in memory.
     bands = [resize(band, (band.shape[1], size[1]))[:, :, left : left + columns].clone() for band in bands]
     return resize(torch.cat(bands, dim=1), (size[0], columns))[:, top : top + rows]
 
@@ -212,7 +212,7 @@ def eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tens
         return _timm_eval_image(image, size, config)
     resized = round(size / config.eval_crop)  # 256 for 224 and 0.875
     if config.eval_transform.startswith("transformers"):
-        # On tensors, as its processor since version 5: 2 % of Pillow's pixels differ, by up to 4 levels (bicubic).
+        # On tensors, as its processor since version 5: 2 % of pixels differ from Pillow's, by up to 4 levels (bicubic).
         shortest = config.eval_transform == "transformers_shortest"
         sides = _shorter_side_to(resized, image) if shortest else (resized, resized)
         return _resize(image, sides, config, _central_box(sides, size))
@@ -223,8 +223,10 @@ def eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tens
 
 
 def _timm_eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torch.Tensor:
-    """The central crop of the image resized to size / eval_crop, rounded down: of its shorter side (timm), of both
-    (timm_squash), or of its longer side, with a border of the mean's colour around it (timm_border).
+    """Resizes to size / eval_crop, rounded down, then takes the central crop.
+
+    That is the size of the shorter side (timm), of both (timm_squash), or of the longer side, with a border of the
+    mean colour around it (timm_border).
     """
     resized = math.floor(size / config.eval_crop)
     sides = _shorter_side_to(resized, image)
@@ -238,7 +240,7 @@ def _timm_eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torc
     def resize(part: torch.Tensor, to: tuple[int, int]) -> torch.Tensor:
         return _tensor(F.resize(_picture(part), list(to), _mode(config), antialias=True))
 
-    top, left = (round(max(0, side - size) / 2) for side in sides)  # torchvision's, to the even number
+    top, left = (round(max(0, side - size) / 2) for side in sides)  # half to even, as in torchvision
     kept = top, left, min(sides[0], size), min(sides[1], size)
     image = _in_bands(image, sides, resize, kept)
     if config.eval_transform == "timm_border":
@@ -247,7 +249,7 @@ def _timm_eval_image(image: torch.Tensor, size: int, config: DataConfig) -> torc
 
 
 def _shorter_side_to(shorter: int, image: torch.Tensor) -> tuple[int, int]:
-    """Returns an image's height and width when its shorter side is resized to this, rounded as by torchvision."""
+    """Returns an image's height and width once its shorter side is resized to `shorter`, rounded as in torchvision."""
     height, width = image.shape[1:]
     return int(shorter * height / min(height, width)), int(shorter * width / min(height, width))
 
@@ -261,7 +263,7 @@ def _tensor(picture: Any) -> torch.Tensor:
 
 
 def _padded(picture: Any, size: int, color: list[int]) -> Any:
-    """The picture with a border, where it is smaller than size; the odd pixel goes to the right and the bottom."""
+    """Pads the picture to `size` where it is smaller; an odd pixel goes to the right or the bottom."""
     missing = [max(0, size - side) for side in picture.size]  # across, down
     border = [pixels // 2 for pixels in missing] + [(pixels + 1) // 2 for pixels in missing]
     return F.pad(picture, border, fill=cast(Any, color)) if any(missing) else picture
@@ -277,7 +279,7 @@ def _resize_small_and_crop(image: torch.Tensor, shorter: int, size: int) -> torc
     for at in range(0, size, _AREA_ROWS):
         across = _averages(image, rows[at : at + _AREA_ROWS])
         parts.append(_averages(across.transpose(1, 2), columns).transpose(1, 2))
-    # A hair up: an average that is a whole number must not be truncated to the one below.
+    # Slightly up, so that an average that is a whole number is not truncated to the one below.
     return (torch.cat(parts, dim=1) + 1e-6).to(torch.uint8)
 
 
@@ -290,7 +292,7 @@ def _averages(image: torch.Tensor, areas: list[tuple[int, torch.Tensor]]) -> tor
 
 
 def _areas(side: int, resized: int, kept: int) -> list[tuple[int, torch.Tensor]]:
-    """Returns for each of the central `kept` of `resized` new pixels its first old one and the shares of those in it.
+    """Returns, for each of the central `kept` of `resized` new pixels, its first old pixel and the old pixels' shares.
 
     Shares: float64, of sum 1.
     """
@@ -309,11 +311,11 @@ def _resize_truncated(image: torch.Tensor, size: int, interpolation: str) -> tor
     def resize(part: torch.Tensor, to: tuple[int, int]) -> torch.Tensor:
         return torch.nn.functional.interpolate(part[None].float(), to, mode=interpolation, antialias=False)[0]
 
-    return _in_bands(image, (size, size), resize).clamp(0, 255).to(torch.uint8)  # bicubic goes beyond
+    return _in_bands(image, (size, size), resize).clamp(0, 255).to(torch.uint8)  # bicubic overshoots
 
 
 def _central_box(sides: tuple[int, int], size: int) -> Box:
-    top, left = ((side - size) // 2 for side in sides)  # torchvision's rounds the half pixel
+    top, left = ((side - size) // 2 for side in sides)  # unlike torchvision's, which rounds a half pixel
     return top, left, size, size
 
 
@@ -330,7 +332,7 @@ def to_float(images: torch.Tensor, dtype: torch.dtype, normalisation: Normalisat
 
 
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """[3, 1, 1] float32, made on the device: torch.tensor would copy them there, and wait for the device."""
+    """float32 [3, 1, 1], filled on the device: torch.tensor would copy from the host, with a host sync."""
     result = torch.empty(3, 1, 1, device=device)
     for channel, value in zip(result, values):
         channel.fill_(value)

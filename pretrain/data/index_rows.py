@@ -1,8 +1,8 @@
 """A shard's index on the disk: its first line, and rows that are read one by one, or those of a block at once.
 
-The indexes of 30,000 shards of 10,000 samples have 3.6 GB, and no cache of a process has the one that is needed next:
-to read it whole would take a tenth of the time of decoding a photo. So a reader checks the first line and the size,
-and then reads the 12 bytes of a sample, or 12 a sample of a block; `manifest.load_index` reads and checks all.
+The indexes of 30,000 shards of 10,000 samples take 3.6 GB, so a process has rarely cached the one it needs next, and
+reading it whole takes a tenth of the time of decoding a photo. So a reader checks the first line and the size, then
+reads 12 bytes for a sample, or for each sample of a block; `manifest.load_index` reads and checks everything.
 """
 
 import os
@@ -20,7 +20,7 @@ MAX_LINE_BYTES = 4096  # of an index's first line; ours have 300
 
 
 def read_line(data: bytes, shard_bytes: int, shard_sha256: str, num_samples: int) -> tuple[int, int, Any]:
-    """Returns of an index's beginning the version, where its arrays begin, and their checksum.
+    """Returns an index's version, the byte at which its arrays begin, and their checksum, from its first bytes.
 
     Raises ValueError when it is no index, or another shard's.
     """
@@ -36,14 +36,14 @@ def read_line(data: bytes, shard_bytes: int, shard_sha256: str, num_samples: int
 
 
 def num_arrays_bytes(version: int, num_samples: int) -> int:
-    """Returns the bytes behind the first line: offsets and the end, checksums of keys, of version 2 of samples."""
+    """Returns the bytes behind the first line: offsets and the end, checksums of keys, and in version 2 of samples."""
     return 4 * ((1 + version) * num_samples + 1)
 
 
 def read_at(file: int, start: int, end: int) -> bytes:
     """Returns the bytes of an open file from `start` to `end`, fewer where it ends before. Raises OSError.
 
-    Mounts of FUSE and of networks may give fewer at a time: only nothing at all is the end.
+    FUSE and network mounts may return short reads: only an empty read is the end.
     """
     data = os.pread(file, end - start, start)
     if not data or len(data) == end - start:  # nearly always
@@ -55,7 +55,7 @@ def read_at(file: int, start: int, end: int) -> bytes:
 
 
 class Descriptor:
-    """An open file, closed when nobody has it any more."""
+    """An open file descriptor, closed when the last reference to it goes."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -68,7 +68,7 @@ class IndexRows:
     """An open index."""
 
     def __init__(self, path: Path, shard_bytes: int, shard_sha256: str, num_samples: int) -> None:
-        """Raises ValueError when the file is no index of that shard, OSError as it comes."""
+        """Raises ValueError when the file is no index of that shard; OSError passes through."""
         self._shard_bytes, self._num_samples = shard_bytes, num_samples
         self._file = Descriptor(os.open(path, os.O_RDONLY))
         all_bytes = os.fstat(self._file.number).st_size
@@ -79,7 +79,7 @@ class IndexRows:
             raise ValueError(f"{num_bytes} bytes of offsets")
 
     def byte_range(self, number: int) -> tuple[int, int]:
-        """Returns the first byte of a sample and the first byte after it. Raises ValueError when they cannot be."""
+        """Returns the first byte of a sample and the first byte after it. Raises ValueError for an impossible range."""
         start, end = (block * BLOCK for block in struct.unpack("<2I", self._read(number, 2)))
         if not start < end <= self._shard_bytes:
             raise ValueError(f"sample {number} lies at bytes {start} to {end} of {self._shard_bytes}")
@@ -92,7 +92,7 @@ class IndexRows:
     def part(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Returns offsets, checksums of keys and of samples first .. end-1, as `manifest.ShardIndex` has them.
 
-        Raises ValueError when the offsets cannot be.
+        Raises ValueError for impossible offsets.
         """
         count, keys = end - first, self._num_samples + 1
         offsets = self._array(first, count + 1)

@@ -1,4 +1,4 @@
-"""Files of a data set's folder: there, and really in it. A set may be a stranger's, whose links lead elsewhere."""
+"""Checks that a data set's files exist and lie inside its folder: a stranger's set may have links that lead out."""
 
 import errno
 import os
@@ -10,16 +10,16 @@ from pretrain.errors import StorageError, UserError
 
 
 def real_folder_of(folder: str) -> str:
-    """Returns where a folder really lies."""
+    """Returns a folder's real path, links resolved."""
     return os.path.join(os.path.realpath(folder), "")  # with a slash at its end
 
 
 def file_inside(folder: Path, path: Path | str, real_folder: Callable[[str], str] = real_folder_of) -> tuple[str, int]:
-    """Returns where a file of a data set's folder really lies, and its size in bytes.
+    """Returns the real path of a file in a data set's folder, and its size in bytes.
 
-    The folder itself may be a link, and links inside it are followed. real_folder: says where a folder really lies.
-    Raises UserError when a link leads out of the folder, or the file is none; FileNotFoundError or NotADirectoryError
-    when nothing is there; StorageError when the disk does not say.
+    The folder itself may be a link, and links inside it are followed. real_folder: returns a folder's real path.
+    Raises UserError when a link leads out of the folder, or the path is not a regular file; FileNotFoundError or
+    NotADirectoryError when it does not exist; StorageError when the disk does not answer.
     """
     try:
         parent, name = os.path.split(path)
@@ -45,8 +45,8 @@ def file_inside(folder: Path, path: Path | str, real_folder: Callable[[str], str
 def plain_files(folder: Path, parent: str, real_folder: Callable[[str], str]) -> frozenset[str]:
     """Returns the names of the plain files in `parent`, a data set's folder or one in it.
 
-    They need no further check by `file_inside`: to list 60,000 takes a tenth of the time of looking at each. Links are
-    left out; where `parent` leads out of the set's folder, or cannot be listed, all are.
+    They need no check by `file_inside`: listing 60,000 takes a tenth of the time of checking each. Links are left out;
+    the result is empty where `parent` leads out of the set's folder or cannot be listed.
     """
     try:
         with os.scandir(parent) as entries:

@@ -1,9 +1,9 @@
 """The order `lanes`, for storage where one sample costs a request: steps read few blocks of consecutive samples each.
 
-A block is `block_samples` samples that follow each other. Each epoch lays all blocks in a permuted row, the axis. K
-lanes cut it into K pieces; each lane owns some slots of every step and walks along its piece, so that a step has
-samples from K blocks of the whole set, and each block is used up within a few steps. Samples are shuffled within
-windows of the axis. A pure function of seed, step and slot: no memory, no state.
+A block is `block_samples` consecutive samples. In each epoch all blocks form a permuted sequence, the axis. K lanes cut
+it into K pieces; each lane owns some slots of every step and walks along its piece, so that a step has samples from K
+blocks of the whole set, and each block is used up within a few steps. Samples are shuffled within windows of the axis.
+A pure function of seed, step and slot: no memory, no state.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,27 +20,27 @@ MAX_BLOCK_SAMPLES, MAX_WINDOW_BLOCKS = 1 << 24, 1 << 10  # that a checkpoint may
 
 @dataclass(frozen=True)
 class Lanes:
-    """The numbers of the order, fixed when a run starts: with others every step would have other samples."""
+    """The order's parameters, fixed when a run starts: changing one changes the samples of every step."""
 
     block_samples: int
     num_lanes: int  # need not divide the global batch
-    window_blocks: int = 1  # blocks that are shuffled together: more mix sorted shards better, and keep more open
+    window_blocks: int = 1  # blocks shuffled together: more mix sorted shards better, but keep more blocks open
 
 
 def choose_lanes(block_samples: int, num_samples: int, global_batch: int) -> Lanes:
-    """Returns the numbers for a set of which `num_samples` are trained on, and which is read in such blocks."""
+    """Returns the parameters for `num_samples` training samples that are read in blocks of `block_samples`."""
     most = num_samples // (4 * block_samples)
     return Lanes(block_samples, max(1, min(-(-global_batch // _SLOTS_OF_A_LANE), most)))
 
 
 def fits(lanes: Lanes, num_samples: int, global_batch: int, steps: int) -> bool:
-    """Returns whether a run of `steps` steps has such lanes: each with a slot and a sample, nothing beyond 64 bits."""
+    """Returns whether these lanes suit a run of `steps` steps: each has a slot and a sample, and 64 bits suffice."""
     narrowest = global_batch // lanes.num_lanes
     return num_samples * narrowest >= global_batch and (steps * global_batch + num_samples) * global_batch < 1 << 62
 
 
 def lanes_in(said: Fields, num_samples: int, global_batch: int, steps: int) -> Lanes:
-    """Returns the lanes that a checkpoint names, of a run of `steps` steps. Raises UserError when it has no such."""
+    """Reads the lanes that a checkpoint has for a run of `steps` steps. Raises UserError when they are impossible."""
     most = {"block_samples": MAX_BLOCK_SAMPLES, "num_lanes": global_batch, "window_blocks": MAX_WINDOW_BLOCKS}
     lanes = Lanes(**{name: said.integer(name, 1, limit) for name, limit in most.items()})
     if not fits(lanes, num_samples, global_batch, steps):
@@ -51,7 +51,7 @@ def lanes_in(said: Fields, num_samples: int, global_batch: int, steps: int) -> L
 def place(
     lanes: Lanes, num_samples: int, global_batch: int, seed: int | str, steps: np.ndarray, slots: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns epoch and place in the data set, 0..num_samples-1, of slots of steps: all int64 of one shape.
+    """Returns the epoch and the place in the data set, 0..num_samples-1, of each (step, slot): all int64 of one shape.
 
     About 3 ms for 4,096 slots, 1 ms for a few: ask for many steps at once.
     """
@@ -60,15 +60,15 @@ def place(
     first, end = lane * G // K, (lane + 1) * G // K  # slots of the lane
 
     def cut(epoch: np.ndarray, slot: np.ndarray) -> np.ndarray:
-        """Where the piece of the lane that begins with `slot` begins on an epoch's axis."""
+        """Where, on an epoch's axis, the piece of the lane whose first slot is `slot` begins."""
         return (epoch + 1) * N * slot // G - epoch * N * slot // G
 
     def used(epoch: np.ndarray) -> np.ndarray:
-        """Samples that the lane has given before an epoch."""
+        """Samples that the lane has supplied before an epoch."""
         return epoch * N * end // G - epoch * N * first // G
 
-    given = steps * (end - first) + slots - first  # samples that the lane has given before this one
-    epoch = given * G // (N * (end - first))  # right, or one too many or too few: `used` is rounded
+    given = steps * (end - first) + slots - first  # samples that the lane has supplied before this one
+    epoch = given * G // (N * (end - first))  # exact or off by one, since `used` is rounded; corrected below
     epoch = epoch - (given < used(epoch))
     epoch = epoch + (given >= used(epoch + 1))
     low, high = cut(epoch, first), cut(epoch, end)
@@ -77,7 +77,7 @@ def place(
     window = lanes.window_blocks * lanes.block_samples
     low, high = np.maximum(at // window * window, low), np.minimum((at // window + 1) * window, high)
     places = np.empty_like(at)
-    for value in np.unique(epoch):  # one, or a few where steps cross the border of epochs
+    for value in np.unique(epoch):  # one, or a few where steps cross epoch boundaries
         these = epoch == value
         start, key = low[these], (seed, int(value))
         within = scatter(at[these] - start, high[these] - start, start, "window", *key)
@@ -86,9 +86,9 @@ def place(
 
 
 def row_of_blocks(at: np.ndarray, block_samples: int, num_samples: int, *key: object) -> np.ndarray:
-    """Returns the places in the data set of places in a row of its blocks, permuted by `key`.
+    """Maps places in the sequence of blocks, permuted by `key`, to places in the data set.
 
-    What fills no block stays at the end of both.
+    Samples that fill no block stay at the end of both.
     """
     return _by_blocks(permute, at, block_samples, num_samples, *key)
 
@@ -139,10 +139,10 @@ def seen(lanes: Lanes, num_samples: int, global_batch: int, epoch: int, position
 
 
 def read_amplification(lanes: Lanes, global_batch: int, readers: Sequence[range]) -> float:
-    """Returns how many samples' bytes are read for each sample used, where each reader reads whole blocks for itself.
+    """Returns how many samples are read for each sample used, if each reader reads whole blocks for itself.
 
-    readers: the slots of each, which cover the global batch. Arithmetic on the borders of slots; a block that two lanes
-    share counts once.
+    readers: the slots of each; together they cover the global batch. Computed from the borders of slots alone; a block
+    that two lanes share counts once.
     """
     read = 0
     for slots in readers:
@@ -152,6 +152,6 @@ def read_amplification(lanes: Lanes, global_batch: int, readers: Sequence[range]
         for lane in range(first, last + 1):
             low, high = (number * global_batch // lanes.num_lanes for number in (lane, lane + 1))
             mine = min(high, slots[-1] + 1) - max(low, slots[0])
-            # A window is a run of the lane's slots: it meets mine, unless it is shorter than the lane is wide.
+            # A window fills consecutive slots of the lane. One shorter than the lane is wide may miss this reader's.
             read += min(high - low, mine + lanes.window_blocks * lanes.block_samples - 1)
     return read / global_batch

@@ -1,6 +1,6 @@
-"""Batches of the order's steps, prepared ahead by worker processes; and the validation set.
+"""Batches of the training steps and of the validation set, prepared in the background by worker processes.
 
-Each item is a rank's whole share of a step. Worker processes own no state: item `step` depends on the step alone.
+Each item is a rank's whole share of a step. Worker processes have no state: item `step` depends on the step alone.
 """
 
 import atexit
@@ -41,18 +41,18 @@ class BadRecord(NamedTuple):
 class Batch(NamedTuple):
     """A rank's share of a step, or a micro-batch of it. Masked slots (valid is False) hold zeros and no label.
 
-    L is 1; twice that with mixup or CutMix; as many as the image with the most has where images have several labels.
+    L: the most labels of any image in the batch, 1 unless a set is multi-label; twice that where images are mixed.
     """
 
     images: torch.Tensor  # uint8 [slots, 3, height, width]
-    labels: torch.Tensor  # int64 [slots, L], filled up with -1
+    labels: torch.Tensor  # int64 [slots, L], padded with -1
     label_weights: torch.Tensor  # float32 [slots, L]: 1, or the shares of mixed images; 0 where there is no label
     valid: torch.Tensor  # bool [slots]
     epoch: torch.Tensor  # int64 [slots]
-    index: torch.Tensor  # int64 [slots]; -1 where a slot only fills up the micro-batch
+    index: torch.Tensor  # int64 [slots]; -1 for slots that only pad the micro-batch
     bad: list[BadRecord]
     damaged: list[BadRecord] = []  # samples that are used nevertheless
-    error: UserError | StorageError | None = None  # ends the run; handed on so that all ranks raise it together
+    error: UserError | StorageError | None = None  # ends the run; carried here so that all ranks raise it together
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch with images, labels and mask on the device; epochs and indices stay on the host."""
@@ -70,7 +70,7 @@ def single_labels(classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return classes[:, None], torch.ones(len(classes), 1)
 
 
-_SLOTS_AHEAD = 4096  # of steps to come, drawn in one call of at most 10 ms: a call takes 1 ms however few they are
+_SLOTS_AHEAD = 4096  # of future steps, computed in one call of at most 10 ms: even a call for a few slots takes 1 ms
 
 
 class _TrainSteps(Dataset):
@@ -79,7 +79,7 @@ class _TrainSteps(Dataset):
     def __init__(self, manifest: Manifest, order: Order, plan: BatchPlan, config: Config) -> None:
         self._manifest, self._order, self._plan, self._config = manifest, order, plan, config
         self._mine = share(order.global_batch, ranks.rank(), ranks.world_size())
-        # Partners on other ranks: of the first image's copies and of the last one's. Their losses are told there.
+        # Partners on other ranks, of copies of the first and the last image. Their own ranks report them if bad.
         wanted = (
             {partner(slot, order.repeats) for slot in self._mine} if config.data.mixup or config.data.cutmix else ()
         )
@@ -103,7 +103,7 @@ class _TrainSteps(Dataset):
         return _mixed(batch, self._mine, others, self._others, mix, self._order.repeats)
 
     def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, index) of this rank's slots and of the others, drawn for many steps at once."""
+        """(epoch, index) of this rank's slots and of `_others`, computed for many steps at once."""
         if step not in self._ahead:
             worker = get_worker_info()
             stride = worker.num_workers if worker else 1  # workers take turns
@@ -152,10 +152,10 @@ def _read(
     image_size: int,
     strict: bool,
 ) -> Batch:
-    """Reads samples into the first of the slots; `crop` gets an image, its epoch and its index.
+    """Reads samples into the first slots of a batch; `crop` gets an image, its epoch and its index.
 
-    A bad sample leaves its slot masked, and a record; strict: damaged images too. An error that ends the run is handed
-    on in the batch. Copies of an image, which follow each other, are decoded once.
+    A bad sample leaves a masked slot and a record; with `strict`, damaged images count as bad. An error that ends the
+    run is returned in the batch. Consecutive copies of an image are decoded once.
     """
     images = torch.zeros(slots, 3, image_size, image_size, dtype=torch.uint8)
     no_labels = torch.full((slots, 1), -1), torch.zeros(slots, 1)
@@ -182,17 +182,17 @@ def _read(
             labels[slot], batch.valid[slot] = sample.classes, True
     width = max([1, *map(len, labels)])
     padded = torch.tensor([row + [-1] * (width - len(row)) for row in labels], dtype=torch.int64)
-    padded = padded.reshape(slots, width)  # [slots, L], also without slots
+    padded = padded.reshape(slots, width)  # [slots, L], also for no slots
     return batch._replace(labels=padded, label_weights=(padded >= 0).float(), damaged=damaged)
 
 
 class _Sample(NamedTuple):
-    """A sample that can be used."""
+    """A decoded sample that can be used."""
 
     index: int
     image: torch.Tensor  # uint8 [3, height, width]
     classes: list[int]
-    damage: str  # what libjpeg warned of first, with the sample's key; empty: nothing
+    damage: str  # the sample's key and libjpeg's first warning; empty: none
 
 
 def _decoded(manifest: Manifest, index: int) -> _Sample:
@@ -206,9 +206,9 @@ def _decoded(manifest: Manifest, index: int) -> _Sample:
 
 
 def _mixed(batch: Batch, mine: range, others: Batch, other_slots: list[int], mix: Mix, repeats: int) -> Batch:
-    """Mixes each slot with its partner, which lies in the batch, or on another rank and so in `others`.
+    """Mixes each slot with its partner, from the batch itself, or from `others` if the partner is another rank's.
 
-    mine: the global batch's slots that the batch begins with. A slot whose partner is bad or absent stays as it is.
+    mine: the global batch's slots that the batch begins with. A slot whose partner is bad or absent is not mixed.
     """
     width, slots = max(batch.labels.shape[1], others.labels.shape[1]), len(batch.valid)
     labels, weights = torch.full((slots, 2 * width), -1), torch.zeros(slots, 2 * width)
@@ -254,9 +254,9 @@ def _beside(running: fetcher.Fetcher, batches: Iterator[Batch]) -> Iterator[Batc
 def eval_batches(
     manifest: Manifest, indices: np.ndarray, *, batch_size: int, image_size: int, config: DataConfig
 ) -> Iterator[Batch]:
-    """Yields this rank's samples of `indices`, in evaluation's transform, the same number of batches on every rank.
+    """Yields this rank's samples of `indices` under the evaluation transform, equally many batches on every rank.
 
-    The last batch, and ranks with fewer samples, are filled up with masked slots: each sample is seen exactly once.
+    The last batch, and ranks with fewer samples, are padded with masked slots: each sample is seen exactly once.
     """
     batches = _EvalBatches(manifest, indices, batch_size, image_size, config)
     _check_room(batch_size, len(batches), image_size, config)
@@ -265,14 +265,14 @@ def eval_batches(
 
 SHARED_MEMORY = Path("/dev/shm")
 _FILES_PER_BATCH = 6  # its tensors, each a piece of shared memory
-_FILES_PER_WORKER = 8  # pipes and semaphores, and what its start needs for a moment
+_FILES_PER_WORKER = 8  # pipes and semaphores, and what its start needs briefly
 _FILES_BESIDE = 32  # logs, checkpoints, shards that this process reads itself
 _WORKER_BYTES = 64 << 20  # of a loader process: what it does not share with its rank
 _BESIDE_IMAGES = 256 << 10  # bytes of a batch's labels, mask and semaphores, each of which fills whole pages
 
 
 class Room(NamedTuple):
-    """What loader processes take of their machine."""
+    """Resources that loader processes take."""
 
     open_files: int  # of one rank
     memory_bytes: int  # of all ranks here, shared memory included
@@ -283,17 +283,17 @@ def room_needed(slots: int, num_batches: int, image_size: int, config: DataConfi
     """Returns what the loader processes of this node's ranks need to hand over batches of `slots` images each."""
     if not config.workers:
         return Room(0, 0, 0)
-    batches = min(num_batches, config.workers * config.prefetch) + 2  # of the step, and of the one after it
+    batches = min(num_batches, config.workers * config.prefetch) + 2  # the current step's, and the next one's
     shared = ranks.ranks_here() * batches * (slots * 3 * image_size**2 + _BESIDE_IMAGES)
     files = batches * _FILES_PER_BATCH + config.workers * _FILES_PER_WORKER + _FILES_BESIDE
     return Room(files, shared + ranks.ranks_here() * config.workers * _WORKER_BYTES, shared)
 
 
 def _check_room(slots: int, num_batches: int, image_size: int, config: DataConfig) -> None:
-    """Raises StorageError, on all ranks, when a node's loader processes have no room to hand batches of `slots` over.
+    """Raises StorageError, on all ranks, when a node's memory is too small for its loader processes' batches.
 
-    UserError when too few files may be open. Told before they start: where it is full, torch's answer is a process
-    that waits for ever, or a bus error.
+    Raises UserError when too few files may be open. Checked before the processes start: with shared memory full, torch
+    hangs or dies of a bus error.
     """
     room = room_needed(slots, num_batches, image_size, config)
     needed = room.shared_bytes
@@ -317,7 +317,7 @@ def _check_room(slots: int, num_batches: int, image_size: int, config: DataConfi
 
 
 def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Batch]:
-    """Returns an iterator over the dataset's items; worker processes prepare them ahead from now on."""
+    """Returns an iterator over the dataset's items; worker processes start preparing them at once."""
     workers = min(config.workers, len(items))  # an evaluation may have a batch or two
     loader = DataLoader(
         dataset,
@@ -327,9 +327,9 @@ def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Ba
         num_workers=workers,
         prefetch_factor=config.prefetch if workers else None,
         pin_memory=ranks.has_gpu(),
-        # Else SIGTERM to the group ends workers, and the final save is lost.
+        # Otherwise SIGTERM to the process group ends the workers, and the final save is lost.
         worker_init_fn=lambda _: signals.live_as_long_as_parent(),
-        generator=torch.Generator(),  # the loader draws a seed; from the global generator it would shift dropout's
+        generator=torch.Generator(),  # the loader draws a seed: the global generator's would shift dropout
         # Not the default from Python 3.14 on, which imports torch anew for each iterator; workers never touch the GPU.
         multiprocessing_context="fork" if workers else None,
     )
@@ -339,8 +339,8 @@ def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Ba
     return iterator
 
 
-# Whoever is still reading when the program ends. Workers ignore SIGTERM, with which multiprocessing would end them, so
-# that its wait for them would never end.
+# Iterators that may still be reading when the program ends. Workers ignore SIGTERM, by which multiprocessing ends its
+# processes at exit, so it would wait for them for ever.
 _running: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -355,7 +355,7 @@ def _end_workers() -> None:
 
 REASONS = ("tar", "missing", "decode", "label", "damaged")
 _MIN_SEEN, _MIN_BAD = 10_000, 100  # before that, a fraction says little
-_RECENT = 100_000  # samples, a stretch of the run: what is bad in the latest one and the one before is judged too
+_RECENT = 100_000  # samples in a stretch of the run; the last two stretches are judged by themselves too
 
 
 def count_reasons(records: list[BadRecord]) -> torch.Tensor:
@@ -368,9 +368,9 @@ def check_bad_fraction(
 ) -> None:
     """Raises BadSamplesError when more than `max_fraction` of the samples over all ranks could not be used.
 
-    bad: by reason, of the `seen` ones since the start. recent: what `count_recent` has made of them: behind weeks of
-    good data a fraction of all would not show what has become of the shards since. global_batch: of each step, whose
-    samples are of the stretch that it ends in.
+    bad: counts by reason, of the `seen` samples since the start. recent: the result of `count_recent`, judged apart,
+    since after weeks of good data the fraction of all would not show that shards went bad. global_batch: the samples
+    of a step, which all count in the stretch in which the step ends.
     """
     first = max(0, _stretch(seen) - 1)
     of_late = sum(count for stretch, count in recent if stretch >= first)
@@ -385,9 +385,9 @@ def check_bad_fraction(
 
 
 def count_recent(recent: list[list[int]], seen: int, count: int) -> list[list[int]]:
-    """Returns the last stretches' numbers and how many of their samples are bad, with `count` more, the last of `seen`.
+    """Adds `count` bad samples to the stretch that `seen` samples reach; returns [number, bad samples] of stretches.
 
-    At most two of them: those that have any.
+    These are the last two, at most, that have any.
     """
     counts = {stretch: bad for stretch, bad in recent}
     counts[_stretch(seen)] = counts.get(_stretch(seen), 0) + count
@@ -395,5 +395,5 @@ def count_recent(recent: list[list[int]], seen: int, count: int) -> list[list[in
 
 
 def _stretch(seen: int) -> int:
-    """The number of the stretch that the last of so many samples is in."""
+    """The number of the stretch that holds the last of `seen` samples."""
     return max(0, seen - 1) // _RECENT

@@ -1,8 +1,8 @@
 """What a data set consists of: its shards in order, with counts, sizes and checksums, and each shard's sample offsets.
 
 `manifest.json` lists the shards; `NAME.idx` beside `NAME.tar`, or alone where the shard is remote, says where each
-sample begins. Both are checked when read, so that a changed or cut shard is found before it loses samples silently.
-What they claim is compared with limits before it is used, no link leads out of the folder: a set may be a stranger's.
+sample begins. Both are checked when read, so that a changed or cut shard is found before it loses samples silently. A
+set may be a stranger's: its claims are compared with limits before they are used, and no link may lead out of it.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class Manifest:
 
     @cached_property
     def is_remote(self) -> bool:
-        """Whether any of its shards lies elsewhere."""
+        """Whether any of its shards lies on a server."""
         return any(shard.url for shard in self.shards)
 
     @cached_property
@@ -75,7 +75,7 @@ class Manifest:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Of all its shards."""
+        """The size of all its shards."""
         return sum(shard.num_bytes for shard in self.shards)
 
     def with_meaning(self, match: ClassMatch, class_names: tuple[str, ...]) -> "Manifest":
@@ -85,7 +85,7 @@ class Manifest:
         return replace(self, label_map=match.labels, class_names=class_names)
 
     def meant(self, labels: list[int]) -> list[int]:
-        """Returns what stored labels mean."""
+        """Returns stored labels mapped by `label_map`."""
         return labels if self.label_map is None else [self.label_map[label] for label in labels]
 
     def locate(self, index: int) -> tuple[Shard, int]:
@@ -149,7 +149,7 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def _refuse_shards(path: Path) -> None:
-    """Raises UserError for what other loaders are given: a tar, or a pattern of tars, which no shell has expanded."""
+    """Raises UserError for what other loaders take: a tar, or a pattern of tars that no shell has expanded."""
     is_pattern = any(letter in path.name for letter in "*?[{")
     if path.name.endswith((".tar", ".tar.gz")) and (is_pattern or path.exists()):
         what = "is a pattern of shards" if is_pattern else "is a shard"
@@ -161,7 +161,7 @@ def _refuse_shards(path: Path) -> None:
 
 
 def _read_names(label: Fields, folder: Path, num_classes: int) -> tuple[str, ...]:
-    """The names of the classes, as many as there are; none where the manifest names no file of them."""
+    """The names of the classes, one for each; empty where the manifest names no file of them."""
     if not label.text("names", ""):
         return ()
     path = folder / name_inside(label, "names")
@@ -170,9 +170,9 @@ def _read_names(label: Fields, folder: Path, num_classes: int) -> tuple[str, ...
 
 
 def read_as(theirs: Manifest, ours: Manifest) -> tuple[Manifest, str | None]:
-    """Returns a set with its labels read as another's, by the classes' names, and what is to be told of that.
+    """Returns `theirs` with labels mapped to those of `ours` by class name, and a line for the user, if there is one.
 
-    Raises UserError when a class has no counterpart, or when without names the numbers of classes differ.
+    Raises UserError when a class has no counterpart, or when there are no names and the numbers of classes differ.
     """
     named = bool(theirs.class_names and ours.class_names)
     if theirs.num_classes > ours.num_classes or (theirs.num_classes != ours.num_classes and not named):
@@ -186,13 +186,13 @@ def read_as(theirs: Manifest, ours: Manifest) -> tuple[Manifest, str | None]:
 
 
 def check_shards(manifest: Manifest) -> None:
-    """Checks that every shard and index is there, in the set's folder and once, each shard with the right size.
+    """Checks that every shard and index exists inside the set's folder, each shard once and with the right size.
 
-    Raises UserError naming the first that is not, StorageError when the disk does not say.
+    Raises UserError naming the first that does not, StorageError when the disk does not answer.
     """
     folder, real_folder = manifest.path.parent, cache(real_folder_of)
     files: Callable[..., frozenset[str]] = cache(partial(plain_files, folder, real_folder=real_folder))
-    if len(manifest.shards) == 1:  # as `verify` asks, for each shard, and would list the folder as often
+    if len(manifest.shards) == 1:  # as `verify` asks for each shard, which would list the folder as often
         files = lambda *_: frozenset()  # noqa: E731  # each file is looked at by itself
     look = partial(_looked_at, folder, real_folder, files)
     parts = [manifest.shards[start : start + _LOOKED_AT] for start in range(0, len(manifest.shards), _LOOKED_AT)]
@@ -225,8 +225,8 @@ def check_shards(manifest: Manifest) -> None:
 
 
 _LOOKED_AT = 500  # shards at a time
-_SLOW_S = 0.2  # for them: a question to a network's disk takes a millisecond, and many may be asked at once
-_LOOKERS = 16  # threads, which on a local disk are in each other's way
+_SLOW_S = 0.2  # for them: on a network disk each lookup takes a millisecond, and many can run at once
+_LOOKERS = 16  # threads, which would slow each other down on a local disk
 
 
 def _looked_at(
@@ -235,16 +235,16 @@ def _looked_at(
     files: Callable[[str], frozenset[str]],
     shards: Sequence[Shard],
 ) -> list[tuple[str, int]]:
-    """Where shards really lie, and their sizes; their indexes are there too. Raises as `file_inside`.
+    """Real paths and sizes of shards, whose indexes are checked to exist too. Raises as `file_inside`.
 
-    files: `plain_files` of a folder, of which only a size has to be asked for; whatever else is left to `file_inside`.
+    files: the `plain_files` of a folder, for which only the size is looked up; all others go through `file_inside`.
     """
     found = []
     for shard in shards:
         parent, _, name = shard.place.rpartition("/")
         plain = files(parent)
         if shard.url:
-            found.append((shard.url, shard.num_bytes))  # each answer of its server tells the size
+            found.append((shard.url, shard.num_bytes))  # its size is checked in each response of the server
         elif name in plain:
             found.append((real_folder(parent) + name, os.lstat(shard.place).st_size))
         else:
@@ -313,7 +313,7 @@ def key_crc32(key: str) -> int:
 def write_index(shard: Shard, index: ShardIndex) -> None:
     """Writes `NAME.idx` beside `NAME.tar`: one line of JSON, then the arrays as little-endian uint32.
 
-    Raises UserError when a file of that name is there that is no index, or when it would be too large to be read.
+    Raises UserError when another kind of file has that name, or when the index would be too large to be read.
     """
     if shard.num_samples > MAX_SHARD_SAMPLES:
         raise UserError(
@@ -346,7 +346,7 @@ def _is_index(path: Path) -> bool:
 
 
 def load_index(shard: Shard) -> ShardIndex:
-    """Reads a shard's index. Raises UserError when it is damaged or belongs to another shard, OSError as it comes."""
+    """Reads a shard's index. Raises UserError when it is damaged or another shard's; OSError passes through."""
     path = shard.path.with_suffix(".idx")
     try:
         data = read_bytes(path, max_bytes=MAX_LINE_BYTES + num_arrays_bytes(INDEX_VERSION, shard.num_samples))

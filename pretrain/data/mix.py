@@ -1,6 +1,6 @@
-"""Mixup and CutMix: one draw per global step, and for each slot of the global batch a partner, another image's.
+"""Mixup and CutMix: one draw per global step, and for each slot of the global batch a partner with another image.
 
-Neither depends on how the batch is shared out among ranks and cut into micro-batches.
+Neither depends on how the batch is split over ranks and micro-batches.
 """
 
 import math
@@ -22,7 +22,7 @@ class Mix(NamedTuple):
 def partner(slot: int, repeats: int = 1) -> int:
     """Returns the slot that a slot is mixed with: the same copy of image XOR 1, where each image fills `repeats` slots.
 
-    With an odd number of images, the last one has none: what is returned lies behind the batch.
+    With an odd number of images, the last one has no partner: the slot returned lies beyond the batch.
     """
     image, copy = divmod(slot, repeats)
     return (image ^ 1) * repeats + copy
@@ -32,8 +32,8 @@ def draw_mix(config: DataConfig, size: int, seed: int, step: int) -> Mix | None:
     """Returns how a step is mixed, None without mixup and CutMix. Images are `size` pixels high and wide.
 
     Mixup: a of Beta(p, p), then max(a, 1 - a), as in big_vision's get_mixup (arXiv 1710.09412). CutMix
-    (arXiv 1905.04899): the same draw is the share of the image to be kept; the box has the image's shape, its centre
-    anywhere, and what lies outside is cut off, so own_share is counted in pixels. With both, a coin chooses.
+    (arXiv 1905.04899): a draw of the same kind is the share of the image to keep; the box has the image's shape, its
+    centre is anywhere, and it is clipped to the image, so own_share is counted in pixels. With both, a coin decides.
     """
     if not config.mixup and not config.cutmix:
         return None
@@ -47,8 +47,8 @@ def draw_mix(config: DataConfig, size: int, seed: int, step: int) -> Mix | None:
 
 
 def _own_share(p: float, draw: float) -> float:
-    """Returns the larger share of a Beta(p, p) draw, from a uniform one by the inverse of its distribution function."""
-    from scipy.special import betaincinv  # 3 % of a start's imports: only where batches are mixed
+    """Returns the larger share of a Beta(p, p) draw, computed from a uniform draw by the inverse CDF."""
+    from scipy.special import betaincinv  # 3 % of the import time at start: only where batches are mixed
 
     share = float(betaincinv(p, p, draw))
     return float(torch.tensor(max(share, 1 - share)))  # float32: the last bits may differ between releases of scipy

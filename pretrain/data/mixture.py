@@ -1,9 +1,8 @@
-"""Several data sets as one: which of them a slot is taken from, exactly by weight, and their samples as one set.
+"""Several data sets (sources) as one: assigns each slot to a source, exactly by weight, and numbers all their samples.
 
-A cycle of Q slots has a quota of each source, and a fixed schedule says whose each slot is: at every slot each source
-is less than one sample from its share. A source's samples come pass by pass, each in the order of a keyed permutation,
-or of lanes of its own. Quotas may change at a step; passes then go on where they are. A pure function of the slot: no
-memory, no state.
+Each source has a quota in a cycle of Q slots, and a fixed schedule assigns the slots: at every slot each source is less
+than one sample from its share. A source is read in passes, each in the order of a keyed permutation, or of lanes of its
+own. Quotas may change at a step; passes then continue where they are. A pure function of the slot: no memory, no state.
 """
 
 import hashlib
@@ -23,15 +22,15 @@ from pretrain.data.permutation import unvisit, visit
 from pretrain.errors import ConfigError, UserError
 from pretrain.json_files import Fields, brief
 
-MAX_CYCLE = 1 << 16  # slots: the schedule of a few sources takes 0.1 s to make, of 64 a second, and 1 MB
+MAX_CYCLE = 1 << 16  # slots: a schedule takes 1 MB, and 0.1 s to make for a few sources, 1 s for 64
 
 
 def quotas_of(weights: Sequence[float]) -> tuple[tuple[int, ...], bool]:
-    """Returns how many slots of a cycle are each source's, and whether these have exactly the weights' proportions.
+    """Returns each source's slots per cycle, and whether they have exactly the weights' proportions.
 
-    A decimal number is taken as it is written: 0.6 is three fifths. Where no cycle of up to MAX_CYCLE slots has the
-    proportions, they are rounded to the nearest of the longest. Raises ConfigError when a source with a weight would
-    have no slot.
+    A decimal number is taken as written: 0.6 is three fifths. Where no cycle of up to MAX_CYCLE slots has the exact
+    proportions, they are rounded to the nearest of a cycle of MAX_CYCLE. Raises ConfigError when a source with a weight
+    above 0 would get no slot.
     """
     written = [Fraction(str(weight)) for weight in weights]
     shares = [weight / sum(written) for weight in written]
@@ -50,16 +49,16 @@ def quotas_of(weights: Sequence[float]) -> tuple[tuple[int, ...], bool]:
 
 
 def schedule(quotas: Sequence[int]) -> np.ndarray:
-    """Returns whose each slot of a cycle is, int64 [sum of quotas].
+    """Returns the source of each slot of a cycle, int64 [sum of quotas].
 
     After any number of slots each source is less than one sample from its share of them: the chairman assignment
-    (R. Tijdeman, Discrete Mathematics 32, 1980). Of the sources that are far enough behind their share it takes the one
-    that must come soonest. Smooth weighted round robin, and shares rounded down, do not keep that bound.
+    (R. Tijdeman, Discrete Mathematics 32, 1980). Among the sources far enough behind their share, the one with the
+    earliest deadline gets the slot. Smooth weighted round robin, and shares rounded down, do not keep that bound.
     """
     cycle, parts = sum(quotas), 2 * sum(quota > 0 for quota in quotas) - 2
 
     def deadline(source: int) -> int:
-        """The last slot at which its next sample may come."""
+        """The last slot at which the source's next sample may come."""
         return -(-(parts - 1 + parts * given[source]) * cycle // (parts * quotas[source]))
 
     taken = [source for source, quota in enumerate(quotas) if quota]
@@ -79,28 +78,28 @@ def schedule(quotas: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Phase:
-    """The proportions that hold from a slot on."""
+    """The proportions that apply from a slot on."""
 
     first_slot: int
-    quotas: tuple[int, ...]  # slots of a cycle that are each source's; 0: nothing is taken from it
+    quotas: tuple[int, ...]  # each source's slots per cycle; 0: nothing is taken from it
 
     @property
     def cycle(self) -> int:
-        """Slots after which the schedule begins anew."""
+        """Slots after which the schedule repeats."""
         return sum(self.quotas)
 
     @cached_property
     def schedule(self) -> np.ndarray:
-        """Whose each slot of a cycle is: int64 [cycle]."""
+        """The source of each slot of a cycle: int64 [cycle]."""
         return schedule(self.quotas)
 
     @cached_property
     def slots(self) -> list[np.ndarray]:
-        """The slots of a cycle that are each source's, rising."""
+        """Each source's slots of a cycle, ascending."""
         return [np.flatnonzero(self.schedule == source) for source in range(len(self.quotas))]
 
     def takes(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns whose each slot is, and its how-manieth of this phase, of slots counted from its first: int64."""
+        """Returns each slot's source, and the source's samples in the phase before it: int64; slots: of the phase."""
         cycles, rest = np.divmod(slots, self.cycle)
         sources, within = self.schedule[rest], np.empty_like(slots)
         for source in np.unique(sources).tolist():
@@ -109,17 +108,17 @@ class Phase:
         return sources, cycles * np.array(self.quotas)[sources] + within
 
     def given(self, slots: np.ndarray) -> np.ndarray:
-        """Returns how many samples of each source its first `slots` slots hold: int64, a row for each source."""
+        """Returns how many samples of each source the phase's first `slots` slots hold: int64, a row per source."""
         cycles, rest = np.divmod(slots, self.cycle)
         return np.array([cycles * quota + np.searchsorted(own, rest) for quota, own in zip(self.quotas, self.slots)])
 
 
 @dataclass(frozen=True)
 class SourceLanes:
-    """The order `lanes` of one source, whose samples come in rounds as those of a set alone come in steps.
+    """The order `lanes` of one source of a mixture, in which rounds take the place of steps.
 
-    The source's q-th sample of the run is slot q % round_samples of round q // round_samples, however many of them a
-    step has: so weights may change, and passes go on.
+    The source's q-th sample of the run is slot q % round_samples of round q // round_samples, however many of its
+    samples a step has: so weights may change while passes continue.
     """
 
     round_samples: int  # about as many as a step has of it, so that a node's slots stay within few lanes
@@ -128,10 +127,10 @@ class SourceLanes:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The numbers of a mixture. An epoch here is a pass through one source; each source has its own."""
+    """The parameters of a mixture. An epoch here is a pass through one source; each source counts its own."""
 
-    sizes: tuple[int, ...]  # samples of each source; their indices follow each other
-    phases: tuple[Phase, ...]  # rising, the first from slot 0 on; passes go on across their borders
+    sizes: tuple[int, ...]  # samples of each source; the sources' indices follow each other
+    phases: tuple[Phase, ...]  # ascending, the first from slot 0 on; passes continue from one to the next
     lanes: tuple[SourceLanes, ...] = ()  # of each source; empty: `permuted`
 
     @cached_property
@@ -153,7 +152,7 @@ class Mixture:
         return np.searchsorted(self.first_indices, indices, side="right") - 1
 
     def samples(self, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (epoch, index) of slots, counted from the run's first on: int64 of one shape."""
+        """Returns (epoch, index) of slots counted from the run's start: int64 of one shape."""
         sources, places = np.empty_like(positions), np.empty_like(positions)
         phases = np.searchsorted(self._first_slots, positions, side="right") - 1
         for phase in np.unique(phases).tolist():
@@ -185,7 +184,7 @@ class Mixture:
         return positions
 
     def _visit(self, places: np.ndarray, source: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pass and sample at places in the row of all samples of a source."""
+        """Pass and sample at places in the sequence of a source's passes."""
         if not self.lanes:
             return visit(places, self.sizes[source], *_key(seed, source))
         own = self.lanes[source]
@@ -224,18 +223,18 @@ def phases_of(data: DataConfig) -> tuple[Phase, ...]:
 
 
 def begun(phases: Sequence[Phase], slot: int, num_sources: int) -> list[Phase]:
-    """Returns the phases that have begun before a slot, the first always: with 0 for sources that were added later."""
+    """Returns the phases that began before a slot, always the first one, with quota 0 for sources added later."""
     padded = [Phase(p.first_slot, (*p.quotas, *[0] * (num_sources - len(p.quotas)))) for p in phases]
     return [phase for phase in padded if phase.first_slot < max(1, slot)]
 
 
 def told_phases(phases: Sequence[Phase], global_batch: int) -> str:
-    """Returns phases as a message tells them."""
+    """Returns phases as text for a message."""
     return ", ".join(f"{brief(list(phase.quotas))} from step {phase.first_slot // global_batch} on" for phase in phases)
 
 
 def phases_in(order: Fields, num_sources: int, global_batch: int) -> tuple[Phase, ...]:
-    """Returns the phases that a checkpoint names beside its order. Raises UserError when they cannot be a mixture's."""
+    """Reads the phases in the order that a checkpoint states. Raises UserError when they are impossible."""
     found = []
     for fields in order.parts("phases"):
         quotas, step = fields.values.get("quotas"), fields.integer("step", 0, MAX_REWEIGHT_STEP)
@@ -258,7 +257,7 @@ def choose_source_lanes(
 ) -> tuple[SourceLanes, ...]:
     """Returns lanes for each source of a mixture. Raises ConfigError when a run of so many steps is too long for them.
 
-    A round is what a step has of the source when its weight begins, but at most a quarter of the source.
+    A round has as many samples as a step of the first phase that uses the source, but at most a quarter of the source.
     """
     chosen = []
     for number, source in enumerate(sources):
@@ -280,12 +279,12 @@ def _rounds(steps: int, global_batch: int, round_samples: int) -> int:
 
 
 def lanes_as_numbers(own: SourceLanes) -> dict[str, int]:
-    """Returns a source's lanes as a checkpoint names them."""
+    """Returns a source's lanes as a checkpoint stores them."""
     return {"round_samples": own.round_samples, **asdict(own.lanes)}
 
 
 def source_lanes_in(source: Fields, num_samples: int, global_batch: int, steps: int) -> SourceLanes:
-    """Returns a source's lanes that a checkpoint names. Raises UserError when they cannot be a source's."""
+    """Reads a source's lanes that a checkpoint stores. Raises UserError when they are impossible."""
     batch = source.integer("round_samples", 1, global_batch)
     return SourceLanes(batch, lanes_in(source, num_samples, batch, _rounds(steps, global_batch, batch)))
 
@@ -299,11 +298,11 @@ def _key(seed: int, source: int) -> tuple[object, ...]:
 
 
 def joined(sources: Sequence[Manifest], *, all_classes: bool = False) -> tuple[Manifest, list[str]]:
-    """Returns the sources as one set, whose samples follow each other, and what is to be told of their classes.
+    """Returns the sources concatenated to one set, and lines for the user about their classes.
 
-    Labels are read by name as those of the source with the most classes, or of all sources together. The second source
-    of a name gets a number. Raises UserError when a source is given twice, or, naming the first difference, when it has
-    other classes.
+    Labels are mapped by name to the classes of the source with the most of them, or with all_classes to those of all
+    sources together. The second source of a name gets a number. Raises UserError when a source is given twice, or,
+    naming the first difference, when its classes do not match.
     """
     for number, source in enumerate(sources):
         if same := [other.path for other in sources[:number] if other.sha256 == source.sha256]:
@@ -328,7 +327,7 @@ def joined(sources: Sequence[Manifest], *, all_classes: bool = False) -> tuple[M
 
 
 def _with_the_widest(sources: Sequence[Manifest]) -> tuple[Manifest, list[Manifest], list[str]]:
-    """The source with the most classes, all sources with their labels read as its own, and what is to be told of it."""
+    """The source with the most classes, all sources with labels mapped to its classes, and lines for the user."""
     widest = max(sources, key=lambda source: source.num_classes)
     try:
         read = [(source, None) if source is widest else read_as(source, widest) for source in sources]
@@ -339,7 +338,7 @@ def _with_the_widest(sources: Sequence[Manifest]) -> tuple[Manifest, list[Manife
 
 
 def _with_all_classes(sources: Sequence[Manifest]) -> tuple[Manifest, list[Manifest], list[str]]:
-    """A set with the classes of all sources, these with their labels read as its own, and what is to be told of it."""
+    """A set with the classes of all sources, the sources with labels mapped to these, and a line for the user."""
     names, meanings = join_classes([source.class_names for source in sources], [str(source.path) for source in sources])
     own, told, known = [], [], 0
     for source, labels in zip(sources, meanings):
@@ -352,7 +351,7 @@ def _with_all_classes(sources: Sequence[Manifest]) -> tuple[Manifest, list[Manif
 
 
 def source_of(manifest: Manifest, index: int) -> tuple[Manifest, int]:
-    """Returns the set that a sample comes from, and its index there: of a mixture its source, else the set itself."""
+    """Returns the set that a sample comes from, a mixture's source or the set itself, and the sample's index there."""
     for source in manifest.sources:
         if index < source.num_samples:
             return source, index
@@ -361,7 +360,7 @@ def source_of(manifest: Manifest, index: int) -> tuple[Manifest, int]:
 
 
 def shard_name(manifest: Manifest, index: int) -> str:
-    """Returns the name of the shard that holds a sample, of a mixture with its source's before it."""
+    """Returns the name of the shard that holds a sample; in a mixture the source's name precedes it."""
     source, own = source_of(manifest, index)
     shard = source.locate(own)[0].path.name
     return f"{source.name}/{shard}" if manifest.sources else shard

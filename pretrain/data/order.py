@@ -2,10 +2,10 @@
 
 Two orders. `permuted`: slot s of step t is position q = t * global_batch + s of an endless sequence of epochs; epoch
 q // N visits its N samples in the order of a keyed permutation. `lanes` (lanes.py): blocks of consecutive samples, for
-storage where one sample costs a request. A mixture (mixture.py) is several sets in turn, each in the same order. With
-`repeats` R an image fills R slots that follow each other, as R epochs side by side: its copies are of epochs e R to
-e R + R - 1, so that each (epoch, index) is still there once. No memory, no state: the step number alone says where in
-the data a run is.
+storage where each read costs a request. A mixture (mixture.py) interleaves several sets, each in the same order. With
+`repeats` R an image fills R consecutive slots, as if R epochs ran side by side: its copies belong to epochs e R to
+e R + R - 1, so that each (epoch, index) still occurs once. No memory, no state: the step number alone determines the
+position in the data.
 """
 
 from collections.abc import Callable
@@ -29,22 +29,22 @@ class Order:
     """The order of a training set, and its held-out samples."""
 
     num_samples: int  # in the manifest, held-out ones included
-    held_out: int  # of these are never trained on
+    held_out: int  # samples among these that are never trained on
     global_batch: int  # slots of a step
     seed: int
     lanes: Lanes | None = None  # of one set; None: `permuted`
-    mixture: Mixture | None = None  # of several sets, all of each, with lanes of its own; None: one set
-    subset: int | None = None  # of the samples that are not held out only so many are trained on; None: all
-    repeats: int = 1  # slots that each image of a step fills, side by side; divides global_batch; 1 in a mixture
+    mixture: Mixture | None = None  # of several whole sets, with its own lanes; None: one set
+    subset: int | None = None  # how many of the samples not held out are trained on; None: all
+    repeats: int = 1  # consecutive slots that each image fills; divides global_batch; 1 in a mixture
 
     @property
     def images_per_step(self) -> int:
-        """Different images of a step: its slots, but for copies."""
+        """Distinct images of a step: its slots without the copies."""
         return self.global_batch // self.repeats
 
     @property
     def name(self) -> Literal["permuted", "lanes"]:
-        """Which of the two it is."""
+        """Which of the two orders it is."""
         return "lanes" if self.lanes or (self.mixture and self.mixture.lanes) else "permuted"
 
     @property
@@ -58,7 +58,7 @@ class Order:
         return self.mixture.sizes if self.mixture else (self.num_train,)
 
     def epochs(self, steps: int) -> float:
-        """Returns how many epochs `steps` steps are; of a mixture passes of the slowest source that has begun."""
+        """Returns how many epochs `steps` steps are; for a mixture, passes of the slowest source that has begun."""
         return min((given / size for given, size in zip(self.given(steps).tolist(), self.sizes) if given), default=0.0)
 
     def samples(self, steps: Steps, slots: Slots | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +72,7 @@ class Order:
         return rounds * self.repeats + copies, indices
 
     def _images(self, steps: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How often all images have come before, and the index, of the `images` of steps: two int64 [steps, images]."""
+        """The round (passes through all images before) and index of the steps' `images`: two int64 [steps, images]."""
         if self.lanes:
             at = (part.copy() for part in np.broadcast_arrays(steps, images))
             rounds, places = place(self.lanes, self.num_train, self.images_per_step, self.seed, *at)
@@ -134,10 +134,10 @@ class Order:
         return permute(places, self.num_samples, "held-out")
 
     def _beyond_held_out(self, places: np.ndarray) -> np.ndarray:
-        """The index of each of the places 0..num_train-1 of what is trained on.
+        """Maps places 0..num_train-1 among the training samples to indices.
 
-        A subset is the beginning of what is trained on without it: the same for every seed, and a smaller one is a
-        part of a larger one.
+        A subset is the beginning of the whole training set: the same for every seed, and a smaller subset is part of
+        a larger one.
         """
         if self.num_train == self.num_samples:
             return places
@@ -159,9 +159,9 @@ class Order:
 
     @property
     def _first_whole_block(self) -> int:
-        """Where, in the row whose beginning is held out, blocks begin that are trained on as a whole.
+        """Where, in the sequence of blocks whose beginning is held out, the first block with no held-out sample begins.
 
-        Blocks of `lanes` begin where blocks of the manifest do: what is left of the last held-out one comes behind all
+        Blocks of `lanes` begin where the manifest's blocks do, so the rest of the last held-out block comes after all
         others.
         """
         assert self.lanes is not None
@@ -171,9 +171,9 @@ class Order:
 
 
 def order_of(config: Config, num_samples: int) -> Order:
-    """Returns the order `permuted` that a config gives a set of so many samples.
+    """Returns the order `permuted` of a config for a set of `num_samples`.
 
-    Raises ConfigError when it has fewer than are held out, or than the subset.
+    Raises ConfigError when these are too few for data.held_out or data.subset.
     """
     data = config.data
     if data.held_out >= num_samples:
@@ -187,7 +187,7 @@ def order_of(config: Config, num_samples: int) -> Order:
 
 
 def share(count: int, rank: int, world_size: int) -> range:
-    """Returns the run of 0..count-1 that a rank takes; lengths differ by at most one."""
+    """Returns a rank's contiguous part of 0..count-1; the lengths of ranks' parts differ by at most one."""
     return range(rank * count // world_size, (rank + 1) * count // world_size)
 
 
@@ -197,13 +197,13 @@ class BatchPlan:
 
     micro_batch: int  # slots of a forward pass
     accumulation: int  # forward passes of a step
-    masked: int  # slots of a step, over all ranks, that are filled up and count for nothing
+    masked: int  # padding slots of a step, over all ranks, that count for nothing
 
 
 def plan_batch(global_batch: int, world_size: int, max_micro_batch_size: int | None) -> BatchPlan:
-    """Returns the fewest equal micro-batches that hold the largest rank's share, None: a single one.
+    """Returns the fewest equal micro-batches that hold the largest rank's share.
 
-    Any world_size up to global_batch.
+    max_micro_batch_size: None for a single micro-batch. world_size: any up to global_batch.
     """
     largest_share = -(-global_batch // world_size)
     accumulation = -(-largest_share // (max_micro_batch_size or largest_share))

@@ -1,4 +1,4 @@
-"""Keyed random words, and permutations that need no memory: what a run draws depends on keys alone."""
+"""Keyed random words, and permutations that need no memory: a run's random draws depend on keys alone."""
 
 from collections.abc import Callable
 from hashlib import blake2b
@@ -11,7 +11,7 @@ _Network = Callable[[np.ndarray, int, np.ndarray, np.ndarray | None], np.ndarray
 
 
 def words(count: int, *parts: object) -> np.ndarray:
-    """Returns `count` random uint64, keyed by `parts`: BLAKE2b names the key, Philox4x64 gives raw words.
+    """Returns `count` random uint64, keyed by `parts`: BLAKE2b hashes the key, Philox4x64 generates raw words.
 
     Raw words only: library shuffles may change between releases, and a resumed run must not.
     """
@@ -41,10 +41,10 @@ def unpermute(results: np.ndarray, size: int, *key: object) -> np.ndarray:
 
 
 def visit(places: np.ndarray, size: int, *key: object) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (epoch, element) at places of an endless row of permutations of 0..size-1, one an epoch; int64."""
+    """Returns (epoch, element) at places of an endless sequence of permutations of 0..size-1, one per epoch; int64."""
     epochs = places // size
     elements = np.empty_like(places)
-    for epoch in np.unique(epochs):  # one, or a few where a step crosses the border of epochs
+    for epoch in np.unique(epochs):  # one, or a few where a step crosses epoch boundaries
         these = epochs == epoch
         elements[these] = permute(places[these] % size, size, *key, int(epoch))
     return epochs, elements
@@ -75,7 +75,7 @@ def unscatter(results: np.ndarray, sizes: np.ndarray, tweaks: np.ndarray, *key: 
 def _scattered(
     places: np.ndarray, sizes: np.ndarray, tweaks: np.ndarray, key: tuple[object, ...], network: _Network
 ) -> np.ndarray:
-    assert (places < sizes).all()  # others might walk for ever
+    assert (places < sizes).all()  # otherwise the walk might never end
     result = np.empty_like(places)
     bits = np.maximum(2, np.frexp((sizes - 1).astype(np.float64))[1])  # exact: sizes lie below 2^53
     round_keys = words(_ROUNDS, "v1", "scatter", *key)
@@ -94,7 +94,7 @@ def _walk(
     round_keys: np.ndarray,
     tweak: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Goes through the network until each position has come out below its size."""
+    """Applies the network until each position comes out below its size (cycle walking)."""
     result = network(positions.astype(np.uint64), bits, round_keys, tweak)
     while (outside := result >= size).any():
         result[outside] = network(result[outside], bits, round_keys, None if tweak is None else tweak[outside])

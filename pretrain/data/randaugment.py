@@ -1,11 +1,11 @@
 """RandAugment as Google's TensorFlow code has it, with keyed picks: operations on one uint8 image [3, height, width].
 
 Source: distort_image_with_randaugment in google-research/big_vision pp/archive/autoaugment.py, a fork of tensorflow/tpu
-models/official/efficientnet/autoaugment.py. Other re-implementations differ in operations, scale and filling; what
-TensorFlow does where the original's numbers leave uint8 is followed too (docs/data.md).
+models/official/efficientnet/autoaugment.py. Other re-implementations differ in operations, scale and filling;
+TensorFlow's behaviour where the original's numbers overflow uint8 is reproduced too (docs/data.md).
 
-In NumPy on contiguous arrays, mostly by tables of 256 bytes and by cached maps of pixels: a sixth of the time of the
-same formulas on tensors, which tests/plain_randaugment.py keeps; every pixel is equal.
+Works in NumPy on contiguous arrays, mostly with lookup tables of 256 bytes and cached pixel maps: a sixth of the time
+of the same formulas on tensors, which tests/plain_randaugment.py keeps; every pixel is equal.
 """
 
 import math
@@ -61,7 +61,7 @@ def _augmented(
         case "Posterize":
             return image & _upper_bits(int(level * 4))
         case "Solarize":
-            # uint8: a threshold of 256, of magnitude 10, is 0 and inverts the whole image
+            # in uint8 the threshold of magnitude 10, 256, wraps to 0 and inverts the whole image
             return _by_table(image, _solarize_table(int(level * 256) % 256))
         case "Color":
             return _color(image, enhance)
@@ -151,7 +151,7 @@ def _stretching(low: int, high: int) -> bytes:
 
 
 def _equalize(image: np.ndarray) -> np.ndarray:
-    """Pillow's: each channel by the number of pixels below, a flat one stays."""
+    """Pillow's equalize: maps each value of a channel by the number of pixels below it; a flat channel stays."""
     result = np.empty_like(image)
     for channel, equalized in zip(image, result):
         counts = torch.bincount(torch.from_numpy(channel).flatten(), minlength=256).numpy()  # NumPy's copies to int64
@@ -166,7 +166,7 @@ def _equalize(image: np.ndarray) -> np.ndarray:
 
 
 def _upper_bits(bits: int) -> np.uint8:
-    """The mask of the upper bits. TensorFlow shifts by at most 7: no bit is one bit. Beyond 8 it wraps around to 7."""
+    """The mask of the upper bits. TensorFlow shifts by at most 7: 0 bits act as 1, and above 8 it wraps around to 7."""
     return np.uint8(0xFF << min((8 - bits) % 256, 7) & 0xFF)
 
 
@@ -200,7 +200,7 @@ Row = tuple[float, float, float]
 def _sample(image: np.ndarray, to_x: Row, to_y: Row) -> np.ndarray:
     """Returns the image whose pixel (x, y) is the old one's nearest to (to_x . (x, y, 1), to_y . (x, y, 1))."""
     height, width = image.shape[1:]
-    source = np.empty((3, height * width + 1), np.uint8)  # the last one is outside
+    source = np.empty((3, height * width + 1), np.uint8)  # the last one stands for outside
     source[:, :-1], source[:, -1] = image.reshape(3, -1), FILL
     return source.take(_nearest(to_x, to_y, height, width), axis=1, mode="clip").reshape(image.shape)
 
@@ -223,7 +223,7 @@ def _round(values: np.ndarray) -> np.ndarray:
 
 
 def _move(image: np.ndarray, pixels: float, *, across: bool) -> np.ndarray:
-    """Takes each pixel from so many pixels to the right, or below: rounded as in `_sample`."""
+    """Takes each pixel from `pixels` to the right, or below, rounded as in `_sample`."""
     axis = 2 if across else 1
     to, source = _moved(pixels, image.shape[axis])
     result = np.full_like(image, FILL)
@@ -236,7 +236,7 @@ def _move(image: np.ndarray, pixels: float, *, across: bool) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _moved(pixels: float, size: int) -> tuple[slice | np.ndarray, slice | np.ndarray]:
-    """Where the places of a side that are not empty go, and where they come from: slices, unless rounding skips one."""
+    """Where along a side pixels go to, and where they come from: slices, unless rounding skips one."""
     source = _round(np.arange(size, dtype=np.float32) + np.float32(pixels))
     to = np.flatnonzero((source >= 0) & (source < size))
     source = source[to]

@@ -1,7 +1,7 @@
-"""Raw samples by index; every loss is told, none is silent. What is no plain image and label goes to webdataset.
+"""Reads raw samples by index, and reports every one that is lost. All but plain image-label pairs go to webdataset.
 
-A sample is read by the byte range that the shard's index gives, so a damaged tar header costs that one sample and never
-the rest of the shard (plain tar reading ends there without a word).
+A sample is read by its byte range in the shard's index, so a damaged tar header costs that one sample and never the
+rest of the shard (plain tar reading ends there silently).
 """
 
 import io
@@ -33,16 +33,16 @@ from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 
 MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
 MAX_IMAGE_BYTES = MAX_SAMPLE_BYTES - (64 << 10)  # what remains for the image beside its headers and its label
-MAX_LABELS = 1000  # of one image: all rows of a batch are as long as the longest, 4096 of 1000 labels take 50 MB
+MAX_LABELS = 1000  # of one image: all rows of a batch are padded to the longest, and 4096 of 1000 labels take 50 MB
 MAX_LABEL_BYTES = 16 << 10  # of their list
-# A read that fails as those of network disks do for a moment is tried again after so many seconds, the file reopened.
+# Waits before a read is tried again, with the file reopened, after an error that network disks give for a moment.
 RETRY_AFTER_S = (0.5, 2.0, 8.0, 20.0)
 MAX_TRYING_S = 60.0  # no further try after that: one may itself last for minutes
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's rule
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _OWNER, _DEVICE = re.compile(rb"(?:[0-7]{7}[ \0]){3}"), re.compile(rb"(?:[0-7]{7}\0|\0{8}){2}")
 _CHECKSUM = re.compile(rb"[0-7]{6}(?:\0 | \0)")
-# A name without a folder, a dot but its ending's, or webdataset's `__`; a zero byte ends it within its field.
+# A name without a folder, a second dot or webdataset's `__`, ended by a zero byte within its field.
 _PLAIN_NAME = re.compile(
     rb"(?=[^\0]{1,99}\0)((?:[A-Za-z0-9-]|_(?!_))+)\.(%s)\0" % "|".join((*IMAGE_ENDINGS, LABEL_ENDING)).encode()
 )
@@ -68,14 +68,14 @@ class RawSample(NamedTuple):
 def read_sample(manifest: Manifest, index: int) -> RawSample:
     """Returns sample `index` of the data set.
 
-    Of a remote shard it is read from the store, which downloads its block first where it is not there. Raises BadSample
-    when the bytes are not the indexed sample, StorageError when they cannot be read for now.
+    In a remote shard it is read from the store, which first downloads its block if it is missing. Raises BadSample when
+    the bytes are not the indexed sample, StorageError when they cannot be read for now.
     """
     shard, number = manifest.locate(index)
     try:
         return _far_sample(manifest, shard, number, index) if shard.url else _near_sample(shard, number)
     except BadSample as bad:
-        if bad.reason == "tar":  # is it the shard, or the index, of which only some rows were read?
+        if bad.reason == "tar":  # or is the index at fault? Only some of its rows were checked
             _patiently(shard, "cannot be opened", lambda: load_index(shard))
         raise
 
@@ -90,7 +90,7 @@ def _near_sample(shard: Shard, number: int) -> RawSample:
 
 
 def _far_sample(manifest: Manifest, shard: Shard, number: int, index: int) -> RawSample:
-    """A sample from the store, as it was indexed. A block with other bytes is downloaded anew, once."""
+    """A remote shard's sample, from the store. A block with other bytes than indexed is downloaded again, once."""
     rows = _block_rows(shard, *_block_numbers(manifest, shard, number, index))
     row = number - rows.first
     start, end = rows.index.byte_range(row)
@@ -111,7 +111,7 @@ def _check_size(num_bytes: int) -> None:
 
 
 def _from_index(shard: Shard, read: Callable[[IndexRows], Any]) -> Any:
-    """What `read` returns of a shard's index. Raises UserError, saying what is wrong with it, where that cannot be."""
+    """Returns `read` of a shard's index rows. Raises UserError, saying what is wrong, when these are impossible."""
 
     def attempt() -> Any:
         rows = _open_shard(shard)[1]
@@ -126,9 +126,9 @@ def _from_index(shard: Shard, read: Callable[[IndexRows], Any]) -> Any:
 
 
 def _patiently(shard: Shard, what: str, read: Callable[[], Any]) -> Any:
-    """Returns what `read` returns, after as many tries as RETRY_AFTER_S has waits, and one. Raises StorageError.
+    """Returns what `read` returns, retrying after each wait of RETRY_AFTER_S. Raises StorageError.
 
-    Where a try itself lasts for minutes, as on a mount that is away, there are fewer: the watchdog waits less long.
+    Where a try itself lasts for minutes, as on an unreachable mount, there are fewer: the watchdog's time is shorter.
     """
     began = time.monotonic()
     for wait_s in (*RETRY_AFTER_S, None):
@@ -141,21 +141,21 @@ def _patiently(shard: Shard, what: str, read: Callable[[], Any]) -> Any:
             if wait_s is None or late or error.errno not in PASSING_ERRORS:
                 tries = f", {len(RETRY_AFTER_S) + 1} times in {sum(RETRY_AFTER_S):g} s" if wait_s is None else ""
                 raise StorageError(f"{shard.path}: {what} ({error.strerror}{tries})") from None
-            _open_shard.cache_clear()  # a descriptor of a server that was away stays stale
+            _open_shard.cache_clear()  # a descriptor stays stale after its server was away
             time.sleep(wait_s)
 
 
 def block_of(manifest: Manifest, index: int) -> Block | None:
     """Returns the block of a remote shard that holds a sample, None when it lies in a local shard.
 
-    Blocks are `Manifest.block_samples` consecutive samples; one on the border of two shards is two, one in each.
+    Blocks are `Manifest.block_samples` consecutive samples; one across two shards is split into one for each.
     """
     shard, number = manifest.locate(index)
     return _block_rows(shard, *_block_numbers(manifest, shard, number, index)).block if shard.url else None
 
 
 def _block_numbers(manifest: Manifest, shard: Shard, number: int, index: int) -> tuple[int, int]:
-    """The numbers in its shard of the first sample of a sample's block, and of the first one behind."""
+    """The numbers, within the shard, of the first sample of a sample's block and of the first sample after it."""
     size = manifest.block_samples
     return number - min(number, index % size), min(shard.num_samples, number + size - index % size)
 
@@ -191,7 +191,7 @@ def _parse(data: bytes, wanted_key: int) -> RawSample:
             _check_headers(data)
         files = list(tar_file_expander([{"url": "", "stream": io.BytesIO(data)}], handler=_raise))
         own = [file for file in files if member_passed_over(file.get("fname", "a.b")) is None]  # {} ends a stream
-        # An index of an earlier version may hold samples below a hidden folder: then there is nothing else.
+        # An index of an earlier version may list samples below a hidden folder; their bytes hold nothing else.
         samples = list(group_by_keys(own if any(own) else files, handler=_raise))
     except Exception as error:  # tarfile and webdataset raise many types on damaged headers
         raise BadSample("tar", str(error)) from None
@@ -216,7 +216,7 @@ def _parse_plain(data: bytes, wanted_key: int) -> RawSample | None:
     for _ in range(2):
         header = data[at : at + BLOCK]
         name = _PLAIN_NAME.match(header)
-        # A regular file: neither a type of its own, nor a prefix of its name, in `ustar` and in GNU's format
+        # A regular file without a name prefix, in ustar or GNU format
         if name is None or header[156:157] != b"0" or header[257:262] != b"ustar" or header[345:346] != b"\0":
             return None
         if not (_OCTAL.fullmatch(size := header[124:136]) and _CHECKSUM.fullmatch(checksum := header[148:156])):
@@ -238,9 +238,9 @@ def _parse_plain(data: bytes, wanted_key: int) -> RawSample | None:
 
 
 def member_passed_over(name: str) -> str | None:
-    """Returns why a member of a tar is no part of a sample, None when it is.
+    """Returns why a member of a tar is skipped, None when it is part of a sample.
 
-    What webdataset skips (no ending, its own `__NAME__`), and hidden or system files, which it takes for samples.
+    Skipped are what webdataset skips (no ending, its own `__NAME__`) and hidden or system files, which it does not.
     """
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
     if not parts:
@@ -253,7 +253,7 @@ def member_passed_over(name: str) -> str | None:
 
 
 def is_stranger(endings: Iterable[str]) -> bool:
-    """Returns whether members of one key are no sample: neither an image nor a label, as those of a read-me file."""
+    """Returns whether the members of one key are no sample: no image and no label, as for a README."""
     return not {*IMAGE_ENDINGS, LABEL_ENDING} & set(endings)
 
 
@@ -282,12 +282,12 @@ def parse_labels(raw: bytes, num_classes: int, multi_label: bool) -> list[int]:
 
 
 def _expands(data: bytes) -> bool:
-    """Whether webdataset would have tarfile unpack it, maybe to gigabytes: gzip, xz, lzma, zstd, bzip2."""
+    """Whether tarfile would decompress it for webdataset, maybe to gigabytes: gzip, xz, lzma, zstd, bzip2."""
     return data.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"]\0\0\x80", b"(\xb5/\xfd")) or data[4:10] == b"1AY&SY"
 
 
 def _check_headers(data: bytes) -> None:
-    """Raises BadHeader for what tarfile must not meet, BadSample for more members than a sample may have."""
+    """Raises BadHeader for headers that tarfile must not see, BadSample for more members than a sample may have."""
     own = 0
     for member in members(io.BytesIO(data), 0, len(data), of_sample=True):
         own += not member.isdir() and member_passed_over(member.name) is None
@@ -296,9 +296,9 @@ def _check_headers(data: bytes) -> None:
 
 
 def _has_plain_headers(data: bytes) -> bool:
-    """Whether all members, not too many, are regular files with a size in octal digits, as nearly always.
+    """Whether all members are regular files with octal sizes, and not too many: nearly always so.
 
-    Then no limit of `tar_headers` can be broken; to ask there takes as long as decoding a small image.
+    Then no limit of `tar_headers` can be exceeded; checking there takes as long as decoding a small image.
     """
     at = 0
     for _ in range(MAX_SAMPLE_MEMBERS):
@@ -327,12 +327,12 @@ def _open_shard(shard: Shard) -> tuple[Descriptor | None, IndexRows]:
 
 
 def _pread(shard: Shard, start: int, end: int) -> bytes:
-    opened = _open_shard(shard)[0]  # held until it is read: another thread may empty the cache meanwhile
+    opened = _open_shard(shard)[0]  # referenced until it is read: another thread may empty the cache meanwhile
     assert opened is not None
     return read_at(opened.number, start, end)
 
 
 def forget_shards() -> None:
-    """Closes what is open: the space of a removed file is free only then."""
+    """Closes all open shards: a removed file's space is freed only then."""
     _open_shard.cache_clear()
     _block_rows.cache_clear()

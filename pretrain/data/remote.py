@@ -1,7 +1,7 @@
-"""A range of bytes of a file that is read over the network: http(s), s3 and gs, by one loop of our own.
+"""Reads a byte range of a file over the network (http, https, s3, gs), with one loop of our own.
 
-It goes on at the byte it has reached, checks status, range and length of every answer, and gives up on silence within
-seconds. s3 and gs are read through signed addresses. Credentials come from the environment; no message shows one.
+It resumes at the byte reached, checks status, range and length of every response, and times out within seconds of
+silence. s3 and gs are read through signed URLs. Credentials come from the environment; no message shows one.
 """
 
 import base64
@@ -22,14 +22,14 @@ from pretrain.errors import StorageError, UserError
 from pretrain.json_files import brief
 
 SCHEMES = ("http", "https", "s3", "gs")
-SILENCE_S = 3.0  # between two arrivals of bytes, and until a connection stands
-MAX_TRIES = 11  # in a row without news; their waits add up to 14 to 29 seconds, 22 in the mean
+SILENCE_S = 3.0  # time-out between two arrivals of bytes, and for connecting
+MAX_TRIES = 11  # in a row without progress; their waits add up to 14 to 29 seconds, 22 on average
 FIRST_WAIT_S, MAX_WAIT_S = 0.05, 8.0  # before the second try; doubled for each further one
-MIN_PROGRESS_BYTES = 64 << 10  # that make a try count as none: else a server could send a byte at a time for ever
+MIN_PROGRESS_BYTES = 64 << 10  # that reset the count of tries: otherwise a server could send a byte at a time for ever
 MAX_REDIRECTS = 5
-SIGNED_FOR_S = 900  # an address is used at once
+SIGNED_FOR_S = 900  # a signed URL is used at once
 _PIECE_BYTES = 256 << 10  # received at a time; with 64 KB it takes twice the CPU time
-_URL = re.compile("[!-~]{1,2048}")  # printable ASCII: urlsplit would drop line ends without a word
+_URL = re.compile("[!-~]{1,2048}")  # printable ASCII: urlsplit would silently drop line ends
 _REDIRECTED = re.compile("[!-~]{1,16384}")  # a signed one may be long
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _GOOGLE_HASH = re.compile(r"crc32c=([A-Za-z0-9+/]{6}==)")
@@ -43,7 +43,7 @@ def is_url(text: str) -> bool:
 
 
 def check_url(text: str) -> str:
-    """Returns the URL of a file to be read. Raises UserError, without its secrets, when it cannot be or holds some."""
+    """Returns a file's URL. Raises UserError, showing no secrets, when it cannot be read or holds a secret."""
     try:
         parts = urlsplit(text)
         port = parts.port
@@ -70,12 +70,12 @@ def without_secrets(url: str) -> str:
 
 
 def _is_host(name: str) -> bool:
-    """Whether a name can be asked for: its parts are neither empty nor longer than DNS allows."""
+    """Whether a host name can be looked up: its parts are neither empty nor longer than DNS allows."""
     return all(0 < len(part) < 64 for part in name.rstrip(".").split("."))
 
 
 def file_name(url: str) -> str:
-    """Returns what a URL's file is called."""
+    """Returns the name of a URL's file."""
     return unquote(PurePosixPath(urlsplit(url).path).name)
 
 
@@ -87,11 +87,11 @@ def download(
     write: Callable[[bytes], object],
     stopped: threading.Event | None = None,
 ) -> None:
-    """Hands bytes start .. end-1 of a file of `num_bytes` to `write`, in order, in pieces.
+    """Passes bytes start .. end-1 of a file of `num_bytes` to `write`, in order, in pieces.
 
-    An error of `write` passes as it comes. Raises StorageError when the network or the server fails for longer than
-    MAX_TRIES tries, UserError when the file is not there, may not be read, or is not of `num_bytes`, and, within
-    SILENCE_S, KeyboardInterrupt when another thread has set `stopped`.
+    An error of `write` passes through. Raises StorageError when the network or the server fails MAX_TRIES times in a
+    row, UserError when the file does not exist, may not be read, or is not of `num_bytes`, and KeyboardInterrupt,
+    within SILENCE_S, when another thread has set `stopped`.
     """
     at, tries, arrived = start, 0, 0
     pieces = _received(url, at, end, num_bytes)
@@ -118,7 +118,7 @@ class Facts(NamedTuple):
     """What a server says of a file."""
 
     num_bytes: int
-    crc32c: str | None  # 8 hex digits, of the whole file; Google's storage tells it
+    crc32c: str | None  # 8 hex digits, of the whole file; Google's storage sends it
 
 
 def num_bytes_of(url: str, stopped: threading.Event | None = None) -> int:
@@ -152,7 +152,7 @@ def _crc32c(response: http.client.HTTPResponse) -> str | None:
 
 
 def wait_before(tries: int, stopped: threading.Event | None = None) -> None:
-    """Waits before the next of several tries: twice as long each time, and never together with others."""
+    """Waits before the next try: exponential back-off, with random jitter so that processes do not retry together."""
     seconds = min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1)) * random.uniform(0.5, 1)
     stopped.wait(seconds) if stopped else time.sleep(seconds)
     _go_on_unless(stopped)
@@ -164,7 +164,7 @@ def _go_on_unless(stopped: threading.Event | None) -> None:
 
 
 class _NotTheRange(OSError):
-    """An answer that is no part of the file we mean; when it stays so, no later try will help."""
+    """A response that is no part of the expected file; if that persists, no later try will help."""
 
 
 def _given_up(url: str, error: Exception, what: str, tries: int = MAX_TRIES) -> UserError | StorageError:
@@ -183,7 +183,7 @@ def _reason(error: Exception) -> str:
 
 
 def _received(url: str, at: int, end: int, num_bytes: int) -> Iterator[bytes]:
-    """Yields the bytes of one answer as they arrive. Raises OSError and HTTPException as they come, also for few."""
+    """Yields the bytes of one response as they arrive. Raises OSError or HTTPException, also when it ends early."""
     left = end - at
     try:
         response = _answer(url, at, end)
@@ -193,17 +193,17 @@ def _received(url: str, at: int, end: int, num_bytes: int) -> Iterator[bytes]:
             piece = response.read1(min(left, _PIECE_BYTES))
             if not piece:
                 raise OSError(f"the answer ended {left} bytes early")
-            if left == len(piece) and response.read(1):  # the end is seen: the connection is free for the next request
+            if left == len(piece) and response.read(1):  # reads the end, so the connection is free for the next request
                 raise OSError("more arrives than was asked for")
             left -= len(piece)
             yield piece
     finally:
-        if left:  # what is left of the answer must not be taken for the next one
+        if left:  # the rest of this response must not be taken for the next one
             _forget_connections()
 
 
 def _total(response: http.client.HTTPResponse, at: int, end: int) -> int:
-    """The size of the whole file, of an answer that is checked to hold bytes at .. end-1 of it."""
+    """The size of the whole file, from a response that is checked to hold its bytes at .. end-1."""
     if response.status == 200:
         raise _NotTheRange("the server sends the whole file where a part was asked for; it has to know byte ranges")
     if response.status != 206:
@@ -218,7 +218,7 @@ def _total(response: http.client.HTTPResponse, at: int, end: int) -> int:
 
 
 def _answer(url: str, at: int, end: int) -> http.client.HTTPResponse:
-    """The answer to a request for a range, behind redirects. Raises UserError where no later try would help."""
+    """The response to a range request, redirects followed. Raises UserError where no later try would help."""
     scheme = urlsplit(url).scheme
     address = url if scheme in ("http", "https") else _signed(scheme, url)
     for _ in range(MAX_REDIRECTS + 1):
@@ -254,7 +254,7 @@ def _redirected(url: str, address: str, location: str) -> str:
     try:
         target = urljoin(address, location)
         parts = urlsplit(target)
-        _ = parts.port  # of the wrong form: ValueError
+        _ = parts.port  # ValueError if malformed
         is_address = bool(_REDIRECTED.fullmatch(target)) and _is_host(parts.hostname or "none")
     except ValueError:
         target, is_address = location, False
@@ -273,7 +273,7 @@ def _signed(scheme: str, url: str) -> str:
     try:
         import fsspec
 
-        # The instance belongs to this process: one of the parent's does not survive a fork, and fsspec sees to that.
+        # The instance is this process's own: a parent's does not survive a fork, which fsspec takes care of.
         return fsspec.filesystem(scheme).sign(url, expiration=SIGNED_FOR_S)
     except ImportError:
         raise UserError(f"{url}: {scheme}:// needs a package that is missing: pip install -e '.[remote]'") from None
@@ -291,7 +291,7 @@ def _signed(scheme: str, url: str) -> str:
 
 _NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError")
 _NO_LATER_TRY = (PermissionError, FileNotFoundError, ValueError, TypeError, AttributeError)  # google's: no private key
-# Of botocore and google.auth, which need not be installed: what no later try will mend. All others may pass.
+# Of botocore and google.auth, which need not be installed: errors that no later try will mend. All others may pass.
 _LASTING = (
     *("ProfileNotFound", "ConfigNotFound", "ConfigParseError", "InvalidConfigError", "NoRegionError"),
     *("ParamValidationError", "InvalidRegionError", "UnknownSignatureVersionError", "UnsupportedSignatureVersionError"),
@@ -301,7 +301,7 @@ _LASTING = (
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether an error of google.auth says so, or comes of its connection."""
+    """Whether an error of google.auth is marked retryable, or comes from its connection."""
     return bool(getattr(error, "retryable", False)) or type(error.__cause__).__name__ == "TransportError"
 
 
@@ -314,7 +314,7 @@ def _status_of(error: Exception) -> int:
 
 
 class _Connections(dict[tuple[str, str], http.client.HTTPConnection]):
-    """Open connections by scheme and place; closed when their thread ends."""
+    """Open connections by scheme and host; closed when their thread ends."""
 
     def __del__(self) -> None:
         while self:
@@ -322,7 +322,7 @@ class _Connections(dict[tuple[str, str], http.client.HTTPConnection]):
 
 
 class _Local(threading.local):
-    """What each thread has for itself: this runs at a thread's first use."""
+    """Thread-local state; __init__ runs at each thread's first use."""
 
     def __init__(self) -> None:
         self.connections = _Connections()
@@ -332,7 +332,7 @@ _local = _Local()
 
 
 def _connection(scheme: str, place: str) -> http.client.HTTPConnection:
-    """A connection of this thread."""
+    """This thread's connection to a host."""
     open_ones = _local.connections
     if (scheme, place) not in open_ones:
         if scheme == "https":
@@ -344,7 +344,7 @@ def _connection(scheme: str, place: str) -> http.client.HTTPConnection:
 
 
 def _forget_connections() -> None:
-    """Closes this thread's connections: an answer was not read to its end, or they are a parent's."""
+    """Closes this thread's connections: a response was not read to its end, or they are a parent process's."""
     _local.connections = _Connections()
 
 

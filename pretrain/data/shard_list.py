@@ -11,7 +11,7 @@ from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief
 
 MAX_SHARD_BYTES = 4 << 40  # offsets of 32 bits reach 2 TiB; zeros may follow the last sample
-MAX_SHARD_SAMPLES = 1 << 24  # all of ImageNet-21k in one tar; its index has 128 MiB
+MAX_SHARD_SAMPLES = 1 << 24  # room for all of ImageNet-21k in one tar; the index has up to 192 MiB
 _MIN_SAMPLE_BYTES = 2 * BLOCK  # the headers of image and label
 _MAX_NAME_BYTES = 255  # of a file, as Linux has it
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -19,9 +19,9 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,250}\.tar")  # in the f
 
 
 class Shard(NamedTuple):
-    """A tar file of samples, as the manifest lists it. Of texts and numbers: 30,000 are made in some 20 ms."""
+    """A tar file of samples, as the manifest lists it. Only strings and numbers: 30,000 are created in some 20 ms."""
 
-    place: str  # its path as text; its index lies beside it; of a remote shard only that
+    place: str  # its path as text, with its index beside it; for a remote shard there is only the index
     num_samples: int
     num_bytes: int
     sha256: str
@@ -36,7 +36,7 @@ class Shard(NamedTuple):
 def shards_of(values: Fields, folder: Path) -> tuple[Shard, ...]:
     """Returns the shards that a manifest lists.
 
-    Raises UserError when one claims what no shard can have, or comes twice.
+    Raises UserError when one has impossible values, or is listed twice.
     """
     shards: dict[str, Shard] = {}  # by name
     prefix = str(folder / "_")[:-1]
@@ -72,7 +72,7 @@ def _plain_shard(entry: Any) -> tuple[str, int, int, str, str] | None:
 
 
 def _shard_of(entry: Fields) -> tuple[str, int, int, str, str]:
-    """Its name, samples, bytes, digest and URL."""
+    """An entry's name, samples, bytes, digest and URL."""
     url = entry.text("path") if is_url(entry.text("path")) else ""
     name = name_inside(entry, "name", file_name(check_url(url))) if url else name_inside(entry, "path")
     if not name.endswith(".tar"):

@@ -1,8 +1,8 @@
 """The node's store: blocks of remote shards as files, shared by all processes of a node, bounded, safe against kills.
 
 A block is downloaded to NAME.part and renamed to NAME. The partial file is the lock: whoever holds its flock appends to
-it, the kernel frees it when that process dies, and the next one goes on at the byte reached. There are no lock files,
-no process numbers, no time limits. The folder must not lie on a network file system, where flock may mean nothing.
+it, the kernel releases it when that process dies, and the next one resumes at the byte reached. There are no lock
+files, process ids or time-outs. The folder must not lie on a network file system, where flock may have no effect.
 """
 
 import errno
@@ -24,10 +24,10 @@ from pretrain.errors import StorageError, UserError
 
 _PART = ".part"
 _BLOCK_FILE = re.compile(rf"[0-9a-f]{{64}}-\d+-\d+({re.escape(_PART)})?")  # no other file is ever removed
-_OWN = os.O_CLOEXEC | os.O_NOFOLLOW  # a link in the folder is nobody's block
-_TOUCH_S = 60  # a block that is read is marked as used this often
-_ABANDONED_S = 3600  # an unfinished block that nobody has written to for so long is removed where room is needed
-_CHECKS = 64  # the bound is looked at once for each 1/64 of it that a process has downloaded
+_OWN = os.O_CLOEXEC | os.O_NOFOLLOW  # a link in the folder is never a block
+_TOUCH_S = 60  # between updates of the last-use time of a block that is being read
+_ABANDONED_S = 3600  # an unfinished block that nobody has written to for this long is removed when room is needed
+_CHECKS = 64  # a process checks the bound once for each 1/64 of it that it has downloaded
 _KEPT = 15 / 16  # of the bound, after blocks have been removed
 
 
@@ -39,11 +39,11 @@ class Block:
     sha256: str  # of the shard
     shard_bytes: int
     start: int  # first byte
-    end: int  # first byte behind
+    end: int  # first byte after it
 
-    @cached_property  # a block is asked for once for each of its samples
+    @cached_property  # used once for each of the block's samples
     def name(self) -> str:
-        """Its file's name; it says whose bytes these are, wherever the shard may lie."""
+        """Its file's name, which identifies the bytes wherever the shard lies."""
         return f"{self.sha256}-{self.start}-{self.end}"
 
 
@@ -55,9 +55,9 @@ class Store:
     max_bytes: int
 
     def read(self, block: Block, start: int, end: int) -> bytes:
-        """Returns bytes start .. end-1 of a shard, which lie in `block`; fewer when its file was cut.
+        """Returns bytes start .. end-1 of a shard, which lie in `block`; fewer when its file is truncated.
 
-        Downloads the block when it is not here. Raises StorageError, and UserError for a shard that cannot be had.
+        Downloads the block if it is missing. Raises StorageError, and UserError for a shard that cannot be fetched.
         """
         descriptor = self._opened(block)
         try:
@@ -68,7 +68,7 @@ class Store:
             os.close(descriptor)
 
     def ensure(self, block: Block) -> None:
-        """Downloads a block unless it is here. Raises as `read`."""
+        """Downloads a block if it is missing. Raises as `read`."""
         os.close(self._opened(block))
 
     def discard(self, block: Block) -> None:
@@ -77,9 +77,9 @@ class Store:
             os.unlink(self.folder / block.name)
 
     def _opened(self, block: Block) -> int:
-        """A block's file, marked as used."""
+        """A descriptor of a block's file, marked as used."""
         _check_once(self.folder)
-        place = f"{self.folder}/{block.name}"  # no Path: each sample is opened anew
+        place = f"{self.folder}/{block.name}"  # str, not Path: faster, and this runs for each sample
         with _store_errors(self.folder):
             while True:
                 try:
@@ -92,7 +92,7 @@ class Store:
                 return descriptor
 
     def _download(self, block: Block, path: Path) -> None:
-        """Makes a block's file; also returns without it, when somebody else was faster or it must be tried again."""
+        """Downloads a block's file; may return without it, when another process was faster or a new try is needed."""
         if (num_bytes := block.end - block.start) > self.max_bytes:
             raise UserError(
                 f"{block.url}: a block of {num_bytes / 1e9:.2f} GB does not fit data.store_gb "
@@ -120,10 +120,10 @@ class Store:
             os.close(descriptor)
 
     def _make_room(self, needed: int) -> None:
-        """Removes the blocks that were used longest ago when all would take more than the bound, now and then.
+        """Now and then removes the least recently used blocks, if all would take more than the bound.
 
-        That is at a process's first block, and then at a place of its own: processes that begin together would all look
-        at the same time, and 64 of them take twice the bound until the next one.
+        A process checks at its first block, and then at a random point: if processes that begin together all checked at
+        the same time, 64 of them could take twice the bound before the next check.
         """
         every = max(1, self.max_bytes // _CHECKS)
         unchecked = _unchecked.get(self.folder, self.max_bytes) + needed
@@ -136,20 +136,20 @@ class Store:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_oldest(self.folder, self.max_bytes - needed)
         except BlockingIOError:
-            pass  # another process is at it
+            pass  # another process is removing blocks
         finally:
             os.close(guard)
 
 
 _unchecked: dict[Path, int] = {}  # bytes that this process has downloaded since it last looked at the bound
-os.register_at_fork(after_in_child=_unchecked.clear)  # loader processes of one rank would be in step
-_random = random.SystemRandom()  # another one in each process, whatever seeds they share
+os.register_at_fork(after_in_child=_unchecked.clear)  # otherwise a rank's loader processes would be in step
+_random = random.SystemRandom()  # differs between processes, whatever seeds they share
 
 
 def remove_oldest(folder: Path, max_bytes: int) -> None:
-    """Removes blocks, those used longest ago first, unless all take at most `max_bytes`; then some more, for a while.
+    """Removes the least recently used blocks if all take more than `max_bytes`, and a few more (`_KEPT`) to gain time.
 
-    Files that are open stay readable. Unfinished blocks are removed when they were left by a process that died.
+    Open files stay readable. Unfinished blocks are removed only if a process that died has left them.
     """
     files = []
     with os.scandir(folder) as entries:
@@ -194,7 +194,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _append(folder: Path, descriptor: int, piece: bytes) -> None:
-    """Appends a piece to a block's file; an error is the store's, never the network's."""
+    """Appends a piece to a block's file; an error counts as the store's, never as the network's."""
     with _store_errors(folder):
         view = memoryview(piece)
         while view:

@@ -1,8 +1,8 @@
-"""The members of a tar, header by header: what a header claims is compared with limits before anything follows it.
+"""Walks the members of a tar, comparing each header's claims with limits before they are followed.
 
 tarfile follows a negative size backwards for ever, and searches extended headers by patterns that can take hours. So
-the index and the archives walk here instead, and a sample passes here before webdataset, which leaves it to tarfile.
-What is within the limits means the same here and there.
+indexing and archive reading use this module instead, and a sample is checked here before webdataset gives it to
+tarfile. Within the limits both read a tar in the same way.
 """
 
 import re
@@ -14,12 +14,12 @@ from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes: every header has one, and data is filled up to a multiple of it
 MAX_EXTENDED_BYTES = 64 << 10  # of one extended header, a long name or PAX records: attributes of a file have 64 kB
-MAX_EXTENDED_HEADERS = 8  # before one member: tarfile calls itself for each; one or two are usual
-MAX_NAME_BYTES = 4096  # PATH_MAX of Linux; webdataset's pattern takes time by its square
-MAX_DIGITS = 255  # in a row in PAX records, as a file's name may have; tarfile's pattern takes time by its square
-# Of a sample, which each epoch reads anew: about 0.5 s for as many, 2 s where names are full of slashes.
-MAX_SAMPLE_HEADERS = 10_000  # folders and files that are passed over stand between samples
-MAX_SAMPLE_MEMBERS = 1000  # those that are no folders and not passed over; extended headers, too, are at most so many
+MAX_EXTENDED_HEADERS = 8  # before one member: tarfile recurses for each; one or two are usual
+MAX_NAME_BYTES = 4096  # PATH_MAX of Linux; webdataset's pattern takes quadratic time
+MAX_DIGITS = 255  # in a row in PAX records, as a file's name may have; tarfile's pattern takes quadratic time
+# Of a sample, which each epoch reads again: one at the limits takes about 0.5 s, 2 s where names are full of slashes.
+MAX_SAMPLE_HEADERS = 10_000  # with the folders and skipped files between samples
+MAX_SAMPLE_MEMBERS = 1000  # without folders and skipped files; also the limit of extended headers
 MAX_SAMPLE_EXTENDED_BYTES = 32 << 10  # of all its extended headers together
 
 _LONG_NAME, _LONG_LINK, _GLOBAL = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE
@@ -30,12 +30,12 @@ _SIZE = re.compile(rb"[0-9]{1,18}")
 
 
 class BadHeader(ValueError):
-    """A header is damaged, or claims more than is there or than a limit allows. The message begins with its byte."""
+    """A header is damaged, or claims more than is there or a limit allows. The message begins with its byte offset."""
 
 
 @dataclass
 class _Extended:
-    """What the extended headers before a member say; of several, the first."""
+    """What the extended headers before a member say; of several values the first counts."""
 
     count: int = 0
     name: str | None = None
@@ -47,8 +47,8 @@ def members(
 ) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar in their order: name, type, size, offset (of the first header), offset_data.
 
-    file: is read from byte `start` to `end`, and only forwards, so that it may be unpacked on the way. of_sample: the
-    limits of a sample hold too. Ends at the tar's own end, or at `end` between members. Raises BadHeader.
+    file: is read from byte `start` to `end`, and only forwards, so that it may be decompressed on the fly. of_sample:
+    the limits of a sample apply too. Ends at the tar's own end, or at `end` between members. Raises BadHeader.
     """
     offset = first = start
     extended, num_headers, num_extended, extended_bytes = _Extended(), 0, 0, 0
@@ -102,7 +102,7 @@ def _in_blocks(num_bytes: int) -> int:
 
 
 def _parsed(header: bytes, offset: int, end: int) -> tarfile.TarInfo:
-    """One block as tarfile reads it, before anything follows its size."""
+    """One header block as tarfile reads it, its size checked before it is followed."""
     try:
         info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
     except tarfile.HeaderError as error:
@@ -125,7 +125,7 @@ def _check_left(size: int, offset: int, end: int) -> None:
 
 
 def _read_extended(extended: _Extended, kind: bytes, data: bytes, offset: int) -> None:
-    """Adds what one extended header says. data: with what fills up its last block, where tarfile looks too."""
+    """Adds what one extended header says. data: with the padding of its last block, which tarfile searches too."""
     extended.count += 1
     if extended.count > MAX_EXTENDED_HEADERS:
         raise BadHeader(f"byte {offset}: more than {MAX_EXTENDED_HEADERS} extended headers before a member")

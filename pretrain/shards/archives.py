@@ -1,7 +1,7 @@
-"""Files inside folders and tars, without unpacking: what the readers of original downloads read.
+"""Reads files inside folders and tars without unpacking, for the readers of original downloads.
 
-Members of plain tars are read where they lie, compressed ones are held in memory (the large sets are plain tars or
-folders). What is read has a limit, and is compared with it before.
+Members of plain tars are read in place, compressed ones are held in memory (the large sets are plain tars or folders).
+Sizes are compared with a limit before anything is read.
 """
 
 import gzip
@@ -33,7 +33,7 @@ class Original(NamedTuple):
 
     id: str  # its name there: ILSVRC2012_val_00000001.JPEG, or where it lies
     item: Item
-    class_name: str = ""  # as its authors call it, where the files tell
+    class_name: str = ""  # the authors' name for it, where the files give one
 
 
 Splits = dict[str, list[Original]]  # by the name of the split
@@ -43,8 +43,8 @@ class File(NamedTuple):
     """A file of a folder or an archive."""
 
     name: str  # path below the folder or in the archive
-    read: Callable[[int], bytes]  # its bytes; raises BadSample when there are more than so many
-    source: str  # for error messages; one of its own for each
+    read: Callable[[int], bytes]  # returns its bytes; raises BadSample when there are more than the argument
+    source: str  # for error messages; unique
 
 
 def files_of(path: Path) -> list[File]:
@@ -80,7 +80,7 @@ def plain_members(path: Path, file: BinaryIO, start: int, end: int) -> Iterable[
 def _packed_members(path: Path) -> Iterable[File]:
     limit = max_unpacked_bytes(path)
     with gzip.open(path) as unpacked:
-        for member in members(unpacked, 0, 1 << 62):  # how much there is, nobody knows
+        for member in members(unpacked, 0, 1 << 62):  # the unpacked size is not known
             if end_of(member) > MAX_UNPACKED_BYTES:
                 raise UserError(f"{path}: more than {MAX_UNPACKED_BYTES >> 30} GiB unpacked; unpack it to a folder")
             if end_of(member) > limit:
@@ -94,11 +94,11 @@ def _packed_members(path: Path) -> Iterable[File]:
                 raise EOFError(f"ends within {member.name}")
             yield File(member.name.removeprefix("./"), partial(_read_bytes, content), source)
         while unpacked.tell() < limit and unpacked.read(1 << 20):
-            pass  # to its end, where the checksum of all is
+            pass  # to its end, where gzip's checksum is
 
 
 def read_member(path: Path, offset: int, num_bytes: int, limit: int) -> bytes:
-    """Returns a file that lies in a tar. Raises BadSample when it is too large, UserError when the tar was cut."""
+    """Returns a file that lies in a tar. Raises BadSample when it is too large, UserError when the tar is truncated."""
     _check_size(num_bytes, limit)
     with path.open("rb") as file:
         data = read_at(file.fileno(), offset, offset + num_bytes)
@@ -123,7 +123,7 @@ def _check_size(num_bytes: int, limit: int) -> None:
 
 
 def content_of(file: File, limit: int) -> bytes:
-    """Returns what a file holds that is no image. Raises UserError when it is larger than the limit."""
+    """Returns the content of a file that is no image. Raises UserError when it is larger than the limit."""
     try:
         return file.read(limit)
     except BadSample as bad:
@@ -131,7 +131,7 @@ def content_of(file: File, limit: int) -> bytes:
 
 
 def text_of(file: File) -> str:
-    """Returns a list of files or labels. What is not UTF-8 in it is replaced, and is then no name and no label."""
+    """Returns a list of files or labels. Bytes that are not UTF-8 are replaced, and so match no name and no label."""
     return content_of(file, MAX_LIST_BYTES).decode(errors="replace")
 
 
@@ -150,7 +150,7 @@ def original_of(file: File, label: int, class_name: str = "") -> Original:
 
 
 def class_folders(path: Path, classes: dict[str, int]) -> list[Original]:
-    """Returns the images of a folder or tar whose innermost folders bear the names of classes."""
+    """Returns the images of a folder or tar whose innermost folders are named after classes."""
     originals = []
     for file in files_of(path):
         if is_image(file):
@@ -185,7 +185,7 @@ def is_image(file: File) -> bool:
 
 
 def found_in(source: Path, *names: str) -> Path | None:
-    """Returns the first of these files or folders that is there; `source` may be the folder or the thing itself."""
+    """Returns the first of these files or folders that exists; `source` may be its folder, or already one of them."""
     if source.name in names:
         return source if source.exists() else None
     return next((source / name for name in names if (source / name).exists()), None)

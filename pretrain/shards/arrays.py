@@ -1,4 +1,4 @@
-"""Arrays of a data set's .npz: what its headers claim is compared with limits before an array is read."""
+"""Reads arrays of a data set's .npz; its headers' claims are compared with limits before an array is read."""
 
 import math
 import zipfile
@@ -17,7 +17,7 @@ _MAX_HELD_BYTES = 4 << 30  # of the arrays together
 
 
 def array_names(path: Path) -> set[str]:
-    """Returns the names of a .npz's arrays; none of what is no such file, of which `read_arrays` tells what it is."""
+    """Returns the names of a .npz's arrays; empty for any other file, which `read_arrays` then reports."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
@@ -28,9 +28,9 @@ def array_names(path: Path) -> set[str]:
 def read_arrays(
     path: Path, names: Sequence[str], optional: Sequence[str] = (), *, most_dimensions: int = 1
 ) -> dict[str, np.ndarray]:
-    """Returns arrays of numbers or text of a .npz, by name; most_dimensions: of each.
+    """Returns arrays of numbers or text of a .npz, by name; most_dimensions: the limit for each.
 
-    Raises UserError when the file is damaged, one of `names` is missing, or they become more than memory should hold.
+    Raises UserError when the file is damaged, one of `names` is missing, or the arrays exceed the memory limit.
     """
     try:
         limit = min(_MAX_HELD_BYTES, max_unpacked_bytes(path))
@@ -43,7 +43,7 @@ def read_arrays(
             return {name: _read_array(archive, entries[name], most_dimensions) for name in wanted}
     except KeyError as error:
         reason = f"no array {error}"
-    except Exception as error:  # zipfile, zlib and numpy's parser raise whatever stray bytes lead to
+    except Exception as error:  # zipfile, zlib and numpy's parser raise many types on damaged files
         reason = f"{type(error).__name__}: {error!s:.200}"
     expected = ", ".join(names)
     raise UserError(f"{path}: not an archive of images (arrays {expected}): {' '.join(reason.split())}") from None

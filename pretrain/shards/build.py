@@ -43,8 +43,8 @@ class DataSet(NamedTuple):
     counts: Counter[int] | None  # images of each class, where they were counted
     dropped: list[tuple[int, str]]  # what was left out: which item, and the reason
     multi_label: bool = False
-    provenance: Mapping[str, Any] = {}  # what was done to the images, beside what was left out
-    told: Mapping[str, Mapping[str, int]] = {}  # for counts.json: what was passed over and noted, each with its number
+    provenance: Mapping[str, Any] = {}  # what was done to the images, besides leaving some out
+    told: Mapping[str, Mapping[str, int]] = {}  # for counts.json: counts of what was skipped and noted
 
 
 class How(NamedTuple):
@@ -60,7 +60,7 @@ ALONE = How()
 
 
 def set_name(out: Path) -> str:
-    """Returns what a data set and its shards are called: its folder's name, also where that is given as `.`."""
+    """Returns the name of a data set and its shards: its folder's, even where that is given as `.`."""
     return out.resolve().name or "data"
 
 
@@ -75,12 +75,12 @@ def build(
     how: How = ALONE,
     told: Told | None = None,
 ) -> Path:
-    """Writes the items, shuffled over all shards, and returns the manifest's path. The same items give the same bytes,
-    with any number of processes, and however often the build was killed and begun again.
+    """Writes the items, shuffled over all shards, and returns the manifest's path.
 
+    The same items give the same bytes with any number of processes, however often the build is killed and resumed.
     Without a seed they keep their order. Each image is decoded once: one that cannot be is left out and named in
-    provenance.json; `progress` counts it all the same. told: its `passed_over` goes into counts.json; notes on pictures
-    are added to it. Raises UserError when nothing is left, or the folder holds another data set or another's beginning.
+    provenance.json, but `progress` counts it. told: its `passed_over` goes into counts.json; notes on pictures are
+    added to it. Raises UserError when nothing is left, or the folder holds another data set, complete or unfinished.
     """
     plan = _plan(items, classes, samples_per_shard, seed, how)
     if (out / "manifest.json").exists():
@@ -131,9 +131,8 @@ def build_part(
 ) -> tuple[int, int]:
     """Writes every n-th shard of what `build` would write, from the i-th on; part: (i, n), 0 <= i < n.
 
-    Parts may be written at the same time, on several machines. `build` writes what is missing, and the manifest.
-    Returns the number of shards that are complete, those of other parts included, and of all. Raises UserError as
-    `build`.
+    Parts may be written at the same time, on several machines. `build` then writes what is missing, and the manifest.
+    Returns the numbers of complete shards, including other parts', and of all. Raises UserError as `build`.
     """
     plan = _plan(items, classes, samples_per_shard, seed, how)
     shards = _Shards(items, classes, out, samples_per_shard, seed, plan)
@@ -142,7 +141,7 @@ def build_part(
 
 
 def _plan(items: Sequence[Item], classes: Sequence[str], samples_per_shard: int, seed: int | None, how: How) -> Plan:
-    """All that the bytes of the set depend on."""
+    """Everything that the bytes of the set depend on."""
     return {
         "seed": seed,
         "samples per shard": samples_per_shard,
@@ -151,14 +150,14 @@ def _plan(items: Sequence[Item], classes: Sequence[str], samples_per_shard: int,
         "number of images": len(items),
         "list of images (names, labels, sizes, times)": digest_of(items),
         "list of classes": hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest(),
-        "Pillow": PIL.__version__,  # converted pictures are as it writes them
-        "torchvision": torchvision.__version__,  # it decodes: what is left out, and made smaller
+        "Pillow": PIL.__version__,  # it writes converted pictures
+        "torchvision": torchvision.__version__,  # it decodes: decides what is left out, and gives the pixels to resize
         **how.source,
     }
 
 
 class _Shards:
-    """The shards of a set that is begun: which items each has, and which are complete."""
+    """The shards of an unfinished set: which items each has, and which are complete."""
 
     def __init__(
         self,
@@ -180,8 +179,9 @@ class _Shards:
         self.folder = unfinished.begin(out, plan)  # of their records
 
     def write(self, numbers: range, how: How, progress: Progress) -> list[Done]:
-        """Writes those of some shards that are not complete yet; returns all of them, in order, without their counts,
-        which `counts` adds up: those of 1,400 shards of 21,843 classes would take 0.7 GB.
+        """Writes those of the shards `numbers` that are not complete yet, and returns all of them in order.
+
+        Their counts are only kept as a sum, in `counts`: those of 1,400 shards of 21,843 classes would take 0.7 GB.
         """
         unfinished.remove_torn(self._out, set_name(self._out), numbers)
         there: dict[int, Done] = {}
@@ -271,13 +271,13 @@ class _Task(NamedTuple):
     path: Path
     number: int
     items: Iterable[Item]
-    notes: Counter[str]  # the one that items add to when they are read
+    notes: Counter[str]  # what items add to when they are read
     resizing: Resizing | None
     check: bool = True  # whether images are decoded
 
 
 def _write_shard(task: _Task, progress: Progress) -> tuple[int, Done]:
-    """Writes a tar and its index, and returns the shard's number and what is to be known of it."""
+    """Writes a tar and its index, and returns the shard's number and record."""
     counts, dropped, written = Counter[int](), dict[int, str](), 0
     with (
         replacing(task.path, shared=True) as temporary,
@@ -300,8 +300,9 @@ def _write_shard(task: _Task, progress: Progress) -> tuple[int, Done]:
 
 
 def _as_stored(item: Item, task: _Task) -> tuple[bytes, str]:
-    """An image as the shard holds it, and its ending. Raises BadSample when it cannot be read or decoded, or no reader
-    of the shard would read it; StorageError where that is for now.
+    """An image as the shard stores it, and its ending.
+
+    Raises BadSample when it cannot be read or decoded, or is too large for readers; StorageError for passing errors.
     """
     data = read_item(item)
     if len(data) > MAX_IMAGE_BYTES:
@@ -318,7 +319,7 @@ def _as_stored(item: Item, task: _Task) -> tuple[bytes, str]:
 
 
 def start_folder(out: Path, classes: Sequence[str]) -> None:
-    """Makes the folder of a new data set. Raises UserError when that cannot be, or its names cannot be kept."""
+    """Makes the folder of a new data set. Raises UserError when that is impossible, or its names cannot be stored."""
     if not is_text(set_name(out)):
         raise UserError(f"{shown(out)}: the folder's name is not UTF-8, and it names the data set; choose another one")
     if classes:
@@ -335,7 +336,7 @@ def start_folder(out: Path, classes: Sequence[str]) -> None:
 
 def finish(out: Path, made: DataSet, shuffle: dict[str, Any]) -> Path:
     """Writes classes.json, provenance.json, counts.json and, last, the manifest, whose path it returns."""
-    remove_left_over(out)  # of indexes, too, which a killed call was writing
+    remove_left_over(out)  # also of indexes that a killed call was writing
     classes = list(made.classes)
     if classes:
         write_text(out / "classes.json", json.dumps(classes, ensure_ascii=False, indent=0) + "\n")

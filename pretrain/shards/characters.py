@@ -1,8 +1,8 @@
 """Printed characters for the demo, and the handwritten digits it transfers to.
 
 The demo has no network and no data set, so it pretrains on what every installation has: the text fonts that matplotlib
-ships. `render` hands on one distorted character per index as a uint8 RGB image with its class; the caller decides how
-many to write and in which form. `digits_task` hands on scikit-learn's 8 x 8 handwritten digits, enlarged, as the
+ships. `render` returns one distorted character per index as a uint8 RGB image with its class; the caller decides how
+many to write and in which form. `digits_task` returns scikit-learn's 8 x 8 handwritten digits, enlarged, as the
 few-shot task. No handwriting is seen in pretraining: the link between the two is that about half of the printed
 characters go through the same 8 px bottleneck that the handwriting went through.
 

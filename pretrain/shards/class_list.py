@@ -1,4 +1,4 @@
-"""The classes that a user gives, and which label a folder has among them: by its name, never by its position."""
+"""Reads a user's list of classes, and finds the label of a folder in it: by name, never by position."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ class ClassList(NamedTuple):
     """Names of classes, in the order of their labels."""
 
     names: tuple[str, ...]
-    ids: tuple[str, ...] = ()  # what their folders may be called besides: WordNet ids
+    ids: tuple[str, ...] = ()  # other names that their folders may have: WordNet ids
     source: str = ""  # for messages
 
 
 def read_class_list(path: Path) -> ClassList:
-    """Returns the classes of a JSON file: a list of names, {"names": [...], "wnids": [...]}, {"0": [id, name]},
-    or {"0": name}; or of a .txt with a name in each line, as Google lists ImageNet-21k's WordNet ids.
+    """Reads the classes of a JSON or .txt file. Raises UserError when it has none of these forms.
 
-    A name may be a list of words for it. Raises UserError when it is none of these.
+    JSON: a list of names, {"names": [...], "wnids": [...]}, {"0": [id, name]}, or {"0": name}; a name may be a list of
+    synonyms. .txt: a name in each line, as Google lists ImageNet-21k's WordNet ids.
     """
     try:
         values = _lines(path) if path.suffix == ".txt" else read_json(path)
@@ -43,7 +43,7 @@ def read_class_list(path: Path) -> ClassList:
 def own_classes(out: Path) -> ClassList | None:
     """Returns the classes of the data set in a folder, None where there is none, or it has no names.
 
-    What is indexed again would lose them. Raises UserError as `read_class_list`.
+    A set that is indexed again would lose them otherwise. Raises UserError as `read_class_list`.
     """
     path = out / "classes.json"
     if not (out / "manifest.json").exists() or not path.exists():
@@ -85,7 +85,7 @@ def _class_list(values: Any, source: str) -> ClassList:
 
 
 def _words(name: Any) -> str:
-    """A name, which may be a list of words for it. Raises ValueError when it is something else."""
+    """A name, which may be a list of synonyms. Raises ValueError when it is something else."""
     words = [name] if isinstance(name, str) else name
     if not isinstance(words, list) or not words or not all(isinstance(w, str) and w and is_text(w) for w in words):
         raise ValueError(f"{brief(name)} is not a name")
@@ -95,9 +95,9 @@ def _words(name: Any) -> str:
 
 
 def labels_of(found: Sequence[str], classes: ClassList) -> tuple[list[int], str]:
-    """Returns the label of each name that a source has, and by what they were recognised, to be told.
+    """Returns the label of each name in a source, and by what they were recognised, for the user.
 
-    found: names of folders, or of an archive's classes. The first way in which all of them have one is taken: the
+    found: names of folders, or of an archive's classes. The first way that gives all of them a label is used: the
     classes' names, their ids, names that look equal (composed and decomposed accents), ImageNet's WordNet ids where
     there are 1000 names without ids of their own, numbers. Raises UserError that names the first one without a class.
     """

@@ -1,4 +1,4 @@
-"""A tar for each class, in a folder or in one tar, as ImageNet-21k comes: n01440764.tar ..., read where they lie."""
+"""Reads a tar for each class in place, from a folder or one tar, as ImageNet-21k comes: n01440764.tar ..."""
 
 import gzip
 import io
@@ -29,13 +29,13 @@ from pretrain.shards.tars import check_end, unreadable
 from pretrain.shards.unpacking import copy_unpacked
 from pretrain.storage import replacing
 
-_HEAD_BYTES = 8 << 10  # of a tar, in which its first file's header lies, behind some folders' own
+_HEAD_BYTES = 8 << 10  # of a tar: enough to hold its first file's header, after those of some folders
 _KEPT = (*IMAGE_ENDINGS, *JPEG_ENDINGS)  # what is stored as it is
 _TEXTS = {"json", "txt"}  # of an image, as img2dataset writes them into its shards
 
 
 def is_of_class_tars(folder: Path) -> bool:
-    """Returns whether a folder holds tars, and no folders beside hidden ones."""
+    """Returns whether a folder holds tars, and no folders but hidden ones."""
     entries = [entry for entry in os.scandir(folder) if not is_of_the_system(entry.name)]
     return any(entry.name.endswith(".tar") for entry in entries) and not any(entry.is_dir() for entry in entries)
 
@@ -70,7 +70,7 @@ def class_tar_items(folder: Path, told: Told) -> tuple[PackedItems, list[str]]:
 
 
 def is_tar_of_tars(path: Path) -> bool:
-    """Returns whether a tar's first file is a tar: ImageNet-21k as it is handed out."""
+    """Returns whether a tar's first file is a tar: ImageNet-21k as distributed."""
     if path.is_dir() or not path.name.endswith((".tar", ".tar.gz")):
         return False
     try:
@@ -79,15 +79,15 @@ def is_tar_of_tars(path: Path) -> bool:
         first = next(member for member in members(head, 0, 1 << 62) if not member.isdir())
         return first.isreg() and first.name.endswith(".tar")
     except (BadHeader, OSError, EOFError, zlib.error, StopIteration):
-        return False  # told by who indexes it
+        return False  # reported when it is indexed
 
 
 def tar_of_tars_items(path: Path, told: Told, work: Work) -> tuple[PackedItems, list[str]]:
     """Returns the images of a tar that holds CLASS.tar for each class, and the class names, sorted as the tars' names.
 
-    They are those of the unpacked folder, in the same order. A .tar.gz cannot be entered in the middle: it is
-    decompressed once, to OUT/.passes. Raises UserError and StorageError as `class_tar_items` does, and UserError for a
-    .tar.gz that each of several calls would decompress.
+    They are those of the unpacked folder, in the same order. A .tar.gz has no random access: it is decompressed once,
+    to OUT/.passes. Raises UserError and StorageError as `class_tar_items` does, and UserError for a .tar.gz that each
+    of several calls would decompress.
     """
     status = path.stat()
     stamp = (status.st_size, status.st_mtime_ns)
@@ -122,7 +122,7 @@ def tar_of_tars_items(path: Path, told: Told, work: Work) -> tuple[PackedItems, 
 
 
 def _refuse_splits(place: Path, names: Sequence[str]) -> None:
-    """Raises UserError where the tars are called as the parts of a data set are."""
+    """Raises UserError where the tars are named like the splits of a data set."""
     if names and all(map(is_split_name, names)):
         raise UserError(
             f"{place}: its tars {', '.join(names)} are parts of a set, and would become its classes; unpack them to "
@@ -156,7 +156,7 @@ class _Span(NamedTuple):
 
 
 class _Seen:
-    """What a class's tar has shown so far, by which tars of something else are known: each would be a class."""
+    """What was seen in a class's tar so far: recognises tars of something else, each of which would become a class."""
 
     def __init__(self, named: str) -> None:
         self._named = named
@@ -200,7 +200,7 @@ def _add_members(
 ) -> None:
     """Adds the images of a class's tar; span: where it lies inside `path`, None: that is the tar.
 
-    stamp: size and time of the file that was given: a decompressed copy's time is another one each time.
+    stamp: size and time of the user's file, since a decompressed copy has a new time whenever it is made.
     """
     start, size = (span.start, span.num_bytes) if span else (0, stamp[0])
     named, end = f"{path}[{span.name}]" if span else str(path), start
@@ -226,9 +226,9 @@ def _add_members(
 
 
 def tar_item(folder: Path, reference: str, label: int, notes: Counter[str]) -> Item:
-    """Returns the item of a member of a tar: its file's name, first byte, size and own name."""
+    """Returns the item of a tar's member. reference: the tar's name, first byte, size, the member's name."""
     tar, offset, num_bytes, name = reference.split("\0", 3)
     ending = stored_ending(name)
-    assert ending is not None  # else it was not taken
+    assert ending is not None  # otherwise it was not taken
     read = partial(read_member, folder / tar, int(offset), int(num_bytes), MAX_IMAGE_BYTES)
     return Item(read, ending, label, f"{folder / tar}[{name}]")

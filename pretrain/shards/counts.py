@@ -1,4 +1,4 @@
-"""How many images each class of a data set has, kept beside its manifest as counts.json, and shown."""
+"""Numbers of images per class, stored beside the manifest as counts.json, and shown as a table."""
 
 import json
 import statistics
@@ -20,7 +20,7 @@ def write_counts(
 ) -> None:
     """Writes the number of images of each class, in the order of labels; classes: their names, or nothing.
 
-    told: what was passed over and noted, each kind with its number.
+    told: counts of what was skipped and noted, by kind.
     """
     values: dict[str, Any] = {"format": "pretrain-counts", "version": 1, "images": list(counts)}
     values |= {"classes": list(classes), **told}
@@ -40,7 +40,7 @@ def read_counts(folder: Path) -> tuple[list[int], list[str]]:
 
 
 def table_of(counts: Sequence[int], classes: Sequence[str]) -> list[str]:
-    """Returns lines that show how many images each class has; of many classes the ends, and those without images."""
+    """Returns a table of the images of each class; of many classes only the extremes, and those without images."""
     names = list(classes) or [str(label) for label in range(len(counts))]
     width = max(len(f"{count:,}") for count in counts)
     lines = [f"  {count:{width},} {name}" for count, name in zip(counts, names)]

@@ -18,7 +18,7 @@ SEED = 1  # of the characters
 
 
 def make_characters(out: Path, count: int) -> None:
-    """Writes so many characters, unless they are there. Raises UserError when another number is there."""
+    """Writes `count` characters, unless they exist. Raises UserError when another number of them exists."""
     if (out / "manifest.json").exists():  # written last, so complete
         if (found := load_manifest(out).num_samples) != count:
             raise UserError(
@@ -36,7 +36,7 @@ def _character(index: int) -> bytes:
 
 
 def make_digits(out: Path) -> None:
-    """Writes scikit-learn's digits as OUT/digits-train and OUT/digits-test, unless they are there."""
+    """Writes scikit-learn's digits as OUT/digits-train and OUT/digits-test, unless they exist."""
     train_images, train_labels, test_images, test_labels = digits_task()
     for name, images, labels in (("train", train_images, train_labels), ("test", test_images, test_labels)):
         folder = out / f"digits-{name}"

@@ -1,7 +1,7 @@
-"""The same image more than once: labels merged where bytes are equal, images left out that look like a test set's.
+"""Duplicates: merges the labels of images with equal bytes, leaves out images that look like a test set's.
 
-Both need a number of each image, which a pass (passes.py) computes in pieces, with any engine: the start of a digest of
-its bytes, or the perceptual hash of the library imagehash.
+Both need a 64-bit number per image, which a pass (passes.py) computes in pieces, with any engine: the start of a digest
+of its bytes, or the perceptual hash of the library imagehash.
 """
 
 import csv
@@ -27,12 +27,12 @@ from pretrain.shards.sources import Told
 from pretrain.storage import write_text
 
 NEAR_FILE = "near_duplicates.csv"
-# Of 64 bits that may differ. Measured on photos made smaller or saved anew: docs/data.md.
+# How many of 64 bits may differ. Measured on resized and re-saved photos: docs/data.md.
 MAX_DISTANCE = 6
-_MIN_CONTRAST = 8  # of 256 levels: below, rounding errors would be the hash
+_MIN_CONTRAST = 8  # of 256 levels: below, rounding errors would determine the hash
 _PIECE = 2048  # images: some seconds of work
-_FAR, _UNREAD = 65, 66  # in place of a distance: of an image without a hash, of one that the disk does not give
-# In place of a digest or a hash: of an image that cannot be read, and of one of one colour, near to all such.
+_FAR, _UNREAD = 65, 66  # in place of a distance: the image has no hash; the disk failed to return it
+# In place of a digest or a hash: the image cannot be read, or has one colour and would be near to all such images.
 _NONE = np.uint64(0)
 
 
@@ -40,7 +40,7 @@ class Near(NamedTuple):
     """The images of evaluation sets."""
 
     names: list[str]  # of the sets
-    hashes: np.ndarray  # uint64, of each image and of its mirror image behind it
+    hashes: np.ndarray  # uint64, each image's followed by its mirror image's
     places: np.ndarray  # int64 [hashes, 2]: which set, which sample
 
 
@@ -50,8 +50,8 @@ class Near(NamedTuple):
 def merged(items: PackedItems, work: Work, told: Told) -> PackedItems:
     """Returns each image once, with the sorted list of all labels that it had. An image that cannot be read stays.
 
-    Equal are images with the same 64 bits of a BLAKE2b digest: among 14 million, two others have them with a chance of
-    1 in 190,000. Raises UserError for an image with more labels than are read.
+    Images are equal if 64 bits of their BLAKE2b digests are: among 14 million, the chance of a collision is 1 in
+    190,000. Raises UserError for an image with more labels than are read.
     """
     digests = _pass(_digests, items, work, "comparing", "1")
     order = np.argsort(digests, kind="stable").astype(np.int32 if len(digests) < 1 << 31 else np.int64)  # half of it
@@ -95,11 +95,11 @@ def _read(item: Item) -> bytes:
 
 
 def without_near(items: PackedItems, folders: Sequence[Path], work: Work, told: Told) -> PackedItems:
-    """Returns the items but those that look like an image of evaluation sets; OUT/near_duplicates.csv lists these.
+    """Returns the items without those that look like an image of evaluation sets; OUT/near_duplicates.csv lists these.
 
     Two images look alike when their perceptual hashes, or that of the mirror image, differ in at most MAX_DISTANCE
-    bits. What the disk does not give is left out too, listed without a set: it may be read when its shard is written,
-    compared with nothing. folders: data sets, with their manifests and shards. Raises UserError where one is not
+    bits. What the disk fails to return is left out too, and listed without a set: its shard's writer might be able to
+    read it, uncompared. folders: data sets, with their manifests and shards. Raises UserError where one is not
     complete, where imagehash is not installed, and when nothing is left.
     """
     manifests = [load_manifest(folder) for folder in folders]
@@ -161,7 +161,7 @@ def _hashes(task: tuple[Manifest, Iterable[int]], path: Path, progress: Progress
 
 
 def _nearest(near: Near, task: Iterable[Item], path: Path, progress: Progress) -> bytes:
-    """Of each image the nearest hash: its place, and 32 bits above the distance."""
+    """For each image the place of the nearest hash, with the distance in the 32 bits above it."""
     found = []
     for item in task:
         found.append(_nearest_of(near, item))
@@ -174,7 +174,7 @@ def _nearest_of(near: Near, item: Item) -> int:
         own = perceptual_hash(_picture(read_item(item)))
     except Unreadable:
         return _UNREAD << 32
-    except BadSample:  # told when its shard is written
+    except BadSample:  # reported when its shard is written
         own = _NONE
     if own == _NONE or not len(near.hashes):  # not decoded, or of one colour
         return _FAR << 32
@@ -202,7 +202,7 @@ def perceptual_hash(image: Image.Image) -> np.uint64:
     if np.ptp(np.asarray(grey)) < _MIN_CONTRAST:
         return _NONE
     bits = np.packbits(phash(grey).hash.flatten())
-    # The first bit is the sign of the mean, which says nothing: nearly every image has it, also one of one colour.
+    # The first bit, the sign of the mean, tells nothing: nearly every image has it, even one of one colour.
     return np.uint64(int.from_bytes(bits.tobytes(), "big") & ~(1 << 63))
 
 
@@ -210,7 +210,7 @@ def perceptual_hash(image: Image.Image) -> np.uint64:
 
 
 def _pass(function: Any, items: PackedItems, work: Work, title: str, key: str) -> np.ndarray:
-    """A number of each image, uint64 [images]."""
+    """The function's number for each image, uint64 [images]."""
     digest, name = items.digest(), getattr(function, "func", function).__name__
     spans = [range(start, min(start + _PIECE, len(items))) for start in range(0, len(items), _PIECE)]
     pieces = [Piece(f"{name} {key} {digest} {span}", partial(items.take, span, Counter[str]())) for span in spans]

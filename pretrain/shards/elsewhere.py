@@ -1,4 +1,4 @@
-"""Shards that stay where they are, on a server: only their indexes and the manifest are made here."""
+"""Shards that stay on a server: only their indexes and the manifest are made here."""
 
 import math
 import re
@@ -62,9 +62,9 @@ def index_urls(
 ) -> Path:
     """Makes indexes and manifest of tars on a server in OUT, and returns the manifest's path. Each is read once.
 
-    threads: shards that are read at a time.
-    Started again after a stop, it goes on with the shards that are not done. Raises UserError naming the shard, when it
-    cannot be had, is damaged, or holds a sample twice or without image or label.
+    threads: shards that are read at a time. After a stop, the same call resumes with the shards that are not done.
+    Raises UserError naming the shard, when it cannot be fetched, is damaged, or holds a sample twice or without image
+    or label.
     """
     names = local_names([check_url(url) for url in urls])
     start_folder(out, classes)
@@ -73,7 +73,7 @@ def index_urls(
     try:
         found = enumerate(pool.map(partial(_walked, out, work, len(classes), stopped), urls, names))
         path = finish_walks(found, classes, out, progress, passed_over)
-    except KeyboardInterrupt:  # after other errors the shards that have begun come to their end: a later start has them
+    except KeyboardInterrupt:  # after other errors, shards in progress are finished for a later start
         stopped.set()
         raise
     finally:
@@ -83,7 +83,7 @@ def index_urls(
 
 
 def local_names(urls: Sequence[str]) -> list[str]:
-    """Returns a file name for each URL: its last part, or as many as tell them apart, joined by -."""
+    """Returns a file name for each URL: its last path part, or as many as make names unique, joined by -."""
     if len(set(urls)) < len(urls):
         raise UserError(f"{Counter(urls).most_common(1)[0][0]}: is given twice")
     parts = [[part for part in unquote(f"{u.netloc}{u.path}").split("/") if part] for u in map(urlsplit, urls)]
@@ -99,7 +99,7 @@ def local_names(urls: Sequence[str]) -> list[str]:
 
 
 def _walked(out: Path, work: Path, num_classes: int, stopped: threading.Event, url: str, name: str) -> Walk:
-    """Reads a shard once, writes its index to OUT, and a record with which a second start need not read it again."""
+    """Reads a shard once, and writes its index to OUT, and a record so that a later start need not read it again."""
     num_bytes, record = num_bytes_of(url, stopped), work / f"{name}.json"
     origin = {"url": url, "num_bytes": num_bytes}
     if found := walks.known(record, origin, out / name, num_classes, url):
@@ -133,7 +133,7 @@ def download_to(path: Path, url: str, num_bytes: int, stopped: threading.Event |
 
 @contextmanager
 def local_copy(shard: Shard) -> Iterator[Shard]:
-    """Yields the shard itself, or where it is remote a copy of it, with its index, that is removed afterwards."""
+    """Yields the shard itself, or for a remote one a temporary copy of it with its index."""
     if not shard.url:
         yield shard
         return

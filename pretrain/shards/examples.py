@@ -1,4 +1,4 @@
-"""The list of examples beside a manifest: what each sample of a prepared evaluation set was called, and its content.
+"""The list of examples beside a manifest: original name and content digest of each sample of an evaluation set.
 
 `examples.jsonl` has a line for each sample in index order. Two people can show with its digest that they used the same
 images and labels, whatever tool packed them.
@@ -36,8 +36,8 @@ class Example(NamedTuple):
 def content_sha256(data: bytes) -> str:
     """Returns the SHA-256 of an image: of a JPEG's bytes, of the decoded pixels of anything else.
 
-    JPEGs are passed on as they are, and decoders differ in the last bit; lossless files are encoded anew by each tool,
-    and only their pixels stay. Raises BadSample when such a file cannot be decoded.
+    JPEGs are copied unchanged, and decoders differ in the last bit; lossless files are re-encoded by each tool, and
+    only their pixels stay. Raises BadSample when such a file cannot be decoded.
     """
     if data.startswith(b"\xff\xd8"):
         return hashlib.sha256(data).hexdigest()

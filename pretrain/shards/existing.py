@@ -1,4 +1,4 @@
-"""Existing tars, indexed as they are: a task each, for any number of processes. What is done is written down."""
+"""Indexes existing tars as they are: a task each, for any number of processes. Finished tars are recorded."""
 
 import errno
 import os
@@ -33,15 +33,15 @@ def index_existing(
     passed_over: Counter[str] | None = None,
     workers: int = 1,
 ) -> Path:
-    """Indexes existing tars and returns the manifest's path. `.tar.gz` are decompressed; tars elsewhere are copied.
+    """Indexes existing tars and returns the manifest's path. `.tar.gz` are decompressed; tars outside OUT are copied.
 
-    workers: processes; 1: this one. The bytes do not depend on them. Killed at any moment, or refused, the same call
-    goes on with the tars that are not done. passed_over: the numbers of members of no sample are added, by kind. Raises
+    workers: processes; 1: this one. The bytes do not depend on them. After a kill or an error, the same call resumes
+    with the tars that are not done. passed_over: counts of members that belong to no sample are added, by kind. Raises
     UserError naming the shard, when one is damaged, holds a sample twice or without image or label, and naming a file
     that a copy would replace.
     """
     if not all(path.resolve().parent == out.resolve() for path in tars):
-        start_folder(out, classes)  # else: indexed again, where they lie
+        start_folder(out, classes)  # otherwise they are indexed again in place
     names = [path.name.removesuffix(".gz") for path in tars]
     if len(set(names)) < len(names):
         raise UserError(f"two tars have the same name: {sorted(n for n in names if names.count(n) > 1)[0]}")
@@ -56,7 +56,7 @@ def index_existing(
         indexed = results(partial(_indexed, work, len(classes)), tasks, min(workers, len(tars)), lambda _: None)
         path = finish_walks(indexed, classes, out, progress, passed_over)
     except BaseException:
-        with suppress(OSError):  # something is done, which a later start does not do again
+        with suppress(OSError):  # not empty: records of what is done, for a later start
             work.rmdir()
         raise
     with suppress(OSError):  # a process whose parent was killed may still write there
@@ -69,7 +69,7 @@ def _is_here(source: Path, target: Path) -> bool:
 
 
 def _refuse_to_replace(copies: Sequence[Path]) -> None:
-    """Raises UserError where a copy would replace a file that no unfinished indexing has copied there."""
+    """Raises UserError where a copy would replace a file that was not copied there by an unfinished indexing."""
     for path in copies:
         mark = _mark_of_copy(path)
         if os.path.lexists(path) and (mark.parent.is_symlink() or not mark.is_file()):
@@ -77,7 +77,7 @@ def _refuse_to_replace(copies: Sequence[Path]) -> None:
 
 
 def _mark_of_copy(target: Path) -> Path:
-    """The file that says, before a tar is copied to OUT, that what will lie there is ours."""
+    """The marker, made before a tar is copied to OUT, that the file there is our copy."""
     return target.parent / walks.FOLDER / f"{target.name}.copy"
 
 
@@ -86,11 +86,11 @@ class _Tar(NamedTuple):
 
     number: int
     source: Path
-    target: Path  # in OUT; where it lies there already, the source
+    target: Path  # in OUT; the source itself if it lies there already
 
 
 def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int, Walk]:
-    """Brings a tar to its place, writes its index and a record, and returns its number and what it holds."""
+    """Brings a tar to its place, writes its index and a record, and returns its number and its contents."""
     record = work / f"{tar.target.name}.json"
     is_here = _is_here(tar.source, tar.target)
     if is_here:
@@ -99,7 +99,7 @@ def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int,
     if found := walks.known(record, origin, tar.target, num_classes):
         return tar.number, found
     index = tar.target.with_suffix(".idx")
-    had_index = index.exists()  # one that lies beside a copy may be another tool's
+    had_index = index.exists()  # an index beside a copy may be another tool's
     mark = _mark_of_copy(tar.target)
     if not is_here:
         mark.touch()
@@ -125,7 +125,7 @@ def _indexed(work: Path, num_classes: int, tar: _Tar, _: Progress) -> tuple[int,
 
 
 def _origin(source: Path, is_here: bool) -> Origin:
-    """What says that a tar is still the same one, and that its copy is one: the time that nobody can set."""
+    """What identifies an unchanged tar, and a copy as its copy: the size, and the ctime, which nobody can set."""
     try:
         status = source.stat()
     except OSError as error:

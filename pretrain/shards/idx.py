@@ -1,4 +1,4 @@
-"""MNIST's archives, and those of its likes (Fashion-MNIST, KMNIST, EMNIST): idx files of images and of labels."""
+"""Archives of MNIST and similar sets (Fashion-MNIST, KMNIST, EMNIST): idx files of images and of labels."""
 
 import gzip
 import io
@@ -23,8 +23,10 @@ _GZIP = b"\x1f\x8b"
 
 
 def idx_files(paths: Sequence[Path]) -> tuple[Path, Path] | None:
-    """Returns the files of images and of labels, None for other sources. The second may be left out where it lies
-    beside the first under MNIST's name: train-images-idx3-ubyte and train-labels-idx1-ubyte, also with .gz.
+    """Returns the files of images and of labels, None for other sources.
+
+    The labels need not be given if they lie beside the images under MNIST's name: train-images-idx3-ubyte and
+    train-labels-idx1-ubyte, also with .gz.
     """
     kinds = {_magic(path): path for path in paths} if len(paths) <= 2 else {}
     images = kinds.pop(IMAGES, None)
@@ -42,7 +44,7 @@ def _beside(images: Path) -> Path:
 
 
 def _magic(path: Path) -> bytes:
-    """A file's first four bytes, decompressed; none of what cannot be read, unless its name says what it is."""
+    """A file's first four bytes, decompressed; empty if it cannot be read. Raises if it is an idx file by its name."""
     try:
         if not path.is_file():
             return b""
@@ -61,7 +63,7 @@ def _opened(path: Path) -> io.BufferedIOBase:
 
 
 def idx_items(paths: Sequence[Path]) -> tuple[list[Item], list[str]]:
-    """Returns the images of a source that `idx_files` knows, as grey PNG, and no names of classes.
+    """Returns the images of a source that `idx_files` recognises, as grey PNG, and no names of classes.
 
     Raises UserError unless each file is as long as its first bytes say, and there is a label for each image;
     StorageError when the disk fails for now.

@@ -51,7 +51,7 @@ def class_numbers() -> dict[str, int]:
 def imagenet(source: Path) -> Splits:
     """Returns ImageNet's train and val from the two ILSVRC2012 tars, or from folders train/WNID and val[/WNID].
 
-    Labels of a flat `val` come from the devkit or from one of VAL_LABELS beside it. What is not there is left out.
+    Labels of a flat `val` come from the devkit or from one of VAL_LABELS beside it. A missing split is left out.
     """
     classes = class_numbers()
     splits: Splits = {}
@@ -100,7 +100,7 @@ def val_labels(folder: Path) -> list[int]:
     """Returns the 50,000 labels of ImageNet's validation images in the order of their names, 0 to 999.
 
     Reads the devkit, or one of VAL_LABELS: a line for each image that ends with a WordNet id or a class from 0, or a
-    .npz with an array `label`. Raises UserError when none is there or one counts otherwise.
+    .npz with an array `label`. Raises UserError when none is there, or the labels are not 50,000 from 0 to 999.
     """
     if devkit := found_in(folder, DEVKIT, "ILSVRC2012_devkit_t12"):
         labels = _devkit_labels(devkit)
@@ -130,8 +130,9 @@ def _devkit_labels(devkit: Path) -> list[int]:
 
 
 def _by_number(lines: list[list[str]]) -> list[list[str]]:
-    """Lines as "ILSVRC2012_val_00000001.JPEG 65" in the order of the images, in whatever folders they lie. Raises
-    ValueError where one names no image, or not the next one.
+    """Sorts lines as "ILSVRC2012_val_00000001.JPEG 65" by image, whatever folders they name.
+
+    Raises ValueError where a line does not name the next image.
     """
     lines = sorted(lines, key=lambda words: Path(words[0]).name)
     for number, words in enumerate(lines, start=1):

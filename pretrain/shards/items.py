@@ -1,7 +1,7 @@
-"""What a data set is made of: a list of `Item`s, or as many as a disk holds, kept in a few arrays.
+"""The items of a data set: a list of `Item`s, or as many as a disk holds, packed in a few arrays.
 
-An object for each image would take a kilobyte: 14 million of them 14 GB. Here an image is its name's bytes, where they
-end, and its label, and becomes an `Item` when its shard is written.
+An object for each image would take a kilobyte, 14 GB for 14 million. Packed, an image is the bytes of its name, their
+end and its label, and becomes an `Item` when its shard is written.
 """
 
 import errno
@@ -26,25 +26,24 @@ class Item(NamedTuple):
     ending: str  # jpg, png, webp
     label: int | list[int]  # a class, or all classes of the image; one kind for a whole data set
     source: str  # where it came from, for error messages
-    may_turn: bool = False  # whether reading turns photos as their EXIF says, which gives a PNG whatever the ending
+    may_turn: bool = False  # whether reading applies the EXIF orientation, which gives a PNG whatever the ending
 
 
-# Reading an image fails with these for now: a file that was there when it was listed has gone meanwhile, or is not seen
-# by this machine; the machine lacks memory or descriptors. EIO may also be a bad sector, which would end every further
-# start: see `read_item`.
+# Errors after which an image may be read later: a listed file is gone, or not visible on this machine; the machine
+# lacks memory or descriptors. EIO may also be a bad sector, which would end every later start: see `read_item`.
 _PASSING_WHEN_READ = PASSING_ERRORS - {errno.EIO} | {errno.ENOENT, errno.ENOTDIR}
 _PASSING_WHEN_READ |= {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
-# Makes the item of a reference; what is to be said of its picture is added to the counter when it is read. It is sent
-# to other processes: a function of a module, or a `partial` of one.
+# Makes the item of a reference; notes on its picture are added to the counter when it is read. Sent to other processes,
+# so it must be a function of a module, or a `partial` of one.
 ItemOf = Callable[[str, int, Counter[str]], Item]
 
 
 class PackedItems(Sequence[Item]):
     """Items in arrays: bytes of the references, their ends, their labels. Indexing makes the item."""
 
-    # None: labels are single classes; else all are lists, these of some items, the others' of one label. Set once all
-    # are appended.
+    # None: labels are single classes. Otherwise all are lists: these for some items, one label for each other item.
+    # Set once all are appended.
     lists: Mapping[int, list[int]] | None = None
 
     def __init__(self, item_of: ItemOf) -> None:
@@ -53,10 +52,10 @@ class PackedItems(Sequence[Item]):
         self._texts = bytearray()
         self._ends = array("q", [0])
         self._hash = hashlib.sha256()
-        self._places: array | None = None  # of the items among all that were appended; None: of all
+        self._places: array | None = None  # of the items left, among all that were appended; None: all are left
 
     def append(self, reference: str, label: int, stamp: object = "") -> None:
-        """Adds an item. stamp: what else says that a later run finds the same file, as its size and time."""
+        """Adds an item. stamp: what else identifies the same file in a later run, as its size and time."""
         text = reference.encode("utf-8", "surrogateescape")
         self._texts += text
         self._ends.append(len(self._texts))
@@ -81,9 +80,9 @@ class PackedItems(Sequence[Item]):
         return [item._replace(label=self.labels_of(index)) for index, item in made]
 
     def without(self, dropped: Iterable[int], lists: Mapping[int, Iterable[int]] | None = None) -> "PackedItems":
-        """Returns the items but some; they keep their order. Shares the rest.
+        """Returns the items without some, in the same order; memory is shared.
 
-        lists: with it all labels become lists, these of some items, the single label of all others; None: as they are.
+        lists: makes all labels lists, these for some items, the single label for all others; None: labels stay.
         """
         here = np.asarray(self._places) if self._places is not None else np.arange(len(self), dtype=np.int32)
         stays = np.ones(len(self), dtype=bool)
@@ -100,16 +99,14 @@ class PackedItems(Sequence[Item]):
         return kept
 
     def relabelled(self, labels: Sequence[int]) -> "PackedItems":
-        """Returns the items with labels[k] in place of each label k. Shares the rest; these are not used any more."""
+        """Replaces each label k by labels[k], in place, and returns the same object."""
         self.labels = array("i", np.asarray(labels, dtype=np.int32)[np.asarray(self.labels)].tobytes())
         if self.lists is not None:
             self.lists = {index: sorted({labels[k] for k in own}) for index, own in self.lists.items()}
         return self
 
     def digest(self) -> str:
-        """Returns the SHA-256 of references, labels and stamps as they were appended, of which are left, and of the
-        labels now.
-        """
+        """Returns the SHA-256 of references, labels and stamps as appended, of which are left, and of labels now."""
         digest = self._hash.copy()
         digest.update(self.labels)
         if self._places is not None:
@@ -135,12 +132,13 @@ class PackedItems(Sequence[Item]):
 
 
 class Unreadable(BadSample):
-    """An image that the disk does not give: not its bytes are to blame, and it may be read another time."""
+    """An image that the disk fails to return: its bytes may be good, and a later read may succeed."""
 
 
 def read_item(item: Item) -> bytes:
-    """Returns an image's bytes. Raises StorageError where that fails for now: an image is not left out for good because
-    its disk was away. Raises Unreadable where it fails for good, with EIO after as many tries as in training.
+    """Returns an image's bytes. Raises StorageError for errors that may pass, Unreadable for all others.
+
+    So an image is not left out for good because its disk was away. EIO is retried as often as in training.
     """
     for wait_s in (*RETRY_AFTER_S, None):
         try:

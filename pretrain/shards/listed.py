@@ -1,6 +1,6 @@
-"""Images that a list names: CSV or JSON lines, a path and a label each.
+"""Images named by a list: CSV or JSON lines with a path and a label each.
 
-A list may come from elsewhere: its paths stay below its own folder, links followed.
+A list may come from a stranger: its paths must stay below its own folder, links resolved.
 """
 
 import csv
@@ -95,7 +95,7 @@ class _Row(NamedTuple):
 
 
 def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
-    """Yields where a line is, for errors, and what it says of an image."""
+    """Yields a line's place, for messages, and its image and labels."""
     with path.open("rb") as file:
         lines = _lines(path, file)
         yield from _of_csv(path, lines) if path.suffix == ".csv" else _of_json(lines)

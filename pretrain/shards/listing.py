@@ -1,6 +1,6 @@
-"""Which files of a folder are somebody's data: hidden and system files are passed over, counted by kind, never taken.
+"""Finds the data files of a folder: hidden and system files are skipped, and counted by kind.
 
-Links to folders are followed, once: a folder or a file that is reached a second time counts once.
+Links to folders are followed; a file reached twice is found twice (see `sources.same_files`).
 """
 
 import errno
@@ -25,8 +25,8 @@ def is_of_the_system(name: str) -> bool:
 def files_below(folder: Path, passed_over: Counter[str] | None = None) -> list[Path]:
     """Returns the files below a folder, sorted; adds to `passed_over` how many were not taken, by kind.
 
-    Links to folders are followed, but for one that leads back up. Raises UserError on a link to nothing, on a loop of
-    links, or on a folder that cannot be read: images would be missing without a word.
+    Links to folders are followed, except one that leads back up. Raises UserError on a link to nothing, on a loop of
+    links, or on a folder that cannot be read: images would be missing silently.
     """
     skipped = Counter() if passed_over is None else passed_over
     found = []

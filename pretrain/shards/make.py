@@ -1,4 +1,4 @@
-"""A data set from whatever was given: the sources are rows of a table; the first that recognises the paths makes it."""
+"""Makes a data set from any kind of source: the first row of the table SOURCES that recognises the paths makes it."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from pretrain.shards.resizing import Resizing
 from pretrain.shards.sources import Told, folder_items, npz_items
 from pretrain.shards.tfrecord_items import tfrecord_files, tfrecord_items
 
-# What is less is done sooner than processes have started: each imports torch, 3 s.
+# Less work is done before processes have started: each imports torch, 3 s.
 MIN_IMAGES_FOR_PROCESSES = 1000
 MIN_BYTES_FOR_PROCESSES = 2 << 30  # of tars that are indexed as they are
 
@@ -45,18 +45,18 @@ class Options:
     engine: Engine = results  # runs the tasks: processes of this machine, or a Ray cluster
     merge_duplicates: bool = False  # equal images become one, with a list of labels
     away_from: tuple[Path, ...] = ()  # data sets whose images, and what looks like them, are left out
-    label_column: str | None = None  # of parquet and TFRecord files; None: the one that is known for it
+    label_column: str | None = None  # of parquet and TFRecord files; None: the one known to be it
 
 
 class Source(NamedTuple):
-    """A kind of source. A new kind is a new row of SOURCES, before one that recognises more."""
+    """A kind of source. A new kind is a new row of SOURCES, before any that would recognise its paths too."""
 
     named: str  # as the error lists it: "one folder"
     recognises: Callable[[Sequence[Path]], bool]
     # Returns the samples to write, and the names of classes or nothing; None: these are shards already. A source that
-    # has to be read once before does that as the `Work`.
+    # must be read once beforehand runs that pass with the `Work`.
     items: Callable[[Sequence[Path], Told, Options, Work], tuple[Sequence[Item], list[str]]] | None
-    has_files: bool = False  # of pictures, which may be of any format, and turned
+    has_files: bool = False  # pictures of any format, to which the EXIF orientation can be applied
     has_columns: bool = False  # one of which is the label
 
 
@@ -120,18 +120,18 @@ def _of_columns(options: Options) -> dict[str, Any]:
 
 
 def are_shards(sources: Sequence[Path]) -> bool:
-    """Returns whether sources are shards already, which are indexed as they are, and not written."""
+    """Returns whether sources are shards already, which are indexed as they are."""
     return SOURCES[-1].recognises(sources) and not (len(sources) == 1 and is_tar_of_tars(sources[0]))
 
 
 def make_shards(sources: Sequence[Path], classes: ClassList | None, out: Path, options: Options) -> tuple[Path, Told]:
-    """Makes the data set OUT, with progress on a terminal; returns its manifest's path and what is to be told.
+    """Makes the data set OUT, with progress on a terminal; returns its manifest's path and what to report.
 
-    classes: a source whose classes have names gets each one's label by its name; elsewhere labels are places in the
-    list. None: a set's own tars that are indexed again keep its names. Raises UserError when no row of SOURCES
-    recognises the sources, or they cannot be used.
+    classes: if a source's classes have names, they get their labels by name; otherwise labels are places in the list.
+    None: a set's own tars that are indexed again keep its names. Raises UserError when no row of SOURCES recognises
+    the sources, or they cannot be used.
     """
-    passes.clear(out)  # what a call left that was killed at its last step
+    passes.clear(out)  # left by a call that was killed at its last step
     source, told = _source_of(sources, out, options), Told()
     if source.items is None:
         if not classes and (classes := own_classes(out)):
@@ -170,7 +170,7 @@ def make_part(
 def _source_of(sources: Sequence[Path], out: Path, options: Options) -> Source:
     """The row of SOURCES. Raises UserError when there is none, or an option has no effect on it."""
     for path in sources:
-        if re.match("(https?|s3|gs|pipe):", str(path)):  # of a URL a path keeps one slash
+        if re.match("(https?|s3|gs|pipe):", str(path)):  # Path keeps one slash of a URL's two
             raise UserError(f"{path}: give --index for shards that stay on a server")
         if not path.exists():
             raise UserError(f"{path}: not found")

@@ -1,6 +1,6 @@
-"""Reads Matlab files of version 5 (arrays and records of numbers and text) in a process of its own.
+"""Reads Matlab files of version 5 (arrays and records of numbers and text) in a separate process.
 
-scipy's reader is compiled code that a damaged file can crash: one flipped byte was enough. It must not take us with it.
+scipy's reader is compiled code that a damaged file can crash: one flipped byte was enough.
 """
 
 import json
@@ -20,7 +20,7 @@ def read_matlab(data: bytes) -> dict[str, list[Any]]:
 
     Raises ValueError when it cannot be read.
     """
-    from pretrain.json_files import parse_json  # not above: in the process below there may be no package `pretrain`
+    from pretrain.json_files import parse_json  # not above: the process below may not find the package `pretrain`
 
     # -P: this file's folder is not searched for modules.
     command = [sys.executable, "-P", "-W", "ignore", __file__]

@@ -36,7 +36,7 @@ _MAX_CIFAR_BYTES = 256 << 20  # of a batch: the largest, CIFAR-100's train.bin, 
 def cifar(source: Path, num_classes: int) -> Splits:
     """Returns CIFAR-10 or -100 from `cifar-10-binary.tar.gz`, `cifar-10-python.tar.gz` or the folder in either.
 
-    The python version's pickles are read without unpickling; of both, the binary one counts.
+    The python version's pickles are read without unpickling; if both are there, the binary one is used.
     """
     is_10 = num_classes == 10
     short = f"cifar-{num_classes}"

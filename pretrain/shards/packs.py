@@ -1,4 +1,4 @@
-"""Packs that somebody has cut into splits already: .npz, or tars of KEY.jpg and KEY.cls."""
+"""Packs that are divided into splits already: .npz, or tars of KEY.jpg and KEY.cls."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ _SPLIT_WORD = re.compile(r"(?<![a-z])(trainval|train|val|validation|dev_?test|te
 
 
 def split_of(path: Path) -> str | None:
-    """Returns the split that a pack's name tells: train, val or test (cifar100_val200.npz, eurosat_devtest.tar.gz)."""
+    """Returns the split in a pack's name: train, val or test (cifar100_val200.npz, eurosat_devtest.tar.gz)."""
     found = set(_SPLIT_WORD.findall(path.name.lower()))
     names = {"validation": "val", "devtest": "test", "dev_test": "test"}
     return names.get(word := found.pop(), word) if len(found) == 1 else None

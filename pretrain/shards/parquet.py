@@ -25,10 +25,10 @@ from pretrain.shards.unpacking import max_unpacked_bytes, too_large
 from pretrain.storage import replacing
 
 ENDING = ".parquet"
-_LABELS = ("label", "labels", "class", "cls")  # columns that are taken for it without being named
-# Types of a label: no list, of which a page of some bytes may hold 10^8 zeros.
+_LABELS = ("label", "labels", "class", "cls")  # columns taken as the label if none is named
+# Types of a label: no list, as a page of a few bytes may hold one of 10^8 zeros.
 _LABEL_TYPE = re.compile(r"(dictionary<values=)?(u?int\d+|(large_)?(string|binary))(, indices=.*)?")
-_ROWS_AT_ONCE = 8  # in memory: of 64 MB each at most, as a dictionary of few large images may stand for many rows
+_ROWS_AT_ONCE = 8  # in memory, each of 64 MB at most: a dictionary of a few large images may stand for many rows
 _BUFFER_BYTES = 1 << 20  # of a column that is read from the disk at a time
 # train-00003-of-00016.parquet, also with a digest behind it; 0003.parquet, as the hub converts sets
 _SPLIT = re.compile(r"(.*?)-?\d{4,5}(-of-\d{5}.*)?")
@@ -39,7 +39,7 @@ class Columns(NamedTuple):
 
     image: str
     label: str
-    names: list[str]  # of the classes, where the file tells them
+    names: list[str]  # of the classes, where the file gives them
 
 
 def parquet_files(paths: Sequence[Path]) -> list[Path]:
@@ -55,7 +55,7 @@ def parquet_items(
 ) -> tuple[PackedItems, list[str]]:
     """Returns the images of parquet files in the order of their names, and the names of classes, where there are some.
 
-    The image is the column that the file's metadata calls one, or its only column of bytes; the label the one named, or
+    The image column is the metadata's only Image, or the only column of bytes; the label column is `label_column`, or
     the only ClassLabel, or one called `label`. Raises UserError for files of several splits, of other columns, or with
     rows without a label, and for a file that is missing or given twice.
     """
@@ -122,7 +122,7 @@ def columns_of(path: Path, label_column: str | None) -> Columns:
 
 
 def _features(path: Path, raw: bytes) -> dict[str, dict[str, Any]]:
-    """What `datasets` says of the columns: in the file itself, or in dataset_infos.json beside it or above."""
+    """What `datasets` declares of the columns: in the file itself, or in dataset_infos.json beside it or above."""
     values = Fields.parse(raw, f"{path}: metadata").values
     if not values:
         place = next((p for p in (path.parent, path.parent.parent) if (p / "dataset_infos.json").is_file()), None)
@@ -160,7 +160,7 @@ def _images_of(listing: Path) -> Path:
 
 
 def _rows(path: Path, columns: Columns) -> Iterator[tuple[Any, Any]]:
-    """Yields image and label of each row, few of which are in memory."""
+    """Yields image and label of each row, with only a few rows in memory."""
     try:
         with _opened(path) as file:
             _check_size(path, file.metadata, columns)
@@ -176,7 +176,7 @@ def _rows(path: Path, columns: Columns) -> Iterator[tuple[Any, Any]]:
 
 
 def _check_size(path: Path, metadata: Any, columns: Columns) -> None:
-    """Raises UserError when the two columns become too large, by what the file says, before a page is read."""
+    """Raises UserError, before a page is read, when the file states that the two columns unpack to too much."""
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     parts = (group.column(number) for group in groups for number in range(group.num_columns))
     wanted = (part for part in parts if part.path_in_schema in (columns.image, columns.label))
@@ -186,7 +186,7 @@ def _check_size(path: Path, metadata: Any, columns: Columns) -> None:
 
 
 def _item(folder: Path, apply_orientation: bool, reference: str, label: int, notes: Counter[str]) -> Item:
-    """Returns the item of a row: of file, listing, row, first byte, number of bytes and ending."""
+    """Returns the item of a row. reference: file, listing, row, first byte, number of bytes, ending."""
     name, listing, row, start, num_bytes, kind = reference.split("\0")
     read = partial(_read, _images_of(folder / listing), int(start), int(num_bytes), notes, apply_orientation)
     return Item(read, records.ending_of_kind(kind), label, f"{name}[{row}]", apply_orientation)

@@ -1,7 +1,7 @@
-"""A pass over a source before its shards are written, in pieces: what each gave is kept in OUT/.passes.
+"""Runs a pass over a source before its shards are written, in pieces whose outcomes are kept in OUT/.passes.
 
-Killed, the same command goes on with the pieces that are missing. Elements of a job array share them: each takes what
-nobody has done yet, in an order of its own. The folder goes when the data set is complete.
+After a kill, the same command resumes with the missing pieces. Elements of a job array share them: each takes what is
+not done yet, in its own random order. The folder is removed when the data set is complete.
 """
 
 import hashlib
@@ -35,18 +35,18 @@ class Piece(NamedTuple):
     """A part of a pass."""
 
     key: str  # all that its outcome depends on
-    task: Callable[[], Any]  # made when it is due
+    task: Callable[[], Any]  # made when the piece is run
 
 
-# Returns the outcome of a task, which is kept at the path; files of its own lie beside it, under longer names.
+# Returns the outcome of a task, to be kept at the path; further files may lie beside it, under longer names.
 PieceOf = Callable[[Any, Path, Progress], bytes]
 
 
 def run_pass(function: PieceOf, pieces: Sequence[Piece], work: Work, title: str, unit: str) -> list[Path]:
     """Returns the files with the outcome of each piece, made or found. function: of a module, or a `partial` of one.
 
-    title, unit: of the pieces, for who waits: "unpacking", "files". Raises what the function raises, and UserError
-    where the folder holds a complete data set.
+    title, unit: for the progress display: "unpacking", "files". Raises what the function raises, and UserError where
+    the folder holds a complete data set.
     """
     folder = work.out / FOLDER
     if is_complete(work.out):
@@ -98,5 +98,5 @@ def clear(out: Path) -> None:
 
 
 def is_complete(out: Path) -> bool:
-    """Returns whether a folder holds a data set, and nothing of it is left to be done."""
+    """Returns whether a folder holds a finished data set."""
     return (out / "manifest.json").exists() and not (out / unfinished.FOLDER).exists()

@@ -1,6 +1,6 @@
-"""A picture file as shards hold it: JPEG, PNG and WebP as they are, other formats as PNG, without loss.
+"""Converts a picture file to what shards hold: JPEG, PNG and WebP as they are, other formats as PNG, without loss.
 
-Readers of shards decode three formats, whatever a name says. What else people's folders hold is converted here.
+Readers of shards decode these three formats only, whatever a file's name.
 """
 
 import io
@@ -17,11 +17,11 @@ from pretrain.data.images import FORMATS
 from pretrain.data.manifest import IMAGE_ENDINGS
 from pretrain.data.reader import MAX_IMAGE_BYTES, BadSample
 
-# Endings of formats that Pillow reads in C code of its own or of a library made for foreign files.
+# Endings of formats that Pillow reads with its own C code, or with a library made for untrusted files.
 _CONVERTED = {"bmp": "BMP", "dib": "BMP", "gif": "GIF", "tif": "TIFF", "tiff": "TIFF", "avif": "AVIF", "apng": "PNG"}
-PICTURE_ENDINGS = tuple(_CONVERTED)  # AVIF is one that some builds of Pillow lack
+PICTURE_ENDINGS = tuple(_CONVERTED)  # some builds of Pillow lack AVIF
 JPEG_ENDINGS = ("jfif", "jpe", "jif", "jfi")  # beside those of IMAGE_ENDINGS
-# Pictures that nothing here reads: named, never left out without a word.
+# Pictures that cannot be read here: reported, never left out silently.
 REFUSED_ENDINGS = (
     *("heic", "heif", "jxl", "jp2", "j2k", "jpf", "jpx", "psd", "svg", "eps", "ico", "tga", "exr", "hdr", "xcf"),
     *("ppm", "pgm", "pbm", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "srw"),
@@ -50,9 +50,9 @@ def formats() -> tuple[str, ...]:
 
 
 def read_picture(path: Path, notes: Counter[str], apply_orientation: bool = False) -> bytes:
-    """Returns the bytes of a picture file as a shard holds them, and adds to `notes` what was changed or will show.
+    """Returns the bytes of a picture file as a shard holds them; `notes` counts what is changed or will look different.
 
-    apply_orientation: photos that their EXIF says to turn are turned, and stored as PNG. Raises OSError when the file
+    apply_orientation: photos with an EXIF orientation are turned, and stored as PNG. Raises OSError when the file
     cannot be read, BadSample when it cannot be converted.
     """
     if path.stat().st_size > MAX_IMAGE_BYTES:
@@ -61,7 +61,7 @@ def read_picture(path: Path, notes: Counter[str], apply_orientation: bool = Fals
 
 
 def picture_of(data: bytes, name: str, notes: Counter[str], apply_orientation: bool = False) -> bytes:
-    """Returns what `read_picture` does, of the bytes of a file of this name. Raises BadSample as it does."""
+    """Returns what `read_picture` does, for the bytes of a file of this name. Raises BadSample as it does."""
     headers.check_parts(data)
     coefficients = 0  # bytes per pixel that its decoder keeps beside the pixels
     if data.startswith(b"\xff\xd8"):
@@ -80,7 +80,7 @@ def picture_of(data: bytes, name: str, notes: Counter[str], apply_orientation: b
         raise
     except Exception as error:  # Pillow raises many types on damaged files: struct.error, IndexError, TypeError ...
         if ending_of(name) in IMAGE_ENDINGS:
-            return data  # the decoder that every reader has says what is wrong with it
+            return data  # the decoder of every reader reports what is wrong with it
         raise BadSample("decode", f"{type(error).__name__}: {error}") from None
 
 
@@ -95,7 +95,7 @@ def _stored(image: Image.Image, data: bytes, notes: Counter[str], apply_orientat
     if kept and not (turned and apply_orientation):
         return data
     if not kept:
-        if getattr(image, "is_animated", False):  # Pillow counts n_frames in their square
+        if getattr(image, "is_animated", False):  # Pillow's n_frames takes quadratic time
             notes[f"{image.format} with several pictures, of which the first is taken"] += 1
         notes[f"{image.format} converted to PNG"] += 1
     picture: Image.Image = image

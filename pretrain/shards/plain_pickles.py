@@ -23,12 +23,12 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _NEW = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
-# What stray bytes lead to.
+# What damaged bytes lead to.
 _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError, StopIteration)
 
 
 class _Name(str):
-    """What GLOBAL names: a text, never the thing."""
+    """The name that GLOBAL gives: a string, never the object."""
 
 
 class _Made:
@@ -50,7 +50,7 @@ def read_plain_pickle(data: bytes, source: str) -> Any:
 def _read(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    room = len(data)  # for the bytes of arrays: one that is memoised is made into an array once
+    room = len(data)  # for the bytes of all arrays: memoised bytes must not be made into arrays without end
 
     def since_mark() -> list[Any]:
         place = next(number for number in range(len(stack) - 1, -1, -1) if stack[number] is _MARK)
@@ -123,7 +123,7 @@ def _made(function: Any, arguments: Any) -> _Made:
 
 
 def _build(made: _Made, state: tuple[Any, ...], room: int) -> int:
-    """Fills an array: (version, shape, dtype, is column by column, bytes). A dtype's state tells nothing of bytes.
+    """Fills an array from its state: (version, shape, dtype, is column by column, bytes). A dtype's state is ignored.
 
     Returns its number of bytes, at most `room`.
     """
@@ -144,7 +144,7 @@ def _build(made: _Made, state: tuple[Any, ...], room: int) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """The value, and those of a dict, with arrays in place of what they were made as."""
+    """The value, or a dict with its values, with `_Made` objects replaced by their arrays."""
     if type(value) is dict:
         return {key: item.array if type(item) is _Made else item for key, item in value.items()}
     return value.array if type(value) is _Made else value

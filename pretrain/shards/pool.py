@@ -1,7 +1,7 @@
-"""Tasks in processes of their own, one at a time in each: results as they come, and how far all of them are.
+"""Runs tasks in worker processes, one at a time in each: yields results as they come, and reports overall progress.
 
 A task is made when a process is free for it, so that only as many are in memory as there are processes. When this
-process is killed, its workers end at their next word; when a worker is killed, that is one line.
+process is killed, its workers end at their next message; when a worker is killed, the error is one line.
 """
 
 import multiprocessing
@@ -19,10 +19,10 @@ from pretrain.errors import LostProcessError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Progress = Callable[[int], None]  # told the number of samples just done
+Progress = Callable[[int], None]  # called with the number of samples just done
 Engine = Callable[[Callable[[Any, Progress], Any], Iterable[Any], int, Progress], Iterator[Any]]  # `results`, or Ray's
 
-_EVERY_S = 0.2  # a worker's words; one for each image would keep the one who listens to 64 workers from all else
+_EVERY_S = 0.2  # between a worker's messages: one for each image from 64 workers would overload the parent
 
 
 def num_cores() -> int:
@@ -33,7 +33,7 @@ def num_cores() -> int:
 def results(
     function: Callable[[Task, Progress], Result], tasks: Iterable[Task], workers: int, progress: Progress
 ) -> Iterator[Result]:
-    """Yields what `function` makes of each task, in any order, with so many processes; 1: in this one.
+    """Yields the result of `function` for each task, in any order, from `workers` processes; 1: from this one.
 
     function: of a module, or a `partial` of one; what it raises is raised here. With several processes it has to be
     called from the main thread, the only one that receives interrupts. Raises LostProcessError when a worker ends by
@@ -52,7 +52,7 @@ def results(
             process = context.Process(target=_work, args=(function, theirs), daemon=True)
             with _deaf_to_interrupts():
                 process.start()
-            theirs.close()  # else its end would not be noticed
+            theirs.close()  # otherwise its end would not be noticed
             processes[ours] = process
         yield from _share_out(iter(tasks), dict(processes), progress)
     finally:
@@ -65,7 +65,7 @@ def results(
 
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that start here inherit it: the terminal sends an interrupt to all, and they need seconds to import."""
+    """Ignores SIGINT, also in processes started meanwhile: a terminal sends it to all, and they import for seconds."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -104,7 +104,7 @@ def _share_out(tasks: Iterator[Any], processes: dict[Connection, Any], progress:
 
 
 def _work(function: Callable[[Any, Progress], Any], connection: Connection) -> None:
-    """A worker: a task, its result, the next one, until the other end is closed."""
+    """A worker's loop: receives a task, sends its result, until the other end is closed."""
     words = _Words(connection)
     try:
         while True:
@@ -115,7 +115,7 @@ def _work(function: Callable[[Any, Progress], Any], connection: Connection) -> N
             except (BrokenPipeError, ConnectionError):
                 return
             except Exception as error:
-                if not hasattr(error, "exit_code"):  # a defect of ours, whose traceback would be lost on the way
+                if not hasattr(error, "exit_code"):  # a bug, whose traceback would be lost on the way
                     error.add_note("".join(traceback.format_exception(error)))
                 connection.send(("error", error))
                 return
@@ -128,11 +128,11 @@ def _work(function: Callable[[Any, Progress], Any], connection: Connection) -> N
 
 
 def _leave(*_: object) -> NoReturn:
-    sys.exit(143)  # out of the task, which removes its temporary file
+    sys.exit(143)  # unwinds the task, which removes its temporary file
 
 
 class _Words:
-    """How many samples a worker has done, sent now and then."""
+    """A worker's messages: how many samples it has done, sent at intervals."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._count, self._sent_at = connection, 0, time.monotonic()

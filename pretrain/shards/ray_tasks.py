@@ -1,7 +1,7 @@
-"""Tasks on a Ray cluster, or in Ray's processes on this machine: `results` as pool.py has it.
+"""Runs tasks on a Ray cluster, or in Ray's processes on this machine, with the interface of `results` in pool.py.
 
 For corpora that many machines make together: `ray start` on each, then `make_shards --engine ray` on one of them. Ray
-hands out tasks and starts them again when a machine is lost; it sees no image, for tasks read and write by themselves.
+hands out tasks and restarts them when a machine is lost; images do not pass through it, since tasks read and write.
 """
 
 import logging
@@ -16,15 +16,15 @@ from typing import Any
 from pretrain.errors import LostProcessError, StorageError, UserError, first_line
 from pretrain.shards.pool import Progress, Result, Task
 
-_ROOT = Path(__file__).resolve().parents[2]  # what machines import has to lie at one path on all of them
+_ROOT = Path(__file__).resolve().parents[2]  # the package must lie at the same path on all machines
 
 
 def ray_results(
     function: Callable[[Task, Progress], Result], tasks: Iterable[Task], workers: int, progress: Progress
 ) -> Iterator[Result]:
-    """Yields what `function` makes of each task, in any order, so many at a time; 0: one for each core of the cluster.
+    """Yields the result of `function` for each task, in any order; workers: tasks at a time, 0: one per cluster core.
 
-    Connects to the cluster of $RAY_ADDRESS or of this machine, else starts one here. `progress` hears of whole tasks.
+    Connects to the cluster of $RAY_ADDRESS or of this machine, else starts one here. `progress` counts whole tasks.
     Raises what `function` raises, LostProcessError when Ray gives a task up, UserError where Ray is not installed.
     """
     try:
@@ -48,7 +48,7 @@ def ray_results(
             (done,), running = ray.wait(running)
             try:
                 result, count = ray.get(done)
-            except RayError as error:  # of a task: a class made for the occasion, with a traceback as its text
+            except RayError as error:  # of a task: a class made at run time, with a traceback as its text
                 cause = error.cause if isinstance(error, RayTaskError) else error
                 if isinstance(cause, Exception) and not isinstance(cause, RayError):
                     raise cause from None
@@ -69,9 +69,9 @@ def _environment() -> dict[str, str]:
 
 
 def _counted(function: Callable[[Any, Progress], Any], task: Any, folder: str) -> tuple[Any, int]:
-    """A task's result, and how many samples it has told of. folder: to which relative paths are relative."""
+    """A task's result, and how many samples it has reported. folder: what relative paths are relative to."""
     told: list[int] = []
-    with suppress(OSError):  # a machine that has no such folder can do with absolute paths
+    with suppress(OSError):  # absolute paths work on a machine without that folder
         os.chdir(folder)
     try:
         return function(task, told.append), sum(told)

@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 
 def read_rows(path: Path) -> Rows:
-    """Returns what `RowsSoFar.to_bytes` was kept as."""
+    """Reads the rows that `RowsSoFar.to_bytes` has written."""
     with path.open("rb") as file:
         names = list(Fields.parse(file.readline(), str(path)).texts("names"))
         table = np.load(io.BytesIO(file.read()), allow_pickle=False)
@@ -49,8 +49,9 @@ class RowsSoFar:
         self._source, self._rows, self._names = source, [], {}
 
     def add(self, start: int, image: bytes, label: object, num_bytes: int | None = None) -> None:
-        """Adds a row. label: a class's number, or a text. Raises UserError, naming the row, when it is neither,
-        or not of the kind that the rows before have.
+        """Adds a row; label: a class's number, or a name.
+
+        Raises UserError, naming the row, when it is neither, or of another kind than those of the rows before.
         """
         if isinstance(label, bytes):
             label = label.decode(errors="surrogateescape")  # what is not UTF-8 is refused below
@@ -72,7 +73,7 @@ class RowsSoFar:
         self._rows.append((start, len(image) if num_bytes is None else num_bytes, _kind(image), label))
 
     def to_bytes(self) -> bytes:
-        """Returns all of them as a pass keeps them."""
+        """Returns all rows in the form in which a pass keeps them."""
         file = io.BytesIO()
         file.write(json.dumps({"names": list(self._names)}).encode() + b"\n")
         np.save(file, np.array(self._rows, dtype=np.int64).reshape(-1, 4))
@@ -116,13 +117,13 @@ def items_of_rows(
 
 
 def key_of(what: str, number: int, path: Path) -> str:
-    """Returns by what a pass knows one of several files again: its place among them, name, size and time."""
+    """Returns the key by which a pass recognises one of several files: place among them, name, size and time."""
     status = path.stat()
     return f"{what} {number} {path.name} {status.st_size} {status.st_mtime_ns}"
 
 
 def unnumbered(path: Path) -> str:
-    """Returns what files of one split have in common where their names follow no rule: folder, and name but digits."""
+    """Returns what files of one split share if their names follow no rule: folder, and name without digits."""
     return f"{path.parent.name}/{re.sub(r'[0-9]+', '', path.name)}"
 
 
@@ -135,8 +136,9 @@ def one_split(paths: Sequence[Path], split_of: Callable[[Path], str]) -> None:
 
 
 def check_complete(paths: Sequence[Path]) -> None:
-    """Raises UserError for files whose names tell their number and count unless all are there, once, and for a file
-    that is given twice.
+    """Raises UserError for a file that is given twice, and for numbered files that are not complete.
+
+    Files whose names give their number and count must all be there, each once.
     """
     if numbered := _NUMBERED.fullmatch(paths[0].name):
         start, count = numbered[1][: -len("00000-of-00000")], numbered[2]

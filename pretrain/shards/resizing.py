@@ -1,4 +1,4 @@
-"""Images made smaller when shards are made: fewer bytes to store and to decode, where training would shrink them."""
+"""Shrinks images when shards are made: fewer bytes to store and to decode, where training would shrink them anyway."""
 
 import io
 from typing import NamedTuple
@@ -19,10 +19,10 @@ class Resizing(NamedTuple):
 
 
 def resized(image: torch.Tensor, resizing: Resizing) -> bytes | None:
-    """Returns an image, uint8 [3, height, width], as a JPEG with the shorter side asked for; None where it has no more.
+    """Returns an image, uint8 [3, height, width], as a JPEG with the shorter side wanted; None unless that is smaller.
 
     Pillow's bicubic filter with antialiasing. The pixels are those of the decoder: neither turned by EXIF, nor in
-    another colour space. None also where no JPEG is as long as it would be.
+    another colour space. None also where the result would exceed JPEG's largest side.
     """
     height, width = image.shape[1:]
     scale = resizing.shorter_side / min(height, width)

@@ -26,9 +26,9 @@ from pretrain.shards.pictures import PICTURE_ENDINGS, REFUSED_ENDINGS, ending_of
 class Told:
     """What is reported of a source besides its images: counts of skipped files, notes on pictures, what is left out."""
 
-    passed_over: Counter[str] = field(default_factory=Counter)  # files that are nobody's data
+    passed_over: Counter[str] = field(default_factory=Counter)  # files that are no data
     classes: str = ""  # how its classes were recognised in a list of names
-    notes: Counter[str] = field(default_factory=Counter)  # pictures that were converted, or look otherwise than shown
+    notes: Counter[str] = field(default_factory=Counter)  # pictures that were converted, or look unlike in viewers
     num_dropped: int = 0  # images that cannot be read or decoded
     first_dropped: str = ""  # with the reason
 
@@ -74,27 +74,27 @@ def file_item(root: Path, apply_orientation: bool, reference: str, label: int, n
     """Returns the item of a picture file, whose reference is its path below the root."""
     path = root / reference
     ending = stored_ending(path.name)
-    assert ending is not None  # else it is no picture, and was not taken
+    assert ending is not None  # otherwise it is no picture, and was not taken
     return Item(partial(read_picture, path, notes, apply_orientation), ending, label, str(path), apply_orientation)
 
 
 def append_file(items: PackedItems, root: Path, path: Path, label: int) -> None:
-    """Adds a picture file to items of `file_item`, with its size and time, by which a later run knows it again."""
+    """Adds a picture file to items of `file_item`, with its size and time, by which a later run recognises it."""
     status = path.stat()
     items.append(str(path.relative_to(root)), label, (status.st_size, status.st_mtime_ns))
 
 
 def place_word(path: Path) -> int:
-    """Returns 64 bits of a digest of where a file really lies, links followed."""
+    """Returns 64 bits of a digest of a file's real path."""
     return int.from_bytes(blake2b(os.fsencode(os.path.realpath(path)), digest_size=8).digest(), "big", signed=True)
 
 
 def same_files(root: Path, items: PackedItems, words: array) -> dict[int, int]:
-    """Returns which items of `file_item` are files of earlier ones, with the first item. words: their `place_word`s."""
+    """Maps items of `file_item` whose file an earlier item has to the first such item. words: their `place_word`s."""
     found = np.asarray(words)
     order = np.argsort(found, kind="stable")
     equal = np.flatnonzero(found[order[1:]] == found[order[:-1]])
-    first: dict[str, int] = {}  # item by real place, of those few that have one word
+    first: dict[str, int] = {}  # item by real path, of the few with equal words
     again = {}
     for index in sorted({int(index) for place in equal for index in order[place : place + 2]}):
         earlier = first.setdefault(os.path.realpath(root / items.reference(index)), index)
@@ -103,7 +103,7 @@ def same_files(root: Path, items: PackedItems, words: array) -> dict[int, int]:
     return again
 
 
-# What people call the parts of a data set, in small letters; of several the first is taken.
+# Common names of a data set's splits, in lower case; of several the first is taken.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -113,12 +113,12 @@ _ALL_SPLIT_NAMES = {name for names in SPLIT_NAMES.values() for name in names}
 
 
 def is_split_name(name: str) -> bool:
-    """Returns whether a folder of this name may be a part of a data set."""
+    """Returns whether a folder of this name may be a split of a data set."""
     return name.lower() in _ALL_SPLIT_NAMES
 
 
 def holds_classes(folder: Path) -> bool:
-    """Returns whether a folder has folders and no pictures of its own: else it is a class itself."""
+    """Returns whether a folder has folders and no pictures of its own: otherwise it is a class itself."""
     entries = [path for path in folder.iterdir() if not is_of_the_system(path.name)]
     own = any(path.is_file() and stored_ending(path.name) for path in entries)
     return not own and any(path.is_dir() for path in entries)
@@ -129,9 +129,9 @@ def _holds_pictures(folder: Path) -> bool:
 
 
 def _refuse_splits(root: Path, names: Sequence[str]) -> None:
-    """Raises UserError where folders are parts of a data set, whose classes lie inside them."""
+    """Raises UserError where folders are splits of a data set, whose classes lie inside them."""
     parts = [name for name in names if is_split_name(name) and holds_classes(root / name)]
-    others = (name for name in names if not is_split_name(name))  # annotations; or classes, beside one of trains
+    others = (name for name in names if not is_split_name(name))  # annotations; or classes, beside one called "train"
     if len(parts) > 1 or (parts and not any(_holds_pictures(root / name) for name in others)):
         first = min(parts, key=lambda name: (name.lower() not in SPLIT_NAMES["train"], name))
         raise UserError(
@@ -141,7 +141,7 @@ def _refuse_splits(root: Path, names: Sequence[str]) -> None:
 
 
 def _class_folders(root: Path, told: Told, refused: list[Path]) -> list[str]:
-    """The names of the class folders, sorted; what else lies there is counted, a picture refused."""
+    """The names of the class folders, sorted; other files beside them are counted, pictures refused."""
     names, beside = [], []
     for path in sorted(root.iterdir()):
         refuse_broken_link(path)
@@ -170,7 +170,7 @@ def _class_folders(root: Path, told: Told, refused: list[Path]) -> list[str]:
 
 
 def _pass_over(path: Path, told: Told, refused: list[Path]) -> None:
-    """Counts a file that is no picture; a picture that nothing here reads is added to `refused`."""
+    """Counts a file that is no picture; a picture that cannot be read here is added to `refused`."""
     ending = ending_of(path.name)
     if ending in REFUSED_ENDINGS or ending in PICTURE_ENDINGS:
         return refused.append(path)
@@ -178,7 +178,7 @@ def _pass_over(path: Path, told: Told, refused: list[Path]) -> None:
 
 
 def _refuse(refused: Sequence[Path]) -> None:
-    """Raises UserError for pictures that nothing here reads, with the number of each kind and the first of all."""
+    """Raises UserError for pictures that cannot be read here, with the number of each kind and the first of all."""
     if not refused:
         return
     numbers = Counter(ending_of(path.name) for path in refused)
@@ -189,7 +189,7 @@ def _refuse(refused: Sequence[Path]) -> None:
     raise UserError(f"{refused[0]}: .{ending_of(refused[0].name)} pictures cannot be read here; {rest}")
 
 
-# Arrays of pixels and of labels by the names that people give them; the last is MedMNIST's, which has all splits.
+# Arrays of pixels and of labels under common names; the last is MedMNIST's, which has all splits.
 _PIXELS = (("images", "labels"), ("x", "y"), ("x_train", "y_train"), ("train_images", "train_labels"))
 _MAX_ARRAY_IMAGES = 1_000_000  # of an .npz: each is an object, and a small file may claim any number
 
@@ -224,7 +224,7 @@ def encoded_items(path: Path) -> tuple[list[Item], list[str]]:
 
 
 def _pixel_items(path: Path, names: set[str], told: Told) -> list[Item]:
-    """The images of arrays of pixels, as PNG; what other arrays there are is told."""
+    """The images of arrays of pixels, as PNG; other arrays are reported."""
     pair = next((pair for pair in _PIXELS if names.issuperset(pair)), None)
     if pair is None:
         pairs = ", ".join("/".join(pair) for pair in _PIXELS)

@@ -29,7 +29,7 @@ _PIECE_BYTES = 1 << 20  # of a file, read at a time
 
 
 class Sample(NamedTuple):
-    """Members of one key that follow each other."""
+    """Consecutive members with the same key."""
 
     key: str
     start: int  # byte of the first one's header
@@ -40,9 +40,9 @@ class Sample(NamedTuple):
 def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
     """Walks a tar's headers, writes its index beside it, and returns the shard.
 
-    What belongs to no sample is passed over and counted by kind, as webdataset does. Raises UserError when the tar ends
-    early (plain tar reading would lose the rest without a word), when a sample comes twice, or when a sample has no
-    image or no label, and StorageError when the disk fails for now.
+    What belongs to no sample is skipped, as webdataset does, and counted by kind. Raises UserError when the tar ends
+    early (plain tar reading would lose the rest silently), when a sample comes twice, or when a sample has no image or
+    no label, and StorageError when the disk fails for now.
     """
     samples, end = samples_in(path, Counter() if passed_over is None else passed_over)
     for first, again in repeated(samples):
@@ -64,7 +64,7 @@ def index_tar(path: Path, passed_over: Counter[str] | None = None) -> Shard:
 
 
 def samples_in(path: Path, told: Counter[str]) -> tuple[list[Sample], int]:
-    """Returns the samples of a tar in their order, and the byte behind its last member. told: as `index_tar`'s.
+    """Returns the samples of a tar in order, and the byte behind its last member. told: `index_tar`'s `passed_over`.
 
     Raises UserError when a header is damaged, StorageError when the disk fails for now.
     """
@@ -77,7 +77,7 @@ def samples_in(path: Path, told: Counter[str]) -> tuple[list[Sample], int]:
 
 
 def repeated(samples: Iterable[Sample]) -> Iterator[tuple[Sample, Sample]]:
-    """Yields each sample whose key an earlier one has, behind that one."""
+    """Yields (first, again) for each sample whose key an earlier one has."""
     seen: dict[str, Sample] = {}
     for sample in samples:
         if (first := seen.setdefault(sample.key, sample)) is not sample:
@@ -85,7 +85,7 @@ def repeated(samples: Iterable[Sample]) -> Iterator[tuple[Sample, Sample]]:
 
 
 def unreadable(path: Path, error: Exception, *, what: str = "tar", way_out: str = "") -> UserError | StorageError:
-    """Returns what to raise for a tar that cannot be read: of a disk that fails, a later try may help."""
+    """Returns the error for a tar that cannot be read: StorageError where the disk fails and a later try may help."""
     if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
         return StorageError(f"{path}: cannot be read for now ({error.strerror}); the same command tries again")
     return UserError(f"{path}: not a readable {what} ({error}){way_out}")
@@ -107,7 +107,7 @@ def _checksums(path: Path, borders: list[int]) -> tuple[str, np.ndarray]:
 
 
 def _walk(path: Path, told: Counter[str]) -> tuple[list[Sample], int]:
-    """What belongs together in a tar, in its order, and the byte behind its last member."""
+    """A tar's members grouped by key, in order, and the byte behind its last member."""
     samples: list[Sample] = []
     end = 0
     with path.open("rb") as file:
@@ -148,8 +148,8 @@ def _check_members(path: Path, sample: Sample) -> None:
 def check_end(path: Path, end: int, stop: int | None = None, named: str = "") -> None:
     """Raises UserError unless there is nothing but zeros behind a tar's last member, which ends at `end`.
 
-    A cut, or a header that became zeros, would lose what comes behind it without a word. stop, named: of a tar that
-    ends there inside another one.
+    A cut, or a header that became zeros, would silently lose what comes behind it. stop, named: the end and the name of
+    a tar inside another one.
     """
     stop = path.stat().st_size if stop is None else stop
     if end >= stop:

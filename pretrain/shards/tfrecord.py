@@ -107,7 +107,7 @@ def split_files(folder: Path, dataset: str, split: str) -> list[Path]:
 
 
 def shard_lengths(folder: Path, split: str) -> list[int]:
-    """What dataset_info.json says of a split's files; nothing when it is not there."""
+    """The number of records in each of a split's files by dataset_info.json; empty without that file."""
     of_split = [entry for entry in _dataset_info(folder).parts("splits", ()) if entry.text("name") == split]
     return [int(length) for entry in of_split for length in _lengths(entry)]
 

@@ -1,6 +1,6 @@
-"""TFRecord files as a source: what TFDS prepared, or ImageNet as TensorFlow's own scripts write it. No TensorFlow.
+"""TFRecord files as a source, without TensorFlow: TFDS's, or ImageNet as TensorFlow's own scripts write it.
 
-A pass finds where records lie and reads their labels; images are read where they lie, with their checksums compared.
+A pass finds where records lie and reads their labels; images are read in place, with their checksums compared.
 """
 
 import os
@@ -71,13 +71,13 @@ def _first(path: Path) -> Features:
 
 
 def label_names(folder: Path, label: str) -> list[str]:
-    """Returns TFDS's names of the classes of a stored label, none where it has none."""
+    """Returns TFDS's names of the classes of a stored label; empty where it has none."""
     path = folder / f"{label.replace('/', '-')}.labels.txt"
     return read_text(path).splitlines() if path.exists() else []
 
 
 def _num_records(first: Path) -> int | None:
-    """How many records dataset_info.json says there are in a split, if any, by the name of one of its files."""
+    """The number of records in a split by dataset_info.json, None if it gives none. first: a file of the split."""
     match = FILE.fullmatch(first.name)
     return sum(shard_lengths(first.parent, match["split"])) or None if match else None
 
@@ -104,7 +104,7 @@ def _image(features: Features) -> bytes:
 
 
 def _item(folder: Path, apply_orientation: bool, reference: str, label: int, notes: Counter[str]) -> Item:
-    """Returns the item of a record: of file, number, offset, number of bytes and ending."""
+    """Returns the item of a record. reference: file, number, offset, number of bytes, ending."""
     name, number, offset, num_bytes, kind = reference.split("\0")
     record = Record(folder / name, int(number), int(offset), int(num_bytes))
     read = partial(_read, record, notes, apply_orientation)

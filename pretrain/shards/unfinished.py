@@ -1,7 +1,7 @@
-"""OUT/.unfinished-set: what a data set is being made of, and which of its shards are complete, until its manifest is.
+"""OUT/.unfinished-set: the plan of a data set without a manifest yet, and which of its shards are complete.
 
-A build that was killed goes on from here. Each complete shard has a file, written after the shard; a set of other
-images or options is not mixed with what is there.
+A killed build resumes from here. Each complete shard has a file, written after the shard; a set of other images or
+options is not mixed with what is there.
 """
 
 import json
@@ -22,7 +22,7 @@ FOLDER = ".unfinished-set"
 FORMAT, VERSION = "pretrain-unfinished-set", 2
 _PLAN = "plan.json"
 _RECORD = re.compile(r"\d{6,}\.json", re.ASCII)  # of a shard, by its number
-TORN_AFTER_S = 600  # a writer adds to its file all the time; and clocks of nodes differ
+TORN_AFTER_S = 600  # a writer appends to its file all the time; but clocks of nodes differ
 
 Plan = Mapping[str, int | str | None]  # all that the bytes of a set depend on, by a name for the user
 
@@ -49,7 +49,7 @@ def plan_of(out: Path) -> Plan | None:
 
 
 def begin(out: Path, plan: Plan) -> Path:
-    """Returns the folder of an unfinished set, made or found. Raises UserError when one of another plan is there."""
+    """Returns the folder of an unfinished set, made or found. Raises UserError when it has another plan."""
     folder = out / FOLDER
     if plan_of(out) is None:
         folder.mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def begin(out: Path, plan: Plan) -> Path:
 
 
 def keep(folder: Path, number: int, done: Done) -> None:
-    """Writes down that shard `number` is complete, with its index. Raises UserError when the set is done already."""
+    """Records that shard `number` is complete, with its index. Raises UserError when the set is done already."""
     values = {
         "num_samples": done.shard.num_samples,
         "num_bytes": done.shard.num_bytes,
@@ -83,7 +83,7 @@ def keep(folder: Path, number: int, done: Done) -> None:
 
 
 def num_complete(folder: Path) -> int:
-    """Returns how many shards are written down as complete; their files are not read, of 30,000 it would take long."""
+    """Returns how many shards are recorded as complete; the records are not read, as 30,000 would take long."""
     try:
         return sum(bool(_RECORD.fullmatch(name)) for name in os.listdir(folder))
     except FileNotFoundError:
@@ -91,7 +91,7 @@ def num_complete(folder: Path) -> int:
 
 
 def gone(folder: Path) -> UserError:
-    """Returns what to raise where a folder for the time of a build is not there any more."""
+    """Returns the error for a build's temporary folder that is gone."""
     return UserError(f"{folder}: is gone; another command has finished this data set meanwhile, or removed it")
 
 
@@ -124,8 +124,9 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def clear(out: Path, name: str) -> None:
-    """Forgets the unfinished set of this name, when its manifest is written. Killed on the way, it can be called again:
-    the plan goes last.
+    """Removes the records of an unfinished set of this name, when its manifest is written.
+
+    The plan goes last, so that a killed call can be repeated.
     """
     remove_torn(out, name)
     folder = out / FOLDER
@@ -137,9 +138,9 @@ def clear(out: Path, name: str) -> None:
 
 
 def remove_torn(out: Path, name: str, numbers: Container[int] | None = None) -> None:
-    """Removes what killed processes have left of these shards, None: of all, under temporary names.
+    """Removes temporary files of these shards (None: of all) that killed processes have left.
 
-    What is younger than TORN_AFTER_S stays, unless it is of a process of this machine: another node may be writing it.
+    What is younger than TORN_AFTER_S stays, unless a process of this machine left it: another node may be writing it.
     """
     remove_left_over(out)
     torn = re.compile(rf"\.tmp-.*{re.escape(name)}-(\d+)\.(?:tar|idx)")

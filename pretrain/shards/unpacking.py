@@ -26,5 +26,5 @@ def copy_unpacked(source: Path, target: Path) -> None:
 
 
 def too_large(num_bytes: int, limit: int) -> str:
-    """Returns what an error says of a file that becomes more."""
+    """Returns the message about a file that unpacks to more."""
     return f"becomes {num_bytes:,} bytes or more, at most {limit:,} (the larger of 64 MB and 100 times its own size)"

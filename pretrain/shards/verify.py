@@ -1,4 +1,4 @@
-"""Everything of a data set read again, a shard at a time: digests, indexes, keys, labels, images."""
+"""Checks a data set by reading all of it again, a shard at a time: digests, indexes, keys, labels, images."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,8 @@ from pretrain.shards.pool import Progress, results
 from pretrain.shards.tars import alone, check_end, repeated, samples_in
 from pretrain.storage import sha256
 
-_PARTS = 16  # in which words of keys are sorted, so that not all are copied
-_SHIFT = np.uint64(60)  # by which a word's part is left over
+_PARTS = 16  # words of keys are sorted in so many parts, so that not all are copied at once
+_SHIFT = np.uint64(60)  # a word shifted by it gives its part
 _NONE = np.zeros(0, dtype="<u8")
 
 
@@ -31,8 +31,8 @@ def verify(
 ) -> Iterator[str]:
     """Yields what is wrong with a data set, in the order of its shards; every sample is decoded.
 
-    workers: processes, with a shard at a time each, and a copy of it where it is remote; 1: this one. told: is handed
-    what may well be so: that shards have keys in common. Takes 12 bytes of memory a sample for that.
+    workers: processes, with a shard at a time each, and a copy of it where it is remote; 1: this one. told: called with
+    what is no error: that shards have keys in common. This check takes 12 bytes of memory a sample.
     """
     each = replace(manifest, class_names=(), label_map=None)  # sent to processes with each shard
     tasks = ((number, replace(each, shards=(shard,))) for number, shard in enumerate(manifest.shards))
@@ -52,7 +52,7 @@ def verify(
 def _checked(task: tuple[int, Manifest], progress: Progress) -> tuple[int, list[str], np.ndarray]:
     """The number of a data set's only shard, what is wrong with it, and a word for each of its samples, 0 for none.
 
-    No words at all of one that is not what the manifest says: it may claim any number of samples.
+    There are no words if the shard is not the one in the manifest: it may claim any number of samples.
     """
     number, manifest = task
     (shard,) = manifest.shards
@@ -71,14 +71,14 @@ def _checked(task: tuple[int, Manifest], progress: Progress) -> tuple[int, list[
     finally:
         forget_shards()
     words = kept[0] if kept else _NONE
-    _, first = np.unique(words, return_index=True)  # a key that occurs again in its shard is told already
+    _, first = np.unique(words, return_index=True)  # a key that occurs again in its shard is reported already
     once = np.zeros_like(words)
     once[first] = words[first]
     return number, problems, once
 
 
 def _problems(manifest: Manifest, shard: Shard, kept: list[np.ndarray], progress: Progress) -> Iterator[str]:
-    """Yields what is wrong with a shard that lies here, and keeps the words of its keys."""
+    """Yields what is wrong with a local shard, and adds the words of its keys to `kept`."""
     if sha256(shard.path) != shard.sha256:
         yield "is not the file that was indexed (SHA-256 differs)"
         return
@@ -105,9 +105,7 @@ def _problems(manifest: Manifest, shard: Shard, kept: list[np.ndarray], progress
 
 
 def _problems_of_keys(shard: Shard, index: ShardIndex) -> Iterator[str]:
-    """Yields which keys a tar holds twice, and that it holds samples which its index does not name: of whoever made it
-    nothing is believed.
-    """
+    """Yields the keys that a tar holds twice, and samples that its index lacks; nothing its maker claims is trusted."""
     try:
         samples, end = samples_in(shard.path, Counter())
         check_end(shard.path, end)
@@ -133,7 +131,7 @@ def _word(key: str) -> int:
 
 
 def _in_common(manifest: Manifest, words: Sequence[np.ndarray]) -> str | None:
-    """What is to be told of keys that several shards have; words: of the samples of each shard, 0 for none."""
+    """A line about keys that several shards have; words: of the samples of each shard, 0 for none."""
     count, places = repeated_words(words)
     if not count:
         return None
@@ -146,10 +144,10 @@ def _in_common(manifest: Manifest, words: Sequence[np.ndarray]) -> str | None:
 
 
 def repeated_words(words: Sequence[np.ndarray]) -> tuple[int, list[tuple[int, int]]]:
-    """Returns how many words, 0 left out, have occurred before, and the places of the first two of one that has: the
-    number of the array, and the place in it.
+    """Returns how many words other than 0 repeat an earlier one, and the places of the first two of one that does.
 
-    words: arrays of uint64, 8 bytes of memory each; takes 4 more. 300 million: 30 s.
+    A place: number of the array, place in it. words: arrays of uint64, 8 bytes of memory each; takes 4 more. 300
+    million: 30 s.
     """
     count, places = 0, list[tuple[int, int]]()
     for part in range(_PARTS):

@@ -1,4 +1,4 @@
-"""What a walk through an existing shard finds, the record by which a later start knows it again, and the sum of all."""
+"""Walks through an existing shard; keeps the findings in a record for a later start; adds up those of all shards."""
 
 import json
 from collections import Counter
@@ -18,13 +18,13 @@ from pretrain.storage import remove_left_over, write_text
 
 FOLDER = ".indexing"  # of OUT, for records, until the manifest is there
 
-Origin = Mapping[str, int | str]  # what says that a file is still the same: its place, its size, its time
+Origin = Mapping[str, int | str]  # what identifies an unchanged file: its place, its size, its time
 
 
 def begin(out: Path) -> Path:
     """Returns the folder of OUT for records, made or found; what killed processes left in OUT is removed."""
     folder = out / FOLDER
-    if folder.is_symlink():  # somebody else's, which writing would follow
+    if folder.is_symlink():  # not ours, and writing would follow it
         folder.unlink()
     folder.mkdir(exist_ok=True)
     remove_left_over(out)
@@ -32,7 +32,7 @@ def begin(out: Path) -> Path:
 
 
 def is_file_name(name: str) -> bool:
-    """Returns whether a shard's files beside it can be made: their endings are longer than its own."""
+    """Returns whether the files beside a shard of this name can be made: their endings are longer than its own."""
     return "\0" not in name and len(name.encode()) <= 240
 
 
@@ -59,7 +59,7 @@ def walk(tar: Path, num_classes: int) -> Walk:
 
 
 def keep(record: Path, origin: Origin, found: Walk) -> None:
-    """Writes down what was found, so that a later start need not read the shard again."""
+    """Records what was found, so that a later start need not read the shard again."""
     shard = found.shard
     values = {"origin": origin, "num_bytes": shard.num_bytes, "num_samples": shard.num_samples, "sha256": shard.sha256}
     values |= {"multi_label": found.multi_label, "counts": found.counts, "passed_over": found.passed_over}
@@ -67,7 +67,7 @@ def keep(record: Path, origin: Origin, found: Walk) -> None:
 
 
 def known(record: Path, origin: Origin, path: Path, num_classes: int, url: str = "") -> Walk | None:
-    """Returns what an earlier start found in a shard, None unless record, index and origin still fit each other."""
+    """Returns what an earlier start found in a shard, None unless record, index and origin still match."""
     try:
         values = Fields.read(record)
         num_samples, num_bytes = values.integer("num_samples", 1, 1 << 32), values.integer("num_bytes", 0, 1 << 63)
@@ -92,10 +92,10 @@ def finish_walks(
     progress: Progress,
     passed_over: Counter[str] | None,
 ) -> Path:
-    """Writes the manifest of shards, numbered in its order, as they come; returns its path.
+    """Writes the manifest from walks that come in any order, numbered in the manifest's order; returns its path.
 
-    What they hold is added up at once: the counts of 30,000 shards of 20,000 classes would take 20 GB.
-    Raises UserError when labels are lists in some shards only, or make too many classes.
+    Counts are added up at once: those of 30,000 shards of 20,000 classes would take 20 GB. Raises UserError when labels
+    are lists in some shards only, or make too many classes.
     """
     shards: dict[int, Shard] = {}
     counts, skipped, first = Counter[int](), Counter[str](), None
@@ -111,7 +111,7 @@ def finish_walks(
         counts.update(found.counts)
         skipped.update(found.passed_over)
         progress(1)
-    assert first is not None  # nobody gives no tars
+    assert first is not None  # there is at least one tar
     num_classes = len(classes) or max(counts) + 1
     if num_classes > MAX_CLASSES:
         raise UserError(f"{out}: label {max(counts)} makes more than {MAX_CLASSES} classes")
@@ -128,11 +128,11 @@ def _starts_with_list(shard: Shard) -> bool:
     try:
         return read_sample(alone(shard, 1), 0).label.lstrip().startswith(b"[")
     except BadSample:
-        return False  # told with its number by `_labels_in`
+        return False  # reported with its number by `_labels_in`
 
 
 def _labels_in(shard: Shard, num_classes: int, multi_label: bool) -> list[int]:
-    """All labels of a tar that lies here, num_classes=0: of any class. Raises UserError for a bad one."""
+    """All labels of a local tar, num_classes=0: of any class. Raises UserError for a bad one."""
     manifest = alone(shard, num_classes or 10**9)
     labels = []
     for number in range(shard.num_samples):

@@ -1,4 +1,4 @@
-"""Where the files of evaluation sets can be had by everybody, and what they are: make_shards --task NAME --download.
+"""The public files of evaluation sets and where they are, for make_shards --task NAME --download.
 
 A row for each file: address, bytes, checksum. Checksums are those that TensorFlow Datasets (SHA-256) or torchvision
 (MD5) publish. The licence is the task's own. Sets behind a registration or a form are not here.
@@ -14,7 +14,7 @@ from pretrain.tasks.table import Task
 
 
 class PublicFile(NamedTuple):
-    """A file that anybody may fetch."""
+    """A file that anybody may download."""
 
     url: str
     num_bytes: int
@@ -86,11 +86,11 @@ PUBLIC = {
 
 
 def downloaded(task: Task) -> Path:
-    """Returns what the reader of a task's original files takes: their folder, or the file where there is one.
+    """Returns what the reader of a task's original files takes: their folder, or the file itself if it is only one.
 
-    Files lie in $PRETRAIN_CACHE/tasks, each under its server's path; what is there is not fetched again. With
-    PRETRAIN_TASK_MIRROR they come from that address, by their names. Raises UserError for a set that cannot be had this
-    way, and as `fetch`.
+    Files lie in $PRETRAIN_CACHE/tasks, each under its server's path; what is there is not downloaded again. With
+    PRETRAIN_TASK_MIRROR they come from that address, by their names. Raises UserError for a set without public files,
+    and as `fetch`.
     """
     if task.name not in PUBLIC:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Which answers count on ImageNet's variants: the ReaL labels, and the classes of ImageNet-A and -R."""
+"""Which predictions count on ImageNet's variants: the ReaL labels, and the classes of ImageNet-A and -R."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def scored_classes(task: Task) -> list[int] | None:
 
 
 def real_labels(names: Sequence[str]) -> list[list[int]]:
-    """Returns the ReaL labels of ImageNet validation images by name; an empty list means that one is not scored.
+    """Returns the ReaL labels of ImageNet validation images by name; an image with an empty list is not scored.
 
     Folders in front of a name do not count: val/n01751748/ILSVRC2012_val_00000001 is ILSVRC2012_val_00000001. The
     lists are those of google-research/reassessed-imagenet, as timm ships them. Raises UserError on another name.

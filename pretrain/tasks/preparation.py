@@ -1,7 +1,7 @@
-"""From what one can download to the shards of a task: OUT/SPLIT/manifest.json with its list of examples, and task.json.
+"""Makes a task's shards from downloads: OUT/SPLIT/manifest.json with its list of examples, and task.json.
 
-Three kinds of source: records that TFDS prepared, the authors' own files, and packs that are cut into splits already.
-Samples keep the order of their source. What is finished is kept when a preparation is repeated.
+Three kinds of source: records that TFDS prepared, the authors' own files, and packs that are divided into splits.
+Samples keep the order of their source. Finished splits are kept when a preparation is repeated.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ FORMAT, VERSION = "pretrain-task", 2
 FILE = "task.json"
 RECORDS, ORIGINALS, PACKS = "TFDS records", "original files", "packs"
 
-_MOST = 1 << 48  # samples of a split, in somebody's task.json
+_MOST = 1 << 48  # samples of a split that a task.json may claim
 _UNFINISHED = ".unfinished"  # below OUT: a split is written there, and moved to its place when it is complete
 _NAME_FEATURES = ("file_name", "image/file_name", "filename", "image/filename", "name", "id")  # as TFDS's sets have it
 
@@ -49,7 +49,7 @@ class Source(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A split that is there, as task.json lists it."""
+    """A finished split, as task.json lists it."""
 
     split: str
     source: str  # RECORDS, ORIGINALS or PACKS
@@ -63,11 +63,11 @@ class Prepared(NamedTuple):
 def prepare(
     task: Task, source: Source, out: Path, *, samples_per_shard: int = 10_000, progress: Progress = lambda _: None
 ) -> tuple[list[Prepared], list[str]]:
-    """Writes the splits to OUT/SPLIT and OUT/task.json; returns all splits that are there, and the names of new ones.
+    """Writes the splits to OUT/SPLIT and OUT/task.json; returns all finished splits, and the names of the new ones.
 
-    A split that is there already, made from the same names and labels, is kept, so that a preparation that was killed
-    can be repeated and one that lacked a split be completed. Raises UserError before anything is written when a folder
-    holds something else or a label is no class of the task, and later when nothing can be decoded.
+    A split that was made from the same names and labels is kept, so that a killed preparation can be repeated, and one
+    without some splits completed. Raises UserError before anything is written when a folder holds something else or a
+    label is no class of the task, and later when nothing can be decoded.
     """
     there = _finished(task, out)
     for split, originals in source.splits.items():
@@ -80,14 +80,14 @@ def prepare(
     progress(sum(len(originals) for split, originals in source.splits.items() if split in there))
     for split in new:
         there[split] = _write_split(task, split, source, out / _UNFINISHED / split, samples_per_shard, progress)
-        _write_task(task, out, there)  # first: what task.json lists counts only where its folder is
+        _write_task(task, out, there)  # first: an entry of task.json counts only if its folder exists
         (out / _UNFINISHED / split).replace(out / split)
         (out / _UNFINISHED).rmdir()
     return _in_order(task, there), new
 
 
 def differences(task: Task, prepared: Iterable[Prepared]) -> list[str]:
-    """Returns what forbids to compare scores on these splits with published ones; nothing when they may be."""
+    """Returns why scores on these splits must not be compared with published ones; nothing when they may be."""
     prepared = list(prepared)
     reasons = [
         f"{split.split} has {split.num_samples:,} of {split.num_expected:,} samples"
@@ -105,7 +105,7 @@ def differences(task: Task, prepared: Iterable[Prepared]) -> list[str]:
 def set_differences(task_root: Path) -> list[str]:
     """Returns why scores on a prepared set must not be compared with published ones; nothing when they may be.
 
-    task_root: the folder of the set's splits. A set without task.json is one that nobody can vouch for: one reason.
+    task_root: the folder of the set's splits. A missing task.json is a reason: nobody can vouch for such a set.
     Raises UserError when task.json cannot be read.
     """
     values = _read_task(task_root)
@@ -214,7 +214,7 @@ def _check_names(folder: Path, class_names: list[str]) -> None:
 
 
 def _source_sha256(kind: str, originals: Iterable[Original]) -> str:
-    """The digest of a source's names and labels, in order: without a look at the images, which would take hours."""
+    """The digest of a source's names and labels, in order; reading the images too would take hours."""
     digest = hashlib.sha256(f"{kind}\n".encode())
     for original in originals:
         digest.update(f"{original.item.label} {original.id}\n".encode("utf-8", "surrogateescape"))
@@ -263,12 +263,12 @@ def _one_class(item: Item) -> int:
 
 
 def _read_noting(original: Original, digests: list[str], number: int) -> bytes:
-    """Reads an image and notes its digest: once, while the image passes by."""
+    """Reads an image and notes its digest, so that it need not be read a second time."""
     data = original.item.read()
     try:
         digests[number] = content_sha256(data)
     except BadSample:
-        pass  # left out by `build`, which tells it
+        pass  # left out by `build`, which reports it
     return data
 
 

@@ -1,4 +1,4 @@
-"""What reads the images and labels of the tasks, by the names that rows of table.py give: a function each."""
+"""The functions that read the images and labels of the tasks, by their names in the rows of table.py."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,10 +26,10 @@ def _variant(folder_names: Callable[[], Sequence[str]]) -> Callable[[Path], Spli
 
 
 def _seeded(read: Callable[[Path], Splits], num_test: int = 0) -> Callable[[Path], Splits]:
-    """The reader of a VTAB set's original files: 800 + 200 images by a seed, since TFDS's order is not theirs.
+    """The reader of a VTAB set's original files: 800 + 200 images by a seed, since they are not in TFDS's order.
 
-    read: gives `train` and maybe `val`, from which the 200 are then taken. num_test: taken from `train` too, behind the
-    1,000, where the authors have no test split; 0: they have one.
+    read: returns `train`, and perhaps `val`, which then gives the 200. num_test: images of `train` behind the 1,000
+    that form the test split where the authors have none; 0: they have one.
     """
 
     def splits(source: Path) -> Splits:

@@ -1,8 +1,8 @@
 """The evaluation tasks of the ViT paper as rows of one table: what a set is, where it comes from, how it is scored.
 
 `TASKS[name]` says what preparing, fine-tuning and reporting need to know of a task. A new task is a new row.
-docs/tasks.md explains the choices. The table is read before torch is imported, so that a misspelt name or absent data
-is told at once: what reads images and labels is named here and stands in readers.py.
+docs/tasks.md explains the choices. The table is read before torch is imported, so that a misspelt name or missing data
+is reported at once: the readers of images and labels are named here and defined in readers.py.
 """
 
 import statistics
@@ -84,9 +84,9 @@ def missing(task: Task, root: Path, splits: Sequence[str] = ()) -> str | None:
 
 
 def check_any_there(missing_of: Iterable[str | None], root: Path) -> list[str]:
-    """Returns the lines on the sets that lack something. Raises UserError when all that were asked for do.
+    """Returns the lines on incomplete sets. Raises UserError when all sets that were asked for are incomplete.
 
-    missing_of: for each of them its line, None where it is there.
+    missing_of: a line for each of them, None where it is complete.
     """
     asked = list(missing_of)
     lines = [line for line in asked if line]
@@ -369,7 +369,7 @@ def vtab_means(scores: Mapping[str, float]) -> dict[str, float]:
     """Returns the flat mean over VTAB tasks as "vtab", and the means of the groups that have one, by their names.
 
     VTAB's score is the flat mean over all 19 of `VTAB`; the mean of the three group means, which some report, is
-    another number. Whoever has fewer tasks must say so.
+    another number. A mean over fewer tasks must be reported as such.
     """
     members = {"vtab": [name for name in VTAB if name in scores]}
     for group in (NATURAL, SPECIALISED, STRUCTURED):
