@@ -3,9 +3,9 @@
     DS_ACCELERATOR=cpu python launch/pretrain.py --config examples/plain_loop.yaml    the run (its data: `make demo`)
     python examples/plain_loop.py runs/plain_loop    the same losses as in its metrics.jsonl, to 1e-6, on a CPU
 
-Of the run's folder it reads config.yaml and samples-00000.jsonl, which lists the samples of each step; of its data the
-manifest and the tars. Weights, schedule, decay, clipping and loss are those of the code below alone: what it does not
-know (augmentation, other optimizers and precisions, several ranks) makes other losses.
+It reads config.yaml and, for the samples of each step, samples-00000.jsonl from the run's folder, and the manifest and
+the tars of its data. Initial weights, schedule, decay, clipping and loss come from the code below alone. A run that
+uses what it does not know (augmentation, other optimizers and precisions, several ranks) has other losses.
 """
 
 import json
@@ -25,7 +25,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 def main(run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
-    torch.set_num_threads(1)  # sums in one order
+    torch.set_num_threads(1)  # for a fixed order of sums
     images, labels, num_classes = read_data(Path(config["data"]["train"]))
     model = build_model(config["model"], num_classes)
     init_weights(model, torch.Generator().manual_seed(config["seed"]))

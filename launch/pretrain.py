@@ -4,7 +4,7 @@ deepspeed launch/pretrain.py --config configs/NAME.yaml [key=value ...]
 
 The same command again resumes. `python launch/pretrain.py ...` runs one rank; torchrun works too, and under SLURM plain
 `srun python launch/pretrain.py ...` with a task for each GPU (launch/pretrain.sbatch). With `--restarts N` plain python
-starts the ranks of this machine itself, and again when one is lost.
+starts the ranks of this machine itself, and starts them again when one is lost.
 """
 
 import os
@@ -105,12 +105,12 @@ def _with_restarts(most: int, num_ranks: int | None, config: Config, recipe: Pat
     with cli.loading():
         import pretrain.train.run  # noqa: F401 - once for all ranks and all starts
         from pretrain.train import ending
-    earlier = ending.stamp(folder)  # STOP.json is deleted by who has the run's lock: another start may be ending
+    earlier = ending.stamp(folder)  # only the holder of the run's lock deletes STOP.json: another start may be ending
     ranks = num_ranks or local.default_num_ranks()
     if forks.can_fork():
         start: restarts.Start = forks.by_fork(partial(cli.run, partial(_train, config, recipe)))
     else:
-        start = restarts.by_command([sys.executable, *sys.orig_argv[1:]])  # as given: ranks know that they are such
+        start = restarts.by_command([sys.executable, *sys.orig_argv[1:]])  # unchanged: `is_supervised` tells ranks
     refused = partial(ending.refused, folder, earlier)
     return restarts.run_with_restarts(start, ranks, most, STOP, newest=newest, refused=refused)
 

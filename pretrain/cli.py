@@ -23,12 +23,12 @@ from pretrain.cluster.slurm import num_tasks, rank_so_far  # not of ranks, which
 from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.escape import shown
 
-_WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, and rank 0 must have spoken
-_ON_ANOTHER_NODE_S = 3.0  # likewise; a lost node is to be told within 5 s, of which asking the others takes one
-_OTHERS_ARRIVE_S = 2.0  # at the user's error that this task of srun has met; less than they wait for this one's word
+_WAIT_FOR_RANK_0_S = 5.0  # the launcher ends all ranks at the first exit, so rank 0 must report first
+_ON_ANOTHER_NODE_S = 3.0  # likewise; a lost node is to be reported within 5 s, of which asking the others takes one
+_OTHERS_ARRIVE_S = 2.0  # for srun's other tasks to meet the same user's error; less than they wait for rank 0
 _INTERRUPTED = 130  # exit code, as of shells
-_AGAIN_S = 0.01  # after which an interrupt comes again that could not be raised
-# What imports of pyproject.toml's dependencies are called. That another module is missing is a defect.
+_AGAIN_S = 0.01  # until an interrupt that could not be raised is sent again
+# The import names of pyproject.toml's dependencies. Any other module that is missing is a defect.
 DEPENDENCIES = frozenset(
     "PIL braceexpand deepspeed google_crc32c huggingface_hub jinja2 matplotlib numpy omegaconf rich safetensors scipy "
     "sklearn tensorboard timm torch torchvision webdataset yaml".split()
@@ -36,9 +36,9 @@ DEPENDENCIES = frozenset(
 
 
 def _interrupted(*_: object) -> None:
-    """Ends the process with the one word of an interrupt, as which Python would show a traceback, or the signal.
+    """Ends the process with the word "interrupted", where Python would show a traceback or die of the signal.
 
-    It flushes nothing: the work's own output is out when this listens, and the stream may be in the midst of a write.
+    It flushes nothing: the command's own output is out by then, and a stream may be in the middle of a write.
     """
     if _speaks_first():
         with suppress(OSError):
@@ -47,7 +47,7 @@ def _interrupted(*_: object) -> None:
 
 
 def _end_when_interrupted() -> bool:
-    """Has an interrupt end the process where it is; returns False where something else listens, or is deaf to it."""
+    """Makes an interrupt end the process at once; returns False if SIGINT is already handled or ignored."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return False
     signal.signal(signal.SIGINT, _interrupted)
@@ -55,12 +55,12 @@ def _end_when_interrupted() -> bool:
 
 
 def _speaks_first() -> bool:
-    """Whether nobody else says that a terminal has interrupted this command: rank 0, or what has started it."""
+    """Whether this process reports an interrupt: it is rank 0, and no other command of ours has started it."""
     return PART_OF not in os.environ and not rank_so_far(os.environ)
 
 
 def _in_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An error before `run` was reached, while a command imports what it needs, or an interrupt after its work."""
+    """Handles errors outside `run`: while a command imports what it needs, or an interrupt after its work."""
     if _is_not_installed(error):
         _leave(_say_not_installed(error))
     if not issubclass(kind, KeyboardInterrupt):
@@ -69,7 +69,7 @@ def _in_imports(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 
 def _is_not_installed(error: BaseException) -> TypeGuard[ModuleNotFoundError]:
-    """Returns whether this Python is not the one that `make install` has made ready."""
+    """Returns whether this Python lacks a dependency, so that it is not the one that `make install` prepared."""
     return isinstance(error, ModuleNotFoundError) and error.name in DEPENDENCIES
 
 
@@ -79,12 +79,12 @@ def _say_not_installed(error: ModuleNotFoundError) -> int:
 
 
 def _in_destructors(unraisable: "sys.UnraisableHookArgs") -> None:
-    """An interrupt where Python raises nothing, as in callbacks of imports: it would be printed, and lost."""
+    """Sends an interrupt again that Python cannot raise, as in callbacks of imports, but would print and lose."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         return _unraisablehook(unraisable)
     main = threading.main_thread().ident
     assert main is not None
-    threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGINT)).start()  # in what is around this
+    threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGINT)).start()  # raised in the surrounding code
 
 
 _unraisablehook = sys.unraisablehook
@@ -101,17 +101,17 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 def check_found(path: Path, expected: str) -> None:
-    """Raises UserError when nothing is there: asked before what takes seconds to import."""
+    """Raises UserError when nothing is at `path`: a check before imports that take seconds."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: not found; expected {expected}") from None
-    except (OSError, ValueError):  # who opens it tells
+    except (OSError, ValueError):  # reported when it is opened
         pass
 
 
 def check_writable(option: str, file: Path) -> None:
-    """Raises UserError where no file can be: asked before what takes minutes to measure. option: that names it."""
+    """Raises UserError if there can be no such file, before measurements of minutes. option: the one that names it."""
     if not file.parent.is_dir():
         raise UserError(f"{option} {file}: there is no folder {file.parent}")
     if file.is_dir():
@@ -120,7 +120,7 @@ def check_writable(option: str, file: Path) -> None:
 
 @contextmanager
 def writing(path: Path, option: str = "--out") -> Iterator[None]:
-    """Makes one UserError of whatever stops the writing of `path` within. option: that names it."""
+    """Turns an OSError of the block, which writes `path`, into a UserError. option: the one that names it."""
     try:
         yield
     except OSError as error:
@@ -145,16 +145,16 @@ def refuse(arguments: argparse.Namespace, options: Iterable[str], where: str) ->
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """For imports that take seconds: faster, and with a word for who watches a terminal.
+    """Wraps imports that take seconds: makes them faster, and tells a user at a terminal.
 
-    An interrupt ends the process at once: nothing is written yet, and C++ that torch is made of ends the process by
-    SIGABRT where a call of it into Python raises.
+    An interrupt ends the process at once: nothing is written yet, and torch's C++ code aborts (SIGABRT) when a call of
+    it into Python raises.
     """
     word = threading.Timer(2.0, lambda: print("loading torch", file=sys.stderr, flush=True))
     word.daemon = True
     if sys.stderr.isatty():
         word.start()
-    gc.disable()  # thousands of modules are made, and nothing is thrown away: a fifth of the time
+    gc.disable()  # imports create much and discard nothing: saves a fifth of the time
     had_none = _end_when_interrupted()
     try:
         yield
@@ -164,7 +164,7 @@ def loading() -> Iterator[None]:
         gc.enable()
         word.cancel()
         if word.ident is not None:
-            word.join()  # a process with a thread is not forked
+            word.join()  # forks.can_fork refuses a process with threads
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -196,14 +196,14 @@ def run(main: Callable[[], int | None]) -> None:
     _leave(code)
 
 
-# Of the disk, not of the program: full, over quota, read-only, not permitted, failing.
+# Errors of the disk, not of the program: full, over quota, read-only, not permitted, failing.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
 def _on_os_error(error: OSError) -> int:
     if isinstance(error, StorageError):
         return _say(f"error: {error}", error.exit_code)
-    if error.errno in _DISK_ERRORS or (error.errno in PASSING_ERRORS and error.filename):  # without: of a socket
+    if error.errno in _DISK_ERRORS or (error.errno in PASSING_ERRORS and error.filename):  # without one: a socket's
         out = "the disk may be away" if error.errno in PASSING_ERRORS else "make room, or choose another folder"
         return _say(f"error: {error.filename or 'writing'}: {error.strerror}; {out}", 75)
     traceback.print_exc()
@@ -211,7 +211,7 @@ def _on_os_error(error: OSError) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    """Rank 0 tells what all ranks met. Another rank tells it only if rank 0, whose exit ends this one too, does not."""
+    """Reports an error. Ranks other than 0 wait first: if rank 0 reports it too, its exit ends them silently."""
     if (rank := rank_so_far(os.environ)) > 0:
         end_at_sigterm(code)
         beside_rank_0 = os.environ.get("LOCAL_RANK", str(rank)) == str(rank)
@@ -225,7 +225,7 @@ def _say(message: str, code: int) -> int:
 def _leave(code: int) -> None:
     unwritten = _flush()
     code = code or unwritten
-    if code == UserError.exit_code and num_tasks(os.environ) > 1:  # at this one's end srun ends the others
+    if code == UserError.exit_code and num_tasks(os.environ) > 1:  # when this one ends, srun ends the others
         end_at_sigterm(code)
         time.sleep(_OTHERS_ARRIVE_S)
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -234,10 +234,10 @@ def _leave(code: int) -> None:
 
 
 def end_process(code: int) -> None:
-    """Ends this process behind its threads and exit handlers.
+    """Ends this process after its threads and exit handlers.
 
-    Not by sys.exit: a last look through all modules of torch and DeepSpeed takes a second, in which an interrupt would
-    end the process by the signal.
+    Not by sys.exit: Python's cleanup of all modules of torch and DeepSpeed takes a second, in which an interrupt would
+    kill the process by the signal.
     """
     _end_when_interrupted()  # Python only prints what exit handlers raise
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as the interpreter waits for threads
@@ -247,7 +247,7 @@ def end_process(code: int) -> None:
 
 
 def _flush() -> int:
-    """Writes out what was printed; returns the exit code of a disk that does not take it. That nobody reads is none."""
+    """Flushes what was printed; returns 0, or the exit code for a disk that refuses it. A closed pipe is no error."""
     code = 0
     for stream in (sys.stdout, sys.stderr):
         if stream is None:  # it was closed when this process began
@@ -262,7 +262,7 @@ def _flush() -> int:
 
 
 def tell(line: object, stream: TextIO | None = None) -> None:
-    """Prints a line that may hold names of files and classes, which do nothing to the terminal."""
+    """Prints a line, escaped: names of files and classes in it must not control the terminal."""
     print(shown(line), file=stream or sys.stdout, flush=True)
 
 
@@ -281,9 +281,9 @@ def print_table(
     text_columns: Sequence[int] = (0,),
     caption: str | None = None,
 ) -> None:
-    """Shows a table on the terminal, elsewhere in 80 columns: text_columns, aligned left, are folded where need be.
+    """Prints a table in the terminal's width, elsewhere in 80 columns: text_columns, aligned left, are folded to fit.
 
-    The others hold figures, which are never cut or folded: where they alone need more room, the table is wider.
+    The others hold figures, which are never cut or folded: if they alone need more room, the table is wider.
     """
     from rich.console import Console  # 0.1 s to import, only where it is used
     from rich.table import Table
@@ -307,16 +307,16 @@ def print_table(
 
 
 _WIDTH = 80  # columns of a table where there is no terminal
-_FOLDED = 12  # columns that a text has at least, if it is as long
+_FOLDED = 12  # columns that a text keeps at least, if it is as long
 _BETWEEN = 3  # columns that a table's line and its blanks take between two cells
-_TELL_EVERY_S = 30.0  # of progress where there is no terminal: a job's log
+_TELL_EVERY_S = 30.0  # progress, where there is no terminal, as in a job's log
 
 
 @contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Shows a progress bar with rate and time left on a terminal, elsewhere a line on stderr every 30 s.
 
-    Yields a function that is told how many more are done; what it is told first may have been done before.
+    Yields a function to call with how many more are done; the first call may count what an earlier start has done.
     """
     if not sys.stdout.isatty():
         yield _Lines(shown(title), total, unit).advance
@@ -332,7 +332,7 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
 
     name = TextColumn("{task.description}", markup=False)  # it may be a data set's
     columns = name, BarColumn(), MofNCompleteColumn(), TextColumn(unit), Rate(), TimeRemainingColumn()
-    console = Console()  # rich's own for all is what stdout was at its first use
+    console = Console()  # rich's global one keeps the stdout of its first use
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(shown(title), total=total)
         yield lambda count: bar.advance(task, count)

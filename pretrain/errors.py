@@ -8,7 +8,7 @@ import errno
 
 from pretrain.escape import shown
 
-# Of a disk over the network that is away, or hiccups: the same call may succeed in a while.
+# Errors of a network disk that is away, or hiccups: the same call may succeed in a while.
 PASSING_ERRORS = {
     errno.EIO,
     errno.ESTALE,
@@ -24,7 +24,7 @@ PASSING_ERRORS = {
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of what an error of somebody's library says, its type's name where it says nothing."""
+    """Returns the first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
@@ -38,7 +38,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A key or a value of the configuration is wrong; several problems are as many arguments."""
+    """A key or a value of the configuration is wrong; one argument for each problem."""
 
     def __str__(self) -> str:
         return shown("; ".join(str(problem) for problem in self.args))
@@ -58,7 +58,7 @@ class StorageError(OSError):
 
 
 class DeviceMemoryError(Exception):
-    """The device's memory is too small for what is asked of it, perhaps on this rank alone: no collective follows."""
+    """The device's memory is too small, perhaps on this rank alone: no collective may follow."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""Text that others wrote, as a terminal, Markdown and a page that travels may show it: names can hold anything."""
+"""Escapes untrusted text for terminals, Markdown and pages that are passed on: names can contain anything."""
 
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def shown(text: object) -> str:
-    """Returns a text as one line that does nothing to a terminal and that any file can take.
+    """Returns a text as one line that cannot control a terminal and that any file can hold.
 
-    What is not printable is escaped as Python does: ESC is \\x1b, a newline \\n, a letter that turns the direction of
-    writing \\u202e, a byte that is not UTF-8 \\udcff. A text that was escaped already stays as it is.
+    Unprintable characters are escaped as Python does: ESC as \\x1b, a newline as \\n, a reversal of the direction of
+    writing as \\u202e, a byte that is not UTF-8 as \\udcff. A text that was escaped already stays as it is.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
@@ -18,7 +18,7 @@ def in_markdown(text: object) -> str:
     """Returns text that Markdown shows as it is: no cell, tag, link, code, formula or emphasis begins in it."""
     plain = shown(" ".join(str(text).split()))
     plain = re.sub(r"([\\|\[`*~$])", r"\\\1", plain)
-    plain = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", plain)  # inside a word it is only itself
+    plain = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", plain)  # inside a word it has no effect
     plain = plain.replace("://", r"\://").replace("www.", r"www\.")  # GitHub makes links of bare addresses
     return plain.replace("&", "&amp;").replace("<", "&lt;")
 
@@ -40,14 +40,14 @@ def code_in_markdown(text: object) -> str:
     return f"{fence}{pad}{plain}{pad}{fence}"
 
 
-# A path from the root on, with the letter in front of it: at the text's begin, or behind what stands before a path.
+# An absolute path, with the character in front of it, if any: one that may precede a path.
 _ABSOLUTE = re.compile(r"""(^|[\s='"\[(,])/(?:[^\s/'",\])]+/)*([^\s/'",\])]+/[^\s/'",\])]+)""", re.MULTILINE)
 
 
 def portable(text: str, *, whole: bool = False) -> str:
     """Returns a text whose paths below the working folder are relative, and others cut to their last two parts.
 
-    A page that travels need not tell whose disk it was. whole: paths stay usable, so only the first is done.
+    A page that is passed on need not show whose disk it was. whole: paths stay usable, so only the first is done.
     """
     here = str(Path.cwd())
     if here != "/":
@@ -58,7 +58,7 @@ def portable(text: str, *, whole: bool = False) -> str:
 
 
 def portable_path(path: Path | str) -> str:
-    """Returns what `portable` makes of a path that is the whole text, whatever letters are in it."""
+    """Returns what `portable` makes of a text that is one path, whatever characters are in it."""
     found, here = Path(path), Path.cwd()
     if not found.is_absolute():
         return str(path)

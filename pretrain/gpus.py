@@ -12,8 +12,8 @@ class Device:
     name: str
     # Dense, which fp16 has too; the figures with 2:4 sparsity are twice as high and mean nothing here.
     bf16_flops: float
-    # Without tensor cores: products of float32 are not rounded to TF32 here, torch's default for matrices, and
-    # cluster/ranks.py's for convolutions.
+    # Without tensor cores: float32 products are not rounded to TF32 here. For matrices that is torch's default, for
+    # convolutions cluster/ranks.py sees to it.
     fp32_flops: float
     memory_bytes: int  # what torch sees of it
     memory_rate: float  # bytes

@@ -33,7 +33,7 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: is not a plain file")
-        text = file.read(min(max_bytes, status.st_size) + 1)  # memory for all that is asked for is taken at once
+        text = file.read(min(max_bytes, status.st_size) + 1)  # read(n) allocates n bytes at once
     if len(text) > max_bytes:
         raise UserError(f"{path}: has more than {max_bytes:,} bytes, which is the limit of such a file")
     return text

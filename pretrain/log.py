@@ -1,7 +1,7 @@
 """What a run writes while it trains: the console, metrics.jsonl, TensorBoard. Rank 0 speaks.
 
-A disk that fills up must not end the training: a writer that fails warns once for each cause, and the end of the log
-tells how many lines were lost.
+A disk that fills up must not end training: a writer that fails warns once for each cause, and closing the log reports
+how many lines were lost.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def warn(message: str) -> None:
 
 
 def _print(message: str, stream: TextIO) -> None:
-    # Often a file on the same full disk, or a pipe whose reader has gone: no reason to end a training.
+    # The stream is often a file on the same full disk, or a pipe whose reader has gone: no reason to end training.
     try:
         print(shown(message), file=stream, flush=True)
     except OSError:
@@ -52,7 +52,7 @@ def _print(message: str, stream: TextIO) -> None:
 
 
 def _drop(stream: TextIO) -> None:
-    """Empties a stream that could not be written: multiprocessing flushes it before each process that it starts."""
+    """Empties a stream's buffer that could not be written: multiprocessing flushes it before starting a process."""
     number = stream.fileno()
     real, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -64,7 +64,7 @@ def _drop(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-_lost_lines: Counter[Path] = Counter()  # of this process, by file; told when the run's log is closed
+_lost_lines: Counter[Path] = Counter()  # of this process, by file; reported when the run's log is closed
 
 
 class JsonLines:
@@ -75,7 +75,7 @@ class JsonLines:
         self._told: set[int | None] = set()  # causes
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Writes a line for each row, in one piece, or nothing of them."""
+        """Writes a line for each row: all of them, in one piece, or none."""
         if not rows:
             return
         try:
@@ -88,7 +88,7 @@ class JsonLines:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Adds lines to a file, which is as before when that fails: the next one must not go on behind half of one."""
+    """Appends lines to a file, which is as before if that fails: the next line must not be appended to half a line."""
     descriptor = not_a_link(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         size = os.fstat(descriptor).st_size
@@ -111,14 +111,14 @@ def tell_lost_lines() -> None:
 
 
 def not_a_link(path: str | Path, flags: int) -> int:
-    """Opens a file of a run's folder. Somebody else may have made it, with a link that leads to any file."""
+    """Opens a file of a run's folder, but no symbolic link: somebody else may have made the folder, and one in it."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync(folder: Path) -> None:
-    """Brings a folder's *.jsonl to the disk, so that they outlive a crash of the machine."""
+    """Syncs a folder's *.jsonl to disk, so that they survive a crash of the machine."""
     try:
-        paths = [path for path in folder.iterdir() if path.suffix == ".jsonl"]  # glob tells no error since Python 3.13
+        paths = [path for path in folder.iterdir() if path.suffix == ".jsonl"]  # glob hides errors since Python 3.13
     except OSError as error:
         return warn(f"{folder}: {error.strerror}; its logs may not be on the disk yet")
     for path in paths:
@@ -132,9 +132,9 @@ def sync(folder: Path) -> None:
 def rewind(path: Path, step: int) -> int:
     """Drops the lines of steps after `step` and a torn last line, so that a resumed run does not log a step twice.
 
-    Returns the last step that had a line, at least `step`. Damaged lines among those dropped are told. What stands
-    before is not looked at: it was on the disk before the checkpoint was published, and a long run has gigabytes of it.
-    What cannot be cut stays as it is, with a warning.
+    Returns the last step that had a line, at least `step`. Damaged lines among those dropped are reported. Earlier
+    lines are not read: they were on disk before the checkpoint was published, and a long run has gigabytes of them. A
+    file that cannot be cut stays as it is, with a warning.
     """
     last, damaged, kept_bytes = step, 0, 0
     if not path.exists():
@@ -163,8 +163,8 @@ def rewind(path: Path, step: int) -> int:
 
 
 def _from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yields the whole lines of a file, the last one first: where each begins, and its bytes without the line's end."""
-    behind, torn = b"", True  # what was read of the line that a block begins with; nothing ends the last line
+    """Yields the complete lines of a file, the last one first: its offset, and its bytes without the newline."""
+    behind, torn = b"", True  # what was read already of the line that a block ends in; whether it has no newline
     for start in range(file.seek(0, os.SEEK_END) // _BLOCK_BYTES * _BLOCK_BYTES, -1, -_BLOCK_BYTES):
         file.seek(start)
         block = file.read(_BLOCK_BYTES)
@@ -184,7 +184,7 @@ def step_of(line: bytes) -> int:
 
 
 class OtherLog(Protocol):
-    """A place elsewhere for the numbers of a run. It raises nothing."""
+    """Another destination for the numbers of a run. It must not raise."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Takes named numbers of `step`, without waiting."""
@@ -196,7 +196,7 @@ class OtherLog(Protocol):
 class RunLog:
     """The writers of one run, opened at `step`. On ranks other than 0 every method does nothing.
 
-    elsewhere: takes the numbers besides the run's own files.
+    elsewhere: receives the numbers too, besides the run's own files.
     """
 
     def __init__(self, folder: Path, step: int, total_steps: int, elsewhere: OtherLog | None = None) -> None:
@@ -227,7 +227,7 @@ class RunLog:
         if ranks.is_main():
             self._to_board(lambda board: board.add_image(name, image))
             try:
-                (self._folder / f"{name}.json").unlink(missing_ok=True)  # never that of another picture
+                (self._folder / f"{name}.json").unlink(missing_ok=True)  # it must never describe another picture
                 with replacing(self._folder / f"{name}.png") as temporary:
                     Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "png")
                 write_text(self._folder / f"{name}.json", json.dumps(meaning) + "\n")
@@ -235,13 +235,13 @@ class RunLog:
                 warn(f"{self._folder / name}.png: {error.strerror}")
 
     def sync(self) -> None:
-        """Called before a checkpoint is published, from any thread: what it covers must be on disk."""
+        """Syncs the logs, before a checkpoint is published: those of its steps must be on disk. From any thread."""
         if ranks.is_main():
             sync(self._folder)
         self._to_board(lambda board: board.flush())
 
     def close(self) -> None:
-        """Ends the TensorBoard file, and tells what was lost."""
+        """Ends the TensorBoard file, and reports what was lost."""
         self._to_board(lambda board: board.close())
         if self._elsewhere is not None:
             self._elsewhere.close()
@@ -258,10 +258,10 @@ class RunLog:
 
 
 def _board(folder: Path, first_step: int) -> Any:
-    """Returns TensorBoard's writer, which is to show no earlier run's steps from the first one on; None on a bad disk.
+    """Returns TensorBoard's writer, which hides what was logged before from `first_step` on; None on a bad disk.
 
-    Its thread ends with a traceback on stderr where the disk is full. The next call raises the same error, and that is
-    told; the traceback is not.
+    On a full disk its thread would end with a traceback on stderr. That is suppressed, because the next call raises the
+    same error, which is reported.
     """
     from torch.utils.tensorboard.writer import SummaryWriter  # 1 s to import: only where it writes
 
@@ -291,7 +291,7 @@ _SHARES = ("top1", "top5", "data_wait", "mean_average_precision", "mean_per_clas
 
 
 def _worth_a_look(name: str, value: float) -> bool:
-    """The console shows what one watches; the rest, and counts of nothing, are in the files."""
+    """Whether the console shows a number; the rest, and counts that are 0, are only in the files."""
     counts, quiet = (
         ("train/bad_samples", "train/damaged_samples", "train/skipped_steps", "train/loss_spikes"),
         ("train/tflop_per_s", "train/epoch", "train/own_s", "train/own_s_max", "train/slow_rank"),

@@ -15,7 +15,7 @@ def per_image_loss(
     """Returns the cross-entropy of each image with its weighted labels, float32 [batch].
 
     logits: [batch, classes], any float type (the loss is computed in float32). labels: [batch, L] integer classes,
-    filled up with -1. label_weights: [batch, L] float32, 0 where there is no label. kind: "softmax", or "sigmoid":
+    padded with -1. label_weights: [batch, L] float32, 0 where there is no label. kind: "softmax", or "sigmoid":
     binary cross-entropy summed over classes; both as big_vision's softmax_xent and sigmoid_xent, also for several
     labels: softmax adds up the cross-entropies of all. label_smoothing: this share of the weights is spread evenly
     over all classes. label_threshold, of "sigmoid" alone: a class with more weight than this is a full label, others

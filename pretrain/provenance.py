@@ -1,4 +1,4 @@
-"""What decides numbers besides the config: versions of packages, the commit, the machine."""
+"""What determines results besides the config: versions of packages, the commit, the machine."""
 
 import platform
 import subprocess
@@ -12,13 +12,13 @@ _PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "timm", "omegaco
 UNKNOWN = "unknown"  # in place of a version that cannot be read
 
 
-@cache  # read once, at the start: a disk that fails later is no reason to end a training
+@cache  # read once, at the start: a disk that fails later is no reason to end training
 def _versions() -> tuple[tuple[str, str], ...]:
     return ("python", platform.python_version()), *((name, _version(name)) for name in _PACKAGES)
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide numbers; UNKNOWN where one cannot be read."""
+    """Returns the versions of Python and of the packages that affect results; UNKNOWN where one cannot be read."""
     return dict(_versions())
 
 
@@ -31,7 +31,7 @@ def _version(name: str) -> str:
 
 @cache
 def processor() -> str:
-    """Returns the name of this machine's CPU, such as "AMD EPYC 7763 64-Core Processor"; its architecture on others."""
+    """Returns the name of this machine's CPU, such as "AMD EPYC 7763 64-Core Processor"; else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

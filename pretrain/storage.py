@@ -1,4 +1,4 @@
-"""Files on disk: complete or absent, brought to the disk, and their checksums.
+"""Files on disk: complete or absent, synced, and their checksums.
 
 A file is written under a temporary name in its own folder, synced, and renamed: a kill, a full disk or a power cut
 leaves the old file or the new one, never a torn one.
@@ -31,7 +31,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     if len(os.fsencode(own + name)) > _MAX_NAME_BYTES:
         name = f"{zlib.crc32(os.fsencode(name)):08x}"
     temporary = path.with_name(f".tmp-{own}{name}")
-    if temporary.is_symlink():  # somebody else's, which writing would follow
+    if temporary.is_symlink():  # somebody else's, and writing would follow it
         temporary.unlink()
     try:
         yield temporary
@@ -44,15 +44,15 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 _MAX_NAME_BYTES = 255 - len(".tmp-")  # as most file systems allow
-_START_LETTERS = 12  # of a random number: as many machines as there are
+_START_LETTERS = 12  # of the random boot id: enough to tell all machines apart
 
 
 @cache
 def _machine() -> str:
-    """Who numbers the processes here: the host and, as a container may number its own, which numbers these are.
+    """Names where process ids count: the host's name and boot id and, as a container may have its own, the namespace.
 
-    Machines may share a name, as copies of one image do, and the first numbering is the same everywhere; their starts
-    are not.
+    Machines may share a name, as copies of one image do, and the first namespace has the same number everywhere; boot
+    ids differ.
     """
     started, numbering = "", 0
     with suppress(OSError):  # not Linux
@@ -62,9 +62,9 @@ def _machine() -> str:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Removes the temporary files of `shared` ones whose processes, of this machine, have ended.
+    """Removes temporary files of `shared` writes whose processes, on this machine, have ended.
 
-    Of those of other machines nothing is known. Raises OSError.
+    Nothing is known of processes on other machines. Raises OSError.
     """
     for path in folder.iterdir():  # glob hides errors
         found = re.fullmatch(rf"\.tmp-{re.escape(_machine())}-([0-9]{{1,9}})(-.*)?", path.name, re.DOTALL)
@@ -79,7 +79,7 @@ def _runs(process: int) -> bool:
         return False
     except PermissionError:  # another user's
         pass
-    try:  # has it ended, and nobody taken note? In a container without an init nobody does
+    try:  # a zombie has ended; in a container without an init nobody reaps it
         return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
     except (OSError, IndexError):
         return True
@@ -118,7 +118,7 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-_READ_BYTES = 1 << 20  # the interpreter is held while a piece is summed: short, as the training runs beside it
+_READ_BYTES = 1 << 20  # short, because a sum holds the GIL and training runs beside it
 
 
 def crc32c(path: Path) -> str:
@@ -137,7 +137,7 @@ def sha256(path: Path) -> str:
 
 
 _MOUNTS = Path("/proc/self/mounts")
-# By the types of the system's table of mounts: file systems that ask another machine for each read.
+# By the type in the system's table of mounts: file systems that ask another machine for each read.
 _NETWORK_FILE_SYSTEMS = {"nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "beegfs": "BeeGFS"}
 _NETWORK_FILE_SYSTEMS |= {"ceph": "CephFS", "wekafs": "WekaFS", "panfs": "PanFS", "cifs": "CIFS", "smb3": "CIFS"}
 _NETWORK_FILE_SYSTEMS |= {"afs": "AFS", "9p": "9p", "autofs": "autofs"}
@@ -145,9 +145,9 @@ _OF_CONTAINERS = "fuse.fuse-overlayfs"  # of file systems called fuse.NAME the o
 
 
 def network_file_system(path: Path) -> str | None:
-    """Returns the name of the network file system that a path lies on, None of a local one or where nothing tells.
+    """Returns the name of the network file system that a path lies on, None if it is local or not known.
 
-    The path need not be there yet. What is mounted by FUSE (gcsfuse, sshfs, JuiceFS ...) counts, by its own name.
+    The path need not exist yet. What is mounted by FUSE (gcsfuse, sshfs, JuiceFS ...) counts, by its own name.
     """
     try:
         place, lines = path.resolve(), _MOUNTS.read_text(errors="surrogateescape").split("\n")

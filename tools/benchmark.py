@@ -2,7 +2,7 @@
 
 python tools/benchmark.py train --model B/16 L/16     the training step: images/s, FLOP/s, MFU, memory
 python tools/benchmark.py model --out models.jsonl    a table: parameters, FLOPs, activations, latencies
-python tools/benchmark.py save --model B/16           how long training waits for a checkpoint, at once and behind it
+python tools/benchmark.py save --model B/16           how long training waits for a checkpoint, in the background or not
 python tools/benchmark.py start --ranks 1 4           from the command to the first step, of a new run and a resumed one
 python tools/benchmark.py order --samples 300000000   reading and mixing by the order of samples, without images
 python tools/benchmark.py data --rows decode workers  reading photos, beside timm and webdataset, and over a network
@@ -61,7 +61,7 @@ def _add_parser(commands: Any, name: str, description: str, example: str) -> arg
 
 
 def _add_command(commands: Any, name: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Adds a command with the options of those that time a model."""
+    """Adds a command with the options that all commands share that time a model."""
     parser = _add_parser(commands, name, description, example)
     parser.add_argument("--batch", type=int, help="images per step (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16")
@@ -71,7 +71,7 @@ def _add_command(commands: Any, name: str, description: str, example: str) -> ar
 
 
 def _options(arguments: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """Returns what the cells' processes are told: the options of `_add_command`, and more of them by name."""
+    """Returns the options for the cells' processes: those of `_add_command`, and `more` by name."""
     cli.check_least(arguments, batch=1, warmup=1, steps=2)  # deciles need two steps
     return {name: getattr(arguments, name) for name in ("batch", "precision", "warmup", "steps", *more)}
 
@@ -122,7 +122,7 @@ _OF_PEER = ("--loops", "--rounds", "--processes", "--threads", "--in-one")
 
 
 def _check_effect(arguments: argparse.Namespace) -> None:
-    """Raises UserError for an option that what is asked for does not look at."""
+    """Raises UserError for an option that has no effect on what is asked for."""
     if arguments.bottleneck:
         cli.refuse(arguments, ("--peer", *_OF_PEER, "--warmup", "--steps"), "with --bottleneck")
     elif not arguments.peer:
@@ -158,7 +158,7 @@ def _run_bottleneck(arguments: argparse.Namespace, options: dict[str, Any]) -> N
     if arguments.data is None:
         raise UserError("--bottleneck: give a data set with --data")
     for model in arguments.model or ["B/16"]:
-        for compiled in arguments.compile or ["auto"]:  # as a run does
+        for compiled in arguments.compile or ["auto"]:  # as in a run
             own = options | {"compile": {"on": True, "off": False}.get(compiled, compiled), "ranks": arguments.ranks}
             row = last_row("bottleneck", {"model": model, "options": own}, f"{model}, compile {compiled}")
             _print_row(row, arguments.out)

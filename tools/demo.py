@@ -53,7 +53,7 @@ def main() -> None:
     steps = arguments.finetune_steps
     digits += [f"total_steps={steps}", f"optim.warmup_steps={min(20, steps // 10)}"]
     digits += [o for o in arguments.overrides if o.startswith("model.") and not o.startswith("model.num_classes")]
-    # Two fine-tunings, on one rank each, beside what else is to be done: neither fills two cores.
+    # Two fine-tunings, on one rank each, run beside the other work, because neither fills two cores.
     command, random = _training(out, "demo_digits", *digits, "name=digits_from_random_weights", num_ranks=1)
     with _beside(out / "digits_from_random_weights.log", command):
         _step(3, "conversion for timm; beside it, told below: fine-tuning on real handwriting from random weights")
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _training(out: Path, config: str, *overrides: str, num_ranks: int | None) -> tuple[list[str], Path]:
-    """Returns the command that trains by a config, and the run's folder; None: on all GPUs."""
+    """Returns the command that trains by a config, and the run's folder. num_ranks: None means all GPUs."""
     path = f"configs/{config}.yaml"
     words = [sys.executable, "launch/pretrain.py", *options_of_ranks(num_ranks)]
     command = [*words, "--config", path, f"output={out / 'runs'}", *overrides]
@@ -94,7 +94,7 @@ def _check_done(run: Path) -> None:
 
 
 def _run(*command: object, lock: Path = Path(os.devnull)) -> None:
-    """Runs a command. An interrupt lets it save and end; lock: the file that it holds while it writes."""
+    """Runs a command, which at an interrupt saves and ends. lock: the file that it locks while it writes."""
     words = [str(word) for word in command]
     with chdir(ROOT):
         code = run_job(words, environment(num_threads=1), lock)
@@ -105,9 +105,9 @@ def _run(*command: object, lock: Path = Path(os.devnull)) -> None:
 
 @contextmanager
 def _beside(log: Path, command: Sequence[object]) -> Iterator[None]:
-    """Runs a command while its block runs others, and shows its words behind theirs.
+    """Runs a command beside the block, and prints its output after that of the block.
 
-    When the block ends early, as by SIGTERM and SIGUSR1 too, the command is asked to stop. Raises UserError when it
+    If the block ends early, also by SIGTERM or SIGUSR1, the command is asked to stop. Raises UserError when the command
     fails.
     """
     words = [str(word) for word in command]

@@ -53,7 +53,7 @@ def main() -> None:
         shared=shared_sets(opened),
     )
     measured = Measured(subject, weights, digest)
-    # At a size of their own they are other results, which a report does not show as the run's.
+    # Results at another image size have their own folder: a report must not show them as the run's.
     name = f"evaluation-{arguments.image_size}px" if arguments.image_size else "evaluation"
     out = arguments.out or results_folder(arguments.weights, name)
     done: list[Done] = []
@@ -125,7 +125,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _checked_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """What is asked for. Raises UserError for a wrong name, absent data, and options that none of it needs."""
+    """Returns the jobs asked for. Raises UserError for a wrong name, absent data, and options that no job needs."""
     own = [Job(HEAD, data={"test": arguments.val})] if arguments.val else []
     if arguments.fewshot:
         own.append(Job("fewshot", data=dict(zip(("train", "test"), arguments.fewshot))))

@@ -82,7 +82,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     """Raises UserError for options that belong to --task alone, or to --train, and for values that no run can have."""
     cli.check_least(arguments, steps=1, seeds=1, num_gpus=1, image_size=1)
     for rate in arguments.lr or ():
-        if not 0 < rate < MAX_RATE:  # nor NaN
+        if not 0 < rate < MAX_RATE:  # false for NaN too
             raise UserError(f"--lr {rate:g}: expected rates above 0 and below {MAX_RATE:g}, as 0.003,0.01")
     if arguments.train is None and arguments.test is not None:
         raise UserError("--test is of --train; a --task has its own test images")
@@ -157,7 +157,7 @@ def _show_own(found: dict[str, Any], out: Path, page: Path) -> None:
 
 
 def _called(weights: Path) -> str:
-    """What weights are called on a page: without the folders of this machine."""
+    """Returns the name of weights for a page, without the folders of this machine."""
     return weights.resolve().name if weights.exists() else str(weights)
 
 
@@ -191,7 +191,7 @@ def _on_tasks(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace, own: str | None = None) -> Options:
-    """What was asked for; own: the name of own data."""
+    """Returns the options asked for. own: the name of own data; None for tasks."""
     from pretrain.finetune.sweep import Options, read_start
     from pretrain.models.weights import results_folder
 

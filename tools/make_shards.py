@@ -29,8 +29,8 @@ _OF_IMAGES = ("--apply-orientation", "--label-column", "--merge-duplicates", "--
 _ALL = ("--index", "--task", "--download", "--classes", "--part", "--shorter-side", "--quality")
 _ALL += (*_OF_IMAGES, *_OF_WRITING, "--workers")
 SOURCES = "a folder of images, archives, a list of paths, parquet or TFRecord files, a .npz"
-_IN_BRACES = re.compile(r"\{([^{},.]*)(?:,|\.\.)[^{}]*\}")  # of a pattern, with the first that it stands for
-MAX_KINDS = 12  # of what was passed over, printed: frame.0001, frame.0002 ... are a kind each
+_IN_BRACES = re.compile(r"\{([^{},.]*)(?:,|\.\.)[^{}]*\}")  # braces in a pattern; the group is their first value
+MAX_KINDS = 12  # printed, of what was passed over: frame.0001, frame.0002 ... are a kind each
 
 
 def main() -> None:
@@ -142,7 +142,7 @@ def _check_found(arguments: Namespace) -> None:
     """Raises UserError for files that are not there."""
     expected = "shards, NAME.tar" if arguments.index else SOURCES
     for path in arguments.paths[:-1]:
-        if ":" not in path.partition("/")[0]:  # of an address make_shards says what to do
+        if ":" not in path.partition("/")[0]:  # for a URL make_shards says what to do
             first = _IN_BRACES.sub(r"\1", path) if arguments.index else path
             cli.check_found(Path(first), "the set's own files (docs/tasks.md)" if arguments.task else expected)
     if arguments.classes:
@@ -209,7 +209,7 @@ def _tell(out: Path, path: Path, told: "Told") -> None:
             cli.tell(f"{title}: {number:,} {kind}")
         if len(kinds) > MAX_KINDS:
             cli.tell(f"{title}: {len(kinds) - MAX_KINDS:,} more kinds, in {out / 'counts.json'}")
-    if told.num_dropped:  # of the build: millions in provenance.json would be more than is read of any JSON
+    if told.num_dropped:  # as counted by the build: provenance.json may be too large to be read again
         named = f"{out / 'provenance.json'} names them; the first: {told.first_dropped}"
         _warn(f"{told.num_dropped} images left out, {named}")
 
@@ -238,7 +238,7 @@ def _prepare(row: Task, sources: list[Path], out: Path, samples_per_shard: int) 
         _warn(f"{row.name}: not comparable with published scores: {'; '.join(reasons)}")
 
 
-_TOLD = 20  # problems
+_TOLD = 20  # problems that are printed
 
 
 def _verify(arguments: Namespace) -> None:
@@ -260,7 +260,7 @@ def _verify(arguments: Namespace) -> None:
             problems = 0
             for problem in verify(manifest, advance, workers=processes, told=cli.tell):
                 problems += 1
-                if number + problems <= _TOLD:  # at once: an error may end this before it is through
+                if number + problems <= _TOLD:  # at once: an error may end the check early
                     cli.tell(problem, sys.stderr)
         cli.tell(f"{manifest.path}: {manifest.num_samples} samples, {problems} problems")
         number += problems

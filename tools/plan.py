@@ -3,7 +3,7 @@
 python tools/plan.py --config configs/NAME.yaml [key=value ...] --gpus 1,8,64 --gpu h100
 
 Everything is a formula (docs/performance.md). The memory of tensors is tested against the real engine on CPU ranks; the
-MFU is fitted to one H100. With --from benchmarks/train.jsonl it is that of tools/benchmark.py train --peer.
+MFU is fitted to one H100, or with --from benchmarks/train.jsonl as tools/benchmark.py train --peer measured it.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _uncompiled(config: Config, choices: list[dict[str, Any]], of_compiled: bool, zero3_share: float) -> str:
-    """Says that the MFU is of a compiled step where a layout that is chosen will not be compiled."""
+    """Returns a warning if the MFU is that of a compiled step but a chosen layout will not be compiled, else ""."""
     if not config.engine.compile and of_compiled:
         return (
             "engine.compile=false: the assumed MFU, and so time and price, are of a compiled step; an eager one is "
@@ -96,7 +96,7 @@ def _uncompiled(config: Config, choices: list[dict[str, Any]], of_compiled: bool
 
 
 def _in_steps(config: Config) -> Config:
-    """Returns the config with the steps of its total_epochs, which take the manifest of data.train."""
+    """Returns the config with total_steps computed from total_epochs, which needs the manifest of data.train."""
     from pretrain.train.epochs import in_steps
 
     try:
@@ -108,12 +108,12 @@ def _in_steps(config: Config) -> Config:
 
 
 class _Number(NamedTuple):
-    """A number that the plan assumes: an option, which is named by its key."""
+    """A number that the plan assumes; an option, named by its key in _NUMBERS."""
 
     told: str
-    default: float | None = None  # None: another for each config, as its text tells
+    default: float | None = None  # None: it depends on the config, as `told` says
     most: float = 1e12
-    of_the_run: bool = False  # which a table of sizes has not
+    of_the_run: bool = False  # has no effect on --table
 
 
 _NUMBERS = {
@@ -125,15 +125,15 @@ _NUMBERS = {
     "price": _Number("of a GPU's hour", 2.5, of_the_run=True),
     "loader_rate": _Number("images per second and core (default 496, 275 RandAugment)", of_the_run=True),
     "image_kb": _Number("of a file", 110.0, of_the_run=True),
-    # Of one GPU, pinned: PCIe 4 moves up to 32; a node's memory takes it from eight.
+    # Of one GPU, into pinned memory: PCIe 4 moves up to 32; a node's memory can take that of eight GPUs.
     "copy_gb_s": _Number("of a GPU's copies into host memory", 20.0, of_the_run=True),
     "write_gb_s": _Number("of a node to the checkpoints' disk", 1.0, of_the_run=True),
     "save_s": _Number("that a save keeps training waiting (default: by --copy-gb-s)", most=1e6, of_the_run=True),
     "mtbf_h": _Number("hours of a GPU between failures", 50_000.0, of_the_run=True),
     # A rank that died is named within seconds, one that was stopped after 45 (docs/reliability.md); one that hangs in
-    # the device, or a node without power, takes engine.watchdog_s or engine.timeout_s, and is one end among many.
+    # the device, or a node without power, takes engine.watchdog_s or engine.timeout_s, but is one failure among many.
     "detect_s": _Number("from a failure to the end", 60.0, most=1e6, of_the_run=True),
-    # 6 on a CPU, alone (docs/results.md); the rest: the scheduler, CUDA, NCCL, reading.
+    # 6 on a CPU with nothing else to do (docs/results.md); the rest is for the scheduler, CUDA, NCCL and reading.
     "restart_s": _Number("from the end to the next step", 300.0, most=1e6, of_the_run=True),
 }
 _DEFAULT_GPUS, _GPUS_PER_NODE = (1, 8, 64), 8
@@ -202,7 +202,7 @@ def _numbers(text: str, config: Config) -> list[int]:
 
 
 def _rate(arguments: argparse.Namespace, config: Config, lines: list[Fields]) -> tuple[Rate, str]:
-    """What a GPU reaches with a config's model, and where its MFU comes from."""
+    """Returns the rate that a GPU reaches with a config's model, and the source of its MFU."""
     device, width, precision = DEVICES[arguments.gpu], config.model.shape.width, config.engine.precision
     found = measured(lines, config, device)
     if found is not None:

@@ -1,4 +1,4 @@
-"""Tells what is on images: the likeliest classes of each, with probabilities.
+"""Classifies images: prints the likeliest classes of each, with probabilities.
 
 python tools/predict.py WEIGHTS IMAGE [IMAGE ...] [--top 5] [--json]
 """
@@ -37,7 +37,7 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     cli.check_least(arguments, top=1)
     check_weights(arguments.weights)
-    if not arguments.json and len(arguments.images) == 1:  # of several, those that are there are predicted
+    if not arguments.json and len(arguments.images) == 1:  # of several, those that exist are classified
         cli.check_found(arguments.images[0], "a JPEG, PNG or WebP file")
     return arguments
 

@@ -1,6 +1,6 @@
-"""How a save goes on behind the training: by a copy in host memory, laid out as the file's bytes, and a thread.
+"""Saves in the background of training: a copy in host memory, laid out as the file's bytes, written by a thread.
 
-The thread calls no collective: it could fall among those of the training in another order on every rank.
+The thread calls no collective: on each rank it could come in another order among those of training.
 """
 
 import json
@@ -17,7 +17,7 @@ from pretrain.cluster import agreement, ranks, watchdog
 from pretrain.cluster.limits import free_memory_bytes
 from pretrain.errors import StorageError
 
-# The order of types in a safetensors file, larger elements first, and its names for them.
+# safetensors' names of types, in the order of tensors in a file: larger elements first.
 _TYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -28,11 +28,11 @@ _TYPES = {
 }
 _ORDER = list(_TYPES)
 _ALIGNMENT = 8  # of the first tensor's bytes in the file
-_WRITE_BYTES = 4 << 20  # a write at a time: one of all bytes holds up what else goes to that disk
+_WRITE_BYTES = 4 << 20  # per write: a single write of all bytes delays everything else that goes to that disk
 
 
 class FileCopy:
-    """The bytes of a safetensors file of some tensors, in host memory: those that `safetensors.torch.save_file` writes.
+    """The bytes of a safetensors file in host memory, the same that `safetensors.torch.save_file` would write.
 
     Made for tensors of given names, types and shapes; `take` copies the values of such tensors, any number of times.
     """
@@ -58,7 +58,7 @@ class FileCopy:
         return _layout(tensors)[0] == self._header
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the values; those of a GPU are there once its stream has been waited for, see `wait_for_copies`."""
+        """Copies the values; from a GPU asynchronously: they are complete after `wait_for_copies`."""
         for name, tensor in tensors.items():
             self._views[name].copy_(tensor.detach().reshape(-1), non_blocking=True)
 
@@ -71,7 +71,7 @@ class FileCopy:
 
 
 def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The head of a safetensors file, its length in front, and where each tensor's bytes begin and end behind it."""
+    """Returns a safetensors file's header with its length in front, and each tensor's first and last byte after it."""
     entries, places, end = {}, {}, 0
     for name in sorted(tensors, key=lambda name: (_ORDER.index(tensors[name].dtype), name)):
         tensor = tensors[name]
@@ -87,18 +87,18 @@ def _file_bytes(header: bytes, places: Mapping[str, tuple[int, int]]) -> int:
 
 
 def _on_gpu(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a copy has to be pinned: else it goes from the GPU by another buffer."""
+    """Whether a copy has to be pinned: otherwise the GPU's copy goes through another buffer."""
     return any(tensor.is_cuda for tensor in tensors.values())
 
 
 def host_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Returns what a file's copy takes of host memory: pinned, torch's allocator rounds it up to a power of two."""
+    """Returns the host memory of a file's copy: if pinned, torch's allocator rounds it up to a power of two."""
     size = _file_bytes(*_layout(tensors))
     return 1 << (size - 1).bit_length() if _on_gpu(tensors) else size
 
 
 def wait_for_copies() -> None:
-    """Waits until the copies under way are complete: the next step changes what is copied."""
+    """Waits until all copies are complete: the next step changes the tensors."""
     if torch.cuda.is_initialized():
         watchdog.from_device(torch.cuda.current_stream().synchronize)
 
@@ -108,7 +108,7 @@ class NoRoomError(StorageError):
 
 
 class HostCopies:
-    """Copies of all files of a rank's checkpoints: memory that is taken at the first save, and kept."""
+    """Copies of all files of a rank's checkpoint, in memory that is allocated at the first save and kept."""
 
     def __init__(self) -> None:
         self._kept: dict[str, FileCopy] = {}
@@ -116,8 +116,8 @@ class HostCopies:
     def take(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, FileCopy]:
         """Returns a copy of each file's tensors, good until the next call. Called by all ranks.
 
-        Raises StorageError without memory; NoRoomError, on all ranks, so that none holds what its neighbours will ask
-        for again.
+        Raises StorageError if memory cannot be allocated; NoRoomError, on all ranks, if a node has too little: then no
+        rank keeps memory that the others on its node will need at the next save.
         """
         missing = [name for name, part in files.items() if name not in self._kept or not self._kept[name].fits(part)]
         agreement.together(lambda: _check_room(sum(host_bytes(files[name]) for name in missing)))
@@ -133,7 +133,7 @@ class HostCopies:
 
 
 def _check_room(num_bytes: int) -> None:
-    """Raises NoRoomError unless all ranks of this node can have so much: an allocation fails only when it is used."""
+    """Raises NoRoomError unless all ranks of this node can have so much: an allocation may fail only when used."""
     free = free_memory_bytes()
     if num_bytes and free is not None and free < (needed := num_bytes * ranks.ranks_here()):
         raise NoRoomError(
@@ -143,7 +143,7 @@ def _check_room(num_bytes: int) -> None:
 
 
 def in_background(work: Callable[[], Any], *, behind: bool) -> Future[Any]:
-    """Does work behind the caller, in a thread of its own, or at once; returns what will have its outcome.
+    """Calls `work`, in the background in a thread of its own or else at once; returns a future with its outcome.
 
     The thread is a daemon: a process that ends by an error does not wait for it.
     """

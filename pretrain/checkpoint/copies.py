@@ -1,4 +1,4 @@
-"""Copies of a run's checkpoints in a second place, `checkpoint.copy_to`; restored from there when the first is gone."""
+"""Copies of a run's checkpoints in a second place, `checkpoint.copy_to`; restored from there if the first is lost."""
 
 import queue
 import threading
@@ -16,23 +16,23 @@ def has_checkpoints(folder: Path) -> bool:
     """Returns whether a run's folder has checkpoints of its own, so that nothing is fetched."""
     try:
         return bool(step_folders(folder))
-    except OSError:  # reported by whoever looks for the newest
+    except OSError:  # reported by the search for the newest
         return True
 
 
 def restore(open_place: Callable[[], SecondPlace], folder: Path, run: Mapping[str, Any]) -> None:
-    """Fetches the newest undamaged copy where the run's own folder has no checkpoint; nothing to fetch is fine.
+    """Fetches the newest undamaged copy if the run's own folder has no checkpoint; there may be no copy.
 
-    run: as in `check`. Raises UserError when the place is another run's, StorageError when the second place cannot be
-    read or the folder cannot be written, DamagedError when there are copies, but no undamaged one: a silent fresh start
-    would lose the run.
+    run: as in `SecondPlace.check`. Raises UserError when the place belongs to another run, StorageError when it cannot
+    be read or the folder cannot be written, DamagedError when all copies are damaged: a silent fresh start would lose
+    the run.
     """
     if has_checkpoints(folder):
         try:
             open_place().check(folder, run)
         except UserError:
             raise
-        except Exception:  # told by the thread that copies
+        except Exception:  # the copying thread reports it
             pass
         return
     place, damaged = open_place(), 0
@@ -61,24 +61,24 @@ def restore(open_place: Callable[[], SecondPlace], folder: Path, run: Mapping[st
 
 
 class Copier:
-    """Keeps the second place like the first, in a thread of its own. A copy that fails is a warning."""
+    """Copies new checkpoints to the second place, in a thread of its own. A copy that fails is a warning."""
 
     def __init__(
         self, open_place: Callable[[], SecondPlace], folder: Path, keep: Mapping[str, Any], run: Mapping[str, Any]
     ) -> None:
-        """keep: the arguments of `apply_retention`, which hold for the copies too. run: as in `check`."""
+        """keep: arguments of `apply_retention`, which hold for the copies too. run: as in `SecondPlace.check`."""
         self._open_place, self._folder, self._keep, self._of_run = open_place, folder, keep, run
         self._asked: queue.Queue[None] = queue.Queue()
-        self.reading: Path | None = None  # which the first place's retention must leave alone
+        self.reading: Path | None = None  # being copied: retention in the first place must spare it
         threading.Thread(target=self._run, name="copying", daemon=True).start()
 
     def begin(self) -> None:
-        """Makes the thread look for what is to be copied."""
+        """Makes the thread look for checkpoints to copy."""
         self._asked.put(None)
 
     @property
     def done(self) -> bool:
-        """Whether nothing is under way."""
+        """Whether no copying is pending."""
         return not self._asked.unfinished_tasks
 
     def _run(self) -> None:
@@ -87,7 +87,7 @@ class Copier:
             self._asked.get()
             try:
                 place = place or self._open_place()
-                place.claim(self._folder, self._of_run)  # its disk may be gone, or another run have come
+                place.claim(self._folder, self._of_run)  # its disk may be gone, or another run may use it
                 self._copy_all(place, step_folders(self._folder))
             except Exception as error:
                 self._warn(error, place)
@@ -95,17 +95,17 @@ class Copier:
             self._asked.task_done()
 
     def _copy_all(self, place: SecondPlace, steps: list[Path]) -> None:
-        """Copies what is not there, newest first; old copies are deleted even while copies are slow, or fail."""
+        """Copies what is missing, newest first; deletes old copies even while copying is slow or fails."""
         self._delete_old(place, steps)
         for path in steps:
-            if not self._asked.empty():  # there is a newer one, which the next turn begins with
+            if not self._asked.empty():  # there is a newer checkpoint; the next turn begins with it
                 return
             self.reading = path
             try:
                 if path.exists() and not place.holds(step_of(path), path):
                     place.copy(step_of(path), path)
                     self._delete_old(place, steps)
-            except Exception as error:  # of this one
+            except Exception as error:  # a failed copy does not stop the others
                 self._warn(error, place)
 
     def _delete_old(self, place: SecondPlace, steps: list[Path]) -> None:

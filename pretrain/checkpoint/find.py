@@ -1,4 +1,4 @@
-"""Which checkpoint counts: the newest that is complete and undamaged."""
+"""Finds the newest checkpoint that is complete and undamaged."""
 
 import errno
 import os
@@ -15,9 +15,9 @@ from pretrain.errors import PASSING_ERRORS, StorageError, UserError
 from pretrain.log import warn
 from pretrain.storage import crc32c, remove
 
-_LOOKS = 10  # at a run whose training deletes or replaces the very checkpoint that is being read
-_AGAIN_AFTER_S = (0.5, 2.0)  # a file that cannot be read: the disk may be away for a moment
-# Of a disk that is away or does not know who asks; a bad sector is EIO, and stays one.
+_LOOKS = 10  # tries, when training deletes or replaces the very checkpoint that is being read
+_AGAIN_AFTER_S = (0.5, 2.0)  # waits before rereading a file: its disk may be away for a moment
+# Errors of a disk that is away or refuses access, not of a damaged file. EIO may be a bad sector: it counts as damage.
 _NO_DAMAGE = PASSING_ERRORS - {errno.EIO} | {errno.EACCES, errno.EPERM}
 _TOO_FAST = "{}: its checkpoints are deleted faster than they can be read; raise checkpoint.keep_last"
 
@@ -25,10 +25,10 @@ _TOO_FAST = "{}: its checkpoints are deleted faster than they can be read; raise
 def newest_valid(folder: Path) -> Path | None:
     """Returns the newest checkpoint that is complete and undamaged, None when there is none. Called by all ranks.
 
-    Each damaged one is passed over with a warning that names the file at fault; ranks share the reading. When the
-    training deletes or replaces what is being read, the newest one is looked for again. Raises DamagedError when there
-    are checkpoints but none is valid: a silent fresh start would lose the run. Raises StorageError when the folder
-    cannot be listed, a rank cannot read a file for now, or its checkpoints vanish each time.
+    Each damaged one is passed over with a warning that names the file at fault; ranks share the reading. When training
+    deletes or replaces the one being read, the search starts again. Raises DamagedError when there are checkpoints but
+    none is valid: a silent fresh start would lose the run. Raises StorageError when the folder cannot be listed, a rank
+    cannot read a file for now, or checkpoints vanish at every try.
     """
     for _look in range(_LOOKS):
         folders = agreement.from_main(lambda: _listed(folder))
@@ -49,7 +49,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _first_valid(folders: list[Path]) -> tuple[Path | None, bool]:
-    """The first undamaged one; None, and whether that is so because one was deleted or replaced in the meantime."""
+    """Returns the first undamaged one, or None; and whether one was deleted or replaced while it was read."""
     for path in folders:
         before = agreement.from_main(lambda path=path: _identity(path))
         problems = _damages_shared(path)
@@ -63,7 +63,7 @@ def _first_valid(folders: list[Path]) -> tuple[Path | None, bool]:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a folder apart from another one of the same name; None when it is gone."""
+    """Returns what tells a folder from another one of the same name: device, inode; () if unknown, None if gone."""
     try:
         status = path.stat()
     except OSError as error:
@@ -72,7 +72,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def _refuse_if_vanished(path: Path) -> None:
-    """Raises StorageError when a checkpoint that was there is gone: a training deletes old ones as it saves."""
+    """Raises StorageError when a checkpoint is gone that was there: training deletes old ones as it saves."""
     if _identity(path) is None:
         raise StorageError(f"{path}: was deleted while it was read; give the run's folder for its newest checkpoint")
 
@@ -80,7 +80,7 @@ def _refuse_if_vanished(path: Path) -> None:
 def read_newest(folder: Path, read: Callable[[Path], Any]) -> Any:
     """Returns what `read` makes of the newest valid checkpoint, None when there is none. Called by all ranks.
 
-    When the training deletes the checkpoint meanwhile, `read` is called again with the one that is newest then.
+    If training deletes that checkpoint meanwhile, `read` is called again with the then newest one.
     """
     for _look in range(_LOOKS):
         checkpoint = newest_valid(folder)
@@ -117,7 +117,7 @@ def find_checkpoint(path: Path) -> Path:
 def set_aside_newer(checkpoint: Path) -> None:
     """Renames the checkpoints newer than the one in use, which are damaged, to damaged-step-N. Raises OSError.
 
-    The run goes on before their step: they must not count as checkpoints kept. For rank 0 alone.
+    The run resumes from before their step: they must not count among the checkpoints kept. For rank 0 alone.
     """
     for path in step_folders(checkpoint.parent):
         if step_of(path) > step_of(checkpoint):
@@ -126,14 +126,14 @@ def set_aside_newer(checkpoint: Path) -> None:
             os.replace(path, aside)
             warn(f"{path} is now {aside.name}: delete it when you have looked at it")
     olds = [path for path in checkpoint.parent.iterdir() if path.name.startswith(".old-step-")]
-    for path in olds:  # else the next save would put it back, ahead of the run
+    for path in olds:  # otherwise the next save would put it back, ahead of the run
         if step_of(path) > step_of(checkpoint):
             os.replace(path, path.with_name(f"damaged-{path.name.removeprefix('.')}-{os.getpid()}"))
 
 
 @contextmanager
 def refusing_vanished(path: Path) -> Iterator[None]:
-    """Around the reading of a checkpoint: an error is a StorageError when a training has deleted it in the meantime."""
+    """Wraps the reading of a checkpoint: an error becomes a StorageError if training has deleted it meanwhile."""
     try:
         yield
     except (OSError, UserError):
@@ -153,9 +153,9 @@ def _refuse(path: Path, problem: str) -> None:
 
 
 def _damages_shared(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, on every rank alike; each reads a share of it, up to the first damage.
+    """Returns what is wrong with a checkpoint, the same on all ranks; each reads a share of it, up to the first damage.
 
-    Raises StorageError, on all ranks, when one cannot read its share for now: an intact checkpoint is not set aside.
+    Raises StorageError, on all ranks, if one cannot read its share for now: an intact checkpoint must not be set aside.
     """
     found = agreement.together(lambda: next(_damages(path), None))
     return [problem for problem in agreement.gather(found) if problem]

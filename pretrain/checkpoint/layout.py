@@ -12,8 +12,8 @@
 A folder is written under a temporary name and published by one rename. The newest valid one wins. There is no pickle
 in it and no world size baked in: any number of ranks reads the slices that overlap what it owns now.
 
-Beside the steps there may be .tmp-step-N, a save that is under way or was killed; .old-step-N, a step that is being
-saved again: it counts as long as there is no step-N; and .trash-step-N, which is being deleted.
+Beside the steps there may be .tmp-step-N, a save in progress or killed; .old-step-N, a step that is being saved again,
+which counts as long as there is no step-N; and .trash-step-N, which is being deleted.
 """
 
 import json
@@ -30,7 +30,7 @@ from pretrain.config import MAX_STEP
 from pretrain.errors import UserError
 from pretrain.json_files import Fields, brief
 
-if TYPE_CHECKING:  # tools/audit.py reads a run without its second of imports
+if TYPE_CHECKING:  # takes a second to import, which tools/audit.py does without
     import torch
 
 FORMAT, VERSION = "pretrain-checkpoint", 1
@@ -39,14 +39,14 @@ _STEP_FOLDER = re.compile(rf"(?:{re.escape(_OLD)})?step-(\d{{10}})")  # up to MA
 # An entry of index.json has 75 bytes: 2,000 tensors (g/14 with two moments and averages) in slices of 1,700 ranks.
 MAX_INDEX_BYTES = 256 << 20
 MAX_RANKS = 1 << 20  # of a run
-MAX_INDEX_MARKS = 20 << 20  # 4 for each slice of each tensor, of which ZeRO-3 has one on every rank
+MAX_INDEX_MARKS = 20 << 20  # 4 for each slice; under ZeRO 3 every rank has one of each tensor
 MAX_FILE_BYTES = 2**63 - 1  # of any file system
 KINDS = ("weights", "optimizer", "average")
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A run of consecutive elements of the flattened tensor `name`, which one rank owns."""
+    """Consecutive elements of the flattened tensor `name`, owned by one rank."""
 
     name: str  # "blocks.0.attn.qkv.weight"; with a moment in front in the optimizer's files: "exp_avg/blocks..."
     shape: tuple[int, ...]  # of the whole tensor
@@ -59,7 +59,7 @@ class DamagedError(UserError):
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
-    """The manifest as written: with its own checksum, so that a flipped bit in it does not accuse another file."""
+    """Returns the manifest as written, with its own checksum: a flipped bit in it must not implicate another file."""
     checksum = google_crc32c.Checksum(json.dumps(manifest, sort_keys=True).encode()).hexdigest().decode()
     return json.dumps({**manifest, "crc32c": checksum}, indent=1, sort_keys=True) + "\n"
 
@@ -71,7 +71,7 @@ def file_name(kind: str, rank: int, world: int) -> str:
 def step_folders(folder: Path) -> list[Path]:
     """Returns the published checkpoints of a run, newest first; none when there is no such folder.
 
-    Raises OSError when it cannot be listed: a glob may pass over that, and the run would begin anew.
+    Raises OSError when it cannot be listed. A glob may ignore that, and the run would start from scratch.
     """
     try:
         with os.scandir(folder) as entries:

@@ -1,4 +1,4 @@
-"""Any part of any tensor of a checkpoint, on any number of ranks."""
+"""Reads any part of any tensor of a checkpoint, on any number of ranks."""
 
 import math
 from bisect import bisect_right
@@ -25,7 +25,7 @@ def read_state(path: Path) -> dict[str, Any]:
 class CheckpointReader:
     """Reads any part of any tensor of a checkpoint, opening only the files that hold it.
 
-    checked: whether the same index has been read with all checks before, one for each slice.
+    checked: whether this index has been checked already, on this rank or another: one check for each slice.
     """
 
     def __init__(self, path: Path, *, checked: bool = False) -> None:
@@ -51,9 +51,9 @@ class CheckpointReader:
         return values.view(shape)
 
     def read_into(self, *parts: Slice, kind: str = "weights") -> None:
-        """Fills the values of parts, file after file, however many tensors share one.
+        """Fills the values of parts, file after file, each opened once for all its tensors.
 
-        Raises UserError when the checkpoint has no such tensor or another shape.
+        Raises UserError when the checkpoint has no such tensor, or one of another shape.
         """
         pieces: dict[str, list[tuple[Slice, int, int, int]]] = {}
         for part in parts:
@@ -80,7 +80,7 @@ class CheckpointReader:
         return entry["slices"]
 
     def _read_piece(self, file: str, part: Slice, offset: int, low: int, high: int) -> None:
-        """Elements low to high of a tensor, of which the file holds those from `offset` on."""
+        """Copies elements low to high of a tensor from a file that holds its elements from `offset` on."""
         try:
             values = self._open(file).get_slice(part.name)[low - offset : high - offset]
         except SafetensorError as error:
@@ -101,7 +101,7 @@ class CheckpointReader:
             raise DamagedError(f"{self.path}: damaged, {name} holds no tensors ({error})") from None
 
     def _check_tiling(self, kind: str, name: str, entry: dict[str, Any]) -> None:
-        """Slices must cover every element once: a stray or missing file would leave garbage in the weights."""
+        """Raises DamagedError unless slices cover each element once: a gap would leave garbage in the weights."""
         if not _is_entry(entry):
             expected = '{"shape": [...], "slices": [[offset, elements, file], ...]}'
             raise DamagedError(f"{self.path}/index.json: {kind}: {brief(name)} is {brief(entry)}, expected {expected}")
@@ -115,7 +115,7 @@ class CheckpointReader:
 
 
 def _is_entry(entry: object) -> bool:
-    """Whether a value is what index.json holds for a tensor; it says nothing about the slices' order."""
+    """Whether a value has the form of an index.json entry; the order of slices is not checked."""
     if not isinstance(entry, dict) or not (
         isinstance(entry.get("shape"), list) and isinstance(entry.get("slices"), list)
     ):

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept."""
+"""Which checkpoints are kept; deletes the others."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ from pretrain.storage import remove
 def apply_retention(
     folder: Path, *, keep_last: int, keep_every_steps: int, keep_best: bool, spare: Path | None = None
 ) -> None:
-    """Deletes old checkpoints, never below `keep_last`, pinned steps or the best one. Rank 0; others do nothing.
+    """Deletes old checkpoints, except the last `keep_last`, each keep_every_steps and the best. Acts on rank 0 only.
 
-    spare: one that is being read, and stays until the next time. A folder that cannot be listed is a warning: the next
+    spare: one that is being read, and stays until the next call. A folder that cannot be listed is a warning: the next
     save tries again.
     """
 
@@ -38,9 +38,9 @@ def apply_retention(
 def kept_steps(
     steps: Sequence[int], keep_last: int, keep_every_steps: int, score: Callable[[int], float | None] | None
 ) -> set[int]:
-    """Returns those of some steps, newest first, that are kept.
+    """Returns which of `steps`, given newest first, are kept.
 
-    score: of a step, None without one; the largest is the best, among equals the earliest. None: no best is kept.
+    score: returns a step's score, or None; the largest is the best, among equals the earliest. None: no best is kept.
     """
     kept = set(steps[:keep_last])
     if keep_every_steps:
@@ -72,9 +72,9 @@ def _score_of(path: Path) -> float | None:
 
 @cache
 def _score_read(path: Path, _written_ns: int) -> float | None:
-    """Read once: else each save would read all that are kept for ever, with their names of classes.
+    """Cached: otherwise each save would read the state of all kept checkpoints again, class names included.
 
-    A checkpoint that replaces another of its step has another time.
+    A checkpoint that replaces another of the same step has another time.
     """
     try:
         return validation_score(Fields.of(read_state(path), str(path)))

@@ -1,10 +1,10 @@
-"""A second place for a run's checkpoints, `checkpoint.copy_to`: whose it is, what it holds, to it and back from it.
+"""A second place for a run's checkpoints, `checkpoint.copy_to`: its owner, its content, copying to it and back.
 
     URL/NAME/checkpoints/run.json            whose copies these are; the same file is copies.json in the run's folder
     URL/NAME/checkpoints/step-0000001000/    the files of layout.py, MANIFEST.json last: with it the copy is complete
 
 The place is whatever fsspec reads and writes: a folder on another disk, s3://, gs://. Nothing there is renamed, which
-object stores cannot do. Credentials are the environment's. Only rank 0 goes there.
+object stores cannot do. Credentials come from the environment. Only rank 0 accesses it.
 """
 
 import errno
@@ -25,10 +25,10 @@ from pretrain.errors import StorageError, UserError
 from pretrain.json_files import MAX_BYTES, Fields, brief
 from pretrain.storage import crc32c, fsync_path, remove, write_text
 
-_PIECE_BYTES = 4 << 20  # of a transfer: the training runs beside it
+_PIECE_BYTES = 4 << 20  # of a transfer, in pieces because training runs beside it
 _MANIFEST = "MANIFEST.json"
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
-_RUN, _OWN_RUN = "run.json", "copies.json"  # there, and in the run's folder
+_RUN, _OWN_RUN = "run.json", "copies.json"  # in the second place, and in the run's folder
 
 
 class SecondPlace:
@@ -36,7 +36,7 @@ class SecondPlace:
 
     def __init__(self, url: str, name: str) -> None:
         """Raises UserError when no package knows such a URL, StorageError when that cannot open it."""
-        import fsspec  # 0.1 s, which runs without a second place need not wait
+        import fsspec  # takes 0.1 s: only for runs with a second place
         from fsspec.implementations.local import LocalFileSystem
 
         self.url = f"{url.rstrip('/')}/{name}/checkpoints"
@@ -57,9 +57,9 @@ class SecondPlace:
         self._scores: dict[int, float | None] = {}  # of copies, for `delete_old`
 
     def check(self, folder: Path, run: Mapping[str, Any]) -> tuple[Fields | None, Fields | None]:
-        """Returns which run the run's folder and the place say they belong to, None for one that does not say yet.
+        """Returns what the run's folder and the place say of the run they belong to; None for one without that yet.
 
-        folder: of the run's own checkpoints. run: what identifies it when its folder, and so its number, is gone.
+        folder: of the run's own checkpoints. run: what identifies it when its folder, and with it its id, is gone.
         Raises UserError when the place is another run's or the run's own folder, StorageError when it is a folder that
         is not there.
         """
@@ -82,7 +82,7 @@ class SecondPlace:
         return ours, theirs
 
     def claim(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Makes the place that of a run, with a number that the run's folder keeps too. Takes and raises as `check`."""
+        """Claims the place for a run, by an id that the run's folder keeps too. Arguments and errors as in `check`."""
         ours, theirs = self.check(folder, run)
         values = (theirs or ours or Fields({"id": uuid.uuid4().hex, **run}, "")).values
         text = json.dumps(values, indent=1) + "\n"
@@ -126,15 +126,15 @@ class SecondPlace:
             if self._read(there) != manifest:
                 raise DamagedError(f"{_MANIFEST} reads back as something else")
         except Exception:
-            with suppress(Exception):  # what cannot be removed is damaged, and known by its own checksum
+            with suppress(Exception):  # if it cannot be removed, its own checksum shows the damage
                 self._store.rm_file(there)
             raise
 
     def delete_old(self, newest: int, *, keep_last: int, keep_every_steps: int, keep_best: bool) -> None:
-        """Deletes copies as retention.py does, and what uploads that were cut have left.
+        """Deletes copies as retention.py does, and the remains of interrupted uploads.
 
-        newest: the run's newest step; later ones, of a run that was further on, neither count nor are deleted.
-        Deletes nothing when it cannot be told which are complete; one that cannot be deleted does not keep the others.
+        newest: the run's newest step; copies of later steps, which it reached before, neither count nor are deleted.
+        Deletes nothing when it is not known which are complete; goes on with the others when one cannot be deleted.
         """
         steps = [step for step in self.steps() if step <= newest]
         kept = kept_steps(steps, keep_last, keep_every_steps, self._score if keep_best else None)
@@ -143,7 +143,7 @@ class SecondPlace:
             if step <= newest and step not in kept:
                 try:
                     with suppress(FileNotFoundError):
-                        self._store.rm_file(self._path(step, _MANIFEST))  # first: what is half deleted is no copy
+                        self._store.rm_file(self._path(step, _MANIFEST))  # first: a half-deleted copy must not count
                     self._store.rm(self._path(step), recursive=True)
                 except Exception as error:
                     failed = error
@@ -189,7 +189,7 @@ class SecondPlace:
         return f"{self._root}/step-{step:010d}" + (f"/{name}" if name else "")
 
     def all_steps(self) -> list[int]:
-        """Returns the steps of all copies, newest first, also of those that are not complete."""
+        """Returns the steps of all copies, newest first, including incomplete ones."""
         self._store.invalidate_cache()
         try:
             names = [path.rstrip("/").rpartition("/")[2] for path in self._store.ls(self._root, detail=False)]
@@ -204,7 +204,7 @@ class SecondPlace:
 
     def _is_complete(self, step: int) -> bool:
         try:
-            self._store.info(self._path(step, _MANIFEST))  # exists() takes any error for an answer
+            self._store.info(self._path(step, _MANIFEST))  # exists() would take any error for "no"
         except _NOT_THERE:
             return False
         except OSError as error:
@@ -214,7 +214,7 @@ class SecondPlace:
         return True
 
     def _pieces(self, path: str, most: int | None = None) -> Iterator[bytes]:
-        """Yields a file's bytes, at most so many and a piece.
+        """Yields a file's bytes in pieces; ends with the piece that exceeds `most`.
 
         Raises DamagedError when this file cannot be read, _AwayError when the store cannot.
         """
@@ -238,7 +238,7 @@ class SecondPlace:
                 os.fsync(file.fileno())
 
     def _run(self) -> Fields | None:
-        """Whose copies these are; None when nobody has said so."""
+        """Returns whose copies these are; None if nothing says so yet."""
         path = f"{self._root}/{_RUN}"
         try:
             return Fields.parse(self._read(path), f"{self.url}/{_RUN}")
@@ -247,7 +247,7 @@ class SecondPlace:
         except UserError:
             if self.all_steps():
                 raise
-            return None  # a start that was killed has left half of it
+            return None  # a start that was killed left half of it
 
     def _score(self, step: int) -> float | None:
         if step not in self._scores:  # read once: each save asks for those of all copies
@@ -305,7 +305,7 @@ def _summed(pieces: Iterable[bytes]) -> tuple[int, str]:
 
 
 def told(error: Exception) -> str:
-    """An error in a few words; those of a store's own package may hold parts of a key."""
+    """Returns an error in a few words, without a store package's own message, which may contain parts of a key."""
     if isinstance(error, (UserError, StorageError)):
         return str(error)
     return getattr(error, "strerror", None) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Saving: every rank writes what it owns, rank 0 publishes it by one rename, or nobody sees anything of it."""
+"""Saving: every rank writes what it owns; rank 0 publishes all of it by one rename, or nothing."""
 
 import json
 import os
@@ -17,18 +17,18 @@ from pretrain.errors import StorageError
 from pretrain.log import warn
 from pretrain.storage import crc32c, fsync_path, remove, write_text
 
-_SLOW_S = 3600.0  # a save that lasts longer is taken for one that hangs
+_SLOW_S = 3600.0  # a save that takes longer counts as hanging
 _LOOK_EVERY_S = 0.05
 
 
 class Save:
-    """`folder`/step-N with what every rank owns, in two parts: every rank writes; when all have, rank 0 publishes it.
+    """Saves `folder`/step-N with what every rank owns, in two parts: every rank writes; then rank 0 publishes.
 
-    On failure (a full disk) the temporary folder is removed, rank 0 warns, and no earlier checkpoint is touched. Made
-    and used by all ranks, `done` excepted. With `copies` nothing but copying holds up the caller, who may go on
-    and change the tensors: each part is done behind it, and waits, `done` on this rank, for `advance`. At most one save
-    of a folder may be under way. `before_published` and `when_published` are called on rank 0, before and after the
-    rename, in the second part.
+    On failure (a full disk) the temporary folder is removed, rank 0 warns, and no earlier checkpoint is touched. All
+    ranks construct it and call its methods together; `done` is local. With `copies` the caller waits only for a copy of
+    the tensors, and may then change them: each part runs in the background, and when it is `done` on all ranks,
+    `advance` starts the next. At most one save of a folder may be in progress. `before_published` and `when_published`
+    are called on rank 0 in the second part, before and after the rename.
     """
 
     def __init__(
@@ -50,35 +50,35 @@ class Save:
         self._before_published, self._when_published = before_published, when_published
         self._temporary = folder / f".tmp-step-{step:010d}"
         self._behind = copies is not None
-        # Text, as of now: the training goes on changing what it is made of.
+        # As text now, because training goes on and changes its parts.
         self._state = json.dumps(state, indent=1, sort_keys=True) + "\n" if ranks.is_main() else ""
         slices = {kind: part for kind, part in zip(KINDS, (weights, optimizer, average)) if part or kind != "average"}
         files = {file_name(kind, rank, self._world): {s.name: s.values for s in part} for kind, part in slices.items()}
         files[f"generators-{rank:05d}.safetensors"] = dict(generators)
         rows = [(s.name, s.shape, s.offset, s.values.numel(), k) for k, part in slices.items() for s in part]
-        # On all ranks before any of them writes: what is in the way is removed, the folder is there.
+        # Before any rank writes, rank 0 removes what is in the way and makes the folder.
         problem = agreement.from_main(lambda: attempt(_make_temporary, self._temporary))
         contents: Iterable[tuple[str, FileCopy]] = _one_by_one(files)
         if problem:
-            contents, problem = (), problem if ranks.is_main() else None  # told once
+            contents, problem = (), problem if ranks.is_main() else None  # reported once
         elif copies is not None:
             try:
                 contents = copies.take(files).items()
             except StorageError as lack:
                 self._behind = False
-                if ranks.is_main() or not isinstance(lack, NoRoomError):  # which all ranks meet
+                if ranks.is_main() or not isinstance(lack, NoRoomError):  # all ranks meet that one
                     warn(f"step {step}: {lack}; files are written while training waits")
         self._writing = in_background(lambda: _written(self._temporary, contents, problem, rows), behind=self._behind)
         self._publishing: Future[bool] | None = None
-        self.published: bool | None = None  # None: under way
+        self.published: bool | None = None  # None: in progress
 
     @property
     def done(self) -> bool:
-        """Whether this rank's share of the part under way is done: `advance` is due when it is so on all ranks."""
+        """Whether this rank's share of the current part is done; when it is on all ranks, `advance` is due."""
         return (self._publishing or self._writing).done()
 
     def advance(self) -> None:
-        """Ends the part under way, waiting for it, and begins the next one; after the second, `published` is set."""
+        """Waits for the current part and begins the next one; after the second part, `published` is set."""
         if self._publishing is None:
             gathered = agreement.to_main(self._writing.result())
             main = ranks.is_main()
@@ -87,10 +87,10 @@ class Save:
             self.published = agreement.from_main(self._publishing.result)
 
     def finish(self) -> bool:
-        """Waits for all that is left to do; returns whether it was published.
+        """Waits for the rest of the save; returns whether it was published.
 
-        Ranks wait for each other with signs of life: a disk may be slow. Beyond an hour the watchdog judges. Without
-        `copies` this rank has written already, and the others wait for it no longer than engine.timeout_s.
+        Ranks wait for each other with heartbeats, as a disk may be slow; after an hour without, so that the watchdog
+        decides. Without `copies` this rank has written already, and the others wait for it at most engine.timeout_s.
         """
         until = time.monotonic() + _SLOW_S
         while self.published is None:
@@ -100,7 +100,7 @@ class Save:
         return self.published
 
     def _publish(self, packed: list[bytes]) -> bool:
-        """Rank 0's second part: what all ranks wrote becomes a checkpoint, or nothing is left of it."""
+        """The second part, on rank 0: what all ranks wrote becomes a checkpoint, or is removed."""
         gathered = list(map(json.loads, packed))
         problems = [f"rank {r}: {p}" for r, (p, _, _) in enumerate(gathered) if p]
         if not problems:
@@ -124,14 +124,14 @@ class Save:
 
 
 def _make_temporary(temporary: Path) -> None:
-    temporary.parent.mkdir(exist_ok=True)  # not the run's folder: where its disk is away, another one would fill unseen
-    attempt(_clean_up, temporary.parent)  # if not now, at the next save
+    temporary.parent.mkdir(exist_ok=True)  # not parents: with the run's disk away, another one would fill up
+    attempt(_clean_up, temporary.parent)  # what fails is tried again at the next save
     remove(temporary)
     temporary.mkdir()
 
 
 def _clean_up(folder: Path) -> None:
-    """Removes what killed saves left, links among it, and puts a step back that was being replaced."""
+    """Removes what killed saves left, links included, and puts back a step that was being replaced."""
     names = os.listdir(folder)
     for path in [folder / name for name in names if name.startswith((".tmp-step-", ".trash-"))]:
         attempt(remove, path)
@@ -143,7 +143,7 @@ def _clean_up(folder: Path) -> None:
 
 
 def _one_by_one(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[tuple[str, FileCopy]]:
-    """Yields a copy of each file when it is asked for, and keeps none: one of them in memory at a time."""
+    """Yields a copy of each file in turn, so that only one is in memory at a time."""
     for name, tensors in files.items():
         copy = FileCopy(tensors, pinned=False)  # pinned memory is never given back
         copy.take(tensors)
@@ -154,10 +154,10 @@ def _one_by_one(files: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[tup
 def _written(
     temporary: Path, contents: Iterable[tuple[str, FileCopy]], problem: str | None, rows: list[tuple]
 ) -> bytes:
-    """Writes this rank's files unless there is a problem already; returns what rank 0 needs of it.
+    """Writes this rank's files unless there is a problem already; returns what rank 0 needs to publish them.
 
-    That is what went wrong, the manifest's entries (incomplete then) and the index's rows. Thousands of rows, so as
-    bytes: sending objects holds up the training of both.
+    That is what went wrong, the manifest's entries (incomplete in that case) and the index's rows. As bytes, because
+    sending thousands of rows as objects would delay training on both sides.
     """
     entries: list[dict[str, Any]] = []
 
@@ -171,7 +171,7 @@ def _written(
 
 
 def _index_text(tensors: dict[str, Any]) -> Iterator[str]:
-    """Yields index.json tensor by tensor: the encoder holds the interpreter, for a second if all is one call."""
+    """Yields index.json tensor by tensor: the JSON encoder holds the GIL, for a second if called once for all."""
     yield "{"
     for number, kind in enumerate(KINDS):
         yield f"{', ' if number else ''}{json.dumps(kind)}: {{"
@@ -182,7 +182,7 @@ def _index_text(tensors: dict[str, Any]) -> Iterator[str]:
 
 
 def _sealed(path: Path) -> dict[str, Any]:
-    """Brings a file to the disk and returns its entry in the manifest, from what reads back."""
+    """Syncs a file to disk and returns its entry in the manifest, computed from what reads back."""
     fsync_path(path)
     return {"path": path.name, "bytes": path.stat().st_size, "crc32c": crc32c(path)}
 
@@ -201,10 +201,10 @@ def _publish(
     manifest = {**header, "files": sorted(files, key=lambda entry: entry["path"])}
     write_text(temporary / "MANIFEST.json", manifest_text(manifest))
     old = set_aside(published)
-    again = os.path.lexists(published)  # damaged and not used, or saved before its validation was made up for
+    again = os.path.lexists(published)  # it is damaged and unused, or lacks the validation that this save has
     if again:
         remove(old)
-        os.replace(published, old)  # readers know this name: a death before the next rename loses nothing
+        os.replace(published, old)  # readers know this name, so a kill before the next rename loses nothing
     try:
         os.replace(temporary, published)
     except OSError:
@@ -228,7 +228,7 @@ def _tensor_index(rows_of_ranks: list[list[tuple]], world: int) -> dict[str, Any
 
 
 def attempt(action: Callable[..., Any], *arguments: Any) -> str | None:
-    """Returns what went wrong, None when nothing did."""
+    """Calls `action`; returns what went wrong, None when nothing did. Catches OSError only."""
     try:
         action(*arguments)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Agreement between ranks: flags, counts, small objects, and errors that all meet together.
+"""Agreement between ranks: flags, counts, small objects, and errors raised on all ranks.
 
-Over a CPU group, so that it never waits for the device. Every function works in a world of one rank too. Whoever has
-agreed makes progress, and tells the watchdog so.
+Over a CPU group, so that the exchange never waits for the device. Every function works in a world of one rank too, and
+counts as progress for the watchdog.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def to_main(value: Any) -> list[Any]:
-    """Returns every rank's (picklable) value, in rank order, on rank 0; nothing on the others, which hold their own."""
+    """Returns every rank's (picklable) value, in rank order, on rank 0; an empty list on the others."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size() if is_main() else []
@@ -60,12 +60,12 @@ def raise_together(error: Exception | None) -> None:
 
 
 def together(make: Callable[[], T]) -> T:
-    """Returns what `make` returns on this rank; a user's or a storage error of any rank is raised on all."""
+    """Returns what `make` returns on this rank; a UserError or StorageError of any rank is raised on all."""
     try:
         result = make()
     except (UserError, StorageError) as error:
         raise_together(error)
-        raise  # never: it has been raised
+        raise  # never reached: raise_together has raised
     raise_together(None)
     return result
 
@@ -76,9 +76,9 @@ def add_up(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def begin_add_up(numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begins `add_up`, and returns what waits for the sum: the exchange takes place beside what comes between.
+    """Begins `add_up`, and returns a function that waits for the sum: the all-reduce overlaps what comes in between.
 
-    All ranks begin the same agreements in the same order.
+    All ranks must begin the same exchanges in the same order.
     """
     total: torch.Tensor = from_device(lambda: numbers.detach().to("cpu", torch.float64, copy=True))
     work = dist.all_reduce(total, group=cpu_group(), async_op=True) if dist.is_initialized() else None

@@ -1,7 +1,7 @@
-"""Processes that begin where this one is: forks, which have its imports already.
+"""Starts processes as forks of this one, which have its imports already.
 
-The imports of torch and DeepSpeed take seconds of each start. A fork has none of this process's other threads, and a
-GPU that has been used before cannot be used in it: `can_fork` says whether that matters. Imports no torch.
+Importing torch and DeepSpeed takes seconds at each start. A fork lacks this process's other threads, and cannot use a
+GPU that this process has used: `can_fork` says whether that matters. Imports no torch.
 """
 
 import ctypes
@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 _NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED of the driver's API
-_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch counts GPUs without entering the driver
+_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch then counts GPUs without initialising CUDA
 
 
 class Fork:
-    """A child process, with what subprocess.Popen has for one."""
+    """A child process, with those methods of subprocess.Popen that are needed."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -47,13 +47,13 @@ class Fork:
 
 
 def by_fork(call: Callable[[], object]) -> Callable[[Mapping[str, str]], Fork]:
-    """Starts processes that do `call`, which ends them, or raises SystemExit: pretrain.cli.run does."""
-    gc.freeze()  # collections in the forks do not touch, and so copy, what is here
+    """Returns a function that forks a process to do `call`, which ends it or raises SystemExit, as cli.run does."""
+    gc.freeze()  # garbage collections in the forks then do not touch, and so copy, the objects of this process
 
     def start(variables: Mapping[str, str]) -> Fork:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, AttributeError):  # nobody reads; or closed
-                stream.flush()  # what waits in it would be written by the fork too
+            with suppress(OSError, AttributeError):  # the reader is gone, or the stream is closed
+                stream.flush()  # the fork would write what is left in the buffer again
         code, pid = 1, -1
         try:
             if pid := os.fork():
@@ -71,14 +71,14 @@ def by_fork(call: Callable[[], object]) -> Callable[[Mapping[str, str]], Fork]:
             traceback.print_exc()
         finally:
             if not pid:
-                os._exit(code)  # what this process would do at its end is not the fork's to do
+                os._exit(code)  # the exit handlers of this process are not the fork's
         raise AssertionError
 
     return start
 
 
 def count_gpus_without_the_driver() -> None:
-    """Keeps torch from using a GPU while it and DeepSpeed are imported, so that forks can."""
+    """Keeps imports of torch and DeepSpeed from initialising CUDA here, so that forks can use the GPUs."""
     os.environ.setdefault(_NVML_CHECK, "1")
 
 

@@ -16,31 +16,31 @@ from pretrain.cluster import monitor
 from pretrain.errors import UserError
 from pretrain.escape import shown
 
-# Environment variable: the process of another command, which has started this one, and says what is next.
+# Environment variable: the process id of a command that has started this one, and that says what to do next.
 PART_OF = "PRETRAIN_PART_OF"
-# Ask a command to stop, and reach what it runs. Not SIGHUP, which a terminal that closes sends to the ranks itself.
+# They ask a command to stop, and are passed on to the ranks. Not SIGHUP: a closing terminal sends that to the ranks.
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 130  # exit code when a run was asked to stop, and has saved
 
 
 def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs a command, which it prints, to its end; returns its exit code."""
+    """Prints a command and runs it to its end; returns its exit code."""
     print(shown(f"$ {shlex.join([Path(words[0]).name, *words[1:]])}"), flush=True)
     with subprocess.Popen(words, env={**environment, PART_OF: str(os.getpid())}) as process:
         return process.wait()
 
 
 def run_job(words: Sequence[str], environment: Mapping[str, str], lock: Path) -> int:
-    """Runs a command; returns its exit code, or STOPPED when asked to stop, once no rank writes any more.
+    """Runs a command until no rank writes any more; returns its exit code, or STOPPED when asked to stop.
 
-    SIGINT, SIGTERM and SIGUSR1 ask for it, and reach the ranks. lock: the file that rank 0 holds while it writes; not
-    waited for when the command refuses to begin (2), for then another run may hold it.
+    SIGINT, SIGTERM and SIGUSR1 ask for a stop, and reach the ranks. lock: the file that rank 0 locks while it writes;
+    not waited for when the command refuses to begin (exit code 2), because another run may then hold it.
     """
     asked: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
         asked.append(number)
-        if number != signal.SIGINT:  # a terminal tells the ranks itself
+        if number != signal.SIGINT:  # a terminal sends that to the ranks itself
             _pass_on(number)
 
     before = {number: signal.signal(number, stop) for number in PASSED_ON}
@@ -67,7 +67,7 @@ def is_held(lock: Path) -> bool:
 
 
 def array_ranges(counts: Sequence[int]) -> list[str]:
-    """Returns the ranges of job arrays that do so many jobs each, one after the other: "0-3", "4-6"."""
+    """Returns the index ranges of successive job arrays of so many jobs each: "0-3", "4-6" for 4 and 3."""
     ends = list(accumulate(counts, initial=0))
     return [f"{first}-{last - 1}" for first, last in zip(ends, ends[1:]) if first < last]
 
@@ -95,7 +95,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _wait_until_free(lock: Path) -> None:
-    """Waits until rank 0, which may still save when its launcher has died of a signal, lets go of the run's lock."""
+    """Waits until rank 0 releases the run's lock: it may still be saving when its launcher has died of a signal."""
     if lock.is_file():
         with lock.open("a") as file, contextlib.suppress(OSError):  # a file system without locks: nobody holds one
             fcntl.lockf(file, fcntl.LOCK_EX)

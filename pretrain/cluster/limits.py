@@ -1,4 +1,4 @@
-"""What this process may use of its machine: open files, memory; compared with what is needed before it runs out."""
+"""Limits of this process, open files and memory, compared with what it will need before they are reached."""
 
 import os
 import resource
@@ -10,7 +10,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def check_open_files(needed: int, why: str) -> None:
-    """Raises the soft limit as far as the hard one allows. Raises UserError when `needed` more than now do not fit."""
+    """Lifts the soft limit to the hard one. Raises UserError when that does not allow `needed` more files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -23,7 +23,7 @@ def check_open_files(needed: int, why: str) -> None:
 
 
 def check_memory(needed: int, why: str) -> None:
-    """Raises StorageError when this machine, or what this job may use of it, has not so many bytes free."""
+    """Raises StorageError when this machine, or this job's part of it, has fewer than `needed` bytes free."""
     free = free_memory_bytes()
     if free is not None and free < needed:
         raise StorageError(
@@ -33,7 +33,7 @@ def check_memory(needed: int, why: str) -> None:
 
 
 def free_memory_bytes() -> int | None:
-    """Returns what a process here may still take, of the machine's memory and of its control group; None: unknown."""
+    """Returns the bytes that this process may still use, by the machine and by its control groups; None: unknown."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -43,19 +43,19 @@ def free_memory_bytes() -> int | None:
 
 
 def _control_groups() -> list[Path]:
-    """This process's, and those that contain it: SLURM limits job and step, not the task that a process is in."""
+    """This process's control group and its parents: SLURM limits job and step, not the task that a process is in."""
     try:
         own = _GROUPS / Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip().lstrip("/")
-    except (OSError, IndexError):  # none, or the older kind
+    except (OSError, IndexError):  # no control groups, or version 1
         return []
     return [group for group in (own, *own.parents) if group.is_relative_to(_GROUPS)]
 
 
 def _free_in(group: Path, unlimited: int) -> int:
-    """What a control group has left, with what it gives back when somebody needs it, as shards that were read."""
+    """The bytes that a control group has left, including what can be reclaimed, such as cached shards."""
     try:
         most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # "max", or the group of all
+    except (OSError, ValueError):  # the limit is "max", or this is the root group
         return unlimited
     return most - used + sum(int(cached.get(name, 0)) for name in ("inactive_file", "active_file", "slab_reclaimable"))

@@ -1,6 +1,6 @@
-"""Starting ranks on this machine: the launcher's words, what a rank is told, whether there is a GPU.
+"""Starting ranks on this machine: the launcher's command line, a rank's variables, whether there is a GPU.
 
-Does not import torch before it is asked for a GPU.
+Imports torch only when it is asked about GPUs.
 """
 
 import os
@@ -29,15 +29,15 @@ def gpu_is_here() -> bool:
 
 
 def gpus_asked_for() -> str | None:
-    """Returns the variable by which somebody has given this process GPUs; None when nobody has."""
+    """Returns the environment variable that gives this process GPUs; None if there is none."""
     return (_given() or "").partition("=")[0] or None
 
 
 def gpus_expected() -> str | None:
-    """Returns who says that this process has GPUs; None when nobody does, or they are hidden from it.
+    """Returns what says that this process has GPUs; None if nothing does, or if they are hidden from it.
 
-    Where no variable tells, a driver does, with a GPU that this process may open: a driver too old for torch's CUDA
-    looks to torch like none.
+    Without a variable that says so, a driver does if there is a GPU that this process may open: to torch, a driver too
+    old for its CUDA looks like none.
     """
     if (given := _given()) is not None:
         return f"{given} asks for GPUs" if given else None
@@ -47,8 +47,8 @@ def gpus_expected() -> str | None:
 
 
 def _given() -> str | None:
-    """The variable, with its value, that gives this process GPUs; "" where it gives none, None where there is none."""
-    # The first that is there decides: a step may have been given none of its job's, and a user may hide them.
+    """NAME=VALUE of the variable that gives this process GPUs; "" if it gives none, None without such a variable."""
+    # The first that is set decides: a step may have been given none of its job's GPUs, and a user may hide them.
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
         if (value := os.environ.get(name)) is not None and not _is_of_deepspeed(name, value):
             none = value.strip() in ("", "-1", "NoDevFiles") or (name == "SLURM_GPUS_ON_NODE" and value == "0")
@@ -66,14 +66,14 @@ def driver_version() -> str | None:
 
 
 def missing_gpus() -> str | None:
-    """Returns what to tell where torch finds no GPU, though there should be one; None where there need not be."""
+    """Returns the message for when torch finds no GPU though there should be one; None if none is expected."""
     if (expected := gpus_expected()) is None:
         return None
     return f"{expected}, but PyTorch finds none here: {driver_advice()}; DS_ACCELERATOR=cpu trains on the CPU"
 
 
 def warn_of_missing_gpus() -> None:
-    """Says at the end of `make install` that a run would not find the GPUs here."""
+    """Warns, at the end of `make install`, that a run would not find the GPUs here."""
     if (told := missing_gpus()) and not gpu_is_here():
         print(f"warning: {told}")
 
@@ -96,7 +96,7 @@ def driver_advice() -> str:
 
 
 def _is_of_deepspeed(name: str, value: str) -> bool:
-    """Whether DeepSpeed's launcher has set a variable: it numbers its ranks so on CPUs too."""
+    """Whether DeepSpeed's launcher has set CUDA_VISIBLE_DEVICES, as it does, to 0,1,..., without GPUs too."""
     if name != "CUDA_VISIBLE_DEVICES" or "CROSS_SIZE" not in os.environ:
         return False
     return value.split(",") == [str(number) for number in range(len(value.split(",")))]
@@ -110,22 +110,22 @@ def default_num_ranks() -> int:
 
 
 def launcher(num_ranks: int) -> list[str]:
-    """Returns the words before a script and its arguments that start it on so many ranks by DeepSpeed's launcher."""
+    """Returns the command by which DeepSpeed's launcher starts so many ranks; a script and its arguments follow it."""
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     port = str(free_port())  # the default one may be taken
     return [deepspeed, "-q", "--num_gpus", str(num_ranks), "--master_port", port]
 
 
 def launcher_or_python(num_ranks: int) -> list[str]:
-    """Returns the words that start a script soonest: DeepSpeed's launcher, plain python for one rank."""
-    # DeepSpeed's imports DeepSpeed twice more, seconds per run: for one rank there is no need of it.
+    """Returns the fastest command to start a script: DeepSpeed's launcher, or plain python for one rank."""
+    # The launcher imports DeepSpeed twice more, which takes seconds per run; one rank does not need it.
     return [sys.executable] if num_ranks == 1 else launcher(num_ranks)
 
 
 def options_of_ranks(num_ranks: int | None) -> list[str]:
-    """Returns the options of launch/pretrain.py that start so many ranks of this machine; None: on all GPUs.
+    """Returns the options of launch/pretrain.py that start so many ranks on this machine; None: one for each GPU.
 
-    Sooner than `deepspeed`, which imports DeepSpeed twice more, and which answers Ctrl-C with a traceback of its own.
+    Faster than `deepspeed`, which imports DeepSpeed twice more, and which prints its own traceback at Ctrl-C.
     """
     if num_ranks == 1:
         return []
@@ -133,9 +133,9 @@ def options_of_ranks(num_ranks: int | None) -> list[str]:
 
 
 def environment(num_threads: int | None = None) -> dict[str, str]:
-    """Returns what ranks are started with: this process's variables and, without a GPU, those of `on_cpu`.
+    """Returns the environment of ranks: this process's variables and, without a GPU, those of `on_cpu`.
 
-    Where GPUs are expected and not there, the ranks say so.
+    If GPUs are expected but missing, those of `on_cpu` are left out, and the ranks report it.
     """
     on_gpu = gpu_is_here() or gpus_expected() is not None
     return {**os.environ} if on_gpu else {**os.environ, **on_cpu(num_threads)}
@@ -148,7 +148,7 @@ def on_cpu(num_threads: int | None = None) -> dict[str, str]:
 
 
 def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Returns what a launcher would tell a rank of a world on this machine."""
+    """Returns the variables that a launcher would set for a rank on this machine."""
     numbers = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
     return {name: str(value) for name, value in numbers.items()} | {
         "MASTER_ADDR": "127.0.0.1",

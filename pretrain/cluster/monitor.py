@@ -1,7 +1,7 @@
-"""The process beside each rank that sees what the rank cannot see itself: that it is stopped, blocked, or gone.
+"""The monitor process beside each rank: detects what the rank itself cannot, that it is stopped, blocked or gone.
 
-`watchdog.py` starts it as a script, before the heavy imports: the standard library alone, 10 MB. Both read one
-heartbeat in shared memory. It ends with its rank.
+`watchdog.py` starts it as a script, before the heavy imports: it needs only the standard library, 10 MB. The rank's
+heartbeat is in shared memory. The monitor ends with its rank.
 """
 
 import mmap
@@ -17,40 +17,40 @@ from typing import NamedTuple
 
 SECTIONS = ("start", "data", "step", "evaluate", "save", "end")
 LOOK_EVERY_S = 0.5
-STOPPED_S = 45.0  # a stopped process does not come back by itself; told within a minute, and Ctrl-Z stops both
-BLOCKED_S = 10.0  # beyond a section's limit: the rank's own thread, which tells more, had its chance
+STOPPED_S = 45.0  # a stopped process does not resume by itself: reported within a minute; Ctrl-Z stops both
+BLOCKED_S = 10.0  # beyond a section's limit: the rank's own watchdog thread, which reports more, comes first
 STACKS_S = 2.0  # for the rank to write its stacks
-DUMP_SIGNAL = signal.SIGUSR2  # faulthandler's own handler answers it, also when no Python code can run
+DUMP_SIGNAL = signal.SIGUSR2  # faulthandler's own handler answers it, even when no Python code can run
 
 _BEAT = struct.Struct("<QQdI?32s")
 HEARTBEAT_BYTES = mmap.PAGESIZE
 MAX_LINE = 1000  # characters of a report's first line
-START = "start "  # before its name, in the second line of a report
+START = "start "  # precedes a start's name, in the second line of a report
 
 
 class Beat(NamedTuple):
-    """What a rank last said of itself."""
+    """A heartbeat: what a rank last reported of itself."""
 
-    count: int  # of beats; whether it changes tells whether the rank gets on
-    step: int  # finished
+    count: int  # of beats: as long as it changes, the rank makes progress
+    step: int  # the last finished one
     limit_s: float  # of the section, between two beats
-    section: int  # of SECTIONS
-    ended: bool  # in order: nobody needs to look any more
-    start: bytes = bytes(32)  # of the run, as its lock names it; zeros before that
+    section: int  # an index in SECTIONS
+    ended: bool  # in order: nobody needs to watch any more
+    start: bytes = bytes(32)  # which start of the run: the token in its lock; zeros before it is known
 
 
 def write_beat(memory: mmap.mmap, beat: Beat) -> None:
-    """Says so to whoever looks."""
+    """Writes a heartbeat to shared memory."""
     _BEAT.pack_into(memory, 0, *beat)
 
 
 def read_beat(memory: mmap.mmap) -> Beat:
-    """Returns what was said last."""
+    """Returns the last heartbeat."""
     return Beat(*_BEAT.unpack_from(memory, 0))
 
 
 class Age:
-    """How long a count has been the same, in seconds that this process was awake: a suspended machine ages nothing."""
+    """How long a count has not changed, in seconds while this process ran: time on a suspended machine is left out."""
 
     def __init__(self) -> None:
         self.seconds, self._count, self._looked = 0.0, -1, time.monotonic()
@@ -64,16 +64,16 @@ class Age:
 
 
 class Stat(NamedTuple):
-    """What /proc tells of a process."""
+    """What /proc says of a process."""
 
-    state: str  # R, S, D (waits for a disk), T (stopped), Z (ended, which its parent has not yet taken note of)
+    state: str  # R, S, D (waits for a disk), T (stopped), Z (ended, but not yet reaped by its parent)
     parent: int
     group: int
     started: str  # in clock ticks since boot
 
 
 def stat_of(number: int) -> Stat | None:
-    """Returns what /proc tells of a process; None when it is gone, or where there is no /proc."""
+    """Returns what /proc says of a process; None when it is gone, or where there is no /proc."""
     try:
         text = Path(f"/proc/{number}/stat").read_text(errors="replace")  # its name may be of any bytes
         fields = text.rpartition(")")[2].split()
@@ -83,7 +83,7 @@ def stat_of(number: int) -> Stat | None:
 
 
 def processes() -> dict[int, Stat]:
-    """Returns what /proc tells of every process, by number."""
+    """Returns what /proc says of every process, by process id."""
     numbers = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     return {number: stat for number in numbers if (stat := stat_of(number))}
 
@@ -95,15 +95,15 @@ def state_of(number: int) -> str:
 
 
 def stopped_children(parent: int) -> list[int]:
-    """Returns the processes that `parent` has started and somebody has stopped."""
+    """Returns the ids of the children of `parent` that somebody has stopped."""
     return [number for number, stat in processes().items() if stat.state == "T" and stat.parent == parent]
 
 
 def report(folder: Path, rank: int, line: str, start: bytes, stacks: str = "", *, waiting: bool = False) -> None:
-    """Writes into the run's folder how a rank was lost: a line, its start, then the stacks of its threads.
+    """Reports in the run's folder how a rank was lost: a line, its start, then the stacks of its threads.
 
-    Complete or not at all, where the disk does not take it. start: of the beat; other starts, which do not come to the
-    lock, have the folder in common. waiting: it waited for others, whose loss is the cause.
+    The report is complete, or absent if the disk refuses it. start: the heartbeat's; starts that do not get the lock
+    report in the same folder. waiting: the rank waited for others, whose loss is the cause.
     """
     path = folder / f"{'waiting' if waiting else 'lost'}-rank-{rank:05d}.txt"
     temporary = path.with_name(f".{path.name}")
@@ -116,7 +116,7 @@ def report(folder: Path, rank: int, line: str, start: bytes, stacks: str = "", *
 
 
 def tell(folder: Path, rank: int, line: str, start: bytes, stacks: str, *, waiting: bool = False) -> None:
-    """Says on stderr and by `report` how a rank was lost."""
+    """Reports on stderr, and by `report`, how a rank was lost."""
     with suppress(OSError):  # before the report: what hangs may be the disk
         os.write(2, f"{stacks}error: {line}\n".encode(errors="backslashreplace"))
     report(folder, rank, line, start, stacks, waiting=waiting)
@@ -128,7 +128,7 @@ def name_of(start: bytes) -> str:
 
 
 def place(rank: int, process: int, beat: Beat) -> tuple[str, str]:
-    """Returns who and where, for the line that tells how a rank was lost."""
+    """Returns who and where, for the first line of a report."""
     where = f"in section {SECTIONS[beat.section]} after step {beat.step}"
     return f"rank {rank} on {socket.gethostname()} (process {process})", where
 
@@ -170,7 +170,7 @@ def _watch(memory: mmap.mmap, stacks: int, rank: int, process: int, folder: Path
 def main() -> None:
     """Watches the process that has started this one."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # the rank saves, which takes a while
+        signal.signal(number, signal.SIG_IGN)  # at these the rank saves, which takes a while
     heartbeat, stacks, rank, process, folder, stopped_s = sys.argv[1:]
     memory = mmap.mmap(int(heartbeat), HEARTBEAT_BYTES)
     _watch(memory, int(stacks), int(rank), int(process), Path(folder), float(stopped_s))

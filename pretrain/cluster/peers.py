@@ -1,7 +1,7 @@
-"""The other nodes of a run: which of them do not answer when a collective has not come back.
+"""The other nodes of a run: which of them do not answer when a collective does not return.
 
-Each rank listens on a port of its own: the system answers for it as long as node, network and process are there, also
-where the process itself is stopped. gloo and NCCL tell that they waited, not for whom. Imports no torch.
+Each rank listens on a port of its own: the system answers for it as long as node, network and process are there, even
+if the process is stopped. gloo and NCCL report that they waited, but not for whom. Imports no torch.
 """
 
 import errno
@@ -16,7 +16,7 @@ from ipaddress import ip_address
 from typing import Any, NamedTuple
 
 ANSWER_S = 1.5  # a node answers within milliseconds; where its queue is full, the system asks again after a second
-_BACKLOG = 4096  # of those that ask at once; Linux before 5.4 cuts it to 128
+_BACKLOG = 4096  # ranks that ask at the same time; Linux before 5.4 cuts it to 128
 
 
 class _Node(NamedTuple):
@@ -27,14 +27,14 @@ class _Node(NamedTuple):
     last_rank: int
 
 
-_others: list[_Node] = []  # made by `meet`
+_others: list[_Node] = []  # set by `meet`
 _listener: socket.socket | None = None
 
 
 def meet(gather: Callable[[Any], list[Any]]) -> None:
-    """Tells the other ranks where this one is, and learns where they are. Called by all ranks.
+    """Exchanges addresses with the other ranks. Called by all ranks.
 
-    gather: agreement.gather, which cannot be imported where torch must not.
+    gather: agreement.gather, which this module does not import because it imports torch.
     """
     global _listener, _others
     leave()
@@ -45,7 +45,7 @@ def meet(gather: Callable[[Any], list[Any]]) -> None:
         own = (socket.gethostname(), *_listener.getsockname()[:2])
     nodes: dict[str, _Node] = {}
     for rank, place in enumerate(gather(own)):
-        # A node whose own name leads to loopback is not to be asked there: that would be this one.
+        # A node with a loopback address cannot be asked there: this node would answer.
         if place is not None and own is not None and place[1] != own[1] and not ip_address(place[1]).is_loopback:
             first = nodes.get(place[1], _Node(place[0], place[1], place[2], rank, rank))
             nodes[place[1]] = first._replace(last_rank=rank)
@@ -53,18 +53,18 @@ def meet(gather: Callable[[Any], list[Any]]) -> None:
 
 
 def leave() -> None:
-    """Stops to answer."""
+    """Stops answering."""
     global _listener, _others
     _others = []
     if _listener is not None:
         with suppress(OSError):
-            _listener.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who waits in accept
+            _listener.shutdown(socket.SHUT_RDWR)  # closing alone does not wake a thread in accept
         _listener.close()
         _listener = None
 
 
 def _listening() -> socket.socket:
-    """A port at the address with which this node speaks to rank 0's."""
+    """Returns a listening socket at the address by which this node reaches rank 0's."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
@@ -77,14 +77,14 @@ def _listening() -> socket.socket:
 
 
 def _take_away(listener: socket.socket) -> None:
-    """Takes those that have asked out of the queue, which else is full when every rank of a large run has."""
+    """Accepts and closes connections: otherwise the queue would fill up when every rank of a large run asks."""
     with suppress(OSError):  # it was closed, or no file is left to open
         while True:
             listener.accept()[0].close()
 
 
 def silent(seconds: float = ANSWER_S) -> list[str]:
-    """Returns the other nodes, with their ranks, that do not answer within `seconds`, and those whose rank is gone."""
+    """Returns the other nodes, with their ranks, that do not answer within `seconds` or whose first rank is gone."""
     asked: dict[int, tuple[_Node, socket.socket]] = {}
     found: dict[_Node, str] = {}
     waiting, until = select.poll(), time.monotonic() + seconds

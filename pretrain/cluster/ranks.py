@@ -27,20 +27,20 @@ _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 _cpu_group: Any = None  # gloo, made by `start`
 _from_slurm = False  # whether srun has started the ranks
-_counted_here: int | None = None  # ranks of this node, by `start`, where no launcher tells them
-_place: int | None = None  # on its node, where LOCAL_RANK is not that
+_counted_here: int | None = None  # ranks on this node, counted by `start` where no launcher tells
+_place: int | None = None  # this rank's number on its node, where LOCAL_RANK is only its device
 
 
 def start(timeout_s: int) -> torch.device:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT describe; returns the device.
 
     Under plain srun SLURM's variables describe it. Raises UserError when they contradict each other, when GPUs are
-    expected and not there, or when two ranks have the same one.
+    expected but missing, or when two ranks share one; when the ranks do not meet, the error that `not_met` returns.
     """
     global _cpu_group, _counted_here
     complete_environment()
     device = choose_device()
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is asked for by name: torch's default rounds convolutions to 10 bits
+    torch.backends.cudnn.allow_tf32 = False  # fp32 must be fp32: torch's default rounds convolutions to 10 bits
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -68,9 +68,9 @@ def own_cores() -> list[str]:
 
 
 def cores_of_ranks(places: Iterable[tuple[str, Sequence[str]]]) -> list[int]:
-    """Returns how many cores each rank has, given its host and `own_cores`: cores that several may use are divided.
+    """Returns how many cores each rank has, given its host and `own_cores`: ranks divide the cores that they share.
 
-    srun binds each task to its own; other launchers leave all cores to all ranks.
+    srun binds each task to its own cores; other launchers leave all cores to all ranks.
     """
     masks = [(host, set(cores)) for host, cores in places]
     here: dict[str, list[set[str]]] = {}
@@ -80,7 +80,7 @@ def cores_of_ranks(places: Iterable[tuple[str, Sequence[str]]]) -> list[int]:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Returns every rank's value, as agreement.gather does, without a word to the watchdog."""
+    """Returns every rank's value, as agreement.gather does, but does not count as progress for the watchdog."""
     if not dist.is_initialized():
         return [value]
     found: list[Any] = [None] * world_size()
@@ -89,7 +89,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def _check_own_gpu(device: torch.device) -> None:
-    """Raises UserError, on all ranks, when some of them have the same GPU: NCCL would refuse it, in other words."""
+    """Raises UserError, on all ranks, when some of them share a GPU, which NCCL would refuse with another message."""
     found = all_gather((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)))
     for host, uuid in found:
         sharing = [str(number) for number, other in enumerate(found) if other == (host, uuid)]
@@ -101,18 +101,18 @@ def _check_own_gpu(device: torch.device) -> None:
 
 
 def hides_gpus() -> bool:
-    """Whether each task of a node sees its own GPU alone: NCCL needs to see all of a node to find NVLink between them.
+    """Whether each task of a node sees only its own GPU: to find NVLink between GPUs, NCCL must see all of a node.
 
-    As its maintainers say: https://github.com/NVIDIA/nccl/issues/1066.
+    Source: its maintainers, https://github.com/NVIDIA/nccl/issues/1066.
     """
     return has_gpu() and _from_slurm and ranks_here() > 1 and torch.cuda.device_count() == 1
 
 
 def not_met(error: Exception) -> UserError | LostProcessError:
-    """Returns the error to raise when this rank did not reach the place where ranks meet."""
+    """Returns the error to raise when this rank did not meet the others at MASTER_ADDR:MASTER_PORT."""
     where, told = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
-    # A supervisor, or the number of the job, has chosen the place, which somebody has taken since: the next start has
-    # another one. Who waits in vain has lost somebody, or MASTER_ADDR is wrong.
+    # A supervisor, or the job's number, chose the port, and somebody has taken it since: the next start has another.
+    # After a timeout, another rank was lost, or MASTER_ADDR is wrong.
     if SUPERVISOR in os.environ or _from_slurm or "timed out" in told.lower():
         return LostProcessError(f"rank {rank()} of {world_size()} did not meet the others at {where}: {told}")
     if "EADDRINUSE" in str(error):
@@ -129,7 +129,7 @@ def stop() -> None:
 
 
 def cpu_group() -> Any:
-    """The group that agreement goes over; None where there is one process."""
+    """The process group of agreement.py; None before `start` and after `stop`."""
     return _cpu_group
 
 
@@ -154,7 +154,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its node, from 0: the device it uses, unless it sees no other."""
+    """The number of this process on its node, from 0; also that of its device, unless it sees only that one."""
     return _place if _place is not None else int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -182,7 +182,7 @@ def seed_generators(seed: int, step: int) -> None:
 
 
 def complete_environment() -> None:
-    """Sets the variables that no launcher has set: of a task of srun, or of a world of one rank. Raises UserError."""
+    """Sets the variables that no launcher has set, for a task of srun or a world of one rank. Raises UserError."""
     global _from_slurm
     if "RANK" not in os.environ and (tasks := slurm.tasks_beside(os.environ)):
         raise UserError(
@@ -191,16 +191,16 @@ def complete_environment() -> None:
         )
     if "RANK" not in os.environ and slurm.is_task(os.environ):
         variables = slurm.rank_variables(os.environ)
-        if _from_slurm := variables["WORLD_SIZE"] != "1":  # alone: several may be started in one step, by hand
+        if _from_slurm := variables["WORLD_SIZE"] != "1":  # else a free port, below: one step may run several by hand
             os.environ.update(variables)
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:  # no launcher: one rank
         os.environ.update(rank_variables(0, 1, free_port()))
     missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise UserError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; check its environment")
-    # Else gloo takes the address of the host's own name, which many systems have as 127.0.1.1, or warns of it.
+    # Otherwise gloo takes the address of the host's own name, which on many systems is 127.0.1.1, or warns of it.
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(os.environ["MASTER_ADDR"])):
-        # Rank 0's own name may lead to loopback too, which no other node reaches.
+        # Rank 0's own name may resolve to loopback too, which no other node can reach.
         here = _told_ranks_here() or (world_size() if os.environ["MASTER_ADDR"] in _LOOPBACK else None)
         if name != "lo" or here == world_size():
             os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -209,7 +209,7 @@ def complete_environment() -> None:
 
 
 def interface_to(host: str) -> str | None:
-    """Returns the name of the network interface by which this machine reaches a host; None where nothing tells it."""
+    """Returns the name of the network interface by which this machine reaches a host; None if it is not known."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing
@@ -225,7 +225,7 @@ def interface_to(host: str) -> str | None:
 
 
 def _enter_driver() -> None:
-    """Begins to use CUDA: DeepSpeed has torch count GPUs without asking whether they can be used."""
+    """Initialises CUDA: DeepSpeed makes torch count GPUs without checking that they can be used."""
     try:
         torch.cuda.init()
     except RuntimeError as error:
@@ -239,13 +239,13 @@ def choose_device() -> torch.device:
     """Returns the device of this rank. Raises UserError when GPUs are expected and PyTorch does not find them."""
     if not has_gpu():
         told = None if os.environ.get("DS_ACCELERATOR") == "cpu" else missing_gpus()
-        if told:  # it would run a hundred times slower, and say nothing
+        if told:  # else it would run a hundred times slower without a word
             raise UserError(told)
         return torch.device("cpu")
     global _place
     _enter_driver()
     count = torch.cuda.device_count()
-    if count == 1 and _from_slurm:  # --gpus-per-task: it sees its own alone
+    if count == 1 and _from_slurm:  # --gpus-per-task: it sees only its own
         _place = local_rank()
         os.environ["LOCAL_RANK"] = "0"  # where DeepSpeed looks for the device
         return torch.device("cuda", 0)

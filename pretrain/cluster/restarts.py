@@ -1,4 +1,4 @@
-"""Restarts on one machine, without a scheduler: starts the ranks of a run, and again when one of them is lost.
+"""Restarts on one machine, without a scheduler: starts the ranks of a run, and starts them again when one is lost.
 
 The ranks are forks of this process (forks.py), or processes as a launcher would start them; this one waits for them.
 Imports no torch, though its caller may.
@@ -21,16 +21,16 @@ from pretrain.cluster.signals import SUPERVISOR, StopRequest
 from pretrain.errors import LostProcessError, StorageError, UserError
 
 COUNT = "PRETRAIN_RESTARTS"  # environment variable of the ranks: how often they were started before
-# And death by a signal; other codes need a person. 1, a defect, may be one of the machine (a GPU that has failed), as
-# STOP.json and launch/pretrain.sbatch have it: no start gets further where it is ours, and that is the end of it.
+# Exit codes to restart after, besides death by a signal; others need a person. 1, a defect, may be the machine's (a GPU
+# that has failed), as for STOP.json and launch/pretrain.sbatch; if it is ours, restarts end as no start gets further.
 DEFECT = 1
 RETRY = (0, DEFECT, StorageError.exit_code, LostProcessError.exit_code)
-LOST_S = 2.0  # after which the others of a lost rank are ended: they can only say that they have lost it
-AGREED_S = 10.0  # likewise, of one that has met an error: if all have, rank 0 tells it, and the others wait for that
-TOLD_S = 1.0  # after rank 0 has told what a person must change: the others, who wait for that, end at SIGTERM unheard
-MOST_PAUSE_S = 60.0  # before a restart, when those before it have led to nothing
+LOST_S = 2.0  # from the loss of a rank to the end of the others, which can only report that loss
+AGREED_S = 10.0  # likewise, after the error of a rank: if all ranks have met it, they wait for rank 0 to report it
+TOLD_S = 1.0  # from rank 0's report of a user's error to SIGTERM, at which the others, waiting for it, end silently
+MOST_PAUSE_S = 60.0  # before a restart, when earlier ones have made no progress
 _LOOK_EVERY_S = 0.05
-_MONITORS_END_S = 5.0  # they look twice a second; one that writes to a disk that hangs is not waited for
+_MONITORS_END_S = 5.0  # they look twice a second; for one that writes to a disk that hangs, no longer than this
 _OTHERS = {
     "TORCHELASTIC_RUN_ID": "torchrun has --max-restarts",
     "SLURM_STEP_ID": "under SLURM launch/pretrain.sbatch requeues the job",
@@ -38,18 +38,18 @@ _OTHERS = {
 
 
 Process = subprocess.Popen[bytes] | Fork
-Start = Callable[[Mapping[str, str]], Process]  # starts a rank with these variables beside this process's own
+Start = Callable[[Mapping[str, str]], Process]  # starts a rank with these variables added to this process's own
 
 
 def by_command(words: Sequence[str]) -> Start:
-    """Starts ranks by a command."""
+    """Returns a function that starts a rank by a command."""
     return lambda variables: subprocess.Popen(words, env={**os.environ, **variables})
 
 
 def is_supervised(environment: Mapping[str, str]) -> bool:
     """Returns whether this process is a rank that `run_with_restarts` has started.
 
-    Raises UserError when something else has, except a command of ours (`jobs.start`), which may itself be a task.
+    Raises UserError when a launcher has, unless through a command of ours (`jobs.start`), which may be a task of srun.
     """
     if SUPERVISOR in environment:
         return True
@@ -72,11 +72,11 @@ def run_with_restarts(
 ) -> int:
     """Runs so many ranks on this machine to their end; returns the run's exit code, 128 + N for signal N.
 
-    A lost rank ends the others, and all start again: at once, later ones with a pause, at most `most` times in a row
-    without a new checkpoint, never where that is 0. newest: names the newest one, "" where there is none; a later one's
-    name is greater, and one that was set aside, or whose disk is away, is no progress. refused: the exit code of a run
-    that has said that it must not be started again, else None. What asks this process to stop (signals.py) asks the
-    ranks to.
+    A lost rank ends the others, and all start again: the first time at once, then after a pause; at most `most` times
+    in a row without a new checkpoint, never if that is 0. newest: returns the name of the newest checkpoint, "" if
+    there is none; later names are greater, so that one that is set aside, or whose disk is away, is no progress.
+    refused: returns the exit code of a run that forbids another start (STOP.json), else None. Requests to stop this
+    process (signals.py) are passed on to the ranks.
     """
     idle = count = 0
     before = ""
@@ -104,7 +104,7 @@ def run_with_restarts(
 def _run_once(start: Start, num_ranks: int, count: int, stop: StopRequest) -> list[int]:
     """Starts every rank, waits until all have ended, and returns their exit codes; -N: ended by signal N.
 
-    0 for those that were ended here because others were lost: theirs say nothing.
+    The code is 0 for ranks killed here because others were lost: their own says nothing.
     """
     port = free_port()
     own = {SUPERVISOR: str(os.getpid()), COUNT: str(count), "LOCAL_WORLD_SIZE": str(num_ranks)}
@@ -113,7 +113,7 @@ def _run_once(start: Start, num_ranks: int, count: int, stop: StopRequest) -> li
         for rank in range(num_ranks):
             processes.append(start({**own, **rank_variables(rank, num_ranks, port)}))
         return _wait(processes, stop)
-    finally:  # also by a second Ctrl-C
+    finally:  # also after a second Ctrl-C
         _send(processes, signal.SIGKILL)
         for process in processes:
             process.wait()
@@ -123,7 +123,7 @@ def _run_once(start: Start, num_ranks: int, count: int, stop: StopRequest) -> li
 
 
 def _monitors_of(processes: Sequence[Process]) -> bool:
-    """Whether one of the processes beside the ranks is still there: it may yet report a rank's end."""
+    """Whether a rank's monitor process is still there: it may yet report that rank's end."""
     ranks = {str(process.pid) for process in processes}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended
@@ -139,8 +139,8 @@ def _wait(processes: Sequence[Process], stop: StopRequest) -> list[int]:
     while None in (codes := [process.poll() for process in processes]):
         if stop.signal_name is not None and not asked:
             asked = True
-            _send(processes, signal.SIGTERM)  # whatever it was here: a terminal's SIGINT has reached them already
-        if lost_at is None and any(codes):  # neither 0 nor running
+            _send(processes, signal.SIGTERM)  # whatever the signal here: a terminal's SIGINT has reached them already
+        if lost_at is None and any(codes):  # one has ended, and not with 0
             lost_at = time.monotonic()
             given_s = LOST_S if any(code is not None and _is_lost(code) for code in codes) else AGREED_S
         since_s = 0.0 if lost_at is None else time.monotonic() - lost_at
@@ -164,7 +164,7 @@ def _send(processes: Sequence[Process], number: int) -> None:
 
 
 def _decisive(codes: Sequence[int]) -> int:
-    """The code that says most: one that needs a person, a defect, one that was told, a signal; 0: all is well."""
+    """The code that says most, in this order: one that needs a person, a defect, another error, a signal, 0."""
     return max(codes, key=lambda code: (code not in RETRY and code > 0, code == DEFECT, code > 0, code != 0))
 
 
@@ -182,7 +182,7 @@ def _told(codes: Sequence[int]) -> str:
 
 
 def _pause(idle: int, stop: StopRequest) -> bool:
-    """Waits before a restart; returns whether nobody has asked to stop meanwhile."""
+    """Waits before a restart; returns False if a stop is requested meanwhile."""
     until = time.monotonic() + (min(MOST_PAUSE_S, 2.0 ** (idle - 1)) if idle > 1 else 0.0)
     while stop.signal_name is None and time.monotonic() < until:
         time.sleep(_LOOK_EVERY_S)

@@ -1,6 +1,6 @@
-"""The wish to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP, and the death of the launcher. Imports no torch.
+"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP, and the death of the launcher. Imports no torch.
 
-`StopRequest` is made in the first lines of a command, before imports that take seconds: SIGUSR1 would end it there.
+`StopRequest` is made in the first lines of a command, before imports that take seconds: until then SIGUSR1 kills it.
 """
 
 import ctypes
@@ -17,10 +17,10 @@ from pretrain.cluster.monitor import stat_of
 from pretrain.cluster.slurm import rank_so_far
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# A plain shell may be closed while its jobs go on; these start ranks for nobody but themselves.
+# Programs whose death ends the ranks that they started. Not a plain shell, which may be closed while its jobs go on.
 _LAUNCHERS = (
     "deepspeed",
-    "ds",  # the same by another name
+    "ds",  # another name of `deepspeed`
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",
     "torchrun",
@@ -28,21 +28,21 @@ _LAUNCHERS = (
 )
 SUPERVISOR = "PRETRAIN_SUPERVISOR"  # environment variable: the process that has started the ranks (restarts.py)
 _LOOK_EVERY_S = 1.0
-_ON_ONE_MACHINE = "deepspeed.launcher.launch"  # without --node_rank `deepspeed` itself has started it
-_INITS = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit")  # to which orphans go
+_ON_ONE_MACHINE = "deepspeed.launcher.launch"  # if it has no --node_rank, `deepspeed` itself has started it
+_INITS = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit")  # they adopt orphans
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class StopRequest:
-    """Hears SIGTERM, SIGINT, SIGUSR1 (SLURM's warning) and SIGHUP, and remembers; the loop decides when to stop.
+    """Records SIGTERM, SIGINT, SIGUSR1 (SLURM's warning) and SIGHUP; the loop decides when to stop.
 
-    A second SIGINT interrupts at once. SIGHUP that is ignored, as under nohup, stays so.
+    A second SIGINT interrupts at once. SIGHUP stays ignored if it was, as under nohup.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._interrupted = False
-        self.launchers = _launchers_above()  # those that die during the imports are to be missed too
+        self.launchers = _launchers_above()  # now: one may die during the imports
         heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in heard}
 
@@ -51,13 +51,13 @@ class StopRequest:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
         first, self.signal_name = self.signal_name is None, signal.Signals(number).name
-        if not first:  # as of who has started the ranks, and passes on what a terminal has told them already
+        if not first:  # as when the process that started the ranks passes on what a terminal has sent them already
             return
         launched = {"RANK", "SLURM_PROCID"} & os.environ.keys()
         who = f"rank {rank_so_far(os.environ)}: " if launched else ""
         told = f"{who}{self.signal_name}: saving and stopping after this step or the next\n"
         with suppress(OSError):  # the terminal may be gone, and a handler that raises ends the training unsaved
-            os.write(2, told.encode())  # print may be interrupted in itself, and then raises
+            os.write(2, told.encode())  # print may be what the signal interrupted, and then raises
 
     def close(self) -> None:
         """Restores the handlers found before."""
@@ -66,10 +66,10 @@ class StopRequest:
 
 
 def end_at_sigterm(code: int) -> None:
-    """Has SIGTERM end this process with its own code, without a word: it has met an error, and has nothing to save.
+    """Makes SIGTERM end this process silently with exit code `code`: it has met an error, and has nothing to save.
 
-    So a launcher ends it when rank 0 has told the error and is gone; of its tasks' codes srun returns the highest, a
-    signal's.
+    Launchers send SIGTERM when rank 0 has reported the error and exited. srun returns the highest exit code of its
+    tasks, which would be that of a signal.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
 
@@ -77,7 +77,7 @@ def end_at_sigterm(code: int) -> None:
 def live_as_long_as_parent() -> None:
     """For child processes: a signal to the whole group must not end them before the loop has saved.
 
-    They end when it ends, however that happens; also one that is stopped.
+    They are killed when their parent ends, however that happens, even if they are stopped.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -85,25 +85,25 @@ def live_as_long_as_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-_GONE = "gone"  # when no process can have started
+_GONE = "gone"  # a start time that no process has
 
 
 class _Process(NamedTuple):
     number: int
-    started: str  # numbers are used again
+    started: str  # process ids are reused
 
 
 def end_with_launcher(stop: StopRequest | None = None) -> None:
-    """Asks this process to stop (SIGTERM) when a launcher that it descends from dies, which else leaves orphans.
+    """Asks this process to stop (SIGTERM) when a launcher among its ancestors dies, which would otherwise orphan it.
 
-    All of them are watched, those since `stop` was made, as one may leave the next one alive: `deepspeed` its
-    launch.py, and that its ranks; also a command of ours that has started this one (jobs.py).
+    All of them are watched, also those that were there when `stop` was made, because one may leave the next one alive:
+    `deepspeed` its launch.py, and that its ranks; also a command of ours that has started this one (jobs.py).
     """
     supervisor, command = os.environ.get(SUPERVISOR), os.environ.get(PART_OF)
     is_orphan = supervisor is not None and supervisor != str(os.getppid())
     if command is not None and command.isdecimal() and stat_of(os.getpid()):  # there is a /proc
         is_orphan |= not _started(int(command))
-    if is_orphan:  # it died before this process has looked
+    if is_orphan:  # the parent died before this process looked
         os.kill(os.getpid(), signal.SIGTERM)
     watched = {*(stop.launchers if stop else ()), *_launchers_above()}
     if not watched:
@@ -124,7 +124,7 @@ def _launchers_above() -> list[_Process]:
     while number > 1 and (stat := stat_of(number)):  # None: not Linux, or gone, and its own parent's death is seen
         try:
             words = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # gone this moment
+        except OSError:  # it has just ended
             break
         script = Path(words[1]).name if len(words) > 1 else ""
         module = words[words.index("-m") + 1 :][:1] if "-m" in words[:4] else []
@@ -146,6 +146,6 @@ def _name(number: int) -> str:
 
 
 def _started(number: int) -> str:
-    """When a process has started; "" when there is none, or only what its parent has not yet taken note of."""
+    """The start time of a process; "" if there is no such process, or only a zombie."""
     stat = stat_of(number)
     return "" if stat is None or stat.state == "Z" else stat.started

@@ -1,11 +1,11 @@
-"""SLURM's words for ranks: a script under plain `srun` learns its place in the world. Imports no torch."""
+"""SLURM's variables for ranks: a script under plain `srun` learns its rank and the world size. Imports no torch."""
 
 import re
 from collections.abc import Mapping
 
 from pretrain.errors import UserError
 
-_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # above: the batch script, an interactive shell and the like, which are no tasks
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # from here on: batch script, interactive shell and the like, which are no tasks
 
 
 def is_task(environment: Mapping[str, str]) -> bool:
@@ -15,27 +15,27 @@ def is_task(environment: Mapping[str, str]) -> bool:
 
 
 def num_tasks(environment: Mapping[str, str]) -> int:
-    """Returns the number of tasks that srun has started this process among; 0 where it is none."""
+    """Returns the number of tasks in this process's step of srun; 0 if it is not a task."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
     return int(tasks) if is_task(environment) and tasks.isdigit() else 0
 
 
 def tasks_beside(environment: Mapping[str, str]) -> int:
-    """Returns the number of a job's tasks where its batch script, not srun, has started this process; 0 for one."""
+    """Returns the job's number of tasks if its batch script, not srun, has started this process; 0 if that is one."""
     tasks = environment.get("SLURM_NTASKS", "")
     in_script = environment.get("ENVIRONMENT") == "BATCH" and not is_task(environment)
     return int(tasks) if in_script and tasks.isdigit() and int(tasks) > 1 else 0
 
 
 def rank_so_far(environment: Mapping[str, str]) -> int:
-    """Returns this process's rank as its launcher or srun tells it, before it has joined the others; 0 without one."""
+    """Returns this process's rank by the variables of its launcher or srun, before it joins the others; else 0."""
     return int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns what torchrun would have told this task: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, an address.
+    """Returns the variables that torchrun would set: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_*.
 
-    MASTER_ADDR and MASTER_PORT that are there already are kept. Raises UserError when WORLD_SIZE is there and differs.
+    MASTER_ADDR and MASTER_PORT are kept if set already. Raises UserError when WORLD_SIZE is set and differs.
     """
     try:
         return _rank_variables(environment)
@@ -62,7 +62,7 @@ def _rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(_tasks_here(environment)),
         "MASTER_ADDR": "127.0.0.1" if alone else first_host(nodes),
-        # Of the job, its step and its start: others may share the node. Below the ports that Linux gives to anybody.
+        # From the job, its step and its restarts: other jobs may share the node. Below Linux's ephemeral ports.
         "MASTER_PORT": str(20000 + (8 * job + step + 101 * int(environment.get("SLURM_RESTART_COUNT", 0))) % 12000),
     }
     return found | {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}

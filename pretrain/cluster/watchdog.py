@@ -1,9 +1,9 @@
-"""The watchdog: ends a rank that hangs, and says which one, where, and what each of its threads was doing.
+"""The watchdog: ends a rank that hangs, and reports which one, where, and the stacks of its threads.
 
-Without collectives, which are what hangs. A rank says which section it is in and that it gets on (`section`, `beat`); a
-thread of its own compares the time since with the section's limit, learned from the run; a process beside it
-(monitor.py) covers a rank that is stopped, blocked or gone. A rank that waits learns of others from the run's folder.
-Imports no torch.
+It uses no collectives, because they are what hangs. A rank reports its section and its progress (`section`, `beat`). A
+thread compares the time since the last beat with the section's limit, learned from the run. The monitor process
+(monitor.py) covers a rank that is stopped, blocked or gone. A rank that waits learns from the run's folder which other
+ranks were lost. Imports no torch.
 """
 
 import faulthandler
@@ -27,17 +27,17 @@ from pretrain.cluster.slurm import rank_so_far
 from pretrain.errors import DeviceMemoryError, LostProcessError
 from pretrain.escape import shown
 
-FACTOR = 5  # a section may take so many times its longest silence of late
-FIRST_FACTOR = 10  # of the floor: until a section has come FIRST times, with compilation and cold disks
+FACTOR = 5  # a section's limit is so many times its longest recent time without a beat
+FIRST_FACTOR = 10  # of the floor, until a section has been entered FIRST times: compilation, cold disks
 FIRST, REMEMBERED = 3, 16  # visits of a section
-WAITING_S = 20.0  # a rank that waits for others lets them speak first
-LOOK_AROUND_S = 10.0  # without a sign of life: then others' reports are looked for
+WAITING_S = 20.0  # a rank that waits for others lets them report first
+LOOK_AROUND_S = 10.0  # without a beat, after which others' reports are looked for
 _MONITOR_ENDS_S = 10.0  # it looks every half second
 _TOLD = 3  # nodes that a line names
 _MAX_HEAD = 20_000  # characters of a report that are read: its first two lines
 _WAITS_IN = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
-# DeepSpeed's, where a rank waits for its GPU, and the GPU for others: the norm of the gradients; under ZeRO 3 also the
-# end of each backward pass, the gathering of small weights, and gradients and weights that the GPU is behind with.
+# Functions, most of DeepSpeed, in which a rank waits for its GPU, and the GPU for other ranks: the gradient norm; under
+# ZeRO 3 also the end of each backward pass, the all-gather of small weights, and outstanding gradients and weights.
 _WAITS_FOR_DEVICE = {
     "is_invalid_grad_norm",
     "independent_gradient_partition_epilogue",
@@ -52,16 +52,16 @@ _watch: "_Watch | None" = None
 
 
 def from_device(read: Callable[[], Any]) -> Any:
-    """Returns read(), which waits for this rank's GPU, and that perhaps for another rank: not a hang of this one."""
+    """Returns read(), a host sync. The GPU may be waiting for another rank: then it is not this rank that hangs."""
     return read()
 
 
 @contextmanager
 def watching(folder: Path, floor_s: int, timeout_s: int) -> Iterator[None]:
-    """Watches this rank; does nothing where it is watched already, or floor_s is 0.
+    """Watches this rank within the block; does nothing if it is watched already, or if floor_s is 0.
 
-    folder: the run's, where it tells how it was lost. floor_s: no limit is shorter. timeout_s: after which the others
-    give up on a collective; a longer floor is cut to it.
+    folder: the run's, for reports of lost ranks. floor_s: no limit is shorter. timeout_s: after which the others give
+    up on a collective; a longer floor is cut to it.
     """
     global _watch
     if _watch is not None or not floor_s:
@@ -79,27 +79,27 @@ def watching(folder: Path, floor_s: int, timeout_s: int) -> Iterator[None]:
 
 
 def section(name: str, step: int | None = None) -> None:
-    """Says that this rank enters a part of the run, of SECTIONS; step: the last one that is finished."""
+    """Reports that this rank enters a section of the run, one of SECTIONS. step: the last finished one."""
     if _watch is not None:
         _watch.enter(name, step)
 
 
 def beat() -> None:
-    """Says that this rank gets on."""
+    """Reports that this rank makes progress."""
     if _watch is not None:
         _watch.beat()
 
 
 def asked(answered: Callable[[], bool]) -> None:
-    """Says that this rank has asked all others: until `answered` it waits for them, whatever it is doing meanwhile."""
+    """Reports a pending collective: until `answered()`, this rank waits for others, whatever it does meanwhile."""
     if _watch is not None:
         _watch.answered = answered
 
 
 def belongs_to(start: str) -> None:
-    """Says which start of the run this rank is of, 32 letters: from now on it hears of lost ranks of that one alone.
+    """Sets the start of the run that this rank belongs to, 32 letters: from now on only reports of that start count.
 
-    A start that does not get the run's lock tells of its ranks in the same folder.
+    A start that does not get the run's lock reports its lost ranks in the same folder.
     """
     if _watch is not None:
         _watch.name_start(start.encode())
@@ -112,21 +112,21 @@ def tell_also(function: Callable[[LostProcessError], None]) -> None:
 
 
 def forget_reports(folder: Path) -> None:
-    """Deletes what an earlier start has reported of lost ranks."""
+    """Deletes an earlier start's reports of lost ranks."""
     for path in [*folder.glob("lost-rank-*.txt"), *folder.glob("waiting-rank-*.txt")]:
         with suppress(OSError):
             path.unlink()
 
 
 def lost_others(folder: Path, wait_s: float = 0.0) -> list[str]:
-    """Returns what is reported of other ranks that were lost, a line each; waits for the first, at most `wait_s`."""
+    """Returns the reports of other ranks that were lost, a line each; waits for the first, at most `wait_s`."""
     own, until = f"lost-rank-{rank_so_far(os.environ):05d}.txt", time.monotonic() + wait_s
     passed_over = _watch.earlier if _watch is not None else set()
     own_start = _watch.start if _watch is not None else ""
     while True:
         found = []
         with suppress(OSError):
-            # Over NFS a listing may be a minute old, until this node has made a file there, as this does.
+            # Over NFS a listing may be a minute old, until this node creates a file there, as this does.
             tempfile.TemporaryFile(dir=folder).close()
         with suppress(OSError):
             for path in sorted(folder.glob("lost-rank-*.txt"), key=lambda path: path.stat().st_mtime):
@@ -149,7 +149,7 @@ def _not_a_link(path: str, flags: int) -> int:
 
 
 class _Watch:
-    """One rank's heartbeat, the thread that looks at it, the process beside it."""
+    """A rank's heartbeat, the thread that watches it, and its monitor process."""
 
     def __init__(self, folder: Path, floor_s: float) -> None:
         self._folder, self._floor_s, self._rank = folder.absolute(), floor_s, rank_so_far(os.environ)
@@ -202,7 +202,7 @@ class _Watch:
         monitor.write_beat(self._memory, self._beat)
 
     def ended_by(self, error: Exception) -> None:
-        """Tells the others of an error that they may not have met: a defect of ours, or a lack of this rank's GPU."""
+        """Reports an error that other ranks may not have met: a defect of ours, or a lack of this GPU's memory."""
         if not hasattr(error, "exit_code") or isinstance(error, DeviceMemoryError):
             who, where = monitor.place(self._rank, os.getpid(), self._beat)
             line = f"{who} ended, {where}: {type(error).__name__}: {error}".splitlines()[0]
@@ -242,7 +242,7 @@ class _Watch:
                 if stopped := monitor.stopped_children(os.getpid()):
                     self._end(beat, f"waits for loader process {stopped[0]}, stopped", silent_s, self._stopped_s)
             waiting = self._waits_for_others()
-            # Also where no frame shows that it waits, for its GPU; a rank that hangs may hang at this very disk.
+            # Also if no frame shows that it waits, as for its GPU. Not if it hangs, perhaps because of this very disk.
             if (waiting or silent_s < beat.limit_s) and silent_s - looked_around >= LOOK_AROUND_S / 2:
                 looked_around = silent_s
                 if others := lost_others(self._folder):
@@ -254,13 +254,13 @@ class _Watch:
                 waiting = waiting or bool(silent)
                 told = ["waits for other ranks" if waiting else "hangs", *silent[:_TOLD]]
                 self._end(beat, "; ".join(told), silent_s, beat.limit_s, waiting=waiting)
-            elif silent_s >= beat.limit_s and self._beat is beat:  # the process beside must not take it for blocked
+            elif silent_s >= beat.limit_s and self._beat is beat:  # the monitor must not take it for blocked
                 monitor.write_beat(self._memory, beat._replace(limit_s=beat.limit_s + WAITING_S))
 
     def _waits_for_others(self) -> bool:
-        """Whether others owe an answer, or the main thread is in a collective, as far as its innermost frames tell.
+        """Whether a collective is pending, or the main thread is in one, judging by its innermost frames.
 
-        Or any thread waits for the GPU: autograd has one of its own for the backward pass.
+        Or any thread waits for the GPU: autograd runs the backward pass in a thread of its own.
         """
         if not self.answered():
             return True
@@ -274,7 +274,7 @@ class _Watch:
         return False
 
     def _end(self, beat: Beat, what: str, silent_s: float, limit_s: float, *, waiting: bool = False) -> None:
-        """Tells what happened, and ends the process. waiting: for others, who are not to name this one as the cause."""
+        """Reports what happened, and ends the process. waiting: for others, which must not blame this rank."""
         who, where = monitor.place(self._rank, os.getpid(), beat)
         line = f"{who} {what}, {where}: {silent_s:.0f} s without a sign of life, the limit is {limit_s:.0f} s"
         faulthandler.dump_traceback(self._stacks, all_threads=True)
@@ -295,7 +295,7 @@ def _innermost(frame: FrameType | None) -> list[CodeType]:
 
 
 def _shared_file() -> int:
-    """Returns a file that is on no disk, where there is such a thing."""
+    """Returns the descriptor of a file in memory, or of a temporary file where the system has no such thing."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("pretrain-watchdog")
     with tempfile.TemporaryFile() as file:

@@ -67,6 +67,6 @@ def resume_differences(saved: dict[str, Any], config: Config, also_free: Sequenc
     free = {*MAY_CHANGE, *also_free}
     endless = config.optim.schedule in ("rsqrt", "constant", "stair") and not config.optim.cooldown_steps
     if endless and config.total_steps >= before.get("total_steps", 0):
-        free.add("total_steps")  # no rate depends on the end
+        free.add("total_steps")  # no learning rate depends on the end
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in free]
     return [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in keys]

@@ -1,4 +1,4 @@
-"""What the sections' checks share: sentences for numbers out of range, suggestions, what differs from the defaults."""
+"""Shared by the sections' checks: messages for numbers out of range, suggestions, what differs from the defaults."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def non_defaults(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields key and value of each setting that differs from its default; what has no default always does."""
+    """Yields key and value of each setting that differs from its default, or has none."""
     for f in fields(part):
         value = getattr(part, f.name)
         if is_dataclass(value):
@@ -34,7 +34,7 @@ def did_you_mean(word: str, known: Any) -> str:
 
 
 def timm_models() -> list[str]:
-    """Returns the names of timm's models, read in its source: to import it takes seconds, and torch."""
+    """Returns the names of timm's models, read from its source: importing it takes seconds, and imports torch."""
     spec = find_spec("timm")
     folders = spec.submodule_search_locations or [] if spec else []
     texts = [path.read_text(encoding="utf-8") for folder in folders for path in Path(folder, "models").glob("*.py")]

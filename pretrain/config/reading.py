@@ -1,4 +1,4 @@
-"""A config from a YAML file and `key=value` overrides, and back; every mistake is one line.
+"""Reads a config from a YAML file and `key=value` overrides, and writes it; every mistake is reported in one line.
 
 Files may come from other people: their size, nesting and references have limits, checked before anything is built.
 omegaconf stays in this file and in the defaults of model.py and sections.py.
@@ -24,13 +24,13 @@ from pretrain.config.values import short, shown_value, type_name, with_whole_num
 from pretrain.errors import PASSING_ERRORS, ConfigError, StorageError
 
 MAX_BYTES = 100_000  # of a file or an override; a complete config has 3,000, our longest recipe 5,000
-MAX_NESTING = 16  # sections and lists inside each other; ours have 3. libyaml dies of a hundred thousand
+MAX_NESTING = 16  # sections and lists inside each other; ours have 3. libyaml crashes at a hundred thousand
 MAX_LETTERS = 4096  # of one value: the longest path
 MAX_VALUES = 2000  # of a whole config; ours have 100. omegaconf takes a millisecond for each
-MAX_REFERENCES = 1000  # ${key} of a whole config, those that are met on the way to a value counted each time
+MAX_REFERENCES = 1000  # ${key} in a whole config; nested ones count each time they are resolved
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# What omegaconf and PyYAML raise on text and values that they cannot take; PyYAML's tags stumble in several ways.
+# What omegaconf and PyYAML raise on text and values that they cannot take; PyYAML's tags fail in several ways.
 _REFUSED = (
     OmegaConfBaseException,
     yaml.YAMLError,
@@ -46,10 +46,11 @@ _REFUSED = (
 def load_config(path: Path | str, overrides: Sequence[str] = (), tell: Callable[[str], object] | None = None) -> Config:
     """Returns the config of a YAML file, changed by `key=value` overrides.
 
-    Where an override makes model.name a timm: model, settings of the file that have no effect on it are dropped, and
-    `tell` is told which; without `tell` they are refused. Of total_steps and total_epochs, the one given last counts.
-    Raises ConfigError, one line that names the file or the override at fault, the key and a suggestion, and
-    StorageError when the file cannot be read for now.
+    If an override makes model.name a timm: model, settings of the file that have no effect on it are dropped, and
+    `tell` is called with a line that names them; without `tell` they are refused. Of total_steps and total_epochs, the
+    one given last counts.
+    Raises ConfigError, one line that names the file or override at fault, the key and a suggestion; StorageError when
+    the file cannot be read for now.
     """
     return config_from_dict(_read_yaml(Path(path)), str(path), overrides, tell)
 
@@ -60,7 +61,7 @@ def config_from_dict(
     overrides: Sequence[str] = (),
     tell: Callable[[str], object] | None = None,
 ) -> Config:
-    """Returns the config in nested dicts, all or part of `config_to_dict`'s, changed by overrides as in `load_config`.
+    """Returns the config of nested dicts, all or part of `config_to_dict`'s, changed by overrides as in `load_config`.
 
     source: where the dicts come from. Raises ConfigError when `values` is not a config.
     """
@@ -82,7 +83,7 @@ def config_from_dict(
         written = merged.model.name
         config = OmegaConf.to_object(merged)
         assert isinstance(config, Config)
-        for key in ("image_size", "patch_size"):  # a name's own one replaces the default, and nothing else
+        for key in ("image_size", "patch_size"):  # a model's name may replace a default, but no given value
             if f"model.{key}" in given and (value := merged.model[key]) != (said := getattr(config.model, key)):
                 plain = f"model.name={config.model.name} with image_size and patch_size"
                 raise ConfigError(f"model.{key} is {value}, but {written} has {said}; remove one, or give {plain}")
@@ -150,7 +151,7 @@ def _merge(merged: Any, values: Any, source: str) -> Any:
 
 
 def _unlike(source: str, key: str, value: Any, expected: str) -> str:
-    """What is wrong with a value; an override has both already."""
+    """Returns what is wrong with a value; without key and value if the source is an override, which shows both."""
     given = "" if _is_override_of(key, source) else f"{key} is {shown_value(value)}, "
     return f"{given}expected {expected}"
 
@@ -160,7 +161,7 @@ def _is_override_of(key: str, source: str) -> bool:
 
 
 def _at_home(values: Any) -> Any:
-    """Returns the values with the user's home in place of a leading ~, which a shell leaves alone behind a `key=`."""
+    """Returns the values with a leading ~ expanded to the user's home, which a shell does not do after `key=`."""
     if isinstance(values, dict):
         return {key: _at_home(value) for key, value in values.items()}
     if isinstance(values, list):
@@ -241,9 +242,9 @@ def _read_override(text: str, following: Sequence[str]) -> Any:
 
 
 def _check_text(text: str, source: str) -> None:
-    """Raises ConfigError for YAML that is too large, too deep, or has too long a word; its parser has no such limits.
+    """Raises ConfigError for YAML that is too large, too deep, or has too long a value; its parser has no such limits.
 
-    The events of YAML's grammar are counted, which needs no recursion, and no further than the limits.
+    It counts the parser's events, which needs no recursion, and stops at the limits.
     """
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise ConfigError(f"{source}: has more than {MAX_BYTES:,} bytes, which is the limit of a config")
@@ -266,7 +267,7 @@ def _events(text: str, source: str) -> Iterator[yaml.Event]:
     try:
         yield from yaml.parse(text, Loader=_LOADER)
     except yaml.YAMLError as error:
-        if "maximum nesting depth" in str(error):  # libyaml's own, of a thousand, since PyYAML 6.0.4; before any event
+        if "maximum nesting depth" in str(error):  # libyaml's own limit, 1000, since PyYAML 6.0.4; before any event
             raise ConfigError(f"{source}: is nested more than {MAX_NESTING} deep") from None
         raise
 
@@ -298,11 +299,11 @@ def _leaves(value: Any, source: str, depth: int = 0) -> Iterator[Any]:
         yield value
 
 
-_REFERENCE = re.compile(r"\$\{(\.*)([\w.]+)\}")  # leading dots count sections upwards, one being the value's own
+_REFERENCE = re.compile(r"\$\{(\.*)([\w.]+)\}")  # leading dots count sections upwards; one is the value's own
 
 
 def _check_references(config: Any, source: str) -> None:
-    """Raises ConfigError for references that would grow without bound: each of a value's may name a value with more."""
+    """Raises ConfigError for references that expand too far: each of them may name a value that contains more."""
     counts: dict[str, int] = {}
 
     def count(value: Any, key: str, steps: int) -> int:
@@ -341,9 +342,9 @@ def _value_at(config: Any, key: str) -> Any:
 
 
 def _first_line(error: Exception, source: str) -> str:
-    """The complete key, what is wrong with it, and a suggestion, from omegaconf's several lines.
+    """Makes omegaconf's several lines one: the complete key, what is wrong with it, and a suggestion.
 
-    source: an override has its key already.
+    source: if it is an override of the key, the key is left out.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")

@@ -11,7 +11,7 @@ from pretrain.errors import ConfigError
 
 MAX_SOURCES = 64  # sets of a mixture: each has a schedule and open files in every process
 MAX_WEIGHT = 1e15  # numbers of samples may be weights
-MAX_REWEIGHT_STEP = 1 << 38  # at which weights change: its slots are counted in 64 bits
+MAX_REWEIGHT_STEP = 1 << 38  # the last at which weights may change: slots are counted in 64 bits
 _LETTERS = 80  # of a value, in an error
 _EXAMPLE = "[{path: data/a, weight: 0.6}, {path: data/b, weight: 0.4}]"
 
@@ -61,7 +61,7 @@ def _source(place: int, item: Any) -> Source:
 
 
 def phases(sources: Sequence[Source], reweight: Sequence[Reweight]) -> list[tuple[int, list[float]]]:
-    """Returns the weights of the sources, with the step from which on they hold."""
+    """Returns (first step, weights of the sources) for each phase, in order."""
     return [(0, [source.weight for source in sources]), *((new.step, new.weights) for new in reweight)]
 
 

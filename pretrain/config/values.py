@@ -1,4 +1,4 @@
-"""Single values of a config: what is wrong with one, in words that say what is expected, before omegaconf sees it."""
+"""Checks single values of a config before omegaconf sees them; a message says what is expected."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 SHOWN_LETTERS = 200  # of a value in a message
 
-# What a setting of a type expects; a choice is not here: omegaconf's own words list it.
+# What a setting of each type expects. Choices are not here: omegaconf's own message lists them.
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -22,7 +22,7 @@ _EXPECTED = {
     "tuple[float, float, float]": "three numbers",
 }
 _OR_NULL = " | None"
-_EXACT = 2.0**53  # below it a float is the whole number that was written
+_EXACT = 2.0**53  # below it a float holds each whole number exactly
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")  # as omegaconf reads texts
 
 
@@ -31,8 +31,8 @@ def wrong_values(
 ) -> Iterator[tuple[str, Any, str]]:
     """Yields key, value and what is expected of it, for each value that a config of this schema cannot have.
 
-    schema: the types' names by key, nested. defaults: the config's own values, of which some serve as examples.
-    Keys that are unknown are not looked at, nor are texts with ${key} and ???, whose values are still to come.
+    schema: the types' names by key, nested. defaults: the config's own values, some of which serve as examples.
+    Unknown keys are skipped, and so are texts with ${key} or ???, whose values are not known yet.
     """
     for key, value in values.items():
         expected = schema.get(key)
@@ -48,9 +48,9 @@ def wrong_values(
 
 
 def with_whole_numbers(value: Any, expected: Any) -> Any:
-    """Returns a value with 1000 in place of 1e3, a float to YAML, where a whole number is expected.
+    """Returns a value with 1000 in place of 1e3, which YAML reads as a float, where a whole number is expected.
 
-    expected: its type's name; of a section the names by key, nested; None: unknown.
+    expected: the type's name; for a section, the names by key, nested; None: unknown.
     """
     if isinstance(expected, dict) and isinstance(value, dict):
         return {key: with_whole_numbers(item, expected.get(key)) for key, item in value.items()}
@@ -80,7 +80,7 @@ def type_name(hint: Any) -> str:
 
 
 def _section(key: str, value: Any, keys: dict[str, Any]) -> str:
-    if key == "model" and isinstance(value, str):  # as an args.yaml of timm has it
+    if key == "model" and isinstance(value, str):  # as in an args.yaml of timm
         return (
             f"a section: write model.name={value}, or model.name=timm:{value} for a model of timm's; its other keys: "
             "docs/coming_from.md"
@@ -89,11 +89,11 @@ def _section(key: str, value: Any, keys: dict[str, Any]) -> str:
 
 
 def _fits(value: Any, expected: str) -> bool:
-    """Whether omegaconf takes the value, or at least says why not better than this could."""
+    """Whether omegaconf accepts the value, or refuses it with a better message than ours."""
     if isinstance(value, str) and ("${" in value or value == MISSING):
         return True
     kind = expected.removesuffix(_OR_NULL)
-    if value is None or (value == "None" and kind != expected):  # Python's, which would be a text here
+    if value is None or (value == "None" and kind != expected):  # Python's "None" would be a text
         return value is None and (kind != expected or kind not in _EXPECTED)
     if kind == "int":
         return _reads(int, value)
@@ -107,18 +107,18 @@ def _fits(value: Any, expected: str) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(item, kind[len("list[") : -1]) for item in value)
     if kind.startswith("tuple["):
         numbers = kind.count("float")
-        is_list = isinstance(value, (list, tuple))  # a dict of Python's may have a tuple
+        is_list = isinstance(value, (list, tuple))  # a dict made in Python may hold a tuple
         return is_list and [type(item) in (int, float) for item in value] == [True] * numbers
     return True
 
 
 def _reads(number: type, value: Any) -> bool:
-    """Whether a value is a number of the type, which texts of digits are too."""
+    """Whether a value reads as a number of the type, as texts of digits do too."""
     if isinstance(value, (bool, list, dict)) or (number is int and isinstance(value, float)):
         return False
     try:
         number(value)
-    except OverflowError:  # told as such
+    except OverflowError:  # reported as such
         return True
     except (TypeError, ValueError):
         return False

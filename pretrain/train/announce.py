@@ -1,4 +1,4 @@
-"""What a start reports, on the console and in starts.jsonl: model, data, batch, doubts."""
+"""What a start reports, on the console and in starts.jsonl: model, data, batch, warnings."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from pretrain.provenance import processor
 from pretrain.sizes import is_plain
 from pretrain.train.datasets import DataSets
 
-# Of the initial weights in the averages at the end; the paper's own rows, 0.9999 over 20,000 steps, leave 13.5 %.
+# Share of the initial weights in the final averages; the paper's own runs, 0.9999 over 20,000 steps, leave 13.5 %.
 MAX_INITIAL_SHARE = 0.5
 
 
@@ -46,7 +46,7 @@ def told_of_run(
 
 
 def _told_of_order(order: Order) -> list[str]:
-    """The numbers of the order lanes, and what they mean for reading."""
+    """The parameters of the order `lanes`, and how many bytes a node reads for each byte that it uses."""
     batch = order.global_batch
     lanes = [(order.images_per_step, order.lanes)] if order.lanes else []
     if order.mixture:
@@ -57,7 +57,7 @@ def _told_of_order(order: Order) -> list[str]:
     here = ranks.ranks_here()
     nodes = [(some[0].start, some[-1].stop) for some in (shares[at : at + here] for at in range(0, len(shares), here))]
     told = []
-    for own, numbers in lanes:  # of a mixture a round is nearly a step's samples of a source
+    for own, numbers in lanes:  # in a mixture, a round is about one step's samples from a source
         slots = [range(start * own // batch, -(-stop * own // batch)) for start, stop in nodes]
         told.append(
             f"order: {numbers.num_lanes} lanes of blocks of {numbers.block_samples} samples; each node reads "
@@ -83,7 +83,7 @@ def _told_of_sources(data: DataSets, steps: int) -> list[str]:
 
 
 def warn_of_young_averages(config: Config) -> None:
-    """Averages begin as the initial weights: in a short run they are little else, and they are what is validated."""
+    """Warns of a run so short that its averages, which are validated, are still mostly the initial weights."""
     decay, steps = config.optim.average_decay, config.total_steps
     if (share := decay**steps) > MAX_INITIAL_SHARE:
         say(
@@ -93,7 +93,7 @@ def warn_of_young_averages(config: Config) -> None:
 
 
 def warn_of_added_losses(config: Config, data: DataSets) -> None:
-    """Softmax counts each label as an image of its own: a mixture refuses that, of one set somebody may mean it."""
+    """Warns of softmax on images with several labels, each of which it counts as an image: somebody may mean that."""
     if config.loss == "softmax" and data.train.multi_label:
         say(
             f"warning: {data.train.path}: images have several labels, and loss=softmax adds up the losses of all, as "
@@ -102,7 +102,7 @@ def warn_of_added_losses(config: Config, data: DataSets) -> None:
 
 
 def warn_of_large_batch(order: Order) -> None:
-    """A batch of more images than there are: a typing error, or a very small set. Each step of it takes long."""
+    """Warns of a batch larger than the training set: a typo, or a tiny set. Each of its steps takes long."""
     if order.global_batch > order.num_train:
         say(
             f"warning: data.global_batch ({order.global_batch:,}) is larger than the {order.num_train:,} images to "
@@ -111,7 +111,7 @@ def warn_of_large_batch(order: Order) -> None:
 
 
 def facts_of(data: DataSets, num_parameters: int, device: torch.device) -> dict[str, Any]:
-    """Returns what starts.jsonl tells of the model, the data and the machine."""
+    """Returns what starts.jsonl records about the model, the data and the machine."""
     return {
         "parameters": num_parameters,
         "train_set": data.train.name,

@@ -22,7 +22,7 @@ from pretrain.train.datasets import DataSets
 
 
 def build_engine(config: Config, data: DataSets, device: torch.device, *, from_scratch: bool) -> Engine:
-    """Returns the engine of a run, from init_from's weights where it starts `from_scratch`, and tells what it trains.
+    """Returns the engine of a run, with init_from's weights if it starts `from_scratch`, and prints what it trains.
 
     Raises UserError for a model that cannot be trained, or weights that do not fit it.
     """
@@ -34,7 +34,7 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
             f"evaluation.fewshot_train: {config.model.name} has {len(heads)} heads; few-shot needs a single one"
         )
     if from_scratch and config.init_from is not None:
-        agreement.together(lambda: _load(model, config, data))  # a node may lack them
+        agreement.together(lambda: _load(model, config, data))  # a node may lack the files
         say(f"weights from {config.init_from}" + (", with a new head" if config.init_new_head else ""))
     most = micro_batch_limit(config, data.num_classes, device)
     plan = plan_batch(config.data.global_batch, ranks.world_size(), most)
@@ -62,10 +62,10 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
 
 
 def micro_batch_limit(config: Config, num_classes: int, device: torch.device) -> int:
-    """Returns the most images of a forward pass: the config's number, or as many as the smallest GPU holds.
+    """Returns the largest number of images per forward pass: the config's, or as many as the smallest GPU holds.
 
-    By formula, and by its whole memory, not by what is free now: the same machines choose the same, so that a resume
-    has the same bits.
+    Computed by formula from total memory, not from what is free now: the same machines choose the same number, so that
+    a resumed run is bit-identical.
     """
     if config.engine.max_micro_batch_size is not None:
         return config.engine.max_micro_batch_size
@@ -76,10 +76,10 @@ def micro_batch_limit(config: Config, num_classes: int, device: torch.device) ->
 
 
 def _model_and_values(config: Config, num_classes: int, *, from_scratch: bool) -> tuple[torch.nn.Module, Values | None]:
-    """The model with its values in it, or what fills it parameter by parameter, so that no rank holds all in float32.
+    """The model with its initial values, or an empty one and the values one by one: no rank holds all in float32.
 
-    The first where timm draws them, and where init_from's are read: an error in a file has to be met before a part of
-    the model waits for other ranks.
+    The first for timm's models, which draw their own, and for init_from: an error in its file must be raised before
+    ranks wait for each other over a part of the model.
     """
     if config.model.timm_name is not None or (from_scratch and config.init_from is not None):
         return build_model(config.model, num_classes, config.seed), None
@@ -95,16 +95,16 @@ def _load(model: torch.nn.Module, config: Config, data: DataSets) -> None:
     if not config.init_new_head:
         _refuse_other_classes(weights, data.train)
     load_tensors(model, weights, new_head=config.init_new_head)
-    if config.init_new_head and config.model.timm_name is not None:  # ours is built with one of zeros
+    if config.init_new_head and config.model.timm_name is not None:  # our own models are built with a zero head
         with torch.no_grad():
             for name in classifier_names(model):
                 model.get_parameter(name).zero_()
 
 
 def _refuse_other_classes(weights: Weights, train_set: Manifest) -> None:
-    """A head goes on only where its classes are the set's, in the same order."""
+    """Raises ConfigError unless the head's classes are those of the training set, in the same order."""
     if weights.num_classes < train_set.num_classes:
-        return  # load_tensors tells the shapes
+        return  # load_tensors reports the shapes
     sides = train_set.class_names, train_set.num_classes, weights.class_names, weights.num_classes
     match = match_classes(*sides, their_place=str(train_set.path), our_place=str(weights.source))
     if match.labels is not None:
@@ -121,7 +121,7 @@ def _refuse_other_classes(weights: Weights, train_set: Manifest) -> None:
 
 
 def _refuse_state(model: torch.nn.Module, config: Config, *, from_scratch: bool) -> None:
-    """A checkpoint holds trained parameters, and statistics of batch norm that stay as they were given."""
+    """Raises ConfigError for state other than a checkpoint holds: trained parameters, frozen batch-norm statistics."""
     saved_names, name, statistics = model.state_dict().keys(), config.model.name, statistics_of(model)
     if held := [key for key, _ in model.named_buffers() if key in saved_names and key not in statistics]:
         raise ConfigError(f"model.name: {name} keeps state ({held[0]}, ...) that checkpoints do not hold")

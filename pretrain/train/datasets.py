@@ -27,7 +27,7 @@ class DataSets:
     val: Manifest | None
     val_indices: np.ndarray
     num_classes: int  # of the model's head
-    fewshot: tuple[Manifest, Manifest] | None = None  # to draw shots from, to test them on
+    fewshot: tuple[Manifest, Manifest] | None = None  # the set that shots are drawn from, the test set
 
     def follow(self, order: Order) -> None:
         """Takes the order that a checkpoint's run began with, and its held-out samples."""
@@ -37,7 +37,7 @@ class DataSets:
 
     @property
     def has_average_precision(self) -> bool:
-        """Whether validation has mean average precision: where images have several labels, and logits fit."""
+        """Whether validation computes mean average precision: if images have several labels and the logits fit."""
         if self.val is None:
             return False
         most = classification.MAX_LOGIT_BYTES_IN_TRAINING
@@ -47,7 +47,7 @@ class DataSets:
 def open_data(config: Config) -> DataSets:
     """Returns the data sets of a run. Raises UserError for those that are not there or do not fit each other.
 
-    Shards are looked for by the first rank of each node alone: all ranks must hear of its error.
+    Only the first rank of each node checks that shards are there: the caller must raise its error on all ranks.
     """
     train_set, mixture = _open_train(config)
     val_set = _open(config.data.val, config) if config.data.val else train_set if config.data.held_out else None
@@ -74,7 +74,7 @@ def open_data(config: Config) -> DataSets:
 
 
 def _open_train(config: Config) -> tuple[Manifest, Mixture | None]:
-    """What is trained on: a set, or a mixture of several as one set, with its numbers."""
+    """The training set; for a mixture, its sets joined into one, and the mixture's parameters."""
     if not config.data.is_mixture:
         return _open(config.data.train, config), None
     sources = [_open(source.path, config) for source in config.data.sources]
@@ -110,10 +110,10 @@ def _open(path: Path, config: Config) -> Manifest:
 
 
 def warn_of_small_store(manifest: Manifest, order: Order) -> None:
-    """Warns when remote blocks would leave a node's store before all their samples were used."""
+    """Warns when remote blocks would be evicted from a node's store before all their samples are used."""
     if manifest.store is None:
         return
-    if order.name == "lanes":  # lanes have their blocks open; where they do not fit, none stays
+    if order.name == "lanes":  # all blocks of the lanes are in use at once; if they do not fit, none stays
         needed = 1.25 * sum(_bytes_in_use(source, lanes) for source, lanes in zip(*_lanes_of(manifest, order)))
         if needed > manifest.store.max_bytes:
             say(
@@ -134,7 +134,7 @@ def warn_of_small_store(manifest: Manifest, order: Order) -> None:
 
 
 def warn_of_single_reads(config: DataConfig, manifest: Manifest, order: Order) -> None:
-    """Warns when order=auto reads image by image over a network: it knows remote shards only by their addresses."""
+    """Warns when order=auto reads image by image over a network disk: it recognises remote shards by URL alone."""
     if config.order != "auto" or order.name == "lanes":
         return
     for source in manifest.sources or (manifest,):
@@ -163,7 +163,7 @@ def _bytes_in_use(manifest: Manifest, lanes: Lanes) -> float:
 
 
 def _choose_order(config: Config, train_set: Manifest, mixture: Mixture | None) -> Order:
-    """The order of a run that begins. One that goes on has its checkpoint's: see `resumed_order` in resuming.py."""
+    """The order of a new run. A resumed run keeps that of its checkpoint: see `resumed_order` in resuming.py."""
     order = replace(order_of(config, train_set.num_samples), mixture=mixture)
     if mixture:
         return order
@@ -184,7 +184,7 @@ def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
         return None
     sets = _open(wanted.fewshot_train, config), _open(wanted.fewshot_test, config)
     for manifest in sets:
-        if not ranks.local_rank():  # as above
+        if not ranks.local_rank():  # once per node, as in open_data
             check_shards(manifest)
         if manifest.multi_label:
             raise ConfigError(f"evaluation.fewshot: {manifest.path} has several labels per image; few-shot needs one")
@@ -192,7 +192,7 @@ def _open_fewshot(config: Config) -> tuple[Manifest, Manifest] | None:
 
 
 def _by_class_names(theirs: Manifest, ours: Manifest) -> Manifest:
-    """A set with its labels read as those of another one, by the classes' names; what was mapped is reported."""
+    """Returns a set with its labels mapped by class name to those of another set, and prints what was mapped."""
     read, told = read_as(theirs, ours)
     if told:
         say(told)

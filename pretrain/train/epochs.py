@@ -9,11 +9,11 @@ from pretrain.errors import ConfigError
 
 
 def in_steps(config: Config) -> Config:
-    """Returns the config with the total_steps of its total_epochs; one without total_epochs as it is.
+    """Returns the config with total_steps computed from total_epochs; unchanged if it has no total_epochs.
 
-    An epoch is one pass over data.train less data.held_out, or over data.subset; steps are rounded. A saved config has
-    both, which must agree. Raises ConfigError when they do not, and as `order_of` does, UserError when the training set
-    cannot be read.
+    An epoch is one pass over data.train without data.held_out, or over data.subset; steps are rounded. A saved config
+    has both, which must agree. Raises ConfigError when they do not, and where `order_of` does; UserError when the
+    training set cannot be read.
     """
     if config.total_epochs is None:
         return config

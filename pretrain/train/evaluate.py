@@ -1,4 +1,4 @@
-"""What is evaluated during training, by the evaluators that tools/evaluate.py has."""
+"""Evaluation during training, by the evaluators of tools/evaluate.py."""
 
 from dataclasses import replace
 
@@ -19,9 +19,9 @@ from pretrain.train.state import TrainState
 def evaluate(
     config: Config, data: DataSets, engine: Engine, state: TrainState, log: RunLog, stop: signals.StopRequest
 ) -> bool:
-    """Measures what is due into state.metrics, with the averaged weights where they are kept.
+    """Runs the evaluations that are due and sets state.metrics; uses the averaged weights if the run keeps any.
 
-    Returns whether a wish to stop cut it short; then all that was due is due still, as after an error that all meet.
+    Returns whether a stop request cut it short. What was due then stays due, as after an error raised on all ranks.
     """
     watchdog.section("evaluate", state.step)
     subject = _subject(config, data, engine, stop)
@@ -39,7 +39,7 @@ def evaluate(
         except EvaluationStopped:
             return True
         except (StorageError, UserError) as error:
-            met = error  # raised when the trained weights are back
+            met = error  # raised below, once the trained weights are back in place
         finally:
             watchdog.section("step")
     if met is not None:
@@ -51,7 +51,7 @@ def evaluate(
 
 
 def _subject(config: Config, data: DataSets, engine: Engine, stop: signals.StopRequest) -> Subject:
-    """The model in training as evaluators see it. They show no progress, and nothing that the start has told."""
+    """The model in training as evaluators see it. They show no progress, and repeat nothing that the start printed."""
     few = replace(config.data, eval_transform=fewshot.TRANSFORM, eval_crop=fewshot.CROP)
     in_few = Reading(few, fewshot.MAX_TRAIN)
     return Subject(
@@ -63,7 +63,7 @@ def _subject(config: Config, data: DataSets, engine: Engine, stop: signals.StopR
         device=engine.device,
         batch_size=config.evaluation.batch_size,
         own=config.data,
-        readings={"fewshot": in_few, "knn": in_few},  # alike: both are measured on the same features
+        readings={"fewshot": in_few, "knn": in_few},  # the same for both, which share their features
         shots=config.evaluation.fewshot_shots,
         max_logit_bytes=classification.MAX_LOGIT_BYTES_IN_TRAINING,
         stop_agreed=lambda: agreement.any_rank(stop.signal_name is not None),
@@ -76,7 +76,7 @@ def _validation_metrics(subject: Subject, images: Images) -> dict[str, float]:
 
 
 def _features_metrics(subject: Subject, sets: dict[str, Images], *, knn: bool) -> dict[str, float]:
-    """Few-shot accuracy as val/fewshot_10, of nearest neighbours as val/knn_20; images in few-shot's transform."""
+    """Few-shot accuracy as val/fewshot_10, nearest-neighbour accuracy as val/knn_20; both in few-shot's transform."""
     rows = EVALUATORS["fewshot"].score(subject, Job("fewshot"), sets).rows
     values = {row.metric: row.value for row in rows}
     metrics = {f"val/fewshot_{k}": values[f"{k}-shot"] for k in subject.shots}

@@ -1,7 +1,7 @@
 """The first batch as a picture: what augmentation makes of the images, each above its classes.
 
-`batch.png` is for TensorBoard and for who opens the folder; `batch.json` says where each image lies in it and what it
-is, for the report, whose text is in the reader's font.
+`batch.png` is for TensorBoard and for people who open the folder; `batch.json` gives each image's position and caption
+to the report, which sets text in the reader's font.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from pretrain.escape import shown
 from pretrain.log import RunLog, warn
 
 COLUMNS, MAX_IMAGES = 8, 64
-_LEAST, _MOST = 128, 256  # pixels of an image's side as drawn: a few letters fit below, a page shows it whole
+_LEAST, _MOST = 128, 256  # side of a drawn image in pixels: a few letters fit below, and a page shows it whole
 _GAP, _TEXT_HEIGHT, _FONT_SIZE = 6, 20, 13
-MAX_LETTERS = 100  # of what stands below an image: anyone may have named the classes
+MAX_LETTERS = 100  # of a caption: anyone may have named the classes
 
 
 def show_first_batch(batch: Batch, class_names: Sequence[str], log: RunLog) -> None:
-    """Writes the picture of a batch, on rank 0. One that cannot be drawn, without a font say, is a warning."""
+    """Writes the picture of a batch, on rank 0. A failure, such as a missing font, is only a warning."""
     if not ranks.is_main():
         return
-    slots = torch.nonzero(batch.index >= 0).flatten()[:MAX_IMAGES].tolist()  # others fill a micro-batch up
+    slots = torch.nonzero(batch.index >= 0).flatten()[:MAX_IMAGES].tolist()  # the others only pad a micro-batch
     try:
         captions = [
             caption(batch.labels[n], batch.label_weights[n], class_names) if batch.valid[n] else "(could not be used)"
@@ -41,7 +41,7 @@ def show_first_batch(batch: Batch, class_names: Sequence[str], log: RunLog) -> N
 
 
 def caption(labels: torch.Tensor, weights: torch.Tensor, class_names: Sequence[str]) -> str:
-    """Returns an image's classes, labels int64 [L], by name; with shares where it is mixed of two images."""
+    """Returns the names of an image's classes, labels int64 [L]; with their shares if it is mixed from two images."""
     shares: dict[str, float] = {}
     for label, weight in zip(labels.tolist(), weights.tolist()):
         if label >= 0 and weight > 0:
@@ -78,7 +78,7 @@ def _font() -> Any:
 
 
 def _fitting(text: str, font: Any, width: int) -> str:
-    """Cuts a text to so many pixels."""
+    """Cuts a text to `width` pixels."""
     text = text[:width]  # no letter is narrower than a pixel
     if font.getlength(text) <= width:
         return text

@@ -10,14 +10,14 @@ runs/NAME/
   bad_samples.jsonl  skipped_steps.jsonl  damaged_samples.jsonl    what was left out, or used though damaged
   samples-RANK.jsonl             the order, when asked for
   checkpoints/                   see pretrain/checkpoint/layout.py
-  copies.json                    with checkpoint.copy_to: the number that the copies are known by
+  copies.json                    with checkpoint.copy_to: the id that tells whose copies they are
   profile/                       traces of steps (profile.py), when asked for: by the config, or by a file PROFILE here
   DONE                           proof of the end: the last step and its validation
   STOP.json                      why the last start ended before it, and whether to start again (ending.py)
-  lost-rank-N.txt waiting-rank-N.txt    of a rank that hung, or waited for such a one: a line, its start, stacks
-  .room-for-DONE                 until then: its place on the disk, which logs may fill
+  lost-rank-N.txt waiting-rank-N.txt    of a rank that hung, or of one that waited for it: a line, its start, stacks
+  .room-for-DONE                 until the end: reserves room for DONE on a disk that logs may fill
 
-Somebody else may have made the folder: nothing is written through a link in it.
+Somebody else may have made the folder: nothing is written through a symbolic link in it.
 """
 
 import errno
@@ -47,7 +47,7 @@ _JOB = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", *_RESTARTS)
 _STARTS, _LOCK, _ROOM = "starts.jsonl", "lock", ".room-for-DONE"
 _ROOM_BYTES = 4096  # more than DONE ever has: a step and some scores
 _MAX_RECIPE_BYTES = 1 << 20
-SEEN_WITHIN_S = 60.0  # on NFS a node may believe for so long that what it did not find is not there
+SEEN_WITHIN_S = 60.0  # an NFS client may remember for so long that a file was not there
 _CLAIM_TRIES = 20  # half a second each: a killed run's last processes may need seconds to go
 
 
@@ -55,21 +55,21 @@ def claim(folder: Path) -> TextIO | None:
     """Makes the run's folder and takes its lock, which is held as long as the returned file is open (rank 0).
 
     Raises UserError, on all ranks, when another process trains in it, when it cannot be written, or when a rank's node
-    does not see it; LostProcessError when a start that was started again finds it locked.
+    does not see it; StorageError when it cannot be written for now; LostProcessError when a restart finds it locked.
     """
     held: list[TextIO] = []
     token = agreement.from_main(lambda: _take_lock(folder, held))
 
     seen, until = False, time.monotonic() + SEEN_WITHIN_S
     while True:
-        # Reading on rank 0 would close the file, and with any closing a process loses its lock.
+        # Rank 0 must not read the file: a process that closes any descriptor of a file loses its lock on it.
         seen = seen or ranks.is_main() or _holds(folder / _LOCK, token)
         if not agreement.any_rank(not seen and time.monotonic() < until):
             break
         time.sleep(0.5)
     why = f"{folder}: rank {ranks.rank()} does not see it; give output= on a disk that all share"
     agreement.raise_together(None if seen else UserError(why))
-    watchdog.belongs_to(token)  # now that all have it: a rank lost before is told of without one
+    watchdog.belongs_to(token)  # now that all ranks know it: a rank lost earlier is reported without it
     return held[0] if held else None
 
 
@@ -80,7 +80,7 @@ def _holds(path: Path, token: str) -> bool:
 
 
 def _take_lock(folder: Path, held: list[TextIO]) -> str:
-    """Locks the folder, appends the open file to `held`, and returns what it wrote into it."""
+    """Locks the folder, appends the open lock file to `held`, and returns the token that it wrote into it."""
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         file = open(folder / _LOCK, "a+", opener=not_a_link)
@@ -101,7 +101,7 @@ def _take_lock(folder: Path, held: list[TextIO]) -> str:
         file.truncate(0)
         file.write(token)
         file.flush()
-        os.fsync(file.fileno())  # else an NFS client keeps it to itself as long as the file is open
+        os.fsync(file.fileno())  # otherwise an NFS client may not send it as long as the file is open
     return token
 
 
@@ -110,26 +110,26 @@ def _lock(file: TextIO, folder: Path) -> None:
         try:
             return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loaders, gone with a kill
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # the two of a lock that somebody has
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # these two mean that somebody holds the lock
                 return warn(
                     f"{folder}: its file system does not support locks ({error.strerror}); "
                     "make sure that no second process trains in this folder"
                 )
             time.sleep(0.5)
     if any(os.environ.get(name, "0") != "0" for name in _RESTARTS):
-        # A node that its scheduler has lost may still train, and a server keeps the lock of one without power for 90 s.
+        # A node that the scheduler has lost may still train, and a server keeps the lock of a dead node for 90 s.
         raise LostProcessError(
             f"{folder}: is still locked, perhaps by the start before this one, whose node does not answer; "
             "the same command goes on when it is gone"
         )
-    # A command that has started this one has options of its own.
+    # If another command started this one, name= is not an option that its user can give.
     instead = ", or choose another folder" if PART_OF in os.environ else ", or choose another name="
     raise UserError(f"{folder}: another process trains in this folder; wait for it{instead}")
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Turns the error of a disk, which names no file when it is full, into a StorageError that names it."""
+    """Turns an OSError, which for a full disk names no file, into a StorageError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -157,9 +157,9 @@ def is_done(folder: Path, config: Config) -> bool:
 
 
 def mark_done(folder: Path, step: int, metrics: dict[str, float]) -> None:
-    """Writes DONE, on rank 0: an exit status alone proves nothing, launchers lose it.
+    """Writes DONE, on rank 0: an exit status alone proves nothing, as launchers lose it.
 
-    Into the room that the start has made for it, so that a disk full of logs does not keep the proof away.
+    It goes into the room that the start reserved for it, so that it can be written to a disk that logs have filled.
     """
     if not ranks.is_main():
         return
@@ -186,21 +186,21 @@ def record_start(
     branched: bool,
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes what this start runs with, and drops log lines after `step`, which will be written again. On rank 0.
+    """Records what this start runs with, and drops log lines after `step`, which will be written again. For rank 0.
 
     recipe: the file that the config was read from. branched: it goes on from another run's checkpoint.
     facts: what a reader of the report asks first: parameters, data set, device.
     Raises StorageError where the config cannot be written.
     """
     with _named(folder):
-        logs = [path for path in folder.glob("*.jsonl") if path.name != _STARTS]  # its history is kept
+        logs = [path for path in folder.glob("*.jsonl") if path.name != _STARTS]  # which records all starts
     reached = max((rewind(path, step) for path in logs), default=step)
     texts = {"config.yaml": config_to_yaml(config), "deepspeed.json": json.dumps(deepspeed_config, indent=2) + "\n"}
     for name, text in {**texts, _ROOM: " " * _ROOM_BYTES}.items():
         with _named(folder / name):
             write_text(folder / name, text)
     with _named(folder / "DONE"):
-        (folder / "DONE").unlink(missing_ok=True)  # of a shorter total_steps
+        (folder / "DONE").unlink(missing_ok=True)  # of a run with a smaller total_steps
     if recipe is not None:
         _keep_recipe(recipe, folder)
     if unknown := [name for name, version in versions().items() if version == UNKNOWN]:
@@ -230,7 +230,7 @@ def record_start(
 
 
 def _cut_torn_start(path: Path) -> None:
-    """Drops a last line that a power loss left half written: the next start must not go on behind it."""
+    """Drops a last line that a power loss left half written: the next record must not be appended to it."""
     try:
         text = read_bytes(path)
         if torn := len(text) - (text.rfind(b"\n") + 1):
@@ -244,9 +244,9 @@ def _cut_torn_start(path: Path) -> None:
 
 
 def digest_of_starts(folder: Path) -> str:
-    """Returns the SHA-256 of a run's starts so far, of no starts where they cannot be read.
+    """Returns the SHA-256 of starts.jsonl so far; of an empty file if it cannot be read.
 
-    The next start and each checkpoint keep it: a start that is changed or removed later is found (tools/audit.py).
+    The next start and each checkpoint record it, so that tools/audit.py detects a start that was changed or removed.
     """
     try:
         return hashlib.sha256(read_bytes(folder / _STARTS)).hexdigest()
@@ -255,7 +255,7 @@ def digest_of_starts(folder: Path) -> str:
 
 
 def _keep_recipe(recipe: Path, folder: Path) -> None:
-    """Copies the recipe, whose header tells the score to expect: the report reads no file outside the folder."""
+    """Copies the recipe, whose header states the expected score: the report reads no file outside the folder."""
     try:
         with recipe.open("rb") as file:
             text = file.read(_MAX_RECIPE_BYTES)

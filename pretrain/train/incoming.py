@@ -1,4 +1,4 @@
-"""The batches of a run as they come: waited for in slices, so that a wish to stop is heard while none comes."""
+"""Waits for the next batch in short intervals, so that a stop request is noticed while no batch arrives."""
 
 import queue
 import threading
@@ -9,21 +9,21 @@ from types import TracebackType
 from pretrain.cluster import signals
 from pretrain.data.loader import Batch
 
-GIVEN_S = 2.0  # from when a wish to stop is heard: a batch that is under way may still come
+GIVEN_S = 2.0  # after a stop request is noticed: a batch being prepared may still arrive
 _LOOK_EVERY_S = 0.1
 
 
 class Incoming(Iterator[Batch]):
-    """Iterates over batches. Ends early, and is `late`, when one does not come and this rank is asked to stop.
+    """Iterates over batches. Ends early, and is `late`, if no batch arrives and this rank is asked to stop.
 
-    A loader process may be stuck in a read for minutes, and whoever has asked ends the run within 30 seconds. The run
-    has a batch in hand: it takes that step, and saves. A thread waits for the next one, for ever if need be.
+    A loader process may be stuck in a read for minutes, but launchers kill a run 30 seconds after asking it to stop.
+    The run already holds one batch: it takes that step and saves. A thread waits for the next one, forever if need be.
     """
 
     def __init__(self, batches: Iterator[Batch], stop: signals.StopRequest) -> None:
         self._batches, self._stop, self.late = batches, stop, False
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        # No SimpleQueue: a signal late in its timeout has CPython 3.11 and 3.12 wait for ever.
+        # Not a SimpleQueue: a signal late in its timeout makes CPython 3.11 and 3.12 wait forever.
         self._found: queue.Queue[Batch | Exception] = queue.Queue()
         self._thread = threading.Thread(target=self._fetch, name="next-batch", daemon=True)
         self._thread.start()
@@ -32,7 +32,7 @@ class Incoming(Iterator[Batch]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Ends the thread, and with it the batches; does not wait for one that may itself wait for a batch."""
+        """Ends the thread, and with it the iterator; does not join a thread that may be waiting for a batch."""
         self._wanted.put(False)
         if not self.late and kind is None:
             self._thread.join()

@@ -1,4 +1,4 @@
-"""What went wrong in a step, on any rank: agreed on, counted, written down; and whether to stop."""
+"""Bad samples and skipped steps on any rank: agreed on by all ranks, counted, logged; and whether to stop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +16,12 @@ from pretrain.log import JsonLines, say, warn
 from pretrain.train.save import Saver
 from pretrain.train.state import TrainState
 
-MAX_RECORDS_KEPT = 10_000  # of all ranks: some MB on rank 0, when they come together
+MAX_RECORDS_KEPT = 10_000  # over all ranks: some MB on rank 0 when they are gathered
 MAX_SKIPPED_IN_A_ROW = 3  # steps whose loss or gradients are not finite; then the run stops
 
 
 class Journal:
-    """Agrees with the other ranks beside each step, counts what was left out, and writes it down."""
+    """Agrees with the other ranks during each step, counts what was left out, and logs it."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._config = config
@@ -49,10 +49,10 @@ class Journal:
     def note(
         self, state: TrainState, batch: Batch, result: StepResult, answer: Callable[[], torch.Tensor]
     ) -> tuple[bool, bool]:
-        """Writes down what the step used and lost, over all ranks.
+        """Counts and logs the samples that the step used and lost, over all ranks.
 
-        Returns whether to stop, as asked or for an error of any rank's following batch, and whether all ranks are done
-        with the part of a save that is under way; the same on all. Raises BadSamplesError, NonFiniteError.
+        Returns two flags, the same on all ranks: whether to stop, by request or for an error in any rank's following
+        batch; whether all ranks are done with the current part of a save. Raises BadSamplesError, NonFiniteError.
         """
         stopping, failed, num_valid, damaged, done, *bad = answer().tolist()
         try:
@@ -74,14 +74,14 @@ class Journal:
             else:
                 self._note_skipped(state, batch, result)
         except (BadSamplesError, NonFiniteError):
-            self.write_down()  # the message says that they are named there
+            self.write_down()  # the message refers to these files
             raise
         return bool(stopping or failed), done == ranks.world_size()
 
     def write_down(self) -> None:
-        """Writes on rank 0 what all ranks have left out since the last time. Called by all ranks.
+        """Writes, on rank 0, what all ranks have left out since the last call. Called by all ranks.
 
-        Due at log lines and before saves: a resumed run meets again whatever came behind its checkpoint.
+        Needed at log lines and before saves only: a resumed run meets again what came after its checkpoint.
         """
         self._bad.write()
         self._damaged.write()
@@ -113,7 +113,7 @@ class Journal:
     def _note_skipped(self, state: TrainState, batch: Batch, result: StepResult) -> None:
         loss = agreement.add_up(result.sums)[0].item()
         state.skipped_steps += 1
-        # In fp16 a finite loss with infinite gradients is the search for the loss scale, down to the least.
+        # In fp16 a finite loss with infinite gradients is part of the search for the loss scale, above its minimum.
         searches = result.searches_scale and np.isfinite(loss)
         state.skipped_in_a_row = 0 if searches else state.skipped_in_a_row + 1
         indices = [index for of_rank in agreement.to_main(batch.index.tolist()) for index in of_rank if index >= 0]
@@ -128,7 +128,7 @@ class Journal:
 
 
 class _Records:
-    """A log of all ranks' records, kept where they were met: to gather them costs milliseconds at hundreds of ranks."""
+    """A log of all ranks' records. Each rank keeps its own until `write`: a gather takes ms at hundreds of ranks."""
 
     def __init__(self, path: Path) -> None:
         self._log = JsonLines(path)
@@ -143,9 +143,9 @@ class _Records:
             self.write()
 
     def write(self) -> dict[str, Any] | None:
-        """Writes all ranks' records on rank 0, by step and then by rank, in one piece; returns the last one there.
+        """Writes all ranks' records on rank 0 in one piece, sorted by step, then by rank; returns the last one there.
 
-        Called by all ranks. None on the others, and where there was nothing to write.
+        Called by all ranks. Returns None on the other ranks, and when there was nothing to write.
         """
         if not self._count:
             return None
@@ -157,5 +157,5 @@ class _Records:
 
 
 def _worth_telling(total: int, added: int) -> bool:
-    """Whether a count is told: the first, then each that is a power of two."""
+    """Whether to report a count: the first one, then each power of two."""
     return total & (total - 1) == 0 or total == added

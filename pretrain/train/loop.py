@@ -29,16 +29,16 @@ def loop(
     *,
     branched: bool,
 ) -> None:
-    """Trains from state.step to config.total_steps or until asked to stop, and saves; `state` tells how far it came.
+    """Trains from state.step to config.total_steps or until asked to stop, and saves; `state` holds the progress.
 
-    batches: those of these steps. branched: it goes on from another run's checkpoint, and saves one of its own first.
+    batches: one for each of these steps. branched: it starts from another run's checkpoint, and first saves its own.
     """
     meter = Meter(config, data.num_classes, state, engine)
     journal, saver = Journal(config.output / config.name, config), Saver(config, data, engine, log)
     with meter.paused():
-        if branched:  # the other run may delete its checkpoint, or be further on at the next start
+        if branched:  # the other run may delete its checkpoint, or have a newer one at the next start
             saver.save(state, meter, must_succeed=True)
-        if _still_due(data, state):  # a stop cut it short
+        if _still_due(data, state):  # a stop cut the evaluation short
             if evaluate(config, data, engine, state, log, stop):
                 return
             saver.save(state, meter, must_succeed=False)  # with its score, for keep_best
@@ -64,8 +64,8 @@ def loop(
             if due(state.step, config.log.layers_every_steps):
                 log.scalars(state.step, engine.layer_numbers(batch, result), on_console=False)
             if (state.validation_due or state.features_due) and not stopping:
-                profile.end()  # it is of steps alone
-                saver.finish()  # the steps that would take it further are far away
+                profile.end()  # a trace covers steps only
+                saver.finish()  # no step will advance it for a while
                 journal.write_down()
                 with saver.saved_before_errors(state, meter):
                     stopping = evaluate(config, data, engine, state, log, stop)
@@ -82,9 +82,9 @@ def loop(
 def _first_two(
     batches: Incoming, data: DataSets, state: TrainState, meter: Meter, saver: Saver, log: RunLog
 ) -> tuple[Batch | None, Batch | None]:
-    """The first batches; none where the run is asked to stop before there is anything to take a step on.
+    """Returns the first two batches; (None, None) if a stop is requested before the first one arrives.
 
-    The very first one of a run is shown.
+    The first batch of a new run is drawn.
     """
     batch = meter.wait_for(batches, state.step)
     if agreement.any_rank(batches.late):

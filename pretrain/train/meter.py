@@ -20,7 +20,7 @@ from pretrain.train.datasets import DataSets
 from pretrain.train.outliers import LossSpikes, SlowRanks
 from pretrain.train.state import TrainState
 
-MAX_STEPS = 1000  # between two log lines, whose losses are looked at one by one
+MAX_STEPS = 1000  # before a log line, whose losses are examined one by one
 
 
 class Meter:
@@ -35,7 +35,7 @@ class Meter:
             self._sums += torch.tensor(state.window, dtype=torch.float64, device=self._device)
         self._spikes, self._slow_ranks = LossSpikes(), SlowRanks()
         self._hosts = agreement.gather(socket.gethostname())
-        # Under ZeRO 3 a forward pass waits for the others' weights: then only the waiting for data is a rank's own.
+        # Under ZeRO 3 a forward pass waits for other ranks' weights: then only the wait for data is a rank's own time.
         if config.engine.zero_stage < 3 and ranks.world_size() > 1:
             engine.on_forward(self._add_forward)
         self._restart()
@@ -49,7 +49,7 @@ class Meter:
         self._forward_s += seconds
 
     def wait_for(self, batches: Iterator[Batch], step: int) -> Batch | None:
-        """Returns the next batch, None after the last, and counts the time. step: the last one that is finished."""
+        """Returns the next batch, None after the last, and adds up the time. step: the last finished step."""
         began = time.perf_counter()
         watchdog.section("data", step)
         batch = next(batches, None)
@@ -58,7 +58,7 @@ class Meter:
         return batch
 
     def add(self, result: StepResult) -> None:
-        """Counts a step; nothing is read from the device."""
+        """Counts a step, without a host sync."""
         if result.applied:
             self._sums += result.sums
             self._step_sums = [*self._step_sums[1 - MAX_STEPS :], result.sums]
@@ -78,7 +78,7 @@ class Meter:
     def read(
         self, state: TrainState, data: DataSets, lr: float, result: StepResult, engine: Engine
     ) -> dict[str, float]:
-        """Returns the numbers of a log line and starts anew."""
+        """Returns the numbers of a log line, and resets the meter."""
         (loss, correct, images), waited_s, forward_s, losses = self._gathered()
         elapsed = time.perf_counter() - self._started - self._paused_s
         rate = self._steps * self._config.data.global_batch / elapsed
@@ -108,7 +108,7 @@ class Meter:
         return numbers
 
     def _gathered(self) -> tuple[list[float], list[float], list[float], list[float]]:
-        """Returns in one reduction: sums of the window; each rank's seconds for data and forward; each step's loss."""
+        """Returns, by one all-reduce: the window's sums; each rank's seconds for data and forward; each step's loss."""
         world, steps = ranks.world_size(), len(self._step_sums)
         own = torch.zeros(2, world, dtype=torch.float64)
         own[:, ranks.rank()] = torch.tensor([self._waited_s, self._forward_s])
@@ -120,7 +120,7 @@ class Meter:
         return sums.tolist(), waited_s.tolist(), forward_s.tolist(), losses
 
     def _told_of_slow(self, waited_s: list[float], forward_s: list[float], elapsed_s: float) -> dict[str, float]:
-        """Names the slow rank, if there is one; returns the ranks' own times as numbers of the log."""
+        """Warns of a slow rank, if there is one; returns median and maximum of the ranks' own times for the log."""
         if len(waited_s) < 2:
             return {}
         own_s = [waited + forward for waited, forward in zip(waited_s, forward_s)]

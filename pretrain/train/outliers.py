@@ -1,20 +1,20 @@
-"""What stands out in a window of steps, by medians, which one outlier does not move: slow ranks, spikes of the loss."""
+"""Outliers in a window of steps: slow ranks, loss spikes. By medians, which a single outlier does not move."""
 
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
 
-SLOW_FACTOR = 1.5  # a rank is slow whose own time is so many times the others' median
-SLOW_SHARE = 0.05  # and above it by this share of the whole time: milliseconds of nothing are no news
-SLOW_STEP_S = 0.01  # and by this much per step: of small models' steps less is the noise of a machine
-SPIKE_DEVIATIONS = 6.0  # a loss so many robust standard deviations above the median is a spike
-SPIKE_WINDOW, SPIKE_MIN = 128, 32  # losses compared with; fewer say little
+SLOW_FACTOR = 1.5  # a rank is slow if its own time exceeds the others' median by this factor
+SLOW_SHARE = 0.05  # and by this share of the total time: smaller differences do not matter
+SLOW_STEP_S = 0.01  # and by this much per step: less is noise, in the short steps of small models
+SPIKE_DEVIATIONS = 6.0  # a loss this many robust standard deviations above the median is a spike
+SPIKE_WINDOW, SPIKE_MIN = 128, 32  # the most and the fewest earlier losses to compare with
 _DEVIATION = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
 _UPPER, _UPPER_DEVIATIONS = 0.98, 2.054  # a quantile, and how many standard deviations it lies above a normal median
 
 
 def slow_rank(own_s: Sequence[float], elapsed_s: float, num_steps: int) -> int | None:
-    """Returns the slowest rank, when it is slow, by the seconds of each rank that were not spent waiting for others."""
+    """Returns the slowest rank if it is slow, else None. own_s: each rank's seconds less its waits for other ranks."""
     if len(own_s) < 2:
         return None
     slowest = max(range(len(own_s)), key=own_s.__getitem__)
@@ -25,13 +25,13 @@ def slow_rank(own_s: Sequence[float], elapsed_s: float, num_steps: int) -> int |
 
 
 class SlowRanks:
-    """Compares the ranks' own times, one log line after the other: a rank that is slow in one alone is noise."""
+    """Compares the ranks' own times from log line to log line: a rank that is slow at only one of them is noise."""
 
     def __init__(self) -> None:
         self._before: int | None = None
 
     def find(self, own_s: Sequence[float], elapsed_s: float, num_steps: int) -> int | None:
-        """Returns the rank that is slow in these steps and was in those of the log line before."""
+        """Returns the rank that is slow in these steps and was slow at the previous log line, else None."""
         slow, before = slow_rank(own_s, elapsed_s, num_steps), self._before
         self._before = slow
         return slow if slow == before else None

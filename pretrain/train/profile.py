@@ -18,27 +18,27 @@ ASKED = "PROFILE"  # a file of this name in the run's folder asks for a trace
 
 
 class Profile:
-    """Traces the steps that config.profile names, and those behind the log line at which it finds the file PROFILE.
+    """Traces the steps that config.profile names, and those after a log line at which it finds the file PROFILE.
 
-    No trace, no cost; and none of its errors ends a training. A context: at its end, but for a second Ctrl-C, a
-    trace that is under way is written.
+    Without a trace it costs nothing, and none of its errors ends training. As a context manager, it writes a trace in
+    progress on exit, except at a second Ctrl-C.
     """
 
     def __init__(self, config: Config, engine: Engine) -> None:
         self._folder, self._engine = config.output / config.name, engine
         self._settings, self._look_every = config.profile, config.log.every_steps
-        self._first, self._trace = 0, cast(Any, None)  # step and profiler of the trace under way
+        self._first, self._trace = 0, cast(Any, None)  # first step and profiler of the trace in progress
 
     def __enter__(self) -> "Profile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not KeyboardInterrupt:  # which ends at once
+        if kind is not KeyboardInterrupt:  # a second Ctrl-C ends at once
             self.end()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the training's step of this number, from 1 on."""
+        """Wraps the training step of this number, counted from 1."""
         if self._trace is None and ranks.is_main() and (number == self._settings.at_step or self._is_asked(number)):
             self._begin(number)
         if self._trace is None:
@@ -50,7 +50,7 @@ class Profile:
             self.end()
 
     def _is_asked(self, number: int) -> bool:
-        """Looks for the file, behind a log line, and takes it away."""
+        """Whether there is a file PROFILE, looked for after each log line; removes it."""
         with suppress(OSError):
             if number % self._look_every == 1 % self._look_every:
                 (self._folder / ASKED).unlink()
@@ -67,7 +67,7 @@ class Profile:
         self._first, self._trace, self._engine.mark = number, trace, torch.profiler.record_function
 
     def end(self) -> None:
-        """Writes the trace that is under way, if there is one, complete or not at all."""
+        """Writes the trace in progress, if there is one, completely or not at all."""
         if self._trace is None:
             return
         trace, self._trace, self._engine.mark = self._trace, None, nullcontext
@@ -79,7 +79,7 @@ class Profile:
                 raise OSError(errno.ELOOP, "its folder is a link, which may lead anywhere")
             with replacing(path) as temporary:
                 trace.export_chrome_trace(str(temporary))
-                if not _is_whole(temporary):  # torch says nothing of a full disk
+                if not _is_whole(temporary):  # torch reports no error for a full disk
                     raise OSError(0, "could not be written whole; is the disk full?")
         except (OSError, RuntimeError) as error:
             warn(f"{path}: {getattr(error, 'strerror', None) or error}; the training goes on without this trace")

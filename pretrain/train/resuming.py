@@ -1,4 +1,4 @@
-"""What a checkpoint says of a run's data and settings, and what of it a start that goes on from it may not change."""
+"""What a checkpoint records of a run's data and settings, and what of it a resume or a branch may not change."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -52,8 +52,9 @@ def _sources(train_set: Manifest) -> list[dict[str, Any]]:
 
 
 def _other_mixture(order: Fields, step: int, config: Config, train_set: Manifest) -> list[str]:
-    """How a mixture differs from that of a checkpoint at `step`; from then on its weights may be others, and sets that
-    had none may be added.
+    """Returns how a mixture differs from that of a checkpoint at `step`.
+
+    From `step` on, its weights may change, and it may have new sets.
     """
     before, now = [source.values for source in order.parts("sources", ())], _sources(train_set)
     if not before or not now or len(before) > len(now):
@@ -73,9 +74,9 @@ def _other_mixture(order: Fields, step: int, config: Config, train_set: Manifest
 
 
 def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a checkpoint and a model card say of the samples seen, for tools/audit.py to add up again.
+    """Returns the receipt of samples seen, for checkpoints and model cards; tools/audit.py adds it up again.
 
-    identity: name and version of the order, the manifest's SHA-256; of a mixture its sources and phases.
+    identity: name and version of the order, the manifest's SHA-256; for a mixture its sources and phases.
     """
     sources = [
         {**source, "samples_seen": given}
@@ -101,10 +102,10 @@ def receipt(state: TrainState, order: Order, identity: Mapping[str, Any]) -> dic
 def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, branching: bool = False) -> None:
     """Raises ConfigError, naming each difference, when `checkpoint` belongs to a run with other settings or data.
 
-    branching: `config` starts another run there, in which what BRANCH_MAY_CHANGE lists may differ too.
+    branching: `config` starts another run from it, in which the keys in BRANCH_MAY_CHANGE may differ too.
     """
     of_state = _state(checkpoint)
-    before = config_to_dict(config_from_dict(of_state.part("config").values, of_state.source))  # with keys added since
+    before = config_to_dict(config_from_dict(of_state.part("config").values, of_state.source))  # with newer keys
     saved_order, pixels = of_state.part("data").part("order"), of_state.part("data").part("pixels").values
     order = saved_order.values
     of_config = resume_differences(before, config, BRANCH_MAY_CHANGE if branching else ())
@@ -125,7 +126,7 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
             differences.append(f"data class {number}: was {brief(was)}, is {brief(now)}")
             break
     num_classes = config.model.num_classes or train_set.num_classes
-    if (was := of_state.values.get("num_classes", num_classes)) != num_classes:  # a set added to a mixture has more
+    if (was := of_state.values.get("num_classes", num_classes)) != num_classes:  # an added set may add classes
         differences.append(f"number of classes: was {brief(was)}, is {num_classes}")
     if differences:
         way_out = "start with init_from instead of branch_from" if branching else "start another run with name=..."
@@ -141,14 +142,14 @@ def refuse_changes(checkpoint: Path, config: Config, train_set: Manifest, *, bra
 
 
 def resumed_order(checkpoint: Path, order: Order, steps: int) -> Order:
-    """Returns `order` with the numbers that the checkpoint's run began with, whatever would be chosen today.
+    """Returns `order` with the parameters that the checkpoint's run began with, whatever would be chosen today.
 
-    Raises UserError when they are no order's, or not one of `steps` steps.
+    Raises UserError when they are not valid, or not for `steps` steps.
     """
     saved = _state(checkpoint).part("data").part("order")
     if (name := saved.text("name")) not in ("permuted", "lanes"):
         saved.wrong("name", "permuted or lanes")
-    if mixture := order.mixture:  # sets that were added since have the lanes that are chosen for them today
+    if mixture := order.mixture:  # sets added since get the lanes that are chosen for them today
         began = zip(saved.parts("sources"), mixture.sizes)
         began = began if name == "lanes" else ()
         known = [source_lanes_in(source, size, order.global_batch, steps) for source, size in began]

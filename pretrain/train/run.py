@@ -41,9 +41,9 @@ from pretrain.train.wandb_log import check_installed, wandb_log
 def train(config: Config, *, recipe: Path | None = None, stop: signals.StopRequest | None = None) -> None:
     """Trains until total_steps or until asked to stop; resumes from the newest valid checkpoint in the run's folder.
 
-    recipe: the file that the config was read from, of which the folder keeps a copy. stop: what has been listening for
-    signals since the process began. Raises UserError for what the user must change, NonFiniteError, BadSamplesError,
-    StorageError, LostProcessError (pretrain/errors.py).
+    recipe: the file that the config was read from; the run's folder keeps a copy. stop: has recorded signals since the
+    process began. Raises UserError for what the user must change, NonFiniteError, BadSamplesError, StorageError,
+    LostProcessError (pretrain/errors.py).
     """
     stop = stop or signals.StopRequest()
     folder = config.output / config.name
@@ -64,7 +64,7 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
 
 @contextmanager
 def _refused_once() -> Iterator[None]:
-    """Leaves it to rank 0 to tell what all ranks have met: its exit ends the others, which may take seconds to."""
+    """Lets rank 0 alone report an error of all ranks: its exit ends the others, perhaps seconds later."""
     try:
         yield
     except (UserError, StorageError, NonFiniteError) as error:
@@ -75,7 +75,7 @@ def _refused_once() -> Iterator[None]:
 
 @contextmanager
 def _short_collections() -> Iterator[None]:
-    """Keeps what is there now, 400,000 objects of imports, out of garbage collections until it ends."""
+    """Exempts the objects that exist now, some 400,000 from imports, from garbage collection within the block."""
     gc.freeze()
     try:
         yield
@@ -92,7 +92,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     if is_done(folder, config):
         say(f"{folder}: done already (step {config.total_steps}); for another run give another name=")
         return
-    if agreement.any_rank(stop.signal_name is not None):  # heard during the imports
+    if agreement.any_rank(stop.signal_name is not None):  # a signal arrived during the imports
         ending.note(folder, "asked to stop before the first step")
         say("stopped as asked before the first step")
         return
@@ -103,7 +103,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     origin = agreement.together(lambda: _branch_point(config, data)) if branches else None
     start = checkpoint or origin
     warn_of_small_store(data.train, data.order)
-    if start is None:  # one that goes on keeps its order
+    if start is None:  # a resumed run, or a branch, keeps its order
         warn_of_single_reads(config.data, data.train, data.order)
     engine = build_engine(config, data, device, from_scratch=start is None)
     if checkpoint is not None:
@@ -121,7 +121,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         Incoming(train_batches(data.train, data.order, engine.plan, config, state.step), stop) as batches,
     ):
         gc.collect()
-        gc.freeze()  # model and engine too: a full collection takes a third of a second, and one rank's is all ranks'
+        gc.freeze()  # model and engine too: a full collection takes a third of a second, and delays all ranks
         loop(config, data, engine, state, log, profile, batches, stop, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
         mark_done(folder, state.step, state.metrics)
@@ -136,7 +136,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
 
 
 def _opened(folder: Path, given: Config) -> tuple[Config, DataSets]:
-    """The config in steps, and its data. Data that an earlier start found, but this one does not: the disk is away."""
+    """The config with total_steps, and its data. StorageError if an earlier start found the data: its disk is away."""
     try:
         config = in_steps(given)
         return config, open_data(config)
@@ -155,7 +155,7 @@ def _start(config: Config) -> TrainState:
 
 
 def _go_on_from(checkpoint: Path, config: Config, data: DataSets) -> Config:
-    """The config; where it leaves a choice, the run keeps what it began with."""
+    """Returns the config to resume with: for what it leaves to "auto", the run keeps its first choice."""
     refuse_changes(checkpoint, config, data.train)
     data.follow(resumed_order(checkpoint, data.order, config.total_steps))
     if config.engine.compile == "auto":

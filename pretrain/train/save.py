@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and when it may fail."""
+"""What a checkpoint of a run holds, and when a save may fail without ending the run."""
 
 import time
 from collections.abc import Iterator
@@ -25,18 +25,18 @@ from pretrain.train.meter import Meter
 from pretrain.train.resuming import fingerprint, receipt
 from pretrain.train.state import TrainState
 
-COPIED_S = 3600.0  # after the last step a copy to the second place is waited for so long
-COPIED_AFTER_STOP_S = 5.0  # launchers kill 30 s after they have asked to stop; the next start copies it
-RESTORED_S = 3600.0  # a copy is waited for so long
-LOOKED_S = 60.0  # where there is nothing to fetch: for a look whose copies these are
+COPIED_S = 3600.0  # longest wait, after the last step, for a copy to the second place
+COPIED_AFTER_STOP_S = 5.0  # launchers kill 30 s after asking to stop; the next start makes the copy
+RESTORED_S = 3600.0  # longest wait for a download
+LOOKED_S = 60.0  # longest wait where nothing is to be fetched, for a check whose copies these are
 _LOOK_EVERY_S = 0.05
 
 
 def restore_copy(config: Config, stop: signals.StopRequest) -> None:
-    """Brings the newest copy back from checkpoint.copy_to where the run's folder has none. Called by all ranks.
+    """Downloads the newest copy from checkpoint.copy_to if the run's folder has no checkpoint. Called by all ranks.
 
-    Gives up when one of them is asked to stop. Raises StorageError when the copies cannot be read or do not come within
-    RESTORED_S, UserError when none of them can be used or they are another run's.
+    Gives up when one of them is asked to stop. Raises StorageError when the copies cannot be read or do not arrive
+    within RESTORED_S, UserError when none of them can be used or they belong to another run.
     """
     if (url := config.checkpoint.copy_to) is None:
         return
@@ -46,12 +46,12 @@ def restore_copy(config: Config, stop: signals.StopRequest) -> None:
     job = in_background(lambda: main and restore(place, folder, _told_by(config)), behind=main)
     limit = LOOKED_S if has_own else RESTORED_S
     until = time.monotonic() + limit
-    while agreement.any_rank(not job.done()):  # a download takes longer than a collective may
+    while agreement.any_rank(not job.done()):  # a download may take longer than a collective's timeout
         if agreement.any_rank(stop.signal_name is not None):
             return
         if agreement.any_rank(time.monotonic() > until):
             if has_own:
-                return  # the thread that copies tells what is wrong
+                return  # the copying thread reports what is wrong
             raise StorageError(
                 f"checkpoint.copy_to: {url}: no complete copy was downloaded in {limit:,.0f} s; the same command "
                 "tries again; with checkpoint.copy_to=null it starts from scratch"
@@ -61,7 +61,7 @@ def restore_copy(config: Config, stop: signals.StopRequest) -> None:
 
 
 def _told_by(config: Config) -> dict[str, Any]:
-    """How a run of the same name differs, when it is another one."""
+    """Settings that tell this run from another one of the same name."""
     start = {"init_from": config.init_from, "branch_from": config.branch_from}
     return {
         "output": str(config.output.resolve()),
@@ -75,10 +75,10 @@ def _folder_of(config: Config) -> Path:
 
 
 class Saver:
-    """The saves of a run, one at a time. Made and used by all ranks, `done` excepted.
+    """The saves of a run, one at a time. All ranks construct it and call its methods together; `done` is local.
 
-    What a step's `save` has begun is written behind the steps that follow (checkpoint.behind); these tell with `done`
-    how far each rank is, and call `advance` when all are.
+    `save` begins a save that is written in the background of the steps that follow (checkpoint.behind). At each step
+    the ranks exchange `done`, and call `advance` when it is set on all.
     """
 
     def __init__(self, config: Config, data: DataSets, engine: Engine, log: RunLog) -> None:
@@ -92,13 +92,13 @@ class Saver:
         if (url := keep.copy_to) is not None and ranks.is_main():
             place = partial(SecondPlace, url, config.name)
             self._copier = Copier(place, self._folder, self._keep, _told_by(config))
-            self._copier.begin()  # what the start before has not copied
+            self._copier.begin()  # with what the previous start did not copy
 
     def save(self, state: TrainState, meter: Meter, *, must_succeed: bool) -> None:
         """Saves a checkpoint of the run as it is now, and deletes those that are not kept.
 
-        Waits for the save before it; for this one when it `must_succeed`, and raises StorageError when it did not. Else
-        the training goes on, warned.
+        Waits for the previous save, and for this one if it `must_succeed`: then a failure is a StorageError, otherwise
+        a warning.
         """
         self.finish()
         watchdog.section("save", state.step)
@@ -113,7 +113,7 @@ class Saver:
             self._everything_else(state),
             engine.averages(),
             copies=self._copies,
-            before_published=self._log.sync,  # what it covers
+            before_published=self._log.sync,  # the logs of these steps, first
             when_published=self._delete_old,
         )
         if must_succeed and not self.finish():
@@ -127,18 +127,18 @@ class Saver:
 
     @property
     def done(self) -> bool:
-        """Whether this rank has done its share of what is under way, so that `advance` would not wait for it."""
+        """Whether this rank has done its share of the save in progress, so that `advance` would not wait for it."""
         return self._under_way is not None and self._under_way.done
 
     def advance(self) -> None:
-        """Takes the save under way one part further. Called when all ranks are `done`."""
+        """Moves the save in progress to its next part. Called when all ranks are `done`."""
         assert self._under_way is not None
         self._under_way.advance()
         if self._under_way.published is not None:
             self._under_way = None
 
     def finish(self) -> bool:
-        """Waits until nothing is under way; returns whether what was has been published."""
+        """Waits for the save in progress, if there is one; returns False if it could not be published."""
         under_way, self._under_way = self._under_way, None
         if under_way is None:
             return True
@@ -148,7 +148,7 @@ class Saver:
         return published
 
     def end(self, stop: signals.StopRequest) -> None:
-        """Waits until nothing is under way, copies included, but for these not long once somebody asks to stop."""
+        """Waits for the save in progress and for copies; for copies only briefly once a stop is requested."""
         self.finish()
         if self._config.checkpoint.copy_to is None:
             return
@@ -164,7 +164,7 @@ class Saver:
 
     @contextmanager
     def finished_before_errors(self) -> Iterator[None]:
-        """Around what raises on all ranks alike: what is under way is saved before such an error ends the run."""
+        """Wraps what raises the same error on all ranks: the save in progress is finished before it ends the run."""
         try:
             yield
         except (UserError, StorageError, NonFiniteError):
@@ -173,7 +173,7 @@ class Saver:
 
     @contextmanager
     def saved_before_errors(self, state: TrainState, meter: Meter) -> Iterator[None]:
-        """Around what comes between a step and its save, and raises on all ranks alike: the step is saved first."""
+        """Wraps what comes between a step and its save and raises the same error on all ranks: saves the step first."""
         try:
             yield
         except (UserError, StorageError):
@@ -181,7 +181,7 @@ class Saver:
             raise
 
     def _everything_else(self, state: TrainState) -> dict[str, Any]:
-        """What is not a tensor, as state.json holds it, on rank 0, which writes it. Called by all ranks."""
+        """Returns the content of state.json, all that is not a tensor, on rank 0; {} elsewhere. Called by all ranks."""
         config, data, of_engine = self._config, self._data, self._engine.state()
         if not ranks.is_main():
             return {}

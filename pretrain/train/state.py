@@ -1,4 +1,4 @@
-"""What a resumed run goes on from, apart from tensors."""
+"""The state from which a run resumes, apart from tensors."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     bad_samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
-    recent_bad: list[list[int]] = field(default_factory=list)  # of late: pretrain.data.loader.count_recent
+    recent_bad: list[list[int]] = field(default_factory=list)  # see pretrain.data.loader.count_recent
     damaged_samples: int = 0  # used nevertheless
     metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation after this very step, if there was one
     window: list[float] = field(default_factory=lambda: [0.0] * 3)  # loss, correct, images since the last log line
@@ -54,7 +54,7 @@ class TrainState:
 
 
 class Resumed(NamedTuple):
-    """What a checkpoint's state.json tells a run that goes on from it."""
+    """What a run takes from the state.json of the checkpoint that it resumes from."""
 
     train: TrainState
     engine: dict[str, Any]  # `Engine.state`
@@ -62,7 +62,7 @@ class Resumed(NamedTuple):
 
 
 def resumed(checkpoint: Path) -> Resumed:
-    """Returns what a run goes on from. Raises UserError for what is missing or of another type."""
+    """Returns what a run resumes from. Raises UserError for a value that is missing or of another type."""
     saved = Fields.of(read_state(checkpoint), f"{checkpoint}/state.json")
     engine = saved.part("engine")
     engine.number("optimizer_step", 0, MAX_COUNT)
@@ -78,5 +78,5 @@ def _is_number(value: object) -> bool:
 
 
 def _is_pair(value: object) -> bool:
-    """A stretch's number and a count."""
+    """Whether a value is the number of a stretch of samples, and a count (data.loader.count_recent)."""
     return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 <= n <= MAX_COUNT for n in value)

@@ -1,6 +1,6 @@
-"""The run's numbers on Weights & Biases too, when log.wandb_project asks for it.
+"""Sends the run's numbers to Weights & Biases too, when log.wandb_project asks for it.
 
-A thread hands them over, and whatever fails there is told once: the training neither waits for wandb nor ends with it.
+A thread sends them and reports its first error, if any: training neither waits for wandb nor ends with it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pretrain.config import Config, config_to_dict
 from pretrain.errors import ConfigError, first_line
 from pretrain.log import say, warn
 
-MAX_WAITING = 10_000  # log lines that were not handed over; of more, as when wandb hangs, new ones are left out
+MAX_WAITING = 10_000  # log lines in the queue; when it is full, as when wandb hangs, new ones are dropped
 END_S = 60.0  # how long the end of a run waits for what is still to be sent
 
 
@@ -27,7 +27,7 @@ def check_installed(config: Config) -> None:
     if config.log.wandb_project is None:
         return
     found = find_spec("wandb")
-    if found is None or found.origin is None:  # the folder wandb/ that runs of other programs leave is no package
+    if found is None or found.origin is None:  # a folder wandb/ that another program left is no package
         raise ConfigError(
             f"log.wandb_project is {config.log.wandb_project}, but wandb is not installed: pip install wandb, "
             "or set it to null"
@@ -35,12 +35,12 @@ def check_installed(config: Config) -> None:
 
 
 def wandb_log(config: Config, folder: Path) -> "WandbLog | None":
-    """Returns the writer, on rank 0; None where nobody asks for it."""
+    """Returns the writer on rank 0; None on other ranks and if not asked for."""
     return WandbLog(config, folder) if config.log.wandb_project is not None and ranks.is_main() else None
 
 
 class WandbLog:
-    """Takes the numbers of log lines; nothing here waits but `close`, for END_S at most."""
+    """Queues the numbers of log lines; only `close` waits: END_S at most for the queue, and again for the thread."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._waiting: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MAX_WAITING)
@@ -56,11 +56,11 @@ class WandbLog:
             self._left_out += 1
 
     def close(self) -> None:
-        """Ends wandb's run, and tells what did not get there."""
+        """Ends wandb's run, and warns of what was not sent."""
         try:
             self._waiting.put(None, timeout=END_S if self._thread.is_alive() else 0)
         except queue.Full:
-            pass  # told below
+            pass  # reported below
         end = time.monotonic() + END_S
         while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
             self._thread.join(min(5.0, left))
@@ -77,19 +77,19 @@ class WandbLog:
                 step, values = line
                 run.log({"step": step, **values})
             run.finish()
-        except Exception as error:  # of somebody else's program and network: any
+        except Exception as error:  # a foreign program and the network may raise anything
             warn(f"Weights & Biases: {first_line(error)}; off for the rest of this run, metrics.jsonl has the numbers")
 
 
 def _start(config: Config, folder: Path) -> Any:
     """Returns wandb's run: the same one for each start in this folder.
 
-    Its own steps must rise, and a resumed run logs some steps again: so ours are a number of each line, and the axis.
+    wandb's own step must increase, but a resumed run logs some steps again: so `step` is a logged value and the x axis.
     """
-    os.environ.setdefault("WANDB_SILENT", "true")  # then a missing login is an error: else it asks, and waits
+    os.environ.setdefault("WANDB_SILENT", "true")  # makes a missing login an error: otherwise wandb asks, and waits
     import wandb  # pyright: ignore[reportMissingImports] - an extra; 0.5 s to import: only where it is used
 
-    # Its console would take our streams; it waits without end for an upload unless it is told not to.
+    # console: wandb would capture our streams. finish_timeout: it would wait for an upload without end.
     settings = wandb.Settings(console="off", silent=True, finish_timeout=END_S)
     run = wandb.init(
         project=config.log.wandb_project,
@@ -108,10 +108,10 @@ def _start(config: Config, folder: Path) -> Any:
 
 
 def run_id(folder: Path) -> str:
-    """Returns 16 letters that are the same for each start of a run, and others for a new run of the same name."""
+    """Returns 16 hex digits, the same for each start of a run, but different for a new run of the same name."""
     try:
         with (folder / "starts.jsonl").open("rb") as file:
-            first_start = file.readline()  # it has the time
-    except OSError:  # a full disk has kept it from being written
+            first_start = file.readline()  # contains the time
+    except OSError:  # not written, on a full disk
         first_start = b""
     return hashlib.sha256(folder.name.encode() + b"\n" + first_start).hexdigest()[:16]
