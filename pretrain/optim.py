@@ -1,11 +1,12 @@
 """The optimizers, their parameter groups, and the learning rate as a pure function of the step.
 
-Every optimizer here works element by element: ZeRO cuts the weights into flat tensors that know no matrices.
+ZeRO cuts the weights into flat tensors that know no matrices. AdamW, SGD and Lion work element by element and need not
+know; LAMB, which needs norms of whole parameters, is told what lies in them.
 """
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def parameter_groups(
 def moment_dtypes(config: OptimConfig) -> dict[str, torch.dtype]:
     """Returns what the optimizer keeps per element, by name. The second moment is always float32 (Scaling ViT, 3.4)."""
     first = torch.bfloat16 if config.moment_dtype == "bf16" else torch.float32
-    return {"exp_avg": first, "exp_avg_sq": torch.float32} if config.name == "adamw" else {"momentum": first}
+    return {"exp_avg": first, "exp_avg_sq": torch.float32} if config.name in ("adamw", "lamb") else {"momentum": first}
 
 
 def build_optimizer(
@@ -74,12 +75,15 @@ def build_optimizer(
     if config.name == "adamw" and config.moment_dtype == "fp32":
         # One pass over memory, on CPUs too; without it ten, over temporaries as large as the flat tensors.
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    moments = moment_dtypes(config)
+    if config.name == "lamb":
+        return Lamb(groups, lr=config.lr, moments=moments, betas=betas, eps=config.eps)
     settings: dict[str, dict[str, Any]] = {
         "adamw": {"update": adamw_update, "betas": betas, "eps": config.eps},
         "sgd": {"update": sgd_update, "momentum": config.momentum},
         "lion": {"update": lion_update, "betas": betas},
     }
-    return ElementwiseOptimizer(groups, lr=config.lr, moments=moment_dtypes(config), **settings[config.name])
+    return ElementwiseOptimizer(groups, lr=config.lr, moments=moments, **settings[config.name])
 
 
 class ElementwiseOptimizer(torch.optim.Optimizer):
@@ -104,6 +108,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates every parameter that has a gradient."""
         assert closure is None
+        self._update_all()
+
+    def _update_all(self) -> None:
         for group in self.param_groups:
             options = {name: value for name, value in group.items() if name != "params"}
             for parameter in group["params"]:
@@ -123,6 +130,100 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         return state
 
 
+class Pieces(NamedTuple):
+    """What a flat tensor holds of the model's parameters."""
+
+    spans: list[tuple[int, int]]  # first element and number of elements of each piece; what is in none is padding
+    numbers: torch.Tensor  # int64 [pieces], on the flat tensor's device: which of the model's parameters each is of
+
+
+class Lamb(ElementwiseOptimizer):
+    """LAMB (arXiv 1904.00962) as in timm and apex (FusedLAMB): AdamW's step, decay included, times a trust ratio.
+
+    The ratio is the norm of a whole parameter over that of its step, and 1 where either is 0; what does not decay has
+    none. Each tensor is a whole parameter unless `share` has said what it holds. A step leaves its directions in the
+    gradients' memory, so that no copy of all weights is needed: DeepSpeed drops or zeroes gradients behind it.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, moments: dict[str, torch.dtype], **defaults: Any) -> None:
+        super().__init__(groups, update=lamb_direction, moments=moments, **defaults)
+        self._pieces: Mapping[torch.Tensor, Pieces] = {}
+        self._num_parameters = 0
+        self._add_up: Callable[[torch.Tensor], Any] | None = None
+
+    def share(
+        self,
+        pieces: Mapping[torch.Tensor, Pieces],
+        num_parameters: int,
+        add_up: Callable[[torch.Tensor], Any] | None,
+    ) -> None:
+        """Says which pieces of the model's `num_parameters` parameters lie in the flat tensors stepped on.
+
+        add_up: adds up a tensor over the ranks, in place; None: one rank has all. It is called once in each step of
+        groups that decay, by a rank that owns nothing of them too.
+        """
+        self._pieces, self._num_parameters, self._add_up = pieces, num_parameters, add_up
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient, which becomes the direction of its step."""
+        assert closure is None
+        self._update_all()
+        decaying: list[tuple[torch.Tensor, float]] = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and group["weight_decay"]:
+                    decaying.append((parameter, group["lr"]))
+                elif parameter.grad is not None:
+                    parameter.add_(parameter.grad, alpha=-group["lr"])
+        if decaying:
+            self._step_by_ratio(decaying)
+
+    def _step_by_ratio(self, decaying: list[tuple[torch.Tensor, float]]) -> None:
+        """weights -= rate * ratio * direction, for tensors with their rates."""
+        weights, directions, rates = list[torch.Tensor](), list[torch.Tensor](), list[float]()
+        for flat, rate in decaying:
+            assert flat.grad is not None
+            for start, numel in self._pieces[flat].spans if self._pieces else [(0, flat.numel())]:
+                weights.append(flat.view(-1).narrow(0, start, numel))
+                directions.append(flat.grad.view(-1).narrow(0, start, numel))
+                rates.append(rate)
+        squares = _squares([*weights, *directions], decaying[0][0].device).view(2, -1)
+        if self._add_up:
+            numbers = torch.cat([self._pieces[flat].numbers for flat, _ in decaying])
+            sums = squares.new_zeros(2, self._num_parameters).index_copy_(1, numbers, squares)
+            self._add_up(sums)
+            squares = sums.index_select(1, numbers)
+        of_weights, of_directions = squares.sqrt()
+        ratios = torch.where((squares > 0).all(0), of_weights / of_directions, 1.0).float()
+        for piece, direction, ratio, rate in zip(weights, directions, ratios.unbind(), rates):
+            piece.addcmul_(direction, ratio, value=-rate)
+
+
+def _squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The sum of squares of each tensor, float64 [tensors]."""
+    if not tensors:  # this rank owns nothing of the group
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)  # type: ignore[attr-defined]  # torch hides it
+    return torch.stack(norms).square_()
+
+
+def lamb_direction(
+    weights: torch.Tensor,
+    gradients: torch.Tensor,
+    moments: list[torch.Tensor],
+    step: int,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    **_: Any,
+) -> None:
+    """Makes of the gradients the direction of AdamW's step, decay included; the weights stay."""
+    updated, root = _adam_moments(gradients, moments, step, betas, eps)
+    torch.mul(weights, weight_decay, out=gradients).addcdiv_(updated, root, value=1 / (1 - betas[0] ** step))
+
+
 def adamw_update(
     weights: torch.Tensor,
     gradients: torch.Tensor,
@@ -135,16 +236,23 @@ def adamw_update(
     weight_decay: float,
     **_: Any,
 ) -> None:
-    """Adam with decoupled weight decay (torch's convention) for a first moment of any dtype; the second one is float32.
+    """Adam with decoupled weight decay (torch's convention); the first moment has any dtype, the second one float32."""
+    updated, root = _adam_moments(gradients, moments, step, betas, eps)
+    weights.mul_(1 - lr * weight_decay).addcdiv_(updated, root, value=-lr / (1 - betas[0] ** step))
 
-    The update uses the first moment before it is rounded to its dtype, as optax's scale_by_adam(mu_dtype) does.
+
+def _adam_moments(
+    gradients: torch.Tensor, moments: list[torch.Tensor], step: int, betas: tuple[float, float], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves Adam's moments; returns the first one, and the root of the corrected second one plus eps, as new tensors.
+
+    The first one is that before it is rounded to its dtype, as optax's scale_by_adam(mu_dtype) uses it.
     """
     first, second = moments
     updated = gradients.mul(1 - betas[0]).add_(_decayed(first, betas[0]))
     first.copy_(updated)
     second.mul_(betas[1]).addcmul_(gradients, gradients, value=1 - betas[1])
-    root = second.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)
-    weights.mul_(1 - lr * weight_decay).addcdiv_(updated, root, value=-lr / (1 - betas[0] ** step))
+    return updated, second.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)
 
 
 def sgd_update(

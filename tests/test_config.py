@@ -315,8 +315,15 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         ),
         (["optim.power=2"], "optim.power (2.0) is used by linear only, not by optim.schedule=cosine"),
         (["optim.momentum=0.8"], "optim.momentum (0.8) is used by sgd only, not by optim.name=adamw"),
-        (["optim.name=sgd", "optim.eps=1e-6"], "optim.eps (1e-06) is used by adamw only, not by optim.name=sgd"),
-        (["optim.name=sgd", "optim.betas=[0.9,0.95]"], "is used by adamw and lion only, not by optim.name=sgd"),
+        (
+            ["optim.name=sgd", "optim.eps=1e-6"],
+            "optim.eps (1e-06) is used by adamw and lamb only, not by optim.name=sgd",
+        ),
+        (
+            ["optim.name=sgd", "optim.betas=[0.9,0.95]"],
+            "is used by adamw and lion and lamb only, not by optim.name=sgd",
+        ),
+        (["optim.name=lamb"], "optim.name=lamb adapts the steps of what decays, and optim.weight_decay is 0: set it"),
         (["optim.head_decay_multiplier=100"], "has no effect: optim.weight_decay is 0"),
         (["optim.schedule=stair", "optim.stair_steps=[9]", "optim.stair_multipliers=[-1]"], "numbers from 0 on"),
         (["optim.schedule=stair", "optim.stair_steps=[100]", "optim.stair_multipliers=[1]"], "never reached"),
@@ -459,7 +466,7 @@ def test_help_lists_every_setting_with_its_comment() -> None:
         key for key in keys() if not any(other.startswith(f"{key}.") for other in keys())
     ]
     assert "  optim.lr=(must be given)  # peak learning rate" in shown
-    assert "  optim.name=adamw|sgd|lion  # elementwise optimizers only: ZeRO flattens tensors" in shown
+    assert "  optim.name=adamw|sgd|lion|lamb  # lamb: timm's and apex's, for large batches" in shown
     assert [line for line in shown if line.startswith("  data.crop_area=[0.08, 1.0]  # of a crop")]
 
 

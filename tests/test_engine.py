@@ -1,5 +1,6 @@
 """The engine: equal losses on any number of ranks and any ZeRO stage, slices that any other layout can read, skips."""
 
+import itertools
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from ranks import run_ranks
 from safetensors import safe_open
+from timm.optim import Lamb as TimmsLamb
 from tiny import NUM_CLASSES, changed, every_other, make_shards, tiny_config
 from torch import nn
 from weights_on_disk import save_checkpoint
@@ -38,11 +40,12 @@ from pretrain.engine.step import Engine, _checkpoint_activations
 from pretrain.errors import ConfigError, DeviceMemoryError, StorageError, UserError
 from pretrain.models.build import build_model
 from pretrain.models.profile import train_flops
-from pretrain.optim import learning_rate, moment_dtypes
+from pretrain.optim import learning_rate, moment_dtypes, parameter_groups
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
 
 STEPS = 20
+LAMB: dict[str, Any] = {"optim__name": "lamb", "optim__lr": 2e-2}
 needs_fp16 = pytest.mark.skipif(
     not get_accelerator().is_fp16_supported(), reason="this CPU has no fp16 instructions (AVX512-FP16 or AMX)"
 )
@@ -94,7 +97,9 @@ def plain_losses(config: Config) -> list[float]:
     for name, parameter in model.named_parameters():
         decay = config.optim.weight_decay if parameter.ndim >= 2 and name.endswith("weight") else 0.0
         groups.append({"params": [parameter], "weight_decay": decay, "scale": rate_scale(name, config)})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    if config.optim.name == "lamb":
+        optimizer = TimmsLamb(groups, eps=1e-8, max_grad_norm=None)  # clipped below
     losses = []
     plan = BatchPlan(config.data.global_batch, 1, 0)
     for step, batch in zip(range(STEPS), train_batches(data.train, data.order, plan, config, 0)):
@@ -147,6 +152,31 @@ def test_rates_by_layer_equal_a_plain_loop(
     expected = plain_losses(config)
     assert max(abs(a - b) / b for a, b in zip(expected, plain)) > 1e-2
     compare(run_ranks(losses_of_run, world_size, config)[0], expected, 1e-5)
+
+
+LAMB_LAYOUTS = [(1, 1, 256), (1, 3, 3), (2, 2, 256), (2, 3, 3), (3, 2, 256), (3, 3, 3)]
+
+
+@pytest.fixture(scope="module")
+def plain_lamb(shards: Path) -> list[float]:
+    torch.set_num_threads(1)
+    return plain_losses(tiny_config(shards, Path("unused"), **LAMB))
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "max_micro_batch_size"),
+    [
+        pytest.param(*layout, marks=[] if layout in LAMB_LAYOUTS else pytest.mark.long)
+        for layout in itertools.product([1, 2, 3], [1, 2, 3], [256, 3])
+    ],
+)
+def test_lambs_losses_equal_a_plain_loop(
+    stage: int, world_size: int, max_micro_batch_size: int, shards: Path, plain_lamb: list[float]
+) -> None:
+    """Norms of whole tensors, of which each rank has pieces: the losses of timm's Lamb in a plain loop to 1e-5."""
+    changes = {"engine__zero_stage": stage, "engine__max_micro_batch_size": max_micro_batch_size}
+    config = tiny_config(shards, Path("unused"), **LAMB, **changes)
+    compare(run_ranks(losses_of_run, world_size, config)[0], plain_lamb, 1e-5)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
@@ -393,6 +423,65 @@ def test_optimizers_equal_googles_under_zero(
             assert np.abs(weights[name] - expected).max() < 1e-6, (step, name)
 
 
+class EightTensors(nn.Module):
+    """Two kernels, one of a million times the other's size, and what does not decay."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        for name, scale in (("large", 1e3), ("small", 1e-3)):
+            shapes = (61, 67), (67,), (67,), (1, 5, 67)
+            self.add_module(name, FourTensors(*(scale * torch.randn(shape, generator=generator) for shape in shapes)))
+
+    def forward(self, *gradients: torch.Tensor) -> torch.Tensor:
+        return self.large(*gradients[:4]) + self.small(*gradients[4:])
+
+
+def lamb_on_given_gradients(config: Config, num_micro: int) -> list[dict[str, np.ndarray]]:
+    """Returns weights and moments after six steps on gradients that are the same on each rank; four bits each, so that
+    their sums are exact in bf16.
+    """
+    device = ranks.start(60)
+    engine = Engine(EightTensors(torch.Generator().manual_seed(0)), config, BatchPlan(1, num_micro, 0), device)
+    for step in range(6):
+        for micro in range(num_micro):
+            engine._engine.backward(engine._engine(*given_gradients(step, micro)))
+            engine._engine.step()
+        assert engine._engine.was_step_applied()
+    return [whole(engine.weights()), whole(engine.moments())]
+
+
+def given_gradients(step: int, micro: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + micro)
+    shapes = [tensor.shape for tensor in EightTensors(generator).parameters()]
+    order = [1, 2, 3, 0, 5, 6, 7, 4]  # kernel, bias, scale, positions, whose parameters come first
+    given = [torch.randint(-8, 8, shapes[place], generator=generator).float() for place in order]
+    return given
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "num_micro"), [(1, 2, 1), (1, 2, 2), (2, 2, 2), (3, 2, 2), (3, 4, 1), (1, 4, 2)]
+)
+def test_lamb_equals_timms_under_zero_in_bf16(stage: int, world_size: int, num_micro: int, shards: Path) -> None:
+    """Six clipped steps of all three classes of DeepSpeed's: float32 master weights of timm's Lamb, to 1e-6 of each
+    tensor's largest.
+    """
+    config = tiny_config(shards, Path("unused"), engine__zero_stage=stage, data__global_batch=world_size * num_micro)
+    optim = {"name": "lamb", "lr": 1e-2, "weight_decay": 0.1, "clip_norm": 1.0}
+    config = changed(config, optim=optim, engine__precision="bf16")
+    found, _ = run_ranks(lamb_on_given_gradients, world_size, config, num_micro)[0]
+    model = EightTensors(torch.Generator().manual_seed(0))
+    optimizer = TimmsLamb(parameter_groups(model, 0.1), lr=1e-2, eps=1e-8)
+    for step in range(6):
+        optimizer.zero_grad()
+        for micro in range(num_micro):
+            (model(*given_gradients(step, micro)) / num_micro).backward()
+        optimizer.step()
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, expected in model.named_parameters():
+        theirs = expected.detach().numpy().ravel()
+        assert np.abs(found[name] - theirs).max() < 1e-6 * np.abs(theirs).max(), name
+
+
 def decays(config: Config) -> list[float]:
     engine, _ = start(config)
     return [group["weight_decay"] for group in engine._optimizer.param_groups]
@@ -410,6 +499,7 @@ OTHER_OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 2e-3, "moment_dtype": "bf16"},
     "sgd": {"name": "sgd", "lr": 0.1, "moment_dtype": "bf16"},
     "lion": {"name": "lion", "lr": 2e-4, "betas": [0.9, 0.99], "moment_dtype": "fp32"},
+    "lamb": {"name": "lamb", "lr": 1e-2, "moment_dtype": "bf16"},
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.optim import Lamb as TimmsLamb
 from timm.optim import param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
@@ -388,7 +389,7 @@ def by_the_book(config: OptimConfig, weights: Any, gradients: list[Any]) -> Any:
         return rounded(rounded(beta, dtype) * first, dtype)
 
     for t, gradient in enumerate(gradients, 1):
-        if config.name == "adamw":
+        if config.name in ("adamw", "lamb"):
             new = decayed(b1) + (1 - b1) * gradient
             second = b2 * second + (1 - b2) * gradient**2
             move = (new / (1 - b1**t)) / (np.sqrt(second / (1 - b2**t)) + config.eps)
@@ -398,12 +399,14 @@ def by_the_book(config: OptimConfig, weights: Any, gradients: list[Any]) -> Any:
             move = np.sign(decayed(b1) + (1 - b1) * gradient)
             new = decayed(b2) + (1 - b2) * gradient
         first = rounded(new, dtype)
-        weights = weights - config.lr * (move + decay * weights)
+        move = move + decay * weights
+        ratio = np.linalg.norm(weights) / np.linalg.norm(move) if config.name == "lamb" else 1.0
+        weights = weights - config.lr * ratio * move
     return weights
 
 
 @pytest.mark.parametrize("moment_dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb"])
 def test_optimizers_follow_the_book(name: Any, moment_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten steps equal the formulas, in float64, within 1e-6; in pieces that do not divide the tensor as in one."""
     config = optim(name=name, lr=1e-2, weight_decay=0.1, moment_dtype=moment_dtype, betas=(0.9, 0.97))
@@ -426,7 +429,7 @@ def test_optimizers_follow_the_book(name: Any, moment_dtype: Any, monkeypatch: p
     assert np.abs(ends[0].numpy() - by_the_book(config, start, gradients)).max() < 1e-6
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb"])
 def test_no_step_reads_a_value(name: Any) -> None:
     """On the meta device, where no value exists, a step works: on a GPU nothing waits for the device."""
     model = Named({"dense.weight": (3, 5), "dense.bias": (5,)}).to("meta")
@@ -457,3 +460,48 @@ def test_the_fused_step_is_the_plain_one(dtype: torch.dtype) -> None:
         theirs.step()
     for parameter, other in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(parameter, other, rtol=0, atol=2e-6)
+
+
+# --- LAMB ------------------------------------------------------------------------------------------------------------
+
+
+def test_lamb_equals_timms() -> None:
+    """20 steps beside timm's Lamb, its clipping included, on the same gradients: weights to 1e-6, which is the rounding
+    of float32 over 20 steps of 1e-2; ratios of 0.1 to 10 would be far off. The head starts from zeros, and a kernel
+    without gradient at first has no step: both norms have been 0.
+    """
+    shapes = {"a.weight": (30, 40), "a.bias": (30,), "norm.weight": (30,), "pos_embed": (1, 4, 30)}
+    shapes |= {"late.weight": (5, 30), "head.weight": (7, 30), "head.bias": (7,)}
+    ours, theirs = Named(shapes), Named(shapes)
+    generator = torch.Generator().manual_seed(0)
+    for (name, own), other in zip(ours.named_parameters(), theirs.parameters()):
+        own.data = torch.randn(own.shape, generator=generator) * (not name.startswith("head")) * 0.5
+        other.data = own.data.clone()
+    optimizer = build_optimizer(optim(name="lamb", eps=1e-6, weight_decay=0.1), ours)
+    timms = TimmsLamb(parameter_groups(theirs, 0.1), lr=1.0)
+    assert timms.defaults["eps"] == 1e-6 and timms.defaults["max_grad_norm"] == 1.0
+    for step in range(20):
+        for (name, own), other in zip(ours.named_parameters(), theirs.named_parameters()):
+            scale = 0.0 if name == "late.weight" and step < 5 else 10.0 ** (step % 3 - 1)
+            own.grad = torch.randn(own.shape, generator=generator) * scale
+            other[1].grad = own.grad.clone()
+        nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+        set_rate(optimizer, 1e-2 * step / 20)
+        set_rate(timms, 1e-2 * step / 20)
+        optimizer.step()
+        timms.step()
+        for (name, own), other in zip(ours.named_parameters(), theirs.parameters()):
+            assert float((own - other).detach().abs().max()) < 1e-6, (name, step)
+    assert all(float(parameter.detach().abs().max()) > 0 for parameter in ours.parameters())
+
+
+def test_lambs_gradients_become_its_directions() -> None:
+    """No second copy of the weights: a step allocates nothing as large as a parameter but Adam's temporaries."""
+    model = Named({"a.weight": (4, 3)})
+    (weights,) = model.parameters()
+    optimizer = build_optimizer(optim(name="lamb", lr=0.1, weight_decay=0.5), model)
+    weights.grad = torch.full((4, 3), 2.0)
+    held = weights.grad
+    optimizer.step()
+    assert weights.grad is held and torch.allclose(held, torch.full((4, 3), 1.5))  # 1, Adam's first step, and 0.5 w
+    assert torch.allclose(weights, torch.full((4, 3), 1 - 0.1 * 1.5 / 1.5))

@@ -133,10 +133,10 @@ class DataConfig:
 class OptimConfig:
     """Optimizer, learning rate, averages."""
 
-    name: Literal["adamw", "sgd", "lion"] = "adamw"  # elementwise optimizers only: ZeRO flattens tensors
+    name: Literal["adamw", "sgd", "lion", "lamb"] = "adamw"  # lamb: timm's and apex's, for large batches
     lr: float = MISSING  # peak learning rate
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's two moments; Lion: of its update and of its momentum
-    eps: float = 1e-8  # adamw: added to the root of the second moment
+    eps: float = 1e-8  # adamw, lamb: added to the root of the second moment
     momentum: float = 0.9  # sgd: m = momentum * m + gradient
     moment_dtype: Literal["fp32", "bf16"] = "fp32"  # of the first moment; bf16: rounded as in big_vision
     weight_decay: float = 0.0  # torch's convention (times lr), on kernels only; big_vision's wd / lr (docs/training.md)
@@ -167,8 +167,8 @@ class OptimConfig:
             ("schedule", ("linear",), ("power",)),
             ("schedule", ("rsqrt",), ("timescale_steps", "shift_steps")),
             ("schedule", ("stair",), ("stair_steps", "stair_multipliers")),
-            ("name", ("adamw", "lion"), ("betas",)),
-            ("name", ("adamw",), ("eps",)),
+            ("name", ("adamw", "lion", "lamb"), ("betas",)),
+            ("name", ("adamw", "lamb"), ("eps",)),
             ("name", ("sgd",), ("momentum",)),
         )
         changed = dict(non_defaults(self))
@@ -189,6 +189,8 @@ class OptimConfig:
             yield f"optim.stair_multipliers is {self.stair_multipliers}, expected numbers from 0 on"
         if self.name == "lion" and self.betas == (0.9, 0.999):
             yield "optim.betas is Adam's (0.9, 0.999); Lion's are (0.9, 0.99): set optim.betas"
+        if self.name == "lamb" and not self.weight_decay:
+            yield "optim.name=lamb adapts the steps of what decays, and optim.weight_decay is 0: set it, or name=adamw"
 
 
 @dataclass

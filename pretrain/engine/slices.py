@@ -5,13 +5,16 @@ each load.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pretrain.checkpoint.layout import Slice
 from pretrain.cluster import watchdog
+from pretrain.optim import Lamb, Pieces
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,26 @@ class OwnedSlices:
         if self._stage == 3:  # param_groups are empty between steps
             return list(self._zero.fp32_partitioned_groups_flat)
         return [flat for group in self._optimizer.param_groups for flat in group["params"]]
+
+    def tell_pieces(self, optimizer: Lamb) -> None:
+        """Tells LAMB where in the flat tensors which parameters lie, and how ranks add up.
+
+        Once, behind the start: in its step DeepSpeed shows the optimizer one group after the other.
+        """
+        places = {name: number for number, (name, _) in enumerate(self._module.named_parameters())}
+        of_flat: dict[torch.Tensor, list[Part]] = {flat: [] for flat in self.flat_tensors()}
+        for part in self.parts():
+            of_flat[part.flat].append(part)
+        pieces = {
+            flat: Pieces(
+                [(part.start, part.numel) for part in parts],
+                torch.tensor([places[part.name] for part in parts], dtype=torch.int64, device=flat.device),
+            )
+            for flat, parts in of_flat.items()
+        }
+        group = self._zero.dp_process_group
+        add_up = partial(dist.all_reduce, group=group) if dist.get_world_size(group) > 1 else None
+        optimizer.share(pieces, len(places), add_up)
 
     def set_optimizer_state(self, step: float, clear_weights: bool = False) -> None:
         """Makes zero moments and the step count, which the optimizer itself would make in its first step only."""

@@ -40,7 +40,7 @@ from pretrain.models.profile import num_parameters
 from pretrain.models.rates import rate_scales
 from pretrain.models.vit import VisionTransformer
 from pretrain.models.weights import classifier_names
-from pretrain.optim import PIECE_ELEMENTS, build_optimizer, moment_dtypes, set_rate
+from pretrain.optim import PIECE_ELEMENTS, Lamb, build_optimizer, moment_dtypes, set_rate
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's fp16 loss scaler
 
@@ -121,6 +121,8 @@ class Engine:
         self._owned = OwnedSlices(self._module, self._zero, config.engine.zero_stage, self._moments)
         names = [name for name, _ in self._module.named_parameters()]
         self.layers = LayerNorms(self._owned, self._optimizer, names)
+        if isinstance(self._optimizer, Lamb):
+            self._owned.tell_pieces(self._optimizer)
         after_start(config.engine.timeout_s, self._zero)
         self._engine.eval()  # train_step has it train, and frozen statistics stay as they are
         self._owned.set_optimizer_state(step=0)

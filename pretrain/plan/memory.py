@@ -57,7 +57,7 @@ class Memory:
 def moment_bytes(config: Config) -> int:
     """Returns the bytes per parameter of the optimizer's moments."""
     first = 2 if config.optim.moment_dtype == "bf16" else 4
-    return first + 4 if config.optim.name == "adamw" else first
+    return first + 4 if config.optim.name in ("adamw", "lamb") else first
 
 
 def activation_bytes(config: Config, num_classes: int, images: int, recompute: bool) -> tuple[int, int]:
