@@ -6,6 +6,7 @@ know; LAMB, which needs norms of whole parameters, is told what lies in them.
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -293,7 +294,12 @@ def lion_update(
 
 def _decayed(moment: torch.Tensor, beta: float) -> torch.Tensor:
     """beta * moment, in the moment's dtype. In bfloat16 beta itself is rounded too, 0.9 to 0.8984375: Google's code."""
-    return moment * float(torch.tensor(beta, dtype=moment.dtype))
+    return moment * _rounded(beta, moment.dtype)
+
+
+@cache
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(number, dtype=dtype))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

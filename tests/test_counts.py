@@ -30,6 +30,7 @@ from pretrain.engine.step import Engine
 from pretrain.evaluation.classification import predict_all
 from pretrain.models.build import build_model, compile_blocks
 from pretrain.models.vit import Block
+from pretrain.optim import ElementwiseOptimizer
 
 NUM_CLASSES = 7
 VIEWS = ("view", "detach", "alias", "t.default", "transpose", "slice", "select", "as_strided", "unbind", "narrow")
@@ -94,7 +95,9 @@ class _Operations(TorchDispatchMode):
             self._counts.ops[name] += 1
         if name.startswith(("aten.nonzero", "aten.masked_select", "aten._unique", "aten.repeat_interleave.Tensor")):
             self._counts.waits[name] += 1
-        if name.startswith("aten.index") and any(getattr(i, "dtype", None) == torch.bool for i in args[1]):
+        if name.startswith(("aten.index.", "aten.index_put")) and any(
+            getattr(i, "dtype", None) == torch.bool for i in args[1]
+        ):
             self._counts.waits[name] += 1  # a mask: how many it takes is asked of the device
         return function(*args, **(kwargs or {}))
 
@@ -136,7 +139,9 @@ def counts_of_a_step(config: Config, world_size: int, planted: str | None) -> di
     batch = batch_of(config, engine)
     for _ in range(3):  # in its first steps ZeRO 3 writes down in which order modules need their weights
         engine.train_step(batch, lr=1e-3)
-    step, plain_step, whole = Counts(), engine._engine.step, Counts()
+    ours = isinstance(engine._optimizer, ElementwiseOptimizer)  # torch's AdamW counts its steps on the device
+    counters = [state["step"] for state in engine._optimizer.state.values()] if ours else []
+    step, plain_step, whole = Counts(), engine._engine.step, Counts(counters)
     if planted == "wait":
         plain_loss = pretrain.engine.step.per_image_loss
         pretrain.engine.step.per_image_loss = lambda logits, *more: (
@@ -155,7 +160,7 @@ def counts_of_a_step(config: Config, world_size: int, planted: str | None) -> di
         result = engine.train_step(batch, lr=1e-3)
     assert result.applied
     engine._engine.step = plain_step
-    check, watched = Counts(), Counts()
+    check, watched = Counts(), Counts(counters)
     with check:
         engine.check()
     with watched, engine.layers.watched(True):
@@ -226,6 +231,29 @@ def test_rates_by_layer_cost_a_group_for_each(
     found = counted(changed(config, optim__layer_decay=0.75), layout)
     assert found["step"] <= most_launches, found
     assert sum(found["waits"].values()) <= 1, found
+    assert sum(found["collectives"].values()) <= most_collectives, found
+
+
+@pytest.mark.parametrize(
+    ("layout", "most_launches", "most_collectives"),
+    [
+        ((1, 1, 64), 190, 1),
+        ((64, 2, 64), 96, 5),
+        pytest.param((8, 2, 2), 102, 8, marks=pytest.mark.slow),
+        pytest.param((1, 1, 16), 168, 1, marks=pytest.mark.slow),
+        pytest.param((8, 3, 64), 800, 3 + 296, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_lamb_costs_a_launch_for_each_matrix(
+    layout: tuple[int, int, int], most_launches: int, most_collectives: int, config: Config
+) -> None:
+    """The 98 matrices' pieces that a rank owns are stepped on one by one, each with its own ratio; norms of all of them
+    are a launch. Beside AdamW's, one collective more, of the group that decays, on several ranks, and no wait.
+    """
+    found = counted(changed(config, optim__name="lamb"), layout)
+    assert found["step"] <= most_launches, found
+    assert sum(found["waits"].values()) <= 1 and found["watched"] == found["waits"], found
     assert sum(found["collectives"].values()) <= most_collectives, found
 
 

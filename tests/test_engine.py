@@ -98,7 +98,7 @@ def plain_losses(config: Config) -> list[float]:
         decay = config.optim.weight_decay if parameter.ndim >= 2 and name.endswith("weight") else 0.0
         groups.append({"params": [parameter], "weight_decay": decay, "scale": rate_scale(name, config)})
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
-    if config.optim.name == "lamb":
+    if config.optim.name == "lamb":  # as in timm and apex
         optimizer = TimmsLamb(groups, eps=1e-8, max_grad_norm=None)  # clipped below
     losses = []
     plan = BatchPlan(config.data.global_batch, 1, 0)
@@ -480,6 +480,29 @@ def test_lamb_equals_timms_under_zero_in_bf16(stage: int, world_size: int, num_m
     for name, expected in model.named_parameters():
         theirs = expected.detach().numpy().ravel()
         assert np.abs(found[name] - theirs).max() < 1e-6 * np.abs(theirs).max(), name
+
+
+def losses_with_bad_padding(config: Config) -> list[float]:
+    """As losses_of_run, but the padding of the flat tensors is NaN before LAMB is told of the pieces."""
+    engine, data = start(config)
+    for flat in engine._owned.flat_tensors():
+        kept = flat.detach().clone()
+        flat.data.fill_(float("nan"))
+        for part in engine._owned.parts():
+            if part.flat is flat:
+                part.slice_of(flat).values.copy_(part.slice_of(kept).values)
+    engine._owned.tell_pieces(engine._optimizer)
+    return steps(engine, data, config, 0, 6)
+
+
+def test_lamb_leaves_nothing_in_the_padding(shards: Path) -> None:
+    """A group of one tensor, the head's, on three ranks of ZeRO 3: what lies in its gradients' padding is in the next
+    step's norm, by which all gradients are clipped.
+    """
+    config = tiny_config(shards, Path("unused"), **LAMB, optim__head_decay_multiplier=10.0, optim__clip_norm=0.1)
+    expected = run_ranks(losses_of_run, 1, config)[0][:6]
+    found = run_ranks(losses_with_bad_padding, 3, changed(config, engine__zero_stage=3))[0]
+    compare(found, expected, 1e-5)
 
 
 def decays(config: Config) -> list[float]:

@@ -37,7 +37,16 @@ from pretrain.evaluation.classification import _answered, among, logits_of
 from pretrain.evaluation.features import pre_logits, raw_pixels
 from pretrain.losses import num_correct, per_image_loss
 from pretrain.models.build import outline
-from pretrain.optim import adamw_update, build_optimizer, lion_update, sgd_update
+from pretrain.optim import (
+    Lamb,
+    Pieces,
+    adamw_update,
+    build_optimizer,
+    lamb_direction,
+    lion_update,
+    moment_dtypes,
+    sgd_update,
+)
 
 CUDA = torch.device("cuda:0")
 NUM_CLASSES, BATCH, SIDE = 7, 4, 16
@@ -267,6 +276,7 @@ UPDATES: dict[str, tuple[Callable[..., None], list[torch.dtype]]] = {
     "adamw": (adamw_update, [torch.bfloat16, torch.float32]),
     "sgd": (sgd_update, [torch.bfloat16]),
     "lion": (lion_update, [torch.bfloat16]),
+    "lamb": (lamb_direction, [torch.bfloat16, torch.float32]),
 }
 
 
@@ -280,6 +290,27 @@ def test_updates_stay_on_the_device(name: str) -> None:
     settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9}
     update(weights, gradients, moments, 1, **settings)
     on_cuda(weights, *moments)
+
+
+@torch.no_grad()
+def test_lambs_norms_stay_on_the_device() -> None:
+    """Of pieces that a rank owns, and of none; what ranks add up too."""
+    flat, nothing = (nn.Parameter(torch.zeros(100, device=CUDA)) for _ in range(2))
+    group: dict[str, Any] = {"weight_decay": 0.1, "lr": 1e-3}
+    groups = [{"params": [flat], **group}, {"params": [nothing], **group}]
+    optimizer = Lamb(groups, moments=moment_dtypes(OptimConfig(name="lamb", lr=1)), betas=(0.9, 0.999), eps=1e-8)
+    numbers = {
+        flat: torch.zeros(2, dtype=torch.int64, device=CUDA),
+        nothing: torch.zeros(0, dtype=torch.int64, device=CUDA),
+    }
+    spans = {flat: [(0, 50), (60, 30)], nothing: []}
+    optimizer.share({each: Pieces(spans[each], numbers[each]) for each in spans}, 3, on_cuda)
+    for members in (groups[:1], groups[1:]):  # as DeepSpeed shows them
+        optimizer.param_groups = members
+        for each in members:
+            each["params"][0].grad = torch.zeros(100, device=CUDA)
+        optimizer.step()
+    on_cuda(flat, *(state["exp_avg"] for state in optimizer.state.values()))
 
 
 @torch.no_grad()

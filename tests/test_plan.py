@@ -126,7 +126,7 @@ def test_activations_are_what_the_model_saves(model: dict[str, Any], sections: d
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-def scaled(name: str, stage: int, accumulation: int, world_size: int, **changes: Any) -> tuple[Config, float]:
+def scaled(name: str, stage: int, accumulation: int, world_size: int, /, **changes: Any) -> tuple[Config, float]:
     """A model of true depth and an eighth of the width, images of two patches a side; and its share of the parameters.
 
     As many tensors as the whole model has, in the same proportions. Buckets are scaled by the share, and so is the size
@@ -279,6 +279,7 @@ def compare_cells(world_size: int, cells: list[tuple[str, int, int, dict[str, An
 
 B16 = [("B/16", stage, 1, {}) for stage in (1, 2, 3)] + [("B/16", stage, 2, {}) for stage in (1, 2, 3)]
 WITH_AVERAGES = [("B/16", 1, 1, {"average_decay": 0.99, "moment_dtype": "bf16"})]
+WITH_LAMB = [("B/16", stage, 1, {"name": "lamb", "weight_decay": 0.1}) for stage in (1, 3)]
 
 
 @pytest.mark.slow
@@ -302,7 +303,7 @@ def test_memory_is_what_the_engine_holds_in_every_layout(name: str, world_size: 
 @pytest.mark.timeout(1600)
 def test_memory_counts_averages_and_bf16_moments() -> None:
     """Two ranks: Polyak averages, a first moment in bf16 and the temporaries of its update."""
-    compare_cells(2, WITH_AVERAGES)
+    compare_cells(2, WITH_AVERAGES + WITH_LAMB)
 
 
 @pytest.mark.long
@@ -475,6 +476,7 @@ def test_float32_stays_below_its_own_peak(device: Device, name: str) -> None:
                 ((1, 2, 16), {}),
                 ((8, 3, 64), {}),
                 ((8, 3, 2), {}),
+                ((8, 3, 64), {"optim__name": "lamb"}),
             )
         ),
     ],

@@ -55,7 +55,7 @@ def _without_compiler() -> None:
 
 
 def _without_false_alarm() -> None:
-    """Hides the warning that optimizers other than Adam are untested with ZeRO: SGD and Lion are tested here."""
+    """Hides the warning that optimizers other than Adam are untested with ZeRO: SGD, Lion and LAMB are tested here."""
     deepspeed_logger.addFilter(_is_no_false_alarm)  # the same function twice counts once
 
 

@@ -72,9 +72,11 @@ class OwnedSlices:
         return [flat for group in self._optimizer.param_groups for flat in group["params"]]
 
     def tell_pieces(self, optimizer: Lamb) -> None:
-        """Tells LAMB where in the flat tensors which parameters lie, and how ranks add up.
+        """Tells LAMB where in the flat tensors which parameters lie, and how ranks add up; padding becomes zero.
 
-        Once, behind the start: in its step DeepSpeed shows the optimizer one group after the other.
+        Once, behind the start: in its step DeepSpeed shows the optimizer one group after the other. Padding is
+        uninitialised memory, and ZeRO 3 may read what LAMB leaves in the gradients': of a group of one tensor they are
+        the buffer that the next step's, without padding, are copied into, and its norm is that of the buffer.
         """
         places = {name: number for number, (name, _) in enumerate(self._module.named_parameters())}
         of_flat: dict[torch.Tensor, list[Part]] = {flat: [] for flat in self.flat_tensors()}
@@ -87,6 +89,11 @@ class OwnedSlices:
             )
             for flat, parts in of_flat.items()
         }
+        for flat, (spans, _) in pieces.items():
+            end = 0
+            for start, numel in [*sorted(spans), (flat.numel(), 0)]:
+                flat.data[end:start].zero_()
+                end = start + numel
         group = self._zero.dp_process_group
         add_up = partial(dist.all_reduce, group=group) if dist.get_world_size(group) > 1 else None
         optimizer.share(pieces, len(places), add_up)

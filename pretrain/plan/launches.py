@@ -24,7 +24,9 @@ _UNJOINED = 4  # ZeRO 3's linear layers add their bias in a launch of its own
 _ENDS = 62  # of a micro-batch beside its blocks: images, patches, head, loss, counts
 _STEP, _STEP_FLOAT32_SUMS, _STEP_3 = 57, 35, 62  # of an optimizer step: norm, clipping, AdamW, casts
 _GROUP = 20  # of each further group of parameters; optim.layer_decay makes two for each layer
+_LAMB_GROUP = 17  # what LAMB adds to each group, beside a launch for each piece of a matrix
 _TENSORS_OF_BLOCK, _OTHER_TENSORS = 12, 8  # parameters
+_MATRICES_OF_BLOCK, _OTHER_MATRICES = 4, 2
 
 
 def is_compiled(config: Config, layout: Layout) -> bool:
@@ -63,7 +65,11 @@ def _of_gradients(config: Config, layout: Layout, tensors: int) -> int:
 
 def _of_optimizer(config: Config, layout: Layout, tensors: int) -> int:
     groups = 2 * (config.model.shape.depth + 2) if config.optim.layer_decay < 1 else 2
+    more = _GROUP * (groups - 2)
+    if config.optim.name == "lamb":
+        matrices = _MATRICES_OF_BLOCK * config.model.shape.depth + _OTHER_MATRICES
+        more += _LAMB_GROUP * groups + matrices // (1 if layout.stage == 3 else layout.num_ranks)
     if layout.stage == 3:
-        return 2 * tensors + _STEP_3 + _GROUP * (groups - 2)
+        return 2 * tensors + _STEP_3 + more
     few = layout.stage == 1 and _sums_in_float32(config, layout)
-    return (_STEP_FLOAT32_SUMS if few else _STEP) + _GROUP * (groups - 2)
+    return (_STEP_FLOAT32_SUMS if few else _STEP) + more
