@@ -15,7 +15,7 @@ PREFETCH_ELEMENTS = 50_000_000  # ZeRO 3 gathers so much ahead: stage3_prefetch_
 _LIVE_ELEMENTS = 1_000_000_000  # ZeRO 3 keeps gathered weights up to this: stage3_max_live_parameters
 _FALLBACK_ELEMENTS = 500_000_000  # DeepSpeed's BF16_Optimizer reduces gradients in pieces of this
 _PIECE_ELEMENTS = 1 << 24  # optim.PIECE_ELEMENTS, which cannot be imported without torch
-_PIECES = 3  # float32 temporaries of one piece in an update that is not fused
+_PIECE_BYTES = {"fp32": 8, "bf16": 10}  # per element of a piece, temporaries of an update that is not fused, by moment
 STAGES = (1, 2, 3)
 
 
@@ -107,7 +107,9 @@ def memory(
     images = 2 * layout.micro_batch * layout.accumulation * 3 * config.model.image_size**2  # uint8, two steps' shares
     rest = weights + optimizer + averages + kept + images
     fused = config.optim.name == "adamw" and config.optim.moment_dtype == "fp32"
-    update = 0 if fused else _PIECES * 4 * min(s.part, _PIECE_ELEMENTS)
+    update = 0 if fused else _PIECE_BYTES[config.optim.moment_dtype] * min(s.part, _PIECE_ELEMENTS)
+    if not s.in_float32:  # the rounded gradients have been cast by then, and joined ones freed
+        update = max(0, update - s.item * s.part)
     if s.item == 4:
         update -= s.item * s.part  # the gradients are float32 already
     # Stages 1 and 2 join the rounded weights, which are there twice for that; 3 has cut each parameter up at once.
