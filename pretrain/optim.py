@@ -143,7 +143,7 @@ class Lamb(ElementwiseOptimizer):
 
     The ratio is the norm of a whole parameter over that of its step, and 1 where either is 0; what does not decay has
     none. Each tensor is a whole parameter unless `share` has said what it holds. A step leaves its directions in the
-    gradients' memory, so that no copy of all weights is needed: DeepSpeed drops or zeroes gradients behind it.
+    gradients' memory, so that no copy of all weights is needed: DeepSpeed drops them, zeroes them or writes over them.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, moments: dict[str, torch.dtype], **defaults: Any) -> None:
