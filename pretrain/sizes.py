@@ -19,11 +19,12 @@ def num_tokens(config: ModelConfig) -> int:
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Returns the parameters of one block: q, k, v, projection, MLP and norms; no table of positions."""
+    """Returns the parameters of one block: q, k, v, projection, MLP, norms, layer scale; no table of positions."""
     (width, _, mlp_dim, heads), form = config.shape, config.form
     biases = 2 * width + mlp_dim + 3 * width * form.qkv_bias
     norms = width * (1 if form.parallel_blocks else 2) + 2 * (width // heads) * form.qk_norm
-    return 4 * width**2 + 2 * width * mlp_dim + biases + norms * _of_norm(config)
+    scales = 2 * width * (config.layer_scale is not None)
+    return 4 * width**2 + 2 * width * mlp_dim + biases + norms * _of_norm(config) + scales
 
 
 def _of_norm(config: ModelConfig) -> int:
@@ -56,7 +57,7 @@ def _table_parameters(config: ModelConfig) -> int:
 def plain_forward_macs(config: ModelConfig, num_classes: int) -> int:
     """Returns the multiply-adds of one image's forward pass through a plain ViT.
 
-    Patch convolution, q, k, v, attention, MLP and head; norms, softmax, GELU and biases are not counted.
+    Patch convolution, q, k, v, attention, MLP and head; norms, softmax, GELU, biases and layer scale are not counted.
     """
     width, depth, mlp_dim, _ = config.shape
     tokens = num_tokens(config)

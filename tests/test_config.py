@@ -408,6 +408,7 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None
         ("optim.wd", "optim.weight_decay, torch's: big_vision's wd / lr"),
         ("blr", "optim.lr, of the whole batch: a rate for 256 images times data.global_batch / 256"),
         ("warmup_epochs", "optim.warmup_steps, in steps"),
+        ("init_values", "model.layer_scale"),
         ("img-size", "model.image_size"),
         ("resume", "nothing: the same command goes on by itself"),
     ],
@@ -434,7 +435,7 @@ def test_the_page_for_those_who_come_names_real_keys() -> None:
     text = (ROOT / "docs" / "coming_from.md").read_text()
     sections = "model|data|optim|engine|evaluation|log|checkpoint"
     named = set(re.findall(rf"(?<![\w.])(?:{sections})\.\w+", text)) - {"data.md"}
-    named |= set(re.findall(r"\b(total_\w+|init_\w+|loss|label_\w+)=", text)) - {"init_head_bias"}
+    named |= set(re.findall(r"\b(total_\w+|init_\w+|loss|label_\w+)=", text)) - {"init_head_bias", "init_values"}
     assert len(named) > 40 and named <= set(keys()), named - set(keys())
 
 

@@ -166,6 +166,8 @@ REFUSED = {
     "npz: exact": ("npz", {"gelu": "exact"}, "tanh approximation of GELU"),
     "npz: map": ("npz", {"pooling": "map"}, "vision_transformer has no MAP head"),
     "timm: every layer": ("timm", {"positions_at": "every_layer"}, "positions, for which the target has no place"),
+    "npz: layer scale": ("npz", {"layer_scale": 0.1}, "blocks of Google's public code have no layer scale"),
+    "transformers: layer scale": ("transformers", {"layer_scale": 0.1}, "blocks of its ViT have no layer scale"),
     "npz: relative": ("npz", {"positions": "relative"}, "relative positions"),
     "npz: 22B": (
         "npz",
@@ -309,9 +311,9 @@ def test_a_hybrid_is_the_same_function_elsewhere(target: str, tmp_path: Path) ->
     [
         ("timm", {"pooling": "map", "gelu": "exact"}),
         pytest.param("timm", {"pooling": "gap", "positions": "sincos2d"}, marks=pytest.mark.long),
-        ("timm", {"positions": "learned2d", "class_position": False}),
+        ("timm", {"positions": "learned2d", "class_position": False, "layer_scale": 0.1}),
         ("transformers", {"positions": "learned2d", "gelu": "exact"}),
-        ("onnx", {"pooling": "map", "positions": "relative"}),
+        ("onnx", {"pooling": "map", "positions": "relative", "layer_scale": 0.1}),
         pytest.param("onnx", {"representation_size": 48, "positions_at": "every_layer"}, marks=pytest.mark.long),
     ],
 )

@@ -359,6 +359,7 @@ def compiled(**changes: Any) -> Any:
     "changes",
     [
         {"drop_path": 0.1},
+        {"drop_path": 0.1, "drop_path_rule": "uniform", "layer_scale": 1e-4},
         pytest.param({"drop_path": 0.1, "dropout": 0.1}, marks=pytest.mark.slow),
         pytest.param({}, marks=pytest.mark.long),
         pytest.param({"positions": "relative"}, marks=pytest.mark.long),

@@ -22,6 +22,7 @@ from pretrain.models.build import build_model, build_without_values, drawn_value
 from pretrain.models.positions import sincos2d
 from pretrain.models.profile import forward_macs, num_parameters, train_flops
 from pretrain.models.vit import NORM_EPS, Attention, Block, VisionTransformer, draw_kept
+from pretrain.optim import parameter_groups
 
 torch.set_num_threads(1)
 TINY: dict[str, Any] = {"name": "Ti", "width": 48, "depth": 3, "mlp_dim": 80, "heads": 3, "image_size": 24}
@@ -117,6 +118,32 @@ def test_22b_is_that_of_its_paper() -> None:
     assert biases == {"attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias"}
 
 
+@torch.no_grad()
+def test_a_vit_of_deit3_is_timms() -> None:
+    """Layer scale behind both branches, no class row, exact GELU: timm's own entry has the same tensors and computes
+    the same. Its first value is the setting's, and it gets no weight decay.
+    """
+    config = tiny(patch_size=8, class_position=False, gelu="exact", layer_scale=1e-4)
+    ours: Any = build_model(config, NUM_CLASSES)
+    shape = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 80.5 / 48}
+    theirs: Any = timm.create_model(
+        "deit3_base_patch16_224", num_classes=NUM_CLASSES, img_size=24, init_values=1e-4, **shape
+    )
+    scales = {name: value for name, value in ours.state_dict().items() if name.endswith("gamma")}
+    assert len(scales) == 6 and all(torch.equal(value, theirs.state_dict()[name]) for name, value in scales.items())
+    kernels, _ = parameter_groups(ours, 0.1)
+    assert not {id(parameter) for parameter in kernels["params"]} & {id(ours.get_parameter(name)) for name in scales}
+    theirs.load_state_dict(randomised(ours).state_dict())
+    x = images(24)
+    expected = theirs.eval()(x)
+    assert (ours(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for name in ("ls1", "ls2"):  # each is seen
+        block, kept = ours.blocks[1], getattr(ours.blocks[1], name)
+        setattr(block, name, None)
+        assert (ours(x) - expected).abs().max() > 1e-3 * expected.abs().max()
+        setattr(block, name, kept)
+
+
 def test_layer_norms_have_googles_epsilon() -> None:
     """1e-6, which logits hardly show: torch's default is 1e-5."""
     norms = [m for m in build_model(tiny(), NUM_CLASSES).modules() if isinstance(m, nn.LayerNorm)]
@@ -207,6 +234,7 @@ INITIALISED: dict[str, dict[str, Any]] = {
     "hybrid": {"trunk": [2, 1], "trunk_width": 64},
     "learned2d": {"positions": "learned2d", "positions_at": "every_layer"},
     "relative": {"positions": "relative"},
+    "layer_scale": {"layer_scale": 1e-4},
 }
 
 
@@ -247,6 +275,8 @@ def test_every_tensor_is_initialised_as_in_googles_code(variant: str) -> None:
             assert 2.2 * std < values.abs().max() <= 2.0001 / 0.8796 * std
         elif name == "head.bias":
             assert (values == torch.tensor(config.head_bias)).all()
+        elif name.endswith(("ls1.gamma", "ls2.gamma")):
+            assert (values == torch.tensor(1e-4)).all()
         elif name.endswith("norm3.weight"):  # a ResNet unit starts as its shortcut
             assert (values == 0).all()
         elif "norm" in name and name.endswith(".weight"):
@@ -366,17 +396,30 @@ def test_dropout_and_drop_path_act_in_training_only(setting: str) -> None:
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean() -> None:
-    """Each image's branch is either zero or scaled by 1 / 0.75; rates rise linearly from 0 to the last block's."""
+    """Each image's branch is either zero or scaled by 1 / 0.75; rates rise linearly from 0 to the last block's, or are
+    that of all blocks.
+    """
     torch.manual_seed(0)
     for kept in draw_kept(torch.ones(4000, 2, 3), 0.25):
         assert set(kept.unique().tolist()) == {0.0, (torch.ones(()) / 0.75).item()}
         assert kept.shape == (4000, 1, 1) and kept.mean() == pytest.approx(1, abs=0.03)
     model: Any = build_model(tiny(drop_path=0.4), NUM_CLASSES)
     assert model.drop_path == pytest.approx([0.0, 0.2, 0.4])
+    model = build_model(tiny(drop_path=0.4, drop_path_rule="uniform"), NUM_CLASSES)
+    assert model.drop_path == [0.4, 0.4, 0.4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("changes", [{"drop_path": 0.4}, {"drop_path": 0.4, "positions": "relative"}, {"dropout": 0.3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"drop_path": 0.4},
+        {"drop_path": 0.4, "positions": "relative"},
+        {"drop_path": 0.4, "drop_path_rule": "uniform", "layer_scale": 0.1},
+        {"dropout": 0.3},
+    ],
+    ids=str,
+)
 def test_the_forms_for_speed_have_the_bits_of_the_plain_ones(
     changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,8 +456,11 @@ def plain_block(block: Any, x: torch.Tensor, _: None) -> torch.Tensor:
         keep = 1.0 - block.rate
         return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep).div_(keep) if block.rate else branch
 
-    x = x + dropped(block.attn(block.norm1(x)))
-    return x + dropped(block.mlp(block.norm2(x)))
+    def scaled(branch: torch.Tensor, scale: Any) -> torch.Tensor:
+        return branch if scale is None else branch * scale.gamma
+
+    x = x + dropped(scaled(block.attn(block.norm1(x)), block.ls1))
+    return x + dropped(scaled(block.mlp(block.norm2(x)), block.ls2))
 
 
 def test_dropout_acts_after_positions_and_dense_layers_but_not_in_attention() -> None:

@@ -83,6 +83,7 @@ def config_of(model: dict[str, Any], **sections: dict[str, Any]) -> Config:
         {"name": "Ti/16", "pooling": "gap", "positions": "sincos2d"},
         {"name": "S/32", "positions": "learned2d", "representation_size": 384},
         {"name": "Ti/16", "positions_at": "every_layer", "image_size": 384},
+        {"name": "Ti/16", "layer_scale": 1e-4},
     ],
     ids=lambda model: "-".join(str(value) for value in model.values()),
 )
@@ -108,7 +109,9 @@ def close(predicted: float, measured: float) -> None:
         ({"name": "B/16", "pooling": "gap"}, {}),
         ({"name": "B/16", "pooling": "map", "class_position": False}, {}),
         ({"name": "S/16", "drop_path": 0.1}, {}),
+        ({"name": "S/16", "drop_path": 0.1, "layer_scale": 1e-4}, {}),
         ({"name": "22B/14", "width": 384, "depth": 4, "mlp_dim": 1536, "heads": 6, "rms_norm": False}, {}),
+        ({"name": "S/14", "depth": 4, "parallel_blocks": True, "layer_scale": 1e-4}, {}),
         ({"name": "Ti/16"}, {"engine": {"precision": "fp32"}}),
     ],
     ids=str,
@@ -470,7 +473,7 @@ def test_float32_stays_below_its_own_peak(device: Device, name: str) -> None:
             pytest.param(layout, changes, marks=pytest.mark.slow)
             for layout, changes in (
                 ((1, 1, 64), {"model__depth": 12, "model__drop_path": 0.1}),
-                ((1, 1, 64), {"engine__checkpoint_activations": True}),
+                ((1, 1, 64), {"engine__checkpoint_activations": True, "model__layer_scale": 1e-4}),
                 ((1, 1, 16), {}),
                 ((8, 2, 2), {}),
                 ((1, 2, 16), {}),
@@ -786,6 +789,8 @@ def test_the_mfu_is_what_was_measured(assumed: Assumed, tmp_path: Path) -> None:
     wanted = "no line of ViT-L/16 at 224 px, bf16, compiled, on one a100; it has L/16 on NVIDIA H100 80GB HBM3, B/16 on"
     with pytest.raises(UserError, match=re.escape(wanted)):
         assumed(*given, "--gpu", "a100")
+    with pytest.raises(UserError, match="no line of ViT-L/16 at 224 px with layer scale, bf16, .*; it has L/16 on"):
+        assumed(*given, "model.layer_scale=1e-4")
     file.write_text('{"model": "L/16", "row": "save"}\n')
     with pytest.raises(UserError, match=r"train\.jsonl:1: loop is missing"):
         assumed(*given)

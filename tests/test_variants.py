@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hybrid": {"trunk": [1, 1], "trunk_width": 32},
     "stem_only": {"trunk": [], "trunk_width": 32},
     "22b": {"name": "22B"},  # its form, at the small width
+    "deit3": {"layer_scale": 1e-4, "class_position": False, "drop_path": 0.1, "drop_path_rule": "uniform"},
 }
 # The others take part in `make test-all` at one stage, in turn, and in `make test-long` at the other.
 QUICK = ("learned2d_every_layer", "relative", "map", "22b")
@@ -113,6 +114,8 @@ def _expected(model: dict[str, Any]) -> set[str]:
         targets.add("transformers")
     if "trunk" in model:
         targets.remove("timm")  # its hybrids are five named ones
+    if "layer_scale" in model:
+        targets = {"timm"}
     if model.get("gelu") == "exact":
         targets.remove("npz")
     return targets

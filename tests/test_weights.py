@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "R+Ti": {"name": "R+Ti", "patch_size": 32, "image_size": 64},
     "R26+S": {"name": "R26+S", "patch_size": 32, "image_size": 64},
     "R50+B": {"name": "R50+B", "patch_size": 16, "image_size": 32},
+    "deit3": {"layer_scale": 1e-4, "class_position": False, "gelu": "exact"},
     "headless": {},
     "timm": {"name": "timm:test_vit", "image_size": 32},
 }
@@ -246,6 +247,7 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_base_patch8_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "act_layer": "gelu_tanh"},
     "vit_base_patch16_siglip_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3},  # MAP head
     "vit_tiny_r_s16_p8_224": {"img_size": 64, "embed_dim": 48, "depth": 2},
+    "deit3_small_patch16_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3},
     "test_vit": {},
     "test_vit3": {},  # layer scale, registers: timm's own code
     "resnetv2_50x1_bit": {},
@@ -271,7 +273,8 @@ def test_weights_saved_by_timm_give_timms_logits(name: str, tmp_path: Path) -> N
     weights = read_weights(tmp_path / name)
     ours = load_model(tmp_path / name)
     assert (ours(x) - expected).abs().max() <= 2e-5 * expected.abs().max()
-    assert (weights.model.timm_name is None) == name.startswith(("vit_", "test_vit")) or name == "test_vit3"
+    assert (weights.model.timm_name is None) == name.startswith(("vit_", "deit3", "test_vit")) or name == "test_vit3"
+    assert weights.model.layer_scale == (1e-6 if name.startswith("deit3") else None)
     assert weights.interpolation == cfg["interpolation"] and weights.eval_crop == cfg["crop_pct"]
 
 
@@ -503,6 +506,16 @@ def test_weights_of_another_function_are_refused(other: dict[str, Any], said: st
     with pytest.raises(UserError, match=said):
         check_same_function(weights, tiny_model(**other), DataConfig())
     check_same_function(weights, tiny_model(dropout=0.1, drop_path=0.1, head_bias=-10.0), DataConfig())
+
+
+def test_layer_scale_is_a_part_of_the_function_and_its_first_value_is_not() -> None:
+    """Weights without it are refused by the setting's name, before a tensor is missing; another number is fine."""
+    model, config = random_model("deit3")
+    weights, deit3 = in_memory(model, config), OWN_VARIANTS["deit3"]
+    for given, other in ((weights, {**deit3, "layer_scale": None}), (in_memory(*random_model("gap_exact")), deit3)):
+        with pytest.raises(UserError, match="model.layer_scale is (None, was 0.0001|0.0001, was None)"):
+            check_same_function(given, tiny_model(**other), DataConfig())
+    check_same_function(weights, tiny_model(**{**deit3, "layer_scale": 0.1}), DataConfig())
 
 
 def test_rates_of_training_do_not_stand_in_the_way(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ _CALLED_ELSEWHERE = {
     "model.num_classes": "num_classes",
     "model.dropout; in our own ViTs after every dense layer, not before the head alone": "drop drop_rate",
     "model.drop_path": "drop_path_rate",
+    "model.drop_path_rule=uniform": "drop_path_uniform uniform_drop_path",
+    "model.layer_scale": "layer_scale layerscale init_values init_scale layer_scale_init_value ls_init_value",
     "model.pooling": "gp",
     "label_smoothing": "smoothing",
     "label_threshold": "bce_target_thresh",

@@ -171,7 +171,9 @@ class ModelConfig:
     num_classes: int | None = None  # outputs of the head; null: as many as the training manifest has classes
     head_bias: float = 0.0  # initial bias of the head; -10 for ImageNet-21k and -6.9 for ImageNet with the sigmoid loss
     dropout: float = 0.0  # after each dense layer but q, k, v, and after the positions (paper, B.1)
-    drop_path: float = 0.0  # stochastic depth: probability of the last block, rising linearly from 0
+    drop_path: float = 0.0  # stochastic depth: probability of the last block
+    drop_path_rule: Literal["linear", "uniform"] = "linear"  # from 0 at the first block to it, or it at all (DeiT III)
+    layer_scale: float | None = None  # first value of a factor per channel of each branch (DeiT III: 1e-4); null: none
 
     def __post_init__(self) -> None:
         if isinstance(self.name, str) and (named := named_model(self.name)):
@@ -235,7 +237,7 @@ class ModelConfig:
         if self.num_classes is not None and not 1 <= self.num_classes <= MAX_CLASSES:
             yield f"model.num_classes is {self.num_classes}, expected 1 to {MAX_CLASSES}"
         yield from outside(self, "model", dropout=(0, 0.99), drop_path=(0, 0.99), image_size=(1, MAX_IMAGE_SIZE))
-        yield from outside(self, "model", head_bias=(-1e3, 1e3))
+        yield from outside(self, "model", head_bias=(-1e3, 1e3), layer_scale=(1e-9, 10))
 
     def fp8_problems(self) -> list[str]:
         """Returns what forbids engine.fp8 for the model."""

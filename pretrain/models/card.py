@@ -123,6 +123,10 @@ def _model(weights: Weights, target: str) -> str:
         lines.append(f"pooling {config.pooling}, positions {config.positions}, {config.gelu} GELU.")
         if form := config.other_form():
             lines.append(f"Blocks of another form ([arXiv 2302.05442](https://arxiv.org/abs/2302.05442)): {form}.")
+        if config.layer_scale is not None:
+            lines.append(
+                f"LayerScale ([arXiv 2103.17239](https://arxiv.org/abs/2103.17239)), from {config.layer_scale}."
+            )
     range_of = "RGB in [-1, 1]"
     if weights.normalisation != MINUS_ONE_TO_ONE and target not in ("npz", "onnx"):
         range_of = f"RGB in [0, 1] less mean {list(weights.mean)}, divided by {list(weights.std)}"

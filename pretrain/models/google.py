@@ -137,6 +137,8 @@ def for_google(weights: Weights, naming: str) -> Weights:
         reason = "vision_transformer has no MAP head; big_vision has"
     elif config.trunk_units is not None and naming == "big_vision":
         reason = "big_vision has no hybrids; vision_transformer has"
+    elif config.layer_scale is not None:
+        reason = "the blocks of Google's public code have no layer scale; --to timm and --to pretrain hold it"
     elif setting := config.other_form():
         reason = f"the blocks of Google's public code are the plain ViT's, not those of {setting}"
     if reason:

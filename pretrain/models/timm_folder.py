@@ -225,6 +225,7 @@ def _as_ours(theirs: Any, num_classes: int) -> ModelConfig | None:
         class_position=pooling != "token" or not theirs.no_embed_class,
         gelu=gelu,
         trunk=trunk,
+        layer_scale=getattr(first.ls1, "init_values", None),  # of timm's LayerScale; else it is an Identity
     )
     if list(config.problems()):
         return None
@@ -383,4 +384,5 @@ def _vit_arguments(config: ModelConfig) -> dict[str, Any]:
         "fc_norm": False,  # the norm comes before the pooling
         "no_embed_class": not config.class_position,
         "act_layer": "gelu_tanh" if config.gelu == "tanh" else "gelu",
+        **({} if config.layer_scale is None else {"init_values": config.layer_scale}),
     }

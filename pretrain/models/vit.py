@@ -124,10 +124,22 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x), approximate=self.approximate))))
 
 
+class LayerScale(nn.Module):
+    """Multiplies tokens [B, T, D] by a learned factor per channel (arXiv 2103.17239, equation 4); timm's names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """A pre-norm encoder block (paper, equations 2 and 3), with a position table of its own where that is asked for.
 
     With parallel_blocks attention and MLP are given the same tokens, behind one norm: x + attn(norm(x)) + mlp(norm(x)).
+    With layer_scale each of the two branches has a LayerScale of its own, parallel or not.
     kept: what the two branches of each image are multiplied with, see `draw_kept`. It comes from outside, for a rate
     inside would be a constant of the compiled code: another graph for each block, and after eight of them none.
     """
@@ -138,15 +150,19 @@ class Block(nn.Module):
         _add_table(self, config, here=config.positions_at == "every_layer")
         self.norm1 = build_norm(width, config.form)
         self.attn = Attention(config)
+        self.ls1 = None if config.layer_scale is None else LayerScale(width)
         self.norm2 = None if config.form.parallel_blocks else build_norm(width, config.form)
         self.mlp = Mlp(width, mlp_dim, config.gelu, config.dropout)
+        self.ls2 = None if config.layer_scale is None else LayerScale(width)
 
     def forward(self, x: torch.Tensor, kept: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         x = _with_positions(x, _table(self))
         normalised = self.norm1(x)
         attended = self.attn(normalised)
+        attended = attended if self.ls1 is None else self.ls1(attended)
         x = x + (attended if kept is None else attended * kept[0])
         mapped = self.mlp(normalised if self.norm2 is None else self.norm2(x))
+        mapped = mapped if self.ls2 is None else self.ls2(mapped)
         return x + (mapped if kept is None else mapped * kept[1])
 
 
@@ -161,6 +177,14 @@ def draw_kept(x: torch.Tensor, drop_path: float) -> tuple[torch.Tensor, torch.Te
         first.bernoulli_(keep).div_(keep)
         second.bernoulli_(keep).div_(keep)
     return first, second
+
+
+def drop_path_rates(config: ModelConfig) -> list[float]:
+    """Returns the probability of each block that stochastic depth drops a branch of it."""
+    depth = config.shape.depth
+    if config.drop_path_rule == "uniform":
+        return [config.drop_path] * depth
+    return [config.drop_path * i / max(1, depth - 1) for i in range(depth)]
 
 
 class AttentionPool(nn.Module):
@@ -197,8 +221,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.pooling == "token" else None
         _add_table(self, config, here=config.positions_at != "every_layer")
         self.pos_drop = nn.Dropout(config.dropout)
-        # Of each block, rising linearly; none where nothing is ever dropped.
-        self.drop_path = [config.drop_path * i / max(1, depth - 1) for i in range(depth)] if config.drop_path else None
+        self.drop_path = drop_path_rates(config) if config.drop_path else None  # none: nothing is ever dropped
         self.blocks = nn.Sequential(*(Block(config) for _ in range(depth)))
         self.norm = build_norm(width, config.form)
         self.attn_pool = AttentionPool(config) if config.pooling == "map" else None
@@ -277,12 +300,15 @@ def init_parameter(name: str, value: torch.Tensor, config: ModelConfig, generato
 
     Dense kernels: Xavier uniform, with q, k and v each as its own matrix; MLP biases: N(0, 1e-6); positions: N(0, 0.02)
     (with class_position=false, big_vision's way: N(0, 1 / sqrt(D))); convolutions and the representation layer: LeCun
-    normal (flax's default); head: zeros with a constant bias; last norm of a ResNet unit: zeros; the rest: zeros,
-    norms' scales ones.
+    normal (flax's default); head: zeros with a constant bias; last norm of a ResNet unit: zeros; layer scale: its
+    setting; the rest: zeros, norms' scales ones.
     """
     assert value.dtype == torch.float32, name  # bfloat16 would quantise the draws
     if name == "head.bias":
         value.fill_(config.head_bias)
+    elif name.endswith(".gamma"):
+        assert config.layer_scale is not None, name
+        value.fill_(config.layer_scale)
     elif "pos_embed" in name or name.endswith("relative_embed"):
         value.normal_(std=0.02 if config.class_position else config.shape.width**-0.5, generator=generator)
     elif value.ndim == 4 or name == "pre_logits.weight":

@@ -155,6 +155,9 @@ def check_same_function(weights: Weights, config: ModelConfig, data: DataConfig)
     pairs = {f"model.{name}": (getattr(weights.model, name), getattr(config, name)) for name in settings}
     forms = zip(VitForm._fields, weights.model.form, config.form)
     pairs |= {f"model.{name}": (was, now) for name, was, now in forms}
+    scaled = weights.model.layer_scale, config.layer_scale
+    if None in scaled:  # with two numbers the function is the same: tensors hold what they have become
+        pairs["model.layer_scale"] = scaled
     pairs["model.heads"] = (weights.model.shape.heads, config.shape.heads)
     if different := [f"{key} is {now}, was {was}" for key, (was, now) in pairs.items() if was != now]:
         raise UserError(f"{weights.source}: was trained as another model: {'; '.join(different)}; set it as it was")

@@ -17,15 +17,16 @@ class BlockLaunches(NamedTuple):
     plain: int
     again: int  # of the second forward pass, with recomputation
     drop_path: int  # what stochastic depth adds: its draws, and products where they are not joined with others
+    layer_scale: int  # its products in a forward pass, where they are not joined; the backward pass has three for each
 
 
-EAGER, COMPILED = BlockLaunches(29, 8, 10), BlockLaunches(27, 9, 3)
+EAGER, COMPILED = BlockLaunches(29, 8, 10, 2), BlockLaunches(27, 9, 3, 0)
 _UNJOINED = 4  # ZeRO 3's linear layers add their bias in a launch of its own
 _ENDS = 62  # of a micro-batch beside its blocks: images, patches, head, loss, counts
 _STEP, _STEP_FLOAT32_SUMS, _STEP_3 = 57, 35, 62  # of an optimizer step: norm, clipping, AdamW, casts
 _GROUP = 20  # of each further group of parameters; optim.layer_decay makes two for each layer
 _LAMB_GROUP = 17  # what LAMB adds to each group, beside a launch for each piece of a matrix
-_TENSORS_OF_BLOCK, _OTHER_TENSORS = 12, 8  # parameters
+_TENSORS_OF_BLOCK, _SCALES_OF_BLOCK, _OTHER_TENSORS = 12, 2, 8  # parameters
 _MATRICES_OF_BLOCK, _OTHER_MATRICES = 4, 2
 
 
@@ -39,8 +40,9 @@ def launches(config: Config, layout: Layout) -> int:
     block = COMPILED if is_compiled(config, layout) else EAGER
     each = block.plain + block.again * layout.recompute + block.drop_path * (config.model.drop_path > 0)
     each += _UNJOINED * (layout.stage == 3)
-    depth = config.model.shape.depth
-    tensors = _TENSORS_OF_BLOCK * depth + _OTHER_TENSORS
+    depth, scaled = config.model.shape.depth, config.model.layer_scale is not None
+    each += block.layer_scale * (4 + layout.recompute) * scaled
+    tensors = (_TENSORS_OF_BLOCK + _SCALES_OF_BLOCK * scaled) * depth + _OTHER_TENSORS
     passes = layout.accumulation * (depth * each + _ENDS)
     return passes + _of_gradients(config, layout, tensors) + _of_optimizer(config, layout, tensors)
 

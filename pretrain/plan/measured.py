@@ -50,17 +50,18 @@ def wanted(rows: list[Fields], config: Config, device: Device) -> str:
     """Returns what is missing from the file, and what it has instead, for an error."""
     found = dict.fromkeys(f"{row.text('model')} on {row.text('device')}" for row in rows)
     compiled = "compiled" if config.engine.compiles(on_gpu=True, stage=1) else "not compiled"
+    scaled = "" if config.model.layer_scale is None else " with layer scale"
     return (
-        f"no line of {model_name(config.model)}, {config.engine.precision}, "
+        f"no line of {model_name(config.model)}{scaled}, {config.engine.precision}, "
         f"{compiled}, on one {device.name}; it has {', '.join(list(found)[:6]) or 'no line at all'}"
     )
 
 
 def _same_model(row: Fields, model: ModelConfig) -> bool:
-    """Whether a line is for a plain ViT of this shape, patch and image."""
+    """Whether a line is for a plain ViT of this shape, patch and image; none is for one with layer scale."""
     named = named_model(row.text("model"))
     sides = row.integer("image_size", 1, 1 << 20), named and named.patch_size
     if named is None or sides != (model.image_size, model.patch_size):
         return False
     other = ModelConfig(name=row.text("model"))
-    return is_plain(other) and (other.shape, other.form) == (model.shape, model.form)
+    return is_plain(other) and (other.shape, other.form) == (model.shape, model.form) and model.layer_scale is None

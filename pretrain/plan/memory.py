@@ -71,8 +71,9 @@ def activation_bytes(config: Config, num_classes: int, images: int, recompute: b
     width, depth, mlp_dim, heads = model.shape
     tokens = num_tokens(model)
     # Two norms and what each is given; with parallel blocks one. Normalised queries and keys beside what they were.
+    # What layer scale multiplies in both branches, for the gradient of its factors.
     norms, rows = (1 if form.parallel_blocks else 2), 2 * heads * form.qk_norm
-    widths = 2 * norms + 4 + 2 * form.qk_norm
+    widths = 2 * norms + 4 + 2 * form.qk_norm + 2 * (model.layer_scale is not None)
     statistics = (norms + rows) * (1 if form.rms_norm else 2) * 4  # mean and deviation, float32
     block = tokens * (item * (widths * width + 2 * mlp_dim) + statistics + 4 * heads)
     if model.dropout:  # masks behind the projection and both layers of the MLP, a byte each
