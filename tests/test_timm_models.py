@@ -185,7 +185,7 @@ def test_a_key_that_is_not_known_is_told(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("vit_small_patch14_reg4_dinov2", 56),
+        ("vit_small_patch14_dinov2", 56),
         ("swin_tiny_patch4_window7_224", 112),
         ("eva02_tiny_patch14_336", 70),
     ],

@@ -56,6 +56,7 @@ _TRANSFORMS = {"center": "timm", "squash": "timm_squash", "border": "timm_border
 _TOP_KEYS = {"architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg"}
 _TOP_KEYS |= {"label_names", "label_descriptions", "labels"}
 _PIXELS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # of pretrained_cfg
+_RESIZES_ITSELF = "dinov2"  # in names: trained with positions resized as timm does it (bicubic), not as our ViT does
 _RATES = ("drop_rate", "drop_path_rate", "drop_block_rate")  # how arguments of training alone end: proj_drop_rate
 # Arguments of timm.create_model that name files and addresses: not a folder's to choose.
 _NOT_ARCHITECTURE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -112,7 +113,7 @@ def read_foreign(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> 
     others = {k: v for k, v in arguments.items() if k != "num_classes" and not k.endswith(_RATES)}
     with building(Path(values.source), len(tensors)), torch.device("meta"):
         theirs = timm.create_model(name, num_classes=num_classes, **others)
-        model = _as_ours(theirs, num_classes)
+        model = None if _RESIZES_ITSELF in name else _as_ours(theirs, num_classes)
         usual = get_model_args(timm.create_model(name)) if model is None else {}
     if model is None:
         if special := {k: v for k, v in others.items() if k != "img_size" and usual.get(k) != v}:
