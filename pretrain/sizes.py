@@ -1,6 +1,9 @@
-"""Parameters and multiply-adds of a plain ViT by formula: without torch, and without building the model."""
+"""Parameters and multiply-adds of a plain ViT by formula, and DeepSpeed's buckets: without torch, without a model."""
 
-from pretrain.config import ModelConfig
+from pretrain.config import EngineConfig, ModelConfig
+
+BUCKET_ELEMENTS = 500_000_000  # of gradients that DeepSpeed sums over ranks at a time, by default: 1 GB in bf16
+OVERLAPPED_BUCKET_ELEMENTS = 50_000_000  # where it does so beside the backward pass: the last one has nothing beside it
 
 
 def is_plain(config: ModelConfig) -> bool:
@@ -68,3 +71,13 @@ def plain_forward_macs(config: ModelConfig, num_classes: int) -> int:
     rep = config.representation_size
     head = width * num_classes if rep is None else width * rep + rep * num_classes
     return num_patches(config) * 3 * config.patch_size**2 * width + depth * block + pool + head
+
+
+def bucket_elements(engine: EngineConfig, num_ranks: int, largest_parameter: int, num_parameters: int) -> int:
+    """Returns the size of a bucket of gradients in elements; DeepSpeed allocates all of it.
+
+    Beside the backward pass it has room for the largest parameter: otherwise DeepSpeed would read that one's gradient
+    on another stream without telling the allocator, which could give its memory away meanwhile.
+    """
+    beside = max(OVERLAPPED_BUCKET_ELEMENTS, largest_parameter)
+    return min(beside if engine.overlaps(num_ranks) else BUCKET_ELEMENTS, num_parameters)

@@ -19,9 +19,9 @@ from ranks import run_ranks
 from tiny import NUM_CLASSES, changed, make_shards, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pretrain.config.sections
 import pretrain.engine.patches
 import pretrain.engine.step
+import pretrain.sizes
 from pretrain.cluster import ranks, watchdog
 from pretrain.config import Config
 from pretrain.data.loader import train_batches
@@ -156,7 +156,7 @@ def test_no_step_counts_its_gradients(config: Config, patched: bool) -> None:
 
 def steps_with_faults(config: Config, patched: bool) -> list[Any]:
     """12 steps, clipped; the loss is NaN on the last rank in one, a gradient infinite on the first in another."""
-    pretrain.config.sections.OVERLAPPED_BUCKET_ELEMENTS = 0  # so the largest parameter's: several buckets
+    pretrain.sizes.OVERLAPPED_BUCKET_ELEMENTS = 0  # so the largest parameter's: several buckets
     if not patched:
         pretrain.engine.patches._lighten_step = lambda zero: None
         pretrain.engine.patches._lighten_unsharded_step = lambda: None
@@ -350,7 +350,7 @@ def told_in_a_step(config: Config, patched: bool, is_behind: bool = False) -> li
     Event.is_behind = is_behind
     if not patched:
         pretrain.engine.patches._overlap_without_waiting = lambda zero: None
-    pretrain.config.sections.OVERLAPPED_BUCKET_ELEMENTS = 0
+    pretrain.sizes.OVERLAPPED_BUCKET_ELEMENTS = 0
     pretend_streams()
     engine, data = start(config), open_data(config)
     batches = train_batches(data.train, data.order, engine.plan, config, 0)

@@ -32,7 +32,6 @@ import pretrain.engine.step as engine_step
 from pretrain.benchmark.model import activation_bytes as saved_bytes
 from pretrain.cluster import ranks
 from pretrain.config import Config, ModelConfig, config_from_dict, config_to_dict
-from pretrain.config.sections import BUCKET_ELEMENTS
 from pretrain.data.loader import Batch, single_labels
 from pretrain.data.order import plan_batch
 from pretrain.engine.settings import deepspeed_config
@@ -48,7 +47,7 @@ from pretrain.plan.failures import Failures, best_interval_s, goodput
 from pretrain.plan.launches import COMPILED, is_compiled, launches
 from pretrain.plan.memory import PREFETCH_ELEMENTS, Layout, activation_bytes, memory
 from pretrain.plan.speed import PRODUCT_SHARE, Cluster, Rate, assumed_mfu, communication_s, step, volume
-from pretrain.sizes import plain_forward_macs, plain_parameters
+from pretrain.sizes import BUCKET_ELEMENTS, bucket_elements, plain_forward_macs, plain_parameters
 from pretrain.train.building import build_engine, micro_batch_limit
 from pretrain.train.datasets import open_data
 
@@ -183,7 +182,7 @@ def tensors() -> list[torch.Tensor]:
 def elements_of(config: Config) -> int:
     """A bucket's, of several ranks and of the model in its whole width."""
     whole = ModelConfig(name=f"{config.model.name}/{config.model.patch_size}")
-    return config.engine.bucket_elements(2, 0, plain_parameters(whole, NUM_CLASSES))
+    return bucket_elements(config.engine, 2, 0, plain_parameters(whole, NUM_CLASSES))
 
 
 def scale_buckets(share: float) -> None:

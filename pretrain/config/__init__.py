@@ -35,6 +35,7 @@ from pretrain.config.sections import (
     MAX_STEP,
     Config,
     DataConfig,
+    EngineConfig,
     OptimConfig,
 )
 from pretrain.config.sources import MAX_REWEIGHT_STEP, MAX_SOURCES, Source
@@ -57,6 +58,7 @@ __all__ = [
     "VIT_SHAPES",
     "Config",
     "DataConfig",
+    "EngineConfig",
     "ModelConfig",
     "Normalisation",
     "OptimConfig",

@@ -20,8 +20,6 @@ from pretrain.errors import ConfigError
 MAX_STEP = 10**10 - 1  # ten digits in the name of a checkpoint's folder; a larger number in a log is damage
 EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
 _STEPS = (0, 1 << 40)  # the least and the most of a number of steps that may be 0
-BUCKET_ELEMENTS = 500_000_000  # of gradients that DeepSpeed sums over ranks at a time, by default: 1 GB in bf16
-OVERLAPPED_BUCKET_ELEMENTS = 50_000_000  # where it does so beside the backward pass: the last one has nothing beside it
 
 
 @dataclass
@@ -220,15 +218,6 @@ class EngineConfig:
     def overlaps(self, num_ranks: int) -> bool:
         """Returns whether gradients are summed over ranks beside the backward pass: one rank has nothing to sum."""
         return self.overlap_reduction and num_ranks > 1
-
-    def bucket_elements(self, num_ranks: int, largest_parameter: int, num_parameters: int) -> int:
-        """Returns the size of a bucket of gradients in elements; DeepSpeed allocates all of it.
-
-        Beside the backward pass it has room for the largest parameter: else DeepSpeed would read that one's gradient on
-        another stream without telling the allocator, which could give its memory away meanwhile.
-        """
-        beside = max(OVERLAPPED_BUCKET_ELEMENTS, largest_parameter)
-        return min(beside if self.overlaps(num_ranks) else BUCKET_ELEMENTS, num_parameters)
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each thing that is wrong with the section."""

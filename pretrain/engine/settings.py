@@ -11,6 +11,7 @@ from pretrain.config import Config
 from pretrain.data.order import BatchPlan
 from pretrain.engine.fp8 import check_fp8
 from pretrain.errors import UserError
+from pretrain.sizes import bucket_elements
 
 MIN_LOSS_SCALE = 1  # of fp16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -46,7 +47,7 @@ def deepspeed_config(
         "zero_optimization": {
             "stage": config.engine.zero_stage,
             "overlap_comm": config.engine.overlaps(world_size),  # by default on under ZeRO 3
-            "reduce_bucket_size": config.engine.bucket_elements(world_size, largest_parameter, num_parameters),
+            "reduce_bucket_size": bucket_elements(config.engine, world_size, largest_parameter, num_parameters),
             "round_robin_gradients": False,  # makes the map of owned slices wrong
             "reduce_scatter": True,
             "contiguous_gradients": True,

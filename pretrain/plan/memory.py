@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pretrain.config import Config
-from pretrain.sizes import num_tokens, plain_parameters
+from pretrain.sizes import bucket_elements, num_tokens, plain_parameters
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PREFETCH_ELEMENTS = 50_000_000  # ZeRO 3 gathers so much ahead: stage3_prefetch_bucket_size
@@ -196,7 +196,7 @@ def _sizes(config: Config, num_classes: int, layout: Layout, bucket: int | None,
     item, engine, p = ELEMENT_BYTES[config.engine.precision], config.engine, plain_parameters(config.model, num_classes)
     largest = largest_parameter(config, num_classes)
     in_float32 = layout.accumulation > 1 and engine.precision == "bf16"
-    elements = bucket or engine.bucket_elements(layout.num_ranks, largest, p)
+    elements = bucket or bucket_elements(engine, layout.num_ranks, largest, p)
     saved, start = activation_bytes(config, num_classes, layout.micro_batch, layout.recompute)
     return _Sizes(
         layout,

@@ -82,7 +82,15 @@ def _told_of_sources(data: DataSets, steps: int) -> list[str]:
     return told
 
 
-def warn_of_young_averages(config: Config) -> None:
+def warn_of_settings(config: Config, data: DataSets) -> None:
+    """Warns of what somebody may mean, but hardly does."""
+    _warn_of_young_averages(config)
+    _warn_of_added_losses(config, data)
+    _warn_of_large_batch(data.order)
+    _warn_of_no_best(config, data)
+
+
+def _warn_of_young_averages(config: Config) -> None:
     """Warns of a run so short that its averages, which are validated, are still mostly the initial weights."""
     decay, steps = config.optim.average_decay, config.total_steps
     if (share := decay**steps) > MAX_INITIAL_SHARE:
@@ -92,7 +100,7 @@ def warn_of_young_averages(config: Config) -> None:
         )
 
 
-def warn_of_added_losses(config: Config, data: DataSets) -> None:
+def _warn_of_added_losses(config: Config, data: DataSets) -> None:
     """Warns of softmax on images with several labels, each of which it counts as an image: somebody may mean that."""
     if config.loss == "softmax" and data.train.multi_label:
         say(
@@ -101,7 +109,16 @@ def warn_of_added_losses(config: Config, data: DataSets) -> None:
         )
 
 
-def warn_of_large_batch(order: Order) -> None:
+def _warn_of_no_best(config: Config, data: DataSets) -> None:
+    """Nothing says which checkpoint is the best where nothing is validated."""
+    if config.checkpoint.keep_best and data.val is None:
+        say(
+            "warning: checkpoint.keep_best has nothing to choose by, for nothing is validated: that takes data.val or "
+            "data.held_out, and evaluation.every_steps"
+        )
+
+
+def _warn_of_large_batch(order: Order) -> None:
     """Warns of a batch larger than the training set: a typo, or a tiny set. Each of its steps takes long."""
     if order.global_batch > order.num_train:
         say(

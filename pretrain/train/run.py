@@ -24,7 +24,7 @@ from pretrain.errors import ConfigError, NonFiniteError, NotFoundError, StorageE
 from pretrain.log import RunLog, in_words, say
 from pretrain.models.weights import checkpoint_config
 from pretrain.train import ending
-from pretrain.train.announce import facts_of, warn_of_added_losses, warn_of_large_batch, warn_of_young_averages
+from pretrain.train.announce import facts_of, warn_of_settings
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import DataSets, open_data, warn_of_single_reads, warn_of_small_store
 from pretrain.train.epochs import in_steps
@@ -96,9 +96,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
         ending.note(folder, "asked to stop before the first step")
         say("stopped as asked before the first step")
         return
-    warn_of_young_averages(config)
-    warn_of_added_losses(config, data)
-    warn_of_large_batch(data.order)
+    warn_of_settings(config, data)
     branches = config.branch_from is not None and checkpoint is None
     origin = agreement.together(lambda: _branch_point(config, data)) if branches else None
     start = checkpoint or origin
