@@ -17,6 +17,7 @@ from pretrain.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
+DEIT3 = "deit3_imagenet1k"  # with tests of its own: nothing of it is Google's
 # Recipes of this project: no paper to compare with.
 OWN = {"demo", "demo_digits", "photos_s16", "timm_convnext_tiny", "tiny_imagenet_ti8"}
 
@@ -264,13 +265,13 @@ def augmentation(config: Config) -> tuple[float, float, float]:
     return config.data.randaugment_layers, config.data.randaugment_magnitude, config.data.mixup
 
 
-def gmacs(line: Line, classes: int, pooling: str) -> float:
-    """Multiply-adds of one image's forward pass at 224 px, in thousand millions."""
+def gmacs(line: Line, classes: int, pooling: str, image_size: int = 224) -> float:
+    """Multiply-adds of one image's forward pass, in thousand millions."""
     if line.model in GMACS:
         return GMACS[line.model]
     size, _, patch = line.model.partition("/")
     width, depth, mlp_dim, _ = SHAPES[size]
-    patches = (224 // int(patch)) ** 2
+    patches = (image_size // int(patch)) ** 2
     tokens = patches + (pooling == "token")
     block = tokens * (4 * width**2 + 2 * width * mlp_dim) + 2 * tokens**2 * width
     return (patches * 3 * int(patch) ** 2 * width + depth * block + width * classes) / 1e9
@@ -284,7 +285,7 @@ def test_every_config_loads_and_every_recipe_has_its_table() -> None:
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
     for name in names:
         load_config(CONFIGS / f"{name}.yaml")
-    assert names - OWN == set(LINES) == set(PROTOCOLS)
+    assert names - OWN - {DEIT3} == set(LINES) == set(PROTOCOLS)
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -435,22 +436,55 @@ def test_days_and_scores_of_the_header(name: str, line: Line) -> None:
     assert said.score == "none" if line.score is None else float(said.score) == line.score
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize(
+    ("model", "image_size", "lr", "drop_path", "score"),
+    [("S/16", 224, 4e-3, 0.05, 81.4), ("B/16", 192, 3e-3, 0.2, 83.8), ("L/16", 192, 3e-3, 0.45, 84.9)],
+)
+def test_deit3_is_its_authors_command(model: str, image_size: int, lr: float, drop_path: float, score: float) -> None:
+    """The commands and the table of README_revenge.md, what main.py, augment.py, models_v2.py add to them.
+
+    apex's LAMB clips to 1 by itself. Its loss is the mean over classes, so that norms and eps are 1/1000 of ours.
+    """
+    said = documented_lines(DEIT3)[f"{model}, 800 epochs"]
+    config = config_of(DEIT3, said.overrides)
+    optim, data, ours = config.optim, config.data, config.model
+    assert (optim.name, optim.lr, optim.weight_decay, optim.betas) == ("lamb", lr, 0.05, (0.9, 0.999))
+    assert (optim.eps, optim.clip_norm) == (pytest.approx(1000 * 1e-8), 1000 * 1.0)
+    assert (optim.schedule, optim.end_lr, optim.average_decay) == ("cosine", 1e-5, 0.0)
+    assert (data.repeats, data.global_batch) == (3, 2048 // 3 * 3)
+    assert config.total_steps == round(800 * I1K / data.global_batch)
+    assert optim.warmup_steps == round(5 * I1K / data.global_batch)
+    assert (config.loss, config.label_threshold, config.label_smoothing) == ("sigmoid", 0.0, 0.0)
+    assert (data.crop, data.crop_area, data.flip, data.interpolation) == ("random_resized", (0.08, 1), 0.5, "bicubic")
+    assert (data.three_augment, data.color_jitter, data.mixup, data.cutmix) == (True, 0.3, 0.8, 1.0)
+    assert (data.randaugment_layers, data.random_erasing, data.eval_crop) == (0, 0.0, 1.0)
+    assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert ours.shape == SHAPES[model[0]] and (ours.patch_size, ours.image_size) == (16, image_size)
+    assert (ours.layer_scale, ours.drop_path, ours.drop_path_rule) == (1e-4, drop_path, "uniform")
+    assert (ours.gelu, ours.class_position, ours.pooling, ours.dropout) == ("exact", False, "token", 0.0)
+    line = Line(model, 800, lr, 0.05, 0.0, None, score)
+    flops = 6e9 * gmacs(line, 1000, "token", image_size) * config.total_steps * data.global_batch
+    assert said.days == pytest.approx(flops / (989e12 * (0.15 if model == "S/16" else 0.30)) / 86_400, rel=0.02)
+    assert float(said.score) == score and told_steps(DEIT3) == (I1K, {800: config.total_steps})
+
+
+@pytest.mark.parametrize("name", [*LINES, DEIT3])
 def test_headers_are_complete(name: str) -> None:
     """Each header tells source, data, command with its own path, hardware, time, score with source, deviations."""
     text = header(name)
     for word in ("data:", "command:", "hardware:", "time:", "score:", "deviations:"):
         assert len(re.findall(rf"^# {word} +\S", text, flags=re.MULTILINE)) == 1, word
     assert f"launch/pretrain.py --config configs/{name}.yaml [the overrides of one line below]" in text
-    assert PROTOCOLS[name].source in text and "nothing was run" in text
+    source, scored = ("arXiv 2204.07118", "README_revenge.md") if name == DEIT3 else PROTOCOLS[name][:2]
+    assert source in text and "nothing was run" in text
     score = re.search(r"^# score: (.*?)^# deviations:", text, flags=re.MULTILINE | re.DOTALL)
-    assert score is not None and PROTOCOLS[name].scored in score[1]
+    assert score is not None and scored in score[1]
     private = {"paper_jft300m", "bit_jft300m", "scaling_g14"}
     assert ("private data: not reproducible" in score[1]) == (name in private)
     assert ("# data:      private" in text) == (name in private)
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", [*LINES, DEIT3])
 def test_a_header_makes_what_its_commands_read(name: str) -> None:
     """Sets of photos for training, validation and the final score; a score after fine-tuning has its command."""
     text, data = header(name), config_of(name, []).data
