@@ -34,7 +34,7 @@ from pretrain.report.curves import draw_panels
 from pretrain.report.runs import read_runs
 from pretrain.shards.build import build
 from pretrain.shards.sources import Item
-from pretrain.train.announce import warn_of_added_losses, warn_of_large_batch, warn_of_young_averages
+from pretrain.train.announce import warn_of_settings
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
 from pretrain.train.run import train
@@ -281,11 +281,11 @@ def test_other_classes_are_refused_at_the_start(shards: Path, tmp_path: Path) ->
     ],
 )
 def test_averages_that_are_the_initial_weights_are_told(
-    decay: float, steps: int, told: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    decay: float, steps: int, told: str | None, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They are what is validated and kept: a run too short for its decay would be scored on where it began."""
-    config = tiny_config(tmp_path, tmp_path, optim__average_decay=decay, total_steps=steps)
-    warn_of_young_averages(config)
+    config = tiny_config(shards / "train", tmp_path, optim__average_decay=decay, total_steps=steps)
+    warn_of_settings(config, open_data(config))
     said = "".join(capsys.readouterr())
     assert (told in said and "optim.average_decay (0.9999): after 40 steps" in said) if told else not said
 
@@ -327,18 +327,31 @@ def test_several_labels_under_softmax_are_told(
     for is_main in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ranks, "is_main", lambda is_main=is_main: is_main)
-            warn_of_added_losses(config, data)
+            warn_of_settings(config, data)
     assert "".join(capsys.readouterr()).count("; loss=sigmoid decides on every class") == warned
 
 
 @pytest.mark.parametrize(
-    ("batch", "told"), [(100, None), (101, "(101) is larger than the 100 images"), (200, "2.0 times")]
+    ("batch", "repeats", "told"),
+    [(100, 1, None), (101, 1, "(101) is larger than the 100 images"), (200, 1, "2.0 times"), (200, 2, None)],
 )
 def test_a_batch_of_more_images_than_there_are_is_told(
-    batch: int, told: str | None, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    batch: int, repeats: int, told: str | None, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of those that are left to train on."""
-    config = tiny_config(shards / "train", tmp_path, data__global_batch=batch, data__held_out=1)
-    warn_of_large_batch(open_data(config).order)
+    """Of those that are left to train on; copies are meant to come in one step."""
+    sizes = {"data__global_batch": batch, "data__repeats": repeats, "data__held_out": 1}
+    config = tiny_config(shards / "train", tmp_path, **sizes)
+    warn_of_settings(config, open_data(config))
     said = "".join(capsys.readouterr())
     assert told in said if told else not said
+
+
+@pytest.mark.parametrize(("held_out", "told"), [(0, 1), (5, 0)])
+def test_a_best_checkpoint_of_nothing_validated_is_told(
+    held_out: int, told: int, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would be as good as any other."""
+    options = {"checkpoint__keep_best": True, "data__held_out": held_out, "evaluation__every_steps": 2}
+    config = tiny_config(shards / "train", tmp_path, **options)
+    warn_of_settings(config, open_data(config))
+    assert "".join(capsys.readouterr()).count("checkpoint.keep_best has nothing to choose by") == told

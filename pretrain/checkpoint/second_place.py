@@ -153,9 +153,9 @@ class SecondPlace:
     def fetch(self, step: int, folder: Path) -> Path | None:
         """Downloads a copy to folder/step-N; returns None when it is not complete.
 
-        What a download that was cut off has brought of the same copy is kept: one that takes longer than it may would
-        else begin anew for ever. Raises DamagedError when the copy is not what its manifest says or a file of it cannot
-        be read, StorageError when `folder` cannot be written.
+        Whole files that a download which was cut off has brought of the same copy are kept: otherwise one that takes
+        longer than it may would begin anew each time. Raises DamagedError when the copy is not what its manifest says
+        or a file of it cannot be read, StorageError when `folder` cannot be written.
         """
         target = folder / f"step-{step:010d}"
         temporary = folder / f".tmp-{target.name}"

@@ -356,7 +356,7 @@ class Config:
         problems += [] if by_epochs else [*outside(self, "", total_steps=(1, MAX_STEP)), *self._schedule_problems()]
         problems += outside(self, "", seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99), label_threshold=(0, 0.99))
         if self.label_threshold is not None and (self.loss != "sigmoid" or self.label_smoothing):
-            problems.append("label_threshold is for loss=sigmoid without label_smoothing; set it to null")
+            problems.append("label_threshold is for loss=sigmoid without label_smoothing: set these, or it to null")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             problems.append(f"name is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-'")
         if self.init_from is not None and self.branch_from is not None:

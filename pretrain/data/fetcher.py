@@ -31,6 +31,7 @@ THREADS = 8
 _STEPS_AHEAD = 1024  # ahead of the training; once the store holds everything, nothing else limits the walk
 _REMEMBERED = 4096  # blocks, so that one that many steps use is looked up once
 _PAUSE_S = 0.02
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Fetcher:
@@ -39,21 +40,24 @@ class Fetcher:
     def __init__(self, manifest: Manifest, order: Order, slots: range, steps: range) -> None:
         self._reached = memoryview(mmap.mmap(-1, 8)).cast("q")  # shared with processes forked from now on
         self.note(steps.start)
-        self._work = manifest, order, slots, steps, self._reached, os.getpid()
-        self._start()
-
-    def _start(self) -> None:
-        # Forked, as loader processes are: its connections are made there, and it never touches the GPU.
-        self._process = multiprocessing.get_context("fork").Process(target=_run, args=self._work, daemon=True)
+        # Forked, like the loader processes: it opens its own connections, and never touches the GPU.
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_run, args=(manifest, order, slots, steps, self._reached, os.getpid()), daemon=True
+        )
         self._process.start()
         self.pid = self._process.pid
+        self._told = False
         self._end = weakref.finalize(self, _end, self._process, os.getpid())
 
-    def keep_running(self) -> None:
-        """Starts it again, with a warning, when it has died: loader processes would download in its place for weeks."""
-        if self._process.exitcode:
-            warn(f"the process that downloads blocks ended with {self._process.exitcode}; it is started again")
-            self._start()
+    def tell_if_dead(self) -> None:
+        """Warns, once, when it has died of something other than a stop signal, which all processes of a run may get."""
+        code = self._process.exitcode
+        if code and -code not in _STOPS and not self._told:
+            self._told = True
+            warn(
+                f"the process that downloads blocks ended with {code}: loader processes download in its place, slower, "
+                "until the next start"
+            )
 
     def note(self, step: int) -> None:
         """Tells the fetcher which step is being read; an earlier one than before is ignored."""
@@ -94,7 +98,7 @@ def blocks_of(manifest: Manifest, order: Order, slots: range, step: int) -> Iter
 
 
 def _run(manifest: Manifest, order: Order, slots: range, steps: range, reached: memoryview, parent: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in _STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.SIG_DFL)  # the inherited handlers save checkpoints
     store = manifest.store or store_at(None)

@@ -80,10 +80,9 @@ class _TrainSteps(Dataset):
         self._manifest, self._order, self._plan, self._config = manifest, order, plan, config
         self._mine = share(order.global_batch, ranks.rank(), ranks.world_size())
         # Partners on other ranks, of copies of the first and the last image. Their own ranks report them if bad.
-        wanted = (
-            {partner(slot, order.repeats) for slot in self._mine} if config.data.mixup or config.data.cutmix else ()
-        )
-        self._others = sorted(slot for slot in wanted if slot not in self._mine and slot < order.global_batch)
+        mixes = config.data.mixup or config.data.cutmix
+        wanted = {partner(slot, order.repeats) for slot in self._mine} if mixes else set()
+        self._others = sorted(slot for slot in wanted.difference(self._mine) if slot < order.global_batch)
         self.fetcher: fetcher.Fetcher | None = None
         self._ahead: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -248,7 +247,7 @@ def train_batches(
 def _beside(running: fetcher.Fetcher, batches: Iterator[Batch]) -> Iterator[Batch]:
     for batch in batches:
         yield batch
-        running.keep_running()
+        running.tell_if_dead()
 
 
 def eval_batches(
@@ -281,12 +280,16 @@ class Room(NamedTuple):
 
 def room_needed(slots: int, num_batches: int, image_size: int, config: DataConfig) -> Room:
     """Returns what the loader processes of this node's ranks need to hand over batches of `slots` images each."""
-    if not config.workers:
+    if not (workers := _num_workers(num_batches, config)):
         return Room(0, 0, 0)
-    batches = min(num_batches, config.workers * config.prefetch) + 2  # the current step's, and the next one's
+    batches = min(num_batches, workers * config.prefetch) + 2  # the current step's, and the next one's
     shared = ranks.ranks_here() * batches * (slots * 3 * image_size**2 + _BESIDE_IMAGES)
-    files = batches * _FILES_PER_BATCH + config.workers * _FILES_PER_WORKER + _FILES_BESIDE
-    return Room(files, shared + ranks.ranks_here() * config.workers * _WORKER_BYTES, shared)
+    files = batches * _FILES_PER_BATCH + workers * _FILES_PER_WORKER + _FILES_BESIDE
+    return Room(files, shared + ranks.ranks_here() * workers * _WORKER_BYTES, shared)
+
+
+def _num_workers(num_batches: int, config: DataConfig) -> int:
+    return min(config.workers, num_batches)  # an evaluation may have a batch or two
 
 
 def _check_room(slots: int, num_batches: int, image_size: int, config: DataConfig) -> None:
@@ -297,11 +300,9 @@ def _check_room(slots: int, num_batches: int, image_size: int, config: DataConfi
     """
     room = room_needed(slots, num_batches, image_size, config)
     needed = room.shared_bytes
-    why = f"{config.workers} loader processes with {config.prefetch} batches each"
+    why = f"{_num_workers(num_batches, config)} loader processes with {config.prefetch} batches each"
 
     def check() -> None:
-        if not config.workers:
-            return
         check_open_files(room.open_files, why)
         check_memory(room.memory_bytes, f"{why}, of all ranks here")
         if not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free >= needed:
@@ -318,7 +319,7 @@ def _check_room(slots: int, num_batches: int, image_size: int, config: DataConfi
 
 def _prepared(dataset: Dataset, items: range, config: DataConfig) -> Iterator[Batch]:
     """Returns an iterator over the dataset's items; worker processes start preparing them at once."""
-    workers = min(config.workers, len(items))  # an evaluation may have a batch or two
+    workers = _num_workers(len(items), config)
     loader = DataLoader(
         dataset,
         batch_size=None,

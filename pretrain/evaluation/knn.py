@@ -73,11 +73,11 @@ def knn(
     try:
         similarities, classes = nearest(*arrays, k=max(NEIGHBOURS), device=device, progress=progress)
     except torch.OutOfMemoryError:  # beside a training
-        needed = 4 * len(train_features) * (train_features.shape[1] + 2 * _CHUNK)
+        needed = 4 * len(train_features) * (2 * train_features.shape[1] + _CHUNK)
         raise UserError(
             f"nearest neighbours: the features of {len(train_features):,} images, and their similarities to {_CHUNK} "
-            f"others, take {needed / 1e9:.1f} GB, which the GPU has not free; leave them out (evaluation.knn=false), "
-            "or take fewer training images"
+            f"others, take {needed / 1e9:.1f} GB, which the GPU has not free; take fewer training images, or "
+            "leave this evaluation out (evaluation.knn=false in a training)"
         ) from None
     rows = []
     for k in NEIGHBOURS:

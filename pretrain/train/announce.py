@@ -120,10 +120,10 @@ def _warn_of_no_best(config: Config, data: DataSets) -> None:
 
 def _warn_of_large_batch(order: Order) -> None:
     """Warns of a batch larger than the training set: a typo, or a tiny set. Each of its steps takes long."""
-    if order.global_batch > order.num_train:
+    if order.images_per_step > order.num_train:
         say(
             f"warning: data.global_batch ({order.global_batch:,}) is larger than the {order.num_train:,} images to "
-            f"train on: each step sees them {order.global_batch / order.num_train:.1f} times"
+            f"train on: each step sees them {order.images_per_step / order.num_train:.1f} times"
         )
 
 

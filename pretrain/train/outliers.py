@@ -10,7 +10,7 @@ SLOW_STEP_S = 0.01  # and by this much per step: less is noise, in the short ste
 SPIKE_DEVIATIONS = 6.0  # a loss this many robust standard deviations above the median is a spike
 SPIKE_WINDOW, SPIKE_MIN = 128, 32  # the most and the fewest earlier losses to compare with
 _DEVIATION = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
-_UPPER, _UPPER_DEVIATIONS = 0.98, 2.054  # a quantile, and how many standard deviations it lies above a normal median
+_UPPER, _UPPER_DEVIATIONS = 0.95, 1.645  # a quantile, and how many standard deviations it lies above a normal median
 
 
 def slow_rank(own_s: Sequence[float], elapsed_s: float, num_steps: int) -> int | None:
