@@ -1,4 +1,4 @@
-"""DeepSpeed around the model. Nothing else in training knows DeepSpeed."""
+"""Wraps the model in DeepSpeed. Nothing else in training uses DeepSpeed."""
 
 import os
 
@@ -6,7 +6,7 @@ import torch
 
 from pretrain.cluster.local import gpus_expected
 
-# Before DeepSpeed's import: no search for an accelerator, no warning. Not where GPUs are expected but missing:
-# it would look like the user's own wish, and the run would train on the CPU without a word.
+# Set before DeepSpeed is imported, so that it neither searches for an accelerator nor warns. Not set where GPUs are
+# expected but missing: it would look like the user's choice, and the run would silently train on the CPU.
 if not torch.cuda.is_available() and gpus_expected() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -8,7 +8,7 @@ import torch
 
 
 class ForwardClock:
-    """Around each forward pass: passes its seconds to `note`, on a GPU some steps later."""
+    """Context manager around a forward pass: gives its duration in seconds to `note`, on a GPU some steps later."""
 
     def __init__(self, note: Callable[[float], None], device: torch.device) -> None:
         self._note, self._gpu, self._began = note, device.type == "cuda", 0.0

@@ -1,12 +1,12 @@
-"""Whether blocks are compiled, and where compiled code is kept.
+"""Decides whether blocks are compiled, and where compiled code is cached.
 
-It is kept where the next start finds it; torch's own place, /tmp, loses it when the machine restarts.
+The next start has to find the cache; torch's default, under /tmp, is lost when the machine reboots.
 
-It lies in the user's cache folder, not in the run's: it is executed, and a run's folder may come from somebody else.
-Where that is on a network file system each node has a folder of its own: Triton loads what it has just written, and
-over NFS ranks of several nodes end with "Stale file handle" when another one replaces it. torch looks it up by all
-that it was made of (the graph, the releases, the device), so that ranks and runs share it; a file appears complete or
-not at all, whatever kills its writer.
+The cache is in the user's cache folder, not in the run's: it is executed, and a run's folder may come from somebody
+else. On a network file system each node has its own folder: Triton loads what it has just written, and over NFS ranks
+on several nodes fail with "Stale file handle" when another rank replaces the file. torch's cache key covers all that
+the code was made from (the graph, the releases, the device), so ranks and runs can share the cache; a file appears
+complete or not at all, even if its writer is killed.
 """
 
 import fcntl
@@ -30,13 +30,13 @@ from pretrain.data.downloads import cache_folder
 from pretrain.log import warn
 from pretrain.storage import network_file_system
 
-_FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable; Triton's kernels lie in the same folder
-_OF_NODE = Path("/var/tmp")  # of this node, and kept when it restarts
-_LEAST_CAPABILITY = (7, 0)  # Volta, which Triton needs
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable; Triton's kernels are cached there too
+_OF_NODE = Path("/var/tmp")  # local to the node, and kept over a reboot
+_LEAST_CAPABILITY = (7, 0)  # Volta, the oldest that Triton supports
 
 
 def compiles(config: Config, device: torch.device) -> tuple[bool, str]:
-    """Returns whether blocks are compiled, on all ranks alike, and a line that says so: "" on a CPU. Collective."""
+    """Returns whether blocks are compiled, the same on all ranks, and a log line about it: "" on a CPU. Collective."""
     asked = config.engine.compile
     if device.type != "cuda":
         return config.engine.compiles(on_gpu=False), ""
@@ -47,19 +47,19 @@ def compiles(config: Config, device: torch.device) -> tuple[bool, str]:
 
 
 def c_compiler() -> str | None:
-    """Returns the C compiler that Triton calls, None where it finds none: a CC that is set is taken as it is."""
+    """Returns the C compiler that Triton calls, None if there is none: with CC set, Triton tries no other."""
     chosen = os.environ.get("CC")
     return next(filter(shutil.which, ["gcc", "clang"] if chosen is None else [chosen]), None)
 
 
 def python_headers() -> Path:
-    """Returns the folder of Python.h, as Triton looks for it: Debian's own scheme leads to where no header lies."""
+    """Returns the folder in which Triton looks for Python.h; Debian's own scheme names a folder without headers."""
     scheme = sysconfig.get_default_scheme()
     return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme))
 
 
 def _lacking(device: torch.device) -> str | None:
-    """What this rank lacks for compiling for its GPU, None when all is there."""
+    """What this rank lacks to compile for its GPU, None if it lacks nothing."""
     if c_compiler() is None:
         chosen = os.environ.get("CC")
         none = "no C compiler: apt install build-essential python3-dev"
@@ -74,12 +74,12 @@ def _lacking(device: torch.device) -> str | None:
 
 
 def keep_compiled() -> None:
-    """Makes torch.compile keep its code in PRETRAIN_CACHE, or in /var/tmp where that is on a network file system.
+    """Makes torch.compile cache its code in PRETRAIN_CACHE, or in /var/tmp where that is on a network file system.
 
-    TORCHINDUCTOR_CACHE_DIR names another folder. One that cannot be written or locked, or that others may write to, is
-    a warning: torch's own place serves.
+    A TORCHINDUCTOR_CACHE_DIR that the user sets takes precedence. If the folder cannot be written or locked, or others
+    may write to it, a warning is given and torch's default is used.
     """
-    torchs = default_cache_dir()  # which torch has set as soon as it imports its compiler
+    torchs = default_cache_dir()  # torch sets the variable to it on importing its compiler
     if os.environ.get(_FOLDER, torchs) != torchs:
         return
     folder = None
@@ -89,9 +89,9 @@ def keep_compiled() -> None:
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
             raise PermissionError(0, "others may write to it")
-        with tempfile.TemporaryFile(dir=folder) as file:  # two ranks compile the same, and one waits
+        with tempfile.TemporaryFile(dir=folder) as file:  # torch needs locks: two ranks compile the same, one waits
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, RuntimeError) as error:  # the latter: nobody knows this user's home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user's home folder is unknown
         if ranks.local_rank() == 0:
             why = getattr(error, "strerror", None) or error
             place = folder or "PRETRAIN_CACHE"
@@ -101,13 +101,13 @@ def keep_compiled() -> None:
 
 
 def start_compilers() -> None:
-    """Starts the processes that compile for torch.compile, deaf to what asks to stop; torch would with the first block.
+    """Starts torch.compile's worker processes now, deaf to stop signals; torch would start them with the first block.
 
-    SLURM sends its signals to every process of a job. A compiler that ended would end the run, without a save.
+    SLURM signals every process of a job. A worker that a signal killed would end the run without a save.
     """
-    from torch._inductor.async_compile import AsyncCompile  # here: it takes a moment that other runs need not wait
+    from torch._inductor.async_compile import AsyncCompile  # here: a slow import that other runs do not need
 
-    # A child begins with what is blocked here. By SIGTERM torch ends its workers itself.
+    # Child processes inherit the blocked signals. SIGTERM is not blocked: torch ends its workers with it.
     blocked = set(STOP_SIGNALS) - {signal.SIGTERM}
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
@@ -117,8 +117,8 @@ def start_compilers() -> None:
 
 
 def _place() -> Path:
-    """Where compiled code belongs, whether it can lie there or not."""
-    name = f"compiled-{os.geteuid()}"  # of the user alone: the rest of the cache may be a group's
+    """The folder for compiled code; whether it is usable is not checked here."""
+    name = f"compiled-{os.geteuid()}"  # one per user: a group may share the rest of the cache
     if not network_file_system(cache_folder()):
         return cache_folder() / name
     if _holds_programs(_OF_NODE):
@@ -127,8 +127,8 @@ def _place() -> Path:
 
 
 def _holds_programs(folder: Path) -> bool:
-    """Whether what lies in a folder may be executed, as Triton's libraries are: hardened machines forbid it."""
+    """Whether files in a folder may be executed, as Triton's libraries are: hardened machines forbid it."""
     try:
         return not os.statvfs(folder).f_flag & os.ST_NOEXEC
-    except OSError:  # it is not there
+    except OSError:  # it does not exist
         return False

@@ -1,4 +1,4 @@
-"""The errors of a GPU whose memory does not hold what it is given."""
+"""The errors for a GPU that runs out of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ LAYERS = "log.layers_every_steps"
 
 
 def never_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemoryError:
-    """Returns the error of a training step that is too large."""
+    """Returns the error for a training step that is too large."""
     ways = "engine.checkpoint_activations=true, engine.zero_stage=2 or 3"
     return DeviceMemoryError(
         f"engine.max_micro_batch_size: {num_images} images at a time are too many for this GPU "
@@ -20,7 +20,7 @@ def never_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemoryEr
 
 
 def no_longer_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemoryError:
-    """Returns the error of a training step that did fit before: it may do so again."""
+    """Returns the error for a training step that has fitted before, so that another try may succeed."""
     lack = DeviceMemoryError(
         f"this GPU's memory does not hold a step, as it did before ({first_sentence(error)}); another process may have "
         f"it now: start again, and if it happens again, with engine.max_micro_batch_size={max(1, num_images // 2)}"
@@ -31,7 +31,7 @@ def no_longer_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemo
 
 @contextmanager
 def fitting(key: str, num_images: int) -> Iterator[None]:
-    """Names the key that decides how many images are looked at, where they are too many."""
+    """Context manager: if a pass over `num_images` runs out of memory, the error names `key`, the setting to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,6 +1,6 @@
-"""How a model gets its first values: one parameter at a time, rounded, and under ZeRO 3 cut up before the next one.
+"""Gives a model its initial values one parameter at a time: rounded, and under ZeRO 3 partitioned before the next.
 
-So no rank holds the whole model in float32, and under ZeRO 3 no more of it than its part and one parameter.
+So no rank holds the whole model in float32, and under ZeRO 3 a rank holds only its partition and one whole parameter.
 """
 
 from typing import Any
@@ -18,8 +18,8 @@ def fill(
 ) -> None:
     """Gives each parameter its value in `dtype` on the device. A collective under ZeRO 3.
 
-    The parameters stay the same objects, which an optimizer may hold already: it asks for their shapes, which ZeRO 3
-    takes away.
+    The parameters stay the same objects, because the optimizer may hold them already: it is built first, as it needs
+    their shapes, which ZeRO 3 removes.
     """
     parameters, cut = dict(model.named_parameters()), None
     for name, value in values():
@@ -39,9 +39,9 @@ def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
 
 def _cut_up(parameter: Any, first: Any, deepspeed_config: dict[str, Any]) -> Any:
-    """Leaves this rank's part of a parameter, as deepspeed.initialize would; returns the first that was cut."""
+    """Partitions a parameter as deepspeed.initialize would; returns the first parameter that was partitioned."""
     if first is None:
-        deepspeed.init_distributed(dist_init_required=False)  # it counts the ranks in the batch that the config names
+        deepspeed.init_distributed(dist_init_required=False)  # Init checks the config's batch sizes against the ranks
         deepspeed.zero.Init(nn.ParameterList([parameter]), config_dict_or_path=deepspeed_config)
         return parameter
     first.convert_to_zero_parameters([parameter])  # as Init has done with the first, without reading the config again

@@ -1,11 +1,11 @@
-"""Products of the blocks' linear layers in fp8, by torchao: activations and weights e4m3, gradients of outputs e5m2.
+"""Computes the blocks' linear layers in fp8 with torchao: activations and weights in e4m3, output gradients in e5m2.
 
-Each tensor has one scale, by its own largest value in this step. Weights stay the parameters that they are, so that
-neither ZeRO nor a checkpoint knows of it. Gradients of weights stay products in bf16: they add up over tokens, of which
-fp8 needs a multiple of 16 (197 an image), and all of the rounding would reach the optimizer.
+Each tensor has one scale, from its own largest value in this step. The parameters themselves do not change, so neither
+ZeRO nor a checkpoint is affected. Weight gradients are still computed in bf16: they are sums over tokens, of which fp8
+needs a multiple of 16 (an image has 197), and all of the rounding would reach the optimizer.
 
-Not a function of our own over torch._scaled_mm: torchao's is compiled in one graph, and avoids a fault of Triton's
-that stores NaN in compiled fp8 (triton-lang/triton#11111), which no test on a CPU would meet.
+torchao rather than our own function over torch._scaled_mm: it compiles to one graph and avoids a bug in Triton that
+stores NaN in compiled fp8 (triton-lang/triton#11111), which no test on a CPU would catch.
 """
 
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ _LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
 
 def check_fp8(config: Config) -> None:
-    """Raises UserError where engine.fp8 is asked for and this machine lacks what it needs. CPUs compute it slowly."""
+    """Raises UserError if engine.fp8 is set and this machine lacks what it needs. CPUs can compute it, slowly."""
     if not config.engine.fp8:
         return
     if find_spec("torchao") is None:
@@ -35,8 +35,8 @@ def check_fp8(config: Config) -> None:
 
 
 def train_in_fp8(model: nn.Module) -> None:
-    """Makes the linear layers of a ViT's blocks compute in fp8 while they train; in evaluation they are as before."""
-    from torchao.float8 import (  # pyright: ignore[reportMissingImports]  # an extra, and seconds to import
+    """Makes the linear layers of a ViT's blocks compute in fp8 in training; in evaluation they compute as before."""
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]  # optional, and takes seconds to import
         CastConfig,
         Float8LinearConfig,
         ScalingType,
@@ -57,7 +57,7 @@ def train_in_fp8(model: nn.Module) -> None:
 
 
 def _only_in_training(kind: type[nn.Linear]) -> type[nn.Linear]:
-    """A kind of linear layer that is a plain one in evaluation."""
+    """A subclass of `kind`, torchao's linear layer, that is a plain linear layer in evaluation."""
 
     class OnlyInTraining(kind):
         def forward(self, input: torch.Tensor) -> torch.Tensor:

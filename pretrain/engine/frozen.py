@@ -1,7 +1,7 @@
-"""Batch norm in a run that starts from weights: its statistics stay the weights' own, in training as in evaluation.
+"""Freezes batch norm in a run that starts from weights: training and evaluation use the weights' own statistics.
 
-Statistics of a rank's share of a batch would differ between ranks, and with the number of ranks; frozen ones are the
-usual way of fine-tuning small batches. They are no parameters, so DeepSpeed neither shards nor steps them.
+Statistics over a rank's share of a batch would differ between ranks, and with the number of ranks; freezing them is
+usual when fine-tuning with small batches. They are buffers, so DeepSpeed neither shards nor steps them.
 """
 
 import torch
@@ -20,7 +20,7 @@ def statistics_of(model: nn.Module) -> list[str]:
 class FrozenStatistics:
     """The statistics in float32, as a checkpoint holds them; the model has them rounded to its precision.
 
-    Made before DeepSpeed rounds the model.
+    To be created before DeepSpeed rounds the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,16 +30,16 @@ class FrozenStatistics:
         self._exact = {name: buffers[name].detach().to("cpu", torch.float32, copy=True) for name in self.names}
 
     def freeze(self) -> None:
-        """Makes batch norm use the statistics and leave them as they are, in a model that was just set to train."""
+        """Makes batch norm use the statistics without updating them; to be called after the model's train()."""
         for norm in self._norms:
             norm.eval()
 
     def slices(self) -> list[Slice]:
-        """Returns the whole of each; views, to be written or filled. A count of batches is a float here too."""
+        """Returns each statistic whole; views, to be saved or filled. Counts of batches are floats here too."""
         return [Slice(name, tuple(value.shape), 0, value.view(-1)) for name, value in self._exact.items()]
 
     def refresh_model(self, dtype: torch.dtype) -> None:
-        """Makes the model hold what the slices hold, in its precision: DeepSpeed rounds buffers on some ZeRO stages."""
+        """Copies the slices into the model, in its precision: DeepSpeed rounds buffers on some ZeRO stages."""
         for name, value in self._exact.items():
             norm, _, key = name.rpartition(".")
             module = self._model.get_submodule(norm)

@@ -1,4 +1,4 @@
-"""The C library's memory, of a training on a CPU."""
+"""Settings of the C library's allocator for training on a CPU."""
 
 import ctypes
 import os
@@ -8,12 +8,12 @@ _AS_WISHED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLE
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what is freed, for the next step to use, instead of giving it back to the kernel.
+    """Makes glibc keep freed memory for the next step, instead of returning it to the kernel.
 
-    Else tensors above some megabytes are mapped anew in each step and the kernel fills every page with zeros: 7 % of
-    the processor time of a step of ViT-S/16 in float32 (docs/performance.md). No more is held than was in use at a
-    time, by this process or by one that is forked from it, as loaders are. Other C libraries have no mallopt and stay
-    as they are, and so does glibc where the environment sets it.
+    Otherwise tensors above some megabytes are mapped anew in each step and the kernel zeroes every page: 7 % of the
+    processor time of a step of ViT-S/16 in float32 (docs/performance.md). A process, or one forked from it such as a
+    loader, never holds more than its peak use. Other C libraries have no mallopt and are left alone, as is glibc where
+    the environment configures it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name in os.environ for name in _AS_WISHED):

@@ -1,4 +1,4 @@
-"""Which kernels a GPU takes where torch has several: the fastest attention, or those whose sums have one order."""
+"""Chooses among torch's GPU kernels: the fastest attention, or kernels that add up in a fixed order."""
 
 import os
 from typing import Any
@@ -11,9 +11,9 @@ from pretrain.config import Config
 from pretrain.sizes import num_tokens
 
 _HOPPER = 9, 0  # compute capability
-_LEAST_CUDNN = 91501  # older ones read beyond the keys where 128 does not divide their number (pytorch#169849)
-# Up to two blocks of keys, whose gradients are the sum of two numbers, the same in either order. Measured on an H100
-# for heads of 64 and 80.
+_LEAST_CUDNN = 91501  # older ones read past the keys if their number is not a multiple of 128 (pytorch#169849)
+# With at most two blocks of keys, each gradient is the sum of two numbers, equal in either order. Measured on an H100
+# for head widths 64 and 80.
 _ORDERED_TOKENS, _ORDERED_HEAD_WIDTH = 256, 80
 _FASTEST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -25,22 +25,22 @@ _TOLD = (
     "attention's gradient is added up in any order on a GPU for these tokens or heads, so that a resumed run equals an "
     "uninterrupted one up to rounding; engine.deterministic=true asks for one order, and takes longer"
 )
-_own_tag: str = torch.compiler.config.cache_key_tag  # the user's
-_held: Any = None  # the order of attentions ends with it
+_own_tag: str = torch.compiler.config.cache_key_tag  # as the user set it
+_held: Any = None  # the context manager, entered for good: the priority of attentions ends with it
 
 
 def choose_kernels(config: Config, device: torch.device) -> str:
-    """Chooses this process's kernels on a GPU; returns a line where equal steps may differ by rounding, else "".
+    """Chooses this process's kernels on a GPU; returns a log line if equal steps may differ by rounding, else "".
 
     On an H100 cuDNN's attention takes 0.72 of FlashAttention's time for 197 tokens. Both add up the queries' gradients
-    over blocks of keys in any order (docs/results.md, "One H100").
+    over blocks of keys in no fixed order (docs/results.md, "One H100").
     """
     global _held
     if device.type != "cuda":
         return ""
     deterministic = config.engine.deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
     on_hopper = torch.cuda.get_device_capability(device) == _HOPPER  # elsewhere it was not measured
@@ -49,15 +49,15 @@ def choose_kernels(config: Config, device: torch.device) -> str:
         _held = sdpa_kernel(_FASTEST, set_priority=True)
         _held.__enter__()
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    # Else code that was compiled with another attention would be found in the cache.
+    # Otherwise the cache would return code that was compiled with another attention.
     torch.compiler.config.cache_key_tag = f"{_own_tag} cudnn attention" if cudnn else _own_tag
     return "" if deterministic or _is_ordered(config) else _TOLD
 
 
 def _is_ordered(config: Config) -> bool:
-    """Whether equal steps have equal bits; not of timm's models, whose tokens are not known."""
+    """Whether equal steps give equal bits; False for timm's models, whose number of tokens is not known."""
     if config.model.timm_name is not None:
         return False
     width, _, _, heads = config.model.shape
     few = num_tokens(config.model) <= _ORDERED_TOKENS and width // heads <= _ORDERED_HEAD_WIDTH
-    return few and config.model.positions != "relative"  # whose gradient a scatter adds up
+    return few and config.model.positions != "relative"  # their gradient is a scatter-add, in no fixed order

@@ -1,4 +1,4 @@
-"""Norms of gradients and weights layer by layer, the largest logit of each attention: where a training goes unstable.
+"""Norms of gradients and weights per layer, and the largest logit per attention: to see where training is unstable.
 
 Each rank adds up the slices that it owns, so that neither the ZeRO stage nor the number of ranks matters.
 """
@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from pretrain.cluster import agreement
 from pretrain.engine.slices import OwnedSlices, Part
 
-MAX_IMAGES = 16  # of a rank, whose logits are looked at: [images, heads, tokens, tokens] of a block lie in memory
+MAX_IMAGES = 16  # per rank whose logits are computed: those of a block, [images, heads, tokens, tokens], are in memory
 
 
 def layer_of(name: str) -> str:
-    """Returns "blocks.3" of a parameter "blocks.3.mlp.fc1.weight"; of one without a number its first word, "head"."""
+    """Returns "blocks.3" for a parameter "blocks.3.mlp.fc1.weight"; for one without a number its first word, "head"."""
     words = name.split(".")
     number = next((place for place, word in enumerate(words) if word.isdigit()), 0)
     return ".".join(words[: number + 1])
@@ -36,12 +36,12 @@ class LayerNorms:
 
     @contextmanager
     def watched(self, due: bool) -> Iterator[None]:
-        """Around a step: looks at its gradients, where `due`, when the optimizer has them."""
+        """Context manager around a step: if `due`, records the norms of the gradients that the optimizer receives."""
         if not due:
             yield
             return
         self._gradients = self._nothing()
-        parts = self._owned.parts()  # now: in its step DeepSpeed shows the optimizer one group after the other
+        parts = self._owned.parts()  # now: during a step DeepSpeed shows the optimizer one group at a time
 
         def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             for group in optimizer.param_groups:
@@ -57,7 +57,7 @@ class LayerNorms:
     def read(self, grad_norm: Any) -> dict[str, float]:
         """Returns the norms over all ranks: of the weights, and of the step's gradients before clipping.
 
-        grad_norm: of all gradients before clipping, which what was seen is scaled up to; None: the step was skipped.
+        grad_norm: of all gradients before clipping; the recorded norms are scaled to match it. None: a skipped step.
         """
         weights = self._nothing()
         for part in self._owned.parts():
@@ -73,7 +73,7 @@ class LayerNorms:
         }
 
     def _nothing(self) -> torch.Tensor:
-        """Sums of squares, float64 [layers]."""
+        """Zeros for sums of squares, float64 [layers]."""
         device = self._owned.flat_tensors()[0].device
         return torch.zeros(len(self._places), dtype=torch.float64, device=device)
 
@@ -85,7 +85,7 @@ class LayerNorms:
 
 
 class LargestLogits(TorchFunctionMode):
-    """While it is entered: the largest logit of each call of torch's attention, in `found`, in their order."""
+    """While active, appends the largest logit of each call of torch's attention to `found`."""
 
     def __init__(self) -> None:
         super().__init__()

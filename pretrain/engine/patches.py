@@ -1,8 +1,8 @@
-"""What DeepSpeed does differently from what we need, and is made to do.
+"""Patches DeepSpeed where it does not do what we need.
 
-`before_start` comes before deepspeed.initialize, `after_start` behind it. Each patch has a test that fails when
-DeepSpeed changes: tests/test_engine_patches.py. The step is lightened in the one release whose step is known
-(versions.STEP_OF); without that it computes the same bits in more launches.
+`before_start` is called before deepspeed.initialize, `after_start` after it. Each patch has a test that fails when
+DeepSpeed changes: tests/test_engine_patches.py. The step is lightened only in the one release whose step is known
+(versions.STEP_OF); others compute the same bits with more kernel launches.
 """
 
 import logging
@@ -25,7 +25,7 @@ from pretrain.engine.versions import step_is_known
 
 
 def before_start() -> None:
-    """What has to be so when DeepSpeed starts."""
+    """Applies what has to be in place when DeepSpeed starts."""
     _without_compiler()
     _without_false_alarm()
     _without_memory_lines()
@@ -34,9 +34,9 @@ def before_start() -> None:
 
 
 def after_start(timeout_s: int, zero: Any) -> None:
-    """What DeepSpeed, and its ZeRO optimizer, have to be given once they have started."""
+    """Patches DeepSpeed and its ZeRO optimizer once they have started."""
     _set_group_timeouts(timeout_s)
-    # At the least loss scale it would end the process; here the step is skipped, and the journal counts such steps.
+    # At the smallest loss scale DeepSpeed would end the process; here it skips the step, and the journal counts these.
     scaler: Any = getattr(zero, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
@@ -46,9 +46,9 @@ def after_start(timeout_s: int, zero: Any) -> None:
 
 
 def _without_compiler() -> None:
-    """Keeps DeepSpeed from compiling its shared-memory op on CPUs, which takes a minute and a compiler; gloo serves.
+    """Keeps DeepSpeed from compiling its shared-memory op on CPUs, which takes a minute and a compiler; gloo will do.
 
-    The table of ops is replaced: a first look into DeepSpeed's own tries every op out, and starts a compiler for that.
+    The table of ops is replaced because the first access to DeepSpeed's own tests every op, which starts a compiler.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}  # type: ignore[index]  # a plain dict
@@ -56,7 +56,7 @@ def _without_compiler() -> None:
 
 def _without_false_alarm() -> None:
     """Hides the warning that optimizers other than Adam are untested with ZeRO: SGD, Lion and LAMB are tested here."""
-    deepspeed_logger.addFilter(_is_no_false_alarm)  # the same function twice counts once
+    deepspeed_logger.addFilter(_is_no_false_alarm)  # adding it again has no effect
 
 
 def _is_no_false_alarm(record: logging.LogRecord) -> bool:
@@ -69,19 +69,19 @@ def _without_memory_lines() -> None:
 
 
 def _set_group_timeouts(timeout_s: int) -> None:
-    """Gives every group of this process the timeout. DeepSpeed makes groups without one, which wait for 30 minutes."""
+    """Sets the timeout of all of this process's groups. DeepSpeed creates groups without one, which wait 30 minutes."""
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.15
     for group in list(dist.distributed_c10d._world.pg_map):
         set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def _lighten_step(zero: Any) -> None:
-    """Replaces what `step` does tensor by tensor, thousands of launches for a deep model, by a few; with the same bits.
+    """Replaces the per-tensor work of `step`, thousands of launches for a deep model, by a few, with the same bits.
 
-    Stages 1 and 2 look through every gradient for what is not finite, which shows in the norm too; step() refuses such
-    a norm itself. They and stage 3 take norms one by one, and give the parameters addresses that they have already.
-    fp16 stays as it is: its search for a loss scale has not been tried with this. The class that DeepSpeed has for
-    bf16 accumulation of several micro-batches on stage 1 is `_lighten_unsharded_step`'s.
+    Stages 1 and 2 test every gradient for non-finite values, although the norm shows them too, and step() rejects such
+    a norm itself. They and stage 3 compute norms one by one, and set parameters to addresses that they have already.
+    fp16 is left alone: its search for a loss scale has not been tried with this. DeepSpeed has another class for bf16
+    with several micro-batches on stage 1: see `_lighten_unsharded_step`.
     """
     if getattr(zero, "dtype", None) == torch.float16:
         return
@@ -90,12 +90,12 @@ def _lighten_step(zero: Any) -> None:
         zero.scaled_global_norm = lambda norm_type=2: _global_norm(zero)
         zero.unscale_and_clip_grads = partial(_unscale_and_clip, zero)
         zero._update_model_bit16_weights = lambda group_index: None
-        # Else each backward pass begins by asking the graph for every parameter, how many gradients will come. Where it
-        # ends is told by autograd (queue_post_backward_callback), not by that number.
+        # Otherwise each backward pass starts by asking the graph, for every parameter, how many gradients to expect.
+        # Its end does not depend on that number: autograd reports it (queue_post_backward_callback).
         zero.should_refresh_expected_hook_count = lambda: False
         if dist.get_world_size(zero.dp_process_group) == 1 and not _adds_up_while_reducing(zero):
-            # The mean over one rank, for which every gradient is copied twice, through a bucket that each backward pass
-            # allocates: of as many elements as the model has, up to 500 million.
+            # Skips the mean over one rank, which would copy every gradient twice, through a bucket that each backward
+            # pass allocates: of as many elements as the model has, up to 500 million.
             zero.reduce_ready_partitions_and_remove_grads = lambda param, i: None
             zero.reduce_bucket_size = 1
     elif type(zero) is DeepSpeedZeroOptimizer_Stage3:
@@ -104,7 +104,7 @@ def _lighten_step(zero: Any) -> None:
 
 
 def _overlap_without_waiting(zero: Any) -> None:
-    """Keeps stages 1 and 2 from waiting for the device at the end of each backward pass that reductions lie beside."""
+    """Keeps stages 1 and 2 from a host sync at the end of each backward pass that overlaps with reductions."""
     if type(zero) is DeepSpeedZeroOptimizer and zero.overlap_comm:
         zero.independent_gradient_partition_epilogue = partial(
             _end_backward, zero, zero.independent_gradient_partition_epilogue
@@ -112,27 +112,27 @@ def _overlap_without_waiting(zero: Any) -> None:
 
 
 def _end_backward(zero: Any, epilogue: Callable[[], None]) -> None:
-    """DeepSpeed's own, but the stream of the step waits for that of the reductions, instead of the process for both.
+    """DeepSpeed's epilogue, but the step's stream waits for the reduction stream, instead of the host for both.
 
-    What is freed from here on may be used again behind that wait alone: buckets belong to the step's stream, and each
-    reduction begins by waiting for that one.
+    Memory freed from here on is reused only after that wait: buckets belong to the step's stream, and each reduction
+    begins by waiting for the step's stream.
     """
-    accelerator: Any = get_accelerator()  # its types say None
+    accelerator: Any = get_accelerator()  # it is annotated as None
     zero.reduce_ipg_grads()
     if not accelerator.resolves_data_dependency():  # a CPU has no streams
         accelerator.current_stream().wait_stream(zero.reduction_stream)
-    zero.overlap_comm = False  # so that it does not wait; nothing is left to reduce
+    zero.overlap_comm = False  # so that the epilogue does not wait; nothing is left to reduce
     epilogue()
     zero.overlap_comm = True
 
 
 def _adds_up_while_reducing(zero: Any) -> bool:
-    """Whether the reduction is also what adds up micro-batches, in float32: bf16 on stage 2."""
+    """Whether the reduction also accumulates micro-batches, in float32: bf16 on stage 2."""
     return any(zero._use_compact_grad_partition_buffer(group) for group in range(len(zero.bit16_groups)))
 
 
 def _global_norm(zero: Any) -> torch.Tensor:
-    """The norm of all gradients of all ranks, float32; not finite where a gradient is not."""
+    """The norm of all gradients of all ranks, float32; not finite if a gradient is not."""
     squares = []
     for group, params in enumerate(zero.params_in_partition):
         gradients = [g for g in zero.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
@@ -143,7 +143,7 @@ def _global_norm(zero: Any) -> torch.Tensor:
 
 
 def _norms_of_stage_3(zero: Any) -> list[torch.Tensor]:
-    """The norm of each group of parameters, float64; not finite where a gradient is not."""
+    """The norm of each parameter group's gradients, float64; not finite if a gradient is not."""
     groups = range(len(zero.fp16_groups))
     total = torch.stack([_sum_of_squares(list(zero.averaged_gradients[group]), zero.device) for group in groups])
     dist.all_reduce(total, group=zero._get_param_partition_group(zero.fp16_groups[0][0]))
@@ -158,7 +158,7 @@ def _sum_of_squares(gradients: list[torch.Tensor], device: torch.device) -> torc
 
 
 def _unscale_and_clip(zero: Any, grad_groups_flat: list[torch.Tensor], total_norm: torch.Tensor) -> None:
-    """DeepSpeed's, less a test of the norm that step() has made: it waits for the device, once per group."""
+    """DeepSpeed's, without a test of the norm that step() has made already and that costs a host sync per group."""
     if zero.clip_grad == 0.0 and zero.loss_scale == 1.0:
         return
     scale = zero.loss_scale
@@ -169,13 +169,13 @@ def _unscale_and_clip(zero: Any, grad_groups_flat: list[torch.Tensor], total_nor
 
 
 def _lighten_unsharded_step() -> None:
-    """The same for BF16_Optimizer, whose norm and clipping are functions of its module; in float32, as theirs."""
+    """The same for BF16_Optimizer, whose norm and clipping are module-level functions; in float32, as there."""
     bf16_optimizer.get_global_norm_of_tensors = _unsharded_norm
     bf16_optimizer.clip_tensors_by_global_norm = _clip_unsharded
 
 
 def _unsharded_norm(input_tensors: list[torch.Tensor], norm_type: float = 2, mpu: Any = None) -> torch.Tensor:
-    """The norm of the gradients, which each rank has in full. What is not finite step() refuses, as it does theirs."""
+    """The norm of the gradients, which each rank has in full. step() rejects one that is not finite."""
     assert mpu is None, "tensors are not split over ranks"
     norms = torch._foreach_norm(input_tensors, norm_type, dtype=torch.float32)  # type: ignore[attr-defined]  # as above
     return torch.stack(norms).pow(norm_type).sum().pow(1.0 / norm_type)
@@ -184,7 +184,7 @@ def _unsharded_norm(input_tensors: list[torch.Tensor], norm_type: float = 2, mpu
 def _clip_unsharded(
     input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: Any = None
 ) -> torch.Tensor:
-    """DeepSpeed's, less the question whether there is something to clip, which waits for the device."""
+    """DeepSpeed's, without the test whether anything has to be clipped, which is a host sync."""
     scale = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)  # 1: they stay as they are
     torch._foreach_mul_(input_tensors, scale)  # type: ignore[attr-defined]  # as above
     return global_norm

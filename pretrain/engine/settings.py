@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: its configuration, derived from ours, and what this machine cannot do."""
+"""DeepSpeed's configuration, derived from ours, and checks of what this machine can do."""
 
 import os
 import shutil
@@ -22,8 +22,8 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Returns DeepSpeed's configuration, derived from ours; every key that we rely on is written out.
 
-    Defaults are no help: unknown keys are ignored silently, and clipping is 1.0 when it is not named.
-    largest_parameter: its elements; num_parameters: all of them.
+    Omitting keys is not safe: DeepSpeed silently ignores unknown ones, and clips at 1.0 if clipping is not set.
+    largest_parameter: its number of elements; num_parameters: that of all parameters.
     """
     precision = config.engine.precision
     return {
@@ -40,15 +40,15 @@ def deepspeed_config(
             "hysteresis": 2,
             "min_loss_scale": MIN_LOSS_SCALE,
         },
-        # Several bf16 micro-batches are added up in float32: bf16 would lose the small ones.
+        # Several bf16 micro-batches are accumulated in float32: bf16 would lose small addends.
         "data_types": {"grad_accum_dtype": "fp32" if plan.accumulation > 1 and precision == "bf16" else None},
         # None: DeepSpeed sums gradients over ranks in the model's type.
         "communication_data_type": "fp32" if config.engine.reduce_dtype == "fp32" else None,
         "zero_optimization": {
             "stage": config.engine.zero_stage,
-            "overlap_comm": config.engine.overlaps(world_size),  # by default on under ZeRO 3
+            "overlap_comm": config.engine.overlaps(world_size),  # DeepSpeed's default under ZeRO 3 is on
             "reduce_bucket_size": bucket_elements(config.engine, world_size, largest_parameter, num_parameters),
-            "round_robin_gradients": False,  # makes the map of owned slices wrong
+            "round_robin_gradients": False,  # True would make the map of owned slices wrong
             "reduce_scatter": True,
             "contiguous_gradients": True,
         },
@@ -60,7 +60,7 @@ def deepspeed_config(
 
 
 def told_of_overlap(config: Config, plan: BatchPlan, world_size: int) -> str:
-    """Returns a line where engine.overlap_reduction is set and does nothing, else none."""
+    """Returns a log line if engine.overlap_reduction is set but has no effect, else ""."""
     why = ""
     if world_size == 1:
         why = "one rank sums nothing"
@@ -73,7 +73,7 @@ def check_machine(config: Config) -> None:
     """Raises UserError for what this machine cannot do: a precision, like fp16 on most CPUs, fp8, or compiling."""
     check_precision(config)
     check_fp8(config)
-    # More names than engine/compiling.py's, which are those of Triton: on a CPU torch runs a C++ compiler.
+    # More names than in engine/compiling.py, which has Triton's: on a CPU torch runs a C++ compiler.
     names = [os.environ.get("CC"), os.environ.get("CXX"), "cc", "gcc", "g++", "clang", "clang++"]
     asked = config.engine.compile
     if asked in (True, "max-autotune") and not any(map(shutil.which, filter(None, names))):
@@ -85,10 +85,10 @@ def check_machine(config: Config) -> None:
 
 def check_precision(config: Config) -> None:
     """Raises UserError for a precision that this machine has no instructions for, like fp16 on most CPUs."""
-    accelerator: Any = get_accelerator()  # its types say None
+    accelerator: Any = get_accelerator()  # it is annotated as None
     precision, on_gpu = config.engine.precision, accelerator.device_name() == "cuda"
     supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
-    if on_gpu:  # by default torch counts slow emulation, as a V100 or T4 has
+    if on_gpu:  # by default torch also counts slow emulation, as on a V100 or T4
         supported["bf16"] = lambda: torch.cuda.is_bf16_supported(including_emulation=False)
     if precision in supported and not supported[precision]():
         device = torch.cuda.get_device_name() if on_gpu else "this CPU"

@@ -1,7 +1,6 @@
-"""DeepSpeed's inside: which elements of which parameter this rank owns, where they lie, and how the model is refreshed.
+"""Reads DeepSpeed's internals: which elements of each parameter this rank owns and where; refreshes the model.
 
-What is read of it holds for the tested version alone; `check` guards it after the start, before each save and after
-each load.
+This is right for the tested version only; `check` verifies it after the start, before each save and after each load.
 """
 
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ class OwnedSlices:
     def __init__(self, module: nn.Module, zero: Any, stage: int, moments: dict[str, torch.dtype]) -> None:
         self._module, self._zero, self._stage = module, zero, stage
         self._optimizer: Any = zero.optimizer
-        self.moments = moments  # of the optimizer's state, by name
+        self.moments = moments  # dtypes of the optimizer's state, by name
 
     def parts(self) -> list[Part]:
         """Returns what this rank owns of each parameter, in the model's order."""
@@ -72,11 +71,11 @@ class OwnedSlices:
         return [flat for group in self._optimizer.param_groups for flat in group["params"]]
 
     def tell_pieces(self, optimizer: Lamb) -> None:
-        """Tells LAMB where in the flat tensors which parameters lie, and how ranks add up; padding becomes zero.
+        """Tells LAMB where each parameter is in the flat tensors, and how to sum over ranks; zeroes the padding.
 
-        Once, behind the start: in its step DeepSpeed shows the optimizer one group after the other. Padding is
-        uninitialised memory, and ZeRO 3 may read what LAMB leaves in the gradients': of a group of one tensor they are
-        the buffer that the next step's, without padding, are copied into, and its norm is that of the buffer.
+        Called once, after the start: during a step DeepSpeed shows the optimizer one group at a time. Padding is
+        uninitialised memory, and ZeRO 3 may read what LAMB leaves in the padding of the gradients: those of a group of
+        one tensor are a buffer into which the next step copies its own without padding, and whose norm it takes whole.
         """
         places = {name: number for number, (name, _) in enumerate(self._module.named_parameters())}
         of_flat: dict[torch.Tensor, list[Part]] = {flat: [] for flat in self.flat_tensors()}
@@ -99,7 +98,7 @@ class OwnedSlices:
         optimizer.share(pieces, len(places), add_up)
 
     def set_optimizer_state(self, step: float, clear_weights: bool = False) -> None:
-        """Makes zero moments and the step count, which the optimizer itself would make in its first step only."""
+        """Creates zero moments and the step count, which the optimizer itself would create only in its first step."""
         group = self._optimizer.param_groups[0]
         for flat in self.flat_tensors():
             state = self._optimizer.state[flat]
@@ -114,7 +113,7 @@ class OwnedSlices:
                 flat.data.zero_()  # padding is uninitialised memory
 
     def refresh_model(self) -> None:
-        """Makes the model hold the master weights, rounded to its precision."""
+        """Copies the master weights into the model, rounded to its precision."""
         if self._stage == 3:
             self._zero.checkpoint_event_prologue()
             for group in range(len(self._zero.fp16_groups)):
@@ -126,9 +125,9 @@ class OwnedSlices:
             self._zero.update_lp_params()
 
     def check(self) -> None:
-        """Asserts that the model holds what the owned slices say, rounded: DeepSpeed's maps have been wrong before.
+        """Asserts that the model holds the owned slices, rounded: DeepSpeed's maps have been wrong before.
 
-        Waits for the device once, not for each parameter: training waits for this before each save.
+        One host sync, not one per parameter: training waits for this check before each save.
         """
         parts, equal = self.parts(), []
         for part in parts:

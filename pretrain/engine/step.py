@@ -1,7 +1,7 @@
-"""The step: a model that trains, in DeepSpeed, with accumulation, clipping, averages, and what a checkpoint holds.
+"""The training step with DeepSpeed: accumulation, clipping, weight averages, and the state for a checkpoint.
 
-The gradient is clipped, and the optimizer stepped, inside `self._engine.step()`: DeepSpeed does it as settings.py says.
-Where its slices of weights and moments lie is told by slices.py.
+DeepSpeed clips the gradient and steps the optimizer inside `self._engine.step()`, as settings.py configures it.
+slices.py knows where its slices of weights and moments are.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,9 +55,9 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """A model that trains. Built on all ranks from equal weights.
+    """A model in training. All ranks build it from equal weights.
 
-    values: of a model on "meta", gone through twice where it trains in lower precision; None: its own.
+    values: initial values of a model on "meta", iterated twice if it trains in lower precision; None: the model's own.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Engine:
         self.plan, self.device, self.ahead = plan, device, CopyAhead(device)
         self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # around the parts of a step, for a trace
         self._forward_clock: AbstractContextManager[Any] = nullcontext()
-        self._fits = False  # a micro-batch, into the GPU's memory
+        self._fits = False  # whether a micro-batch has fitted into the GPU's memory
         self.dtype = DTYPES[config.engine.precision]
-        self._loss = config.loss, config.label_smoothing, config.label_threshold  # kind and more, of per_image_loss
+        self._loss = config.loss, config.label_smoothing, config.label_threshold  # last arguments of per_image_loss
         self._normalisation = config.data.normalisation
-        # Each rank's gradient is averaged over ranks and micro-batches; this makes each image weigh 1 / global_batch,
+        # DeepSpeed averages gradients over ranks and micro-batches; this makes each image weigh 1 / global_batch,
         # however uneven the split (docs/training.md).
         self._loss_weight = ranks.world_size() * plan.accumulation / config.data.global_batch
-        self.num_parameters = num_parameters(model)  # before ZeRO 3 takes them apart
+        self.num_parameters = num_parameters(model)  # before ZeRO 3 partitions them
         if config.engine.checkpoint_activations:
             _checkpoint_activations(model)
         if config.engine.fp8:
@@ -98,8 +98,8 @@ class Engine:
         with reading_inside():
             fill(model, values, self.dtype, device, self.deepspeed_config)
         if self.dtype == torch.float32:
-            values = None  # what is held is not needed any more
-        # Any: what this file uses of them is DeepSpeed's inside, which its types do not tell.
+            values = None  # exact already: no second pass, and no need to hold the old values
+        # Any: this file uses DeepSpeed's internals, which its types do not cover.
         engine, zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, dist_init_required=False
         )
@@ -112,9 +112,9 @@ class Engine:
             self._finish_start(config, values)
 
     def _finish_start(self, config: Config, exact: Values | None) -> None:
-        """Patches DeepSpeed's step, makes optimizer state, exact master weights and averages.
+        """Patches DeepSpeed's step, and creates the optimizer state, exact master weights and averages.
 
-        It reads all of DeepSpeed's inside that a checkpoint or a resume will read: what cannot be read is refused now.
+        Reads all of DeepSpeed's internals that a checkpoint or a resume will read, to refuse what it cannot read now.
         """
         self._optimizer: Any = self._zero.optimizer
         self._frozen.refresh_model(self.dtype)
@@ -124,13 +124,13 @@ class Engine:
         if isinstance(self._optimizer, Lamb):
             self._owned.tell_pieces(self._optimizer)
         after_start(config.engine.timeout_s, self._zero)
-        self._engine.eval()  # train_step has it train, and frozen statistics stay as they are
+        self._engine.eval()  # so that train_step switches to training, and freezes the statistics
         self._owned.set_optimizer_state(step=0)
         if exact:
             self._start_from(exact)
         elif not step_is_known():
             self._owned.refresh_model()  # a release that cannot do it is refused now, not at the first resume
-        # Of the initial weights; by the flat tensor that they are the average of.
+        # They start as the initial weights; each is keyed by the flat tensor whose average it is.
         kept = self._owned.flat_tensors() if self._average_decay else []
         self._averages = {flat: flat.detach().clone() for flat in kept}
         self.state()
@@ -140,7 +140,7 @@ class Engine:
 
     @torch.no_grad()
     def _start_from(self, exact: Values) -> None:
-        """Makes the master weights the given float32 ones: DeepSpeed takes them from the model's, rounded already."""
+        """Sets the master weights to exact float32 values: DeepSpeed takes them from the model, which is rounded."""
         trained = {part.name: part for part in self._trained()}
         for name, value in exact():
             if name in trained:  # this rank owns something of it
@@ -153,8 +153,8 @@ class Engine:
     def train_step(self, batch: Batch, lr: float) -> StepResult:
         """Takes one optimizer step on this rank's share of a global batch, micro-batch by micro-batch.
 
-        Raises DeviceMemoryError, on this rank alone, when the GPU's memory does not hold a micro-batch. Where it has
-        held one before, it is not the size, and another try may go well: exit code 75.
+        Raises DeviceMemoryError, on this rank alone, when the GPU's memory does not hold a micro-batch. If it has
+        held one before, the size is not to blame, and another try may succeed: exit code 75.
         """
         try:
             result = self._train_step(batch, lr)
@@ -166,7 +166,7 @@ class Engine:
 
     def _train_step(self, batch: Batch, lr: float) -> StepResult:
         set_rate(self._optimizer, lr)
-        if not self._module.training:  # which tells each module
+        if not self._module.training:  # train() visits every module
             self._engine.train()
             self._frozen.freeze()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -197,9 +197,9 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Puts the averaged weights, if any are kept, into the model, and the trained ones back, bit for bit.
+        """Puts the averaged weights, if any, into the model, and at the end the trained ones back, bit for bit.
 
-        A collective. An error inside leaves the averages in the model: the ranks may not have met it together, and
+        A collective. An error inside leaves the averages in the model: other ranks may not have the same error, and
         nothing of such a run is saved.
         """
         self._swap_averages()
@@ -234,12 +234,12 @@ class Engine:
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the head's input for uint8 images [B, 3, H, W], [B, D], without dropout. A collective under ZeRO-3.
 
-        Through the whole forward pass: ZeRO-3 gathers weights where modules are called, and no other way is as safe.
+        Runs the whole forward pass: ZeRO-3 gathers weights where modules are called, and no other way is as safe.
         """
         inputs: list[torch.Tensor] = []
         head = _head_of(self._module)
         with head.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(1))):
-            # Compiled code does not look for a hook.
+            # Compiled code would not call the hook.
             with torch.compiler.set_stance("force_eager"), fitting("evaluation.batch_size", len(images)):
                 self._logits(images)
         (found,) = inputs
@@ -247,15 +247,15 @@ class Engine:
 
     @torch.no_grad()
     def layer_numbers(self, batch: Batch, result: StepResult) -> dict[str, float]:
-        """Returns norms of the layers in the step that `self.layers` has watched, and largest attention logits.
+        """Returns the layers' norms in the step that `self.layers` has watched, and the largest attention logits.
 
-        The logits are those of another forward pass, with the new weights, on the rank's first images, no dropout; the
-        attentions are numbered in their order. A collective. Waits for the device.
+        The logits are from an extra forward pass with the new weights, on the rank's first images, without dropout;
+        attentions are numbered in the order of their calls. A collective. Waits for the device.
         """
         numbers = self.layers.read(result.grad_norm if result.applied else None)
         most = min(MAX_IMAGES, self.plan.micro_batch, int(batch.valid.sum()))
-        images = batch.images[batch.valid][:most] if most else batch.images[:1]  # each rank takes part
-        # Compiled code does not look for it.
+        images = batch.images[batch.valid][:most] if most else batch.images[:1]  # every rank has to take part
+        # Compiled code would bypass LargestLogits.
         with torch.compiler.set_stance("force_eager"), LargestLogits() as largest, fitting(LAYERS, len(images)):
             self._logits(images.to(self.device))
         own = watchdog.from_device(lambda: torch.stack(largest.found).tolist()) if largest.found else []
@@ -263,7 +263,7 @@ class Engine:
         return numbers | {f"layers/attention.{n}/max_logit": max(logits) for n, logits in enumerate(zip(*of_ranks))}
 
     def on_forward(self, note: Callable[[float], None]) -> None:
-        """Makes each forward pass of the training report its seconds, on a GPU those of an earlier pass."""
+        """Makes each training forward pass give its seconds to `note`, on a GPU those of an earlier pass."""
         self._forward_clock = ForwardClock(note, self.device)
 
     @property
@@ -274,7 +274,7 @@ class Engine:
     # --- what a checkpoint holds ---
 
     def weights(self) -> list[Slice]:
-        """Returns the float32 master weights that this rank owns, rank 0 also frozen statistics; views."""
+        """Returns the float32 master weights that this rank owns, on rank 0 the frozen statistics too; views."""
         return self._trained() + (self._frozen.slices() if ranks.is_main() else [])
 
     def _trained(self) -> list[Slice]:
@@ -335,7 +335,7 @@ class Engine:
         return True
 
     def check(self) -> None:
-        """Asserts that the model holds what the owned slices say: see OwnedSlices."""
+        """Asserts that the model holds the owned slices, rounded: see OwnedSlices."""
         self._owned.check()
 
     def close(self) -> None:
@@ -375,7 +375,7 @@ def _checkpoint_activations(model: nn.Module) -> None:
         return
     try:
         model.set_grad_checkpointing()  # type: ignore[operator]
-    except (AssertionError, AttributeError):  # timm's answer where it has none
+    except (AssertionError, AttributeError):  # what timm raises for models without it
         raise ConfigError(
             "engine.checkpoint_activations: timm does not recompute this model's activations; set it to false, and "
             "engine.max_micro_batch_size lower if memory is short"

@@ -1,7 +1,7 @@
 """Which releases of torch and DeepSpeed were tried together, and what is done about others.
 
-Checkpoints read DeepSpeed's inside (slices.py), and the step replaces parts of it (patches.py). Releases that were not
-tried are named at the start; one whose inside cannot be read is refused.
+Checkpoints read DeepSpeed's internals (slices.py), and the step replaces parts of them (patches.py). Releases that were
+not tried are named at the start; one whose internals cannot be read is refused.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from pretrain.errors import UserError, first_line
 
 STEP_OF = "0.19.8"  # the release whose step patches.py knows; others keep their own, with more launches
 TESTED_DEEPSPEED = (STEP_OF,)
-TESTED_TORCH = ("2.9", "2.15")  # on CPUs: the oldest and the newest; what lies between was not tried
+TESTED_TORCH = ("2.9", "2.15")  # on CPUs: the oldest and the newest; those between were not tried
 TESTED_TORCH_ON_GPUS = ("2.11",)
 
-# What reading another inside may raise; an assertion is the guard's own: the model is not what the slices say.
+# What reading other internals may raise; AssertionError is from OwnedSlices.check: the model differs from the slices.
 _UNREADABLE = (AttributeError, KeyError, IndexError, TypeError, AssertionError)
 
 
@@ -40,7 +40,7 @@ def step_is_known() -> bool:
 
 @contextmanager
 def reading_inside() -> Iterator[None]:
-    """Around the first look at DeepSpeed's inside. Raises UserError where a release that was not tried has another."""
+    """Around the first use of DeepSpeed's internals. Raises UserError if those of an untried release are different."""
     try:
         yield
     except _UNREADABLE as error:
