@@ -1,7 +1,7 @@
 """The optimizers, their parameter groups, and the learning rate as a pure function of the step.
 
-ZeRO cuts the weights into flat tensors that know no matrices. AdamW, SGD and Lion work element by element and need not
-know; LAMB, which needs norms of whole parameters, is told what lies in them.
+ZeRO cuts the weights into flat tensors, without the shapes of matrices. AdamW, SGD and Lion work element by element and
+do not need them; LAMB needs norms of whole parameters, and is told where these are in the flat tensors.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import nn
 
 from pretrain.config import OptimConfig
 
-PIECE_ELEMENTS = 1 << 24  # an update works on so many at a time: 64 MB per temporary, however large the flat tensor
+PIECE_ELEMENTS = 1 << 24  # per piece of an update: 64 MB for each temporary, however large the flat tensor
 
 
 def parameter_groups(
@@ -29,8 +29,8 @@ def parameter_groups(
 
     Kernels are tensors of two and more dimensions named `*.weight`, as big_vision's mask `.*/kernel$`: biases, norms,
     class tokens, probes and positions are not. The head (`head`: names of its tensors) has a group of its own only when
-    its decay differs. `rate_scales` (1 where a tensor has none) become the groups' `lr_scale`, see `set_rate`: so many
-    scales, so many times these groups. Empty ones are left out.
+    its decay differs. `rate_scales` (1 where a tensor has none) become the groups' `lr_scale`, see `set_rate`: each
+    different scale has its own set of groups. Empty groups are left out.
     """
     decays = {"kernels": weight_decay, "others": 0.0, "head": weight_decay * head_decay_multiplier}
     members: dict[tuple[float, str], list[nn.Parameter]] = {}
@@ -74,7 +74,7 @@ def build_optimizer(
     )
     betas = (config.betas[0], config.betas[1])
     if config.name == "adamw" and config.moment_dtype == "fp32":
-        # One pass over memory, on CPUs too; without it ten, over temporaries as large as the flat tensors.
+        # Fused: one pass over memory, on CPUs too; otherwise ten, with temporaries as large as the flat tensors.
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     moments = moment_dtypes(config)
     if config.name == "lamb":
@@ -90,8 +90,8 @@ def build_optimizer(
 class ElementwiseOptimizer(torch.optim.Optimizer):
     """Calls `update(weights, gradients, moments, step, **group)` in place on pieces of each flattened parameter.
 
-    Moments are kept in the dtypes of `moments`. `step` counts the steps from 1; it lives on the CPU, so that nothing
-    waits for a GPU.
+    Moments are kept in the dtypes of `moments`. `step` counts the steps from 1; it is kept on the CPU, so that
+    reading it is no host sync.
     """
 
     def __init__(
@@ -132,18 +132,18 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
 
 class Pieces(NamedTuple):
-    """What a flat tensor holds of the model's parameters."""
+    """Which pieces of the model's parameters a flat tensor holds."""
 
-    spans: list[tuple[int, int]]  # first element and number of elements of each piece; what is in none is padding
-    numbers: torch.Tensor  # int64 [pieces], on the flat tensor's device: which of the model's parameters each is of
+    spans: list[tuple[int, int]]  # first element and number of elements of each piece; the rest is padding
+    numbers: torch.Tensor  # int64 [pieces], on the flat tensor's device: the index of each piece's parameter
 
 
 class Lamb(ElementwiseOptimizer):
     """LAMB (arXiv 1904.00962) as in timm and apex (FusedLAMB): AdamW's step, decay included, times a trust ratio.
 
-    The ratio is the norm of a whole parameter over that of its step, and 1 where either is 0; what does not decay has
-    none. Each tensor is a whole parameter unless `share` has said what it holds. A step leaves its directions in the
-    gradients' memory, so that no copy of all weights is needed: DeepSpeed drops them, zeroes them or writes over them.
+    The ratio is the norm of a whole parameter over that of its step, and 1 where either is 0; parameters without decay
+    have no ratio. Each tensor counts as a whole parameter unless `share` has said what it holds. A step overwrites the
+    gradients with its directions, to save a copy of all weights: DeepSpeed drops, zeroes or overwrites them afterwards.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, moments: dict[str, torch.dtype], **defaults: Any) -> None:
@@ -158,10 +158,10 @@ class Lamb(ElementwiseOptimizer):
         num_parameters: int,
         add_up: Callable[[torch.Tensor], Any] | None,
     ) -> None:
-        """Says which pieces of the model's `num_parameters` parameters lie in the flat tensors stepped on.
+        """Tells which pieces of the model's `num_parameters` parameters the flat tensors hold.
 
-        add_up: adds up a tensor over the ranks, in place; None: one rank has all. It is called once in each step of
-        groups that decay, by a rank that owns nothing of them too.
+        add_up: sums a tensor over the ranks, in place; None: one rank has all. It is called once in each step of groups
+        that decay, even by a rank that owns nothing of them.
         """
         self._pieces, self._num_parameters, self._add_up = pieces, num_parameters, add_up
 
@@ -220,7 +220,7 @@ def lamb_direction(
     weight_decay: float,
     **_: Any,
 ) -> None:
-    """Makes of the gradients the direction of AdamW's step, decay included; the weights stay."""
+    """Overwrites the gradients with the direction of AdamW's step, decay included; the weights do not change."""
     updated, root = _adam_moments(gradients, moments, step, betas, eps)
     torch.mul(weights, weight_decay, out=gradients).addcdiv_(updated, root, value=1 / (1 - betas[0] ** step))
 
@@ -245,9 +245,9 @@ def adamw_update(
 def _adam_moments(
     gradients: torch.Tensor, moments: list[torch.Tensor], step: int, betas: tuple[float, float], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves Adam's moments; returns the first one, and the root of the corrected second one plus eps, as new tensors.
+    """Updates Adam's moments; returns new tensors: the first, and the root of the bias-corrected second one plus eps.
 
-    The first one is that before it is rounded to its dtype, as optax's scale_by_adam(mu_dtype) uses it.
+    The first one is returned before it is rounded to its dtype, as optax's scale_by_adam(mu_dtype) uses it.
     """
     first, second = moments
     updated = gradients.mul(1 - betas[0]).add_(_decayed(first, betas[0]))
@@ -267,7 +267,7 @@ def sgd_update(
     weight_decay: float,
     **_: Any,
 ) -> None:
-    """SGD with momentum, m = momentum * m + g, without Nesterov; the decay is decoupled, which torch's SGD has not."""
+    """SGD with momentum, m = momentum * m + g, without Nesterov; the decay is decoupled, unlike in torch's SGD."""
     (kept,) = moments
     updated = gradients + _decayed(kept, momentum)
     kept.copy_(updated)
@@ -293,7 +293,7 @@ def lion_update(
 
 
 def _decayed(moment: torch.Tensor, beta: float) -> torch.Tensor:
-    """beta * moment, in the moment's dtype. In bfloat16 beta itself is rounded too, 0.9 to 0.8984375: Google's code."""
+    """beta * moment, in the moment's dtype. In bfloat16 beta is rounded too, 0.9 to 0.8984375, as in Google's code."""
     return moment * _rounded(beta, moment.dtype)
 
 

@@ -2,8 +2,8 @@
 
 from pretrain.config import EngineConfig, ModelConfig
 
-BUCKET_ELEMENTS = 500_000_000  # of gradients that DeepSpeed sums over ranks at a time, by default: 1 GB in bf16
-OVERLAPPED_BUCKET_ELEMENTS = 50_000_000  # where it does so beside the backward pass: the last one has nothing beside it
+BUCKET_ELEMENTS = 500_000_000  # gradients that DeepSpeed sums over ranks at a time, by default: 1 GB in bf16
+OVERLAPPED_BUCKET_ELEMENTS = 50_000_000  # if it overlaps with the backward pass: the last bucket overlaps nothing
 
 
 def is_plain(config: ModelConfig) -> bool:
@@ -36,7 +36,7 @@ def _of_norm(config: ModelConfig) -> int:
 
 
 def plain_parameters(config: ModelConfig, num_classes: int) -> int:
-    """Returns the trainable numbers of a plain ViT, those of `build_model`."""
+    """Returns the number of trainable parameters of a plain ViT, as `build_model` makes it."""
     width, depth, mlp_dim, _ = config.shape
     total = 3 * config.patch_size**2 * width + width + depth * block_parameters(config)
     total += width * _of_norm(config)
@@ -76,8 +76,8 @@ def plain_forward_macs(config: ModelConfig, num_classes: int) -> int:
 def bucket_elements(engine: EngineConfig, num_ranks: int, largest_parameter: int, num_parameters: int) -> int:
     """Returns the size of a bucket of gradients in elements; DeepSpeed allocates all of it.
 
-    Beside the backward pass it has room for the largest parameter: otherwise DeepSpeed would read that one's gradient
-    on another stream without telling the allocator, which could give its memory away meanwhile.
+    If reductions overlap with the backward pass, it has room for the largest parameter: otherwise DeepSpeed would read
+    that gradient on another stream without telling the allocator, which could reuse its memory meanwhile.
     """
     beside = max(OVERLAPPED_BUCKET_ELEMENTS, largest_parameter)
     return min(beside if engine.overlaps(num_ranks) else BUCKET_ELEMENTS, num_parameters)
