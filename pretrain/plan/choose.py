@@ -1,4 +1,4 @@
-"""Which stage, micro-batch and recomputation a run should have on so many GPUs."""
+"""Chooses the ZeRO stage, micro-batch and recomputation of a run on a given number of GPUs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from pretrain.plan.memory import STAGES, Layout, Memory, memory
 from pretrain.plan.speed import Cluster, Rate, Step, step
 from pretrain.sizes import is_plain
 
-# Images of a forward pass that are tried as engine.max_micro_batch_size.
+# Images per forward pass that are tried as engine.max_micro_batch_size.
 MICRO_BATCHES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
-# Of a GPU's memory, for tensors: the rest is the CUDA context, NCCL's buffers and the allocator's gaps. Assumed.
+# Share of a GPU's memory for tensors: the rest is CUDA context, NCCL's buffers and the allocator's gaps. Assumed.
 USABLE_SHARE = 0.92
-# What a run that chooses by itself may count on: gaps were up to 15 % of what the tensors took, on one H100.
+# The share that a run may use which chooses by itself: on one H100, gaps were up to 15 % of the tensors' memory.
 SURE_SHARE = 0.8
-MOST_WITHOUT_FORMULA = 128  # images of a forward pass where nothing is known of the memory that they take
-_ALIKE = 1.01  # steps that differ by less are as fast as each other: the simpler one is chosen
+MOST_WITHOUT_FORMULA = 128  # images per forward pass, if no formula gives their memory
+_ALIKE = 1.01  # ratio of step times below which steps count as equally fast: the simpler one is chosen
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Choice:
 
 
 def layout_of(config: Config, num_ranks: int, stage: int, max_micro_batch: int, recompute: bool) -> Layout:
-    """Returns how the engine would spread a step."""
+    """Returns the layout that the engine would give a step."""
     plan = plan_batch(config.data.global_batch, num_ranks, max_micro_batch)
     return Layout(num_ranks, stage, plan.micro_batch, plan.accumulation, recompute)
 
@@ -61,10 +61,10 @@ def least_memory(config: Config, num_classes: int, num_ranks: int) -> Memory:
 
 
 def fitting_micro_batch(config: Config, num_classes: int, num_ranks: int, usable_bytes: float, most: int) -> int:
-    """Returns the images of a forward pass that fit into a rank's memory, at most `most`; 1 where none fits.
+    """Returns how many images of a forward pass fit into a rank's memory, at most `most`; 1 if none fits.
 
-    Their number changes rounding, and masks of dropout; no result beyond that. Only plain ViTs have a formula: of
-    others at most 128.
+    Their number changes only rounding and the masks of dropout. Only plain ViTs have a formula: other models get at
+    most 128.
     """
     if not is_plain(config.model):
         return min(most, MOST_WITHOUT_FORMULA)

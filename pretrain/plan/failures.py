@@ -1,7 +1,7 @@
-"""What failures and saves cost: the interval that loses least, and the share of the time that trains.
+"""The cost of failures and saves: the best interval between saves, and the share of the time that trains.
 
-Young's interval and Daly's model: failures are independent and as likely at any moment (Daly, A higher order estimate
-of the optimum checkpoint interval, 2006).
+Young's interval and Daly's model: failures are independent and equally likely at any time (Daly, A higher order
+estimate of the optimum checkpoint interval, 2006).
 """
 
 import math
@@ -13,7 +13,7 @@ class Failures:
     """How often the loss of a GPU ends the run, and what each end costs."""
 
     mtbf_gpu_h: float  # hours between two interruptions of a run on one GPU
-    detect_s: float  # until the ranks that are left have ended
+    detect_s: float  # until the remaining ranks have ended
     restart_s: float  # until the run is at the checkpoint again: scheduler, imports, first step
 
     def mtbf_s(self, num_gpus: int) -> float:
@@ -21,8 +21,8 @@ class Failures:
         return 3600 * self.mtbf_gpu_h / num_gpus
 
 
-# What a save takes however small a rank's part is: the check before it and the agreements; fsyncs, and waiting for the
-# steps in which the ranks tell that they are done. Assumed.
+# Fixed costs of a save, however small a rank's part: the check before it and the agreements between ranks; in the
+# background, fsyncs and waiting for the steps in which ranks report that they are done. Assumed.
 _LEAST_WAIT_S, _LEAST_BEHIND_S = 0.05, 1.0
 
 
@@ -31,7 +31,7 @@ class Saves:
     """What a checkpoint costs. Each GPU copies its own part into host memory, each node writes those of its GPUs."""
 
     num_bytes: int
-    behind: bool  # written behind the training, which waits for the copies alone
+    behind: bool  # written in the background: training waits only for the copies
     copy_rate: float  # of a GPU, bytes per second
     write_rate: float  # of a node, bytes per second
     gpus_per_node: int
@@ -44,7 +44,7 @@ class Saves:
         return _LEAST_WAIT_S + self.num_bytes / num_gpus / self.copy_rate if self.behind else self._written_s(num_gpus)
 
     def behind_s(self, num_gpus: int) -> float:
-        """Returns how long a save goes on behind the training: it counts then, and the next one begins no sooner."""
+        """Returns how long a save takes in the background: until its end it does not count, nor can the next begin."""
         return self._written_s(num_gpus) if self.behind else 0.0
 
     def _written_s(self, num_gpus: int) -> float:

@@ -1,8 +1,8 @@
-"""Launches of a step: what the host has to hand to a GPU, one by one, however few the images.
+"""Kernel launches of a step: what the host has to hand to a GPU, one by one, however few the images.
 
-Counted in the real engine on CPU ranks, as tests/test_counts.py counts, and for a compiled block in the code that the
-compiler writes for a CPU; tests/test_plan.py compares. For a GPU it splits sums over all tokens and joins copies: about
-as many. Not in it: collectives, and what ZeRO 3 does to gather matrices for each pass.
+Counted in the real engine on CPU ranks, as in tests/test_counts.py, and for a compiled block in the code that the
+compiler generates for a CPU; tests/test_plan.py compares. For a GPU the compiler splits sums over all tokens and fuses
+copies: about as many launches. Not included: collectives, and ZeRO 3's work to gather matrices for each pass.
 """
 
 from typing import NamedTuple
@@ -16,16 +16,16 @@ class BlockLaunches(NamedTuple):
 
     plain: int
     again: int  # of the second forward pass, with recomputation
-    drop_path: int  # what stochastic depth adds: its draws, and products where they are not joined with others
-    layer_scale: int  # its products in a forward pass, where they are not joined; the backward pass has three for each
+    drop_path: int  # what stochastic depth adds: its draws, and products where they are not fused with others
+    layer_scale: int  # its products in a forward pass, where they are not fused; the backward pass has three for each
 
 
 EAGER, COMPILED = BlockLaunches(29, 8, 10, 2), BlockLaunches(27, 9, 3, 0)
 _UNJOINED = 4  # ZeRO 3's linear layers add their bias in a launch of its own
-_ENDS = 62  # of a micro-batch beside its blocks: images, patches, head, loss, counts
+_ENDS = 62  # of a micro-batch outside of its blocks: images, patches, head, loss, counts
 _STEP, _STEP_FLOAT32_SUMS, _STEP_3 = 57, 35, 62  # of an optimizer step: norm, clipping, AdamW, casts
 _GROUP = 20  # of each further group of parameters; optim.layer_decay makes two for each layer
-_LAMB_GROUP = 17  # what LAMB adds to each group, beside a launch for each piece of a matrix
+_LAMB_GROUP = 17  # what LAMB adds to each group, besides a launch for each piece of a matrix
 _TENSORS_OF_BLOCK, _SCALES_OF_BLOCK, _OTHER_TENSORS = 12, 2, 8  # parameters
 _MATRICES_OF_BLOCK, _OTHER_MATRICES = 4, 2
 
@@ -52,7 +52,7 @@ def _sums_in_float32(config: Config, layout: Layout) -> bool:
 
 
 def _of_gradients(config: Config, layout: Layout, tensors: int) -> int:
-    """Copies into DeepSpeed's buckets and out of them, and sums of micro-batches: tensor by tensor."""
+    """Per-tensor copies into and out of DeepSpeed's buckets, and sums of micro-batches."""
     times, in_float32 = layout.accumulation, _sums_in_float32(config, layout)
     copies = tensors + tensors // layout.num_ranks  # all into the bucket, a rank's own part out of it
     if layout.stage == 3:

@@ -34,7 +34,7 @@ def measured(rows: list[Fields], config: Config, device: Device) -> Measured | N
 
     Steps on real images are left out: the loader may have bounded them.
     """
-    compiled = config.engine.compiles(on_gpu=True, stage=1)  # what ZeRO 3 costs beside is the plan's own assumption
+    compiled = config.engine.compiles(on_gpu=True, stage=1)  # the extra cost of ZeRO 3 is an assumption of the plan
     for row in reversed(rows):  # the newest is the last
         alone = row.text("loop") == "ours" and row.integer("ranks", 1, 1 << 20) == 1
         alone = alone and row.integer("zero_stage", 1, 3) < 3

@@ -15,7 +15,7 @@ PREFETCH_ELEMENTS = 50_000_000  # ZeRO 3 gathers so much ahead: stage3_prefetch_
 _LIVE_ELEMENTS = 1_000_000_000  # ZeRO 3 keeps gathered weights up to this: stage3_max_live_parameters
 _FALLBACK_ELEMENTS = 500_000_000  # DeepSpeed's BF16_Optimizer reduces gradients in pieces of this
 _PIECE_ELEMENTS = 1 << 24  # optim.PIECE_ELEMENTS, which cannot be imported without torch
-_PIECE_BYTES = {"fp32": 8, "bf16": 10}  # per element of a piece, temporaries of an update that is not fused, by moment
+_PIECE_BYTES = {"fp32": 8, "bf16": 10}  # temporaries per element of a piece in an update that is not fused, by moment
 STAGES = (1, 2, 3)
 
 
@@ -32,7 +32,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. What a phase adds is on top of `rest`, which lives all the time."""
+    """Bytes of one rank. `rest` is held throughout training, and is part of each phase but the start."""
 
     weights: int
     gradients: int  # at the end of the backward pass, sums of micro-batches included
@@ -50,7 +50,7 @@ class Memory:
 
     @property
     def worst_phase(self) -> str:
-        """The name of that moment."""
+        """The phase with that moment."""
         return max(self.phases, key=lambda name: self.phases[name])
 
 
@@ -61,24 +61,24 @@ def moment_bytes(config: Config) -> int:
 
 
 def activation_bytes(config: Config, num_classes: int, images: int, recompute: bool) -> tuple[int, int]:
-    """Returns what a forward pass of `images` saves for its backward pass, and what that adds at its start.
+    """Returns the bytes that a forward pass of `images` saves, and those that the start of its backward pass adds.
 
-    Of the eager model with fused attention, which saves q, k, v, its output and a float32 per head and token, and with
-    fused norms, which save their input and statistics. A compiled block saves no more. With `recompute` one block's
-    are made again at a time.
+    For the eager model with fused attention, which saves q, k, v, its output and a float32 per head and token, and with
+    fused norms, which save their input and statistics. A compiled block saves no more. With `recompute` the activations
+    of one block at a time are computed again.
     """
     model, item, form = config.model, ELEMENT_BYTES[config.engine.precision], config.model.form
     width, depth, mlp_dim, heads = model.shape
     tokens = num_tokens(model)
-    # Two norms and what each is given; with parallel blocks one. Normalised queries and keys beside what they were.
-    # What layer scale multiplies in both branches, for the gradient of its factors.
+    # Two norms and their inputs; with parallel blocks one. Normalised queries and keys in addition to the raw ones.
+    # With layer scale, what it multiplies in both branches, for the gradient of its factors.
     norms, rows = (1 if form.parallel_blocks else 2), 2 * heads * form.qk_norm
     widths = 2 * norms + 4 + 2 * form.qk_norm + 2 * (model.layer_scale is not None)
     statistics = (norms + rows) * (1 if form.rms_norm else 2) * 4  # mean and deviation, float32
     block = tokens * (item * (widths * width + 2 * mlp_dim) + statistics + 4 * heads)
-    if model.dropout:  # masks behind the projection and both layers of the MLP, a byte each
+    if model.dropout:  # masks after the projection and both layers of the MLP, a byte each
         block += tokens * (2 * width + mlp_dim)
-    held = tokens * width * item  # a block's input, and the gradient that comes to it
+    held = tokens * width * item  # a block's input, or the gradient that comes to it
     blocks = depth * held + block if recompute else depth * block
     head = num_classes * (item + 8)  # logits as the model makes them and in float32; what the loss saves beside them
     ends = 3 * model.image_size**2 * item + 2 * held + head
@@ -109,11 +109,11 @@ def memory(
     rest = weights + optimizer + averages + kept + images
     fused = config.optim.name == "adamw" and config.optim.moment_dtype == "fp32"
     update = 0 if fused else _PIECE_BYTES[config.optim.moment_dtype] * min(s.part, _PIECE_ELEMENTS)
-    if not s.in_float32:  # the rounded gradients have been cast by then, and joined ones freed
+    if not s.in_float32:  # the rounded gradients have been cast by then, and flattened ones freed
         update = max(0, update - s.item * s.part)
     if s.item == 4:
         update -= s.item * s.part  # the gradients are float32 already
-    # Stages 1 and 2 join the rounded weights, which are there twice for that; 3 has cut each parameter up at once.
+    # Stages 1 and 2 flatten the rounded weights, which then exist twice; 3 has partitioned each parameter at once.
     start = s.item * s.part + (s.item + 4) * s.largest if layout.stage == 3 else 2 * s.item * s.p
     beside = _phases(s)
     phases = {
@@ -136,7 +136,7 @@ def largest_parameter(config: Config, num_classes: int) -> int:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the phases are made of. Elements, where bytes are not named."""
+    """What the phases are computed from: elements, unless bytes are named."""
 
     layout: Layout
     item: int  # bytes of an element as the model has it
@@ -149,7 +149,7 @@ class _Sizes:
     saved: int  # bytes of activations
     start: int  # bytes that the start of the backward pass adds to them
     in_float32: bool  # gradients of several micro-batches are summed up in float32
-    overlaps: bool  # reductions lie beside the backward pass
+    overlaps: bool  # reductions overlap with the backward pass
 
     @property
     def unsharded(self) -> bool:
@@ -158,12 +158,12 @@ class _Sizes:
 
     @property
     def several_ranks(self) -> bool:
-        """Whether there is somebody to reduce with."""
+        """Whether there are other ranks to reduce with."""
         return self.layout.num_ranks > 1
 
     @property
     def before(self) -> int:
-        """Bytes of the whole gradients of the micro-batches before."""
+        """Bytes of the whole gradients of earlier micro-batches."""
         return self.item * self.p * (self.layout.accumulation > 1)
 
     @property
@@ -173,7 +173,7 @@ class _Sizes:
 
     @property
     def left(self) -> int:
-        """Bytes of activations that are not used up when the first reduction comes."""
+        """Bytes of activations that are still held at the first reduction."""
         return self.saved * (self.p - self.filled) // self.p
 
     @property
@@ -188,7 +188,7 @@ class _Sizes:
 
     @property
     def wide(self) -> int:
-        """Bytes per element of a second copy, as it is sent."""
+        """Bytes per element of a second copy in the type that is sent, if that is wider; else 0."""
         return self.sent * (self.sent > self.item)
 
 
@@ -215,7 +215,7 @@ def _sizes(config: Config, num_classes: int, layout: Layout, bucket: int | None,
 
 
 def _reduces(config: Config, layout: Layout, in_float32: bool) -> bool:
-    """Whether gradients go through DeepSpeed's bucket: on one rank only where engine/patches.py leaves it so."""
+    """Whether gradients go through DeepSpeed's bucket: on one rank only where engine/patches.py keeps it."""
     left_alone = layout.stage == 3 or config.engine.precision == "fp16" or (layout.stage == 2 and in_float32)
     return layout.num_ranks > 1 or left_alone
 
@@ -241,9 +241,9 @@ def _phases(s: _Sizes) -> _Phases:
 
 
 def _unsharded(s: _Sizes) -> _Phases:
-    """Of ZeRO 1 in bf16 with several micro-batches."""
+    """ZeRO 1 in bf16 with several micro-batches."""
     pieces = min(s.p, _FALLBACK_ELEMENTS)
-    # joined in float32, and as they are sent where that is another type
+    # flattened in float32, and again in the type that is sent if that is another
     reduce = s.item * s.p + (4 + s.sent * (s.sent < 4)) * pieces
     return _Phases(s.item * s.p + s.saved + s.start, reduce, s.item * s.p)
 
@@ -255,20 +255,20 @@ def _one_rank(s: _Sizes) -> _Phases:
 
 
 def _stage_1(s: _Sizes) -> _Phases:
-    """Gradients are whole until the end of the backward pass. Own ones are copied, shared parameters whole."""
+    """Gradients are whole until the end of the backward pass. Own ones are copied, those of shared parameters whole."""
     backward = s.item * s.bucket + s.before + s.saved + s.start
     reduce = s.item * s.p + max(s.item * s.bucket + s.wide * s.filled, s.item * s.part) + s.item * s.shared
     return _Phases(backward, reduce, (2 * s.item + 4) * s.part + s.item * s.shared)
 
 
 def _through_buckets(s: _Sizes) -> _Phases:
-    """Of ZeRO 2, and of ZeRO 1 beside the backward pass: gradients leave through buckets, as they come."""
+    """ZeRO 2, and ZeRO 1 that overlaps with the backward pass: gradients leave through buckets, as they come."""
     own = 4 * s.part if s.in_float32 else s.item * (s.part + s.shared)
     before = s.before if s.layout.stage == 1 else own * (s.layout.accumulation > 1)
     held = s.item * s.bucket * (1 + s.overlaps)
     joins = s.several_ranks or s.in_float32  # slices of several ranks, copied together
     joined, joined_next = ((s.item + s.wide) * n * joins for n in (s.filled, min(s.bucket, s.p - s.filled)))
-    # Own gradients are allocated behind the first reduction; those of several micro-batches live since the first.
+    # Own gradients are allocated after the first reduction; with several micro-batches they exist since the first.
     reduced = own + joined + 4 * s.largest if s.in_float32 else max(joined, own + joined_next)
     sums = s.before * (s.p - s.filled) // s.p if s.layout.stage == 1 else 0
     step = own if s.in_float32 else s.item * s.shared + (2 * s.item + 4) * s.part
@@ -278,7 +278,7 @@ def _through_buckets(s: _Sizes) -> _Phases:
 def _stage_3(s: _Sizes) -> _Phases:
     """Weights are gathered for each pass, ahead of it, and gradients leave as they come."""
     gathered = s.item * min(s.p, _LIVE_ELEMENTS) if s.several_ranks else 0
-    # Joined pieces that are not cut up yet: two, but of a model of two pieces or less the second comes alone.
+    # Gathered pieces that are not split up yet: two; in a model of two pieces or less the second comes alone.
     joined_ahead = min(2 * s.prefetch, max(s.p - s.prefetch, min(s.p, s.prefetch)))
     ahead = s.item * joined_ahead if s.several_ranks else 0
     kept = 4 if s.in_float32 else s.item

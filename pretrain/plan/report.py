@@ -1,4 +1,4 @@
-"""The plan as a value, and as tables of 80 columns: first what to do, last what it rests on."""
+"""The plan as a value, and as tables of 80 columns: first what to do, last the details behind it."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -220,9 +220,9 @@ def _show_saving(config: Config, choice: Choice, given: Assumptions) -> dict[str
     for count in sorted({*GOODPUT_GPUS, choice.layout.num_ranks}):
         mtbf = given.failures.mtbf_s(count)
         interval, wait, behind = _best_interval_s(given, count), given.saves.waits_s(count), given.saves.behind_s(count)
-        # A failure while it is written, and what was trained since the copy, costs the save.
+        # A save counts only once it is written: a failure also loses what was trained since its copy.
         failures = replace(given.failures, restart_s=given.failures.restart_s + behind)
-        waits = (wait + max(0.0, behind - i) for i in (interval, every_s))  # for the save before it too
+        waits = (wait + max(0.0, behind - i) for i in (interval, every_s))  # also until the previous save is written
         at_best, as_is = (goodput(i, waited, failures, count) for i, waited in zip((interval, every_s), waits))
         cells = _span(mtbf), _seconds(wait), _seconds(behind), _span(interval), f"{at_best:.1%}", f"{as_is:.1%}"
         rows.append([f"{count:,}", *cells])
@@ -243,7 +243,7 @@ def _show_saving(config: Config, choice: Choice, given: Assumptions) -> dict[str
 
 
 def _best_interval_s(given: Assumptions, num_gpus: int) -> float:
-    """Young's interval, but no shorter than the disk needs."""
+    """Young's interval, but no shorter than a save takes in the background."""
     young = best_interval_s(given.saves.waits_s(num_gpus), given.failures.mtbf_s(num_gpus))
     return max(given.saves.behind_s(num_gpus), young)
 

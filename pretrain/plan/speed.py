@@ -15,8 +15,8 @@ PRODUCT_SHARE, MEMORY_SHARE, STEP_SHARE = 0.8, 0.9, 0.85
 # A compiled block with a residual of its precision moves 100 x width elements per token while it computes 72 x width^2
 # FLOPs.
 _ELEMENTS_PER_FLOP_AND_WIDTH = 100 / 72
-# Of a compiled step's rate under ZeRO 1: others measured 73 % of DDP's for L/16 on 2 GPUs, and 37 % for 3.8B parameters
-# on 8 (stable-pretraining). The better of the two: what is waited for is counted as communication too.
+# ZeRO 3's share of the rate of a compiled step under ZeRO 1: others measured 73 % of DDP's rate for L/16 on 2 GPUs, and
+# 37 % for 3.8B parameters on 8 (stable-pretraining). The better of the two, since waiting also counts as communication.
 ZERO3_SHARE = 0.73
 # Host time of a launch, Python's and DeepSpeed's part included. Assumed: on two loaded cores of an EPYC it was 20 to 28
 # us of CPU time in fp32, with what a CPU takes for the tiny arithmetic itself.
@@ -73,12 +73,12 @@ class Step:
 
     @property
     def total_s(self) -> float:
-        """Seconds; nothing is overlapped, as engine/settings.py has it."""
+        """Seconds; nothing is overlapped, not even with engine.overlap_reduction."""
         return self.compute_s + self.communication_s
 
 
 def volume(config: Config, num_classes: int, layout: Layout) -> Volume:
-    """Returns what a rank sends in a step, rings assumed.
+    """Returns what a rank sends in a step, assuming ring collectives.
 
     Stage 1 reduces once per step, 2 and 3 with each micro-batch. DeepSpeed's stages 1 and 2 all-reduce, where a
     reduce-scatter would do. Stage 3 gathers the weights for the forward and for the backward pass of each micro-batch.
