@@ -1,5 +1,5 @@
-"""What a person meant: settings by the names that other programs give them, the override at fault, and every setting
-with its comment."""
+"""Helps on the command line: other programs' names of settings, the override at fault, and every setting with its
+comment."""
 
 import ast
 import json
@@ -106,7 +106,7 @@ def option_hint(option: str) -> str:
 
 
 def by_source(problems: Sequence[str], source: str, overrides: Sequence[str]) -> str:
-    """Says each problem behind the overrides whose keys it names, the others behind the file."""
+    """Puts before each problem the overrides whose keys it names, or else the file."""
     last = {text.partition("=")[0]: short(text) for text in overrides}
     told: dict[str, list[str]] = {}
     for problem in problems:
@@ -116,11 +116,11 @@ def by_source(problems: Sequence[str], source: str, overrides: Sequence[str]) ->
 
 
 def _names(problem: str, key: str) -> bool:
-    """Whether a sentence is about a key; one that begins with the key's section may give its last part alone."""
+    """Whether a sentence is about a key; if it begins with the key's section, the key's last part is enough."""
     section, dot, last = key.rpartition(".")
     whole, last = re.escape(key), re.escape(last)
     if not dot:
-        return bool(re.search(rf"(?<![\w.]){whole}(?= is |: | \(| needs )", problem))  # name may be a word, too
+        return bool(re.search(rf"(?<![\w.]){whole}(?= is |: | \(| needs )", problem))  # "name" may be a plain word, too
     alone = rf"(?:and |, |: |which ){last}(?!\w)|(?<![\w.]){last}="
     return bool(re.search(rf"(?<![\w.]){whole}(?!\w)", problem)) or (
         problem.startswith(section) and bool(re.search(alone, problem))
@@ -128,13 +128,13 @@ def _names(problem: str, key: str) -> bool:
 
 
 def is_open(text: str) -> bool:
-    """Returns whether an override ends within a list or a section, as where a shell has cut it at a blank."""
+    """Returns whether an override ends inside a list or a section, as when a shell has split it at a space."""
     value = text.partition("=")[2]
     return any(value.startswith(left) and value.count(left) > value.count(right) for left, right in ("[]", "{}"))
 
 
 def uncut(text: str, following: Sequence[str]) -> str:
-    """Returns the override before a shell cut it at its blanks, in quotes; "" where none of the words ends it."""
+    """Returns, in quotes, the override that a shell split at spaces; "" if none of the words completes it."""
     for word in following:
         if not is_open(text):
             break

@@ -78,10 +78,10 @@ TIMM_HYBRIDS = {
     "vit_large_r50_s32": ("R50+L", 32),
 }
 
-# Pixels per side of a token that a name may say; any other number is a slip of the hand.
+# Pixels per side of a patch that a name may give; any other number is a typo.
 NAMED_PATCH_SIZES = (4, 8, 14, 16, 28, 32)
 
-# Far above every known ViT: larger numbers in somebody's file are not a model, and would take minutes to refuse.
+# Far above every known ViT: a file with larger numbers is no model, and would take minutes to refuse.
 MAX_DEPTH, MAX_WIDTH = 1024, 65_536
 MAX_IMAGE_SIZE = 4096  # pixels
 MAX_CLASSES = 1 << 20  # ImageNet-21k has 21,841, Landmarks 203,094
@@ -91,12 +91,12 @@ OF_TIMM = ("name", "image_size", "num_classes", "dropout", "drop_path")  # setti
 
 
 def stride_of(trunk_units: list[int] | None) -> int:
-    """Returns the pixels per side of a position of a trunk's map: 4 for the stem, times 2 per stage but the first."""
+    """Returns a trunk's stride in pixels: 4 for the stem, doubled by each stage but the first; 1 without a trunk."""
     return 1 if trunk_units is None else 4 * 2 ** max(0, len(trunk_units) - 1)
 
 
 class NamedModel(NamedTuple):
-    """What one of timm's or Google's names says."""
+    """What one of timm's or Google's names stands for."""
 
     name: str
     patch_size: int
@@ -106,8 +106,8 @@ class NamedModel(NamedTuple):
 def named_model(name: str) -> NamedModel | None:
     """Returns what `vit_base_patch16_384`, `vit_base_r50_s16_224`, `B/16`, `ViT-B_16` or `R50+ViT-B_16` mean, or None.
 
-    Only the shape: the activation, the pooling and the rest are this config's own settings. Beside such a name another
-    image_size than the default may be given; load_config, which knows what was given, refuses the default itself.
+    Only the shape: the activation, the pooling and the rest are this config's own settings. With such a name image_size
+    may be set too, but not to the default: load_config, which knows what was given, refuses that.
     """
     plain = _without_tag(name)
     if match := re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_(\d+)", plain):
@@ -128,7 +128,7 @@ def _without_tag(name: str) -> str:
 
 
 def _meant(name: str) -> str:
-    """What an unknown name may have meant: a patch size of its own, a model of timm, or a name close to one known."""
+    """A hint at what an unknown name may have meant: another patch size, a model of timm, or a similar known name."""
     sizes = [*VIT_SHAPES, *HYBRIDS]
     size, _, patch = name.partition("/")
     if size in sizes and patch.isdecimal():
@@ -193,14 +193,14 @@ class ModelConfig:
 
     @property
     def shape(self) -> VitShape:
-        """The named size, with what width, depth, mlp_dim and heads override."""
+        """The named size, where width, depth, mlp_dim and heads do not override it."""
         named = VIT_SHAPES[HYBRIDS[self.name][0] if self.name in HYBRIDS else self.name]
         own = self.width, self.depth, self.mlp_dim, self.heads
         return VitShape(*(named[i] if setting is None else setting for i, setting in enumerate(own)))
 
     @property
     def form(self) -> VitForm:
-        """What a block computes: the named size's form, with what is set of it."""
+        """What a block computes: the named size's form, where the settings do not override it."""
         own = self.parallel_blocks, self.qk_norm, self.qkv_bias, self.rms_norm
         named = VIT_FORMS.get(self.name, PLAIN_FORM)
         return VitForm(*(named[i] if setting is None else setting for i, setting in enumerate(own)))

@@ -74,7 +74,7 @@ class DataConfig:
 
     @property
     def phases(self) -> list[tuple[int, list[float]]]:
-        """The weights of the sources, with the step from which on they hold."""
+        """The weights of the sources, with the step from which they apply."""
         return phases(self.sources, self.reweight)
 
     @property
@@ -208,15 +208,15 @@ class EngineConfig:
     watchdog_s: int = 300  # a rank silent for longer than this, and than 5 times its usual, is ended (76); 0: never
 
     def compiles(self, *, on_gpu: bool, able: bool = True, stage: int | None = None) -> bool:
-        """Returns whether blocks are compiled; able: what that needs is there; stage: another than zero_stage.
+        """Returns whether blocks are compiled; able: this machine can; stage: instead of zero_stage.
 
-        Not by itself under ZeRO 3, whose hooks cut each block into pieces that are compiled over and over.
+        With "auto" not under ZeRO 3, whose hooks cut each block into pieces that are compiled over and over.
         """
         stage = self.zero_stage if stage is None else stage
         return (on_gpu and able and stage < 3) if self.compile == "auto" else bool(self.compile)
 
     def overlaps(self, num_ranks: int) -> bool:
-        """Returns whether gradients are summed over ranks beside the backward pass: one rank has nothing to sum."""
+        """Returns whether gradients are summed over ranks during the backward pass: one rank has nothing to sum."""
         return self.overlap_reduction and num_ranks > 1
 
     def problems(self) -> Iterator[str]:
@@ -251,7 +251,7 @@ class EvalConfig:
 
     @property
     def features_every_steps(self) -> int:
-        """After how many steps few-shot accuracy is measured, and at the end; 0: never."""
+        """Every how many steps, and at the end, few-shot accuracy is measured; 0: never."""
         return (self.fewshot_every_steps or self.every_steps) if self.fewshot_train else 0
 
     def problems(self) -> Iterator[str]:
