@@ -9,7 +9,7 @@ __all__ = ["load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load_model`, and torch with it, at its first use: command lines name formats without."""
+    """Imports `load_model`, and torch with it, at its first use: command lines that only name formats need no torch."""
     if name != "load_model":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pretrain.models.weights import load_model

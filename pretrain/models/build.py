@@ -12,7 +12,7 @@ from pretrain.config import ModelConfig
 from pretrain.errors import ConfigError
 from pretrain.models.vit import VisionTransformer, init_parameter, init_weights
 
-# Goes through the names and float32 values of a model's parameters, one at a time, in the model's order, at each call.
+# Each call yields the names and float32 values of a model's parameters, one at a time, in the model's order.
 Values = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 _TIMM_RATES = {"drop_rate": "dropout", "drop_path_rate": "drop_path"}  # what timm calls them -> fields of ModelConfig
@@ -45,7 +45,7 @@ def outline(config: ModelConfig, num_classes: int) -> nn.Module:
 def build_without_values(config: ModelConfig, num_classes: int) -> nn.Module:
     """Returns the model with its parameters on "meta", its buffers on the CPU; for `drawn_values` to fill. Not timm's.
 
-    A constructor makes one parameter at a time, whose memory is gone before the next one.
+    The constructor makes one parameter at a time, and its memory is freed before the next one.
     """
     assert config.timm_name is None, "timm's constructors draw their values"
 
@@ -61,7 +61,7 @@ def build_without_values(config: ModelConfig, num_classes: int) -> nn.Module:
 
 def drawn_values(model: nn.Module, config: ModelConfig, seed: int) -> Values:
     """Returns the values that `build_model` would give the model's parameters."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # before ZeRO 3 takes them apart
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # before ZeRO 3 partitions them
 
     def draw() -> Iterator[tuple[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -95,10 +95,10 @@ def _build_timm(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
         hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
         raise ConfigError(f"model.name: timm has no model {config.timm_name!r}{hint}")
     options = timm_options(config)
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPUs too, whose state stays
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would change the GPUs' state, too
     try:
         return timm.create_model(config.timm_name, num_classes=num_classes, **options)
-    except TypeError as error:  # of those that some constructors do not take
+    except TypeError as error:  # for options that some constructors do not take
         key = next((ours for theirs, ours in _TIMM_RATES.items() if f"'{theirs}'" in str(error)), None)
         if key is None:
             raise
@@ -114,9 +114,9 @@ def timm_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _takes_image_size(name: str, image_size: int) -> bool:
-    """Transformers of timm fix their grid when built; convolutional networks take any size and refuse the argument.
+    """Whether timm's model takes img_size, as transformers do; convolutional networks take any image and refuse it.
 
-    Only building tells: names do not. On "meta" it takes some 50 ms and no memory.
+    Only building the model tells, its name does not. On "meta" that takes some 50 ms and no memory.
     """
     import timm
 
@@ -133,19 +133,20 @@ def _takes_image_size(name: str, image_size: int) -> bool:
 def compile_blocks(model: nn.Module, *, tuned: bool = False) -> None:
     """Compiles each block of a ViT on its own: seconds instead of minutes, and parameter names stay as they are.
 
-    Each size of a batch has its own code; there are two, training's and evaluation's, which are filled up. Else the
-    second one would be compiled for any size, and a run that resumes by a validation would train by other kernels.
+    Each batch size has its own code; there are two, training's and evaluation's, to which batches are filled up.
+    Otherwise the second would be compiled for any size, and a run that resumes with a validation would train with other
+    kernels.
 
-    Blocks of timm's draw their stochastic depth inside, and stages differ: each may be a graph of its own, twice.
+    timm's blocks draw their stochastic depth inside, and stages differ: each may be its own graph, for both sizes.
 
-    tuned: by the fastest of several kernels, which the compiler times. Without its CUDA graphs: each block would need
-    one of its own, and in the memory of a graph its gradients would be overwritten while DeepSpeed still holds them.
+    tuned: with the fastest of several kernels, which the compiler times. Not with CUDA graphs: each block would need
+    one, and its gradients, in the graph's memory, would be overwritten while DeepSpeed still holds them.
     """
     mode = "max-autotune-no-cudagraphs" if tuned else None
     blocks = getattr(model, "blocks", None)
     parts = list(blocks) if isinstance(blocks, nn.Sequential) else [model]
     if not isinstance(model, VisionTransformer):
-        limit = 2 * len(parts) + 2  # beyond the limit the compiler leaves blocks as they are, without a word
+        limit = 2 * len(parts) + 2  # beyond it the compiler silently leaves blocks uncompiled
         torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
     for module in parts:
         module.compile(dynamic=False, mode=mode)

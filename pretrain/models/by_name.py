@@ -1,8 +1,8 @@
-"""Weights by name: `timm:NAME`, `hf-hub:OWNER/NAME` and `google:NAME` become files of this machine, fetched once.
+"""Weights by name: `timm:NAME`, `hf-hub:OWNER/NAME` and `google:NAME` become files on this machine, fetched once.
 
 Nothing is fetched silently: a line says what, from where, how much, under which licence. Google's files lie in
 $PRETRAIN_CACHE (default ~/.cache/vit-pretrain), those of the hub in the hub's own cache ($HF_HOME), which timm shares.
-Nothing that was fetched is executed. This module imports no torch: a misspelt name is told at once.
+Nothing that was fetched is executed. This module does not import torch, to report a misspelt name at once.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from pretrain.models.google_files import BUCKET, GoogleFile, google_file
 from pretrain.storage import sha256, write_text
 
 SCHEMES = ("timm", "hf-hub", "google")
-# As the hub's client takes them, which imports for seconds: a name begins and ends with a letter, a digit or "_".
+# What the hub's client, a slow import, accepts: a name begins and ends with a letter, a digit or "_".
 _REPOSITORY = re.compile(r"(?!.*(\.\.|--|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w.-]{0,95}(/\w[\w.-]{0,95}){0,3}", re.ASCII)
 _TENSORS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there
@@ -31,13 +31,13 @@ _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
 def is_name(weights: Path | str) -> bool:
-    """Returns whether weights are given by name, not as a path. A file of such a name counts as the file."""
+    """Returns whether weights are given by name, not as a path. An existing file of such a name is taken as a path."""
     scheme, colon, _ = str(weights).partition(":")
     return bool(colon) and scheme in SCHEMES and not Path(weights).exists()
 
 
 def check_name(weights: Path | str) -> None:
-    """Raises UserError for a name that cannot be fetched, as far as that can be told at once."""
+    """Raises UserError for a name that cannot be fetched, as far as that is known without asking a server."""
     scheme, _, name = str(weights).partition(":")
     if scheme == "google":
         google_file(name)
@@ -47,15 +47,15 @@ def check_name(weights: Path | str) -> None:
 
 
 def folder_name(weights: Path | str) -> str:
-    """Returns what a folder of results on such weights is called: timm_vit_base_patch16_224."""
+    """Returns the name of a folder of results on such weights: timm_vit_base_patch16_224."""
     return re.sub(r"[^\w.+-]", "_", str(weights))
 
 
 def fetched(weights: Path | str) -> Path:
-    """Returns the file or folder of named weights; what is not in the cache is fetched, and said, first.
+    """Returns the file or folder of named weights; what is not in the cache is fetched first, with a line that says so.
 
-    Several processes may ask at once. Raises UserError for a name that does not exist or bytes that are not those that
-    were promised, StorageError when the server cannot be reached: both say what to download and where to put it.
+    Several processes may call it at once. Raises UserError for a name that does not exist or a download that is not
+    what was promised, StorageError when the server cannot be reached: both say what to download and where to put it.
     """
     check_name(weights)
     scheme, _, name = str(weights).partition(":")
@@ -69,9 +69,9 @@ LICENCE = re.compile("[a-z0-9.-]{1,40}")  # a word of the hub's list
 
 
 def licence_of(weights: Path | str) -> str | None:
-    """Returns the licence of named weights in the hub's words, such as apache-2.0; None of others, or not known.
+    """Returns the licence of named weights in the hub's words, such as apache-2.0; None for others, or if unknown.
 
-    Of the hub it is what was told when the weights were fetched.
+    For weights from the hub it is what the hub said when they were fetched.
     """
     if not is_name(weights):
         return None
@@ -91,7 +91,7 @@ def _licence_file(repository: str) -> Path:
 
 
 def _keep_licence(repository: str, licence: object) -> None:
-    """For the card of a later conversion; a cache that cannot be written is no reason to fetch nothing."""
+    """Records the licence for the card of a later conversion; the weights are fetched even if it cannot be written."""
     path = _licence_file(repository)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,12 +155,12 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Path:
         tell(f"{name}: fetching {', '.join(wanted)} of {address} ({told_size(total)}, {licence}) to {cache}")
         with progress(name, total or 0) as advance, _quiet():
             paths = [_hub_file(repository, wanted[0], revision, endpoint, advance)]
-            commit = paths[0].parent.name  # of this one file; a branch may move before the next
+            commit = paths[0].parent.name  # for the other files: a branch may move meanwhile
             _check_blob(paths[0], address)
-            needs_processor = _needs_processor(paths[0].parent, name)  # refuses what is not read, before its tensors
+            needs_processor = _needs_processor(paths[0].parent, name)  # refuses other models before the fetch
             paths += [_hub_file(repository, file, commit, endpoint, advance) for file in wanted[1:]]
             if needs_processor and _PROCESSOR not in wanted:
-                with suppress(EntryNotFoundError):  # asked for, so that the cache holds that it is not there
+                with suppress(EntryNotFoundError):  # requested for the cache to record that it is absent
                     _hub_file(repository, _PROCESSOR, commit, endpoint, advance)
     for path in paths[1:]:
         _check_blob(path, address)
@@ -168,9 +168,9 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Path:
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
-    """The folder of a snapshot that is complete in the cache: files appear there when they are complete.
+    """The folder of a snapshot that is complete in the cache, else None; a file appears there once it is complete.
 
-    That a repository has no processor is known where the hub's client, ours or transformers', has asked for it once.
+    The cache knows that a repository has no processor once the hub's client, ours or transformers', has asked for it.
     """
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
@@ -190,7 +190,7 @@ def _cached(repository: str, revision: str | None) -> Path | None:
 
 def _needs_processor(folder: Path, name: str) -> bool:
     """Whether a snapshot is of transformers' ViT. Raises UserError where it is of another of its models."""
-    from pretrain.models.tensors import read_fields  # with torch, which reading the tensors needs in any case
+    from pretrain.models.tensors import read_fields  # imports torch, which reading the tensors needs anyway
     from pretrain.models.transformers_folder import is_of_transformers
 
     return is_of_transformers(Fields(read_fields(folder, "config.json").values, f"{name}: config.json"))
@@ -222,7 +222,7 @@ def _hub_file(repository: str, file: str, revision: str | None, endpoint: str, a
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the hub's own warnings of each retry: what fails at last is raised."""
+    """Silences the hub's own warning at each retry; the final failure is raised."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
@@ -234,7 +234,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_blob(path: Path, address: str) -> None:
-    """Compares a fetched file with its name in the cache, which is the server's: SHA-256, or git's SHA-1 of a text."""
+    """Compares a fetched file with the server's checksum, its name in the cache: SHA-256, or git's SHA-1 of a text."""
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name):
         found = sha256(blob)
@@ -254,7 +254,7 @@ def _check_blob(path: Path, address: str) -> None:
 
 @contextmanager
 def _one_line(name: str, address: str) -> Iterator[None]:
-    """Makes one line of what the hub's client raises, which is of many kinds and lines."""
+    """Turns the hub client's errors, of many kinds and lines, into one line."""
     try:
         yield
     except UserError:
@@ -271,7 +271,7 @@ def _one_line(name: str, address: str) -> Iterator[None]:
             raise UserError(f"{name}: {address} is not there, or private: `hf auth login`, or set HF_TOKEN") from None
         if isinstance(error, errors.HFValidationError):
             raise UserError(f"{name}: {first_line(error)}") from None
-        # Its HTTP client's errors, OSError, and RuntimeError of its transfer in parts: none is of this program.
+        # Errors of its HTTP client, OSError, RuntimeError of its chunked transfer: none is a defect of ours.
         raise StorageError(
             f"{name}: {address} cannot be reached or read ({first_line(error)}); where there is a network, download "
             f"config.json and {_TENSORS[0]} from there into a folder, and give that folder"

@@ -37,7 +37,7 @@ def model_card(
     licence: str | None = None,
     without: Collection[str] = (),
 ) -> str:
-    """Returns the card. Recipe, data and scores are told where the source is a checkpoint of ours.
+    """Returns the card. It has recipe, data and scores if the source is a checkpoint of ours.
 
     loading: Python lines; proof: what the verification found; licence: the hub's word for it, such as apache-2.0;
     without: "head", "pre_logits", where these parts of the source were left out. Scores are those of the function that
@@ -225,11 +225,11 @@ def _results(weights: Weights, without: Collection[str]) -> Fields | None:
 
 
 def _diverged(value: object) -> bool:
-    return isinstance(value, int | float) and not abs(value) <= _LARGEST  # NaN is not, either
+    return isinstance(value, int | float) and not abs(value) <= _LARGEST  # NaN included
 
 
 def _still_holds(metric: str, without: Collection[str]) -> bool:
-    """Whether a score is of what is written: features are the head's input, which the representation layer makes."""
+    """Whether a score holds for what is written: features are the head's input, made by the representation layer."""
     is_of_features = ":" in metric or "-shot" in metric
     return "pre_logits" not in without and (is_of_features or "head" not in without)
 
@@ -246,5 +246,5 @@ def _evaluation(results: Fields | None) -> Iterator[str]:
 
 
 def _escaped(value: object) -> str:
-    """What others wrote, as Markdown shows it."""
+    """What others wrote, shortened and escaped for Markdown."""
     return in_markdown(str(value)[:_MAX_LETTERS])

@@ -1,4 +1,4 @@
-"""What a file claims of its model, compared with fixed limits and with the tensors that are there, before it is built.
+"""Compares what a file claims of its model with fixed limits and with its tensors, before the model is built.
 
 A config.json of a hundred bytes can ask for a million blocks, or for tables of positions larger than the memory.
 """
@@ -25,7 +25,7 @@ from pretrain.models.vit import grid_of
 
 MAX_ARGUMENTS = 256  # values of a model's settings, those inside lists and objects too; timm's own have up to 60
 MAX_LETTERS = 200  # of one of them
-MAX_PATCHES = 1 << 16  # of an image: 4096 pixels cut into 16; attention takes time and memory by their square
+MAX_PATCHES = 1 << 16  # of an image: 4096 pixels in patches of 16; attention takes time and memory by their square
 MAX_TABLE_BYTES = 256 << 20  # tables that are computed, not stored; relative offsets at 576 patches: 32 MB in 12 blocks
 
 
@@ -43,11 +43,11 @@ def check_arguments(values: Mapping[str, Any], source: str) -> None:
                 raise UserError(f"{source}.{brief(key)} is {value}: references and resolvers are not allowed")
             if not isinstance(value, str | int | float | list | tuple | Mapping | None):
                 raise UserError(f"{source}.{brief(key)} is a {type(value).__name__}, expected numbers and texts")
-            # Lists of depths are summed by what builds a model.
+            # The code that builds a model adds up lists of depths.
             numbers = value if isinstance(value, list | tuple) else [value]
             largest = MAX_CLASSES if key == "num_classes" else MAX_WIDTH
             total = sum(abs(number) for number in numbers if isinstance(number, int | float))
-            if not total <= largest:  # nor NaN
+            if not total <= largest:  # nor is NaN
                 summed = "" if numbers is not value else " in all"
                 raise UserError(f"{source}.{key} is {brief(value)}, expected at most {largest}{summed}")
         level = [

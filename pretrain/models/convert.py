@@ -1,6 +1,6 @@
-"""Conversion: the formats, how each is written, verified and loaded, and the files in their place when all is right.
+"""Conversion: how each format is written, verified and loaded; files are published only when all is right.
 
-`convert` hands on files at OUT and their card; tools/convert.py calls it. docs/conversion.md says what goes where.
+`convert` leaves files at OUT with their card; tools/convert.py calls it. docs/conversion.md says what goes where.
 """
 
 import sys
@@ -150,7 +150,7 @@ def _write(conversion: Conversion, weights: Weights, out: Path, work: Path) -> b
 
 
 def _verify(conversion: Conversion, weights: Weights, out: Path, work: Path) -> Comparison | None:
-    """Prints what the verification found; returns it when it is rounding, None when it is more."""
+    """Prints what the verification found; returns it if differences are rounding, None if they are larger."""
     target, problem = TARGETS[conversion.target], None
     if target.expected:
         expected = target.expected(weights, conversion.naming)
@@ -172,7 +172,7 @@ def _verify(conversion: Conversion, weights: Weights, out: Path, work: Path) -> 
 
 
 def loading(target: str, weights: Weights, place: str, repository: str | None = None) -> str:
-    """Returns the lines that load the result from a place, or, if there is one, from a repository of the hub."""
+    """Returns the Python lines that load the result from a place or, if given, from a repository of the hub."""
     no_pooler = not weights.num_classes and weights.model.representation_size is None  # ViTModel would draw one
     code = TARGETS[target].from_hub if repository else TARGETS[target].loading
     return code.format(

@@ -1,4 +1,4 @@
-"""The same function under another parametrisation: what one format cannot hold, another table or kernel can."""
+"""Turns weights into others that compute the same function: position tables and kernels that a format can hold."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ def named_architecture(width: int, depth: int, mlp_dim: int, heads: int, **other
             del others["trunk"]
             return ModelConfig(name=name, **others)
     for name, named in VIT_SHAPES.items():
-        if shape == named and name not in VIT_FORMS:  # whose name says another form
+        if shape == named and name not in VIT_FORMS:  # those names imply another form
             return ModelConfig(name=name, **others)
     return ModelConfig(name="Ti", width=width, depth=depth, mlp_dim=mlp_dim, heads=heads, **others)
 
@@ -177,7 +177,7 @@ def part_names(weights: Weights, *parts: str) -> set[str]:
 
 
 def kernels_for_timm(weights: Weights) -> Weights:
-    """Returns the weights whose trunk kernels, standardised by timm's rule, are what Google's rule makes of ours.
+    """Returns weights whose trunk kernels, standardised by timm's rule, equal ours standardised by Google's.
 
     (w - mean) / sqrt(var + 1e-8) of timm's hybrids against (w - mean) / (std + 1e-5): scaling each output channel makes
     them equal, where a plain copy moves logits by 2e-5 to 5e-5.
@@ -206,7 +206,7 @@ def _trunk_kernels(weights: Weights, factor: Callable[[torch.Tensor], torch.Tens
 def for_minus_one_to_one(weights: Weights) -> Weights:
     """Returns the weights for images in [-1, 1], where they were trained on (x - mean) / std with x in [0, 1].
 
-    The patch convolution takes the difference: exact, since patches have no padding. Raises UserError for others.
+    The patch convolution absorbs the difference, exactly, since patches have no padding. Raises UserError without one.
     """
     mean, std = weights.normalisation
     is_so = weights.normalisation.is_near(MINUS_ONE_TO_ONE)
@@ -231,5 +231,5 @@ def for_minus_one_to_one(weights: Weights) -> Weights:
 
 
 def has_patch_convolution(config: ModelConfig) -> bool:
-    """Returns whether pixels meet a plain convolution with a bias first: in every ViT of this package but hybrids."""
+    """Returns whether the first layer is a plain convolution with a bias: in every ViT of this package but hybrids."""
     return config.timm_name is None and config.trunk_units is None

@@ -14,7 +14,7 @@ NPZ_NAMINGS = ("released", "vit_jax", "big_vision")  # of the tensors in Google'
 
 
 def check_weights(weights: Path) -> None:
-    """Raises UserError when nothing is there, or no weights can have this name: before what takes seconds to import."""
+    """Raises UserError for a path that does not exist or a name that cannot be one of weights, before slow imports."""
     if by_name.is_name(weights):
         by_name.check_name(weights)
     else:

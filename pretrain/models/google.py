@@ -35,7 +35,7 @@ from pretrain.models.tensors import (
 
 
 class Naming(NamedTuple):
-    """Where the three kinds of file differ."""
+    """Where the kinds of file differ."""
 
     norm1: str
     attention: str
@@ -62,7 +62,7 @@ _MAX_STAGES = 10  # of a trunk: each halves the side of its map
 def read_google(path: Path, image_size: int | None = None) -> Weights:
     """Returns the weights of an .npz file of vision_transformer or big_vision.
 
-    image_size: for big_vision's files of fixed positions (sincos2d), which do not tell it; 224 if None, with a warning.
+    image_size: for big_vision's files of fixed positions (sincos2d), which do not hold it; 224 if None, with a warning.
     Raises UserError for a file that is no ViT's, or whose tensors are not exactly those of its architecture.
     """
     prefix, arrays = _without_prefix(read_npz(path), path)
@@ -86,7 +86,7 @@ def read_google(path: Path, image_size: int | None = None) -> Weights:
 
 
 def _transform(naming: Naming) -> str:
-    """How the code that has such names shows images to its models."""
+    """The evaluation transform of the code that uses such names."""
     return "vit" if naming.class_row else "big_vision"
 
 
@@ -114,7 +114,7 @@ def _warn_of_lost(weights: Weights, transform: str) -> None:
 
 
 def class_names_file(path: Path) -> Path:
-    """Returns where the class names of NAME.npz, which has no place for them, stand: NAME.classes.json."""
+    """Returns the file of class names of NAME.npz, which has no place for them: NAME.classes.json."""
     return path.with_name(f"{path.stem}.classes.json")
 
 
@@ -126,7 +126,7 @@ def _read_names(path: Path) -> tuple[str, ...]:
 
 
 def for_google(weights: Weights, naming: str) -> Weights:
-    """Returns the same function as the file can hold it. Raises UserError, with the reason, when it cannot."""
+    """Returns the same function in a form that the file can hold. Raises UserError, with the reason, when it cannot."""
     config = weights.model
     reason = None
     if config.timm_name is not None:
@@ -157,7 +157,7 @@ def _without_prefix(arrays: dict[str, LazyTensor], path: Path) -> tuple[str, dic
         inside = {name.removeprefix(prefix): t for name, t in arrays.items() if name.startswith(prefix)}
         if "embedding/kernel" in inside:
             beside = [name for name in arrays if not name.startswith((prefix, "opt/"))]
-            if beside:  # an optimizer's state is expected beside weights; a text tower is worth a word
+            if beside:  # an optimizer's state is expected beside weights; a text tower deserves a warning
                 warn(f"{path}: only {prefix} is read; {len(beside)} tensors beside it are not, as {beside[0]}")
             return prefix, inside
     return "", arrays
@@ -180,7 +180,7 @@ def _unscanned(arrays: dict[str, LazyTensor], prefix: str, path: Path) -> dict[s
 
 
 def _without_old_places(arrays: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """big_vision's older files: positions inside the encoder, and the MAP head's parts beside it."""
+    """Renames parts of big_vision's older files: positions inside the encoder, and the MAP head's parts beside it."""
     old = {"Transformer/pos_embedding": "pos_embedding"}
     if "probe" in arrays:
         inlined = ("probe", "MlpBlock_0/", "MultiHeadDotProductAttention_0/", "LayerNorm_0/")
@@ -230,7 +230,7 @@ def _architecture(
         if grid * grid != rows - class_row or not grid:
             raise UserError(f"{path}: {names.positions} has {rows - class_row} patches, which is no square")
         settings |= {"image_size": grid * side * stride, "class_position": class_row or pooling != "token"}
-    else:  # fixed positions are no tensor, which a file that lost its learned ones looks like too
+    else:  # fixed positions are not stored; a file that lost its learned ones looks the same
         size = image_size or 224 // side * side
         if image_size is None:
             told = f"has no {names.positions}: taken as sincos2d at {size} pixels"
@@ -241,9 +241,9 @@ def _architecture(
 
 
 def _count(names: Iterable[str], beginning: str, first: int, path: Path) -> int:
-    """Returns how many parts BEGINNING0/, BEGINNING1/ ... the names tell, counted from `first`.
+    """Returns how many parts BEGINNING0/, BEGINNING1/ ... the names contain, numbered from `first`.
 
-    Raises UserError when one of them is absent: the largest number alone would be a promise of any size.
+    Raises UserError when one of them is missing: the largest number alone could claim any size.
     """
     pattern = re.compile(re.escape(beginning) + r"(\d+)/")
     told = {match[1] for name in names if (match := pattern.match(name))}
@@ -278,7 +278,7 @@ def google_keys(config: ModelConfig, num_classes: int, names: Naming) -> dict[st
 
 
 def _places(config: ModelConfig, names: Naming) -> dict[str, list[str]]:
-    """Where our modules and lone tensors are, if the model has them. Several parts: of one of our matrices."""
+    """The places of our modules and lone tensors, if the model has them; several places hold one matrix of ours."""
     places = _trunk_places(config.trunk_units or [])
     places |= {"patch_embed.proj": ["embedding"], "cls_token": ["cls"], "pos_embed": [names.positions]}
     for number in range(config.shape.depth):
@@ -329,7 +329,7 @@ def _trunk_places(units: list[int]) -> dict[str, list[str]]:
 
 
 def _part(place: str, leaf: str, shape: tuple[int, ...], heads: int, names: Naming) -> Part:
-    """The array of our tensor of this shape. Projections to heads are [D, heads, D / heads], from them the reverse."""
+    """The array of our tensor of this shape. Kernels to heads are [D, heads, D / heads], from [heads, D / heads, D]."""
     if not leaf:
         return Part(place, shape)
     if len(shape) == 4:

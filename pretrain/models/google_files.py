@@ -18,8 +18,8 @@ class GoogleFile(NamedTuple):
     """A file of Google's bucket."""
 
     path: str  # in the bucket
-    mebibytes: int | None = None  # as the README tells it; None: not told
-    sha256: str | None = None  # None: nobody published it; then the CRC-32C that the server tells is compared
+    mebibytes: int | None = None  # as the README gives it; None: not given
+    sha256: str | None = None  # None: nobody published it; then the server's CRC-32C is compared
     licence: str = "Apache-2.0"  # of vision_transformer, which publishes the files; timm's cards of them say the same
 
 
@@ -47,7 +47,7 @@ _OTHERS = (  # timm and big_vision
     ("R26_S_32", "aug_medium2-wd_0.03-do_0.0-sd_0.0", [("0.03", 384)]),
     ("R50_L_32", "aug_medium2-wd_0.1-do_0.0-sd_0.0", [("0.01", 384)]),
 )
-_FINE_TUNED_ONLY = (  # of whose pre-training no file is named by either
+_FINE_TUNED_ONLY = (  # neither timm nor big_vision names a file of their pre-training
     (_I21K, "B_32", "aug_light1-wd_0.1-do_0.0-sd_0.0", [("0.03", 384)]),
     (_I21K, "R26_S_32", "aug_light0-wd_0.03-do_0.1-sd_0.1", [("0.03", 224)]),
     (_I1K, "B_16", "aug_strong2-wd_0.1-do_0.1-sd_0.1", [("0.01", 224), ("0.01", 384)]),
@@ -86,7 +86,7 @@ def google_file(name: str) -> GoogleFile:
     if found := FILES.get(SHORT.get(plain, plain)):
         return found
     if _AUGREG.fullmatch(plain) and ".." not in plain:
-        return GoogleFile(f"{plain}.npz")  # of 50,000, listed in the bucket's augreg/index.csv
+        return GoogleFile(f"{plain}.npz")  # one of 50,000, listed in the bucket's augreg/index.csv
     raise UserError(
         f"google:{name}: is not in the table of Google's files: {', '.join(SHORT)}, or FOLDER/NAME as in "
         f"pretrain/models/google_files.py.{did_you_mean(plain, [*SHORT, *FILES])}"

@@ -1,7 +1,7 @@
 """The ResNet trunk of the hybrids: images [B, 3, H, W] -> a map [B, C, H / stride, W / stride], with timm's names.
 
 Google's network (vision_transformer, models_resnet.py): post-activation bottlenecks, weight standardisation with
-(w - mean) / (std + 1e-5), GroupNorm of 32 groups with eps 1e-6, asymmetric SAME padding. BiT's own network is another.
+(w - mean) / (std + 1e-5), GroupNorm of 32 groups with eps 1e-6, asymmetric SAME padding. BiT's own network differs.
 """
 
 from collections import OrderedDict

@@ -26,7 +26,7 @@ class Filters(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Which places a model holds for alike."""
+    """How similar a model's places are to each other."""
 
     similarity: torch.Tensor | None  # [rows, columns, rows, columns]: cosine of each place with each; None: no table
     source: str  # which table, or why there is none
@@ -52,7 +52,7 @@ def filter_components(model: VisionTransformer, count: int = 28) -> Filters:
     """Returns the first principal components of the patch filters, or of a hybrid's first convolution.
 
     Each filter is one sample of 3 x height x width values; their mean is subtracted (figure 7, left). A hybrid's are
-    taken as the pixels meet them: standardised.
+    standardised, as in its forward pass.
     """
     backbone = model.patch_embed.backbone
     if backbone is None:
@@ -63,7 +63,7 @@ def filter_components(model: VisionTransformer, count: int = 28) -> Filters:
     samples = kernel.double().flatten(1)  # [filters, 3 * height * width]
     _, singular, directions = torch.linalg.svd(samples - samples.mean(0), full_matrices=False)
     variance = singular**2 / singular.square().sum()
-    count = min(count, len(samples) - 1, samples.shape[1])  # the mean takes one direction away
+    count = min(count, len(samples) - 1, samples.shape[1])  # subtracting the mean removes one direction
     directions = directions[:count]
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))  # a component's sign is arbitrary
     components = (directions * largest.sign()).unflatten(1, kernel.shape[1:])

@@ -1,4 +1,4 @@
-"""NumPy's .npz files of tensors, read and written; and the archive itself, which PyTorch's files are too.
+"""Reads and writes NumPy's .npz files of tensors, and opens the zip archive, which PyTorch's files are too.
 
 A header of a few bytes can promise any shape, and a megabyte of zip unpack to a gigabyte: what a file claims is
 compared with its size before anything is read, and a header is matched with a pattern: nothing in it is evaluated.
@@ -27,7 +27,7 @@ FREE_BYTES = 64 << 20  # unpacked, whatever the ratio: a small model may be all 
 
 
 class ArrayHeader(NamedTuple):
-    """What an array of numpy's says of itself."""
+    """What the header of a numpy array says."""
 
     shape: tuple[int, ...]
     is_fortran: bool  # stored column by column
@@ -61,9 +61,9 @@ def read_npz(path: Path) -> dict[str, LazyTensor]:
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip; what goes wrong within is the file's fault, and one UserError.
+    """Opens a zip; an error inside is the file's fault, and becomes one UserError.
 
-    Raises UserError too for one that would take far more memory than its size, or whose list of members is endless.
+    Raises UserError too for a zip that would take far more memory than its size, or whose list of members is too long.
     """
     with readable(path), path.open("rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
@@ -93,7 +93,7 @@ def _check_members(members: list[zipfile.ZipInfo], num_bytes: int, path: Path) -
 def array_header(member: IO[bytes]) -> ArrayHeader:
     """Returns the header at the beginning of a .npy file, and leaves the file at its values.
 
-    Raises ValueError when it is none of an array of numbers, texts or objects.
+    Raises ValueError when it is not that of an array of numbers, texts or objects.
     """
     magic = member.read(8)
     width = {b"\1": 2, b"\2": 4, b"\3": 4}.get(magic[6:7])  # bytes of the header's length, by version
@@ -147,7 +147,7 @@ def _read(path: Path, filename: str, row: int | None = None) -> torch.Tensor:
         if not (dtype.kind == "f" or (dtype.kind, dtype.itemsize) == ("V", 2)):
             raise UserError(f"{path}: {name} is of type {dtype}, expected floating-point numbers")
         num_bytes = math.prod(shape) * dtype.itemsize
-        if row is not None:  # a depth's worth of blocks is too much to hold for one of them
+        if row is not None:  # all blocks together are too much to hold for the sake of one
             if is_fortran:
                 raise UserError(f"{path}: {name} is stored column by column; save it in C order")
             shape, num_bytes = shape[1:], num_bytes // shape[0]

@@ -16,7 +16,7 @@ from pretrain.models.weights import model_of
 
 OPSET = 18  # the lowest that torch's exporter writes without a conversion: read by the most runtimes
 _TRANSFORM = ("eval_transform", "eval_crop", "interpolation")  # of evaluation, as in DataConfig
-_MAX_BYTES = 1_900_000_000  # a protobuf ends at 2 GiB; beyond it the tensors lie in model.onnx.data
+_MAX_BYTES = 1_900_000_000  # a protobuf has at most 2 GiB; beyond that, tensors are in model.onnx.data
 
 
 class _BothOutputs(nn.Module):
@@ -38,13 +38,13 @@ class _BothOutputs(nn.Module):
 
 
 def write_onnx(weights: Weights, out: Path) -> None:
-    """Writes model.onnx, with any batch size, and in metadata class names and transform (JSON), range of pixels, loss.
+    """Writes model.onnx for any batch size; its metadata has class names and transform (JSON), range of pixels, loss.
 
     Not streaming: the exporter holds the model several times. Raises UserError when its packages are not installed.
     """
     try:
         import onnx
-        import onnxscript  # noqa: F401  # the exporter's own need
+        import onnxscript  # noqa: F401  # the exporter needs it
     except ImportError as error:
         raise UserError(f"--to onnx needs the package {error.name}: pip install onnx onnxscript onnxruntime") from None
     model = model_of(weights)
@@ -52,10 +52,11 @@ def write_onnx(weights: Weights, out: Path) -> None:
     path = out / "model.onnx"
     out.mkdir(parents=True, exist_ok=True)
     names = (["logits"] if weights.num_classes else []) + ["features"]
-    # Attention by its definition: with a mask, as of relative positions, the fused kernel's strides stop the exporter.
+    # Attention as plain operations: the exporter fails on the strides of the fused kernel with a mask, as relative
+    # positions have.
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     try:
-        with plain, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it tells its steps
+        with plain, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its steps
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 _BothOutputs(model, weights.num_classes, weights.normalisation),

@@ -11,15 +11,15 @@ from pretrain.sizes import is_plain, plain_forward_macs
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Returns the number of trainable numbers."""
+    """Returns the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def forward_macs(config: ModelConfig, num_classes: int) -> int:
     """Returns the multiply-adds of one image's forward pass.
 
-    By formula for a plain ViT (pretrain/sizes.py), which is what torch's flop counter says; it is asked for what is not
-    one: trunks, relative positions, timm's.
+    By formula for a plain ViT (pretrain/sizes.py), equal to torch's FLOP counter, which serves for all other models:
+    trunks, relative positions, timm's.
     """
     return plain_forward_macs(config, num_classes) if is_plain(config) else _counted_macs(config, num_classes)
 

@@ -39,7 +39,7 @@ def check_free(out: Path, files: Sequence[Path], *, overwrite: bool) -> None:
 
 
 def publish_folder(folder: Path, out: Path) -> None:
-    """Makes `folder`, written and complete, the folder `out`, whose own weights are kept until it is."""
+    """Moves the complete `folder` to `out`; the old weights there are kept until that is done."""
     _bring_to_disk(folder)
     if not out.exists() or not any(out.iterdir()):
         os.replace(folder, out)
@@ -59,7 +59,7 @@ def publish_folder(folder: Path, out: Path) -> None:
 
 
 def publish_files(folder: Path, out: Path, files: Sequence[Path]) -> None:
-    """Moves what `folder` holds to `files` and then to `out`, each by one rename; an old one without a new one goes."""
+    """Moves what `folder` holds to `files`, then to `out`, each by one rename; removes old files without a new one."""
     _bring_to_disk(folder)
     for path in [*files, out]:
         if (folder / path.name).exists():

@@ -1,4 +1,4 @@
-"""Layer-wise decay of the learning rate: what each parameter's rate is multiplied with.
+"""Layer-wise decay of the learning rate: the factor of each parameter's rate.
 
 As BEiT and MAE fine-tune (their get_layer_id): layers near the input, which have learnt what all images share, move
 less.
@@ -13,7 +13,7 @@ from pretrain.models.vit import VisionTransformer
 
 
 def rate_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Returns by the parameter's name layer_decay ^ (layers between it and the head): 1 for the head.
+    """Returns layer_decay ^ (layers between it and the head) by each parameter's name: 1 for the head.
 
     Raises ConfigError for a model of timm of which timm does not say in which layer a parameter is.
     """
@@ -23,7 +23,7 @@ def rate_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
 
 
 def _layers_of_ours(model: VisionTransformer) -> dict[str, int]:
-    """Embeddings, a hybrid's trunk too, are layer 0, block i is i + 1; the last norm and the head come behind."""
+    """Embeddings, a hybrid's trunk too, are layer 0, block i is i + 1; the last norm and the head come last."""
     return {name: _layer(name, len(model.blocks)) for name, _ in model.named_parameters()}
 
 
@@ -34,7 +34,7 @@ def _layer(name: str, depth: int) -> int:
 
 
 def _layers_of_timm(model: nn.Module) -> dict[str, int]:
-    """timm's own. Of its ViTs they are ours, but that it counts the last norm to the last block, and not `fc_norm`."""
+    """timm's own layers. In its ViTs they are ours, but the last norm, unlike `fc_norm`, is in the last block."""
     from timm.models import group_parameters  # 2 s to import: only where it is used
 
     matcher = getattr(model, "group_matcher", None)

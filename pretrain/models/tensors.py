@@ -36,7 +36,7 @@ from pretrain.config import (
 from pretrain.errors import UserError, first_line
 from pretrain.json_files import Fields, brief, is_text
 
-# Resizing as timm's and torchvision's names have it; the number is Pillow's, which transformers writes.
+# Methods of resizing by timm's and torchvision's names; the numbers are Pillow's, which transformers writes.
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
@@ -44,9 +44,9 @@ INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box"
 MAX_TENSORS = 20_000  # a ViT of MAX_DEPTH blocks has 16,400 in .npz; ViT-22B with its optimizer's moments 2,400
 MAX_HEADER_BYTES = 16 << 20  # of safetensors: MAX_TENSORS entries of 256 letters
 MAX_JSON_BYTES = 16 << 20  # of config.json: ImageNet-21k's names both ways have 2 MB
-_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; those of 8 bits have scales elsewhere
+_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; 8-bit floats have scales elsewhere
 _INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
-_LARGEST = 1e9  # of a number whose bounds are known elsewhere
+_LARGEST = 1e9  # of a number whose bounds are checked elsewhere
 
 
 class LazyTensor(NamedTuple):
@@ -61,7 +61,7 @@ class LazyTensor(NamedTuple):
 class Weights:
     """A trained model: its architecture, its tensors by timm's names, and what it needs to be used.
 
-    Raises UserError when the class names are not as many as the classes, no texts, or a setting is none that there is.
+    Raises UserError when class names are not texts or not as many as the classes, or a setting has no known value.
     """
 
     source: Path
@@ -72,7 +72,7 @@ class Weights:
     eval_transform: str = "timm"  # as in DataConfig
     eval_crop: float = 0.875  # as in DataConfig
     interpolation: str = "bicubic"  # as in DataConfig, or another of INTERPOLATIONS
-    loss: str | None = None  # with which it was trained; None: its source does not tell
+    loss: str | None = None  # with which it was trained; None: unknown
     mean: tuple[float, ...] = MINUS_ONE_TO_ONE.mean  # of the model's input, per channel, as in DataConfig
     std: tuple[float, ...] = MINUS_ONE_TO_ONE.std  # of the model's input, per channel, as in DataConfig
 
@@ -97,11 +97,11 @@ class Weights:
 
     @property
     def normalisation(self) -> Normalisation:
-        """What the model takes, as `to_float` makes it of pixels."""
+        """The model's input, as `to_float` makes it of pixels."""
         return Normalisation(self.mean, self.std)
 
 
-# What a folder's config.json keeps of ours under the key OURS, since no key of timm's or transformers' can say it.
+# Key in a folder's config.json for what of ours no key of timm's or transformers' can say.
 OURS = "pretrain"
 _USE = ("eval_transform", "eval_crop", "interpolation", "loss", "mean", "std")  # fields of Weights
 
@@ -136,11 +136,11 @@ def _use_value(kept: Fields, key: str) -> Any:
 
 
 class Part(NamedTuple):
-    """Where one of our tensors, or one of several equal pieces of its first dimension, stands in another format."""
+    """Where another format stores one of our tensors, or one of several equal pieces of its first dimension."""
 
     name: str
     shape: tuple[int, ...]
-    layout: str = "same"  # same: but for its shape; dense: transposed; conv: height, width, in, out
+    layout: str = "same"  # same: except for its shape; dense: transposed; conv: height, width, in, out
 
 
 KeyMap = Mapping[str, Sequence[Part]]
@@ -222,7 +222,7 @@ def _is_number(value: object) -> bool:
 
 
 def number_as_text(value: Any) -> Any:
-    """Returns a number or truth value as text, since some call their classes so; any other value as it is."""
+    """Returns a number or truth value as text, since some classes are called so; any other value unchanged."""
     return str(value) if isinstance(value, int | float) else value
 
 
@@ -264,14 +264,14 @@ def finite(tensor: torch.Tensor, name: str, source: Path) -> torch.Tensor:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-# What libraries raise for a file's values. AssertionError: timm's answer to arguments that do not go together.
+# What libraries raise for a file's values. AssertionError: by timm, for arguments that do not fit together.
 _UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError)
 _UNREADABLE += (ArithmeticError,)
 
 
 @contextmanager
 def readable(path: Path, *others: type[Exception]) -> Iterator[None]:
-    """What cannot be read is the user's file, not our defect: one line, which names it.
+    """Reports what cannot be read as the user's file, not our defect: in one line that names it.
 
     others: further exceptions to report so; Exception where a library builds a model from the file.
     """
@@ -288,8 +288,8 @@ def readable(path: Path, *others: type[Exception]) -> Iterator[None]:
 def file_in(folder: Path, name: str) -> Path:
     """Returns the path of a file in a folder that others may have made.
 
-    Raises UserError when it is a link out of the folder, by which their folder would show or send on any file of this
-    machine. In Hugging Face's cache, models--OWNER--NAME/snapshots/REVISION, files are links to blobs of models--*.
+    Raises UserError when it is a link out of the folder, which could reveal or pass on any file of this machine.
+    In Hugging Face's cache, models--OWNER--NAME/snapshots/REVISION, files are links to blobs of models--*.
     """
     path = folder / name
     with readable(path):
@@ -342,7 +342,7 @@ def _in_safetensors(path: Path, name: str, found: Any) -> LazyTensor:
 
 
 def _read_from_safetensors(path: Path, name: str) -> torch.Tensor:
-    # Opened for each tensor: the file is mapped, and what was read of it counts as this process's memory until then.
+    # Opened for each tensor: an open file is mapped, and what was read of it counts as this process's memory.
     with readable(path), safe_open(path, framework="pt") as file:
         return finite(file.get_tensor(name).float().clone(), name, path)
 

@@ -1,4 +1,4 @@
-"""A lone file of PyTorch's, as timm's training writes it: its architecture stands in it, or in a config.json."""
+"""A single file of PyTorch's, as timm's training writes it, which names its architecture; else a config.json must."""
 
 from pathlib import Path
 from typing import Any

@@ -52,20 +52,20 @@ from pretrain.models.vit import NORM_EPS, grid_of
 
 _LAYOUTS = ("timm", "pretrain")  # of the tensors in a folder of ours
 _TRANSFORMS = {"center": "timm", "squash": "timm_squash", "border": "timm_border"}  # by timm's crop_mode
-# Of config.json beside what timm's PretrainedCfg has; those of old files stand at the top.
+# Keys of config.json beyond those of timm's PretrainedCfg, which old files have at the top level.
 _TOP_KEYS = {"architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg"}
 _TOP_KEYS |= {"label_names", "label_descriptions", "labels"}
 _PIXELS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # of pretrained_cfg
 _RESIZES_ITSELF = "dinov2"  # in names: trained with positions resized as timm does it (bicubic), not as our ViT does
-_RATES = ("drop_rate", "drop_path_rate", "drop_block_rate")  # how arguments of training alone end: proj_drop_rate
-# Arguments of timm.create_model that name files and addresses: not a folder's to choose.
+_RATES = ("drop_rate", "drop_path_rate", "drop_block_rate")  # endings of arguments for training only: proj_drop_rate
+# Arguments of timm.create_model that name files and addresses, which a folder may not choose.
 _NOT_ARCHITECTURE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def read_timm_folder(path: Path, file: Path | None = None) -> Weights:
     """Returns the weights of a folder that tools/convert.py or timm wrote. Raises UserError when it cannot be used.
 
-    file: of its tensors, where it is not one of the usual names.
+    file: the one with its tensors, if it has not one of the usual names.
     """
     values = read_fields(path, "config.json")
     if not values.values.keys() & {OURS, "architecture"}:
@@ -127,13 +127,13 @@ def read_foreign(path: Path, values: Fields, tensors: dict[str, LazyTensor]) -> 
     check_keys(path, found=tensors.keys(), needed=own_tensors(theirs).keys())
     if model.trunk_units is not None:
         weights = kernels_from_timm(weights)
-    # A border around the image is of the mean's colour: then the mean stays what it is.
+    # A border around the image has the mean's colour: then the mean is kept.
     keeps = weights.eval_transform == "timm_border" or not has_patch_convolution(model)
     return weights if keeps else for_minus_one_to_one(weights)
 
 
 def _arguments(values: Fields) -> dict[str, Any]:
-    """Returns what timm.create_model is to be called with. Raises UserError for what is not a folder's to choose."""
+    """Returns what timm.create_model is to be called with. Raises UserError for what a folder may not choose."""
     if not values.values.get("model_args"):
         return {}
     arguments = dict(values.part("model_args").values)
@@ -151,7 +151,7 @@ def _preprocessing(cfg: Fields) -> tuple[int, dict[str, Any]]:
     from timm.data.config import resolve_data_config
 
     given = {key: cfg.values[key] for key in _PIXELS if cfg.values.get(key)}
-    found = Fields(resolve_data_config(pretrained_cfg={"architecture": ""} | given), cfg.source)  # it asks for one key
+    found = Fields(resolve_data_config(pretrained_cfg={"architecture": ""} | given), cfg.source)  # it requires that key
     size = found.values["input_size"]
     if not isinstance(size, list | tuple) or not all(map(is_whole, size)) or len(size) not in (2, 3):
         found.wrong("input_size", "channels, height and width")
@@ -175,7 +175,7 @@ def _preprocessing(cfg: Fields) -> tuple[int, dict[str, Any]]:
 
 
 def _warn_of_unknown_keys(values: Fields, cfg: Fields) -> None:
-    """A key that is not known may say something of the pixels or the function that is not done here."""
+    """Warns of unknown keys, which may change the pixels or the function in a way that is not done here."""
     from timm.models import PretrainedCfg
 
     of_images, top, inner = {field.name for field in fields(PretrainedCfg)}, values.values.keys(), cfg.values.keys()
@@ -185,7 +185,7 @@ def _warn_of_unknown_keys(values: Fields, cfg: Fields) -> None:
 
 
 def _label_names(values: Fields, num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the classes, () where there are none: of a list, or an object by number as timm has it."""
+    """Returns the class names, () if there are none: from a list, or from an object by number as timm has it."""
     names = values.values.get("label_names")
     if isinstance(names, dict) and names:
         numbers = [str(number) for number in range(num_classes)]
@@ -239,7 +239,7 @@ def _is_plain_vit(theirs: Any) -> bool:
 
     if not isinstance(theirs, VisionTransformer) or not len(theirs.blocks):
         return False
-    # The class itself: a block with another order of norms has the same tensors.
+    # Exactly this class: a block with another order of norms has the same tensors.
     return all(type(block) is Block for block in theirs.blocks) and hasattr(theirs.blocks[0].mlp, "act")
 
 
@@ -273,7 +273,7 @@ def write_timm_folder(weights: Weights, out: Path) -> None:
 
 
 def for_timm(weights: Weights) -> Weights:
-    """Returns the same function as timm can hold it. Raises UserError, with the reason, when it cannot."""
+    """Returns the same function in a form that timm can hold. Raises UserError, with the reason, when it cannot."""
     config = weights.model
     if config.timm_name is not None:
         return weights
@@ -360,7 +360,7 @@ def _timm_transform(weights: Weights) -> dict[str, Any]:
 
 
 def _architecture(config: ModelConfig) -> str:
-    """The entry of timm on which the arguments build; any ViT entry serves, the nearest one reads best."""
+    """The entry of timm that the arguments modify; any ViT entry would do, the nearest one reads best."""
     import timm
 
     if hybrid := _timm_hybrid(config) if config.trunk_units is not None else None:

@@ -1,6 +1,6 @@
-"""PyTorch's own files of tensors (.pth, .pth.tar, .pt, .ckpt, .bin), of which nothing is executed, and names in them.
+"""Reads PyTorch's own files of tensors (.pth, .pth.tar, .pt, .ckpt, .bin), and executes nothing in them.
 
-A training script saves more than tensors: its optimizer is left aside, its arguments are handed on as plain values.
+A training script saves more than tensors: its optimizer is ignored, its arguments are returned as plain values.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from pretrain.models.npz_file import open_archive
 from pretrain.models.tensors import LazyTensor, few, file_in, finite, read_safetensors, readable
 
 ENDINGS = (".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
-# Where training scripts keep a model's tensors, averages first: they are what such a run is meant to end with.
+# Where training scripts keep a model's tensors, averages first: they are the intended result of such a run.
 _STATES = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module")
 MAX_OPCODES = 1 << 20  # of a pickle: 86 million parameters with averages and an optimizer's state take 20,000
-# What weights_only would call with a size of the file's choosing, and torch.save never writes: 40 bytes that take any
-# memory. `torch Tensor` and `torch.storage UntypedStorage` it does write, as types; called, they touch no memory.
+# What weights_only would call with a size that the file chooses, and torch.save never writes: 40 bytes could take any
+# amount of memory. It does write `torch Tensor` and `torch.storage UntypedStorage`, as types; calls touch no memory.
 _ALLOCATING = re.compile(r".* (bytearray|TypedStorage|\w+Tensor)")
-_LEGACY_PICKLES = 5  # before PyTorch 1.6: magic number, version, system, values, names of the tensors behind them
+_LEGACY_PICKLES = 5  # before PyTorch 1.6: magic number, version, system, values, names of the tensors that follow
 _PREFIXES = ("module.", "_orig_mod.", "model.", "ema.")  # of DDP, torch.compile, Lightning, averages
 
 
@@ -70,7 +70,7 @@ def read_torch(path: Path) -> Saved:
 
 
 def tensors_in(folder: Path, file: Path | None = None) -> dict[str, LazyTensor]:
-    """Returns the tensors of a folder of config.json: of safetensors, else of a file of PyTorch's; or those of `file`.
+    """Returns the tensors of a folder with config.json: of safetensors, else of a PyTorch file; or those of `file`.
 
     Raises UserError when there are none.
     """
@@ -86,13 +86,13 @@ def tensors_in(folder: Path, file: Path | None = None) -> dict[str, LazyTensor]:
 def _load(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)  # since PyTorch 1.6: tensors are read when asked for
     if mapped:
-        with open_archive(path):  # one that unpacks to far more than it has is refused
+        with open_archive(path):  # refuses one that unpacks to far more than its size
             pass
     try:
         _check_pickles(path)
-        # timm's arguments stand in a Namespace, a bag of values.
+        # timm's arguments are in a Namespace, which only holds values.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # of pickles that it goes on to refuse
+            warnings.simplefilter("ignore")  # about pickles that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         told = "is damaged, or a pickle of more than tensors and plain values"
@@ -105,7 +105,7 @@ def _load(path: Path) -> Any:
 
 
 def _check_pickles(path: Path) -> None:
-    """Raises UserError for a file whose pickles make what takes memory that its size does not bound.
+    """Raises UserError for a file whose pickles would take memory that the file's size does not bound.
 
     Raises UnpicklingError for what is no pickle. Nothing is imported or called.
     """
@@ -122,7 +122,7 @@ def _check_pickles(path: Path) -> None:
                     )
         except UserError:
             raise
-        except (ValueError, MemoryError, OverflowError) as error:  # the latter two: of a length that is none
+        except (ValueError, MemoryError, OverflowError) as error:  # the latter two: of an impossible length
             raise pickle.UnpicklingError(str(error)) from None
 
 
@@ -140,7 +140,7 @@ def _pickles(path: Path) -> Iterator[IO[bytes]]:
 def _unsafe(path: Path) -> list[str]:
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception:  # whatever a damaged pickle raises: there is an error to tell already
+    except Exception:  # whatever a damaged pickle raises: an error is being reported already
         return []
 
 
@@ -160,9 +160,9 @@ def _read(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
 
 
 def plainly_named(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
-    """Returns tensors without the prefixes that tools leave in the names of all of them; warns of it.
+    """Returns tensors without the prefixes that tools put before all names, and warns of it.
 
-    Of averages under "ema." beside the weights the averages are returned.
+    Where averages under "ema." are beside the weights, the averages are returned.
     """
     averages, _ = _stripped({name: tensor for name, tensor in tensors.items() if name.startswith("ema.")})
     beside, _ = _stripped({name: tensor for name, tensor in tensors.items() if not name.startswith("ema.")})
@@ -176,7 +176,7 @@ def plainly_named(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyT
 
 
 def _stripped(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], str]:
-    """The tensors without what is before all of their names, and what that was."""
+    """The tensors without the prefixes that all their names have, and these prefixes."""
     taken = ""
     while tensors and (prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)):
         tensors, taken = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, taken + prefix

@@ -51,7 +51,7 @@ PROCESSOR = "preprocessor_config.json"  # how its images are seen
 _GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 _LOSSES = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}  # by problem_type
 _SQUASH, _SHORTEST = "transformers", "transformers_shortest"  # eval_transform of what its processors do
-# What a file of DeiT's processor need not say, since these are its defaults.
+# Defaults of DeiT's processor, which its file may leave out.
 _OF_DEIT = {"size": 256, "do_center_crop": True, "crop_size": 224, "resample": INTERPOLATIONS["bicubic"]}
 # Keys that are read, or that change neither the pixels nor the function; of any other there is a warning.
 _PROCESSOR_KEYS = set(
@@ -90,7 +90,7 @@ def is_of_transformers(values: Fields) -> bool:
 def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
     """Returns the weights of a ViT saved by transformers. Raises UserError when it is another model, or incomplete.
 
-    file: of its tensors, where it is not one of the usual names.
+    file: the one with its tensors, if it has not one of the usual names.
     """
     values = read_fields(path, "config.json")
     _check_function(values)
@@ -102,9 +102,9 @@ def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
         keys, shapes = _keys(config, num_classes, prefix), tensor_shapes(config, num_classes)
     tensors = tensors_from(theirs, keys, shapes, path)
     use, processors = _preprocessing(path, config.image_size)
-    if OURS in values.values:  # a run's own transform, which the processor could not say, came along
+    if OURS in values.values:  # a run's own transform, which the processor cannot express
         use |= use_of(Fields(values.part(OURS).values, f"{values.source}: {OURS}"))
-    if problem_type := values.text("problem_type", ""):  # of a later training than ours, perhaps
+    if problem_type := values.text("problem_type", ""):  # perhaps of training after ours
         if problem_type not in _LOSSES:
             raise UserError(f"{values.source}: problem_type is {brief(problem_type)}: no classes, so no probabilities")
         use["loss"] = _LOSSES[problem_type]
@@ -114,7 +114,7 @@ def read_transformers_folder(path: Path, file: Path | None = None) -> Weights:
 
 
 def _check_function(values: Fields) -> None:
-    """Raises UserError for a setting that is another function than ours; warns of keys that are not known."""
+    """Raises UserError for a setting of a function other than ours; warns of unknown keys."""
     if values.text("hidden_act", "") not in _GELU:
         values.wrong("hidden_act", "GELU")
     if (epsilon := values.number("layer_norm_eps", 0, 1, 1e-12)) != NORM_EPS:
@@ -292,7 +292,7 @@ def _preprocessor(weights: Weights) -> dict[str, Any]:
     size, ours = weights.model.image_size, weights.eval_transform
     squashes = ours in (_SQUASH, "vit", "fewshot", "timm_squash")
     resized = size if ours == "vit" else round(size / weights.eval_crop)
-    resample = "bilinear" if ours in ("vit", "fewshot") else weights.interpolation  # theirs, whatever else is set
+    resample = "bilinear" if ours in ("vit", "fewshot") else weights.interpolation  # these transforms fix it
     crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
     kind = "DeiTImageProcessor" if squashes else "BitImageProcessor"  # which resizes the shorter side
     return {

@@ -1,7 +1,7 @@
 """Proof that converted weights are the trained model: both sides' outputs, each by its own code in a fresh process.
 
 One process after the other, so that two models are never in memory at once. Compared are the logits and the head's
-input, since a head that is still zero hides a wrong body.
+input, since a head that is still zero would hide a wrong body.
 """
 
 import importlib.util
@@ -30,12 +30,12 @@ HYBRID_MAX_RATIO = 1e-4  # a trunk's float32 outputs are 1e-5 from its float64 o
 _ROOT = Path(__file__).resolve().parents[2]
 _IN_MINUS_ONE_TO_ONE = ("npz", "onnx")  # targets that take images in [-1, 1], whatever the weights' own are
 _FOLDERS = ("PRETRAIN_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")  # where weights by name are found
-_LARGE = 100_000_000  # parameters from which on one image must do
+_LARGE = 100_000_000  # above so many parameters only one image is compared
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to be converted, as values that another process can be told."""
+    """Weights to be converted, as plain values that can be passed to another process."""
 
     path: str
     image_size: int | None = None  # pixels; None: the trained ones
@@ -143,7 +143,7 @@ def _run(side: str, program: str, argument: str, work: Path) -> int:
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     folders = {name: os.environ[name] for name in _FOLDERS if os.environ.get(name)}
-    # Relative ones are of this folder, not of `work`. Those that the hub's library expands are left to it.
+    # Relative paths are of the current folder, not of `work`. Those with ~ or $ are left to the hub's library.
     absolute = {name: os.path.abspath(value) for name, value in folders.items() if value[0] not in "~$"}
     done = subprocess.run(command, cwd=work, env=environment | absolute, capture_output=True, text=True)
     if done.returncode < 0:

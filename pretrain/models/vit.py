@@ -17,7 +17,7 @@ from pretrain.config.model import VitForm
 from pretrain.models.hybrid import build_trunk
 from pretrain.models.positions import Grid, Learned2d, num_relative_offsets, relative_offsets, sincos2d
 
-NORM_EPS = 1e-6  # torch's default 1e-5 is wrong here, and hardly visible
+NORM_EPS = 1e-6  # torch's default 1e-5 would be wrong, and hard to notice
 
 
 def build_norm(width: int, form: VitForm) -> nn.Module:
@@ -32,10 +32,10 @@ def grid_of(config: ModelConfig) -> Grid:
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution whose patches touch, [B, C, H, W] -> [B, D, H / side, W / side], as one matrix product.
+    """A convolution of adjacent patches, [B, C, H, W] -> [B, D, H / side, W / side], as one matrix product.
 
-    cuDNN has no fast kernel for three channels, and changes the order of the bytes before and behind it: on an H100
-    2.5 of 32 ms of kernels in a step of S/16 (docs/performance.md).
+    cuDNN has no fast kernel for three channels, and changes the memory layout before and after it: on an H100, 2.5 of
+    32 ms of kernels in a step of S/16 (docs/performance.md).
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Attention(nn.Module):
     def by_head(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns queries, keys and values of tokens x [B, T, D], each [B, heads, T, D / heads]."""
         batch, tokens, _ = x.shape
-        # Three parts, not one tensor with an axis for them, which the backward pass would put together twice.
+        # Three parts, not one tensor with an axis for them, which the backward pass would assemble twice.
         q, k, v = (part.view(batch, tokens, self.heads, -1) for part in self.qkv(x).chunk(3, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -138,10 +138,10 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """A pre-norm encoder block (paper, equations 2 and 3), with a position table of its own where that is asked for.
 
-    With parallel_blocks attention and MLP are given the same tokens, behind one norm: x + attn(norm(x)) + mlp(norm(x)).
+    With parallel_blocks attention and MLP are given the same tokens, after one norm: x + attn(norm(x)) + mlp(norm(x)).
     With layer_scale each of the two branches has a LayerScale of its own, parallel or not.
-    kept: what the two branches of each image are multiplied with, see `draw_kept`. It comes from outside, for a rate
-    inside would be a constant of the compiled code: another graph for each block, and after eight of them none.
+    kept: each image's factors of the two branches, see `draw_kept`. They come from outside, because a rate inside would
+    be a constant of the compiled code: each block would be another graph, and after eight graphs none is compiled.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -167,11 +167,11 @@ class Block(nn.Module):
 
 
 def draw_kept(x: torch.Tensor, drop_path: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns for each of two branches what its images [B, 1, 1] are multiplied with: 0, or 1 / (1 - drop_path).
+    """Returns the factors [B, 1, 1] of the images in each of two branches: 0, or 1 / (1 - drop_path).
 
     Stochastic depth: drops a branch for whole images, and scales the rest to keep the mean.
     """
-    first, second = (x.new_ones(x.shape[0], 1, 1) for _ in range(2))  # two: of one twice the graph would be another
+    first, second = (x.new_ones(x.shape[0], 1, 1) for _ in range(2))  # one tensor twice would be another graph
     if drop_path > 0.0:  # the first block draws nothing, and has the same graph as the others
         keep = 1.0 - drop_path
         first.bernoulli_(keep).div_(keep)
@@ -180,7 +180,7 @@ def draw_kept(x: torch.Tensor, drop_path: float) -> tuple[torch.Tensor, torch.Te
 
 
 def drop_path_rates(config: ModelConfig) -> list[float]:
-    """Returns the probability of each block that stochastic depth drops a branch of it."""
+    """Returns for each block the probability that stochastic depth drops a branch of it."""
     depth = config.shape.depth
     if config.drop_path_rule == "uniform":
         return [config.drop_path] * depth

@@ -1,4 +1,4 @@
-"""One door for weights: whatever holds a Vision Transformer becomes a model, or is refused with the reason."""
+"""The entry point for weights: whatever holds a Vision Transformer becomes a model, or is refused with the reason."""
 
 import hashlib
 import re
@@ -38,7 +38,7 @@ def load_model(path: Path | str, image_size: int | None = None) -> nn.Module:
 
     It is float32 and in evaluation mode, takes images [B, 3, H, W] and returns logits [B, classes], or the head's input
     where there is no head. Its images are (x - mean) / std of pixels x in [0, 1], with mean and std of
-    `read_weights(path)`: in [-1, 1], but for timm: models and hybrids of other ones, and runs that set data.mean.
+    `read_weights(path)`: in [-1, 1], except for timm: models and hybrids of other ones, and runs that set data.mean.
     image_size: pixels, when not the trained ones; learned positions are resized.
     Raises UserError when the weights are missing, damaged or do not fit.
     """
@@ -106,10 +106,10 @@ def _why_not(path: Path) -> str:
 
 
 def results_folder(weights: Path, name: str) -> Path:
-    """Returns where results on weights lie: in the run or the converted folder, so that reports find them.
+    """Returns the folder of results on weights: in the run or the converted folder, so that reports find them.
 
-    A checkpoint and an .npz hold nothing but themselves: in the checkpoint's run, and in a folder of the file's name.
-    Weights by name lie in a cache: then in a folder of their name, here.
+    For a checkpoint, it is in the checkpoint's run; for a file such as an .npz, in a folder of the file's name beside
+    it; for weights by name, which are in a cache, in a folder of their name in the current folder.
     """
     if by_name.is_name(weights):
         return Path(by_name.folder_name(weights)) / name
@@ -132,7 +132,7 @@ def weights_sha256(source: Path) -> str:
             names = sorted(path.name for path in source.iterdir() if re.search(_OF_WEIGHTS, path.name))
             files = [
                 path for path in (file_in(source, name) for name in names) if path.is_file()
-            ]  # no pipe, which waits
+            ]  # not a pipe, which would block
         else:
             beside = ("config.json", PROCESSOR) if is_torch_file(source) else ()
             files = [source, *(file_in(source.parent, name) for name in beside if (source.parent / name).is_file())]
@@ -142,7 +142,7 @@ def weights_sha256(source: Path) -> str:
 
 
 def check_same_function(weights: Weights, config: ModelConfig, data: DataConfig) -> None:
-    """Raises UserError when tensors that fit would be read as another function: the settings that no shape shows."""
+    """Raises UserError when tensors that fit would compute another function, by settings that no shape shows."""
     if not weights.normalisation.is_near(data.normalisation):
         was, now = (
             f"data.mean={list(mean)} data.std={list(std)}".replace(", ", ",")
@@ -156,7 +156,7 @@ def check_same_function(weights: Weights, config: ModelConfig, data: DataConfig)
     forms = zip(VitForm._fields, weights.model.form, config.form)
     pairs |= {f"model.{name}": (was, now) for name, was, now in forms}
     scaled = weights.model.layer_scale, config.layer_scale
-    if None in scaled:  # with two numbers the function is the same: tensors hold what they have become
+    if None in scaled:  # two numbers give the same function: the trained factors are in the tensors
         pairs["model.layer_scale"] = scaled
     pairs["model.heads"] = (weights.model.shape.heads, config.shape.heads)
     if different := [f"{key} is {now}, was {was}" for key, (was, now) in pairs.items() if was != now]:
