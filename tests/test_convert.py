@@ -108,7 +108,7 @@ def everything_in(folder: Path) -> dict[str, bytes]:
         "npz",
         "timm",
         pytest.param("transformers", marks=pytest.mark.slow),
-        pytest.param("onnx", marks=pytest.mark.slow),
+        pytest.param("onnx", marks=pytest.mark.long),
     ],
 )
 def test_a_run_becomes_each_format_and_its_own_code_gives_the_same_logits(target: str, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_file_of_googles_comes_back_bit_for_bit(name: str, tmp_path: Path, tes
         assert after[key].shape == array.shape and np.array_equal(after[key], array.astype(np.float32)), key
 
 
-@pytest.mark.parametrize("wrong", ["head.weight", "norm.weight"])
+@pytest.mark.parametrize("wrong", ["head.weight", pytest.param("norm.weight", marks=pytest.mark.long)])
 def test_what_the_target_computes_differently_is_not_published(
     wrong: str, tmp_path: Path, convert: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,7 +312,7 @@ def test_a_hybrid_is_the_same_function_elsewhere(target: str, tmp_path: Path) ->
         ("timm", {"pooling": "map", "gelu": "exact"}),
         pytest.param("timm", {"pooling": "gap", "positions": "sincos2d"}, marks=pytest.mark.long),
         ("timm", {"positions": "learned2d", "class_position": False, "layer_scale": 0.1}),
-        ("transformers", {"positions": "learned2d", "gelu": "exact"}),
+        pytest.param("transformers", {"positions": "learned2d", "gelu": "exact"}, marks=pytest.mark.long),
         ("onnx", {"pooling": "map", "positions": "relative", "layer_scale": 0.1}),
         pytest.param("onnx", {"representation_size": 48, "positions_at": "every_layer"}, marks=pytest.mark.long),
     ],
@@ -326,7 +326,7 @@ def test_variants_pass_their_own_verification(target: str, changes: dict[str, An
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_large_onnx_model_keeps_its_tensors_beside_it(
     source: Path, tmp_path: Path, convert: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -798,7 +798,7 @@ def test_imagenet_is_scored_by_real_labels_too(tiny: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT])
 def test_a_signal_to_the_command_saves(tiny: Path, tmp_path: Path, number: int) -> None:
     """With two ranks, SIGTERM to the command alone, Ctrl-C to all of them: exit code 130 when all have saved and gone,
     no DONE, no traceback."""
@@ -816,7 +816,7 @@ def test_a_signal_to_the_command_saves(tiny: Path, tmp_path: Path, number: int) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_training_ends_when_the_command_is_killed(tiny: Path, tmp_path: Path, num_ranks: int) -> None:
     """SIGKILL to the command alone: nobody trains on, and what was trained is saved."""
     words = arguments(tiny, tmp_path, "--steps", 100_000, "--num-gpus", num_ranks)

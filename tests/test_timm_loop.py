@@ -54,7 +54,7 @@ def losses_of_timm(config: Config) -> list[float]:
     return losses
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_curve_of_this_system_and_of_timm(test_data: Path, tmp_path: Path) -> None:
     """50 steps on Tiny-ImageNet photos, 2 ranks, ZeRO 1, fp32: every loss within 1e-5 of timm's, relative.

@@ -406,7 +406,9 @@ def test_a_new_head_is_of_zeros(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOME_AND_ALL)
+@pytest.mark.parametrize(
+    "name", [ALWAYS[0], *(pytest.param(n, marks=pytest.mark.long) for n in LARGE if n != ALWAYS[0])]
+)
 def test_timms_backbones_are_fine_tuned(name: str, tmp_path: Path) -> None:
     """A backbone without a head, at another resolution than its own: the run carries the weights' normalisation, and
     batch norm's statistics.
