@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 
 from pretrain.cluster import ranks
+from pretrain.cluster.signals import STOP_SIGNALS
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import Order, share
 from pretrain.data.reader import block_of
@@ -31,7 +32,6 @@ THREADS = 8
 _STEPS_AHEAD = 1024  # ahead of the training; once the store holds everything, nothing else limits the walk
 _REMEMBERED = 4096  # blocks, so that one that many steps use is looked up once
 _PAUSE_S = 0.02
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Fetcher:
@@ -52,7 +52,7 @@ class Fetcher:
     def tell_if_dead(self) -> None:
         """Warns, once, when it has died of something other than a stop signal, which all processes of a run may get."""
         code = self._process.exitcode
-        if code and -code not in _STOPS and not self._told:
+        if code and -code not in STOP_SIGNALS and not self._told:
             self._told = True
             warn(
                 f"the process that downloads blocks ended with {code}: loader processes download in its place, slower, "
@@ -98,7 +98,7 @@ def blocks_of(manifest: Manifest, order: Order, slots: range, step: int) -> Iter
 
 
 def _run(manifest: Manifest, order: Order, slots: range, steps: range, reached: memoryview, parent: int) -> None:
-    for number in _STOPS:
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.SIG_DFL)  # the inherited handlers save checkpoints
     store = manifest.store or store_at(None)
