@@ -278,7 +278,10 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         (["model.dropout=1"], "model.dropout is 1.0, expected 0 to 0.99"),
         (["model.drop_path=-0.1"], "model.drop_path is -0.1"),
         (["model.head_bias=inf"], "model.head_bias is inf"),
-        (["loss=softmax", "label_threshold=0"], "label_threshold is for loss=sigmoid without label_smoothing"),
+        (
+            ["loss=softmax", "label_threshold=0"],
+            "label_threshold needs loss=sigmoid and label_smoothing=0; now loss=softmax, label_smoothing=0",
+        ),
         (["loss=sigmoid", "label_threshold=1"], "label_threshold is 1.0, expected 0 to 0.99"),
         (["data.held_out=5", "data.val=v"], "data.held_out (5) and data.val (v) are both set"),
         (["data.crop_area=[0.5,0.4]"], "data.crop_area is (0.5, 0.4), expected 0 < low <= high"),
@@ -321,7 +324,7 @@ def test_all_missing_values_are_listed_at_once(tmp_path: Path) -> None:
         ),
         (
             ["optim.name=sgd", "optim.betas=[0.9,0.95]"],
-            "is used by adamw and lion and lamb only, not by optim.name=sgd",
+            "is used by adamw, lion and lamb only, not by optim.name=sgd",
         ),
         (["optim.name=lamb"], "optim.name=lamb adapts the steps of what decays, and optim.weight_decay is 0: set it"),
         (["optim.head_decay_multiplier=100"], "has no effect: optim.weight_decay is 0"),

@@ -173,7 +173,8 @@ class OptimConfig:
         for key, users, names in uses:
             for name in names:
                 if getattr(self, key) not in users and name in changed:
-                    told = f"optim.{name} ({changed[name]}) is used by {' and '.join(users)} only"
+                    those = " and ".join(users).replace(" and ", ", ", max(len(users) - 2, 0))
+                    told = f"optim.{name} ({changed[name]}) is used by {those} only"
                     yield f"{told}, not by optim.{key}={getattr(self, key)}"
         if "head_decay_multiplier" in changed and not self.weight_decay:
             yield f"optim.head_decay_multiplier ({self.head_decay_multiplier}) has no effect: optim.weight_decay is 0"
@@ -356,7 +357,10 @@ class Config:
         problems += [] if by_epochs else [*outside(self, "", total_steps=(1, MAX_STEP)), *self._schedule_problems()]
         problems += outside(self, "", seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99), label_threshold=(0, 0.99))
         if self.label_threshold is not None and (self.loss != "sigmoid" or self.label_smoothing):
-            problems.append("label_threshold is for loss=sigmoid without label_smoothing: set these, or it to null")
+            now = f"now loss={self.loss}, label_smoothing={self.label_smoothing:g}"
+            problems.append(
+                f"label_threshold needs loss=sigmoid and label_smoothing=0; {now}: set these, or it to null"
+            )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             problems.append(f"name is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-'")
         if self.init_from is not None and self.branch_from is not None:
