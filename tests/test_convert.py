@@ -166,8 +166,6 @@ REFUSED = {
     "npz: exact": ("npz", {"gelu": "exact"}, "tanh approximation of GELU"),
     "npz: map": ("npz", {"pooling": "map"}, "vision_transformer has no MAP head"),
     "timm: every layer": ("timm", {"positions_at": "every_layer"}, "positions, for which the target has no place"),
-    "npz: layer scale": ("npz", {"layer_scale": 0.1}, "blocks of Google's public code have no layer scale"),
-    "transformers: layer scale": ("transformers", {"layer_scale": 0.1}, "blocks of its ViT have no layer scale"),
     "npz: relative": ("npz", {"positions": "relative"}, "relative positions"),
     "npz: 22B": (
         "npz",

@@ -218,6 +218,20 @@ def test_older_files_of_big_vision_are_understood(variant: str, tmp_path: Path) 
         assert torch.equal(again.tensors[name].read(), tensor.read()), name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("naming", NPZ_NAMINGS)
+def test_layer_scale_is_folded_into_the_layers_before_it(naming: str, tmp_path: Path) -> None:
+    """Google's blocks have no place for it: the same function without it, as far as float32 tells."""
+    config = tiny_model(depth=3, layer_scale=0.1)
+    model = randomised(build_model(config, 5))
+    write_google(in_memory(model, config), tmp_path / "folded.npz", naming)
+    again = load_model(tmp_path / "folded.npz")
+    assert read_weights(tmp_path / "folded.npz").model.layer_scale is None
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected = model(images)
+    assert (again(images) - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_positions_that_are_no_tensor_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file without positions may be one of fixed positions or one that lost its learned ones: said, unless the user
     names the size; where Google's code has no fixed positions, refused, naming the key.

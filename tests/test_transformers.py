@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sincos2d": {"positions": "sincos2d"},
     "learned2d": {"positions": "learned2d"},
     "none": {"positions": "none"},
+    "deit3": {"layer_scale": 1e-4, "class_position": False, "gelu": "exact"},
     "model": {},
     "model_rep": {"representation_size": 24},
 }

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -228,6 +229,23 @@ def for_minus_one_to_one(weights: Weights) -> Weights:
         ),
     }
     return replace(weights, tensors={**weights.tensors, **turned})
+
+
+def without_layer_scale(weights: Weights) -> Weights:
+    """Returns the same function without LayerScale: a branch's last layer takes over the factors of its channels."""
+    if weights.model.layer_scale is None:
+        return weights
+    tensors = {name: t for name, t in weights.tensors.items() if not name.endswith(".gamma")}
+    for block in range(weights.model.shape.depth):
+        for scale, layer in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+            gamma = weights.tensors[f"blocks.{block}.{scale}.gamma"]
+            for name in (f"blocks.{block}.{layer}.weight", f"blocks.{block}.{layer}.bias"):  # [D, ...]
+                tensors[name] = mapped(tensors[name], tensors[name].shape, partial(_scaled_rows, gamma))
+    return changed(weights, tensors, layer_scale=None)
+
+
+def _scaled_rows(factors: LazyTensor, values: torch.Tensor) -> torch.Tensor:
+    return (values.double() * factors.read().double().view(-1, *[1] * (values.dim() - 1))).float()
 
 
 def has_patch_convolution(config: ModelConfig) -> bool:

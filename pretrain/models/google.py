@@ -20,6 +20,7 @@ from pretrain.models.equivalent import (
     named_architecture,
     tensor_shapes,
     with_learned_positions,
+    without_layer_scale,
 )
 from pretrain.models.npz_file import read_npz, rows_of, write_npz
 from pretrain.models.tensors import (
@@ -137,13 +138,11 @@ def for_google(weights: Weights, naming: str) -> Weights:
         reason = "vision_transformer has no MAP head; big_vision has"
     elif config.trunk_units is not None and naming == "big_vision":
         reason = "big_vision has no hybrids; vision_transformer has"
-    elif config.layer_scale is not None:
-        reason = "the blocks of Google's public code have no layer scale; --to timm and --to pretrain hold it"
     elif setting := config.other_form():
         reason = f"the blocks of Google's public code are the plain ViT's, not those of {setting}"
     if reason:
         raise UserError(f"{weights.source}: cannot be written as {naming} .npz: {reason}")
-    weights = for_minus_one_to_one(weights)
+    weights = without_layer_scale(for_minus_one_to_one(weights))
     if naming == "big_vision" and config.positions == "sincos2d" and config.positions_at == "stem":
         return weights
     return with_learned_positions(weights, class_row=NAMINGS[naming].class_row)

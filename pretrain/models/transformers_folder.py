@@ -25,6 +25,7 @@ from pretrain.models.equivalent import (
     named_architecture,
     tensor_shapes,
     with_learned_positions,
+    without_layer_scale,
 )
 from pretrain.models.tensors import (
     INTERPOLATIONS,
@@ -250,13 +251,11 @@ def for_transformers(weights: Weights) -> Weights:
         reason = "ViTForImageClassification has no representation layer; --without head keeps it, in a ViTModel"
     elif weights.interpolation not in _RESIZED_BY:
         reason = f"its images are resized by {weights.interpolation}, known are {' and '.join(_RESIZED_BY)}"
-    elif config.layer_scale is not None:
-        reason = "the blocks of its ViT have no layer scale; --to timm and --to pretrain hold it"
     elif setting := config.other_form():
         reason = f"the blocks of its ViT are the plain ViT's, not those of {setting}"
     if reason:
         raise UserError(f"{weights.source}: cannot be written for transformers: {reason}")
-    return with_learned_positions(weights, class_row=True)
+    return with_learned_positions(without_layer_scale(weights), class_row=True)
 
 
 def _values(weights: Weights) -> dict[str, Any]:
