@@ -43,7 +43,7 @@ from pretrain.models.publish import publish_folder
 from pretrain.models.tensors import LazyTensor, Weights
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
 from pretrain.models.transformers_folder import write_transformers_folder
-from pretrain.models.verify import Source, _run, our_outputs
+from pretrain.models.verify import Source, _computed, _started, our_outputs
 from pretrain.models.weights import read_weights, weights_sha256
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import open_data
@@ -253,10 +253,11 @@ def test_caches_beside_the_current_folder_are_found_by_the_verification(
     monkeypatch.setenv("HF_HUB_CACHE", "~/hub")
     program = """
 import json, os, torch
-imports, outputs = peak(), {"nothing": torch.zeros(1)}
+imports, outputs = imported(), {"nothing": torch.zeros(1)}
 json.dump(dict(os.environ), open("seen.json", "w"))
 """
-    _run("theirs", program, "", tmp_path / "work")
+    with _started(program, "", tmp_path / "work" / "theirs") as process:
+        _computed(process, "theirs")
     seen = json.loads((tmp_path / "work" / "seen.json").read_text())
     assert seen["PRETRAIN_CACHE"] == str(tmp_path / "cache") and seen["HF_HOME"] == str(tmp_path.parent / "hub")
     assert seen["HF_HUB_CACHE"] == "~/hub"  # the hub's library expands it

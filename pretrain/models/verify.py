@@ -1,7 +1,7 @@
 """Proof that converted weights are the trained model: both sides' outputs, each by its own code in a fresh process.
 
-One process after the other, so that two models are never in memory at once. Compared are the logits and the head's
-input, since a head that is still zero would hide a wrong body.
+Both import at once, and then compute one after the other, so that two models are never in memory together. Compared
+are the logits and the head's input, since a head that is still zero would hide a wrong body.
 """
 
 import importlib.util
@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ HYBRID_MAX_RATIO = 1e-4  # a trunk's float32 outputs are 1e-5 from its float64 o
 _ROOT = Path(__file__).resolve().parents[2]
 _IN_MINUS_ONE_TO_ONE = ("npz", "onnx")  # targets that take images in [-1, 1], whatever the weights' own are
 _FOLDERS = ("PRETRAIN_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")  # where weights by name are found
+_PIPE = subprocess.PIPE
 _LARGE = 100_000_000  # above so many parameters only one image is compared
 
 
@@ -92,20 +94,24 @@ def compare(source: Source, weights: Weights, target: str, out: Path, work: Path
     size = weights.model.image_size
     num_values = sum(torch.Size(tensor.shape).numel() for tensor in weights.tensors.values())
     images = torch.rand(1 if num_values > _LARGE else 4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    _write_images(images, weights.normalisation, work)
-    ours = _run("ours", _OURS, json.dumps(asdict(source)), work)
     argument = str(out)
     if target in ("pretrain", "npz"):
         argument = json.dumps(asdict(Source(str(out), size if target == "npz" else None)))
-    _write_images(images, MINUS_ONE_TO_ONE if target in _IN_MINUS_ONE_TO_ONE else weights.normalisation, work)
-    theirs = _run("theirs", _PROGRAMS[target], argument, work)
+    with (
+        _started(_OURS, json.dumps(asdict(source)), work / "ours.safetensors") as ours,
+        _started(_PROGRAMS[target], argument, work / "theirs.safetensors") as theirs,
+    ):
+        _write_images(images, weights.normalisation, work)
+        memory_bytes = {"ours": _computed(ours, "ours")}
+        _write_images(images, MINUS_ONE_TO_ONE if target in _IN_MINUS_ONE_TO_ONE else weights.normalisation, work)
+        memory_bytes[target] = _computed(theirs, "theirs")
     outputs, others = load_file(work / "ours.safetensors"), load_file(work / "theirs.safetensors")
     differences = []
     for name, values in outputs.items():
         largest_difference, largest = (others[name] - values).abs().max().item(), values.abs().max().item()
         differences.append(Difference(name, largest_difference, largest_difference / max(largest, 1e-30)))
     max_ratio = MAX_RATIO if weights.model.trunk_units is None else HYBRID_MAX_RATIO
-    return Comparison(differences, max_ratio, {"ours": ours, target: theirs})
+    return Comparison(differences, max_ratio, memory_bytes)
 
 
 def _write_images(pixels: torch.Tensor, normalisation: Normalisation, work: Path) -> None:
@@ -137,23 +143,35 @@ def same_tensors(expected: Weights, found: Weights) -> str | None:
     return None
 
 
-def _run(side: str, program: str, argument: str, work: Path) -> int:
-    """Runs a program on images.safetensors; returns the bytes that it took beyond its imports."""
-    command = [sys.executable, "-c", PEAK_MEMORY + program + _END, argument, str(work / side) + ".safetensors"]
+@contextmanager
+def _started(program: str, argument: str, outputs: Path) -> Iterator[subprocess.Popen[str]]:
+    """Starts a program in the folder of `outputs`; it imports what it needs, and waits there for `_computed`."""
+    command = [sys.executable, "-c", PEAK_MEMORY + program + _END, argument, str(outputs)]
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     folders = {name: os.environ[name] for name in _FOLDERS if os.environ.get(name)}
-    # Relative paths are of the current folder, not of `work`. Those with ~ or $ are left to the hub's library.
-    absolute = {name: os.path.abspath(value) for name, value in folders.items() if value[0] not in "~$"}
-    done = subprocess.run(command, cwd=work, env=environment | absolute, capture_output=True, text=True)
-    if done.returncode < 0:
+    # Relative paths are of the current folder, not of the program's. Those with ~ or $ are left to the hub's library.
+    environment |= {name: os.path.abspath(value) for name, value in folders.items() if value[0] not in "~$"}
+    with subprocess.Popen(
+        command, cwd=outputs.parent, env=environment, stdin=_PIPE, stdout=_PIPE, stderr=_PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # where the other has failed
+
+
+def _computed(process: subprocess.Popen[str], side: str) -> int:
+    """Lets a program compute on images.safetensors; returns the bytes that it took beyond its imports."""
+    told, errors = process.communicate("compute\n")
+    if process.returncode < 0:
         raise UserError(
-            f"the verification ({side}) was killed by signal {-done.returncode}, as when memory is short; "
+            f"the verification ({side}) was killed by signal {-process.returncode}, as when memory is short; "
             "--no-verify writes without proof"
         )
-    if done.returncode:
-        raise RuntimeError(f"the verification ({side}) failed: {done.stderr.strip()[-2000:]}")
-    return int(done.stdout.split()[-1])
+    if process.returncode:
+        raise RuntimeError(f"the verification ({side}) failed: {errors.strip()[-2000:]}")
+    return int(told.split()[-1])
 
 
 def our_outputs(source: Source, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -173,6 +191,10 @@ import sys
 from safetensors.torch import load_file, save_file
 def peak():  # of this process alone: getrusage's figure begins with that of the process that started it
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def imported():
+    taken = peak()
+    sys.stdin.readline()
+    return taken
 """
 _END = """
 save_file({name: value.contiguous() for name, value in outputs.items()}, sys.argv[2])
@@ -181,12 +203,12 @@ print(peak() - imports)
 _OURS = """
 import json, torch
 from pretrain.models.verify import Source, our_outputs
-imports = peak()
+imports = imported()
 outputs = our_outputs(Source(**json.loads(sys.argv[1])), load_file("images.safetensors")["images"])
 """
 _TIMM = """
 import timm, torch
-imports = peak()
+imports = imported()
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
 with torch.no_grad():
     tokens = model.forward_features(load_file("images.safetensors")["images"])
@@ -196,7 +218,7 @@ _TRANSFORMERS = """
 import torch
 from safetensors import safe_open
 from transformers import ViTForImageClassification, ViTModel
-imports = peak()
+imports = imported()
 with safe_open(sys.argv[1] + "/model.safetensors", "pt") as file:
     names = file.keys()
 classifies, pooled = "classifier.weight" in names, "pooler.dense.weight" in names
@@ -212,7 +234,7 @@ with torch.no_grad():
 """
 _ONNX = """
 import onnxruntime, torch
-imports = peak()
+imports = imported()
 session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx", providers=["CPUExecutionProvider"])
 names = [output.name for output in session.get_outputs()]
 found = session.run(names, {"images": load_file("images.safetensors")["images"].numpy()})
