@@ -617,6 +617,11 @@ ARGUMENTS = {
     "image size": (["out", "--to", "timm", "--image-size", "0"], "--image-size is 0"),
     "image size no multiple": (["out", "--to", "timm", "--image-size", "17"], "is not a multiple of model.patch_size"),
     "nothing to leave out": (["out", "--to", "timm", "--without", "head", "pre_logits"], "has no pre_logits to leave"),
+    "weights of no run": (["out", "--to", "timm", "--weights", "trained"], "is no run or checkpoint"),
+    "weights and trust": (
+        ["out", "--to", "timm", "--weights", "average", "--trust-pickle", "--config", "recipe.yaml"],
+        "--weights average is of our runs, not of --trust-pickle",
+    ),
     "push": (["out", "--to", "timm", "--push", "nobody"], "--push nobody: expected OWNER/NAME"),
 }
 
@@ -739,6 +744,37 @@ def test_the_card_tells_recipe_data_and_scores(tmp_path: Path, convert: Any) -> 
     assert not _told_scores(tmp_path, ["--image-size", "32"], convert)
     (tmp_path / "tiny" / "evaluation" / "results.json").write_text(json.dumps(other))
     assert "0.75" not in (told := _told_scores(tmp_path, [], convert)) and "- val/top1 0.625" in told
+
+
+def test_either_of_a_run_that_keeps_an_average_is_converted(tmp_path: Path, convert: Any) -> None:
+    """The trained weights with the proof, which must read the same; card and config tell which, and its own scores."""
+    config = tiny_config(tmp_path, tmp_path, optim__average_decay=0.9)
+    average = randomised(build_model(config.model, 3), seed=1)
+    trained = save_run(config, NAMES, average=average, metrics={"val/top1": 0.625})
+    run, checkpoint = tmp_path / "tiny", tmp_path / "tiny" / "checkpoints" / "step-0000000020"
+    row, records = {"model": "trained", "metric": "top1", "n": 1234}, []
+    for of_run, value in (("trained", 0.25), ("average", 0.75)):
+        about = {"weights": str(checkpoint), "weights_sha256": weights_sha256(checkpoint, of_run), "image_size": 16}
+        records.append({**about, "rows": [{**row, "value": value}], "data": {}})
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "results.json").write_text(json.dumps({**records[0], "others": [records[1]]}))
+    told = {
+        "trained": (trained, "These are the trained weights, not their average.", {"- top1 0.25"}),
+        "average": (average, "These are the average of the trained weights.", {"- val/top1 0.625", "- top1 0.75"}),
+    }
+    for of_run, (model, line, scores) in told.items():
+        for target in ("pretrain", "timm", "transformers"):
+            proof = [] if (of_run, target) == ("trained", "pretrain") else ["--no-verify"]
+            words = ["--weights", "trained"] if of_run == "trained" else []
+            out = tmp_path / f"{of_run}-{target}"
+            assert convert.call(run, out, "--to", target, *words, *proof) == 0
+            found = read_weights(out)
+            assert json.loads((out / "config.json").read_text())["pretrain"]["of_run"] == found.of_run == of_run
+            for name, tensor in own_tensors(model).items():
+                assert torch.equal(found.tensors[name].read(), tensor), (of_run, target, name)
+            card = (out / "README.md").read_text()
+            all_scores = {s for _, _, each in told.values() for s in each if s in card}
+            assert line in card and all_scores == scores, card
 
 
 def _told_scores(folder: Path, words: list[str], convert: Any) -> str:

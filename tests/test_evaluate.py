@@ -20,7 +20,7 @@ from PIL import Image
 from ranks import run_ranks
 from tiny import make_shards, tiny_config
 from torch import nn
-from weights_on_disk import ROOT, load_tool, one_line, one_line_error, run_tool, save_run
+from weights_on_disk import ROOT, load_tool, one_line, one_line_error, randomised, run_tool, save_run
 
 from pretrain.cluster import ranks
 from pretrain.config import DataConfig
@@ -36,8 +36,11 @@ from pretrain.evaluation.jobs import as_head_reads
 from pretrain.evaluation.names import NEEDS, missing_data, named
 from pretrain.evaluation.results import pages, with_earlier
 from pretrain.models.build import build_model
+from pretrain.models.formats import OF_RUN
 from pretrain.models.weights import load_model, read_weights, weights_sha256
-from pretrain.report.runs import _read_evaluation
+from pretrain.report.figures import summary
+from pretrain.report.page import markdown
+from pretrain.report.runs import _read_evaluation, read_runs
 from pretrain.shards.existing import index_existing
 from pretrain.tasks.table import VTAB
 
@@ -298,6 +301,35 @@ def test_rows_of_other_weights_stay(
     (out / "results.json").write_text('{"rows": [1]}')
     evaluate(run, *near)
     assert "cannot be read as an earlier call's" in capsys.readouterr().err and len(table_of(out)) == 2
+
+
+def test_either_of_a_run_that_keeps_an_average_is_scored(
+    places: tuple[Path, Path, Path, nn.Module], evaluate: Callable[..., None], tmp_path: Path
+) -> None:
+    """Each with its own figures, beside the other's; results.md and the report say whose they are."""
+    train, test, _, _ = places
+    config = tiny_config(train, tmp_path, data__eval_crop=0.9)
+    kept = {"average": randomised(build_model(config.model, 7), seed=1)}
+    kept["trained"] = save_run(config, NAMES, average=kept["average"])
+    run, images = tmp_path / "tiny", all_images(test)
+    evaluate(run, "--workers", 0, "--val", test)
+    evaluate(run, "--workers", 0, "--val", test, "--weights", "trained")
+    record = record_of(run / "evaluation")
+    (other,) = record["others"]
+    values = {}
+    for found in (record, other):
+        with torch.no_grad():
+            logits = kept[found["of_run"]](to_float(images.images, torch.float32))
+        values[found["of_run"]] = {row["metric"]: row["value"] for row in found["rows"]}
+        loss = F.cross_entropy(logits, images.labels[:, 0]).item()
+        assert values[found["of_run"]]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert list(values) == ["trained", "average"] and values["trained"] != values["average"]
+    page = (run / "evaluation" / "results.md").read_text()
+    (found,) = read_runs([run])
+    told = markdown([summary(found)])
+    for of_run, words in OF_RUN.items():
+        digest = weights_sha256(run / "checkpoints" / "step-0000000020", of_run)[:12]
+        assert f"weights {digest}, {words}." in page and f"weights {digest}, {words}:" in told
 
 
 def test_another_image_size_is_another_measurement(

@@ -1,5 +1,6 @@
 """Weights on disk: the same logits from a run, a checkpoint, a converted folder and timm; damaged files are told."""
 
+import itertools
 import json
 import os
 import pickle
@@ -25,7 +26,7 @@ from pretrain.models import load_model
 from pretrain.models.build import build_model
 from pretrain.models.equivalent import kernels_for_timm, kernels_from_timm, mapped, own_tensors
 from pretrain.models.timm_folder import write_own_folder, write_timm_folder
-from pretrain.models.weights import check_same_function, load_tensors, read_weights, results_folder
+from pretrain.models.weights import check_same_function, load_tensors, read_weights, results_folder, weights_sha256
 
 torch.set_num_threads(1)
 NAMES = ["ash", "birch, silver", "cedar"]
@@ -292,6 +293,36 @@ def test_run_checkpoint_and_converted_folder_give_the_same_model(variant: str, t
         assert not loaded.training and torch.equal(loaded(x), model(x))
         assert (weights.model, weights.num_classes, list(weights.class_names)) == (config.model, 3, NAMES)
         assert (weights.eval_crop, weights.interpolation, weights.loss) == (0.9, "bicubic", "sigmoid")
+
+
+def test_either_of_a_run_that_keeps_an_average_is_read(tmp_path: Path) -> None:
+    """Bit for bit, from the run and from its checkpoint; the average unless asked; each under a digest of its own."""
+    config, plain = tiny_config(tmp_path, tmp_path), tiny_config(tmp_path, tmp_path, name="plain")
+    average = randomised(build_model(config.model, 3), seed=1)
+    kept = {"trained": save_run(config, ["a", "b", "c"], average=average), "average": average}
+    run = tmp_path / "tiny"
+    checkpoint = run / "checkpoints" / "step-0000000020"
+    for path, asked in itertools.product((run, checkpoint), (None, "trained", "average")):
+        weights = read_weights(path, of_run=asked)
+        assert weights.of_run == (asked or "average") and weights.source == checkpoint
+        for name, tensor in own_tensors(kept[weights.of_run]).items():
+            assert torch.equal(weights.tensors[name].read(), tensor), (asked, name)
+    digests = {of_run: weights_sha256(checkpoint, of_run) for of_run in (None, *kept)}
+    assert digests[None] == digests["average"] != digests["trained"]
+    model = save_run(plain, ["a", "b", "c"])
+    weights = read_weights(tmp_path / "plain", of_run="trained")  # the only ones: nothing is to be told
+    assert weights.of_run is None and torch.equal(weights.tensors["head.bias"].read(), model.get_parameter("head.bias"))
+    write_own_folder(read_weights(run), tmp_path / "folder")
+    assert read_weights(tmp_path / "folder").of_run == "average"
+    refused = {
+        ("plain", "average"): "step-0000000020: keeps no average .*: leave out --weights average",
+        ("folder", "trained"): "folder: is no run or checkpoint, of which --weights trained could choose; leave it out",
+        ("timm:vit_tiny_patch16_224", "average"): "timm:vit_.*: is no run or checkpoint",
+    }
+    for (name, asked), message in refused.items():
+        with pytest.raises(UserError, match=message) as caught:
+            read_weights(Path(name) if ":" in name else tmp_path / name, of_run=asked)
+        assert one_line(caught.value)
 
 
 def test_a_converted_folder_is_readable_by_others(tmp_path: Path) -> None:

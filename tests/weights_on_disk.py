@@ -55,23 +55,29 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def save_run(config: Config, class_names: list[str], *, step: int = 20) -> nn.Module:
-    """Writes the run's folder with one checkpoint of random weights; returns the model."""
+def save_run(
+    config: Config, class_names: list[str], *, step: int = 20, average: nn.Module | None = None, **state: Any
+) -> nn.Module:
+    """Writes the run's folder with one checkpoint of random weights; returns the model. state: more of state.json."""
     num_classes = config.model.num_classes or len(class_names)
     model = randomised(build_model(config.model, num_classes))
-    slices = [Slice(n, tuple(p.shape), 0, p.detach().flatten()) for n, p in model.named_parameters()]
-    state: dict[str, Any] = {
+    slices, averages = (
+        [Slice(n, tuple(p.shape), 0, p.detach().flatten()) for n, p in kept.named_parameters()] if kept else []
+        for kept in (model, average)
+    )
+    state = {
         "step": step,
         "metrics": {},
         "config": config_to_dict(config),
         "num_classes": num_classes,
         "class_names": class_names,
         "world_size": 1,
+        **state,
     }
     folder = config.output / config.name
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-    assert save_checkpoint(folder / "checkpoints", step, slices, [], {}, state)
+    assert save_checkpoint(folder / "checkpoints", step, slices, [], {}, state, averages)
     return model
 
 

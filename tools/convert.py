@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import cli
 from pretrain.errors import UserError
 from pretrain.models.by_name import LICENCE, is_name, licence_of
-from pretrain.models.formats import NPZ_NAMINGS, WRITABLE, check_weights
+from pretrain.models.formats import NPZ_NAMINGS, WRITABLE, add_of_run, check_weights, told_of_run
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
     config = str(arguments.config.resolve()) if arguments.trust_pickle else None
     weights = arguments.weights if is_name(arguments.weights) else arguments.weights.resolve()
     conversion = Conversion(
-        source=Source(str(weights), arguments.image_size, tuple(arguments.without), config),
+        source=Source(str(weights), arguments.image_size, tuple(arguments.without), config, arguments.of_run),
         target=arguments.to,
         out=arguments.out,
         naming=arguments.naming or "released",
@@ -47,7 +47,8 @@ def main() -> int:
     if not convert(conversion, weights):
         return 1
     names = f", {len(weights.class_names)} class names" if weights.class_names else ""
-    cli.tell(f"{arguments.out}: {len(weights.tensors)} tensors, {weights.num_classes} classes{names}. To load it:")
+    told = f"{len(weights.tensors)} tensors, {weights.num_classes} classes{names}{told_of_run(weights.of_run)}"
+    cli.tell(f"{arguments.out}: {told}. To load it:")
     print(loading(arguments.to, weights, cli.shown(arguments.out)))
     if arguments.push:
         from pretrain.models.hub import push
@@ -74,6 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="what to convert, or timm:NAME ...")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; with --to npz a file NAME.npz")
     parser.add_argument("--to", choices=WRITABLE, required=True, help="format")
+    add_of_run(parser)
     parser.add_argument("--naming", choices=NPZ_NAMINGS, help="of npz: as published (default), or of the code of today")
     parser.add_argument(
         "--without", choices=["head", "pre_logits"], nargs="+", default=[], help="parts to leave out of the result"
@@ -92,6 +94,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.trust_pickle != (arguments.config is not None):
         raise UserError("--trust-pickle and --config RECIPE.yaml go together: pickles do not tell their architecture")
+    if arguments.trust_pickle and arguments.of_run:
+        raise UserError(f"--weights {arguments.of_run} is of our runs, not of --trust-pickle; leave it out")
     if arguments.naming and arguments.to != "npz":
         raise UserError(f"--naming {arguments.naming} is of --to npz, not of --to {arguments.to}")
     if arguments.to == "npz" and arguments.out.suffix != ".npz":

@@ -16,7 +16,7 @@ from pretrain.cluster import signals
 from pretrain.config import DataConfig, choices_of
 from pretrain.errors import UserError
 from pretrain.evaluation.names import HEAD, Job, missing_data, named
-from pretrain.models.formats import check_weights
+from pretrain.models.formats import add_of_run, check_weights, told_of_run
 from pretrain.tasks.table import check_any_there
 
 TIMEOUT_S = 6 * 3600  # ranks may decode at very different speeds, and wait while rank 0 fits regressions
@@ -38,8 +38,8 @@ def main() -> None:
     workers = min(4, num_cores()) if arguments.workers is None else arguments.workers
 
     device = ranks.start(TIMEOUT_S)
-    weights = agreement.together(lambda: read_weights(arguments.weights, arguments.image_size))
-    digest = agreement.from_main(lambda: weights_sha256(weights.source))
+    weights = agreement.together(lambda: read_weights(arguments.weights, arguments.image_size, arguments.of_run))
+    digest = agreement.from_main(lambda: weights_sha256(weights.source, weights.of_run))
     opened, failed = open_jobs(jobs, weights, arguments.data)
     subject = subject_of(
         weights,
@@ -63,7 +63,8 @@ def main() -> None:
         if len(done) < len(opened):  # an error is raised on all ranks: the others would wait for rank 0 in the next job
             agreement.from_main(write)
     if ranks.is_main():
-        cli.print_table(str(arguments.weights), *table_of([row for one in done for row in one.found.rows]))
+        title = f"{arguments.weights}{told_of_run(weights.of_run)}"
+        cli.print_table(title, *table_of([row for one in done for row in one.found.rows]))
         write()
         cli.tell(f"{out / 'results.json'}, {out / 'results.md'}")
         if arguments.predictions:
@@ -86,6 +87,7 @@ def _arguments() -> argparse.Namespace:
         "python tools/evaluate.py runs/NAME --tasks imagenet,real,knn:pets --data data --predictions predictions.jsonl",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, folder, .npz, or timm:NAME ...")
+    add_of_run(parser)
     parser.add_argument("--tasks", metavar="TASK,...", help="what to score of the sets in --data")
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="ROOT", help="folder of the tasks' data (default data)"

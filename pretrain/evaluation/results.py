@@ -19,6 +19,7 @@ from pretrain.evaluation.predictions import confusion, lines, wrong_items
 from pretrain.evaluation.subject import Subject, transform_of
 from pretrain.json_files import Fields
 from pretrain.log import not_a_link, warn
+from pretrain.models.formats import told_of_run
 from pretrain.models.weights import Weights
 from pretrain.provenance import versions
 from pretrain.storage import replacing, write_text
@@ -60,6 +61,7 @@ def record_of(measured: Measured, done: list[Done], failed: dict[str, str]) -> d
         "version": 1,
         "weights": str(weights.source),
         "weights_sha256": digest,
+        **({"of_run": weights.of_run} if weights.of_run else {}),
         "model": model_name(weights.model, with_size=False),
         "image_size": subject.image_size,
         "num_classes": subject.num_classes,
@@ -282,10 +284,11 @@ def _results_page(rows: list[Row], record: dict[str, Any]) -> str:
 
 def _markdown(rows: list[Row], record: dict[str, Any]) -> str:
     digest = in_markdown(str(record.get("weights_sha256", "not known"))[:_LETTERS])
+    which = told_of_run(record.get("of_run"))
     text = [
         f"# {in_markdown(portable_path(record['weights']))}",
         "",
-        f"Model {in_markdown(record['model'])} at {record['image_size']} px, weights {digest}.",
+        f"Model {in_markdown(record['model'])} at {record['image_size']} px, weights {digest}{which}.",
         "",
     ]
     text += [*markdown_table(*table_of(rows)), ""]

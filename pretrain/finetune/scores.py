@@ -88,7 +88,7 @@ def _is_of(record: Fields, image_size: int, checkpoint: Path, digest: str | None
         return False
     if digest is not None:
         return record.text("weights_sha256") == digest
-    return Path(record.text("weights")).name == checkpoint.name
+    return Path(record.text("weights")).name == checkpoint.name and record.text("of_run", "") != "trained"
 
 
 def final_sha256(config: Config) -> str | None:

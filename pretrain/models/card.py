@@ -10,6 +10,7 @@ from pretrain.checkpoint.read import read_state
 from pretrain.config import MINUS_ONE_TO_ONE, Config, config_from_dict, model_name, non_defaults
 from pretrain.escape import code_in_markdown, in_markdown, shown
 from pretrain.json_files import Fields, brief
+from pretrain.models.formats import OF_RUN
 from pretrain.models.tensors import Weights, read_fields, readable
 from pretrain.models.weights import results_folder, weights_sha256
 
@@ -57,7 +58,8 @@ def model_card(
         with readable(place):
             config = config_from_dict(state.part("config").values, str(place))
             parts += ["## Recipe", _recipe(config, state), "## Data", _data(config, state)]
-            if weights.num_classes and weights.model.image_size == config.model.image_size:
+            of_average = weights.of_run != "trained"  # what was validated, where the run keeps one
+            if weights.num_classes and weights.model.image_size == config.model.image_size and of_average:
                 scores += _validation(state)
     if scores := [*scores, *_evaluation(results)]:
         parts += ["## Scores", "\n".join(scores)]
@@ -130,6 +132,8 @@ def _model(weights: Weights, target: str) -> str:
     range_of = "RGB in [-1, 1]"
     if weights.normalisation != MINUS_ONE_TO_ONE and target not in ("npz", "onnx"):
         range_of = f"RGB in [0, 1] less mean {list(weights.mean)}, divided by {list(weights.std)}"
+    if weights.of_run is not None:
+        lines.append(f"These are {OF_RUN[weights.of_run]}.")
     lines.append(f"Input {config.image_size} x {config.image_size} pixels, {range_of}; {named}.")
     lines.append(f"Evaluation transform {weights.eval_transform}, {weights.interpolation} resizing;")
     lines.append(f"probabilities by {weights.loss or 'softmax; the loss of its training is not known'}.")
@@ -215,7 +219,7 @@ def _results(weights: Weights, without: Collection[str]) -> Fields | None:
     if not (folder / "evaluation" / "results.json").is_file():
         return None
     last = read_fields(folder, "evaluation/results.json")
-    identity = (weights_sha256(weights.source), weights.model.image_size)
+    identity = (weights_sha256(weights.source, weights.of_run), weights.model.image_size)
     for record in (last, *last.parts("others", ())):
         if (record.values.get("weights_sha256"), record.values.get("image_size")) == identity:
             rows = [row.values for row in record.parts("rows") if _still_holds(row.text("metric"), without)]

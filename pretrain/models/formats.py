@@ -1,5 +1,6 @@
 """The formats of weights by name, for command lines, which are read before torch is imported."""
 
+import argparse
 from pathlib import Path
 
 from pretrain import cli
@@ -11,6 +12,20 @@ READABLE = (
 )
 WRITABLE = ("pretrain", "timm", "transformers", "npz", "onnx")  # rows of `convert.TARGETS`
 NPZ_NAMINGS = ("released", "vit_jax", "big_vision")  # of the tensors in Google's .npz: as published, or code of today
+# What `Weights.of_run` may be, in words: a run with optim.average_decay keeps both.
+OF_RUN = {"trained": "the trained weights, not their average", "average": "the average of the trained weights"}
+
+
+def add_of_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the option by which one of the two is chosen."""
+    parser.add_argument(
+        "--weights", dest="of_run", choices=OF_RUN, help="of a run that keeps an average (default: that)"
+    )
+
+
+def told_of_run(of_run: str | None) -> str:
+    """Returns which of the two it is, as the end of a list of facts; "" where nothing was to be chosen."""
+    return f", {OF_RUN[of_run]}" if of_run in OF_RUN else ""
 
 
 def check_weights(weights: Path) -> None:

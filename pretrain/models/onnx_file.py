@@ -77,6 +77,8 @@ def write_onnx(weights: Weights, out: Path) -> None:
     metadata["transform"] = json.dumps({key: getattr(weights, key) for key in _TRANSFORM})
     if weights.loss is not None:
         metadata["loss"] = weights.loss
+    if weights.of_run is not None:
+        metadata["of_run"] = weights.of_run
     if weights.class_names:
         metadata["class_names"] = json.dumps(weights.class_names)
     num_bytes = sum(4 * torch.Size(tensor.shape).numel() for tensor in weights.tensors.values())

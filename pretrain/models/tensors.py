@@ -35,6 +35,7 @@ from pretrain.config import (
 )
 from pretrain.errors import UserError, first_line
 from pretrain.json_files import Fields, brief, is_text
+from pretrain.models.formats import OF_RUN
 
 # Methods of resizing by timm's and torchvision's names; the numbers are Pillow's, which transformers writes.
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -75,6 +76,7 @@ class Weights:
     loss: str | None = None  # with which it was trained; None: unknown
     mean: tuple[float, ...] = MINUS_ONE_TO_ONE.mean  # of the model's input, per channel, as in DataConfig
     std: tuple[float, ...] = MINUS_ONE_TO_ONE.std  # of the model's input, per channel, as in DataConfig
+    of_run: str | None = None  # of OF_RUN, which of the two, where its run keeps an average; None: not so, or unknown
 
     def __post_init__(self) -> None:
         if not is_whole(self.num_classes) or not 0 <= self.num_classes <= MAX_CLASSES:
@@ -85,7 +87,8 @@ class Weights:
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UserError(f"{self.source}: has {len(self.class_names)} class names for {self.num_classes} classes")
         allowed = {"eval_transform": choices_of(DataConfig, "eval_transform"), "interpolation": tuple(INTERPOLATIONS)}
-        for name, choices in (allowed | {"loss": (*choices_of(Config, "loss"), None)}).items():
+        allowed |= {"loss": (*choices_of(Config, "loss"), None), "of_run": (*OF_RUN, None)}
+        for name, choices in allowed.items():
             if (value := getattr(self, name)) not in choices:
                 expected = ", ".join(map(str, choices))
                 raise UserError(f"{self.source}: {name} is {brief(value)}, expected one of {expected}")
@@ -103,16 +106,16 @@ class Weights:
 
 # Key in a folder's config.json for what of ours no key of timm's or transformers' can say.
 OURS = "pretrain"
-_USE = ("eval_transform", "eval_crop", "interpolation", "loss", "mean", "std")  # fields of Weights
+_USE = ("eval_transform", "eval_crop", "interpolation", "loss", "mean", "std", "of_run")  # fields of Weights
 
 
 def kept_use(weights: Weights) -> dict[str, Any]:
-    """Returns how the weights are to be used, as JSON values."""
-    return {key: getattr(weights, key) for key in _USE}
+    """Returns how the weights are to be used, and what they are, as JSON values; without what is not known."""
+    return {key: value for key in _USE if (value := getattr(weights, key)) is not None}
 
 
 def use_in(config: Config) -> dict[str, Any]:
-    """Returns the same fields of Weights, as a run's config has them."""
+    """Returns these fields of Weights, as far as a run's config has them."""
     data = config.data
     use = {"eval_transform": data.eval_transform, "eval_crop": data.eval_crop, "interpolation": data.interpolation}
     return {**use, "loss": config.loss, **data.normalisation._asdict()}

@@ -43,12 +43,13 @@ class Source:
     image_size: int | None = None  # pixels; None: the trained ones
     without: tuple[str, ...] = ()  # parts to leave out: "head", "pre_logits"
     config: str | None = None  # recipe of a checkpoint that DeepSpeed wrote, whose pickles are trusted
+    of_run: str | None = None  # as in `read_weights`
 
     def read(self) -> Weights:
         """Returns the weights. Raises UserError unless they have exactly the tensors of their architecture."""
         path = Path(self.path)
         if self.config is None:
-            weights = read_weights(path, self.image_size)
+            weights = read_weights(path, self.image_size, self.of_run)
         else:
             weights = read_deepspeed(path, load_config(self.config))
             weights = weights if self.image_size is None else resized(weights, self.image_size)

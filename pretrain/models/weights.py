@@ -52,18 +52,21 @@ def model_of(weights: Weights) -> nn.Module:
     return model.eval()
 
 
-def read_weights(path: Path, image_size: int | None = None) -> Weights:
+def read_weights(path: Path, image_size: int | None = None, of_run: str | None = None) -> Weights:
     """Reads a run (its newest valid checkpoint), a checkpoint step-N, a folder of ours, timm's, transformers', .npz.
 
     Weights by name (timm:NAME, hf-hub:OWNER/NAME, google:NAME) are fetched first, unless they are in the cache.
+    of_run: "trained" or "average", of a run or checkpoint; None: the average where it keeps one.
     Raises UserError unless its tensors are exactly those of its architecture, before anything of their size is built.
     """
-    weights = _read(path, image_size)
+    weights = _read(path, image_size, of_run)
     check_tensors(weights)
     return weights if image_size is None else resized(weights, image_size)
 
 
-def _read(path: Path, image_size: int | None) -> Weights:
+def _read(path: Path, image_size: int | None, of_run: str | None) -> Weights:
+    if of_run is not None and not any((path / name).exists() for name in ("checkpoints", "MANIFEST.json")):
+        raise UserError(f"{path}: is no run or checkpoint, of which --weights {of_run} could choose; leave it out")
     if by_name.is_name(path):
         path = by_name.fetched(path)
     if is_torch_file(path):
@@ -72,13 +75,13 @@ def _read(path: Path, image_size: int | None) -> Weights:
     if (path / "config.json").is_file():
         return _read_folder(path)
     if (path / "checkpoints").is_dir():
-        weights = read_newest(path / "checkpoints", _read_checkpoint)
+        weights = read_newest(path / "checkpoints", partial(_read_checkpoint, of_run=of_run))
         if weights is None:
             raise UserError(f"{path}: has no checkpoint yet")
         return weights
     if (path / "MANIFEST.json").is_file():
         validate(path)
-        return _read_checkpoint(path)
+        return _read_checkpoint(path, of_run)
     if path.suffix == ".npz" and path.is_file():
         return read_google(path, image_size)
     raise UserError(f"{path}: {_why_not(path)}")
@@ -118,9 +121,10 @@ def results_folder(weights: Path, name: str) -> Path:
     return (weights.with_suffix("") if weights.is_file() else weights) / name
 
 
-def weights_sha256(source: Path) -> str:
+def weights_sha256(source: Path, of_run: str | None = None) -> str:
     """Returns the SHA-256 of what `Weights.source` names; a checkpoint's manifest holds the checksums of its files.
 
+    of_run: of `Weights`; a checkpoint's trained weights are told from its average.
     Of a folder: its config.json and tensors, not results that may lie beside them. Of a file of PyTorch's: with the
     JSON files beside it by which it is read. Raises UserError when unreadable.
     """
@@ -128,6 +132,7 @@ def weights_sha256(source: Path) -> str:
     with readable(source):
         if (source / "MANIFEST.json").is_file():
             files = [source / "MANIFEST.json"]
+            total.update(b"trained" if of_run == "trained" else b"")
         elif source.is_dir():
             names = sorted(path.name for path in source.iterdir() if re.search(_OF_WEIGHTS, path.name))
             files = [
@@ -181,12 +186,18 @@ def load_tensors(model: nn.Module, weights: Weights, *, new_head: bool = False) 
             tensor.copy_(given[name].read())
 
 
-def _read_checkpoint(path: Path) -> Weights:
+def _read_checkpoint(path: Path, of_run: str | None) -> Weights:
     with refusing_vanished(path), readable(path):
         config = checkpoint_config(path)
         state, reader = Fields.of(read_state(path), f"{path}/state.json"), CheckpointReader(path)
         num_classes, names = state.integer("num_classes", 1, MAX_CLASSES), state.texts("class_names")
-        kind = "average" if reader.shapes("average") else "weights"  # what a run with averages is meant to end with
+        if reader.shapes("average"):
+            of_run = of_run or "average"  # what a run with averages is meant to end with
+        elif of_run == "average":
+            raise UserError(f"{path}: keeps no average (optim.average_decay): leave out --weights average")
+        else:
+            of_run = None
+        kind = "average" if of_run == "average" else "weights"
         return Weights(
             source=path,
             model=config.model,
@@ -196,6 +207,7 @@ def _read_checkpoint(path: Path) -> Weights:
             },
             num_classes=num_classes,
             class_names=names_of_head(names, num_classes),
+            of_run=of_run,
             **use_in(config),
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 from pretrain.config import Config, model_name, non_defaults
 from pretrain.config.hints import settings
 from pretrain.escape import portable, portable_path
+from pretrain.models.formats import told_of_run
 from pretrain.report.runs import Curve, Run
 from pretrain.report.story import goodput, lost_steps, sentence, training_seconds
 from pretrain.tasks.published import PAPER_ROWS, PaperRow
@@ -312,7 +313,8 @@ def of_wrong(wrong: dict[str, Any]) -> str:
 def of_record(record: dict[str, Any]) -> str:
     """Returns the weights of an evaluation's record, in words."""
     digest = f", weights {record['weights_sha256'][:DIGEST_LETTERS]}" if record["weights_sha256"] else ""
-    return portable_path(record["weights"]) + digest + "; those here now are others" * record["is_of_others"]
+    told = portable_path(record["weights"]) + digest + told_of_run(record["of_run"])
+    return told + "; those here now are others" * record["is_of_others"]
 
 
 def evaluation_table(found: Sequence[dict[str, Any]]) -> Table:

@@ -6,6 +6,7 @@ from typing import Any
 from pretrain.checkpoint.layout import step_folders
 from pretrain.errors import UserError
 from pretrain.log import warn
+from pretrain.models.formats import OF_RUN
 from pretrain.models.weights import weights_sha256
 from pretrain.report.files import inside
 
@@ -21,7 +22,8 @@ def digests_here(folder: Path) -> set[str]:
             return {weights_sha256(folder)}
         checkpoints = [path for path in step_folders(folder / "checkpoints") if inside(path, "MANIFEST.json")]
         converted = [folder / "converted"] if _is_converted(folder / "converted") else []
-        return {weights_sha256(path) for path in (*checkpoints, *converted)}
+        both = {weights_sha256(path, of_run) for path in checkpoints for of_run in OF_RUN}
+        return both | {weights_sha256(path) for path in converted}
     except (OSError, UserError) as error:
         warn(f"{folder}: its weights cannot be compared with those of its results ({error})")
         return set()

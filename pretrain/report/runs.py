@@ -244,7 +244,8 @@ def _evaluated(record: Fields) -> dict[str, Any]:
         }
         for row in record.parts("rows")
     ]
-    return {"weights": record.text("weights"), "weights_sha256": record.text("weights_sha256", ""), "rows": rows}
+    told = {"weights_sha256": record.text("weights_sha256", ""), "of_run": record.text("of_run", "")}
+    return {"weights": record.text("weights"), **told, "rows": rows}
 
 
 def _finetuning_files(folder: Path) -> list[Path]:
