@@ -419,7 +419,9 @@ def test_what_is_no_score_is_refused(tiny: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_real_is_of_the_final_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    """Not of another one of the run that was evaluated later, nor at another size; also once it has been removed."""
+    """Not of another one of the run that was evaluated later, nor at another size, nor of the trained weights beside
+    their average; also once it has been removed.
+    """
     config = final_runs(tiny_sweep(tiny, tmp_path), 0.03)[0]
     folder = config.output / config.name
     checkpoint = folder / "checkpoints" / "step-0000000004"
@@ -433,7 +435,8 @@ def test_real_is_of_the_final_checkpoint(tiny: Path, tmp_path: Path) -> None:
     path.parent.mkdir()
     own, larger = record(checkpoint.name, digest, 24, 0.5), record(checkpoint.name, digest, 48, 0.6)
     before = record("step-0000000002", "0" * 64, 24, 0.7)
-    path.write_text(json.dumps(before | {"others": [larger, own]}))
+    trained = record(checkpoint.name, "1" * 64, 24, 0.8) | {"of_run": "trained"}  # not the average, which is the result
+    path.write_text(json.dumps(before | {"others": [larger, trained, own]}))
     assert real_score(config) == RunScore(0.5, 10)
     shutil.rmtree(checkpoint)
     assert real_score(config) == RunScore(0.5, 10)

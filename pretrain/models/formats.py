@@ -19,7 +19,7 @@ OF_RUN = {"trained": "the trained weights, not their average", "average": "the a
 def add_of_run(parser: argparse.ArgumentParser) -> None:
     """Adds the option by which one of the two is chosen."""
     parser.add_argument(
-        "--weights", dest="of_run", choices=OF_RUN, help="of a run that keeps an average (default: that)"
+        "--weights", dest="of_run", choices=OF_RUN, help="which, of a run that keeps both (default: the average)"
     )
 
 
