@@ -117,12 +117,15 @@ def test_a_run_becomes_each_format_and_its_own_code_gives_the_same_logits(target
     """
     if target == "onnx":
         pytest.importorskip("onnxruntime")
-    model = save_run(tiny_config(tmp_path, tmp_path), NAMES)
+    config = tiny_config(tmp_path, tmp_path)
+    average = randomised(build_model(config.model, 3), seed=1) if target == "onnx" else None
+    trained = save_run(config, NAMES, average=average)
+    model, which = (average, ", the average of the trained weights") if average else (trained, "")
     out = tmp_path / "deep" / ("converted.npz" if target == "npz" else "converted")
     done = run_tool("convert", tmp_path / "tiny", out, "--to", target)
     assert done.returncode == 0, done.stderr
     assert "largest logit difference:" in done.stdout and "of the head's input:" in done.stdout
-    assert "3 class names. To load it:" in done.stdout and done.stdout.rstrip().endswith(")") or target == "npz"
+    assert f"3 class names{which}. To load it:" in done.stdout and done.stdout.rstrip().endswith(")") or target == "npz"
     beside = {"converted.npz", "converted.md", "converted.classes.json"} if target == "npz" else {"converted"}
     assert {path.name for path in out.parent.iterdir()} == beside
     card = (out.with_suffix(".md") if target == "npz" else out / "README.md").read_text()
@@ -135,7 +138,7 @@ def test_a_run_becomes_each_format_and_its_own_code_gives_the_same_logits(target
             logits = torch.from_numpy(session.run(["logits"], {"images": images()[:batch].numpy()})[0])
             assert torch.allclose(logits, model(images()[:batch]), rtol=0, atol=1e-5)
         metadata = session.get_modelmeta().custom_metadata_map
-        assert json.loads(metadata["class_names"]) == NAMES
+        assert json.loads(metadata["class_names"]) == NAMES and metadata["of_run"] == "average"
         transform = {"eval_transform": "timm", "eval_crop": 0.875, "interpolation": "bicubic"}
         assert json.loads(metadata["transform"]) == transform
         return
