@@ -12,8 +12,7 @@ class Device:
     name: str
     # Dense, which fp16 has too; the figures with 2:4 sparsity are twice as high and mean nothing here.
     bf16_flops: float
-    # Without tensor cores: float32 products are not rounded to TF32 here. For matrices that is torch's default, for
-    # convolutions cluster/ranks.py sees to it.
+    # Without tensor cores: float32 products are not rounded to TF32 here, cluster/ranks.py sees to it.
     fp32_flops: float
     memory_bytes: int  # what torch sees of it
     memory_rate: float  # bytes

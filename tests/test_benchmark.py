@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from tiny import make_shards
 from weights_on_disk import load_tool
 
 from pretrain.benchmark.cells import RANDOM_IMAGES, cell_config, cell_rows
 from pretrain.benchmark.device import attention_ms, gpu_state, measured_peak
-from pretrain.benchmark.measure import summary_ms
+from pretrain.benchmark.measure import build_engine, config_of_run, plan_cell, summary_ms
 from pretrain.benchmark.model import activation_bytes
 from pretrain.benchmark.model import counted as counted_columns
 from pretrain.benchmark.peer_table import GPU_MODELS, cells_of, fitting_batch
@@ -138,6 +139,21 @@ def in_turns(
     options = {"log": str(log), "ms": {"ours": 10.0, "timm": 12.0, "large": 5.0}, "mode": mode}
     cell = {"model": "M", "compiled": False, "options": options}
     return compared(loops, cell, Schedule(num_ranks=1, threads=1, rounds=3, processes=processes))
+
+
+def timeouts_of_groups(model: str) -> set[float]:
+    """Of all groups of a rank that is about to be timed, in seconds."""
+    options = {"batch": 1, "warmup": 1, "steps": 2, "precision": "fp32", "image_size": 16, "data": None}
+    options |= {"checkpoint_activations": False, "zero_stage": 1}
+    plan = plan_cell(options)
+    build_engine(config_of_run(model, options, plan), plan.device)
+    backends = [group._get_backend(plan.device) for group in torch.distributed.distributed_c10d._world.pg_map]
+    return {backend.options._timeout.total_seconds() for backend in backends}
+
+
+def test_ranks_wait_for_other_loops_however_long_they_compile() -> None:
+    """A rank waits for rank 0 while its peers start; engine.timeout_s of a run, ten minutes, would end that."""
+    assert run_ranks(timeouts_of_groups, 1, "Ti/16") == [{86_400.0}]
 
 
 def test_rounds_are_taken_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@ Shapes, types and devices are worked out as on a GPU, values are not; whatever j
 the device raises. Not shown: the backward pass, which needs a CUDA context, collectives, kernels, streams.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -13,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.checkpoint import behind
 from pretrain.checkpoint.behind import FileCopy, HostCopies, host_bytes
-from pretrain.cluster import agreement, ranks
+from pretrain.cluster import agreement
+from pretrain.cluster.local import on_cpu
 from pretrain.config import ModelConfig, Normalisation, OptimConfig
 from pretrain.data.images import to_float
 from pretrain.data.loader import Batch, single_labels
@@ -370,15 +373,27 @@ def test_pinned_copies_are_counted_as_they_are_taken(
         HostCopies().take(files)
 
 
-def fp32_modes(_: None) -> list[bool]:
-    ranks.start(60)
-    return [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+TF32 = """
+import torch
+from pretrain.cluster import ranks
+
+def modes():
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+before = modes()
+ranks.start(60)
+print(before, modes(), torch.get_float32_matmul_precision())
+"""
 
 
 def test_fp32_is_not_rounded_to_tf32() -> None:
-    """Neither convolutions, where it is torch's default, nor products, in whatever has joined a process group."""
-    with unset_fake_temporarily():
-        assert run_ranks(fp32_modes, 1, None) == [[False, False]]
+    """Neither convolutions, where it is torch's default, nor products, where NVIDIA's containers ask for it: in
+    whatever has joined a process group.
+    """
+    variables = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "PYTHONPATH": os.pathsep.join(sys.path), **on_cpu(1)}
+    words = [sys.executable, "-W", "error", "-c", TF32]
+    told = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, timeout=100)
+    assert told.stdout.strip() == "(True, True) (False, False) highest", told.stderr
 
 
 # --- what is planted is found ----------------------------------------------------------------------------------------

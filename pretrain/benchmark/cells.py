@@ -16,6 +16,7 @@ from pretrain.errors import UserError
 
 NUM_CLASSES = 1000
 LOOPS = ("ours", "timm", "timm-tanh", "plain")  # what train.py times, and loops.py builds
+TIMEOUT_S = 24 * 3600  # of a collective: other ranks wait for rank 0 while other loops start and have their turn
 RANDOM = "random"  # as data.train: generated images, none are read
 RANDOM_IMAGES = "random, on the device"  # their name in a row
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def cell_config(
         "model": {"name": model, "image_size": image_size, **({"pooling": pooling} if pooling else {})},
         "data": {"train": RANDOM, "global_batch": batch} | (data or {}),
         "optim": {"lr": 1e-3, "weight_decay": 0.1},
-        "engine": {"precision": precision, "max_micro_batch_size": batch} | engine,
+        "engine": {"precision": precision, "max_micro_batch_size": batch, "timeout_s": TIMEOUT_S} | engine,
     }
     return config_from_dict(values, "benchmark")
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pretrain.benchmark.cells import NUM_CLASSES, cell_config
+from pretrain.benchmark.cells import NUM_CLASSES, TIMEOUT_S, cell_config
 from pretrain.cluster import ranks
 from pretrain.config import Config
 from pretrain.data.loader import Batch, single_labels
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 
 def plan_cell(options: dict[str, Any]) -> Plan:
     """Joins the process group; returns the requested values, with the device's defaults for the rest."""
-    device = ranks.start(24 * 3600)  # timeout in seconds: other ranks wait for rank 0 while other loops have their turn
+    device = ranks.start(TIMEOUT_S)
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     defaults = {"batch": 128, "warmup": 10, "steps": 40} if gpu else {"batch": 8, "warmup": 2, "steps": 5}

@@ -40,7 +40,9 @@ def start(timeout_s: int) -> torch.device:
     global _cpu_group, _counted_here
     complete_environment()
     device = choose_device()
-    torch.backends.cudnn.allow_tf32 = False  # fp32 must be fp32: torch's default rounds convolutions to 10 bits
+    # fp32 must be fp32, not rounded to 10 bits: convolutions are by default, and products where the environment says
+    # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, as in NVIDIA's containers.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
