@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def processes_of(session: int) -> list[int]:
@@ -23,7 +24,7 @@ def processes_of(session: int) -> list[int]:
 
 
 @contextmanager
-def whole_session(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+def whole_session(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
     """Around what a test does with a command that leads a session: behind it neither that nor what it started lives."""
     with process:
         try:
