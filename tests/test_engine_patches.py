@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator import cuda_accelerator, get_accelerator
 from deepspeed.runtime.zero import stage_1_and_2
 from ranks import run_ranks
 from tiny import NUM_CLASSES, changed, make_shards, tiny_config
@@ -61,6 +62,20 @@ def shm_op_in_table(config: Config) -> bool:
 def test_deepspeed_would_compile_its_op(config: Config) -> None:
     """Why it is patched: DeepSpeed's table says that the op can be built here. When it does not, the patch can go."""
     assert run_ranks(shm_op_in_table, 1, config) == [True]
+
+
+def test_gpus_may_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed takes CUDA_VISIBLE_DEVICES for numbers if pynvml is installed. When it does not, the patch can go."""
+    nvml = SimpleNamespace(nvmlDeviceGetHandleByIndex=lambda _: None, NVMLError=Exception)
+    monkeypatch.setattr(cuda_accelerator, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 9))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-3f1c1a5e-7cb8-5a3b-8c1e-5d2a8f7c0b11")
+    accelerator = cuda_accelerator.CUDA_Accelerator()
+    with pytest.raises(ValueError, match="invalid literal"):
+        accelerator.available_memory()
+    pretrain.engine.patches._free_memory_by_torch(accelerator)
+    assert accelerator.available_memory() == 5
 
 
 def group_timeouts(config: Config) -> list[float]:

@@ -29,6 +29,7 @@ def before_start() -> None:
     _without_compiler()
     _without_false_alarm()
     _without_memory_lines()
+    _free_memory_by_torch(get_accelerator())
     if step_is_known():
         _lighten_unsharded_step()
 
@@ -66,6 +67,14 @@ def _is_no_false_alarm(record: logging.LogRecord) -> bool:
 def _without_memory_lines() -> None:
     """Keeps BF16_Optimizer from printing memory around each group of parameters: with layer_decay, dozens of lines."""
     bf16_optimizer.see_memory_usage = lambda message, force=False: None
+
+
+def _free_memory_by_torch(accelerator: Any) -> None:
+    """Makes DeepSpeed ask torch for a GPU's free memory. If pynvml is installed, it asks NVML, for which it takes
+    CUDA_VISIBLE_DEVICES for numbers: with the names that SLURM gives parts of a GPU, the start would fail.
+    """
+    if accelerator.device_name() == "cuda":
+        accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
 
 
 def _set_group_timeouts(timeout_s: int) -> None:
