@@ -105,6 +105,7 @@ DEIT_III += ("loss=sigmoid", "label_threshold=0", "data.three_augment=true")
         ("engine.zero_stage=1", *DEIT_III),
         ("engine.zero_stage=3", *DEIT_III),
         ("engine.zero_stage=1", "engine.compile=max-autotune"),
+        ("engine.zero_stage=1", "engine.checkpoint_activations=true", "model.drop_path=0.1"),
     ],
     ids=" ".join,
 )

@@ -3,6 +3,7 @@
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from pretrain.benchmark.kernels import group_of, kernels_of
 from pretrain.config import Config
-from pretrain.engine.kernels import choose_kernels
+from pretrain.engine.kernels import _is_ordered, choose_kernels
 
 
 def chosen(config: Config, capability: tuple[int, int], cudnn: int) -> tuple[str, bool, bool, bool]:
@@ -40,6 +41,21 @@ def test_attention_of_a_gpu(
     hopper = capability == (9, 0) and cudnn > 91500 and not deterministic
     assert (on, first, ordered) == (hopper, hopper, deterministic)
     assert bool(told) == (tokens > 256 and not deterministic), told
+
+
+@pytest.mark.parametrize(
+    ("model", "ordered"),
+    [
+        ({"name": "B/16"}, True),
+        ({"name": "R50+B/16"}, False),
+        ({"name": "B/16", "positions": "relative"}, False),
+        ({"name": "B/16", "heads": 8}, False),
+        ({"name": "timm:vit_base_patch16_224"}, False),
+    ],
+)
+def test_what_has_no_order_is_known(model: dict[str, Any], ordered: bool, tmp_path: Path) -> None:
+    """Convolutions, the scatter of relative positions, wide heads, and what is not known of timm's models."""
+    assert _is_ordered(changed(tiny_config(tmp_path, tmp_path), model=model)) == ordered
 
 
 def test_nothing_is_chosen_on_a_cpu(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ _FASTEST = [
     SDPBackend.MATH,
 ]
 _TOLD = (
-    "attention's gradient is added up in any order on a GPU for these tokens or heads, so that a resumed run equals an "
-    "uninterrupted one up to rounding; engine.deterministic=true asks for one order, and takes longer"
+    "gradients are added up in any order on a GPU, by attention for these tokens or heads or by convolutions, so that "
+    "a resumed run equals an uninterrupted one up to rounding; engine.deterministic=true asks for one order, and takes "
+    "longer"
 )
 _own_tag: str = torch.compiler.config.cache_key_tag  # as the user set it
 _held: Any = None  # the context manager, entered for good: the priority of attentions ends with it
@@ -55,8 +56,10 @@ def choose_kernels(config: Config, device: torch.device) -> str:
 
 
 def _is_ordered(config: Config) -> bool:
-    """Whether equal steps give equal bits; False for timm's models, whose number of tokens is not known."""
-    if config.model.timm_name is not None:
+    """Whether equal steps give equal bits; False for timm's models, whose number of tokens is not known, and for
+    hybrids: cuDNN may add up the gradient of a convolution in any order.
+    """
+    if config.model.timm_name is not None or config.model.trunk_units is not None:
         return False
     width, _, _, heads = config.model.shape
     few = num_tokens(config.model) <= _ORDERED_TOKENS and width // heads <= _ORDERED_HEAD_WIDTH
