@@ -346,12 +346,13 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("adamw", "bf16"), ("lamb", "fp32")])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_are_one(stage: int, precision: str, tmp_path: Path) -> None:
-    """Over NCCL: the losses of one GPU, but for rounding."""
+def test_two_ranks_are_one(stage: int, optimizer: str, precision: str, tmp_path: Path) -> None:
+    """Over NCCL: the losses of one GPU, but for rounding. LAMB adds up norms of parameters over the ranks itself."""
     shards = make_shards(tmp_path / "squares")
-    recipe = (f"engine.zero_stage={stage}", f"engine.precision={precision}", ACCUMULATED, "log.every_steps=1")
+    recipe = [f"engine.zero_stage={stage}", f"engine.precision={precision}", f"optim.name={optimizer}"]
+    recipe += [ACCUMULATED, "log.every_steps=1"]
     for num_ranks in (1, 2):
         train_on_gpu(shards, tmp_path / str(num_ranks), *recipe, words=launcher_or_python(num_ranks))
     one, two = (losses(tmp_path / str(num_ranks)) for num_ranks in (1, 2))
