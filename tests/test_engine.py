@@ -820,11 +820,22 @@ def test_a_precision_that_the_machine_lacks_is_one_line(
     check_precision(config)
 
 
-def test_out_of_memory_of_the_model_and_of_layer_norms(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+LACKS_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("NCCL error in: NCCLUtils.hpp:77\nLast error:\nFailed to CUDA calloc async 608 bytes"),
+    RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."),
+]
+
+
+@pytest.mark.parametrize("lack", LACKS_OF_MEMORY, ids=["torch", "cublas", "nccl", "cuda"])
+def test_out_of_memory_of_the_model_and_of_layer_norms(
+    lack: Exception, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What can be changed is named; norms of layers can be done without."""
 
     def no_room(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+        raise lack
 
     config = tiny_config(shards, Path("unused"))
     monkeypatch.setattr("pretrain.train.building.Engine", no_room)
@@ -984,13 +995,14 @@ def test_random_states_of_something_else_are_refused(tmp_path: Path) -> None:
             Engine.load_generators(engine, {"cpu": state})
 
 
-def test_out_of_memory_names_the_key() -> None:
+@pytest.mark.parametrize("lack", LACKS_OF_MEMORY, ids=["torch", "cublas", "nccl", "cuda"])
+def test_out_of_memory_names_the_key(lack: Exception) -> None:
     """No engine is needed: what its first step raises becomes a user's error, in one line; later it is another one."""
     engine = Engine.__new__(Engine)
     engine.plan, engine._fits = BatchPlan(96, 1, 0), False
 
     def no_room(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+        raise lack
 
     engine._train_step = no_room  # type: ignore[method-assign,assignment]
     with pytest.raises(
@@ -1002,6 +1014,9 @@ def test_out_of_memory_names_the_key() -> None:
     with pytest.raises(DeviceMemoryError, match="^this GPU's memory does not hold a step, as it did before") as caught:
         engine.train_step(None, 0.1)  # type: ignore[arg-type]
     assert caught.value.exit_code == 75 and "\n" not in str(caught.value)
+    lack = RuntimeError("an illegal memory access")  # `no_room` raises what the name stands for now
+    with pytest.raises(RuntimeError, match="^an illegal memory access$"):
+        engine.train_step(None, 0.1)  # type: ignore[arg-type]
 
 
 def test_forward_passes_are_timed_without_hooks() -> None:

@@ -47,6 +47,7 @@ def main() -> int:
     with cli.loading():
         import torch
 
+        from pretrain.cluster import ranks
         from pretrain.data.reader import BadSample
         from pretrain.evaluation.predictions import assumed_names, likeliest
         from pretrain.evaluation.subject import fitting
@@ -57,7 +58,7 @@ def main() -> int:
     if not weights.num_classes:
         raise UserError(f"{arguments.weights}: has no head, so it tells features, not classes")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False  # as in evaluation: the same float32 logits
+    ranks.keep_float32()  # as in evaluation: the same logits
     with fitting(1):
         model = model_of(weights).to(device)
     if weights.loss is None:

@@ -31,6 +31,15 @@ _counted_here: int | None = None  # ranks on this node, counted by `start` where
 _place: int | None = None  # this rank's number on its node, where LOCAL_RANK is only its device
 
 
+def keep_float32() -> None:
+    """Keeps a GPU from rounding factors of float32 to 10 bits (TF32).
+
+    By default it does so in convolutions, and where the environment says TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, as in
+    NVIDIA's containers, in products too.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def start(timeout_s: int) -> torch.device:
     """Joins the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT describe; returns the device.
 
@@ -40,9 +49,7 @@ def start(timeout_s: int) -> torch.device:
     global _cpu_group, _counted_here
     complete_environment()
     device = choose_device()
-    # fp32 must be fp32, not rounded to 10 bits: convolutions are by default, and products where the environment says
-    # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, as in NVIDIA's containers.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    keep_float32()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -1,5 +1,6 @@
 """The errors for a GPU that runs out of memory."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,19 @@ import torch
 from pretrain.errors import DeviceMemoryError, StorageError
 
 LAYERS = "log.layers_every_steps"
+# What libraries that do not take their memory from torch's allocator say: CUDA itself, cuBLAS, cuDNN, NCCL.
+_LACKS_MEMORY = re.compile("CUDA error: out of memory|_STATUS_ALLOC_FAILED|Failed to CUDA [mc]alloc")
+
+
+@contextmanager
+def raised_as_out_of_memory() -> Iterator[None]:
+    """Context manager: other libraries' lack of a GPU's memory is raised as torch's own, OutOfMemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not (found := _LACKS_MEMORY.search(str(error))):
+            raise
+        raise torch.OutOfMemoryError(found[0]) from error
 
 
 def never_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemoryError:
@@ -33,7 +47,8 @@ def no_longer_fits(num_images: int, error: torch.OutOfMemoryError) -> DeviceMemo
 def fitting(key: str, num_images: int) -> Iterator[None]:
     """Context manager: if a pass over `num_images` runs out of memory, the error names `key`, the setting to lower."""
     try:
-        yield
+        with raised_as_out_of_memory():
+            yield
     except torch.OutOfMemoryError as error:
         less = f"try {num_images // 2}" if key != LAYERS and num_images > 1 else "0 switches it off"
         raise DeviceMemoryError(

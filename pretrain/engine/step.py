@@ -22,7 +22,13 @@ from pretrain.data.order import BatchPlan
 from pretrain.engine.ahead import CopyAhead
 from pretrain.engine.clock import ForwardClock
 from pretrain.engine.compiling import compiles, keep_compiled, start_compilers
-from pretrain.engine.device_memory import LAYERS, fitting, never_fits, no_longer_fits
+from pretrain.engine.device_memory import (
+    LAYERS,
+    fitting,
+    never_fits,
+    no_longer_fits,
+    raised_as_out_of_memory,
+)
 from pretrain.engine.filling import fill
 from pretrain.engine.fp8 import train_in_fp8
 from pretrain.engine.frozen import FrozenStatistics
@@ -157,7 +163,8 @@ class Engine:
         held one before, the size is not to blame, and another try may succeed: exit code 75.
         """
         try:
-            result = self._train_step(batch, lr)
+            with raised_as_out_of_memory():
+                result = self._train_step(batch, lr)
             self._fits = True
             return result
         except torch.OutOfMemoryError as error:

@@ -7,7 +7,7 @@ from pretrain.config import Config
 from pretrain.data.classes import match_classes
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import plan_batch
-from pretrain.engine.device_memory import first_sentence
+from pretrain.engine.device_memory import first_sentence, raised_as_out_of_memory
 from pretrain.engine.frozen import statistics_of
 from pretrain.engine.step import Engine
 from pretrain.engine.versions import untried
@@ -51,7 +51,8 @@ def build_engine(config: Config, data: DataSets, device: torch.device, *, from_s
         say("batch norm: its statistics stay those of the weights that the run starts from")
     say(*told_of_run(config, data, model, plan, device))
     try:
-        engine = Engine(model, config, plan, device, values)
+        with raised_as_out_of_memory():
+            engine = Engine(model, config, plan, device, values)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"model.name: this GPU does not hold {config.model.name} and its optimizer ({first_sentence(error)}); "
