@@ -14,19 +14,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from weights_on_disk import randomised
 
-from pretrain.config import VIT_SHAPES, ModelConfig
+from pretrain.config import VIT_SHAPES, ModelConfig, load_config
 from pretrain.config.checks import timm_models
 from pretrain.config.model import PLAIN_FORM, VIT_FORMS
 from pretrain.errors import ConfigError
+from pretrain.losses import per_image_loss
 from pretrain.models.build import build_model, build_without_values, drawn_values
 from pretrain.models.positions import sincos2d
 from pretrain.models.profile import forward_macs, num_parameters, train_flops
 from pretrain.models.vit import NORM_EPS, Attention, Block, VisionTransformer, draw_kept
-from pretrain.optim import parameter_groups
+from pretrain.optim import build_optimizer, learning_rate, parameter_groups, set_rate
 
 torch.set_num_threads(1)
 TINY: dict[str, Any] = {"name": "Ti", "width": 48, "depth": 3, "mlp_dim": 80, "heads": 3, "image_size": 24}
 NUM_CLASSES = 11
+DEIT3 = Path(__file__).resolve().parents[1] / "configs" / "deit3_imagenet1k.yaml"
 
 
 def tiny(**changes: Any) -> ModelConfig:
@@ -284,6 +286,43 @@ def test_every_tensor_is_initialised_as_in_googles_code(variant: str) -> None:
         else:
             assert name in ("cls_token", "head.weight") or name.endswith(".bias"), name
             assert (values == 0).all(), name
+
+
+@pytest.mark.parametrize("variant", [{"layer_scale": 1e-4, "class_position": False}, {"pooling": "map"}])
+def test_every_tensor_is_initialised_as_in_deits_code(variant: dict[str, Any]) -> None:
+    """models_v2.py: N(0, 0.02) for all that is dense or learned once, the head too; torch's default for the patches."""
+    config = tiny(width=256, mlp_dim=512, heads=4, image_size=64, init="deit", head_bias=-6.9, **variant)
+    for name, tensor in build_model(config, NUM_CLASSES, seed=3).named_parameters():
+        values = tensor.detach()
+        if values.ndim == 4:
+            bound = 1 / math.sqrt(values[0].numel())
+            assert 0.99 * bound < values.abs().max() <= bound
+            assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+        elif values.ndim > 1:  # dense kernels, positions, class token, probe
+            assert values.std() == pytest.approx(0.02, rel=4 / math.sqrt(2 * values.numel())), name
+        elif name == "head.bias":
+            assert (values == torch.tensor(-6.9)).all()
+        elif name.endswith("gamma"):
+            assert (values == torch.tensor(1e-4)).all()
+        else:
+            assert (values == ("norm" in name and name.endswith(".weight"))).all(), name
+
+
+def test_a_head_of_zeros_stays_there_under_lamb() -> None:
+    """LAMB's steps are relative to the weights: after 300 steps of DeiT III's warm-up a head from zero is at 1e-6."""
+    settings, rms = load_config(DEIT3).optim, {}
+    for init in ("google", "deit"):
+        head = build_model(tiny(init=init), NUM_CLASSES, seed=3).head
+        optimizer, generator = build_optimizer(settings, nn.Sequential(head)), torch.Generator().manual_seed(0)
+        for step in range(300):
+            set_rate(optimizer, learning_rate(settings, 500_945, step))
+            features = torch.randn(8, head.in_features, generator=generator)
+            labels = torch.randint(NUM_CLASSES, (8, 1), generator=generator)
+            optimizer.zero_grad()
+            per_image_loss(head(features), labels, torch.ones(8, 1), "sigmoid").mean().backward()
+            optimizer.step()
+        rms[init] = head.weight.detach().square().mean().sqrt()
+    assert rms["google"] < 1e-5 and rms["deit"] > 1e-2
 
 
 def test_the_seed_alone_decides_the_weights() -> None:

@@ -193,7 +193,7 @@ SHAPES = {  # width, depth, mlp_dim, heads: ViT Table 1; Ti, S: AugReg Table 2; 
     "g": (1408, 40, 6144, 16),
     "G": (1664, 48, 8192, 16),
 }
-TRUNKS = {  # ResNet units: ViT B.1.1; R+Ti and R26: vision_transformer vit_jax/configs/models.py
+TRUNKS = {  # ResNet units: ViT 4.1; R+Ti and R26: vision_transformer vit_jax/configs/models.py
     "R50+B/32": [3, 4, 6, 3],
     "R50+B/16": [3, 4, 9],
     "R50+L/32": [3, 4, 6, 3],
@@ -462,6 +462,7 @@ def test_deit3_is_its_authors_command(model: str, image_size: int, lr: float, dr
     assert ours.shape == SHAPES[model[0]] and (ours.patch_size, ours.image_size) == (16, image_size)
     assert (ours.layer_scale, ours.drop_path, ours.drop_path_rule) == (1e-4, drop_path, "uniform")
     assert (ours.gelu, ours.class_position, ours.pooling, ours.dropout) == ("exact", False, "token", 0.0)
+    assert ours.init == "deit"
     line = Line(model, 800, lr, 0.05, 0.0, None, score)
     flops = 6e9 * gmacs(line, 1000, "token", image_size) * config.total_steps * data.global_batch
     assert said.days == pytest.approx(flops / (989e12 * (0.15 if model == "S/16" else 0.30)) / 86_400, rel=0.02)

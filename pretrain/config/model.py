@@ -50,7 +50,7 @@ VIT_SHAPES = {
 }
 
 # Hybrids: the Transformer, and the ResNet units per stage by patch_size. Stage 4 of a /16 gives its units to stage 3
-# (ViT paper, B.1.1). The files published as R+Ti/16 have tokens of 32 pixels: a stem of stride 4 and 8x8 patches.
+# (ViT paper, 4.1). The files published as R+Ti/16 have tokens of 32 pixels: a stem of stride 4 and 8x8 patches.
 HYBRIDS: dict[str, tuple[str, dict[int, list[int]]]] = {
     "R+Ti": ("Ti", {32: []}),
     "R26+S": ("S", {32: [2, 2, 2, 2], 16: [2, 2, 4]}),
@@ -173,6 +173,7 @@ class ModelConfig:
     dropout: float = 0.0  # after each dense layer but q, k, v, and after the positions (paper, B.1)
     drop_path: float = 0.0  # stochastic depth: probability of the last block
     drop_path_rule: Literal["linear", "uniform"] = "linear"  # from 0 at the first block to it, or it at all (DeiT III)
+    init: Literal["google", "deit"] = "google"  # first values; deit: dense kernels and positions N(0, 0.02), head too
     layer_scale: float | None = None  # first value of a factor per channel of each branch (DeiT III: 1e-4); null: none
 
     def __post_init__(self) -> None:

@@ -296,7 +296,7 @@ def init_weights(model: VisionTransformer, config: ModelConfig, generator: torch
 
 def init_parameter(name: str, value: torch.Tensor, config: ModelConfig, generator: torch.Generator) -> None:
     """Draws a parameter's first value, in float32, as vision_transformer and big_vision do (models_vit.py,
-    models/vit.py).
+    models/vit.py), or with init=deit as DeiT does.
 
     Dense kernels: Xavier uniform, with q, k and v each as its own matrix; MLP biases: N(0, 1e-6); positions: N(0, 0.02)
     (with class_position=false, big_vision's way: N(0, 1 / sqrt(D))); convolutions and the representation layer: LeCun
@@ -309,6 +309,8 @@ def init_parameter(name: str, value: torch.Tensor, config: ModelConfig, generato
     elif name.endswith(".gamma"):
         assert config.layer_scale is not None, name
         value.fill_(config.layer_scale)
+    elif config.init == "deit":
+        _init_as_deit(name, value, generator)
     elif "pos_embed" in name or name.endswith("relative_embed"):
         value.normal_(std=0.02 if config.class_position else config.shape.width**-0.5, generator=generator)
     elif value.ndim == 4 or name == "pre_logits.weight":
@@ -326,6 +328,24 @@ def init_parameter(name: str, value: torch.Tensor, config: ModelConfig, generato
         nn.init.xavier_uniform_(value, generator=generator)
     else:  # biases, class token, head kernel
         value.zero_()
+
+
+def _init_as_deit(name: str, value: torch.Tensor, generator: torch.Generator) -> None:
+    """facebookresearch/deit models_v2.py: N(0, 0.02) for dense kernels, positions, class token and probe; convolutions
+    as torch's default; biases zero (theirs of the patches are not), norms' scales one. Theirs are truncated at 2, a
+    hundred deviations, which cuts nothing.
+
+    A head of zeros would not do with LAMB: its steps are relative to the weights, so the head stays near zero during
+    the warm-up, and so do the gradients of all layers below.
+    """
+    if "norm" in name and name.endswith(".weight"):
+        value.fill_(1.0)
+    elif value.ndim == 4:
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    elif value.ndim == 1:
+        value.zero_()
+    else:
+        value.normal_(std=0.02, generator=generator)
 
 
 def _lecun_normal(value: torch.Tensor, generator: torch.Generator) -> None:
