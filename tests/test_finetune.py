@@ -58,7 +58,7 @@ from pretrain.tasks.table import TASKS, VTAB, task
 from pretrain.train.run import train
 
 torch.set_num_threads(1)
-MODEL = ModelConfig(name="B", dropout=0.1, drop_path=0.2, head_bias=-10.0, representation_size=768)
+MODEL = ModelConfig(name="B", dropout=0.1, drop_path=0.2, head_bias=-10.0, representation_size=768, init="deit")
 B16 = Start(Path("b16.npz"), MODEL, "0")
 TINY = ("data.workers=0", "data.global_batch=16", "engine.precision=fp32", "evaluation.batch_size=16")
 
@@ -111,7 +111,7 @@ def test_table_4(full_sets: None, name: str, steps: int, warmup_steps: int, rate
         assert (d.interpolation, d.antialias, d.eval_transform) == ("bilinear", False, "vit")
         assert (d.mixup, d.cutmix, d.randaugment_layers) == (0.0, 0.0, 0)
         assert (m.name, m.dropout, m.drop_path) == ("B", 0.1, 0.0)
-        assert (m.head_bias, m.representation_size) == (0.0, None)
+        assert (m.init, m.head_bias, m.representation_size) == ("google", 0.0, None)  # a head of zeros
         assert m.num_classes == TASKS[name].num_classes and config.init_new_head
     folder = Path("data").absolute() / name
     test = "val" if name == "imagenet" else "test"
@@ -135,19 +135,37 @@ def test_vtab_protocol(full_sets: None) -> None:
             folder / "trainval/manifest.json",
             folder / "test/manifest.json",
         )
-        assert (config.model.image_size, config.model.num_classes, config.data.flip) == (384, 10, 0.0)
+        assert (config.model.image_size, config.model.num_classes, config.optim.warmup_steps) == (384, 10, 200)
     for config in selecting_runs(plan("vtab/eurosat", lr_grid=(0.03, 0.01))):
         assert (config.data.train, config.data.val) == (folder / "train/manifest.json", folder / "val/manifest.json")
         assert config.data.held_out == 0
 
 
-def test_vtab_images_are_only_resized(full_sets: None) -> None:
-    """No crop and no flip in training, whatever the sides: counting and locating would become impossible."""
-    data = final_runs(plan("vtab/eurosat"), 0.01)[0].data
+@pytest.mark.parametrize(
+    ("name", "crops", "flips"),
+    [
+        ("vtab/eurosat", True, True),
+        ("vtab/smallnorb_azimuth", True, False),
+        ("vtab/clevr_count", False, True),
+        ("vtab/dsprites_location", False, False),
+    ],
+)
+def test_vtab_images_lose_no_label(full_sets: None, name: str, crops: bool, flips: bool) -> None:
+    """Crops of 384 of 448 pixels, and mirror images, only where the label stays; evaluation sees the whole image."""
+    data = final_runs(plan(name), 0.01)[0].data
+    assert (data.eval_transform, data.interpolation, data.antialias) == ("vit", "bilinear", False)
     for height, width in ((40, 40), (31, 57), (90, 20)):
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-        for index in range(10):
-            assert torch.equal(train_image(image, 24, data, 0, "set", 0, index), eval_image(image, 24, data))
+        square = eval_image(image, 28 if crops else 24, data)  # 448 and 384, divided by 16
+        squares = square.unfold(1, 24, 1).unfold(2, 24, 1)  # every crop: [3, down, across, 24, 24]
+        places = set()
+        for index in range(20):
+            seen = train_image(image, 24, data, 0, "set", 0, index)
+            for mirrored, view in enumerate((seen, seen.flip(2))):
+                equal = (squares == view[:, None, None]).flatten(3).all(3).all(0)  # [down, across]
+                places |= {(mirrored, *place) for place in equal.nonzero().tolist()}
+        assert {place[0] for place in places} == ({0, 1} if flips else {0})
+        assert len({place[1:] for place in places}) > 5 if crops else {place[1:] for place in places} == {(0, 0)}
 
 
 def test_cuts_are_told(full_sets: None) -> None:

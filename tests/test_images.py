@@ -259,6 +259,26 @@ def test_a_simple_crop_is_deits(height: int, width: int) -> None:
     assert [{place[axis] for place in seen} for axis in (0, 1)] == [set(range(side - 31)) for side in padded.shape[1:]]
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(60, 80), (90, 40)])
+def test_a_squashed_crop_is_bits(height: int, width: int, antialias: bool) -> None:
+    """The whole image as a square of size / crop_share, of which the drawn place is kept; all places are reached."""
+    image = torch.from_numpy(rgb(picture(height, width)).copy())
+    settings = config(crop="squashed", crop_share=32 / 37, interpolation="bilinear", antialias=antialias)
+    resized: Any = v2.functional.resize(image.float(), [37, 37], InterpolationMode.BILINEAR, antialias=antialias)
+    square = resized.round() if antialias else resized.floor()
+    seen: set[tuple[int, int]] = set()
+    for index in range(200):
+        draws = uniform(words(23, "v1", "aug", 3, "trees", 0, index))
+        top, left = (int(share * 6) for share in draws[20:22])
+        expected = square[:, top : top + 32, left : left + 32]
+        expected = expected.flip(-1) if draws[22] < 0.5 else expected
+        found = train_image(image, 32, settings, 3, "trees", 0, index)
+        assert (found - expected).abs().max() <= antialias  # uint8 and float32 sums round differently
+        seen.add((top, left))
+    assert len(seen) == 36
+
+
 def test_the_flip_is_separate_from_the_crop() -> None:
     """flip=0 never flips, flip=1 always, 0.5 in half of the cases; the crop is the same in all three."""
     image = torch.from_numpy(rgb(picture(60, 80)).copy())

@@ -19,6 +19,12 @@ from pretrain.errors import ConfigError
 
 MAX_STEP = 10**10 - 1  # ten digits in the name of a checkpoint's folder; a larger number in a log is damage
 EVAL_CROP_LIMITS = (0.1, 1)  # of data.eval_crop
+_UNUSED_BY_CROP = {
+    "random_resized": ("crop_share",),
+    "inception": ("crop_share",),
+    "simple": ("crop_area", "crop_ratio", "crop_share", "antialias"),
+    "squashed": ("crop_area", "crop_ratio"),
+}
 _STEPS = (0, 1 << 40)  # the least and the most of a number of steps that may be 0
 
 
@@ -35,9 +41,11 @@ class DataConfig:
     order: Literal["auto", "permuted", "lanes"] = "auto"  # of samples; auto: lanes for remote shards (docs/data.md)
     global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
     repeats: int = 1  # each image comes so many times in its step, augmented anew each time (DeiT: 3); 1: once
-    crop: Literal["random_resized", "inception", "simple"] = "random_resized"  # torchvision's; the paper's; DeiT III's
+    # Of training: torchvision's crop; the paper's; DeiT III's; BiT's
+    crop: Literal["random_resized", "inception", "simple", "squashed"] = "random_resized"  # see docs/data.md
     crop_area: tuple[float, float] = (0.08, 1.0)  # of a crop: share of the image's area; Google's code: 0.05 to 1
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # of a crop: width / height
+    crop_share: float = 0.875  # squashed: side of the crop / side of the square that the whole image is resized to
     flip: float = 0.5  # probability of a horizontal flip; 0 for characters and other things that are not symmetric
     randaugment_layers: int = 0  # operations of RandAugment per image; 0: none
     randaugment_magnitude: float = 10.0  # of RandAugment's operations, in TensorFlow's scale of 0 to 10 and beyond
@@ -108,16 +116,16 @@ class DataConfig:
                 yield f"data.{name} is ({low}, {high}), expected 0 < low <= high"
         if self.eval_transform == "vit" and self.eval_crop != DataConfig.eval_crop:
             yield f"data.eval_crop ({self.eval_crop}) has no effect: eval_transform=vit does not crop"
-        for name, value in non_defaults(self) if self.crop == "simple" else ():
-            if name in ("crop_area", "crop_ratio", "antialias"):
-                yield f"data.{name} ({value}) has no effect: crop=simple only resizes the shorter side, with antialias"
+        for name, value in non_defaults(self):
+            if name in _UNUSED_BY_CROP[self.crop]:
+                yield f"data.{name} ({value}) has no effect: crop={self.crop} does not use it"
         if self.crop_area[1] > 1:
             yield f"data.crop_area is ({self.crop_area[0]}, {self.crop_area[1]}); an image has no more than 1.0"
         yield from outside(
             self, "data", global_batch=(1, 1 << 24), held_out=(0, 1 << 40), flip=(0, 1), eval_crop=EVAL_CROP_LIMITS
         )
         yield from outside(self, "data", subset=(1, 1 << 40), max_bad_fraction=(0, 1), workers=(0, 256))
-        yield from outside(self, "data", prefetch=(1, 256), store_gb=(1e-3, 1e6), repeats=(1, 256))
+        yield from outside(self, "data", prefetch=(1, 256), store_gb=(1e-3, 1e6), repeats=(1, 256), crop_share=(0.1, 1))
         yield from outside(self, "data", randaugment_layers=(0, 16), randaugment_magnitude=(0, 30))
         if self.three_augment and self.randaugment_layers:
             yield (
@@ -336,7 +344,7 @@ class Config:
     label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
     label_threshold: float | None = None  # sigmoid: mixed labels of a larger share are 1, others 0 (DeiT III: 0)
     init_from: Path | None = None  # start from these weights: anything that load_model reads, at model.image_size
-    init_new_head: bool = False  # with init_from: leave the head at its initial zeros, e.g. for other classes
+    init_new_head: bool = False  # with init_from: leave the head at its initial values, e.g. for other classes
     branch_from: Path | None = None  # go on from another run's checkpoint, optimizer state and all: to cool it down
     model: ModelConfig = field(default_factory=ModelConfig)  # what is trained
     data: DataConfig = field(default_factory=DataConfig)  # on what

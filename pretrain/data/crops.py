@@ -16,7 +16,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def random_box(height: int, width: int, config: DataConfig, draws: np.ndarray, *key: object) -> Box:
-    """Returns the box of the crop that data.crop names (any but `simple`), in an image of this height and width.
+    """Returns the box of a crop that is resized after it (random_resized, inception), in an image of these sides.
 
     draws: [NUM_DRAWS or more], drawn under `key` (seed, data set, epoch, index); `inception` draws its own instead.
     """

@@ -148,6 +148,8 @@ def train_image(image: torch.Tensor, size: int, config: DataConfig, *key: object
     draws = uniform(words(crops.NUM_DRAWS + 1, "v1", "aug", *key))
     if config.crop == "simple":
         result = _simple_crop(image, size, config, draws)
+    elif config.crop == "squashed":
+        result = _squashed_crop(image, size, config, draws)
     else:
         top, left, height, width = crops.random_box(image.shape[1], image.shape[2], config, draws, *key)
         image = image[:, top : top + height, left : left + width]
@@ -166,6 +168,18 @@ def _simple_crop(image: torch.Tensor, size: int, config: DataConfig, draws: np.n
     shares = draws[crops.NUM_DRAWS - 2 : crops.NUM_DRAWS].tolist()  # used for top and left by every crop
     rows, columns = (crops.mirrored_places(side, size, share) for side, share in zip(sides, shares))
     return _resize(image, sides, config)[:, rows][:, :, columns]
+
+
+def _squashed_crop(image: torch.Tensor, size: int, config: DataConfig, draws: np.ndarray) -> torch.Tensor:
+    """BiT's crop: resizes the whole image to a square, whatever its shape, and takes a smaller square anywhere in it.
+
+    Source: big_vision configs/transfer.py (resize_crop); big_transfer bit_pytorch/train.py.
+    """
+    side = round(size / config.crop_share)
+    top, left = (int(share * (side - size + 1)) for share in draws[crops.NUM_DRAWS - 2 : crops.NUM_DRAWS].tolist())
+    if config.antialias:
+        return _resize(image, (side, side), config, (top, left, size, size))
+    return _resize_truncated(image, side, config.interpolation)[:, top : top + size, left : left + size]
 
 
 def _resize(image: torch.Tensor, size: tuple[int, int], config: DataConfig, kept: Box | None = None) -> torch.Tensor:

@@ -28,9 +28,7 @@ from pretrain.tasks.table import FineTuning, Task, task_folder
 # Google's code (vision_transformer, vit_jax/input_pipeline.py and configs/common.py): Inception crop of 5 to 100 % of
 # the area, flip; evaluation resizes the whole image to the square.
 _CROPPED = {"crop": "inception", "crop_area": [0.05, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.5}
-# VTAB's code (task_adaptation, data_loader.py): the whole image, no augmentation, which would destroy some labels. An
-# Inception crop of 100 % of the area is the whole image, whatever its aspect ratio.
-_WHOLE = {"crop": "inception", "crop_area": [1.0, 1.0], "crop_ratio": [0.75, 1.33], "flip": 0.0}
+_VTAB_CROP_SHARE = 384 / 448  # the image is resized to a square of 448 pixels, of which 384 are used
 _GOOGLE_RESIZE = {"interpolation": "bilinear", "antialias": False, "eval_transform": "vit"}
 
 _DATA = "--data with --task, --test with --train"
@@ -191,6 +189,7 @@ def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], ev
         representation_size=None,
         head_bias=0.0,
         drop_path=0.0,
+        init="google",
     )
     values = {
         "name": name,
@@ -203,7 +202,7 @@ def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], ev
         "data": {
             **data,
             "global_batch": protocol.batch_size,
-            **(_WHOLE if sweep.task.group else _CROPPED),
+            **_training_images(sweep),
             **_GOOGLE_RESIZE,
             **start.normalisation._asdict(),
         },
@@ -223,6 +222,14 @@ def _run(sweep: Sweep, name: str, lr: float, seed: int, data: dict[str, Any], ev
         "checkpoint": {"every_steps": min(1000, math.ceil(protocol.steps / 5))},
     }
     return config_from_dict(values, sweep.task.name, sweep.overrides)
+
+
+def _training_images(sweep: Sweep) -> dict[str, Any]:
+    """Returns how training sees the images. Some labels of VTAB would not outlive a crop or a flip."""
+    if sweep.task.group is None:
+        return _CROPPED
+    crop_share = _VTAB_CROP_SHARE if sweep.protocol.crops else 1.0
+    return {"crop": "squashed", "crop_share": crop_share, "flip": 0.5 if sweep.protocol.flips else 0.0}
 
 
 def write_out(path: Path, text: str) -> None:
