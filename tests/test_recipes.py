@@ -469,6 +469,25 @@ def test_deit3_is_its_authors_command(model: str, image_size: int, lr: float, dr
     assert float(said.score) == score and told_steps(DEIT3) == (I1K, {800: config.total_steps})
 
 
+def test_deit3_has_its_authors_second_step() -> None:
+    """README_revenge.md's fine-tuning of B at 224 px: 20 epochs of 8 batches of 64, at main.py's least rate of 1e-5."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    command = re.search(rf"--config configs/{DEIT3}.yaml (name=.+?)\n```", text, flags=re.DOTALL)
+    assert command is not None
+    config = config_of(DEIT3, command[1].replace("\\\n", " ").split())
+    optim, data = config.optim, config.data
+    assert (
+        config.init_from == config.output / config_of(DEIT3, documented_lines(DEIT3)["B/16, 800 epochs"].overrides).name
+    )
+    assert (config.model.image_size, config.model.shape, config.model.drop_path) == (224, SHAPES["B"], 0.2)
+    assert (optim.name, optim.lr, optim.end_lr, optim.weight_decay, optim.clip_norm) == ("adamw", 1e-5, 1e-5, 0.1, 0.0)
+    assert (optim.eps, optim.betas, data.global_batch, data.repeats) == (1e-8, (0.9, 0.999), 64 * 8, 1)
+    assert (config.total_steps, optim.warmup_steps) == (round(20 * I1K / 512), round(5 * I1K / 512))
+    assert (config.loss, config.label_threshold, config.label_smoothing) == ("softmax", None, 0.1)
+    assert (data.randaugment_layers, data.randaugment_magnitude, data.mixup, data.cutmix) == (2, 9, 0.8, 1.0)
+    assert (data.three_augment, data.color_jitter, data.random_erasing, data.eval_crop) == (False, 0.0, 0.0, 1.0)
+
+
 @pytest.mark.parametrize("name", [*LINES, DEIT3])
 def test_headers_are_complete(name: str) -> None:
     """Each header tells source, data, command with its own path, hardware, time, score with source, deviations."""
