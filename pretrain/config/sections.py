@@ -41,8 +41,7 @@ class DataConfig:
     order: Literal["auto", "permuted", "lanes"] = "auto"  # of samples; auto: lanes for remote shards (docs/data.md)
     global_batch: int = MISSING  # samples per step over all ranks; part of the recipe, never of the machine
     repeats: int = 1  # each image comes so many times in its step, augmented anew each time (DeiT: 3); 1: once
-    # Of training: torchvision's crop; the paper's; DeiT III's; BiT's
-    crop: Literal["random_resized", "inception", "simple", "squashed"] = "random_resized"  # see docs/data.md
+    crop: Literal["random_resized", "inception", "simple", "squashed"] = "random_resized"  # of torchvision, Google ...
     crop_area: tuple[float, float] = (0.08, 1.0)  # of a crop: share of the image's area; Google's code: 0.05 to 1
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # of a crop: width / height
     crop_share: float = 0.875  # squashed: side of the crop / side of the square that the whole image is resized to
@@ -366,9 +365,7 @@ class Config:
         problems += outside(self, "", seed=(0, (1 << 63) - 1), label_smoothing=(0, 0.99), label_threshold=(0, 0.99))
         if self.label_threshold is not None and (self.loss != "sigmoid" or self.label_smoothing):
             now = f"now loss={self.loss}, label_smoothing={self.label_smoothing:g}"
-            problems.append(
-                f"label_threshold needs loss=sigmoid and label_smoothing=0; {now}: set these, or it to null"
-            )
+            problems.append(f"label_threshold needs loss=sigmoid and label_smoothing=0; {now}: or set it to null")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             problems.append(f"name is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-'")
         if self.init_from is not None and self.branch_from is not None:
