@@ -68,7 +68,8 @@ def claim(folder: Path) -> TextIO | None:
             break
         time.sleep(0.5)
     why = f"{folder}: rank {ranks.rank()} does not see it; give output= on a disk that all share"
-    agreement.raise_together(None if seen else UserError(why))
+    with again_if_started(folder):
+        agreement.raise_together(None if seen else UserError(why))
     watchdog.belongs_to(token)  # now that all ranks know it: a rank lost earlier is reported without it
     return held[0] if held else None
 
@@ -141,6 +142,20 @@ def _named(path: Path) -> Iterator[None]:
 def has_started(folder: Path) -> bool:
     """Returns whether an earlier start came as far as its first step."""
     return (folder / _STARTS).is_file()
+
+
+@contextmanager
+def again_if_started(folder: Path) -> Iterator[None]:
+    """Gives a UserError exit code 75 if an earlier start of the run came further: a node has changed, not the command.
+
+    As when a GPU has failed, or a disk is not mounted there: the next start may get another node.
+    """
+    try:
+        yield
+    except UserError as error:
+        if has_started(folder):
+            error.exit_code = StorageError.exit_code
+        raise
 
 
 def is_done(folder: Path, config: Config) -> bool:

@@ -24,11 +24,12 @@ from pretrain.errors import ConfigError, NonFiniteError, NotFoundError, StorageE
 from pretrain.log import RunLog, in_words, say
 from pretrain.models.weights import checkpoint_config
 from pretrain.train import ending
+from pretrain.train.alike import refuse_other_ranks
 from pretrain.train.announce import facts_of, warn_of_settings
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import DataSets, open_data, warn_of_single_reads, warn_of_small_store
 from pretrain.train.epochs import in_steps
-from pretrain.train.folder import claim, has_started, is_done, mark_done, record_start
+from pretrain.train.folder import again_if_started, claim, has_started, is_done, mark_done, record_start
 from pretrain.train.incoming import Incoming
 from pretrain.train.loop import loop
 from pretrain.train.profile import Profile
@@ -49,8 +50,10 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
     folder = config.output / config.name
     watched = watchdog.watching(folder, config.engine.watchdog_s, config.engine.timeout_s)
     with watched, ending.lost_processes(folder), _refused_once(), _short_collections():
-        device = ranks.start(config.engine.timeout_s)
-        peers.meet(agreement.gather)
+        with again_if_started(folder):
+            device = ranks.start(config.engine.timeout_s)
+            peers.meet(agreement.gather)
+            refuse_other_ranks(config)
         agreement.together(lambda: check_machine(config))
         agreement.from_main(lambda: check_installed(config))
         lock = claim(folder)
