@@ -141,6 +141,7 @@ FAKES = {
     "python": 'echo "$FOLDER"; exit "${FAILS:-0}"',
     "squeue": 'echo "${COMMENT:-}"',
     "scancel": 'echo "$*" >> "$LOG.cancelled"',
+    "sleep": 'echo "$1" >> "$LOG.slept"',
     "scontrol": 'echo "$*" >> "$LOG"; [[ $1 == update && -z ${NO_COMMENT:-} ]]',  # else the script waits for its end
     "sbatch": """n=$(($(cat "$LOG.count" 2>/dev/null || echo 0) + 1)); echo $n > "$LOG.count"
 printf "%s\\n" "$*" >> "$LOG"
@@ -210,6 +211,8 @@ COUNTED = f"update JobId=9 Comment={COUNT}"
         ("launch/pretrain.sbatch", {"FAILS": "1", "COMMENT": f"{COUNT}5"}, 1, []),
         ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run", "COMMENT": "mine"}, 75, [f"{COUNTED}1", "requeue 9"]),
         ("launch/pretrain.sbatch", {"FOLDER": "/dev/null/run", "COMMENT": f"{COUNT}5"}, 75, []),
+        ("launch/pretrain.sbatch", {"BLIND": "0"}, 2, []),
+        ("launch/pretrain.sbatch", {"BLIND": "1"}, 75, [f"{COUNTED}1", "requeue 9"]),
         ("launch/pretrain.sbatch", {"FAILS": "1", "NO_COMMENT": "1"}, 1, [f"{COUNTED}1"]),
         ("launch/pretrain.sbatch", {"GONE": "launch"}, 75, [f"{COUNTED}1", "requeue 9"]),
         ("launch/evaluate.sbatch", {}, 2, []),
@@ -218,11 +221,19 @@ COUNTED = f"update JobId=9 Comment={COUNT}"
 def test_a_job_that_does_not_come_to_its_command(
     script: str, variables: dict[str, str], code: int, asked: list[str], tmp_path: Path
 ) -> None:
-    """A wrong key needs a person; a disk that is away is tried again, not for ever; no arguments: how it is used."""
+    """A wrong key needs a person; a disk that is away is tried again, not for ever; no arguments: how it is used.
+
+    Python exits with 2 too, on a node that does not see the code.
+    """
+    if "BLIND" in variables:
+        (tmp_path / "srun").write_text('#!/bin/bash\n[[ $1 == bash ]] && exit "$BLIND"; exit 2\n')
+        (tmp_path / "srun").chmod(0o755)
     cwd = tmp_path if variables.pop("GONE", "") else ROOT
     variables = {"FOLDER": str(tmp_path / "run"), "SLURM_JOB_ID": "9", **variables}
     done, told = with_fakes(tmp_path, ["bash", str(ROOT / script)], cwd, **variables)
     assert (done.returncode, told) == (code, asked), done.stderr
+    slept = (tmp_path / "log.slept").read_text() if (tmp_path / "log.slept").exists() else ""
+    assert slept == ("960\n" if told == [f"{COUNTED}5", "requeue 9"] else ""), slept
     assert script != "launch/evaluate.sbatch" or "usage: sbatch --array" in done.stdout
 
 
@@ -237,7 +248,7 @@ NO_MORE = '{"reason": "a wrong setting", "retry": false, "exit_code": 77}'
         ("exit 76", "9 5", "not requeued: 6 starts in a row without a new checkpoint", "9 6"),
         ("exit 76", "8 5", "exit code 76, newest checkpoint : requeued", "9 1"),  # another job, looked at since
         ('mkdir -p "$FOLDER/checkpoints/step-1"; exit 76', "9 5", "newest checkpoint step-1: requeued", "9 0"),
-        ('sleep 0.1; echo "$STOP" > "$FOLDER/STOP.json"; exit 77', "", f"not requeued: {NO_MORE}", ""),
+        ('/bin/sleep 0.1; echo "$STOP" > "$FOLDER/STOP.json"; exit 77', "", f"not requeued: {NO_MORE}", ""),
     ],
 )
 def test_what_an_earlier_job_has_left_is_not_deleted(
@@ -254,6 +265,28 @@ def test_what_an_earlier_job_has_left_is_not_deleted(
     assert done.returncode == (77 if "77" in does else 76) and done.stdout.splitlines()[-1].endswith(told), done.stdout
     assert asked == (["requeue 9"] if told.endswith(": requeued") else [])
     assert (tmp_path / "run" / "idle_restarts").read_text().strip() == counted
+    slept = (tmp_path / "log.slept").read_text() if (tmp_path / "log.slept").exists() else ""
+    assert slept == ("960\n" if counted == "9 5" else ""), "an outage lasts longer than six starts in a row"
+
+
+@pytest.mark.parametrize(("ends", "slept"), [(100, "40\n"), (10_000, "960\n"), (0, "0\n")])
+def test_a_pause_ends_before_the_job_does(ends: int, slept: str, tmp_path: Path) -> None:
+    """Ended at its time limit, SLURM would not requeue it."""
+    (tmp_path / "date").write_text("#!/bin/bash\necho 1000\n")
+    (tmp_path / "date").chmod(0o755)
+    variables = {"FOLDER": "/dev/null/run", "COMMENT": f"{COUNT}4", "SLURM_JOB_ID": "9"}
+    variables["SLURM_JOB_END_TIME"] = str(1000 + ends)
+    _, asked = with_fakes(tmp_path, ["bash", str(ROOT / "launch/pretrain.sbatch")], **variables)
+    assert asked == [f"{COUNTED}5", "requeue 9"] and (tmp_path / "log.slept").read_text() == slept
+
+
+def test_progress_forgets_starts_without_the_disk(tmp_path: Path) -> None:
+    """Else five outages in all the weeks of a job would be its end."""
+    (tmp_path / "srun").write_text('#!/bin/bash\nmkdir -p "$FOLDER/checkpoints/step-1"; exit 76\n')
+    (tmp_path / "srun").chmod(0o755)
+    variables = {"FOLDER": str(tmp_path / "run"), "SLURM_JOB_ID": "9", "COMMENT": f"{COUNT}4"}
+    _, asked = with_fakes(tmp_path, ["bash", str(ROOT / "launch/pretrain.sbatch")], **variables)
+    assert asked == [f"{COUNTED}0", "requeue 9"]
 
 
 @pytest.mark.slow
