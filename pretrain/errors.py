@@ -48,6 +48,10 @@ class NotFoundError(UserError):
     """A file that the user names is not there; it may be on a disk that is away."""
 
 
+class TakenOverError(UserError):
+    """Another start has taken the run's folder over: this one must not write in it any more."""
+
+
 class StorageError(OSError):
     """Reading or writing failed for now: the same command may succeed later."""
 

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_config
+from ranks import run_ranks
+from tiny import make_shards, tiny_config
 
 from pretrain import provenance
 from pretrain.cluster.jobs import PART_OF
-from pretrain.config import config_to_dict
+from pretrain.config import Config, config_to_dict
 from pretrain.data.order import Order
-from pretrain.errors import LostProcessError, StorageError, UserError
+from pretrain.errors import LostProcessError, StorageError, TakenOverError, UserError
 from pretrain.train import folder as run_folder
 from pretrain.train import resuming
 from pretrain.train.folder import claim, is_done, mark_done, record_start
 from pretrain.train.resuming import fingerprint, refuse_changes
-from pretrain.train.state import resumed
+from pretrain.train.run import train
+from pretrain.train.save import Saver
+from pretrain.train.state import TrainState, resumed
 
 
 def failing(number: int) -> Any:
@@ -39,7 +42,7 @@ def test_a_file_system_without_locks_is_told(
     """That is no other run: training goes on at once, warned with the reason."""
     monkeypatch.setattr(fcntl, "lockf", failing(number))
     monkeypatch.setattr(run_folder.time, "sleep", lambda _: pytest.fail("waits for a lock that nobody has"))
-    lock = claim(tmp_path / "run")
+    lock = claim(tmp_path / "run").lock
     assert lock is not None
     lock.close()
     assert f"does not support locks ({os.strerror(number)})" in capsys.readouterr().err
@@ -78,19 +81,42 @@ def test_other_nodes_may_see_the_lock_late(tmp_path: Path, monkeypatch: pytest.M
     """As on NFS: rank 0 brings it to the server, the others look again for a while."""
     synced, looks = [], []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
-    lock = claim(tmp_path / "run")
+    lock = claim(tmp_path / "run").lock
     assert lock is not None and str(tmp_path / "run" / "lock") in synced
     token = (tmp_path / "run" / "lock").read_text()
     monkeypatch.setattr(run_folder.agreement, "from_main", lambda _: token)
     monkeypatch.setattr(run_folder.ranks, "is_main", lambda: False)
     monkeypatch.setattr(run_folder.time, "sleep", lambda _: looks.append(late.rename(tmp_path / "run")))
     late = (tmp_path / "run").rename(tmp_path / "late")
-    assert claim(tmp_path / "run") is None and len(looks) == 1
+    assert claim(tmp_path / "run").lock is None and len(looks) == 1
     monkeypatch.setattr(run_folder, "SEEN_WITHIN_S", 0.0)
     (tmp_path / "run" / "lock").write_text("another run's")
     with pytest.raises(UserError, match="run: rank 0 does not see it; give output= on a disk that all share"):
         claim(tmp_path / "run")
     lock.close()
+
+
+def taken_over(config: Config) -> tuple[str, int]:
+    """Trains; once step 5 is saved, another start that knows of no lock claims the folder. Returns the error."""
+    save = Saver.save
+
+    def taken_after_it(self: Saver, state: TrainState, *args: Any, **options: Any) -> None:
+        save(self, state, *args, **options)
+        self.finish()
+        (config.output / config.name / "lock").write_text("0" * 32)
+
+    Saver.save = taken_after_it
+    with pytest.raises(TakenOverError) as refusal:
+        train(config)
+    return str(refusal.value), refusal.value.exit_code
+
+
+def test_a_start_that_another_has_taken_over_saves_no_more(tmp_path: Path) -> None:
+    """Two that save in one folder remove each other's. What it leaves there is the other's: it writes no STOP.json."""
+    config = tiny_config(make_shards(tmp_path / "squares"), tmp_path)
+    (told, code), folder = run_ranks(taken_over, 1, config)[0], tmp_path / "tiny"
+    assert told.startswith(f"{folder}: another start of this run has taken it over") and code == 2
+    assert os.listdir(folder / "checkpoints") == ["step-0000000005"] and not (folder / "STOP.json").exists()
 
 
 def start(folder: Path, step: int = 0, recipe: Path | None = None, *, branched: bool = False) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain.cluster import peers, ranks, watchdog
-from pretrain.errors import DeviceMemoryError, LostProcessError, StorageError, UserError
+from pretrain.errors import DeviceMemoryError, LostProcessError, StorageError, TakenOverError, UserError
 from pretrain.json_files import Fields
 from pretrain.storage import write_text
 
@@ -67,6 +67,8 @@ def note(folder: Path, reason: Exception | str) -> None:
 
     A lack of GPU memory is written by whichever rank meets it; to the others, that rank is only lost.
     """
+    if isinstance(reason, TakenOverError):  # the folder, and STOP.json in it, are another start's
+        return
     lacks_memory = isinstance(reason, DeviceMemoryError)
     if not (ranks.is_main() or lacks_memory):
         return

@@ -30,13 +30,14 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from pretrain.cluster import agreement, ranks, restarts, watchdog
 from pretrain.cluster.jobs import PART_OF
 from pretrain.config import MAX_STEP, Config, config_to_yaml
-from pretrain.errors import PASSING_ERRORS, LostProcessError, StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, LostProcessError, StorageError, TakenOverError, UserError
 from pretrain.json_files import Fields, read_bytes
 from pretrain.log import TIME_FORMAT, JsonLines, not_a_link, rewind, warn
 from pretrain.provenance import UNKNOWN, commit, versions
@@ -51,8 +52,40 @@ SEEN_WITHIN_S = 60.0  # an NFS client may remember for so long that a file was n
 _CLAIM_TRIES = 20  # half a second each: a killed run's last processes may need seconds to go
 
 
-def claim(folder: Path) -> TextIO | None:
-    """Makes the run's folder and takes its lock, which is held as long as the returned file is open (rank 0).
+@dataclass(frozen=True)
+class Claim:
+    """A run's folder in which this start may write until it closes the claim, or another start takes it over.
+
+    Locks do not prevent that where the file system has none, or only for each node (Lustre's localflock), or where a
+    server gave up the lock of a node that was cut off and comes back.
+    """
+
+    folder: Path
+    token: str  # in the lock's file
+    lock: TextIO | None  # open on rank 0, None on others
+
+    def check(self) -> None:
+        """Raises TakenOverError, on all ranks, when another start has claimed the folder since. Called by all ranks."""
+        agreement.from_main(self._check)
+
+    def _check(self) -> None:
+        assert self.lock is not None
+        with suppress(OSError):  # the disk is away, as whatever is written next will find
+            # Through the descriptor that holds the lock: whoever closes another one of the same file loses it.
+            if os.pread(self.lock.fileno(), len(self.token), 0).decode(errors="replace") != self.token:
+                raise TakenOverError(
+                    f"{self.folder}: another start of this run has taken it over, and this one ends without a save; "
+                    "let only one at a time train in a folder"
+                )
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self.lock is not None:
+            self.lock.close()
+
+
+def claim(folder: Path) -> Claim:
+    """Makes the run's folder and takes its lock, which is held as long as the returned claim is open.
 
     Raises UserError, on all ranks, when another process trains in it, when it cannot be written, or when a rank's node
     does not see it; StorageError when it cannot be written for now; LostProcessError when a restart finds it locked.
@@ -71,7 +104,7 @@ def claim(folder: Path) -> TextIO | None:
     with again_if_started(folder):
         agreement.raise_together(None if seen else UserError(why))
     watchdog.belongs_to(token)  # now that all ranks know it: a rank lost earlier is reported without it
-    return held[0] if held else None
+    return Claim(folder, token, held[0] if held else None)
 
 
 def _holds(path: Path, token: str) -> bool:

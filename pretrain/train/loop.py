@@ -9,6 +9,7 @@ from pretrain.optim import learning_rate
 from pretrain.train.datasets import DataSets
 from pretrain.train.evaluate import evaluate
 from pretrain.train.first_batch import show_first_batch
+from pretrain.train.folder import Claim
 from pretrain.train.incoming import Incoming
 from pretrain.train.journal import Journal
 from pretrain.train.meter import Meter
@@ -26,6 +27,7 @@ def loop(
     profile: Profile,
     batches: Incoming,
     stop: signals.StopRequest,
+    claimed: Claim,
     *,
     branched: bool,
 ) -> None:
@@ -34,7 +36,7 @@ def loop(
     batches: one for each of these steps. branched: it starts from another run's checkpoint, and first saves its own.
     """
     meter = Meter(config, data.num_classes, state, engine)
-    journal, saver = Journal(config.output / config.name, config), Saver(config, data, engine, log)
+    journal, saver = Journal(config.output / config.name, config), Saver(config, data, engine, log, claimed)
     with meter.paused():
         if branched:  # the other run may delete its checkpoint, or have a newer one at the next start
             saver.save(state, meter, must_succeed=True)

@@ -29,7 +29,7 @@ from pretrain.train.announce import facts_of, warn_of_settings
 from pretrain.train.building import build_engine
 from pretrain.train.datasets import DataSets, open_data, warn_of_single_reads, warn_of_small_store
 from pretrain.train.epochs import in_steps
-from pretrain.train.folder import again_if_started, claim, has_started, is_done, mark_done, record_start
+from pretrain.train.folder import Claim, again_if_started, claim, has_started, is_done, mark_done, record_start
 from pretrain.train.incoming import Incoming
 from pretrain.train.loop import loop
 from pretrain.train.profile import Profile
@@ -56,13 +56,13 @@ def train(config: Config, *, recipe: Path | None = None, stop: signals.StopReque
             refuse_other_ranks(config)
         agreement.together(lambda: check_machine(config))
         agreement.from_main(lambda: check_installed(config))
-        lock = claim(folder)
+        claimed = claim(folder)
         with ending.noted(folder):
-            _train(config, folder, device, recipe, stop)
+            _train(config, claimed, device, recipe, stop)
         watchdog.section("end")
         ranks.stop()
     stop.close()
-    del lock
+    claimed.close()
 
 
 @contextmanager
@@ -86,7 +86,8 @@ def _short_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _train(given: Config, folder: Path, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
+def _train(given: Config, claimed: Claim, device: torch.device, recipe: Path | None, stop: signals.StopRequest) -> None:
+    folder = claimed.folder
     config, data = agreement.together(lambda: _opened(folder, given))
     restore_copy(config, stop)
     checkpoint = newest_valid(folder / "checkpoints")
@@ -123,7 +124,7 @@ def _train(given: Config, folder: Path, device: torch.device, recipe: Path | Non
     ):
         gc.collect()
         gc.freeze()  # model and engine too: a full collection takes a third of a second, and delays all ranks
-        loop(config, data, engine, state, log, profile, batches, stop, branched=origin is not None)
+        loop(config, data, engine, state, log, profile, batches, stop, claimed, branched=origin is not None)
     if state.step == config.total_steps and not state.validation_due and not state.features_due:
         mark_done(folder, state.step, state.metrics)
         say(f"done: {folder}, step {state.step}" + "".join(f", {in_words(k, v)}" for k, v in state.metrics.items()))

@@ -20,7 +20,7 @@ from pretrain.errors import NonFiniteError, StorageError, UserError
 from pretrain.log import RunLog, warn
 from pretrain.provenance import versions
 from pretrain.train.datasets import DataSets
-from pretrain.train.folder import digest_of_starts
+from pretrain.train.folder import Claim, digest_of_starts
 from pretrain.train.meter import Meter
 from pretrain.train.resuming import fingerprint, receipt
 from pretrain.train.state import TrainState
@@ -81,8 +81,8 @@ class Saver:
     the ranks exchange `done`, and call `advance` when it is set on all.
     """
 
-    def __init__(self, config: Config, data: DataSets, engine: Engine, log: RunLog) -> None:
-        self._config, self._data, self._engine, self._log = config, data, engine, log
+    def __init__(self, config: Config, data: DataSets, engine: Engine, log: RunLog, claimed: Claim) -> None:
+        self._config, self._data, self._engine, self._log, self._claimed = config, data, engine, log, claimed
         self._folder, keep = _folder_of(config), config.checkpoint
         self._copies = HostCopies() if keep.behind else None
         self._under_way: Save | None = None
@@ -98,10 +98,11 @@ class Saver:
         """Saves a checkpoint of the run as it is now, and deletes those that are not kept.
 
         Waits for the previous save, and for this one if it `must_succeed`: then a failure is a StorageError, otherwise
-        a warning.
+        a warning. Raises TakenOverError when another start writes in the folder: they would remove each other's saves.
         """
         self.finish()
         watchdog.section("save", state.step)
+        self._claimed.check()
         engine = self._engine
         engine.check()
         state.window = meter.window()
