@@ -50,8 +50,7 @@ def loop(
         lr = learning_rate(config.optim, config.total_steps, state.step)
         with profile.step(state.step + 1), engine.layers.watched(due(state.step + 1, config.log.layers_every_steps)):
             result = engine.train_step(engine.ahead.take(batch, following), lr)
-        state.step += 1
-        state.metrics = {}
+        state.step, state.metrics = state.step + 1, {}
         meter.add(result)
         with saver.finished_before_errors():
             stopping, saver_done = journal.note(state, batch, result, answer)
