@@ -92,6 +92,21 @@ def test_a_fault_that_lasts_is_told(site: Site, kind: str, monkeypatch: pytest.M
     assert len(site.requests) <= remote.MAX_TRIES
 
 
+@pytest.mark.parametrize("status", ["400", "403", "404"])
+def test_a_refusal_that_passes_costs_nothing(site: Site, status: str) -> None:
+    """A run of weeks makes billions of requests, and would end for good at the first that is refused by mistake."""
+    site.fault = lambda number: status if number < remote.REFUSED_TRIES - 1 else ""
+    assert read(f"{site.url}/a.tar") == DATA and site.faults[status] == 4
+    site.requests.clear()
+    site.fault = lambda _: status
+    with pytest.raises(UserError, match=status):
+        read(f"{site.url}/a.tar")
+    assert len(site.requests) == remote.REFUSED_TRIES
+    with pytest.raises(UserError, match=status):  # a user who asks for a file's size is told at once
+        num_bytes_of(f"{site.url}/a.tar")
+    assert len(site.requests) == remote.REFUSED_TRIES + 1
+
+
 def test_progress_makes_tries_new_but_a_byte_is_none(site: Site) -> None:
     """Answers that each break off half-way are fine; a server that sends single bytes is given up."""
     site.fault = lambda number: "half-way" if number < 3 else "503" if number % 9 else ""

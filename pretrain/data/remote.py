@@ -24,6 +24,8 @@ from pretrain.json_files import brief
 SCHEMES = ("http", "https", "s3", "gs")
 SILENCE_S = 3.0  # time-out between two arrivals of bytes, and for connecting
 MAX_TRIES = 11  # in a row without progress; their waits add up to 14 to 29 seconds, 22 on average
+REFUSED_TRIES = 5  # in a row, for status 403 and the like; 3 to 6 s. Of 10^10 requests in six weeks some are refused
+_LATER = 3  # added to the number of such a try for `wait_before`: the waits are up to 0.4 to 3.2 s
 FIRST_WAIT_S, MAX_WAIT_S = 0.05, 8.0  # before the second try; doubled for each further one
 MIN_PROGRESS_BYTES = 64 << 10  # that reset the count of tries: otherwise a server could send a byte at a time for ever
 MAX_REDIRECTS = 5
@@ -90,14 +92,20 @@ def download(
     """Passes bytes start .. end-1 of a file of `num_bytes` to `write`, in order, in pieces.
 
     An error of `write` passes through. Raises StorageError when the network or the server fails MAX_TRIES times in a
-    row, UserError when the file does not exist, may not be read, or is not of `num_bytes`, and KeyboardInterrupt,
-    within SILENCE_S, when another thread has set `stopped`.
+    row, UserError when the file does not exist or may not be read, REFUSED_TRIES times in a row, or is not of
+    `num_bytes`, and KeyboardInterrupt, within SILENCE_S, when another thread has set `stopped`.
     """
-    at, tries, arrived = start, 0, 0
+    at, tries, arrived, refused = start, 0, 0, 0
     pieces = _received(url, at, end, num_bytes)
     while at < end:
         try:
             piece = next(pieces)
+        except _Refused:
+            refused += 1
+            if refused == REFUSED_TRIES:
+                raise
+            wait_before(_LATER + refused, stopped)
+            pieces = _received(url, at, end, num_bytes)
         except UserError:
             raise
         except (OSError, http.client.HTTPException) as error:
@@ -112,6 +120,7 @@ def download(
             write(piece)
             at += len(piece)
             arrived += len(piece)
+            refused = 0
 
 
 class Facts(NamedTuple):
@@ -161,6 +170,10 @@ def wait_before(tries: int, stopped: threading.Event | None = None) -> None:
 def _go_on_unless(stopped: threading.Event | None) -> None:
     if stopped and stopped.is_set():
         raise KeyboardInterrupt
+
+
+class _Refused(UserError):
+    """An answer of 4xx to a request for a file's bytes: seldom one that passes, as while credentials are renewed."""
 
 
 class _NotTheRange(OSError):
@@ -231,7 +244,10 @@ def _answer(url: str, at: int, end: int) -> http.client.HTTPResponse:
         except ssl.SSLCertVerificationError as error:
             raise UserError(f"{url}: {parts.hostname} is not trusted ({error.verify_message})") from None
         if response.status not in _REDIRECTS:
-            _refuse(url, response.status)
+            try:
+                _refuse(url, response.status)
+            except UserError as error:
+                raise _Refused(*error.args) from None
             return response
         _forget_connections()
         address = _redirected(url, address, response.getheader("Location", ""))
