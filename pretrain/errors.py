@@ -22,6 +22,9 @@ PASSING_ERRORS = {
     errno.EHOSTUNREACH,
 }
 
+# Waits before a read is tried again after one. A Lustre client that a server has evicted gives EIO for seconds.
+RETRY_AFTER_S = (0.5, 2.0, 8.0, 20.0)
+
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its type if the message is empty."""

@@ -210,6 +210,7 @@ def test_an_unreadable_file_is_passed_over(tmp_path: Path, monkeypatch: pytest.M
         return real(path)
 
     monkeypatch.setattr(find, "crc32c", failing)
+    monkeypatch.setattr(find.time, "sleep", lambda _: None)
     assert newest_valid(tmp_path) == tmp_path / "step-0000000001"
 
 
@@ -228,7 +229,7 @@ def test_a_read_that_fails_for_now_is_no_damage(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(find, "crc32c", failing)
     monkeypatch.setattr(find.time, "sleep", waits.append)
     for number in (errno.ETIMEDOUT, errno.ESTALE, errno.EIO):
-        left[0] = 2
+        left[0] = 4
         numbers.append(number)
         assert newest_valid(tmp_path) == tmp_path / "step-0000000002" and left == [0]
     for number in (errno.ETIMEDOUT, errno.EACCES):
@@ -239,13 +240,13 @@ def test_a_read_that_fails_for_now_is_no_damage(tmp_path: Path, monkeypatch: pyt
                 StorageError, match=f"weights-0.*for now .{os.strerror(number)}.*is no damage; the same"
             ):
                 look()
-    assert waits == [0.5, 2.0] * 5  # and not where a right is missing
+    assert waits == [0.5, 2.0, 8.0, 20.0] * 5  # and not where a right is missing
 
 
 def read_while_one_rank_cannot(folder: Path) -> str:
     """Rank 1 has lost its mount of the disk."""
     ranks.start(60)
-    find._AGAIN_AFTER_S = ()
+    find.RETRY_AFTER_S = ()
     if ranks.rank() == 1:
 
         def away(path: Path) -> list:

@@ -11,12 +11,11 @@ from typing import Any
 
 from pretrain.checkpoint.layout import DamagedError, flaw_of_file, read_manifest, step_folders, step_of
 from pretrain.cluster import agreement, ranks
-from pretrain.errors import PASSING_ERRORS, StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, RETRY_AFTER_S, StorageError, UserError
 from pretrain.log import warn
 from pretrain.storage import crc32c, remove
 
 _LOOKS = 10  # tries, when training deletes or replaces the very checkpoint that is being read
-_AGAIN_AFTER_S = (0.5, 2.0)  # waits before rereading a file: its disk may be away for a moment
 # Errors of a disk that is away or refuses access, not of a damaged file. EIO may be a bad sector: it counts as damage.
 _NO_DAMAGE = PASSING_ERRORS - {errno.EIO} | {errno.EACCES, errno.EPERM}
 _TOO_FAST = "{}: its checkpoints are deleted faster than they can be read; raise checkpoint.keep_last"
@@ -184,7 +183,7 @@ def _tried(file: Path, read: Callable[[], Any]) -> Any:
 
     Raises StorageError where the disk, not the file, is at fault, and DamagedError otherwise.
     """
-    for wait_s in (*_AGAIN_AFTER_S, None):
+    for wait_s in (*RETRY_AFTER_S, None):
         try:
             return read()
         except OSError as error:

@@ -29,14 +29,12 @@ from pretrain.data.manifest import (
 )
 from pretrain.data.store import Block, store_at
 from pretrain.data.tar_headers import MAX_SAMPLE_MEMBERS, members
-from pretrain.errors import PASSING_ERRORS, StorageError, UserError
+from pretrain.errors import PASSING_ERRORS, RETRY_AFTER_S, StorageError, UserError
 
 MAX_SAMPLE_BYTES = 64 << 20  # a larger one is refused unread
 MAX_IMAGE_BYTES = MAX_SAMPLE_BYTES - (64 << 10)  # what remains for the image beside its headers and its label
 MAX_LABELS = 1000  # of one image: all rows of a batch are padded to the longest, and 4096 of 1000 labels take 50 MB
 MAX_LABEL_BYTES = 16 << 10  # of their list
-# Waits before a read is tried again, with the file reopened, after an error that network disks give for a moment.
-RETRY_AFTER_S = (0.5, 2.0, 8.0, 20.0)
 MAX_TRYING_S = 60.0  # no further try after that: one may itself last for minutes
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's rule
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
@@ -126,7 +124,7 @@ def _from_index(shard: Shard, read: Callable[[IndexRows], Any]) -> Any:
 
 
 def _patiently(shard: Shard, what: str, read: Callable[[], Any]) -> Any:
-    """Returns what `read` returns, retrying after each wait of RETRY_AFTER_S. Raises StorageError.
+    """Returns what `read` returns, reopening the file after each wait of RETRY_AFTER_S. Raises StorageError.
 
     Where a try itself lasts for minutes, as on an unreachable mount, there are fewer: the watchdog's time is shorter.
     """

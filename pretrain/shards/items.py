@@ -14,8 +14,8 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from pretrain.data.reader import RETRY_AFTER_S, BadSample
-from pretrain.errors import PASSING_ERRORS, StorageError
+from pretrain.data.reader import BadSample
+from pretrain.errors import PASSING_ERRORS, RETRY_AFTER_S, StorageError
 from pretrain.escape import shown
 
 
