@@ -20,6 +20,7 @@ from test_resume import finish
 from tiny import changed, make_shards, tiny_config
 from web import s3_server
 
+from pretrain.checkpoint import copies
 from pretrain.checkpoint.copies import Copier, restore
 from pretrain.checkpoint.layout import DamagedError, manifest_text, step_folders, step_of
 from pretrain.checkpoint.retention import apply_retention
@@ -207,8 +208,13 @@ def test_a_copy_that_fails_is_a_warning(
     assert place.steps() == [20, 10] and not capfd.readouterr().err.count("NOT MADE")
 
 
-def test_what_is_being_copied_is_not_deleted(place: SecondPlace, tmp_path: Path) -> None:
-    """A slow upload of a step that the run's folder would have deleted meanwhile; nobody waits for it."""
+def test_what_is_being_copied_is_not_deleted(
+    place: SecondPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A slow upload of a step that the run's folder would have deleted meanwhile; nobody waits for it.
+
+    A place that hangs would look like that for weeks: each save says so.
+    """
     began, go = threading.Event(), threading.Event()
     inner = place._write
 
@@ -228,6 +234,10 @@ def test_what_is_being_copied_is_not_deleted(place: SecondPlace, tmp_path: Path)
         apply_retention(tmp_path / "run", **KEEP, spare=copier.reading)
         copier.begin()
     assert [step_of(path) for path in step_folders(tmp_path / "run")] == [30, 20, 10] and not copier.done
+    assert "NOT MADE" not in capfd.readouterr().err
+    monkeypatch.setattr(copies, "LATE_MINUTES", 0.0)
+    copier.begin()
+    assert f"COPY NOT MADE: {tmp_path}/run/step-0000000010: not complete after 0 minutes" in capfd.readouterr().err
     go.set()
     wait_for(lambda: copier.done)
     assert place.steps() == [30, 20]

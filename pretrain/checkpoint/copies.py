@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from pretrain.checkpoint.layout import DamagedError, step_folders, step_of
 from pretrain.checkpoint.second_place import SecondPlace, told
 from pretrain.errors import StorageError, UserError
 from pretrain.log import say, warn
+
+LATE_MINUTES = 60.0  # after which each save warns that a copy is still not complete
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -70,10 +73,17 @@ class Copier:
         self._open_place, self._folder, self._keep, self._of_run = open_place, folder, keep, run
         self._asked: queue.Queue[None] = queue.Queue()
         self.reading: Path | None = None  # being copied: retention in the first place must spare it
+        self._since = 0.0  # when that began
         threading.Thread(target=self._run, name="copying", daemon=True).start()
 
     def begin(self) -> None:
-        """Makes the thread look for checkpoints to copy."""
+        """Makes the thread look for checkpoints to copy; warns if it is still busy with one from long ago."""
+        path, minutes = self.reading, (time.monotonic() - self._since) / 60
+        if path is not None and minutes > LATE_MINUTES:
+            warn(
+                f"COPY NOT MADE: {path}: not complete after {minutes:,.0f} minutes, and no newer one is copied "
+                "meanwhile; the second place is slow, or hangs: then only another start tries again"
+            )
         self._asked.put(None)
 
     @property
@@ -100,7 +110,7 @@ class Copier:
         for path in steps:
             if not self._asked.empty():  # there is a newer checkpoint; the next turn begins with it
                 return
-            self.reading = path
+            self._since, self.reading = time.monotonic(), path
             try:
                 if path.exists() and not place.holds(step_of(path), path):
                     place.copy(step_of(path), path)
