@@ -320,6 +320,10 @@ def test_existing_tars_are_indexed_as_they_are(tmp_path: Path) -> None:
     [
         ([("a.jpg", b"x")], "sample a has no label (.cls), only jpg"),
         ([("a.jpg", b"x"), ("b.jpg", b"x"), ("b.cls", b"1")], "sample a has no label"),
+        (
+            [("./x/a.jpg", b"x"), ("./x/b.jpg", b"x")],
+            "sample ./x/a has no label (.cls), only jpg; folders of photos in",
+        ),
         ([("a.cls", b"1"), ("a.txt", b"1")], "sample a has no image, only cls, txt"),
         ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b""), ("b.cls", b"1"), ("a.png", b""), ("a.cls", b"")], "key a"),
         ([("a.jpg", b"x"), ("a.jpg", b"y"), ("a.cls", b"1")], "sample 0: tar"),
@@ -482,6 +486,7 @@ def test_the_command_lines_mistakes_end_in_one_line(tmp_path: Path) -> None:
     tar = tar_file(tmp_path / "a.tar", good_members())
     (tmp_path / "classes.json").write_text('{"other": 1}')
     (tmp_path / "two.json").write_text('["x", "y"]')
+    (tmp_path / "photos.zip").write_bytes(b"PK")
     mistakes = {
         f"{tmp_path / 'nothing.tar'} {tmp_path / 'out'}": "nothing.tar: not found",
         f"{tar}": "give at least one SOURCE and then the folder OUT",
@@ -489,6 +494,8 @@ def test_the_command_lines_mistakes_end_in_one_line(tmp_path: Path) -> None:
         f"{tar} {tmp_path / 'out'} --classes {tmp_path / 'classes.json'}": "expected a JSON list of names",
         f"{tar} {tmp_path / 'out'} --classes {tmp_path / 'two.json'}": "label: b'2' is not an integer in 0..1",
         f"{tmp_path / 'classes.json'} {tmp_path / 'out'}": "give one folder",
+        f"{' '.join([str(tmp_path / 'two.json')] * 9)} {tmp_path / 'out'}": "two.json and 6 more: give one folder",
+        f"{tmp_path / 'photos.zip'} {tmp_path / 'out'}": "photos.zip: unpack it, and give what was in it",
         f"{npz(tmp_path / 'a.npz')} {tmp_path / 'out2'} --samples-per-shard 0": "expected at least 1",
         f"--verify {tmp_path}": "manifest.json: not found",
     }

@@ -16,7 +16,8 @@ from pretrain.data import remote
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import StorageError, UserError
 from pretrain.tasks import downloads
-from pretrain.tasks.downloads import PUBLIC, PublicFile, downloaded
+from pretrain.tasks.downloads import downloaded
+from pretrain.tasks.public_files import PUBLIC, PublicFile
 from pretrain.tasks.table import TASKS, task
 from tests.test_building import refusal
 from tests.web import Site, served

@@ -136,7 +136,16 @@ def test_a_shard_is_no_manifest(name: str, told: str, tmp_path: Path) -> None:
 
 def test_a_missing_manifest_names_the_tool(tmp_path: Path) -> None:
     """Who points to a folder without manifest is told what makes one."""
-    assert "manifest.json: not found; make shards and manifest with tools/make_shards.py" in refusal(tmp_path)
+    there = f"make shards and manifest with tools/make_shards.py {tmp_path} OUT, and give OUT"
+    assert f"{tmp_path}/manifest.json: not found; {there}" == refusal(tmp_path)
+    assert refusal(tmp_path / "no").endswith("no: not found; make shards and manifest with tools/make_shards.py")
+
+
+@pytest.mark.parametrize("records", [".unfinished-set", ".indexing"])
+def test_an_unfinished_set_is_called_so(records: str, tmp_path: Path) -> None:
+    """A set whose making was killed has no manifest yet: its command goes on, another one is not needed."""
+    (tmp_path / records).mkdir()
+    assert f"{tmp_path} is unfinished: the same tools/make_shards.py command" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -726,6 +726,8 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     (run / "finetune" / "flowers" / "results.json").unlink()
     with pytest.raises(UserError, match="wrong.json: cannot be used as wrong predictions"):
         read_runs([run])
+    with pytest.raises(UserError, match=f"{run.parent}: holds runs; give one of them or several, as {run}"):
+        read_runs([run.parent])
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="nothing to report: no metrics.jsonl"):
         read_runs([run])

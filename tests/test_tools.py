@@ -59,6 +59,7 @@ QUICK = {
     "finetune": [
         ([HERE, "--task", "petz"], "'petz' is not a task"),
         ([HERE, "--task", "pets"], "no data: pets: no train, test in data/pets"),
+        ([HERE, "--task", "pets"], "(--download in place of SOURCE gets it)"),
         ([HERE, "--task", "vtab"], "none of 19 sets is in data"),
     ],
     "make_shards": [

@@ -508,6 +508,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(
         (lambda path: None, "not found"),
         (lambda path: path.mkdir(), "is none of what can be read"),
         (lambda path: (path / "checkpoints").mkdir(parents=True), "has no checkpoint yet"),
+        (lambda path: path.mkdir() or (path / "starts.jsonl").touch(), "is a run without checkpoints"),
         (lambda path: (path / "final" / "checkpoints").mkdir(parents=True), "holds runs; .*, as .*/some/final$"),
         (lambda path: path.mkdir() or (path / "latest").write_text("global_step3"), "is DeepSpeed's own checkpoint"),
     ],
@@ -537,6 +538,14 @@ def test_weights_of_another_function_are_refused(other: dict[str, Any], said: st
     with pytest.raises(UserError, match=said):
         check_same_function(weights, tiny_model(**other), DataConfig())
     check_same_function(weights, tiny_model(dropout=0.1, drop_path=0.1, head_bias=-10.0), DataConfig())
+
+
+@pytest.mark.parametrize(("other", "said"), [({"width": 48}, "width is 48, was 32"), ({"patch_size": 4}, "patch_size")])
+def test_weights_of_another_size_are_refused_by_the_setting(other: dict[str, Any], said: str) -> None:
+    """The first tensor that does not fit has a name that no setting has."""
+    model, config = random_model("token")
+    with pytest.raises(UserError, match=f"was trained as another model: model.{said}.*; set it as it was"):
+        check_same_function(in_memory(model, config), tiny_model(**other), DataConfig())
 
 
 def test_layer_scale_is_a_part_of_the_function_and_its_first_value_is_not() -> None:

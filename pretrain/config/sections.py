@@ -384,7 +384,7 @@ class Config:
                 f"optim.warmup_steps ({self.optim.warmup_steps}) is larger than total_steps ({self.total_steps}); "
                 "the peak learning rate would never be reached"
             )
-        if self.optim.warmup_steps + self.optim.cooldown_steps > self.total_steps:
+        elif self.optim.warmup_steps + self.optim.cooldown_steps > self.total_steps:
             yield (
                 f"optim.warmup_steps ({self.optim.warmup_steps}) and cooldown_steps ({self.optim.cooldown_steps}) "
                 f"overlap: total_steps is {self.total_steps}"

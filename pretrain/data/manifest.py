@@ -131,8 +131,7 @@ def load_manifest(path: Path) -> Manifest:
             multi_label=kind == "multi",
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        missing = shown(error.filename)
-        raise NotFoundError(f"{missing}: not found; make shards and manifest with tools/make_shards.py") from None
+        raise NotFoundError(f"{shown(error.filename)}: not found; {_way_to_a_manifest(path)}") from None
     except (OSError, ValueError) as error:  # also a path with a zero byte
         if isinstance(error, (UserError, StorageError)):
             raise
@@ -146,6 +145,16 @@ def load_manifest(path: Path) -> Manifest:
     if not manifest.num_samples:
         raise UserError(f"{path}: lists no samples")
     return manifest
+
+
+def _way_to_a_manifest(path: Path) -> str:
+    """What makes the missing manifest.json at `path`: its folder may hold photos, or shards that are not all made."""
+    folder = path.parent
+    if path.name != "manifest.json" or path.exists() or not folder.is_dir():
+        return "make shards and manifest with tools/make_shards.py"
+    if any((folder / name).exists() for name in (".unfinished-set", ".indexing")):
+        return f"{folder} is unfinished: the same tools/make_shards.py command as before goes on with it"
+    return f"make shards and manifest with tools/make_shards.py {folder} OUT, and give OUT"
 
 
 def _refuse_shards(path: Path) -> None:

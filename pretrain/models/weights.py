@@ -12,7 +12,7 @@ from torch import nn
 from pretrain.checkpoint.find import read_newest, refusing_vanished, validate
 from pretrain.checkpoint.read import CheckpointReader, read_state
 from pretrain.config import MAX_CLASSES, Config, DataConfig, ModelConfig, config_from_dict
-from pretrain.config.model import VitForm
+from pretrain.config.model import VitForm, VitShape
 from pretrain.data.classes import names_of_head
 from pretrain.errors import UserError
 from pretrain.json_files import Fields
@@ -103,6 +103,8 @@ def _why_not(path: Path) -> str:
         return "is DeepSpeed's own checkpoint, a pickle that may execute code: tools/convert.py has --trust-pickle"
     if path.suffix == ".safetensors":
         return "its tensors do not tell their architecture: give the folder, with config.json in it"
+    if (path / "starts.jsonl").is_file():
+        return "is a run without checkpoints: it has not saved yet, or tools/finetune.py only chose a rate with it"
     if runs := sorted(folder.parent for folder in path.glob("*/checkpoints")):
         return f"holds runs; give one of them, as {runs[0]}"
     return f"is none of what can be read; {expected}"
@@ -147,7 +149,7 @@ def weights_sha256(source: Path, of_run: str | None = None) -> str:
 
 
 def check_same_function(weights: Weights, config: ModelConfig, data: DataConfig) -> None:
-    """Raises UserError when tensors that fit would compute another function, by settings that no shape shows."""
+    """Raises UserError for other settings of the model: by some the tensors still fit, but compute another function."""
     if not weights.normalisation.is_near(data.normalisation):
         was, now = (
             f"data.mean={list(mean)} data.std={list(std)}".replace(", ", ",")
@@ -156,14 +158,14 @@ def check_same_function(weights: Weights, config: ModelConfig, data: DataConfig)
         raise UserError(f"{weights.source}: was trained on images of {was}, not of {now}; set them as they were")
     if weights.model.timm_name is not None or config.timm_name is not None:
         return
-    settings = ("pooling", "positions", "positions_at", "gelu")
+    settings = ("patch_size", "pooling", "positions", "positions_at", "gelu")
     pairs = {f"model.{name}": (getattr(weights.model, name), getattr(config, name)) for name in settings}
     forms = zip(VitForm._fields, weights.model.form, config.form)
-    pairs |= {f"model.{name}": (was, now) for name, was, now in forms}
+    shapes = zip(VitShape._fields, weights.model.shape, config.shape)
+    pairs |= {f"model.{name}": (was, now) for name, was, now in (*forms, *shapes)}
     scaled = weights.model.layer_scale, config.layer_scale
     if None in scaled:  # two numbers give the same function: the trained factors are in the tensors
         pairs["model.layer_scale"] = scaled
-    pairs["model.heads"] = (weights.model.shape.heads, config.shape.heads)
     if different := [f"{key} is {now}, was {was}" for key, (was, now) in pairs.items() if was != now]:
         raise UserError(f"{weights.source}: was trained as another model: {'; '.join(different)}; set it as it was")
 

@@ -21,6 +21,8 @@ def nothing_in(folder: Path) -> UserError:
     """Returns the error for a folder that holds nothing to report."""
     if not folder.is_dir():
         return UserError(f"{folder}: not found; give the folder of a run, such as runs/NAME")
+    if runs := sorted(file.parent for file in folder.glob("*/metrics.jsonl")):
+        return UserError(f"{folder}: holds runs; give one of them or several, as {runs[0]}")
     return UserError(
         f"{folder}: nothing to report: no metrics.jsonl of a run that has logged something, and no results of "
         "tools/evaluate.py or tools/finetune.py"

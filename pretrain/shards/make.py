@@ -176,8 +176,11 @@ def _source_of(sources: Sequence[Path], out: Path, options: Options) -> Source:
             raise UserError(f"{path}: not found")
     source = next((row for row in SOURCES if row.recognises(sources)), None)
     if source is None:
+        if sources[0].suffix.lower() in {".zip", ".7z", ".rar", ".tgz"}:
+            raise UserError(f"{sources[0]}: unpack it, and give what was in it")
         kinds = ", ".join(row.named for row in SOURCES[:-1] if row.named) + f", or {SOURCES[-1].named}"
-        raise UserError(f"{', '.join(map(str, sources))}: give {kinds}")
+        more = f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""  # a shell expands */*.jpg to thousands
+        raise UserError(f"{', '.join(map(str, sources[:3]))}{more}: give {kinds}")
     if any(path.is_dir() and out.resolve().is_relative_to(path.resolve()) for path in sources):
         raise UserError(f"{out}: lies inside {sources[0]}, and would become a class of it; choose another folder")
     if options.apply_orientation and not source.has_files:

@@ -142,7 +142,9 @@ def _check_members(path: Path, sample: Sample) -> None:
     for wanted, endings in (("image", set(IMAGE_ENDINGS)), ("label (.cls)", {LABEL_ENDING})):
         if not sample.endings & endings:
             only = ", ".join(sorted(sample.endings))
-            raise UserError(f"{path}: sample {shown(sample.key)} has no {wanted}, only {only}")
+            photos = wanted != "image" and "/" in sample.key.removeprefix("./")
+            unpack = "; folders of photos in one tar: unpack it, and give the folder" if photos else ""
+            raise UserError(f"{path}: sample {shown(sample.key)} has no {wanted}, only {only}{unpack}")
 
 
 def check_end(path: Path, end: int, stop: int | None = None, named: str = "") -> None:

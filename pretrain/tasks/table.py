@@ -13,6 +13,7 @@ from typing import Any
 
 from pretrain.config.checks import did_you_mean
 from pretrain.errors import UserError
+from pretrain.tasks.public_files import PUBLIC
 
 NATURAL, SPECIALISED, STRUCTURED = "natural", "specialised", "structured"
 
@@ -84,6 +85,7 @@ def missing(task: Task, root: Path, splits: Sequence[str] = ()) -> str | None:
     return (
         f"{task.name}: no {', '.join(absent)} in {folder}; get the set from {task.url} ({task.licence}; TFDS "
         f"{task.tfds}), then: {prepare_command(task, root)}"
+        + (" (--download in place of SOURCE gets it)" if (task.data_of or task.name) in PUBLIC else "")
     )
 
 
