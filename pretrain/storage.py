@@ -37,8 +37,10 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         yield temporary
         fsync_path(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(path)  # write() does not say which disk is full
         raise
     fsync_path(path.parent)
 

@@ -98,7 +98,7 @@ def test_labels_alone_beside_names_that_are_other_numbers_are_refused(names: lis
     "theirs, ours, said",
     [
         (["b", "c", "d"], ["a", "b", "c"], "val: class 2 is 'd', which train does not have (its class 2 is 'c')"),
-        (["a", "b", "c", "d"], ["a", "b", "c"], "val has 4 classes, train has 3"),
+        (["a", "b", "c", "d"], ["a", "b", "c"], "class 3 is 'd', which train does not have (its class 3 is none)"),
         (["b", "a"], ["a", "b", "a"], "train: classes 0 and 2 are both called 'a'"),
         (["a", "a"], ["a", "b"], "val: class 1, 'a', stands twice in its list"),
         (["b", "c"], ["a", "b", "unused 2"], "val: class 1 is 'c', which train does not have (its class 1 is 'b')"),

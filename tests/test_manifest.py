@@ -139,6 +139,7 @@ def test_a_missing_manifest_names_the_tool(tmp_path: Path) -> None:
     there = f"make shards and manifest with tools/make_shards.py {tmp_path} OUT, and give OUT"
     assert f"{tmp_path}/manifest.json: not found; {there}" == refusal(tmp_path)
     assert refusal(tmp_path / "no").endswith("no: not found; make shards and manifest with tools/make_shards.py")
+    assert refusal(Path("no/set")).endswith(f"tools/make_shards.py; relative paths start at {Path.cwd()}")
 
 
 @pytest.mark.parametrize("records", [".unfinished-set", ".indexing"])

@@ -33,6 +33,15 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
         assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    """The system call that finds the disk full has no name in its error, and the user has several disks."""
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file.txt'"),
+        replacing(tmp_path / "file.txt"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_file_and_folder_are_synced_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The content is on the disk before the name is, and the name before the call returns."""
     done: list[str] = []

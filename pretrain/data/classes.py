@@ -29,8 +29,6 @@ def match_classes(
     labels are taken unchanged. `told` reports either case. Raises UserError, naming the first difference, when a class
     has no counterpart, or when one side's names are numbers that differ from its labels and the other has no names.
     """
-    if num_theirs > num_ours:
-        raise UserError(f"{their_place} has {num_theirs} classes, {our_place} has {num_ours}")
     for place, names, number in ((their_place, theirs, num_theirs), (our_place, ours, num_ours)):
         if names and len(names) != number:
             raise UserError(f"{place} has {len(names)} class names for {number} classes")
@@ -39,13 +37,16 @@ def match_classes(
         for place, names, others in ((their_place, theirs, ours), (our_place, ours, theirs))
         if not names or (not has_names(names) and not _are_digits(_used(others)))
     ]
+    of_two_kinds = not without and _are_ids(theirs).isdisjoint(_are_ids(ours))
+    if num_theirs > num_ours and (without or of_two_kinds):  # by names, the class that is missing is named
+        raise UserError(f"{their_place} has {num_theirs} classes, {our_place} has {num_ours}")
     if len(without) == 2 or list(theirs) == list(ours):
         return ClassMatch(None, None)
     if without:
         for place, names in ((their_place, theirs), (our_place, ours)):
             _refuse_other_numbers(names, place, without[0])
         return ClassMatch(None, f"{without[0]} has no class names: labels are taken to mean the same")
-    if _are_ids(theirs).isdisjoint(_are_ids(ours)):
+    if of_two_kinds:
         kinds = f"class names of {their_place} ({theirs[0]!r}) and {our_place} ({ours[0]!r}) are of different kinds"
         if len(_used(theirs)) != len(_used(ours)):
             raise UserError(f"{kinds}, and not as many ({num_theirs}, {num_ours}); give both the same names")

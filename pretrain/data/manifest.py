@@ -151,7 +151,8 @@ def _way_to_a_manifest(path: Path) -> str:
     """What makes the missing manifest.json at `path`: its folder may hold photos, or shards that are not all made."""
     folder = path.parent
     if path.name != "manifest.json" or path.exists() or not folder.is_dir():
-        return "make shards and manifest with tools/make_shards.py"
+        looked = "" if path.is_absolute() or path.exists() else f"; relative paths start at {Path.cwd()}"
+        return f"make shards and manifest with tools/make_shards.py{looked}"
     if any((folder / name).exists() for name in (".unfinished-set", ".indexing")):
         return f"{folder} is unfinished: the same tools/make_shards.py command as before goes on with it"
     return f"make shards and manifest with tools/make_shards.py {folder} OUT, and give OUT"
@@ -184,7 +185,7 @@ def read_as(theirs: Manifest, ours: Manifest) -> tuple[Manifest, str | None]:
     Raises UserError when a class has no counterpart, or when there are no names and the numbers of classes differ.
     """
     named = bool(theirs.class_names and ours.class_names)
-    if theirs.num_classes > ours.num_classes or (theirs.num_classes != ours.num_classes and not named):
+    if theirs.num_classes != ours.num_classes and not named:
         raise UserError(
             f"{ours.path} ({ours.num_classes} classes) and {theirs.path} ({theirs.num_classes} classes) must have the "
             "same classes under the same names"
