@@ -27,6 +27,7 @@ from pretrain.cluster import forks, local, restarts
 from pretrain.cluster.slurm import rank_so_far
 from pretrain.config import Config, config_to_yaml, load_config, option_hint, settings_help
 from pretrain.errors import ConfigError, UserError
+from pretrain.models.formats import check_weights
 
 
 def _tell(line: str) -> None:
@@ -70,10 +71,27 @@ def main() -> int | None:
     if arguments.restarts is None and arguments.num_gpus is not None:
         raise UserError("--num-gpus is of --restarts; `deepspeed` has --num_gpus")
     cli.check_least(arguments, restarts=0, num_gpus=1)
+    _check_paths(config)
     if arguments.restarts is not None and not restarts.is_supervised(os.environ):
         return _with_restarts(arguments.restarts, arguments.num_gpus, config, arguments.config)
     _train(config, arguments.config)
     return None
+
+
+def _check_paths(config: Config) -> None:
+    """Refuses data and weights that are not there, before imports that take seconds.
+
+    Not where the run has started before: then their disk may be away, and the same command goes on when it is back.
+    """
+    if os.path.isfile(config.output / config.name / "starts.jsonl"):
+        return
+    from pretrain.data.manifest import check_manifest_found  # not sooner: it imports numpy
+
+    given = config.data.val, config.evaluation.fewshot_train, config.evaluation.fewshot_test
+    for path in [*(source.path for source in config.data.sources), *filter(None, given)]:
+        check_manifest_found(path)
+    if config.init_from is not None:
+        check_weights(config.init_from)
 
 
 def _train(config: Config, recipe: Path) -> None:

@@ -82,12 +82,23 @@ def test_plain_python_is_one_rank(shards: Path, tmp_path: Path) -> None:
     assert "= 1 ranks x 1 x 12" in result.stdout and (tmp_path / "tiny" / "DONE").exists()
 
 
-def test_missing_data_is_one_line(shards: Path, tmp_path: Path) -> None:
-    """A manifest that is not there: exit code 2, its path, the tool that makes it."""
-    words = [sys.executable, *command(shards, tmp_path, f"data.train={tmp_path / 'nowhere'}")[6:]]
+@pytest.mark.parametrize(
+    ("key", "told"), [("data.train", "tools/make_shards.py"), ("data.val", "make shards"), ("init_from", "a run")]
+)
+def test_missing_paths_are_one_line(key: str, told: str, shards: Path, tmp_path: Path) -> None:
+    """Data or weights that are not there: exit code 2, the path and the way out, before torch is loaded.
+
+    Where an earlier start found them, their disk may be away: torch is loaded, and the code is another.
+    """
+    words = [sys.executable, *command(shards, tmp_path, f"{key}={tmp_path / 'nowhere'}")[6:]]
     result = run(words)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert f"error: {tmp_path / 'nowhere'}" in result.stderr and "tools/make_shards.py" in result.stderr
+    assert result.returncode == 2 and not result.stdout and len(result.stderr.splitlines()) == 1
+    assert f"error: {tmp_path / 'nowhere'}" in result.stderr and told in result.stderr
+    if key == "data.train":
+        (tmp_path / "tiny").mkdir()
+        (tmp_path / "tiny" / "starts.jsonl").touch()
+        result = run(words)
+        assert result.returncode == 75 and "loading torch" in result.stdout and "when it is back" in result.stderr
 
 
 def test_a_supervisor_deletes_nothing_of_a_run_that_is_going_on(shards: Path, tmp_path: Path) -> None:

@@ -179,6 +179,21 @@ def test_a_phones_photo_is_seen_upright(tmp_path: Path, predict: Any, capsys: py
     assert first == second and first != plain
 
 
+def test_formats_that_shards_do_not_hold_are_read_too(
+    tmp_path: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever fine-tunes on TIFFs has TIFFs to predict: as make_shards converts them, without loss."""
+    make_weights(tmp_path / "w", class_names=NAMES, loss="softmax")
+    pictures = [make_image(tmp_path / "0.png", 0)]
+    with Image.open(pictures[0]) as image:
+        for ending in ("tiff", "bmp"):
+            pictures.append(tmp_path / f"0.{ending}")
+            image.save(pictures[-1])
+    assert predict(tmp_path / "w", *pictures, "--json") == 0
+    first, *others = (json.loads(line)["predictions"] for line in capsys.readouterr().out.splitlines())
+    assert others == [first, first]
+
+
 def test_names_that_are_not_utf8_do_not_stop_it(tmp_path: Path) -> None:
     """Such a photo is predicted, its name escaped; the others go on."""
     make_weights(tmp_path / "w", class_names=NAMES, loss="softmax")

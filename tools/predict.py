@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ def _arguments() -> argparse.Namespace:
         "python tools/predict.py runs/NAME photo.jpg other.png",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="run, checkpoint, folder, .npz, or timm:NAME ...")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG, WebP, GIF, TIFF ...")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default 5)")
     parser.add_argument("--image-size", type=int, metavar="N", help="pixels of the model's input (default: trained)")
     parser.add_argument("--json", action="store_true", help="one line of JSON per image")
@@ -38,7 +39,7 @@ def _arguments() -> argparse.Namespace:
     cli.check_least(arguments, top=1)
     check_weights(arguments.weights)
     if not arguments.json and len(arguments.images) == 1:  # of several, those that exist are classified
-        cli.check_found(arguments.images[0], "a JPEG, PNG or WebP file")
+        cli.check_found(arguments.images[0], "the file of a photo")
     return arguments
 
 
@@ -53,6 +54,7 @@ def main() -> int:
         from pretrain.evaluation.subject import fitting
         from pretrain.log import warn
         from pretrain.models.weights import model_of, read_weights
+        from pretrain.shards.pictures import read_picture
 
     weights = read_weights(arguments.weights, arguments.image_size)
     if not weights.num_classes:
@@ -73,7 +75,9 @@ def main() -> int:
         damage: list[str] = []
         try:
             with fitting(1):
-                predictions = likeliest(model, weights, path.read_bytes(), arguments.top, device, damage.append)
+                predictions = likeliest(
+                    model, weights, read_picture(path, Counter()), arguments.top, device, damage.append
+                )
         except (OSError, BadSample) as error:
             num_bad += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)

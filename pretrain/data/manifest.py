@@ -147,6 +147,14 @@ def load_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def check_manifest_found(path: Path) -> None:
+    """Raises UserError as `load_manifest` does where there is no manifest: a look before imports that take seconds."""
+    file = path / "manifest.json" if os.path.isdir(path) else path
+    _refuse_shards(file)
+    if not os.path.exists(file):
+        raise NotFoundError(f"{shown(file)}: not found; {_way_to_a_manifest(file)}")
+
+
 def _way_to_a_manifest(path: Path) -> str:
     """What makes the missing manifest.json at `path`: its folder may hold photos, or shards that are not all made."""
     folder = path.parent
