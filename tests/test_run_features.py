@@ -355,3 +355,22 @@ def test_a_best_checkpoint_of_nothing_validated_is_told(
     config = tiny_config(shards / "train", tmp_path, **options)
     warn_of_settings(config, open_data(config))
     assert "".join(capsys.readouterr()).count("checkpoint.keep_best has nothing to choose by") == told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"optim__name": "lamb"}, 1),
+        ({"optim__name": "lamb", "model__init": "deit"}, 0),
+        ({"optim__name": "lamb", "init_from": "there"}, 0),
+        ({"optim__name": "lamb", "init_from": "there", "init_new_head": True}, 1),
+        ({}, 0),
+    ],
+)
+def test_a_head_that_lamb_leaves_at_zero_is_told(
+    settings: dict[str, Any], told: int, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its steps are relative to the weights (tests/test_models.py shows it)."""
+    config = tiny_config(shards / "train", tmp_path, optim__weight_decay=0.1, **settings)
+    warn_of_settings(config, open_data(config))
+    assert "".join(capsys.readouterr()).count("the head starts from zeros") == told

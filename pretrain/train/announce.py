@@ -88,6 +88,7 @@ def warn_of_settings(config: Config, data: DataSets) -> None:
     _warn_of_added_losses(config, data)
     _warn_of_large_batch(data.order)
     _warn_of_no_best(config, data)
+    _warn_of_head_of_zeros(config)
 
 
 def _warn_of_young_averages(config: Config) -> None:
@@ -115,6 +116,16 @@ def _warn_of_no_best(config: Config, data: DataSets) -> None:
         say(
             "warning: checkpoint.keep_best has nothing to choose by, for nothing is validated: that takes data.val or "
             "data.held_out, and evaluation.every_steps"
+        )
+
+
+def _warn_of_head_of_zeros(config: Config) -> None:
+    """Warns of a head that starts at zero under LAMB, whose steps are relative to the weights: it hardly moves."""
+    model, draws_head = config.model, config.init_from is None or config.init_new_head
+    if config.optim.name == "lamb" and model.timm_name is None and model.init == "google" and draws_head:
+        say(
+            "warning: optim.name=lamb takes steps relative to the weights, and the head starts from zeros: little is "
+            "learned during the warm-up; model.init=deit draws it from N(0, 0.02)"
         )
 
 
