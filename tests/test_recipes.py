@@ -6,6 +6,7 @@ A header documents each further model as one line, `#   model | days | score | o
 
 import itertools
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from pretrain.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-DEIT3 = "deit3_imagenet1k"  # with tests of its own: nothing of it is Google's
+DEIT3, DEIT3_21K = "deit3_imagenet1k", "deit3_imagenet21k"  # with tests of their own: nothing of them is Google's
 # Recipes of this project: no paper to compare with.
 OWN = {"demo", "demo_digits", "photos_s16", "timm_convnext_tiny", "tiny_imagenet_ti8"}
 
@@ -285,7 +286,7 @@ def test_every_config_loads_and_every_recipe_has_its_table() -> None:
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
     for name in names:
         load_config(CONFIGS / f"{name}.yaml")
-    assert names - OWN - {DEIT3} == set(LINES) == set(PROTOCOLS)
+    assert names - OWN - {DEIT3, DEIT3_21K} == set(LINES) == set(PROTOCOLS)
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -488,14 +489,55 @@ def test_deit3_has_its_authors_second_step() -> None:
     assert (data.three_augment, data.color_jitter, data.random_erasing, data.eval_crop) == (False, 0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("name", [*LINES, DEIT3])
+@pytest.mark.parametrize(
+    ("model", "drop_path", "score"), [("S/16", 0.05, 83.1), ("B/16", 0.1, 85.7), ("L/16", 0.3, 87.0)]
+)
+def test_deit3_on_imagenet21k_is_its_authors_command(model: str, drop_path: float, score: float) -> None:
+    """The commands and the table of README_revenge.md; apex's LAMB clips to 1. Model and pixels are ImageNet-1k's."""
+    said = documented_lines(DEIT3_21K)[f"{model}, 240 epochs"]
+    config, small = config_of(DEIT3_21K, said.overrides), config_of(DEIT3, [])
+    optim, data, images = config.optim, config.data, 14_197_122 - 51_200
+    assert (optim.name, optim.lr, optim.weight_decay, optim.betas) == ("lamb", 1e-3, 0.02, (0.9, 0.999))
+    assert (optim.eps, optim.clip_norm, optim.schedule, optim.end_lr) == (1e-8, 1.0, "cosine", 1e-5)
+    assert (data.global_batch, data.repeats, data.held_out) == (2048, 1, 51_200)
+    assert (config.total_steps, optim.warmup_steps) == (round(240 * images / 2048), round(5 * images / 2048))
+    assert (config.loss, config.label_smoothing, config.label_threshold) == ("softmax", 0.1, None)
+    assert (data.crop, data.flip, data.interpolation, data.antialias) == ("simple", 0.5, "bicubic", True)
+    assert (data.three_augment, data.color_jitter, data.mixup, data.cutmix) == (True, 0.3, 0.0, 1.0)
+    assert (data.randaugment_layers, data.random_erasing, data.eval_crop) == (0, 0.0, 1.0)
+    assert data.normalisation == small.data.normalisation
+    assert config.model.shape == SHAPES[model[0]] and config.model.drop_path == drop_path
+    assert replace(config.model, name="S", drop_path=0.05, num_classes=1000) == small.model
+    line = Line(model, 240, 1e-3, 0.02, 0.0, None, score)
+    flops = 6e9 * gmacs(line, 21_841, "token") * config.total_steps * data.global_batch
+    assert said.days == pytest.approx(flops / (989e12 * (0.15 if model == "S/16" else 0.30)) / 86_400, rel=0.02)
+    assert float(said.score) == score and told_steps(DEIT3_21K) == (images, {240: config.total_steps})
+
+
+def test_deit3_on_imagenet21k_has_its_authors_second_step() -> None:
+    """README_revenge.md's fine-tuning of S on ImageNet-1k: 50 epochs of 2048 images, by the same means."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    command = re.search(rf"--config configs/{DEIT3_21K}.yaml (name=.+?)\n```", text, flags=re.DOTALL)
+    assert command is not None
+    config, first = config_of(DEIT3_21K, command[1].replace("\\\n", " ").split()), config_of(DEIT3_21K, [])
+    assert config.init_from == first.output / first.name and config.init_new_head
+    assert (config.optim.lr, config.optim.warmup_steps) == (3e-4, round(5 * I1K / 2048))
+    assert config.total_steps == round(50 * I1K / 2048)
+    own = {"lr": first.optim.lr, "warmup_steps": first.optim.warmup_steps}
+    assert replace(config.optim, **own) == first.optim and config.model == first.model
+    data = config_of(DEIT3, []).data
+    assert (config.data.train, config.data.val, config.data.held_out) == (data.train, data.val, 0)
+    assert replace(config.data, train=first.data.train, val=None, held_out=51_200) == first.data
+
+
+@pytest.mark.parametrize("name", [*LINES, DEIT3, DEIT3_21K])
 def test_headers_are_complete(name: str) -> None:
     """Each header tells source, data, command with its own path, hardware, time, score with source, deviations."""
     text = header(name)
     for word in ("data:", "command:", "hardware:", "time:", "score:", "deviations:"):
         assert len(re.findall(rf"^# {word} +\S", text, flags=re.MULTILINE)) == 1, word
     assert f"launch/pretrain.py --config configs/{name}.yaml [the overrides of one line below]" in text
-    source, scored = ("arXiv 2204.07118", "README_revenge.md") if name == DEIT3 else PROTOCOLS[name][:2]
+    source, scored = ("arXiv 2204.07118", "README_revenge.md") if name in (DEIT3, DEIT3_21K) else PROTOCOLS[name][:2]
     assert source in text and "nothing was run" in text
     score = re.search(r"^# score: (.*?)^# deviations:", text, flags=re.MULTILINE | re.DOTALL)
     assert score is not None and scored in score[1]
@@ -504,7 +546,7 @@ def test_headers_are_complete(name: str) -> None:
     assert ("# data:      private" in text) == (name in private)
 
 
-@pytest.mark.parametrize("name", [*LINES, DEIT3])
+@pytest.mark.parametrize("name", [*LINES, DEIT3, DEIT3_21K])
 def test_a_header_makes_what_its_commands_read(name: str) -> None:
     """Sets of photos for training, validation and the final score; a score after fine-tuning has its command."""
     text, data = header(name), config_of(name, []).data
