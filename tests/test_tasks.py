@@ -161,7 +161,7 @@ def test_missing_data_is_told_in_one_line(tmp_path: Path) -> None:
 def test_an_unknown_task_is_refused_with_the_names() -> None:
     """A typo shows what there is."""
     assert task("pets") is TASKS["pets"]
-    with pytest.raises(UserError, match="'vtab/pet' is not a task; there are imagenet, .* vtab/pets"):
+    with pytest.raises(UserError, match="'vtab/pet' is not a task. Did you mean: 'vtab/pets'. There are imagenet"):
         task("vtab/pet")
 
 

@@ -281,7 +281,10 @@ def test_features_are_scored_as_by_hand(alone: Path, places: tuple[Path, Path, n
 
 
 MISTAKES: dict[str, tuple[list[object], str]] = {
-    "no such task": (["--tasks", "imagenett", "--data", "."], "'imagenett' is not a task; there are imagenet"),
+    "no such task": (
+        ["--tasks", "imagenett", "--data", "."],
+        "'imagenett' is not a task. Did you mean: 'imagenet'. There are imagenet",
+    ),
     "no such kind": (["--tasks", "kmeans:pets", "--data", "."], "'kmeans:pets' is neither a task nor fewshot:NAME"),
     "no folder": (["--tasks", "imagenet"], "no data: imagenet: no val in data/imagenet; get the set from"),
     "nothing to learn from": (["--tasks", "knn:imagenet_v2", "--data", "."], "imagenet_v2 has no training images"),

@@ -29,7 +29,7 @@ from pretrain.models.torch_files import is_torch_file
 from pretrain.models.transformers_folder import PROCESSOR, is_of_transformers, read_transformers_folder
 from pretrain.storage import sha256
 
-_PICKLES = (".pkl", ".pickle", ".tar")
+_PICKLES = (".pkl", ".pickle")
 _OF_WEIGHTS = r"config\.json$|\.safetensors|\.bin$|\.pth"  # names of files in a folder
 
 

@@ -105,7 +105,7 @@ def check_any_there(missing_of: Iterable[str | None], root: Path) -> list[str]:
 def task(name: str) -> Task:
     """Returns a row of the table. Raises UserError when there is none of that name."""
     if name not in TASKS:
-        raise UserError(f"{name!r} is not a task; there are {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
+        raise UserError(f"{name!r} is not a task.{did_you_mean(name, TASKS)} There are {', '.join(TASKS)}")
     return TASKS[name]
 
 
