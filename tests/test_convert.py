@@ -490,6 +490,14 @@ def test_a_full_disk_is_one_line(target: str, source: Path, tmp_path: Path) -> N
     assert list(out.parent.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_one_line(source: Path, convert: Any) -> None:
+    """Another try would not help: exit code 2, not 75. Nobody, root included, makes a folder in /sys."""
+    if not Path("/sys").is_dir():
+        pytest.skip("no /sys")
+    with pytest.raises(UserError, match="/sys/out: cannot be written .*; choose another place"):
+        convert.call(source, "/sys/out", "--to", "pretrain", "--no-verify")
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 

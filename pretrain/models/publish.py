@@ -1,5 +1,6 @@
 """Results on disk appear complete or not at all: written under another name beside the place, then renamed."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -12,13 +13,23 @@ from pretrain.storage import fsync_path
 
 # What a conversion writes; an overwritten folder keeps all else that is in it.
 WRITTEN = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "model.onnx", "model.onnx.data")
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # another try would not help
 
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `out`, on the same disk, that is gone afterwards."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".tmp-{out.name}-") as folder:
+    """Yields an empty folder beside `out`, on the same disk, that is gone afterwards.
+
+    Raises UserError where none may be made.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".tmp-{out.name}-")
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another place") from None
+    with made as folder:
         yield Path(folder)
 
 
