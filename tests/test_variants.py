@@ -114,8 +114,6 @@ def _expected(model: dict[str, Any]) -> set[str]:
         targets.add("transformers")
     if "trunk" in model:
         targets.remove("timm")  # its hybrids are five named ones
-    if "layer_scale" in model:
-        targets = {"timm"}
     if model.get("gelu") == "exact":
         targets.remove("npz")
     return targets
