@@ -520,7 +520,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "baselines of nothing": (lambda train, test: ["--val", test, "--baselines"], "--baselines .* needs --fewshot"),
     "no shots": (lambda train, test: ["--fewshot", train, test, "--shots", "0"], r"--shots is \[0\]"),
     "no batch": (lambda train, test: ["--val", test, "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
-    "no shards": (lambda train, test: ["--val", test / "nowhere"], "nowhere: not found; make shards and manifest"),
+    "no shards": (lambda train, test: ["--val", test / "nowhere"], "nowhere: not found; expected shards"),
     "more classes": (lambda train, test: ["--val", other_classes(test)], "has 8 classes, .* has 7"),
     "other classes": (
         lambda train, test: ["--fewshot", train, other_classes(test)],

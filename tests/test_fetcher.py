@@ -24,9 +24,11 @@ from tests.web import Site, at_random
 def until(condition: Callable[[], bool], seconds: float = 60) -> bool:
     """Waits until something holds; returns whether it does."""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if condition():  # asked again, a listing may miss a block that is being renamed
+            return True
         time.sleep(0.01)
-    return condition()
+    return False
 
 
 def order_of(manifest: Manifest, global_batch: int = 10) -> Order:

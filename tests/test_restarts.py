@@ -99,15 +99,17 @@ def test_a_run_that_says_no_is_not_tried_again(tmp_path: Path, capfd: pytest.Cap
 
 
 def test_what_all_ranks_refuse_is_told_once(tmp_path: Path) -> None:
-    """By rank 0, without a wait of the others for it; a real run of two, whose data are not there."""
-    config = tiny_config(tmp_path / "nowhere", tmp_path / "runs")
+    """By rank 0, without a wait of the others for it; a real run of two, whose data are no data set."""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text("{}")
+    config = tiny_config(tmp_path / "foreign", tmp_path / "runs")
     (tmp_path / "tiny.yaml").write_text(config_to_yaml(config))
     words = [sys.executable, str(ROOT / "launch/pretrain.py"), "--config", str(tmp_path / "tiny.yaml")]
     words += ["--restarts", "3", "--num-gpus", "2"]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | on_cpu(1), timeout=120)
     lines = [line for line in done.stderr.splitlines() if "loading torch" not in line]
     assert done.returncode == 2 and len(lines) == 2, done.stderr
-    assert lines[0].startswith(f"error: {tmp_path / 'nowhere'}") and lines[1].startswith(
+    assert lines[0].startswith(f"error: {tmp_path / 'foreign'}") and lines[1].startswith(
         "not restarted: rank 0 exit code 2"
     )
 

@@ -120,11 +120,9 @@ def _arguments() -> argparse.Namespace:
     if arguments.shots and min(arguments.shots) < 1:
         raise UserError(f"--shots is {arguments.shots}, expected numbers of at least 1")
     check_weights(arguments.weights)
-    from pretrain.data.manifest import check_manifest_found  # not sooner: it imports numpy
-
     for path in (arguments.val, *(arguments.fewshot or ())):
         if path is not None:
-            check_manifest_found(path)
+            cli.check_found(path, "shards and their manifest; tools/make_shards.py makes them")
     return arguments
 
 
