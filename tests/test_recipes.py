@@ -278,6 +278,26 @@ def gmacs(line: Line, classes: int, pooling: str, image_size: int = 224) -> floa
     return (patches * 3 * int(patch) ** 2 * width + depth * block + width * classes) / 1e9
 
 
+def is_big(line: Line) -> bool:
+    """Whether the headers assume an MFU of 30 % for the model, not 15 %."""
+    return line.model[0] in "BLHgG"
+
+
+def days_of_h100(line: Line, config: Config, classes: int, image_size: int = 224) -> float:
+    """Training FLOPs over 989 TFLOP/s at the MFU that the headers assume."""
+    images = config.total_steps * config.data.global_batch
+    flops = 6e9 * gmacs(line, classes, config.model.pooling, image_size) * images
+    return flops / (989e12 * (0.30 if is_big(line) else 0.15)) / 86_400
+
+
+def second_step(name: str) -> Config:
+    """The config of docs/recipes.md's command that goes on from a run of this recipe."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    command = re.search(rf"--config configs/{name}.yaml (name=.+?)\n```", text, flags=re.DOTALL)
+    assert command is not None
+    return config_of(name, command[1].replace("\\\n", " ").split())
+
+
 CASES = [pytest.param(name, line, id=f"{name}-{label(line)}") for name in LINES for line in LINES[name]]
 
 
@@ -427,12 +447,8 @@ def test_days_and_scores_of_the_header(name: str, line: Line) -> None:
     """Days are training FLOPs over 989 TFLOP/s at the MFU that the header assumes, to 2 %; scores are the papers'."""
     protocol = PROTOCOLS[name]
     said = documented_lines(name)[label(line)]
-    big = line.model[0] in "BLHgG"
-    assert f"{30 if big else 15} %" in header(name)
-    config = config_of(name, said.overrides)
-    images = config.total_steps * protocol.global_batch
-    flops = 6e9 * gmacs(line, protocol.num_classes or 1000, protocol.pooling) * images
-    days = flops / (989e12 * (0.30 if big else 0.15)) / 86_400
+    assert f"{30 if is_big(line) else 15} %" in header(name)
+    days = days_of_h100(line, config_of(name, said.overrides), protocol.num_classes or 1000)
     assert said.days == pytest.approx(days, rel=0.02)
     assert said.score == "none" if line.score is None else float(said.score) == line.score
 
@@ -465,17 +481,13 @@ def test_deit3_is_its_authors_command(model: str, image_size: int, lr: float, dr
     assert (ours.gelu, ours.class_position, ours.pooling, ours.dropout) == ("exact", False, "token", 0.0)
     assert ours.init == "deit"
     line = Line(model, 800, lr, 0.05, 0.0, None, score)
-    flops = 6e9 * gmacs(line, 1000, "token", image_size) * config.total_steps * data.global_batch
-    assert said.days == pytest.approx(flops / (989e12 * (0.15 if model == "S/16" else 0.30)) / 86_400, rel=0.02)
+    assert said.days == pytest.approx(days_of_h100(line, config, 1000, image_size), rel=0.02)
     assert float(said.score) == score and told_steps(DEIT3) == (I1K, {800: config.total_steps})
 
 
 def test_deit3_has_its_authors_second_step() -> None:
     """README_revenge.md's fine-tuning of B at 224 px: 20 epochs of 8 batches of 64, at main.py's least rate of 1e-5."""
-    text = (ROOT / "docs" / "recipes.md").read_text()
-    command = re.search(rf"--config configs/{DEIT3}.yaml (name=.+?)\n```", text, flags=re.DOTALL)
-    assert command is not None
-    config = config_of(DEIT3, command[1].replace("\\\n", " ").split())
+    config = second_step(DEIT3)
     optim, data = config.optim, config.data
     assert (
         config.init_from == config.output / config_of(DEIT3, documented_lines(DEIT3)["B/16, 800 epochs"].overrides).name
@@ -510,17 +522,13 @@ def test_deit3_on_imagenet21k_is_its_authors_command(model: str, drop_path: floa
     assert config.model.num_classes == 21_841
     assert replace(config.model, name="S", drop_path=0.05, num_classes=1000) == small.model
     line = Line(model, 240, 1e-3, 0.02, 0.0, None, score)
-    flops = 6e9 * gmacs(line, 21_841, "token") * config.total_steps * data.global_batch
-    assert said.days == pytest.approx(flops / (989e12 * (0.15 if model == "S/16" else 0.30)) / 86_400, rel=0.02)
+    assert said.days == pytest.approx(days_of_h100(line, config, 21_841), rel=0.02)
     assert float(said.score) == score and told_steps(DEIT3_21K) == (images, {240: config.total_steps})
 
 
 def test_deit3_on_imagenet21k_has_its_authors_second_step() -> None:
     """README_revenge.md's fine-tuning of S on ImageNet-1k: 50 epochs of 2048 images, by the same means."""
-    text = (ROOT / "docs" / "recipes.md").read_text()
-    command = re.search(rf"--config configs/{DEIT3_21K}.yaml (name=.+?)\n```", text, flags=re.DOTALL)
-    assert command is not None
-    config, first = config_of(DEIT3_21K, command[1].replace("\\\n", " ").split()), config_of(DEIT3_21K, [])
+    config, first = second_step(DEIT3_21K), config_of(DEIT3_21K, [])
     assert config.init_from == first.output / first.name and config.init_new_head
     assert (config.optim.lr, config.optim.warmup_steps) == (3e-4, round(5 * I1K / 2048))
     assert config.total_steps == round(50 * I1K / 2048)
